@@ -1,0 +1,7 @@
+"""Fused batch norm for residual networks: Triton kernels, autograd Functions, drop-in layers."""
+
+from bnres import functional, nn
+from bnres.backend import backend, use_backend
+
+__version__ = "0.1.0.dev0"
+__all__ = ["__version__", "backend", "functional", "nn", "use_backend"]

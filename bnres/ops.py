@@ -1,0 +1,167 @@
+"""The fused operations as torch custom operators, so that torch.compile can capture them.
+
+In eager mode the Functions call the plain implementations (`forward_impl`, `backward_impl`)
+directly and spare the dispatcher's time. The kernels, and with them Triton, are imported at the
+first call.
+"""
+
+import torch
+from torch import Tensor
+
+
+def forward_impl(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    factor: Tensor | None,
+    momentum: float,
+    training: bool,
+    eps: float,
+    act: str,
+    act_param: float,
+    needs_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y, mean, rstd and the 1-bit mask; what no backward needs is empty."""
+    from bnres.kernels import bn_forward
+    from bnres.kernels.launch import acc_type
+    from bnres.kernels.layout import dense, dense_like
+
+    x = dense(x)
+    if residual is not None:
+        residual = dense_like(residual, x)
+    variance_eps = None
+    if training:
+        mean, rstd = bn_forward.bn_stats(
+            x, running_mean, running_var, momentum if factor is None else factor, eps
+        )
+    else:
+        assert running_mean is not None and running_var is not None
+        if needs_grad:
+            acc = acc_type(x)
+            mean = running_mean.to(acc, copy=True)
+            rstd = (1 / (running_var.double() + eps).sqrt()).to(acc)
+        else:
+            mean, rstd, variance_eps = running_mean, running_var, eps
+    y, mask = bn_forward.bn_apply(
+        x,
+        mean,
+        rstd,
+        weight,
+        bias,
+        residual,
+        act,
+        act_param,
+        save_mask=saves_mask(residual is not None, act, needs_grad),
+        eps=variance_eps,
+    )
+    if not needs_grad:
+        mean = rstd = x.new_empty(0)
+    return y, mean, rstd, x.new_empty(0, dtype=torch.uint8) if mask is None else mask
+
+
+def saves_mask(has_residual: bool, act: str, needs_grad: bool) -> bool:
+    """Whether backward reads one bit an element in place of the residual."""
+    return needs_grad and has_residual and act == "relu"
+
+
+def backward_impl(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    mask: Tensor | None,
+    training: bool,
+    act: str,
+    act_param: float,
+    needs_dx: bool,
+    needs_dz: bool,
+    needs_sums: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dx, dz, sum_dy and sum_dy_xhat; what is not needed is empty.
+
+    dz, the gradient of the pre-activation, is the residual's gradient. Where it is written, the
+    reduce pass writes it and the dx pass reads it in place of dy.
+    """
+    from bnres.kernels import bn_backward
+    from bnres.kernels.layout import dense, dense_like
+
+    x = dense(x)
+    dy = dense_like(dy, x)
+    if residual is not None:
+        residual = dense_like(residual, x)
+    dx, dz, sum_dy, sum_dy_xhat = (x.new_empty(0) for _ in range(4))
+    reduces = needs_sums or (training and needs_dx) or (needs_dz and not needs_dx)
+    if reduces:
+        sum_dy, sum_dy_xhat, written = bn_backward.bn_backward_reduce(
+            dy, x, mean, rstd, weight, bias, residual, mask, act, act_param, write_dz=needs_dz
+        )
+        if written is not None:
+            dz = dy = written
+            residual, mask, act = None, None, "identity"
+    if needs_dx:
+        count = x.numel() // x.shape[1] if x.numel() else 1
+        sums = (sum_dy, sum_dy_xhat) if training else None
+        dx, written = bn_backward.bn_backward_dx(
+            dy, x, mean, rstd, weight, bias, residual, mask, act, act_param, sums, count,
+            write_dz=needs_dz and not reduces,
+        )  # fmt: skip
+        if written is not None:
+            dz = written
+    # An operator's outputs may not share memory with each other.
+    return dx, dz, sum_dy, sum_dy_xhat
+
+
+forward_op = torch.library.custom_op(
+    "bnres::batch_norm_act_forward",
+    forward_impl,
+    mutates_args=("running_mean", "running_var"),
+)
+backward_op = torch.library.custom_op(
+    "bnres::batch_norm_act_backward", backward_impl, mutates_args=()
+)
+
+
+@forward_op.register_fake
+def _(
+    x, weight, bias, residual, running_mean, running_var, factor, momentum, training, eps, act,
+    act_param, needs_grad,
+):  # fmt: skip
+    from bnres.kernels.bn_forward import mask_bytes
+    from bnres.kernels.layout import channel_view, dense
+
+    x = dense(x)
+    acc = torch.float64 if x.dtype == torch.float64 else torch.float32
+    stats = x.shape[1] if needs_grad else 0
+    mask = 0
+    if saves_mask(residual is not None, act, needs_grad) and x.numel():
+        mask = mask_bytes(channel_view(x), x.element_size())
+    stats_dtype = acc if needs_grad else x.dtype
+    return (
+        torch.empty_like(x),
+        x.new_empty(stats, dtype=stats_dtype),
+        x.new_empty(stats, dtype=stats_dtype),
+        x.new_empty(mask, dtype=torch.uint8),
+    )
+
+
+@backward_op.register_fake
+def _(
+    dy, x, weight, bias, residual, mean, rstd, mask, training, act, act_param, needs_dx, needs_dz,
+    needs_sums,
+):  # fmt: skip
+    from bnres.kernels.layout import dense
+
+    x = dense(x)
+    reduces = needs_sums or (training and needs_dx) or (needs_dz and not needs_dx)
+    return (
+        torch.empty_like(x) if needs_dx else x.new_empty(0),
+        torch.empty_like(x) if needs_dz else x.new_empty(0),
+        mean.new_empty(x.shape[1]) if reduces else x.new_empty(0),
+        mean.new_empty(x.shape[1]) if reduces else x.new_empty(0),
+    )

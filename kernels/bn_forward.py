@@ -1,0 +1,349 @@
+"""Batch norm forward: statistics -> finalize -> apply, and their launchers."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from bnres.kernels.config import (
+    CHANNELS,
+    MASK_UNROLL,
+    PLANES,
+    next_power_of_2,
+    tile_for,
+    tile_rows,
+)
+from bnres.kernels.device import ACTIVATIONS, round_to
+from bnres.kernels.launch import ACC_DTYPE, FINALIZE, acc_type, launch_scope, plan
+from bnres.kernels.layout import ChannelView
+from bnres.kernels.tiles import (
+    channel_ids,
+    fold,
+    mask_offsets,
+    pack_bits,
+    tile_offsets,
+    to_channels,
+    to_columns,
+)
+
+
+@triton.jit
+def _sample(x_ptr, index, offs_c, mask_c, C, L, ACC: tl.constexpr):
+    """Element ``index`` of each channel."""
+    n = tl.cast(index // L, tl.int64)
+    offsets = n * C * L + offs_c.to(tl.int64) * L + index % L
+    return tl.load(x_ptr + offsets, mask=mask_c, other=0).to(ACC)
+
+
+@triton.jit
+def _adaptive_pivot(x_ptr, offs_c, mask_c, count, C, L, ACC: tl.constexpr):
+    """A value near the data if they lie far from zero, else 0: (channels,).
+
+    The mean of the middle two of four samples, if it is large against their distance. Any finite
+    value gives right sums; a near one keeps them from cancelling.
+    """
+    a = _sample(x_ptr, count // 8, offs_c, mask_c, C, L, ACC)
+    b = _sample(x_ptr, count // 8 * 3, offs_c, mask_c, C, L, ACC)
+    c = _sample(x_ptr, count // 8 * 5, offs_c, mask_c, C, L, ACC)
+    d = _sample(x_ptr, count - 1 - count // 8, offs_c, mask_c, C, L, ACC)
+    low = tl.maximum(tl.minimum(a, b), tl.minimum(c, d))
+    high = tl.minimum(tl.maximum(a, b), tl.maximum(c, d))
+    middle = low + (high - low) * 0.5
+    near = (tl.abs(middle) > 2 * tl.abs(high - low)) & (tl.abs(middle) < 1e38)
+    return tl.where(near, middle, 0.0)
+
+
+@triton.jit
+def _bn_stats_kernel(
+    partial_ptr,
+    pivot_ptr,
+    x_ptr,
+    count,
+    C,
+    L,
+    rows_per_split,
+    TILE: tl.constexpr,
+    UNROLL: tl.constexpr,
+    STAGES: tl.constexpr,
+    INNER_POW2: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """Sums of x − pivot and of its square over a split's rows: partial is (2, splits, C)."""
+    col_block, split = tl.program_id(0), tl.program_id(1)
+    splits = tl.num_programs(1)
+    offs_c, mask_c = channel_ids(col_block, C, TILE)
+    pivot = _adaptive_pivot(x_ptr, offs_c, mask_c, count, C, L, ACC)
+    if split == 0:
+        tl.store(pivot_ptr + offs_c, pivot, mask=mask_c)
+    pivot_cols = to_columns(pivot, TILE)
+    sum_d = tl.zeros((TILE.sub_rows, TILE.block_cols), ACC)
+    sum_d2 = tl.zeros((TILE.sub_rows, TILE.block_cols), ACC)
+    start = tl.cast(split, tl.int64) * rows_per_split
+    for row in tl.range(start, start + rows_per_split, UNROLL * TILE.sub_rows, num_stages=STAGES):
+        offsets, mask = tile_offsets(row, col_block, count, C, L, TILE, UNROLL)
+        x = tl.load(x_ptr + offsets, mask=mask, other=0).to(ACC)
+        d = tl.where(mask, x - pivot_cols, 0.0)
+        sum_d += fold(d, TILE, UNROLL)
+        sum_d2 += fold(d * d, TILE, UNROLL)
+    out = partial_ptr + tl.cast(split, tl.int64) * C + offs_c
+    tl.store(out, to_channels(sum_d, TILE, INNER_POW2), mask=mask_c)
+    tl.store(
+        out + tl.cast(splits, tl.int64) * C, to_channels(sum_d2, TILE, INNER_POW2), mask=mask_c
+    )
+
+
+@triton.jit
+def _sum_splits(ptr, splits, offs_c, mask_c, C, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Sums of partials (splits, C) in fp64, in a fixed order: (BLOCK_C,)."""
+    total = tl.zeros((BLOCK_C,), tl.float64)
+    for s in tl.range(0, splits, BLOCK_S):
+        offs_s = s + tl.arange(0, BLOCK_S)
+        mask = (offs_s < splits)[:, None] & mask_c[None, :]
+        part = tl.load(ptr + offs_s[:, None] * C + offs_c[None, :], mask=mask, other=0)
+        total += tl.sum(part.to(tl.float64), 0)
+    return total
+
+
+@triton.jit
+def _update_running(ptr, stat, factor, offs_c, mask_c):
+    """running = (1 − factor)·running + factor·stat, in fp64, kept in the buffer's own type."""
+    running = tl.load(ptr + offs_c, mask=mask_c, other=0).to(tl.float64)
+    updated = ((1 - factor) * running + factor * stat).to(tl.float32)
+    if ptr.dtype.element_ty == tl.float64:
+        tl.store(ptr + offs_c, (1 - factor) * running + factor * stat, mask=mask_c)
+    else:
+        tl.store(ptr + offs_c, round_to(updated, ptr.dtype.element_ty), mask=mask_c)
+
+
+@triton.jit
+def _bn_stats_finalize_kernel(
+    mean_ptr,
+    rstd_ptr,
+    running_mean_ptr,
+    running_var_ptr,
+    partial_ptr,
+    pivot_ptr,
+    factor_ptr,
+    count,
+    C,
+    splits,
+    momentum: tl.float64,
+    eps: tl.float64,
+    HAS_RUNNING_MEAN: tl.constexpr,
+    HAS_RUNNING_VAR: tl.constexpr,
+    HAS_FACTOR: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """mean, rstd = 1/sqrt(var + eps) of each channel (C,), and the running statistics."""
+    offs_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask_c = offs_c < C
+    n = tl.cast(count, tl.float64)
+    shift = _sum_splits(partial_ptr, splits, offs_c, mask_c, C, BLOCK_S, BLOCK_C) / n
+    squares_ptr = partial_ptr + tl.cast(splits, tl.int64) * C
+    square = _sum_splits(squares_ptr, splits, offs_c, mask_c, C, BLOCK_S, BLOCK_C) / n
+    mean = tl.load(pivot_ptr + offs_c, mask=mask_c, other=0).to(tl.float64) + shift
+    var = square - shift * shift
+    var = tl.where(var < 0, 0.0, var)
+    rstd = 1 / tl.sqrt(var + eps)
+    tl.store(mean_ptr + offs_c, mean.to(mean_ptr.dtype.element_ty), mask=mask_c)
+    tl.store(rstd_ptr + offs_c, rstd.to(rstd_ptr.dtype.element_ty), mask=mask_c)
+    factor = momentum
+    if HAS_FACTOR:
+        factor = tl.load(factor_ptr).to(tl.float64)
+    if HAS_RUNNING_MEAN:
+        _update_running(running_mean_ptr, mean, factor, offs_c, mask_c)
+    if HAS_RUNNING_VAR:
+        _update_running(running_var_ptr, var * (n / (n - 1)), factor, offs_c, mask_c)
+
+
+@triton.jit
+def _bn_apply_kernel(
+    y_ptr,
+    mask_ptr,
+    x_ptr,
+    residual_ptr,
+    mean_ptr,
+    rstd_ptr,
+    weight_ptr,
+    bias_ptr,
+    count,
+    C,
+    L,
+    rows_per_split,
+    act_param: tl.float64,
+    eps: tl.float64,
+    ACT: tl.constexpr,
+    FROM_VAR: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    SAVE_MASK: tl.constexpr,
+    TILE: tl.constexpr,
+    UNROLL: tl.constexpr,
+    STAGES: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """y = act((x − mean)·(rstd·weight) + bias + residual); mask = pre-activation > 0, 1 bit each.
+
+    With FROM_VAR, ``rstd_ptr`` holds a variance.
+    """
+    col_block, split = tl.program_id(0), tl.program_id(1)
+    offs_c, mask_c = channel_ids(col_block, C, TILE)
+    mean = tl.load(mean_ptr + offs_c, mask=mask_c, other=0).to(ACC)
+    scale = tl.load(rstd_ptr + offs_c, mask=mask_c, other=1).to(ACC)
+    if FROM_VAR:
+        scale = (1 / tl.sqrt(scale.to(tl.float64) + eps)).to(ACC)
+    if HAS_WEIGHT:
+        scale *= tl.load(weight_ptr + offs_c, mask=mask_c, other=0).to(ACC)
+    mean, scale = to_columns(mean, TILE), to_columns(scale, TILE)
+    if HAS_BIAS:
+        bias = to_columns(tl.load(bias_ptr + offs_c, mask=mask_c, other=0).to(ACC), TILE)
+    param = tl.cast(act_param, ACC)
+    start = tl.cast(split, tl.int64) * rows_per_split
+    for row in tl.range(start, start + rows_per_split, UNROLL * TILE.sub_rows, num_stages=STAGES):
+        offsets, mask = tile_offsets(row, col_block, count, C, L, TILE, UNROLL)
+        x = tl.load(x_ptr + offsets, mask=mask, other=0).to(ACC)
+        z = (x - mean) * scale
+        if HAS_BIAS:
+            z += bias
+        if HAS_RESIDUAL:
+            z += tl.load(residual_ptr + offsets, mask=mask, other=0).to(ACC)
+        y = round_to(ACT(z, param), y_ptr.dtype.element_ty)
+        tl.store(y_ptr + offsets, y, mask=mask)
+        if SAVE_MASK:
+            bit_offsets, bit_mask = mask_offsets(row, col_block, count, C, L, TILE, UNROLL)
+            # Not (z <= 0): NaN keeps its gradient, as in torch.
+            bits = pack_bits(tl.where(z <= 0, 0, 1), TILE, UNROLL)
+            tl.store(mask_ptr + bit_offsets, bits, mask=bit_mask)
+
+
+def bn_stats(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    momentum: float | Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """Batch mean and 1/sqrt(biased variance + eps) of each channel, each (C,) in fp32 (or fp64).
+
+    The running buffers are updated in place, with the unbiased variance. ``momentum`` may be a
+    one-element tensor on the device. An empty ``x`` leaves the buffers as they are.
+    """
+    acc = acc_type(x)
+    channels = x.shape[1]
+    mean, rstd = x.new_zeros(channels, dtype=acc), x.new_zeros(channels, dtype=acc)
+    if x.numel() == 0:
+        return mean, rstd
+    view, tile, config = plan("stats", x)
+    partial = torch.empty((2, config.splits, channels), dtype=acc, device=x.device)
+    pivot = torch.empty(channels, dtype=acc, device=x.device)
+    factor = momentum if isinstance(momentum, Tensor) else None
+    with launch_scope(x):
+        _bn_stats_kernel[config.grid](
+            partial_ptr=partial,
+            pivot_ptr=pivot,
+            x_ptr=x,
+            count=view.count,
+            C=channels,
+            L=view.inner,
+            rows_per_split=config.rows_per_split,
+            TILE=tile,
+            UNROLL=config.unroll,
+            STAGES=config.num_stages,
+            INNER_POW2=next_power_of_2(tile.group_inner),
+            ACC=ACC_DTYPE[acc],
+            enable_fp_fusion=True,
+        )
+        _bn_stats_finalize_kernel[FINALIZE.grid(channels)](
+            mean_ptr=mean,
+            rstd_ptr=rstd,
+            running_mean_ptr=running_mean,
+            running_var_ptr=running_var,
+            partial_ptr=partial,
+            pivot_ptr=pivot,
+            factor_ptr=factor,
+            count=view.count,
+            C=channels,
+            splits=config.splits,
+            momentum=0.0 if factor is not None else momentum,
+            eps=eps,
+            HAS_RUNNING_MEAN=running_mean is not None,
+            HAS_RUNNING_VAR=running_var is not None,
+            HAS_FACTOR=factor is not None,
+            BLOCK_S=FINALIZE.block_splits,
+            BLOCK_C=FINALIZE.block_channels,
+            num_warps=FINALIZE.num_warps,
+            enable_fp_fusion=True,
+        )
+    return mean, rstd
+
+
+def mask_bytes(view: ChannelView, itemsize: int) -> int:
+    """Size of the 1-bit mask of a tensor; its format belongs to `tiles.mask_offsets`."""
+    tile = tile_for(view, itemsize)
+    blocks = -(-tile_rows(view, tile) // (MASK_UNROLL * tile.sub_rows))
+    if tile.kind == PLANES:
+        width = view.channels * tile.block_cols // 2
+    elif tile.kind == CHANNELS:
+        width = (view.channels + 1) // 2
+    else:
+        width = view.channels * view.inner // 2
+    return blocks * tile.sub_rows * width
+
+
+def bn_apply(
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    act: str,
+    act_param: float,
+    *,
+    save_mask: bool = False,
+    eps: float | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """``act((x − mean)·(rstd·weight) + bias + residual)`` and, if asked, the mask of ``z > 0``.
+
+    ``residual`` lies in memory as ``x`` does. With ``eps``, ``rstd`` is a variance and
+    1/sqrt(rstd + eps) is taken from it.
+    """
+    y = torch.empty_like(x)
+    mask = None
+    if x.numel() == 0:
+        return y, x.new_empty(0, dtype=torch.uint8) if save_mask else None
+    view, tile, config = plan("apply", x)
+    if save_mask:
+        size = mask_bytes(view, x.element_size())
+        mask = torch.empty(size, dtype=torch.uint8, device=x.device)
+    with launch_scope(x):
+        _bn_apply_kernel[config.grid](
+            y_ptr=y,
+            mask_ptr=mask,
+            x_ptr=x,
+            residual_ptr=residual,
+            mean_ptr=mean,
+            rstd_ptr=rstd,
+            weight_ptr=weight,
+            bias_ptr=bias,
+            count=view.count,
+            C=view.channels,
+            L=view.inner,
+            rows_per_split=config.rows_per_split,
+            act_param=act_param,
+            eps=0.0 if eps is None else eps,
+            ACT=ACTIVATIONS[act].forward,
+            FROM_VAR=eps is not None,
+            HAS_WEIGHT=weight is not None,
+            HAS_BIAS=bias is not None,
+            HAS_RESIDUAL=residual is not None,
+            SAVE_MASK=save_mask,
+            TILE=tile,
+            UNROLL=config.unroll,
+            STAGES=config.num_stages,
+            ACC=ACC_DTYPE[acc_type(x)],
+            enable_fp_fusion=True,
+        )
+    return y, mask

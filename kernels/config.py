@@ -1,0 +1,171 @@
+"""Tile geometry and launch configurations: pure functions of a tensor's shape.
+
+A program owns a block of columns and walks down a range of rows:
+
+==========  ======================  =========================  =====================
+kind        used for                a row is                   a column is
+==========  ======================  =========================  =====================
+`CHANNELS`  channels_last           one position               one channel
+`PLANES`    contiguous              one vector of one channel  its elements
+`GROUPS`    contiguous, small odd   one sample                 one element of several
+            planes (7×7, 14×14)                                neighbouring channels
+==========  ======================  =========================  =====================
+
+The numbers here are derived from byte counts and from code compiled for sm_90; none has been
+measured on a GPU yet.
+"""
+
+from dataclasses import dataclass
+from math import gcd
+
+from bnres.kernels.layout import ChannelView
+
+CHANNELS, PLANES, GROUPS = 0, 1, 2
+
+NUM_WARPS = 4
+THREADS = 32 * NUM_WARPS
+VECTOR_BYTES = 16
+INT32_MAX = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Geometry of a tile, known at compile time.
+
+    It depends on shape and dtype alone, so that forward and backward agree on it. One *sub-tile*
+    of ``sub_rows × block_cols`` is one 16-byte vector for each of a program's 128 threads.
+
+    Attributes:
+        kind: `CHANNELS`, `PLANES` or `GROUPS`.
+        sub_rows: rows of a sub-tile, a power of two.
+        block_cols: columns of a tile, a power of two.
+        block_channels: channels in a column block.
+        group_inner: elements of a plane in a `GROUPS` tile, else 0.
+        vector: elements of 16 bytes.
+        aligned: rows start on a multiple of the vector.
+        even: no column is masked.
+        wide: offsets inside a tile may pass 2³¹.
+    """
+
+    kind: int
+    sub_rows: int
+    block_cols: int
+    block_channels: int
+    group_inner: int
+    vector: int
+    aligned: bool
+    even: bool
+    wide: bool
+
+    @property
+    def group_cols(self) -> int:
+        """Columns in use in a `GROUPS` tile."""
+        return self.block_channels * self.group_inner
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    """How one kernel is launched over a tensor.
+
+    Attributes:
+        unroll: sub-tiles a thread holds at once (independent loads).
+        num_stages: depth of the software pipeline over tiles (1: none).
+        col_blocks: column blocks, the first axis of the grid.
+        splits: programs that share the rows of one column block, the second axis.
+        rows_per_split: rows of each, a multiple of ``unroll * sub_rows``.
+    """
+
+    unroll: int
+    num_stages: int
+    col_blocks: int
+    splits: int
+    rows_per_split: int
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        return self.col_blocks, self.splits
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def channels_per_group(view: ChannelView, vector: int) -> int:
+    """Channels whose planes make whole vectors and at most one row of threads; 0 if none do."""
+    size = vector // gcd(view.inner, vector)
+    limit = THREADS * vector
+    if view.channels % size or size * view.inner > limit:
+        return 0
+    while view.channels % (2 * size) == 0 and 2 * size * view.inner <= limit:
+        size *= 2
+    return size
+
+
+def tile_for(view: ChannelView, itemsize: int) -> Tile:
+    """The tile geometry of a tensor of this shape and item size."""
+    vector = VECTOR_BYTES // itemsize
+    group = 0
+    if view.inner == 1:
+        kind, block_cols = CHANNELS, min(max(next_power_of_2(view.channels), 2), 8 * vector)
+        block_channels, aligned = block_cols, view.channels % vector == 0
+        even = view.channels % block_cols == 0
+    elif view.inner % vector and (group := channels_per_group(view, vector)):
+        kind, block_cols = GROUPS, next_power_of_2(group * view.inner)
+        block_channels, aligned = group, True
+        even = block_cols == group * view.inner
+    else:
+        kind, block_cols, block_channels = PLANES, vector, 1
+        aligned = even = view.inner % vector == 0
+    return Tile(
+        kind=kind,
+        sub_rows=THREADS * vector // block_cols,
+        block_cols=block_cols,
+        block_channels=block_channels,
+        group_inner=view.inner if group else 0,
+        vector=vector,
+        aligned=aligned,
+        even=even,
+        wide=view.numel > INT32_MAX,
+    )
+
+
+def tile_rows(view: ChannelView, tile: Tile) -> int:
+    """Rows of the whole tensor in one column block."""
+    return -(-view.count // tile.vector) if tile.kind == PLANES else view.outer
+
+
+@dataclass(frozen=True)
+class KernelTuning:
+    """What a kernel asks of the chip: see `LaunchConfig`."""
+
+    unroll: int
+    num_stages: int
+    programs_per_sm: int
+
+
+# A kernel that reads or writes the 1-bit mask has to unroll by this much: it is the mask's format.
+MASK_UNROLL = 4
+
+TUNING = {
+    "stats": KernelTuning(unroll=8, num_stages=1, programs_per_sm=4),
+    "apply": KernelTuning(unroll=MASK_UNROLL, num_stages=1, programs_per_sm=8),
+    "reduce": KernelTuning(unroll=MASK_UNROLL, num_stages=1, programs_per_sm=4),
+    "dx": KernelTuning(unroll=MASK_UNROLL, num_stages=3, programs_per_sm=4),
+}
+
+
+def launch_config(kernel: str, view: ChannelView, tile: Tile, sm_count: int) -> LaunchConfig:
+    """Split the rows so that every multiprocessor has work, whatever the number of channels."""
+    tuning = TUNING[kernel]
+    block_rows = tuning.unroll * tile.sub_rows
+    row_blocks = max(-(-tile_rows(view, tile) // block_rows), 1)
+    col_blocks = -(-view.channels // tile.block_channels)
+    wanted = max(tuning.programs_per_sm * sm_count // col_blocks, 1)
+    blocks_per_split = -(-row_blocks // wanted)
+    return LaunchConfig(
+        unroll=tuning.unroll,
+        num_stages=tuning.num_stages,
+        col_blocks=col_blocks,
+        splits=-(-row_blocks // blocks_per_split),
+        rows_per_split=blocks_per_split * block_rows,
+    )

@@ -1,0 +1,145 @@
+"""Pure device maths, no loads and no stores: activations and their gradients, rounding.
+
+An activation maps the pre-activation ``z`` to ``act(z)``; its gradient maps ``(dy, z)`` to
+``dy * act'(z)``. ``param`` is the activation's one parameter (leaky_relu's slope) or unused.
+Comparisons are written so that NaN passes through, as in torch.
+"""
+
+from dataclasses import dataclass
+
+import triton
+import triton.language as tl
+
+INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+
+SQRT_HALF = tl.constexpr(0.7071067811865476)
+SQRT_2_OVER_PI = tl.constexpr(0.7978845608028654)
+INV_SQRT_2_PI = tl.constexpr(0.3989422804014327)
+GELU_CUBIC = tl.constexpr(0.044715)
+
+
+@triton.jit
+def identity(z, param):
+    return z
+
+
+@triton.jit
+def identity_grad(dy, z, param):
+    return dy
+
+
+@triton.jit
+def relu(z, param):
+    return tl.where(z <= 0, 0.0, z)
+
+
+@triton.jit
+def relu_grad(dy, z, param):
+    return tl.where(z <= 0, 0.0, dy)
+
+
+@triton.jit
+def relu6(z, param):
+    return tl.where(z <= 0, 0.0, tl.where(z >= 6, 6.0, z))
+
+
+@triton.jit
+def relu6_grad(dy, z, param):
+    return tl.where((z <= 0) | (z >= 6), 0.0, dy)
+
+
+@triton.jit
+def leaky_relu(z, param):
+    return tl.where(z > 0, z, z * param)
+
+
+@triton.jit
+def leaky_relu_grad(dy, z, param):
+    return tl.where(z > 0, dy, dy * param)
+
+
+@triton.jit
+def hardswish(z, param):
+    return z * relu6(z + 3, param) / 6
+
+
+@triton.jit
+def hardswish_grad(dy, z, param):
+    return tl.where(z <= -3, 0.0, tl.where(z >= 3, dy, dy * (z / 3 + 0.5)))
+
+
+@triton.jit
+def sigmoid(z, param):
+    return 1 / (1 + tl.exp(-z))
+
+
+@triton.jit
+def sigmoid_grad(dy, z, param):
+    s = sigmoid(z, param)
+    return dy * (1 - s) * s
+
+
+@triton.jit
+def silu(z, param):
+    return z / (1 + tl.exp(-z))
+
+
+@triton.jit
+def silu_grad(dy, z, param):
+    s = sigmoid(z, param)
+    return dy * s * (1 + z * (1 - s))
+
+
+@triton.jit
+def gelu(z, param):
+    return z * 0.5 * (1 + tl.erf(z * SQRT_HALF))
+
+
+@triton.jit
+def gelu_grad(dy, z, param):
+    cdf = 0.5 * (1 + tl.erf(z * SQRT_HALF))
+    return dy * (cdf + z * INV_SQRT_2_PI * tl.exp(-0.5 * z * z))
+
+
+@triton.jit
+def gelu_tanh(z, param):
+    """0.5 z (1 + tanh(u)) = z sigmoid(2u), with u = sqrt(2/pi) (z + 0.044715 z³)."""
+    return z * sigmoid(2 * SQRT_2_OVER_PI * (z + GELU_CUBIC * z * z * z), param)
+
+
+@triton.jit
+def gelu_tanh_grad(dy, z, param):
+    s = sigmoid(2 * SQRT_2_OVER_PI * (z + GELU_CUBIC * z * z * z), param)
+    du2 = 2 * SQRT_2_OVER_PI * (1 + 3 * GELU_CUBIC * z * z)
+    return dy * (s + z * s * (1 - s) * du2)
+
+
+@dataclass(frozen=True)
+class Activation:
+    """Device functions of an activation and of its gradient."""
+
+    forward: triton.runtime.JITFunction
+    grad: triton.runtime.JITFunction
+
+
+ACTIVATIONS = {
+    "identity": Activation(identity, identity_grad),
+    "relu": Activation(relu, relu_grad),
+    "relu6": Activation(relu6, relu6_grad),
+    "leaky_relu": Activation(leaky_relu, leaky_relu_grad),
+    "hardswish": Activation(hardswish, hardswish_grad),
+    "sigmoid": Activation(sigmoid, sigmoid_grad),
+    "silu": Activation(silu, silu_grad),
+    "gelu": Activation(gelu, gelu_grad),
+    "gelu_tanh": Activation(gelu_tanh, gelu_tanh_grad),
+}
+
+
+@triton.jit
+def round_to(v, DTYPE: tl.constexpr):
+    """``v`` in another type, rounded to nearest even (the interpreter truncates to bfloat16)."""
+    if INTERPRETED and tl.bfloat16 == DTYPE:
+        bits = v.to(tl.float32).to(tl.uint32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        v = tl.where(v == v, rounded.to(tl.float32, bitcast=True), v.to(tl.float32))
+    return v.to(DTYPE)

@@ -1,0 +1,75 @@
+"""How a tensor lies in memory, seen by a per-channel operation.
+
+Every supported tensor is a dense array ``(outer, channel, inner)``: contiguous tensors have
+``inner`` = the product of the spatial sizes, channels_last ones have ``inner`` = 1.
+"""
+
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ChannelView:
+    """Sizes of a dense tensor seen as ``(outer, channels, inner)``."""
+
+    outer: int
+    channels: int
+    inner: int
+
+    @property
+    def count(self) -> int:
+        """Elements of one channel."""
+        return self.outer * self.inner
+
+    @property
+    def numel(self) -> int:
+        return self.outer * self.channels * self.inner
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether the channels of ``x`` (dimension 1) lie innermost, without gaps."""
+    if x.dim() == 4:
+        return x.is_contiguous(memory_format=torch.channels_last)
+    return x.movedim(1, -1).is_contiguous()
+
+
+def channel_view(x: Tensor) -> ChannelView:
+    """The view of a dense ``x`` of 2 to 5 dimensions; no data is touched.
+
+    Raises:
+        ValueError: if ``x`` is neither contiguous nor channels_last (see `dense`).
+    """
+    spatial = prod(x.shape[2:])
+    if x.is_contiguous():
+        return ChannelView(x.shape[0], x.shape[1], spatial)
+    if is_channels_last(x):
+        return ChannelView(x.shape[0] * spatial, x.shape[1], 1)
+    raise ValueError(f"x is neither contiguous nor channels_last: strides {x.stride()}")
+
+
+def dense(x: Tensor) -> Tensor:
+    """``x`` itself if it is contiguous or channels_last, else a copy in the nearer format."""
+    if x.is_contiguous() or is_channels_last(x):
+        return x
+    strides = [s for s, n in zip(x.stride(), x.shape, strict=True) if n > 1 and s > 0]
+    if strides and x.stride(1) == min(strides):
+        return x.movedim(1, -1).contiguous().movedim(-1, 1)
+    return x.contiguous()
+
+
+def dense_like(t: Tensor, x: Tensor) -> Tensor:
+    """``t`` itself if it lies in memory as the dense ``x`` does, else a copy that does.
+
+    An expanded gradient (stride 0) and one in another format are both copied here.
+    """
+    if t.stride() == x.stride() or channel_view_or_none(t) == channel_view(x):
+        return t
+    return torch.empty_like(x, dtype=t.dtype).copy_(t)
+
+
+def channel_view_or_none(x: Tensor) -> ChannelView | None:
+    """`channel_view`, or None where ``x`` is not dense."""
+    return channel_view(x) if x.is_contiguous() or is_channels_last(x) else None

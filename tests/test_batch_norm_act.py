@@ -1,0 +1,144 @@
+"""Values, gradients and running statistics of the fused operation against fp64 references."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from bnres.functional import batch_norm_act
+from bnres.nn import BatchNorm2d, BatchNormAct2d
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+# Error relative to the largest value of the result: a few rounding steps of the dtype (2⁻¹⁰,
+# 2⁻⁷), and for fp32 what sums over some hundred elements add to its 2⁻²³. fp64: the interpreter
+# rounds scalar arguments (eps, momentum, slope) to fp32, 2⁻²⁴ of each.
+TOLERANCE = {
+    torch.float64: 6e-8,
+    torch.float32: 3e-6,
+    torch.float16: 4e-3,
+    torch.bfloat16: 3e-2,
+}
+SHAPES = [(2, 3, 5, 5), (4, 16, 7, 7), (3, 8, 4, 4), (5, 130), (7, 65, 3), (2, 1, 3, 3, 3)]
+
+
+def channels_last(t):
+    return t.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
+def assert_close(actual, expected, dtype):
+    assert torch.isfinite(actual).all()
+    error = (actual.double() - expected).abs().max()
+    assert error <= TOLERANCE[dtype] * max(1.0, expected.abs().max().item())
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("has_residual", [False, True], ids=["plain", "residual"])
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_values_and_gradients(dtype, shape, last, has_residual, training):
+    torch.manual_seed(0)
+    channels = shape[1]
+    x, residual, dy = (torch.randn(shape, device=DEVICE).to(dtype) for _ in range(3))
+    x = x * 2 + 3
+    if last:
+        x, residual, dy = (channels_last(t) for t in (x, residual, dy))
+    stats = torch.float64 if dtype == torch.float64 else torch.float32
+    weight = torch.rand(channels, dtype=stats, device=DEVICE) + 0.5
+    bias, mean = (torch.randn(channels, dtype=stats, device=DEVICE) for _ in range(2))
+    var = torch.rand(channels, dtype=stats, device=DEVICE) + 0.5
+
+    inputs = [t.detach().requires_grad_() for t in (x, weight, bias, residual)]
+    wide = [t.detach().double().requires_grad_() for t in inputs]
+    wide_mean, wide_var = mean.double(), var.double()
+    y = batch_norm_act(
+        inputs[0],
+        mean,
+        var,
+        inputs[1],
+        inputs[2],
+        residual=inputs[3] if has_residual else None,
+        training=training,
+    )
+    z = F.batch_norm(wide[0], wide_mean, wide_var, wide[1], wide[2], training)
+    expected = F.relu(z + wide[3] if has_residual else z)
+    assert y.dtype == dtype
+    assert y.stride() == x.stride()
+    assert_close(y, expected, dtype)
+    assert_close(mean, wide_mean, stats)
+    assert_close(var, wide_var, stats)
+
+    used = 4 if has_residual else 3
+    grads = torch.autograd.grad(y, inputs[:used], dy)
+    expected_grads = torch.autograd.grad(expected, wide[:used], dy.double())
+    for grad, expected_grad in zip(grads, expected_grads, strict=True):
+        assert_close(grad, expected_grad, dtype)
+
+
+@pytest.mark.parametrize("act", [None, "relu6", "leaky_relu", "hardswish", "sigmoid", "silu"])
+@pytest.mark.parametrize("has_residual", [False, True], ids=["plain", "residual"])
+def test_activations(act, has_residual):
+    from bnres.activations import FORMULAS
+
+    torch.manual_seed(1)
+    x, residual, dy = (
+        torch.randn(4, 5, 3, 3, dtype=torch.float64, device=DEVICE) * 3 for _ in range(3)
+    )
+    inputs = [x.requires_grad_(), residual.requires_grad_()]
+    y = batch_norm_act(
+        x, None, None, residual=residual if has_residual else None, act=act, training=True
+    )
+    z = F.batch_norm(x, None, None, training=True)
+    expected = FORMULAS[act or "identity"](z + residual if has_residual else z, 0.01)
+    assert_close(y, expected, torch.float64)
+    used = 2 if has_residual else 1
+    grads = torch.autograd.grad(y, inputs[:used], dy)
+    for grad, want in zip(grads, torch.autograd.grad(expected, inputs[:used], dy), strict=True):
+        assert_close(grad, want, torch.float64)
+
+
+def test_gradcheck():
+    torch.manual_seed(2)
+    x, residual = (
+        torch.randn(2, 2, 2, 1, dtype=torch.float64, device=DEVICE, requires_grad=True)
+        for _ in range(2)
+    )
+
+    def run(x, residual):
+        return batch_norm_act(x, None, None, residual=residual, act="silu", training=True)
+
+    assert torch.autograd.gradcheck(run, (x, residual))
+
+
+@pytest.mark.parametrize("module", [BatchNorm2d, BatchNormAct2d])
+def test_module_counts_batches_and_keeps_torch_keys(module):
+    bn = module(3, momentum=None).to(DEVICE)
+    assert list(bn.state_dict()) == list(torch.nn.BatchNorm2d(3).state_dict())
+    x = torch.randn(4, 3, 2, 2, device=DEVICE)
+    bn(x)
+    bn(x + 1)
+    assert bn.num_batches_tracked == 2
+    torch.testing.assert_close(bn.running_mean, (x + 0.5).mean((0, 2, 3)), rtol=0, atol=1e-6)
+
+
+def test_large_mean_keeps_the_variance():
+    torch.manual_seed(3)
+    x = torch.randn(64, 4, 7, 7, device=DEVICE) + 1e4
+    var = torch.zeros(4, device=DEVICE)
+    batch_norm_act(x, None, var, training=True, momentum=1.0)
+    expected = x.double().var((0, 2, 3))
+    torch.testing.assert_close(var.double(), expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error", "words"),
+    [
+        ({"act": "mish"}, ValueError, "act must be one of"),
+        ({"residual": torch.zeros(2, 3, 2, 1)}, ValueError, "residual must have the shape"),
+        ({"weight": torch.ones(4)}, RuntimeError, "weight should contain 3 elements not 4"),
+        ({"training": False}, RuntimeError, "running_mean must be defined in evaluation mode"),
+    ],
+)
+def test_bad_input_is_named(kwargs, error, words):
+    with pytest.raises(error, match=words):
+        batch_norm_act(torch.zeros(2, 3, 2, 2), None, None, **{"training": True, **kwargs})
