@@ -97,17 +97,26 @@ def test_activations(act, has_residual):
         assert_close(grad, want, torch.float64)
 
 
-def test_gradcheck():
+@pytest.mark.parametrize("act", [None, "relu", "silu"])
+@pytest.mark.parametrize("has_residual", [False, True], ids=["plain", "residual"])
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_gradients_of_gradients(act, has_residual, training):
     torch.manual_seed(2)
-    x, residual = (
-        torch.randn(2, 2, 2, 1, dtype=torch.float64, device=DEVICE, requires_grad=True)
-        for _ in range(2)
-    )
+    x, residual = (torch.randn(3, 2, 1, 1, dtype=torch.float64, device=DEVICE) for _ in range(2))
+    weight, bias, mean = (torch.randn(2, dtype=torch.float64, device=DEVICE) for _ in range(3))
+    var = torch.rand(2, dtype=torch.float64, device=DEVICE) + 0.5
+    inputs = (x, weight, bias, residual) if has_residual else (x, weight, bias)
 
-    def run(x, residual):
-        return batch_norm_act(x, None, None, residual=residual, act="silu", training=True)
+    def run(x, weight, bias, residual=None):
+        stats = (None, None) if training else (mean, var)
+        return batch_norm_act(
+            x, *stats, weight, bias, residual=residual, act=act, training=training
+        )
 
-    assert torch.autograd.gradcheck(run, (x, residual))
+    for tensor in inputs:
+        tensor.requires_grad_()
+    assert torch.autograd.gradcheck(run, inputs)
+    assert torch.autograd.gradgradcheck(run, inputs)
 
 
 @pytest.mark.parametrize("module", [BatchNorm2d, BatchNormAct2d])
