@@ -1,25 +1,12 @@
-"""The activations a fused layer can end in: names, torch classes, and their formulas in torch."""
+"""The activations a fused layer can end in: names, torch classes and options."""
 
-from collections.abc import Callable
 from typing import Any
 
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
+
+from bnres.kernels.reference import ACTIVATION_FORMULAS
 
 DEFAULT_SLOPE = 0.01
-
-# Formula of each activation; the second argument is leaky_relu's slope, unused by the others.
-FORMULAS: dict[str, Callable[[Tensor, float], Tensor]] = {
-    "identity": lambda z, p: z,
-    "relu": lambda z, p: F.relu(z),
-    "relu6": lambda z, p: F.relu6(z),
-    "leaky_relu": lambda z, p: F.leaky_relu(z, p),
-    "hardswish": lambda z, p: F.hardswish(z),
-    "sigmoid": lambda z, p: z.sigmoid(),
-    "silu": lambda z, p: F.silu(z),
-    "gelu": lambda z, p: F.gelu(z),
-    "gelu_tanh": lambda z, p: F.gelu(z, approximate="tanh"),
-}
 
 CLASSES: dict[type[nn.Module], str] = {
     nn.Identity: "identity",
@@ -48,8 +35,10 @@ def resolve(act: str | type[nn.Module] | None, kwargs: dict[str, Any] | None) ->
         name = CLASSES.get(act, act.__name__)
     else:
         name = "identity" if act is None else act
-    if name not in FORMULAS:
-        raise ValueError(f"act must be one of {', '.join(FORMULAS)} or None, got {act!r}")
+    if name not in ACTIVATION_FORMULAS:
+        raise ValueError(
+            f"act must be one of {', '.join(ACTIVATION_FORMULAS)} or None, got {act!r}"
+        )
     options = dict(kwargs or {})
     options.pop("inplace", None)
     param = 0.0

@@ -1,85 +1,117 @@
-"""torch.autograd.Function wrappers: what is saved, which operator runs, where gradients go."""
+"""torch.autograd.Function wrappers: what is saved, which operator runs, where gradients go.
 
+First derivatives come from the kernels. Second ones, and forward-mode ones, differentiate the
+formulas of `bnres.kernels.reference`.
+"""
+
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from bnres import ops
-from bnres.activations import FORMULAS
+from bnres.kernels.dtypes import acc_type
+from bnres.kernels.reference import (
+    bn_backward_dx_ref,
+    bn_backward_reduce_ref,
+    bn_stats_ref,
+    per_channel,
+    pre_activation_grad_ref,
+)
 
-
-def batch_norm_act_formula(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    stats: tuple[Tensor, Tensor] | None,
-    eps: float,
-    act: str,
-    act_param: float,
-) -> Tensor:
-    """The operation in differentiable torch; ``stats`` (mean, rstd) are constants, None: of ``x``."""
-    shape = [1, -1] + [1] * (x.dim() - 2)
-    dims = [0, *range(2, x.dim())]
-    if stats is None:
-        mean = x.mean(dims, keepdim=True)
-        rstd = ((x - mean).square().mean(dims, keepdim=True) + eps).rsqrt()
-    else:
-        mean, rstd = (s.view(shape) for s in stats)
-    z = (x - mean) * rstd
-    if weight is not None:
-        z = z * weight.view(shape)
-    if bias is not None:
-        z = z + bias.view(shape)
-    if residual is not None:
-        z = z + residual
-    return FORMULAS[act](z, act_param)
+Gradients = tuple[Tensor | None, ...]
 
 
 class BatchNormActFunction(torch.autograd.Function):
-    """y = act(bn(x) + residual); also returns mean, rstd and mask for its backward."""
+    """y = act(bn(x) + residual) of a dense ``x``; mean, rstd and mask are for its backward."""
 
     @staticmethod
     def forward(
         x, weight, bias, residual, running_mean, running_var, factor, momentum, training, eps, act,
         act_param, needs_grad,
     ):  # fmt: skip
-        run = ops.forward_op if torch.compiler.is_compiling() else ops.forward_impl
-        y, mean, rstd, mask = run(
+        if torch.compiler.is_compiling():
+            return ops.forward_op(
+                x, weight, bias, residual, running_mean, running_var, factor, momentum, training,
+                eps, act, act_param, needs_grad,
+            )  # fmt: skip
+        outputs = ops.forward_impl(
             x, weight, bias, residual, running_mean, running_var, factor, momentum, training, eps,
             act, act_param, needs_grad,
         )  # fmt: skip
-        if training and run is ops.forward_impl:
-            for buffer in (running_mean, running_var):
-                if buffer is not None:
-                    torch.autograd.graph.increment_version(buffer)
-        return y, mean, rstd, mask
+        # What the operator's mutates_args says to autograd, had the call gone through it.
+        for buffer in (running_mean, running_var) if training else ():
+            if buffer is not None:
+                torch.autograd.graph.increment_version(buffer)
+        return outputs
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        x, weight, bias, residual, *_ = inputs
-        training, eps, act, act_param, needs_grad = inputs[8:]
+        x, weight, bias, residual, *_, needs_grad = inputs
+        training, eps, act, act_param = inputs[8:12]
         _, mean, rstd, mask = output
         ctx.mark_non_differentiable(mean, rstd, mask)
         ctx.set_materialize_grads(False)
         has_mask = ops.saves_mask(residual is not None, act, needs_grad)
-        keeps_residual = residual is not None and act != "identity" and not has_mask
-        ctx.save_for_backward(x, weight, bias, residual if keeps_residual else None, mean, rstd,
-                              mask if has_mask else None)  # fmt: skip
+        if has_mask or act == "identity":
+            residual = None
+        ctx.save_for_backward(x, weight, bias, residual, mean, rstd, mask if has_mask else None)
         ctx.options = (training, eps, act, act_param)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-        grads: tuple[Tensor | None, ...] = (None,) * 4
+    def backward(ctx: Any, dy: Tensor | None, *_: Any) -> Gradients:
+        grads: Gradients = (None,) * 4
         if dy is not None:
             needs = tuple(ctx.needs_input_grad[:4])
-            grads = BatchNormActBackwardFunction.apply(dy, *ctx.saved_tensors, needs, *ctx.options)
+            grads = backward_function().apply(dy, *ctx.saved_tensors, needs, *ctx.options)
         return *grads, *((None,) * 9)
 
 
+class ForwardModeBatchNormActFunction(BatchNormActFunction):
+    """`BatchNormActFunction` with a forward-mode derivative, which torch.compile can't capture."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        BatchNormActFunction.setup_context(ctx, inputs, output)
+        ctx.save_for_forward(*inputs[:6])
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, weight, bias, residual, running_mean, running_var = ctx.saved_tensors
+        training, eps, act, act_param = ctx.options
+        if training:
+            mean, rstd = bn_stats_ref(x, None, None, 0.0, eps)
+        else:
+            mean = running_mean.to(acc_type(x))
+            rstd = 1 / (running_var.to(acc_type(x)) + eps).sqrt()
+        dx, dweight, dbias, dresidual = tangents[:4]
+        dz = torch.zeros_like(x, dtype=acc_type(x))
+        if dx is not None:
+            # The derivative of xhat by x is symmetric: backward's formula serves both ways.
+            linear = (None, None, None, "identity", 0.0)
+            sums = None
+            if training:
+                sums = bn_backward_reduce_ref(dx, x, mean, rstd, None, *linear)[:2]
+            dz = (
+                dz
+                + bn_backward_dx_ref(dx, x, mean, rstd, weight, *linear, sums, x[:, 0].numel())[0]
+            )
+        if dweight is not None:
+            xhat = (x - per_channel(mean, x)) * per_channel(rstd, x)
+            dz = dz + xhat * per_channel(dweight, x)
+        if dbias is not None:
+            dz = dz + per_channel(dbias, x)
+        if dresidual is not None:
+            dz = dz + dresidual
+        dy = pre_activation_grad_ref(
+            dz, x, mean, rstd, weight, bias, residual, None, act, act_param
+        )
+        return dy.to(x.dtype), None, None, None
+
+
 class BatchNormActBackwardFunction(torch.autograd.Function):
-    """The gradients of `BatchNormActFunction`, differentiable once more and as often as asked."""
+    """The gradients of `BatchNormActFunction`, differentiable as often as asked."""
 
     @staticmethod
     def forward(
@@ -103,89 +135,104 @@ class BatchNormActBackwardFunction(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        dy, x, weight, bias, residual, mean, rstd, mask, needs, *options = inputs
+        *tensors, _needs, training, eps, act, act_param = inputs
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(dy, x, weight, bias, residual, mean, rstd, mask)
-        ctx.needs, ctx.options = needs, options
+        ctx.save_for_backward(*tensors)
+        ctx.options = (training, eps, act, act_param)
 
     @staticmethod
-    def backward(ctx: Any, *grad_grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        dy, x, weight, bias, residual, mean, rstd, mask = ctx.saved_tensors
-        training, eps, act, act_param = ctx.options
-        create_graph = torch.is_grad_enabled()
-        wanted = ctx.needs_input_grad[:5]
-        with torch.enable_grad():
-            dz = dy
-            if mask is not None:
-                # The mask tells where relu let the gradient through; relu itself is linear there.
-                probe = BatchNormActBackwardFunction.mask_of(mask, x)
-                dz = torch.where(probe, dy, 0)
-                act = "identity"
-            bias_arg = torch.zeros_like(mean) if bias is None else bias
-            inner = [t for t in (x, weight, bias_arg, residual) if t is not None]
-            inner = [t if t.requires_grad else t.detach().requires_grad_() for t in inner]
-            it = iter(inner)
-            args: list[Any] = [
-                next(it) if t is not None else None for t in (x, weight, bias_arg, residual)
-            ]
-            offset = None
-            if residual is None:
-                offset = torch.zeros_like(x).requires_grad_()
-                args[3] = offset
-            y = batch_norm_act_formula(
-                args[0],
-                args[1],
-                args[2],
-                args[3],
-                None if training else (mean, rstd),
-                eps,
-                act,
-                act_param,
-            )
-            sources = [t for t in args if t is not None]
-            firsts = dict(
-                zip(
-                    map(id, sources),
-                    torch.autograd.grad(y, sources, dz, create_graph=True, allow_unused=True),
-                    strict=True,
-                )
-            )
-            grads = [firsts[id(t)] if t is not None else None for t in args]
-            pairs = [
-                (g, gg)
-                for g, gg in zip(grads, grad_grads, strict=True)
-                if g is not None and gg is not None and g.requires_grad
-            ]
-            targets = [dy, args[0], args[1], args[2] if bias is not None else None,
-                       args[3] if residual is not None else None]  # fmt: skip
-            chosen = [t for t, w in zip(targets, wanted, strict=True) if w and t is not None]
-            results: list[Tensor | None] = [None] * len(chosen)
-            if pairs and chosen:
-                results = list(
-                    torch.autograd.grad(
-                        [g for g, _ in pairs],
-                        chosen,
-                        [gg for _, gg in pairs],
-                        create_graph=create_graph,
-                        allow_unused=True,
-                    )
-                )
-        it_results = iter(results)
-        out = [
-            next(it_results) if w and t is not None else None
-            for t, w in zip(targets, wanted, strict=True)
-        ]
-        return *out, *((None,) * 8)
+    def backward(ctx: Any, *grad_grads: Tensor | None) -> Gradients:
+        wanted = [i for i, grad_grad in enumerate(grad_grads) if grad_grad is not None]
+        if not wanted:
+            return (None,) * 13
+        needed = ctx.needs_input_grad[:5]
+        gradients, sources = _gradients_of(ctx.saved_tensors, needed, wanted, *ctx.options)
+        vjp = torch.func.vjp(gradients, *sources)[1]
+        found = iter(vjp([grad_grads[i] for i in wanted]))
+        return *(next(found) if need else None for need in needed), *((None,) * 8)
+
+
+class ForwardModeBatchNormActBackwardFunction(BatchNormActBackwardFunction):
+    """`BatchNormActBackwardFunction` with a forward-mode derivative."""
 
     @staticmethod
-    def mask_of(mask: Tensor, x: Tensor) -> Tensor:
-        """The 1-bit mask as booleans of the shape of ``x``."""
-        from bnres.kernels.bn_backward import bn_backward_dx
-        from bnres.kernels.layout import dense
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        BatchNormActBackwardFunction.setup_context(ctx, inputs, output)
+        ctx.save_for_forward(*inputs[:8])
+        ctx.computed = [i for i, gradient in enumerate(output) if gradient is not None]
 
-        ones = torch.ones_like(dense(x.detach()))
-        unit = torch.ones(x.shape[1], dtype=torch.float64 if x.dtype == torch.float64 else torch.float32, device=x.device)  # fmt: skip
-        passed, _ = bn_backward_dx(
-            ones, ones, unit, unit, None, None, None, mask, "relu", 0.0, None, 1
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Gradients:
+        needed = [tangent is not None for tangent in tangents[:5]]
+        gradients, sources = _gradients_of(ctx.saved_tensors, needed, ctx.computed, *ctx.options)
+        given = tuple(t for t in tangents[:5] if t is not None)
+        found = iter(torch.func.jvp(gradients, sources, given)[1])
+        return tuple(next(found) if i in ctx.computed else None for i in range(4))
+
+
+def forward_function() -> type[BatchNormActFunction]:
+    """The Function to apply: the one with forward mode, but where torch.compile captures it."""
+    if torch.compiler.is_compiling():
+        return BatchNormActFunction
+    return ForwardModeBatchNormActFunction
+
+
+def backward_function() -> type[BatchNormActBackwardFunction]:
+    """As `forward_function`, of the backward."""
+    if torch.compiler.is_compiling():
+        return BatchNormActBackwardFunction
+    return ForwardModeBatchNormActBackwardFunction
+
+
+def _gradients_of(
+    saved: Sequence[Any],
+    needed: Sequence[bool],
+    wanted: Sequence[int],
+    *options: Any,
+) -> tuple[Callable[..., list[Tensor | None]], tuple[Tensor, ...]]:
+    """The ``wanted`` gradients as a function of the saved tensors that are ``needed``; and those."""
+    *tensors, mean, rstd, mask = saved
+    x = tensors[1]
+    if mask is not None:
+        mask = ops.unpack_mask(mask, x)
+
+    def gradients(*sources: Tensor) -> list[Tensor | None]:
+        remaining = iter(sources)
+        dy, x, weight, bias, residual = (
+            next(remaining) if need else t for t, need in zip(tensors, needed, strict=True)
         )
-        return passed != 0
+        every = _differentiable_gradients(dy, x, weight, bias, residual, mean, rstd, mask, *options)
+        return [every[i] for i in wanted]
+
+    sources = [t for t, need in zip(tensors, needed, strict=True) if need]
+    return gradients, tuple(sources)
+
+
+def _differentiable_gradients(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    mask: Tensor | None,
+    training: bool,
+    eps: float,
+    act: str,
+    act_param: float,
+) -> Gradients:
+    """dx, dweight, dbias, dresidual as functions of the tensors they come from."""
+    if training:
+        mean, rstd = bn_stats_ref(x, None, None, 0.0, eps)
+    dz = pre_activation_grad_ref(dy, x, mean, rstd, weight, bias, residual, mask, act, act_param)
+    linear = (None, None, None, "identity", 0.0)
+    sum_dy, sum_dy_xhat, _ = bn_backward_reduce_ref(dz, x, mean, rstd, weight, *linear)
+    sums = (sum_dy, sum_dy_xhat) if training else None
+    dx, _ = bn_backward_dx_ref(dz, x, mean, rstd, weight, *linear, sums, x[:, 0].numel())
+    return (
+        dx,
+        None if weight is None else sum_dy_xhat.to(weight.dtype),
+        None if bias is None else sum_dy.to(bias.dtype),
+        dz.to(x.dtype),
+    )

@@ -6,11 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bnres.activations import FORMULAS, resolve
-from bnres.autograd import BatchNormActFunction
+from bnres.activations import resolve
+from bnres.autograd import forward_function
 from bnres.backend import uses_kernels
-
-SUPPORTED_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+from bnres.kernels.dtypes import SUPPORTED_DTYPES
+from bnres.kernels.layout import dense, dense_like
+from bnres.kernels.reference import ACTIVATION_FORMULAS
 
 
 def batch_norm(
@@ -89,11 +90,14 @@ def batch_norm_act(
             input, running_mean, running_var, weight, bias, residual, name, param, training,
             momentum, eps,
         )  # fmt: skip
+    input = dense(input)
+    if residual is not None:
+        residual = dense_like(residual, input)
     needs_grad = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (input, weight, bias, residual)
     )
     factor = momentum if isinstance(momentum, Tensor) else None
-    return BatchNormActFunction.apply(
+    return forward_function().apply(
         input, weight, bias, residual, running_mean, running_var, factor,
         0.0 if factor is not None else momentum, training, eps, name, param, needs_grad,
     )[0]  # fmt: skip
@@ -175,4 +179,4 @@ def _batch_norm_act_aten(
         y = F.batch_norm(input, running_mean, running_var, weight, bias, training, factor, eps)
     if residual is not None:
         y = y + residual
-    return FORMULAS[act](y, param)
+    return ACTIVATION_FORMULAS[act](y, param)

@@ -2,11 +2,14 @@
 
 In eager mode the Functions call the plain implementations (`forward_impl`, `backward_impl`)
 directly and spare the dispatcher's time. The kernels, and with them Triton, are imported at the
-first call.
+first call. ``x`` is dense and ``residual`` lies in memory as it does (see `bnres.kernels.layout`).
 """
 
 import torch
 from torch import Tensor
+
+from bnres.kernels.dtypes import acc_type
+from bnres.kernels.layout import channel_view, dense_like
 
 
 def forward_impl(
@@ -26,12 +29,7 @@ def forward_impl(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y, mean, rstd and the 1-bit mask; what no backward needs is empty."""
     from bnres.kernels import bn_forward
-    from bnres.kernels.launch import acc_type
-    from bnres.kernels.layout import dense, dense_like
 
-    x = dense(x)
-    if residual is not None:
-        residual = dense_like(residual, x)
     variance_eps = None
     if training:
         mean, rstd = bn_forward.bn_stats(
@@ -67,6 +65,11 @@ def saves_mask(has_residual: bool, act: str, needs_grad: bool) -> bool:
     return needs_grad and has_residual and act == "relu"
 
 
+def reduces_first(training: bool, needs_dx: bool, needs_dz: bool, needs_sums: bool) -> bool:
+    """Whether backward has a reduce pass; in eval mode dx and dz come without one."""
+    return needs_sums or (training and needs_dx) or (needs_dz and not needs_dx)
+
+
 def backward_impl(
     dy: Tensor,
     x: Tensor,
@@ -89,14 +92,10 @@ def backward_impl(
     reduce pass writes it and the dx pass reads it in place of dy.
     """
     from bnres.kernels import bn_backward
-    from bnres.kernels.layout import dense, dense_like
 
-    x = dense(x)
     dy = dense_like(dy, x)
-    if residual is not None:
-        residual = dense_like(residual, x)
     dx, dz, sum_dy, sum_dy_xhat = (x.new_empty(0) for _ in range(4))
-    reduces = needs_sums or (training and needs_dx) or (needs_dz and not needs_dx)
+    reduces = reduces_first(training, needs_dx, needs_dz, needs_sums)
     if reduces:
         sum_dy, sum_dy_xhat, written = bn_backward.bn_backward_reduce(
             dy, x, mean, rstd, weight, bias, residual, mask, act, act_param, write_dz=needs_dz
@@ -113,8 +112,20 @@ def backward_impl(
         )  # fmt: skip
         if written is not None:
             dz = written
-    # An operator's outputs may not share memory with each other.
     return dx, dz, sum_dy, sum_dy_xhat
+
+
+def unpack_mask(mask: Tensor, x: Tensor) -> Tensor:
+    """The 1-bit mask of a dense ``x`` as booleans of its shape."""
+    from bnres.kernels import bn_backward
+
+    ones = torch.ones_like(x)
+    unit = x.new_ones(x.shape[1], dtype=acc_type(x))
+    # In eval mode, with unit statistics, dx is dy where the mask is set.
+    passed, _ = bn_backward.bn_backward_dx(
+        ones, ones, unit, unit, None, None, None, mask, "relu", 0.0, None, 1
+    )
+    return passed != 0
 
 
 forward_op = torch.library.custom_op(
@@ -133,19 +144,15 @@ def _(
     act_param, needs_grad,
 ):  # fmt: skip
     from bnres.kernels.bn_forward import mask_bytes
-    from bnres.kernels.layout import channel_view, dense
 
-    x = dense(x)
-    acc = torch.float64 if x.dtype == torch.float64 else torch.float32
-    stats = x.shape[1] if needs_grad else 0
+    stats = (x.shape[1], acc_type(x)) if needs_grad else (0, x.dtype)
     mask = 0
     if saves_mask(residual is not None, act, needs_grad) and x.numel():
         mask = mask_bytes(channel_view(x), x.element_size())
-    stats_dtype = acc if needs_grad else x.dtype
     return (
         torch.empty_like(x),
-        x.new_empty(stats, dtype=stats_dtype),
-        x.new_empty(stats, dtype=stats_dtype),
+        x.new_empty(stats[0], dtype=stats[1]),
+        x.new_empty(stats[0], dtype=stats[1]),
         x.new_empty(mask, dtype=torch.uint8),
     )
 
@@ -155,10 +162,7 @@ def _(
     dy, x, weight, bias, residual, mean, rstd, mask, training, act, act_param, needs_dx, needs_dz,
     needs_sums,
 ):  # fmt: skip
-    from bnres.kernels.layout import dense
-
-    x = dense(x)
-    reduces = needs_sums or (training and needs_dx) or (needs_dz and not needs_dx)
+    reduces = reduces_first(training, needs_dx, needs_dz, needs_sums)
     return (
         torch.empty_like(x) if needs_dx else x.new_empty(0),
         torch.empty_like(x) if needs_dz else x.new_empty(0),

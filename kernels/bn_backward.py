@@ -12,7 +12,8 @@ from torch import Tensor
 from bnres.kernels.bn_forward import _sum_splits
 from bnres.kernels.config import next_power_of_2
 from bnres.kernels.device import ACTIVATIONS, round_to
-from bnres.kernels.launch import ACC_DTYPE, FINALIZE, acc_type, launch_scope, plan
+from bnres.kernels.dtypes import acc_type
+from bnres.kernels.launch import ACC_DTYPE, FINALIZE, launch_scope, plan
 from bnres.kernels.tiles import (
     channel_ids,
     fold,
@@ -107,7 +108,7 @@ def _bn_bwd_reduce_kernel(
         scale = to_columns(scale, TILE)
         if HAS_BIAS:
             bias = to_columns(tl.load(bias_ptr + offs_c, mask=mask_c, other=0).to(ACC), TILE)
-    param = tl.cast(act_param, ACC)
+    param = tl.full((), act_param, ACC)
     sum_dz = tl.zeros((TILE.sub_rows, TILE.block_cols), ACC)
     sum_dz_xmu = tl.zeros((TILE.sub_rows, TILE.block_cols), ACC)
     start = tl.cast(split, tl.int64) * rows_per_split
@@ -203,7 +204,7 @@ def _bn_bwd_dx_kernel(
     bias = mean
     if HAS_ACT and not HAS_MASK and HAS_BIAS:
         bias = to_columns(tl.load(bias_ptr + offs_c, mask=mask_c, other=0).to(ACC), TILE)
-    param = tl.cast(act_param, ACC)
+    param = tl.full((), act_param, ACC)
     start = tl.cast(split, tl.int64) * rows_per_split
     for row in tl.range(start, start + rows_per_split, UNROLL * TILE.sub_rows, num_stages=STAGES):
         offsets, mask = tile_offsets(row, col_block, count, C, L, TILE, UNROLL)

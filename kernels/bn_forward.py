@@ -14,7 +14,8 @@ from bnres.kernels.config import (
     tile_rows,
 )
 from bnres.kernels.device import ACTIVATIONS, round_to
-from bnres.kernels.launch import ACC_DTYPE, FINALIZE, acc_type, launch_scope, plan
+from bnres.kernels.dtypes import acc_type
+from bnres.kernels.launch import ACC_DTYPE, FINALIZE, launch_scope, plan
 from bnres.kernels.layout import ChannelView
 from bnres.kernels.tiles import (
     channel_ids,
@@ -145,10 +146,10 @@ def _bn_stats_finalize_kernel(
     mean = tl.load(pivot_ptr + offs_c, mask=mask_c, other=0).to(tl.float64) + shift
     var = square - shift * shift
     var = tl.where(var < 0, 0.0, var)
-    rstd = 1 / tl.sqrt(var + eps)
+    rstd = 1 / tl.sqrt(var + tl.full((), eps, tl.float64))
     tl.store(mean_ptr + offs_c, mean.to(mean_ptr.dtype.element_ty), mask=mask_c)
     tl.store(rstd_ptr + offs_c, rstd.to(rstd_ptr.dtype.element_ty), mask=mask_c)
-    factor = momentum
+    factor = tl.full((), momentum, tl.float64)
     if HAS_FACTOR:
         factor = tl.load(factor_ptr).to(tl.float64)
     if HAS_RUNNING_MEAN:
@@ -193,13 +194,13 @@ def _bn_apply_kernel(
     mean = tl.load(mean_ptr + offs_c, mask=mask_c, other=0).to(ACC)
     scale = tl.load(rstd_ptr + offs_c, mask=mask_c, other=1).to(ACC)
     if FROM_VAR:
-        scale = (1 / tl.sqrt(scale.to(tl.float64) + eps)).to(ACC)
+        scale = (1 / tl.sqrt(scale.to(tl.float64) + tl.full((), eps, tl.float64))).to(ACC)
     if HAS_WEIGHT:
         scale *= tl.load(weight_ptr + offs_c, mask=mask_c, other=0).to(ACC)
     mean, scale = to_columns(mean, TILE), to_columns(scale, TILE)
     if HAS_BIAS:
         bias = to_columns(tl.load(bias_ptr + offs_c, mask=mask_c, other=0).to(ACC), TILE)
-    param = tl.cast(act_param, ACC)
+    param = tl.full((), act_param, ACC)
     start = tl.cast(split, tl.int64) * rows_per_split
     for row in tl.range(start, start + rows_per_split, UNROLL * TILE.sub_rows, num_stages=STAGES):
         offsets, mask = tile_offsets(row, col_block, count, C, L, TILE, UNROLL)

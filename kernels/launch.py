@@ -32,11 +32,6 @@ class FinalizeConfig:
 FINALIZE = FinalizeConfig(block_splits=256, block_channels=8, num_warps=8)
 
 
-def acc_type(x: Tensor) -> torch.dtype:
-    """The type statistics and partial sums are kept in."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 @cache
 def sm_count(device_index: int) -> int:
     return torch.cuda.get_device_properties(device_index).multi_processor_count

@@ -1,0 +1,11 @@
+"""The types the kernels take and compute in."""
+
+import torch
+from torch import Tensor
+
+SUPPORTED_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def acc_type(x: Tensor) -> torch.dtype:
+    """The type statistics and sums of ``x`` are kept in: fp64 for fp64, else fp32."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
