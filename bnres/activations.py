@@ -52,3 +52,15 @@ def resolve(act: str | type[nn.Module] | None, kwargs: dict[str, Any] | None) ->
     if options:
         raise ValueError(f"act_kwargs of {name} do not include {', '.join(map(repr, options))}")
     return name, param
+
+
+def as_module(act: str) -> nn.Module:
+    """Torch's own module of an activation, by name.
+
+    Raises:
+        ValueError: for an unknown activation.
+    """
+    name, _ = resolve(act, None)
+    if name == "gelu_tanh":
+        return nn.GELU(approximate="tanh")
+    return {name: cls for cls, name in CLASSES.items()}[name]()

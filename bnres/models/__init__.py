@@ -1,0 +1,22 @@
+"""Residual nets of fused layers."""
+
+from bnres.models.registry import MODELS, create_model
+from bnres.models.resnet import ResNet, resnet18, resnet34, resnet50, resnet101, resnet152
+from bnres.models.seed import Residual, lenet_seed, resnet18_seed
+from bnres.models.summary import Stage, summarize
+
+__all__ = [
+    "MODELS",
+    "ResNet",
+    "Residual",
+    "Stage",
+    "create_model",
+    "lenet_seed",
+    "resnet18",
+    "resnet18_seed",
+    "resnet34",
+    "resnet50",
+    "resnet101",
+    "resnet152",
+    "summarize",
+]

@@ -1,0 +1,117 @@
+"""The nets of the course the project starts from (d2l.ai, chapters 7.5 and 8.6)."""
+
+from torch import Tensor, nn
+
+from bnres.nn import BatchNormAct1d, BatchNormAct2d
+
+
+class Residual(nn.Module):
+    """3×3 convolution, BN, ReLU, 3×3 convolution, BN, add, ReLU, all convolutions with bias.
+
+    Args:
+        input_channels: channels of the input.
+        num_channels: channels of the output.
+        use_1x1conv: put a 1×1 convolution (without batch norm) into the shortcut.
+        strides: stride of the first convolution and of the shortcut's.
+    """
+
+    fused = True
+
+    def __init__(
+        self, input_channels: int, num_channels: int, use_1x1conv: bool = False, strides: int = 1
+    ) -> None:
+        super().__init__()
+        norm = BatchNormAct2d if self.fused else nn.BatchNorm2d
+        self.conv1 = nn.Conv2d(
+            input_channels, num_channels, kernel_size=3, padding=1, stride=strides
+        )
+        self.conv2 = nn.Conv2d(num_channels, num_channels, kernel_size=3, padding=1)
+        self.conv3 = None
+        if use_1x1conv:
+            self.conv3 = nn.Conv2d(input_channels, num_channels, kernel_size=1, stride=strides)
+        self.bn1 = norm(num_channels)
+        self.bn2 = norm(num_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn1(self.conv1(x))
+        shortcut = x if self.conv3 is None else self.conv3(x)
+        return self.bn2(self.conv2(y), shortcut)
+
+
+class StockResidual(Residual):
+    """`Residual` of torch's own layers, as the course writes it."""
+
+    fused = False
+
+    def __init__(
+        self, input_channels: int, num_channels: int, use_1x1conv: bool = False, strides: int = 1
+    ) -> None:
+        super().__init__(input_channels, num_channels, use_1x1conv, strides)
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.relu(self.bn1(self.conv1(x)))
+        y = self.bn2(self.conv2(y))
+        y += x if self.conv3 is None else self.conv3(x)
+        return self.relu(y)
+
+
+def _norm_act(
+    norm: nn.BatchNorm1d | nn.BatchNorm2d, act: nn.Module, fused: bool
+) -> tuple[nn.Module, nn.Module]:
+    """A batch norm and its activation as two layers; a fused one leaves the second nothing to do."""
+    if not fused:
+        return norm, act
+    cls = BatchNormAct1d if isinstance(norm, nn.BatchNorm1d) else BatchNormAct2d
+    return cls(norm.num_features, act_layer=type(act)), nn.Identity()
+
+
+def _stage(
+    in_channels: int, channels: int, fused: bool, *, first_stage: bool = False
+) -> nn.Sequential:
+    """Two residual blocks, the first of which halves the size but in the first stage."""
+    block = Residual if fused else StockResidual
+    if first_stage:
+        first = block(in_channels, channels)
+    else:
+        first = block(in_channels, channels, use_1x1conv=True, strides=2)
+    return nn.Sequential(first, block(channels, channels))
+
+
+def resnet18_seed(
+    num_classes: int = 10, in_channels: int = 1, *, fused: bool = True
+) -> nn.Sequential:
+    """The course's ResNet-18, on (N, 1, 224, 224): a `torch.nn.Sequential` of its stages."""
+    stem = nn.Sequential(
+        nn.Conv2d(in_channels, 64, kernel_size=7, stride=2, padding=3),
+        *_norm_act(nn.BatchNorm2d(64), nn.ReLU(), fused),
+        nn.MaxPool2d(kernel_size=3, stride=2, padding=1),
+    )
+    return nn.Sequential(
+        stem,
+        _stage(64, 64, fused, first_stage=True),
+        _stage(64, 128, fused),
+        _stage(128, 256, fused),
+        _stage(256, 512, fused),
+        nn.AdaptiveAvgPool2d((1, 1)),
+        nn.Flatten(),
+        nn.Linear(512, num_classes),
+    )
+
+
+def lenet_seed(num_classes: int = 10, in_channels: int = 1, *, fused: bool = True) -> nn.Sequential:
+    """The course's LeNet with batch norm and sigmoids, on (N, 1, 28, 28)."""
+    return nn.Sequential(
+        nn.Conv2d(in_channels, 6, kernel_size=5),
+        *_norm_act(nn.BatchNorm2d(6), nn.Sigmoid(), fused),
+        nn.MaxPool2d(kernel_size=2, stride=2),
+        nn.Conv2d(6, 16, kernel_size=5),
+        *_norm_act(nn.BatchNorm2d(16), nn.Sigmoid(), fused),
+        nn.MaxPool2d(kernel_size=2, stride=2),
+        nn.Flatten(),
+        nn.Linear(16 * 4 * 4, 120),
+        *_norm_act(nn.BatchNorm1d(120), nn.Sigmoid(), fused),
+        nn.Linear(120, 84),
+        *_norm_act(nn.BatchNorm1d(84), nn.Sigmoid(), fused),
+        nn.Linear(84, num_classes),
+    )
