@@ -3,18 +3,17 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 
 import torch
 from torch import Tensor
 
 BACKENDS = ("triton", "triton-interpreter", "aten")
 
-_override: ContextVar[str | None] = ContextVar("bnres_backend", default=None)
+# Triton asks the same when a kernel is defined; a later change would split the two.
+_INTERPRETING = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 
-
-def _interpreting() -> bool:
-    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+# Plain, not a ContextVar: torch.compile guards on it.
+_override: str | None = None
 
 
 def backend(device: torch.device | str | None = None) -> str:
@@ -24,12 +23,12 @@ def backend(device: torch.device | str | None = None) -> str:
         device: a device; by default the GPU if there is one, else the CPU.
 
     Returns:
-        ``"triton"`` (GPU), ``"triton-interpreter"`` (``TRITON_INTERPRET=1``) or ``"aten"`` (CPU).
+        ``"triton"`` (GPU), ``"triton-interpreter"`` (``TRITON_INTERPRET=1`` in the environment
+        when bnres is imported) or ``"aten"`` (CPU).
     """
-    chosen = _override.get()
-    if chosen is not None:
-        return chosen
-    if _interpreting():
+    if _override is not None:
+        return _override
+    if _INTERPRETING:
         return "triton-interpreter"
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -38,22 +37,23 @@ def backend(device: torch.device | str | None = None) -> str:
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Overrides `backend` inside a ``with`` block; meant for tests and comparisons.
+    """Overrides `backend` inside a ``with`` block, for every thread; for tests and comparisons.
 
     Raises:
         ValueError: for a name that is not one of ``BACKENDS``.
     """
+    global _override
     if name not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {name!r}")
-    token = _override.set(name)
+    before, _override = _override, name
     try:
         yield
     finally:
-        _override.reset(token)
+        _override = before
 
 
 def uses_kernels(x: Tensor) -> bool:
     """Whether ``x`` goes to our kernels."""
-    if _override.get() is None and not _interpreting():
-        return x.is_cuda
-    return backend(x.device) != "aten"
+    if _override is not None:
+        return _override != "aten"
+    return _INTERPRETING or x.is_cuda

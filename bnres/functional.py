@@ -60,11 +60,13 @@ def batch_norm_act(
     Args:
         input: (N, C, *) of 2 to 5 dimensions, fp16, bf16, fp32 or fp64, contiguous or
             channels_last; other strides are copied into the nearer of the two.
-        running_mean: (C,) of any floating dtype or None; updated in place in training.
+        running_mean: (C,) of any floating dtype (on the ATen route, of one that ATen takes) or
+            None; updated in place in training.
         running_var: (C,), as ``running_mean``; it takes the unbiased variance.
         weight: (C,) or None for 1.
         bias: (C,) or None for 0.
-        residual: of the shape and dtype of ``input``, added before the activation.
+        residual: of the shape of ``input``, added before the activation; another dtype promotes
+            the result as addition does.
         act: name or torch class of the activation, None for none.
         act_kwargs: options of the activation (``negative_slope``, ``approximate``).
         training: normalise with the statistics of the batch instead of the running ones.
@@ -73,7 +75,8 @@ def batch_norm_act(
         eps: added to the variance.
 
     Returns:
-        A tensor of the shape, dtype and memory format of ``input``.
+        A tensor of the shape and memory format of ``input``, and of its dtype but for a
+        residual of another.
 
     Raises:
         ValueError: for one value per channel in training, a residual of another shape, an
@@ -90,17 +93,30 @@ def batch_norm_act(
             input, running_mean, running_var, weight, bias, residual, name, param, training,
             momentum, eps,
         )  # fmt: skip
+    if residual is not None and residual.dtype != input.dtype:
+        # As bn(input) + residual would: autocast leaves such pairs behind.
+        dtype = torch.promote_types(input.dtype, residual.dtype)
+        input, residual = input.to(dtype), residual.to(dtype)
     input = dense(input)
     if residual is not None:
         residual = dense_like(residual, input)
+        if residual is input:  # torch.compile takes no tensor twice
+            residual = input.view_as(input)
     needs_grad = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (input, weight, bias, residual)
     )
     factor = momentum if isinstance(momentum, Tensor) else None
-    return forward_function().apply(
-        input, weight, bias, residual, running_mean, running_var, factor,
+    weight, bias = (None if p is None else p.reshape(-1).contiguous() for p in (weight, bias))
+    buffers = [running_mean, running_var]
+    packed = [None if b is None else b.contiguous() for b in buffers]
+    y = forward_function().apply(
+        input, weight, bias, residual, *packed, factor,
         0.0 if factor is not None else momentum, training, eps, name, param, needs_grad,
     )[0]  # fmt: skip
+    for buffer, copy in zip(buffers, packed, strict=True):
+        if training and buffer is not None and copy is not None and copy is not buffer:
+            buffer.copy_(copy)  # a strided buffer
+    return y
 
 
 def _check(
@@ -144,10 +160,6 @@ def _check(
             raise ValueError(
                 f"residual must have the shape of input, {tuple(input.shape)}, "
                 f"got {tuple(residual.shape)}"
-            )
-        if residual.dtype != input.dtype:
-            raise TypeError(
-                f"residual must have the dtype of input, {input.dtype}, got {residual.dtype}"
             )
         if residual.device != input.device:
             raise RuntimeError(f"residual is on {residual.device}, but input is on {input.device}")

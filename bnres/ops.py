@@ -56,7 +56,7 @@ def forward_impl(
         eps=variance_eps,
     )
     if not needs_grad:
-        mean = rstd = x.new_empty(0)
+        mean, rstd = x.new_empty(0), x.new_empty(0)
     return y, mean, rstd, x.new_empty(0, dtype=torch.uint8) if mask is None else mask
 
 
@@ -119,13 +119,18 @@ def unpack_mask(mask: Tensor, x: Tensor) -> Tensor:
     """The 1-bit mask of a dense ``x`` as booleans of its shape."""
     from bnres.kernels import bn_backward
 
-    ones = torch.ones_like(x)
-    unit = x.new_ones(x.shape[1], dtype=acc_type(x))
-    # In eval mode, with unit statistics, dx is dy where the mask is set.
-    passed, _ = bn_backward.bn_backward_dx(
-        ones, ones, unit, unit, None, None, None, mask, "relu", 0.0, None, 1
-    )
-    return passed != 0
+    # A torch.func transform hands out wrapped tensors, and wraps new ones, which no kernel can
+    # read. Of x the layout is enough; the mask has no derivative that unwrapping could lose.
+    while torch._C._functorch.is_functorch_wrapped_tensor(mask):
+        mask = torch._C._functorch.get_unwrapped(mask)
+    with torch._C._DisableFuncTorch():
+        ones = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).fill_(1)
+        unit = torch.ones(x.shape[1], dtype=acc_type(x), device=x.device)
+        # In eval mode, with unit statistics, dx is dy where the mask is set.
+        passed, _ = bn_backward.bn_backward_dx(
+            ones, ones, unit, unit, None, None, None, mask, "relu", 0.0, None, 1
+        )
+        return passed != 0
 
 
 forward_op = torch.library.custom_op(

@@ -18,6 +18,7 @@ from bnres.kernels.tiles import (
     channel_ids,
     fold,
     mask_offsets,
+    split_rows,
     tile_offsets,
     to_channels,
     to_columns,
@@ -109,10 +110,10 @@ def _bn_bwd_reduce_kernel(
         if HAS_BIAS:
             bias = to_columns(tl.load(bias_ptr + offs_c, mask=mask_c, other=0).to(ACC), TILE)
     param = tl.full((), act_param, ACC)
-    sum_dz = tl.zeros((TILE.sub_rows, TILE.block_cols), ACC)
-    sum_dz_xmu = tl.zeros((TILE.sub_rows, TILE.block_cols), ACC)
-    start = tl.cast(split, tl.int64) * rows_per_split
-    for row in tl.range(start, start + rows_per_split, UNROLL * TILE.sub_rows, num_stages=STAGES):
+    sum_dz = tl.full((TILE.sub_rows, TILE.block_cols), 0.0, ACC)
+    sum_dz_xmu = tl.full((TILE.sub_rows, TILE.block_cols), 0.0, ACC)
+    start, stop = split_rows(split, rows_per_split, count, TILE)
+    for row in tl.range(start, stop, UNROLL * TILE.sub_rows, num_stages=STAGES):
         offsets, mask = tile_offsets(row, col_block, count, C, L, TILE, UNROLL)
         x_centred = tl.load(x_ptr + offsets, mask=mask, other=0).to(ACC) - mean
         dz = _pre_activation_grad(
@@ -205,8 +206,8 @@ def _bn_bwd_dx_kernel(
     if HAS_ACT and not HAS_MASK and HAS_BIAS:
         bias = to_columns(tl.load(bias_ptr + offs_c, mask=mask_c, other=0).to(ACC), TILE)
     param = tl.full((), act_param, ACC)
-    start = tl.cast(split, tl.int64) * rows_per_split
-    for row in tl.range(start, start + rows_per_split, UNROLL * TILE.sub_rows, num_stages=STAGES):
+    start, stop = split_rows(split, rows_per_split, count, TILE)
+    for row in tl.range(start, stop, UNROLL * TILE.sub_rows, num_stages=STAGES):
         offsets, mask = tile_offsets(row, col_block, count, C, L, TILE, UNROLL)
         x_centred = mean
         if TRAINING or (HAS_ACT and not HAS_MASK):

@@ -22,6 +22,7 @@ from bnres.kernels.tiles import (
     fold,
     mask_offsets,
     pack_bits,
+    split_rows,
     tile_offsets,
     to_channels,
     to_columns,
@@ -77,10 +78,10 @@ def _bn_stats_kernel(
     if split == 0:
         tl.store(pivot_ptr + offs_c, pivot, mask=mask_c)
     pivot_cols = to_columns(pivot, TILE)
-    sum_d = tl.zeros((TILE.sub_rows, TILE.block_cols), ACC)
-    sum_d2 = tl.zeros((TILE.sub_rows, TILE.block_cols), ACC)
-    start = tl.cast(split, tl.int64) * rows_per_split
-    for row in tl.range(start, start + rows_per_split, UNROLL * TILE.sub_rows, num_stages=STAGES):
+    sum_d = tl.full((TILE.sub_rows, TILE.block_cols), 0.0, ACC)
+    sum_d2 = tl.full((TILE.sub_rows, TILE.block_cols), 0.0, ACC)
+    start, stop = split_rows(split, rows_per_split, count, TILE)
+    for row in tl.range(start, stop, UNROLL * TILE.sub_rows, num_stages=STAGES):
         offsets, mask = tile_offsets(row, col_block, count, C, L, TILE, UNROLL)
         x = tl.load(x_ptr + offsets, mask=mask, other=0).to(ACC)
         d = tl.where(mask, x - pivot_cols, 0.0)
@@ -185,7 +186,7 @@ def _bn_apply_kernel(
     STAGES: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """y = act((x − mean)·(rstd·weight) + bias + residual); mask = pre-activation > 0, 1 bit each.
+    """y = act((x − mean)·(rstd·weight) + bias + residual); mask = not z <= 0, 1 bit each.
 
     With FROM_VAR, ``rstd_ptr`` holds a variance.
     """
@@ -194,22 +195,24 @@ def _bn_apply_kernel(
     mean = tl.load(mean_ptr + offs_c, mask=mask_c, other=0).to(ACC)
     scale = tl.load(rstd_ptr + offs_c, mask=mask_c, other=1).to(ACC)
     if FROM_VAR:
-        scale = (1 / tl.sqrt(scale.to(tl.float64) + tl.full((), eps, tl.float64))).to(ACC)
+        scale = tl.rsqrt(scale + tl.full((), eps, ACC))
     if HAS_WEIGHT:
         scale *= tl.load(weight_ptr + offs_c, mask=mask_c, other=0).to(ACC)
     mean, scale = to_columns(mean, TILE), to_columns(scale, TILE)
     if HAS_BIAS:
         bias = to_columns(tl.load(bias_ptr + offs_c, mask=mask_c, other=0).to(ACC), TILE)
     param = tl.full((), act_param, ACC)
-    start = tl.cast(split, tl.int64) * rows_per_split
-    for row in tl.range(start, start + rows_per_split, UNROLL * TILE.sub_rows, num_stages=STAGES):
+    start, stop = split_rows(split, rows_per_split, count, TILE)
+    for row in tl.range(start, stop, UNROLL * TILE.sub_rows, num_stages=STAGES):
         offsets, mask = tile_offsets(row, col_block, count, C, L, TILE, UNROLL)
-        x = tl.load(x_ptr + offsets, mask=mask, other=0).to(ACC)
-        z = (x - mean) * scale
+        x = tl.load(x_ptr + offsets, mask=mask, other=0)
+        if HAS_RESIDUAL:
+            residual = tl.load(residual_ptr + offsets, mask=mask, other=0)
+        z = (x.to(ACC) - mean) * scale
         if HAS_BIAS:
             z += bias
         if HAS_RESIDUAL:
-            z += tl.load(residual_ptr + offsets, mask=mask, other=0).to(ACC)
+            z += residual.to(ACC)
         y = round_to(ACT(z, param), y_ptr.dtype.element_ty)
         tl.store(y_ptr + offsets, y, mask=mask)
         if SAVE_MASK:
@@ -306,7 +309,7 @@ def bn_apply(
     save_mask: bool = False,
     eps: float | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """``act((x − mean)·(rstd·weight) + bias + residual)`` and, if asked, the mask of ``z > 0``.
+    """``act((x − mean)·(rstd·weight) + bias + residual)`` and, if asked, the mask of ``not z <= 0``.
 
     ``residual`` lies in memory as ``x`` does. With ``eps``, ``rstd`` is a variance and
     1/sqrt(rstd + eps) is taken from it.
@@ -315,7 +318,7 @@ def bn_apply(
     mask = None
     if x.numel() == 0:
         return y, x.new_empty(0, dtype=torch.uint8) if save_mask else None
-    view, tile, config = plan("apply", x)
+    view, tile, config = plan("apply" if residual is None else "apply_residual", x)
     if save_mask:
         size = mask_bytes(view, x.element_size())
         mask = torch.empty(size, dtype=torch.uint8, device=x.device)

@@ -25,7 +25,6 @@ CHANNELS, PLANES, GROUPS = 0, 1, 2
 NUM_WARPS = 4
 THREADS = 32 * NUM_WARPS
 VECTOR_BYTES = 16
-INT32_MAX = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,6 @@ class Tile:
         vector: elements of 16 bytes.
         aligned: rows start on a multiple of the vector.
         even: no column is masked.
-        wide: offsets inside a tile may pass 2³¹.
     """
 
     kind: int
@@ -55,7 +53,6 @@ class Tile:
     vector: int
     aligned: bool
     even: bool
-    wide: bool
 
     @property
     def group_cols(self) -> int:
@@ -125,7 +122,6 @@ def tile_for(view: ChannelView, itemsize: int) -> Tile:
         vector=vector,
         aligned=aligned,
         even=even,
-        wide=view.numel > INT32_MAX,
     )
 
 
@@ -147,9 +143,10 @@ class KernelTuning:
 MASK_UNROLL = 4
 
 TUNING = {
-    "stats": KernelTuning(unroll=8, num_stages=1, programs_per_sm=4),
-    "apply": KernelTuning(unroll=MASK_UNROLL, num_stages=1, programs_per_sm=8),
-    "reduce": KernelTuning(unroll=MASK_UNROLL, num_stages=1, programs_per_sm=4),
+    "stats": KernelTuning(unroll=4, num_stages=2, programs_per_sm=5),
+    "apply": KernelTuning(unroll=MASK_UNROLL, num_stages=1, programs_per_sm=6),
+    "apply_residual": KernelTuning(unroll=MASK_UNROLL, num_stages=2, programs_per_sm=4),
+    "reduce": KernelTuning(unroll=MASK_UNROLL, num_stages=2, programs_per_sm=4),
     "dx": KernelTuning(unroll=MASK_UNROLL, num_stages=3, programs_per_sm=4),
 }
 
@@ -161,7 +158,7 @@ def launch_config(kernel: str, view: ChannelView, tile: Tile, sm_count: int) -> 
     row_blocks = max(-(-tile_rows(view, tile) // block_rows), 1)
     col_blocks = -(-view.channels // tile.block_channels)
     wanted = max(tuning.programs_per_sm * sm_count // col_blocks, 1)
-    blocks_per_split = -(-row_blocks // wanted)
+    blocks_per_split = max((2 * row_blocks + wanted) // (2 * wanted), 1)
     return LaunchConfig(
         unroll=tuning.unroll,
         num_stages=tuning.num_stages,

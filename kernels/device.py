@@ -13,7 +13,7 @@ import triton.language as tl
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 SQRT_HALF = tl.constexpr(0.7071067811865476)
-SQRT_2_OVER_PI = tl.constexpr(0.7978845608028654)
+SQRT_8_OVER_PI = tl.constexpr(1.5957691216057308)
 INV_SQRT_2_PI = tl.constexpr(0.3989422804014327)
 GELU_CUBIC = tl.constexpr(0.044715)
 
@@ -104,13 +104,13 @@ def gelu_grad(dy, z, param):
 @triton.jit
 def gelu_tanh(z, param):
     """0.5 z (1 + tanh(u)) = z sigmoid(2u), with u = sqrt(2/pi) (z + 0.044715 z³)."""
-    return z * sigmoid(2 * SQRT_2_OVER_PI * (z + GELU_CUBIC * z * z * z), param)
+    return z * sigmoid((z + z * z * z * GELU_CUBIC) * SQRT_8_OVER_PI, param)
 
 
 @triton.jit
 def gelu_tanh_grad(dy, z, param):
-    s = sigmoid(2 * SQRT_2_OVER_PI * (z + GELU_CUBIC * z * z * z), param)
-    du2 = 2 * SQRT_2_OVER_PI * (1 + 3 * GELU_CUBIC * z * z)
+    s = sigmoid((z + z * z * z * GELU_CUBIC) * SQRT_8_OVER_PI, param)
+    du2 = (1 + z * z * GELU_CUBIC * 3) * SQRT_8_OVER_PI
     return dy * (s + z * s * (1 - s) * du2)
 
 

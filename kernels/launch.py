@@ -33,16 +33,18 @@ FINALIZE = FinalizeConfig(block_splits=256, block_channels=8, num_warps=8)
 
 
 @cache
-def sm_count(device_index: int) -> int:
-    return torch.cuda.get_device_properties(device_index).multi_processor_count
+def sm_count(device: torch.device) -> int:
+    """Multiprocessors to fill."""
+    if device.type != "cuda":
+        return INTERPRETER_SM_COUNT
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def plan(kernel: str, x: Tensor) -> tuple[ChannelView, Tile, LaunchConfig]:
     """View, tile and launch configuration of ``kernel`` over a dense ``x``."""
     view = channel_view(x)
     tile = tile_for(view, x.element_size())
-    count = sm_count(x.device.index) if x.is_cuda else INTERPRETER_SM_COUNT
-    return view, tile, launch_config(kernel, view, tile, count)
+    return view, tile, launch_config(kernel, view, tile, sm_count(x.device))
 
 
 def launch_scope(x: Tensor) -> AbstractContextManager[object]:

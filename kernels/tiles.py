@@ -29,9 +29,8 @@ def tile_offsets(row_start, col_block, count, C, L, TILE: tl.constexpr, UNROLL: 
             n = flat // L
             inner = flat - n * L
             mask = flat < count
-        if TILE.wide:
-            n = n.to(tl.int64)
-        offsets = tl.cast(col_block, tl.int64) * plane + (n * (C * plane) + inner)
+        sample = tl.cast(C, tl.int64) * plane
+        offsets = tl.cast(col_block, tl.int64) * plane + (n * sample + inner)
     else:
         if TILE.kind == GROUPS:
             stride = (C // TILE.block_channels) * TILE.group_cols
@@ -51,6 +50,18 @@ def tile_offsets(row_start, col_block, count, C, L, TILE: tl.constexpr, UNROLL: 
             else:
                 mask = mask & (cols < stride - col_block * width)
     return offsets, mask
+
+
+@triton.jit
+def split_rows(split, rows_per_split, count, TILE: tl.constexpr):
+    """The rows of a split, from and to; none beyond the tensor, where masks have no bytes."""
+    rows = tl.cast(count, tl.int64)
+    if TILE.kind == PLANES:
+        rows = (rows + TILE.vector - 1) // TILE.vector
+    elif TILE.kind == GROUPS:
+        rows = rows // TILE.group_inner
+    start = tl.cast(split, tl.int64) * rows_per_split
+    return start, tl.minimum(start + rows_per_split, rows)
 
 
 @triton.jit

@@ -7,4 +7,5 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+# Two workers share the machine's cores.
 torch.set_num_threads(1)

@@ -1,9 +1,17 @@
 """The module contract of torch.nn.BatchNorm*, and bugs that bit its replacements."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from bnres import functional, use_backend
+from bnres.functional import batch_norm_act
+from bnres.kernels.reference import ACTIVATION_FORMULAS
 from bnres.nn import BatchNorm1d, BatchNorm2d, BatchNorm3d, BatchNormAct2d
+from tests.tolerances import assert_close
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -66,3 +74,142 @@ def test_one_nan_channel_stays_alone():
 def test_errors_are_torchs(module, shape, words):
     with pytest.raises(ValueError, match=words):
         module(3).to(DEVICE)(torch.zeros(shape, device=DEVICE))
+
+
+def test_two_forwards_then_backward():
+    torch.manual_seed(1)
+    bn, stock = BatchNormAct2d(3).to(DEVICE), torch.nn.BatchNorm2d(3).to(DEVICE)
+    a, b = (torch.randn(2, 3, 4, 4, device=DEVICE) for _ in range(2))
+    (bn(a).sum() + bn(b).square().sum()).backward()
+    (stock(a).relu().sum() + stock(b).relu().square().sum()).backward()
+    torch.testing.assert_close(bn.weight.grad, stock.weight.grad, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(bn.running_var, stock.running_var, rtol=1e-6, atol=1e-7)
+
+
+def test_frozen_layer_in_a_training_model():
+    torch.manual_seed(2)
+    bn = BatchNormAct2d(3).to(DEVICE).eval()
+    bn.weight.requires_grad_(False)
+    x = torch.randn(2, 3, 4, 4, device=DEVICE, requires_grad=True)
+    bn(x).sum().backward()
+    assert bn.weight.grad is None
+    assert torch.equal(bn.running_mean, torch.zeros(3, device=DEVICE))
+    expected = (x > 0).float() * (1 + bn.eps) ** -0.5
+    torch.testing.assert_close(x.grad, expected, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("backend", [None, "aten"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("parameters", [torch.float32, None], ids=["fp32", "same"])
+def test_mixed_dtypes(dtype, parameters, backend):
+    torch.manual_seed(3)
+    bn = BatchNormAct2d(3, dtype=parameters or dtype).to(DEVICE)
+    x = torch.randn(4, 3, 5, 5, device=DEVICE).to(dtype).requires_grad_()
+    with use_backend(backend) if backend else nullcontext():
+        y = bn(x)
+        y.sum().backward()
+    z = torch.nn.functional.batch_norm(x.detach().double(), None, None, training=True)
+    assert y.dtype == dtype and x.grad.dtype == dtype
+    assert bn.weight.grad.dtype == bn.running_var.dtype == (parameters or dtype)
+    assert_close(y, z.relu(), dtype)
+
+
+def test_residual_of_another_dtype_promotes_as_addition_does():
+    x = torch.randn(2, 3, 4, 4, device=DEVICE).bfloat16()
+    residual = torch.randn(2, 3, 4, 4, device=DEVICE)
+    y = BatchNormAct2d(3).to(DEVICE)(x, residual)
+    z = torch.nn.functional.batch_norm(x.double(), None, None, training=True) + residual
+    assert y.dtype == torch.float32
+    assert_close(y, z.relu(), torch.float32)
+
+
+@pytest.mark.parametrize("kind", ["expanded", "other layout", "strided"])
+def test_gradient_in_any_layout(kind):
+    torch.manual_seed(4)
+    x = torch.randn(2, 4, 3, 3, device=DEVICE)
+    dy = {
+        "expanded": torch.ones((), device=DEVICE).expand_as(x),
+        "other layout": torch.randn_like(x).contiguous(memory_format=torch.channels_last),
+        "strided": torch.randn(2, 4, 3, 6, device=DEVICE)[..., ::2],
+    }[kind]
+    grads = []
+    for bn in (BatchNormAct2d(4).to(DEVICE), torch.nn.BatchNorm2d(4).to(DEVICE)):
+        leaf = x.clone().requires_grad_()
+        y = bn(leaf) if isinstance(bn, BatchNormAct2d) else bn(leaf).relu()
+        grads.append(torch.autograd.grad(y, leaf, dy)[0])
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)
+
+
+def test_strided_input_gives_the_nearer_layout():
+    x = torch.randn(2, 6, 5, 4, device=DEVICE)
+    bn = BatchNorm2d(6).to(DEVICE)
+    for view in (x.transpose(2, 3), x.permute(0, 3, 2, 1)[:, :, :, ::2], x[:, :, ::2]):
+        layer = bn if view.shape[1] == 6 else BatchNorm2d(view.shape[1]).to(DEVICE)
+        expected = torch.nn.functional.batch_norm(view, None, None, training=True)
+        torch.testing.assert_close(layer(view), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_statistics_untracked_after_the_fact():
+    bn, stock = BatchNorm2d(3).to(DEVICE), torch.nn.BatchNorm2d(3).to(DEVICE)
+    x = torch.randn(4, 3, 2, 2, device=DEVICE)
+    for layer in (bn, stock):
+        layer.track_running_stats = False
+        layer(x)
+    assert torch.equal(bn.running_mean, stock.running_mean)
+    assert bn.num_batches_tracked == stock.num_batches_tracked == 0
+    torch.testing.assert_close(bn.eval()(x), stock.eval()(x))
+
+
+def test_version_1_state_dict_keeps_the_counter():
+    bn = BatchNormAct2d(3)
+    state = {k: v for k, v in bn.state_dict().items() if k != "num_batches_tracked"}
+    bn.num_batches_tracked.fill_(7)
+    state_dict = type(bn.state_dict())(state)
+    bn.load_state_dict(state_dict)
+    assert bn.num_batches_tracked == 7
+
+
+@given(
+    shape=st.lists(st.integers(1, 6), min_size=2, max_size=5),
+    layout=st.permutations(range(5)),
+    residual=st.booleans(),
+    affine=st.booleans(),
+    act=st.sampled_from(["relu", "silu", None]),
+    seed=st.integers(0, 999),
+)
+@settings(max_examples=25, deadline=None)
+def test_any_shape_stride_and_option(shape, layout, residual, affine, act, seed):
+    torch.manual_seed(seed)
+    shape = [max(shape[0], 2), *shape[1:]]
+    order = [d for d in layout if d < len(shape)]
+    x = torch.randn([shape[d] for d in order], device=DEVICE)
+    x = x.permute([order.index(d) for d in range(len(shape))]).requires_grad_()
+    r = torch.randn(shape, device=DEVICE) if residual else None
+    weight, bias = (torch.randn(shape[1], device=DEVICE) if affine else None for _ in range(2))
+    y = batch_norm_act(x, None, None, weight, bias, residual=r, act=act, training=True)
+    wide = x.detach().double().requires_grad_()
+    z = torch.nn.functional.batch_norm(
+        wide, None, None, None if weight is None else weight.double(),
+        None if bias is None else bias.double(), training=True, eps=1e-5,
+    )  # fmt: skip
+    z = z if r is None else z + r
+    expected = ACTIVATION_FORMULAS[act or "identity"](z, 0.0)
+    # A few equal values in a channel make rstd large, and errors with it.
+    scale = (
+        1 + x.detach().var([0, *range(2, len(shape))], correction=0).rsqrt().clamp(max=316).max()
+    )
+    assert (y - expected).abs().max() <= 3e-6 * scale * max(1.0, expected.abs().max())
+
+
+def test_strided_parameters_and_buffers():
+    torch.manual_seed(5)
+    x = torch.randn(4, 3, 2, 2, device=DEVICE)
+    table = torch.rand(4, 3, 2, device=DEVICE) + 0.5
+    other = table.clone()
+    results = []
+    for function, t in ((functional.batch_norm, table), (torch.nn.functional.batch_norm, other)):
+        results.append(
+            function(x, t[0, :, 0], t[1, :, 0], t[2, :, 0], t[3, :1, 0].expand(3), training=True)
+        )
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(table, other, rtol=1e-6, atol=1e-7)

@@ -53,8 +53,8 @@ class BatchNorm3d(_FusedForward, nn.BatchNorm3d):
 class _BatchNormAct(_FusedForward):
     """Batch norm, an optional residual and an activation in one operation.
 
-    ``forward(input, residual=None)`` is act(bn(input) + residual). The arguments are timm's
-    `BatchNormAct2d`'s; ``act_layer`` is a name, a torch class, or None for no activation.
+    ``forward(input, residual=None)`` is act(bn(input) + residual). The arguments are those of
+    timm's `BatchNormAct2d` but for its inplace and drop_layer; ``act_layer`` is a name, a torch class, or None for no activation.
 
     Raises:
         ValueError: for an unknown activation or option.

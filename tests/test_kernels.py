@@ -1,0 +1,143 @@
+"""Each launcher against the reference of the same signature, and its launch geometry."""
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from bnres.kernels import bn_backward, bn_forward, launch, reference
+from bnres.kernels.config import launch_config, tile_for, tile_rows
+from bnres.kernels.layout import ChannelView
+from bnres.kernels.tiles import split_rows, tile_offsets
+from bnres.ops import unpack_mask
+from tests.tolerances import assert_close
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# Channels of 1, 3, 63, 65, 130; prime counts; one spatial element; every tiling.
+SHAPES = [
+    (3, 1, 5, 7),
+    (5, 3, 1, 1),
+    (2, 63, 3, 3),
+    (2, 65, 5),
+    (11, 130),
+    (9, 16, 7, 7),
+    (5, 8, 16, 8),
+]
+
+
+@pytest.fixture
+def many_programs(monkeypatch):
+    """Splits as ragged as on a big chip, for small tensors."""
+    if DEVICE == "cpu":
+        monkeypatch.setattr(launch, "sm_count", lambda device: 5)
+
+
+def draw(shape, last):
+    torch.manual_seed(1)
+    tensors = [torch.randn(shape, device=DEVICE) * 2 + 1 for _ in range(3)]
+    if last:
+        tensors = [t.movedim(1, -1).contiguous().movedim(-1, 1) for t in tensors]
+    c = shape[1]
+    return *tensors, torch.rand(c, device=DEVICE) + 0.5, torch.randn(c, device=DEVICE)
+
+
+def double(*values):
+    return [v.double() if isinstance(v, torch.Tensor) else v for v in values]
+
+
+@pytest.mark.parametrize(
+    ("shape", "last"),
+    [(s, i % 2 == 0) for i, s in enumerate(SHAPES)] + [((40, 8, 7, 7), False)],
+    ids=str,
+)
+def test_launchers_agree_with_their_references(shape, last, many_programs):
+    x, dy, residual, weight, bias = draw(shape, last)
+    mean, var = torch.zeros_like(weight), torch.ones_like(weight)
+    wide_mean, wide_var = double(mean, var)
+    stats = bn_forward.bn_stats(x, mean, var, 0.3, 1e-3)
+    wide_stats = reference.bn_stats_ref(x.double(), wide_mean, wide_var, 0.3, 1e-3)
+    pairs = [*zip(stats, wide_stats, strict=True), (mean, wide_mean), (var, wide_var)]
+
+    forward = (*stats, weight, bias, residual, "relu", 0.0)
+    y, mask = bn_forward.bn_apply(x, *forward, save_mask=True)
+    wide_y, wide_mask = reference.bn_apply_ref(x.double(), *double(*forward), save_mask=True)
+    assert torch.equal(unpack_mask(mask, x), wide_mask)
+    backward = (*stats, weight, bias, None)
+    for given, wide_given, act in ((mask, wide_mask, "relu"), (None, None, "silu")):
+        sums = bn_backward.bn_backward_reduce(dy, x, *backward, given, act, 0.0, write_dz=True)
+        wide_sums = reference.bn_backward_reduce_ref(
+            dy.double(), x.double(), *double(*backward), wide_given, act, 0.0, write_dz=True
+        )
+        pairs += zip(sums, wide_sums, strict=True)
+        count = x[:, 0].numel()
+        for used, wide_used in ((sums[:2], wide_sums[:2]), (None, None)):
+            dx = bn_backward.bn_backward_dx(
+                dy, x, *backward, given, act, 0.0, used, count, write_dz=True
+            )
+            wide_dx = reference.bn_backward_dx_ref(
+                dy.double(), x.double(), *double(*backward), wide_given, act, 0.0, wide_used,
+                count, write_dz=True,
+            )  # fmt: skip
+            pairs += zip(dx, wide_dx, strict=True)
+    for actual, expected in [*pairs, (y, wide_y)]:
+        assert_close(actual, expected, torch.float32)
+
+
+def test_poisoned_memory_does_not_show(many_programs, monkeypatch):
+    """Nothing is read before it is written, and all of every output is."""
+    empty, empty_like = torch.empty, torch.empty_like
+
+    def poison(t):
+        return t.fill_(float("nan")) if t.is_floating_point() else t.fill_(255)
+
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: poison(empty(*a, **k)))
+    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: poison(empty_like(*a, **k)))
+    test_launchers_agree_with_their_references((7, 9, 7, 7), False, None)
+    test_launchers_agree_with_their_references((7, 9, 7, 7), True, None)
+
+
+@pytest.mark.parametrize("channels", [64, 128, 256, 512])
+@pytest.mark.parametrize("kernel", ["stats", "apply", "apply_residual", "reduce", "dx"])
+def test_work_is_split_over_the_whole_chip(kernel, channels):
+    size = 3584 // channels
+    for view in (
+        ChannelView(256 * size * size, channels, 1),
+        ChannelView(256, channels, size * size),
+    ):
+        tile = tile_for(view, 2)
+        config = launch_config(kernel, view, tile, 132)
+        assert config.col_blocks * config.splits >= 132
+        assert config.splits * config.rows_per_split >= tile_rows(view, tile)
+        assert (config.splits - 1) * config.rows_per_split < tile_rows(view, tile)
+
+
+@triton.jit
+def _last_offset_kernel(out_ptr, split, rows_per_split, col_block, count, C, L, TILE: tl.constexpr):
+    """The largest offset of a split's last tile."""
+    start, stop = split_rows(split, rows_per_split, count, TILE)
+    row = start + (stop - 1 - start) // TILE.sub_rows * TILE.sub_rows
+    offsets, mask = tile_offsets(row, col_block, count, C, L, TILE, 1)
+    tl.store(out_ptr, tl.max(tl.max(tl.where(mask, offsets.to(tl.int64), 0), 1), 0))
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        ChannelView(50_000_017, 64, 1),
+        ChannelView(1031, 65, 49_999),
+        ChannelView(43_701, 1024, 56 * 56),
+        ChannelView(90_001, 512, 49),
+        ChannelView(3, 64, 64_000_000),
+    ],
+    ids=str,
+)
+def test_addresses_beyond_2_to_31(view):
+    tile = tile_for(view, 2)
+    assert view.numel > 2**31
+    config = launch_config("apply", view, tile, 132)
+    out = torch.zeros(1, dtype=torch.int64, device=DEVICE)
+    _last_offset_kernel[(1,)](
+        out, config.splits - 1, config.rows_per_split, config.col_blocks - 1, view.count,
+        view.channels, view.inner, tile,
+    )  # fmt: skip
+    assert out.item() == view.numel - 1
