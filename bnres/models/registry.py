@@ -1,5 +1,6 @@
 """Models by name, for the command line and for benchmarks."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -19,12 +20,22 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 }
 
 
+# Inputs that the nets with a fixed size or number of channels are made for.
+INPUT_SHAPES = {"resnet18-seed": (1, 1, 224, 224), "lenet-seed": (1, 1, 28, 28)}
+DEFAULT_INPUT_SHAPE = (1, 3, 224, 224)
+
+
 def create_model(name: str, **options: Any) -> nn.Module:
     """Builds a model of `MODELS`.
 
     Raises:
-        ValueError: for an unknown name.
+        ValueError: for an unknown name, or an option that the model does not have.
     """
     if name not in MODELS:
         raise ValueError(f"model must be one of {', '.join(MODELS)}, got {name!r}")
-    return MODELS[name](**options)
+    build = MODELS[name]
+    try:
+        inspect.signature(build).bind(**options)
+    except TypeError as error:
+        raise ValueError(f"model {name!r}: {error}") from error
+    return build(**options)

@@ -1,4 +1,4 @@
-"""The nets of the course the project starts from (d2l.ai, chapters 7.5 and 8.6)."""
+"""The nets of the course the project starts from (d2l.ai: batch normalization, ResNet)."""
 
 from torch import Tensor, nn
 

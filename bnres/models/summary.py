@@ -18,7 +18,10 @@ class Stage:
 def summarize(model: nn.Module, shape: tuple[int, ...]) -> list[Stage]:
     """The stages in the order in which an input of this shape passes them.
 
-    The model runs in eval mode on zeros; its own mode is restored.
+    The model runs in eval mode on zeros; its modules' modes are restored.
+
+    Raises:
+        ValueError: if the model does not take such an input.
     """
     stages: list[Stage] = []
     handles = []
@@ -28,12 +31,15 @@ def summarize(model: nn.Module, shape: tuple[int, ...]) -> list[Stage]:
             stages.append(Stage(name, type(module).__name__, tuple(output.shape)))
 
         handles.append(child.register_forward_hook(record))
-    training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     try:
         with torch.no_grad():
             model.eval()(torch.zeros(shape))
+    except RuntimeError as error:
+        raise ValueError(f"the model takes no input of {shape}: {error}") from error
     finally:
-        model.train(training)
+        for module, training in modes:
+            module.training = training
         for handle in handles:
             handle.remove()
     return stages
