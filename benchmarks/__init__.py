@@ -1,0 +1,1 @@
+"""Benchmarks and audits; run from the repository's root, not installed."""

@@ -1,0 +1,163 @@
+"""Counts the memory that interpreted kernels touch, in units of S, the bytes of one activation.
+
+Two counts are kept, for neither alone is honest: the bytes of unmasked lanes, and the distinct
+32-byte sectors that a launch touches of a tensor. TRITON_INTERPRET=1 has to be set.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
+
+from benchmarks.sites import Site
+from bnres import ops
+from bnres.kernels.config import launch_config, tile_for
+from bnres.kernels.layout import ChannelView
+
+SECTOR_BYTES = 32
+ACTIVATIONS = ("x_ptr", "y_ptr", "dy_ptr", "dx_ptr", "dz_ptr", "residual_ptr", "mask_ptr")
+
+
+@dataclass
+class Traffic:
+    """Bytes touched of the activation tensors: in unmasked lanes, and in distinct sectors."""
+
+    lanes: int = 0
+    sectors: int = 0
+
+
+@dataclass
+class _Range:
+    """Where a tensor lies, and which of its sectors a launch has read and written."""
+
+    start: int
+    stop: int
+    read: list[np.ndarray] = field(default_factory=list)
+    written: list[np.ndarray] = field(default_factory=list)
+
+
+@contextmanager
+def count_traffic() -> Iterator[Traffic]:
+    """Inside, every access of an interpreted launch to an activation tensor is counted."""
+    total = Traffic()
+    ranges: list[_Range] = []
+    load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+    execute = GridExecutor.__call__
+
+    def note(pointers: Any, mask: Any, written: bool) -> None:
+        addresses = pointers.data[np.broadcast_to(mask.data, pointers.data.shape)].astype(np.int64)
+        if not addresses.size:
+            return
+        for each in ranges:
+            if each.start <= addresses[0] < each.stop:
+                size = pointers.get_element_ty().primitive_bitwidth // 8
+                total.lanes += addresses.size * size
+                touched = np.unique(addresses // SECTOR_BYTES)
+                (each.written if written else each.read).append(touched)
+
+    def counted_load(self: Any, ptrs: Any, mask: Any, *rest: Any) -> Any:
+        note(ptrs, mask, written=False)
+        return load(self, ptrs, mask, *rest)
+
+    def counted_store(self: Any, ptrs: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        note(ptrs, mask, written=True)
+        return store(self, ptrs, value, mask, *rest)
+
+    def counted_launch(self: Any, *arguments: Any, **named: Any) -> None:
+        tensors = [named[name] for name in ACTIVATIONS if named.get(name) is not None]
+        starts = {t.data_ptr(): t.numel() * t.element_size() for t in tensors}
+        ranges[:] = [_Range(start, start + size) for start, size in starts.items()]
+        execute(self, *arguments, **named)
+        for each in ranges:
+            for touched in (each.read, each.written):
+                if touched:
+                    total.sectors += np.unique(np.concatenate(touched)).size * SECTOR_BYTES
+        ranges.clear()
+
+    InterpreterBuilder.create_masked_load = counted_load
+    InterpreterBuilder.create_masked_store = counted_store
+    GridExecutor.__call__ = counted_launch
+    try:
+        yield total
+    finally:
+        InterpreterBuilder.create_masked_load = load
+        InterpreterBuilder.create_masked_store = store
+        GridExecutor.__call__ = execute
+
+
+def operation_traffic(
+    operation: str,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    memory_format: torch.memory_format,
+) -> dict[str, Traffic]:
+    """Traffic of an operation's ``eval``, ``forward`` (training) and ``backward``."""
+
+    def random() -> Tensor:
+        return torch.randn(shape).to(dtype).contiguous(memory_format=memory_format)
+
+    x, dy, residual = random(), random(), random() if operation == "bn_add_relu" else None
+    channel = torch.rand(shape[1]) + 0.5
+    act = "identity" if operation == "bn" else "relu"
+    has_mask = residual is not None
+
+    def forward(training: bool) -> tuple[Tensor, ...]:
+        return ops.forward_impl(
+            x, channel, channel, residual, channel.clone(), channel.clone(), None, 0.1, training,
+            1e-5, act, 0.0, training,
+        )  # fmt: skip
+
+    def backward() -> None:
+        ops.backward_impl(
+            dy, x, channel, channel, None, mean, rstd, mask if has_mask else None, True, act, 0.0,
+            True, has_mask, True,
+        )  # fmt: skip
+
+    _, mean, rstd, mask = forward(training=True)
+    steps: dict[str, Callable[[], object]] = {
+        "eval": lambda: forward(training=False),
+        "forward": lambda: forward(training=True),
+        "backward": backward,
+    }
+    counts = {}
+    for name, step in steps.items():
+        with count_traffic() as traffic:
+            step()
+        counts[name] = traffic
+    return counts
+
+
+def channel_buffer_share(
+    site: Site, batch: int, channels_last: bool, itemsize: int, sm_count: int
+) -> dict[str, float]:
+    """Bytes of per-channel buffers, reckoned from the launch grids, for each activation byte.
+
+    Every program reads its channels' parameters; partial sums are written and read once.
+    """
+    n, channels, height, width = site.shape(batch)
+    inner = height * width
+    view = ChannelView(n * inner, channels, 1) if channels_last else ChannelView(n, channels, inner)
+    tile = tile_for(view, itemsize)
+    has_residual = site.operation == "bn_add_relu"
+
+    def parameters(kernel: str, buffers: int) -> int:
+        config = launch_config(kernel, view, tile, sm_count)
+        return config.col_blocks * config.splits * tile.block_channels * buffers * 4
+
+    def partials(kernel: str) -> int:
+        config = launch_config(kernel, view, tile, sm_count)
+        return 2 * 2 * config.splits * channels * 4
+
+    apply = "apply_residual" if has_residual else "apply"
+    tensor = view.numel * itemsize
+    return {
+        "forward": (partials("stats") + parameters(apply, 4))
+        / (tensor * (4 if has_residual else 3)),
+        "backward": (partials("reduce") + parameters("reduce", 4) + parameters("dx", 6))
+        / (tensor * (6 if has_residual else 5)),
+    }

@@ -1,0 +1,95 @@
+"""A driver for a GPU that is not there: launches compile, nothing runs.
+
+The interpreter and the compiler can't share a process, so this one wants TRITON_INTERPRET unset.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import CompiledKernel
+from triton.runtime.jit import JITFunction
+
+from bnres.kernels import launch
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What the compiler and the occupancy sums need to know of a GPU (from vendors' manuals).
+
+    ``device`` is its device index; triton keeps the first target it sees of an index.
+    """
+
+    name: str
+    device: int
+    target: GPUTarget
+    sm_count: int
+    registers: int
+    shared_memory: int
+    max_threads: int
+    max_programs: int
+
+
+SM80 = Gpu("sm_80", 0, GPUTarget("cuda", 80, 32), 108, 65536, 164 * 1024, 2048, 32)
+SM90 = Gpu("sm_90", 1, GPUTarget("cuda", 90, 32), 132, 65536, 228 * 1024, 2048, 32)
+SM100 = Gpu("sm_100", 2, GPUTarget("cuda", 100, 32), 148, 65536, 228 * 1024, 2048, 32)
+GFX942 = Gpu("gfx942", 3, GPUTarget("hip", "gfx942", 64), 304, 131072, 64 * 1024, 2048, 32)
+
+
+class StandInDriver:
+    """Answers what `triton.runtime.jit` asks before it compiles."""
+
+    def __init__(self, gpu: Gpu) -> None:
+        self.gpu = gpu
+
+    def get_current_target(self) -> GPUTarget:
+        return self.gpu.target
+
+    def get_current_device(self) -> int:
+        return self.gpu.device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_device_capability(self, device: int = 0) -> tuple[int, int]:
+        return divmod(int(self.gpu.target.arch), 10)
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A launch that was compiled in place of being run."""
+
+    kernel: str
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    compiled: CompiledKernel
+
+
+@contextmanager
+def compile_only(gpu: Gpu, record: Callable[[Launch], None]) -> Iterator[None]:
+    """Inside, launches on CPU tensors compile for ``gpu`` and are handed to ``record``."""
+    if triton.knobs.runtime.interpret:
+        raise RuntimeError("unset TRITON_INTERPRET: the interpreter does not compile")
+    original_run, original_count = JITFunction.run, launch.sm_count
+    original_driver = triton.runtime.driver._active
+
+    def run(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        compiled = original_run(self, *args, grid=grid, warmup=True, **kwargs)
+        record(Launch(self.__name__, tuple(grid), kwargs, compiled))
+        return compiled
+
+    JITFunction.run = run
+    launch.sm_count = lambda device: gpu.sm_count  # type: ignore[assignment]
+    triton.runtime.driver.set_active(StandInDriver(gpu))
+    try:
+        yield
+    finally:
+        JITFunction.run, launch.sm_count = original_run, original_count
+        triton.runtime.driver._active = original_driver

@@ -1,0 +1,153 @@
+"""torch.compile captures the layers whole: our operators in the graph, no batch norm of ATen's."""
+
+import copy
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.backends.common import aot_autograd
+
+from bnres.models import resnet18
+from bnres.nn import BatchNorm2d, BatchNormAct2d
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+class Net(nn.Module):
+    """A block with every kind of call: cumulative average, activation, residual, plain."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, padding=1, bias=False)
+        self.bn1 = BatchNormAct2d(8, momentum=None)
+        self.bn2 = BatchNormAct2d(8, act_layer="silu")
+        self.bn3 = BatchNorm2d(8)
+
+    def forward(self, x):
+        y = self.bn1(self.conv(x))
+        return self.bn3(self.bn2(y, y))
+
+
+def names(graphs):
+    return " ".join(
+        f"{node.target} {node.args[0] if 'auto_functionalized' in str(node.target) else ''}"
+        for graph in graphs
+        for node in graph.graph.nodes
+        if node.op == "call_function"
+    )
+
+
+def test_training_step_is_captured_whole():
+    torch.manual_seed(0)
+    graphs = []
+
+    def record(graph, example_inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    net = Net().to(DEVICE)
+    eager = copy.deepcopy(net)
+    compiled = torch.compile(
+        net, backend=aot_autograd(fw_compiler=record, bw_compiler=record), fullgraph=True
+    )
+    x = torch.randn(2, 3, 6, 6, device=DEVICE)
+    results = []
+    for model in (compiled, eager):
+        y = model(x)
+        y.square().sum().backward()
+        results.append(y)
+    assert torch.equal(*results)
+    for ours, theirs in zip(net.parameters(), eager.parameters(), strict=True):
+        assert torch.equal(ours.grad, theirs.grad)
+    for ours, theirs in zip(net.buffers(), eager.buffers(), strict=True):
+        assert torch.equal(ours, theirs)
+    found = names(graphs)
+    assert found.count("bnres.batch_norm_act_forward") == 3
+    assert found.count("bnres.batch_norm_act_backward") == 3
+    assert "aten.native_batch_norm" not in found
+    assert "aten._native_batch_norm" not in found
+
+
+def test_dynamic_batch_and_inductor():
+    torch.manual_seed(0)
+    net = Net().to(DEVICE)
+    compiled = torch.compile(net, fullgraph=True, dynamic=True)
+    for n in (2, 3, 5):
+        x = torch.randn(n, 3, 6, 7, device=DEVICE)
+        net.eval()
+        assert torch.allclose(compiled(x), net(x), rtol=1e-5, atol=1e-5)
+
+
+def test_operators_pass_opcheck():
+    from bnres import ops
+
+    x, weight = torch.randn(4, 3, 2, 2, device=DEVICE), torch.rand(3, device=DEVICE)
+    mean, var = torch.zeros(3, device=DEVICE), torch.ones(3, device=DEVICE)
+    checks = ("test_schema", "test_faketensor")
+    arguments = (x, weight, None, x.clone(), mean, var, None, 0.1, True, 1e-5, "relu", 0.0, True)
+    torch.library.opcheck(ops.forward_op, arguments, test_utils=checks)
+    y, mean, rstd, mask = ops.forward_impl(*arguments)
+    arguments = (y, x, weight, None, None, mean, rstd, mask, True, "relu", 0.0, True, True, True)
+    torch.library.opcheck(ops.backward_op, arguments, test_utils=checks)
+
+
+def capture_on_fake_gpu():
+    """A ResNet-18 of fake CUDA tensors, captured whole; prints the operators of its graph."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    graphs = []
+
+    def record(graph, example_inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    with FakeTensorMode():
+        net = resnet18(10)
+
+        def on_gpu(t):
+            return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cuda")
+
+        # A CPU build of torch has no gradients for CUDA tensors, fake ones included.
+        parameters = {name: on_gpu(p) for name, p in net.named_parameters()}
+        for module in net.modules():
+            for name, buffer in list(module._buffers.items()):
+                if buffer is not None:
+                    module._buffers[name] = on_gpu(buffer)
+        x = torch.empty(4, 3, 32, 32, device="cuda", memory_format=torch.channels_last)
+        compiled = torch.compile(
+            lambda parameters, x: torch.func.functional_call(net, parameters, (x,)),
+            backend=record,
+            fullgraph=True,
+        )
+        assert compiled(parameters, x).device.type == "cuda"
+    print(names(graphs))
+
+
+def test_fake_gpu_model_is_captured_whole():
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    result = subprocess.run(
+        [sys.executable, "-c", "from tests.test_compile import *; capture_on_fake_gpu()"],
+        env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert result.stdout.count("bnres.batch_norm_act_forward") == 20, result.stderr
+    assert "batch_norm.default" not in result.stdout
+    assert "native_batch_norm" not in result.stdout
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph needs a GPU")
+def test_cuda_graph_replays_training_forward():
+    torch.manual_seed(0)
+    bn = BatchNormAct2d(8, momentum=None).cuda()
+    x = torch.randn(4, 8, 6, 6, device="cuda")
+    bn(x)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = bn(x)
+    before = bn.num_batches_tracked.item()
+    graph.replay()
+    assert bn.num_batches_tracked.item() == before + 1
+    torch.testing.assert_close(y, copy.deepcopy(bn)(x))

@@ -1,0 +1,44 @@
+"""Machine code of the kernels, compiled for GPUs that are not there, in a process of its own.
+
+The interpreter and the compiler can't share a process.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def audit(*arguments):
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    result = subprocess.run(
+        [sys.executable, "-m", "benchmarks.audit.machine_code", "--json", *arguments],
+        cwd=ROOT, env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert result.stdout, result.stderr
+    return json.loads(result.stdout)
+
+
+def check(rows, kernels=7):
+    for row in rows:
+        print(row["gpu"], row["kernel"], row["case"], row["registers"], row["in_flight"])
+    assert len({row["kernel"] for row in rows}) >= kernels - 1
+    assert [(row["case"], row["kernel"], row["failures"]) for row in rows if row["failures"]] == []
+
+
+def test_every_specialisation_of_a_resnet18_step_on_sm90():
+    rows = audit()
+    check(rows)
+    assert {row["case"].split()[0] for row in rows} == {
+        "stem", "layer1", "layer2", "layer3", "layer4"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("gpu", ["sm_80", "sm_100", "gfx942"])
+def test_every_kernel_family_elsewhere(gpu):
+    check(audit("--families", "--gpu", gpu))

@@ -1,0 +1,43 @@
+"""The memory that the kernels touch, counted in the interpreter (shared with the audit)."""
+
+import pytest
+import torch
+
+from benchmarks.sites import RESNET18_SITES
+
+if torch.cuda.is_available():
+    pytest.skip("counts what the interpreter touches", allow_module_level=True)
+
+from benchmarks.audit.memory import channel_buffer_share, operation_traffic
+
+LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
+FLOORS = {
+    "bn": {"eval": 2, "forward": 3, "backward": 5},
+    "bn_relu": {"eval": 2, "forward": 3, "backward": 5},
+    "bn_add_relu": {"eval": 3, "forward": 4.0625, "backward": 6.0625},
+}
+# What the pivot's samples add at these small shapes: four elements a channel and program.
+SLACK = 0.03
+H200_SM_COUNT = 132
+
+
+@pytest.mark.parametrize("operation", FLOORS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(16, 64, 14, 14), (32, 64, 7, 7), (16, 32, 16, 16)], ids=str)
+def test_passes_over_the_activations(operation, layout, shape):
+    if shape[2] != 7 and operation == "bn":
+        shape = (16, 64, 7, 7)  # bn is bn_relu without the activation: one shape does
+    size = torch.Size(shape).numel() * torch.bfloat16.itemsize
+    counts = operation_traffic(operation, shape, torch.bfloat16, LAYOUTS[layout])
+    for step, floor in FLOORS[operation].items():
+        for count in (counts[step].lanes, counts[step].sectors):
+            assert floor - 0.001 <= count / size <= floor + SLACK, (step, count / size)
+
+
+@pytest.mark.parametrize("site", RESNET18_SITES, ids=lambda s: f"{s.name}-{s.operation}")
+@pytest.mark.parametrize("channels_last", [True, False], ids=["channels_last", "contiguous"])
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_channel_buffers_are_small(site, channels_last, itemsize):
+    limit = 0.10 if site.name == "layer4" else 0.02
+    shares = channel_buffer_share(site, 256, channels_last, itemsize, H200_SM_COUNT)
+    assert all(0 < share <= limit for share in shares.values()), shares
