@@ -4,7 +4,9 @@ from pathlib import Path
 
 from setuptools import setup
 
-TEST = ["pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100", "numpy"]
+TRAIN = ["matplotlib>=3.8", "mlxtend>=0.23", "numpy>=1.26", "rich>=13", "typer>=0.15"]
+BENCH = ["numpy>=1.26"]
+TEST = [*TRAIN, "hypothesis>=6.100", "pytest>=8", "pytest-xdist>=3.5", "torchvision>=0.26"]
 
 setup(
     name="bnres",
@@ -14,8 +16,14 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.11",
-    packages=["bnres", "bnres.kernels", "bnres.nn"],
+    packages=["bnres", *(f"bnres.{p}" for p in ("data", "kernels", "models", "nn", "train"))],
     package_dir={"bnres.kernels": "kernels"},
+    entry_points={"console_scripts": ["bnres = bnres.cli:app"]},
     install_requires=["torch>=2.11", "triton>=3.6; platform_system=='Linux'"],
-    extras_require={"test": TEST, "dev": [*TEST, "ruff>=0.17", "mypy>=2.0"]},
+    extras_require={
+        "train": TRAIN,
+        "bench": BENCH,
+        "test": TEST,
+        "dev": [*TEST, "ruff>=0.17", "mypy>=2.0"],
+    },
 )

@@ -1,0 +1,153 @@
+"""The command ``bnres``."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated
+
+try:
+    import typer
+    from rich.console import Console
+except ModuleNotFoundError as error:
+    sys.exit(f"bnres: {error.name} is missing; install it with: pip install 'bnres[train]'")
+
+import bnres
+
+BAD_INPUT = 2
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Batch-normalised residual nets of fused layers.",
+)
+
+
+@contextmanager
+def bad_input_exits() -> Iterator[None]:
+    """Turns the ValueError of wrong input into one line and exit code 2."""
+    try:
+        yield
+    except (ValueError, ModuleNotFoundError) as error:
+        typer.echo(f"bnres: {error}", err=True)
+        raise typer.Exit(BAD_INPUT) from error
+
+
+def run_folder(out: Path | None, dataset: str, model: str) -> Path:
+    """The folder of a run: ``out``, or a new one below ``runs``.
+
+    Raises:
+        ValueError: if it lies in no folder, or is not empty.
+    """
+    if out is None:
+        out = Path("runs") / f"{dataset}-{model}-{datetime.now():%Y%m%d-%H%M%S}"
+        return out
+    if not out.parent.is_dir():
+        raise ValueError(f"out: there is no folder {str(out.parent)!r}")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"out: {str(out)!r} exists already; name a new folder")
+    return out
+
+
+def show_version(value: bool) -> None:
+    if value:
+        typer.echo(f"bnres {bnres.__version__}, backend {bnres.backend()}")
+        raise typer.Exit()
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=show_version, is_eager=True, help="Show versions.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def train(
+    dataset: Annotated[str, typer.Option(help="Data set.")] = "mnist5k",
+    model: Annotated[str, typer.Option(help="Model.")] = "resnet18",
+    act: Annotated[str | None, typer.Option(help="Activation of a ResNet.")] = None,
+    epochs: Annotated[int, typer.Option(help="Passes over the training images.")] = 5,
+    batch_size: Annotated[int, typer.Option(help="Images a step.")] = 64,
+    lr: Annotated[float, typer.Option(help="Greatest learning rate of the cycle.")] = 0.03,
+    dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
+    device: Annotated[str | None, typer.Option(help="Default: the GPU, if there is one.")] = None,
+    channels_last: Annotated[
+        bool, typer.Option("--channels-last/--contiguous", help="Memory format.")
+    ] = True,
+    stock: Annotated[bool, typer.Option("--stock", help="Torch's own layers.")] = False,
+    seed: Annotated[int, typer.Option(help="Of weights, order and shifts.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Folder of the run; default: runs/...")] = None,
+    resume: Annotated[Path | None, typer.Option(help="Checkpoint to go on from.")] = None,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Train fused and stock side by side; no files.")
+    ] = False,
+) -> None:
+    """Train a model; with no options, a ResNet-18 on 4,000 images of MNIST."""
+    from bnres.train.compare import prepare_comparison, run_comparison
+    from bnres.train.config import TrainConfig, default_device
+    from bnres.train.run import fit, prepare
+
+    console = Console()
+    with bad_input_exits():
+        config = TrainConfig(
+            dataset=dataset,
+            model=model,
+            fused=not stock,
+            act=act,
+            epochs=epochs,
+            batch_size=batch_size,
+            lr=lr,
+            dtype=dtype,
+            device=device or default_device(),
+            channels_last=channels_last,
+            seed=seed,
+            resume=resume,
+        )
+        if compare and (out is not None or stock):
+            raise ValueError("compare writes no files and trains both: no out, no stock with it")
+        if compare:
+            comparison = prepare_comparison(config)
+        else:
+            folder = run_folder(out, dataset, model)
+            run = prepare(config)
+    if compare:
+        run_comparison(comparison, console)
+    else:
+        fit(run, folder, console)
+
+
+@app.command()
+def summary(
+    model: Annotated[str, typer.Argument(help="Model.")],
+    input: Annotated[
+        str | None, typer.Option(help="Shape of the input, such as 1x3x224x224.")
+    ] = None,
+) -> None:
+    """Print the class and the output shape of each stage of a model."""
+    from bnres.models import DEFAULT_INPUT_SHAPE, INPUT_SHAPES, create_model, summarize
+
+    with bad_input_exits():
+        shape = INPUT_SHAPES.get(model, DEFAULT_INPUT_SHAPE)
+        if input is not None:
+            shape = parse_shape(input)
+        stages = summarize(create_model(model, in_channels=shape[1]), shape)
+    for stage in stages:
+        typer.echo(f"{stage.cls:<20} output shape:  {'x'.join(map(str, stage.shape))}")
+
+
+def parse_shape(text: str) -> tuple[int, int, int, int]:
+    """``"1x3x224x224"`` as a tuple.
+
+    Raises:
+        ValueError: if it is not four positive numbers.
+    """
+    parts = text.split("x")
+    if len(parts) != 4 or not all(part.isdigit() and int(part) > 0 for part in parts):
+        raise ValueError(f"input must be four sizes such as 1x3x224x224, got {text!r}")
+    n, channels, height, width = map(int, parts)
+    return n, channels, height, width

@@ -1,0 +1,7 @@
+"""Training: config, state, loop, checkpoint, outputs, each a module of its own."""
+
+from bnres.train.config import TrainConfig
+from bnres.train.loop import evaluate, train_epoch
+from bnres.train.state import TrainState, build_state
+
+__all__ = ["TrainConfig", "TrainState", "build_state", "evaluate", "train_epoch"]

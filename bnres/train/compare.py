@@ -1,0 +1,98 @@
+"""Fused layers against stock ones, trained side by side from the same seed."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from bnres.train.config import TrainConfig
+from bnres.train.loop import TrainResult
+from bnres.train.run import Run, describe, prepare, progress_bar, route, run_epoch
+
+
+def other_threads() -> int:
+    """A number of CPU threads that is not the present one."""
+    return 1 if torch.get_num_threads() > 1 else 2
+
+
+@dataclass
+class Comparison:
+    """Runs by name; the first is fused, the second stock, the third stock with other rounding."""
+
+    config: TrainConfig
+    runs: dict[str, Run]
+
+
+def prepare_comparison(config: TrainConfig) -> Comparison:
+    """Three runs from the same seed.
+
+    Two right programs drift apart in fp32, and faster with every step. The third run, which
+    differs from the second in the order of its sums alone, shows how far: on the CPU it has
+    another number of threads, on a GPU the other memory format.
+
+    Raises:
+        ValueError: if the input does not fit.
+    """
+    if config.resume is not None:
+        raise ValueError("compare trains from the start: it can't go with resume")
+    stock = replace(config, fused=False)
+    if on_cpu(config):
+        control, how = stock, f"{other_threads()} thread(s)"
+    else:
+        control = replace(stock, channels_last=not config.channels_last)
+        how = "the other memory format"
+    configs = {"fused": replace(config, fused=True), "stock": stock, f"stock, {how}": control}
+    return Comparison(config, {name: prepare(each) for name, each in configs.items()})
+
+
+def on_cpu(config: TrainConfig) -> bool:
+    return torch.device(config.device).type == "cpu"
+
+
+def run_comparison(comparison: Comparison, console: Console) -> None:
+    """Trains all runs, an epoch of each in turn, and prints a table."""
+    config, runs = comparison.config, comparison.runs
+    threads = torch.get_num_threads()
+    results: dict[str, list[TrainResult]] = {name: [] for name in runs}
+    control = list(runs)[-1]
+    with progress_bar(console) as progress:
+        for _ in range(config.epochs):
+            for name, run in runs.items():
+                if on_cpu(config) and name == control:
+                    torch.set_num_threads(other_threads())
+                try:
+                    results[name].append(run_epoch(run, progress, f"{name}: "))
+                finally:
+                    torch.set_num_threads(threads)
+                console.print(
+                    f"{name}: {describe(run.state.history[-1], config.epochs)}", highlight=False
+                )
+    console.print(comparison_table(comparison, results))
+    console.print(
+        "Drift: greatest difference of a step's loss to the stock run's; shown, not judged.",
+        highlight=False,
+    )
+
+
+def comparison_table(comparison: Comparison, results: dict[str, list[TrainResult]]) -> Table:
+    """Accuracy, images/s and drift of each run."""
+    config = comparison.config
+    losses = {name: [x for each in rs for x in each.step_losses] for name, rs in results.items()}
+    table = Table(title=f"{config.model} on {config.dataset}, {config.device}, {config.dtype}")
+    for heading in ("run", "route"):
+        table.add_column(heading)
+    for heading in ("test acc", "images/s", "drift, 10 steps", "drift, all steps"):
+        table.add_column(heading, justify="right")
+    for name, run in comparison.runs.items():
+        drift = [abs(a - b) for a, b in zip(losses[name], losses["stock"], strict=True)]
+        drifts = [f"{max(drift[:10]):.1e}", f"{max(drift):.1e}"]
+        seconds = sum(each.seconds for each in results[name])
+        table.add_row(
+            name,
+            route(run.config),
+            f"{run.state.history[-1]['test_accuracy']:.2%}",
+            f"{len(drift) * run.batches.batch_size / seconds:,.0f}",
+            *(("-", "-") if name == "stock" else drifts),
+        )
+    return table
