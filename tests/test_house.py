@@ -1,0 +1,87 @@
+"""The house: direction of imports, what importing costs, the name of the kernels' folder."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+# Each room may import from the rooms below it, and no other.
+ROOMS = (
+    "kernels",
+    "backend",
+    "activations",
+    "ops",
+    "autograd",
+    "functional",
+    "nn",
+    "models",
+    "data",
+    "train",
+    "cli",
+)
+
+
+def room_of(module):
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 else None
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def sources():
+    for path in (ROOT / "bnres").rglob("*.py"):
+        if "kernels" not in path.parts:
+            yield path.relative_to(ROOT / "bnres").parts[0].removesuffix(".py"), path
+    for path in (ROOT / "kernels").glob("*.py"):
+        yield "kernels", path
+
+
+@pytest.mark.parametrize(
+    ("room", "path"), sources(), ids=lambda v: v.stem if isinstance(v, Path) else ""
+)
+def test_imports_point_down(room, path):
+    for module in imports(path):
+        top = module.split(".")[0]
+        assert top not in ("tests", "benchmarks", "kernels"), module
+        if room == "kernels" and top not in sys.stdlib_module_names:
+            assert top in ("torch", "triton") or module.startswith("bnres.kernels"), module
+        below = room_of(module)
+        if top == "bnres" and room in ROOMS and below in ROOMS:
+            assert ROOMS.index(below) <= ROOMS.index(room), f"{path}: {module}"
+
+
+def run(code, **options):
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, **options
+    )
+
+
+def test_bare_kernels_name_is_refused():
+    result = run("import kernels")
+    assert "its import name is 'bnres.kernels'" in result.stderr
+
+
+def test_import_is_light():
+    code = """
+import sys, time, torch
+before, start = set(sys.modules), time.perf_counter()
+import bnres
+elapsed = time.perf_counter() - start
+new = {m.split('.')[0] for m in set(sys.modules) - before}
+assert not torch.cuda.is_initialized()
+assert not new & {'triton', 'typer', 'rich', 'matplotlib', 'mlxtend', 'numpy', 'torchvision'}, new
+print(elapsed)
+"""
+    result = run(code)
+    assert result.returncode == 0, result.stderr
+    assert float(result.stdout) < 0.3
