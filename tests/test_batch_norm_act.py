@@ -7,9 +7,8 @@ import torch.nn.functional as F
 from bnres.functional import batch_norm_act
 from bnres.kernels.reference import ACTIVATION_FORMULAS
 from bnres.nn import BatchNorm2d, BatchNormAct2d
+from tests.device import DEVICE
 from tests.tolerances import TOLERANCE, assert_close
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 SHAPES = [
     (2, 3, 5, 5),

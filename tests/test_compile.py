@@ -12,8 +12,7 @@ from torch._dynamo.backends.common import aot_autograd
 
 from bnres.models import resnet18
 from bnres.nn import BatchNorm2d, BatchNormAct2d
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+from tests.device import DEVICE
 
 
 class Net(nn.Module):

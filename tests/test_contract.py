@@ -11,9 +11,8 @@ from bnres import functional, use_backend
 from bnres.functional import batch_norm_act
 from bnres.kernels.reference import ACTIVATION_FORMULAS
 from bnres.nn import BatchNorm1d, BatchNorm2d, BatchNorm3d, BatchNormAct2d
+from tests.device import DEVICE
 from tests.tolerances import assert_close
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def test_empty_batch_keeps_statistics_and_counts():

@@ -6,9 +6,8 @@ import torch
 from bnres.functional import batch_norm_act
 from bnres.kernels.reference import ACTIVATION_FORMULAS
 from bnres.nn import BatchNorm1d, BatchNormAct2d
+from tests.device import DEVICE
 from tests.tolerances import assert_close
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @pytest.mark.parametrize("act", [None, "relu", "silu"])

@@ -10,9 +10,9 @@ from bnres.kernels.config import launch_config, tile_for, tile_rows
 from bnres.kernels.layout import ChannelView
 from bnres.kernels.tiles import split_rows, tile_offsets
 from bnres.ops import unpack_mask
+from tests.device import DEVICE
 from tests.tolerances import assert_close
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Channels of 1, 3, 63, 65, 130; prime counts; one spatial element; every tiling.
 SHAPES = [
     (3, 1, 5, 7),

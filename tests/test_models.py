@@ -10,9 +10,8 @@ from torch import nn
 from benchmarks.sites import RESNET18_SITES
 from bnres import models, use_backend
 from bnres.nn import BatchNormAct2d
+from tests.device import DEVICE
 from tests.torchvision_import import torchvision
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"])

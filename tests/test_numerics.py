@@ -5,9 +5,9 @@ import torch
 import torch.nn.functional as F
 
 from bnres.functional import batch_norm_act
+from tests.device import DEVICE
 from tests.tolerances import TOLERANCE
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 N, C, SIZE = 8, 6, 14
 # fp32's own rounding of a normalised value (some 4 in size) and of a mean.
 EPSILON = {torch.float32: 2.0**-23, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
