@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from bnres import nn
 from bnres.functional import batch_norm_act
 from bnres.kernels.reference import ACTIVATION_FORMULAS
-from bnres.nn import BatchNorm1d, BatchNormAct2d
 from tests.device import DEVICE
 from tests.tolerances import assert_close
 
@@ -33,7 +33,16 @@ def test_gradients_of_gradients(act, has_residual, training):
 
 
 @pytest.mark.parametrize(
-    ("module", "shape"), [(BatchNorm1d, (3, 2)), (BatchNormAct2d, (3, 2, 1, 1))]
+    ("module", "shape"),
+    [
+        (nn.BatchNorm1d, (3, 2)),
+        (nn.BatchNorm2d, (3, 2, 1, 1)),
+        (nn.BatchNorm3d, (3, 2, 1, 1, 1)),
+        (nn.BatchNormAct1d, (3, 2)),
+        (nn.BatchNormAct2d, (3, 2, 1, 1)),
+        (nn.BatchNormAct3d, (3, 2, 1, 1, 1)),
+    ],
+    ids=lambda v: v.__name__ if isinstance(v, type) else "",
 )
 def test_gradients_of_modules(module, shape):
     torch.manual_seed(5)

@@ -183,7 +183,7 @@ def test_train_command_writes_its_folder(tiny_command, tmp_path, monkeypatch):
 def test_compare_command(tiny_command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "160")
-    result = runner.invoke(cli.app, ["train", "--compare", "--epochs", "1", "--batch-size", "8"])
+    result = runner.invoke(cli.app, ["train", "--compare", "--epochs", "2", "--batch-size", "8"])
     assert result.exit_code == 0, result.output
     for words in ("fused layers", "stock layers", "drift", "images/s"):
         assert words in result.output
