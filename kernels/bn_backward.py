@@ -27,8 +27,18 @@ from bnres.kernels.tiles import (
 
 
 @triton.jit
+def load_dy(dy_ptr, dy_skip_ptr, offsets, mask, HAS_DY_SKIP: tl.constexpr, ACC: tl.constexpr):
+    """The gradient of a tile of y, or of both tensors that y was handed out as."""
+    dy = tl.load(dy_ptr + offsets, mask=mask, other=0).to(ACC)
+    if HAS_DY_SKIP:
+        dy += tl.load(dy_skip_ptr + offsets, mask=mask, other=0).to(ACC)
+    return dy
+
+
+@triton.jit
 def _pre_activation_grad(
     dy_ptr,
+    dy_skip_ptr,
     mask_ptr,
     residual_ptr,
     x_centred,
@@ -42,6 +52,7 @@ def _pre_activation_grad(
     L,
     ACT_GRAD: tl.constexpr,
     HAS_ACT: tl.constexpr,
+    HAS_DY_SKIP: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_MASK: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
@@ -49,9 +60,9 @@ def _pre_activation_grad(
     UNROLL: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """dz = dy·act'(z) of a tile, from the bit mask or from z made again as the forward made it."""
+    """dz = (dy + dy_skip)·act'(z) of a tile, from the bit mask or from z made again as the forward made it."""
     offsets, mask = tile_offsets(row, col_block, count, C, L, TILE, UNROLL)
-    dz = tl.load(dy_ptr + offsets, mask=mask, other=0).to(ACC)
+    dz = load_dy(dy_ptr, dy_skip_ptr, offsets, mask, HAS_DY_SKIP, ACC)
     if HAS_MASK:
         bit_offsets, bit_mask = mask_offsets(row, col_block, count, C, L, TILE, UNROLL)
         packed = tl.load(mask_ptr + bit_offsets, mask=bit_mask, other=0)
@@ -71,6 +82,7 @@ def _bn_bwd_reduce_kernel(
     partial_ptr,
     dz_ptr,
     dy_ptr,
+    dy_skip_ptr,
     x_ptr,
     mask_ptr,
     residual_ptr,
@@ -85,6 +97,7 @@ def _bn_bwd_reduce_kernel(
     act_param: tl.float64,
     ACT_GRAD: tl.constexpr,
     HAS_ACT: tl.constexpr,
+    HAS_DY_SKIP: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_MASK: tl.constexpr,
@@ -117,8 +130,9 @@ def _bn_bwd_reduce_kernel(
         offsets, mask = tile_offsets(row, col_block, count, C, L, TILE, UNROLL)
         x_centred = tl.load(x_ptr + offsets, mask=mask, other=0).to(ACC) - mean
         dz = _pre_activation_grad(
-            dy_ptr, mask_ptr, residual_ptr, x_centred, scale, bias, param, row, col_block, count,
-            C, L, ACT_GRAD, HAS_ACT, HAS_BIAS, HAS_MASK, HAS_RESIDUAL, TILE, UNROLL, ACC,
+            dy_ptr, dy_skip_ptr, mask_ptr, residual_ptr, x_centred, scale, bias, param, row,
+            col_block, count, C, L, ACT_GRAD, HAS_ACT, HAS_DY_SKIP, HAS_BIAS, HAS_MASK,
+            HAS_RESIDUAL, TILE, UNROLL, ACC,
         )  # fmt: skip
         if WRITE_DZ:
             tl.store(dz_ptr + offsets, round_to(dz, dz_ptr.dtype.element_ty), mask=mask)
@@ -160,6 +174,7 @@ def _bn_bwd_dx_kernel(
     dx_ptr,
     dz_ptr,
     dy_ptr,
+    dy_skip_ptr,
     x_ptr,
     mask_ptr,
     residual_ptr,
@@ -178,6 +193,7 @@ def _bn_bwd_dx_kernel(
     ACT_GRAD: tl.constexpr,
     TRAINING: tl.constexpr,
     HAS_ACT: tl.constexpr,
+    HAS_DY_SKIP: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_MASK: tl.constexpr,
@@ -213,8 +229,9 @@ def _bn_bwd_dx_kernel(
         if TRAINING or (HAS_ACT and not HAS_MASK):
             x_centred = tl.load(x_ptr + offsets, mask=mask, other=0).to(ACC) - mean
         dz = _pre_activation_grad(
-            dy_ptr, mask_ptr, residual_ptr, x_centred, scale, bias, param, row, col_block, count,
-            C, L, ACT_GRAD, HAS_ACT, HAS_BIAS, HAS_MASK, HAS_RESIDUAL, TILE, UNROLL, ACC,
+            dy_ptr, dy_skip_ptr, mask_ptr, residual_ptr, x_centred, scale, bias, param, row,
+            col_block, count, C, L, ACT_GRAD, HAS_ACT, HAS_DY_SKIP, HAS_BIAS, HAS_MASK,
+            HAS_RESIDUAL, TILE, UNROLL, ACC,
         )  # fmt: skip
         if WRITE_DZ:
             tl.store(dz_ptr + offsets, round_to(dz, dz_ptr.dtype.element_ty), mask=mask)
@@ -236,12 +253,13 @@ def bn_backward_reduce(
     act: str,
     act_param: float,
     *,
+    dy_skip: Tensor | None = None,
     write_dz: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """sum(dz) and sum(dz·xhat) of each channel, (C,) in fp32 (or fp64), and dz itself if asked.
 
-    ``dy`` and ``residual`` lie in memory as ``x`` does. dz = dy·act'(z) comes from ``mask`` if
-    there is one, else from z made again of ``x`` and ``residual``.
+    ``dy``, ``dy_skip`` and ``residual`` lie in memory as ``x`` does. dz = (dy + dy_skip)·act'(z):
+    act'(z) comes from ``mask`` if there is one, else from z made again of ``x`` and ``residual``.
     """
     acc = acc_type(x)
     channels = x.shape[1]
@@ -256,6 +274,7 @@ def bn_backward_reduce(
             partial_ptr=partial,
             dz_ptr=dz,
             dy_ptr=dy,
+            dy_skip_ptr=dy_skip,
             x_ptr=x,
             mask_ptr=mask,
             residual_ptr=residual,
@@ -270,6 +289,7 @@ def bn_backward_reduce(
             act_param=act_param,
             ACT_GRAD=ACTIVATIONS[act].grad,
             HAS_ACT=act != "identity",
+            HAS_DY_SKIP=dy_skip is not None,
             HAS_WEIGHT=weight is not None,
             HAS_BIAS=bias is not None,
             HAS_MASK=mask is not None,
@@ -311,6 +331,7 @@ def bn_backward_dx(
     sums: tuple[Tensor, Tensor] | None,
     count: int,
     *,
+    dy_skip: Tensor | None = None,
     write_dz: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """dx, and dz if asked.
@@ -328,6 +349,7 @@ def bn_backward_dx(
             dx_ptr=dx,
             dz_ptr=dz,
             dy_ptr=dy,
+            dy_skip_ptr=dy_skip,
             x_ptr=x,
             mask_ptr=mask,
             residual_ptr=residual,
@@ -346,6 +368,7 @@ def bn_backward_dx(
             ACT_GRAD=ACTIVATIONS[act].grad,
             TRAINING=sums is not None,
             HAS_ACT=act != "identity",
+            HAS_DY_SKIP=dy_skip is not None,
             HAS_WEIGHT=weight is not None,
             HAS_BIAS=bias is not None,
             HAS_MASK=mask is not None,

@@ -1,0 +1,441 @@
+"""Batch norm, activation and max-pool in one pass, without writing what is pooled.
+
+Forward keeps, of each window, where its greatest value lies and the x there; the reduce pass of
+backward is then `bn_backward.bn_backward_reduce` over these.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from bnres.kernels import config
+from bnres.kernels.config import Tile, launch_config, tile_for
+from bnres.kernels.device import ACTIVATIONS, round_to
+from bnres.kernels.dtypes import acc_type
+from bnres.kernels.launch import ACC_DTYPE, launch_scope, sm_count
+from bnres.kernels.layout import ChannelView
+from bnres.kernels.norm import Norm
+from bnres.kernels.tiles import CHANNELS, split_rows
+from bnres.kernels.window import Window
+
+# Windows of more taps are walked over in a loop that is not unrolled.
+UNROLLED_TAPS = tl.constexpr(16)
+
+
+@triton.jit
+def _positions(
+    row, col_block, count, C, H, W, TILE: tl.constexpr, UNROLL: tl.constexpr, INDEX: tl.constexpr
+):
+    """Sample (channels_last) or plane, height, width and channel of a tile's elements; its mask."""
+    local = tl.arange(0, UNROLL * TILE.sub_rows)[:, None]
+    cols = tl.arange(0, TILE.block_cols)[None, :]
+    if TILE.kind == CHANNELS:
+        position = tl.cast(row, INDEX) + local
+        channel = col_block * TILE.block_cols + cols
+        mask = position < count
+        if not TILE.even:
+            mask = mask & (channel < C)
+    else:
+        position = (tl.cast(row, INDEX) + local) * TILE.vector + cols
+        channel = position // (H * W) % C
+        mask = position < count
+    n = position // (H * W)
+    rest = position - n * (H * W)
+    h = rest // W
+    return n, h, rest - h * W, channel, mask
+
+
+@triton.jit
+def _offsets(n, h, w, channel, C, H, W, TILE: tl.constexpr):
+    """Where elements lie in a tensor of height H and width W."""
+    position = (n * H + h) * W + w
+    if TILE.kind == CHANNELS:
+        stride = C
+        if TILE.aligned:
+            stride = (C // TILE.vector) * TILE.vector
+        position = position * stride + channel
+    return position
+
+
+@triton.jit
+def _load_norm(
+    mean_ptr,
+    rstd_ptr,
+    weight_ptr,
+    bias_ptr,
+    channel,
+    C,
+    eps,
+    FROM_VAR: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """mean, rstd, rstd·weight and bias of channels."""
+    mask = channel < C
+    mean = tl.load(mean_ptr + channel, mask=mask, other=0).to(ACC)
+    rstd = tl.load(rstd_ptr + channel, mask=mask, other=1).to(ACC)
+    if FROM_VAR:
+        rstd = tl.rsqrt(rstd + tl.full((), eps, ACC))
+    scale = rstd
+    if HAS_WEIGHT:
+        scale *= tl.load(weight_ptr + channel, mask=mask, other=0).to(ACC)
+    bias = tl.zeros_like(mean)
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + channel, mask=mask, other=0).to(ACC)
+    return mean, rstd, scale, bias
+
+
+@triton.jit
+def _visit_tap(
+    best,
+    index,
+    x_max,
+    x_ptr,
+    n,
+    oh,
+    ow,
+    kh,
+    kw,
+    channel,
+    mask,
+    C,
+    H,
+    W,
+    mean,
+    scale,
+    bias,
+    param,
+    ACT: tl.constexpr,
+    WINDOW: tl.constexpr,
+    TILE: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """Takes in one position of the windows: the first greatest value stays, NaN takes over."""
+    h = oh * WINDOW.stride_h - WINDOW.padding_h + kh * WINDOW.dilation_h
+    w = ow * WINDOW.stride_w - WINDOW.padding_w + kw * WINDOW.dilation_w
+    inside = mask & (h >= 0) & (h < H) & (w >= 0) & (w < W)
+    x = tl.load(x_ptr + _offsets(n, h, w, channel, C, H, W, TILE), mask=inside, other=0)
+    y = ACT((x.to(ACC) - mean) * scale + bias, param)
+    y = round_to(y, x_ptr.dtype.element_ty).to(ACC)
+    takes = inside & ((index < 0) | (y > best) | (y != y))
+    best = tl.where(takes, y, best)
+    x_max = tl.where(takes, x, x_max)
+    return best, tl.where(takes, kh * WINDOW.kernel_w + kw, index), x_max
+
+
+@triton.jit
+def _bn_max_pool_kernel(
+    y_ptr,
+    index_ptr,
+    x_max_ptr,
+    x_ptr,
+    mean_ptr,
+    rstd_ptr,
+    weight_ptr,
+    bias_ptr,
+    count,
+    C,
+    H,
+    W,
+    OH,
+    OW,
+    rows_per_split,
+    act_param: tl.float64,
+    eps: tl.float64,
+    ACT: tl.constexpr,
+    FROM_VAR: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    SAVE: tl.constexpr,
+    WINDOW: tl.constexpr,
+    TILE: tl.constexpr,
+    UNROLL: tl.constexpr,
+    STAGES: tl.constexpr,
+    INDEX: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """y = max over each window of act(bn(x)), rounded; its position in the window, and x there."""
+    col_block, split = tl.program_id(0), tl.program_id(1)
+    channel = col_block * TILE.block_cols + tl.arange(0, TILE.block_cols)[None, :]
+    if TILE.kind == CHANNELS:
+        mean, rstd, scale, bias = _load_norm(
+            mean_ptr, rstd_ptr, weight_ptr, bias_ptr, channel, C, eps, FROM_VAR, HAS_WEIGHT,
+            HAS_BIAS, ACC,
+        )  # fmt: skip
+    param = tl.full((), act_param, ACC)
+    start, stop = split_rows(split, rows_per_split, count, TILE)
+    for row in tl.range(start, stop, UNROLL * TILE.sub_rows, num_stages=STAGES):
+        n, oh, ow, channel, mask = _positions(
+            row, col_block, count, C, OH, OW, TILE, UNROLL, INDEX
+        )
+        if TILE.kind != CHANNELS:
+            mean, rstd, scale, bias = _load_norm(
+                mean_ptr, rstd_ptr, weight_ptr, bias_ptr, channel, C, eps, FROM_VAR, HAS_WEIGHT,
+                HAS_BIAS, ACC,
+            )  # fmt: skip
+        best = tl.full((UNROLL * TILE.sub_rows, TILE.block_cols), 0.0, ACC)
+        index = tl.full((UNROLL * TILE.sub_rows, TILE.block_cols), -1, tl.int32)
+        x_max = tl.full((UNROLL * TILE.sub_rows, TILE.block_cols), 0.0, x_ptr.dtype.element_ty)
+        if WINDOW.taps <= UNROLLED_TAPS:
+            for tap in tl.static_range(WINDOW.taps):
+                best, index, x_max = _visit_tap(
+                    best, index, x_max, x_ptr, n, oh, ow, tap // WINDOW.kernel_w,
+                    tap % WINDOW.kernel_w, channel, mask, C, H, W, mean, scale, bias, param, ACT,
+                    WINDOW, TILE, ACC,
+                )  # fmt: skip
+        else:
+            for tap in tl.range(0, WINDOW.taps):
+                best, index, x_max = _visit_tap(
+                    best, index, x_max, x_ptr, n, oh, ow, tap // WINDOW.kernel_w,
+                    tap % WINDOW.kernel_w, channel, mask, C, H, W, mean, scale, bias, param, ACT,
+                    WINDOW, TILE, ACC,
+                )  # fmt: skip
+        offsets = _offsets(n, oh, ow, channel, C, OH, OW, TILE)
+        tl.store(y_ptr + offsets, round_to(best, y_ptr.dtype.element_ty), mask=mask)
+        if SAVE:
+            tl.store(index_ptr + offsets, index.to(index_ptr.dtype.element_ty), mask=mask)
+            tl.store(x_max_ptr + offsets, x_max, mask=mask)
+
+
+@triton.jit
+def _bn_max_pool_bwd_dx_kernel(
+    dx_ptr,
+    dy_ptr,
+    index_ptr,
+    x_ptr,
+    mean_ptr,
+    rstd_ptr,
+    weight_ptr,
+    bias_ptr,
+    sum_dy_ptr,
+    sum_dy_xhat_ptr,
+    count,
+    C,
+    H,
+    W,
+    OH,
+    OW,
+    rows_per_split,
+    act_param: tl.float64,
+    stats_count,
+    ACT_GRAD: tl.constexpr,
+    TRAINING: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    WINDOW: tl.constexpr,
+    TILE: tl.constexpr,
+    UNROLL: tl.constexpr,
+    STAGES: tl.constexpr,
+    INDEX: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """dx as in `_bn_bwd_dx_kernel`, dz = act'(z)·(the dy of all windows whose greatest this is)."""
+    col_block, split = tl.program_id(0), tl.program_id(1)
+    channel = col_block * TILE.block_cols + tl.arange(0, TILE.block_cols)[None, :]
+    if TILE.kind == CHANNELS:
+        mean, rstd, scale, bias = _load_norm(
+            mean_ptr, rstd_ptr, weight_ptr, bias_ptr, channel, C, 0.0, False, HAS_WEIGHT,
+            HAS_BIAS, ACC,
+        )  # fmt: skip
+        if TRAINING:
+            mean_dy, slope = _mean_grads(sum_dy_ptr, sum_dy_xhat_ptr, rstd, channel, C, stats_count)
+    param = tl.full((), act_param, ACC)
+    start, stop = split_rows(split, rows_per_split, count, TILE)
+    for row in tl.range(start, stop, UNROLL * TILE.sub_rows, num_stages=STAGES):
+        n, h, w, channel, mask = _positions(row, col_block, count, C, H, W, TILE, UNROLL, INDEX)
+        if TILE.kind != CHANNELS:
+            mean, rstd, scale, bias = _load_norm(
+                mean_ptr, rstd_ptr, weight_ptr, bias_ptr, channel, C, 0.0, False, HAS_WEIGHT,
+                HAS_BIAS, ACC,
+            )  # fmt: skip
+            if TRAINING:
+                mean_dy, slope = _mean_grads(
+                    sum_dy_ptr, sum_dy_xhat_ptr, rstd, channel, C, stats_count
+                )
+        offsets = _offsets(n, h, w, channel, C, H, W, TILE)
+        x_centred = tl.load(x_ptr + offsets, mask=mask, other=0).to(ACC) - mean
+        dy = tl.full((UNROLL * TILE.sub_rows, TILE.block_cols), 0.0, ACC)
+        for window in tl.static_range(WINDOW.covering_h * WINDOW.covering_w):
+            oh = (h + WINDOW.padding_h) // WINDOW.stride_h - window // WINDOW.covering_w
+            ow = (w + WINDOW.padding_w) // WINDOW.stride_w - window % WINDOW.covering_w
+            down = h + WINDOW.padding_h - oh * WINDOW.stride_h
+            across = w + WINDOW.padding_w - ow * WINDOW.stride_w
+            kh, kw = down // WINDOW.dilation_h, across // WINDOW.dilation_w
+            covers = mask & (oh >= 0) & (oh < OH) & (ow >= 0) & (ow < OW)
+            covers = covers & (kh < WINDOW.kernel_h) & (kw < WINDOW.kernel_w)
+            if WINDOW.dilation_h > 1 or WINDOW.dilation_w > 1:
+                covers = covers & (kh * WINDOW.dilation_h == down)
+                covers = covers & (kw * WINDOW.dilation_w == across)
+            at = _offsets(n, oh, ow, channel, C, OH, OW, TILE)
+            index = tl.load(index_ptr + at, mask=covers, other=0).to(tl.int32)
+            pooled = tl.load(dy_ptr + at, mask=covers, other=0).to(ACC)
+            dy += tl.where(covers & (index == kh * WINDOW.kernel_w + kw), pooled, 0.0)
+        dx = ACT_GRAD(dy, x_centred * scale + bias, param)
+        if TRAINING:
+            dx = dx - mean_dy - x_centred * slope
+        tl.store(dx_ptr + offsets, round_to(dx * scale, dx_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _mean_grads(sum_dy_ptr, sum_dy_xhat_ptr, rstd, channel, C, stats_count):
+    """sum_dy/count and sum_dy_xhat/count·rstd of channels."""
+    inv_n = (1 / tl.cast(stats_count, tl.float64)).to(rstd.dtype)
+    mean_dy = tl.load(sum_dy_ptr + channel, mask=channel < C, other=0).to(rstd.dtype)
+    slope = tl.load(sum_dy_xhat_ptr + channel, mask=channel < C, other=0).to(rstd.dtype)
+    return mean_dy * inv_n, slope * inv_n * rstd
+
+
+def _domain(t: Tensor, last: bool) -> tuple[ChannelView, Tile]:
+    """Rows to walk over: positions of channels_last tensors, vectors of contiguous ones."""
+    if last:
+        view = ChannelView(t.numel() // t.shape[1], t.shape[1], 1)
+        return view, tile_for(view, t.element_size())
+    return ChannelView(1, 1, t.numel()), flat_tile(t.element_size())
+
+
+def flat_tile(itemsize: int) -> Tile:
+    """A tile of vectors, whatever channels they belong to."""
+    vector = config.VECTOR_BYTES // itemsize
+    return Tile(
+        kind=config.PLANES,
+        sub_rows=config.THREADS,
+        block_cols=vector,
+        block_channels=1,
+        group_inner=0,
+        vector=vector,
+        aligned=True,
+        even=True,
+    )
+
+
+def _index_dtype(x: Tensor) -> tl.dtype:
+    return tl.int32 if x.numel() < 2**31 - 2**20 else tl.int64
+
+
+def bn_max_pool(
+    x: Tensor,
+    norm: Norm,
+    act: str,
+    act_param: float,
+    window: Window,
+    ceil_mode: bool,
+    *,
+    save: bool = False,
+    eps: float | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """max_pool2d(act(bn(x))) of a dense 4-D ``x``, in its memory format.
+
+    If asked, also each greatest value's position in its window, row by row (uint8, or int32 for
+    windows of more than 256), and the x there. Ties, NaN and padding are as in
+    `torch.nn.functional.max_pool2d`. With ``eps``, the norm's rstd is a variance.
+    """
+    n, channels, height, width = x.shape
+    shape = (n, channels, *window.output_size(height, width, ceil_mode))
+    last = not x.is_contiguous()
+    memory_format = torch.channels_last if last else torch.contiguous_format
+
+    def empty(dtype: torch.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=x.device, memory_format=memory_format)
+
+    y = empty(x.dtype)
+    index, x_max = None, None
+    if save:
+        index = empty(torch.uint8 if window.taps <= 256 else torch.int32)
+        x_max = empty(x.dtype)
+    if y.numel() == 0:
+        return y, index, x_max
+    view, tile = _domain(y, last)
+    launch = launch_config("pool", view, tile, sm_count(x.device))
+    with launch_scope(x):
+        _bn_max_pool_kernel[launch.grid](
+            y_ptr=y,
+            index_ptr=index,
+            x_max_ptr=x_max,
+            x_ptr=x,
+            mean_ptr=norm.mean,
+            rstd_ptr=norm.rstd,
+            weight_ptr=norm.weight,
+            bias_ptr=norm.bias,
+            count=view.count,
+            C=channels,
+            H=height,
+            W=width,
+            OH=shape[2],
+            OW=shape[3],
+            rows_per_split=launch.rows_per_split,
+            act_param=act_param,
+            eps=0.0 if eps is None else eps,
+            ACT=ACTIVATIONS[act].forward,
+            FROM_VAR=eps is not None,
+            HAS_WEIGHT=norm.weight is not None,
+            HAS_BIAS=norm.bias is not None,
+            SAVE=save,
+            WINDOW=window,
+            TILE=tile,
+            UNROLL=launch.unroll,
+            STAGES=launch.num_stages,
+            INDEX=_index_dtype(x),
+            ACC=ACC_DTYPE[acc_type(x)],
+            enable_fp_fusion=True,
+        )
+    return y, index, x_max
+
+
+def bn_max_pool_backward_dx(
+    dy: Tensor,
+    index: Tensor,
+    x: Tensor,
+    norm: Norm,
+    act: str,
+    act_param: float,
+    window: Window,
+    sums: tuple[Tensor, Tensor] | None,
+    count: int,
+) -> Tensor:
+    """dx; ``dy`` (of what was pooled) and ``index`` lie in memory as ``x`` does.
+
+    ``sums`` are sum(dz) and sum(dz·xhat) of each channel, over ``count`` elements; None stands for
+    eval mode, where the statistics are constants.
+    """
+    dx = torch.empty_like(x)
+    if x.numel() == 0:
+        return dx
+    n, channels, height, width = x.shape
+    view, tile = _domain(x, not x.is_contiguous())
+    launch = launch_config("pool_dx", view, tile, sm_count(x.device))
+    with launch_scope(x):
+        _bn_max_pool_bwd_dx_kernel[launch.grid](
+            dx_ptr=dx,
+            dy_ptr=dy,
+            index_ptr=index,
+            x_ptr=x,
+            mean_ptr=norm.mean,
+            rstd_ptr=norm.rstd,
+            weight_ptr=norm.weight,
+            bias_ptr=norm.bias,
+            sum_dy_ptr=None if sums is None else sums[0],
+            sum_dy_xhat_ptr=None if sums is None else sums[1],
+            count=view.count,
+            C=channels,
+            H=height,
+            W=width,
+            OH=dy.shape[2],
+            OW=dy.shape[3],
+            rows_per_split=launch.rows_per_split,
+            act_param=act_param,
+            stats_count=count,
+            ACT_GRAD=ACTIVATIONS[act].grad,
+            TRAINING=sums is not None,
+            HAS_WEIGHT=norm.weight is not None,
+            HAS_BIAS=norm.bias is not None,
+            WINDOW=window,
+            TILE=tile,
+            UNROLL=launch.unroll,
+            STAGES=launch.num_stages,
+            INDEX=_index_dtype(x),
+            ACC=ACC_DTYPE[acc_type(x)],
+            enable_fp_fusion=True,
+        )
+    return dx
