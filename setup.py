@@ -8,6 +8,8 @@ TRAIN = ["matplotlib>=3.8", "mlxtend>=0.23", "numpy>=1.26", "rich>=13", "typer>=
 BENCH = ["numpy>=1.26"]
 TEST = [*TRAIN, "hypothesis>=6.100", "pytest>=8", "pytest-xdist>=3.5", "torchvision>=0.26"]
 
+PACKAGES = ("autograd", "data", "functional", "kernels", "models", "nn", "ops", "train")
+
 setup(
     name="bnres",
     version="0.1.0.dev0",
@@ -16,7 +18,7 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.11",
-    packages=["bnres", *(f"bnres.{p}" for p in ("data", "kernels", "models", "nn", "train"))],
+    packages=["bnres", *(f"bnres.{p}" for p in PACKAGES)],
     package_dir={"bnres.kernels": "kernels"},
     entry_points={"console_scripts": ["bnres = bnres.cli:app"]},
     install_requires=["torch>=2.11", "triton>=3.6; platform_system=='Linux'"],

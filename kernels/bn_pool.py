@@ -167,9 +167,7 @@ def _bn_max_pool_kernel(
     param = tl.full((), act_param, ACC)
     start, stop = split_rows(split, rows_per_split, count, TILE)
     for row in tl.range(start, stop, UNROLL * TILE.sub_rows, num_stages=STAGES):
-        n, oh, ow, channel, mask = _positions(
-            row, col_block, count, C, OH, OW, TILE, UNROLL, INDEX
-        )
+        n, oh, ow, channel, mask = _positions(row, col_block, count, C, OH, OW, TILE, UNROLL, INDEX)
         if TILE.kind != CHANNELS:
             mean, rstd, scale, bias = _load_norm(
                 mean_ptr, rstd_ptr, weight_ptr, bias_ptr, channel, C, eps, FROM_VAR, HAS_WEIGHT,
@@ -342,7 +340,7 @@ def bn_max_pool(
     y = empty(x.dtype)
     index, x_max = None, None
     if save:
-        index = empty(torch.uint8 if window.taps <= 256 else torch.int32)
+        index = empty(window.index_dtype)
         x_max = empty(x.dtype)
     if y.numel() == 0:
         return y, index, x_max

@@ -327,6 +327,4 @@ def bn_max_pool_backward_dx_ref(
     flat = pooled_offsets(index, window, x.shape[3]).flatten(2)
     scattered = torch.zeros(x.shape, dtype=acc_type(x), device=x.device).flatten(2)
     scattered = scattered.scatter_add(2, flat, dy.to(acc_type(x)).flatten(2)).view(x.shape)
-    return bn_backward_dx_ref(
-        scattered, x, *norm, None, None, act, act_param, sums, count
-    )[0]
+    return bn_backward_dx_ref(scattered, x, *norm, None, None, act, act_param, sums, count)[0]

@@ -1,7 +1,8 @@
 """The windows of a pooling layer."""
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
+import torch
 
 
 @dataclass(frozen=True)
@@ -17,10 +18,19 @@ class Window:
     dilation_h: int
     dilation_w: int
 
+    def as_list(self) -> list[int]:
+        """The fields in order, for operators, which take lists of numbers."""
+        return list(astuple(self))
+
     @property
     def taps(self) -> int:
         """Positions in a window."""
         return self.kernel_h * self.kernel_w
+
+    @property
+    def index_dtype(self) -> torch.dtype:
+        """What a position in a window is kept in."""
+        return torch.uint8 if self.taps <= 256 else torch.int32
 
     @property
     def covering_h(self) -> int:

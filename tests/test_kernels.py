@@ -9,7 +9,7 @@ from bnres.kernels import bn_backward, bn_forward, launch, reference
 from bnres.kernels.config import launch_config, tile_for, tile_rows
 from bnres.kernels.layout import ChannelView
 from bnres.kernels.tiles import split_rows, tile_offsets
-from bnres.ops import unpack_mask
+from bnres.ops.batch_norm_act import unpack_mask
 from tests.device import DEVICE
 from tests.tolerances import assert_close
 

@@ -22,7 +22,7 @@ from benchmarks.audit.sass import (
 )
 from benchmarks.audit.standin import GFX942, SM80, SM90, SM100, Gpu, Launch, compile_only
 from benchmarks.sites import RESNET18_SITES, Site
-from bnres import ops
+from bnres.ops import batch_norm_act as ops
 from bnres.kernels.bn_forward import mask_bytes
 from bnres.kernels.layout import channel_view
 
@@ -112,7 +112,7 @@ def launch_step(case: Case) -> None:
     if residual is not None:
         assert mask.numel() == mask_bytes(channel_view(x), x.element_size())
     ops.backward_impl(
-        x, x, channel, channel, None, mean, rstd, mask if residual is not None else None, True,
+        x, None, x, channel, channel, None, mean, rstd, mask if residual is not None else None, True,
         act, 0.0, True, residual is not None, True,
     )  # fmt: skip
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
 
 from benchmarks.sites import Site
-from bnres import ops
+from bnres.ops import batch_norm_act as ops
 from bnres.kernels.config import launch_config, tile_for
 from bnres.kernels.layout import ChannelView
 
@@ -114,7 +114,7 @@ def operation_traffic(
 
     def backward() -> None:
         ops.backward_impl(
-            dy, x, channel, channel, None, mean, rstd, mask if has_mask else None, True, act, 0.0,
+            dy, None, x, channel, channel, None, mean, rstd, mask if has_mask else None, True, act, 0.0,
             True, has_mask, True,
         )  # fmt: skip
 

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from bnres.activations import as_module
 from bnres.nn import BatchNorm2d, BatchNormAct2d
+from bnres.nn.handout import offer, take
 
 
 def conv(in_channels: int, out_channels: int, kernel_size: int, stride: int = 1) -> nn.Conv2d:
@@ -61,6 +62,14 @@ class ResidualBlock(nn.Module):
     def _shortcut(self, x: Tensor) -> Tensor:
         return x if self.downsample is None else self.downsample(x)
 
+    def _fused_end(self, out: Tensor, x: Tensor) -> Tensor:
+        """Batch norm of ``out``, the shortcut of ``x`` with its batch norm, add, activation."""
+        residual, residual_norm = x, None
+        if self.downsample is not None:
+            convolution, residual_norm = self.downsample
+            residual = convolution(x)
+        return offer(*self.last_norm(out, residual, residual_norm=residual_norm, twice=True))
+
 
 class BasicBlock(ResidualBlock):
     """3×3 convolution, BN, ReLU, 3×3 convolution, BN, add, ReLU (He et al., arXiv 1512.03385)."""
@@ -84,13 +93,14 @@ class BasicBlock(ResidualBlock):
 
 
 class FusedBasicBlock(BasicBlock):
-    """`BasicBlock` whose batch norms take in the activation and the addition."""
+    """`BasicBlock` whose batch norms take in the activation, the addition and the shortcut's."""
 
     fused = True
 
     def forward(self, x: Tensor) -> Tensor:
+        x, skip = take(x)
         out = self.bn1(self.conv1(x))
-        return self.bn2(self.conv2(out), self._shortcut(x))
+        return self._fused_end(self.conv2(out), skip)
 
 
 class Bottleneck(ResidualBlock):
@@ -118,11 +128,12 @@ class Bottleneck(ResidualBlock):
 
 
 class FusedBottleneck(Bottleneck):
-    """`Bottleneck` whose batch norms take in the activation and the addition."""
+    """`Bottleneck` whose batch norms take in the activation, the addition and the shortcut's."""
 
     fused = True
 
     def forward(self, x: Tensor) -> Tensor:
+        x, skip = take(x)
         out = self.bn1(self.conv1(x))
         out = self.bn2(self.conv2(out))
-        return self.bn3(self.conv3(out), self._shortcut(x))
+        return self._fused_end(self.conv3(out), skip)

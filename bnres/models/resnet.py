@@ -12,7 +12,7 @@ from bnres.models.blocks import (
     FusedBottleneck,
     ResidualBlock,
 )
-from bnres.nn import BatchNormAct2d
+from bnres.nn import BatchNormAct2d, BatchNormActMaxPool2d
 
 STEMS = ("imagenet", "cifar")
 
@@ -47,14 +47,21 @@ class ResNet(nn.Module):
         super().__init__()
         if stem not in STEMS:
             raise ValueError(f"stem must be one of {', '.join(STEMS)}, got {stem!r}")
+        self.maxpool: nn.Module = nn.Identity()
+        self.relu = nn.Identity() if block.fused else as_module(act)
         if stem == "imagenet":
             self.conv1 = nn.Conv2d(in_channels, 64, 7, stride=2, padding=3, bias=False)
-            self.maxpool: nn.Module = nn.MaxPool2d(3, stride=2, padding=1)
+            pooling = {"kernel_size": 3, "stride": 2, "padding": 1}
         else:
             self.conv1 = nn.Conv2d(in_channels, 64, 3, padding=1, bias=False)
-            self.maxpool = nn.Identity()
-        self.bn1 = BatchNormAct2d(64, act_layer=act) if block.fused else nn.BatchNorm2d(64)
-        self.relu = nn.Identity() if block.fused else as_module(act)
+            pooling = {}
+        if block.fused and pooling:
+            self.bn1 = BatchNormActMaxPool2d(64, act_layer=act, **pooling)
+        elif block.fused:
+            self.bn1 = BatchNormAct2d(64, act_layer=act)
+        else:
+            self.bn1 = nn.BatchNorm2d(64)
+            self.maxpool = nn.MaxPool2d(**pooling) if pooling else nn.Identity()
         expansion = block.expansion
         self.layer1 = _stage(block, 64, 64, depths[0], 1, act)
         self.layer2 = _stage(block, 64 * expansion, 128, depths[1], 2, act)

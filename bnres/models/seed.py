@@ -2,7 +2,8 @@
 
 from torch import Tensor, nn
 
-from bnres.nn import BatchNormAct1d, BatchNormAct2d
+from bnres.nn import BatchNormAct1d, BatchNormAct2d, BatchNormActMaxPool2d
+from bnres.nn.handout import offer, take
 
 
 class Residual(nn.Module):
@@ -33,9 +34,10 @@ class Residual(nn.Module):
         self.bn2 = norm(num_channels)
 
     def forward(self, x: Tensor) -> Tensor:
+        x, skip = take(x)
         y = self.bn1(self.conv1(x))
-        shortcut = x if self.conv3 is None else self.conv3(x)
-        return self.bn2(self.conv2(y), shortcut)
+        shortcut = skip if self.conv3 is None else self.conv3(skip)
+        return offer(*self.bn2(self.conv2(y), shortcut, twice=True))
 
 
 class StockResidual(Residual):
@@ -66,6 +68,21 @@ def _norm_act(
     return cls(norm.num_features, act_layer=type(act)), nn.Identity()
 
 
+def _norm_act_pool(
+    norm: nn.BatchNorm2d, act: nn.Module, pool: nn.MaxPool2d, fused: bool
+) -> tuple[nn.Module, nn.Module, nn.Module]:
+    """As `_norm_act`, with a pooling behind."""
+    if not fused:
+        return norm, act, pool
+    windows = {
+        "kernel_size": pool.kernel_size,
+        "stride": pool.stride,
+        "padding": pool.padding,
+    }
+    fused_norm = BatchNormActMaxPool2d(norm.num_features, act_layer=type(act), **windows)
+    return fused_norm, nn.Identity(), nn.Identity()
+
+
 def _stage(
     in_channels: int, channels: int, fused: bool, *, first_stage: bool = False
 ) -> nn.Sequential:
@@ -84,8 +101,7 @@ def resnet18_seed(
     """The course's ResNet-18, on (N, 1, 224, 224): a `torch.nn.Sequential` of its stages."""
     stem = nn.Sequential(
         nn.Conv2d(in_channels, 64, kernel_size=7, stride=2, padding=3),
-        *_norm_act(nn.BatchNorm2d(64), nn.ReLU(), fused),
-        nn.MaxPool2d(kernel_size=3, stride=2, padding=1),
+        *_norm_act_pool(nn.BatchNorm2d(64), nn.ReLU(), nn.MaxPool2d(3, 2, 1), fused),
     )
     return nn.Sequential(
         stem,
@@ -103,11 +119,9 @@ def lenet_seed(num_classes: int = 10, in_channels: int = 1, *, fused: bool = Tru
     """The course's LeNet with batch norm and sigmoids, on (N, 1, 28, 28)."""
     return nn.Sequential(
         nn.Conv2d(in_channels, 6, kernel_size=5),
-        *_norm_act(nn.BatchNorm2d(6), nn.Sigmoid(), fused),
-        nn.MaxPool2d(kernel_size=2, stride=2),
+        *_norm_act_pool(nn.BatchNorm2d(6), nn.Sigmoid(), nn.MaxPool2d(2), fused),
         nn.Conv2d(6, 16, kernel_size=5),
-        *_norm_act(nn.BatchNorm2d(16), nn.Sigmoid(), fused),
-        nn.MaxPool2d(kernel_size=2, stride=2),
+        *_norm_act_pool(nn.BatchNorm2d(16), nn.Sigmoid(), nn.MaxPool2d(2), fused),
         nn.Flatten(),
         nn.Linear(16 * 4 * 4, 120),
         *_norm_act(nn.BatchNorm1d(120), nn.Sigmoid(), fused),

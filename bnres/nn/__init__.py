@@ -7,6 +7,7 @@ from bnres.nn.batchnorm import (
     BatchNormAct1d,
     BatchNormAct2d,
     BatchNormAct3d,
+    BatchNormActMaxPool2d,
 )
 
 __all__ = [
@@ -16,4 +17,5 @@ __all__ = [
     "BatchNormAct1d",
     "BatchNormAct2d",
     "BatchNormAct3d",
+    "BatchNormActMaxPool2d",
 ]

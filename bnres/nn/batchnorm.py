@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from bnres.activations import resolve
-from bnres.functional import batch_norm_act
+from bnres.functional.max_pool import Size, pooling_window
+from bnres.nn.compose import norm_act_pool, norm_add_act
 
 
 class _FusedForward(nn.modules.batchnorm._BatchNorm):
@@ -15,26 +16,17 @@ class _FusedForward(nn.modules.batchnorm._BatchNorm):
     act: str | type[nn.Module] | None = None
     act_kwargs: dict[str, Any] | None = None
 
-    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        input: Tensor,
+        residual: Tensor | None = None,
+        *,
+        residual_norm: nn.modules.batchnorm._BatchNorm | None = None,
+        twice: bool = False,
+    ) -> Any:
         self._check_input_dim(input)
-        momentum: float | Tensor = 0.0 if self.momentum is None else self.momentum
-        if self.training and self.track_running_stats and self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
-            if self.momentum is None:
-                momentum = self.num_batches_tracked.to(torch.float64).reciprocal()
-        tracked = not self.training or self.track_running_stats
-        return batch_norm_act(
-            input,
-            self.running_mean if tracked else None,
-            self.running_var if tracked else None,
-            self.weight,
-            self.bias,
-            residual=residual,
-            act=self.act,
-            act_kwargs=self.act_kwargs,
-            training=self.training or (self.running_mean is None and self.running_var is None),
-            momentum=momentum,
-            eps=self.eps,
+        return norm_add_act(
+            self, input, residual, residual_norm, self.act, self.act_kwargs, twice=twice
         )
 
 
@@ -53,7 +45,9 @@ class BatchNorm3d(_FusedForward, nn.BatchNorm3d):
 class _BatchNormAct(_FusedForward):
     """Batch norm, an optional residual and an activation in one operation.
 
-    ``forward(input, residual=None)`` is act(bn(input) + residual). The arguments are those of
+    ``forward(input, residual=None)`` is act(bn(input) + residual). With ``residual_norm``, another
+    batch norm module, it is act(bn(input) + residual_norm(residual)); with ``twice`` the result
+    comes as two tensors, see `bnres.functional.batch_norm_act`. The arguments are those of
     timm's `BatchNormAct2d` but for its inplace and drop_layer; ``act_layer`` is a name, a torch class, or None for no activation.
 
     Raises:
@@ -94,3 +88,40 @@ class BatchNormAct2d(_BatchNormAct, nn.BatchNorm2d):
 
 class BatchNormAct3d(_BatchNormAct, nn.BatchNorm3d):
     __doc__ = _BatchNormAct.__doc__
+
+
+class BatchNormActMaxPool2d(BatchNormAct2d):
+    """Batch norm, an activation and max-pool in one operation, the stem of a ResNet.
+
+    ``forward(input)`` is max_pool2d(act(bn(input))). Keys, and the arguments before
+    ``kernel_size``, are those of `BatchNormAct2d`; the rest are those of `torch.nn.MaxPool2d`.
+
+    Raises:
+        ValueError: for an unknown activation or option, or a window that torch does not take.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        kernel_size: Size = 3,
+        stride: Size | None = None,
+        padding: Size = 0,
+        dilation: Size = 1,
+        ceil_mode: bool = False,
+        **options: Any,
+    ) -> None:
+        super().__init__(num_features, **options)
+        pooling_window(kernel_size, stride, padding, dilation)
+        self.kernel_size, self.padding, self.dilation = kernel_size, padding, dilation
+        self.stride = kernel_size if stride is None else stride
+        self.ceil_mode = ceil_mode
+
+    def forward(self, input: Tensor) -> Tensor:
+        self._check_input_dim(input)
+        return norm_act_pool(self, input, self, self.act, self.act_kwargs)
+
+    def extra_repr(self) -> str:
+        return (
+            f"{super().extra_repr()}, kernel_size={self.kernel_size}, stride={self.stride}, "
+            f"padding={self.padding}, dilation={self.dilation}, ceil_mode={self.ceil_mode}"
+        )

@@ -1,8 +1,4 @@
-"""torch.autograd.Function wrappers: what is saved, which operator runs, where gradients go.
-
-First derivatives come from the kernels. Second ones, and forward-mode ones, differentiate the
-formulas of `bnres.kernels.reference`.
-"""
+"""y = act(bn(x) + residual), differentiable."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bnres import ops
+from bnres.autograd.derivatives import Gradients
 from bnres.kernels.dtypes import acc_type
 from bnres.kernels.reference import (
     bn_backward_dx_ref,
@@ -19,38 +15,36 @@ from bnres.kernels.reference import (
     per_channel,
     pre_activation_grad_ref,
 )
-
-Gradients = tuple[Tensor | None, ...]
+from bnres.ops import batch_norm_act as ops
+from bnres.ops.statistics import note_updates
 
 
 class BatchNormActFunction(torch.autograd.Function):
-    """y = act(bn(x) + residual) of a dense ``x``; mean, rstd and mask are for its backward."""
+    """y, y again or None, and mean, rstd and mask, which are for backward.
+
+    Handed out twice, y takes the gradients of the two tensors unsummed, and the reduce pass sums
+    them; the tensors share their memory.
+    """
 
     @staticmethod
     def forward(
         x, weight, bias, residual, running_mean, running_var, factor, momentum, training, eps, act,
-        act_param, needs_grad,
+        act_param, needs_grad, twice,
     ):  # fmt: skip
-        if torch.compiler.is_compiling():
-            return ops.forward_op(
-                x, weight, bias, residual, running_mean, running_var, factor, momentum, training,
-                eps, act, act_param, needs_grad,
-            )  # fmt: skip
-        outputs = ops.forward_impl(
+        run = ops.forward_op if torch.compiler.is_compiling() else ops.forward_impl
+        y, mean, rstd, mask = run(
             x, weight, bias, residual, running_mean, running_var, factor, momentum, training, eps,
             act, act_param, needs_grad,
         )  # fmt: skip
-        # What the operator's mutates_args says to autograd, had the call gone through it.
-        for buffer in (running_mean, running_var) if training else ():
-            if buffer is not None:
-                torch.autograd.graph.increment_version(buffer)
-        return outputs
+        if not torch.compiler.is_compiling():
+            note_updates(training, running_mean, running_var)
+        return y, y.view_as(y) if twice else None, mean, rstd, mask
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        x, weight, bias, residual, *_, needs_grad = inputs
+        x, weight, bias, residual, *_, needs_grad, _twice = inputs
         training, eps, act, act_param = inputs[8:12]
-        _, mean, rstd, mask = output
+        mean, rstd, mask = output[2:]
         ctx.mark_non_differentiable(mean, rstd, mask)
         ctx.set_materialize_grads(False)
         has_mask = ops.saves_mask(residual is not None, act, needs_grad)
@@ -60,12 +54,14 @@ class BatchNormActFunction(torch.autograd.Function):
         ctx.options = (training, eps, act, act_param)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor | None, *_: Any) -> Gradients:
+    def backward(ctx: Any, dy: Tensor | None, dy_skip: Tensor | None, *_: Any) -> Gradients:
+        if dy is None:
+            dy, dy_skip = dy_skip, None
         grads: Gradients = (None,) * 4
         if dy is not None:
             needs = tuple(ctx.needs_input_grad[:4])
-            grads = backward_function().apply(dy, *ctx.saved_tensors, needs, *ctx.options)
-        return *grads, *((None,) * 9)
+            grads = backward_function().apply(dy, dy_skip, *ctx.saved_tensors, needs, *ctx.options)
+        return *grads, *((None,) * 10)
 
 
 class ForwardModeBatchNormActFunction(BatchNormActFunction):
@@ -74,6 +70,7 @@ class ForwardModeBatchNormActFunction(BatchNormActFunction):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
         BatchNormActFunction.setup_context(ctx, inputs, output)
+        ctx.twice = inputs[-1]
         ctx.save_for_forward(*inputs[:6])
 
     @staticmethod
@@ -107,7 +104,8 @@ class ForwardModeBatchNormActFunction(BatchNormActFunction):
         dy = pre_activation_grad_ref(
             dz, x, mean, rstd, weight, bias, residual, None, act, act_param
         )
-        return dy.to(x.dtype), None, None, None
+        dy = dy.to(x.dtype)
+        return dy, dy.view_as(dy) if ctx.twice else None, None, None, None
 
 
 class BatchNormActBackwardFunction(torch.autograd.Function):
@@ -115,13 +113,16 @@ class BatchNormActBackwardFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        dy, x, weight, bias, residual, mean, rstd, mask, needs, training, eps, act, act_param
-    ):
+        dy, dy_skip, x, weight, bias, residual, mean, rstd, mask, needs, training, eps, act,
+        act_param,
+    ):  # fmt: skip
         needs_dx, needs_dweight, needs_dbias, needs_dresidual = needs
+        if dy_skip is not None and act == "identity":
+            dy, dy_skip = dy + dy_skip, None
         run = ops.backward_op if torch.compiler.is_compiling() else ops.backward_impl
         dx, dz, sum_dy, sum_dy_xhat = run(
-            dy, x, weight, bias, residual, mean, rstd, mask, training, act, act_param, needs_dx,
-            needs_dresidual and act != "identity", needs_dweight or needs_dbias,
+            dy, dy_skip, x, weight, bias, residual, mean, rstd, mask, training, act, act_param,
+            needs_dx, needs_dresidual and act != "identity", needs_dweight or needs_dbias,
         )  # fmt: skip
         dresidual = None
         if needs_dresidual:
@@ -144,8 +145,8 @@ class BatchNormActBackwardFunction(torch.autograd.Function):
     def backward(ctx: Any, *grad_grads: Tensor | None) -> Gradients:
         wanted = [i for i, grad_grad in enumerate(grad_grads) if grad_grad is not None]
         if not wanted:
-            return (None,) * 13
-        needed = ctx.needs_input_grad[:5]
+            return (None,) * 14
+        needed = ctx.needs_input_grad[:6]
         gradients, sources = _gradients_of(ctx.saved_tensors, needed, wanted, *ctx.options)
         vjp = torch.func.vjp(gradients, *sources)[1]
         found = iter(vjp([grad_grads[i] for i in wanted]))
@@ -158,14 +159,14 @@ class ForwardModeBatchNormActBackwardFunction(BatchNormActBackwardFunction):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
         BatchNormActBackwardFunction.setup_context(ctx, inputs, output)
-        ctx.save_for_forward(*inputs[:8])
+        ctx.save_for_forward(*inputs[:9])
         ctx.computed = [i for i, gradient in enumerate(output) if gradient is not None]
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> Gradients:
-        needed = [tangent is not None for tangent in tangents[:5]]
+        needed = [tangent is not None for tangent in tangents[:6]]
         gradients, sources = _gradients_of(ctx.saved_tensors, needed, ctx.computed, *ctx.options)
-        given = tuple(t for t in tangents[:5] if t is not None)
+        given = tuple(t for t in tangents[:6] if t is not None)
         found = iter(torch.func.jvp(gradients, sources, given)[1])
         return tuple(next(found) if i in ctx.computed else None for i in range(4))
 
@@ -192,15 +193,17 @@ def _gradients_of(
 ) -> tuple[Callable[..., list[Tensor | None]], tuple[Tensor, ...]]:
     """The ``wanted`` gradients as a function of the saved tensors that are ``needed``; and those."""
     *tensors, mean, rstd, mask = saved
-    x = tensors[1]
+    x = tensors[2]
     if mask is not None:
         mask = ops.unpack_mask(mask, x)
 
     def gradients(*sources: Tensor) -> list[Tensor | None]:
         remaining = iter(sources)
-        dy, x, weight, bias, residual = (
+        dy, dy_skip, x, weight, bias, residual = (
             next(remaining) if need else t for t, need in zip(tensors, needed, strict=True)
         )
+        if dy_skip is not None:
+            dy = dy + dy_skip
         every = _differentiable_gradients(dy, x, weight, bias, residual, mean, rstd, mask, *options)
         return [every[i] for i in wanted]
 

@@ -1,15 +1,11 @@
-"""The fused operations as torch custom operators, so that torch.compile can capture them.
-
-In eager mode the Functions call the plain implementations (`forward_impl`, `backward_impl`)
-directly and spare the dispatcher's time. The kernels, and with them Triton, are imported at the
-first call. ``x`` is dense and ``residual`` lies in memory as it does (see `bnres.kernels.layout`).
-"""
+"""act(bn(x) + residual) and its gradients."""
 
 import torch
 from torch import Tensor
 
 from bnres.kernels.dtypes import acc_type
 from bnres.kernels.layout import channel_view, dense_like
+from bnres.ops.statistics import channel_statistics
 
 
 def forward_impl(
@@ -28,22 +24,12 @@ def forward_impl(
     needs_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y, mean, rstd and the 1-bit mask; what no backward needs is empty."""
-    from bnres.kernels import bn_forward
+    from bnres.kernels.bn_forward import bn_apply
 
-    variance_eps = None
-    if training:
-        mean, rstd = bn_forward.bn_stats(
-            x, running_mean, running_var, momentum if factor is None else factor, eps
-        )
-    else:
-        assert running_mean is not None and running_var is not None
-        if needs_grad:
-            acc = acc_type(x)
-            mean = running_mean.to(acc, copy=True)
-            rstd = (1 / (running_var.double() + eps).sqrt()).to(acc)
-        else:
-            mean, rstd, variance_eps = running_mean, running_var, eps
-    y, mask = bn_forward.bn_apply(
+    mean, rstd, variance_eps = channel_statistics(
+        x, running_mean, running_var, factor, momentum, training, eps, needs_grad
+    )
+    y, mask = bn_apply(
         x,
         mean,
         rstd,
@@ -72,6 +58,7 @@ def reduces_first(training: bool, needs_dx: bool, needs_dz: bool, needs_sums: bo
 
 def backward_impl(
     dy: Tensor,
+    dy_skip: Tensor | None,
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -89,26 +76,29 @@ def backward_impl(
     """dx, dz, sum_dy and sum_dy_xhat; what is not needed is empty.
 
     dz, the gradient of the pre-activation, is the residual's gradient. Where it is written, the
-    reduce pass writes it and the dx pass reads it in place of dy.
+    reduce pass writes it and the dx pass reads it in place of dy and dy_skip, the gradients of the
+    two tensors that y was handed out as.
     """
     from bnres.kernels import bn_backward
 
     dy = dense_like(dy, x)
+    dy_skip = None if dy_skip is None else dense_like(dy_skip, x)
     dx, dz, sum_dy, sum_dy_xhat = (x.new_empty(0) for _ in range(4))
     reduces = reduces_first(training, needs_dx, needs_dz, needs_sums)
     if reduces:
         sum_dy, sum_dy_xhat, written = bn_backward.bn_backward_reduce(
-            dy, x, mean, rstd, weight, bias, residual, mask, act, act_param, write_dz=needs_dz
-        )
+            dy, x, mean, rstd, weight, bias, residual, mask, act, act_param, dy_skip=dy_skip,
+            write_dz=needs_dz,
+        )  # fmt: skip
         if written is not None:
             dz = dy = written
-            residual, mask, act = None, None, "identity"
+            dy_skip, residual, mask, act = None, None, None, "identity"
     if needs_dx:
         count = x.numel() // x.shape[1] if x.numel() else 1
         sums = (sum_dy, sum_dy_xhat) if training else None
         dx, written = bn_backward.bn_backward_dx(
             dy, x, mean, rstd, weight, bias, residual, mask, act, act_param, sums, count,
-            write_dz=needs_dz and not reduces,
+            dy_skip=dy_skip, write_dz=needs_dz and not reduces,
         )  # fmt: skip
         if written is not None:
             dz = written
@@ -164,8 +154,8 @@ def _(
 
 @backward_op.register_fake
 def _(
-    dy, x, weight, bias, residual, mean, rstd, mask, training, act, act_param, needs_dx, needs_dz,
-    needs_sums,
+    dy, dy_skip, x, weight, bias, residual, mean, rstd, mask, training, act, act_param, needs_dx,
+    needs_dz, needs_sums,
 ):  # fmt: skip
     reduces = reduces_first(training, needs_dx, needs_dz, needs_sums)
     return (
