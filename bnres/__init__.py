@@ -2,6 +2,7 @@
 
 from bnres import functional, nn
 from bnres.backend import backend, use_backend
+from bnres.routes import use_conv_route
 
 __version__ = "0.1.0.dev0"
-__all__ = ["__version__", "backend", "functional", "nn", "use_backend"]
+__all__ = ["__version__", "backend", "functional", "nn", "use_backend", "use_conv_route"]

@@ -160,7 +160,7 @@ def _bn_max_pool_kernel(
     col_block, split = tl.program_id(0), tl.program_id(1)
     channel = col_block * TILE.block_cols + tl.arange(0, TILE.block_cols)[None, :]
     if TILE.kind == CHANNELS:
-        mean, rstd, scale, bias = _load_norm(
+        mean, _, scale, bias = _load_norm(
             mean_ptr, rstd_ptr, weight_ptr, bias_ptr, channel, C, eps, FROM_VAR, HAS_WEIGHT,
             HAS_BIAS, ACC,
         )  # fmt: skip
@@ -169,7 +169,7 @@ def _bn_max_pool_kernel(
     for row in tl.range(start, stop, UNROLL * TILE.sub_rows, num_stages=STAGES):
         n, oh, ow, channel, mask = _positions(row, col_block, count, C, OH, OW, TILE, UNROLL, INDEX)
         if TILE.kind != CHANNELS:
-            mean, rstd, scale, bias = _load_norm(
+            mean, _, scale, bias = _load_norm(
                 mean_ptr, rstd_ptr, weight_ptr, bias_ptr, channel, C, eps, FROM_VAR, HAS_WEIGHT,
                 HAS_BIAS, ACC,
             )  # fmt: skip
@@ -400,7 +400,7 @@ def bn_max_pool_backward_dx(
     dx = torch.empty_like(x)
     if x.numel() == 0:
         return dx
-    n, channels, height, width = x.shape
+    _, channels, height, width = x.shape
     view, tile = _domain(x, not x.is_contiguous())
     launch = launch_config("pool_dx", view, tile, sm_count(x.device))
     with launch_scope(x):

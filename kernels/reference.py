@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bnres.kernels.conv_config import ConvShape
 from bnres.kernels.dtypes import acc_type
 from bnres.kernels.norm import Norm
 from bnres.kernels.window import Window
@@ -328,3 +329,30 @@ def bn_max_pool_backward_dx_ref(
     scattered = torch.zeros(x.shape, dtype=acc_type(x), device=x.device).flatten(2)
     scattered = scattered.scatter_add(2, flat, dy.to(acc_type(x)).flatten(2)).view(x.shape)
     return bn_backward_dx_ref(scattered, x, *norm, None, None, act, act_param, sums, count)[0]
+
+
+def conv_bn_act_ref(
+    x: Tensor,
+    filter: Tensor,
+    conv_bias: Tensor | None,
+    norm: Norm | None,
+    eps: float,
+    residual: Tensor | None,
+    act: str,
+    act_param: float,
+    shape: ConvShape,
+) -> Tensor:
+    """y = act(bn(conv2d(x) + conv_bias) + residual); the norm's rstd is a variance."""
+    y = F.conv2d(
+        x.to(acc_type(x)),
+        filter.to(acc_type(x)),
+        None if conv_bias is None else conv_bias.to(acc_type(x)),
+        (shape.stride_h, shape.stride_w),
+        (shape.padding_h, shape.padding_w),
+        (shape.dilation_h, shape.dilation_w),
+    )
+    if norm is not None:
+        y = bn_apply_ref(y, *norm, None, "identity", 0.0, eps=eps)[0]
+    if residual is not None:
+        y = y + residual
+    return ACTIVATION_FORMULAS[act](y, act_param).to(x.dtype)

@@ -13,6 +13,7 @@ ROOMS = (
     "kernels",
     "backend",
     "activations",
+    "routes",
     "ops",
     "autograd",
     "functional",

@@ -22,9 +22,9 @@ from benchmarks.audit.sass import (
 )
 from benchmarks.audit.standin import GFX942, SM80, SM90, SM100, Gpu, Launch, compile_only
 from benchmarks.sites import RESNET18_SITES, Site
-from bnres.ops import batch_norm_act as ops
 from bnres.kernels.bn_forward import mask_bytes
 from bnres.kernels.layout import channel_view
+from bnres.ops import batch_norm_act as ops
 
 BATCHES = (256, 32)
 DTYPES = (torch.bfloat16, torch.float32)

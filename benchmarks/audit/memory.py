@@ -15,9 +15,9 @@ from torch import Tensor
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
 
 from benchmarks.sites import Site
-from bnres.ops import batch_norm_act as ops
 from bnres.kernels.config import launch_config, tile_for
 from bnres.kernels.layout import ChannelView
+from bnres.ops import batch_norm_act as ops
 
 SECTOR_BYTES = 32
 ACTIVATIONS = ("x_ptr", "y_ptr", "dy_ptr", "dx_ptr", "dz_ptr", "residual_ptr", "mask_ptr")

@@ -39,7 +39,8 @@ def _formula(
             stats_a = bn_stats_ref(x_a, None, None, 0.0, eps[0])
             stats_b = bn_stats_ref(x_b, None, None, 0.0, eps[1])
         else:
-            stats_a, stats_b = statistics[:2], statistics[2:]
+            mean_a, rstd_a, mean_b, rstd_b = statistics
+            stats_a, stats_b = (mean_a, rstd_a), (mean_b, rstd_b)
         norms = Norm(*stats_a, weight_a, bias_a), Norm(*stats_b, weight_b, bias_b)
         return bn_dual_apply_ref(x_a, x_b, *norms, act, act_param)
 

@@ -9,7 +9,7 @@ from bnres.activations import resolve
 from bnres.autograd.batch_norm_act import forward_function
 from bnres.backend import uses_kernels
 from bnres.functional.aten import batch_norm_act_aten
-from bnres.functional.checks import check_beside, check_input, check_norm
+from bnres.functional.checks import check_input, check_norm, check_residual
 from bnres.functional.prepare import dense_pair, packed_buffers, packed_parameters, wants_grad
 
 
@@ -54,7 +54,7 @@ def batch_norm_act(
     momentum: float | Tensor = 0.1,
     eps: float = 1e-5,
     twice: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Any:
     """Fused ``act(batch_norm(input) + residual)``.
 
     Args:
@@ -92,7 +92,7 @@ def batch_norm_act(
     check_input(input, training)
     check_norm(input, running_mean, running_var, weight, bias, training)
     if residual is not None:
-        check_beside("residual", residual, input)
+        check_residual(residual, input.shape, input.device)
     if not uses_kernels(input):
         y = batch_norm_act_aten(
             input, running_mean, running_var, weight, bias, residual, name, param, training,

@@ -1,5 +1,6 @@
 """What is wrong with a call's input, said clearly."""
 
+import torch
 from torch import Tensor
 
 from bnres.kernels.dtypes import SUPPORTED_DTYPES
@@ -28,33 +29,48 @@ def check_norm(
     prefix: str = "",
 ) -> None:
     """Raises for buffers and parameters that do not fit ``input``; ``prefix`` begins their names."""
+    if not training:
+        for name, tensor in (("running_mean", running_mean), ("running_var", running_var)):
+            if tensor is None:
+                raise RuntimeError(f"{prefix}{name} must be defined in evaluation mode")
+    check_channels(
+        input.shape[1], running_mean, running_var, weight, bias, device=input.device, prefix=prefix
+    )
+
+
+def check_channels(
+    channels: int,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *,
+    device: torch.device,
+    prefix: str = "",
+) -> None:
+    """Raises for buffers and parameters that do not have ``channels`` elements on ``device``."""
     named = {
         "running_mean": running_mean,
         "running_var": running_var,
         "weight": weight,
         "bias": bias,
     }
-    channels = input.shape[1]
     for name, tensor in named.items():
         if tensor is None:
-            if not training and name.startswith("running"):
-                raise RuntimeError(f"{prefix}{name} must be defined in evaluation mode")
             continue
         if tensor.numel() != channels:
             raise RuntimeError(
                 f"{prefix}{name} should contain {channels} elements not {tensor.numel()}"
             )
-        if tensor.device != input.device:
-            raise RuntimeError(
-                f"{prefix}{name} is on {tensor.device}, but input is on {input.device}"
-            )
+        if tensor.device != device:
+            raise RuntimeError(f"{prefix}{name} is on {tensor.device}, but input is on {device}")
 
 
-def check_beside(name: str, other: Tensor, input: Tensor) -> None:
-    """Raises unless ``other`` has the shape and the device of ``input``."""
-    if other.shape != input.shape:
+def check_residual(residual: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
+    """Raises unless ``residual`` has the shape and the device of what it is added to."""
+    if residual.shape != shape:
         raise ValueError(
-            f"{name} must have the shape of input, {tuple(input.shape)}, got {tuple(other.shape)}"
+            f"residual must have the shape of input, {tuple(shape)}, got {tuple(residual.shape)}"
         )
-    if other.device != input.device:
-        raise RuntimeError(f"{name} is on {other.device}, but input is on {input.device}")
+    if residual.device != device:
+        raise RuntimeError(f"residual is on {residual.device}, but input is on {device}")

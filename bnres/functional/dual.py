@@ -12,7 +12,7 @@ from bnres.autograd.dual_batch_norm_act import (
 )
 from bnres.backend import uses_kernels
 from bnres.functional.aten import batch_norm_act_aten
-from bnres.functional.checks import check_beside, check_input, check_norm
+from bnres.functional.checks import check_input, check_norm, check_residual
 from bnres.functional.prepare import dense_pair, packed_buffers, packed_parameters, wants_grad
 
 
@@ -36,7 +36,7 @@ def dual_batch_norm_act(
     residual_momentum: float | Tensor = 0.1,
     residual_eps: float = 1e-5,
     twice: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Any:
     """Fused ``act(batch_norm(input) + batch_norm(residual))``, the end of a down-sampling block.
 
     Args:
@@ -58,7 +58,7 @@ def dual_batch_norm_act(
     name, param = resolve(act, act_kwargs)
     check_input(input, training)
     check_norm(input, running_mean, running_var, weight, bias, training)
-    check_beside("residual", residual, input)
+    check_residual(residual, input.shape, input.device)
     check_input(residual, training, "residual")
     check_norm(
         input, residual_running_mean, residual_running_var, residual_weight, residual_bias,

@@ -6,7 +6,10 @@ from torch import Tensor, nn
 
 from bnres.activations import as_module
 from bnres.nn import BatchNorm2d, BatchNormAct2d
+from bnres.nn.compose import conv_norm_add_act
+from bnres.nn.conv import conv_and_norm
 from bnres.nn.handout import offer, take
+from bnres.nn.hooks import hooked
 
 
 def conv(in_channels: int, out_channels: int, kernel_size: int, stride: int = 1) -> nn.Conv2d:
@@ -35,7 +38,7 @@ class ResidualBlock(nn.Module):
         self.relu = nn.Identity() if self.fused else as_module(act)
         self._add_layers(in_channels, channels, stride)
         out_channels = channels * self.expansion
-        self.downsample: nn.Module | None = None
+        self.downsample: nn.Sequential | None = None
         if stride != 1 or in_channels != out_channels:
             self.downsample = nn.Sequential(
                 conv(in_channels, out_channels, 1, stride), self._norm(out_channels)
@@ -62,13 +65,17 @@ class ResidualBlock(nn.Module):
     def _shortcut(self, x: Tensor) -> Tensor:
         return x if self.downsample is None else self.downsample(x)
 
-    def _fused_end(self, out: Tensor, x: Tensor) -> Tensor:
-        """Batch norm of ``out``, the shortcut of ``x`` with its batch norm, add, activation."""
-        residual, residual_norm = x, None
-        if self.downsample is not None:
-            convolution, residual_norm = self.downsample
-            residual = convolution(x)
-        return offer(*self.last_norm(out, residual, residual_norm=residual_norm, twice=True))
+    def _fused_end(self, conv: nn.Conv2d, x: Tensor, skip: Tensor) -> Tensor:
+        """Last convolution and batch norm, shortcut, add and activation."""
+        if self.downsample is None:
+            return offer(*conv_and_norm(conv, self.last_norm, x, skip, twice=True))
+        shortcut_conv, shortcut_norm = self.downsample[0], self.downsample[1]
+        if hooked(conv, self.last_norm, self.downsample, shortcut_conv, shortcut_norm):
+            return offer(*self.last_norm(conv(x), self.downsample(skip), twice=True))
+        y = conv_norm_add_act(
+            conv, self.last_norm, x, skip, shortcut_conv, shortcut_norm, self.act_name, twice=True
+        )
+        return offer(*y)
 
 
 class BasicBlock(ResidualBlock):
@@ -99,8 +106,8 @@ class FusedBasicBlock(BasicBlock):
 
     def forward(self, x: Tensor) -> Tensor:
         x, skip = take(x)
-        out = self.bn1(self.conv1(x))
-        return self._fused_end(self.conv2(out), skip)
+        out = conv_and_norm(self.conv1, self.bn1, x)
+        return self._fused_end(self.conv2, out, skip)
 
 
 class Bottleneck(ResidualBlock):
@@ -134,6 +141,6 @@ class FusedBottleneck(Bottleneck):
 
     def forward(self, x: Tensor) -> Tensor:
         x, skip = take(x)
-        out = self.bn1(self.conv1(x))
-        out = self.bn2(self.conv2(out))
-        return self._fused_end(self.conv3(out), skip)
+        out = conv_and_norm(self.conv1, self.bn1, x)
+        out = conv_and_norm(self.conv2, self.bn2, out)
+        return self._fused_end(self.conv3, out, skip)

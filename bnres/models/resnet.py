@@ -47,21 +47,15 @@ class ResNet(nn.Module):
         super().__init__()
         if stem not in STEMS:
             raise ValueError(f"stem must be one of {', '.join(STEMS)}, got {stem!r}")
-        self.maxpool: nn.Module = nn.Identity()
-        self.relu = nn.Identity() if block.fused else as_module(act)
-        if stem == "imagenet":
+        imagenet = stem == "imagenet"
+        if imagenet:
             self.conv1 = nn.Conv2d(in_channels, 64, 7, stride=2, padding=3, bias=False)
-            pooling = {"kernel_size": 3, "stride": 2, "padding": 1}
         else:
             self.conv1 = nn.Conv2d(in_channels, 64, 3, padding=1, bias=False)
-            pooling = {}
-        if block.fused and pooling:
-            self.bn1 = BatchNormActMaxPool2d(64, act_layer=act, **pooling)
-        elif block.fused:
-            self.bn1 = BatchNormAct2d(64, act_layer=act)
-        else:
-            self.bn1 = nn.BatchNorm2d(64)
-            self.maxpool = nn.MaxPool2d(**pooling) if pooling else nn.Identity()
+        self.bn1 = _stem_norm(block.fused, imagenet, act)
+        self.relu = nn.Identity() if block.fused else as_module(act)
+        pools = imagenet and not block.fused  # a fused stem pools in its batch norm
+        self.maxpool = nn.MaxPool2d(3, stride=2, padding=1) if pools else nn.Identity()
         expansion = block.expansion
         self.layer1 = _stage(block, 64, 64, depths[0], 1, act)
         self.layer2 = _stage(block, 64 * expansion, 128, depths[1], 2, act)
@@ -84,6 +78,15 @@ class ResNet(nn.Module):
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         return self.fc(self.flatten(self.avgpool(x)))
+
+
+def _stem_norm(fused: bool, pools: bool, act: str) -> nn.BatchNorm2d:
+    """The stem's batch norm, and what it takes in of what follows."""
+    if not fused:
+        return nn.BatchNorm2d(64)
+    if pools:
+        return BatchNormActMaxPool2d(64, kernel_size=3, stride=2, padding=1, act_layer=act)
+    return BatchNormAct2d(64, act_layer=act)
 
 
 def _stage(

@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 
 from bnres.nn import BatchNormAct1d, BatchNormAct2d, BatchNormActMaxPool2d
+from bnres.nn.conv import conv_and_norm
 from bnres.nn.handout import offer, take
 
 
@@ -35,9 +36,9 @@ class Residual(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x, skip = take(x)
-        y = self.bn1(self.conv1(x))
+        y = conv_and_norm(self.conv1, self.bn1, x)
         shortcut = skip if self.conv3 is None else self.conv3(skip)
-        return offer(*self.bn2(self.conv2(y), shortcut, twice=True))
+        return offer(*conv_and_norm(self.conv2, self.bn2, y, shortcut, twice=True))
 
 
 class StockResidual(Residual):
@@ -74,12 +75,9 @@ def _norm_act_pool(
     """As `_norm_act`, with a pooling behind."""
     if not fused:
         return norm, act, pool
-    windows = {
-        "kernel_size": pool.kernel_size,
-        "stride": pool.stride,
-        "padding": pool.padding,
-    }
-    fused_norm = BatchNormActMaxPool2d(norm.num_features, act_layer=type(act), **windows)
+    fused_norm = BatchNormActMaxPool2d(
+        norm.num_features, pool.kernel_size, pool.stride, pool.padding, act_layer=type(act)
+    )
     return fused_norm, nn.Identity(), nn.Identity()
 
 

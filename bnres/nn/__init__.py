@@ -9,6 +9,7 @@ from bnres.nn.batchnorm import (
     BatchNormAct3d,
     BatchNormActMaxPool2d,
 )
+from bnres.nn.conv import ConvBatchNormAct2d
 
 __all__ = [
     "BatchNorm1d",
@@ -18,4 +19,5 @@ __all__ = [
     "BatchNormAct2d",
     "BatchNormAct3d",
     "BatchNormActMaxPool2d",
+    "ConvBatchNormAct2d",
 ]

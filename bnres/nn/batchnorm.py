@@ -116,7 +116,7 @@ class BatchNormActMaxPool2d(BatchNormAct2d):
         self.stride = kernel_size if stride is None else stride
         self.ceil_mode = ceil_mode
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # type: ignore[override]
         self._check_input_dim(input)
         return norm_act_pool(self, input, self, self.act, self.act_kwargs)
 

@@ -20,21 +20,27 @@ class NormState(NamedTuple):
 
 def next_state(bn: nn.modules.batchnorm._BatchNorm) -> NormState:
     """The state for a call of ``bn``, whose counter goes up in training as torch's does."""
-    momentum: float | Tensor = 0.0 if bn.momentum is None else bn.momentum
     if bn.training and bn.track_running_stats and bn.num_batches_tracked is not None:
         bn.num_batches_tracked.add_(1)
-        if bn.momentum is None:
-            momentum = bn.num_batches_tracked.to(torch.float64).reciprocal()
     tracked = not bn.training or bn.track_running_stats
     return NormState(
         bn.running_mean if tracked else None,
         bn.running_var if tracked else None,
         bn.weight,
         bn.bias,
-        bn.training or (bn.running_mean is None and bn.running_var is None),
-        momentum,
+        normalizes_by_batch(bn),
+        next_momentum(bn),
         bn.eps,
     )
+
+
+def next_momentum(bn: nn.modules.batchnorm._BatchNorm) -> float | Tensor:
+    """The weight of the batch that was counted last: 1/counter for the cumulative average."""
+    if bn.momentum is not None:
+        return bn.momentum
+    if bn.training and bn.track_running_stats and bn.num_batches_tracked is not None:
+        return bn.num_batches_tracked.to(torch.float64).reciprocal()
+    return 0.0
 
 
 def normalizes_by_batch(bn: nn.modules.batchnorm._BatchNorm) -> bool:

@@ -39,7 +39,7 @@ def forward_impl(
         save=needs_grad, eps=variance_eps,
     )  # fmt: skip
     if index is None or x_max is None:
-        return y, *(x.new_empty(0) for _ in range(4))
+        index, x_max, mean, rstd = (x.new_empty(0) for _ in range(4))
     return y, index, x_max, mean, rstd
 
 

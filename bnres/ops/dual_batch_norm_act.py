@@ -73,15 +73,18 @@ def backward_impl(
     dy = dense_like(dy, x_a)
     dy_skip = None if dy_skip is None else dense_like(dy_skip, x_a)
     norms = Norm(mean_a, rstd_a, weight_a, bias_a), Norm(mean_b, rstd_b, weight_b, bias_b)
-    dx_a, dx_b, *sums = (x_a.new_empty(0) for _ in range(5))
+    dx_a, dx_b, sum_dy, sum_a, sum_b = (x_a.new_empty(0) for _ in range(5))
     if training or needs_sums:
-        sums = bn_dual.bn_dual_backward_reduce(dy, dy_skip, x_a, x_b, *norms, act, act_param)
+        sum_dy, sum_a, sum_b = bn_dual.bn_dual_backward_reduce(
+            dy, dy_skip, x_a, x_b, *norms, act, act_param
+        )
     if needs_dx:
+        sums = (sum_dy, sum_a, sum_b) if training else None
         count = x_a.numel() // x_a.shape[1] if x_a.numel() else 1
         dx_a, dx_b = bn_dual.bn_dual_backward_dx(
-            dy, dy_skip, x_a, x_b, *norms, act, act_param, tuple(sums) if training else None, count
+            dy, dy_skip, x_a, x_b, *norms, act, act_param, sums, count
         )
-    return dx_a, dx_b, *sums
+    return dx_a, dx_b, sum_dy, sum_a, sum_b
 
 
 forward_op = torch.library.custom_op(
@@ -104,7 +107,7 @@ def _(x_a, *arguments):
 
 @backward_op.register_fake
 def _(dy, dy_skip, x_a, weight_a, bias_a, x_b, *arguments):
-    training, needs_dx, needs_sums = arguments[6], *arguments[-2:]
+    training, (needs_dx, needs_sums) = arguments[6], arguments[-2:]
     reduces = training or needs_sums
     return (
         torch.empty_like(x_a) if needs_dx else x_a.new_empty(0),

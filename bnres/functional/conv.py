@@ -1,0 +1,232 @@
+"""Convolution, batch norm, residual and activation."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bnres.activations import resolve
+from bnres.autograd.cancelled_bias import CancelledBiasFunction
+from bnres.backend import uses_kernels
+from bnres.functional.batch_norm import batch_norm_act
+from bnres.functional.checks import check_channels, check_residual
+from bnres.functional.prepare import packed_parameters, wants_grad
+from bnres.kernels.conv_config import ConvShape
+from bnres.kernels.reference import ACTIVATION_FORMULAS
+from bnres.ops import conv2d_batch_norm_act as ops
+from bnres.routes import ConvCall, kernel_config
+
+Size = int | tuple[int, ...]
+KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+# Fewer channels leave most of a matrix instruction empty.
+MIN_CHANNELS = 8
+
+
+def conv2d_batch_norm_act(
+    input: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    stride: Size = 1,
+    padding: Size | str = 0,
+    dilation: Size = 1,
+    groups: int = 1,
+    residual: Tensor | None = None,
+    act: str | type[torch.nn.Module] | None = "relu",
+    act_kwargs: dict[str, Any] | None = None,
+    training: bool = False,
+    momentum: float | Tensor = 0.1,
+    eps: float = 1e-5,
+    twice: bool = False,
+) -> Any:
+    """Fused ``act(batch_norm(conv2d(input)) + residual)``.
+
+    In training, or where gradients are asked for, it is torch's convolution and our batch norm.
+    Without gradients, in evaluation, one kernel does all of it where it was measured to be the
+    faster way on this GPU (see `bnres.routes`). A ``conv_bias`` in front of the statistics of the
+    batch cancels: it moves the running mean alone, and its gradient is zeros.
+
+    Args:
+        input: (N, C, H, W); in autocast it is cast as `torch.nn.functional.conv2d` casts it.
+        conv_weight, conv_bias: (K, C / groups, R, S) and (K,) or None.
+        running_mean, running_var, weight, bias: (K,) or None, as in `batch_norm_act`.
+        stride, padding, dilation, groups: as in `torch.nn.functional.conv2d`.
+        residual: of the output's shape (N, K, OH, OW), added before the activation.
+        act, act_kwargs, training, momentum, eps, twice: as in `batch_norm_act`.
+
+    Returns:
+        (N, K, OH, OW); with ``twice`` two of them.
+
+    Raises:
+        As `torch.nn.functional.conv2d` and `batch_norm_act`.
+    """
+    stats = (running_mean, running_var, weight, bias)
+    if not training:
+        options = (stride, padding, dilation, groups)
+        y = _by_kernel(
+            input, conv_weight, conv_bias, stats, residual, act, act_kwargs, eps, options
+        )
+        if y is not None:
+            return (y, y) if twice else y
+    x = F.conv2d(input, conv_weight, None, stride, padding, dilation, groups)
+    return after_convolution(
+        x, conv_bias, *stats, residual=residual, act=act, act_kwargs=act_kwargs,
+        training=training, momentum=momentum, eps=eps, twice=twice,
+    )  # fmt: skip
+
+
+def after_convolution(
+    x: Tensor,
+    conv_bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *,
+    training: bool,
+    momentum: float | Tensor,
+    **options: Any,
+) -> Any:
+    """`batch_norm_act` of ``x`` + ``conv_bias``, with no pass over ``x`` for the bias."""
+    if conv_bias is None:
+        return batch_norm_act(
+            x, running_mean, running_var, weight, bias, training=training, momentum=momentum,
+            **options,
+        )  # fmt: skip
+    if training:
+        x = absorb_bias(x, conv_bias)
+    elif wants_grad(conv_bias) or running_mean is None:
+        x = x + conv_bias.to(x.dtype).view(1, -1, *[1] * (x.dim() - 2))
+    else:
+        running_mean = running_mean - conv_bias
+    y = batch_norm_act(
+        x, running_mean, running_var, weight, bias, training=training, momentum=momentum, **options
+    )
+    if training:
+        shift_running_mean(running_mean, conv_bias, momentum)
+    return y
+
+
+def absorb_bias(x: Tensor, conv_bias: Tensor) -> Tensor:
+    """``x``, through which ``conv_bias`` gets its gradient of zeros."""
+    if wants_grad(conv_bias):
+        return CancelledBiasFunction.apply(x, conv_bias)
+    return x
+
+
+def shift_running_mean(
+    running_mean: Tensor | None, conv_bias: Tensor, momentum: float | Tensor
+) -> None:
+    """What the bias, left out of the convolution, adds to the running mean."""
+    if running_mean is not None:
+        with torch.no_grad():
+            running_mean.add_((conv_bias * momentum).to(running_mean.dtype))
+
+
+def conv2d_act(
+    input: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    *,
+    stride: Size = 1,
+    padding: Size | str = 0,
+    dilation: Size = 1,
+    groups: int = 1,
+    residual: Tensor | None = None,
+    act: str | type[torch.nn.Module] | None = "relu",
+    act_kwargs: dict[str, Any] | None = None,
+) -> Tensor:
+    """Fused ``act(conv2d(input) + residual)``: a convolution that a batch norm was folded into.
+
+    Arguments, result and errors are those of `conv2d_batch_norm_act`.
+    """
+    none = (None, None, None, None)
+    options = (stride, padding, dilation, groups)
+    y = _by_kernel(input, conv_weight, conv_bias, none, residual, act, act_kwargs, 0.0, options)
+    if y is not None:
+        return y
+    y = F.conv2d(input, conv_weight, conv_bias, stride, padding, dilation, groups)
+    if residual is not None:
+        check_residual(residual, y.shape, y.device)
+        # What a convolution has just made is nobody else's, so it can be written over.
+        y = (
+            y + residual
+            if wants_grad(y, residual) or y.dtype != residual.dtype
+            else y.add_(residual)
+        )
+    name, param = resolve(act, act_kwargs)
+    if name == "relu" and not wants_grad(y):
+        return y.relu_()
+    return ACTIVATION_FORMULAS[name](y, param)
+
+
+def _by_kernel(
+    input: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    stats: tuple[Tensor | None, ...],
+    residual: Tensor | None,
+    act: str | type[torch.nn.Module] | None,
+    act_kwargs: dict[str, Any] | None,
+    eps: float,
+    options: tuple[Size, Size | str, Size, int],
+) -> Tensor | None:
+    """The output by our kernel, or None where torch's convolution is to do it."""
+    stride, padding, dilation, groups = options
+    if (
+        not uses_kernels(input)
+        or input.dim() != 4
+        or conv_weight.dim() != 4
+        or groups != 1
+        or isinstance(padding, str)
+        or input.shape[1] != conv_weight.shape[1]
+        or input.shape[1] < MIN_CHANNELS
+        or wants_grad(input, conv_weight, conv_bias, *stats[2:], residual)
+    ):
+        return None
+    device = input.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        input, conv_weight = input.to(dtype), conv_weight.to(dtype)
+    if input.dtype not in KERNEL_DTYPES or conv_weight.dtype != input.dtype:
+        return None
+    shape = _conv_shape(conv_weight, stride, padding, dilation)
+    batch, channels, height, width = input.shape
+    call = ConvCall(
+        str(input.dtype).removeprefix("torch."), batch, channels, height, width,
+        conv_weight.shape[0], shape, residual is not None,
+    )  # fmt: skip
+    takes_kernel, config = kernel_config(call, input.device)
+    if not takes_kernel:
+        return None
+    name, param = resolve(act, act_kwargs)
+    if stats[0] is not None:
+        check_channels(conv_weight.shape[0], *stats, device=input.device)
+    last = torch.channels_last
+    if residual is not None:
+        if residual.dtype != input.dtype:
+            return None
+        size = shape.output_size(*input.shape[2:])
+        check_residual(residual, (input.shape[0], conv_weight.shape[0], *size), input.device)
+        residual = residual.contiguous(memory_format=last)
+    conv_bias, running_mean, running_var, weight, bias = packed_parameters(conv_bias, *stats)
+    run = ops.forward_op if torch.compiler.is_compiling() else ops.forward_impl
+    return run(
+        input.contiguous(memory_format=last), conv_weight.contiguous(memory_format=last),
+        conv_bias, running_mean, running_var, weight, bias, residual, eps, name, param,
+        shape.as_list(), None if config is None else config.as_list(),
+    )  # fmt: skip
+
+
+def _conv_shape(conv_weight: Tensor, stride: Size, padding: Size, dilation: Size) -> ConvShape:
+    _, _, height, width = conv_weight.shape
+    return ConvShape(height, width, *_pair(stride), *_pair(padding), *_pair(dilation))
+
+
+def _pair(value: Size) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else (value[0], value[1])

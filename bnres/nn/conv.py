@@ -1,0 +1,74 @@
+"""A convolution with the batch norm behind it."""
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from bnres.nn.batchnorm import BatchNormAct2d
+from bnres.nn.compose import conv_norm_add_act
+from bnres.nn.hooks import hooked
+
+
+class ConvBatchNormAct2d(nn.Module):
+    """Convolution, batch norm, an optional residual and an activation; keys ``conv.*``, ``bn.*``.
+
+    ``forward(input, residual=None)`` is act(bn(conv(input)) + residual). The arguments are those of
+    `torch.nn.Conv2d` (``bias`` is off unless asked for) and of `BatchNormAct2d`.
+
+    Raises:
+        ValueError: for an unknown activation or option, and as `torch.nn.Conv2d`.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] | str = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = False,
+        padding_mode: Literal["zeros", "reflect", "replicate", "circular"] = "zeros",
+        *,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        apply_act: bool = True,
+        act_layer: str | type[nn.Module] | None = nn.ReLU,
+        act_kwargs: dict[str, Any] | None = None,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias,
+            padding_mode, device, dtype,
+        )  # fmt: skip
+        self.bn = BatchNormAct2d(
+            out_channels, eps, momentum, affine, track_running_stats, apply_act, act_layer,
+            act_kwargs, device, dtype,
+        )  # fmt: skip
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        return conv_and_norm(self.conv, self.bn, input, residual)
+
+
+def conv_and_norm(
+    conv: nn.Conv2d,
+    bn: nn.BatchNorm2d,
+    input: Tensor,
+    residual: Tensor | None = None,
+    *,
+    twice: bool = False,
+) -> Any:
+    """``bn(conv(input), residual)`` in one operation, unless a hook waits for one of the two.
+
+    ``bn`` is one of `bnres.nn`.
+    """
+    if hooked(conv, bn):
+        return bn(conv(input), residual, twice=twice)
+    act, act_kwargs = getattr(bn, "act", None), getattr(bn, "act_kwargs", None)
+    return conv_norm_add_act(conv, bn, input, residual, act=act, act_kwargs=act_kwargs, twice=twice)

@@ -1,0 +1,56 @@
+"""act(bn(conv2d(x)) + residual) by one kernel, for inference."""
+
+import torch
+from torch import Tensor
+
+from bnres.kernels.conv_config import ConvConfig, ConvShape
+from bnres.kernels.norm import Norm
+
+
+def forward_impl(
+    x: Tensor,
+    filter: Tensor,
+    conv_bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+    act: str,
+    act_param: float,
+    shape: list[int],
+    config: list[int] | None,
+) -> Tensor:
+    """y; ``shape`` and ``config`` hold the fields of `ConvShape` and `ConvConfig`.
+
+    With no running statistics there is no batch norm.
+    """
+    from bnres.kernels.conv import conv_bn_act
+
+    norm = None
+    if running_mean is not None and running_var is not None:
+        norm = Norm(running_mean, running_var, weight, bias)
+    return conv_bn_act(
+        x, filter, conv_bias, norm, eps, residual, act, act_param, ConvShape(*shape),
+        config=None if config is None else ConvConfig(*config),
+    )  # fmt: skip
+
+
+forward_op = torch.library.custom_op(
+    "bnres::conv2d_batch_norm_act_forward", forward_impl, mutates_args=()
+)
+
+
+@forward_op.register_fake
+def _(
+    x, filter, conv_bias, running_mean, running_var, weight, bias, residual, eps, act, act_param,
+    shape, config,
+):  # fmt: skip
+    size = ConvShape(*shape).output_size(*x.shape[2:])
+    return torch.empty(
+        (x.shape[0], filter.shape[0], *size),
+        dtype=x.dtype,
+        device=x.device,
+        memory_format=torch.channels_last,
+    )

@@ -1,0 +1,91 @@
+"""Shapes of convolutions and launch configurations of their kernel.
+
+The heuristic is derived from the sizes of tiles and of shared memory; none of it has been measured
+on a GPU yet. `search_space` is what tuning tries.
+"""
+
+from dataclasses import astuple, dataclass
+
+from bnres.kernels.config import next_power_of_2
+
+
+@dataclass(frozen=True)
+class ConvShape:
+    """Kernel size, stride, padding and dilation of a 2-D convolution, known at compile time."""
+
+    kernel_h: int
+    kernel_w: int
+    stride_h: int
+    stride_w: int
+    padding_h: int
+    padding_w: int
+    dilation_h: int
+    dilation_w: int
+
+    def as_list(self) -> list[int]:
+        """The fields in order, for operators, which take lists of numbers."""
+        return list(astuple(self))
+
+    @property
+    def taps(self) -> int:
+        """Positions in a filter."""
+        return self.kernel_h * self.kernel_w
+
+    def output_size(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width of the output."""
+        reach_h = self.dilation_h * (self.kernel_h - 1) + 1
+        reach_w = self.dilation_w * (self.kernel_w - 1) + 1
+        return (
+            (height + 2 * self.padding_h - reach_h) // self.stride_h + 1,
+            (width + 2 * self.padding_w - reach_w) // self.stride_w + 1,
+        )
+
+
+@dataclass(frozen=True)
+class ConvConfig:
+    """Tile of a program (BLOCK_M positions × BLOCK_N channels, BLOCK_K a step) and its resources."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+    def as_list(self) -> list[int]:
+        """The fields in order, for operators, which take lists of numbers."""
+        return list(astuple(self))
+
+    def grid(self, rows: int, out_channels: int) -> tuple[int]:
+        return (-(-rows // self.block_m) * -(-out_channels // self.block_n),)
+
+
+# The least that the matrix instructions of every target take.
+MIN_BLOCK = 16
+STEP_BYTES = 128
+
+
+def conv_config(rows: int, channels: int, out_channels: int, itemsize: int) -> ConvConfig:
+    """A tile of 128 positions and of all channels, at most 128 (64 in fp32); steps of 128 bytes."""
+    widest = 128 if itemsize == 2 else 64  # 128 spills in fp32, compiled for sm_90
+    block_n = min(max(next_power_of_2(out_channels), MIN_BLOCK), widest)
+    block_k = min(max(next_power_of_2(channels), MIN_BLOCK), STEP_BYTES // itemsize)
+    block_m = 128 if rows > 64 else 64
+    return ConvConfig(block_m, block_n, block_k, num_warps=8 if block_n == 128 else 4, num_stages=3)
+
+
+def search_space(rows: int, channels: int, out_channels: int, itemsize: int) -> list[ConvConfig]:
+    """The heuristic's choice first, then others of its kind."""
+    first = conv_config(rows, channels, out_channels, itemsize)
+    found = [first]
+    for block_m in (64, 128, 256):
+        for block_n in (64, 128, 256):
+            for num_stages in (3, 4):
+                tile = block_m * block_n
+                shared = (block_m + block_n) * first.block_k * itemsize * num_stages
+                if block_n > next_power_of_2(out_channels) or tile > 128 * 256 or shared > 2**17:
+                    continue
+                warps = 8 if tile >= 128 * 128 else 4
+                config = ConvConfig(block_m, block_n, first.block_k, warps, num_stages)
+                if config not in found:
+                    found.append(config)
+    return found
