@@ -2,7 +2,20 @@
 
 from bnres import functional, nn
 from bnres.backend import backend, use_backend
+from bnres.fuse import FusionReport, explain, fold, fuse, unfuse
 from bnres.routes import use_conv_route
 
 __version__ = "0.1.0.dev0"
-__all__ = ["__version__", "backend", "functional", "nn", "use_backend", "use_conv_route"]
+__all__ = [
+    "FusionReport",
+    "__version__",
+    "backend",
+    "explain",
+    "fold",
+    "functional",
+    "fuse",
+    "nn",
+    "unfuse",
+    "use_backend",
+    "use_conv_route",
+]

@@ -18,6 +18,7 @@ ROOMS = (
     "autograd",
     "functional",
     "nn",
+    "fuse",
     "models",
     "data",
     "train",

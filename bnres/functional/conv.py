@@ -123,9 +123,14 @@ def shift_running_mean(
     running_mean: Tensor | None, conv_bias: Tensor, momentum: float | Tensor
 ) -> None:
     """What the bias, left out of the convolution, adds to the running mean."""
-    if running_mean is not None:
-        with torch.no_grad():
-            running_mean.add_((conv_bias * momentum).to(running_mean.dtype))
+    if running_mean is None:
+        return
+    shift = (conv_bias.detach() * momentum).to(running_mean.dtype)
+    if torch.compiler.is_compiling():
+        running_mean.add_(shift)
+    else:
+        # ATen's batch norm has saved the buffer, which its backward does not read in training.
+        running_mean.data.add_(shift)
 
 
 def conv2d_act(

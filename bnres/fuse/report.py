@@ -1,0 +1,40 @@
+"""What was fused, what was not, and why."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Site:
+    """One batch norm of a model.
+
+    Attributes:
+        name: its qualified name.
+        pattern: what it is fused with, such as ``conv-bn-act``; ``bn`` alone is a fused batch norm.
+        reason: why it is not fused, or not further; empty if there is nothing to say.
+        fused: whether fused kernels run it.
+    """
+
+    name: str
+    pattern: str
+    reason: str = ""
+    fused: bool = True
+
+
+@dataclass(frozen=True)
+class FusionReport:
+    """A row for each batch norm of a model, in the order of its modules."""
+
+    sites: list[Site] = field(default_factory=list)
+
+    @property
+    def fused(self) -> list[Site]:
+        return [site for site in self.sites if site.fused]
+
+    def __str__(self) -> str:
+        width = max([len(site.name) for site in self.sites], default=0)
+        depth = max([len(site.pattern) for site in self.sites], default=0)
+        rows = [
+            f"{site.name:<{width}}  {site.pattern:<{depth}}  {site.reason}".rstrip()
+            for site in self.sites
+        ]
+        return "\n".join([*rows, f"{len(self.fused)} fused sites of {len(self.sites)}"])

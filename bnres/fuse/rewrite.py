@@ -1,0 +1,152 @@
+"""fuse, unfuse and explain."""
+
+import copy
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from bnres.fuse.calls import NORMS
+from bnres.fuse.forward import FusedForward, NotProvedError, Variant, rewrite
+from bnres.fuse.patterns import Match
+from bnres.fuse.report import FusionReport, Site
+from bnres.nn import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from bnres.nn.batchnorm import _FusedForward
+from bnres.nn.hooks import hooked
+
+SWAPS: dict[type[nn.Module], type[nn.Module]] = {
+    nn.BatchNorm1d: BatchNorm1d,
+    nn.BatchNorm2d: BatchNorm2d,
+    nn.BatchNorm3d: BatchNorm3d,
+}
+_SWAPPED = "_bnres_swapped"
+
+
+@dataclass
+class Plan:
+    """What would be done to a model.
+
+    Attributes:
+        forwards: modules that get another forward.
+        matches: the fused calls, by the name of the module whose forward holds them.
+        sites: the report's rows.
+        swaps: batch norms that get another class.
+    """
+
+    forwards: dict[str, list[Variant]] = field(default_factory=dict)
+    matches: dict[str, list[Match]] = field(default_factory=dict)
+    sites: list[Site] = field(default_factory=list)
+    swaps: list[nn.Module] = field(default_factory=list)
+
+
+def _joined(prefix: str, name: str) -> str:
+    return f"{prefix}.{name}" if prefix else name
+
+
+def _has_own_forward(module: nn.Module) -> bool:
+    """Whether a module's class says how its children are called."""
+    if isinstance(module, torch.jit.ScriptModule) or not module._modules:
+        return False
+    of_torch = type(module).__module__.split(".")[0] == "torch"
+    return isinstance(module, nn.Sequential) or not of_torch
+
+
+def make_plan(model: nn.Module) -> Plan:
+    """What can be fused in a model, without changing it."""
+    plan = Plan()
+    patterns: dict[str, str] = {}
+    reasons: dict[str, str] = {}
+    for name, module in model.named_modules():
+        if not _has_own_forward(module) or not any(type(m) in NORMS for m in module.modules()):
+            continue
+        direct = [_joined(name, n) for n, c in module.named_children() if type(c) in NORMS]
+        try:
+            if "forward" in vars(module):
+                raise NotProvedError("its forward was replaced")
+            variants, found = rewrite(module)
+        except NotProvedError as error:
+            where = name or "the model"
+            reasons.update({norm: f"{where}: {error}" for norm in direct})
+            continue
+        reasons.update({_joined(name, norm): reason for norm, reason in found.reasons.items()})
+        if found.matches:
+            plan.forwards[name], plan.matches[name] = variants, found.matches
+        for match in found.matches:
+            for branch in match.branches:
+                patterns.setdefault(_joined(name, branch.norm), match.pattern)
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.modules.batchnorm._BatchNorm):
+            continue
+        kind = type(module)
+        if name in patterns:
+            plan.sites.append(Site(name, patterns[name], reasons.get(name, "")))
+        elif isinstance(module, _FusedForward):
+            plan.sites.append(Site(name, "bn-act" if module.act else "bn", "fused by its class"))
+        elif kind not in SWAPS:
+            plan.sites.append(Site(name, "-", f"class {kind.__name__}", fused=False))
+        elif hooked(module):
+            plan.sites.append(Site(name, "-", f"a hook waits on {name}", fused=False))
+        else:
+            plan.swaps.append(module)
+            plan.sites.append(Site(name, "bn", reasons.get(name, "")))
+    return plan
+
+
+def explain(model: nn.Module) -> FusionReport:
+    """What `fuse` would do to a model, which stays as it is.
+
+    Args:
+        model: any module.
+
+    Returns:
+        A report with a row for each batch norm.
+    """
+    return FusionReport(make_plan(model).sites)
+
+
+def fuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
+    """The same model with fused operations: same parameters, keys, classes and results.
+
+    Convolution, batch norm, residual addition, activation and max-pool become one operation where
+    the forward of the module that holds them is proved to allow it (`torch.fx`); every other batch
+    norm becomes a fused one by itself. A module's mode, momentum, eps and hooks count at the time
+    of the call. `explain` says what is fused and why something is not.
+
+    Args:
+        model: any module, in any mode, on any device.
+        inplace: change ``model`` itself in place of a copy.
+
+    Returns:
+        The fused model, ``model`` itself with ``inplace``. `unfuse` gives the stock one back.
+
+    Fused modules carry their forward as an attribute, which replicas of `torch.nn.DataParallel`
+    would share: use `torch.nn.parallel.DistributedDataParallel`.
+    """
+    model = unfuse(model, inplace=inplace)
+    plan = make_plan(model)
+    modules = dict(model.named_modules())
+    for name, variants in plan.forwards.items():
+        setattr(modules[name], "forward", FusedForward(modules[name], variants))  # noqa: B010
+    for module in plan.swaps:
+        stock = type(module)
+        setattr(module, _SWAPPED, stock)
+        module.__class__ = SWAPS[stock]
+    return model
+
+
+def unfuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
+    """The stock model that `fuse` made a fused one of.
+
+    Args:
+        model: a fused model; another one comes back as it is (or copied).
+        inplace: change ``model`` itself in place of a copy.
+    """
+    if not inplace:
+        model = copy.deepcopy(model)
+    for module in model.modules():
+        if isinstance(vars(module).get("forward"), FusedForward):
+            del vars(module)["forward"]
+        stock = vars(module).pop(_SWAPPED, None)
+        if stock is not None:
+            module.__class__ = stock
+    return model

@@ -1,0 +1,332 @@
+"""fuse: the stock model's outputs, gradients and running statistics, whatever is done to it."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import bnres
+from bnres import models, use_backend
+from bnres.fuse.forward import FusedForward
+from tests.device import DEVICE
+from tests.torchvision_import import torchvision
+
+# Name, input size, batch norms, those that take in what follows them.
+ARCHITECTURES = [
+    ("resnet18", 64, 20, 20),
+    ("resnet50", 64, 53, 53),
+    ("wide_resnet50_2", 32, 53, 53),
+    ("resnext50_32x4d", 32, 53, 53),
+    ("densenet121", 64, 121, 120),
+    ("mobilenet_v2", 64, 52, 52),
+    ("googlenet", 64, 59, 59),
+    ("regnet_y_400mf", 64, 53, 53),
+    ("shufflenet_v2_x0_5", 64, 56, 56),
+    ("vgg11_bn", 32, 8, 8),
+]
+
+
+def build(name):
+    torch.manual_seed(0)
+    options = {"init_weights": False} if name == "googlenet" else {}
+    model = getattr(torchvision.models, name)(weights=None, num_classes=5, **options)
+    if name == "vgg11_bn":
+        model.classifier = nn.Linear(512 * 7 * 7, 5)  # its own is all of the time
+    return model.to(DEVICE)
+
+
+def logits(out):
+    return out if isinstance(out, torch.Tensor) else out.logits
+
+
+def assert_alike(actual, expected, tolerance):
+    scale = max(1.0, expected.abs().max().item())
+    assert (actual - expected).abs().max().item() <= tolerance * scale
+
+
+def compare(stock, fused, x, tolerance=1e-9):
+    """One training step and one evaluation of both, from the same random numbers."""
+    for training in (True, False):
+        outputs = []
+        for model in (stock, fused):
+            model.zero_grad()
+            model.train(training)
+            torch.manual_seed(3)
+            out = logits(model(x))
+            F.cross_entropy(out, torch.arange(len(x), device=x.device) % 5).backward()
+            outputs.append(out)
+        assert_alike(outputs[1], outputs[0], tolerance)
+        for (name, p), q in zip(stock.named_parameters(), fused.parameters(), strict=True):
+            if p.grad is not None:
+                assert_alike(q.grad, p.grad, tolerance * 100), name
+        for b, c in zip(stock.buffers(), fused.buffers(), strict=True):
+            assert_alike(c.double(), b.double(), tolerance)
+
+
+@pytest.mark.parametrize(("name", "size", "norms", "grown"), ARCHITECTURES, ids=lambda v: str(v))
+def test_architectures(name, size, norms, grown):
+    stock = build(name).double()
+    report = bnres.explain(stock)
+    assert len(report.sites) == len(report.fused) == norms
+    assert sum(site.pattern != "bn" for site in report.sites) == grown
+    fused = bnres.fuse(stock)
+    assert type(fused) is type(stock)
+    assert list(fused.state_dict()) == list(stock.state_dict())
+    x = torch.randn(4, 3, size, size, dtype=torch.float64, device=DEVICE)
+    with use_backend("triton" if DEVICE == "cuda" else "aten"):
+        compare(stock, fused, x)
+    assert not any("forward" in vars(m) for m in bnres.unfuse(fused).modules())
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet18-seed", "lenet-seed"])
+def test_our_stock_models(name):
+    torch.manual_seed(0)
+    channels = 3 if name == "resnet18" else 1
+    stock = models.create_model(name, num_classes=5, in_channels=channels, fused=False).to(DEVICE)
+    stock = stock.double().to(memory_format=torch.channels_last)
+    x = torch.randn(3, channels, 28, 28, dtype=torch.float64, device=DEVICE)
+    # The interpreter takes a minute for a ResNet-18.
+    backend = "triton-interpreter" if name == "lenet-seed" else "aten"
+    with use_backend("triton" if DEVICE == "cuda" else backend):
+        compare(stock, bnres.fuse(stock), x.to(memory_format=torch.channels_last), 1e-6)
+
+
+def test_every_site_of_resnet18_is_fused():
+    report = str(bnres.explain(models.resnet18(fused=False)))
+    assert report.splitlines()[-1] == "20 fused sites of 20"
+    assert report.splitlines()[0].split() == ["bn1", "conv-bn-act-pool"]
+
+
+class Spellings(nn.Module):
+    """The patterns as functions, methods and in place."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, padding=1)
+        self.bn = nn.ModuleList(nn.BatchNorm2d(4) for _ in range(7))
+        self.leaky = nn.LeakyReLU(0.2)
+
+    def forward(self, x):
+        x = torch.relu_(self.bn[0](self.conv(x)))
+        y = self.bn[1](x)
+        y += x
+        y = F.leaky_relu(y, 0.3)
+        y = F.gelu(self.bn[2](y), approximate="tanh")
+        y = self.leaky(torch.add(x, self.bn[3](y)))
+        z = self.bn[4](y).add_(self.bn[5](x)).relu_()
+        return F.max_pool2d(F.relu(self.bn[6](z), inplace=True), 2, stride=1, padding=1)
+
+
+def test_spellings():
+    stock = Spellings().to(DEVICE).double()
+    report = bnres.explain(stock)
+    assert [site.pattern for site in report.sites] == [
+        "conv-bn-act", "bn-add-act", "bn-act", "bn-add-act", "bn+bn-add-act", "bn+bn-add-act",
+        "bn-act-pool",
+    ]  # fmt: skip
+    fused = bnres.fuse(stock)
+    head = nn.Sequential(nn.Flatten(), nn.Linear(4 * 36, 5)).to(DEVICE).double()
+    x = torch.randn(3, 3, 5, 5, dtype=torch.float64, device=DEVICE)
+    compare(nn.Sequential(stock, head), nn.Sequential(fused, copy.deepcopy(head)), x, 1e-6)
+
+
+class Traps(nn.Module):
+    """Values that are used elsewhere, and tensors written in place on the way."""
+
+    def __init__(self):
+        super().__init__()
+        self.bn = nn.ModuleList(nn.BatchNorm2d(4) for _ in range(4))
+
+    def forward(self, x):
+        a = self.bn[0](x)
+        b = F.relu(a) + a  # used twice
+        c = self.bn[1](b)
+        b.mul_(2)  # written before the addition reads it
+        d = F.relu(c + b)
+        e = d * 1
+        e += self.bn[2](d)  # writes into another's tensor
+        return F.relu(self.bn[3](e)) + e
+
+
+def test_what_is_in_doubt_is_left():
+    stock = Traps().to(DEVICE).double()
+    report = bnres.explain(stock)
+    assert [site.pattern for site in report.sites] == ["bn", "bn", "bn", "bn-act"]
+    assert "used elsewhere" in report.sites[0].reason
+    assert "written in place" in report.sites[1].reason
+    assert "others may hold" in report.sites[2].reason
+    x = torch.randn(3, 4, 5, 5, dtype=torch.float64, device=DEVICE)
+    torch.testing.assert_close(bnres.fuse(stock)(x), stock(x))
+
+
+class Untraceable(nn.Module):
+    def __init__(self, kind):
+        super().__init__()
+        self.kind, self.calls = kind, 0
+        self.bn, self.relu = nn.BatchNorm2d(3), nn.ReLU()
+
+    def forward(self, x):
+        if self.kind == "data" and x.sum() > 0:
+            return x
+        if self.kind == "state":
+            self.calls += 1
+        if self.kind == "random" and torch.rand(1).item() < 0.5:
+            return x
+        if self.kind == "grad" and torch.is_grad_enabled():
+            return x
+        return self.relu(self.bn(x))
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("data", "can't be traced"),
+        ("state", "changes its attribute 'calls'"),
+        ("random", "draws random numbers"),
+        ("grad", "depends on whether gradients"),
+    ],
+)
+def test_forwards_that_are_not_proved(kind, reason):
+    block = Untraceable(kind).to(DEVICE)
+    model = nn.Sequential(block, nn.BatchNorm2d(3), nn.ReLU()).to(DEVICE)
+    report = bnres.explain(model)
+    assert report.sites[0].pattern == "bn" and reason in report.sites[0].reason
+    assert report.sites[1].pattern == "bn-act"
+    fused = bnres.fuse(model)
+    assert isinstance(fused[0].bn, bnres.nn.BatchNorm2d) and "forward" not in vars(fused[0])
+    assert block.calls == 0
+    assert type(bnres.unfuse(fused)[0].bn) is nn.BatchNorm2d
+
+
+class Modes(nn.Module):
+    """A forward that goes other ways in training, and by an attribute."""
+
+    def __init__(self):
+        super().__init__()
+        self.bn, self.scale = nn.BatchNorm2d(3), 1.0
+
+    def forward(self, x):
+        y = F.relu(self.bn(x))
+        if self.training:
+            y = F.dropout(y, 0.5, self.training)
+        return y * 2 if self.scale > 1 else y
+
+
+def test_control_flow_is_the_models_own():
+    stock = Modes().to(DEVICE)
+    fused = bnres.fuse(stock)
+    x = torch.randn(4, 3, 3, 3, device=DEVICE)
+    for training in (True, False):
+        for scale in (1.0, 2.0):
+            for model in (stock, fused):
+                model.train(training).scale = scale
+            torch.manual_seed(1)
+            expected = stock(x)
+            torch.manual_seed(1)
+            torch.testing.assert_close(fused(x), expected)
+
+
+@pytest.fixture
+def pair():
+    torch.manual_seed(0)
+    block = torchvision.models.resnet.BasicBlock
+    shortcut = nn.Sequential(nn.Conv2d(3, 4, 1, bias=False), nn.BatchNorm2d(4))
+    stock = nn.Sequential(block(3, 4, downsample=shortcut), block(4, 4)).to(DEVICE).double()
+    return stock, bnres.fuse(stock), torch.randn(3, 3, 4, 4, device=DEVICE).double()
+
+
+def assert_same(pair):
+    stock, fused, x = pair
+    torch.testing.assert_close(fused(x), stock(x), rtol=1e-6, atol=1e-6)
+    for b, c in zip(stock.buffers(), fused.buffers(), strict=True):
+        torch.testing.assert_close(c, b, rtol=1e-6, atol=1e-6)
+
+
+def test_a_batch_norms_own_state_counts_at_the_call(pair):
+    stock, fused, _ = pair
+    for change in (
+        lambda m: m[0].bn2.eval(),
+        lambda m: setattr(m[0].bn1, "momentum", 0.7),
+        lambda m: setattr(m[1].bn1, "momentum", None),
+        lambda m: setattr(m[1].bn2, "eps", 0.5),
+        lambda m: m[0].downsample[1].requires_grad_(False),
+        lambda m: m.eval(),
+    ):
+        for model in (stock, fused):
+            change(model)
+        assert_same(pair)
+
+
+def test_update_bn(pair):
+    stock, fused, x = pair
+    for model in (stock, fused):
+        torch.optim.swa_utils.update_bn([x, x * 2, x - 1], model)
+    assert stock[0].bn1.num_batches_tracked == 3
+    assert_same(pair)
+
+
+def test_parameters_copies_and_pickles(pair):
+    stock, fused, x = pair
+    model = copy.deepcopy(stock)
+    parameters = list(model.parameters())
+    assert bnres.fuse(model, inplace=True) is model
+    assert all(p is q for p, q in zip(parameters, model.parameters(), strict=True))
+    before = copy.deepcopy(stock)
+    for twin in (copy.deepcopy(fused), pickle.loads(pickle.dumps(fused))):
+        assert twin[0].forward.module is twin[0]
+        assert_same((copy.deepcopy(before), twin, x))
+        assert isinstance(twin[0].forward, FusedForward) and twin[0].forward.variants
+        with torch.no_grad():
+            twin[0].conv1.weight.zero_()
+        assert not torch.allclose(twin(x), stock(x)) and stock[0].conv1.weight.abs().max() > 0
+
+
+def test_hooks_are_called(pair):
+    stock, fused, _ = pair
+    seen = []
+    fused[0].relu.register_forward_hook(lambda *_: seen.append("relu"))
+    fused[0].bn1.register_forward_hook(lambda *_: seen.append("bn1"))
+    fused[1].register_forward_hook(lambda *_: seen.append("block"))
+    assert_same(pair)
+    assert seen.count("bn1") == 1 and seen.count("relu") == 2 and seen.count("block") == 1
+    stock[0].bn1.register_forward_hook(lambda *_: None)
+    site = bnres.explain(stock).sites[0]
+    assert not site.fused and site.reason == "a hook waits on 0.bn1"
+
+
+def test_gradients_of_a_block_meet_in_its_reduce_pass(pair, monkeypatch):
+    """The first block's output goes two ways; its backward takes both gradients, unsummed."""
+    _, fused, x = pair
+    from bnres.ops import dual_batch_norm_act as ops
+
+    taken, original = [], ops.backward_impl
+    monkeypatch.setattr(
+        ops, "backward_impl", lambda dy, skip, *a: taken.append(skip) or original(dy, skip, *a)
+    )
+    fused(x).sum().backward()
+    assert len(taken) == 1 and taken[0] is not None
+
+
+def test_compiled_whole(pair):
+    _, fused, x = pair
+    compiled = torch.compile(fused, backend="aot_eager", fullgraph=True)
+    expected = copy.deepcopy(fused)(x)
+    torch.testing.assert_close(compiled(x), expected)
+
+
+def test_distributed_data_parallel(pair, tmp_path):
+    stock, fused, x = pair
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
+    )
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(fused)
+        wrapped(x).square().sum().backward()
+        stock(x).square().sum().backward()
+        for p, q in zip(stock.parameters(), fused.parameters(), strict=True):
+            assert_alike(q.grad, p.grad, 1e-6)
+    finally:
+        torch.distributed.destroy_process_group()
