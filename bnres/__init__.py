@@ -3,6 +3,7 @@
 from bnres import functional, nn
 from bnres.backend import backend, use_backend
 from bnres.fuse import FusionReport, explain, fold, fuse, unfuse
+from bnres.recompute import recompute
 from bnres.routes import use_conv_route
 
 __version__ = "0.1.0.dev0"
@@ -15,6 +16,7 @@ __all__ = [
     "functional",
     "fuse",
     "nn",
+    "recompute",
     "unfuse",
     "use_backend",
     "use_conv_route",

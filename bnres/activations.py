@@ -54,13 +54,15 @@ def resolve(act: str | type[nn.Module] | None, kwargs: dict[str, Any] | None) ->
     return name, param
 
 
-def as_module(act: str) -> nn.Module:
-    """Torch's own module of an activation, by name.
+def as_module(act: str | type[nn.Module] | None, kwargs: dict[str, Any] | None = None) -> nn.Module:
+    """Torch's own module of an activation.
 
     Raises:
-        ValueError: for an unknown activation.
+        ValueError: for an unknown activation or option.
     """
-    name, _ = resolve(act, None)
+    name, param = resolve(act, kwargs)
     if name == "gelu_tanh":
         return nn.GELU(approximate="tanh")
+    if name == "leaky_relu":
+        return nn.LeakyReLU(param)
     return {name: cls for cls, name in CLASSES.items()}[name]()

@@ -14,6 +14,7 @@ ROOMS = (
     "backend",
     "activations",
     "routes",
+    "recompute",
     "ops",
     "autograd",
     "functional",

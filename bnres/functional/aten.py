@@ -31,6 +31,8 @@ def batch_norm_act_aten(
     else:
         factor = 0.0 if isinstance(momentum, Tensor) else momentum
         y = F.batch_norm(input, running_mean, running_var, weight, bias, training, factor, eps)
+    # What batch norm has just made is nobody else's, so it can be written over.
     if residual is not None:
-        y = y + residual
-    return ACTIVATION_FORMULAS[act](y, param)
+        in_place = not torch.is_grad_enabled() and residual.dtype == y.dtype
+        y = y.add_(residual) if in_place else y + residual
+    return y.relu_() if act == "relu" else ACTIVATION_FORMULAS[act](y, param)

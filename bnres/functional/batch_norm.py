@@ -11,6 +11,7 @@ from bnres.backend import uses_kernels
 from bnres.functional.aten import batch_norm_act_aten
 from bnres.functional.checks import check_input, check_norm, check_residual
 from bnres.functional.prepare import dense_pair, packed_buffers, packed_parameters, wants_grad
+from bnres.recompute import has_recipe, leave_recipe, recording
 
 
 def batch_norm(
@@ -99,16 +100,26 @@ def batch_norm_act(
             momentum, eps,
         )  # fmt: skip
         return (y, y) if twice else y
+    records = recording() and not has_recipe(residual)
     input, residual = dense_pair(input, residual)
     needs_grad = wants_grad(input, weight, bias, residual)
     separate = twice and needs_grad and not torch.compiler.is_compiling()
     factor = momentum if isinstance(momentum, Tensor) else None
+    weight, bias = packed_parameters(weight, bias)
     with packed_buffers(training, running_mean, running_var) as buffers:
-        y, y_skip, *_ = forward_function().apply(
-            input, *packed_parameters(weight, bias), residual, *buffers, factor,
+        y, y_skip, mean, rstd, _ = forward_function().apply(
+            input, weight, bias, residual, *buffers, factor,
             0.0 if factor is not None else momentum, training, eps, name, param, needs_grad,
             separate,
         )  # fmt: skip
-    if twice:
-        return y, y_skip if separate else y
-    return y
+    outputs = (y, y_skip) if separate else (y,)
+    if records and needs_grad:
+
+        def make(x: Tensor, mean: Tensor, rstd: Tensor, *others: Tensor | None) -> Tensor:
+            from bnres.kernels.bn_forward import bn_apply
+
+            weight, bias, residual = others
+            return bn_apply(x, mean, rstd, weight, bias, residual, name, param)[0]
+
+        leave_recipe(make, (input, mean, rstd, weight, bias, residual), *outputs)
+    return (outputs[0], outputs[-1]) if twice else y

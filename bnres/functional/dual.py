@@ -14,6 +14,8 @@ from bnres.backend import uses_kernels
 from bnres.functional.aten import batch_norm_act_aten
 from bnres.functional.checks import check_input, check_norm, check_residual
 from bnres.functional.prepare import dense_pair, packed_buffers, packed_parameters, wants_grad
+from bnres.kernels.norm import Norm
+from bnres.recompute import leave_recipe, recording
 
 
 def dual_batch_norm_act(
@@ -82,15 +84,24 @@ def dual_batch_norm_act(
         function = ForwardModeDualBatchNormActFunction
     factors = [m if isinstance(m, Tensor) else None for m in (momentum, residual_momentum)]
     momenta = tuple(0.0 if isinstance(m, Tensor) else m for m in (momentum, residual_momentum))
+    parameters = packed_parameters(weight, bias, residual_weight, residual_bias)
     with packed_buffers(
         training, running_mean, running_var, residual_running_mean, residual_running_var
     ) as buffers:
-        y, y_skip, *_ = function.apply(
-            input, *packed_parameters(weight, bias),
-            other, *packed_parameters(residual_weight, residual_bias),
-            *buffers[:2], factors[0], *buffers[2:], factors[1], momenta, (eps, residual_eps),
-            training, name, param, needs_grad, separate,
+        y, y_skip, *statistics = function.apply(
+            input, *parameters[:2], other, *parameters[2:], *buffers[:2], factors[0],
+            *buffers[2:], factors[1], momenta, (eps, residual_eps), training, name, param,
+            needs_grad, separate,
         )  # fmt: skip
-    if twice:
-        return y, y_skip if separate else y
-    return y
+    outputs = (y, y_skip) if separate else (y,)
+    if recording() and needs_grad:
+
+        def make(x_a: Tensor, x_b: Tensor, *channels: Tensor) -> Tensor:
+            from bnres.kernels.bn_dual import bn_dual_apply
+
+            weight_a, bias_a, weight_b, bias_b, mean_a, rstd_a, mean_b, rstd_b = channels
+            norms = Norm(mean_a, rstd_a, weight_a, bias_a), Norm(mean_b, rstd_b, weight_b, bias_b)
+            return bn_dual_apply(x_a, x_b, *norms, name, param)
+
+        leave_recipe(make, (input, other, *parameters, *statistics), *outputs)
+    return (outputs[0], outputs[-1]) if twice else y

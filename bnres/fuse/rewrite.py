@@ -10,8 +10,8 @@ from bnres.fuse.calls import NORMS
 from bnres.fuse.forward import FusedForward, NotProvedError, Variant, rewrite
 from bnres.fuse.patterns import Match
 from bnres.fuse.report import FusionReport, Site
-from bnres.nn import BatchNorm1d, BatchNorm2d, BatchNorm3d
-from bnres.nn.batchnorm import _FusedForward
+from bnres.nn import BatchNorm1d, BatchNorm2d, BatchNorm3d, BatchNormActMaxPool2d
+from bnres.nn.batchnorm import _BatchNormAct, _FusedForward
 from bnres.nn.hooks import hooked
 
 SWAPS: dict[type[nn.Module], type[nn.Module]] = {
@@ -122,7 +122,7 @@ def fuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     Fused modules carry their forward as an attribute, which replicas of `torch.nn.DataParallel`
     would share: use `torch.nn.parallel.DistributedDataParallel`.
     """
-    model = unfuse(model, inplace=inplace)
+    model = _stripped(model, inplace)
     plan = make_plan(model)
     modules = dict(model.named_modules())
     for name, variants in plan.forwards.items():
@@ -135,12 +135,27 @@ def fuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
 
 
 def unfuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
-    """The stock model that `fuse` made a fused one of.
+    """The stock model that `fuse` made a fused one of; the models of bnres become stock ones too.
+
+    A `bnres.nn.BatchNormAct2d` of another's module stays: its forward relies on it.
 
     Args:
         model: a fused model; another one comes back as it is (or copied).
         inplace: change ``model`` itself in place of a copy.
     """
+    model = _stripped(model, inplace)
+    for module in list(model.modules()):
+        if isinstance(module, nn.Sequential):
+            _expand(module)
+        elif not isinstance(module, _BatchNormAct):
+            to_stock = getattr(module, "to_stock", None)  # blocks and nets of bnres.models
+            if callable(to_stock):
+                to_stock()
+    return model
+
+
+def _stripped(model: nn.Module, inplace: bool) -> nn.Module:
+    """A model without what `fuse` put into it."""
     if not inplace:
         model = copy.deepcopy(model)
     for module in model.modules():
@@ -150,3 +165,16 @@ def unfuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
         if stock is not None:
             module.__class__ = stock
     return model
+
+
+def _expand(sequential: nn.Sequential) -> None:
+    """Gives the Identities behind fused batch norms back what these took in."""
+    modules = list(sequential)
+    for i, module in enumerate(modules):
+        if not isinstance(module, _BatchNormAct):
+            continue
+        room = 2 if isinstance(module, BatchNormActMaxPool2d) else 1
+        places = range(i + 1, i + 1 + room)
+        if all(p < len(modules) and type(modules[p]) is nn.Identity for p in places):
+            for place, behind in zip(places, module.to_stock(), strict=True):
+                sequential[place] = behind

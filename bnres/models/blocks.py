@@ -77,6 +77,17 @@ class ResidualBlock(nn.Module):
         )
         return offer(*y)
 
+    def to_stock(self) -> None:
+        """Becomes a block of torch's own layers, in place."""
+        if self.fused:
+            for module in list(self.modules()):
+                if isinstance(module, BatchNormAct2d):
+                    module.to_stock()
+                elif isinstance(module, BatchNorm2d):
+                    module.__class__ = nn.BatchNorm2d  # type: ignore[assignment]
+            self.relu = as_module(self.act_name)
+            self.__class__ = type(self).__base__  # type: ignore[assignment]
+
 
 class BasicBlock(ResidualBlock):
     """3×3 convolution, BN, ReLU, 3×3 convolution, BN, add, ReLU (He et al., arXiv 1512.03385)."""

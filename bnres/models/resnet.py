@@ -79,6 +79,12 @@ class ResNet(nn.Module):
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         return self.fc(self.flatten(self.avgpool(x)))
 
+    def to_stock(self) -> None:
+        """Gets a stem of torch's own layers, in place."""
+        if isinstance(self.bn1, BatchNormAct2d):
+            for name, module in zip(("relu", "maxpool"), self.bn1.to_stock(), strict=False):
+                setattr(self, name, module)
+
 
 def _stem_norm(fused: bool, pools: bool, act: str) -> nn.BatchNorm2d:
     """The stem's batch norm, and what it takes in of what follows."""

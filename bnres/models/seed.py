@@ -40,6 +40,15 @@ class Residual(nn.Module):
         shortcut = skip if self.conv3 is None else self.conv3(skip)
         return offer(*conv_and_norm(self.conv2, self.bn2, y, shortcut, twice=True))
 
+    def to_stock(self) -> None:
+        """Becomes a block of torch's own layers, in place."""
+        if self.fused:
+            for norm in (self.bn1, self.bn2):
+                assert isinstance(norm, BatchNormAct2d)
+                norm.to_stock()
+            self.relu = nn.ReLU(inplace=True)
+            self.__class__ = StockResidual
+
 
 class StockResidual(Residual):
     """`Residual` of torch's own layers, as the course writes it."""

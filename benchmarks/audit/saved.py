@@ -1,0 +1,58 @@
+"""Counts the bytes that autograd holds between a model's forward and its backward.
+
+The model runs on tensors without memory, and the interpreted kernels' launches are left out, so
+that any batch size fits. TRITON_INTERPRET=1 has to be set.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, nn
+from triton.runtime.interpreter import GridExecutor
+
+from bnres.recompute import Recipe, pack, recompute
+
+
+@contextmanager
+def no_launches() -> Iterator[None]:
+    """Inside, interpreted kernels are not run; their outputs have shapes and no values."""
+    with patch.object(GridExecutor, "__call__", lambda self, *arguments, **named: None):
+        yield
+
+
+def saved_bytes(
+    build: Callable[[], nn.Module],
+    shape: tuple[int, ...],
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    recomputes: bool = False,
+) -> int:
+    """Bytes of the distinct storages that a training forward saves, parameters left out."""
+    with torch.device("meta"):
+        model = build().to(dtype=dtype)
+        x = torch.empty(shape, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    for parameter in model.parameters():
+        if parameter.dim() == 4:
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+    held: dict[int, torch.UntypedStorage] = {}
+
+    def keep(t: Tensor) -> Tensor | Recipe:
+        packed = pack(t)
+        for each in packed.tensors if isinstance(packed, Recipe) else [packed]:
+            if each is not None:
+                storage = each.untyped_storage()
+                held[storage._cdata] = storage
+        return packed
+
+    with no_launches():
+        if recomputes:
+            with recompute(), torch.autograd.graph.saved_tensors_hooks(keep, lambda p: p):
+                y = model(x)
+        else:
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda p: p):
+                y = model(x)
+    del y
+    parameters = {p.untyped_storage()._cdata for p in (*model.parameters(), *model.buffers())}
+    return sum(s.nbytes() for key, s in held.items() if key not in parameters)

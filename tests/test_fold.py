@@ -1,0 +1,87 @@
+"""fold: the same outputs without the batch norms behind convolutions."""
+
+import pytest
+import torch
+from torch import nn
+
+import bnres
+from bnres import models, use_backend, use_conv_route
+from tests.device import DEVICE
+from tests.test_fuse import ARCHITECTURES, build
+
+ATEN = "triton" if DEVICE == "cuda" else "aten"
+# Batch norms that stand in front of what could take them in.
+KEPT = {"densenet121": 62}
+
+
+def with_statistics(model):
+    """Running statistics and parameters as training leaves them, not as it finds them."""
+    torch.manual_seed(1)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, 0, 0.1)
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 1.5)
+    return model.eval()
+
+
+@pytest.mark.parametrize("name", [name for name, *_ in ARCHITECTURES])
+def test_architectures(name):
+    stock = with_statistics(build(name)).double()
+    folded = bnres.fold(stock)
+    x = torch.randn(2, 3, 64, 64, dtype=torch.float64, device=DEVICE)
+    with torch.no_grad(), use_backend(ATEN):
+        expected = stock(x)
+        assert (folded(x) - expected).abs().max() <= 1e-9 * max(1, expected.abs().max())
+    assert sum(isinstance(m, nn.BatchNorm2d) for m in folded.modules()) == KEPT.get(name, 0)
+    assert sum(isinstance(m, nn.BatchNorm2d) for m in stock.modules()) > 0
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet18-seed", "lenet-seed"])
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "stock"])
+def test_our_models(name, fused):
+    torch.manual_seed(0)
+    stock = models.create_model(name, num_classes=5, in_channels=1, fused=False).to(DEVICE)
+    given = models.create_model(name, num_classes=5, in_channels=1, fused=fused).to(DEVICE)
+    given.load_state_dict(with_statistics(stock).state_dict())
+    folded = bnres.fold(given.eval())
+    x = torch.randn(2, 1, 28, 28, device=DEVICE)
+    with torch.no_grad(), use_backend(ATEN):
+        torch.testing.assert_close(folded(x), stock(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("route", ["torch", "kernel"])
+def test_residual_block_through_the_kernels(route):
+    torch.manual_seed(0)
+    block = models.blocks.BasicBlock
+    stock = nn.Sequential(block(8, 16, 2, "relu"), block(16, 16, 1, "relu")).to(DEVICE)
+    stock = with_statistics(stock)
+    x = torch.randn(2, 8, 6, 6, device=DEVICE)
+    with torch.no_grad(), use_conv_route(route):
+        for model in (bnres.fold(stock), bnres.fuse(stock)):
+            torch.testing.assert_close(model(x), stock(x), rtol=1e-5, atol=1e-5)
+
+
+def test_what_can_not_be_folded():
+    shared = nn.Conv2d(3, 3, 1)
+    model = nn.Sequential(
+        nn.Sequential(shared, nn.BatchNorm2d(3)),
+        nn.Sequential(shared, nn.BatchNorm2d(3)),
+        nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3, track_running_stats=False)),
+        nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3, affine=False)),
+    )
+    model = model.to(DEVICE).double().eval()
+    x = torch.randn(2, 3, 4, 4, dtype=torch.float64, device=DEVICE)
+    folded = bnres.fold(model)
+    torch.testing.assert_close(folded(x), model(x))
+    assert [isinstance(stage[1], nn.Identity) for stage in folded] == [False, False, False, True]
+
+
+def test_training_mode_is_refused():
+    model = models.resnet18(fused=False)
+    with pytest.raises(ValueError, match="model must be in eval mode"):
+        bnres.fold(model)
+    model.eval().layer1[0].bn1.train()
+    with pytest.raises(ValueError, match=r"layer1\.0\.bn1 is in training mode"):
+        bnres.fold(model)

@@ -1,0 +1,74 @@
+"""recompute: less is held for backward, and the gradients are the same to the bit."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import bnres
+from bnres import models
+from bnres.models.blocks import FusedBasicBlock
+from tests.device import DEVICE
+
+SHAPE = (256, 3, 224, 224)
+
+
+@pytest.fixture
+def net():
+    torch.manual_seed(0)
+    blocks = (FusedBasicBlock(4, 6, 2, "relu"), *(FusedBasicBlock(6, 6, 1, "relu") for _ in "ab"))
+    return nn.Sequential(*blocks).to(DEVICE)
+
+
+def gradients(net, x):
+    net.zero_grad()
+    with torch.random.fork_rng():
+        net(x).sin().sum().backward()
+    return [p.grad for p in net.parameters()]
+
+
+def test_gradients_are_the_same_to_the_bit(net, monkeypatch):
+    from bnres.kernels import bn_dual, bn_forward
+
+    x = torch.randn(3, 4, 6, 6, device=DEVICE, requires_grad=True)
+    twin = copy.deepcopy(net)
+    expected = gradients(net, x)
+    made = []
+    for module, name in ((bn_forward, "bn_apply"), (bn_dual, "bn_dual_apply")):
+        original = getattr(module, name)
+        monkeypatch.setattr(
+            module, name, lambda *a, f=original, n=name, **k: made.append(n) or f(*a, **k)
+        )
+    with bnres.recompute():
+        y = twin(x).sin().sum()
+    forward = len(made)
+    y.backward()
+    assert all(torch.equal(p.grad, g) for p, g in zip(twin.parameters(), expected, strict=True))
+    # The first norms of all blocks, the first and the third block's output; the second's has the
+    # first's as residual, and is kept.
+    assert sorted(made[forward:]) == ["bn_apply"] * 4 + ["bn_dual_apply"]
+
+
+def test_changed_ingredients_are_noticed(net):
+    x = torch.randn(3, 4, 6, 6, device=DEVICE)
+    with bnres.recompute():
+        loss = net(x).sum()
+    with torch.no_grad():
+        net[2].bn1.weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="counts what interpreted launches would save")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_bytes_held_for_a_resnet18_step(dtype):
+    from benchmarks.audit.saved import saved_bytes
+
+    eager = saved_bytes(lambda: models.resnet18(fused=False), SHAPE, dtype)
+    fused = saved_bytes(models.resnet18, SHAPE, dtype)
+    recomputed = saved_bytes(models.resnet18, SHAPE, dtype, recomputes=True)
+    print(f"{dtype}: eager {eager}, fused {fused}, recomputed {recomputed}")
+    assert fused <= 0.85 * eager
+    assert recomputed <= 0.85 * fused
+    assert recomputed <= 0.65 * eager
