@@ -16,6 +16,7 @@ except ModuleNotFoundError as error:
 import bnres
 
 BAD_INPUT = 2
+INPUT_CHANNELS = {"resnet18-seed": 1, "lenet-seed": 1}
 
 app = typer.Typer(
     add_completion=False,
@@ -138,6 +139,61 @@ def summary(
         stages = summarize(create_model(model, in_channels=shape[1]), shape)
     for stage in stages:
         typer.echo(f"{stage.cls:<20} output shape:  {'x'.join(map(str, stage.shape))}")
+
+
+@app.command()
+def explain(
+    model: Annotated[str, typer.Argument(help="Model, of torch's own layers.")],
+) -> None:
+    """Print what bnres.fuse does to each batch norm of a model, and why not more."""
+    from bnres.models import create_model
+
+    with bad_input_exits():
+        net = create_model(model, fused=False)
+    typer.echo(bnres.explain(net))
+
+
+@app.command()
+def tune(
+    model: Annotated[str, typer.Option(help="Model whose convolutions are measured.")] = "resnet18",
+    batch_size: Annotated[int, typer.Option(help="Images a call.")] = 256,
+    size: Annotated[int, typer.Option(help="Height and width of an image.")] = 224,
+    dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "bf16",
+) -> None:
+    """Measure our convolution kernel against torch's on this GPU; the faster one is taken then."""
+    import torch
+    from rich.progress import track
+
+    from bnres.models import create_model
+    from bnres.routes import gpu_name, save_table, table_path
+    from bnres.train.config import DTYPES
+    from bnres.tune import conv_calls, device_timer, measure
+
+    console = Console()
+    with bad_input_exits():
+        if not torch.cuda.is_available():
+            raise ValueError("tune measures on a GPU, and there is none")
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+        channels = INPUT_CHANNELS.get(model, 3)
+        net = create_model(model, in_channels=channels, fused=False)
+        calls = conv_calls(net, (batch_size, channels, size, size), DTYPES[dtype])
+    device = torch.device("cuda")
+    path = table_path(gpu_name(device))
+    about = {
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "date": f"{datetime.now():%Y-%m-%d}",
+    }
+    for found in track(
+        measure(calls, device, device_timer()), "tuning", len(calls), console=console
+    ):
+        save_table(path, [found.as_row()], about)
+        console.print(
+            f"{found.call.key}: kernel {found.kernel_ms:.3f} ms, torch {found.torch_ms:.3f} ms",
+            highlight=False,
+        )
+    console.print(f"the table is in {path}", highlight=False)
 
 
 def parse_shape(text: str) -> tuple[int, int, int, int]:

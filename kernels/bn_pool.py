@@ -176,15 +176,16 @@ def _bn_max_pool_kernel(
         best = tl.full((UNROLL * TILE.sub_rows, TILE.block_cols), 0.0, ACC)
         index = tl.full((UNROLL * TILE.sub_rows, TILE.block_cols), -1, tl.int32)
         x_max = tl.full((UNROLL * TILE.sub_rows, TILE.block_cols), 0.0, x_ptr.dtype.element_ty)
-        if WINDOW.taps <= UNROLLED_TAPS:
-            for tap in tl.static_range(WINDOW.taps):
+        TAPS: tl.constexpr = WINDOW.taps
+        if TAPS <= UNROLLED_TAPS:
+            for tap in tl.static_range(TAPS):
                 best, index, x_max = _visit_tap(
                     best, index, x_max, x_ptr, n, oh, ow, tap // WINDOW.kernel_w,
                     tap % WINDOW.kernel_w, channel, mask, C, H, W, mean, scale, bias, param, ACT,
                     WINDOW, TILE, ACC,
                 )  # fmt: skip
         else:
-            for tap in tl.range(0, WINDOW.taps):
+            for tap in tl.range(0, TAPS):
                 best, index, x_max = _visit_tap(
                     best, index, x_max, x_ptr, n, oh, ow, tap // WINDOW.kernel_w,
                     tap % WINDOW.kernel_w, channel, mask, C, H, W, mean, scale, bias, param, ACT,
@@ -255,7 +256,8 @@ def _bn_max_pool_bwd_dx_kernel(
         offsets = _offsets(n, h, w, channel, C, H, W, TILE)
         x_centred = tl.load(x_ptr + offsets, mask=mask, other=0).to(ACC) - mean
         dy = tl.full((UNROLL * TILE.sub_rows, TILE.block_cols), 0.0, ACC)
-        for window in tl.static_range(WINDOW.covering_h * WINDOW.covering_w):
+        COVERING: tl.constexpr = WINDOW.covering_h * WINDOW.covering_w
+        for window in tl.static_range(COVERING):
             oh = (h + WINDOW.padding_h) // WINDOW.stride_h - window // WINDOW.covering_w
             ow = (w + WINDOW.padding_w) // WINDOW.stride_w - window % WINDOW.covering_w
             down = h + WINDOW.padding_h - oh * WINDOW.stride_h

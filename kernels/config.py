@@ -151,8 +151,8 @@ TUNING = {
     "dual_apply": KernelTuning(unroll=2, num_stages=3, programs_per_sm=4),
     "dual_reduce": KernelTuning(unroll=2, num_stages=3, programs_per_sm=4),
     "dual_dx": KernelTuning(unroll=2, num_stages=3, programs_per_sm=4),
-    "pool": KernelTuning(unroll=1, num_stages=1, programs_per_sm=8),
-    "pool_dx": KernelTuning(unroll=1, num_stages=1, programs_per_sm=8),
+    "pool": KernelTuning(unroll=1, num_stages=2, programs_per_sm=8),
+    "pool_dx": KernelTuning(unroll=1, num_stages=2, programs_per_sm=8),
 }
 
 

@@ -20,6 +20,7 @@ ROOMS = (
     "functional",
     "nn",
     "fuse",
+    "tune",
     "models",
     "data",
     "train",

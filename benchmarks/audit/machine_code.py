@@ -1,18 +1,22 @@
-"""Compiles what a ResNet-18 step launches, for a GPU that need not be there, and reads the code.
+"""Compiles what a ResNet step launches, for a GPU that need not be there, and reads the code.
 
 ``python -m benchmarks.audit.machine_code`` prints a table; exit code 1 if a kernel spills, moves
-activations in narrow accesses, or keeps too few bytes in flight.
+activations in narrow accesses, keeps too few bytes in flight, or, a convolution, lacks matrix
+instructions or asynchronous copies.
 """
 
 import argparse
 import json
 import re
 import sys
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from benchmarks.audit.operations import steps
 from benchmarks.audit.sass import (
     async_bytes,
     bytes_before_first_use,
@@ -22,11 +26,14 @@ from benchmarks.audit.sass import (
 )
 from benchmarks.audit.standin import GFX942, SM80, SM90, SM100, Gpu, Launch, compile_only
 from benchmarks.sites import RESNET18_SITES, Site
-from bnres.kernels.bn_forward import mask_bytes
-from bnres.kernels.layout import channel_view
-from bnres.ops import batch_norm_act as ops
+from bnres import models
+from bnres.kernels.conv import conv_bn_act
+from bnres.kernels.norm import Norm
+from bnres.routes import ConvCall
+from bnres.tune import conv_calls
 
 BATCHES = (256, 32)
+CONV_INPUT = (256, 3, 224, 224)
 DTYPES = (torch.bfloat16, torch.float32)
 LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
 GPUS = {gpu.name: gpu for gpu in (SM80, SM90, SM100, GFX942)}
@@ -36,6 +43,10 @@ BYTES_IN_FLIGHT = 32 * 1024
 WIDE = 16
 # A mask has one bit for each element: 1/16 of a 16-bit tensor's bytes.
 MASK_SHARE = 1 / 16
+# A pooling's positions have 8 bits for each element, beside at least two 16-bit tensors.
+INDEX_SHARE = 1 / 2
+# What multiplies matrices, by architecture, with 16-bit and with tf32 operands.
+MATRIX_INSTRUCTION = {80: "HMMA", 90: "HGMMA", 100: "UTC"}
 RESERVED_SHARED = 1024
 REGISTER_UNIT = 8
 
@@ -63,6 +74,7 @@ class Row:
             loads and stores apart, the greater of both.
         in_flight: bytes of loads that a multiprocessor has under way (0: not known).
         wanted: what ``in_flight`` has to be at least.
+        missing: what a convolution's main loop lacks.
     """
 
     gpu: str
@@ -74,13 +86,14 @@ class Row:
     narrow: float
     in_flight: int
     wanted: int
+    missing: str = ""
 
     @property
     def failures(self) -> list[str]:
-        found = []
+        found = [f"no {self.missing}"] if self.missing else []
         if self.spills:
             found.append(f"{self.spills} spills")
-        if self.narrow > MASK_SHARE:
+        if self.narrow > (INDEX_SHARE if "pool" in self.kernel else MASK_SHARE):
             found.append("narrow accesses")
         if self.in_flight < self.wanted:
             found.append(f"{self.in_flight} of {self.wanted} bytes in flight")
@@ -101,19 +114,24 @@ def empty(case: Case) -> Tensor:
 
 def launch_step(case: Case) -> None:
     """Forward in training, forward in evaluation and backward of a site."""
-    x, channel = empty(case), torch.empty(case.site.channels)
-    residual = empty(case) if case.site.operation == "bn_add_relu" else None
-    act = "identity" if case.site.operation == "bn" else "relu"
-    for training, needs_grad in ((False, False), (True, True)):
-        _, mean, rstd, mask = ops.forward_impl(
-            x, channel, channel, residual, channel, channel, None, 0.1, training, 1e-5, act, 0.0,
-            needs_grad,
-        )  # fmt: skip
-    if residual is not None:
-        assert mask.numel() == mask_bytes(channel_view(x), x.element_size())
-    ops.backward_impl(
-        x, None, x, channel, channel, None, mean, rstd, mask if residual is not None else None, True,
-        act, 0.0, True, residual is not None, True,
+    for step in steps(case.site.operation, lambda: empty(case)).values():
+        step()
+
+
+def launch_conv(call: ConvCall) -> None:
+    """A convolution of a model, in evaluation."""
+    dtype, last = getattr(torch, call.dtype), torch.channels_last
+
+    def tensor(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=dtype, memory_format=last)
+
+    channel = torch.empty(call.out_channels)
+    size = call.shape.output_size(call.height, call.width)
+    residual = tensor(call.batch, call.out_channels, *size) if call.has_residual else None
+    conv_bn_act(
+        tensor(call.batch, call.channels, call.height, call.width),
+        tensor(call.out_channels, call.channels, call.shape.kernel_h, call.shape.kernel_w),
+        None, Norm(channel, channel, channel, channel), 1e-5, residual, "relu", 0.0, call.shape,
     )  # fmt: skip
 
 
@@ -161,15 +179,32 @@ def read_row(gpu: Gpu, case: Case, launch: Launch) -> Row:
     )
 
 
+def read_conv(gpu: Gpu, call: ConvCall, launch: Launch) -> Row:
+    """A convolution: matrix instructions fed by 16-byte asynchronous copies, or by TMA."""
+    code = disassemble(launch.compiled.asm["cubin"])
+    names = [i.name for i in code.loop]
+    copies = [i for i in code.loop if i.name == "LDGSTS"]
+    missing = []
+    if not any(name.startswith(MATRIX_INSTRUCTION[int(gpu.target.arch)]) for name in names):
+        missing.append("matrix instructions")
+    if "UTMALDG" not in names and not (copies and all(i.access_bytes == WIDE for i in copies)):
+        missing.append("16-byte asynchronous copies")
+    return Row(
+        gpu.name, launch.kernel, call.key, code.registers,
+        launch.compiled.metadata.shared + RESERVED_SHARED, code.spills, 0.0, 0, 0,
+        " and no ".join(missing),
+    )  # fmt: skip
+
+
 def loaded_tensors(launch: Launch) -> int:
     """Activation tensors that a kernel reads."""
-    names = ("x_ptr", "dy_ptr", "residual_ptr")
+    names = ("x_ptr", "dy_ptr", "dy_skip_ptr", "residual_ptr", "x_a_ptr", "x_b_ptr")
     return sum(launch.arguments.get(name) is not None for name in names)
 
 
 def stores_tensor(launch: Launch) -> bool:
     """Whether a kernel writes an activation tensor."""
-    names = ("y_ptr", "dx_ptr", "dz_ptr")
+    names = ("y_ptr", "dx_ptr", "dz_ptr", "dx_a_ptr")
     return any(launch.arguments.get(name) is not None for name in names)
 
 
@@ -195,37 +230,78 @@ def _read_amd(gpu: Gpu, case: Case, launch: Launch, text: str) -> Row:
     )
 
 
-def audit(gpu: Gpu, cases: list[Case]) -> list[Row]:
-    """A row for each specialisation that the cases launch."""
+def audit(gpu: Gpu, cases: list[Case], convs: list[ConvCall]) -> list[Row]:
+    """A row for each specialisation that the cases and the convolutions launch."""
     rows: list[Row] = []
     seen: set[tuple[str, int]] = set()
+
+    def take(launch: Launch, programs: int, read: Callable[[Launch], Row]) -> None:
+        key = (launch.compiled.hash, programs)
+        if key not in seen:
+            seen.add(key)
+            rows.append(read(launch))
+
     for case in cases:
         launches: list[Launch] = []
         with compile_only(gpu, launches.append):
             launch_step(case)
         for launch in launches:
             programs = min(launch.grid[0] * launch.grid[-1], 32 * gpu.sm_count)
-            key = (launch.compiled.hash, programs if not is_finalize(launch) else 0)
-            if key not in seen:
-                seen.add(key)
-                rows.append(read_row(gpu, case, launch))
+            take(launch, 0 if is_finalize(launch) else programs, partial(read_row, gpu, case))
+    for call in convs if gpu.target.backend == "cuda" else []:
+        launches = []
+        with compile_only(gpu, launches.append):
+            launch_conv(call)
+        for launch in launches:
+            take(launch, 0, partial(read_conv, gpu, call))
     return rows
 
 
+def operations_at(site: Site) -> list[Site]:
+    """The fused operations at a site of the stock net."""
+    fused = {
+        "bn": ["dual_bn_add_relu"],
+        "bn_add_relu": ["bn_add_relu", "bn_add_relu_twice"],
+        "bn_relu": ["bn_relu", "bn_relu_pool"] if site.name == "stem" else ["bn_relu"],
+    }
+    return [replace(site, operation=operation) for operation in fused[site.operation]]
+
+
 def all_cases() -> list[Case]:
-    """Every site, batch size, layout and type of the audit."""
+    """Every site, layout and type of the audit; in bf16 also a batch that splits otherwise."""
     return [
-        Case(site, batch, layout, dtype)
+        Case(fused, batch, layout, dtype)
         for dtype in DTYPES
         for layout in LAYOUTS
-        for batch in BATCHES
+        for batch in (BATCHES if dtype == torch.bfloat16 else BATCHES[:1])
         for site in RESNET18_SITES
+        for fused in operations_at(site)
+        # A contiguous pooling gathers, and is wide nowhere.
+        if not (fused.operation == "bn_relu_pool" and layout == "contiguous")
     ]
 
 
 def family_cases() -> list[Case]:
-    """One case in which every kernel family is launched."""
-    return [Case(RESNET18_SITES[2], 256, "channels_last", torch.bfloat16)]
+    """One case for each kernel family."""
+    sites = {fused.operation: fused for site in RESNET18_SITES for fused in operations_at(site)}
+    names = ("bn_relu_pool", "bn_add_relu_twice", "dual_bn_add_relu")
+    return [Case(sites[name], 256, "channels_last", torch.bfloat16) for name in names]
+
+
+def all_convs() -> list[ConvCall]:
+    """Every convolution of ResNet-18 and ResNet-50 that the kernel takes."""
+    return [
+        call
+        for name in ("resnet18", "resnet50")
+        for dtype in DTYPES
+        for call in conv_calls(models.create_model(name, fused=False), CONV_INPUT, dtype)
+    ]
+
+
+def family_convs() -> list[ConvCall]:
+    """A 3×3 convolution of layer1 and one of layer4, with a residual, in bf16."""
+    calls = [c for c in all_convs() if c.has_residual and c.dtype == "bfloat16"]
+    return [next(c for c in calls if c.channels == n and c.shape.taps == 9) for n in (64, 512)]
 
 
 def format_table(rows: list[Row]) -> str:
@@ -249,7 +325,8 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="print JSON in place of a table")
     options = parser.parse_args()
     cases = family_cases() if options.families else all_cases()
-    rows = [row for name in options.gpu or ["sm_90"] for row in audit(GPUS[name], cases)]
+    convs = family_convs() if options.families else all_convs()
+    rows = [row for name in options.gpu or ["sm_90"] for row in audit(GPUS[name], cases, convs)]
     if options.json:
         print(json.dumps([{**asdict(row), "failures": row.failures} for row in rows]))
     else:

@@ -4,7 +4,7 @@ Two counts are kept, for neither alone is honest: the bytes of unmasked lanes, a
 32-byte sectors that a launch touches of a tensor. TRITON_INTERPRET=1 has to be set.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,13 +14,16 @@ import torch
 from torch import Tensor
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
 
+from benchmarks.audit.operations import steps
 from benchmarks.sites import Site
 from bnres.kernels.config import launch_config, tile_for
 from bnres.kernels.layout import ChannelView
-from bnres.ops import batch_norm_act as ops
 
 SECTOR_BYTES = 32
-ACTIVATIONS = ("x_ptr", "y_ptr", "dy_ptr", "dx_ptr", "dz_ptr", "residual_ptr", "mask_ptr")
+ACTIVATIONS = (
+    "x_ptr", "y_ptr", "dy_ptr", "dy_skip_ptr", "dx_ptr", "dz_ptr", "residual_ptr", "mask_ptr",
+    "x_a_ptr", "x_b_ptr", "dx_a_ptr", "dx_b_ptr", "index_ptr", "x_max_ptr",
+)  # fmt: skip
 
 
 @dataclass
@@ -101,31 +104,8 @@ def operation_traffic(
     def random() -> Tensor:
         return torch.randn(shape).to(dtype).contiguous(memory_format=memory_format)
 
-    x, dy, residual = random(), random(), random() if operation == "bn_add_relu" else None
-    channel = torch.rand(shape[1]) + 0.5
-    act = "identity" if operation == "bn" else "relu"
-    has_mask = residual is not None
-
-    def forward(training: bool) -> tuple[Tensor, ...]:
-        return ops.forward_impl(
-            x, channel, channel, residual, channel.clone(), channel.clone(), None, 0.1, training,
-            1e-5, act, 0.0, training,
-        )  # fmt: skip
-
-    def backward() -> None:
-        ops.backward_impl(
-            dy, None, x, channel, channel, None, mean, rstd, mask if has_mask else None, True, act, 0.0,
-            True, has_mask, True,
-        )  # fmt: skip
-
-    _, mean, rstd, mask = forward(training=True)
-    steps: dict[str, Callable[[], object]] = {
-        "eval": lambda: forward(training=False),
-        "forward": lambda: forward(training=True),
-        "backward": backward,
-    }
     counts = {}
-    for name, step in steps.items():
+    for name, step in steps(operation, random).items():
         with count_traffic() as traffic:
             step()
         counts[name] = traffic
