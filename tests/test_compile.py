@@ -11,12 +11,12 @@ from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 
 from bnres.models import resnet18
-from bnres.nn import BatchNorm2d, BatchNormAct2d
+from bnres.nn import BatchNorm2d, BatchNormAct2d, BatchNormActMaxPool2d
 from tests.device import DEVICE
 
 
 class Net(nn.Module):
-    """A block with every kind of call: cumulative average, activation, residual, plain."""
+    """A block with every kind of call: cumulative average, activation, residual, dual, pooled."""
 
     def __init__(self):
         super().__init__()
@@ -24,10 +24,13 @@ class Net(nn.Module):
         self.bn1 = BatchNormAct2d(8, momentum=None)
         self.bn2 = BatchNormAct2d(8, act_layer="silu")
         self.bn3 = BatchNorm2d(8)
+        self.bn4 = BatchNormAct2d(8)
+        self.bn5 = BatchNormActMaxPool2d(8, 3, 2, 1)
 
     def forward(self, x):
         y = self.bn1(self.conv(x))
-        return self.bn3(self.bn2(y, y))
+        y, skip = self.bn4(self.bn2(y, y), y, residual_norm=self.bn3, twice=True)
+        return self.bn5(y + skip)
 
 
 def names(graphs):
@@ -64,8 +67,10 @@ def test_training_step_is_captured_whole():
     for ours, theirs in zip(net.buffers(), eager.buffers(), strict=True):
         assert torch.equal(ours, theirs)
     found = names(graphs)
-    assert found.count("bnres.batch_norm_act_forward") == 3
-    assert found.count("bnres.batch_norm_act_backward") == 3
+    for direction in ("forward", "backward"):
+        assert found.count(f"bnres.batch_norm_act_{direction}") == 2
+        assert found.count(f"bnres.dual_batch_norm_act_{direction}") == 1
+        assert found.count(f"bnres.batch_norm_act_max_pool_{direction}") == 1
     assert "aten.native_batch_norm" not in found
     assert "aten._native_batch_norm" not in found
 
@@ -81,32 +86,59 @@ def test_dynamic_batch_and_inductor():
 
 
 def test_operators_pass_opcheck():
-    from bnres.ops import batch_norm_act as ops
+    from bnres.ops import (
+        batch_norm_act,
+        batch_norm_act_max_pool,
+        conv2d_batch_norm_act,
+        dual_batch_norm_act,
+    )
+
+    def check(ops, forward, backward=()):
+        """The forward operator, and the backward one on what the forward returns."""
+        checks = ("test_schema", "test_faketensor")
+        torch.library.opcheck(ops.forward_op, forward, test_utils=checks)
+        if backward:
+            outputs = ops.forward_impl(*forward)
+            torch.library.opcheck(ops.backward_op, backward(*outputs), test_utils=checks)
 
     x, weight = torch.randn(4, 3, 2, 2, device=DEVICE), torch.rand(3, device=DEVICE)
     mean, var = torch.zeros(3, device=DEVICE), torch.ones(3, device=DEVICE)
-    checks = ("test_schema", "test_faketensor")
-    arguments = (x, weight, None, x.clone(), mean, var, None, 0.1, True, 1e-5, "relu", 0.0, True)
-    torch.library.opcheck(ops.forward_op, arguments, test_utils=checks)
-    y, mean, rstd, mask = ops.forward_impl(*arguments)
-    arguments = (
-        y,
-        None,
-        x,
-        weight,
-        None,
-        None,
-        mean,
-        rstd,
-        mask,
-        True,
-        "relu",
-        0.0,
-        True,
-        True,
-        True,
-    )
-    torch.library.opcheck(ops.backward_op, arguments, test_utils=checks)
+    check(
+        batch_norm_act,
+        (x, weight, None, x.clone(), mean, var, None, 0.1, True, 1e-5, "relu", 0.0, True),
+        lambda y, mean, rstd, mask: (
+            y, y.clone(), x, weight, None, None, mean, rstd, mask, True, "relu", 0.0, True, True,
+            True,
+        ),
+    )  # fmt: skip
+    check(
+        dual_batch_norm_act,
+        (
+            x, weight, None, x.clone(), None, weight.clone(), mean, var, None, mean.clone(),
+            var.clone(), None, 0.1, 0.1, 1e-5, 1e-5, True, "relu", 0.0, True,
+        ),
+        lambda y, *statistics: (
+            y, None, x, weight, None, x.clone(), None, weight.clone(), *statistics, True, "relu",
+            0.0, True, True,
+        ),
+    )  # fmt: skip
+    window = [2, 2, 1, 1, 0, 0, 1, 1]
+    last = x.contiguous(memory_format=torch.channels_last)
+    check(
+        batch_norm_act_max_pool,
+        (last, weight, None, mean, var, None, 0.1, True, 1e-5, "relu", 0.0, window, False, True),
+        lambda y, index, x_max, mean, rstd: (
+            y, last, weight, None, index, x_max, mean, rstd, True, "relu", 0.0, window, True, True
+        ),
+    )  # fmt: skip
+    filter = torch.randn(3, 3, 1, 1, device=DEVICE)
+    check(
+        conv2d_batch_norm_act,
+        (
+            last, filter, None, mean, var, weight, None, last.clone(), 1e-5, "relu", 0.0,
+            [1, 1, 1, 1, 0, 0, 1, 1], None,
+        ),
+    )  # fmt: skip
 
 
 def capture_on_fake_gpu():

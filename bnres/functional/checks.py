@@ -30,12 +30,19 @@ def check_norm(
 ) -> None:
     """Raises for buffers and parameters that do not fit ``input``; ``prefix`` begins their names."""
     if not training:
-        for name, tensor in (("running_mean", running_mean), ("running_var", running_var)):
-            if tensor is None:
-                raise RuntimeError(f"{prefix}{name} must be defined in evaluation mode")
+        check_statistics(running_mean, running_var, prefix)
     check_channels(
         input.shape[1], running_mean, running_var, weight, bias, device=input.device, prefix=prefix
     )
+
+
+def check_statistics(
+    running_mean: Tensor | None, running_var: Tensor | None, prefix: str = ""
+) -> None:
+    """Raises for running statistics that evaluation needs and that are missing."""
+    for name, tensor in (("running_mean", running_mean), ("running_var", running_var)):
+        if tensor is None:
+            raise RuntimeError(f"{prefix}{name} must be defined in evaluation mode")
 
 
 def check_channels(

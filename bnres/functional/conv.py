@@ -10,7 +10,7 @@ from bnres.activations import resolve
 from bnres.autograd.cancelled_bias import CancelledBiasFunction
 from bnres.backend import uses_kernels
 from bnres.functional.batch_norm import batch_norm_act
-from bnres.functional.checks import check_channels, check_residual
+from bnres.functional.checks import check_channels, check_residual, check_statistics
 from bnres.functional.prepare import packed_parameters, wants_grad
 from bnres.kernels.conv_config import ConvShape
 from bnres.kernels.reference import ACTIVATION_FORMULAS
@@ -67,6 +67,7 @@ def conv2d_batch_norm_act(
     """
     stats = (running_mean, running_var, weight, bias)
     if not training:
+        check_statistics(running_mean, running_var)
         options = (stride, padding, dilation, groups)
         y = _by_kernel(
             input, conv_weight, conv_bias, stats, residual, act, act_kwargs, eps, options

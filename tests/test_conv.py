@@ -1,0 +1,221 @@
+"""Convolution with an epilogue: the kernel, the folded bias, routes and tuning."""
+
+import copy
+import json
+import time
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from typer.testing import CliRunner
+
+import bnres
+from bnres import routes
+from bnres.cli import app
+from bnres.functional import conv2d_act, conv2d_batch_norm_act
+from bnres.kernels.conv import conv_bn_act
+from bnres.kernels.conv_config import ConvConfig, ConvShape, search_space
+from bnres.kernels.norm import Norm
+from bnres.kernels.reference import ACTIVATION_FORMULAS, conv_bn_act_ref
+from bnres.models.blocks import BasicBlock
+from bnres.nn import ConvBatchNormAct2d
+from bnres.tune import conv_calls, measure
+from tests.device import DEVICE
+from tests.tolerances import assert_close
+
+LAST = torch.channels_last
+# N, C, H, W, K and the window; tails in every dimension.
+CASES = [
+    (2, 16, 9, 8, 24, ConvShape(3, 3, 1, 1, 1, 1, 1, 1)),
+    (3, 17, 11, 10, 37, ConvShape(3, 2, 2, 1, 1, 0, 1, 2)),
+    (2, 65, 5, 5, 130, ConvShape(1, 1, 2, 2, 0, 0, 1, 1)),
+    (1, 8, 16, 17, 8, ConvShape(7, 7, 2, 2, 3, 3, 1, 1)),
+    (1, 1, 4, 4, 1, ConvShape(2, 2, 1, 1, 1, 1, 3, 1)),
+]
+
+
+def random(*shape, dtype=torch.float32):
+    x = torch.randn(shape, device=DEVICE).to(dtype)
+    return x.contiguous(memory_format=LAST) if len(shape) == 4 else x
+
+
+def double(*values):
+    return [v.double() if isinstance(v, torch.Tensor) else v for v in values]
+
+
+# The interpreter's tl.dot takes no bf16.
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c[1]}to{c[4]}")
+def test_kernel_agrees_with_its_reference(case, dtype, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    torch.manual_seed(0)
+    n, c, h, w, k, shape = case
+    x = random(n, c, h, w, dtype=dtype)
+    filter = random(k, c, shape.kernel_h, shape.kernel_w) / (c * shape.taps) ** 0.5
+    filter = filter.to(dtype).contiguous(memory_format=LAST)
+    norm = Norm(random(k), torch.rand(k, device=DEVICE) + 0.5, random(k), random(k))
+    residual = random(n, k, *shape.output_size(h, w), dtype=dtype)
+    for conv_bias, given, added, act in (
+        (None, norm, residual, "relu"),
+        (random(k), norm._replace(weight=None), None, "silu"),
+        (random(k), None, residual, "identity"),
+        (None, norm._replace(bias=None), None, "gelu"),
+    ):
+        y = conv_bn_act(x, filter, conv_bias, given, 1e-3, added, act, 0.0, shape)
+        wide = None if given is None else Norm(*double(*given))
+        expected = conv_bn_act_ref(
+            *double(x, filter, conv_bias), wide, 1e-3, *double(added), act, 0.0, shape
+        )
+        assert y.is_contiguous(memory_format=LAST) and y.dtype == dtype
+        assert_close(y, expected, dtype)
+
+
+@pytest.mark.parametrize("config", search_space(162, 16, 24, 4)[:3], ids=str)
+def test_every_configuration_gives_the_same(config):
+    torch.manual_seed(0)
+    n, c, h, w, k, shape = CASES[0]
+    x, filter = random(n, c, h, w), random(k, c, 3, 3)
+    y = conv_bn_act(x, filter, None, None, 0.0, None, "relu", 0.0, shape, config=config)
+    expected = conv_bn_act_ref(
+        *double(x, filter), None, None, 0.0, None, "relu", 0.0, shape
+    )  # fmt: skip
+    assert (y - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def layer(**options):
+    torch.manual_seed(0)
+    ours = ConvBatchNormAct2d(8, 16, 3, padding=1, **options).to(DEVICE).double()
+    nn.init.uniform_(ours.bn.weight, 0.5, 1.5)
+    stock = nn.BatchNorm2d(16, momentum=options.get("momentum", 0.1)).to(DEVICE).double()
+    stock.load_state_dict(ours.bn.state_dict())
+    return ours, copy.deepcopy(ours.conv), stock
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("padding_mode", ["zeros", "reflect"])
+def test_bias_before_a_batch_norm(momentum, padding_mode):
+    """It cancels: zeros as gradient, the running mean moves, no addition to the tensor."""
+    ours, conv, bn = layer(bias=True, momentum=momentum, padding_mode=padding_mode)
+    x = torch.randn(3, 8, 4, 4, dtype=torch.float64, device=DEVICE)
+    residual = torch.randn(3, 16, 4, 4, dtype=torch.float64, device=DEVICE)
+    for _ in range(2):
+        assert_close(ours(x, residual), F.relu(bn(conv(x)) + residual), torch.float64)
+    ours(x, residual).square().sum().backward()
+    F.relu(bn(conv(x)) + residual).square().sum().backward()
+    assert_close(ours.conv.weight.grad, conv.weight.grad, torch.float64)
+    assert torch.equal(ours.conv.bias.grad, torch.zeros_like(conv.bias))
+    for b, c in zip(ours.bn.buffers(), bn.buffers(), strict=True):
+        assert_close(b, c, torch.float64)
+    ours.eval()
+    bn.eval()
+    ours.zero_grad()
+    conv.zero_grad()
+    y, expected = ours(x, residual), F.relu(bn(conv(x)) + residual)
+    y.sum().backward()
+    expected.sum().backward()
+    assert_close(y, expected, torch.float64)
+    assert_close(ours.conv.bias.grad, conv.bias.grad, torch.float64)
+    with torch.no_grad():
+        assert_close(ours(x, residual), expected, torch.float64)
+
+
+def test_second_derivatives():
+    ours = ConvBatchNormAct2d(1, 1, 1, bias=True, act_layer="silu").to(DEVICE).double()
+    x = torch.randn(3, 1, 1, 2, dtype=torch.float64, device=DEVICE, requires_grad=True)
+    assert torch.autograd.gradcheck(ours, x)
+    assert torch.autograd.gradgradcheck(ours, x)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 8])
+@pytest.mark.parametrize("route", ["torch", "kernel"])
+def test_routes_agree(groups, route):
+    torch.manual_seed(0)
+    ours = ConvBatchNormAct2d(8, 16, 3, 2, 1, groups=groups).to(DEVICE).eval()
+    x = torch.randn(2, 8, 5, 5, device=DEVICE)
+    with torch.no_grad(), bnres.use_conv_route(route):
+        expected = F.relu(ours.bn.bias.view(-1, 1, 1) + ours.conv(x) / (1 + 1e-5) ** 0.5)
+        torch.testing.assert_close(ours(x), expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            conv2d_act(x, ours.conv.weight, None, stride=2, padding=1, groups=groups),
+            F.relu(ours.conv(x)), rtol=1e-5, atol=1e-5,
+        )  # fmt: skip
+    with pytest.raises(ValueError, match="route must be one of auto, torch, kernel, got 'x'"):
+        bnres.use_conv_route("x").__enter__()
+
+
+def test_autocast_is_that_of_conv2d():
+    layer = ConvBatchNormAct2d(8, 8, 1).to(DEVICE).eval()
+    x = torch.randn(2, 8, 4, 4, device=DEVICE)
+    # The interpreter's tl.dot takes no bf16, and autocast on the CPU takes fp16 as well.
+    with torch.no_grad(), torch.autocast(DEVICE, torch.float16):
+        for route in ("torch", "kernel"):
+            with bnres.use_conv_route(route):
+                y = layer(x)
+            assert y.dtype == torch.float16
+            expected = F.relu(layer.conv(x).double() / (1 + 1e-5) ** 0.5)
+            assert_close(y, expected, torch.float16)
+
+
+@pytest.mark.parametrize("route", ["torch", "kernel"])
+def test_errors(route):
+    x, filter = torch.randn(2, 8, 4, 4, device=DEVICE), torch.randn(4, 8, 1, 1, device=DEVICE)
+    mean, var = torch.zeros(4, device=DEVICE), torch.ones(4, device=DEVICE)
+    with torch.no_grad(), bnres.use_conv_route(route):
+        with pytest.raises(ValueError, match=r"residual must have the shape of input, \(2, 4, 4"):
+            conv2d_batch_norm_act(x, filter, None, mean, var, residual=x)
+        with pytest.raises(RuntimeError, match="running_var should contain 4 elements not 3"):
+            conv2d_batch_norm_act(x, filter, None, mean, var[:3])
+        with pytest.raises(RuntimeError, match="running_mean must be defined in evaluation mode"):
+            conv2d_batch_norm_act(x, filter, None, None, None)
+
+
+def test_table_of_routes(tmp_path, monkeypatch):
+    """Measured by the tuner, written, read, taken."""
+    monkeypatch.setenv("BNRES_ROUTES", str(tmp_path / "cache" / "routes.json"))
+    model = BasicBlock(8, 16, 2, "relu")
+    calls = conv_calls(model, (1, 8, 4, 4), torch.float32)
+    assert len(calls) == 6  # three convolutions, with and without residual
+    ticks = iter(range(10**6))
+
+    def timer(call):
+        call()
+        return time.perf_counter() + next(ticks)  # later is slower: torch's, timed first, wins
+
+    rows = [found.as_row() for found in measure(calls[:2], torch.device(DEVICE), timer)]
+    path = routes.table_path("gpu")
+    assert routes.load_table(path) == {}
+    routes.save_table(path, rows, {"gpu": "test"})
+    assert routes.load_table(path) == {}
+    rows[0]["kernel_ms"] = rows[0]["torch_ms"] / 2
+    routes.save_table(path, rows[:1], {"gpu": "test"})
+    assert routes.load_table(path) == {calls[0]: rows[0]["config"]}
+    assert isinstance(rows[0]["config"], ConvConfig)
+    assert len(json.loads(path.read_text())["routes"]) == 2
+    path.write_text("{}")
+    routes.load_table.cache_clear()
+    with pytest.raises(ValueError, match="is no table of routes"):
+        routes.load_table(path)
+
+
+def test_activations_are_those_of_the_reference():
+    torch.manual_seed(0)
+    x, filter = random(1, 8, 2, 3), random(8, 8, 1, 1)
+    shape = ConvShape(1, 1, 1, 1, 0, 0, 1, 1)
+    for act in ACTIVATION_FORMULAS:
+        y = conv_bn_act(x, filter, None, None, 0.0, None, act, 0.2, shape)
+        expected = conv_bn_act_ref(
+            *double(x, filter), None, None, 0.0, None, act, 0.2, shape
+        )  # fmt: skip
+        assert (y - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_commands():
+    runner = CliRunner()
+    explained = runner.invoke(app, ["explain", "resnet18"])
+    assert explained.output.strip().endswith("20 fused sites of 20")
+    unknown = runner.invoke(app, ["explain", "resnet19"])
+    assert unknown.exit_code == 2 and "model must be one of" in unknown.output
+    if DEVICE == "cpu":
+        tuned = runner.invoke(app, ["tune"])
+        assert tuned.exit_code == 2 and "tune measures on a GPU" in tuned.output

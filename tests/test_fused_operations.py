@@ -1,0 +1,286 @@
+"""Dual batch norm, pooled batch norm, outputs handed out twice: against stock layers."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from bnres.functional import batch_norm_act, batch_norm_act_max_pool2d, dual_batch_norm_act
+from bnres.kernels.reference import ACTIVATION_FORMULAS
+from bnres.nn import BatchNorm1d, BatchNormAct1d, BatchNormAct2d, BatchNormActMaxPool2d
+from tests.device import DEVICE
+from tests.tolerances import assert_close
+
+DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
+
+
+def draw(shape, dtype, layout, seed=0):
+    torch.manual_seed(seed)
+    x = (torch.randn(shape, device=DEVICE) * 2 + 0.5).to(dtype)
+    return x.contiguous(memory_format=LAYOUTS[layout]).requires_grad_()
+
+
+def norm(channels, dtype, training):
+    torch.manual_seed(9)
+    bn = nn.BatchNorm2d(channels, device=DEVICE)
+    nn.init.uniform_(bn.weight, -1, 1.5)
+    nn.init.normal_(bn.bias)
+    bn.running_mean.normal_()
+    bn.running_var.uniform_(0.5, 2)
+    return (bn.double() if dtype == torch.float64 else bn).train(training)
+
+
+def fused_twin(bn, cls=BatchNormAct2d, **options):
+    twin = cls(bn.num_features, device=DEVICE, **options)
+    twin = twin.double() if bn.weight.dtype == torch.float64 else twin
+    twin.load_state_dict(bn.state_dict())
+    return twin.train(bn.training)
+
+
+def assert_steps_agree(ours, theirs, inputs, norms, wide_norms, dtype):
+    """Outputs, the gradients of inputs and parameters, and buffers, against fp64."""
+    wide = [x.detach().double().requires_grad_() for x in inputs]
+    y, expected = ours(*inputs), theirs(*wide)
+    assert y.dtype == dtype
+    assert_close(y, expected, dtype)
+    torch.manual_seed(5)
+    dy = torch.randn_like(expected).to(dtype)
+    y.backward(dy)
+    expected.backward(dy.double())
+    for x, w in zip(inputs, wide, strict=True):
+        assert_close(x.grad, w.grad, dtype)
+    for bn, wide_bn in zip(norms, wide_norms, strict=True):
+        for p, q in zip(bn.parameters(), wide_bn.parameters(), strict=True):
+            assert_close(p.grad, q.grad, dtype)
+        for b, c in zip(bn.buffers(), wide_bn.buffers(), strict=True):
+            assert_close(b, c, torch.float32 if dtype != torch.float64 else dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_dual(dtype, layout, training):
+    shape = (3, 11, 5, 4)
+    inputs = [draw(shape, dtype, layout, seed) for seed in (0, 1)]
+    stock = [norm(11, dtype, training), norm(11, dtype, training)]
+    wide = [copy.deepcopy(bn).double() for bn in stock]
+    main, other = fused_twin(stock[0]), fused_twin(stock[1], apply_act=False)
+
+    def theirs(a, b):
+        # The rounded outputs decide where relu's gradient passes.
+        return F.relu(wide[0](a) + wide[1](b))
+
+    assert_steps_agree(
+        lambda a, b: main(a, b, residual_norm=other), theirs, inputs, (main, other), wide, dtype
+    )
+
+
+@pytest.mark.parametrize("act", ACTIVATION_FORMULAS)
+def test_dual_with_every_activation(act):
+    inputs = [draw((2, 3, 3, 2), torch.float64, "contiguous", seed) for seed in (0, 1)]
+    stock = [norm(3, torch.float64, True), norm(3, torch.float64, True)]
+    main, other = fused_twin(stock[0], act_layer=act), fused_twin(stock[1], apply_act=False)
+
+    def theirs(a, b):
+        return ACTIVATION_FORMULAS[act](stock[0](a) + stock[1](b), 0.01)
+
+    assert_steps_agree(
+        lambda a, b: main(a, b, residual_norm=other), theirs, inputs, (main, other), stock,
+        torch.float64,
+    )  # fmt: skip
+
+
+def test_dual_with_one_norm_frozen():
+    inputs = [draw((3, 4, 3, 2), torch.float64, "channels_last", seed) for seed in (0, 1)]
+    stock = [norm(4, torch.float64, True), norm(4, torch.float64, False)]
+    main, other = fused_twin(stock[0]), fused_twin(stock[1], apply_act=False)
+    assert_steps_agree(
+        lambda a, b: main(a, b, residual_norm=other),
+        lambda a, b: F.relu(stock[0](a) + stock[1](b)), inputs, (main, other), stock,
+        torch.float64,
+    )  # fmt: skip
+
+
+def test_dual_in_one_dimension_and_without_parameters():
+    x, r = (torch.randn(5, 3, 4, dtype=torch.float64, device=DEVICE) for _ in range(2))
+    ours = BatchNormAct1d(3, affine=False, device=DEVICE).double()
+    other = BatchNorm1d(3, affine=False, momentum=None, device=DEVICE).double()
+    a, b = (
+        nn.BatchNorm1d(3, affine=False, momentum=m, device=DEVICE).double() for m in (0.1, None)
+    )
+    for _ in range(2):
+        assert_close(ours(x, r, residual_norm=other), F.relu(a(x) + b(r)), torch.float64)
+    assert_close(other.running_var, b.running_var, torch.float64)
+
+
+# Kernel, stride, padding, dilation, ceil_mode, shape.
+POOLINGS = [
+    (3, 2, 1, 1, False, (2, 9, 7, 6)),
+    (2, None, 0, 1, True, (2, 8, 5, 7)),
+    ((3, 2), (1, 3), (1, 0), (1, 2), True, (2, 3, 8, 11)),
+    (5, 1, 2, 1, False, (1, 2, 5, 6)),
+    (4, 4, 0, 1, False, (2, 130, 4, 4)),
+]
+
+
+@pytest.mark.parametrize("pooling", POOLINGS, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_pooled(pooling, layout):
+    kernel, stride, padding, dilation, ceil, shape = pooling
+    windows = (kernel, stride, padding, dilation, ceil)
+    for dtype in (torch.float64, torch.float32):
+        stock = norm(shape[1], dtype, True)
+        wide = copy.deepcopy(stock).double()
+        ours = fused_twin(
+            stock, BatchNormActMaxPool2d, kernel_size=kernel, stride=stride, padding=padding,
+            dilation=dilation, ceil_mode=ceil,
+        )  # fmt: skip
+        assert_steps_agree(
+            ours, lambda x, wide=wide: F.max_pool2d(F.relu(wide(x)), *windows),
+            [draw(shape, dtype, layout)], [ours], [wide], dtype,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_pooled_values_are_compared_as_rounded(dtype, layout):
+    """Ties go to the first, NaN takes over: bit-equal to pooling what the unfused layers write."""
+    x = draw((2, 16, 9, 9), dtype, layout).detach()
+    x[0, 3, 4, 4] = float("nan")
+    x[1, 5] = 1.5
+    bn = fused_twin(norm(16, dtype, False))
+    pooled = fused_twin(bn, BatchNormActMaxPool2d, kernel_size=3, stride=2, padding=1)
+    x.requires_grad_()
+    y = bn(x)
+    expected = F.max_pool2d(y, 3, 2, 1)
+    actual = pooled(x)
+    assert torch.equal(actual.nan_to_num(-1), expected.nan_to_num(-1))
+    dy = torch.ones_like(expected)
+    (theirs,) = torch.autograd.grad(expected, x, dy)
+    (ours,) = torch.autograd.grad(actual, x, dy)
+    assert torch.equal(ours.nan_to_num(-1) != 0, theirs.nan_to_num(-1) != 0)
+    assert actual.is_contiguous(memory_format=LAYOUTS[layout])
+
+
+@pytest.mark.parametrize("act", [None, "relu", "silu"])
+@pytest.mark.parametrize("has_residual", [False, True], ids=["plain", "residual"])
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_handed_out_twice(act, has_residual, training):
+    stock = norm(5, torch.float64, training)
+    inputs = [draw((3, 5, 3, 2), torch.float64, "contiguous", s) for s in range(1 + has_residual)]
+    ours = fused_twin(stock, act_layer=act)
+
+    def consume(y, skip):
+        return y.sin() + skip * 3
+
+    def theirs(x, residual=None):
+        y = stock(x) if residual is None else stock(x) + residual
+        y = ACTIVATION_FORMULAS[act or "identity"](y, 0.0)
+        return consume(y, y)
+
+    assert_steps_agree(
+        lambda *a: consume(*ours(*a, twice=True)), theirs, inputs, [ours], [stock], torch.float64
+    )
+    y, skip = ours(*inputs, twice=True)
+    assert y.data_ptr() == skip.data_ptr()
+    (one,) = torch.autograd.grad(skip.sum(), inputs[0])  # one consumer alone
+    (other,) = torch.autograd.grad(ours(*inputs).sum(), inputs[0])
+    assert_close(one, other, torch.float64)
+
+
+def tensors(*shapes):
+    torch.manual_seed(3)
+    return [torch.randn(s, dtype=torch.float64, device=DEVICE, requires_grad=True) for s in shapes]
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_derivatives_of_derivatives(training):
+    stats = (None, None)
+    if not training:
+        stats = tuple(t.detach().abs() + 0.5 for t in tensors((1,), (1,)))
+
+    def dual(a, b, *p):
+        y, skip = dual_batch_norm_act(
+            a, *stats, *p[:2], b, *stats, *p[2:], training=training, act="silu", twice=True
+        )
+        return y * 2 + skip.sin()
+
+    def pooled(x, *p):
+        return batch_norm_act_max_pool2d(x, *stats, *p, kernel_size=2, stride=1, training=training)
+
+    def twice(x, residual, *p):
+        y, skip = batch_norm_act(x, *stats, *p, residual=residual, training=training, twice=True)
+        return y * 2 + skip.sin()
+
+    channel = [(1,)] * 4
+    for run, inputs in (
+        (dual, tensors((3, 1, 1), (3, 1, 1), *channel)),
+        (pooled, tensors((1, 1, 2, 3), *channel[:2])),
+        (twice, tensors((3, 1, 1), (3, 1, 1), *channel[:2])),
+    ):
+        assert torch.autograd.gradcheck(run, inputs)
+        assert torch.autograd.gradgradcheck(run, inputs)
+
+
+def test_forward_mode():
+    x, r, weight, bias = (t.detach() for t in tensors((4, 3, 4, 4), (4, 3, 4, 4), (3,), (3,)))
+    tangents = tuple(torch.randn_like(t) for t in (x, r, weight, bias))
+
+    def normed(x, weight, bias):
+        mean, var = x.mean((0, 2, 3), keepdim=True), x.var((0, 2, 3), correction=0, keepdim=True)
+        return (x - mean) / (var + 1e-5).sqrt() * weight.view(-1, 1, 1) + bias.view(-1, 1, 1)
+
+    pairs = (
+        (
+            lambda x, r, w, b: dual_batch_norm_act(
+                x, None, None, w, b, r, None, None, b, w, training=True
+            ),
+            lambda x, r, w, b: F.relu(normed(x, w, b) + normed(r, b, w)),
+        ),
+        (
+            lambda x, r, w, b: batch_norm_act_max_pool2d(
+                x + r, None, None, w, b, kernel_size=3, stride=2, padding=1, training=True
+            ),
+            lambda x, r, w, b: F.max_pool2d(F.relu(normed(x + r, w, b)), 3, 2, 1),
+        ),
+    )
+    for ours, theirs in pairs:
+        _, actual = torch.func.jvp(ours, (x, r, weight, bias), tangents)
+        _, expected = torch.func.jvp(theirs, (x, r, weight, bias), tangents)
+        assert_close(actual, expected, torch.float64)
+
+
+def test_errors_name_the_argument():
+    x = torch.randn(2, 3, 4, 4, device=DEVICE)
+    mean, var = torch.zeros(3, device=DEVICE), torch.ones(3, device=DEVICE)
+    with pytest.raises(ValueError, match="padding must be at most half of kernel_size, got 2"):
+        batch_norm_act_max_pool2d(x, mean, var, kernel_size=3, padding=2)
+    with pytest.raises(ValueError, match=r"kernel_size must be one or two numbers from 1 on"):
+        batch_norm_act_max_pool2d(x, mean, var, kernel_size=0)
+    with pytest.raises(ValueError, match="is too small: its pooled size"):
+        batch_norm_act_max_pool2d(x, mean, var, kernel_size=5)
+    with pytest.raises(ValueError, match="expected 4D input"):
+        batch_norm_act_max_pool2d(x[0], mean, var, kernel_size=2)
+    with pytest.raises(ValueError, match="residual must have the shape of input"):
+        dual_batch_norm_act(x, mean, var, None, None, x[:, :, 1:], mean, var, None, None)
+    with pytest.raises(RuntimeError, match="residual_weight should contain 3 elements not 4"):
+        dual_batch_norm_act(
+            x, mean, var, None, None, x, mean, var, torch.ones(4, device=DEVICE), None
+        )
+    with pytest.raises(ValueError, match="residual must be given with residual_norm"):
+        BatchNormAct2d(3, device=DEVICE)(x, residual_norm=nn.BatchNorm2d(3, device=DEVICE))
+
+
+def test_empty_batches():
+    x = torch.randn(0, 3, 4, 4, device=DEVICE, requires_grad=True)
+    bn, other = BatchNormAct2d(3, device=DEVICE), BatchNormAct2d(3, device=DEVICE)
+    pooled = BatchNormActMaxPool2d(3, 2, device=DEVICE)
+    y, z = bn(x, x, residual_norm=other), pooled(x)
+    assert y.shape == (0, 3, 4, 4) and z.shape == (0, 3, 2, 2)
+    (y.sum() + z.sum()).backward()
+    for module in (bn, other, pooled):
+        assert module.weight.grad.abs().max() == 0 and module.num_batches_tracked == 1
+        assert module.running_var.equal(torch.ones(3, device=DEVICE))
