@@ -8,7 +8,7 @@ TRAIN = ["matplotlib>=3.8", "mlxtend>=0.23", "numpy>=1.26", "rich>=13", "typer>=
 BENCH = ["numpy>=1.26"]
 TEST = [*TRAIN, "hypothesis>=6.100", "pytest>=8", "pytest-xdist>=3.5", "torchvision>=0.26"]
 
-PACKAGES = ("autograd", "data", "functional", "fuse", "kernels", "models", "nn", "ops", "train")
+PACKAGES = ("autograd", "data", "functional", "fusion", "kernels", "models", "nn", "ops", "train")
 
 setup(
     name="bnres",

@@ -1,9 +1,9 @@
 """Fused batch norm for residual networks: Triton kernels, autograd Functions, drop-in layers."""
 
-from bnres import functional, nn
+from bnres import functional, models, nn
 from bnres.backend import backend, use_backend
-from bnres.fuse import FusionReport, explain, fold, fuse, unfuse
-from bnres.recompute import recompute
+from bnres.fusion import FusionReport, explain, fold, fuse, unfuse
+from bnres.recipes import recompute
 from bnres.routes import use_conv_route
 
 __version__ = "0.1.0.dev0"
@@ -15,6 +15,7 @@ __all__ = [
     "fold",
     "functional",
     "fuse",
+    "models",
     "nn",
     "recompute",
     "unfuse",

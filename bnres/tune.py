@@ -34,7 +34,7 @@ def conv_calls(model: nn.Module, shape: tuple[int, ...], dtype: torch.dtype) -> 
         shape: of its input, (N, C, H, W).
         dtype: of the convolutions.
     """
-    from bnres.fuse import unfuse
+    from bnres.fusion import unfuse
 
     found: dict[ConvCall, None] = {}
 

@@ -10,7 +10,7 @@ from torch import nn
 
 import bnres
 from bnres import models, use_backend
-from bnres.fuse.forward import FusedForward
+from bnres.fusion.forward import FusedForward
 from tests.device import DEVICE
 from tests.torchvision_import import torchvision
 

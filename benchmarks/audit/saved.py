@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from triton.runtime.interpreter import GridExecutor
 
-from bnres.recompute import Recipe, pack, recompute
+from bnres.recipes import Recipe, pack, recompute
 
 
 @contextmanager

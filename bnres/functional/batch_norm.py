@@ -11,7 +11,7 @@ from bnres.backend import uses_kernels
 from bnres.functional.aten import batch_norm_act_aten
 from bnres.functional.checks import check_input, check_norm, check_residual
 from bnres.functional.prepare import dense_pair, packed_buffers, packed_parameters, wants_grad
-from bnres.recompute import has_recipe, leave_recipe, recording
+from bnres.recipes import has_recipe, leave_recipe, recording
 
 
 def batch_norm(

@@ -15,7 +15,7 @@ from bnres.functional.aten import batch_norm_act_aten
 from bnres.functional.checks import check_input, check_norm, check_residual
 from bnres.functional.prepare import dense_pair, packed_buffers, packed_parameters, wants_grad
 from bnres.kernels.norm import Norm
-from bnres.recompute import leave_recipe, recording
+from bnres.recipes import leave_recipe, recording
 
 
 def dual_batch_norm_act(

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from bnres.activations import CLASSES
-from bnres.fuse.calls import NORMS, Windows
+from bnres.fusion.calls import NORMS, Windows
 
 ADDITIONS = {operator.add: False, operator.iadd: True, torch.add: False, "add": False, "add_": True}
 FUNCTIONS: dict[Any, str] = {

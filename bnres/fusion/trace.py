@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from bnres.fuse.nodes import IN_PLACE_OPERATORS
+from bnres.fusion.nodes import IN_PLACE_OPERATORS
 
 SCALARS = (bool, int, float, str, type(None))
 

@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from bnres.fuse.calls import NORMS
-from bnres.fuse.forward import FusedForward, NotProvedError, Variant, rewrite
-from bnres.fuse.patterns import Match
-from bnres.fuse.report import FusionReport, Site
+from bnres.fusion.calls import NORMS
+from bnres.fusion.forward import FusedForward, NotProvedError, Variant, rewrite
+from bnres.fusion.patterns import Match
+from bnres.fusion.report import FusionReport, Site
 from bnres.nn import BatchNorm1d, BatchNorm2d, BatchNorm3d, BatchNormActMaxPool2d
 from bnres.nn.batchnorm import _BatchNormAct, _FusedForward
 from bnres.nn.hooks import hooked

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from bnres.fuse.nodes import (
+from bnres.fusion.nodes import (
     activation_of,
     addition,
     child,

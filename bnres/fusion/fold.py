@@ -5,7 +5,7 @@ import copy
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from bnres.fuse.rewrite import _joined, fuse, make_plan, unfuse
+from bnres.fusion.rewrite import _joined, fuse, make_plan, unfuse
 
 
 def fold(model: nn.Module) -> nn.Module:

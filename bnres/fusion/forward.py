@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from bnres.fuse import calls
-from bnres.fuse.nodes import writes_in_place
-from bnres.fuse.patterns import Branch, Found, Match, find
-from bnres.fuse.trace import Guard, trace
+from bnres.fusion import calls
+from bnres.fusion.nodes import writes_in_place
+from bnres.fusion.patterns import Branch, Found, Match, find
+from bnres.fusion.trace import Guard, trace
 
 
 @dataclass
@@ -175,5 +175,5 @@ def _compiled(graph: fx.Graph) -> Callable[..., Any]:
     """The graph as a function of the module and the forward's arguments."""
     code = graph.python_code("self")
     space = dict(code.globals)
-    exec(compile(code.src, "<bnres.fuse>", "exec"), space)
+    exec(compile(code.src, "<bnres.fusion>", "exec"), space)
     return space["forward"]
