@@ -310,8 +310,8 @@ def flat_tile(itemsize: int) -> Tile:
     )
 
 
-def _index_dtype(x: Tensor) -> tl.dtype:
-    return tl.int32 if x.numel() < 2**31 - 2**20 else tl.int64
+def _index_dtype(x: Tensor, pooled: Tensor) -> tl.dtype:
+    return tl.int32 if max(x.numel(), pooled.numel()) < 2**31 - 2**20 else tl.int64
 
 
 def bn_max_pool(
@@ -376,7 +376,7 @@ def bn_max_pool(
             TILE=tile,
             UNROLL=launch.unroll,
             STAGES=launch.num_stages,
-            INDEX=_index_dtype(x),
+            INDEX=_index_dtype(x, y),
             ACC=ACC_DTYPE[acc_type(x)],
             enable_fp_fusion=True,
         )
@@ -434,7 +434,7 @@ def bn_max_pool_backward_dx(
             TILE=tile,
             UNROLL=launch.unroll,
             STAGES=launch.num_stages,
-            INDEX=_index_dtype(x),
+            INDEX=_index_dtype(x, dy),
             ACC=ACC_DTYPE[acc_type(x)],
             enable_fp_fusion=True,
         )

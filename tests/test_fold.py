@@ -1,5 +1,8 @@
 """fold: the same outputs without the batch norms behind convolutions."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from torch import nn
@@ -76,6 +79,38 @@ def test_what_can_not_be_folded():
     folded = bnres.fold(model)
     torch.testing.assert_close(folded(x), model(x))
     assert [isinstance(stage[1], nn.Identity) for stage in folded] == [False, False, False, True]
+
+
+class Shares(nn.Module):
+    """Convolutions and batch norms that are called more than once."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.other = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
+        self.a, self.b = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+
+    def forward(self, x):
+        y = self.a(self.conv(x)).relu() + self.a(self.other(x))
+        return self.conv(y) + self.b(self.other(y))
+
+
+def test_what_is_called_more_than_once_is_kept():
+    model = with_statistics(Shares().to(DEVICE)).double()
+    folded = bnres.fold(model)
+    x = torch.randn(2, 3, 4, 4, dtype=torch.float64, device=DEVICE)
+    torch.testing.assert_close(folded(x), model(x))
+    assert isinstance(folded.a, nn.BatchNorm2d) and isinstance(folded.b, nn.BatchNorm2d)
+
+
+def test_copies_keep_the_epilogue(monkeypatch):
+    from bnres.fusion import calls
+
+    model = bnres.fold(nn.Sequential(nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8), nn.ReLU()).eval())
+    x, done, original = torch.randn(2, 8, 3, 3), [], calls.conv2d_act
+    monkeypatch.setattr(calls, "conv2d_act", lambda *a, **k: done.append(1) or original(*a, **k))
+    with use_backend("aten"), torch.no_grad():
+        outputs = [m(x) for m in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model)))]
+    assert len(done) == 3 and all(torch.equal(y, outputs[0]) for y in outputs)
 
 
 def test_training_mode_is_refused():

@@ -1,7 +1,9 @@
 """fuse: the stock model's outputs, gradients and running statistics, whatever is done to it."""
 
 import copy
+import gc
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -162,43 +164,161 @@ def test_what_is_in_doubt_is_left():
     torch.testing.assert_close(bnres.fuse(stock)(x), stock(x))
 
 
-class Untraceable(nn.Module):
-    def __init__(self, kind):
+class Block(nn.Module):
+    def __init__(self):
         super().__init__()
-        self.kind, self.calls = kind, 0
+        self.calls, self.feats, self._flag = 0, {}, True
         self.bn, self.relu = nn.BatchNorm2d(3), nn.ReLU()
+        self.register_buffer("seen", torch.zeros(()))
 
-    def forward(self, x):
-        if self.kind == "data" and x.sum() > 0:
-            return x
-        if self.kind == "state":
-            self.calls += 1
-        if self.kind == "random" and torch.rand(1).item() < 0.5:
-            return x
-        if self.kind == "grad" and torch.is_grad_enabled():
-            return x
+    def end(self, x):
         return self.relu(self.bn(x))
 
 
-@pytest.mark.parametrize(
-    ("kind", "reason"),
-    [
-        ("data", "can't be traced"),
-        ("state", "changes its attribute 'calls'"),
-        ("random", "draws random numbers"),
-        ("grad", "depends on whether gradients"),
-    ],
-)
-def test_forwards_that_are_not_proved(kind, reason):
-    block = Untraceable(kind).to(DEVICE)
+class DependsOnData(Block):
+    def forward(self, x):
+        return x if x.sum() > 1e9 else self.end(x)
+
+
+class Counts(Block):
+    def forward(self, x):
+        self.calls += 1
+        return self.end(x)
+
+
+class CountsInABuffer(Block):
+    def forward(self, x):
+        self.seen += 1
+        return self.end(x)
+
+
+class Stores(Block):
+    def forward(self, x):
+        self.feats["x"] = x
+        return self.end(x)
+
+
+class DrawsNumbers(Block):
+    def forward(self, x):
+        return self.end(x) if torch.rand(1).item() < 2 else x
+
+
+class OpensAContext(Block):
+    def forward(self, x):
+        with torch.no_grad():
+            return self.end(x)
+
+
+class Decorated(Block):
+    @torch.no_grad()
+    def forward(self, x):
+        return self.end(x)
+
+
+class AsksForGradients(Block):
+    def forward(self, x):
+        return self.end(x) if torch.is_grad_enabled() else self.end(x) + 1
+
+
+class AsksAChildsMode(Block):
+    def forward(self, x):
+        return self.end(x) if self.bn.training else self.bn(x)
+
+
+class AsksForATensor(Block):
+    def forward(self, x):
+        return self.end(x) if torch.is_tensor(x) else x
+
+
+UNPROVED = {
+    DependsOnData: "can't be traced",
+    Counts: "changes its attribute 'calls'",
+    CountsInABuffer: "changes its attribute",
+    Stores: "changes its attribute 'feats'",
+    DrawsNumbers: "draws random numbers",
+    OpensAContext: "has a with or a try",
+    Decorated: "opens a context",
+    AsksForGradients: "depends on its children's mode, or on recorded gradients",
+    AsksAChildsMode: "depends on its children's mode, or on recorded gradients",
+    AsksForATensor: "asks is_tensor",
+}
+
+
+@pytest.mark.parametrize("cls", UNPROVED, ids=lambda c: c.__name__)
+def test_forwards_that_are_not_proved(cls):
+    block = cls().to(DEVICE)
     model = nn.Sequential(block, nn.BatchNorm2d(3), nn.ReLU()).to(DEVICE)
+    state, dice = copy.deepcopy(vars(block)), torch.get_rng_state()
     report = bnres.explain(model)
-    assert report.sites[0].pattern == "bn" and reason in report.sites[0].reason
+    assert report.sites[0].pattern == "bn" and UNPROVED[cls] in report.sites[0].reason
     assert report.sites[1].pattern == "bn-act"
+    assert (block.calls, block.feats, block.seen.item()) == (0, {}, 0)
+    assert set(vars(block)) == set(state) and torch.equal(dice, torch.get_rng_state())
     fused = bnres.fuse(model)
     assert isinstance(fused[0].bn, bnres.nn.BatchNorm2d) and "forward" not in vars(fused[0])
-    assert block.calls == 0
+    x = torch.randn(2, 3, 3, 3, device=DEVICE)
+    for training in (True, False):
+        torch.testing.assert_close(fused.train(training)(x), model.train(training)(x))
     assert type(bnres.unfuse(fused)[0].bn) is nn.BatchNorm2d
+
+
+class Options(Block):
+    """Inputs and attributes that decide."""
+
+    def forward(self, x, skip=None, scale=1.0):
+        y = self.bn(x)
+        if skip is None:
+            skip = x
+        y = self.relu(y + skip) * scale
+        return y if self._flag else -y
+
+
+def test_what_decides_is_guarded():
+    stock = Options().to(DEVICE).double()
+    fused = bnres.fuse(stock)
+    x, skip, small = (torch.randn(2, 3, n, n, device=DEVICE).double() for n in (3, 3, 1))
+    for arguments in ((x,), (x, skip), (x, skip, 2.0), (x, skip, skip), (x, small, skip)):
+        torch.testing.assert_close(fused(*arguments), stock(*arguments))
+    torch.testing.assert_close(fused(x, scale=skip, skip=skip), stock(x, scale=skip, skip=skip))
+    for model in (stock, fused):
+        model._flag = False
+    torch.testing.assert_close(fused(x, skip, skip), stock(x, skip, skip))
+
+
+def test_children_that_are_replaced_later():
+    stock = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2))
+    stock = stock.to(DEVICE).double()
+    fused = bnres.fuse(stock)
+    x = torch.randn(2, 3, 4, 4, device=DEVICE).double()
+    for change in (
+        lambda m: m.__setitem__(2, nn.ELU()),
+        lambda m: m.__setitem__(3, nn.Identity()),
+        lambda m: setattr(m[0], "forward", lambda x, f=m[0].forward: f(x) * 2),
+    ):
+        for model in (stock, fused):
+            change(model)
+        torch.testing.assert_close(fused(x), stock(x))
+
+
+def test_broadcast_additions_and_writes_inside_children():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.bn = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+            self.bn2 = nn.BatchNorm2d(3)
+            self.pool = nn.AdaptiveAvgPool2d(1)
+            self.down = nn.Sequential(nn.ReLU(inplace=True), nn.Conv2d(3, 3, 1))
+
+        def forward(self, x):
+            x = x * 1
+            y = F.relu(self.bn(self.conv(x)) + self.pool(x))
+            z = self.bn2(self.conv(x))
+            return F.relu(z + self.down(x)) + y
+
+    stock = Net().to(DEVICE).double().eval()
+    x = torch.randn(2, 3, 3, 3, device=DEVICE).double()
+    torch.testing.assert_close(bnres.fuse(stock)(x), stock(x))
+    assert "written in place" in bnres.explain(stock).sites[1].reason
 
 
 class Modes(nn.Module):
@@ -299,7 +419,7 @@ def test_hooks_are_called(pair):
 
 def test_gradients_of_a_block_meet_in_its_reduce_pass(pair, monkeypatch):
     """The first block's output goes two ways; its backward takes both gradients, unsummed."""
-    _, fused, x = pair
+    stock, fused, x = pair
     from bnres.ops import dual_batch_norm_act as ops
 
     taken, original = [], ops.backward_impl
@@ -308,6 +428,27 @@ def test_gradients_of_a_block_meet_in_its_reduce_pass(pair, monkeypatch):
     )
     fused(x).sum().backward()
     assert len(taken) == 1 and taken[0] is not None
+
+    def watch(output, grads):
+        output.register_hook(grads.append)
+
+    # An output that someone watches has one gradient, whole.
+    grads = []
+    for model in (stock, fused):
+        model[0].register_forward_hook(lambda m, i, out: watch(out, grads))
+        model(x).square().sum().backward()
+    assert_alike(grads[1], grads[0], 1e-6)
+    assert len(taken) == 2 and taken[1] is None
+
+
+def test_an_output_is_freed_whoever_takes_it(pair):
+    _, fused, x = pair
+    outputs = []
+    inner = torch.randn(3, 4, 4, 4, dtype=x.dtype, device=DEVICE)
+    for model, given in ((fused, x), (fused[0], x), (fused[1], inner)):
+        outputs.append(weakref.ref(model(given)))
+    gc.collect()
+    assert [output() for output in outputs] == [None] * 3
 
 
 def test_compiled_whole(pair):

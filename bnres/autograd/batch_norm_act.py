@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bnres.autograd.derivatives import Gradients
+from bnres.autograd.derivatives import Gradients, alias
 from bnres.kernels.dtypes import acc_type
 from bnres.kernels.reference import (
     bn_backward_dx_ref,
@@ -38,7 +38,7 @@ class BatchNormActFunction(torch.autograd.Function):
         )  # fmt: skip
         if not torch.compiler.is_compiling():
             note_updates(training, running_mean, running_var)
-        return y, y.view_as(y) if twice else None, mean, rstd, mask
+        return y, alias(y) if twice else None, mean, rstd, mask
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:

@@ -10,6 +10,14 @@ Gradients = tuple[Tensor | None, ...]
 Tensors = Sequence[Tensor | None]
 
 
+def alias(y: Tensor) -> Tensor:
+    """Another tensor of the same memory and version, and, unlike a view, without a tie to ``y``.
+
+    A view's base is kept by the view where no garbage collector sees it.
+    """
+    return y.detach()
+
+
 def _of_chosen(formula: Callable[..., object], tensors: Tensors, chosen: Sequence[int]) -> Formula:
     """``formula`` as a function of the chosen tensors alone."""
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from bnres.autograd.derivatives import (
     Formula,
     Gradients,
+    alias,
     pushforward,
     second_pullback,
     second_pushforward,
@@ -64,7 +65,7 @@ class DualBatchNormActFunction(torch.autograd.Function):
         )  # fmt: skip
         if not torch.compiler.is_compiling():
             note_updates(training, running_mean_a, running_var_a, running_mean_b, running_var_b)
-        return y, y.view_as(y) if twice else None, *statistics
+        return y, alias(y) if twice else None, *statistics
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:

@@ -73,6 +73,21 @@ def check_channels(
             raise RuntimeError(f"{prefix}{name} is on {tensor.device}, but input is on {device}")
 
 
+def check_conv_bias(conv_weight: Tensor, conv_bias: Tensor | None) -> None:
+    """Raises unless ``conv_bias`` has an element for each output channel, on the same device."""
+    if conv_bias is None:
+        return
+    if conv_bias.shape != conv_weight.shape[:1]:
+        raise ValueError(
+            f"conv_bias must have the shape {tuple(conv_weight.shape[:1])}, "
+            f"got {tuple(conv_bias.shape)}"
+        )
+    if conv_bias.device != conv_weight.device:
+        raise RuntimeError(
+            f"conv_bias is on {conv_bias.device}, but conv_weight is on {conv_weight.device}"
+        )
+
+
 def check_residual(residual: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
     """Raises unless ``residual`` has the shape and the device of what it is added to."""
     if residual.shape != shape:

@@ -10,7 +10,12 @@ from bnres.activations import resolve
 from bnres.autograd.cancelled_bias import CancelledBiasFunction
 from bnres.backend import uses_kernels
 from bnres.functional.batch_norm import batch_norm_act
-from bnres.functional.checks import check_channels, check_residual, check_statistics
+from bnres.functional.checks import (
+    check_channels,
+    check_conv_bias,
+    check_residual,
+    check_statistics,
+)
 from bnres.functional.prepare import packed_parameters, wants_grad
 from bnres.kernels.conv_config import ConvShape
 from bnres.kernels.reference import ACTIVATION_FORMULAS
@@ -66,6 +71,7 @@ def conv2d_batch_norm_act(
         As `torch.nn.functional.conv2d` and `batch_norm_act`.
     """
     stats = (running_mean, running_var, weight, bias)
+    check_conv_bias(conv_weight, conv_bias)
     if not training:
         check_statistics(running_mean, running_var)
         options = (stride, padding, dilation, groups)
@@ -108,7 +114,7 @@ def after_convolution(
     y = batch_norm_act(
         x, running_mean, running_var, weight, bias, training=training, momentum=momentum, **options
     )
-    if training:
+    if training and x.numel():
         shift_running_mean(running_mean, conv_bias, momentum)
     return y
 
@@ -151,6 +157,7 @@ def conv2d_act(
 
     Arguments, result and errors are those of `conv2d_batch_norm_act`.
     """
+    check_conv_bias(conv_weight, conv_bias)
     none = (None, None, None, None)
     options = (stride, padding, dilation, groups)
     y = _by_kernel(input, conv_weight, conv_bias, none, residual, act, act_kwargs, 0.0, options)
@@ -196,13 +203,15 @@ def _by_kernel(
     ):
         return None
     device = input.device.type
-    if torch.is_autocast_enabled(device):
+    if torch.is_autocast_enabled(device) and input.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
         input, conv_weight = input.to(dtype), conv_weight.to(dtype)
     if input.dtype not in KERNEL_DTYPES or conv_weight.dtype != input.dtype:
         return None
     shape = _conv_shape(conv_weight, stride, padding, dilation)
     batch, channels, height, width = input.shape
+    if min(shape.output_size(height, width)) < 1:
+        return None  # torch says what is wrong
     call = ConvCall(
         str(input.dtype).removeprefix("torch."), batch, channels, height, width,
         conv_weight.shape[0], shape, residual is not None,

@@ -13,6 +13,7 @@ from bnres.autograd.batch_norm_act_max_pool import (
 )
 from bnres.backend import uses_kernels
 from bnres.functional.aten import batch_norm_act_aten
+from bnres.functional.batch_norm import batch_norm_act
 from bnres.functional.checks import check_input, check_norm
 from bnres.functional.prepare import dense_pair, packed_buffers, packed_parameters, wants_grad
 from bnres.kernels.window import Window
@@ -67,6 +68,20 @@ def batch_norm_act_max_pool2d(
     size = window.output_size(input.shape[2], input.shape[3], ceil_mode)
     if min(size) < 1:
         raise ValueError(f"input of {tuple(input.shape)} is too small: its pooled size is {size}")
+    # With dilation a window can lie in the padding alone; torch's pooling has an answer to that.
+    dilated = any(
+        pad and gap > 1
+        for pad, gap in (
+            (window.padding_h, window.dilation_h),
+            (window.padding_w, window.dilation_w),
+        )
+    )
+    if dilated and uses_kernels(input):
+        y = batch_norm_act(
+            input, running_mean, running_var, weight, bias, act=act, act_kwargs=act_kwargs,
+            training=training, momentum=momentum, eps=eps,
+        )  # fmt: skip
+        return F.max_pool2d(y, kernel_size, stride, padding, dilation, ceil_mode)
     if not uses_kernels(input):
         y = batch_norm_act_aten(
             input, running_mean, running_var, weight, bias, None, name, param, training, momentum,

@@ -1,10 +1,10 @@
 """The calls that a rewritten forward makes.
 
 They read every module as it is at the time of the call. Where it is no longer what was proved (a
-hook, another class, another device of a pooling), they call the modules one after another.
+hook, another class), they call the modules one after another.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ from bnres.nn.compose import (
     norm_act_pool,
     norm_add_act,
 )
-from bnres.nn.handout import offer, take
+from bnres.nn.handout import offer
 from bnres.nn.hooks import hooked
 
 NORMS = (
@@ -37,6 +37,10 @@ Branch = Sequence[nn.Module] | nn.Sequential
 Act = nn.Module | tuple[str, dict[str, Any]] | None
 # A module, or the arguments of max_pool2d.
 Pool = nn.MaxPool2d | tuple[Any, ...] | None
+
+
+class FoldedNorm(nn.Identity):
+    """In the place of a batch norm whose convolution has taken it in."""
 
 
 class Windows:
@@ -94,9 +98,36 @@ def _fusable(branch: Branch | None) -> bool:
     return type(norm) in NORMS and not hooked(conv, norm, outer)
 
 
+def _plain(act: Act) -> bool:
+    """Whether an activation is still one that can be fused."""
+    return not isinstance(act, nn.Module) or (type(act) in CLASSES and not hooked(act))
+
+
+def _plain_pool(pool: Pool) -> bool:
+    """Whether a pooling is still one that can be fused."""
+    if not isinstance(pool, nn.Module):
+        return True
+    return type(pool) is nn.MaxPool2d and not pool.return_indices and not hooked(pool)
+
+
+def _output_shape(conv: nn.Conv2d | None, x: Tensor) -> tuple[int, ...]:
+    """The shape of conv(x), or of x."""
+    if conv is None or x.dim() != 4:
+        return tuple(x.shape)
+    if conv.padding == "same":
+        return (x.shape[0], conv.out_channels, *x.shape[2:])
+    padding = (0, 0) if isinstance(conv.padding, str) else conv.padding
+    reach = [d * (k - 1) + 1 for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
+    size = [
+        (n + 2 * p - r) // s + 1
+        for n, p, r, s in zip(x.shape[2:], padding, reach, conv.stride, strict=True)
+    ]
+    return (x.shape[0], conv.out_channels, *size)
+
+
 def _folded(branch: Branch | None) -> bool:
     """Whether the batch norm of a branch was folded into its convolution."""
-    return branch is not None and isinstance(split(branch)[2], nn.Identity)
+    return branch is not None and type(split(branch)[2]) is FoldedNorm
 
 
 def norm(
@@ -108,8 +139,7 @@ def norm(
     offers: bool = False,
 ) -> Tensor:
     """act(branch(x) + residual_branch(residual)), the ends of the branches being batch norms."""
-    act_module = act if isinstance(act, nn.Module) else None
-    if hooked(act_module) or not (_fusable(branch) and _fusable(residual_branch)):
+    if not (_plain(act) and _fusable(branch) and _fusable(residual_branch)):
         return _unfused(branch, x, act, residual, residual_branch)
     first, conv, bn = split(branch)
     name, options = activation(act)
@@ -118,6 +148,11 @@ def norm(
     if residual_branch is not None and residual is not None:
         first, residual_conv, residual_norm = split(residual_branch)
         residual = run_branch(first, residual)
+    if residual is not None and _output_shape(conv, x) != _output_shape(residual_conv, residual):
+        # The addition broadcasts.
+        ends = [tuple(m for m in end if m is not None) for end in
+                ((conv, bn), (residual_conv, residual_norm))]  # fmt: skip
+        return _unfused(ends[0], x, act, residual, ends[1] or None)
     common: dict[str, Any] = {"act": name, "act_kwargs": options, "twice": offers}
     if conv is not None:
         y = conv_norm_add_act(conv, bn, x, residual, residual_conv, residual_norm, **common)
@@ -131,8 +166,7 @@ def norm(
 def norm_pool(branch: Branch, x: Tensor, act: Act, pool: Pool) -> Tensor:
     """max_pool2d(act(branch(x)))."""
     windows = Windows(*pool) if isinstance(pool, tuple) else pool
-    modules = [m for m in (act, pool) if isinstance(m, nn.Module)]
-    if hooked(*modules) or not _fusable(branch) or windows is None:
+    if not (_plain(act) and _plain_pool(pool) and _fusable(branch)) or windows is None:
         y = _unfused(branch, x, act, None, None)
         if isinstance(pool, nn.Module):
             return pool(y)
@@ -179,6 +213,3 @@ def _folded_call(branch: Branch, x: Tensor, act: Act, residual: Tensor | None) -
         dilation=conv.dilation, groups=conv.groups, residual=residual, act=name,
         act_kwargs=options,
     )  # fmt: skip
-
-
-CALLS: tuple[Callable[..., Any], ...] = (norm, norm_pool, take)

@@ -1,10 +1,9 @@
 """Folds batch norms into convolutions, for inference."""
 
-import copy
-
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from bnres.fusion.calls import FoldedNorm
 from bnres.fusion.rewrite import _joined, fuse, make_plan, unfuse
 
 
@@ -13,7 +12,7 @@ def fold(model: nn.Module) -> nn.Module:
 
     What follows them, residual and activation, goes into the convolution's epilogue; batch norms
     that stand elsewhere are fused as `bnres.fuse` does it. The folded ones become
-    `torch.nn.Identity` and their keys are gone.
+    identities and their keys are gone.
 
     Args:
         model: any module in eval mode, fused or not; it stays as it is.
@@ -31,39 +30,21 @@ def fold(model: nn.Module) -> nn.Module:
     model = unfuse(model)
     plan = make_plan(model)
     fused = fuse(model, inplace=True)
-    calls = _use_counts(fused)
+    names = [module for _, module in fused.named_modules(remove_duplicate=False)]
     for holder, matches in plan.matches.items():
         root = fused.get_submodule(holder)
         for match in matches:
             for branch in match.branches:
-                if branch.conv is None:
-                    continue
-                conv, norm = root.get_submodule(branch.conv), root.get_submodule(branch.norm)
-                if calls.get(id(conv)) == calls.get(id(norm)) == 1 and _has_statistics(norm):
-                    assert isinstance(conv, nn.Conv2d) and isinstance(norm, norms)
-                    fused.set_submodule(
-                        _joined(holder, branch.conv), fuse_conv_bn_eval(conv, _plain(norm))
-                    )
-                    fused.set_submodule(_joined(holder, branch.norm), nn.Identity())
+                if branch.conv is None or branch.is_sequential:
+                    continue  # a Sequential's own forward holds it
+                pair = root.get_submodule(branch.conv), root.get_submodule(branch.norm)
+                once = all(plan.calls.get(m) == 1 and names.count(m) == 1 for m in pair)
+                if once and _has_statistics(pair[1]):
+                    folded = fuse_conv_bn_eval(*pair)  # type: ignore[arg-type, type-var]
+                    fused.set_submodule(_joined(holder, branch.conv), folded)
+                    fused.set_submodule(_joined(holder, branch.norm), FoldedNorm())
     return fused
 
 
 def _has_statistics(norm: nn.Module) -> bool:
     return getattr(norm, "running_mean", None) is not None and not norm.training
-
-
-def _use_counts(model: nn.Module) -> dict[int, int]:
-    """Under how many names each module goes."""
-    counts: dict[int, int] = {}
-    for _, module in model.named_modules(remove_duplicate=False):
-        counts[id(module)] = counts.get(id(module), 0) + 1
-    return counts
-
-
-def _plain(norm: nn.modules.batchnorm._BatchNorm) -> nn.modules.batchnorm._BatchNorm:
-    """A batch norm with weight and bias, which torch's fusion asks for."""
-    if norm.affine:
-        return norm
-    plain = copy.copy(norm)
-    plain._parameters = dict(norm._parameters)
-    return plain

@@ -1,17 +1,17 @@
 """The forward that takes the place of a module's own, as an attribute of the instance."""
 
-import random
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import fx, nn
 
 from bnres.fusion import calls
 from bnres.fusion.nodes import writes_in_place
 from bnres.fusion.patterns import Branch, Found, Match, find
-from bnres.fusion.trace import Guard, trace
+from bnres.fusion.trace import Guard, NotProvedError, trace
+from bnres.nn.handout import LINKED, take
 
 
 @dataclass
@@ -25,8 +25,11 @@ class Variant:
 class FusedForward:
     """Calls the variant that holds at the time, or the class's own forward.
 
-    Copies and pickles carry no code: it is derived again from the module's class when first needed.
+    Pickles carry no code: it is derived again from the module's class when first needed.
     """
+
+    # A mark for `bnres.nn.hooks`: a call that passes this forward by loses nothing.
+    of_bnres = True
 
     def __init__(self, module: nn.Module, variants: list[Variant] | None = None) -> None:
         self.module = module
@@ -35,7 +38,7 @@ class FusedForward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         module = self.module
         if self.variants is None:
-            self.variants = rewrite(module)[0]
+            self.variants = variants_of(module)
         inputs = (*args, *kwargs.values()) if kwargs else args
         for variant in self.variants:
             if variant.guard.holds(module, inputs):
@@ -45,9 +48,16 @@ class FusedForward:
     def __getstate__(self) -> dict[str, Any]:
         return {"module": self.module, "variants": None}
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "FusedForward":
+        return FusedForward(copy.deepcopy(self.module, memo), self.variants)
 
-class NotProvedError(Exception):
-    """Why nothing is known of a module's forward."""
+
+def variants_of(module: nn.Module) -> list[Variant]:
+    """The fused variants of a module's forward; none if nothing is proved of it."""
+    try:
+        return rewrite(module)[0]
+    except NotProvedError:
+        return []
 
 
 def rewrite(module: nn.Module) -> tuple[list[Variant], Found]:
@@ -62,6 +72,9 @@ def rewrite(module: nn.Module) -> tuple[list[Variant], Found]:
         graph, guard = _proved_graph(module, training)
         found = find(module, graph)
         merged.reasons.update(found.reasons)
+        merged.links += [link for link in found.links if link not in merged.links]
+        for name, count in found.calls.items():
+            merged.calls[name] = max(count, merged.calls.get(name, 0))
         if not found.matches:
             continue
         merged.matches = merged.matches or found.matches
@@ -79,29 +92,10 @@ def rewrite(module: nn.Module) -> tuple[list[Variant], Found]:
 
 def _proved_graph(module: nn.Module, training: bool) -> tuple[fx.Graph, Guard]:
     """The graph in one mode, if it is all that the forward does."""
-    state, dice = dict(vars(module)), (random.getstate(), torch.get_rng_state())
-    texts = []
-    for grad in (True, False):
-        try:
-            with torch.set_grad_enabled(grad):
-                graph, guard = trace(module, training)
-        except Exception as error:
-            line = str(error).strip().splitlines()
-            raise NotProvedError(f"its forward can't be traced: {(line or ['?'])[0]}") from error
-        texts.append(str(graph))
-    changed = [k for k, v in vars(module).items() if k not in state or state[k] is not v]
-    if changed:
-        vars(module).update({k: state[k] for k in changed if k in state})
-        for name in changed:
-            if name not in state:
-                delattr(module, name)
-        raise NotProvedError(f"its forward changes its attribute {changed[0]!r}")
-    if dice[0] != random.getstate() or not torch.equal(dice[1], torch.get_rng_state()):
-        random.setstate(dice[0])
-        torch.set_rng_state(dice[1])
-        raise NotProvedError("its forward draws random numbers")
-    if texts[0] != texts[1]:
-        raise NotProvedError("its forward depends on whether gradients are recorded")
+    other, _ = trace(module, training, grad=False)
+    graph, guard = trace(module, training, grad=True)
+    if str(graph) != str(other):
+        raise NotProvedError("its forward depends on its children's mode, or on recorded gradients")
     return graph, guard
 
 
@@ -140,7 +134,8 @@ def _replace(
             options: dict[str, Any] = {"act": act}
             if match.residual is not None:
                 options["residual"] = match.residual if skip is None else skip
-                options["offers"] = returned
+                # The link is made, or not, by what stands around the module.
+                options["offers"] = returned and graph.create_node("get_attr", LINKED)
             if match.shortcut is not None:
                 options["residual_branch"] = _branch(graph, match.shortcut)
             call = graph.call_function(calls.norm, (branch, x), options)
@@ -161,7 +156,7 @@ def _skip_input(root: nn.Module, graph: fx.Graph, match: Match) -> fx.Node | Non
         return None
     last = [node for node in graph.nodes if node.op == "placeholder"][-1]
     with graph.inserting_after(last):
-        pair = graph.call_function(calls.take, (source,))
+        pair = graph.call_function(take, (source,))
     with graph.inserting_after(pair):
         first = graph.call_method("__getitem__", (pair, 0))
         second = graph.call_method("__getitem__", (pair, 1))

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import fx, nn
 
+from bnres.fusion.calls import FoldedNorm
 from bnres.fusion.nodes import (
     activation_of,
     addition,
@@ -18,6 +19,8 @@ from bnres.fusion.nodes import (
     writes_in_place,
 )
 from bnres.nn.hooks import hooked
+
+NORMS_2D = (nn.BatchNorm2d, FoldedNorm)
 
 
 @dataclass
@@ -65,10 +68,19 @@ class Match:
 
 @dataclass
 class Found:
-    """What a traced forward holds: calls to fuse, and why a batch norm is in none or goes no further."""
+    """What a traced forward holds.
+
+    Attributes:
+        matches: calls to fuse.
+        reasons: why a batch norm is in no match, or goes no further.
+        links: pairs of modules of which the second alone takes the first one's output.
+        calls: how often each module is called.
+    """
 
     matches: list[Match] = field(default_factory=list)
     reasons: dict[str, str] = field(default_factory=dict)
+    links: list[tuple[str, str]] = field(default_factory=list)
+    calls: dict[str, int] = field(default_factory=dict)
 
 
 def branch_of(root: nn.Module, node: fx.Node) -> Branch | None:
@@ -79,7 +91,7 @@ def branch_of(root: nn.Module, node: fx.Node) -> Branch | None:
     if is_norm(root, node):
         norm = str(node.target)
         inner = only_input(x) if is_conv(root, x) and len(x.users) == 1 else None
-        if inner is not None and isinstance(child(root, node), nn.BatchNorm2d):
+        if inner is not None and isinstance(child(root, node), NORMS_2D):
             return Branch([x, node], inner, False, norm, str(x.target))
         return Branch([node], x, False, norm, None)
     if ends_in_norm(root, node):
@@ -97,6 +109,12 @@ def find(root: nn.Module, graph: fx.Graph) -> Found:
     used: set[fx.Node] = set()
     order = {node: i for i, node in enumerate(graph.nodes)}
     for node in graph.nodes:
+        if node.op == "call_module":
+            name = str(node.target)
+            found.calls[name] = found.calls.get(name, 0) + 1
+            user = _only_user(node)
+            if user is not None and user.op == "call_module" and only_input(user) is node:
+                found.links.append((name, str(user.target)))
         main = branch_of(root, node)
         if main is None or node in used:
             continue
@@ -147,7 +165,7 @@ def _grow(root: nn.Module, main: Branch, node: fx.Node, used: set[fx.Node]) -> t
     if (
         user is not None
         and match.residual is None
-        and isinstance(root.get_submodule(main.norm), nn.BatchNorm2d)
+        and isinstance(root.get_submodule(main.norm), NORMS_2D)
         and (pool := pooling_of(root, user)) is not None
     ):
         match.pool, match.pool_node, match.end = pool, user, user
@@ -158,10 +176,20 @@ def _grow(root: nn.Module, main: Branch, node: fx.Node, used: set[fx.Node]) -> t
 def _hazard(root: nn.Module, match: Match, order: dict[fx.Node, int]) -> str:
     """Why the call can't move to the chain's end: something on the way may change its input."""
     places = [order[node] for node in match.nodes]
-    inside = [n for n, i in order.items() if min(places) < i < max(places)]
-    if any(n not in match.nodes and writes_in_place(root, n) for n in inside):
+    inside = [n for n, i in order.items() if min(places) < i < max(places) and n not in match.nodes]
+    sources = {branch.input for branch in match.branches}
+    if any(writes_in_place(root, n) for n in inside):
         return "between it and what follows, a tensor is written in place"
+    if any(_may_write(root, n) and sources & set(n.all_input_nodes) for n in inside):
+        return "between it and what follows, its input goes to a module that may write into it"
     return ""
+
+
+def _may_write(root: nn.Module, node: fx.Node) -> bool:
+    """Whether a node calls a module of which nothing is known."""
+    module = child(root, node)
+    known = module is None or all(type(m).__module__.startswith("torch.") for m in module.modules())
+    return not known
 
 
 def _called(root: nn.Module, match: Match) -> Iterator[tuple[str, nn.Module]]:

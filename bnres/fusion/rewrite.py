@@ -7,11 +7,13 @@ import torch
 from torch import nn
 
 from bnres.fusion.calls import NORMS
-from bnres.fusion.forward import FusedForward, NotProvedError, Variant, rewrite
+from bnres.fusion.forward import FusedForward, Variant, rewrite
 from bnres.fusion.patterns import Match
 from bnres.fusion.report import FusionReport, Site
+from bnres.fusion.trace import NotProvedError
 from bnres.nn import BatchNorm1d, BatchNorm2d, BatchNorm3d, BatchNormActMaxPool2d
 from bnres.nn.batchnorm import _BatchNormAct, _FusedForward
+from bnres.nn.handout import LINKED
 from bnres.nn.hooks import hooked
 
 SWAPS: dict[type[nn.Module], type[nn.Module]] = {
@@ -31,12 +33,16 @@ class Plan:
         matches: the fused calls, by the name of the module whose forward holds them.
         sites: the report's rows.
         swaps: batch norms that get another class.
+        links: modules of which the second alone takes the first one's output.
+        calls: how often the forwards call each module.
     """
 
     forwards: dict[str, list[Variant]] = field(default_factory=dict)
     matches: dict[str, list[Match]] = field(default_factory=dict)
     sites: list[Site] = field(default_factory=list)
     swaps: list[nn.Module] = field(default_factory=list)
+    links: list[tuple[nn.Module, nn.Module]] = field(default_factory=list)
+    calls: dict[nn.Module, int] = field(default_factory=dict)
 
 
 def _joined(prefix: str, name: str) -> str:
@@ -68,6 +74,10 @@ def make_plan(model: nn.Module) -> Plan:
             where = name or "the model"
             reasons.update({norm: f"{where}: {error}" for norm in direct})
             continue
+        for called, count in found.calls.items():
+            child = module.get_submodule(called)
+            plan.calls[child] = plan.calls.get(child, 0) + count
+        plan.links += [tuple(map(module.get_submodule, link)) for link in found.links]  # type: ignore[misc]
         reasons.update({_joined(name, norm): reason for norm, reason in found.reasons.items()})
         if found.matches:
             plan.forwards[name], plan.matches[name] = variants, found.matches
@@ -127,11 +137,24 @@ def fuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     modules = dict(model.named_modules())
     for name, variants in plan.forwards.items():
         setattr(modules[name], "forward", FusedForward(modules[name], variants))  # noqa: B010
+        setattr(modules[name], LINKED, False)
+    for producer, consumer in plan.links:
+        ends = _end(producer, -1), _end(consumer, 0)
+        rewritten = all(isinstance(vars(end).get("forward"), FusedForward) for end in ends)
+        if rewritten and plan.calls.get(ends[0]) == 1:
+            setattr(ends[0], LINKED, True)
     for module in plan.swaps:
         stock = type(module)
         setattr(module, _SWAPPED, stock)
         module.__class__ = SWAPS[stock]
     return model
+
+
+def _end(module: nn.Module, index: int) -> nn.Module:
+    """The first (0) or last (-1) module that a Sequential calls, or the module itself."""
+    while isinstance(module, nn.Sequential) and len(module):
+        module = module[index]
+    return module
 
 
 def unfuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
@@ -148,8 +171,8 @@ def unfuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
         if isinstance(module, nn.Sequential):
             _expand(module)
         elif not isinstance(module, _BatchNormAct):
-            to_stock = getattr(module, "to_stock", None)  # blocks and nets of bnres.models
-            if callable(to_stock):
+            to_stock = getattr(module, "to_stock", None)
+            if callable(to_stock) and type(module).__module__.startswith("bnres."):
                 to_stock()
     return model
 
@@ -161,6 +184,7 @@ def _stripped(model: nn.Module, inplace: bool) -> nn.Module:
     for module in model.modules():
         if isinstance(vars(module).get("forward"), FusedForward):
             del vars(module)["forward"]
+            vars(module).pop(LINKED, None)
         stock = vars(module).pop(_SWAPPED, None)
         if stock is not None:
             module.__class__ = stock

@@ -8,7 +8,7 @@ from bnres.activations import as_module
 from bnres.nn import BatchNorm2d, BatchNormAct2d
 from bnres.nn.compose import conv_norm_add_act
 from bnres.nn.conv import conv_and_norm
-from bnres.nn.handout import offer, take
+from bnres.nn.handout import LINKED, offer, take
 from bnres.nn.hooks import hooked
 
 
@@ -67,15 +67,17 @@ class ResidualBlock(nn.Module):
 
     def _fused_end(self, conv: nn.Conv2d, x: Tensor, skip: Tensor) -> Tensor:
         """Last convolution and batch norm, shortcut, add and activation."""
+        twice = getattr(self, LINKED, False)
         if self.downsample is None:
-            return offer(*conv_and_norm(conv, self.last_norm, x, skip, twice=True))
+            y = conv_and_norm(conv, self.last_norm, x, skip, twice=twice)
+            return offer(*y) if twice else y
         shortcut_conv, shortcut_norm = self.downsample[0], self.downsample[1]
         if hooked(conv, self.last_norm, self.downsample, shortcut_conv, shortcut_norm):
-            return offer(*self.last_norm(conv(x), self.downsample(skip), twice=True))
+            return self.last_norm(conv(x), self.downsample(skip))
         y = conv_norm_add_act(
-            conv, self.last_norm, x, skip, shortcut_conv, shortcut_norm, self.act_name, twice=True
+            conv, self.last_norm, x, skip, shortcut_conv, shortcut_norm, self.act_name, twice=twice
         )
-        return offer(*y)
+        return offer(*y) if twice else y
 
     def to_stock(self) -> None:
         """Becomes a block of torch's own layers, in place."""

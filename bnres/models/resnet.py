@@ -13,6 +13,7 @@ from bnres.models.blocks import (
     ResidualBlock,
 )
 from bnres.nn import BatchNormAct2d, BatchNormActMaxPool2d
+from bnres.nn.handout import link
 
 STEMS = ("imagenet", "cifar")
 
@@ -65,6 +66,8 @@ class ResNet(nn.Module):
         self.flatten = nn.Flatten()
         self.fc = nn.Linear(512 * expansion, num_classes)
         self._initialize(zero_init_residual)
+        if block.fused:
+            link(m for m in self.modules() if isinstance(m, ResidualBlock))
 
     def _initialize(self, zero_init_residual: bool) -> None:
         """He's initialisation of the convolutions, torch's own of the rest."""

@@ -4,7 +4,7 @@ from torch import Tensor, nn
 
 from bnres.nn import BatchNormAct1d, BatchNormAct2d, BatchNormActMaxPool2d
 from bnres.nn.conv import conv_and_norm
-from bnres.nn.handout import offer, take
+from bnres.nn.handout import LINKED, link, offer, take
 
 
 class Residual(nn.Module):
@@ -38,7 +38,9 @@ class Residual(nn.Module):
         x, skip = take(x)
         y = conv_and_norm(self.conv1, self.bn1, x)
         shortcut = skip if self.conv3 is None else self.conv3(skip)
-        return offer(*conv_and_norm(self.conv2, self.bn2, y, shortcut, twice=True))
+        twice = getattr(self, LINKED, False)
+        y = conv_and_norm(self.conv2, self.bn2, y, shortcut, twice=twice)
+        return offer(*y) if twice else y
 
     def to_stock(self) -> None:
         """Becomes a block of torch's own layers, in place."""
@@ -110,7 +112,7 @@ def resnet18_seed(
         nn.Conv2d(in_channels, 64, kernel_size=7, stride=2, padding=3),
         *_norm_act_pool(nn.BatchNorm2d(64), nn.ReLU(), nn.MaxPool2d(3, 2, 1), fused),
     )
-    return nn.Sequential(
+    net = nn.Sequential(
         stem,
         _stage(64, 64, fused, first_stage=True),
         _stage(64, 128, fused),
@@ -120,6 +122,9 @@ def resnet18_seed(
         nn.Flatten(),
         nn.Linear(512, num_classes),
     )
+    if fused:
+        link(m for m in net.modules() if isinstance(m, Residual))
+    return net
 
 
 def lenet_seed(num_classes: int = 10, in_channels: int = 1, *, fused: bool = True) -> nn.Sequential:

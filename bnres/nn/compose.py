@@ -91,8 +91,9 @@ def conv_norm_add_act(
     if residual_conv is not None and residual is not None:
         residual = _convolve(residual_conv, residual_norm, residual)
     y = norm_add_act(bn, x, residual, residual_norm, **options)
-    _shift(bn, conv)
-    _shift(residual_norm, residual_conv)
+    if x.numel():
+        _shift(bn, conv)
+        _shift(residual_norm, residual_conv)
     return y
 
 
@@ -129,8 +130,10 @@ def conv_norm_act_pool(
     act_kwargs: dict[str, Any] | None = None,
 ) -> Tensor:
     """max_pool2d(act(bn(conv(input)))) with the windows of ``pool``."""
-    y = norm_act_pool(bn, _convolve(conv, bn, input), pool, act, act_kwargs)
-    _shift(bn, conv)
+    x = _convolve(conv, bn, input)
+    y = norm_act_pool(bn, x, pool, act, act_kwargs)
+    if x.numel():
+        _shift(bn, conv)
     return y
 
 

@@ -69,6 +69,7 @@ def conv_and_norm(
     ``bn`` is one of `bnres.nn`.
     """
     if hooked(conv, bn):
-        return bn(conv(input), residual, twice=twice)
+        y = bn(conv(input), residual)
+        return (y, y) if twice else y
     act, act_kwargs = getattr(bn, "act", None), getattr(bn, "act_kwargs", None)
     return conv_norm_add_act(conv, bn, input, residual, act=act, act_kwargs=act_kwargs, twice=twice)

@@ -2,19 +2,32 @@
 
 The operation returns its output twice (``twice=True``). `offer` lets the second tensor travel with
 the first, and a block that uses its input exactly twice takes both (`take`). Each is a proper
-output of the operation, so whoever else uses either gets right gradients all the same.
+output of the operation, so whoever else uses either gets right values and a right gradient of what
+lies before. Only the gradient *of the output itself* comes in two parts, so blocks offer only to a
+block that is proved to follow, and nothing is taken from an output that someone watches.
 """
 
-import torch
-from torch import Tensor
+from collections.abc import Iterable
 
-_SKIP = "_bnres_skip"
+import torch
+from torch import Tensor, nn
+
+_OFFER = "_bnres_offer"
+# Of a block: whether the one behind it takes what it offers.
+LINKED = "_bnres_linked"
+
+
+def link(blocks: Iterable[nn.Module]) -> None:
+    """Tells each block but the last that the next one takes what it offers."""
+    *linked, _ = blocks
+    for block in linked:
+        setattr(block, LINKED, True)
 
 
 def offer(y: Tensor, y_skip: Tensor) -> Tensor:
     """``y``, with ``y_skip`` on it for the next block."""
     if y_skip is not y:
-        setattr(y, _SKIP, y_skip)
+        setattr(y, _OFFER, (y_skip, y._version))
     return y
 
 
@@ -22,4 +35,8 @@ def take(x: Tensor) -> tuple[Tensor, Tensor]:
     """``x`` for the first consumer and, if one was offered, another tensor for the second."""
     if torch.compiler.is_compiling():
         return x, x
-    return x, x.__dict__.pop(_SKIP, x)
+    x_skip, version = x.__dict__.pop(_OFFER, (x, 0))
+    watched = x.requires_grad and (x.retains_grad or x._backward_hooks)
+    if x_skip is x or watched or x._version != version:
+        return x, x
+    return x, x_skip
