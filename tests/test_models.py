@@ -158,6 +158,7 @@ def batch(dtype):
     )
 
 
+@pytest.mark.slow
 def test_fifty_steps_in_fp64_are_the_stock_nets():
     fused, stock = pair(torch.float64)
     optimizers = [torch.optim.SGD(n.parameters(), lr=0.05, momentum=0.9) for n in (fused, stock)]
