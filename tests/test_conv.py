@@ -198,6 +198,20 @@ def test_table_of_routes(tmp_path, monkeypatch):
         routes.load_table(path)
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="counts what the interpreter touches")
+@pytest.mark.parametrize("has_residual", [False, True], ids=["plain", "residual"])
+def test_memory_touched(has_residual):
+    """Each tensor's sectors once: x and the residual read, y written."""
+    from benchmarks.audit.memory import count_traffic
+
+    x, filter = random(2, 16, 8, 8, dtype=torch.float16), random(16, 16, 3, 3, dtype=torch.float16)
+    residual = random(2, 16, 8, 8, dtype=torch.float16) if has_residual else None
+    shape = ConvShape(3, 3, 1, 1, 1, 1, 1, 1)
+    with count_traffic() as traffic:
+        conv_bn_act(x, filter, None, None, 0.0, residual, "relu", 0.0, shape)
+    assert traffic.sectors == (2 + has_residual) * x.numel() * x.element_size()
+
+
 def test_activations_are_those_of_the_reference():
     torch.manual_seed(0)
     x, filter = random(1, 8, 2, 3), random(8, 8, 1, 1)

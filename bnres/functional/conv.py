@@ -18,6 +18,7 @@ from bnres.functional.checks import (
 )
 from bnres.functional.prepare import packed_parameters, wants_grad
 from bnres.kernels.conv_config import ConvShape
+from bnres.kernels.dtypes import acc_type
 from bnres.kernels.reference import ACTIVATION_FORMULAS
 from bnres.ops import conv2d_batch_norm_act as ops
 from bnres.routes import ConvCall, kernel_config
@@ -163,19 +164,23 @@ def conv2d_act(
     y = _by_kernel(input, conv_weight, conv_bias, none, residual, act, act_kwargs, 0.0, options)
     if y is not None:
         return y
+    if uses_kernels(input):
+        # One pass for bias, residual and activation: a batch norm that changes nothing else.
+        y = F.conv2d(input, conv_weight, None, stride, padding, dilation, groups)
+        mean = y.new_zeros(y.shape[1], dtype=acc_type(y))
+        return batch_norm_act(
+            y, mean, mean + 1, None, conv_bias, residual=residual, act=act, act_kwargs=act_kwargs,
+            eps=0.0,
+        )  # fmt: skip
     y = F.conv2d(input, conv_weight, conv_bias, stride, padding, dilation, groups)
+    name, param = resolve(act, act_kwargs)
     if residual is not None:
         check_residual(residual, y.shape, y.device)
         # What a convolution has just made is nobody else's, so it can be written over.
-        y = (
-            y + residual
-            if wants_grad(y, residual) or y.dtype != residual.dtype
-            else y.add_(residual)
-        )
-    name, param = resolve(act, act_kwargs)
-    if name == "relu" and not wants_grad(y):
-        return y.relu_()
-    return ACTIVATION_FORMULAS[name](y, param)
+        in_place = not torch.is_grad_enabled() and residual.dtype == y.dtype
+        y = y.add_(residual) if in_place else y + residual
+    in_place = name == "relu" and not torch.is_grad_enabled()
+    return y.relu_() if in_place else ACTIVATION_FORMULAS[name](y, param)
 
 
 def _by_kernel(

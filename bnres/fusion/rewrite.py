@@ -129,6 +129,10 @@ def fuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     Returns:
         The fused model, ``model`` itself with ``inplace``. `unfuse` gives the stock one back.
 
+    A residual block whose output another one takes gets the gradients of its two uses apart, so
+    `torch.autograd.grad` with respect to such an output itself sees one of them. Hooks and
+    ``retain_grad`` on it are noticed, and see the whole.
+
     Fused modules carry their forward as an attribute, which replicas of `torch.nn.DataParallel`
     would share: use `torch.nn.parallel.DistributedDataParallel`.
     """
