@@ -273,6 +273,25 @@ class Options(Block):
         return y if self._flag else -y
 
 
+def test_what_the_garbage_collector_calls_does_not_count():
+    def callback(phase, info):
+        try:
+            pass
+        finally:
+            pass
+
+    stock = nn.Sequential(*(nn.Sequential(nn.BatchNorm2d(3), nn.ReLU()) for _ in range(3)))
+    threshold = gc.get_threshold()
+    gc.callbacks.append(callback)
+    gc.set_threshold(1)
+    try:
+        report = bnres.explain(stock)
+    finally:
+        gc.set_threshold(*threshold)
+        gc.callbacks.remove(callback)
+    assert [site.pattern for site in report.sites] == ["bn-act"] * 3
+
+
 def test_what_decides_is_guarded():
     stock = Options().to(DEVICE).double()
     fused = bnres.fuse(stock)

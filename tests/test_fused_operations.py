@@ -162,6 +162,7 @@ def test_pooled_values_are_compared_as_rounded(dtype, layout):
     (theirs,) = torch.autograd.grad(expected, x, dy)
     (ours,) = torch.autograd.grad(actual, x, dy)
     assert torch.equal(ours.nan_to_num(-1) != 0, theirs.nan_to_num(-1) != 0)
+    assert_close(ours.nan_to_num(0), theirs.nan_to_num(0), dtype)
     assert actual.is_contiguous(memory_format=LAYOUTS[layout])
 
 
@@ -189,6 +190,21 @@ def test_handed_out_twice(act, has_residual, training):
     (one,) = torch.autograd.grad(skip.sum(), inputs[0])  # one consumer alone
     (other,) = torch.autograd.grad(ours(*inputs).sum(), inputs[0])
     assert_close(one, other, torch.float64)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_handed_out_twice_in_every_type_and_layout(dtype, layout):
+    stock = norm(11, dtype, True)
+    wide = copy.deepcopy(stock).double()
+    inputs = [draw((3, 11, 5, 4), dtype, layout, seed) for seed in (0, 1)]
+    ours = fused_twin(stock)
+
+    def theirs(x, residual):
+        y = F.relu(wide(x) + residual)
+        return y + y
+
+    assert_steps_agree(lambda *a: sum(ours(*a, twice=True)), theirs, inputs, [ours], [wide], dtype)
 
 
 def tensors(*shapes):

@@ -8,6 +8,7 @@ What no graph shows (contexts, side effects, random numbers) makes the forward u
 import builtins
 import copy
 import dis
+import gc
 import operator
 import random
 import sys
@@ -174,12 +175,15 @@ def _noted_doubts() -> Iterator[list[str]]:
             if doubt:
                 found.append(doubt)
 
-    before = sys.getprofile()
+    before, collects = sys.getprofile(), gc.isenabled()
+    gc.disable()  # what others have the collector call is none of the forward's doing
     sys.setprofile(note)
     try:
         yield found
     finally:
         sys.setprofile(before)
+        if collects:
+            gc.enable()
 
 
 def _stand_in(module: nn.Module) -> nn.Module:
