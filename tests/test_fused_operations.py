@@ -104,6 +104,19 @@ def test_dual_with_one_norm_frozen():
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_each_norm_of_a_dual_has_its_own_eps(training):
+    x, r = (torch.randn(5, 3, 2, 2, dtype=torch.float64, device=DEVICE) for _ in range(2))
+    stock = [norm(3, torch.float64, training), norm(3, torch.float64, training)]
+    stock[0].eps, stock[1].eps = 0.3, 2.0
+    main, other = (fused_twin(bn, eps=bn.eps) for bn in stock)
+    expected = F.relu(stock[0](x) + stock[1](r))
+    assert_close(main(x, r, residual_norm=other), expected, torch.float64)
+    with torch.no_grad():  # which takes the variances as they are
+        main, other = (fused_twin(bn, eps=bn.eps) for bn in stock)
+        assert_close(main(x, r, residual_norm=other), expected, torch.float64)
+
+
 def test_dual_in_one_dimension_and_without_parameters():
     x, r = (torch.randn(5, 3, 4, dtype=torch.float64, device=DEVICE) for _ in range(2))
     ours = BatchNormAct1d(3, affine=False, device=DEVICE).double()
