@@ -8,7 +8,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from bnres.functional import batch_norm_act, batch_norm_act_max_pool2d, dual_batch_norm_act
+from bnres.kernels.bn_pool import bn_max_pool_backward_dx
+from bnres.kernels.norm import Norm
 from bnres.kernels.reference import ACTIVATION_FORMULAS
+from bnres.kernels.window import Window
 from bnres.nn import BatchNorm1d, BatchNormAct1d, BatchNormAct2d, BatchNormActMaxPool2d
 from tests.device import DEVICE
 from tests.tolerances import assert_close
@@ -313,3 +316,27 @@ def test_empty_batches():
     for module in (bn, other, pooled):
         assert module.weight.grad.abs().max() == 0 and module.num_batches_tracked == 1
         assert module.running_var.equal(torch.ones(3, device=DEVICE))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_no_window_outside_the_tensor_is_read(layout):
+    """What lies in memory before and behind looks like maxima of windows beyond the rim."""
+    window, shape = Window(3, 3, 1, 1, 1, 1, 1, 1), (1, 4, 3, 3)
+    x = draw(shape, torch.float32, layout).detach()
+    ones = torch.ones(4, device=DEVICE)
+    size, margin = x.numel(), 64
+
+    def surrounded(inside, outside, dtype):
+        memory = torch.full((size + 2 * margin,), outside, dtype=dtype, device=DEVICE)
+        t = memory[margin : margin + size].as_strided(shape, x.stride(), margin)
+        return t.fill_(inside)
+
+    found = []
+    for tap in (0, 1, 3, 5, 7, 8):
+        dy = surrounded(1.0, float("nan"), torch.float32)
+        index = surrounded(4, tap, torch.uint8)  # each window's own middle
+        norm_of = Norm(ones * 0, ones, None, None)
+        found.append(
+            bn_max_pool_backward_dx(dy, index, x, norm_of, "identity", 0.0, window, None, 1)
+        )
+    assert all(torch.equal(dx, torch.ones_like(x)) for dx in found)
