@@ -15,7 +15,7 @@ from bnres.functional import (
 )
 from bnres.functional.conv import absorb_bias, after_convolution, shift_running_mean
 from bnres.functional.max_pool import Size
-from bnres.nn.state import NormState, next_momentum, next_state, normalizes_by_batch
+from bnres.nn.state import next_momentum, next_state, normalizes_by_batch
 
 Norm = nn.modules.batchnorm._BatchNorm
 Act = str | type[nn.Module] | None
@@ -118,7 +118,11 @@ def norm_act_pool(
     act_kwargs: dict[str, Any] | None = None,
 ) -> Tensor:
     """max_pool2d(act(bn(input))) with the windows of ``pool``."""
-    return _pooled(next_state(bn), input, pool, act, act_kwargs)
+    return batch_norm_act_max_pool2d(
+        input, kernel_size=pool.kernel_size, stride=pool.stride, padding=pool.padding,
+        dilation=pool.dilation, ceil_mode=pool.ceil_mode, act=act, act_kwargs=act_kwargs,
+        **next_state(bn)._asdict(),
+    )  # fmt: skip
 
 
 def conv_norm_act_pool(
@@ -135,13 +139,3 @@ def conv_norm_act_pool(
     if x.numel():
         _shift(bn, conv)
     return y
-
-
-def _pooled(
-    state: NormState, input: Tensor, pool: Pooling, act: Act, act_kwargs: dict[str, Any] | None
-) -> Tensor:
-    return batch_norm_act_max_pool2d(
-        input, kernel_size=pool.kernel_size, stride=pool.stride, padding=pool.padding,
-        dilation=pool.dilation, ceil_mode=pool.ceil_mode, act=act, act_kwargs=act_kwargs,
-        **state._asdict(),
-    )  # fmt: skip
