@@ -1,18 +1,29 @@
-"""The batch-norm sites of ResNet-18 and what stands around each."""
+"""The batch norms and convolutions of ResNet-18 and ResNet-50 at 224×224, by name."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
+
+import torch
+
+from bnres import models
+from bnres.kernels.conv_config import ConvShape
+from bnres.tune import conv_calls
+
+NETS = ("resnet18", "resnet50")
+IMAGE = (256, 3, 224, 224)
 
 
 @dataclass(frozen=True)
 class Site:
-    """One kind of batch norm of ResNet-18 at 224×224.
+    """One kind of batch norm of a net.
 
     Attributes:
-        name: stage of the net.
-        operation: ``bn``, ``bn_relu`` or ``bn_add_relu``.
+        name: stage of the net; ``-entry`` is a batch norm in front of the stage's stride.
+        operation: ``bn``, ``bn_relu`` or ``bn_add_relu``, or another that takes its place.
         channels: channels.
         size: height and width.
         count: how many of them there are.
+        net: net.
     """
 
     name: str
@@ -20,6 +31,11 @@ class Site:
     channels: int
     size: int
     count: int
+    net: str = "resnet18"
+
+    @property
+    def id(self) -> str:
+        return f"{self.net}.{self.name}"
 
     def shape(self, batch: int) -> tuple[int, int, int, int]:
         return batch, self.channels, self.size, self.size
@@ -39,3 +55,79 @@ RESNET18_SITES = (
     Site("layer4", "bn_add_relu", 512, 7, 2),
     Site("layer4", "bn", 512, 7, 1),
 )
+
+
+def _resnet50_sites() -> tuple[Site, ...]:
+    stem = Site("stem", "bn_relu", 64, 112, 1, "resnet50")
+    stages = ((64, 56, 3), (128, 28, 4), (256, 14, 6), (512, 7, 3))
+    sites = [stem]
+    for index, (channels, size, blocks) in enumerate(stages, 1):
+        stage = Site(f"layer{index}", "bn_relu", channels, size, 2 * blocks, "resnet50")
+        if index > 1:
+            sites.append(replace(stage, name=f"{stage.name}-entry", size=2 * size, count=1))
+            stage = replace(stage, count=stage.count - 1)
+        wide = replace(stage, operation="bn_add_relu", channels=4 * channels, count=blocks)
+        sites += [stage, wide, replace(wide, operation="bn", count=1)]
+    return tuple(sites)
+
+
+RESNET50_SITES = _resnet50_sites()
+
+
+def operations_at(site: Site) -> list[Site]:
+    """The fused operations at a site of the stock net."""
+    fused = {
+        "bn": ["dual_bn_add_relu"],
+        "bn_add_relu": ["bn_add_relu", "bn_add_relu_twice"],
+        "bn_relu": ["bn_relu", "bn_relu_pool"] if site.name == "stem" else ["bn_relu"],
+    }
+    return [replace(site, operation=operation) for operation in fused[site.operation]]
+
+
+@dataclass(frozen=True)
+class ConvSite:
+    """One kind of convolution of a net, with batch norm, ReLU and perhaps a residual behind it."""
+
+    net: str
+    channels: int
+    size: int
+    out_channels: int
+    window: ConvShape
+    has_residual: bool
+
+    @property
+    def operation(self) -> str:
+        return "conv_bn_add_relu" if self.has_residual else "conv_bn_relu"
+
+    @property
+    def id(self) -> str:
+        w = self.window
+        stride = "" if w.stride_h == 1 else f"s{w.stride_h}"
+        return (
+            f"{self.net}.conv{w.kernel_h}x{w.kernel_w}{stride}"
+            f"-{self.channels}-{self.out_channels}-{self.size}"
+        )
+
+    def shape(self, batch: int) -> tuple[int, int, int, int]:
+        return batch, self.channels, self.size, self.size
+
+    def output_shape(self, batch: int) -> tuple[int, int, int, int]:
+        return batch, self.out_channels, *self.window.output_size(self.size, self.size)
+
+
+@cache
+def conv_sites(net: str) -> tuple[ConvSite, ...]:
+    """The convolutions of a net that our kernel takes, as their blocks use them."""
+    with torch.device("meta"):
+        model = models.create_model(net, fused=False)
+    # The convolution that ends a block: 3×3 in a basic block, 1×1 in a bottleneck.
+    taps = 9 if net == "resnet18" else 1
+    found: dict[ConvSite, None] = {}
+    for call in conv_calls(model, IMAGE, torch.bfloat16):
+        widens = call.out_channels >= call.channels and call.shape.stride_h == 1
+        if not call.has_residual or (widens and call.shape.taps == taps):
+            site = ConvSite(
+                net, call.channels, call.height, call.out_channels, call.shape, call.has_residual
+            )
+            found[site] = None
+    return tuple(found)

@@ -1,12 +1,14 @@
 """Counts the memory that interpreted kernels touch, in units of S, the bytes of one activation.
 
 Two counts are kept, for neither alone is honest: the bytes of unmasked lanes, and the distinct
-32-byte sectors that a launch touches of a tensor. TRITON_INTERPRET=1 has to be set.
+32-byte sectors that a launch touches of a tensor. TRITON_INTERPRET=1 has to be set;
+``python -m benchmarks audit`` runs this in a process of its own.
 """
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -14,11 +16,18 @@ import torch
 from torch import Tensor
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
 
-from benchmarks.audit.operations import steps
+from benchmarks.audit.operations import OPERATIONS, steps
+from benchmarks.audit.saved import saved_bytes
+from benchmarks.byte_model import PASSES, passes
 from benchmarks.sites import Site
+from bnres import models
 from bnres.kernels.config import launch_config, tile_for
 from bnres.kernels.layout import ChannelView
 
+LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
+# Small, as the interpreter is slow, and large enough for whole tiles.
+SHAPE, POOLED_SHAPE = (16, 64, 7, 7), (2, 64, 16, 16)
+NET_INPUT = (256, 3, 224, 224)
 SECTOR_BYTES = 32
 ACTIVATIONS = (
     "x_ptr", "y_ptr", "dy_ptr", "dy_skip_ptr", "dx_ptr", "dz_ptr", "residual_ptr", "mask_ptr",
@@ -141,3 +150,47 @@ def channel_buffer_share(
         "backward": (partials("reduce") + parameters("reduce", 4) + parameters("dx", 6))
         / (tensor * (6 if has_residual else 5)),
     }
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one step of an operation touches, in S, and the least that it could."""
+
+    operation: str
+    step: str
+    layout: str
+    lanes: float
+    sectors: float
+    floor: float
+
+
+def audit() -> list[Row]:
+    """A row for each operation, step and layout, in bf16."""
+    rows = []
+    for operation in OPERATIONS:
+        shape = POOLED_SHAPE if operation == "bn_relu_pool" else SHAPE
+        size = torch.Size(shape).numel() * torch.bfloat16.itemsize
+        for layout, memory_format in LAYOUTS.items():
+            counts = operation_traffic(operation, shape, torch.bfloat16, memory_format)
+            rows += [
+                Row(
+                    operation, step, layout, traffic.lanes / size, traffic.sectors / size,
+                    passes(operation, step, torch.bfloat16.itemsize),
+                )
+                for step, traffic in counts.items()
+                if (operation, step) in PASSES
+            ]  # fmt: skip
+    return rows
+
+
+def held() -> dict[str, int]:
+    """Bytes that a training forward of ResNet-18 holds for its backward, bf16, channels_last."""
+    return {
+        "stock": saved_bytes(lambda: models.resnet18(fused=False), NET_INPUT),
+        "fused": saved_bytes(models.resnet18, NET_INPUT),
+        "recompute": saved_bytes(models.resnet18, NET_INPUT, recomputes=True),
+    }
+
+
+if __name__ == "__main__":
+    print(json.dumps({"rows": [asdict(row) for row in audit()], "held": held()}))

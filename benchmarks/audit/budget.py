@@ -1,0 +1,153 @@
+"""What the audit found when its budget was last recorded, and what falls behind it."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+
+PATH = Path(__file__).with_name("budget.json")
+Row = dict[str, Any]
+# Counts are exact; this is for decimal places.
+SLACK = 1e-3
+
+
+@dataclass(frozen=True)
+class Found:
+    """All that an audit reads.
+
+    Attributes:
+        memory: rows of `benchmarks.audit.memory`, or none.
+        held: bytes held for backward, by kind of net.
+        kernels: worst of each kernel's specialisations, see `worst`.
+    """
+
+    memory: list[Row]
+    held: dict[str, int]
+    kernels: list[Row]
+
+    def as_json(self) -> dict[str, Any]:
+        return {"triton": triton.__version__, **vars(self)}
+
+
+def worst(rows: Iterable[Row]) -> list[Row]:
+    """One row for each GPU, kernel and dtype: the worst of its specialisations.
+
+    ``in_flight`` is what is under way as a share of what is wanted, None where it is not read.
+    """
+    found: dict[tuple[str, ...], Row] = {}
+    for row in rows:
+        flight = None
+        if row["wanted"]:
+            flight = round(min(row["in_flight"] / row["wanted"], 1.0), 4)
+        fresh = {
+            "gpu": row["gpu"],
+            "kernel": row["kernel"],
+            "dtype": row["dtype"],
+            "specialisations": 1,
+            "registers": row["registers"],
+            "shared_memory": row["shared_memory"],
+            "spills": row["spills"],
+            "narrow": round(row["narrow"], 4),
+            "in_flight": flight,
+            "occupancy": round(row["occupancy"], 4),
+            "matrix": row["matrix"],
+            "missing": row["missing"],
+        }
+        key = row["gpu"], row["kernel"], row["dtype"]
+        if key not in found:
+            found[key] = fresh
+            continue
+        kept = found[key]
+        kept["specialisations"] += 1
+        for name in ("registers", "shared_memory", "spills", "narrow", "missing"):
+            kept[name] = max(kept[name], fresh[name])
+        kept["occupancy"] = min(kept["occupancy"], fresh["occupancy"])
+        read = [v for v in (kept["in_flight"], flight) if v is not None]
+        kept["in_flight"] = min(read, default=None)
+    return list(found.values())
+
+
+def load() -> Found:
+    """The recorded budget.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    if not PATH.exists():
+        raise ValueError(f"{PATH} is not there: run python -m benchmarks audit --record")
+    content = json.loads(PATH.read_text(encoding="utf-8"))
+    return Found(content["memory"], content["held"], content["kernels"])
+
+
+def recorded_triton() -> str:
+    """The version of triton that the budget's machine code came from."""
+    return str(json.loads(PATH.read_text(encoding="utf-8"))["triton"])
+
+
+def record(found: Found) -> None:
+    """Makes what was found the budget."""
+    text = json.dumps(found.as_json(), indent=1)
+    partial = PATH.with_suffix(".tmp")
+    partial.write_text(text + "\n", encoding="utf-8")
+    partial.replace(PATH)
+
+
+def kernel_key(row: Row) -> str:
+    return f"{row['gpu']} {row['kernel']} {row['dtype']}"
+
+
+def memory_key(row: Row) -> str:
+    return f"{row['operation']} {row['step']} {row['layout']}"
+
+
+def exceeded(found: Found, budget: Found, same_triton: bool) -> list[str]:
+    """What falls behind the budget, in words.
+
+    Occupancy hangs on the compiler's choice of registers, so it is held against a budget of the
+    same version of triton alone.
+    """
+    problems = []
+    allowed = {memory_key(row): row for row in budget.memory}
+    for row in found.memory:
+        limit = allowed.get(memory_key(row))
+        if limit is None:
+            problems.append(f"{memory_key(row)}: no budget is recorded")
+            continue
+        problems += [
+            f"{memory_key(row)}: {row[count]:.4f} S in {count}, budget {limit[count]:.4f}"
+            for count in ("lanes", "sectors")
+            if row[count] > limit[count] + SLACK
+        ]
+    problems += [
+        f"held for backward, {kind}: {size} bytes, budget {budget.held[kind]}"
+        for kind, size in found.held.items()
+        if size > budget.held[kind]
+    ]
+    limits = {kernel_key(row): row for row in budget.kernels}
+    for row in found.kernels:
+        limit = limits.get(kernel_key(row))
+        if limit is None:
+            problems.append(f"{kernel_key(row)}: no budget is recorded")
+            continue
+        problems += [f"{kernel_key(row)}: {what}" for what in _behind(row, limit, same_triton)]
+    return problems
+
+
+def _behind(row: Row, limit: Row, same_triton: bool) -> list[str]:
+    found = []
+    if row["missing"] and not limit["missing"]:
+        found.append(f"no {row['missing']}")
+    if row["spills"] > limit["spills"]:
+        found.append(f"{row['spills']} spills, budget {limit['spills']}")
+    if row["narrow"] > limit["narrow"] + SLACK:
+        found.append(f"{row['narrow']:.3f} of narrow accesses, budget {limit['narrow']:.3f}")
+    if limit["in_flight"] is not None and row["in_flight"] < limit["in_flight"] - SLACK:
+        found.append(
+            f"{row['in_flight']:.0%} of the bytes wanted in flight, budget {limit['in_flight']:.0%}"
+        )
+    if same_triton and row["occupancy"] < limit["occupancy"] - SLACK:
+        found.append(f"occupancy {row['occupancy']:.0%}, budget {limit['occupancy']:.0%}")
+    return found

@@ -1,0 +1,108 @@
+"""``python -m benchmarks audit``: every check that needs no GPU, against the recorded budget."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import triton
+
+from benchmarks.audit import budget
+from benchmarks.environment import ROOT
+
+# All of a step's launches for the first, one case for each kernel family for the others.
+GPUS = {
+    "sm_90": ["--gpu", "sm_90"],
+    "sm_80": ["--gpu", "sm_80", "--families"],
+    "sm_100": ["--gpu", "sm_100", "--families"],
+    "gfx942": ["--gpu", "gfx942", "--families"],
+}
+
+
+def run(gpus: Sequence[str], json_path: Path | None, record: bool) -> int:
+    """Prints the tables; returns 1 if something falls behind its budget, else 0.
+
+    Args:
+        gpus: names of `GPUS`, all of them if empty; memory is counted in any case.
+        json_path: file for every row.
+        record: make what is found the budget.
+
+    Raises:
+        ValueError: for an unknown GPU, a budget of some GPUs alone, or if none is recorded.
+    """
+    for name in gpus:
+        if name not in GPUS:
+            raise ValueError(f"gpu must be of {', '.join(GPUS)}, got {name!r}")
+    if record and gpus:
+        raise ValueError("record: a budget is of all GPUs")
+    limits = None if record else budget.load()
+    names = list(gpus) or list(GPUS)
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, len(names) + 1)) as pool:
+        code = [pool.submit(_worker, "machine_code", GPUS[name]) for name in names]
+        memory = pool.submit(_worker, "memory", [], TRITON_INTERPRET="1")
+        rows = [row for future in code for row in future.result()]
+        counted = memory.result()
+    found = budget.Found(counted["rows"], counted["held"], budget.worst(rows))
+    if json_path is not None:
+        content = found.as_json() | {"specialisations": rows}
+        json_path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    print(memory_table(found))
+    print()
+    print(kernel_table(found.kernels))
+    if limits is None:
+        budget.record(found)
+        print(f"\nrecorded in {budget.PATH}")
+        return 0
+    problems = budget.exceeded(found, limits, budget.recorded_triton() == triton.__version__)
+    print("\n" + "\n".join(problems or ["all within the recorded budget"]))
+    return int(bool(problems))
+
+
+def _worker(module: str, arguments: Sequence[str], **environment: str) -> Any:
+    """Runs an audit in a process of its own: the interpreter and the compiler can't share one."""
+    inherited = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    result = subprocess.run(
+        [sys.executable, "-m", f"benchmarks.audit.{module}", *arguments],
+        cwd=ROOT, env=inherited | environment, capture_output=True, text=True,
+    )  # fmt: skip
+    if result.returncode:
+        raise RuntimeError(f"benchmarks.audit.{module} failed:\n{result.stderr}")
+    return json.loads(result.stdout)
+
+
+def memory_table(found: budget.Found) -> str:
+    """Memory touched, in S, and what is held for backward."""
+    lines = [
+        f"{'operation':18} {'step':9} {'layout':14} {'lanes, S':>9} {'sectors, S':>11} {'floor, S':>9}"
+    ]
+    lines += [
+        f"{r['operation']:18} {r['step']:9} {r['layout']:14} {r['lanes']:9.3f} {r['sectors']:11.3f} "
+        f"{r['floor']:9.4g}"
+        for r in found.memory
+    ]
+    held = ", ".join(f"{kind} {size / 1e6:,.0f} MB" for kind, size in found.held.items())
+    return "\n".join([*lines, f"held for backward, ResNet-18, batch 256, bf16: {held}"])
+
+
+def kernel_table(rows: Sequence[budget.Row]) -> str:
+    """Machine code; of each kernel the worst of its ``n`` specialisations.
+
+    ``narrow`` is what goes in accesses of less than 16 bytes for each byte in such of 16, ``in
+    flight`` the share of the loads wanted under way on a multiprocessor.
+    """
+    lines = [
+        f"{'gpu':7} {'kernel':30} {'dtype':9} {'n':>3} {'regs':>4} {'smem':>6} {'spills':>6} "
+        f"{'narrow':>6} {'in flight':>9} {'occupancy':>9}  {'matrix':6} missing"
+    ]
+    lines += [
+        f"{r['gpu']:7} {r['kernel']:30} {r['dtype']:9} {r['specialisations']:3} "
+        f"{r['registers']:4} {r['shared_memory']:6} {r['spills']:6} {r['narrow']:6.3f} "
+        f"{'-' if r['in_flight'] is None else format(r['in_flight'], '.0%'):>9} "
+        f"{r['occupancy']:9.0%}  {r['matrix']:6} {r['missing']}"
+        for r in rows
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,104 @@
+"""What the machine-code audit compiles: the launches of a ResNet step, and of inference's convolutions."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from benchmarks.audit.operations import steps
+from benchmarks.sites import RESNET18_SITES, Site, operations_at
+from bnres import models
+from bnres.kernels.conv import conv_bn_act
+from bnres.kernels.norm import Norm
+from bnres.routes import ConvCall
+from bnres.tune import conv_calls
+
+CONV_INPUT = (256, 3, 224, 224)
+DTYPES = (torch.bfloat16, torch.float32)
+LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
+
+
+@dataclass(frozen=True)
+class Case:
+    """The operations of one site, whose launches are compiled."""
+
+    site: Site
+    batch: int
+    layout: str
+    dtype: torch.dtype
+
+    def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"{self.site.name} {self.site.operation} {self.layout} {dtype} batch {self.batch}"
+
+
+def empty(case: Case) -> Tensor:
+    """A tensor of the case's shape whose memory is never touched."""
+    return torch.empty(
+        case.site.shape(case.batch), dtype=case.dtype, memory_format=LAYOUTS[case.layout]
+    )
+
+
+def launch_step(case: Case) -> None:
+    """Forward in training, forward in evaluation and backward of a site."""
+    for step in steps(case.site.operation, lambda: empty(case)).values():
+        step()
+
+
+def launch_conv(call: ConvCall) -> None:
+    """A convolution of a model, in evaluation."""
+    dtype, last = getattr(torch, call.dtype), torch.channels_last
+
+    def tensor(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=dtype, memory_format=last)
+
+    channel = torch.empty(call.out_channels)
+    size = call.shape.output_size(call.height, call.width)
+    residual = tensor(call.batch, call.out_channels, *size) if call.has_residual else None
+    conv_bn_act(
+        tensor(call.batch, call.channels, call.height, call.width),
+        tensor(call.out_channels, call.channels, call.shape.kernel_h, call.shape.kernel_w),
+        None, Norm(channel, channel, channel, channel), 1e-5, residual, "relu", 0.0, call.shape,
+    )  # fmt: skip
+
+
+def all_cases() -> list[Case]:
+    """Every operation at every site, and what another batch, layout or type makes of it."""
+    bf16, fp32 = DTYPES
+    variants = (
+        (256, "channels_last", bf16),
+        (32, "channels_last", bf16),
+        (256, "contiguous", bf16),
+        (256, "channels_last", fp32),
+    )
+    return [
+        Case(fused, batch, layout, dtype)
+        for batch, layout, dtype in variants
+        for site in RESNET18_SITES
+        for fused in operations_at(site)
+        # A contiguous pooling gathers, and is wide nowhere.
+        if not (fused.operation == "bn_relu_pool" and layout == "contiguous")
+    ]
+
+
+def family_cases() -> list[Case]:
+    """One case for each kernel family."""
+    sites = {fused.operation: fused for site in RESNET18_SITES for fused in operations_at(site)}
+    names = ("bn_relu_pool", "bn_add_relu_twice", "dual_bn_add_relu")
+    return [Case(sites[name], 256, "channels_last", torch.bfloat16) for name in names]
+
+
+def all_convs() -> list[ConvCall]:
+    """Every convolution of ResNet-18 and ResNet-50 that the kernel takes."""
+    return [
+        call
+        for name in ("resnet18", "resnet50")
+        for dtype in DTYPES
+        for call in conv_calls(models.create_model(name, fused=False), CONV_INPUT, dtype)
+    ]
+
+
+def family_convs() -> list[ConvCall]:
+    """A 3×3 convolution of layer1 and one of layer4, with a residual, in bf16."""
+    calls = [c for c in all_convs() if c.has_residual and c.dtype == "bfloat16"]
+    return [next(c for c in calls if c.channels == n and c.shape.taps == 9) for n in (64, 512)]

@@ -1,0 +1,18 @@
+"""``pytest benchmarks``: training steps and inference of whole nets, and a step's memory."""
+
+import pytest
+
+from benchmarks.suite import device_time, parametrize, run_case
+
+
+@parametrize(["step", "infer"])
+@pytest.mark.benchmark(timer=device_time)
+def test_net(benchmark, case):
+    run_case(benchmark, case)
+
+
+@parametrize(["memory"])
+@pytest.mark.benchmark(timer=device_time)
+def test_memory(benchmark, case):
+    run_case(benchmark, case)
+    assert benchmark.skipped or benchmark.extra_info["peak_bytes"] > 0

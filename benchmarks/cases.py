@@ -1,0 +1,254 @@
+"""What can be measured: every case by name, the most telling ones first."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+
+from benchmarks.operations import DIRECTIONS
+from benchmarks.sites import (
+    NETS,
+    RESNET18_SITES,
+    RESNET50_SITES,
+    ConvSite,
+    Site,
+    conv_sites,
+    operations_at,
+)
+
+SUITES = ("ops", "step", "infer", "memory")
+OP_PROVIDERS = (
+    "bnres", "eager", "compile", "cudnn-frontend", "eager-fp16-cudnn", "bnres-conv-kernel", "apex",
+    "flag_gems", "compile-max-autotune",
+)  # fmt: skip
+MODEL_PROVIDERS = (
+    "bnres", "eager", "compile", "eager-fp16-cudnn", "bnres-recompute", "compile-max-autotune",
+)  # fmt: skip
+PROVIDERS = tuple(dict.fromkeys(OP_PROVIDERS + MODEL_PROVIDERS))
+BATCH = 256
+SMOKE_BATCH = 4
+SMOKE_IMAGES = {224: 64, 32: 16}
+# An operation or a direction of its own; the rest of a site's are timed after the telling ones.
+TELLING = ("bn_relu", "bn_add_relu", "bn_relu_pool")
+
+
+@dataclass(frozen=True)
+class OpCase:
+    """One operation at one site, by one provider.
+
+    Attributes:
+        site: where; it names the operation.
+        direction: ``forward`` (training), ``backward`` or ``eval``.
+        layout: ``channels_last`` or ``contiguous``.
+        dtype: ``bf16``, ``fp16`` or ``fp32``, of the activations.
+        batch: images.
+        provider: whose implementation.
+        smoke: a small tensor in place of the site's.
+    """
+
+    site: Site | ConvSite
+    direction: str
+    layout: str
+    dtype: str
+    batch: int
+    provider: str
+    smoke: bool = False
+    suite = "ops"
+
+    @property
+    def subject(self) -> str:
+        """What is measured, whoever provides it."""
+        size = "smoke" if self.smoke else f"b{self.batch}"
+        return "/".join(
+            (self.suite, self.site.operation, self.site.id, self.direction, self.layout,
+             self.dtype, size)
+        )  # fmt: skip
+
+    @property
+    def id(self) -> str:
+        return f"{self.subject}/{self.provider}"
+
+
+@dataclass(frozen=True)
+class ModelCase:
+    """A whole net: a training step, inference, or a training step's memory.
+
+    Attributes:
+        suite: ``step``, ``infer`` or ``memory``.
+        net: ``resnet18`` or ``resnet50``.
+        image: height and width; up to 32 with CIFAR's stem.
+        batch: images.
+        launch: ``eager`` (each kernel by the host) or ``graph`` (one CUDA graph).
+        dtype: of autocast in training, of all tensors in inference.
+        layout: ``channels_last`` or ``contiguous``.
+        provider: whose layers.
+        smoke: a small input in place of this one.
+    """
+
+    suite: str
+    net: str
+    image: int
+    batch: int
+    launch: str
+    dtype: str
+    layout: str
+    provider: str
+    smoke: bool = False
+
+    @property
+    def subject(self) -> str:
+        """What is measured, whoever provides it."""
+        size = "smoke" if self.smoke else f"b{self.batch}"
+        return "/".join(
+            (self.suite, self.net, f"{self.image}px", size, self.launch, self.layout, self.dtype)
+        )
+
+    @property
+    def id(self) -> str:
+        return f"{self.subject}/{self.provider}"
+
+
+Case = OpCase | ModelCase
+
+
+def bn_sites(net: str) -> list[Site]:
+    """Every fused operation at every batch norm of a net, and plain batch norm."""
+    sites = RESNET18_SITES if net == "resnet18" else RESNET50_SITES
+    plain = [site for site in sites if site.operation == "bn"]
+    return [fused for site in sites for fused in operations_at(site)] + plain
+
+
+def _directions(site: Site | ConvSite) -> tuple[str, ...]:
+    if isinstance(site, ConvSite):
+        return ("eval",)
+    return ("backward",) if site.operation.endswith("twice") else DIRECTIONS
+
+
+def _op_subjects() -> Iterator[tuple[int, OpCase]]:
+    """Cases of the first provider, each with its rank; the lowest is measured first."""
+    for net in NETS:
+        sites: list[Site | ConvSite] = [*bn_sites(net), *conv_sites(net)]
+        for site in sites:
+            is_conv = isinstance(site, ConvSite)
+            for direction in _directions(site):
+                first = OpCase(site, direction, "channels_last", "bf16", BATCH, OP_PROVIDERS[0])
+                on_rank = 2 if is_conv or direction == "eval" else 1
+                if net == "resnet18" and site.operation in TELLING and direction != "eval":
+                    on_rank = 0
+                yield on_rank + (4 if net == "resnet50" else 0), first
+                yield 8, replace(first, batch=32)
+                yield 9, replace(first, dtype="fp32")
+                if not is_conv:
+                    yield 9, replace(first, layout="contiguous")
+                    yield 10, replace(first, layout="contiguous", dtype="fp32")
+                yield 10, replace(first, dtype="fp16")
+
+
+def _model_subjects() -> Iterator[tuple[int, ModelCase]]:
+    for net in NETS:
+        later = 4 if net == "resnet50" else 0
+        for suite, image, batch, launch, rank in (
+            ("step", 224, 256, "eager", 0),
+            ("step", 224, 32, "graph", 0),
+            ("infer", 224, 256, "eager", 1),
+            ("memory", 224, 256, "eager", 1),
+            ("step", 224, 256, "graph", 2),
+            ("infer", 224, 32, "graph", 2),
+            ("step", 32, 256, "eager", 3),
+            ("step", 32, 256, "graph", 3),
+            ("step", 224, 128, "eager", 7),
+            ("step", 224, 32, "eager", 7),
+            ("infer", 224, 128, "eager", 7),
+            ("infer", 32, 256, "graph", 7),
+        ):
+            case = ModelCase(
+                suite, net, image, batch, launch, "bf16", "channels_last", MODEL_PROVIDERS[0]
+            )
+            yield rank + later, case
+            if suite == "step" and batch == 256 and image == 224 and launch == "eager":
+                yield 9, replace(case, layout="contiguous")
+                yield 9, replace(case, dtype="fp32")
+
+
+# Compiling with autotuning takes minutes a net, so it comes when the rest has been seen.
+LATE = {"compile-max-autotune": 11}
+
+
+def all_cases() -> list[Case]:
+    """Every case, in the order in which they are worth measuring."""
+    ranked: list[tuple[int, int, Case]] = []
+    order = 0
+    subjects: list[tuple[int, Case]] = [*_op_subjects(), *_model_subjects()]
+    for rank, subject in subjects:
+        providers = OP_PROVIDERS if isinstance(subject, OpCase) else MODEL_PROVIDERS
+        for provider in providers:
+            if provider == "bnres-conv-kernel" and not _is_conv(subject):
+                continue
+            if provider == "bnres-recompute" and subject.suite == "infer":
+                continue
+            case: Case = replace(subject, provider=provider)
+            ranked.append((max(rank, LATE.get(provider, 0)), order, case))
+        order += 1
+    return [case for _, _, case in sorted(ranked, key=lambda r: r[:2])]
+
+
+def _is_conv(case: Case) -> bool:
+    return isinstance(case, OpCase) and isinstance(case.site, ConvSite)
+
+
+def smoke_cases() -> list[Case]:
+    """Every operation, direction, layout and provider once, and every kind of step, in small."""
+    found: dict[str, Case] = {}
+    for case in all_cases():
+        if isinstance(case, OpCase):
+            dtype = "bf16" if case.layout == "channels_last" else "fp32"
+            small: Case = replace(case, batch=SMOKE_BATCH, dtype=dtype, smoke=True)
+            key = f"{case.site.operation}/{case.direction}/{case.layout}/{case.provider}"
+        else:
+            if case.net != "resnet18" or case.layout != "channels_last" or case.dtype != "bf16":
+                continue
+            image = SMOKE_IMAGES[case.image]
+            small = replace(
+                case, image=image, batch=SMOKE_BATCH, launch="eager", dtype="fp32", smoke=True
+            )
+            key = small.id
+        found.setdefault(key, small)
+    return list(found.values())
+
+
+def select(
+    cases: Iterable[Case],
+    *,
+    suite: str = "all",
+    sites: Iterable[str] = (),
+    providers: Iterable[str] = (),
+    dtypes: Iterable[str] = (),
+    layouts: Iterable[str] = (),
+) -> list[Case]:
+    """The cases asked for; an empty choice is every one.
+
+    Args:
+        cases: to choose from.
+        suite: one of `SUITES`, or ``all``.
+        sites: starts of sites' names, such as ``resnet18`` or ``resnet50.layer1``; of a whole net,
+            its name.
+        providers, dtypes, layouts: names.
+    """
+    sites, providers = tuple(sites), tuple(providers)
+    dtypes, layouts = tuple(dtypes), tuple(layouts)
+    return [
+        case
+        for case in cases
+        if suite in ("all", case.suite)
+        and (
+            not sites or (case.site.id if isinstance(case, OpCase) else case.net).startswith(sites)
+        )
+        and (not providers or case.provider in providers)
+        and (not dtypes or case.dtype in dtypes)
+        and (not layouts or case.layout in layouts)
+    ]
+
+
+def default_cases() -> list[Case]:
+    """Every case on a GPU; without one those in small."""
+    return all_cases() if torch.cuda.is_available() else smoke_cases()

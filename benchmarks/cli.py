@@ -1,0 +1,195 @@
+"""The command line of the benchmarks: ``python -m benchmarks``."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import date
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from benchmarks.cases import PROVIDERS, SUITES, default_cases, select
+from benchmarks.operations import DTYPES, LAYOUTS
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Measure bnres against torch's own layers, torch.compile and its peers.",
+)
+
+Suite = StrEnum("Suite", [*SUITES, "all"])  # type: ignore[misc]
+Folders = Annotated[list[Path], typer.Argument(help="Folders of results.")]
+
+
+@contextmanager
+def bad_input_exits() -> Iterator[None]:
+    """A ValueError becomes its message and exit code 2."""
+    try:
+        yield
+    except ValueError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from error
+
+
+def names(option: str, text: str, known: list[str] | None = None) -> list[str]:
+    """A list of names with commas between.
+
+    Raises:
+        ValueError: for one that is not known.
+    """
+    found = [name.strip() for name in text.split(",") if name.strip()]
+    for name in found:
+        if known is not None and name not in known:
+            raise ValueError(f"{option} must be of {', '.join(known)}, got {name!r}")
+    return found
+
+
+def default_folder() -> Path:
+    return Path("runs") / f"benchmarks-{date.today():%Y-%m-%d}"
+
+
+@app.command()
+def run(
+    minutes: Annotated[float, typer.Option(help="Time to spend.", min=0.0)] = 9.0,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the results; one with results is gone on with.")
+    ] = None,
+    suite: Annotated[Suite, typer.Option(help="What to measure.")] = Suite.all,  # type: ignore[attr-defined]
+    sites: Annotated[str, typer.Option(help="Starts of names, such as resnet18.layer1.")] = "",
+    providers: Annotated[str, typer.Option(help="Names with commas between.")] = "",
+    dtype: Annotated[str, typer.Option(help="bf16, fp16, fp32.")] = "",
+    layout: Annotated[str, typer.Option(help="channels_last, contiguous.")] = "",
+) -> None:
+    """Measure the most telling cases first, then the rest until the time is up.
+
+    Without a GPU every case is measured in small, on the CPU.
+    """
+    from benchmarks import campaign, environment
+
+    console = Console()
+    device = environment.default_device()
+    folder = out or default_folder()
+    with bad_input_exits():
+        cases = select(
+            default_cases(),
+            suite=str(suite),
+            sites=names("sites", sites),
+            providers=names("providers", providers, list(PROVIDERS)),
+            dtypes=names("dtype", dtype, list(DTYPES)),
+            layouts=names("layout", layout, list(LAYOUTS)),
+        )
+        if not cases:
+            raise ValueError("no case has all of sites, providers, dtype and layout")
+        store = campaign.open_store(folder, device)
+    ceilings = store.environment["ceilings"]
+    console.print(
+        f"{store.environment['device']}: copy {ceilings['copy'] / 1e9:,.0f} GB/s, product "
+        f"{ceilings['product'] / 1e12:,.2f} TFLOP/s",
+        highlight=False,
+    )
+    try:
+        done = campaign.run(store, cases, minutes, device, console)
+    except KeyboardInterrupt:
+        console.print(f"stopped; the same command with --out {folder} goes on", highlight=False)
+        raise typer.Exit(130) from None
+    except campaign.DeviceLost as error:
+        console.print(
+            f"the GPU is lost to this process ({error}); the same command with --out {folder} "
+            "goes on behind the case that did it",
+            highlight=False,
+        )
+        raise typer.Exit(1) from None
+    left = sum(case.id not in store.done for case in cases)
+    console.print(f"{done} cases measured, {left} left; in {folder}", highlight=False)
+
+
+@app.command()
+def report(
+    folders: Annotated[list[Path] | None, typer.Argument(help="Folders of results.")] = None,
+    readme: Annotated[
+        bool, typer.Option(help="Write README's performance section from the committed results.")
+    ] = False,
+) -> None:
+    """Write report.md and its pictures into each folder."""
+    from benchmarks.report import pictures, readme_section, tables
+    from benchmarks.store import load
+
+    with bad_input_exits():
+        if not folders and not readme:
+            raise ValueError("folders: name at least one, or --readme")
+        for folder in folders or []:
+            about, records = load(folder)
+            drawn = pictures.draw(folder, about, records)
+            text = tables.report(about, records, drawn)
+            (folder / "report.md").write_text(text, encoding="utf-8")
+            typer.echo(folder / "report.md")
+        if readme:
+            typer.echo(readme_section.write())
+
+
+@app.command()
+def compare(
+    old: Annotated[Path, typer.Argument(help="Folder of results.")],
+    new: Annotated[Path, typer.Argument(help="Folder of results.")],
+) -> None:
+    """Compare two runs case by case; exit code 1 if one got slower beyond noise."""
+    from benchmarks.report import comparison
+    from benchmarks.store import load
+
+    with bad_input_exits():
+        found = comparison.compare(load(old), load(new))
+    typer.echo(found.table())
+    raise typer.Exit(int(bool(found.regressions)))
+
+
+@app.command()
+def profile(
+    net: Annotated[str, typer.Option(help="resnet18 or resnet50.")] = "resnet18",
+    provider: Annotated[str, typer.Option(help="Whose layers.")] = "bnres",
+    batch: Annotated[int, typer.Option(help="Images a step.", min=2)] = 256,
+    image: Annotated[int, typer.Option(help="Height and width; up to 32 with CIFAR's stem.")] = 224,
+    dtype: Annotated[str, typer.Option(help="bf16, fp16, fp32.")] = "bf16",
+    layout: Annotated[str, typer.Option(help="channels_last, contiguous.")] = "channels_last",
+    trace: Annotated[Path | None, typer.Option(help="File for a Chrome trace.")] = None,
+) -> None:
+    """Print where a training step's time goes: kernels by group, launches, idle time."""
+    from benchmarks import environment, models, profiling
+    from benchmarks.cases import MODEL_PROVIDERS, ModelCase
+    from benchmarks.providers.base import Unavailable
+    from benchmarks.sites import NETS
+
+    device = environment.default_device()
+    with bad_input_exits():
+        for option, value, known in (
+            ("net", net, NETS),
+            ("provider", provider, MODEL_PROVIDERS),
+            ("dtype", dtype, tuple(DTYPES)),
+            ("layout", layout, tuple(LAYOUTS)),
+        ):
+            names(option, value, list(known))
+        case = ModelCase("step", net, image, batch, "eager", dtype, layout, provider)
+        try:
+            work = models.prepare(case, device)
+        except Unavailable as error:
+            raise ValueError(f"provider {provider!r} {error}") from error
+    found = profiling.profile(work.run, device, trace)
+    typer.echo(profiling.format_profile(found, device))
+
+
+@app.command()
+def audit(
+    gpu: Annotated[
+        list[str] | None, typer.Option(help="sm_80, sm_90, sm_100, gfx942; default: all.")
+    ] = None,
+    json_path: Annotated[Path | None, typer.Option("--json", help="File for the rows.")] = None,
+    record: Annotated[bool, typer.Option(help="Make what is found the budget.")] = False,
+) -> None:
+    """Count memory and read machine code, without a GPU; exit code 1 if it is over its budget."""
+    from benchmarks.audit import command
+
+    with bad_input_exits():
+        sys.exit(command.run(gpu or [], json_path, record))

@@ -1,0 +1,192 @@
+"""Measures a case: builds it, checks it against the formula, times it."""
+
+import statistics
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from benchmarks import clock, memory, models
+from benchmarks.byte_model import conv_bytes_and_flops, moved_bytes
+from benchmarks.cases import Case, ModelCase, OpCase
+from benchmarks.check import GRADIENT_TOLERANCE, OUTPUT_TOLERANCE, TF32_TOLERANCE, check
+from benchmarks.operations import DTYPES, Inputs, formula, make_inputs, smaller
+from benchmarks.providers import PROVIDERS
+from benchmarks.providers.base import Implementation
+from benchmarks.sites import ConvSite
+
+# Seconds of device time that a case's rounds may take.
+BUDGET = 0.25
+STEP_BUDGET = 1.0
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A case that was checked and warmed up.
+
+    Attributes:
+        timed: what to time; None where something else is measured.
+        facts: what is known without timing it, for the record.
+    """
+
+    timed: clock.Timed | None
+    facts: dict[str, Any]
+
+
+def prepare(case: Case, device: torch.device, ticking: clock.DeviceClock) -> Ready:
+    """Builds and checks a case, and makes it ready to be timed.
+
+    Raises:
+        Unavailable: if the provider is missing here.
+        WrongResult: if it computes something else.
+    """
+    if isinstance(case, OpCase):
+        return _prepare_op(case, device, ticking)
+    return _prepare_model(case, device, ticking)
+
+
+def measure(
+    case: Case, device: torch.device, ticking: clock.DeviceClock, ceilings: dict[str, float]
+) -> dict[str, Any]:
+    """The record of a case: what `prepare` knows, and times in seconds.
+
+    Raises:
+        As `prepare`.
+    """
+    ready = prepare(case, device, ticking)
+    record = dict(ready.facts)
+    if ready.timed is not None:
+        budget = STEP_BUDGET if isinstance(case, ModelCase) else BUDGET
+        first = clock.durations(ticking, ready.timed, 2)[-1]
+        rounds = clock.rounds_for(first, budget)
+        record |= summarize(clock.durations(ticking, ready.timed, rounds))
+        record |= rates(record, ceilings)
+    return record
+
+
+def summarize(seconds: list[float]) -> dict[str, Any]:
+    """Median and quartiles of some rounds."""
+    quartiles = statistics.quantiles(seconds, n=4, method="inclusive")
+    return {
+        "median": statistics.median(seconds),
+        "q1": quartiles[0],
+        "q3": quartiles[2],
+        "rounds": len(seconds),
+    }
+
+
+def rates(record: dict[str, Any], ceilings: dict[str, float]) -> dict[str, float]:
+    """Bandwidth, and which share of the ceilings' limit the median reaches.
+
+    Args:
+        record: with ``median``, ``bytes`` and ``flops``.
+        ceilings: ``copy`` in bytes/s and ``product`` in FLOP/s.
+    """
+    seconds, moved, flops = record["median"], record.get("bytes"), record.get("flops", 0)
+    if moved is None or seconds <= 0:
+        return {}
+    limit = max(moved / ceilings["copy"], flops / ceilings["product"])
+    return {"bytes_per_second": moved / seconds, "share": limit / seconds}
+
+
+def fields_of(case: Case) -> dict[str, Any]:
+    """What names a case, for its record."""
+    own = {k: v for k, v in asdict(case).items() if k != "site"}
+    if isinstance(case, OpCase):
+        own |= {"operation": case.site.operation, "site": case.site.id}
+    return {"id": case.id, "subject": case.subject, "suite": case.suite, **own}
+
+
+def _prepare_op(case: OpCase, device: torch.device, ticking: clock.DeviceClock) -> Ready:
+    provider = PROVIDERS[case.provider]
+    site = smaller(case.site) if case.smoke else case.site
+    dtype = DTYPES[provider.dtype_of(case)]
+
+    def inputs() -> Inputs:
+        return make_inputs(site, case.direction, case.batch, case.layout, dtype, device)
+
+    bind = provider.prepare(OpCase(**{**vars(case), "site": site}))
+    with torch.set_grad_enabled(case.direction != "eval"):
+        first = inputs()
+        implementation = bind(first)
+        error = verify(case, implementation, first)
+        moved, flops = _bytes_and_flops(case, first)
+
+        def make_call() -> Callable[[], object]:
+            bound = bind(inputs())
+            return bound.backward if case.direction == "backward" else bound.forward
+
+        timed = clock.prepare(ticking, make_call, device, touched_bytes=moved)
+    return Ready(
+        _in_mode(timed, case.direction != "eval"),
+        {
+            "bytes": moved, "flops": flops, "error": error, "method": timed.method,
+            "host_seconds": timed.host_seconds, "note": implementation.note,
+            "timed_dtype": provider.dtype_of(case),
+        },
+    )  # fmt: skip
+
+
+def _in_mode(timed: clock.Timed, grad: bool) -> clock.Timed:
+    """Rounds with autograd on or off, as the operation was prepared."""
+
+    def once() -> None:
+        with torch.set_grad_enabled(grad):
+            timed.round()
+
+    return clock.Timed(once, timed.method, timed.host_seconds)
+
+
+def verify(case: OpCase, implementation: Implementation, inputs: Inputs) -> float:
+    """The greatest error of an implementation to the formula in fp64; both have fresh inputs.
+
+    A convolution is compared with fp32, as fp64 takes too long.
+
+    Raises:
+        WrongResult: if it is too great.
+    """
+    is_conv = isinstance(case.site, ConvSite)
+    exact = inputs.to(torch.float32 if is_conv else torch.float64)
+    dtype = inputs.x.dtype
+    tolerance = OUTPUT_TOLERANCE[dtype]
+    if is_conv:
+        tolerance = max(tolerance, TF32_TOLERANCE)
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        expected = formula(case.site, case.direction != "eval")(exact)
+    errors = [check("output", implementation.forward(), expected, tolerance)]
+    if case.direction != "eval":
+        errors.append(
+            check(
+                "running statistic", inputs.buffers, exact.buffers, OUTPUT_TOLERANCE[torch.float32]
+            )
+        )
+    if case.direction == "backward":
+        gradients = torch.autograd.grad(expected, exact.leaves, exact.gradients)
+        errors.append(
+            check("gradient", implementation.backward(), gradients, GRADIENT_TOLERANCE[dtype])
+        )
+    return max(errors)
+
+
+def _bytes_and_flops(case: OpCase, inputs: Inputs) -> tuple[int, int]:
+    itemsize = inputs.x.element_size()
+    if isinstance(case.site, ConvSite):
+        site = smaller(case.site) if case.smoke else case.site
+        assert isinstance(site, ConvSite)
+        return conv_bytes_and_flops(site, case.batch, itemsize)
+    return moved_bytes(case.site.operation, case.direction, inputs.x.numel(), itemsize), 0
+
+
+def _prepare_model(case: ModelCase, device: torch.device, ticking: clock.DeviceClock) -> Ready:
+    work = models.prepare(case, device)
+    facts: dict[str, Any] = {"error": work.verify(), "timed_dtype": models.dtype_of(case)}
+    if case.suite == "memory":
+        return Ready(None, facts | memory.measure(work, device))
+    timed = clock.prepare(ticking, lambda: work.run, device, launch=case.launch)
+    facts |= {"method": timed.method, "host_seconds": timed.host_seconds, "images": case.batch}
+    if case.suite == "step":
+        from benchmarks.profiling import kernel_groups
+
+        facts["groups"] = kernel_groups(work.run, device)
+    return Ready(timed, facts)

@@ -1,0 +1,50 @@
+"""Memory of a training step."""
+
+from collections.abc import Callable
+
+import torch
+
+from benchmarks.models import Work
+
+Grown = tuple[int, int]
+
+
+def measure(work: Work, device: torch.device) -> dict[str, int]:
+    """Bytes by which a step's allocations grow, on a GPU or in the CPU's allocator.
+
+    Returns:
+        ``held_bytes``: what a forward leaves alive for its backward; ``peak_bytes``: the greatest
+        growth during a step, gradients and work space included, weights and optimiser not.
+    """
+    work.run()
+    work.run()
+    work.model.zero_grad(set_to_none=True)
+    held, _ = allocated(work.forward, device)
+    _, peak = allocated(work.run, device)
+    return {"held_bytes": held, "peak_bytes": peak}
+
+
+def allocated(call: Callable[[], object], device: torch.device) -> Grown:
+    """Growth of what is allocated: when ``call`` has returned, its result alive, and at its peak."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        result = call()
+        torch.cuda.synchronize(device)
+        after = torch.cuda.memory_allocated(device) - before
+        peak = torch.cuda.max_memory_allocated(device) - before
+        del result
+        return after, peak
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profiler:
+        result = call()
+    del result
+    grown = peak = 0
+    events = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        if event.name() == "[memory]":
+            grown += event.nbytes()
+            peak = max(peak, grown)
+    return grown, peak

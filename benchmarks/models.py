@@ -1,0 +1,168 @@
+"""Whole nets as the providers build them: a training step, inference."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import bnres
+from benchmarks.cases import ModelCase
+from benchmarks.check import check
+from benchmarks.operations import DTYPES, LAYOUTS
+from benchmarks.providers.base import Unavailable
+
+CLASSES = 1000
+CIFAR_IMAGE = 32
+# The least cosine between all gradients and those of fp32: roundings add up over the layers. Where
+# fp32 runs in tf32, or in another order, signs around zero change.
+COSINE = {"bf16": 0.9, "fp16": 0.98, "fp32": 0.99}
+# Of the logits, relative to fp32, behind some 20 to 50 layers.
+LOGITS_TOLERANCE = {"bf16": 0.15, "fp16": 0.03, "fp32": 0.01}
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is timed of a net.
+
+    Attributes:
+        run: one step, or one inference.
+        forward: a step's forward, up to the loss; the inference.
+        verify: raises `benchmarks.check.WrongResult` if it is not the stock net's; before ``run``.
+        model: the net.
+    """
+
+    run: Callable[[], object]
+    forward: Callable[[], Tensor]
+    verify: Callable[[], float]
+    model: nn.Module
+
+
+def dtype_of(case: ModelCase) -> str:
+    """The dtype that the case's provider is timed in."""
+    return "fp16" if case.provider == "eager-fp16-cudnn" and case.dtype == "bf16" else case.dtype
+
+
+def prepare(case: ModelCase, device: torch.device) -> Work:
+    """Builds a net, the same weights for every provider.
+
+    Raises:
+        Unavailable: if this machine or this case lacks the provider.
+    """
+    if device.type != "cuda" and case.provider in ("eager-fp16-cudnn", "compile-max-autotune"):
+        raise Unavailable("needs a GPU")
+    if case.provider == "eager-fp16-cudnn" and case.dtype != "bf16":
+        raise Unavailable("stands for the 16-bit case in bf16's place")
+    torch._dynamo.reset()
+    work = _training if case.suite in ("step", "memory") else _inference
+    return work(case, device)
+
+
+def _stock(case: ModelCase) -> nn.Module:
+    torch.manual_seed(0)
+    return bnres.models.create_model(
+        case.net,
+        num_classes=CLASSES,
+        fused=False,
+        stem="cifar" if case.image <= CIFAR_IMAGE else "imagenet",
+    )
+
+
+def _placed(model: nn.Module, case: ModelCase, device: torch.device) -> nn.Module:
+    return model.to(device).to(memory_format=LAYOUTS[case.layout])  # type: ignore[call-overload]
+
+
+def _images(case: ModelCase, device: torch.device) -> Tensor:
+    generator = torch.Generator(device).manual_seed(0)
+    shape = (case.batch, 3, case.image, case.image)
+    images = torch.randn(shape, device=device, generator=generator)
+    return images.contiguous(memory_format=LAYOUTS[case.layout])
+
+
+def _of_provider(stock: nn.Module, case: ModelCase) -> nn.Module:
+    if case.provider.startswith("bnres"):
+        return bnres.fuse(stock)
+    return stock
+
+
+def _compiled(model: nn.Module, case: ModelCase) -> Callable[[Tensor], Tensor]:
+    if not case.provider.startswith("compile"):
+        return model
+    # The timing core captures the graph, as it does everybody's.
+    mode = "max-autotune-no-cudagraphs" if case.provider.endswith("max-autotune") else None
+    return torch.compile(model, dynamic=False, mode=mode)
+
+
+def _training(case: ModelCase, device: torch.device) -> Work:
+    images = _images(case, device)
+    generator = torch.Generator(device).manual_seed(1)
+    labels = torch.randint(CLASSES, (case.batch,), device=device, generator=generator)
+    model = _placed(_of_provider(_stock(case), case), case, device).train()
+    forward = _compiled(model, case)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-4)
+    dtype = DTYPES[dtype_of(case)]
+
+    def loss_of(forward: Callable[[Tensor], Tensor], cast: bool) -> tuple[Tensor, Tensor]:
+        # Without a cache of cast weights, which a graph could not be captured with.
+        with torch.autocast(
+            device.type, dtype if cast else torch.bfloat16,
+            enabled=cast and dtype != torch.float32, cache_enabled=False,
+        ):  # fmt: skip
+            logits = forward(images)
+        return logits, F.cross_entropy(logits.float(), labels)
+
+    def recipes() -> AbstractContextManager[None]:
+        return bnres.recompute() if case.provider == "bnres-recompute" else nullcontext()
+
+    def step_forward() -> Tensor:
+        with recipes():
+            return loss_of(forward, True)[1]
+
+    def run() -> Tensor:
+        optimizer.zero_grad(set_to_none=True)
+        loss = step_forward()
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    def gradients(
+        model: nn.Module, forward: Callable[[Tensor], Tensor], cast: bool
+    ) -> tuple[Tensor, Tensor]:
+        with recipes():
+            logits, loss = loss_of(forward, cast)
+        found = torch.autograd.grad(loss, list(model.parameters()))
+        return logits.detach(), torch.cat([g.flatten().float() for g in found])
+
+    def verify() -> float:
+        oracle = _placed(_stock(case), case, device).train()
+        expected, expected_gradient = gradients(oracle, oracle, False)
+        actual, gradient = gradients(model, forward, True)
+        error = check("logits", [actual], [expected], LOGITS_TOLERANCE[dtype_of(case)])
+        cosine = F.cosine_similarity(gradient, expected_gradient, dim=0)
+        check("gradient's cosine", [cosine], [torch.ones_like(cosine)], 1 - COSINE[dtype_of(case)])
+        return error
+
+    return Work(run, step_forward, verify, model)
+
+
+def _inference(case: ModelCase, device: torch.device) -> Work:
+    dtype = DTYPES[dtype_of(case)]
+    images = _images(case, device)
+    stock = _placed(_stock(case), case, device)
+    with torch.no_grad():
+        stock.train()(images[: min(case.batch, 32)])  # statistics that are not the initial ones
+        expected = stock.eval()(images)
+    model = bnres.fold(stock) if case.provider.startswith("bnres") else stock
+    model = model.to(dtype).eval()
+    forward, cast = _compiled(model, case), images.to(dtype)
+
+    def run() -> Tensor:
+        with torch.inference_mode():
+            return forward(cast)
+
+    def verify() -> float:
+        return check("logits", [run()], [expected], LOGITS_TOLERANCE[dtype_of(case)])
+
+    return Work(run, run, verify, model)

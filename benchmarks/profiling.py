@@ -1,0 +1,138 @@
+"""Where a step's time goes: kernels by group, launches, and the device's idle time between them."""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch.autograd import DeviceType
+
+# First match counts. Names of kernels on a GPU, of operators on the CPU.
+GROUPS = (
+    ("batch norm", r"(?<!conv)_bn_|batch_?norm|bn_(fw|bw)|bnorm|bnres::"),
+    ("pooling", r"pool"),
+    (
+        "convolution",
+        r"conv|cudnn|xmma|cutlass|implicit|winograd|sgemm|gemm|dgrad|wgrad|fprop|nchwToNhwc|"
+        r"nhwcToNchw|mkldnn|addmm|::mm$|nvjet",
+    ),
+    ("optimiser", r"multi_tensor|foreach|sgd|optimizer"),
+)
+OTHER = "other"
+GROUP_NAMES = (*(name for name, _ in GROUPS), OTHER)
+WARMUP_STEPS = 3
+STEPS = 5
+
+
+def group_of(name: str) -> str:
+    """The group of a kernel or an operator."""
+    return next((g for g, pattern in GROUPS if re.search(pattern, name, re.IGNORECASE)), OTHER)
+
+
+@dataclass
+class Profile:
+    """Means over the profiled steps, in seconds.
+
+    Attributes:
+        seconds: device time by kernel (on the CPU: own time by operator).
+        launches: kernels a step (on the CPU: operators).
+        span: from a step's first kernel to its last.
+        idle: of the span, when no kernel ran.
+    """
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    launches: dict[str, float] = field(default_factory=dict)
+    span: float = 0.0
+    idle: float = 0.0
+
+    def by_group(self) -> dict[str, float]:
+        """Seconds by group, each of `GROUP_NAMES`."""
+        found = dict.fromkeys(GROUP_NAMES, 0.0)
+        for name, seconds in self.seconds.items():
+            found[group_of(name)] += seconds
+        return found
+
+    def launches_by_group(self) -> dict[str, float]:
+        """Launches by group, each of `GROUP_NAMES`."""
+        found = dict.fromkeys(GROUP_NAMES, 0.0)
+        for name, count in self.launches.items():
+            found[group_of(name)] += count
+        return found
+
+
+def profile(
+    run: Callable[[], object], device: torch.device, trace: Path | None = None, steps: int = STEPS
+) -> Profile:
+    """Profiles some steps after a warm-up.
+
+    Args:
+        run: a step.
+        device: where it runs.
+        trace: file for a Chrome trace of the steps.
+        steps: how many.
+    """
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    for _ in range(WARMUP_STEPS if on_gpu else 1):
+        run()
+    with torch.profiler.profile(activities=activities) as profiler:
+        for _ in range(steps):
+            run()
+        if on_gpu:
+            torch.cuda.synchronize(device)
+    if trace is not None:
+        profiler.export_chrome_trace(str(trace))
+    found = Profile()
+    spans = []
+    for event in profiler.events() or []:
+        if on_gpu:
+            if event.device_type != DeviceType.CUDA or event.name.startswith("ProfilerStep"):
+                continue
+            microseconds = event.time_range.elapsed_us()
+            spans.append((event.time_range.start, event.time_range.end))
+        else:
+            microseconds = event.self_cpu_time_total
+        found.seconds[event.name] = found.seconds.get(event.name, 0.0) + microseconds / 1e6 / steps
+        found.launches[event.name] = found.launches.get(event.name, 0.0) + 1 / steps
+    if spans:
+        busy, end = 0.0, spans[0][0]
+        for start, stop in sorted(spans):
+            busy += max(stop - max(start, end), 0.0)
+            end = max(end, stop)
+        total = end - min(start for start, _ in spans)
+        found.span, found.idle = total / 1e6 / steps, (total - busy) / 1e6 / steps
+    return found
+
+
+def kernel_groups(run: Callable[[], object], device: torch.device) -> dict[str, float]:
+    """Seconds of a step by group."""
+    return profile(run, device, steps=STEPS if device.type == "cuda" else 1).by_group()
+
+
+def format_profile(found: Profile, device: torch.device, top: int = 25) -> str:
+    """A table of the groups, and of the kernels that take longest."""
+    total = sum(found.seconds.values())
+    what = "launches" if device.type == "cuda" else "operators"
+    lines = [f"{'group':14} {'ms':>9} {'share':>7} {what:>9}"]
+    launches = found.launches_by_group()
+    for group, seconds in found.by_group().items():
+        lines.append(
+            f"{group:14} {seconds * 1e3:9.3f} {seconds / total:7.1%} {launches[group]:9.0f}"
+        )
+    lines.append(f"{'all':14} {total * 1e3:9.3f} {1:7.1%} {sum(launches.values()):9.0f}")
+    if found.span:
+        lines.append(
+            f"a step spans {found.span * 1e3:.3f} ms on the device, idle for "
+            f"{found.idle * 1e3:.3f} ms of it ({found.idle / found.span:.1%})"
+        )
+    lines += ["", f"{'ms':>9} {what:>9}  {'group':12} kernel"]
+    longest = sorted(found.seconds, key=lambda n: -found.seconds[n])[:top]
+    for name in longest:
+        lines.append(
+            f"{found.seconds[name] * 1e3:9.3f} {found.launches[name]:9.0f}  {group_of(name):12} "
+            f"{name[:90]}"
+        )
+    return "\n".join(lines)

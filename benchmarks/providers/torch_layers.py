@@ -1,0 +1,82 @@
+"""torch's own layers: eager, and compiled."""
+
+import torch
+from torch import Tensor
+from torch._functorch import config as functorch_config
+
+from benchmarks.cases import OpCase
+from benchmarks.operations import EPS, Inputs, formula
+from benchmarks.providers.base import Bind, Implementation, Provider, Unavailable, by_autograd
+
+
+def chosen_backend(x: Tensor, training: bool) -> str:
+    """What torch's batch norm sends a tensor to: ``Native``, ``Cudnn`` or ``Miopen``."""
+    channel = torch.ones(x.shape[1], device=x.device)
+    return torch._C._select_batch_norm_backend(
+        x, channel, channel, channel, channel, training, EPS
+    ).name
+
+
+def _eager(case: OpCase) -> Bind:
+    training = case.direction != "eval"
+    function = formula(case.site, training)
+
+    def bind(inputs: Inputs) -> Implementation:
+        backend = chosen_backend(inputs.x.detach(), training)
+        return by_autograd(function, inputs, f"batch norm by {backend}")
+
+    return bind
+
+
+def _eager_fp16_cudnn(case: OpCase) -> Bind:
+    if case.dtype != "bf16":
+        raise Unavailable("stands for the 16-bit case in bf16's place")
+    if not torch.cuda.is_available():
+        raise Unavailable("cuDNN needs a GPU")
+    bind = _eager(case)
+
+    def checked(inputs: Inputs) -> Implementation:
+        implementation = bind(inputs)
+        if "Cudnn" not in implementation.note:
+            raise Unavailable(f"torch does not choose cuDNN here: {implementation.note}")
+        return implementation
+
+    return checked
+
+
+def _compiled(case: OpCase, mode: str | None) -> Bind:
+    if mode is not None and not torch.cuda.is_available():
+        raise Unavailable("autotunes kernels of a GPU")
+    plain = formula(case.site, case.direction != "eval")
+
+    def function(inputs: Inputs) -> tuple[Tensor, ...]:
+        outputs = plain(inputs)
+        if len(outputs) == 2:
+            # The same tensor twice would be summed outside the graph; a copy is summed in it.
+            return outputs[0], outputs[1].clone()
+        return outputs
+
+    torch._dynamo.reset()
+    compiled = torch.compile(function, dynamic=False, fullgraph=True, mode=mode)
+
+    first = True
+
+    def call(inputs: Inputs) -> tuple[Tensor, ...]:
+        nonlocal first
+        if not first:
+            return compiled(inputs)
+        first = False
+        # Backward runs many times on what one forward kept.
+        with functorch_config.patch(donated_buffer=False):
+            return compiled(inputs)
+
+    return lambda inputs: by_autograd(call, inputs)
+
+
+EAGER = Provider("eager", _eager)
+EAGER_FP16_CUDNN = Provider("eager-fp16-cudnn", _eager_fp16_cudnn, dtype="fp16")
+COMPILE = Provider("compile", lambda case: _compiled(case, None))
+# The timing core captures the graph, as it does everybody's.
+COMPILE_MAX_AUTOTUNE = Provider(
+    "compile-max-autotune", lambda case: _compiled(case, "max-autotune-no-cudagraphs")
+)

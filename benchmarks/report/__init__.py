@@ -1,0 +1,1 @@
+"""Tables and pictures of results; everything they say is read from the results' files."""

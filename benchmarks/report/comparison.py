@@ -1,0 +1,85 @@
+"""Two runs, case by case."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from benchmarks.store import Record
+
+Run = tuple[Record, Sequence[Record]]
+# Two runs of the same code differ by less than this, whatever their quartiles say.
+LEAST_NOISE = 0.03
+# The quartiles' half distance covers a standard deviation's two thirds; this many are noise.
+SPREADS = 3
+
+
+@dataclass(frozen=True)
+class Change:
+    """What became of a case.
+
+    Attributes:
+        id: of the case.
+        verdict: ``slower``, ``faster``, ``same``, ``lost`` (no longer measured) or ``new``.
+        ratio: new time over old, or 0.
+        noise: what the ratio may differ from 1 by.
+    """
+
+    id: str
+    verdict: str
+    ratio: float = 0.0
+    noise: float = 0.0
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Changes, and how the environments differ."""
+
+    changes: list[Change]
+    differences: list[str]
+
+    @property
+    def regressions(self) -> list[Change]:
+        """What got slower beyond noise, or is no longer measured."""
+        return [c for c in self.changes if c.verdict in ("slower", "lost")]
+
+    def table(self) -> str:
+        """Regressions first."""
+        lines = [f"{what}" for what in self.differences]
+        order = ("lost", "slower", "faster", "same", "new")
+        for change in sorted(self.changes, key=lambda c: (order.index(c.verdict), -c.ratio)):
+            ratio = f"{change.ratio:6.3f}× ±{change.noise:.1%}" if change.ratio else " " * 14
+            lines.append(f"{change.verdict:6} {ratio}  {change.id}")
+        counts = [f"{sum(c.verdict == v for c in self.changes)} {v}" for v in order]
+        return "\n".join([*lines, ", ".join(counts)])
+
+
+def compare(old: Run, new: Run) -> Comparison:
+    """What changed from one run to another, in time, and for a step's memory in bytes."""
+    (old_about, old_records), (new_about, new_records) = old, new
+    before = {r["id"]: r for r in old_records}
+    changes = []
+    for record in new_records:
+        previous = before.get(record["id"])
+        if previous is None or previous["status"] != "measured":
+            if record["status"] == "measured":
+                changes.append(Change(record["id"], "new"))
+        elif record["status"] in ("failed", "refused"):
+            changes.append(Change(record["id"], "lost"))
+        elif record["status"] == "measured":
+            changes.append(_judge(previous, record))
+    differences = [
+        f"{key}: {old_about.get(key)} -> {new_about.get(key)}"
+        for key in ("device", "driver", "torch", "triton", "cudnn", "commit")
+        if old_about.get(key) != new_about.get(key)
+    ]
+    return Comparison(changes, differences)
+
+
+def _judge(previous: Record, record: Record) -> Change:
+    if "median" in record:
+        ratio = record["median"] / previous["median"]
+        spread = sum(((r["q3"] - r["q1"]) / 2 / r["median"]) ** 2 for r in (previous, record))
+        noise = max(LEAST_NOISE, SPREADS * spread**0.5)
+    else:
+        ratio, noise = record["peak_bytes"] / previous["peak_bytes"], LEAST_NOISE
+    verdict = "slower" if ratio > 1 + noise else "faster" if ratio < 1 / (1 + noise) else "same"
+    return Change(record["id"], verdict, ratio, noise)

@@ -1,0 +1,70 @@
+"""Results arranged by what is compared with what."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from benchmarks.cases import PROVIDERS
+from benchmarks.store import Record
+
+BASELINE = "eager"
+OPERATION_TITLES = {
+    "bn": "BN",
+    "bn_relu": "BN+ReLU",
+    "bn_add_relu": "BN+add+ReLU",
+    "bn_add_relu_twice": "BN+add+ReLU, two gradients",
+    "dual_bn_add_relu": "BN+BN+add+ReLU",
+    "bn_relu_pool": "BN+ReLU+max-pool",
+    "conv_bn_relu": "conv+BN+ReLU",
+    "conv_bn_add_relu": "conv+BN+add+ReLU",
+}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One thing measured, by several providers.
+
+    Attributes:
+        name: `benchmarks.cases.OpCase.subject`.
+        records: by provider, measured ones.
+    """
+
+    name: str
+    records: dict[str, Record]
+
+    @property
+    def any(self) -> Record:
+        """A record, for the fields that all share."""
+        return next(iter(self.records.values()))
+
+    def ratio(self, provider: str, other: str = BASELINE) -> float | None:
+        """How many times as fast as ``other`` a provider is."""
+        ours, theirs = self.records.get(provider), self.records.get(other)
+        return theirs["median"] / ours["median"] if ours and theirs else None
+
+
+def subjects(records: Iterable[Record], suite: str) -> list[Subject]:
+    """The measured subjects of a suite, in the order of their first record."""
+    found: dict[str, dict[str, Record]] = {}
+    for record in records:
+        if record["suite"] == suite and record["status"] == "measured":
+            found.setdefault(record["subject"], {})[record["provider"]] = record
+    return [Subject(name, by_provider) for name, by_provider in found.items()]
+
+
+def providers_in(found: Iterable[Subject]) -> list[str]:
+    """Providers that measured something, in their usual order."""
+    present = {name for subject in found for name in subject.records}
+    return [name for name in PROVIDERS if name in present]
+
+
+def setting(subject: Subject) -> tuple[str, str, int]:
+    """What operations of one table share."""
+    record = subject.any
+    return record["layout"], record["dtype"], record["batch"]
+
+
+def main_setting(found: list[Subject]) -> list[Subject]:
+    """Those of the setting that has most subjects."""
+    settings = [setting(subject) for subject in found]
+    best = max(settings, key=settings.count)
+    return [subject for subject in found if setting(subject) == best]

@@ -1,0 +1,52 @@
+"""The pictures' one style: told apart by the colour-blind, and by hatches in black and white."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class Mark:
+    """Colour (of Okabe and Ito) and hatch."""
+
+    color: str
+    hatch: str = ""
+
+
+PROVIDER_MARKS = {
+    "bnres": Mark("#0072B2"),
+    "bnres-recompute": Mark("#56B4E9", "xx"),
+    "bnres-conv-kernel": Mark("#56B4E9", "--"),
+    "eager": Mark("#999999"),
+    "eager-fp16-cudnn": Mark("#CCCCCC", "\\\\"),
+    "compile": Mark("#E69F00", "//"),
+    "compile-max-autotune": Mark("#D55E00", "xx"),
+    "cudnn-frontend": Mark("#009E73", ".."),
+    "apex": Mark("#F0E442", "++"),
+    "flag_gems": Mark("#CC79A7", "oo"),
+}
+GROUP_MARKS = {
+    "convolution": Mark("#999999"),
+    "batch norm": Mark("#0072B2", "//"),
+    "rest": Mark("#E69F00", ".."),
+    "between kernels": Mark("#FFFFFF"),
+}
+DPI = 150
+
+
+def new_figure(width: float, height: float, rows: int = 1) -> tuple[Figure, list[Axes]]:
+    """A figure of ``rows`` axes, one below the other."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.subplots(rows, 1, squeeze=False)[:, 0]
+    for each in axes:
+        each.spines[["top", "right"]].set_visible(False)
+        each.grid(axis="y", alpha=0.3)
+        each.set_axisbelow(True)
+    return figure, list(axes)
+
+
+def save(figure: Figure, path: Path) -> Path:
+    figure.savefig(path, dpi=DPI)
+    return path

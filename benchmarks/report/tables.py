@@ -1,0 +1,194 @@
+"""A run's results as Markdown."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from benchmarks.report.slices import (
+    OPERATION_TITLES,
+    Subject,
+    providers_in,
+    setting,
+    subjects,
+)
+from benchmarks.store import Record
+
+DIRECTION_TITLES = {
+    "forward": "forward (training)",
+    "backward": "backward",
+    "eval": "forward (evaluation)",
+}
+LEGEND = (
+    "Microseconds, medians; in brackets the share of the limit: the fused operation's least bytes "
+    "over the measured copy bandwidth (a convolution: or its operations over the measured product). "
+    "Behind: times as fast as torch's own layers (eager) and torch.compile."
+)
+
+
+def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns after the first are flush right."""
+    lines = ["| " + " | ".join(headings) + " |", "|---" + "|---:" * (len(headings) - 1) + "|"]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+def report(about: Record, records: Sequence[Record], pictures: Sequence[Path]) -> str:
+    """The whole report."""
+    sections = ["# Benchmarks", environment_line(about)]
+    sections += [f"![{picture.stem}]({picture.name})" for picture in pictures]
+    sections += operations(records)
+    sections += nets(records)
+    sections += memory(records)
+    sections += absent(records)
+    return "\n\n".join(sections) + "\n"
+
+
+def environment_line(about: Record) -> str:
+    """What the results were measured on."""
+    versions = ", ".join(
+        f"{name} {about[key]}"
+        for name, key in (
+            ("driver", "driver"), ("CUDA", "cuda"), ("cuDNN", "cudnn"), ("torch", "torch"),
+            ("triton", "triton"), ("Python", "python"),
+        )
+        if about.get(key)
+    )  # fmt: skip
+    ceilings = about["ceilings"]
+    return (
+        f"{about['device']}; {versions}; commit {about['commit']}, {about['date'][:10]}. "
+        f"Ceilings measured in the same run: copy {ceilings['copy'] / 1e9:,.0f} GB/s (read and "
+        f"written), matrix product {ceilings['product'] / 1e12:,.2f} TFLOP/s."
+    )
+
+
+def speedups(subject: Subject) -> list[str]:
+    """How many times as fast as eager and compile bnres is."""
+    return [
+        "-" if (ratio := subject.ratio("bnres", other)) is None else f"{ratio:.2f}×"
+        for other in ("eager", "compile")
+    ]
+
+
+def operations(records: Sequence[Record]) -> list[str]:
+    """A table for each operation, direction and setting."""
+    found = subjects(records, "ops")
+    groups: dict[tuple[str, ...], list[Subject]] = {}
+    for subject in found:
+        record = subject.any
+        layout, dtype, batch = setting(subject)
+        key = (record["operation"], record["direction"], layout, dtype, f"batch {batch}")
+        groups.setdefault(key, []).append(subject)
+    sections = ["## Operations", LEGEND] if groups else []
+    for (operation, direction, *rest), group in groups.items():
+        providers = providers_in(group)
+        smoke = ", in small" if group[0].any["smoke"] else ""
+        title = (
+            f"### {OPERATION_TITLES[operation]}, {DIRECTION_TITLES[direction]}: "
+            f"{', '.join(rest)}{smoke}"
+        )
+        rows = [
+            [
+                subject.any["site"],
+                *(_timed(subject, provider) for provider in providers),
+                *speedups(subject),
+            ]
+            for subject in group
+        ]
+        headings = ["site", *providers, "to eager", "to compile"]
+        sections += [title, markdown_table(headings, rows)]
+    return sections
+
+
+def _timed(subject: Subject, provider: str) -> str:
+    record = subject.records.get(provider)
+    if record is None:
+        return "-"
+    share = f" ({record['share']:.0%})" if "share" in record else ""
+    return f"{record['median'] * 1e6:,.1f}{share}"
+
+
+def nets(records: Sequence[Record]) -> list[str]:
+    """Training steps and inference."""
+    sections = []
+    for suite, title in (("step", "Training step"), ("infer", "Inference")):
+        found = subjects(records, suite)
+        if found:
+            sections += [
+                f"## {title}",
+                "Milliseconds, medians; in brackets images/s.",
+                _nets_table(found, _milliseconds, speedups),
+            ]
+    return sections
+
+
+def _nets_table(
+    found: Sequence[Subject],
+    cell: Callable[[Record], str],
+    last: Callable[[Subject], list[str]],
+) -> str:
+    providers = providers_in(found)
+    rows = [
+        [
+            net_title(subject),
+            *(cell(subject.records[p]) if p in subject.records else "-" for p in providers),
+            *last(subject),
+        ]
+        for subject in found
+    ]
+    return markdown_table(["net", *providers, "to eager", "to compile"], rows)
+
+
+def net_title(subject: Subject) -> str:
+    """A net, its input and how it is launched."""
+    record = subject.any
+    launch = ", CUDA graph" if record["launch"] == "graph" else ""
+    return (
+        f"{record['net']}, {record['image']}×{record['image']}, batch {record['batch']}, "
+        f"{record['dtype']}, {record['layout']}{launch}"
+    )
+
+
+def _milliseconds(record: Record) -> str:
+    return f"{record['median'] * 1e3:,.2f} ({record['images'] / record['median']:,.0f})"
+
+
+def memory(records: Sequence[Record]) -> list[str]:
+    """Memory of training steps."""
+    found = subjects(records, "memory")
+    if not found:
+        return []
+    providers = providers_in(found)
+    rows = []
+    for subject in found:
+        for key, what in (("peak_bytes", "peak"), ("held_bytes", "held for backward")):
+            eager = subject.records.get("eager")
+            cells = []
+            for provider in providers:
+                record = subject.records.get(provider)
+                if record is None:
+                    cells.append("-")
+                    continue
+                ratio = f" ({record[key] / eager[key]:.2f}×)" if eager and eager[key] else ""
+                cells.append(f"{record[key] / 1e6:,.0f}{ratio}")
+            rows.append([f"{net_title(subject)}: {what}", *cells])
+    return [
+        "## Memory of a training step",
+        "MB by which a step's allocations grow; in brackets relative to eager.",
+        markdown_table(["net", *providers], rows),
+    ]
+
+
+def absent(records: Sequence[Record]) -> list[str]:
+    """Providers that were not measured, and why."""
+    reasons: dict[tuple[str, str, str], int] = {}
+    for record in records:
+        if record["status"] != "measured":
+            first = record["reason"].splitlines()[0] if record["reason"] else ""
+            key = record["provider"], record["status"], first
+            reasons[key] = reasons.get(key, 0) + 1
+    if not reasons:
+        return []
+    rows = [
+        [provider, status, str(count), reason.replace("|", "\\|")]
+        for (provider, status, reason), count in reasons.items()
+    ]
+    lines = ["| provider | status | cases | why |", "|---|---|---:|---|"]
+    return ["## Not measured", "\n".join([*lines, *("| " + " | ".join(r) + " |" for r in rows)])]

@@ -1,0 +1,68 @@
+"""What the pytest-benchmark files share: the clock, the ceilings, and how a case is run."""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from typing import Any
+
+import pytest
+
+from benchmarks import clock, environment
+from benchmarks.cases import Case, ModelCase, default_cases, select
+from benchmarks.measure import BUDGET, STEP_BUDGET, fields_of, prepare, rates
+from benchmarks.providers.base import Unavailable
+from bnres import use_backend
+
+CLOCK = clock.DeviceClock()
+# In small the numbers mean nothing; they show that the benchmark runs.
+SMOKE_ROUNDS = 2
+
+
+def device_time() -> float:
+    """pytest-benchmark's timer: seconds that pass on the device while something is timed."""
+    return CLOCK()
+
+
+@cache
+def about() -> dict[str, Any]:
+    """Environment and ceilings, measured once in the run."""
+    device = environment.default_device()
+    return environment.describe(device) | {"ceilings": environment.measure_ceilings(device)}
+
+
+def parametrize(suites: Sequence[str]) -> pytest.MarkDecorator:
+    """The cases of some suites, named as `python -m benchmarks run` names them."""
+    cases = [case for suite in suites for case in select(default_cases(), suite=suite)]
+    return pytest.mark.parametrize("case", cases, ids=[case.id for case in cases])
+
+
+def run_case(benchmark: Any, case: Case) -> None:
+    """Checks a case, then times it; what is known of it goes into ``extra_info``."""
+    with _route(case):
+        _run_case(benchmark, case)
+
+
+def _route(case: Case) -> AbstractContextManager[None]:
+    """The interpreter takes minutes for a whole net: in small, nets go to ATen."""
+    return use_backend("aten") if case.smoke and isinstance(case, ModelCase) else nullcontext()
+
+
+def _run_case(benchmark: Any, case: Case) -> None:
+    device = environment.default_device()
+    try:
+        ready = prepare(case, device, CLOCK)
+    except Unavailable as error:
+        benchmark.skipped = True
+        pytest.skip(f"{case.provider}: {error}")
+    benchmark.group = case.subject
+    benchmark.extra_info |= fields_of(case) | ready.facts | {"environment": about()}
+    if ready.timed is None:
+        benchmark.skipped = True
+        return
+    rounds = SMOKE_ROUNDS
+    if not case.smoke:
+        budget = STEP_BUDGET if isinstance(case, ModelCase) else BUDGET
+        rounds = clock.rounds_for(clock.durations(CLOCK, ready.timed, 2)[-1], budget)
+    benchmark.pedantic(ready.timed.round, rounds=rounds)
+    median = {"median": benchmark.stats.stats.median}
+    benchmark.extra_info |= rates(ready.facts | median, about()["ceilings"])
