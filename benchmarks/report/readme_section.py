@@ -1,5 +1,6 @@
 """README's performance section: from the committed results, or without any from the audits."""
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,6 +17,7 @@ README = ROOT / "README.md"
 RESULTS = Path(__file__).parent.parent / "results"
 BEGIN, END = "<!-- performance: begin -->", "<!-- performance: end -->"
 ITEMSIZE, BATCH = 2, 256
+WIDTH = 100
 # What the derived floors are reckoned with: an H200's copy bandwidth, in bytes/s.
 DERIVED_COPY = 4.3e12
 COLUMNS = ("bn_relu", "bn_add_relu", "bn_add_relu_twice", "dual_bn_add_relu", "bn_relu_pool")
@@ -49,7 +51,12 @@ def section(results: Path = RESULTS) -> str:
     """The section without its markers."""
     folders = latest(results)
     parts = [measured(folder, *load(folder)) for folder in folders] if folders else [unmeasured()]
-    return "\n\n".join([*parts, audited()])
+    return "\n\n".join(_wrapped("\n\n".join([*parts, audited()]).split("\n\n")))
+
+
+def _wrapped(parts: Sequence[str]) -> list[str]:
+    """Paragraphs in lines of README's width; tables and titles as they are."""
+    return [p if p[0] in "|#!" else textwrap.fill(p, WIDTH, break_on_hyphens=False) for p in parts]
 
 
 def latest(results: Path) -> list[Path]:
@@ -110,17 +117,21 @@ def audited() -> str:
     rows = []
     for step, title in STEPS:
         cells = [
-            f"{counted[name, step]:.2f} ({passes(name, step, ITEMSIZE):.4g})"
+            f"{counted[name, step]:.4g} ({passes(name, step, ITEMSIZE):.5g})"
             if (name, step) in counted
             else "-"
             for name in COLUMNS
         ]
         rows.append([title, *cells])
     stock = found.held["stock"]
-    kernels = [r for r in found.kernels if r["gpu"] == "sm_90" and "finalize" not in r["kernel"]]
+    kernels = [
+        r
+        for r in found.kernels
+        if r["gpu"] == "sm_90" and r["dtype"] == "bfloat16" and "finalize" not in r["kernel"]
+    ]
     code = [
         [
-            f"`{r['kernel'].strip('_')}`, {r['dtype']}", str(r["registers"]), str(r["spills"]),
+            f"`{r['kernel']}`", str(r["registers"]), str(r["spills"]),
             f"{r['occupancy']:.0%}", r["matrix"] or "-",
         ]
         for r in kernels
@@ -142,7 +153,7 @@ def audited() -> str:
                 )
             )
             + ".",
-            "Compiled for sm_90 with no GPU, the worst of each kernel's specialisations in a "
+            "Compiled for sm_90 with no GPU, in bf16, the worst of each kernel's specialisations in a "
             "ResNet-18 step and in the convolutions of ResNet-18 and -50; "
             "`python -m benchmarks audit` compiles them anew, for sm_80, sm_100 and gfx942 too, and "
             "fails where one falls behind its recorded budget.",

@@ -1,0 +1,66 @@
+"""FlagGems' Triton batch norm, with torch's addition and ReLU behind it.
+
+It has not run on a GPU yet; what it computes is checked there before it is timed.
+"""
+
+import importlib
+
+import torch
+from torch import Tensor
+
+from benchmarks.cases import OpCase
+from benchmarks.operations import EPS, MOMENTUM, Inputs
+from benchmarks.providers.base import (
+    Bind,
+    Implementation,
+    Provider,
+    Results,
+    Unavailable,
+    needs_training_norm,
+)
+
+
+def _prepare(case: OpCase) -> Bind:
+    needs_training_norm(case)
+    if not torch.cuda.is_available():
+        raise Unavailable("needs a GPU")
+    try:
+        # By name: the package has functions of the modules' names.
+        gems = importlib.import_module("flag_gems.ops.batch_norm")
+    except Exception as error:  # it asks the GPU and its tools at import, and any of it may fail
+        raise Unavailable(f"flag_gems can't be used: {error}") from error
+    has_relu = case.site.operation != "bn"
+
+    def bind(inputs: Inputs) -> Implementation:
+        x, norm = inputs.x.detach(), inputs.norm
+        weight, bias = norm.weight.detach(), norm.bias.detach()
+        kept: list[Tensor] = []
+
+        @torch.no_grad()
+        def forward() -> Results:
+            y, mean, rstd = gems.batch_norm(x, weight, bias, *norm.buffers, True, MOMENTUM, EPS)
+            if inputs.residual is not None:
+                y.add_(inputs.residual)
+            y = y.relu_() if has_relu else y
+            kept[:] = [y, mean, rstd]
+            return (y,)
+
+        @torch.no_grad()
+        def backward() -> Results:
+            if not kept:
+                forward()
+            y, mean, rstd = kept
+            (gradient,) = inputs.gradients
+            if has_relu:
+                gradient = torch.ops.aten.threshold_backward(gradient, y, 0)
+            found = gems.batch_norm_backward(
+                gradient, x, weight, *norm.buffers, mean, rstd, True, EPS, [True, True, True]
+            )
+            return [*found] if inputs.residual is None else [*found, gradient]
+
+        return Implementation(forward, backward, "addition and ReLU are torch's")
+
+    return bind
+
+
+FLAG_GEMS = Provider("flag_gems", _prepare)
