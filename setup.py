@@ -5,7 +5,14 @@ from pathlib import Path
 from setuptools import setup
 
 TRAIN = ["matplotlib>=3.8", "mlxtend>=0.23", "numpy>=1.26", "rich>=13", "typer>=0.15"]
-BENCH = ["numpy>=1.26"]
+BENCH = [
+    "matplotlib>=3.8",
+    "numpy>=1.26",
+    "pytest>=8",
+    "pytest-benchmark>=5",
+    "rich>=13",
+    "typer>=0.15",
+]
 TEST = [*TRAIN, "hypothesis>=6.100", "pytest>=8", "pytest-xdist>=3.5", "torchvision>=0.26"]
 
 PACKAGES = ("autograd", "data", "functional", "fusion", "kernels", "models", "nn", "ops", "train")
@@ -26,6 +33,6 @@ setup(
         "train": TRAIN,
         "bench": BENCH,
         "test": TEST,
-        "dev": [*TEST, "ruff>=0.17", "mypy>=2.0"],
+        "dev": [*TEST, *BENCH, "ruff>=0.17", "mypy>=2.0"],
     },
 )

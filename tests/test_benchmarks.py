@@ -1,0 +1,449 @@
+"""The benchmarks' own machinery: the clock, checks before timing, resumed runs, reports."""
+
+import json
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from rich.console import Console
+from torch import nn
+from typer.testing import CliRunner
+
+from benchmarks import campaign, cases, clock, measure, models, sites
+from benchmarks.audit import budget
+from benchmarks.check import WrongResult
+from benchmarks.cli import app
+from benchmarks.operations import formula, make_inputs
+from benchmarks.profiling import group_of
+from benchmarks.providers import PROVIDERS
+from benchmarks.providers.base import Provider, Unavailable, by_autograd
+from benchmarks.report import comparison, pictures, readme_section, tables
+from benchmarks.store import ResultStore, load
+from bnres.models import create_model
+
+CPU = torch.device("cpu")
+CEILINGS = {"copy": 1e10, "product": 1e11}
+ABOUT = {
+    "device": "a device", "torch": "2.13", "triton": "3.9", "bnres": "0", "commit": "abc",
+    "backend": "aten", "date": "2026-01-01T00:00:00Z", "ceilings": CEILINGS,
+}  # fmt: skip
+SLEEP = 0.02
+SITE = sites.Site("layer1", "bn_relu", 8, 8, 1)
+CASE = cases.OpCase(SITE, "forward", "channels_last", "fp32", 4, "eager", smoke=True)
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA events and graphs")
+runner = CliRunner()
+
+
+def provide(monkeypatch, name, function):
+    """Makes ``function`` a provider of every case."""
+    provider = Provider(name, lambda case: lambda inputs: by_autograd(function, inputs))
+    monkeypatch.setitem(PROVIDERS, name, provider)
+    return replace(CASE, provider=name)
+
+
+class TestClock:
+    def test_advances_by_the_timed_call_alone(self):
+        ticking = clock.DeviceClock()
+        timed = clock.prepare(ticking, lambda: lambda: time.sleep(SLEEP), CPU)
+        assert ticking() == 0 and timed.method == "wall"
+        time.sleep(SLEEP)
+        assert ticking() == 0
+        found = clock.durations(ticking, timed, 3)
+        assert all(SLEEP <= seconds < 5 * SLEEP for seconds in found)
+        assert ticking() == pytest.approx(sum(found))
+
+    def test_slow_provider_shows_slow(self, monkeypatch):
+        plain = formula(SITE, True)
+
+        def slow(inputs):
+            time.sleep(SLEEP)
+            return plain(inputs)
+
+        case = provide(monkeypatch, "slow", slow)
+        ticking = clock.DeviceClock()
+        fast = measure.measure(CASE, CPU, ticking, CEILINGS)
+        found = measure.measure(case, CPU, ticking, CEILINGS)
+        assert fast["median"] < SLEEP <= found["median"]
+        assert found["share"] < fast["share"]
+        assert found["bytes"] == fast["bytes"] == 3 * 4 * 8 * 8 * 8 * 4
+
+    def test_rounds_and_copies(self):
+        assert clock.rounds_for(1.0, 0.25) == 5 and clock.rounds_for(1e-6, 0.25) == 100
+        assert clock.rounds_for(0.01, 0.25) == 25
+        assert clock.touched_copies(10, 50) == 15 and clock.touched_copies(1, 10**9) == 64
+        assert clock.touched_copies(10**9, 50) == 1
+
+    @needs_gpu
+    def test_events_and_graph_agree(self):
+        source = torch.rand(1 << 26, device="cuda")
+
+        def make():
+            target = torch.empty_like(source)
+            return lambda: target.copy_(source)
+
+        ticking = clock.DeviceClock()
+        found = {}
+        for launch in ("auto", "graph"):
+            timed = clock.prepare(ticking, make, source.device, launch=launch)
+            found[timed.method] = min(clock.durations(ticking, timed, 20))
+        assert found["events"] == pytest.approx(found["graph"], rel=0.1)
+
+    @needs_gpu
+    def test_the_host_is_not_timed(self):
+        x = torch.rand(1024, device="cuda")
+
+        def slow():
+            time.sleep(SLEEP)
+            return x + 1
+
+        ticking = clock.DeviceClock()
+        timed = clock.prepare(ticking, lambda: slow, x.device, touched_bytes=8192)
+        assert timed.method == "graph" and timed.host_seconds > SLEEP
+        assert max(clock.durations(ticking, timed, 5)) < SLEEP / 10
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward", "eval"])
+def test_wrong_provider_is_refused_before_it_is_timed(monkeypatch, direction):
+    def without_relu(inputs):
+        return formula(replace(SITE, operation="bn"), direction != "eval")(inputs)
+
+    case = replace(provide(monkeypatch, "wrong", without_relu), direction=direction)
+    ticking = clock.DeviceClock()
+    with pytest.raises(WrongResult, match="output 0: relative error"):
+        measure.measure(case, CPU, ticking, CEILINGS)
+    assert ticking() == 0
+
+
+def test_wrong_gradient_or_statistics_are_refused(monkeypatch):
+    plain = formula(SITE, True)
+
+    def half_gradient(inputs):
+        (y,) = plain(inputs)
+        return ((y + y.detach()) / 2,)
+
+    def no_update(inputs):
+        return formula(SITE, True)(inputs.to(inputs.x.dtype))
+
+    case = provide(monkeypatch, "half", half_gradient)
+    assert measure.measure(case, CPU, clock.DeviceClock(), CEILINGS)["error"] < 1e-6
+    with pytest.raises(WrongResult, match="gradient 0"):
+        measure.measure(replace(case, direction="backward"), CPU, clock.DeviceClock(), CEILINGS)
+    case = provide(monkeypatch, "frozen", no_update)
+    with pytest.raises(WrongResult, match="running statistic 0"):
+        measure.measure(case, CPU, clock.DeviceClock(), CEILINGS)
+
+
+@pytest.mark.parametrize("provider", ["bnres", "eager"])
+@pytest.mark.parametrize("operation", ["bn_add_relu_twice", "dual_bn_add_relu", "bn_relu_pool"])
+def test_provider_agrees_with_the_formula(provider, operation):
+    case = replace(CASE, site=replace(SITE, operation=operation), provider=provider)
+    found = measure.measure(replace(case, direction="backward"), CPU, clock.DeviceClock(), CEILINGS)
+    assert found["error"] < 1e-5 and found["median"] > 0
+
+
+def test_wrong_net_is_refused(monkeypatch):
+    case = cases.ModelCase(
+        "step", "resnet18", 16, 4, "eager", "fp32", "channels_last", "bnres", True
+    )
+    monkeypatch.setattr(models, "_of_provider", lambda stock, case: _without_relu(stock))
+    with pytest.raises(WrongResult, match="logits 0"):
+        models.prepare(case, CPU).verify()
+
+
+def _without_relu(model):
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.ReLU):
+            model.set_submodule(name, nn.Identity())
+    return model
+
+
+class TestCampaign:
+    def run(self, folder, chosen, measure_case, minutes=1.0):
+        store = ResultStore(folder, ABOUT)
+        return campaign.run(store, chosen, minutes, CPU, Console(quiet=True), measure_case)
+
+    def test_resumed_run_repeats_nothing(self, tmp_path):
+        chosen = [replace(CASE, batch=n, smoke=False) for n in range(2, 6)]
+        measured = []
+
+        def interrupted(case):
+            if len(measured) == 2:
+                raise KeyboardInterrupt
+            measured.append(case.id)
+            return {"median": 1.0}
+
+        with pytest.raises(KeyboardInterrupt):
+            self.run(tmp_path, chosen[::-1], interrupted)
+        assert [r["id"] for r in load(tmp_path)[1]] == measured
+        again = []
+        self.run(tmp_path, chosen, lambda case: again.append(case.id) or {"median": 1.0})
+        assert sorted(measured + again) == sorted(case.id for case in chosen)
+        assert self.run(tmp_path, chosen, lambda case: pytest.fail("measured twice")) == 0
+
+    def test_stops_when_the_time_is_up(self, tmp_path):
+        assert self.run(tmp_path, [CASE], lambda case: pytest.fail("no time"), minutes=0) == 0
+
+    def test_failures_are_results(self, tmp_path):
+        errors = {2: Unavailable("not here"), 3: WrongResult("wrong"), 4: RuntimeError("broken")}
+
+        def fails(case):
+            raise errors[case.batch]
+
+        self.run(tmp_path, [replace(CASE, batch=n, smoke=False) for n in errors], fails)
+        assert [(r["status"], r["reason"]) for r in load(tmp_path)[1]] == [
+            ("skipped", "not here"), ("refused", "wrong"), ("failed", "RuntimeError: broken"),
+        ]  # fmt: skip
+
+    def test_torn_line_is_measured_again(self, tmp_path):
+        self.run(tmp_path, [CASE], lambda case: {"median": 1.0})
+        path = tmp_path / "results.jsonl"
+        path.write_text(path.read_text() + '{"id": "cut o')
+        other = replace(CASE, provider="bnres")
+        self.run(tmp_path, [CASE, other], lambda case: {"median": 2.0})
+        assert [r["median"] for r in load(tmp_path)[1]] == [1.0, 2.0]
+
+    def test_other_device_is_refused(self, tmp_path):
+        ResultStore(tmp_path, ABOUT)
+        with pytest.raises(ValueError, match="results of device 'a device', but this is 'another'"):
+            ResultStore(tmp_path, ABOUT | {"device": "another"})
+
+
+class TestCases:
+    def test_names_are_unique_and_selection_works(self):
+        for chosen in (cases.all_cases(), cases.smoke_cases()):
+            assert len({case.id for case in chosen}) == len(chosen)
+        found = cases.select(
+            cases.all_cases(), suite="ops", sites=["resnet50.layer2"], providers=["eager"],
+            dtypes=["bf16"], layouts=["contiguous"],
+        )  # fmt: skip
+        assert {case.site.id for case in found} == {"resnet50.layer2", "resnet50.layer2-entry"}
+
+    def test_smoke_has_every_operation_direction_and_provider(self):
+        def kinds(chosen):
+            return {
+                (c.suite, c.provider)
+                + ((c.site.operation, c.direction, c.layout) if c.suite == "ops" else ())
+                for c in chosen
+            }
+
+        assert kinds(cases.smoke_cases()) == kinds(cases.all_cases())
+
+    def test_the_most_telling_come_first(self):
+        first = cases.all_cases()[:60]
+        assert {c.provider for c in first} > {"bnres", "eager", "compile", "cudnn-frontend"}
+        assert {c.site.operation for c in first if c.suite == "ops"} == {"bn_relu"} | {
+            "bn_add_relu", "bn_relu_pool"
+        }  # fmt: skip
+
+    @pytest.mark.parametrize(
+        ("net", "known"),
+        [("resnet18", sites.RESNET18_SITES), ("resnet50", sites.RESNET50_SITES)],
+    )
+    def test_sites_are_the_nets_batch_norms(self, net, known):
+        found = {}
+        with torch.device("meta"):
+            model = create_model(net, fused=False).eval()
+
+            def note(module, inputs):
+                key = tuple(inputs[0].shape[1:3])
+                found[key] = found.get(key, 0) + 1
+
+            for module in model.modules():
+                if isinstance(module, nn.BatchNorm2d):
+                    module.register_forward_pre_hook(note)
+            model(torch.empty(2, 3, 224, 224))
+        expected = {}
+        for site in known:
+            key = site.channels, site.size
+            expected[key] = expected.get(key, 0) + site.count
+        assert found == expected
+
+
+def record(subject, provider, median, **fields):
+    """A measured record of a site, times in microseconds."""
+    case = replace(CASE, site=replace(SITE, name=subject), provider=provider, smoke=False)
+    seconds = median * 1e-6
+    known = {"status": "measured", "median": seconds, "q1": seconds, "q3": seconds, "bytes": 12000}
+    return measure.fields_of(case) | known | measure.rates(known, CEILINGS) | fields
+
+
+class TestReport:
+    def test_table_and_pictures(self, tmp_path):
+        records = [
+            record("stem", "bnres", 2.0), record("stem", "eager", 5.0), record("stem", "compile", 3.0),
+            record("layer1", "bnres", 4.0),
+            measure.fields_of(replace(CASE, provider="apex")) | {"status": "skipped", "reason": "no"},
+        ]  # fmt: skip
+        for provider in ("bnres", "eager"):
+            case = cases.ModelCase(
+                "step", "resnet18", 224, 8, "eager", "bf16", "channels_last", provider
+            )
+            groups = {"convolution": 1e-3, "batch norm": 1e-3, "pooling": 0.0, "other": 5e-4}
+            times = {"median": 4e-3, "q1": 4e-3, "q3": 4e-3, "images": 8, "groups": groups}
+            records.append(measure.fields_of(case) | {"status": "measured"} | times)
+            size = {"peak_bytes": 2_000_000, "held_bytes": 1_000_000}
+            case = replace(case, suite="memory")
+            records.append(measure.fields_of(case) | {"status": "measured"} | size)
+        drawn = pictures.draw(tmp_path, ABOUT, records)
+        assert {p.stem for p in drawn} == {"bandwidth", "speedup", "step", "memory"}
+        assert all(p.stat().st_size > 10_000 for p in drawn)
+        text = tables.report(ABOUT, records, drawn)
+        # 12,000 bytes at the ceiling of 10 GB/s take 1.2 us.
+        assert "| resnet18.stem | 2.0 (60%) | 5.0 (24%) | 3.0 (40%) | 2.50× | 1.50× |" in text
+        assert "| resnet18.layer1 | 4.0 (30%) | - | - | - | - |" in text
+        assert "| 4.00 (2,000) | 4.00 (2,000) | 1.00× | - |" in text
+        assert ": peak | 2 (1.00×) | 2 (1.00×) |" in text
+        assert "| apex | skipped | 1 | no |" in text
+        parts = pictures.step_parts(records[5])
+        assert parts == pytest.approx(
+            {"convolution": 1e-3, "batch norm": 1e-3, "rest": 5e-4, "between kernels": 1.5e-3}
+        )
+
+    def test_comparison_marks_what_is_beyond_noise(self):
+        old = [record(name, "bnres", 10.0) for name in ("a", "b", "c", "d")]
+        noisy = {"q1": 8e-6, "q3": 12e-6}
+        new = [
+            record("a", "bnres", 10.2), record("b", "bnres", 11.0), record("c", "bnres", 8.0),
+            record("d", "bnres", 12.0, **noisy), record("e", "bnres", 1.0),
+        ]  # fmt: skip
+        found = comparison.compare((ABOUT, old), (ABOUT | {"commit": "def"}, new))
+        assert [c.verdict for c in found.changes] == ["same", "slower", "faster", "same", "new"]
+        assert [c.ratio for c in found.regressions] == [pytest.approx(1.1)]
+        assert "commit: abc -> def" in found.table()
+        lost = [new[0] | {"status": "refused", "reason": "wrong"}]
+        assert [c.verdict for c in comparison.compare((ABOUT, old), (ABOUT, lost)).regressions] == [
+            "lost"
+        ]
+
+    def test_readme_is_drawn_from_the_results(self):
+        text = readme_section.README.read_text(encoding="utf-8")
+        assert readme_section.with_section(text) == text, "run python -m benchmarks report --readme"
+        with pytest.raises(ValueError, match="must hold the lines"):
+            readme_section.with_section("no markers")
+
+    def test_readme_of_a_measured_run(self, tmp_path):
+        for date, median in (("2026-01-01", 9.0), ("2026-02-01", 2.0)):
+            folder = tmp_path / "a-gpu" / date
+            store = ResultStore(folder, ABOUT)
+            store.add(record("stem", "bnres", median))
+        text = readme_section.section(tmp_path)
+        assert "| resnet18.stem | 2.0 (60%) |" in text and "a device; torch 2.13" in text
+        assert "no measured result" not in text and "9.0" not in text.split("Counted")[0]
+
+
+class TestBudget:
+    def rows(self, **changes):
+        row = {
+            "gpu": "sm_90", "kernel": "k", "dtype": "bfloat16", "registers": 64, "shared_memory": 0,
+            "spills": 0, "narrow": 0.0, "in_flight": 50, "wanted": 100, "occupancy": 0.5,
+            "matrix": "", "missing": "",
+        }  # fmt: skip
+        return [row | changes]
+
+    @pytest.mark.parametrize(
+        "change",
+        [{"spills": 1}, {"narrow": 0.1}, {"in_flight": 40}, {"occupancy": 0.4}, {"missing": "x"},
+         {"kernel": "unknown"}],
+    )  # fmt: skip
+    def test_machine_code_that_falls_behind(self, change):
+        limits = budget.Found([], {}, budget.worst(self.rows()))
+        found = budget.Found([], {}, budget.worst([*self.rows(), *self.rows(**change)]))
+        assert len(budget.exceeded(found, limits, same_triton=True)) == 1
+        assert budget.exceeded(limits, limits, same_triton=True) == []
+        other_triton = budget.exceeded(found, limits, same_triton=False)
+        assert len(other_triton) == (0 if "occupancy" in change else 1)
+
+    def test_memory_that_falls_behind(self):
+        row = {"operation": "bn", "step": "eval", "layout": "x", "lanes": 2.0, "sectors": 2.0}
+        limits = budget.Found([row], {"fused": 100}, [])
+        more = budget.Found([row | {"sectors": 2.1}], {"fused": 101}, [])
+        assert budget.exceeded(more, limits, True) == [
+            "bn eval x: 2.1000 S in sectors, budget 2.0000",
+            "held for backward, fused: 101 bytes, budget 100",
+        ]
+
+
+class TestCommandLine:
+    CHOICE = ("--suite", "ops", "--sites", "resnet18.stem", "--providers", "eager", "--layout",
+              "contiguous")  # fmt: skip
+
+    def test_run_report_compare(self, tmp_path):
+        out = str(tmp_path / "run")
+        result = runner.invoke(app, ["run", "--minutes", "1", "--out", out, *self.CHOICE])
+        assert result.exit_code == 0, result.output
+        about, records = load(tmp_path / "run")
+        assert records and all(r["status"] == "measured" for r in records)
+        assert about["ceilings"]["copy"] > 1e8 and about["torch"] == torch.__version__
+        again = runner.invoke(app, ["run", "--minutes", "1", "--out", out, *self.CHOICE])
+        assert "0 cases measured, 0 left" in again.output
+        result = runner.invoke(app, ["report", out])
+        assert result.exit_code == 0, result.output
+        assert "# Benchmarks" in (tmp_path / "run" / "report.md").read_text()
+        same = runner.invoke(app, ["compare", out, out])
+        assert same.exit_code == 0 and f"0 faster, {len(records)} same" in same.output
+        slow = [r | {k: 2 * r[k] for k in ("median", "q1", "q3")} for r in records]
+        other = tmp_path / "slow"
+        other.mkdir()
+        (other / "environment.json").write_text(json.dumps(about))
+        (other / "results.jsonl").write_text("".join(json.dumps(r) + "\n" for r in slow))
+        result = runner.invoke(app, ["compare", out, str(other)])
+        assert result.exit_code == 1 and "slower" in result.output
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["run", "--providers", "eagre"], "providers must be of bnres, eager"),
+            (["run", "--dtype", "fp8"], "dtype must be of bf16, fp16, fp32, got 'fp8'"),
+            (["run", "--sites", "resnet19"], "no case has all of"),
+            (["report"], "folders: name at least one"),
+            (["report", "/nowhere"], "/nowhere is no folder of results"),
+            (["audit", "--gpu", "sm_70"], "gpu must be of sm_90"),
+            (["profile", "--net", "vgg"], "net must be of resnet18, resnet50, got 'vgg'"),
+        ],
+    )
+    def test_bad_input(self, arguments, message):
+        result = runner.invoke(app, arguments)
+        assert result.exit_code == 2 and message in result.output
+
+    def test_profile(self, tmp_path):
+        trace = tmp_path / "trace.json"
+        result = runner.invoke(
+            app,
+            ["profile", "--provider", "eager", "--batch", "2", "--image", "16", "--dtype", "fp32",
+             "--trace", str(trace)],
+        )  # fmt: skip
+        assert result.exit_code == 0, result.output
+        shares = {line.split("  ")[0]: line for line in result.output.splitlines()}
+        assert "%" in shares["convolution"] and "%" in shares["batch norm"]
+        assert json.loads(trace.read_text())["traceEvents"]
+
+
+@pytest.mark.parametrize(
+    ("name", "group"),
+    [
+        ("_bn_bwd_reduce_kernel", "batch norm"),
+        ("_conv_bn_act_kernel", "convolution"),
+        ("_bn_max_pool_kernel", "batch norm"),
+        ("void at::native::batch_norm_collect_statistics_channels_last_kernel<>", "batch norm"),
+        ("sm90_xmma_fprop_implicit_gemm_bf16bf16_bf16f32", "convolution"),
+        ("void cudnn::bn_fw_tr_1C11_kernel_NCHW<>", "batch norm"),
+        ("triton_red_fused__native_batch_norm_legit_functional_1", "batch norm"),
+        ("void at::native::max_pool_forward_nhwc<>", "pooling"),
+        ("void at::native::multi_tensor_apply_kernel<>", "optimiser"),
+        ("void at::native::vectorized_elementwise_kernel<>", "other"),
+    ],
+)
+def test_kernels_fall_into_groups(name, group):
+    assert group_of(name) == group
+
+
+def test_inputs_are_fresh_and_reproducible():
+    first, second = (
+        make_inputs(SITE, "backward", 2, "contiguous", torch.float32, CPU) for _ in "ab"
+    )
+    assert torch.equal(first.x, second.x) and first.x.data_ptr() != second.x.data_ptr()
+    copy = first.to(torch.float64)
+    assert copy.x.dtype == torch.float64 and copy.norm.running_mean.dtype == torch.float64
+    assert len(copy.leaves) == 3 and all(leaf.requires_grad for leaf in copy.leaves)
