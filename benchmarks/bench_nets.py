@@ -5,14 +5,8 @@ import pytest
 from benchmarks.suite import device_time, parametrize, run_case
 
 
-@parametrize(["step", "infer"])
+@parametrize(["step", "infer", "memory"])
 @pytest.mark.benchmark(timer=device_time)
 def test_net(benchmark, case):
     run_case(benchmark, case)
-
-
-@parametrize(["memory"])
-@pytest.mark.benchmark(timer=device_time)
-def test_memory(benchmark, case):
-    run_case(benchmark, case)
-    assert benchmark.skipped or benchmark.extra_info["peak_bytes"] > 0
+    assert case.suite != "memory" or benchmark.extra_info["peak_bytes"] > 0

@@ -26,11 +26,11 @@ class Ready:
     """A case that was checked and warmed up.
 
     Attributes:
-        timed: what to time; None where something else is measured.
+        timed: what to time.
         facts: what is known without timing it, for the record.
     """
 
-    timed: clock.Timed | None
+    timed: clock.Timed
     facts: dict[str, Any]
 
 
@@ -41,6 +41,7 @@ def prepare(case: Case, device: torch.device, ticking: clock.DeviceClock) -> Rea
         Unavailable: if the provider is missing here.
         WrongResult: if it computes something else.
     """
+    torch.backends.cudnn.benchmark = True  # as training scripts set it, for every provider
     if isinstance(case, OpCase):
         return _prepare_op(case, device, ticking)
     return _prepare_model(case, device, ticking)
@@ -56,7 +57,7 @@ def measure(
     """
     ready = prepare(case, device, ticking)
     record = dict(ready.facts)
-    if ready.timed is not None:
+    if case.suite != "memory":
         budget = STEP_BUDGET if isinstance(case, ModelCase) else BUDGET
         first = clock.durations(ticking, ready.timed, 2)[-1]
         rounds = clock.rounds_for(first, budget)
@@ -182,7 +183,7 @@ def _prepare_model(case: ModelCase, device: torch.device, ticking: clock.DeviceC
     work = models.prepare(case, device)
     facts: dict[str, Any] = {"error": work.verify(), "timed_dtype": models.dtype_of(case)}
     if case.suite == "memory":
-        return Ready(None, facts | memory.measure(work, device))
+        facts |= memory.measure(work, device)
     timed = clock.prepare(ticking, lambda: work.run, device, launch=case.launch)
     facts |= {"method": timed.method, "host_seconds": timed.host_seconds, "images": case.batch}
     if case.suite == "step":

@@ -56,9 +56,6 @@ def _run_case(benchmark: Any, case: Case) -> None:
         pytest.skip(f"{case.provider}: {error}")
     benchmark.group = case.subject
     benchmark.extra_info |= fields_of(case) | ready.facts | {"environment": about()}
-    if ready.timed is None:
-        benchmark.skipped = True
-        return
     rounds = SMOKE_ROUNDS
     if not case.smoke:
         budget = STEP_BUDGET if isinstance(case, ModelCase) else BUDGET
