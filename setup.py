@@ -15,7 +15,18 @@ BENCH = [
 ]
 TEST = [*TRAIN, "hypothesis>=6.100", "pytest>=8", "pytest-xdist>=3.5", "torchvision>=0.26"]
 
-PACKAGES = ("autograd", "data", "functional", "fusion", "kernels", "models", "nn", "ops", "train")
+PACKAGES = (
+    "augment",
+    "autograd",
+    "data",
+    "functional",
+    "fusion",
+    "kernels",
+    "models",
+    "nn",
+    "ops",
+    "train",
+)
 
 setup(
     name="bnres",

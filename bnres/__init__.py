@@ -1,6 +1,6 @@
 """Fused batch norm for residual networks: Triton kernels, autograd Functions, drop-in layers."""
 
-from bnres import functional, models, nn
+from bnres import augment, functional, models, nn
 from bnres.backend import backend, use_backend
 from bnres.fusion import FusionReport, explain, fold, fuse, unfuse
 from bnres.recipes import recompute
@@ -10,6 +10,7 @@ __version__ = "0.1.0.dev0"
 __all__ = [
     "FusionReport",
     "__version__",
+    "augment",
     "backend",
     "explain",
     "fold",

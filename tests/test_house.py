@@ -22,6 +22,7 @@ ROOMS = (
     "fusion",
     "tune",
     "models",
+    "augment",
     "data",
     "train",
     "cli",

@@ -1,0 +1,23 @@
+"""Augmentation of batches, each image with draws of its own, fused into one kernel."""
+
+from bnres.augment.compose import Compose
+from bnres.augment.transforms import (
+    ColorJitter,
+    Normalize,
+    RandomCrop,
+    RandomHorizontalFlip,
+    RandomResizedCrop,
+    RandomVerticalFlip,
+    Transform,
+)
+
+__all__ = [
+    "ColorJitter",
+    "Compose",
+    "Normalize",
+    "RandomCrop",
+    "RandomHorizontalFlip",
+    "RandomResizedCrop",
+    "RandomVerticalFlip",
+    "Transform",
+]

@@ -1,0 +1,309 @@
+"""Torchvision's random transforms, drawn for each image of a batch.
+
+Draws are made on the CPU from an explicit generator, so that every device draws the same. A
+transform says what it drew; `bnres.augment.compose` puts the draws of a chain together.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import log
+
+import torch
+from torch import Tensor
+
+from bnres.kernels.color import BRIGHTNESS, CONTRAST, HUE, NO_OPERATION, SATURATION
+
+TRIES = 10
+
+
+@dataclass(frozen=True)
+class Flip:
+    """Which images (N,) are flipped, along the height or the width."""
+
+    chosen: Tensor
+    vertical: bool
+
+
+@dataclass(frozen=True)
+class Crop:
+    """Boxes int64 (N, 4) of top, left, height and width, over the rim too, and what they become."""
+
+    boxes: Tensor
+    size: tuple[int, int]
+    resizes: bool
+
+
+@dataclass(frozen=True)
+class Color:
+    """Operations' numbers (N, 4) in each image's order, and its factors (N, 4) by number."""
+
+    numbers: Tensor
+    factors: Tensor
+
+
+@dataclass(frozen=True)
+class Scale:
+    """(x − mean)/std for each channel."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+Draw = Flip | Crop | Color | Scale
+
+
+class Transform(ABC):
+    """A step of a chain; called, it is a chain of one.
+
+    ``transform(images, generator)`` takes (N, C, H, W), C 1 or 3, uint8 or floating on a scale from
+    0 to 1, and returns a float batch; see `bnres.augment.Compose`.
+    """
+
+    @abstractmethod
+    def draw(self, count: int, height: int, width: int, generator: torch.Generator | None) -> Draw:
+        """What happens to each of ``count`` images of this size."""
+
+    def __call__(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        from bnres.augment.compose import Compose
+
+        return Compose([self])(images, generator)
+
+
+def _uniform(
+    shape: tuple[int, ...], low: float, high: float, generator: torch.Generator | None
+) -> Tensor:
+    return low + (high - low) * torch.rand(shape, generator=generator, dtype=torch.float64)
+
+
+def _integers(limits: Tensor, generator: torch.Generator | None) -> Tensor:
+    """One uniform integer from 0 to below each limit."""
+    return (_uniform(tuple(limits.shape), 0, 1, generator) * limits).long()
+
+
+def _pair(name: str, value: int | Sequence[int], least: int = 1) -> tuple[int, int]:
+    pair = (value, value) if isinstance(value, int) else tuple(value)
+    if len(pair) != 2 or not all(isinstance(v, int) and v >= least for v in pair):
+        raise ValueError(f"{name} must be one or two numbers from {least} on, got {value!r}")
+    return pair[0], pair[1]
+
+
+def _range(name: str, value: Sequence[float]) -> tuple[float, float]:
+    pair = tuple(value) if isinstance(value, Sequence) else ()
+    if len(pair) != 2 or not 0 < pair[0] <= pair[1]:
+        raise ValueError(f"{name} must be two numbers above 0, the smaller first, got {value!r}")
+    return float(pair[0]), float(pair[1])
+
+
+class _RandomFlip(Transform):
+    vertical: bool
+
+    def __init__(self, p: float = 0.5) -> None:
+        if not 0 <= p <= 1:
+            raise ValueError(f"p must be from 0 to 1, got {p!r}")
+        self.p = p
+
+    def draw(self, count: int, height: int, width: int, generator: torch.Generator | None) -> Flip:
+        return Flip(_uniform((count,), 0, 1, generator) < self.p, self.vertical)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(p={self.p})"
+
+
+class RandomHorizontalFlip(_RandomFlip):
+    """Flips left and right with probability ``p``; as `torchvision.transforms.v2`'s."""
+
+    vertical = False
+
+
+class RandomVerticalFlip(_RandomFlip):
+    """Flips top and bottom with probability ``p``; as `torchvision.transforms.v2`'s."""
+
+    vertical = True
+
+
+class RandomResizedCrop(Transform):
+    """A box of random area and shape, resized (bilinear, antialiased) to ``size``.
+
+    Args:
+        size: of the output, one number for both or (height, width).
+        scale: least and greatest share of the image's area.
+        ratio: least and greatest width over height.
+
+    Raises:
+        ValueError: for a size below 1, or a range that is none.
+
+    As `torchvision.transforms.v2.RandomResizedCrop`, its ten tries and its fallback included.
+    """
+
+    def __init__(
+        self,
+        size: int | Sequence[int],
+        scale: Sequence[float] = (0.08, 1.0),
+        ratio: Sequence[float] = (3 / 4, 4 / 3),
+    ) -> None:
+        self.size = _pair("size", size)
+        self.scale, self.ratio = _range("scale", scale), _range("ratio", ratio)
+
+    def draw(self, count: int, height: int, width: int, generator: torch.Generator | None) -> Crop:
+        shape = (count, TRIES)
+        area = height * width * _uniform(shape, *self.scale, generator)
+        ratio = _uniform(shape, log(self.ratio[0]), log(self.ratio[1]), generator).exp()
+        # Both round to even at a half, as Python does.
+        w, h = (area * ratio).sqrt().round().long(), (area / ratio).sqrt().round().long()
+        valid = (w > 0) & (w <= width) & (h > 0) & (h <= height)
+        first = valid.int().argmax(1, keepdim=True)
+        h, w = h.gather(1, first)[:, 0], w.gather(1, first)[:, 0]
+        found = valid.any(1)
+        central_h, central_w = self._central(height, width)
+        h, w = torch.where(found, h, central_h), torch.where(found, w, central_w)
+        top, left = _integers(height - h + 1, generator), _integers(width - w + 1, generator)
+        top = torch.where(found, top, (height - central_h) // 2)
+        left = torch.where(found, left, (width - central_w) // 2)
+        return Crop(torch.stack((top, left, h, w), 1), self.size, True)
+
+    def _central(self, height: int, width: int) -> tuple[int, int]:
+        """The largest box of a permitted ratio."""
+        low, high = self.ratio
+        if width / height < low:
+            return round(width / low), width
+        if width / height > high:
+            return height, round(height * high)
+        return height, width
+
+    def __repr__(self) -> str:
+        return f"RandomResizedCrop(size={self.size}, scale={self.scale}, ratio={self.ratio})"
+
+
+class RandomCrop(Transform):
+    """A box of ``size`` at a random place, of the image with zeros around it.
+
+    Args:
+        size: of the output, one number for both or (height, width).
+        padding: zeros on every side, or (left and right, top and bottom), or (left, top, right,
+            bottom).
+
+    Raises:
+        ValueError: for a size below 1 or a padding below 0; when called, for images that are
+            smaller than ``size``.
+
+    As `torchvision.transforms.v2.RandomCrop`.
+    """
+
+    def __init__(
+        self, size: int | Sequence[int], padding: int | Sequence[int] | None = None
+    ) -> None:
+        self.size = _pair("size", size)
+        sides = (padding or 0,) if isinstance(padding, int | None) else tuple(padding)
+        if len(sides) not in (1, 2, 4) or not all(isinstance(v, int) and v >= 0 for v in sides):
+            raise ValueError(f"padding must be 1, 2 or 4 numbers from 0 on, got {padding!r}")
+        self.padding = (sides * 4)[:4]
+
+    def draw(self, count: int, height: int, width: int, generator: torch.Generator | None) -> Crop:
+        left, top, right, bottom = self.padding
+        spare_h = height + top + bottom - self.size[0]
+        spare_w = width + left + right - self.size[1]
+        if spare_h < 0 or spare_w < 0:
+            raise ValueError(
+                f"size {self.size} is larger than the images of {(height, width)} with padding "
+                f"{self.padding}"
+            )
+        limits = torch.tensor([spare_h + 1, spare_w + 1]).expand(count, 2)
+        offsets = _integers(limits, generator) - torch.tensor([top, left])
+        boxes = torch.cat((offsets, torch.tensor(self.size).expand(count, 2)), 1)
+        return Crop(boxes, self.size, False)
+
+    def __repr__(self) -> str:
+        return f"RandomCrop(size={self.size}, padding={self.padding})"
+
+
+Amount = float | Sequence[float] | None
+
+
+class ColorJitter(Transform):
+    """Brightness, contrast, saturation and hue by random factors, in a random order.
+
+    Args:
+        brightness, contrast, saturation: factors from max(0, 1 - v) to 1 + v, or (least, greatest).
+        hue: a turn from -v to v, at most 0.5, or (least, greatest).
+
+    Raises:
+        ValueError: for a negative number or a range that is none; when called, for images of other
+            than 1 or 3 channels.
+
+    As `torchvision.transforms.v2.ColorJitter` on float images. One channel has neither saturation
+    nor hue.
+    """
+
+    def __init__(
+        self,
+        brightness: Amount = None,
+        contrast: Amount = None,
+        saturation: Amount = None,
+        hue: Amount = None,
+    ) -> None:
+        limit = (0.0, float("inf"))
+        self.brightness = _jitter_range("brightness", brightness, 1.0, limit)
+        self.contrast = _jitter_range("contrast", contrast, 1.0, limit)
+        self.saturation = _jitter_range("saturation", saturation, 1.0, limit)
+        self.hue = _jitter_range("hue", hue, 0.0, (-0.5, 0.5))
+
+    def draw(self, count: int, height: int, width: int, generator: torch.Generator | None) -> Color:
+        order = torch.rand((count, 4), generator=generator).argsort(1)
+        factors = torch.zeros((count, 4), dtype=torch.float64)
+        for number, limits in (
+            (BRIGHTNESS, self.brightness),
+            (CONTRAST, self.contrast),
+            (SATURATION, self.saturation),
+            (HUE, self.hue),
+        ):
+            if limits is None:
+                order = torch.where(order == number, NO_OPERATION, order)
+            else:
+                factors[:, number] = _uniform((count,), *limits, generator)
+        return Color(order, factors)
+
+    def __repr__(self) -> str:
+        names = ("brightness", "contrast", "saturation", "hue")
+        return f"ColorJitter({', '.join(f'{n}={getattr(self, n)}' for n in names)})"
+
+
+def _jitter_range(
+    name: str, value: Amount, centre: float, bound: tuple[float, float]
+) -> tuple[float, float] | None:
+    if value is None:
+        return None
+    if isinstance(value, int | float):
+        if value < 0:
+            raise ValueError(f"{name} must not be negative, got {value!r}")
+        low, high = centre - value, centre + value
+        low = max(low, 0.0) if centre else low
+    elif len(value) == 2:
+        low, high = float(value[0]), float(value[1])
+    else:
+        raise ValueError(f"{name} must be a number or two, got {value!r}")
+    if not bound[0] <= low <= high <= bound[1]:
+        raise ValueError(f"{name} must lie within {bound} and rise, got {value!r}")
+    return None if low == high == centre else (low, high)
+
+
+class Normalize(Transform):
+    """(x − mean)/std for each channel.
+
+    Raises:
+        ValueError: for a std of 0, or lists of different lengths; when called, for images of
+            another number of channels.
+    """
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        self.mean, self.std = tuple(map(float, mean)), tuple(map(float, std))
+        if len(self.mean) != len(self.std) or not self.mean:
+            raise ValueError(f"mean and std must be of one length, got {mean!r} and {std!r}")
+        if 0.0 in self.std:
+            raise ValueError(f"std must not hold 0, got {std!r}")
+
+    def draw(self, count: int, height: int, width: int, generator: torch.Generator | None) -> Scale:
+        return Scale(self.mean, self.std)
+
+    def __repr__(self) -> str:
+        return f"Normalize(mean={self.mean}, std={self.std})"

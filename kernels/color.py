@@ -1,0 +1,83 @@
+"""Pure device maths of colours in [0, 1]: torchvision's brightness, contrast, saturation and hue."""
+
+import triton
+import triton.language as tl
+
+# Order of the factors, and the operations' numbers in an image's order.
+BRIGHTNESS, CONTRAST, SATURATION, HUE = 0, 1, 2, 3
+# Bits of a number in a packed order; a number above HUE is no operation.
+ORDER_BITS = 4
+NO_OPERATION = 15
+
+
+@triton.jit
+def clamp_unit(v):
+    return tl.minimum(tl.maximum(v, 0.0), 1.0)
+
+
+@triton.jit
+def grayscale(r, g, b, CHANNELS: tl.constexpr):
+    """ITU-R 601-2 luma; of one channel the channel."""
+    if CHANNELS == 3:
+        return r * 0.2989 + g * 0.587 + b * 0.114
+    return r
+
+
+@triton.jit
+def _hue_channel(v, span, h6, START: tl.constexpr):
+    """A channel of HSV's (h, s, v), by v·s = span and h on a scale to 6."""
+    k = h6 + START
+    k -= 6.0 * tl.floor(k / 6.0)
+    return v - span * clamp_unit(tl.minimum(k, 4.0 - k))
+
+
+@triton.jit
+def adjust_hue(r, g, b, turn):
+    """RGB to HSV, the hue turned by ``turn`` (1: all the way round), and back."""
+    v = tl.maximum(tl.maximum(r, g), b)
+    span = v - tl.minimum(tl.minimum(r, g), b)
+    is_r, is_g = v == r, v == g
+    h6 = tl.where(is_r, g - b, tl.where(is_g, b - r, r - g)) / tl.where(span == 0.0, 1.0, span)
+    h6 += tl.where(is_r, 0.0, tl.where(is_g, 2.0, 4.0)) + 6.0 * turn
+    return (
+        _hue_channel(v, span, h6, 5),
+        _hue_channel(v, span, h6, 3),
+        _hue_channel(v, span, h6, 1),
+    )
+
+
+@triton.jit
+def jitter(r, g, b, order, start, stop, factors, gray_mean, CHANNELS: tl.constexpr):
+    """Steps ``start`` to ``stop`` of an image's colour operations, in the order it has drawn.
+
+    ``factors`` are its brightness, contrast, saturation and hue, ``gray_mean`` what contrast blends
+    with.
+    """
+    brightness, contrast, saturation, hue = factors
+    for step in tl.static_range(4):
+        operation = (order >> (4 * step)) & 15
+        active = (step >= start) & (step < stop)
+        if active & (operation == 0):
+            r, g, b = (
+                clamp_unit(r * brightness),
+                clamp_unit(g * brightness),
+                clamp_unit(b * brightness),
+            )
+        if active & (operation == 1):
+            shift = (1.0 - contrast) * gray_mean
+            r, g, b = (
+                clamp_unit(r * contrast + shift),
+                clamp_unit(g * contrast + shift),
+                clamp_unit(b * contrast + shift),
+            )
+        if CHANNELS == 3:
+            if active & (operation == 2):
+                gray = (1.0 - saturation) * grayscale(r, g, b, CHANNELS)
+                r, g, b = (
+                    clamp_unit(r * saturation + gray),
+                    clamp_unit(g * saturation + gray),
+                    clamp_unit(b * saturation + gray),
+                )
+            if active & (operation == 3):
+                r, g, b = adjust_hue(r, g, b, hue)
+    return r, g, b

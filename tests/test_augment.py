@@ -1,0 +1,282 @@
+"""Augmentation: torchvision's values for the same draws, its distributions, both routes."""
+
+import importlib
+import math
+
+import pytest
+import torch
+
+from bnres import augment, use_backend
+from bnres.augment import transforms as bt
+from bnres.augment.compose import segments
+from tests.device import DEVICE
+from tests.torchvision_import import torchvision
+
+v2 = importlib.import_module(f"{torchvision.__name__}.transforms.v2")
+F = v2.functional
+
+# torchvision computes in fp32 as we do; sums of taps and of gray values go in another order.
+GEOMETRY, COLOR = 1e-5, 1e-4
+ROUTES = ("aten", "kernels")
+
+
+@pytest.fixture(params=ROUTES)
+def route(request):
+    if request.param == "aten":
+        with use_backend("aten"):
+            yield "cpu"
+    else:
+        yield DEVICE
+
+
+def images(n, channels, height, width, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    if dtype == torch.uint8:
+        return torch.randint(256, (n, channels, height, width), generator=generator).byte()
+    return torch.rand((n, channels, height, width), generator=generator).to(dtype)
+
+
+def by_torchvision(x, draws):
+    """The chain, image by image and step by step, on float32."""
+    found = []
+    for index, image in enumerate(x.float() / 255 if x.dtype == torch.uint8 else x.float()):
+        for draw in draws:
+            if isinstance(draw, bt.Flip):
+                flip = F.vertical_flip if draw.vertical else F.horizontal_flip
+                image = flip(image) if draw.chosen[index] else image
+            elif isinstance(draw, bt.Crop):
+                box = draw.boxes[index].tolist()
+                if draw.resizes:
+                    image = F.resized_crop(image, *box, list(draw.size), antialias=True)
+                else:
+                    image = F.crop(image, *box)
+            elif isinstance(draw, bt.Color):
+                brightness, contrast, saturation, hue = draw.factors[index].float().tolist()
+                for number in draw.numbers[index].tolist():
+                    if number == 0:
+                        image = F.adjust_brightness(image, brightness)
+                    elif number == 1:
+                        image = F.adjust_contrast(image, contrast)
+                    elif number == 2:
+                        image = F.adjust_saturation(image, saturation)
+                    elif number == 3:
+                        image = F.adjust_hue(image, hue)
+            else:
+                image = F.normalize(image, list(draw.mean), list(draw.std))
+        found.append(image)
+    return torch.stack(found)
+
+
+FLIPS = [augment.RandomHorizontalFlip(), augment.RandomVerticalFlip()]
+JITTER = augment.ColorJitter(0.5, 0.2, 0.6, 0.4)
+MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)
+
+
+class TestValues:
+    def check(self, route, chain, x, tolerance, **options):
+        compose = augment.Compose(chain, **options)
+        n, _, height, width = x.shape
+        draws = compose.draws(n, height, width, torch.Generator().manual_seed(1))
+        assert len(segments(draws)) == 1
+        actual = compose.apply(x.to(route), draws)
+        expected = by_torchvision(x, draws)
+        assert actual.shape == expected.shape and actual.dtype == compose.dtype
+        error = (actual.cpu().float() - expected).abs().max().item()
+        assert error <= tolerance, error
+        return actual
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.uint8])
+    @pytest.mark.parametrize(
+        ("size", "out"), [((32, 32), (32, 32)), ((40, 24), (16, 20)), ((9, 13), (21, 17))]
+    )
+    def test_flips_and_resized_crop(self, route, dtype, size, out):
+        crop = augment.RandomResizedCrop(out, scale=(0.1, 1.0), ratio=(0.5, 2))
+        self.check(route, [*FLIPS, crop, *FLIPS], images(6, 3, *size, dtype), GEOMETRY)
+
+    @pytest.mark.parametrize("padding", [4, (1, 3), (0, 1, 2, 3)])
+    def test_padded_crop_is_exact(self, route, padding):
+        chain = [*FLIPS, augment.RandomCrop((15, 16), padding), *FLIPS]
+        self.check(route, chain, images(8, 3, 16, 16), 0)
+
+    @pytest.mark.parametrize("channels", [1, 3])
+    @pytest.mark.parametrize("order", ["crop first", "color first"])
+    def test_whole_chain(self, route, order, channels):
+        crop = augment.RandomResizedCrop(20, scale=(0.3, 0.8), ratio=(0.5, 2))
+        chain = [crop, JITTER] if order == "crop first" else [JITTER, crop]
+        scale = augment.Normalize(MEAN[:channels], STD[:channels])
+        x = images(8, channels, 28, 24)
+        # Normalising divides by as little as 0.2.
+        self.check(route, [FLIPS[0], *chain, scale], x, COLOR / min(STD))
+
+    @pytest.mark.parametrize("order", ["crop first", "color first"])
+    def test_images_of_several_programs(self, route, order):
+        chain = [JITTER, augment.RandomCrop(34, padding=2)]
+        if order == "crop first":
+            chain = chain[::-1]
+        self.check(route, [FLIPS[1], *chain], images(3, 3, 36, 35), COLOR)
+
+    @pytest.mark.parametrize(
+        "amounts", [(0.5, None, None, None), (None, 0.9, None, None), (None, None, 0.9, None),
+                    (None, None, None, 0.5), (None, (0.5, 0.7), None, (0.1, 0.2))],
+    )  # fmt: skip
+    def test_single_colours(self, route, amounts):
+        x = images(6, 3, 8, 8)
+        x[0] = 0.25  # gray has no hue
+        x[1, 1] = x[1, 0]  # two channels are the greatest at once
+        self.check(route, [augment.ColorJitter(*amounts)], x, COLOR)
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    @pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
+    def test_output(self, route, dtype, memory_format):
+        x = images(4, 3, 16, 16, torch.uint8)
+        y = self.check(
+            route, [*FLIPS, augment.RandomCrop(16, 2), augment.Normalize(MEAN, STD)], x,
+            torch.finfo(dtype).eps * 2, dtype=dtype, memory_format=memory_format,
+        )  # fmt: skip
+        assert y.is_contiguous(memory_format=memory_format)
+
+    def test_input_layout_is_kept_and_does_not_matter(self, route):
+        chain = augment.Compose([*FLIPS, augment.RandomResizedCrop(8)])
+        x = images(3, 3, 12, 12).to(route)
+        draws = chain.draws(3, 12, 12, torch.Generator().manual_seed(0))
+        last = chain.apply(x.contiguous(memory_format=torch.channels_last), draws)
+        assert last.is_contiguous(memory_format=torch.channels_last)
+        strided = torch.stack((x, x), -1)[..., 0]
+        assert torch.equal(chain.apply(x, draws), last)
+        assert torch.equal(chain.apply(strided, draws), last)
+
+    def test_two_kernels_where_one_does_not_do(self, route):
+        chain = augment.Compose(
+            [augment.RandomCrop(12), JITTER, augment.RandomCrop(8), augment.RandomHorizontalFlip(),
+             augment.Normalize(MEAN, STD), augment.RandomVerticalFlip()]
+        )  # fmt: skip
+        x = images(4, 3, 16, 16)
+        draws = chain.draws(4, 16, 16, torch.Generator().manual_seed(0))
+        assert len(segments(draws)) == 3
+        actual = chain.apply(x.to(route), draws).cpu()
+        assert (actual - by_torchvision(x, draws)).abs().max() <= COLOR / min(STD)
+
+    def test_empty_batch_and_empty_chain(self, route):
+        x = images(2, 3, 8, 8, torch.uint8).to(route)
+        assert torch.equal(augment.Compose([])(x).cpu(), x.cpu().float() / 255)
+        assert augment.Compose(FLIPS)(x[:0]).shape == (0, 3, 8, 8)
+
+
+def test_both_routes_draw_the_same():
+    chain = augment.Compose([*FLIPS, augment.RandomResizedCrop(12, scale=(0.3, 0.8)), JITTER])
+    x = images(16, 3, 20, 20, torch.uint8)
+    found = []
+    for backend, device in (("aten", "cpu"), (None, DEVICE)):
+        generator = torch.Generator().manual_seed(7)
+        if backend:
+            with use_backend(backend):
+                found.append(chain(x.to(device), generator))
+        else:
+            found.append(chain(x.to(device), generator).cpu())
+    assert (found[0] - found[1]).abs().max() <= GEOMETRY
+    assert not torch.equal(found[0][0], found[0][1])
+
+
+def test_a_transform_is_a_chain_of_one():
+    x = images(32, 1, 4, 4)
+    y = augment.RandomHorizontalFlip()(x, torch.Generator().manual_seed(0))
+    flipped = [torch.equal(a, b.flip(-1)) for a, b in zip(y, x, strict=True)]
+    kept = [torch.equal(a, b) for a, b in zip(y, x, strict=True)]
+    assert all(a != b for a, b in zip(flipped, kept, strict=True)) and 8 < sum(flipped) < 24
+
+
+COUNT = 4000
+# The greatest distance of two empirical distributions of COUNT draws each that chance exceeds once
+# in a million: sqrt(-ln(1e-6 / 2) / COUNT), by Kolmogorov and Smirnov.
+DISTANCE = math.sqrt(-math.log(1e-6 / 2) / COUNT)
+
+
+def distance(a, b):
+    """Kolmogorov and Smirnov's, of two samples."""
+    a, b = a.double().sort().values, b.double().sort().values
+    at = torch.cat((a, b))
+    below = [torch.searchsorted(s, at, right=True) / len(s) for s in (a, b)]
+    return (below[0] - below[1]).abs().max().item()
+
+
+class TestDistributions:
+    @pytest.mark.parametrize(
+        ("size", "scale", "ratio"),
+        [((32, 32), (0.08, 1.0), (3 / 4, 4 / 3)), ((24, 60), (0.5, 1.0), (0.5, 2)),
+         ((10, 80), (0.9, 1.0), (0.5, 2)), ((80, 10), (0.9, 1.0), (0.5, 2))],
+    )  # fmt: skip
+    def test_resized_crop(self, size, scale, ratio):
+        ours = augment.RandomResizedCrop(8, scale, ratio)
+        boxes = ours.draw(COUNT, *size, torch.Generator().manual_seed(0)).boxes
+        torch.manual_seed(0)
+        theirs = v2.RandomResizedCrop(8, scale, ratio)
+        image = torch.empty(3, *size)
+        names = ("top", "left", "height", "width")
+        drawn = [theirs.make_params([image]) for _ in range(COUNT)]
+        for column, name in enumerate(names):
+            expected = torch.tensor([d[name] for d in drawn])
+            assert distance(boxes[:, column], expected) <= DISTANCE, name
+        assert (boxes[:, 0] >= 0).all() and (boxes[:, 0] + boxes[:, 2] <= size[0]).all()
+        assert (boxes[:, 1] >= 0).all() and (boxes[:, 1] + boxes[:, 3] <= size[1]).all()
+
+    def test_fallback_is_central(self):
+        crop = augment.RandomResizedCrop(8, scale=(1.0, 1.0), ratio=(1.0, 1.0))
+        boxes = crop.draw(3, 10, 20, None).boxes
+        assert boxes.tolist() == [[0, 5, 10, 10]] * 3
+
+    def test_padded_crop(self):
+        ours = augment.RandomCrop(32, padding=4).draw(COUNT, 32, 32, None).boxes
+        theirs = v2.RandomCrop(32, padding=4)
+        image = torch.empty(3, 32, 32)
+        drawn = [theirs.make_params([image]) for _ in range(COUNT)]
+        for column, name in enumerate(("top", "left")):
+            expected = torch.tensor([d[name] for d in drawn]) - 4
+            assert distance(ours[:, column], expected) <= DISTANCE
+        assert set(ours[:, 0].tolist()) == set(range(-4, 5))
+
+    def test_jitter(self):
+        draw = augment.ColorJitter(0.5, 2.0, (0.2, 0.6), 0.4).draw(COUNT, 8, 8, None)
+        theirs = v2.ColorJitter(0.5, 2.0, (0.2, 0.6), 0.4)
+        drawn = [theirs.make_params([]) for _ in range(COUNT)]
+        names = ("brightness", "contrast", "saturation", "hue")
+        for column, name in enumerate(names):
+            expected = torch.tensor([d[f"{name}_factor"] for d in drawn])
+            assert distance(draw.factors[:, column], expected) <= DISTANCE, name
+        orders = {tuple(order) for order in draw.numbers.tolist()}
+        assert len(orders) == 24 and all(sorted(order) == [0, 1, 2, 3] for order in orders)
+        counts = draw.numbers[:, 0].bincount() / COUNT
+        assert (counts - 0.25).abs().max() < 0.035  # five standard deviations
+
+    @pytest.mark.parametrize("p", [0.0, 0.3, 1.0])
+    def test_flip(self, p):
+        chosen = augment.RandomVerticalFlip(p).draw(COUNT, 8, 8, None).chosen
+        assert abs(chosen.double().mean().item() - p) <= 5 * math.sqrt(p * (1 - p) / COUNT)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: augment.RandomHorizontalFlip(1.5), "p must be from 0 to 1"),
+        (lambda: augment.RandomResizedCrop(0), "size must be one or two numbers from 1"),
+        (lambda: augment.RandomResizedCrop(8, scale=(1.0, 0.5)), "scale must be two numbers"),
+        (lambda: augment.RandomCrop(8, padding=-1), "padding must be 1, 2 or 4 numbers"),
+        (lambda: augment.ColorJitter(hue=0.6), "hue must lie within"),
+        (lambda: augment.ColorJitter(brightness=-1), "brightness must not be negative"),
+        (lambda: augment.Normalize((0.5,), (0.0,)), "std must not hold 0"),
+        (lambda: augment.Normalize((0.5,), (0.1, 0.2)), "mean and std must be of one length"),
+        (lambda: augment.Compose([], dtype=torch.float64), "dtype must be fp32, fp16 or bf16"),
+        (lambda: augment.RandomCrop(9)(images(1, 3, 8, 8)), "is larger than the images"),
+        (lambda: augment.Compose([])(images(1, 2, 8, 8)), "with 1 or 3 channels"),
+        (lambda: augment.Compose([])(torch.ones(3, 8, 8)), r"must be \(N, C, H, W\)"),
+        (lambda: augment.Compose([])(torch.ones(1, 3, 8, 8).int()), "must be uint8 or floating"),
+        (lambda: augment.Normalize((0.5,), (1.0,))(images(1, 3, 8, 8)), "Normalize has 1 channels"),
+    ],
+)  # fmt: skip
+def test_bad_input(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_other_steps_are_refused():
+    with pytest.raises(TypeError, match=r"transforms must be of .*augment, got ToTensor"):
+        augment.Compose([v2.ToTensor()])
