@@ -6,6 +6,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+# The colour operations' numbers: places of their factors, and of themselves in an image's order.
+BRIGHTNESS, CONTRAST, SATURATION, HUE = 0, 1, 2, 3
+# In a packed order a number has so many bits, the first operation the lowest.
+ORDER_BITS = 4
+NO_OPERATION = 15
+
 
 @dataclass(frozen=True)
 class AugmentPlan:
@@ -40,8 +46,8 @@ class AugmentDraws(NamedTuple):
     Attributes:
         geometry: int32 (N, 6): top, left, height and width of the box in the source, which may lie
             over the rim, where zeros are read; whether to flip vertically, horizontally, after it.
-        order: int32 (N, 2): the colour operations' packed order (see `bnres.kernels.color`), and
-            the place of contrast in it.
+        order: int32 (N, 2): the colour operations' packed order, and the place of contrast in it
+            (4: none).
         factors: fp32 (N, 4): brightness, contrast, saturation, hue.
     """
 

@@ -8,8 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bnres.kernels.augment_plan import AugmentDraws, AugmentPlan
-from bnres.kernels.color import BRIGHTNESS, CONTRAST, HUE, ORDER_BITS, SATURATION
+from bnres.kernels.augment_plan import (
+    BRIGHTNESS,
+    CONTRAST,
+    HUE,
+    ORDER_BITS,
+    SATURATION,
+    AugmentDraws,
+    AugmentPlan,
+)
 
 LUMA = (0.2989, 0.587, 0.114)
 # Height and width up to which products are the faster way on a CPU.

@@ -3,11 +3,8 @@
 import triton
 import triton.language as tl
 
-# Order of the factors, and the operations' numbers in an image's order.
-BRIGHTNESS, CONTRAST, SATURATION, HUE = 0, 1, 2, 3
-# Bits of a number in a packed order; a number above HUE is no operation.
-ORDER_BITS = 4
-NO_OPERATION = 15
+# As the numbers of `bnres.kernels.augment_plan`.
+BRIGHTNESS, CONTRAST, SATURATION, HUE = (tl.constexpr(number) for number in range(4))
 
 
 @triton.jit
@@ -55,15 +52,15 @@ def jitter(r, g, b, order, start, stop, factors, gray_mean, CHANNELS: tl.constex
     """
     brightness, contrast, saturation, hue = factors
     for step in tl.static_range(4):
-        operation = (order >> (4 * step)) & 15
+        operation = (order >> (4 * step)) & 15  # ORDER_BITS of it
         active = (step >= start) & (step < stop)
-        if active & (operation == 0):
+        if active & (operation == BRIGHTNESS):
             r, g, b = (
                 clamp_unit(r * brightness),
                 clamp_unit(g * brightness),
                 clamp_unit(b * brightness),
             )
-        if active & (operation == 1):
+        if active & (operation == CONTRAST):
             shift = (1.0 - contrast) * gray_mean
             r, g, b = (
                 clamp_unit(r * contrast + shift),
@@ -71,13 +68,13 @@ def jitter(r, g, b, order, start, stop, factors, gray_mean, CHANNELS: tl.constex
                 clamp_unit(b * contrast + shift),
             )
         if CHANNELS == 3:
-            if active & (operation == 2):
+            if active & (operation == SATURATION):
                 gray = (1.0 - saturation) * grayscale(r, g, b, CHANNELS)
                 r, g, b = (
                     clamp_unit(r * saturation + gray),
                     clamp_unit(g * saturation + gray),
                     clamp_unit(b * saturation + gray),
                 )
-            if active & (operation == 3):
+            if active & (operation == HUE):
                 r, g, b = adjust_hue(r, g, b, hue)
     return r, g, b

@@ -162,6 +162,25 @@ class TestValues:
         assert augment.Compose(FLIPS)(x[:0]).shape == (0, 3, 8, 8)
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="counts what the interpreter touches")
+@pytest.mark.parametrize("order", ["crop first", "color first"])
+def test_an_image_is_read_once_and_written_once(order):
+    from benchmarks.audit.memory import count_traffic
+
+    chain = [augment.RandomCrop(16), JITTER]
+    chain = [*(chain if order == "crop first" else chain[::-1]), augment.Normalize(MEAN, STD)]
+    compose = augment.Compose([FLIPS[0], *chain], dtype=torch.float16)
+    x = images(4, 3, 16, 16, torch.uint8)
+    with count_traffic() as traffic:
+        y = compose(x)
+    # Contrast's mean of colours that come first is of the image before its crop.
+    reads = 1 if order == "crop first" else 2
+    assert traffic.lanes == reads * x.numel() + y.numel() * 2
+    with count_traffic() as traffic:
+        augment.Compose([augment.RandomResizedCrop(16), JITTER], dtype=torch.float16)(x)
+    assert traffic.sectors <= x.numel() + y.numel() * 2
+
+
 def test_both_routes_draw_the_same():
     chain = augment.Compose([*FLIPS, augment.RandomResizedCrop(12, scale=(0.3, 0.8)), JITTER])
     x = images(16, 3, 20, 20, torch.uint8)

@@ -1,4 +1,4 @@
-"""What the machine-code audit compiles: the launches of a ResNet step, and of inference's convolutions."""
+"""What the machine-code audit compiles: a ResNet step, inference's convolutions, augmentation."""
 
 from dataclasses import dataclass
 
@@ -8,6 +8,8 @@ from torch import Tensor
 from benchmarks.audit.operations import steps
 from benchmarks.sites import RESNET18_SITES, Site, operations_at
 from bnres import models
+from bnres.kernels.augment import augment
+from bnres.kernels.augment_plan import AugmentDraws, AugmentPlan
 from bnres.kernels.conv import conv_bn_act
 from bnres.kernels.norm import Norm
 from bnres.routes import ConvCall
@@ -102,3 +104,41 @@ def family_convs() -> list[ConvCall]:
     """A 3×3 convolution of layer1 and one of layer4, with a residual, in bf16."""
     calls = [c for c in all_convs() if c.has_residual and c.dtype == "bfloat16"]
     return [next(c for c in calls if c.channels == n and c.shape.taps == 9) for n in (64, 512)]
+
+
+@dataclass(frozen=True)
+class AugmentCase:
+    """A chain of flip, crop, colours and normalise on ``batch`` uint8 images, to bf16."""
+
+    batch: int
+    size: int
+    out: int
+    color_first: bool
+
+    def __str__(self) -> str:
+        order = "colours first" if self.color_first else "crop first"
+        return f"augment {self.batch} of {self.size} to {self.out}, {order}"
+
+
+def augment_cases() -> list[AugmentCase]:
+    """CIFAR's images, each one program's, and ImageNet's; both orders."""
+    return [
+        AugmentCase(batch, size, out, color_first)
+        for batch, size, out in ((1024, 32, 32), (256, 256, 224))
+        for color_first in (False, True)
+    ]
+
+
+def launch_augment(case: AugmentCase) -> None:
+    """The kernels of a chain."""
+    plan = AugmentPlan(
+        case.out, case.out, resizes=True, has_color=True, has_contrast=True,
+        color_first=case.color_first, mean=(0.5,) * 3, std=(0.2,) * 3, dtype=torch.bfloat16,
+        memory_format=torch.channels_last,
+    )  # fmt: skip
+    n = case.batch
+    draws = AugmentDraws(
+        torch.empty((n, 6), dtype=torch.int32), torch.empty((n, 2), dtype=torch.int32),
+        torch.empty((n, 4)),
+    )  # fmt: skip
+    augment(torch.empty((n, 3, case.size, case.size), dtype=torch.uint8), draws, plan)

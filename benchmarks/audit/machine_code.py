@@ -12,11 +12,14 @@ from functools import partial
 
 from benchmarks.audit import amdgcn
 from benchmarks.audit.compiled_cases import (
+    AugmentCase,
     Case,
     all_cases,
     all_convs,
+    augment_cases,
     family_cases,
     family_convs,
+    launch_augment,
     launch_conv,
     launch_step,
 )
@@ -147,6 +150,23 @@ def read_conv(gpu: Gpu, call: ConvCall, launch: Launch) -> Row:
     )  # fmt: skip
 
 
+def read_augment(gpu: Gpu, case: AugmentCase, launch: Launch) -> Row:
+    """Augmentation, whose images' bytes are read where each one's draws say, so never wide."""
+    threads = launch.compiled.metadata.num_warps * gpu.target.warp_size
+    shared = launch.compiled.metadata.shared
+    if gpu.target.backend == "hip":
+        amd = amdgcn.read(launch.compiled.asm["amdgcn"])
+        registers, spills = amd.registers, amd.spills
+    else:
+        code = disassemble(launch.compiled.asm["cubin"])
+        registers, spills, shared = code.registers, code.spills, shared + RESERVED_SHARED
+    room = resident_programs(gpu, registers, shared, threads)
+    return Row(
+        gpu.name, launch.kernel, str(case), "uint8", registers, shared, spills, 0.0, 0, 0,
+        room * threads / gpu.max_threads,
+    )  # fmt: skip
+
+
 def loaded_tensors(launch: Launch) -> int:
     """Activation tensors that a kernel reads."""
     names = ("x_ptr", "dy_ptr", "dy_skip_ptr", "residual_ptr", "x_a_ptr", "x_b_ptr")
@@ -174,8 +194,10 @@ def _amd_row(gpu: Gpu, launch: Launch, case: str, dtype: str, threads: int) -> R
     )  # fmt: skip
 
 
-def audit(gpu: Gpu, cases: list[Case], convs: list[ConvCall]) -> list[Row]:
-    """A row for each specialisation that the cases and the convolutions launch."""
+def audit(
+    gpu: Gpu, cases: list[Case], convs: list[ConvCall], augments: list[AugmentCase]
+) -> list[Row]:
+    """A row for each specialisation that the cases launch."""
     rows: list[Row] = []
     seen: set[tuple[str, int]] = set()
 
@@ -198,6 +220,12 @@ def audit(gpu: Gpu, cases: list[Case], convs: list[ConvCall]) -> list[Row]:
             launch_conv(call)
         for launch in launches:
             take(launch, 0, partial(read_conv, gpu, call))
+    for chain in augments:
+        launches = []
+        with compile_only(gpu, launches.append):
+            launch_augment(chain)
+        for launch in launches:
+            take(launch, 0, partial(read_augment, gpu, chain))
     return rows
 
 
@@ -208,7 +236,9 @@ def main() -> None:
     options = parser.parse_args()
     cases = family_cases() if options.families else all_cases()
     convs = family_convs() if options.families else all_convs()
-    print(json.dumps([asdict(row) for row in audit(GPUS[options.gpu], cases, convs)]))
+    print(
+        json.dumps([asdict(row) for row in audit(GPUS[options.gpu], cases, convs, augment_cases())])
+    )
 
 
 if __name__ == "__main__":

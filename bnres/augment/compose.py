@@ -8,9 +8,8 @@ from torch import Tensor
 
 from bnres.augment.transforms import Color, Crop, Draw, Flip, Scale, Transform
 from bnres.backend import uses_kernels
-from bnres.kernels.augment_plan import AugmentDraws, AugmentPlan
+from bnres.kernels.augment_plan import CONTRAST, ORDER_BITS, AugmentDraws, AugmentPlan
 from bnres.kernels.augment_reference import augment_ref
-from bnres.kernels.color import CONTRAST, ORDER_BITS
 
 CHANNELS = (1, 3)
 OUTPUT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)

@@ -12,7 +12,7 @@ from math import log
 import torch
 from torch import Tensor
 
-from bnres.kernels.color import BRIGHTNESS, CONTRAST, HUE, NO_OPERATION, SATURATION
+from bnres.kernels.augment_plan import BRIGHTNESS, CONTRAST, HUE, NO_OPERATION, SATURATION
 
 TRIES = 10
 
