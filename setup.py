@@ -4,7 +4,14 @@ from pathlib import Path
 
 from setuptools import setup
 
-TRAIN = ["matplotlib>=3.8", "mlxtend>=0.23", "numpy>=1.26", "rich>=13", "typer>=0.15"]
+TRAIN = [
+    "matplotlib>=3.8",
+    "mlxtend>=0.23",
+    "numpy>=1.26",
+    "pillow>=10",
+    "rich>=13",
+    "typer>=0.15",
+]
 BENCH = [
     "matplotlib>=3.8",
     "numpy>=1.26",

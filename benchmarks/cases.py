@@ -16,7 +16,7 @@ from benchmarks.sites import (
     operations_at,
 )
 
-SUITES = ("ops", "step", "infer", "memory")
+SUITES = ("ops", "step", "infer", "memory", "augment")
 OP_PROVIDERS = (
     "bnres", "eager", "compile", "cudnn-frontend", "eager-fp16-cudnn", "bnres-conv-kernel", "apex",
     "flag_gems", "compile-max-autotune",
@@ -24,7 +24,8 @@ OP_PROVIDERS = (
 MODEL_PROVIDERS = (
     "bnres", "eager", "compile", "eager-fp16-cudnn", "bnres-recompute", "compile-max-autotune",
 )  # fmt: skip
-PROVIDERS = tuple(dict.fromkeys(OP_PROVIDERS + MODEL_PROVIDERS))
+AUGMENT_PROVIDERS = ("bnres", "bnres-kernel", "torchvision-batch", "torchvision-image")
+PROVIDERS = tuple(dict.fromkeys(OP_PROVIDERS + MODEL_PROVIDERS + AUGMENT_PROVIDERS))
 BATCH = 256
 SMOKE_BATCH = 4
 SMOKE_IMAGES = {224: 64, 32: 16}
@@ -108,7 +109,44 @@ class ModelCase:
         return f"{self.subject}/{self.provider}"
 
 
-Case = OpCase | ModelCase
+@dataclass(frozen=True)
+class AugmentCase:
+    """A chain of flip, resized crop, jitter and normalise on a batch of uint8 images.
+
+    Attributes:
+        name: whose sizes: ``cifar`` or ``imagenet``.
+        batch: images.
+        size: their height and width.
+        out: that of the output.
+        dtype: of the output.
+        layout: of the output.
+        provider: ``bnres`` (draws and all), ``bnres-kernel`` (what it launches, alone),
+            ``torchvision-batch`` (one draw for all images) or ``torchvision-image``.
+        smoke: a few images in place of the batch.
+    """
+
+    name: str
+    batch: int
+    size: int
+    out: int
+    dtype: str
+    layout: str
+    provider: str
+    smoke: bool = False
+    suite = "augment"
+
+    @property
+    def subject(self) -> str:
+        """What is measured, whoever provides it."""
+        size = "smoke" if self.smoke else f"b{self.batch}"
+        return f"augment/{self.name}/{self.size}px-{self.out}px/{size}/{self.layout}/{self.dtype}"
+
+    @property
+    def id(self) -> str:
+        return f"{self.subject}/{self.provider}"
+
+
+Case = OpCase | ModelCase | AugmentCase
 
 
 def bn_sites(net: str) -> list[Site]:
@@ -170,6 +208,19 @@ def _model_subjects() -> Iterator[tuple[int, ModelCase]]:
                 yield 9, replace(case, dtype="fp32")
 
 
+def _augment_subjects() -> Iterator[tuple[int, AugmentCase]]:
+    for name, batch, size, out in (("cifar", 1024, 32, 32), ("imagenet", 256, 256, 224)):
+        yield (
+            2,
+            AugmentCase(name, batch, size, out, "bf16", "channels_last", AUGMENT_PROVIDERS[0]),
+        )
+
+
+PROVIDERS_OF = {
+    OpCase: OP_PROVIDERS,
+    ModelCase: MODEL_PROVIDERS,
+    AugmentCase: AUGMENT_PROVIDERS,
+}
 # Compiling with autotuning takes minutes a net, so it comes when the rest has been seen.
 LATE = {"compile-max-autotune": 11}
 
@@ -178,10 +229,9 @@ def all_cases() -> list[Case]:
     """Every case, in the order in which they are worth measuring."""
     ranked: list[tuple[int, int, Case]] = []
     order = 0
-    subjects: list[tuple[int, Case]] = [*_op_subjects(), *_model_subjects()]
+    subjects: list[tuple[int, Case]] = [*_op_subjects(), *_model_subjects(), *_augment_subjects()]
     for rank, subject in subjects:
-        providers = OP_PROVIDERS if isinstance(subject, OpCase) else MODEL_PROVIDERS
-        for provider in providers:
+        for provider in PROVIDERS_OF[type(subject)]:
             if provider == "bnres-conv-kernel" and not _is_conv(subject):
                 continue
             if provider == "bnres-recompute" and subject.suite == "infer":
@@ -204,6 +254,9 @@ def smoke_cases() -> list[Case]:
             dtype = "bf16" if case.layout == "channels_last" else "fp32"
             small: Case = replace(case, batch=SMOKE_BATCH, dtype=dtype, smoke=True)
             key = f"{case.site.operation}/{case.direction}/{case.layout}/{case.provider}"
+        elif isinstance(case, AugmentCase):
+            small = replace(case, batch=SMOKE_BATCH, smoke=True)
+            key = small.id
         else:
             if case.net != "resnet18" or case.layout != "channels_last" or case.dtype != "bf16":
                 continue
@@ -214,6 +267,13 @@ def smoke_cases() -> list[Case]:
             key = small.id
         found.setdefault(key, small)
     return list(found.values())
+
+
+def site_name(case: Case) -> str:
+    """Where a case measures: a site, a net, or whose images."""
+    if isinstance(case, OpCase):
+        return case.site.id
+    return case.net if isinstance(case, ModelCase) else case.name
 
 
 def select(
@@ -231,7 +291,7 @@ def select(
         cases: to choose from.
         suite: one of `SUITES`, or ``all``.
         sites: starts of sites' names, such as ``resnet18`` or ``resnet50.layer1``; of a whole net,
-            its name.
+            its name; of augmentation, ``cifar`` or ``imagenet``.
         providers, dtypes, layouts: names.
     """
     sites, providers = tuple(sites), tuple(providers)
@@ -240,9 +300,7 @@ def select(
         case
         for case in cases
         if suite in ("all", case.suite)
-        and (
-            not sites or (case.site.id if isinstance(case, OpCase) else case.net).startswith(sites)
-        )
+        and (not sites or site_name(case).startswith(sites))
         and (not providers or case.provider in providers)
         and (not dtypes or case.dtype in dtypes)
         and (not layouts or case.layout in layouts)

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from benchmarks import clock, memory, models
+from benchmarks import augmentation, clock, memory, models
 from benchmarks.byte_model import conv_bytes_and_flops, moved_bytes
-from benchmarks.cases import Case, ModelCase, OpCase
+from benchmarks.cases import AugmentCase, Case, ModelCase, OpCase
 from benchmarks.check import GRADIENT_TOLERANCE, OUTPUT_TOLERANCE, TF32_TOLERANCE, check
 from benchmarks.operations import DTYPES, Inputs, formula, make_inputs, smaller
 from benchmarks.providers import PROVIDERS
@@ -44,6 +44,8 @@ def prepare(case: Case, device: torch.device, ticking: clock.DeviceClock) -> Rea
     torch.backends.cudnn.benchmark = True  # as training scripts set it, for every provider
     if isinstance(case, OpCase):
         return _prepare_op(case, device, ticking)
+    if isinstance(case, AugmentCase):
+        return _prepare_augment(case, device, ticking)
     return _prepare_model(case, device, ticking)
 
 
@@ -190,4 +192,18 @@ def _prepare_model(case: ModelCase, device: torch.device, ticking: clock.DeviceC
         from benchmarks.profiling import kernel_groups
 
         facts["groups"] = kernel_groups(work.run, device)
+    return Ready(timed, facts)
+
+
+def _prepare_augment(case: AugmentCase, device: torch.device, ticking: clock.DeviceClock) -> Ready:
+    work = augmentation.prepare(case, device)
+    # The kernel alone is the device's time, the rest what a user waits for.
+    launch = "auto" if case.provider == "bnres-kernel" else "eager"
+    timed = clock.prepare(
+        ticking, lambda: work.run, device, touched_bytes=work.bytes_moved, launch=launch
+    )
+    facts = {
+        "error": work.verify(), "timed_dtype": case.dtype, "method": timed.method,
+        "host_seconds": timed.host_seconds, "images": case.batch, "bytes": work.bytes_moved,
+    }  # fmt: skip
     return Ready(timed, facts)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from benchmarks import clock, environment
-from benchmarks.cases import Case, ModelCase, default_cases, select
+from benchmarks.cases import Case, ModelCase, OpCase, default_cases, select
 from benchmarks.measure import BUDGET, STEP_BUDGET, fields_of, prepare, rates
 from benchmarks.providers.base import Unavailable
 from bnres import use_backend
@@ -43,8 +43,9 @@ def run_case(benchmark: Any, case: Case) -> None:
 
 
 def _route(case: Case) -> AbstractContextManager[None]:
-    """The interpreter takes minutes for a whole net: in small, nets go to ATen."""
-    return use_backend("aten") if case.smoke and isinstance(case, ModelCase) else nullcontext()
+    """The interpreter takes minutes for a net or a picture: in small, they go to ATen."""
+    slow = case.smoke and not isinstance(case, OpCase)
+    return use_backend("aten") if slow else nullcontext()
 
 
 def _run_case(benchmark: Any, case: Case) -> None:

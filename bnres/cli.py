@@ -196,6 +196,29 @@ def tune(
     console.print(f"the table is in {path}", highlight=False)
 
 
+@app.command()
+def augment(
+    image: Annotated[str, typer.Argument(help="A picture's file, or the name of a data set.")],
+    out: Annotated[Path, typer.Option(help="The PNG to write.")] = Path("grid.png"),
+    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+) -> None:
+    """Draw what each augmentation does to a picture, eight times each."""
+    from bnres.augment.grid import draw_grid, read_image
+    from bnres.data import DATASETS, load_dataset
+
+    with bad_input_exits():
+        if not out.parent.is_dir():
+            raise ValueError(f"out: there is no folder {str(out.parent)!r}")
+        if image in DATASETS:
+            picture = load_dataset(image).train_images[0]
+        elif Path(image).is_file():
+            picture = read_image(Path(image))
+        else:
+            raise ValueError(f"image must be a file or one of {', '.join(DATASETS)}, got {image!r}")
+    draw_grid(out, picture, seed)
+    typer.echo(out)
+
+
 def parse_shape(text: str) -> tuple[int, int, int, int]:
     """``"1x3x224x224"`` as a tuple.
 

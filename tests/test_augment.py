@@ -5,12 +5,14 @@ import math
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
-from bnres import augment, use_backend
+from benchmarks.torchvision_import import torchvision
+from bnres import augment, cli, use_backend
+from bnres.augment import grid
 from bnres.augment import transforms as bt
 from bnres.augment.compose import segments
 from tests.device import DEVICE
-from tests.torchvision_import import torchvision
 
 v2 = importlib.import_module(f"{torchvision.__name__}.transforms.v2")
 F = v2.functional
@@ -299,3 +301,37 @@ def test_bad_input(make, message):
 def test_other_steps_are_refused():
     with pytest.raises(TypeError, match=r"transforms must be of .*augment, got ToTensor"):
         augment.Compose([v2.ToTensor()])
+
+
+class TestPicture:
+    @pytest.fixture(autouse=True)
+    def aten(self):
+        """Pictures are drawn on the CPU, and the interpreter is slow at their size."""
+        with use_backend("aten"):
+            yield
+
+    def test_of_a_photo_and_of_a_data_set(self, tmp_path):
+        pillow = importlib.import_module("PIL.Image")
+        photo = tmp_path / "photo.png"
+        pillow.fromarray(images(1, 3, 60, 90, torch.uint8)[0].permute(1, 2, 0).numpy()).save(photo)
+        for source in (str(photo), "mnist5k"):
+            out = tmp_path / f"{len(source)}.png"
+            result = CliRunner().invoke(cli.app, ["augment", source, "--out", str(out)])
+            assert result.exit_code == 0, result.output
+            with pillow.open(out) as picture:
+                assert picture.size[0] == 640 and picture.size[1] > 1000
+
+    def test_photo_is_made_smaller(self, tmp_path):
+        pillow = importlib.import_module("PIL.Image")
+        photo = tmp_path / "photo.png"
+        pillow.new("L", (1000, 500), 77).save(photo)
+        image = grid.read_image(photo)
+        assert image.shape == (3, 200, 400) and (image == 77).all()
+
+    @pytest.mark.parametrize("name", ["nothing", "text.png"])
+    def test_bad_image(self, tmp_path, name):
+        (tmp_path / "text.png").write_text("no picture")
+        path = tmp_path / name
+        out = tmp_path / "grid.png"
+        result = CliRunner().invoke(cli.app, ["augment", str(path), "--out", str(out)])
+        assert result.exit_code == 2 and "image" in result.output and not out.exists()

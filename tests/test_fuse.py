@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import bnres
+from benchmarks.torchvision_import import torchvision
 from bnres import models, use_backend
 from bnres.fusion.forward import FusedForward
 from tests.device import DEVICE
-from tests.torchvision_import import torchvision
 
 # Name, input size, batch norms, those that take in what follows them.
 ARCHITECTURES = [

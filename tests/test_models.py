@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from benchmarks.sites import RESNET18_SITES
+from benchmarks.torchvision_import import torchvision
 from bnres import models, use_backend
 from bnres.nn import BatchNormAct2d
 from tests.device import DEVICE
-from tests.torchvision_import import torchvision
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"])

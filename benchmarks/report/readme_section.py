@@ -71,6 +71,7 @@ def measured(folder: Path, about: Record, records: Sequence[Record]) -> str:
     parts = [tables.environment_line(about)]
     parts += [p for p in tables.nets(records) if not p.startswith("## ")]
     parts += [p for p in tables.memory(records) if not p.startswith("## ")]
+    parts += [p for p in tables.augmentation(records) if not p.startswith("## ")]
     operations = subjects(records, "ops")
     if operations:
         shown = {subject.name for subject in main_setting(operations)}

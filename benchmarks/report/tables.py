@@ -37,6 +37,7 @@ def report(about: Record, records: Sequence[Record], pictures: Sequence[Path]) -
     sections += operations(records)
     sections += nets(records)
     sections += memory(records)
+    sections += augmentation(records)
     sections += absent(records)
     return "\n\n".join(sections) + "\n"
 
@@ -173,6 +174,34 @@ def memory(records: Sequence[Record]) -> list[str]:
         "## Memory of a training step",
         "MB by which a step's allocations grow; in brackets relative to eager.",
         markdown_table(["net", *providers], rows),
+    ]
+
+
+def augmentation(records: Sequence[Record]) -> list[str]:
+    """Images/s of augmentation."""
+    found = subjects(records, "augment")
+    if not found:
+        return []
+    providers = providers_in(found)
+    rows = []
+    for subject in found:
+        record = subject.any
+        title = (
+            f"{record['name']}, {record['size']} to {record['out']}, batch {record['batch']}, "
+            f"{record['dtype']}"
+        )
+        cells = [
+            "-"
+            if (r := subject.records.get(p)) is None
+            else f"{r['images'] / r['median']:,.0f} ({r['share']:.0%})"
+            for p in providers
+        ]
+        rows.append([title, *cells])
+    return [
+        "## Augmentation",
+        "Images/s of flip, resized crop, jitter and normalise; in brackets the share of the limit, "
+        "one read and one write of an image. bnres-kernel: its kernels alone, without the draws.",
+        markdown_table(["images", *providers], rows),
     ]
 
 

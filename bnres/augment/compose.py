@@ -143,6 +143,22 @@ def _memory_format(images: Tensor) -> torch.memory_format:
 def _run(
     images: Tensor, part: Segment, dtype: torch.dtype, memory_format: torch.memory_format
 ) -> Tensor:
+    plan, draws = prepare_draws(images, part, dtype, memory_format)
+    if not uses_kernels(images):
+        return augment_ref(images, draws, plan)
+    from bnres.kernels.augment import augment
+
+    return augment(images, draws, plan)
+
+
+def prepare_draws(
+    images: Tensor, part: Segment, dtype: torch.dtype, memory_format: torch.memory_format
+) -> tuple[AugmentPlan, AugmentDraws]:
+    """What the kernel takes for a part of a chain, on the images' device.
+
+    Raises:
+        ValueError: for images of another number of channels than the normalisation has.
+    """
     n, channels, height, width = images.shape
     if part.scale is not None and len(part.scale.mean) != channels:
         raise ValueError(
@@ -161,12 +177,7 @@ def _run(
         dtype=dtype,
         memory_format=memory_format,
     )
-    draws = AugmentDraws(*(_to(t, images.device) for t in (geometry, order, factors)))
-    if not uses_kernels(images):
-        return augment_ref(images, draws, plan)
-    from bnres.kernels.augment import augment
-
-    return augment(images, draws, plan)
+    return plan, AugmentDraws(*(_to(t, images.device) for t in (geometry, order, factors)))
 
 
 def _to(t: Tensor, device: torch.device) -> Tensor:

@@ -1,0 +1,11 @@
+"""``pytest benchmarks``: chains of augmentations at CIFAR's and ImageNet's sizes."""
+
+import pytest
+
+from benchmarks.suite import device_time, parametrize, run_case
+
+
+@parametrize(["augment"])
+@pytest.mark.benchmark(timer=device_time)
+def test_augmentation(benchmark, case):
+    run_case(benchmark, case)

@@ -1,0 +1,88 @@
+"""A picture of what each transform does to one image, eight draws of each."""
+
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from bnres.augment.compose import Compose
+from bnres.augment.transforms import (
+    ColorJitter,
+    RandomHorizontalFlip,
+    RandomResizedCrop,
+    RandomVerticalFlip,
+    Transform,
+)
+
+ROWS, COLUMNS = 2, 4
+# The course's settings: 200×200 of a 300 to 480 pixels' photo.
+CROP_SHARE = 0.5
+LARGEST_SIDE = 400
+PICTURE_INCHES, TITLE_INCHES = 1.6, 0.35
+
+
+def course_transforms(height: int, width: int) -> dict[str, Compose]:
+    """The transforms of the d2l.ai course, and their composition, for an image of this size."""
+    side = max(round(CROP_SHARE * min(height, width)), 1)
+    crop = RandomResizedCrop(side, scale=(0.3, 0.8), ratio=(0.5, 2))
+    jitter = ColorJitter(brightness=0.5, contrast=0.2, saturation=0.6, hue=0.4)
+    chains: dict[str, list[Transform]] = {
+        "RandomHorizontalFlip": [RandomHorizontalFlip()],
+        "RandomVerticalFlip": [RandomVerticalFlip()],
+        "RandomResizedCrop": [crop],
+        "ColorJitter": [jitter],
+        "all composed": [RandomHorizontalFlip(), crop, jitter],
+    }
+    return {name: Compose(chain) for name, chain in chains.items()}
+
+
+def read_image(path: Path) -> Tensor:
+    """A picture as uint8 (C, H, W), its longer side at most 400 pixels.
+
+    Raises:
+        ValueError: if the file is no picture that pillow reads.
+    """
+    import numpy as np
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            picture = image.convert("RGB")
+    except OSError as error:
+        raise ValueError(f"image: {path} can't be read: {error}") from error
+    picture.thumbnail((LARGEST_SIDE, LARGEST_SIDE))
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+
+
+def draw_grid(path: Path, image: Tensor, seed: int = 0) -> None:
+    """Writes the picture: for each transform eight draws, in two rows.
+
+    Args:
+        path: a PNG.
+        image: uint8 (C, H, W).
+        seed: of the draws.
+    """
+    from matplotlib.figure import Figure
+
+    _, height, width = image.shape
+    generator = torch.Generator().manual_seed(seed)
+    batch = image.expand(ROWS * COLUMNS, -1, -1, -1).contiguous()
+    drawn = {
+        name: transform(batch, generator).permute(0, 2, 3, 1)
+        for name, transform in course_transforms(height, width).items()
+    }
+    heights = [
+        TITLE_INCHES + ROWS * PICTURE_INCHES * pictures.shape[1] / pictures.shape[2]
+        for pictures in drawn.values()
+    ]
+    figure = Figure(figsize=(COLUMNS * PICTURE_INCHES, sum(heights)), layout="constrained")
+    parts = figure.subfigures(len(drawn), 1, height_ratios=heights, squeeze=False)
+    for part, (name, pictures) in zip(parts[:, 0], drawn.items(), strict=True):
+        part.suptitle(name, fontsize=11)
+        for axes, picture in zip(part.subplots(ROWS, COLUMNS).flat, pictures, strict=True):
+            axes.set_axis_off()
+            axes.imshow(picture.squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=1)
+    temporary = path.with_name(path.name + ".tmp")
+    figure.savefig(temporary, format="png", dpi=100)
+    os.replace(temporary, path)
