@@ -1,14 +1,13 @@
 """The least that a fused operation moves, in S: the bytes of one activation tensor.
 
 Forward reads its inputs twice (statistics, then apply) and writes its output; backward likewise.
-An addition in front of the ReLU keeps one bit of sign an element. ``benchmarks.audit`` counts what
+An addition in front of the ReLU keeps one bit of sign an element. Nothing is taken to stay in the L2
+cache between the two: a small tensor does, and its time can be less than its bytes would have it. ``benchmarks.audit`` counts what
 our kernels do move; every provider's bandwidth is reckoned with these same bytes, so that shares
 compare as times do.
 """
 
 from benchmarks.sites import ConvSite
-
-BIT = 1 / 16  # of a 16-bit element; 1/32 of one of 32 bits
 
 # Operation, direction -> (passes of whole tensors, one-bit tensors).
 PASSES = {

@@ -58,6 +58,7 @@ def open_store(folder: Path, device: torch.device) -> ResultStore:
     about = environment.describe(device)
     if not (folder / "environment.json").exists():
         about["ceilings"] = environment.measure_ceilings(device)
+        about["clocks"] = environment.clocks()  # of a GPU at work
     return ResultStore(folder, about)
 
 
@@ -102,7 +103,7 @@ def describe(record: Record) -> str:
     """A record in one line."""
     if record["status"] != "measured":
         return f"{record['id']}: {record['status']}: {record['reason'].splitlines()[0]}"
-    if "median" not in record:
+    if "peak_bytes" in record:
         return f"{record['id']}: {record['peak_bytes'] / 1e6:.1f} MB at its peak"
     share = f", {record['share']:.0%} of the limit" if "share" in record else ""
     return f"{record['id']}: {record['median'] * 1e6:.1f} us{share}"

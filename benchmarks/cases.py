@@ -31,6 +31,10 @@ SMOKE_BATCH = 4
 SMOKE_IMAGES = {224: 64, 32: 16}
 # An operation or a direction of its own; the rest of a site's are timed after the telling ones.
 TELLING = ("bn_relu", "bn_add_relu", "bn_relu_pool")
+# The others of ResNet-18 fit into an L2 cache.
+LARGE_SITES = ("stem", "layer1", "layer2")
+# Cases of a lower rank are worth a GPU's time in any run.
+TELLING_RANK = 3
 
 
 @dataclass(frozen=True)
@@ -170,9 +174,15 @@ def _op_subjects() -> Iterator[tuple[int, OpCase]]:
             is_conv = isinstance(site, ConvSite)
             for direction in _directions(site):
                 first = OpCase(site, direction, "channels_last", "bf16", BATCH, OP_PROVIDERS[0])
-                on_rank = 2 if is_conv or direction == "eval" else 1
-                if net == "resnet18" and site.operation in TELLING and direction != "eval":
-                    on_rank = 0
+                on_rank = 3
+                if (
+                    net == "resnet18"
+                    and isinstance(site, Site)
+                    and site.name in LARGE_SITES
+                    and site.operation in TELLING
+                    and direction != "eval"
+                ):
+                    on_rank = 1
                 yield on_rank + (4 if net == "resnet50" else 0), first
                 yield 8, replace(first, batch=32)
                 yield 9, replace(first, dtype="fp32")
@@ -188,9 +198,9 @@ def _model_subjects() -> Iterator[tuple[int, ModelCase]]:
         for suite, image, batch, launch, rank in (
             ("step", 224, 256, "eager", 0),
             ("step", 224, 32, "graph", 0),
-            ("infer", 224, 256, "eager", 1),
-            ("memory", 224, 256, "eager", 1),
-            ("step", 224, 256, "graph", 2),
+            ("infer", 224, 256, "eager", 2),
+            ("memory", 224, 256, "eager", 2),
+            ("step", 224, 256, "graph", 3),
             ("infer", 224, 32, "graph", 2),
             ("step", 32, 256, "eager", 3),
             ("step", 32, 256, "graph", 3),
@@ -221,12 +231,14 @@ PROVIDERS_OF = {
     ModelCase: MODEL_PROVIDERS,
     AugmentCase: AUGMENT_PROVIDERS,
 }
+# Folded fp16 nets have their norms in fp16, which torch does not send to cuDNN.
+TRAINING_ONLY = ("bnres-recompute", "eager-fp16-cudnn")
 # Compiling with autotuning takes minutes a net, so it comes when the rest has been seen.
 LATE = {"compile-max-autotune": 11}
+LATE_FOR_NETS = LATE | {"eager-fp16-cudnn": 3, "bnres-recompute": 3}
 
 
-def all_cases() -> list[Case]:
-    """Every case, in the order in which they are worth measuring."""
+def _ranked() -> list[tuple[int, int, Case]]:
     ranked: list[tuple[int, int, Case]] = []
     order = 0
     subjects: list[tuple[int, Case]] = [*_op_subjects(), *_model_subjects(), *_augment_subjects()]
@@ -234,12 +246,23 @@ def all_cases() -> list[Case]:
         for provider in PROVIDERS_OF[type(subject)]:
             if provider == "bnres-conv-kernel" and not _is_conv(subject):
                 continue
-            if provider == "bnres-recompute" and subject.suite == "infer":
+            if subject.suite == "infer" and provider in TRAINING_ONLY:
                 continue
+            late = LATE_FOR_NETS if isinstance(subject, ModelCase) else LATE
             case: Case = replace(subject, provider=provider)
-            ranked.append((max(rank, LATE.get(provider, 0)), order, case))
+            ranked.append((max(rank, late.get(provider, 0)), order, case))
         order += 1
-    return [case for _, _, case in sorted(ranked, key=lambda r: r[:2])]
+    return sorted(ranked, key=lambda r: r[:2])
+
+
+def all_cases() -> list[Case]:
+    """Every case, in the order in which they are worth measuring."""
+    return [case for _, _, case in _ranked()]
+
+
+def telling_cases() -> list[Case]:
+    """Those of them that a GPU's time is spent on first."""
+    return [case for rank, _, case in _ranked() if rank < TELLING_RANK]
 
 
 def _is_conv(case: Case) -> bool:

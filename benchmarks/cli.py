@@ -1,6 +1,8 @@
 """The command line of the benchmarks: ``python -m benchmarks``."""
 
+import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import date
@@ -91,18 +93,20 @@ def run(
         f"{ceilings['product'] / 1e12:,.2f} TFLOP/s",
         highlight=False,
     )
+    start = time.monotonic()
+    before = len(store.done)
     try:
         done = campaign.run(store, cases, minutes, device, console)
     except KeyboardInterrupt:
         console.print(f"stopped; the same command with --out {folder} goes on", highlight=False)
         raise typer.Exit(130) from None
     except campaign.DeviceLost as error:
-        console.print(
-            f"the GPU is lost to this process ({error}); the same command with --out {folder} "
-            "goes on behind the case that did it",
-            highlight=False,
-        )
-        raise typer.Exit(1) from None
+        console.print(f"this process has lost the GPU ({error}): another goes on", highlight=False)
+        left = minutes - (time.monotonic() - start) / 60
+        if len(store.done) == before or left <= 0:
+            raise typer.Exit(1) from None
+        again = [*sys.argv[1:], "--out", str(folder), "--minutes", str(left)]
+        os.execv(sys.executable, [sys.executable, "-m", "benchmarks", *again])
     left = sum(case.id not in store.done for case in cases)
     console.print(f"{done} cases measured, {left} left; in {folder}", highlight=False)
 
@@ -170,7 +174,8 @@ def profile(
             ("dtype", dtype, tuple(DTYPES)),
             ("layout", layout, tuple(LAYOUTS)),
         ):
-            names(option, value, list(known))
+            if value not in known:
+                raise ValueError(f"{option} must be of {', '.join(known)}, got {value!r}")
         case = ModelCase("step", net, image, batch, "eager", dtype, layout, provider)
         try:
             work = models.prepare(case, device)

@@ -11,15 +11,21 @@ from typing import Any
 
 import torch
 
-Call = Callable[[], object]
+Call = Callable[[], Any]
 
 # Shorter ones are replayed from a CUDA graph, as the time between two events is no shorter than
 # some microseconds, and the host's gaps count among them.
 GRAPH_BELOW = 100e-6
-# What a replay touches has to be this many times the L2 cache, so that it serves nobody twice.
+# A replay takes at least so long, so that its own launch does not count ...
+LEAST_REPLAY = 500e-6
+# ... and touches so many times the L2 cache that it serves nobody twice, in at most so many calls.
 COLD_FACTOR = 3
-WARMUP_CALLS = 3
+MOST_COPIES = 64
+# Clocks rise while a GPU works, and caches fill: seconds and calls before anything is timed.
+WARMUP_SECONDS, WARMUP_CALLS = 0.15, 3
 HOST_CALLS = 10
+# A loop as a user runs it is timed over so long, and so many calls at most.
+LOOP_SECONDS, MOST_LOOPS = 0.05, 20
 # A sleeping kernel is given this many cycles a second; clocks are lower than this, so it is longer.
 SLEEP_CYCLES = 2e9
 
@@ -39,19 +45,24 @@ class Timed:
     """Something ready to be timed.
 
     Attributes:
-        round: does it once, and advances the clock by the seconds of one call.
-        method: ``events``, ``graph`` (CUDA graph) or ``wall`` (on the CPU).
+        round: does it, and advances the clock by the seconds of one call.
+        method: ``events``, ``loop`` (calls one behind the other, as the host launches them),
+            ``graph`` (CUDA graph) or ``wall`` (on the CPU).
         host_seconds: time until a call returns, its work perhaps still queued.
+        replayed: what the first call of a graph returned, written anew by each round.
     """
 
-    round: Call
+    round: Callable[[], None]
     method: str
     host_seconds: float
+    replayed: Any = None
 
 
-def touched_copies(touched_bytes: int, l2_bytes: int, most: int = 64) -> int:
-    """Independent calls that a graph needs for its memory to be cold."""
-    return min(max(-(-COLD_FACTOR * l2_bytes // max(touched_bytes, 1)), 1), most)
+def copies(touched_bytes: int, l2_bytes: int, seconds: float) -> int:
+    """Independent calls that a graph needs for its memory to be cold and its launch not to count."""
+    cold = -(-COLD_FACTOR * l2_bytes // max(touched_bytes, 1))
+    long = -(-LEAST_REPLAY // seconds)
+    return int(min(max(cold, long, 1), MOST_COPIES))
 
 
 def prepare(
@@ -117,26 +128,43 @@ def _on_gpu(
     flush = cache_flush()
     with torch.cuda.stream(stream):
         call = make_call()
-        for _ in range(WARMUP_CALLS):
-            call()
-        stream.synchronize()
+        _warm_up(call, stream)
         host_seconds = _host_seconds(call, stream)
-        by_events = _event_round(clock, call, stream, flush, host_seconds)
+        estimate = min(_between_events([call], stream, flush, host_seconds) for _ in range(3))
         if launch == "eager":
-            return Timed(_event_round(clock, call, stream, None, 0.0), "events", host_seconds)
-        if launch == "auto":
-            scratch = DeviceClock()
-            seconds = min(
-                durations(scratch, Timed(_event_round(scratch, call, stream, flush, host_seconds), "", 0.0), 3)
-            )  # fmt: skip
-            if seconds >= GRAPH_BELOW:
-                return Timed(by_events, "events", host_seconds)
+            loops = int(min(max(LOOP_SECONDS / estimate, 2), MOST_LOOPS))
+            once = _round(clock, [call] * loops, stream, None, 0.0)
+            return Timed(once, "loop", host_seconds)
+        if launch == "auto" and estimate >= GRAPH_BELOW:
+            once = _round(clock, [call], stream, flush, host_seconds)
+            return Timed(once, "events", host_seconds)
         l2 = torch.cuda.get_device_properties(stream.device).L2_cache_size
-        count = touched_copies(touched_bytes, l2) if launch == "auto" else 1
+        count = copies(touched_bytes, l2, estimate) if launch == "auto" else 1
         calls = [call, *(make_call() for _ in range(count - 1))]
         for each in calls[1:]:
             each()
-        return Timed(_graph_round(clock, calls, stream, flush), "graph", host_seconds)
+        stream.synchronize()
+        graph, results = _captured(calls, stream)
+        replay_host = _host_seconds(graph.replay, stream)
+        once = _round(clock, [graph.replay], stream, flush, replay_host, results)
+        return Timed(once, "graph", host_seconds, results[0])
+
+
+def _round(
+    clock: DeviceClock,
+    queued: Sequence[Call],
+    stream: torch.cuda.Stream,
+    flush: Call | None,
+    host_seconds: float,
+    replayed: Sequence[Any] = (),
+) -> Callable[[], None]:
+    """A round of some calls, or of a graph of some; the results of a graph are kept with it."""
+    share = 1 / (len(replayed) or len(queued))
+
+    def once() -> None:
+        clock.seconds += share * _between_events(queued, stream, flush, host_seconds)
+
+    return once
 
 
 def cache_flush() -> Call:
@@ -144,6 +172,16 @@ def cache_flush() -> Call:
     size = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
     scratch = torch.empty(4 * size, dtype=torch.int8, device="cuda")
     return scratch.zero_
+
+
+def _warm_up(call: Call, stream: torch.cuda.Stream) -> None:
+    call()
+    stream.synchronize()  # what compiles at the first call does not count
+    start, calls = time.perf_counter(), 1
+    while calls < WARMUP_CALLS or time.perf_counter() - start < WARMUP_SECONDS:
+        call()
+        stream.synchronize()
+        calls += 1
 
 
 def _host_seconds(call: Call, stream: torch.cuda.Stream) -> float:
@@ -156,48 +194,31 @@ def _host_seconds(call: Call, stream: torch.cuda.Stream) -> float:
     return sorted(found)[len(found) // 2]
 
 
-def _event_round(
-    clock: DeviceClock,
-    call: Call,
-    stream: torch.cuda.Stream,
-    flush: Call | None,
-    host_seconds: float,
-) -> Call:
-    """A round between two events; the device sleeps until the host has queued all of it."""
-
-    def once() -> None:
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        with torch.cuda.stream(stream):
-            if flush is not None:
-                flush()
-            if host_seconds:
-                torch.cuda._sleep(int(2 * host_seconds * SLEEP_CYCLES))
-            start.record()
+def _between_events(
+    calls: Sequence[Call], stream: torch.cuda.Stream, flush: Call | None, host_seconds: float
+) -> float:
+    """Seconds of the calls; the device sleeps until the host has queued all of them."""
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    with torch.cuda.stream(stream):
+        if flush is not None:
+            flush()
+        if host_seconds:
+            torch.cuda._sleep(int(2 * host_seconds * SLEEP_CYCLES))
+        start.record()
+        for call in calls:
             call()
-            end.record()
-        end.synchronize()
-        clock.seconds += start.elapsed_time(end) / 1e3
-
-    return once
+        end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
 
 
-def _graph_round(
-    clock: DeviceClock, calls: Sequence[Call], stream: torch.cuda.Stream, flush: Call
-) -> Call:
-    """A round that replays all calls, each with tensors of its own, from one CUDA graph."""
-    stream.synchronize()
+def _captured(
+    calls: Sequence[Call], stream: torch.cuda.Stream
+) -> tuple[torch.cuda.CUDAGraph, list[Any]]:
+    """One CUDA graph of all calls, each with tensors of its own, and what they return."""
     graph = torch.cuda.CUDAGraph()
-    kept: list[Any] = []
+    results: list[Any] = []
     with torch.cuda.graph(graph, stream=stream):
         # Kept until all are captured, or the next call would be given the same memory.
-        kept.extend(call() for call in calls)
-    replay = _event_round(clock, graph.replay, stream, flush, 50e-6)
-    share = 1 / len(calls)
-
-    def once() -> None:
-        before = clock.seconds
-        replay()
-        clock.seconds = before + (clock.seconds - before) * share
-
-    once.kept = kept  # type: ignore[attr-defined]
-    return once
+        results.extend(call() for call in calls)
+    return graph, results

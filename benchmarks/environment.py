@@ -1,5 +1,6 @@
 """What results were measured on: device, driver, versions, commit, and the device's two ceilings."""
 
+import os
 import platform
 import subprocess
 from datetime import UTC, datetime
@@ -46,11 +47,15 @@ def describe(device: torch.device) -> dict[str, Any]:
         "cuda": torch.version.cuda or torch.version.hip,
         "cudnn": torch.backends.cudnn.version(),
         "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
-        "clocks": _output(
-            "nvidia-smi", "--query-gpu=clocks.sm,clocks.mem,power.limit", "--format=csv,noheader"
-        ),
         **found,
     }
+
+
+def clocks() -> str:
+    """The GPU's clocks as they are now, and its power limit."""
+    return _output(
+        "nvidia-smi", "--query-gpu=clocks.sm,clocks.mem,power.limit", "--format=csv,noheader"
+    )
 
 
 def measure_ceilings(device: torch.device) -> dict[str, float]:
@@ -88,7 +93,12 @@ def _read(path: str) -> str:
 
 
 def _commit() -> str:
-    """The commit, with ``+changes`` behind it where the tree is not clean."""
+    """The commit, with ``+changes`` behind it where the tree is not clean.
+
+    Where the tree has come without its history, ``BNRES_COMMIT`` says it.
+    """
+    if os.environ.get("BNRES_COMMIT"):
+        return os.environ["BNRES_COMMIT"]
     commit = _output("git", "rev-parse", "--short=12", "HEAD")
     if not commit:
         return "unknown"

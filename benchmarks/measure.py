@@ -1,17 +1,25 @@
 """Measures a case: builds it, checks it against the formula, times it."""
 
 import statistics
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from benchmarks import augmentation, clock, memory, models
 from benchmarks.byte_model import conv_bytes_and_flops, moved_bytes
 from benchmarks.cases import AugmentCase, Case, ModelCase, OpCase
-from benchmarks.check import GRADIENT_TOLERANCE, OUTPUT_TOLERANCE, TF32_TOLERANCE, check
-from benchmarks.operations import DTYPES, Inputs, formula, make_inputs, smaller
+from benchmarks.check import (
+    GRADIENT_TOLERANCE,
+    OUTPUT_TOLERANCE,
+    SUM_TOLERANCE,
+    TF32_TOLERANCE,
+    WrongResult,
+    check,
+)
+from benchmarks.operations import DTYPES, LAYOUTS, Inputs, formula, make_inputs, smaller
 from benchmarks.providers import PROVIDERS
 from benchmarks.providers.base import Implementation
 from benchmarks.sites import ConvSite
@@ -41,7 +49,6 @@ def prepare(case: Case, device: torch.device, ticking: clock.DeviceClock) -> Rea
         Unavailable: if the provider is missing here.
         WrongResult: if it computes something else.
     """
-    torch.backends.cudnn.benchmark = True  # as training scripts set it, for every provider
     if isinstance(case, OpCase):
         return _prepare_op(case, device, ticking)
     if isinstance(case, AugmentCase):
@@ -59,13 +66,11 @@ def measure(
     """
     ready = prepare(case, device, ticking)
     record = dict(ready.facts)
-    if case.suite != "memory":
-        budget = STEP_BUDGET if isinstance(case, ModelCase) else BUDGET
-        first = clock.durations(ticking, ready.timed, 2)[-1]
-        rounds = clock.rounds_for(first, budget)
-        record |= summarize(clock.durations(ticking, ready.timed, rounds))
-        record |= rates(record, ceilings)
-    return record
+    budget = STEP_BUDGET if isinstance(case, ModelCase) else BUDGET
+    first = clock.durations(ticking, ready.timed, 2)[-1]
+    rounds = clock.rounds_for(first, budget)
+    record |= summarize(clock.durations(ticking, ready.timed, rounds))
+    return record | rates(record, ceilings)
 
 
 def summarize(seconds: list[float]) -> dict[str, Any]:
@@ -102,27 +107,36 @@ def fields_of(case: Case) -> dict[str, Any]:
 
 
 def _prepare_op(case: OpCase, device: torch.device, ticking: clock.DeviceClock) -> Ready:
+    torch.backends.cudnn.benchmark = True  # as training scripts set it, for every provider
     provider = PROVIDERS[case.provider]
-    site = smaller(case.site) if case.smoke else case.site
+    if case.smoke:
+        case = replace(case, site=smaller(case.site))
     dtype = DTYPES[provider.dtype_of(case)]
 
     def inputs() -> Inputs:
-        return make_inputs(site, case.direction, case.batch, case.layout, dtype, device)
+        return make_inputs(case.site, case.direction, case.batch, case.layout, dtype, device)
 
-    bind = provider.prepare(OpCase(**{**vars(case), "site": site}))
+    bind = provider.prepare(case)
     with torch.set_grad_enabled(case.direction != "eval"):
         first = inputs()
         implementation = bind(first)
-        error = verify(case, implementation, first)
+        error, results = verify(case, implementation, first)
         moved, flops = _bytes_and_flops(case, first)
 
         def make_call() -> Callable[[], object]:
             bound = bind(inputs())
             return bound.backward if case.direction == "backward" else bound.forward
 
-        timed = clock.prepare(ticking, make_call, device, touched_bytes=moved)
+        timed = _in_mode(
+            clock.prepare(ticking, make_call, device, touched_bytes=moved),
+            case.direction != "eval",
+        )
+    if timed.replayed is not None:
+        # A launch that the capture missed would be fast.
+        timed.round()
+        check("replayed result", timed.replayed, results, OUTPUT_TOLERANCE[dtype])
     return Ready(
-        _in_mode(timed, case.direction != "eval"),
+        timed,
         {
             "bytes": moved, "flops": flops, "error": error, "method": timed.method,
             "host_seconds": timed.host_seconds, "note": implementation.note,
@@ -138,16 +152,18 @@ def _in_mode(timed: clock.Timed, grad: bool) -> clock.Timed:
         with torch.set_grad_enabled(grad):
             timed.round()
 
-    return clock.Timed(once, timed.method, timed.host_seconds)
+    return replace(timed, round=once)
 
 
-def verify(case: OpCase, implementation: Implementation, inputs: Inputs) -> float:
-    """The greatest error of an implementation to the formula in fp64; both have fresh inputs.
+def verify(
+    case: OpCase, implementation: Implementation, inputs: Inputs
+) -> tuple[float, Sequence[Tensor]]:
+    """The greatest error of an implementation to the formula in fp64, and what it returned.
 
-    A convolution is compared with fp32, as fp64 takes too long.
+    Both have fresh inputs. A convolution is compared with fp32, as fp64 takes too long.
 
     Raises:
-        WrongResult: if it is too great.
+        WrongResult: if it is too great, or of another dtype or memory format.
     """
     is_conv = isinstance(case.site, ConvSite)
     exact = inputs.to(torch.float32 if is_conv else torch.float64)
@@ -155,29 +171,33 @@ def verify(case: OpCase, implementation: Implementation, inputs: Inputs) -> floa
     tolerance = OUTPUT_TOLERANCE[dtype]
     if is_conv:
         tolerance = max(tolerance, TF32_TOLERANCE)
-    with torch.backends.cudnn.flags(allow_tf32=False):
+    # cuDNN has convolutions of fp32 without tf32, and no batch norm of fp64.
+    with torch.backends.cudnn.flags(enabled=is_conv, allow_tf32=False):
         expected = formula(case.site, case.direction != "eval")(exact)
-    errors = [check("output", implementation.forward(), expected, tolerance)]
+    results = implementation.forward()
+    errors = [check("output", results, expected, tolerance, dtype)]
+    if not results[0].is_contiguous(memory_format=LAYOUTS[case.layout]):
+        raise WrongResult(f"the output is not {case.layout}: its strides are {results[0].stride()}")
     if case.direction != "eval":
-        errors.append(
-            check(
-                "running statistic", inputs.buffers, exact.buffers, OUTPUT_TOLERANCE[torch.float32]
-            )
-        )
+        limit = OUTPUT_TOLERANCE[torch.float32]
+        errors.append(check("running statistic", inputs.buffers, exact.buffers, limit))
     if case.direction == "backward":
         gradients = torch.autograd.grad(expected, exact.leaves, exact.gradients)
-        errors.append(
-            check("gradient", implementation.backward(), gradients, GRADIENT_TOLERANCE[dtype])
-        )
-    return max(errors)
+        results = implementation.backward()
+        if len(results) != len(gradients):
+            raise WrongResult(f"{len(results)} gradients, expected {len(gradients)}")
+        for index, pair in enumerate(zip(results, gradients, strict=True)):
+            is_sum = pair[1].dim() == 1
+            limits = SUM_TOLERANCE if is_sum else GRADIENT_TOLERANCE
+            name = f"gradient {index}, of {'a parameter' if is_sum else 'a tensor'}"
+            errors.append(check(name, pair[:1], pair[1:], limits[dtype], None if is_sum else dtype))
+    return max(errors), results
 
 
 def _bytes_and_flops(case: OpCase, inputs: Inputs) -> tuple[int, int]:
     itemsize = inputs.x.element_size()
     if isinstance(case.site, ConvSite):
-        site = smaller(case.site) if case.smoke else case.site
-        assert isinstance(site, ConvSite)
-        return conv_bytes_and_flops(site, case.batch, itemsize)
+        return conv_bytes_and_flops(case.site, case.batch, itemsize)
     return moved_bytes(case.site.operation, case.direction, inputs.x.numel(), itemsize), 0
 
 

@@ -106,6 +106,13 @@ def make_inputs(
     def activation(shape: tuple[int, ...]) -> Tensor:
         return random(*shape).to(dtype).contiguous(memory_format=LAYOUTS[layout])
 
+    def gradient(shape: tuple[int, ...]) -> Tensor:
+        """Neither of mean zero nor independent of x: backward's two sums have to count."""
+        skewed = random(*shape) + 1
+        if shape == tuple(x.shape):
+            skewed += 0.5 * x.detach()
+        return skewed.to(dtype).contiguous(memory_format=LAYOUTS[layout])
+
     needs_grad = direction != "eval"
     operation = site.operation
     output = site.output_shape(batch) if isinstance(site, ConvSite) else site.shape(batch)
@@ -136,7 +143,7 @@ def make_inputs(
         None if residual is None else residual.requires_grad_(needs_grad),
         norm() if operation.startswith("dual") else None,
         filter,
-        tuple(activation(shape) for _ in range(count)),
+        tuple(gradient(shape) for _ in range(count)),
     )
 
 

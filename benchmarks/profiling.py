@@ -89,7 +89,8 @@ def profile(
     spans = []
     for event in profiler.events() or []:
         if on_gpu:
-            if event.device_type != DeviceType.CUDA or event.name.startswith("ProfilerStep"):
+            # An annotation spans the kernels beneath it, which are events of their own.
+            if event.device_type != DeviceType.CUDA or event.is_user_annotation:
                 continue
             microseconds = event.time_range.elapsed_us()
             spans.append((event.time_range.start, event.time_range.end))

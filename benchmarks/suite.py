@@ -6,9 +6,10 @@ from functools import cache
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks import clock, environment
-from benchmarks.cases import Case, ModelCase, OpCase, default_cases, select
+from benchmarks.cases import Case, ModelCase, OpCase, select, smoke_cases, telling_cases
 from benchmarks.measure import BUDGET, STEP_BUDGET, fields_of, prepare, rates
 from benchmarks.providers.base import Unavailable
 from bnres import use_backend
@@ -31,8 +32,12 @@ def about() -> dict[str, Any]:
 
 
 def parametrize(suites: Sequence[str]) -> pytest.MarkDecorator:
-    """The cases of some suites, named as `python -m benchmarks run` names them."""
-    cases = [case for suite in suites for case in select(default_cases(), suite=suite)]
+    """The cases of some suites, named as `python -m benchmarks run` names them.
+
+    On a GPU the telling ones, without one all of them in small.
+    """
+    chosen = telling_cases() if torch.cuda.is_available() else smoke_cases()
+    cases = [case for suite in suites for case in select(chosen, suite=suite)]
     return pytest.mark.parametrize("case", cases, ids=[case.id for case in cases])
 
 

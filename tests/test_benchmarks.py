@@ -20,6 +20,7 @@ from benchmarks.providers import PROVIDERS
 from benchmarks.providers.base import Provider, Unavailable, by_autograd
 from benchmarks.report import comparison, pictures, readme_section, tables
 from benchmarks.store import ResultStore, load
+from bnres import use_backend
 from bnres.models import create_model
 
 CPU = torch.device("cpu")
@@ -72,12 +73,12 @@ class TestClock:
     def test_rounds_and_copies(self):
         assert clock.rounds_for(1.0, 0.25) == 5 and clock.rounds_for(1e-6, 0.25) == 100
         assert clock.rounds_for(0.01, 0.25) == 25
-        assert clock.touched_copies(10, 50) == 15 and clock.touched_copies(1, 10**9) == 64
-        assert clock.touched_copies(10**9, 50) == 1
+        assert clock.copies(10, 50, 1e-4) == 15 and clock.copies(1, 10**9, 1e-4) == 64
+        assert clock.copies(10**9, 50, 1e-4) == 5 and clock.copies(10**9, 50, 1e-3) == 1
 
     @needs_gpu
     def test_events_and_graph_agree(self):
-        source = torch.rand(1 << 26, device="cuda")
+        source = torch.rand(1 << 27, device="cuda")
 
         def make():
             target = torch.empty_like(source)
@@ -128,7 +129,7 @@ def test_wrong_gradient_or_statistics_are_refused(monkeypatch):
 
     case = provide(monkeypatch, "half", half_gradient)
     assert measure.measure(case, CPU, clock.DeviceClock(), CEILINGS)["error"] < 1e-6
-    with pytest.raises(WrongResult, match="gradient 0"):
+    with pytest.raises(WrongResult, match="gradient 0, of a tensor"):
         measure.measure(replace(case, direction="backward"), CPU, clock.DeviceClock(), CEILINGS)
     case = provide(monkeypatch, "frozen", no_update)
     with pytest.raises(WrongResult, match="running statistic 0"):
@@ -141,6 +142,53 @@ def test_provider_agrees_with_the_formula(provider, operation):
     case = replace(CASE, site=replace(SITE, operation=operation), provider=provider)
     found = measure.measure(replace(case, direction="backward"), CPU, clock.DeviceClock(), CEILINGS)
     assert found["error"] < 1e-5 and found["median"] > 0
+
+
+class WithoutMeans(torch.autograd.Function):
+    """Batch norm whose backward leaves out what the statistics add to it."""
+
+    @staticmethod
+    def forward(ctx, x, norm):
+        var = x.var((0, 2, 3), correction=0)
+        ctx.scale = (norm.weight * (var + 1e-5).rsqrt()).detach()
+        return torch.nn.functional.batch_norm(
+            x, norm.running_mean, norm.running_var, norm.weight, norm.bias, True, 0.1, 1e-5
+        )
+
+    @staticmethod
+    def backward(ctx, dy):
+        return dy * ctx.scale.view(1, -1, 1, 1), None
+
+
+def test_backward_without_its_sums_is_refused(monkeypatch):
+    def function(inputs):
+        y = WithoutMeans.apply(inputs.x, inputs.norm)
+        plain = formula(replace(SITE, operation="bn"), True)(inputs.to(inputs.x.dtype))
+        return (y + 0 * (inputs.norm.weight.sum() + inputs.norm.bias.sum()) + 0 * plain[0],)
+
+    case = replace(provide(monkeypatch, "sums", function), direction="backward", dtype="fp32")
+    case = replace(case, site=replace(SITE, operation="bn"))
+    with pytest.raises(WrongResult, match="gradient 0, of a tensor"):
+        measure.measure(case, CPU, clock.DeviceClock(), CEILINGS)
+
+
+@pytest.mark.parametrize("wrong", ["dtype", "layout"])
+def test_other_dtype_or_layout_is_refused(monkeypatch, wrong):
+    def function(inputs):
+        (y,) = formula(SITE, True)(inputs)
+        return (y.double() if wrong == "dtype" else y.contiguous(),)
+
+    case = provide(monkeypatch, wrong, function)
+    with pytest.raises(WrongResult, match=r"is of torch.float64|is not channels_last"):
+        measure.measure(case, CPU, clock.DeviceClock(), CEILINGS)
+
+
+@pytest.mark.parametrize("net", ["resnet18", "resnet50"])
+def test_step_in_bf16_is_near_fp32(net):
+    """What the check of a step allows has to be more than roundings make."""
+    case = cases.ModelCase("step", net, 32, 8, "eager", "bf16", "channels_last", "bnres")
+    with use_backend("aten"):
+        assert models.prepare(case, CPU).verify() < models.LOGITS_TOLERANCE["bf16"] / 2
 
 
 def test_wrong_net_is_refused(monkeypatch):
@@ -233,9 +281,10 @@ class TestCases:
     def test_the_most_telling_come_first(self):
         first = cases.all_cases()[:60]
         assert {c.provider for c in first} > {"bnres", "eager", "compile", "cudnn-frontend"}
-        assert {c.site.operation for c in first if c.suite == "ops"} == {"bn_relu"} | {
-            "bn_add_relu", "bn_relu_pool"
-        }  # fmt: skip
+        assert {c.site.operation for c in first if c.suite == "ops"} <= set(cases.TELLING)
+        assert [c.suite for c in first[:6]] == ["step"] * 6
+        telling = cases.telling_cases()
+        assert telling == cases.all_cases()[: len(telling)] and 60 < len(telling) < 300
 
     @pytest.mark.parametrize(
         ("net", "known"),
@@ -272,8 +321,8 @@ def record(subject, provider, median, **fields):
 class TestReport:
     def test_table_and_pictures(self, tmp_path):
         records = [
-            record("stem", "bnres", 2.0), record("stem", "eager", 5.0), record("stem", "compile", 3.0),
-            record("layer1", "bnres", 4.0),
+            record("stem", "bnres", 2.0, host_seconds=7e-6), record("stem", "eager", 5.0),
+            record("stem", "compile", 3.0), record("layer1", "bnres", 4.0, timed_dtype="fp16"),
             measure.fields_of(replace(CASE, provider="apex")) | {"status": "skipped", "reason": "no"},
         ]  # fmt: skip
         for provider in ("bnres", "eager"):
@@ -291,8 +340,8 @@ class TestReport:
         assert all(p.stat().st_size > 10_000 for p in drawn)
         text = tables.report(ABOUT, records, drawn)
         # 12,000 bytes at the ceiling of 10 GB/s take 1.2 us.
-        assert "| resnet18.stem | 2.0 (60%) | 5.0 (24%) | 3.0 (40%) | 2.50× | 1.50× |" in text
-        assert "| resnet18.layer1 | 4.0 (30%) | - | - | - | - |" in text
+        assert "| resnet18.stem | 2.0 (60%) | 5.0 (24%) | 3.0 (40%) | 2.50× | 1.50× | 7 |" in text
+        assert "| resnet18.layer1 | 4.0 (30%) fp16 | - | - | - | - | - |" in text
         assert "| 4.00 (2,000) | 4.00 (2,000) | 1.00× | - |" in text
         assert ": peak | 2 (1.00×) | 2 (1.00×) |" in text
         assert "| apex | skipped | 1 | no |" in text
@@ -316,6 +365,15 @@ class TestReport:
         assert [c.verdict for c in comparison.compare((ABOUT, old), (ABOUT, lost)).regressions] == [
             "lost"
         ]
+
+    def test_comparison_does_not_compare_clocks(self):
+        old, new = (
+            record("a", "bnres", 10.0, method="events"),
+            record("a", "bnres", 20.0, method="graph"),
+        )
+        found = comparison.compare((ABOUT, [old]), (ABOUT, [new]))
+        assert [c.verdict for c in found.changes] == ["recast"] and not found.regressions
+        assert "1 cases of the old run" in comparison.compare((ABOUT, [old]), (ABOUT, [])).table()
 
     def test_readme_is_drawn_from_the_results(self):
         text = readme_section.README.read_text(encoding="utf-8")

@@ -8,7 +8,8 @@ from benchmarks.store import Record
 Run = tuple[Record, Sequence[Record]]
 # Two runs of the same code differ by less than this, whatever their quartiles say.
 LEAST_NOISE = 0.03
-# The quartiles' half distance covers a standard deviation's two thirds; this many are noise.
+# Half the quartiles' distance is two thirds of a round's standard deviation; so many of it, both
+# runs' together, are taken for noise, which is more than a median varies by.
 SPREADS = 3
 
 
@@ -18,7 +19,8 @@ class Change:
 
     Attributes:
         id: of the case.
-        verdict: ``slower``, ``faster``, ``same``, ``lost`` (no longer measured) or ``new``.
+        verdict: ``slower``, ``faster``, ``same``, ``lost`` (no longer measured), ``new`` or
+            ``recast`` (timed in another way, so not compared).
         ratio: new time over old, or 0.
         noise: what the ratio may differ from 1 by.
     """
@@ -44,7 +46,7 @@ class Comparison:
     def table(self) -> str:
         """Regressions first."""
         lines = [f"{what}" for what in self.differences]
-        order = ("lost", "slower", "faster", "same", "new")
+        order = ("lost", "slower", "faster", "same", "recast", "new")
         for change in sorted(self.changes, key=lambda c: (order.index(c.verdict), -c.ratio)):
             ratio = f"{change.ratio:6.3f}× ±{change.noise:.1%}" if change.ratio else " " * 14
             lines.append(f"{change.verdict:6} {ratio}  {change.id}")
@@ -62,20 +64,25 @@ def compare(old: Run, new: Run) -> Comparison:
         if previous is None or previous["status"] != "measured":
             if record["status"] == "measured":
                 changes.append(Change(record["id"], "new"))
-        elif record["status"] in ("failed", "refused"):
+        elif record["status"] != "measured":
             changes.append(Change(record["id"], "lost"))
-        elif record["status"] == "measured":
+        else:
             changes.append(_judge(previous, record))
     differences = [
         f"{key}: {old_about.get(key)} -> {new_about.get(key)}"
         for key in ("device", "driver", "torch", "triton", "cudnn", "commit")
         if old_about.get(key) != new_about.get(key)
     ]
+    absent = before.keys() - {r["id"] for r in new_records}
+    if absent:
+        differences.append(f"{len(absent)} cases of the old run are not in the new one")
     return Comparison(changes, differences)
 
 
 def _judge(previous: Record, record: Record) -> Change:
-    if "median" in record:
+    if record.get("method") != previous.get("method"):
+        return Change(record["id"], "recast")
+    if "peak_bytes" not in record:
         ratio = record["median"] / previous["median"]
         spread = sum(((r["q3"] - r["q1"]) / 2 / r["median"]) ** 2 for r in (previous, record))
         noise = max(LEAST_NOISE, SPREADS * spread**0.5)

@@ -29,6 +29,8 @@ SHORT_TITLES = {
     "conv_bn_relu": "+BN+ReLU",
     "conv_bn_add_relu": "+BN+add\n+ReLU",
 }
+# A fused batch norm holds what follows it, which for the others is of the rest.
+GROUP_TITLES = {"batch norm": "batch norm and what is fused with it"}
 Panel = tuple[str, list[Subject]]
 
 
@@ -149,7 +151,7 @@ def step_time(path: Path, about: Record, found: Sequence[Subject]) -> Path:
                 mark = GROUP_MARKS[group]
                 axes.barh(
                     -place, seconds * 1e3, left=left, color=mark.color, hatch=mark.hatch,
-                    edgecolor="black", linewidth=0.5, label=None if places else group,
+                    edgecolor="black", linewidth=0.5, label=None if places else GROUP_TITLES.get(group, group),
                 )  # fmt: skip
                 left += seconds * 1e3
             axes.annotate(

@@ -19,8 +19,10 @@ DIRECTION_TITLES = {
 }
 LEGEND = (
     "Microseconds, medians; in brackets the share of the limit: the fused operation's least bytes "
-    "over the measured copy bandwidth (a convolution: or its operations over the measured product). "
-    "Behind: times as fast as torch's own layers (eager) and torch.compile."
+    "over the measured copy bandwidth (a convolution: or its operations over the measured product), "
+    "nothing staying in the L2 cache, so that small sites can pass 100%. "
+    "Behind: times as fast as torch's own layers (eager) and torch.compile; and how long a call of "
+    "bnres keeps the host, which a CUDA graph or a full queue hides."
 )
 
 
@@ -90,10 +92,11 @@ def operations(records: Sequence[Record]) -> list[str]:
                 subject.any["site"],
                 *(_timed(subject, provider) for provider in providers),
                 *speedups(subject),
+                _host(subject),
             ]
             for subject in group
         ]
-        headings = ["site", *providers, "to eager", "to compile"]
+        headings = ["site", *providers, "to eager", "to compile", "host"]
         sections += [title, markdown_table(headings, rows)]
     return sections
 
@@ -103,18 +106,30 @@ def _timed(subject: Subject, provider: str) -> str:
     if record is None:
         return "-"
     share = f" ({record['share']:.0%})" if "share" in record else ""
-    return f"{record['median'] * 1e6:,.1f}{share}"
+    other = record.get("timed_dtype", record["dtype"])
+    note = "" if other == record["dtype"] else f" {other}"
+    return f"{record['median'] * 1e6:,.1f}{share}{note}"
+
+
+def _host(subject: Subject) -> str:
+    record = subject.records.get("bnres")
+    if record is None or "host_seconds" not in record:
+        return "-"
+    return f"{record['host_seconds'] * 1e6:,.0f}"
 
 
 def nets(records: Sequence[Record]) -> list[str]:
     """Training steps and inference."""
     sections = []
-    for suite, title in (("step", "Training step"), ("infer", "Inference")):
+    for suite, title, note in (
+        ("step", "Training step", ""),
+        ("infer", "Inference", " bnres has its batch norms folded (`bnres.fold`), the others not."),
+    ):
         found = subjects(records, suite)
         if found:
             sections += [
                 f"## {title}",
-                "Milliseconds, medians; in brackets images/s.",
+                f"Milliseconds, medians; in brackets images/s.{note}",
                 _nets_table(found, _milliseconds, speedups),
             ]
     return sections
