@@ -9,7 +9,10 @@ TRAIN = [
     "mlxtend>=0.23",
     "numpy>=1.26",
     "pillow>=10",
+    "pooch>=1.8",
+    "requests>=2.31",
     "rich>=13",
+    "scikit-learn>=1.4",
     "typer>=0.15",
 ]
 BENCH = [

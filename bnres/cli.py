@@ -70,6 +70,16 @@ def main(
 @app.command()
 def train(
     dataset: Annotated[str, typer.Option(help="Data set.")] = "mnist5k",
+    data: Annotated[
+        Path | None, typer.Option(help="Where cifar10 or a folder of images lies.")
+    ] = None,
+    download: Annotated[
+        bool, typer.Option("--download", help="Download cifar10 into --data first.")
+    ] = False,
+    checksum: Annotated[
+        bool, typer.Option("--checksum/--no-checksum", help="Compare cifar10's files with theirs.")
+    ] = True,
+    workers: Annotated[int, typer.Option(help="Processes that decode a folder of images.")] = 4,
     model: Annotated[str, typer.Option(help="Model.")] = "resnet18",
     act: Annotated[str | None, typer.Option(help="Activation of a ResNet.")] = None,
     epochs: Annotated[int, typer.Option(help="Passes over the training images.")] = 5,
@@ -89,14 +99,22 @@ def train(
     ] = False,
 ) -> None:
     """Train a model; with no options, a ResNet-18 on 4,000 images of MNIST."""
+    from bnres.data.download import download_cifar10
     from bnres.train.compare import prepare_comparison, run_comparison
     from bnres.train.config import TrainConfig, default_device
     from bnres.train.run import fit, prepare
 
     console = Console()
     with bad_input_exits():
+        if download:
+            if dataset != "cifar10" or data is None:
+                raise ValueError("download: it takes --dataset cifar10 and --data FOLDER")
+            data = download_cifar10(data)
         config = TrainConfig(
             dataset=dataset,
+            data=data,
+            checksum=checksum,
+            workers=workers,
             model=model,
             fused=not stock,
             act=act,
@@ -204,17 +222,17 @@ def augment(
 ) -> None:
     """Draw what each augmentation does to a picture, eight times each."""
     from bnres.augment.grid import draw_grid, read_image
-    from bnres.data import DATASETS, load_dataset
+    from bnres.data import PACKAGED
 
     with bad_input_exits():
         if not out.parent.is_dir():
             raise ValueError(f"out: there is no folder {str(out.parent)!r}")
-        if image in DATASETS:
-            picture = load_dataset(image).train_images[0]
+        if image in PACKAGED:
+            picture = PACKAGED[image]().train_images[0]
         elif Path(image).is_file():
             picture = read_image(Path(image))
         else:
-            raise ValueError(f"image must be a file or one of {', '.join(DATASETS)}, got {image!r}")
+            raise ValueError(f"image must be a file or one of {', '.join(PACKAGED)}, got {image!r}")
     draw_grid(out, picture, seed)
     typer.echo(out)
 

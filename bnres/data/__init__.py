@@ -1,23 +1,62 @@
-"""Data sets."""
+"""Data sets, and batches of them on a device."""
 
-from collections.abc import Callable
+from pathlib import Path
 
 from bnres.data.batches import Batches
+from bnres.data.cifar10 import load_cifar10
 from bnres.data.dataset import ImageDataset
+from bnres.data.digits import load_digits
+from bnres.data.folder import FolderDataset, load_folder
 from bnres.data.mnist5k import load_mnist5k
+from bnres.data.streamed import StreamedBatches
+from bnres.data.synthetic import load_synthetic
 
-DATASETS: dict[str, Callable[[], ImageDataset]] = {"mnist5k": load_mnist5k}
+# Data sets by name; those that lie on the user's disk need to be told where.
+PACKAGED = {
+    "mnist5k": load_mnist5k,
+    "digits": load_digits,
+    "synthetic-cifar": lambda: load_synthetic(classes=10, size=32),
+    "synthetic-imagenet": lambda: load_synthetic(classes=1000, size=256),
+}
+ON_DISK = ("cifar10", "folder")
+DATASETS = (*PACKAGED, *ON_DISK)
 
 
-def load_dataset(name: str) -> ImageDataset:
+def load_dataset(
+    name: str, data: Path | None = None, *, checksum: bool = True
+) -> ImageDataset | FolderDataset:
     """Loads a data set of `DATASETS`.
 
+    Args:
+        name: which.
+        data: where ``cifar10`` or ``folder`` lies.
+        checksum: compare CIFAR-10's files with their published checksums.
+
     Raises:
-        ValueError: for an unknown name.
+        ValueError: for an unknown name, a place that is missing or not asked for, or as the data
+            set's own loader.
     """
     if name not in DATASETS:
         raise ValueError(f"dataset must be one of {', '.join(DATASETS)}, got {name!r}")
-    return DATASETS[name]()
+    if name in PACKAGED:
+        if data is not None:
+            raise ValueError(f"data: {name} comes with a package, it takes no place")
+        return PACKAGED[name]()
+    if data is None:
+        raise ValueError(f"data: say where {name} lies")
+    return load_folder(data) if name == "folder" else load_cifar10(data, checksum=checksum)
 
 
-__all__ = ["DATASETS", "Batches", "ImageDataset", "load_dataset", "load_mnist5k"]
+__all__ = [
+    "DATASETS",
+    "Batches",
+    "FolderDataset",
+    "ImageDataset",
+    "StreamedBatches",
+    "load_cifar10",
+    "load_dataset",
+    "load_digits",
+    "load_folder",
+    "load_mnist5k",
+    "load_synthetic",
+]

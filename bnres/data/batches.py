@@ -1,25 +1,22 @@
-"""Batches of a data set that lives on the device as uint8: shuffled, shifted, normalised there."""
+"""Batches of a data set that lives on the device as uint8: shuffled and augmented there."""
 
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from bnres.augment import Compose
 from bnres.data.dataset import ImageDataset
+from bnres.data.seeds import generator_at
 
 
-def random_shift(images: Tensor, pixels: int, generator: torch.Generator) -> Tensor:
-    """Each image (N, C, H, W) moved by up to ``pixels`` in both directions, zeros moving in.
-
-    The offsets come from ``generator``, a CPU one, so that every device draws the same.
-    """
-    n, _, height, width = images.shape
-    span = 2 * pixels + 1
-    offsets = torch.randint(span, (2, n), generator=generator).to(images.device)
-    padded = F.pad(images, [pixels] * 4)
-    windows = padded.unfold(2, height, 1).unfold(3, width, 1)
-    return windows[torch.arange(n, device=images.device), :, offsets[0], offsets[1]]
+def check_batch_size(batch_size: int, images: int, name: str) -> None:
+    """Raises ValueError for a batch that batch norm or the data set is too small for."""
+    if not 2 <= batch_size <= images:
+        raise ValueError(
+            f"batch_size must be from 2 to {images} (the training images of {name}), got "
+            f"{batch_size}"
+        )
 
 
 class Batches:
@@ -29,8 +26,9 @@ class Batches:
         dataset: the images.
         device: where they live.
         batch_size: images a batch; the last, smaller one of a training epoch is left out.
-        shift: greatest shift of a training image, in pixels.
-        memory_format: layout of the batches.
+        train_augment: what becomes of training images.
+        test_augment: what becomes of held-out images.
+        seed: of order and augmentation.
     """
 
     def __init__(
@@ -38,32 +36,40 @@ class Batches:
         dataset: ImageDataset,
         device: torch.device,
         batch_size: int,
-        shift: int,
-        memory_format: torch.memory_format,
+        train_augment: Compose,
+        test_augment: Compose,
+        seed: int,
     ) -> None:
-        if not 2 <= batch_size <= len(dataset.train_labels):
-            raise ValueError(
-                f"batch_size must be from 2 to {len(dataset.train_labels)} (the training images "
-                f"of {dataset.name}), got {batch_size}"
-            )
-        self.mean, self.std = dataset.mean, dataset.std
+        check_batch_size(batch_size, len(dataset.train_labels), dataset.name)
         self.train_images = dataset.train_images.to(device)
         self.train_labels = dataset.train_labels.to(device)
         self.test_images = dataset.test_images.to(device)
         self.test_labels = dataset.test_labels.to(device)
-        self.batch_size, self.shift, self.memory_format = batch_size, shift, memory_format
+        self.batch_size, self.seed = batch_size, seed
+        self.train_augment, self.test_augment = train_augment, test_augment
 
     def __len__(self) -> int:
         """Batches of a training epoch."""
         return len(self.train_labels) // self.batch_size
 
-    def train(self, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
-        """One epoch in an order, and with shifts, drawn from ``generator`` (on the CPU)."""
-        order = torch.randperm(len(self.train_labels), generator=generator)
-        for start in range(0, len(self) * self.batch_size, self.batch_size):
-            index = order[start : start + self.batch_size].to(self.train_images.device)
-            images = random_shift(self.train_images[index], self.shift, generator)
-            yield self._normalised(images), self.train_labels[index]
+    @property
+    def train_count(self) -> int:
+        """Training images."""
+        return len(self.train_labels)
+
+    @property
+    def test_count(self) -> int:
+        """Held-out images."""
+        return len(self.test_labels)
+
+    def train(self, epoch: int, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of an epoch from batch ``first`` on, the same whenever they are asked for."""
+        order = torch.randperm(self.train_count, generator=generator_at(self.seed, "order", epoch))
+        for step in range(first, len(self)):
+            index = order[step * self.batch_size : (step + 1) * self.batch_size]
+            index = index.to(self.train_images.device)
+            generator = generator_at(self.seed, "augment", epoch, step)
+            yield self.train_augment(self.train_images[index], generator), self.train_labels[index]
 
     def test(self) -> Iterator[tuple[Tensor, Tensor]]:
         """The held-out images, all of them, in order."""
@@ -73,8 +79,4 @@ class Batches:
             strict=True,
         )
         for images, labels in pairs:
-            yield self._normalised(images), labels
-
-    def _normalised(self, images: Tensor) -> Tensor:
-        scaled = (images.float() / 255 - self.mean) / self.std
-        return scaled.contiguous(memory_format=self.memory_format)
+            yield self.test_augment(images), labels

@@ -1,9 +1,12 @@
-"""A small image data set that lives in memory."""
+"""An image data set that lives in memory."""
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+# Images whose statistics are summed at once.
+CHUNK = 4096
 
 
 @dataclass(frozen=True)
@@ -11,22 +14,57 @@ class ImageDataset:
     """Images as uint8 (N, channels, height, width), labels as int64 (N,).
 
     Attributes:
-        mean: of the training images, on a scale from 0 to 1.
-        std: likewise.
+        name: of the set.
+        class_names: names of the labels, in their order.
+        mean, std: of each channel of the training images, on a scale from 0 to 1.
     """
 
     name: str
-    classes: int
+    class_names: tuple[str, ...]
     train_images: Tensor
     train_labels: Tensor
     test_images: Tensor
     test_labels: Tensor
-    mean: float
-    std: float
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @property
+    def classes(self) -> int:
+        return len(self.class_names)
 
     @property
     def channels(self) -> int:
         return self.train_images.shape[1]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of an image."""
+        return self.train_images.shape[2], self.train_images.shape[3]
+
+
+def make_dataset(
+    name: str,
+    class_names: tuple[str, ...],
+    train: tuple[Tensor, Tensor],
+    test: tuple[Tensor, Tensor],
+) -> ImageDataset:
+    """A data set, its channels' statistics computed from the training images."""
+    mean, std = channel_statistics(train[0])
+    return ImageDataset(name, class_names, *train, *test, mean, std)
+
+
+def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of each channel of uint8 images, on a scale from 0 to 1."""
+    channels = images.shape[1]
+    total, squares = (torch.zeros(channels, dtype=torch.float64) for _ in range(2))
+    for chunk in images.split(CHUNK):
+        values = chunk.double()
+        total += values.sum((0, 2, 3))
+        squares += values.square().sum((0, 2, 3))
+    count = images.numel() // channels
+    mean = total / count
+    std = ((squares / count - mean.square()) * count / (count - 1)).sqrt()
+    return tuple((mean / 255).tolist()), tuple((std / 255).tolist())
 
 
 def hold_out(labels: Tensor, per_class: int, seed: int) -> tuple[Tensor, Tensor]:

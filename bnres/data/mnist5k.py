@@ -2,12 +2,12 @@
 
 import torch
 
-from bnres.data.dataset import ImageDataset, hold_out
+from bnres.data.dataset import ImageDataset, hold_out, make_dataset
 
 HELD_OUT_PER_CLASS = 100
 SPLIT_SEED = 0
-CLASSES = 10
 SIZE = 28
+DIGITS = tuple("0123456789")
 
 
 def load_mnist5k() -> ImageDataset:
@@ -22,14 +22,6 @@ def load_mnist5k() -> ImageDataset:
     table = torch.from_numpy(np.loadtxt(DATA_PATH, delimiter=",", dtype=np.uint8))
     images, labels = table[:, :-1].view(-1, 1, SIZE, SIZE), table[:, -1].long()
     train, test = hold_out(labels, HELD_OUT_PER_CLASS, SPLIT_SEED)
-    scaled = images[train].double() / 255
-    return ImageDataset(
-        name="mnist5k",
-        classes=CLASSES,
-        train_images=images[train],
-        train_labels=labels[train],
-        test_images=images[test],
-        test_labels=labels[test],
-        mean=scaled.mean().item(),
-        std=scaled.std().item(),
+    return make_dataset(
+        "mnist5k", DIGITS, (images[train], labels[train]), (images[test], labels[test])
     )

@@ -10,7 +10,7 @@ import torch
 from bnres.train.config import TrainConfig
 from bnres.train.state import TrainState
 
-FORMAT = 1
+FORMAT = 2
 # What a run must share with the one that wrote its checkpoint; layers may be fused or stock.
 IDENTITY = ("dataset", "model", "act")
 SCHEDULE = ("epochs", "batch_size", "lr", "weight_decay", "dtype", "seed")
@@ -24,7 +24,6 @@ def save_checkpoint(path: Path, state: TrainState, config: TrainConfig) -> None:
         "config": {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()},
         "epoch": state.epoch,
         "history": state.history,
-        "generator": state.generator.get_state(),
         "torch_rng": torch.get_rng_state(),
         **{name: getattr(state, name).state_dict() for name in STATEFUL},
     }
@@ -61,7 +60,6 @@ def load_checkpoint(path: Path, state: TrainState, config: TrainConfig) -> None:
         raise ValueError(f"resume: {path} has all of its {config.epochs} epochs behind it")
     for name in STATEFUL:
         getattr(state, name).load_state_dict(content[name])
-    state.generator.set_state(content["generator"])
     torch.set_rng_state(content["torch_rng"])
     state.epoch, state.history = content["epoch"], content["history"]
 

@@ -22,6 +22,9 @@ class TrainConfig:
 
     Attributes:
         dataset: name of a data set.
+        data: where it lies, if it comes with no package.
+        checksum: compare CIFAR-10's files with their published checksums.
+        workers: processes that decode an image folder.
         model: name of a model.
         fused: fused layers, or torch's own.
         act: activation of the model (None: the model's own).
@@ -42,6 +45,9 @@ class TrainConfig:
     """
 
     dataset: str = "mnist5k"
+    data: Path | None = None
+    checksum: bool = True
+    workers: int = 4
     model: str = "resnet18"
     fused: bool = True
     act: str | None = None
@@ -71,6 +77,7 @@ class TrainConfig:
             ("epochs", self.epochs, 1),
             ("batch_size", self.batch_size, 2),
             ("shift", self.shift, 0),
+            ("workers", self.workers, 0),
         ):
             if number < least:
                 raise ValueError(f"{name} must be at least {least}, got {number}")

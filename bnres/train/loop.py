@@ -8,9 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bnres.data import Batches
 from bnres.train.config import DTYPES, TrainConfig
-from bnres.train.state import TrainState
+from bnres.train.state import AnyBatches, TrainState
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,7 @@ def _autocast(config: TrainConfig) -> torch.autocast:
 
 def train_epoch(
     state: TrainState,
-    batches: Batches,
+    batches: AnyBatches,
     config: TrainConfig,
     on_step: Callable[[], None] = lambda: None,
 ) -> TrainResult:
@@ -41,7 +40,7 @@ def train_epoch(
     losses: list[Tensor] = []
     correct: list[Tensor] = []
     start = time.perf_counter()
-    for images, labels in batches.train(state.generator):
+    for images, labels in batches.train(state.epoch):
         state.optimizer.zero_grad(set_to_none=True)
         with _autocast(config):
             logits = state.model(images)
@@ -68,7 +67,7 @@ def train_epoch(
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, batches: Batches, config: TrainConfig) -> tuple[float, float]:
+def evaluate(model: nn.Module, batches: AnyBatches, config: TrainConfig) -> tuple[float, float]:
     """Mean loss and accuracy on the held-out images, in eval mode."""
     model.eval()
     loss, correct = torch.zeros((), device=config.device), torch.zeros((), device=config.device)
@@ -77,5 +76,5 @@ def evaluate(model: nn.Module, batches: Batches, config: TrainConfig) -> tuple[f
             logits = model(images).float()
         loss += F.cross_entropy(logits, labels, reduction="sum")
         correct += (logits.argmax(1) == labels).sum()
-    count = len(batches.test_labels)
+    count = batches.test_count
     return loss.item() / count, correct.item() / count

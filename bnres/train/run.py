@@ -7,12 +7,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from bnres.backend import backend
-from bnres.data import Batches, load_dataset
+from bnres.data import load_dataset
 from bnres.train.checkpoint import load_checkpoint, save_checkpoint
 from bnres.train.config import TrainConfig
 from bnres.train.loop import TrainResult, evaluate, train_epoch
 from bnres.train.outputs import draw_curves, write_metrics
-from bnres.train.state import TrainState, build_state
+from bnres.train.state import AnyBatches, TrainState, build_state
 
 CHECKPOINT, METRICS, CURVES = "checkpoint.pt", "metrics.csv", "curves.png"
 
@@ -23,7 +23,7 @@ class Run:
 
     config: TrainConfig
     state: TrainState
-    batches: Batches
+    batches: AnyBatches
 
 
 def prepare(config: TrainConfig) -> Run:
@@ -32,7 +32,9 @@ def prepare(config: TrainConfig) -> Run:
     Raises:
         ValueError: if the input does not fit; nothing has been written.
     """
-    state, batches = build_state(config, load_dataset(config.dataset))
+    state, batches = build_state(
+        config, load_dataset(config.dataset, config.data, checksum=config.checksum)
+    )
     if config.resume is not None:
         load_checkpoint(config.resume, state, config)
     return Run(config, state, batches)
@@ -101,8 +103,8 @@ def fit(run: Run, folder: Path, console: Console) -> None:
     """Trains to the end; after each epoch ``folder`` holds checkpoint, metrics and curves."""
     config, state = run.config, run.state
     console.print(
-        f"{config.model} on {config.dataset}: {len(run.batches.train_labels):,} images to train, "
-        f"{len(run.batches.test_labels):,} held out; {config.device}, {config.dtype}, "
+        f"{config.model} on {config.dataset}: {run.batches.train_count:,} images to train, "
+        f"{run.batches.test_count:,} held out; {config.device}, {config.dtype}, "
         f"{route(config)}",
         highlight=False,
     )

@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from bnres.data import Batches, ImageDataset
+from bnres.augment import Compose, Normalize, RandomCrop
+from bnres.data import Batches, FolderDataset, ImageDataset, StreamedBatches
 from bnres.models import create_model
 from bnres.train.config import DTYPES, TrainConfig
 
@@ -15,23 +16,42 @@ MOMENTUM = (0.85, 0.95)
 
 @dataclass
 class TrainState:
-    """The state of a run; ``generator`` draws the order and the shifts, on the CPU."""
+    """The state of a run; order and augmentation hang on its seed, epoch and step alone."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
     scaler: torch.amp.GradScaler
-    generator: torch.Generator
     epoch: int = 0
     history: list[dict[str, float]] = field(default_factory=list)
 
 
-def build_state(config: TrainConfig, dataset: ImageDataset) -> tuple[TrainState, Batches]:
+AnyBatches = Batches | StreamedBatches
+
+
+def make_batches(
+    config: TrainConfig, dataset: ImageDataset | FolderDataset, device: torch.device
+) -> AnyBatches:
+    """Batches of a data set, shifted at random and normalised by its own statistics."""
+    memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
+    normalize = Normalize(dataset.mean, dataset.std)
+    shift = [RandomCrop(dataset.size, padding=config.shift)] if config.shift else []
+    train_augment = Compose([*shift, normalize], memory_format=memory_format)
+    test_augment = Compose([normalize], memory_format=memory_format)
+    place = (device, config.batch_size, train_augment, test_augment, config.seed)
+    if isinstance(dataset, FolderDataset):
+        return StreamedBatches(dataset, *place, config.workers)
+    return Batches(dataset, *place)
+
+
+def build_state(
+    config: TrainConfig, dataset: ImageDataset | FolderDataset
+) -> tuple[TrainState, AnyBatches]:
     """A run at its start: the same weights, order and shifts for the same ``config.seed``."""
     torch.manual_seed(config.seed)
     device = torch.device(config.device)
     memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
-    batches = Batches(dataset, device, config.batch_size, config.shift, memory_format)
+    batches = make_batches(config, dataset, device)
     options = {} if config.act is None else {"act": config.act}
     model = create_model(
         config.model,
@@ -56,8 +76,7 @@ def build_state(config: TrainConfig, dataset: ImageDataset) -> tuple[TrainState,
         max_momentum=MOMENTUM[1],
     )
     scaler = torch.amp.GradScaler(device.type, enabled=DTYPES[config.dtype] == torch.float16)
-    generator = torch.Generator().manual_seed(config.seed)
-    return TrainState(model, optimizer, scheduler, scaler, generator), batches
+    return TrainState(model, optimizer, scheduler, scaler), batches
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:

@@ -1,0 +1,160 @@
+"""CIFAR-10 (Krizhevsky, 2009) as published: the binary or the Python archive, packed or unpacked.
+
+Archives are read where they lie; nothing is extracted.
+"""
+
+import hashlib
+import tarfile
+import zlib
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path, PurePosixPath
+
+import torch
+from torch import Tensor
+
+from bnres.data.dataset import ImageDataset, make_dataset
+from bnres.data.pickles import load_arrays
+
+URL = "https://www.cs.toronto.edu/~kriz/"
+BINARY_ARCHIVE, PYTHON_ARCHIVE = "cifar-10-binary.tar.gz", "cifar-10-python.tar.gz"
+MD5 = {
+    BINARY_ARCHIVE: "c32a1d4ab5d03f1284b67883e8d87530",
+    PYTHON_ARCHIVE: "c58f30108f718f92721af3b95e74349a",
+    "data_batch_1": "c99cafc152244af753f735de768cd75f",
+    "data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
+    "data_batch_3": "54ebc095f3ab1f0389bbae665268c751",
+    "data_batch_4": "634d18415352ddfa80567beed471001a",
+    "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
+    "test_batch": "40351d587109b95175f43aff81a1287e",
+}
+BINARY = tuple(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin"
+PYTHON = tuple(f"data_batch_{i}" for i in range(1, 6)), "test_batch"
+CLASS_NAMES = (
+    "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
+)  # fmt: skip
+IMAGE_SHAPE = (3, 32, 32)
+PIXELS = 3 * 32 * 32
+# No file of an archive is as large; one that is would fill the memory.
+LARGEST_FILE = 1 << 26
+
+Read = Callable[[str], bytes]
+
+
+def load_cifar10(path: Path, *, checksum: bool = True) -> ImageDataset:
+    """Reads CIFAR-10; the binary format where both are there, as it runs no pickle.
+
+    Args:
+        path: an archive, the folder that it unpacks to, or a folder that holds either.
+        checksum: compare archives and pickles with their published MD5, and the binary files with
+            their published length; without it files of the same format are taken too.
+
+    Raises:
+        ValueError: if there is no such data, or for a file that is cut off, has another checksum, is
+            a pickle that names more than arrays, or holds a label out of range; it names the file.
+    """
+    source, read, names = _find(Path(path), checksum)
+    train_names, test_name = BINARY if _is_binary(names) else PYTHON
+    decode = _decode_binary if _is_binary(names) else _decode_pickle
+    parts = {}
+    for name in (*train_names, test_name):
+        if name not in names:
+            raise ValueError(f"{source} has no {name}")
+        parts[name] = decode(read(name), f"{source}: {name}", checksum)
+    train = [torch.cat(part) for part in zip(*(parts[n] for n in train_names), strict=True)]
+    return make_dataset("cifar10", CLASS_NAMES, (train[0], train[1]), parts[test_name])
+
+
+def _is_binary(names: Iterable[str]) -> bool:
+    """Whether files of these names are the binary format's."""
+    return BINARY[1] in names
+
+
+def _find(path: Path, checksum: bool) -> tuple[Path, Read, set[str]]:
+    """Where the data is, what reads a file of it, and its files' names."""
+    if path.is_dir():
+        for folder in (path, path / "cifar-10-batches-bin", path / "cifar-10-batches-py"):
+            names = {p.name for p in folder.iterdir()} if folder.is_dir() else set()
+            if names & {BINARY[1], PYTHON[1]}:
+                return folder, partial(_read_file, folder), names
+        for name in (BINARY_ARCHIVE, PYTHON_ARCHIVE):
+            if (path / name).is_file():
+                return _open_archive(path / name, checksum)
+        raise ValueError(
+            f"data: {path} holds neither {BINARY_ARCHIVE} nor {PYTHON_ARCHIVE}, nor what they "
+            "unpack to"
+        )
+    if not path.is_file():
+        raise ValueError(f"data: there is no file or folder {str(path)!r}")
+    return _open_archive(path, checksum)
+
+
+def _read_file(folder: Path, name: str) -> bytes:
+    return (folder / name).read_bytes()
+
+
+def _open_archive(path: Path, checksum: bool) -> tuple[Path, Read, set[str]]:
+    if checksum:
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "md5").hexdigest()
+        if found not in (MD5[BINARY_ARCHIVE], MD5[PYTHON_ARCHIVE]):
+            raise ValueError(
+                f"{path} is no archive of CIFAR-10 as published, or is damaged: its MD5 is {found}"
+            )
+    wanted = {*BINARY[0], BINARY[1], *PYTHON[0], PYTHON[1]}
+    contents: dict[str, bytes] = {}
+    try:
+        with tarfile.open(path, "r:*") as archive:
+            for member in archive:
+                name = PurePosixPath(member.name).name
+                if member.isfile() and name in wanted:
+                    if member.size > LARGEST_FILE:
+                        raise ValueError(f"{path}: {member.name} has {member.size} bytes")
+                    content = archive.extractfile(member)
+                    assert content is not None
+                    contents[name] = content.read()
+    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    if not contents:
+        raise ValueError(f"{path} holds no file of CIFAR-10")
+    return path, contents.__getitem__, set(contents)
+
+
+def _decode_binary(content: bytes, source: str, checksum: bool) -> tuple[Tensor, Tensor]:
+    """Records of a label and the planes red, green, blue."""
+    record, published = 1 + PIXELS, 10_000
+    if not content or len(content) % record or (checksum and len(content) != published * record):
+        raise ValueError(
+            f"{source} is damaged: {len(content)} bytes, "
+            f"{f'not {published * record}' if checksum else f'no multiple of {record}'}"
+        )
+    table = torch.frombuffer(bytearray(content), dtype=torch.uint8).view(-1, record)
+    return table[:, 1:].reshape(-1, *IMAGE_SHAPE), _labels(table[:, 0].long(), source)
+
+
+def _decode_pickle(content: bytes, source: str, checksum: bool) -> tuple[Tensor, Tensor]:
+    name = source.rsplit(" ", 1)[-1]
+    if checksum:
+        found = hashlib.md5(content, usedforsecurity=False).hexdigest()
+        if found != MD5[name]:
+            raise ValueError(f"{source} is damaged: its MD5 is {found}, not {MD5[name]}")
+    batch = load_arrays(content, source)
+    try:
+        images = torch.from_numpy(batch[b"data"]).view(-1, *IMAGE_SHAPE)
+        labels = torch.tensor(batch[b"labels"], dtype=torch.long)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{source} is no batch of CIFAR-10: {error!r}") from error
+    if images.dtype != torch.uint8 or labels.shape != images.shape[:1]:
+        raise ValueError(
+            f"{source} is no batch of CIFAR-10: images of {images.dtype}, {len(images)} of them, "
+            f"and {labels.numel()} labels"
+        )
+    return images, _labels(labels, source)
+
+
+def _labels(labels: Tensor, source: str) -> Tensor:
+    wrong = ((labels < 0) | (labels >= len(CLASS_NAMES))).nonzero()
+    if len(wrong):
+        index = int(wrong[0])
+        raise ValueError(f"{source}: label {int(labels[index])} of image {index} is not 0 to 9")
+    return labels

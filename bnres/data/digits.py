@@ -1,0 +1,27 @@
+"""The 1,797 handwritten digits that scikit-learn carries (8×8, 17 shades)."""
+
+import torch
+
+from bnres.data.dataset import ImageDataset, hold_out, make_dataset
+from bnres.data.mnist5k import DIGITS
+
+HELD_OUT_PER_CLASS = 36
+SPLIT_SEED = 0
+SHADES = 16
+
+
+def load_digits() -> ImageDataset:
+    """A fifth of each class held out, the same in every run.
+
+    Raises:
+        ModuleNotFoundError: if scikit-learn is not installed (it comes with ``bnres[train]``).
+    """
+    from sklearn import datasets
+
+    content = datasets.load_digits()
+    images = torch.from_numpy(content.images)[:, None] * (255 / SHADES)
+    images, labels = images.round().byte(), torch.from_numpy(content.target).long()
+    train, test = hold_out(labels, HELD_OUT_PER_CLASS, SPLIT_SEED)
+    return make_dataset(
+        "digits", DIGITS, (images[train], labels[train]), (images[test], labels[test])
+    )

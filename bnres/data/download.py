@@ -1,0 +1,45 @@
+"""Downloads, by pooch, that go on where they were broken off."""
+
+from pathlib import Path
+
+from bnres.data.cifar10 import BINARY_ARCHIVE, MD5, URL
+
+CHUNK_BYTES = 1 << 14
+TIMEOUT_SECONDS = 30
+
+
+def download_cifar10(
+    folder: Path, url: str = URL + BINARY_ARCHIVE, md5: str = MD5[BINARY_ARCHIVE]
+) -> Path:
+    """The binary archive of CIFAR-10 (162 MB), in ``folder``; what is there already is kept.
+
+    Raises:
+        ValueError: if it can't be downloaded, or its checksum is wrong.
+        ModuleNotFoundError: if pooch or requests is not installed (they come with
+            ``bnres[train]``).
+    """
+    import pooch
+    import requests
+
+    name = url.rsplit("/", 1)[-1]
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / f"{name}.partial"
+
+    def resume(url: str, output_file: object, pooch: object) -> None:
+        """Asks for what ``partial`` lacks, then puts it where pooch wants it."""
+        have = partial.stat().st_size if partial.exists() else 0
+        headers = {"Range": f"bytes={have}-"} if have else {}
+        with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT_SECONDS) as response:
+            if response.status_code != requests.codes.requested_range_not_satisfiable:
+                response.raise_for_status()
+                goes_on = response.status_code == requests.codes.partial_content
+                with partial.open("ab" if goes_on else "wb") as file:
+                    for chunk in response.iter_content(CHUNK_BYTES):
+                        file.write(chunk)
+        partial.replace(str(output_file))
+
+    try:
+        found = pooch.retrieve(url, f"md5:{md5}", name, folder, downloader=resume)
+    except (requests.RequestException, OSError, ValueError) as error:
+        raise ValueError(f"download of {url} failed: {error}") from error
+    return Path(found)

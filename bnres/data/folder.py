@@ -1,0 +1,116 @@
+"""Images in folders, a folder a class: ``root/train/CLASS/*`` and ``root/val/CLASS/*``."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
+# ImageNet's, which nets are normalised by.
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+TRAIN, TEST = "train", ("val", "test")
+
+
+class ImageFiles(Dataset[tuple[Tensor, int]]):
+    """Decoded images of one size: the shorter side resized, the middle cut out.
+
+    Item: uint8 (3, size, size) and a label.
+
+    Args:
+        files: paths and labels.
+        size: height and width.
+
+    Raises:
+        ValueError: by an item, for a file that pillow can't read; it names the file.
+    """
+
+    def __init__(self, files: list[tuple[Path, int]], size: int) -> None:
+        self.files, self.size = files, size
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        import numpy as np
+        from PIL import Image, ImageOps
+
+        path, label = self.files[index]
+        try:
+            with Image.open(path) as image:
+                image.draft(
+                    "RGB", (self.size, self.size)
+                )  # a JPEG is decoded no larger than needed
+                picture = ImageOps.fit(
+                    image.convert("RGB"), (self.size, self.size), Image.Resampling.BILINEAR
+                )
+        except (OSError, SyntaxError, ValueError) as error:
+            raise ValueError(f"{path} can't be read as an image: {error}") from error
+        return torch.from_numpy(np.array(picture)).permute(2, 0, 1), label
+
+
+@dataclass(frozen=True)
+class FolderDataset:
+    """Images that are decoded as they are needed."""
+
+    name: str
+    class_names: tuple[str, ...]
+    train: ImageFiles
+    test: ImageFiles
+    mean: tuple[float, ...] = MEAN
+    std: tuple[float, ...] = STD
+    channels = 3
+
+    @property
+    def classes(self) -> int:
+        return len(self.class_names)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of an image."""
+        return self.train.size, self.train.size
+
+
+def load_folder(root: Path, size: int = 256) -> FolderDataset:
+    """Lists the images of ``root/train`` and ``root/val`` (or ``root/test``).
+
+    Args:
+        root: the folder.
+        size: height and width that images are decoded to.
+
+    Raises:
+        ValueError: for a missing folder, a class without images, or other classes in the two; it
+            names the folder.
+    """
+    root = Path(root)
+    test = next((root / name for name in TEST if (root / name).is_dir()), None)
+    if not (root / TRAIN).is_dir() or test is None:
+        raise ValueError(f"data: {root} must hold the folders {TRAIN} and {' or '.join(TEST)}")
+    names = _class_names(root / TRAIN)
+    if _class_names(test) != names:
+        differing = sorted(set(names) ^ set(_class_names(test)))
+        raise ValueError(f"data: {root / TRAIN} and {test} differ in the classes {differing[:5]}")
+    return FolderDataset(
+        root.name,
+        names,
+        ImageFiles(_files(root / TRAIN, names), size),
+        ImageFiles(_files(test, names), size),
+    )
+
+
+def _class_names(folder: Path) -> tuple[str, ...]:
+    names = tuple(sorted(p.name for p in folder.iterdir() if p.is_dir()))
+    if not names:
+        raise ValueError(f"data: {folder} holds no folder of a class")
+    return names
+
+
+def _files(folder: Path, names: tuple[str, ...]) -> list[tuple[Path, int]]:
+    found = []
+    for label, name in enumerate(names):
+        paths = sorted(p for p in (folder / name).rglob("*") if p.suffix.lower() in SUFFIXES)
+        if not paths:
+            raise ValueError(f"data: {folder / name} holds no image ({', '.join(SUFFIXES)})")
+        found += [(path, label) for path in paths]
+    return found

@@ -1,0 +1,86 @@
+"""Batches of images that workers decode while the device trains."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from bnres.augment import Compose
+from bnres.data.batches import check_batch_size
+from bnres.data.folder import FolderDataset, ImageFiles
+from bnres.data.seeds import generator_at
+
+PREFETCH = 4
+
+
+class StreamedBatches:
+    """`bnres.data.Batches` of a `FolderDataset`, with pinned memory and batches ahead.
+
+    Args:
+        dataset: the images.
+        device: where the batches go.
+        batch_size: images a batch; the last, smaller one of a training epoch is left out.
+        train_augment: what becomes of training images, on the device.
+        test_augment: what becomes of held-out images.
+        seed: of order and augmentation.
+        workers: processes that decode; 0 decodes in this one.
+    """
+
+    def __init__(
+        self,
+        dataset: FolderDataset,
+        device: torch.device,
+        batch_size: int,
+        train_augment: Compose,
+        test_augment: Compose,
+        seed: int,
+        workers: int,
+    ) -> None:
+        check_batch_size(batch_size, len(dataset.train), dataset.name)
+        self.dataset, self.device, self.batch_size = dataset, device, batch_size
+        self.train_augment, self.test_augment = train_augment, test_augment
+        self.seed, self.workers = seed, workers
+
+    def __len__(self) -> int:
+        """Batches of a training epoch."""
+        return self.train_count // self.batch_size
+
+    @property
+    def train_count(self) -> int:
+        """Training images."""
+        return len(self.dataset.train)
+
+    @property
+    def test_count(self) -> int:
+        """Held-out images."""
+        return len(self.dataset.test)
+
+    def train(self, epoch: int, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of an epoch from batch ``first`` on, the same whenever they are asked for."""
+        generator = generator_at(self.seed, "order", epoch)
+        order = torch.randperm(self.train_count, generator=generator)
+        order = order[first * self.batch_size : len(self) * self.batch_size]
+        for step, (images, labels) in enumerate(self._load(self.dataset.train, order), first):
+            generator = generator_at(self.seed, "augment", epoch, step)
+            yield self.train_augment(images, generator), labels
+
+    def test(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The held-out images, all of them, in order."""
+        for images, labels in self._load(self.dataset.test, torch.arange(self.test_count)):
+            yield self.test_augment(images), labels
+
+    def _load(self, files: ImageFiles, order: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        loader = DataLoader(
+            files,
+            batch_size=self.batch_size,
+            sampler=order.tolist(),
+            num_workers=self.workers,
+            prefetch_factor=PREFETCH if self.workers else None,
+            pin_memory=self.device.type == "cuda",
+        )
+        for images, labels in loader:
+            yield (
+                images.to(self.device, non_blocking=True),
+                labels.to(self.device, non_blocking=True),
+            )

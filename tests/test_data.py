@@ -1,0 +1,385 @@
+"""Data sets: what they hold, batches of them, and what becomes of damaged files."""
+
+import gzip
+import hashlib
+import http.server
+import io
+import pickle
+import tarfile
+import threading
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from bnres import use_backend
+from bnres.augment import Compose, Normalize, RandomCrop
+from bnres.data import (
+    Batches,
+    StreamedBatches,
+    load_cifar10,
+    load_dataset,
+    load_digits,
+    load_folder,
+    load_mnist5k,
+    load_synthetic,
+)
+from bnres.data.cifar10 import MD5
+from bnres.data.dataset import channel_statistics
+from bnres.data.download import download_cifar10
+from bnres.data.pickles import load_arrays
+from bnres.data.seeds import generator_at
+
+CPU = torch.device("cpu")
+PER_FILE = 6
+
+
+@pytest.fixture(autouse=True)
+def aten():
+    """What is tested here is the data: the kernels have their own tests."""
+    with use_backend("aten"):
+        yield
+
+
+class TestPackaged:
+    def test_mnist5k_is_balanced_and_fixed(self):
+        data = load_mnist5k()
+        assert data.train_images.shape == (4000, 1, 28, 28)
+        assert data.train_images.dtype == torch.uint8 and data.class_names == tuple("0123456789")
+        assert torch.equal(data.train_labels.bincount(), torch.full((10,), 400))
+        assert torch.equal(data.test_labels.bincount(), torch.full((10,), 100))
+        assert torch.equal(load_mnist5k().test_images, data.test_images)
+        seen = {image.numpy().tobytes() for image in data.train_images}
+        assert sum(image.numpy().tobytes() in seen for image in data.test_images) == 0
+
+    def test_digits(self):
+        data = load_digits()
+        assert len(data.train_labels) + len(data.test_labels) == 1797
+        assert data.size == (8, 8) and data.train_images.max() == 255
+        assert torch.equal(data.test_labels.bincount(), torch.full((10,), 36))
+
+    def test_synthetic(self):
+        data = load_synthetic(classes=7, size=16)
+        assert data.train_images.shape[1:] == (3, 16, 16) and data.classes == 7
+        assert data.train_labels.max() == 6
+        assert torch.equal(data.train_images, load_synthetic(7, 16).train_images)
+
+    def test_statistics(self):
+        images = torch.randint(256, (5000, 3, 4, 4)).byte()
+        mean, std = channel_statistics(images)
+        scaled = images.double() / 255
+        assert mean == pytest.approx(scaled.mean((0, 2, 3)).tolist(), abs=1e-12)
+        assert std == pytest.approx(scaled.std((0, 2, 3)).tolist(), abs=1e-12)
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (("imagenet",), "dataset must be one of mnist5k"),
+            (("cifar10",), "data: say where cifar10 lies"),
+            (("digits", "here"), "data: digits comes with a package"),
+        ],
+    )
+    def test_bad_names(self, arguments, message):
+        with pytest.raises(ValueError, match=message):
+            load_dataset(*arguments)
+
+
+def cifar_content():
+    """Images and labels by the names of the published files: small, and pictures of noise."""
+    generator = np.random.default_rng(0)
+    names = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
+    return {
+        name: (
+            generator.integers(256, size=(PER_FILE, 3072), dtype=np.uint8),
+            generator.integers(10, size=PER_FILE),
+        )
+        for name in names
+    }
+
+
+def as_binary(images, labels):
+    return np.concatenate([labels[:, None].astype(np.uint8), images], 1).tobytes()
+
+
+def as_pickle(images, labels):
+    batch = {b"data": images, b"labels": labels.tolist(), b"batch_label": b"a batch"}
+    return pickle.dumps(batch, protocol=2)
+
+
+def files(kind, content):
+    make, end, folder = {
+        "binary": (as_binary, ".bin", "cifar-10-batches-bin"),
+        "python": (as_pickle, "", "cifar-10-batches-py"),
+    }[kind]
+    return {f"{folder}/{name}{end}": make(*arrays) for name, arrays in content.items()}
+
+
+def pack(path, members):
+    with tarfile.open(path, "w:gz") as archive:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    return path
+
+
+@pytest.mark.parametrize("kind", ["binary", "python"])
+class TestCifar10:
+    def check(self, data, content):
+        images = np.concatenate([content[f"data_batch_{i}"][0] for i in range(1, 6)])
+        labels = np.concatenate([content[f"data_batch_{i}"][1] for i in range(1, 6)])
+        assert np.array_equal(data.train_images.numpy().reshape(-1, 3072), images)
+        assert data.train_labels.tolist() == labels.tolist()
+        assert data.test_labels.tolist() == content["test_batch"][1].tolist()
+        assert data.test_images.shape == (PER_FILE, 3, 32, 32) and data.class_names[3] == "cat"
+        assert data.mean == channel_statistics(data.train_images)[0]
+
+    def test_archive_and_folders(self, kind, tmp_path, monkeypatch):
+        content = cifar_content()
+        members = files(kind, content)
+        name = f"cifar-10-{kind}.tar.gz"
+        archive = pack(tmp_path / name, members)
+        monkeypatch.setitem(MD5, name, hashlib.md5(archive.read_bytes()).hexdigest())
+        for part, data in members.items():
+            monkeypatch.setitem(MD5, part.split("/")[1], hashlib.md5(data).hexdigest())
+        binary = kind == "binary"  # whose files have a published length, which these have not
+        self.check(load_cifar10(archive, checksum=not binary), content)
+        self.check(load_cifar10(tmp_path, checksum=not binary), content)
+        archive.unlink()
+        for part, data in members.items():
+            (tmp_path / part).parent.mkdir(exist_ok=True)
+            (tmp_path / part).write_bytes(data)
+        self.check(load_cifar10(tmp_path, checksum=not binary), content)
+        folder = (tmp_path / part).parent
+        self.check(load_cifar10(folder, checksum=not binary), content)
+        assert sorted(p.name for p in tmp_path.iterdir()) == [folder.name]
+
+    def test_wrong_checksum(self, kind, tmp_path):
+        archive = pack(tmp_path / "a.tar.gz", files(kind, cifar_content()))
+        with pytest.raises(ValueError, match=r"a.tar.gz is no archive of CIFAR-10 as published"):
+            load_cifar10(archive)
+
+    def test_wrong_checksum_of_a_file(self, kind, tmp_path):
+        for part, data in files(kind, cifar_content()).items():
+            (tmp_path / part.split("/")[1]).write_bytes(data)
+        with pytest.raises(ValueError, match=r"data_batch_1(.bin)? is damaged"):
+            load_cifar10(tmp_path)
+
+    @pytest.mark.parametrize("keep", [0.3, 0.9])
+    def test_truncated_archive(self, kind, tmp_path, keep):
+        archive = pack(tmp_path / "a.tar.gz", files(kind, cifar_content()))
+        whole = archive.read_bytes()
+        archive.write_bytes(whole[: int(keep * len(whole))])
+        with pytest.raises(ValueError, match=r"a.tar.gz (is damaged|has no)"):
+            load_cifar10(archive, checksum=False)
+        assert [p.name for p in tmp_path.iterdir()] == ["a.tar.gz"]
+
+    def test_truncated_file(self, kind, tmp_path):
+        members = files(kind, cifar_content())
+        name = next(iter(members))
+        members[name] = members[name][:-100]
+        archive = pack(tmp_path / "a.tar.gz", members)
+        with pytest.raises(
+            ValueError, match=r"data_batch_1(.bin)? (is damaged|can't be unpickled)"
+        ):
+            load_cifar10(archive, checksum=False)
+
+    def test_missing_file(self, kind, tmp_path):
+        members = files(kind, cifar_content())
+        del members[next(name for name in members if "batch_3" in name)]
+        archive = pack(tmp_path / "a.tar.gz", members)
+        with pytest.raises(ValueError, match=r"a.tar.gz has no data_batch_3"):
+            load_cifar10(archive, checksum=False)
+
+    def test_label_out_of_range(self, kind, tmp_path):
+        content = cifar_content()
+        content["test_batch"][1][4] = 10
+        archive = pack(tmp_path / "a.tar.gz", files(kind, content))
+        with pytest.raises(ValueError, match=r"test_batch.*: label 10 of image 4 is not 0 to 9"):
+            load_cifar10(archive, checksum=False)
+
+    def test_no_data(self, kind, tmp_path):
+        with pytest.raises(ValueError, match="holds neither cifar-10-binary"):
+            load_cifar10(tmp_path)
+        with pytest.raises(ValueError, match="there is no file or folder"):
+            load_cifar10(tmp_path / kind)
+        (tmp_path / "a.tar.gz").write_bytes(gzip.compress(b"no archive"))
+        with pytest.raises(ValueError, match=r"a.tar.gz is damaged"):
+            load_cifar10(tmp_path / "a.tar.gz", checksum=False)
+        with pytest.raises(ValueError, match=r"b.tar.gz holds no file of CIFAR-10"):
+            load_cifar10(pack(tmp_path / "b.tar.gz", {"x/data.bin": b"x"}), checksum=False)
+
+
+class TestPickles:
+    def test_code_is_refused(self, tmp_path):
+        trap = tmp_path / "trap"
+
+        class Malicious:
+            def __reduce__(self):
+                return exec, (f"open({str(trap)!r}, 'w')",)
+
+        members = files("python", cifar_content())
+        members["cifar-10-batches-py/data_batch_2"] = pickle.dumps(Malicious())
+        archive = pack(tmp_path / "a.tar.gz", members)
+        with pytest.raises(
+            ValueError, match=r"data_batch_2 can't be unpickled: it asks for .*exec"
+        ):
+            load_cifar10(archive, checksum=False)
+        assert not trap.exists()
+
+    @pytest.mark.parametrize("protocol", range(6))
+    def test_arrays_are_read(self, protocol):
+        array = np.arange(6, dtype=np.uint8).reshape(2, 3)
+        if protocol < 5:  # a later protocol names a function that is not permitted
+            found = load_arrays(pickle.dumps({b"data": array}, protocol), "here")
+            assert np.array_equal(found[b"data"], array)
+
+    def test_other_content(self):
+        with pytest.raises(ValueError, match="here can't be unpickled"):
+            load_arrays(b"", "here")
+
+
+class TestDownload:
+    @pytest.fixture
+    def server(self):
+        """Serves ``content`` with ranges; breaks off after ``limit`` bytes of the first answer."""
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            content, limit, asked = b"", None, []
+
+            def do_GET(self):
+                start = 0
+                wanted = self.headers.get("Range")
+                Handler.asked.append(wanted)
+                if wanted:
+                    start = int(wanted.removeprefix("bytes=").rstrip("-"))
+                body = Handler.content[start:]
+                self.send_response(206 if wanted else 200)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body if Handler.limit is None else body[: Handler.limit])
+                Handler.limit = None
+
+            def log_message(self, *arguments):
+                pass
+
+        served = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        thread = threading.Thread(target=served.serve_forever, daemon=True)
+        thread.start()
+        Handler.url = f"http://127.0.0.1:{served.server_port}/cifar-10-binary.tar.gz"
+        yield Handler
+        served.shutdown()
+        served.server_close()
+
+    def test_goes_on_where_it_broke_off(self, server, tmp_path):
+        content = cifar_content()
+        server.content = pack(tmp_path / "a", files("binary", content)).read_bytes()
+        md5 = hashlib.md5(server.content).hexdigest()
+        server.limit = len(server.content) // 2
+        with pytest.raises(ValueError, match=r"download of .* failed"):
+            download_cifar10(tmp_path / "data", server.url, md5)
+        found = download_cifar10(tmp_path / "data", server.url, md5)
+        assert found.read_bytes() == server.content
+        first, second = server.asked
+        assert first is None and 0 < int(second[6:-1]) <= len(server.content) // 2
+        assert [p.name for p in (tmp_path / "data").iterdir()] == ["cifar-10-binary.tar.gz"]
+        assert download_cifar10(tmp_path / "data", server.url, md5) == found
+        assert len(server.asked) == 2
+
+    def test_wrong_checksum_leaves_nothing(self, server, tmp_path):
+        server.content = b"something else"
+        with pytest.raises(ValueError, match="failed"):
+            download_cifar10(tmp_path, server.url, "0" * 32)
+        assert list(tmp_path.iterdir()) == []
+
+
+def make_folder(root, size=12):
+    for split, count in (("train", 5), ("val", 3)):
+        for shade, name in ((0, "black"), (255, "white")):
+            (root / split / name).mkdir(parents=True)
+            for index in range(count):
+                picture = Image.new("RGB", (size + index, size), (shade,) * 3)
+                picture.save(root / split / name / f"{index}.png")
+    return root
+
+
+class TestFolder:
+    def test_images_and_labels(self, tmp_path):
+        data = load_folder(make_folder(tmp_path), size=8)
+        assert data.class_names == ("black", "white")
+        assert len(data.train) == 10 and len(data.test) == 6
+        image, label = data.train[9]
+        assert image.shape == (3, 8, 8) and (image == 255).all() and label == 1
+
+    @pytest.mark.parametrize("workers", [0, 2])
+    def test_batches(self, tmp_path, workers):
+        chain = Compose([Normalize((0.5,) * 3, (0.5,) * 3)], memory_format=torch.channels_last)
+        data = load_folder(make_folder(tmp_path), size=8)
+        batches = StreamedBatches(data, CPU, 4, chain, chain, 0, workers)
+        assert len(batches) == 2 and batches.test_count == 6
+        epoch = list(batches.train(0))
+        for images, labels in (*epoch, *batches.test()):
+            assert images.is_contiguous(memory_format=torch.channels_last)
+            assert torch.equal(images.mean((1, 2, 3)), labels * 2.0 - 1)
+        assert sum(len(labels) for _, labels in batches.test()) == 6
+        second = list(batches.train(0, first=1))
+        assert len(second) == 1 and torch.equal(second[0][1], epoch[1][1])
+
+    def test_corrupt_image_is_named(self, tmp_path):
+        make_folder(tmp_path)
+        broken = tmp_path / "train" / "white" / "3.png"
+        broken.write_bytes(broken.read_bytes()[:40])
+        data = load_folder(tmp_path, size=8)
+        with pytest.raises(ValueError, match=r"white/3.png can't be read as an image"):
+            [data.train[i] for i in range(10)]
+
+    def test_wrong_trees(self, tmp_path):
+        with pytest.raises(ValueError, match="must hold the folders train and val or test"):
+            load_folder(tmp_path)
+        root = make_folder(tmp_path / "a")
+        (root / "train" / "gray").mkdir()
+        with pytest.raises(ValueError, match=r"differ in the classes \['gray'\]"):
+            load_folder(root)
+        (root / "val" / "gray").mkdir()
+        with pytest.raises(ValueError, match="train/gray holds no image"):
+            load_folder(root)
+        for split in ("train", "val"):
+            (tmp_path / "b" / split).mkdir(parents=True)
+        with pytest.raises(ValueError, match="holds no folder of a class"):
+            load_folder(tmp_path / "b")
+
+
+class TestBatches:
+    def batches(self, data, seed=0):
+        normalize = Normalize(data.mean, data.std)
+        shift = RandomCrop(data.size, padding=1)
+        return Batches(data, CPU, 64, Compose([shift, normalize]), Compose([normalize]), seed)
+
+    def test_an_epoch_sees_every_image_once(self):
+        data = load_digits()
+        plain = Compose([Normalize(data.mean, data.std)])
+        batches = Batches(data, CPU, 8, plain, plain, 0)
+        seen = torch.cat([x for x, _ in batches.train(0)])
+        assert len(seen) == len(batches) * 8 > len(data.train_labels) - 8
+        expected = plain(data.train_images).flatten(1)
+        distances = torch.cdist(
+            seen.flatten(1), expected, compute_mode="donot_use_mm_for_euclid_dist"
+        )
+        assert distances.min(1).values.max() == 0
+        assert (distances == 0).any(0).sum() >= len(seen)
+
+    def test_a_place_in_a_run_is_all_that_counts(self):
+        data = load_digits()
+        epoch = list(self.batches(data).train(3))
+        later = list(self.batches(data).train(3, first=5))
+        assert len(later) == len(epoch) - 5
+        for (x, label), (y, other) in zip(epoch[5:], later, strict=True):
+            assert torch.equal(x, y) and torch.equal(label, other)
+        assert not torch.equal(epoch[0][1], next(self.batches(data).train(4))[1])
+        assert not torch.equal(epoch[0][1], next(self.batches(data, seed=1).train(3))[1])
+
+    def test_generators(self):
+        draws = [torch.rand((), generator=generator_at(0, *place)) for place in
+                 ((1, 23), (12, 3), ("a", 1), ("a", 1))]  # fmt: skip
+        assert draws[2] == draws[3] and len({d.item() for d in draws}) == 3
