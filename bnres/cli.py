@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 try:
     import typer
@@ -14,6 +14,11 @@ except ModuleNotFoundError as error:
     sys.exit(f"bnres: {error.name} is missing; install it with: pip install 'bnres[train]'")
 
 import bnres
+from bnres.train.options import with_config_options
+from bnres.train.presets import PRESETS
+
+if TYPE_CHECKING:
+    from bnres.train.config import TrainConfig
 
 BAD_INPUT = 2
 INPUT_CHANNELS = {"resnet18-seed": 1, "lenet-seed": 1}
@@ -36,15 +41,16 @@ def bad_input_exits() -> Iterator[None]:
         raise typer.Exit(BAD_INPUT) from error
 
 
-def run_folder(out: Path | None, dataset: str, model: str) -> Path:
-    """The folder of a run: ``out``, or a new one below ``runs``.
+def run_folder(out: Path | None, config: "TrainConfig") -> Path:
+    """The folder of a run: ``out``, that of its checkpoint, or a new one below ``runs``.
 
     Raises:
         ValueError: if it lies in no folder, or is not empty.
     """
     if out is None:
-        out = Path("runs") / f"{dataset}-{model}-{datetime.now():%Y%m%d-%H%M%S}"
-        return out
+        if config.resume is not None:
+            return config.resume.parent
+        return Path("runs") / f"{config.dataset}-{config.model}-{datetime.now():%Y%m%d-%H%M%S}"
     if not out.parent.is_dir():
         raise ValueError(f"out: there is no folder {str(out.parent)!r}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -68,32 +74,21 @@ def main(
 
 
 @app.command()
+@with_config_options
 def train(
-    dataset: Annotated[str, typer.Option(help="Data set.")] = "mnist5k",
-    data: Annotated[
-        Path | None, typer.Option(help="Where cifar10 or a folder of images lies.")
+    *,
+    options: dict[str, Any],
+    preset: Annotated[str | None, typer.Option(help=f"Recipe: {', '.join(PRESETS)}.")] = None,
+    config: Annotated[Path | None, typer.Option(help="TOML file of these options.")] = None,
+    print_config: Annotated[
+        bool, typer.Option("--print-config", help="Print the options as such a file, and end.")
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the run; default: runs/..., or the checkpoint's.")
     ] = None,
     download: Annotated[
         bool, typer.Option("--download", help="Download cifar10 into --data first.")
     ] = False,
-    checksum: Annotated[
-        bool, typer.Option("--checksum/--no-checksum", help="Compare cifar10's files with theirs.")
-    ] = True,
-    workers: Annotated[int, typer.Option(help="Processes that decode a folder of images.")] = 4,
-    model: Annotated[str, typer.Option(help="Model.")] = "resnet18",
-    act: Annotated[str | None, typer.Option(help="Activation of a ResNet.")] = None,
-    epochs: Annotated[int, typer.Option(help="Passes over the training images.")] = 5,
-    batch_size: Annotated[int, typer.Option(help="Images a step.")] = 64,
-    lr: Annotated[float, typer.Option(help="Greatest learning rate of the cycle.")] = 0.03,
-    dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
-    device: Annotated[str | None, typer.Option(help="Default: the GPU, if there is one.")] = None,
-    channels_last: Annotated[
-        bool, typer.Option("--channels-last/--contiguous", help="Memory format.")
-    ] = True,
-    stock: Annotated[bool, typer.Option("--stock", help="Torch's own layers.")] = False,
-    seed: Annotated[int, typer.Option(help="Of weights, order and shifts.")] = 0,
-    out: Annotated[Path | None, typer.Option(help="Folder of the run; default: runs/...")] = None,
-    resume: Annotated[Path | None, typer.Option(help="Checkpoint to go on from.")] = None,
     compare: Annotated[
         bool, typer.Option("--compare", help="Train fused and stock side by side; no files.")
     ] = False,
@@ -101,43 +96,85 @@ def train(
     """Train a model; with no options, a ResNet-18 on 4,000 images of MNIST."""
     from bnres.data.download import download_cifar10
     from bnres.train.compare import prepare_comparison, run_comparison
-    from bnres.train.config import TrainConfig, default_device
-    from bnres.train.run import fit, prepare
+    from bnres.train.interrupt import Stopped
+    from bnres.train.loop import NonFiniteLoss
+    from bnres.train.options import make_config
+    from bnres.train.run import LAST, NONFINITE, fit, prepare
 
     console = Console()
     with bad_input_exits():
+        asked = make_config(options, preset, config)
+        if print_config:
+            typer.echo(asked.as_toml(), nl=False)
+            return
         if download:
-            if dataset != "cifar10" or data is None:
+            if asked.dataset != "cifar10" or asked.data is None:
                 raise ValueError("download: it takes --dataset cifar10 and --data FOLDER")
-            data = download_cifar10(data)
-        config = TrainConfig(
-            dataset=dataset,
-            data=data,
-            checksum=checksum,
-            workers=workers,
-            model=model,
-            fused=not stock,
-            act=act,
-            epochs=epochs,
-            batch_size=batch_size,
-            lr=lr,
-            dtype=dtype,
-            device=device or default_device(),
-            channels_last=channels_last,
-            seed=seed,
-            resume=resume,
-        )
-        if compare and (out is not None or stock):
-            raise ValueError("compare writes no files and trains both: no out, no stock with it")
+            download_cifar10(asked.data)
+        if compare and (out is not None or not asked.fused):
+            raise ValueError("compare writes no files and trains both: no out, no-fused with it")
         if compare:
-            comparison = prepare_comparison(config)
+            comparison = prepare_comparison(asked)
         else:
-            folder = run_folder(out, dataset, model)
-            run = prepare(config)
+            folder = run_folder(out, asked)
+            run = prepare(asked)
     if compare:
         run_comparison(comparison, console)
-    else:
+        return
+    try:
         fit(run, folder, console)
+    except Stopped:
+        console.print(
+            f"stopped; it goes on with: bnres train --resume {folder / LAST}",
+            highlight=False, soft_wrap=True,
+        )  # fmt: skip
+        raise typer.Exit(130) from None
+    except NonFiniteLoss as error:
+        typer.echo(f"bnres: {error}; what is known is in {folder / NONFINITE}", err=True)
+        raise typer.Exit(1) from error
+
+
+Checkpoint = Annotated[Path, typer.Argument(help="A checkpoint of bnres train.")]
+
+
+@app.command("eval")
+def evaluate(
+    checkpoint: Checkpoint,
+    data: Annotated[Path | None, typer.Option(help="Where the data lies, if elsewhere.")] = None,
+    device: Annotated[str, typer.Option(help="Default: the GPU, if there is one.")] = "",
+    eval_flip: Annotated[
+        bool | None, typer.Option(help="The mean over an image and its mirror image.")
+    ] = None,
+) -> None:
+    """Print loss and accuracy of a checkpoint on its held-out images."""
+    from bnres.train.trained import evaluate_checkpoint
+
+    changes: dict[str, Any] = {"device": device}
+    if data is not None:
+        changes["data"] = data
+    if eval_flip is not None:
+        changes["eval_flip"] = eval_flip
+    with bad_input_exits():
+        config, loss, accuracy = evaluate_checkpoint(checkpoint, **changes)
+    typer.echo(f"{config.model} on {config.dataset}: loss {loss:.4f}, accuracy {accuracy:.2%}")
+
+
+@app.command()
+def export(
+    checkpoint: Checkpoint,
+    out: Annotated[Path | None, typer.Option(help="Default: the checkpoint's name, .pt2.")] = None,
+    size: Annotated[int, typer.Option(help="Height and width of the images.", min=1)] = 224,
+    folded: Annotated[bool, typer.Option(help="Batch norms folded into convolutions.")] = True,
+) -> None:
+    """Write a checkpoint's net as a torch.export archive, which needs torch alone."""
+    from bnres.train.trained import export_checkpoint
+
+    out = out or checkpoint.with_suffix(".pt2")
+    with bad_input_exits():
+        if not out.parent.is_dir():
+            raise ValueError(f"out: there is no folder {str(out.parent)!r}")
+        export_checkpoint(checkpoint, out, (size, size), folded=folded)
+    typer.echo(out)
 
 
 @app.command()

@@ -100,6 +100,12 @@ class TestValues:
         chain = [*FLIPS, augment.RandomCrop((15, 16), padding), *FLIPS]
         self.check(route, chain, images(8, 3, 16, 16), 0)
 
+    @pytest.mark.parametrize("size", [(8, 8), (9, 6), (15, 16)])
+    def test_center_crop_is_exact(self, route, size):
+        x = images(2, 3, 15, 16)
+        actual = augment.CenterCrop(size)(x.to(route)).cpu()
+        assert torch.equal(actual, v2.CenterCrop(size)(x))
+
     @pytest.mark.parametrize("channels", [1, 3])
     @pytest.mark.parametrize("order", ["crop first", "color first"])
     def test_whole_chain(self, route, order, channels):
@@ -287,6 +293,7 @@ class TestDistributions:
         (lambda: augment.Normalize((0.5,), (0.1, 0.2)), "mean and std must be of one length"),
         (lambda: augment.Compose([], dtype=torch.float64), "dtype must be fp32, fp16 or bf16"),
         (lambda: augment.RandomCrop(9)(images(1, 3, 8, 8)), "is larger than the images"),
+        (lambda: augment.CenterCrop(9)(images(1, 3, 8, 8)), "is larger than the images"),
         (lambda: augment.Compose([])(images(1, 2, 8, 8)), "with 1 or 3 channels"),
         (lambda: augment.Compose([])(torch.ones(3, 8, 8)), r"must be \(N, C, H, W\)"),
         (lambda: augment.Compose([])(torch.ones(1, 3, 8, 8).int()), "must be uint8 or floating"),

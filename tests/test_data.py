@@ -316,7 +316,7 @@ class TestFolder:
     def test_batches(self, tmp_path, workers):
         chain = Compose([Normalize((0.5,) * 3, (0.5,) * 3)], memory_format=torch.channels_last)
         data = load_folder(make_folder(tmp_path), size=8)
-        batches = StreamedBatches(data, CPU, 4, chain, chain, 0, workers)
+        batches = StreamedBatches(data, CPU, 4, chain, chain, 0, workers=workers)
         assert len(batches) == 2 and batches.test_count == 6
         epoch = list(batches.train(0))
         for images, labels in (*epoch, *batches.test()):
@@ -378,6 +378,16 @@ class TestBatches:
             assert torch.equal(x, y) and torch.equal(label, other)
         assert not torch.equal(epoch[0][1], next(self.batches(data).train(4))[1])
         assert not torch.equal(epoch[0][1], next(self.batches(data, seed=1).train(3))[1])
+
+    @pytest.mark.parametrize(("size", "last"), [(8, 5), (1436, 1436), (1435, None)])
+    def test_last_batch(self, size, last):
+        data = load_digits()
+        assert len(data.train_labels) == 1437
+        plain = Compose([])
+        batches = Batches(data, CPU, size, plain, plain, 0, drop_last=False)
+        sizes = [len(labels) for _, labels in batches.train(0)]
+        assert len(sizes) == len(batches) and sum(sizes) == batches.images_per_epoch
+        assert sizes[-1] == (2 if last is None else last)
 
     def test_generators(self):
         draws = [torch.rand((), generator=generator_at(0, *place)) for place in

@@ -1,18 +1,36 @@
 """Training: data, loop, checkpoints, the command line and its errors."""
 
 import csv
+import json
+import math
 import os
+import random
+import signal
+import subprocess
+import sys
+import time
+import tomllib
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from typer.testing import CliRunner
 
 from bnres import cli, use_backend
 from bnres.data.dataset import make_dataset
-from bnres.train import TrainConfig, build_state, train_epoch
+from bnres.train import TrainConfig, build_state, evaluate, train_epoch
 from bnres.train import run as training
 from bnres.train.checkpoint import load_checkpoint, read_checkpoint, save_checkpoint
+from bnres.train.optimization import make_optimizer, make_schedule
+from bnres.train.options import make_config
+from bnres.train.presets import PRESETS
+from bnres.train.trained import config_of, load_trained
+from tests.test_data import cifar_content, files, pack
 
+ROOT = Path(__file__).parent.parent
 runner = CliRunner()
 
 
@@ -47,8 +65,6 @@ def config(**options):
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "stock"])
 def test_it_learns(tiny, tiny_command, dtype, fused, tmp_path):
-    from rich.console import Console
-
     run = training.prepare(config(dtype=dtype, fused=fused, epochs=8))
     training.fit(run, tmp_path / "run", Console(quiet=True))
     rows = list(csv.DictReader((tmp_path / "run" / "metrics.csv").open()))
@@ -59,23 +75,107 @@ def test_it_learns(tiny, tiny_command, dtype, fused, tmp_path):
     assert not list((tmp_path / "run").glob("*.tmp"))
 
 
-def test_resumed_run_is_the_uninterrupted_one(tiny, tmp_path):
+def same_weights(a, b):
+    return all(
+        torch.equal(p, q)
+        for p, q in zip(a.state_dict().values(), b.state_dict().values(), strict=True)
+    )
+
+
+OPTIONS = {"ema": 0.9, "accumulate": 2, "clip_norm": 1.0, "flip": True, "drop_last": False}
+
+
+@pytest.mark.parametrize("options", [{}, OPTIONS, {"optimizer": "adamw", "schedule": "cosine",
+                                                   "warmup_epochs": 1.0}], ids=str)  # fmt: skip
+@pytest.mark.parametrize("after", [2, 4, 6])
+def test_resumed_run_is_the_uninterrupted_one(tiny, tmp_path, options, after):
+    """From a checkpoint in the middle of an epoch, to the bit."""
+    asked = config(epochs=2, **options)
     path = tmp_path / "checkpoint.pt"
-    whole, batches = build_state(config(), tiny)
-    for _ in range(3):
-        train_epoch(whole, batches, config())
-    first, batches = build_state(config(), tiny)
-    train_epoch(first, batches, config())
-    save_checkpoint(path, first, config())
-    second, batches = build_state(config(), tiny)
-    load_checkpoint(path, second, config())
-    assert second.epoch == 1
-    for _ in range(2):
-        train_epoch(second, batches, config())
-    for p, q in zip(
-        second.model.state_dict().values(), whole.model.state_dict().values(), strict=True
-    ):
-        assert torch.equal(p, q)
+
+    def train(state, batches, stop_at=None):
+        def on_batch():
+            if state.epoch * len(batches) + state.batch == stop_at:
+                save_checkpoint(path, state, asked)
+                raise KeyboardInterrupt
+
+        results = []
+        while state.epoch < asked.epochs:
+            results.append(train_epoch(state, batches, asked, on_batch))
+        return results
+
+    whole, batches = build_state(asked, tiny)
+    expected = train(whole, batches)
+    first, batches = build_state(asked, tiny)
+    with pytest.raises(KeyboardInterrupt):
+        train(first, batches, after)
+    torch.manual_seed(99)
+    second, batches = build_state(asked, tiny)
+    load_checkpoint(path, second, asked)
+    assert second.epoch * len(batches) + second.batch == after
+    found = train(second, batches)
+    assert same_weights(second.model, whole.model)
+    assert second.average is None or same_weights(second.average, whole.average)
+    assert found[-1].step_losses == expected[-1].step_losses
+    assert found[-1].accuracy == expected[-1].accuracy
+
+
+KILLED = """
+import sys
+from pathlib import Path
+from rich.console import Console
+from bnres.train import run as training
+from bnres.train.options import make_config
+
+folder = Path(sys.argv[1])
+last = folder / "last.pt"
+options = {"dataset": "digits", "model": "resnet18", "stem": "cifar", "epochs": 2, "batch_size": 359,
+           "checkpoint_steps": 1, "device": "cpu", "ema": 0.5, "brightness": 0.3}
+if last.exists():
+    options = {"resume": last}
+training.fit(training.prepare(make_config(options, None, None)), folder, Console(quiet=True))
+"""
+
+
+@pytest.mark.slow
+def test_killed_run_ends_with_the_same_bits(tmp_path):
+    """SIGKILL at random moments, resumed until it is through."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+
+    def start(folder):
+        return subprocess.Popen(
+            [sys.executable, "-c", KILLED, str(folder)], env=environment, cwd=ROOT,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )  # fmt: skip
+
+    whole = start(tmp_path / "whole")
+    begin = time.monotonic()
+    assert whole.wait(300) == 0, whole.stdout.read()
+    length = time.monotonic() - begin
+    draw = random.Random(0)
+    kills = 0
+    for _ in range(40):
+        process = start(tmp_path / "killed")
+        try:
+            # Late enough to get somewhere, too early for a whole run.
+            code = process.wait(draw.uniform(0.35, 0.8) * length)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            kills += 1
+            continue
+        assert code == 0, process.stdout.read()
+        break
+    assert kills >= 1 and code == 0
+    found, expected = (read_checkpoint(tmp_path / name / "last.pt") for name in ("killed", "whole"))
+    assert found["epoch"] == 2
+    for part in ("model", "average"):
+        for name, value in expected[part].items():
+            assert torch.equal(found[part][name], value), name
+    scores = ("train_loss", "train_accuracy", "test_loss", "test_accuracy")
+    for row, other in zip(found["history"], expected["history"], strict=True):
+        assert [row[name] for name in scores] == [other[name] for name in scores]
+    assert not list((tmp_path / "killed").glob("*.tmp")) or kills
 
 
 def test_failed_write_leaves_the_old_checkpoint(tiny, tmp_path, monkeypatch):
@@ -106,23 +206,35 @@ def test_failed_write_leaves_the_old_checkpoint(tiny, tmp_path, monkeypatch):
         (["--dtype", "int8"], "dtype must be one of fp32, bf16, fp16, got 'int8'"),
         (["--device", "gpu"], "device 'gpu' can't be used"),
         (["--batch-size", "1"], "batch_size must be at least 2, got 1"),
-        (["--compare", "--stock"], "no stock with it"),
+        (["--compare", "--no-fused"], "no-fused with it"),
         (["--epochs", "0"], "epochs must be at least 1, got 0"),
         (["--batch-size", "64"], "batch_size must be from 2 to 32"),
         (["--out", "missing/run"], "there is no folder 'missing'"),
         (["--out", "."], "'.' exists already"),
         (["--resume", "missing.pt"], "there is no file 'missing.pt'"),
         (["--resume", "text.pt", "--batch-size", "8"], "text.pt is not a checkpoint"),
-        (["--resume", "other.pt", "--batch-size", "8"], "checkpoint of model 'resnet34'"),
+        (["--resume", "other.pt", "--model", "resnet18"], "was trained with model='resnet34'"),
+        (["--resume", "other.pt", "--preset", "mnist5k"], "it takes no preset or config"),
+        (["--preset", "fast"], "preset must be one of mnist5k, seed-cifar10"),
+        (["--config", "missing.toml"], "config: missing.toml can't be read"),
+        (["--config", "unknown.toml"], "sets 'epoch', which is no option"),
+        (["--config", "typed.toml"], "sets epochs to '5', no int"),
+        (["--optimizer", "lion"], "optimizer must be one of sgd, adam, adamw"),
+        (["--schedule", "step"], "schedule must be one of one-cycle, cosine, constant"),
+        (["--stem", "vit"], "stem must be one of imagenet, cifar"),
+        (["--ema", "1"], "ema must be from 0 to below 1"),
+        (["--crop-size", "9", "--shift", "0", "--batch-size", "8"], "crop_size must be at most 8"),
+        (["--crop-size", "8"], "takes the place of shift"),
+        (["--download"], "it takes --dataset cifar10"),
         (
             ["--model", "lenet-seed", "--act", "silu", "--batch-size", "8"],
             "model 'lenet-seed': got an unexpected",
         ),
         (
-            ["--resume", "other.pt", "--batch-size", "8", "--model", "resnet34", "--seed", "1"],
+            ["--resume", "other.pt", "--seed", "1"],
             "seed=0",
         ),
-        (["--compare", "--resume", "other.pt", "--batch-size", "8"], "can't go with resume"),
+        (["--compare", "--resume", "other.pt"], "can't go with resume"),
     ],
     ids=lambda v: " ".join(v) if isinstance(v, list) else "",
 )
@@ -131,6 +243,8 @@ def test_bad_input_is_one_line_and_exit_code_2(
 ):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.pt").write_text("no checkpoint")
+    (tmp_path / "unknown.toml").write_text("epoch = 5")
+    (tmp_path / "typed.toml").write_text("epochs = '5'")
     other = config(model="resnet34", epochs=5, lr=0.03)
     save_checkpoint(tmp_path / "other.pt", build_state(other, tiny)[0], other)
     before = sorted(p.name for p in tmp_path.iterdir())
@@ -146,10 +260,214 @@ def test_train_command_writes_its_folder(tiny_command, tmp_path, monkeypatch):
     assert result.exit_code == 0, result.output
     assert "fused layers" in result.output and "images/s" in result.output
     assert {p.name for p in (tmp_path / "run").iterdir()} == {
-        "checkpoint.pt",
-        "metrics.csv",
-        "curves.png",
-    }
+        "last.pt", "best.pt", "metrics.csv", "metrics.jsonl", "curves.png", "config.toml",
+    }  # fmt: skip
+
+
+def test_command_line_over_file_over_preset(tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text("epochs = 3\nlr = 1\n")
+    result = runner.invoke(
+        cli.app,
+        ["train", "--preset", "seed-cifar10", "--config", str(path), "--epochs", "4", "--no-flip",
+         "--print-config"],
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    printed = tomllib.loads(result.stdout)
+    assert (printed["optimizer"], printed["init"], printed["batch_size"]) == ("adam", "xavier", 256)
+    assert (printed["epochs"], printed["lr"], printed["flip"]) == (4, 1.0, False)
+    path.write_text(result.stdout)
+    again = runner.invoke(cli.app, ["train", "--config", str(path), "--print-config"])
+    assert again.stdout == result.stdout
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_configs(name):
+    asked = make_config({}, name, None)
+    assert asked == TrainConfig(**PRESETS[name])
+
+
+def test_seed_preset_is_the_seeds_run():
+    asked = make_config({}, "seed-cifar10", None)
+    data = make_dataset("x", ("a",) * 10, *[(torch.randint(256, (6, 3, 32, 32)).byte(),
+                                             torch.arange(6))] * 2)  # fmt: skip
+    state, batches = build_state(replace(asked, batch_size=4), data)
+    assert isinstance(state.optimizer, torch.optim.Adam) and state.optimizer.defaults["lr"] == 1e-3
+    weight = state.model[0][0].weight.detach()
+    bound = (6 / (9 * (3 + 64))) ** 0.5
+    assert weight.abs().max() <= bound and weight.std() == pytest.approx(bound / 3**0.5, rel=0.1)
+    images = torch.cat([x for x, _ in batches.train(0)])
+    assert len(images) == 6 and images.min() >= 0 and images.max() <= 1
+    train_epoch(state, batches, asked)
+    assert state.scheduler.get_last_lr() == [1e-3, 1e-3]
+
+
+def test_accumulated_gradients_are_a_larger_batchs(tiny):
+    """Without batch norm's statistics, which a larger batch changes."""
+    steps = []
+    for size, accumulate in ((16, 1), (8, 2)):
+        asked = config(
+            batch_size=size, accumulate=accumulate, epochs=1, shift=0, optimizer="sgd",
+            schedule="constant", momentum=0.0, weight_decay=0.0,
+        )  # fmt: skip
+        state, batches = build_state(asked, tiny)
+        state.forward = state.model = torch.nn.Sequential(
+            torch.nn.Flatten(), torch.nn.Linear(64, 2, bias=False)
+        )
+        torch.nn.init.constant_(state.model[1].weight, 0.01)
+        state.optimizer = torch.optim.SGD(state.model.parameters(), lr=asked.lr)
+        train_epoch(state, batches, asked)
+        steps.append(state.model[1].weight.detach())
+    assert torch.allclose(*steps, atol=1e-6) and not torch.allclose(steps[0], torch.tensor(0.01))
+
+
+def test_schedules():
+    def rates(**options):
+        asked = config(epochs=2, lr=1.0, **options)
+        optimizer = make_optimizer(asked, torch.nn.Linear(2, 2))
+        schedule = make_schedule(asked, optimizer, 5)
+        found = []
+        for _ in range(10):
+            found.append(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            schedule.step()
+        return found
+
+    assert rates(schedule="constant") == [1.0] * 10
+    cosine = rates(schedule="cosine", warmup_epochs=1.0)
+    assert cosine[:6] == pytest.approx([0.01 + 0.99 * i / 5 for i in range(6)])
+    assert cosine[5:] == pytest.approx([(1 + math.cos(math.pi * i / 5)) / 2 for i in range(5)])
+    cycle = rates(schedule="one-cycle")
+    assert max(cycle) == pytest.approx(1.0, abs=0.03) and cycle[0] < 0.1 > cycle[-1]
+    groups = make_optimizer(config(weight_decay=0.1), torch.nn.Linear(2, 2)).param_groups
+    assert [(g["weight_decay"], g["params"][0].dim()) for g in groups] == [(0.1, 2), (0.0, 1)]
+
+
+def test_averaged_weights(tiny):
+    asked = config(ema=0.5, epochs=1, batch_size=16)
+    state, batches = build_state(asked, tiny)
+    seen = []
+    train_epoch(state, batches, asked, lambda: seen.append(state.model.fc.weight.detach().clone()))
+    assert len(seen) == 2
+    # The first update copies.
+    assert torch.allclose(state.average.module.fc.weight, (seen[0] + seen[1]) / 2)
+    assert state.evaluated is state.average
+
+
+def test_evaluation_with_mirror_images(tiny):
+    batches = build_state(config(), tiny)[1]
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 2))
+    x = torch.cat([x for x, _ in batches.test()])
+    logits = (model(x) + model(x.flip(-1))) / 2
+    loss, accuracy = evaluate(model, batches, config(eval_flip=True))
+    expected = torch.nn.functional.cross_entropy(logits, tiny.test_labels).item()
+    assert loss == pytest.approx(expected, rel=1e-5)
+    assert accuracy == (logits.argmax(1) == tiny.test_labels).float().mean().item()
+
+
+def test_non_finite_loss_ends_the_run(tiny_command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = runner.invoke(
+        cli.app,
+        ["train", "--batch-size", "8", "--lr", "1e30", "--schedule", "constant", "--out", "run"],
+    )
+    assert result.exit_code == 1 and "the loss of epoch" in result.stderr, result.output
+    facts = json.loads((tmp_path / "run" / "nonfinite.json").read_text())
+    assert facts["learning_rate"] == [1e30, 1e30] and facts["batch"] > 0
+    assert not all(math.isfinite(loss) for loss in facts["losses"])
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(tiny_command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments = ["train", "--batch-size", "8", "--epochs", "2", "--model", "resnet18"]
+    assert runner.invoke(cli.app, [*arguments, "--out", "whole"]).exit_code == 0
+    original, count = training.train_epoch, []
+
+    def interrupted(state, batches, config, on_batch):
+        def interrupt():
+            count.append(1)
+            if len(count) == 6:
+                signal.raise_signal(signal.SIGINT)
+            on_batch()
+
+        return original(state, batches, config, interrupt)
+
+    monkeypatch.setattr(training, "train_epoch", interrupted)
+    result = runner.invoke(cli.app, [*arguments, "--out", "run"])
+    assert result.exit_code == 130 and "bnres train --resume run/last.pt" in result.output
+    assert len(count) == 6 and read_checkpoint(tmp_path / "run" / "last.pt")["batch"] == 2
+    result = runner.invoke(cli.app, ["train", "--resume", "run/last.pt"])
+    assert result.exit_code == 0, result.output
+    whole, resumed = (read_checkpoint(tmp_path / n / "last.pt") for n in ("whole", "run"))
+    assert all(torch.equal(v, resumed["model"][k]) for k, v in whole["model"].items())
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_eval_and_export(tiny, tiny_command, tmp_path, monkeypatch):
+    monkeypatch.setattr("bnres.train.trained.load_dataset", lambda *place, **options: tiny)
+    monkeypatch.chdir(tmp_path)
+    arguments = ["train", "--batch-size", "8", "--epochs", "2", "--ema", "0.5", "--out", "run"]
+    assert runner.invoke(cli.app, arguments).exit_code == 0
+    row = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    result = runner.invoke(cli.app, ["eval", "run/last.pt"])
+    assert f"accuracy {row['test_accuracy']:.2%}" in result.output, result.output
+    content = read_checkpoint(tmp_path / "run" / "last.pt")
+    asked = config_of(content, device="cpu")
+    model = load_trained(content, asked)
+    x = torch.randn(3, 1, 8, 8)
+    for option in ("--folded", "--no-folded"):
+        out = tmp_path / f"net{option}.pt2"
+        result = runner.invoke(
+            cli.app, ["export", "run/last.pt", option, "--size", "8", "--out", str(out)]
+        )
+        assert result.exit_code == 0, result.output
+        loaded = torch.export.load(out).module()
+        with torch.no_grad():
+            assert torch.allclose(loaded(x), model(x), atol=1e-5)
+        graph = str(torch.export.load(out).graph)
+        assert ("batch_norm" in graph) == (option == "--no-folded") and "bnres" not in graph
+    for command in (["eval", "missing.pt"], ["export", "run/metrics.csv"]):
+        result = runner.invoke(cli.app, command)
+        assert result.exit_code == 2 and "is not a checkpoint" in result.output
+
+
+def test_tensorboard_gets_each_epoch(tiny_command, tmp_path, monkeypatch):
+    rows = []
+
+    class Board:
+        add = staticmethod(rows.append)
+
+    monkeypatch.setattr(training, "open_tensorboard", lambda folder: nullcontext(Board()))
+    run = training.prepare(config(epochs=2, tensorboard=True))
+    training.fit(run, tmp_path / "run", Console(quiet=True))
+    assert [row["epoch"] for row in rows] == [1, 2]
+
+
+@pytest.mark.parametrize("preset", ["seed-cifar10", "cifar10-fast"])
+def test_cifar_presets_run_end_to_end(preset, tmp_path):
+    """On an archive of the published format, small and of noise."""
+    archive = pack(tmp_path / "cifar-10-binary.tar.gz", files("binary", cifar_content()))
+    result = runner.invoke(
+        cli.app,
+        ["train", "--preset", preset, "--data", str(archive), "--no-checksum", "--epochs", "1",
+         "--batch-size", "10", "--dtype", "fp32", "--out", str(tmp_path / "run")],
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert "30 images to train, 6 held out" in result.output
+    assert (tmp_path / "run" / "best.pt").exists()
+
+
+def test_two_runs_have_the_same_bits(tiny, tmp_path):
+    found = []
+    for _ in range(2):
+        asked = config(deterministic=True, epochs=1)
+        try:
+            state, batches = build_state(asked, tiny)
+            train_epoch(state, batches, asked)
+        finally:
+            torch.use_deterministic_algorithms(False)
+        found.append(state.model)
+    assert same_weights(*found)
 
 
 def test_compare_command(tiny_command, tmp_path, monkeypatch):

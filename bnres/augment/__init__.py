@@ -2,6 +2,7 @@
 
 from bnres.augment.compose import Compose
 from bnres.augment.transforms import (
+    CenterCrop,
     ColorJitter,
     Normalize,
     RandomCrop,
@@ -12,6 +13,7 @@ from bnres.augment.transforms import (
 )
 
 __all__ = [
+    "CenterCrop",
     "ColorJitter",
     "Compose",
     "Normalize",

@@ -217,6 +217,32 @@ class RandomCrop(Transform):
         return f"RandomCrop(size={self.size}, padding={self.padding})"
 
 
+class CenterCrop(Transform):
+    """The middle of an image.
+
+    Args:
+        size: of the output, one number for both or (height, width).
+
+    Raises:
+        ValueError: for a size below 1; when called, for images that are smaller.
+
+    As `torchvision.transforms.v2.CenterCrop` on images that are no smaller.
+    """
+
+    def __init__(self, size: int | Sequence[int]) -> None:
+        self.size = _pair("size", size)
+
+    def draw(self, count: int, height: int, width: int, generator: torch.Generator | None) -> Crop:
+        if self.size[0] > height or self.size[1] > width:
+            raise ValueError(f"size {self.size} is larger than the images of {(height, width)}")
+        # Rounded to even at a half, as torchvision does.
+        top, left = round((height - self.size[0]) / 2), round((width - self.size[1]) / 2)
+        return Crop(torch.tensor([top, left, *self.size]).expand(count, 4), self.size, False)
+
+    def __repr__(self) -> str:
+        return f"CenterCrop(size={self.size})"
+
+
 Amount = float | Sequence[float] | None
 
 

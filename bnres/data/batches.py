@@ -19,16 +19,24 @@ def check_batch_size(batch_size: int, images: int, name: str) -> None:
         )
 
 
+def batch_count(images: int, batch_size: int, drop_last: bool) -> int:
+    """Batches of an epoch."""
+    rest = images % batch_size
+    return images // batch_size + int(not drop_last and rest > 1)
+
+
 class Batches:
     """A data set on a device, handed out as float batches.
 
     Args:
         dataset: the images.
         device: where they live.
-        batch_size: images a batch; the last, smaller one of a training epoch is left out.
+        batch_size: images a batch.
         train_augment: what becomes of training images.
         test_augment: what becomes of held-out images.
         seed: of order and augmentation.
+        drop_last: leave out a training epoch's last, smaller batch; one of a single image, which
+            batch norm does not take, is left out in any case.
     """
 
     def __init__(
@@ -39,18 +47,24 @@ class Batches:
         train_augment: Compose,
         test_augment: Compose,
         seed: int,
+        drop_last: bool = True,
     ) -> None:
         check_batch_size(batch_size, len(dataset.train_labels), dataset.name)
         self.train_images = dataset.train_images.to(device)
         self.train_labels = dataset.train_labels.to(device)
         self.test_images = dataset.test_images.to(device)
         self.test_labels = dataset.test_labels.to(device)
-        self.batch_size, self.seed = batch_size, seed
+        self.batch_size, self.seed, self.drop_last = batch_size, seed, drop_last
         self.train_augment, self.test_augment = train_augment, test_augment
 
     def __len__(self) -> int:
         """Batches of a training epoch."""
-        return len(self.train_labels) // self.batch_size
+        return batch_count(self.train_count, self.batch_size, self.drop_last)
+
+    @property
+    def images_per_epoch(self) -> int:
+        """Images of these batches."""
+        return min(len(self) * self.batch_size, self.train_count)
 
     @property
     def train_count(self) -> int:

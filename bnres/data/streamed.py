@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from bnres.augment import Compose
-from bnres.data.batches import check_batch_size
+from bnres.data.batches import batch_count, check_batch_size
 from bnres.data.folder import FolderDataset, ImageFiles
 from bnres.data.seeds import generator_at
 
@@ -20,10 +20,11 @@ class StreamedBatches:
     Args:
         dataset: the images.
         device: where the batches go.
-        batch_size: images a batch; the last, smaller one of a training epoch is left out.
+        batch_size: images a batch.
         train_augment: what becomes of training images, on the device.
         test_augment: what becomes of held-out images.
         seed: of order and augmentation.
+        drop_last: as `bnres.data.Batches` has it.
         workers: processes that decode; 0 decodes in this one.
     """
 
@@ -35,16 +36,23 @@ class StreamedBatches:
         train_augment: Compose,
         test_augment: Compose,
         seed: int,
+        drop_last: bool = True,
+        *,
         workers: int,
     ) -> None:
         check_batch_size(batch_size, len(dataset.train), dataset.name)
         self.dataset, self.device, self.batch_size = dataset, device, batch_size
         self.train_augment, self.test_augment = train_augment, test_augment
-        self.seed, self.workers = seed, workers
+        self.seed, self.drop_last, self.workers = seed, drop_last, workers
 
     def __len__(self) -> int:
         """Batches of a training epoch."""
-        return self.train_count // self.batch_size
+        return batch_count(self.train_count, self.batch_size, self.drop_last)
+
+    @property
+    def images_per_epoch(self) -> int:
+        """Images of these batches."""
+        return min(len(self) * self.batch_size, self.train_count)
 
     @property
     def train_count(self) -> int:
@@ -60,7 +68,7 @@ class StreamedBatches:
         """The batches of an epoch from batch ``first`` on, the same whenever they are asked for."""
         generator = generator_at(self.seed, "order", epoch)
         order = torch.randperm(self.train_count, generator=generator)
-        order = order[first * self.batch_size : len(self) * self.batch_size]
+        order = order[first * self.batch_size : self.images_per_epoch]
         for step, (images, labels) in enumerate(self._load(self.dataset.train, order), first):
             generator = generator_at(self.seed, "augment", epoch, step)
             yield self.train_augment(images, generator), labels

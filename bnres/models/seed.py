@@ -112,6 +112,22 @@ def resnet18_seed(
         nn.Conv2d(in_channels, 64, kernel_size=7, stride=2, padding=3),
         *_norm_act_pool(nn.BatchNorm2d(64), nn.ReLU(), nn.MaxPool2d(3, 2, 1), fused),
     )
+    return _resnet18(stem, num_classes, fused)
+
+
+def resnet18_seed_cifar(
+    num_classes: int = 10, in_channels: int = 3, *, fused: bool = True
+) -> nn.Sequential:
+    """The ResNet-18 of the course's augmentation chapter, for small images: no pooling."""
+    stem = nn.Sequential(
+        nn.Conv2d(in_channels, 64, kernel_size=3, stride=1, padding=1),
+        *_norm_act(nn.BatchNorm2d(64), nn.ReLU(), fused),
+    )
+    return _resnet18(stem, num_classes, fused)
+
+
+def _resnet18(stem: nn.Module, num_classes: int, fused: bool) -> nn.Sequential:
+    """The stages behind a stem, and the classifier."""
     net = nn.Sequential(
         stem,
         _stage(64, 64, fused, first_stage=True),

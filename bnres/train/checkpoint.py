@@ -1,7 +1,6 @@
 """Checkpoints: written whole or not at all, read without running code."""
 
 import os
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,21 +9,33 @@ import torch
 from bnres.train.config import TrainConfig
 from bnres.train.state import TrainState
 
-FORMAT = 2
-# What a run must share with the one that wrote its checkpoint; layers may be fused or stock.
-IDENTITY = ("dataset", "model", "act")
-SCHEDULE = ("epochs", "batch_size", "lr", "weight_decay", "dtype", "seed")
+FORMAT = 3
+# What a run that goes on may do otherwise than the one that wrote its checkpoint; layers may be
+# fused or stock.
+FREE = (
+    "fused", "device", "data", "checksum", "workers", "compile", "deterministic", "eval_flip",
+    "checkpoint_steps", "tensorboard", "resume",
+)  # fmt: skip
 STATEFUL = ("model", "optimizer", "scheduler", "scaler")
 
 
 def save_checkpoint(path: Path, state: TrainState, config: TrainConfig) -> None:
     """Writes ``path`` by way of a temporary file, so that a kill leaves the old one."""
+    empty = torch.zeros(0)
     content = {
         "format": FORMAT,
-        "config": {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()},
+        "config": config.as_dict(),
         "epoch": state.epoch,
+        "batch": state.batch,
+        "losses": torch.stack(state.losses) if state.losses else empty,
+        "correct": torch.stack(state.correct) if state.correct else empty,
+        "best": state.best,
+        "classes": state.classes,
+        "channels": state.channels,
         "history": state.history,
         "torch_rng": torch.get_rng_state(),
+        "cuda_rng": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        "average": None if state.average is None else state.average.state_dict(),
         **{name: getattr(state, name).state_dict() for name in STATEFUL},
     }
     temporary = path.with_name(path.name + ".tmp")
@@ -39,29 +50,34 @@ def load_checkpoint(path: Path, state: TrainState, config: TrainConfig) -> None:
     """Sets ``state`` to what ``path`` holds.
 
     Raises:
-        ValueError: if the file is no checkpoint of bnres, is one of another model, data set or
-            length, or has no epoch left; ``state`` is untouched then.
+        ValueError: if the file is no checkpoint of bnres, is one of a run with other options than
+            ``config`` has, or has no epoch left; ``state`` is untouched then.
     """
     content = read_checkpoint(path)
-    saved = content["config"]
-    for name in IDENTITY:
-        if saved[name] != getattr(config, name):
-            raise ValueError(
-                f"resume: {path} is a checkpoint of {name} {saved[name]!r}, "
-                f"but {name} is {getattr(config, name)!r}"
-            )
-    for name in SCHEDULE:
-        if saved[name] != getattr(config, name):
-            raise ValueError(
-                f"resume: {path} was trained with {name}={saved[name]}, which a run keeps to its "
-                f"end, but {name} is {getattr(config, name)}"
-            )
+    check_same_run(path, content["config"], config.as_dict())
     if content["epoch"] >= config.epochs:
         raise ValueError(f"resume: {path} has all of its {config.epochs} epochs behind it")
     for name in STATEFUL:
         getattr(state, name).load_state_dict(content[name])
+    if state.average is not None:
+        state.average.load_state_dict(content["average"])
     torch.set_rng_state(content["torch_rng"])
-    state.epoch, state.history = content["epoch"], content["history"]
+    if content["cuda_rng"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(content["cuda_rng"])
+    state.epoch, state.batch = content["epoch"], content["batch"]
+    for name in ("losses", "correct"):
+        setattr(state, name, list(content[name].to(config.device).unbind()))
+    state.best, state.history = content["best"], content["history"]
+
+
+def check_same_run(path: Path, saved: dict[str, Any], asked: dict[str, Any]) -> None:
+    """Raises ValueError if ``asked`` has another value for what a run keeps to its end."""
+    for name, value in asked.items():
+        if name not in FREE and saved.get(name) != value:
+            raise ValueError(
+                f"resume: {path} was trained with {name}={saved.get(name)!r}, which a run keeps to "
+                f"its end, but {name} is {value!r}"
+            )
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -73,7 +89,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise ValueError(f"resume: {path} is not a checkpoint: {error}".splitlines()[0]) from error
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{path} is not a checkpoint: {reason}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise ValueError(f"resume: {path} is not a checkpoint of bnres (format {FORMAT})")
+        raise ValueError(f"{path} is not a checkpoint of bnres (format {FORMAT})")
     return content

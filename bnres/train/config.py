@@ -1,88 +1,125 @@
-"""What a training run is asked to do."""
+"""What a training run is asked to do: one typed record, from a preset, a file and the command line."""
 
-from dataclasses import dataclass, field
+import json
+import tomllib
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from types import UnionType
+from typing import Any, get_args
 
 import torch
 
 from bnres.activations import resolve
 from bnres.data import DATASETS
 from bnres.models import MODELS
+from bnres.models.resnet import STEMS
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+OPTIMIZERS = ("sgd", "adam", "adamw")
+SCHEDULES = ("one-cycle", "cosine", "constant")
+INITS = ("he", "xavier")
 
 
 def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def _option(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
 @dataclass(frozen=True)
 class TrainConfig:
-    """One training run: SGD with Nesterov momentum and a one-cycle learning rate.
-
-    Attributes:
-        dataset: name of a data set.
-        data: where it lies, if it comes with no package.
-        checksum: compare CIFAR-10's files with their published checksums.
-        workers: processes that decode an image folder.
-        model: name of a model.
-        fused: fused layers, or torch's own.
-        act: activation of the model (None: the model's own).
-        epochs: passes over the training images.
-        batch_size: images a step, at least the two that batch norm needs.
-        lr: greatest learning rate of the cycle.
-        weight_decay: of weights, not of biases and norms.
-        label_smoothing: of the training loss.
-        shift: greatest random shift of a training image, in pixels.
-        dtype: ``fp32``, or ``bf16`` or ``fp16`` for automatic mixed precision.
-        device: torch's name of a device.
-        channels_last: memory format of images and convolutions.
-        seed: of the weights, the order and the shifts.
-        resume: checkpoint to go on from.
+    """One training run; each field is an option of ``bnres train``, its help beside it.
 
     Raises:
         ValueError: for a value that is none of the possible ones; it names them.
     """
 
-    dataset: str = "mnist5k"
-    data: Path | None = None
-    checksum: bool = True
-    workers: int = 4
-    model: str = "resnet18"
-    fused: bool = True
-    act: str | None = None
-    epochs: int = 5
-    batch_size: int = 64
-    lr: float = 0.03
-    weight_decay: float = 5e-4
-    label_smoothing: float = 0.1
-    shift: int = 2
-    dtype: str = "fp32"
-    device: str = field(default_factory=default_device)
-    channels_last: bool = True
-    seed: int = 0
-    resume: Path | None = None
+    dataset: str = _option("mnist5k", "Data set.")
+    data: Path | None = _option(None, "Where cifar10 or a folder of images lies.")  # noqa: RUF009
+    checksum: bool = _option(True, "Compare cifar10's files with their published checksums.")
+    workers: int = _option(4, "Processes that decode a folder of images.")
+
+    model: str = _option("resnet18", "Model.")
+    fused: bool = _option(True, "Fused layers, or torch's own.")
+    act: str | None = _option(None, "Activation of a ResNet, if not its own.")
+    stem: str | None = _option(None, "Stem of a ResNet: imagenet or cifar.")
+    init: str = _option("he", "Initial weights: he (the model's own) or xavier.")
+
+    epochs: int = _option(5, "Passes over the training images.")
+    batch_size: int = _option(64, "Images a batch, at least the two that batch norm needs.")
+    accumulate: int = _option(1, "Batches whose gradients are added before a step.")
+    drop_last: bool = _option(True, "Leave out an epoch's last, smaller batch.")
+    optimizer: str = _option("sgd", "sgd (Nesterov's), adam or adamw.")
+    momentum: float = _option(0.95, "Of sgd; its greatest in a one-cycle schedule.")
+    schedule: str = _option("one-cycle", "Of the learning rate: one-cycle, cosine or constant.")
+    lr: float = _option(0.03, "Greatest learning rate.")
+    warmup_epochs: float = _option(0.0, "Epochs over which a cosine schedule rises.")
+    weight_decay: float = _option(5e-4, "Of weights, not of biases and norms.")
+    label_smoothing: float = _option(0.1, "Of the training loss.")
+    clip_norm: float | None = _option(None, "Greatest norm of all gradients together.")
+    ema: float | None = _option(None, "Decay of averaged weights, which are then evaluated.")
+
+    shift: int = _option(2, "Greatest random shift, in pixels.")
+    flip: bool = _option(False, "Flip left and right at random.")
+    crop_size: int | None = _option(None, "Height and width of a random resized crop.")
+    crop_scale: float = _option(0.08, "Least share of the image in a random resized crop.")
+    brightness: float = _option(0.0, "Of the colour jitter.")
+    contrast: float = _option(0.0, "Of the colour jitter.")
+    saturation: float = _option(0.0, "Of the colour jitter.")
+    hue: float = _option(0.0, "Of the colour jitter.")
+    color_first: bool = _option(False, "Jitter colours before the crop.")
+    normalize: bool = _option(True, "By the training images' mean and standard deviation.")
+    eval_flip: bool = _option(False, "Evaluate an image and its mirror image, and take the mean.")
+
+    dtype: str = _option("fp32", "fp32, or bf16 or fp16 for automatic mixed precision.")
+    device: str = _option("", "torch's name of a device; by default the GPU, if there is one.")
+    channels_last: bool = _option(True, "Memory format of images and convolutions.")
+    compile: bool = _option(False, "Compile the model with torch.compile.")
+    deterministic: bool = _option(False, "Ask torch for the same bits from run to run.")
+    seed: int = _option(0, "Of the weights, the order and the augmentation.")
+
+    checkpoint_steps: int | None = _option(None, "Steps between checkpoints within an epoch.")
+    tensorboard: bool = _option(False, "Write TensorBoard's files too.")
+    resume: Path | None = _option(None, "Checkpoint to go on from.")  # noqa: RUF009
 
     def __post_init__(self) -> None:
+        if not self.device:
+            object.__setattr__(self, "device", default_device())
         for name, value, known in (
             ("dataset", self.dataset, DATASETS),
             ("model", self.model, MODELS),
             ("dtype", self.dtype, DTYPES),
+            ("optimizer", self.optimizer, OPTIMIZERS),
+            ("schedule", self.schedule, SCHEDULES),
+            ("init", self.init, INITS),
+            ("stem", self.stem, (None, *STEMS)),
         ):
             if value not in known:
-                raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+                names = ", ".join(n for n in known if n is not None)
+                raise ValueError(f"{name} must be one of {names}, got {value!r}")
         if self.act is not None:
             resolve(self.act, None)
-        for name, number, least in (
-            ("epochs", self.epochs, 1),
-            ("batch_size", self.batch_size, 2),
-            ("shift", self.shift, 0),
-            ("workers", self.workers, 0),
-        ):
-            if number < least:
+        for name, least in (
+            ("epochs", 1), ("batch_size", 2), ("accumulate", 1), ("shift", 0), ("workers", 0),
+            ("warmup_epochs", 0), ("weight_decay", 0), ("crop_size", 1), ("checkpoint_steps", 1),
+        ):  # fmt: skip
+            number = getattr(self, name)
+            if number is not None and number < least:
                 raise ValueError(f"{name} must be at least {least}, got {number}")
-        if not self.lr > 0:
-            raise ValueError(f"lr must be greater than 0, got {self.lr}")
+        for name in ("lr", "clip_norm"):
+            number = getattr(self, name)
+            if number is not None and not number > 0:
+                raise ValueError(f"{name} must be greater than 0, got {number}")
+        for name in ("momentum", "label_smoothing", "ema"):
+            number = getattr(self, name)
+            if number is not None and not 0 <= number < 1:
+                raise ValueError(f"{name} must be from 0 to below 1, got {number}")
+        if self.crop_size is not None and self.shift:
+            raise ValueError(
+                "crop_size: a random resized crop takes the place of shift, set it to 0"
+            )
         try:
             torch.empty(0, device=self.device)
         except (RuntimeError, AssertionError) as error:
@@ -90,3 +127,47 @@ class TrainConfig:
             raise ValueError(f"device {self.device!r} can't be used: {reason}") from error
         if self.resume is not None and not self.resume.is_file():
             raise ValueError(f"resume: there is no file {str(self.resume)!r}")
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields as numbers and strings."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}
+
+    def as_toml(self) -> str:
+        """A file that `read_config` reads; what is None is left out."""
+        lines = [f"{k} = {json.dumps(v)}" for k, v in self.as_dict().items() if v is not None]
+        return "\n".join(lines) + "\n"
+
+
+def field_type(name: str) -> type:
+    """The type of a field's values, None left out."""
+    annotation = next(f.type for f in fields(TrainConfig) if f.name == name)
+    if isinstance(annotation, UnionType):
+        annotation = next(t for t in get_args(annotation) if t is not type(None))
+    assert isinstance(annotation, type)
+    return annotation
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The fields that a TOML file sets.
+
+    Raises:
+        ValueError: if it can't be read, or for a name or a value's type that is none of
+            `TrainConfig`'s.
+    """
+    try:
+        found = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"config: {path} can't be read: {error}") from error
+    known = {f.name for f in fields(TrainConfig)}
+    for name, value in found.items():
+        if name not in known:
+            raise ValueError(f"config: {path} sets {name!r}, which is no option")
+        kind = field_type(name)
+        if kind is Path and isinstance(value, str):
+            found[name] = Path(value)
+        elif kind is float and type(value) is int:
+            found[name] = float(value)
+        elif type(value) is not kind:
+            raise ValueError(f"config: {path} sets {name} to {value!r}, no {kind.__name__}")
+    return found

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,16 +12,34 @@ from torch import Tensor, nn
 from bnres.train.config import DTYPES, TrainConfig
 from bnres.train.state import AnyBatches, TrainState
 
+# Batches between looks at the loss, which wait for the device.
+LOOK_EVERY = 50
+
+
+class NonFiniteLoss(RuntimeError):
+    """The loss is no number any more."""
+
 
 @dataclass(frozen=True)
 class TrainResult:
-    """Means over the images of one epoch, its time in seconds, and the loss of each step."""
+    """Means over the images of one epoch, its times in seconds, and the loss of each batch.
+
+    Attributes:
+        seconds: of the batches trained in this process.
+        wait_seconds: of these, the wait for the next batch.
+        images_per_second: the wait included.
+    """
 
     loss: float
     accuracy: float
     seconds: float
+    wait_seconds: float
     images_per_second: float
     step_losses: list[float]
+
+    @property
+    def images_per_second_without_wait(self) -> float:
+        return self.images_per_second * self.seconds / max(self.seconds - self.wait_seconds, 1e-9)
 
 
 def _autocast(config: TrainConfig) -> torch.autocast:
@@ -33,48 +52,94 @@ def train_epoch(
     state: TrainState,
     batches: AnyBatches,
     config: TrainConfig,
-    on_step: Callable[[], None] = lambda: None,
+    on_batch: Callable[[], None] = lambda: None,
 ) -> TrainResult:
-    """Trains for one epoch; the losses stay on the device until its end."""
-    state.model.train()
-    losses: list[Tensor] = []
-    correct: list[Tensor] = []
-    start = time.perf_counter()
-    for images, labels in batches.train(state.epoch):
-        state.optimizer.zero_grad(set_to_none=True)
-        with _autocast(config):
-            logits = state.model(images)
-            loss = F.cross_entropy(logits, labels, label_smoothing=config.label_smoothing)
-        state.scaler.scale(loss).backward()
-        state.scaler.step(state.optimizer)
-        state.scaler.update()
-        state.scheduler.step()
-        losses.append(loss.detach())
-        correct.append((logits.detach().argmax(1) == labels).sum())
-        on_step()
-    step_losses = torch.stack(losses).tolist()
-    images_seen = len(batches) * batches.batch_size
-    accuracy = torch.stack(correct).sum().item() / images_seen
+    """Trains to the end of the epoch, from the batch that the state stands at.
+
+    Losses stay on the device; every so often one is looked at.
+
+    Args:
+        state: what is trained.
+        batches: the data.
+        config: the run.
+        on_batch: called behind each batch, the state being one that can be saved if no gradients
+            are being added up.
+
+    Raises:
+        NonFiniteLoss: if a loss is infinite or no number; the state is at the batch behind it.
+    """
+    state.forward.train()
+    images_seen, waited = 0, 0.0
+    start = asked = time.perf_counter()
+    first = state.batch
+    for images, labels in batches.train(state.epoch, first):
+        waited += time.perf_counter() - asked
+        train_batch(state, images, labels, config, last=state.batch + 1 == len(batches))
+        images_seen += len(labels)
+        if state.batch % LOOK_EVERY == 0 or state.batch == len(batches):
+            _look(state)
+        on_batch()
+        asked = time.perf_counter()
+    step_losses = torch.stack(state.losses).tolist()
+    accuracy = torch.stack(state.correct).sum().item() / batches.images_per_epoch
     seconds = time.perf_counter() - start
     state.epoch += 1
+    state.batch = 0
+    state.losses, state.correct = [], []
     return TrainResult(
         loss=sum(step_losses) / len(step_losses),
         accuracy=accuracy,
         seconds=seconds,
+        wait_seconds=waited,
         images_per_second=images_seen / seconds,
         step_losses=step_losses,
     )
 
 
+def train_batch(
+    state: TrainState, images: Tensor, labels: Tensor, config: TrainConfig, last: bool
+) -> None:
+    """Forward and backward of a batch, and a step behind every ``config.accumulate`` of them."""
+    if state.batch % config.accumulate == 0:
+        state.optimizer.zero_grad(set_to_none=True)
+    with _autocast(config):
+        logits = state.forward(images)
+        loss = F.cross_entropy(logits, labels, label_smoothing=config.label_smoothing)
+    state.scaler.scale(loss / config.accumulate).backward()
+    state.batch += 1
+    if state.batch % config.accumulate == 0 or last:
+        if config.clip_norm is not None:
+            state.scaler.unscale_(state.optimizer)
+            nn.utils.clip_grad_norm_(state.model.parameters(), config.clip_norm)
+        state.scaler.step(state.optimizer)
+        state.scaler.update()
+        state.scheduler.step()
+        if state.average is not None:
+            state.average.update_parameters(state.model)
+    state.losses.append(loss.detach())
+    state.correct.append((logits.detach().argmax(1) == labels).sum())
+
+
+def _look(state: TrainState) -> None:
+    recent = torch.stack(state.losses[-LOOK_EVERY:])
+    wrong = (~recent.isfinite()).nonzero()
+    if len(wrong):
+        batch = len(state.losses) - len(recent) + int(wrong[0])
+        raise NonFiniteLoss(
+            f"the loss of epoch {state.epoch + 1}, batch {batch + 1} is {state.losses[batch].item()}"
+        )
+
+
 @torch.no_grad()
-def evaluate(model: nn.Module, batches: AnyBatches, config: TrainConfig) -> tuple[float, float]:
+def evaluate(model: Any, batches: AnyBatches, config: TrainConfig) -> tuple[float, float]:
     """Mean loss and accuracy on the held-out images, in eval mode."""
     model.eval()
     loss, correct = torch.zeros((), device=config.device), torch.zeros((), device=config.device)
     for images, labels in batches.test():
         with _autocast(config):
             logits = model(images).float()
+            if config.eval_flip:
+                logits = (logits + model(images.flip(-1)).float()) / 2
         loss += F.cross_entropy(logits, labels, reduction="sum")
         correct += (logits.argmax(1) == labels).sum()
-    count = batches.test_count
-    return loss.item() / count, correct.item() / count
+    return loss.item() / batches.test_count, correct.item() / batches.test_count

@@ -1,8 +1,13 @@
-"""What a run leaves in its folder: metrics.csv and curves.png."""
+"""What a run leaves in its folder: metrics.csv, metrics.jsonl, curves.png, TensorBoard's files."""
 
 import csv
+import io
+import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 COLUMNS = (
     "epoch",
@@ -12,18 +17,52 @@ COLUMNS = (
     "test_accuracy",
     "learning_rate",
     "images_per_second",
+    "images_per_second_without_wait",
     "seconds",
+    "peak_memory_bytes",
 )
+METRICS = "metrics"
 
 
-def write_metrics(path: Path, history: list[dict[str, float]]) -> None:
-    """One line an epoch, columns as in ``COLUMNS``."""
+def write_metrics(folder: Path, history: list[dict[str, float]]) -> None:
+    """metrics.csv and metrics.jsonl, a line an epoch, columns as in ``COLUMNS``."""
+    table = io.StringIO(newline="")
+    writer = csv.DictWriter(table, COLUMNS)
+    writer.writeheader()
+    writer.writerows(history)
+    _replace(folder / f"{METRICS}.csv", table.getvalue())
+    _replace(folder / f"{METRICS}.jsonl", "".join(json.dumps(row) + "\n" for row in history))
+
+
+def _replace(path: Path, text: str) -> None:
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(history)
+    temporary.write_text(text, encoding="utf-8", newline="")
     os.replace(temporary, path)
+
+
+class TensorBoard:
+    """An epoch's row as TensorBoard's scalars."""
+
+    def __init__(self, writer: Any) -> None:
+        self.writer = writer
+
+    def add(self, row: dict[str, float]) -> None:
+        for name, value in row.items():
+            if name != "epoch":
+                self.writer.add_scalar(name, value, int(row["epoch"]))
+
+
+@contextmanager
+def open_tensorboard(folder: Path) -> Iterator[TensorBoard]:
+    """TensorBoard's files below ``folder``.
+
+    Raises:
+        ModuleNotFoundError: if tensorboard is not installed.
+    """
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(str(folder / "tensorboard")) as writer:
+        yield TensorBoard(writer)
 
 
 def draw_curves(path: Path, history: list[dict[str, float]], title: str) -> None:

@@ -1,8 +1,13 @@
 """A whole training run: epochs, lines on the screen, files in the run's folder."""
 
+import json
+import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -10,11 +15,13 @@ from bnres.backend import backend
 from bnres.data import load_dataset
 from bnres.train.checkpoint import load_checkpoint, save_checkpoint
 from bnres.train.config import TrainConfig
-from bnres.train.loop import TrainResult, evaluate, train_epoch
-from bnres.train.outputs import draw_curves, write_metrics
+from bnres.train.interrupt import Stop, Stopped, stop_on_signal
+from bnres.train.loop import LOOK_EVERY, NonFiniteLoss, TrainResult, evaluate, train_epoch
+from bnres.train.outputs import draw_curves, open_tensorboard, write_metrics
 from bnres.train.state import AnyBatches, TrainState, build_state
 
-CHECKPOINT, METRICS, CURVES = "checkpoint.pt", "metrics.csv", "curves.png"
+LAST, BEST, CONFIG, CURVES = "last.pt", "best.pt", "config.toml", "curves.png"
+NONFINITE = "nonfinite.json"
 
 
 @dataclass
@@ -32,9 +39,11 @@ def prepare(config: TrainConfig) -> Run:
     Raises:
         ValueError: if the input does not fit; nothing has been written.
     """
-    state, batches = build_state(
-        config, load_dataset(config.dataset, config.data, checksum=config.checksum)
-    )
+    if config.deterministic:
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+    dataset = load_dataset(config.dataset, config.data, checksum=config.checksum)
+    state, batches = build_state(config, dataset)
     if config.resume is not None:
         load_checkpoint(config.resume, state, config)
     return Run(config, state, batches)
@@ -59,21 +68,52 @@ def progress_bar(console: Console) -> Progress:
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
+        TextColumn("{task.fields[rate]}"),
         console=console,
         transient=True,
         disable=not console.is_terminal,
     )
 
 
-def run_epoch(run: Run, progress: Progress, label: str = "") -> TrainResult:
-    """Trains and evaluates for one epoch, and adds its line to the history."""
+def run_epoch(
+    run: Run,
+    progress: Progress,
+    label: str = "",
+    folder: Path | None = None,
+    stop: Stop | None = None,
+) -> TrainResult:
+    """Trains to the end of the epoch and evaluates, and adds a row to the history.
+
+    With a folder checkpoints are written there, and the run ends when it is asked to.
+
+    Raises:
+        Stopped: when asked to, the checkpoint written.
+        NonFiniteLoss: as `train_epoch`.
+    """
     state, config = run.state, run.config
     learning_rate = float(state.scheduler.get_last_lr()[0])
+    first, start = state.batch, time.perf_counter()
     task = progress.add_task(
-        f"{label}epoch {state.epoch + 1}/{config.epochs}", total=len(run.batches)
-    )
-    result = train_epoch(state, run.batches, config, lambda: progress.advance(task))
-    test_loss, test_accuracy = evaluate(state.model, run.batches, config)
+        f"{label}epoch {state.epoch + 1}/{config.epochs}",
+        total=len(run.batches), completed=first, rate="",
+    )  # fmt: skip
+
+    def on_batch() -> None:
+        images = (state.batch - first) * config.batch_size
+        rate = f"{images / (time.perf_counter() - start):,.0f} images/s{_memory(config)}"
+        progress.update(task, completed=state.batch, rate=rate)
+        if folder is None or state.batch % config.accumulate or state.batch == len(run.batches):
+            return
+        every = config.checkpoint_steps
+        stops = stop is not None and stop.asked
+        if stops or (every and (state.batch // config.accumulate) % every == 0):
+            save_checkpoint(folder / LAST, state, config)
+        if stops:
+            raise Stopped
+
+    _reset_memory(config)
+    result = train_epoch(state, run.batches, config, on_batch)
+    test_loss, test_accuracy = evaluate(state.evaluated, run.batches, config)
     progress.remove_task(task)
     state.history.append(
         {
@@ -84,10 +124,29 @@ def run_epoch(run: Run, progress: Progress, label: str = "") -> TrainResult:
             "test_accuracy": test_accuracy,
             "learning_rate": learning_rate,
             "images_per_second": result.images_per_second,
+            "images_per_second_without_wait": result.images_per_second_without_wait,
             "seconds": result.seconds,
+            "peak_memory_bytes": _peak_memory(config),
         }
     )
     return result
+
+
+def _on_gpu(config: TrainConfig) -> bool:
+    return torch.device(config.device).type == "cuda"
+
+
+def _reset_memory(config: TrainConfig) -> None:
+    if _on_gpu(config):
+        torch.cuda.reset_peak_memory_stats()
+
+
+def _peak_memory(config: TrainConfig) -> int:
+    return torch.cuda.max_memory_allocated() if _on_gpu(config) else 0
+
+
+def _memory(config: TrainConfig) -> str:
+    return f", {_peak_memory(config) / 2**30:.1f} GiB" if _on_gpu(config) else ""
 
 
 def describe(row: dict[str, float], epochs: int) -> str:
@@ -100,7 +159,12 @@ def describe(row: dict[str, float], epochs: int) -> str:
 
 
 def fit(run: Run, folder: Path, console: Console) -> None:
-    """Trains to the end; after each epoch ``folder`` holds checkpoint, metrics and curves."""
+    """Trains to the end; ``folder`` holds checkpoints, metrics and curves after each epoch.
+
+    Raises:
+        Stopped: when a signal asked it to stop; the checkpoint is written.
+        NonFiniteLoss: when the loss is no number any more; what is known is in nonfinite.json.
+    """
     config, state = run.config, run.state
     console.print(
         f"{config.model} on {config.dataset}: {run.batches.train_count:,} images to train, "
@@ -109,11 +173,42 @@ def fit(run: Run, folder: Path, console: Console) -> None:
         highlight=False,
     )
     folder.mkdir(parents=True, exist_ok=True)
-    with progress_bar(console) as progress:
+    (folder / CONFIG).write_text(config.as_toml(), encoding="utf-8")
+    writer = open_tensorboard(folder) if config.tensorboard else nullcontext()
+    with progress_bar(console) as progress, stop_on_signal() as stop, writer as board:
         while state.epoch < config.epochs:
-            run_epoch(run, progress)
-            console.print(describe(state.history[-1], config.epochs), highlight=False)
-            save_checkpoint(folder / CHECKPOINT, state, config)
-            write_metrics(folder / METRICS, state.history)
+            try:
+                run_epoch(run, progress, folder=folder, stop=stop)
+            except NonFiniteLoss:
+                (folder / NONFINITE).write_text(json.dumps(facts(state), indent=1) + "\n")
+                raise
+            row = state.history[-1]
+            console.print(describe(row, config.epochs), highlight=False)
+            if board is not None:
+                board.add(row)
+            is_best = row["test_accuracy"] > state.best
+            state.best = max(state.best, row["test_accuracy"])
+            save_checkpoint(folder / LAST, state, config)
+            if is_best:
+                save_checkpoint(folder / BEST, state, config)
+            write_metrics(folder, state.history)
             draw_curves(folder / CURVES, state.history, f"{config.model} on {config.dataset}")
-    console.print(f"{CHECKPOINT}, {METRICS} and {CURVES} are in {folder}", highlight=False)
+            if stop.asked and state.epoch < config.epochs:
+                raise Stopped
+    console.print(f"checkpoints, metrics and {CURVES} are in {folder}", highlight=False)
+
+
+def facts(state: TrainState) -> dict[str, Any]:
+    """What is known of a state whose loss is no number any more."""
+    parameters = [p.detach() for p in state.model.parameters()]
+    gradients = [p.grad for p in state.model.parameters() if p.grad is not None]
+    return {
+        "epoch": state.epoch + 1,
+        "batch": state.batch,
+        "losses": [float(loss) for loss in state.losses[-LOOK_EVERY:]],
+        "learning_rate": [float(lr) for lr in state.scheduler.get_last_lr()],
+        "loss_scale": state.scaler.get_scale(),
+        "parameters_finite": all(bool(p.isfinite().all()) for p in parameters),
+        "greatest_parameter": max(float(p.abs().max()) for p in parameters),
+        "gradients_finite": all(bool(g.isfinite().all()) for g in gradients),
+    }

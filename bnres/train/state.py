@@ -1,88 +1,115 @@
 """Everything a training run changes as it goes: what a checkpoint has to hold."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from bnres.augment import Compose, Normalize, RandomCrop
 from bnres.data import Batches, FolderDataset, ImageDataset, StreamedBatches
 from bnres.models import create_model
+from bnres.train.augmentation import chains
 from bnres.train.config import DTYPES, TrainConfig
+from bnres.train.optimization import make_optimizer, make_schedule, xavier_uniform
 
-# The momentum falls while the learning rate rises, and the other way round.
-MOMENTUM = (0.85, 0.95)
+AnyBatches = Batches | StreamedBatches
 
 
 @dataclass
 class TrainState:
-    """The state of a run; order and augmentation hang on its seed, epoch and step alone."""
+    """The state of a run; order and augmentation hang on its seed, epoch and batch alone.
+
+    Attributes:
+        model: the net.
+        forward: the net, compiled if that is asked for.
+        optimizer, scheduler, scaler: torch's.
+        average: the averaged weights, or None.
+        epoch: epochs that are behind it.
+        batch: batches of the present epoch that are behind it.
+        losses, correct: of these batches, on the device.
+        best: greatest test accuracy so far.
+        history: a row an epoch.
+        classes, channels: what the model was built for.
+    """
 
     model: nn.Module
+    forward: Any
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
     scaler: torch.amp.GradScaler
+    average: AveragedModel | None
     epoch: int = 0
+    batch: int = 0
+    losses: list[Tensor] = field(default_factory=list)
+    correct: list[Tensor] = field(default_factory=list)
+    best: float = -1.0
     history: list[dict[str, float]] = field(default_factory=list)
+    classes: int = 0
+    channels: int = 0
 
-
-AnyBatches = Batches | StreamedBatches
+    @property
+    def evaluated(self) -> Any:
+        """The net whose accuracy counts: of averaged weights, if there are such."""
+        return self.forward if self.average is None else self.average
 
 
 def make_batches(
     config: TrainConfig, dataset: ImageDataset | FolderDataset, device: torch.device
 ) -> AnyBatches:
-    """Batches of a data set, shifted at random and normalised by its own statistics."""
-    memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
-    normalize = Normalize(dataset.mean, dataset.std)
-    shift = [RandomCrop(dataset.size, padding=config.shift)] if config.shift else []
-    train_augment = Compose([*shift, normalize], memory_format=memory_format)
-    test_augment = Compose([normalize], memory_format=memory_format)
-    place = (device, config.batch_size, train_augment, test_augment, config.seed)
+    """Batches of a data set, augmented as the run asks for.
+
+    Raises:
+        ValueError: if the images are too small or too few for it.
+    """
+    train_augment, test_augment = chains(config, dataset)
+    place = (device, config.batch_size, train_augment, test_augment, config.seed, config.drop_last)
     if isinstance(dataset, FolderDataset):
-        return StreamedBatches(dataset, *place, config.workers)
+        return StreamedBatches(dataset, *place, workers=config.workers)
     return Batches(dataset, *place)
+
+
+def build_model(config: TrainConfig, classes: int, channels: int) -> nn.Module:
+    """The net at its start, on the device; the same weights for the same ``config.seed``."""
+    torch.manual_seed(config.seed)
+    options: dict[str, Any] = {
+        name: getattr(config, name) for name in ("act", "stem") if getattr(config, name) is not None
+    }
+    model = create_model(
+        config.model,
+        num_classes=classes,
+        in_channels=channels,
+        fused=config.fused,
+        **options,
+    )
+    if config.init == "xavier":
+        xavier_uniform(model)
+    memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
+    return model.to(config.device).to(memory_format=memory_format)  # type: ignore[call-overload]
 
 
 def build_state(
     config: TrainConfig, dataset: ImageDataset | FolderDataset
 ) -> tuple[TrainState, AnyBatches]:
-    """A run at its start: the same weights, order and shifts for the same ``config.seed``."""
-    torch.manual_seed(config.seed)
+    """A run at its start."""
     device = torch.device(config.device)
-    memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
     batches = make_batches(config, dataset, device)
-    options = {} if config.act is None else {"act": config.act}
-    model = create_model(
-        config.model,
-        num_classes=dataset.classes,
-        in_channels=dataset.channels,
-        fused=config.fused,
-        **options,
+    model = build_model(config, dataset.classes, dataset.channels)
+    optimizer = make_optimizer(config, model)
+    steps_per_epoch = -(-len(batches) // config.accumulate)
+    average = None
+    if config.ema is not None:
+        average = AveragedModel(
+            model, multi_avg_fn=get_ema_multi_avg_fn(config.ema), use_buffers=True
+        )
+    state = TrainState(
+        model=model,
+        forward=torch.compile(model) if config.compile else model,
+        optimizer=optimizer,
+        scheduler=make_schedule(config, optimizer, steps_per_epoch),
+        scaler=torch.amp.GradScaler(device.type, enabled=DTYPES[config.dtype] == torch.float16),
+        average=average,
+        classes=dataset.classes,
+        channels=dataset.channels,
     )
-    model = model.to(device)
-    model = model.to(memory_format=memory_format)  # type: ignore[call-overload]  # a gap in stubs
-    optimizer = torch.optim.SGD(
-        parameter_groups(model, config.weight_decay),
-        lr=config.lr,
-        momentum=MOMENTUM[1],
-        nesterov=True,
-    )
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer,
-        max_lr=config.lr,
-        total_steps=config.epochs * len(batches),
-        base_momentum=MOMENTUM[0],
-        max_momentum=MOMENTUM[1],
-    )
-    scaler = torch.amp.GradScaler(device.type, enabled=DTYPES[config.dtype] == torch.float16)
-    return TrainState(model, optimizer, scheduler, scaler), batches
-
-
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    """Weights with decay; biases and norms, which have one dimension, without."""
-    parameters = list(model.parameters())
-    return [
-        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
-    ]
+    return state, batches

@@ -1,0 +1,42 @@
+"""What becomes of a run's images."""
+
+import torch
+
+from bnres.augment import (
+    CenterCrop,
+    ColorJitter,
+    Compose,
+    Normalize,
+    RandomCrop,
+    RandomHorizontalFlip,
+    RandomResizedCrop,
+    Transform,
+)
+from bnres.data import FolderDataset, ImageDataset
+from bnres.train.config import TrainConfig
+
+
+def chains(config: TrainConfig, dataset: ImageDataset | FolderDataset) -> tuple[Compose, Compose]:
+    """The chains of training images and of held-out ones."""
+    crop: list[Transform] = []
+    middle: list[Transform] = []
+    if config.crop_size is not None:
+        if config.crop_size > min(dataset.size):
+            raise ValueError(
+                f"crop_size must be at most {min(dataset.size)} (the images of {dataset.name}), "
+                f"got {config.crop_size}"
+            )
+        crop = [RandomResizedCrop(config.crop_size, scale=(config.crop_scale, 1.0))]
+        middle = [CenterCrop(config.crop_size)]
+    elif config.shift:
+        crop = [RandomCrop(dataset.size, padding=config.shift)]
+    amounts = (config.brightness, config.contrast, config.saturation, config.hue)
+    jitter: list[Transform] = [ColorJitter(*amounts)] if any(amounts) else []
+    flip: list[Transform] = [RandomHorizontalFlip()] if config.flip else []
+    scale: list[Transform] = [Normalize(dataset.mean, dataset.std)] if config.normalize else []
+    order = [*jitter, *crop] if config.color_first else [*crop, *jitter]
+    memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
+    return (
+        Compose([*flip, *order, *scale], memory_format=memory_format),
+        Compose([*middle, *scale], memory_format=memory_format),
+    )

@@ -1,0 +1,72 @@
+"""Makes a command-line option of each field of `TrainConfig`."""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from bnres.train.checkpoint import check_same_run, read_checkpoint
+from bnres.train.config import TrainConfig, field_type, read_config
+from bnres.train.presets import preset
+from bnres.train.trained import config_of
+
+
+def with_config_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Gives a command an option for each field, handed over in its ``options`` where it is set."""
+
+    def wrapped(**given: Any) -> Any:
+        names = {f.name for f in fields(TrainConfig)}
+        options = {k: v for k, v in given.items() if k in names and v is not None}
+        return command(options=options, **{k: v for k, v in given.items() if k not in names})
+
+    own = [
+        parameter
+        for parameter in inspect.signature(command, eval_str=True).parameters.values()
+        if parameter.name != "options"
+    ]
+    made = [
+        inspect.Parameter(
+            f.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=None,
+            annotation=Annotated[
+                field_type(f.name) | None,
+                typer.Option(help=f"{f.metadata['help']}{_default(f.default)}", show_default=False),
+            ],
+        )
+        for f in fields(TrainConfig)
+    ]
+    parameters = [*(p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own), *made]
+    wrapped.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    wrapped.__annotations__ = {p.name: p.annotation for p in parameters}
+    wrapped.__name__, wrapped.__doc__ = command.__name__, command.__doc__
+    return wrapped
+
+
+def _default(value: Any) -> str:
+    return "" if value is None or value == "" else f" [{value}]"
+
+
+def make_config(options: dict[str, Any], preset_name: str | None, file: Path | None) -> TrainConfig:
+    """The defaults, a preset over them, a file over that, the command line over all.
+
+    A run that goes on has the options of its checkpoint, and may change only a few.
+
+    Raises:
+        ValueError: for an unknown preset, a file or a checkpoint that can't be read, an option that
+            a run keeps to its end, or as `TrainConfig`.
+    """
+    resume = options.get("resume")
+    if resume is None:
+        base = preset(preset_name) if preset_name is not None else {}
+        return TrainConfig(**{**base, **(read_config(file) if file else {}), **options})
+    if preset_name is not None or file is not None:
+        raise ValueError("resume: the checkpoint has its own options, it takes no preset or config")
+    if not resume.is_file():
+        raise ValueError(f"resume: there is no file {str(resume)!r}")
+    content = read_checkpoint(resume)
+    check_same_run(resume, content["config"], options)
+    return config_of(content, **options)

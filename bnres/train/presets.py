@@ -1,0 +1,65 @@
+"""Training recipes by name: what they set, the rest being `TrainConfig`'s defaults."""
+
+from typing import Any
+
+_CIFAR = {"dataset": "cifar10", "model": "resnet18", "stem": "cifar"}
+_IMAGENET: dict[str, Any] = {
+    # After torchvision's reference: SGD, 0.1 for 256 images, 90 epochs; a cosine in place of steps.
+    "dataset": "folder",
+    "epochs": 90,
+    "batch_size": 256,
+    "momentum": 0.9,
+    "schedule": "cosine",
+    "lr": 0.1,
+    "warmup_epochs": 5.0,
+    "weight_decay": 1e-4,
+    "shift": 0,
+    "flip": True,
+    "crop_size": 224,
+    "dtype": "bf16",
+}
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "mnist5k": {},
+    # The d2l.ai course's: Adam, Xavier, ten epochs, images flipped and not normalised.
+    "seed-cifar10": {
+        "dataset": "cifar10",
+        "model": "resnet18-seed-cifar",
+        "init": "xavier",
+        "epochs": 10,
+        "batch_size": 256,
+        "drop_last": False,
+        "optimizer": "adam",
+        "schedule": "constant",
+        "lr": 1e-3,
+        "weight_decay": 0.0,
+        "label_smoothing": 0.0,
+        "shift": 0,
+        "flip": True,
+        "normalize": False,
+    },
+    # Aimed at 94%; with --epochs 60 at 96%.
+    "cifar10-fast": {
+        **_CIFAR,
+        "epochs": 15,
+        "batch_size": 512,
+        "momentum": 0.95,
+        "lr": 0.4,
+        "shift": 4,
+        "flip": True,
+        "dtype": "bf16",
+    },
+    "imagenet-resnet18": {**_IMAGENET, "model": "resnet18"},
+    "imagenet-resnet50": {**_IMAGENET, "model": "resnet50"},
+}
+
+
+def preset(name: str) -> dict[str, Any]:
+    """What a preset sets.
+
+    Raises:
+        ValueError: for an unknown name.
+    """
+    if name not in PRESETS:
+        raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
+    return PRESETS[name]

@@ -1,0 +1,103 @@
+"""Nets out of checkpoints: evaluated, exported."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bnres.data import load_dataset
+from bnres.fusion import fold, unfuse
+from bnres.train.checkpoint import read_checkpoint
+from bnres.train.config import TrainConfig, field_type
+from bnres.train.loop import evaluate
+from bnres.train.state import build_model, make_batches
+
+AVERAGED = "module."
+
+
+def config_of(content: dict[str, Any], **changes: Any) -> TrainConfig:
+    """The options that a checkpoint's run had, some of them changed."""
+    saved = content["config"]
+    kept = {k: Path(v) if v and field_type(k) is Path else v for k, v in saved.items()}
+    return TrainConfig(**{**kept, "resume": None, **changes})
+
+
+def load_trained(content: dict[str, Any], config: TrainConfig) -> nn.Module:
+    """The net of a checkpoint in eval mode, on ``config.device``; averaged weights if it has such."""
+    weights: dict[str, Tensor] = content["model"]
+    average = content["average"]
+    if average is not None:
+        weights = {
+            name.removeprefix(AVERAGED): value
+            for name, value in average.items()
+            if name.startswith(AVERAGED)
+        }
+    classes, channels = content["classes"], content["channels"]
+    model = build_model(config, classes, channels)
+    model.load_state_dict(weights)
+    return model.eval()
+
+
+def evaluate_checkpoint(path: Path, **changes: Any) -> tuple[TrainConfig, float, float]:
+    """Options, mean loss and accuracy of a checkpoint on held-out images.
+
+    Args:
+        path: a checkpoint of ``bnres train``.
+        changes: options to evaluate with in place of its run's, such as ``data``.
+
+    Raises:
+        ValueError: if it is no checkpoint, or the data does not fit.
+    """
+    content = read_checkpoint(path)
+    config = config_of(content, **changes)
+    dataset = load_dataset(config.dataset, config.data, checksum=config.checksum)
+    if dataset.classes != content["classes"]:
+        raise ValueError(
+            f"data: {dataset.name} has {dataset.classes} classes, but {path} was trained on "
+            f"{content['classes']}"
+        )
+    batches = make_batches(config, dataset, torch.device(config.device))
+    return config, *evaluate(load_trained(content, config), batches, config)
+
+
+class _OneInput(nn.Module):
+    """A net with a forward of one named input, which is what export asks for."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.net(images)
+
+
+def export_checkpoint(path: Path, out: Path, size: tuple[int, int], *, folded: bool = True) -> None:
+    """Writes a net of torch's own operations, of any batch size, as a torch.export archive.
+
+    Args:
+        path: a checkpoint of ``bnres train``.
+        out: the archive; `torch.export.load` reads it, without bnres.
+        size: height and width of the images.
+        folded: batch norms folded into the convolutions.
+
+    Raises:
+        ValueError: if it is no checkpoint, or the net does not take such images.
+    """
+    content = read_checkpoint(path)
+    config = replace(config_of(content, device="cpu"), channels_last=False)
+    model = load_trained(content, config)
+    model = fold(model) if folded else unfuse(model)
+    example = torch.zeros(2, content["channels"], *size)
+    batch = torch.export.Dim("batch")
+    try:
+        with torch.no_grad():
+            program = torch.export.export(
+                _OneInput(model), (example,), dynamic_shapes={"images": {0: batch}}
+            )
+    except RuntimeError as error:
+        raise ValueError(f"size: the net takes no images of {size}: {error}") from error
+    temporary = out.with_name(out.name + ".tmp.pt2")
+    torch.export.save(program, temporary)
+    temporary.replace(out)
