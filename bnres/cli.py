@@ -94,14 +94,16 @@ def train(
     ] = False,
 ) -> None:
     """Train a model; with no options, a ResNet-18 on 4,000 images of MNIST."""
+    from dataclasses import replace
+
     from bnres.data.download import download_cifar10
+    from bnres.train import distributed
     from bnres.train.compare import prepare_comparison, run_comparison
     from bnres.train.interrupt import Stopped
     from bnres.train.loop import NonFiniteLoss
     from bnres.train.options import make_config
     from bnres.train.run import LAST, NONFINITE, fit, prepare
 
-    console = Console()
     with bad_input_exits():
         asked = make_config(options, preset, config)
         if print_config:
@@ -111,13 +113,16 @@ def train(
             if asked.dataset != "cifar10" or asked.data is None:
                 raise ValueError("download: it takes --dataset cifar10 and --data FOLDER")
             download_cifar10(asked.data)
+        world, device = distributed.join(asked.device)
+        console = Console(quiet=not world.is_first)
         if compare and (out is not None or not asked.fused):
             raise ValueError("compare writes no files and trains both: no out, no-fused with it")
         if compare:
             comparison = prepare_comparison(asked)
         else:
-            folder = run_folder(out, asked)
-            run = prepare(asked)
+            # The others write nothing, and may come when the first has made the folder.
+            folder = run_folder(out, asked) if world.is_first else Path()
+            run = prepare(replace(asked, device=device), world)
     if compare:
         run_comparison(comparison, console)
         return
@@ -130,8 +135,11 @@ def train(
         )  # fmt: skip
         raise typer.Exit(130) from None
     except NonFiniteLoss as error:
-        typer.echo(f"bnres: {error}; what is known is in {folder / NONFINITE}", err=True)
+        if world.is_first:
+            typer.echo(f"bnres: {error}; what is known is in {folder / NONFINITE}", err=True)
         raise typer.Exit(1) from error
+    finally:
+        distributed.leave()
 
 
 Checkpoint = Annotated[Path, typer.Argument(help="A checkpoint of bnres train.")]
@@ -285,3 +293,7 @@ def parse_shape(text: str) -> tuple[int, int, int, int]:
         raise ValueError(f"input must be four sizes such as 1x3x224x224, got {text!r}")
     n, channels, height, width = map(int, parts)
     return n, channels, height, width
+
+
+if __name__ == "__main__":  # torchrun -m bnres.cli
+    app()

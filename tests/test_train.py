@@ -24,9 +24,11 @@ from bnres.data.dataset import make_dataset
 from bnres.train import TrainConfig, build_state, evaluate, train_epoch
 from bnres.train import run as training
 from bnres.train.checkpoint import load_checkpoint, read_checkpoint, save_checkpoint
+from bnres.train.distributed import World
 from bnres.train.optimization import make_optimizer, make_schedule
 from bnres.train.options import make_config
 from bnres.train.presets import PRESETS
+from bnres.train.state import make_batches
 from bnres.train.trained import config_of, load_trained
 from tests.test_data import cifar_content, files, pack
 
@@ -225,6 +227,7 @@ def test_failed_write_leaves_the_old_checkpoint(tiny, tmp_path, monkeypatch):
         (["--ema", "1"], "ema must be from 0 to below 1"),
         (["--crop-size", "9", "--shift", "0", "--batch-size", "8"], "crop_size must be at most 8"),
         (["--crop-size", "8"], "takes the place of shift"),
+        (["--sync-bn", "--device", "cpu"], "torch's SyncBatchNorm needs GPUs"),
         (["--download"], "it takes --dataset cifar10"),
         (
             ["--model", "lenet-seed", "--act", "silu", "--batch-size", "8"],
@@ -468,6 +471,38 @@ def test_two_runs_have_the_same_bits(tiny, tmp_path):
             torch.use_deterministic_algorithms(False)
         found.append(state.model)
     assert same_weights(*found)
+
+
+@pytest.mark.parametrize("options", [["--accumulate", "2"], ["--ema", "0.5"]], ids=str)
+def test_two_processes(tmp_path, options):
+    """They train one net, each on its part, and evaluate all images between them."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    out = tmp_path / "run"
+    result = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+         "-m", "bnres.cli", "train", "--dataset", "digits", "--stem", "cifar", "--model",
+         "resnet18", "--epochs", "1", "--batch-size", "358", "--device", "cpu", "--out", str(out),
+         *options],
+        cwd=ROOT, env=environment | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("epoch 1/1") == 1
+    (row,) = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+    alone = runner.invoke(cli.app, ["eval", str(out / "last.pt"), "--device", "cpu"])
+    assert f"accuracy {row['test_accuracy']:.2%}" in alone.output, (row, alone.output)
+
+
+def test_shards_are_the_batch(tiny):
+    device = torch.device("cpu")
+    whole = make_batches(config(), tiny, device)
+    parts = [make_batches(config(), tiny, device, World(rank, 2)) for rank in range(2)]
+    for (_, labels), *shards in zip(whole.train(3), *(p.train(3) for p in parts), strict=True):
+        for rank, (images, part) in enumerate(shards):
+            assert torch.equal(part, labels[rank::2]) and len(images) == 4
+    seen = torch.cat([labels for p in parts for _, labels in p.test()])
+    assert torch.equal(seen.sort()[0], tiny.test_labels.sort()[0])
+    with pytest.raises(ValueError, match="batch_size must be a multiple of the 3 processes"):
+        make_batches(config(), tiny, device, World(0, 3))
 
 
 def test_compare_command(tiny_command, tmp_path, monkeypatch):

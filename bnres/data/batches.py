@@ -25,6 +25,21 @@ def batch_count(images: int, batch_size: int, drop_last: bool) -> int:
     return images // batch_size + int(not drop_last and rest > 1)
 
 
+def take_shard(t: Tensor, shard: tuple[int, int]) -> Tensor:
+    """Every so manyth row."""
+    return t[shard[0] :: shard[1]]
+
+
+def check_shard(batch_size: int, drop_last: bool, shard: tuple[int, int]) -> None:
+    """Raises ValueError for batches that several processes can't have equal parts of."""
+    parts = shard[1]
+    if parts > 1 and (batch_size % parts or not drop_last):
+        raise ValueError(
+            f"batch_size must be a multiple of the {parts} processes, and drop_last be set, got "
+            f"{batch_size} and {drop_last}"
+        )
+
+
 class Batches:
     """A data set on a device, handed out as float batches.
 
@@ -37,6 +52,8 @@ class Batches:
         seed: of order and augmentation.
         drop_last: leave out a training epoch's last, smaller batch; one of a single image, which
             batch norm does not take, is left out in any case.
+        shard: which of how many equal parts of each batch, and of the held-out images, is handed
+            out here.
     """
 
     def __init__(
@@ -48,13 +65,15 @@ class Batches:
         test_augment: Compose,
         seed: int,
         drop_last: bool = True,
+        shard: tuple[int, int] = (0, 1),
     ) -> None:
         check_batch_size(batch_size, len(dataset.train_labels), dataset.name)
+        check_shard(batch_size, drop_last, shard)
         self.train_images = dataset.train_images.to(device)
         self.train_labels = dataset.train_labels.to(device)
         self.test_images = dataset.test_images.to(device)
         self.test_labels = dataset.test_labels.to(device)
-        self.batch_size, self.seed, self.drop_last = batch_size, seed, drop_last
+        self.batch_size, self.seed, self.drop_last, self.shard = batch_size, seed, drop_last, shard
         self.train_augment, self.test_augment = train_augment, test_augment
 
     def __len__(self) -> int:
@@ -81,15 +100,15 @@ class Batches:
         order = torch.randperm(self.train_count, generator=generator_at(self.seed, "order", epoch))
         for step in range(first, len(self)):
             index = order[step * self.batch_size : (step + 1) * self.batch_size]
-            index = index.to(self.train_images.device)
-            generator = generator_at(self.seed, "augment", epoch, step)
+            index = take_shard(index, self.shard).to(self.train_images.device)
+            generator = generator_at(self.seed, "augment", epoch, step, self.shard[0])
             yield self.train_augment(self.train_images[index], generator), self.train_labels[index]
 
     def test(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """The held-out images, all of them, in order."""
+        """The held-out images of this shard, in order."""
         pairs = zip(
-            self.test_images.split(self.batch_size),
-            self.test_labels.split(self.batch_size),
+            take_shard(self.test_images, self.shard).split(self.batch_size),
+            take_shard(self.test_labels, self.shard).split(self.batch_size),
             strict=True,
         )
         for images, labels in pairs:

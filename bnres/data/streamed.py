@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from bnres.augment import Compose
-from bnres.data.batches import batch_count, check_batch_size
+from bnres.data.batches import batch_count, check_batch_size, check_shard, take_shard
 from bnres.data.folder import FolderDataset, ImageFiles
 from bnres.data.seeds import generator_at
 
@@ -24,7 +24,7 @@ class StreamedBatches:
         train_augment: what becomes of training images, on the device.
         test_augment: what becomes of held-out images.
         seed: of order and augmentation.
-        drop_last: as `bnres.data.Batches` has it.
+        drop_last, shard: as `bnres.data.Batches` has them.
         workers: processes that decode; 0 decodes in this one.
     """
 
@@ -37,13 +37,16 @@ class StreamedBatches:
         test_augment: Compose,
         seed: int,
         drop_last: bool = True,
+        shard: tuple[int, int] = (0, 1),
         *,
         workers: int,
     ) -> None:
         check_batch_size(batch_size, len(dataset.train), dataset.name)
+        check_shard(batch_size, drop_last, shard)
         self.dataset, self.device, self.batch_size = dataset, device, batch_size
         self.train_augment, self.test_augment = train_augment, test_augment
         self.seed, self.drop_last, self.workers = seed, drop_last, workers
+        self.shard = shard
 
     def __len__(self) -> int:
         """Batches of a training epoch."""
@@ -69,19 +72,22 @@ class StreamedBatches:
         generator = generator_at(self.seed, "order", epoch)
         order = torch.randperm(self.train_count, generator=generator)
         order = order[first * self.batch_size : self.images_per_epoch]
+        # Rows of a batch one behind the other: as its size is a multiple, so are its shards' rows.
+        order = take_shard(order, self.shard)
         for step, (images, labels) in enumerate(self._load(self.dataset.train, order), first):
-            generator = generator_at(self.seed, "augment", epoch, step)
+            generator = generator_at(self.seed, "augment", epoch, step, self.shard[0])
             yield self.train_augment(images, generator), labels
 
     def test(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """The held-out images, all of them, in order."""
-        for images, labels in self._load(self.dataset.test, torch.arange(self.test_count)):
+        """The held-out images of this shard, in order."""
+        order = take_shard(torch.arange(self.test_count), self.shard)
+        for images, labels in self._load(self.dataset.test, order):
             yield self.test_augment(images), labels
 
     def _load(self, files: ImageFiles, order: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         loader = DataLoader(
             files,
-            batch_size=self.batch_size,
+            batch_size=self.batch_size // self.shard[1],
             sampler=order.tolist(),
             num_workers=self.workers,
             prefetch_factor=PREFETCH if self.workers else None,

@@ -76,6 +76,7 @@ class TrainConfig:
     dtype: str = _option("fp32", "fp32, or bf16 or fp16 for automatic mixed precision.")
     device: str = _option("", "torch's name of a device; by default the GPU, if there is one.")
     channels_last: bool = _option(True, "Memory format of images and convolutions.")
+    sync_bn: bool = _option(False, "Statistics over all processes, by torch's SyncBatchNorm.")
     compile: bool = _option(False, "Compile the model with torch.compile.")
     deterministic: bool = _option(False, "Ask torch for the same bits from run to run.")
     seed: int = _option(0, "Of the weights, the order and the augmentation.")
@@ -125,6 +126,8 @@ class TrainConfig:
         except (RuntimeError, AssertionError) as error:
             reason = str(error).splitlines()[0]
             raise ValueError(f"device {self.device!r} can't be used: {reason}") from error
+        if self.sync_bn and torch.device(self.device).type != "cuda":
+            raise ValueError("sync_bn: torch's SyncBatchNorm needs GPUs")
         if self.resume is not None and not self.resume.is_file():
             raise ValueError(f"resume: there is no file {str(self.resume)!r}")
 

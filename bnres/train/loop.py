@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bnres.train.config import DTYPES, TrainConfig
+from bnres.train.distributed import World
 from bnres.train.state import AnyBatches, TrainState
 
 # Batches between looks at the loss, which wait for the device.
@@ -75,13 +77,15 @@ def train_epoch(
     for images, labels in batches.train(state.epoch, first):
         waited += time.perf_counter() - asked
         train_batch(state, images, labels, config, last=state.batch + 1 == len(batches))
-        images_seen += len(labels)
+        images_seen += len(labels) * state.world.size
         if state.batch % LOOK_EVERY == 0 or state.batch == len(batches):
             _look(state)
         on_batch()
         asked = time.perf_counter()
-    step_losses = torch.stack(state.losses).tolist()
-    accuracy = torch.stack(state.correct).sum().item() / batches.images_per_epoch
+    world = state.world
+    step_losses = (world.sum(torch.stack(state.losses)) / world.size).tolist()
+    correct = world.sum(torch.stack(state.correct).sum())
+    accuracy = correct.item() / batches.images_per_epoch
     seconds = time.perf_counter() - start
     state.epoch += 1
     state.batch = 0
@@ -102,12 +106,16 @@ def train_batch(
     """Forward and backward of a batch, and a step behind every ``config.accumulate`` of them."""
     if state.batch % config.accumulate == 0:
         state.optimizer.zero_grad(set_to_none=True)
-    with _autocast(config):
-        logits = state.forward(images)
-        loss = F.cross_entropy(logits, labels, label_smoothing=config.label_smoothing)
-    state.scaler.scale(loss / config.accumulate).backward()
+    steps = (state.batch + 1) % config.accumulate == 0 or last
+    # Processes exchange gradients once a step.
+    alone = state.world.size > 1 and not steps
+    with state.forward.no_sync() if alone else nullcontext():
+        with _autocast(config):
+            logits = state.forward(images)
+            loss = F.cross_entropy(logits, labels, label_smoothing=config.label_smoothing)
+        state.scaler.scale(loss / config.accumulate).backward()
     state.batch += 1
-    if state.batch % config.accumulate == 0 or last:
+    if steps:
         if config.clip_norm is not None:
             state.scaler.unscale_(state.optimizer)
             nn.utils.clip_grad_norm_(state.model.parameters(), config.clip_norm)
@@ -121,18 +129,24 @@ def train_batch(
 
 
 def _look(state: TrainState) -> None:
-    recent = torch.stack(state.losses[-LOOK_EVERY:])
+    recent = state.world.sum(torch.stack(state.losses[-LOOK_EVERY:]))
     wrong = (~recent.isfinite()).nonzero()
     if len(wrong):
         batch = len(state.losses) - len(recent) + int(wrong[0])
         raise NonFiniteLoss(
-            f"the loss of epoch {state.epoch + 1}, batch {batch + 1} is {state.losses[batch].item()}"
+            f"the loss of epoch {state.epoch + 1}, batch {batch + 1} is {recent[wrong[0]].item()}"
         )
 
 
 @torch.no_grad()
-def evaluate(model: Any, batches: AnyBatches, config: TrainConfig) -> tuple[float, float]:
-    """Mean loss and accuracy on the held-out images, in eval mode."""
+def evaluate(
+    model: Any, batches: AnyBatches, config: TrainConfig, world: World | None = None
+) -> tuple[float, float]:
+    """Mean loss and accuracy on the held-out images, in eval mode.
+
+    Several processes take a part each, of equal length or not, and add up.
+    """
+    world = world or World()
     model.eval()
     loss, correct = torch.zeros((), device=config.device), torch.zeros((), device=config.device)
     for images, labels in batches.test():
@@ -142,4 +156,5 @@ def evaluate(model: Any, batches: AnyBatches, config: TrainConfig) -> tuple[floa
                 logits = (logits + model(images.flip(-1)).float()) / 2
         loss += F.cross_entropy(logits, labels, reduction="sum")
         correct += (logits.argmax(1) == labels).sum()
-    return loss.item() / batches.test_count, correct.item() / batches.test_count
+    loss, correct = world.sum(torch.stack((loss, correct))).tolist()
+    return loss / batches.test_count, correct / batches.test_count

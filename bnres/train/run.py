@@ -15,6 +15,7 @@ from bnres.backend import backend
 from bnres.data import load_dataset
 from bnres.train.checkpoint import load_checkpoint, save_checkpoint
 from bnres.train.config import TrainConfig
+from bnres.train.distributed import World
 from bnres.train.interrupt import Stop, Stopped, stop_on_signal
 from bnres.train.loop import LOOK_EVERY, NonFiniteLoss, TrainResult, evaluate, train_epoch
 from bnres.train.outputs import draw_curves, open_tensorboard, write_metrics
@@ -33,8 +34,12 @@ class Run:
     batches: AnyBatches
 
 
-def prepare(config: TrainConfig) -> Run:
+def prepare(config: TrainConfig, world: World | None = None) -> Run:
     """Loads the data, builds the model, reads the checkpoint.
+
+    Args:
+        config: the run.
+        world: the processes that train together; by default this one alone.
 
     Raises:
         ValueError: if the input does not fit; nothing has been written.
@@ -43,7 +48,7 @@ def prepare(config: TrainConfig) -> Run:
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
     dataset = load_dataset(config.dataset, config.data, checksum=config.checksum)
-    state, batches = build_state(config, dataset)
+    state, batches = build_state(config, dataset, world)
     if config.resume is not None:
         load_checkpoint(config.resume, state, config)
     return Run(config, state, batches)
@@ -105,15 +110,17 @@ def run_epoch(
         if folder is None or state.batch % config.accumulate or state.batch == len(run.batches):
             return
         every = config.checkpoint_steps
-        stops = stop is not None and stop.asked
-        if stops or (every and (state.batch // config.accumulate) % every == 0):
+        stops = state.world.any(stop is not None and stop.asked)
+        due = every and (state.batch // config.accumulate) % every == 0
+        if (stops or due) and state.world.is_first:
             save_checkpoint(folder / LAST, state, config)
         if stops:
             raise Stopped
 
     _reset_memory(config)
     result = train_epoch(state, run.batches, config, on_batch)
-    test_loss, test_accuracy = evaluate(state.evaluated, run.batches, config)
+    state.world.share_buffers(state.model)
+    test_loss, test_accuracy = evaluate(state.evaluated, run.batches, config, state.world)
     progress.remove_task(task)
     state.history.append(
         {
@@ -172,15 +179,18 @@ def fit(run: Run, folder: Path, console: Console) -> None:
         f"{route(config)}",
         highlight=False,
     )
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / CONFIG).write_text(config.as_toml(), encoding="utf-8")
-    writer = open_tensorboard(folder) if config.tensorboard else nullcontext()
+    first = state.world.is_first
+    if first:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / CONFIG).write_text(config.as_toml(), encoding="utf-8")
+    writer = open_tensorboard(folder) if config.tensorboard and first else nullcontext()
     with progress_bar(console) as progress, stop_on_signal() as stop, writer as board:
         while state.epoch < config.epochs:
             try:
                 run_epoch(run, progress, folder=folder, stop=stop)
             except NonFiniteLoss:
-                (folder / NONFINITE).write_text(json.dumps(facts(state), indent=1) + "\n")
+                if first:
+                    (folder / NONFINITE).write_text(json.dumps(facts(state), indent=1) + "\n")
                 raise
             row = state.history[-1]
             console.print(describe(row, config.epochs), highlight=False)
@@ -188,14 +198,21 @@ def fit(run: Run, folder: Path, console: Console) -> None:
                 board.add(row)
             is_best = row["test_accuracy"] > state.best
             state.best = max(state.best, row["test_accuracy"])
-            save_checkpoint(folder / LAST, state, config)
-            if is_best:
-                save_checkpoint(folder / BEST, state, config)
-            write_metrics(folder, state.history)
-            draw_curves(folder / CURVES, state.history, f"{config.model} on {config.dataset}")
-            if stop.asked and state.epoch < config.epochs:
+            if first:
+                _write(folder, run, is_best)
+            if state.world.any(stop.asked) and state.epoch < config.epochs:
                 raise Stopped
     console.print(f"checkpoints, metrics and {CURVES} are in {folder}", highlight=False)
+
+
+def _write(folder: Path, run: Run, is_best: bool) -> None:
+    """What a run leaves behind an epoch."""
+    config, state = run.config, run.state
+    save_checkpoint(folder / LAST, state, config)
+    if is_best:
+        save_checkpoint(folder / BEST, state, config)
+    write_metrics(folder, state.history)
+    draw_curves(folder / CURVES, state.history, f"{config.model} on {config.dataset}")
 
 
 def facts(state: TrainState) -> dict[str, Any]:

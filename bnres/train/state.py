@@ -5,12 +5,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from bnres.data import Batches, FolderDataset, ImageDataset, StreamedBatches
+from bnres.fusion import unfuse
 from bnres.models import create_model
 from bnres.train.augmentation import chains
 from bnres.train.config import DTYPES, TrainConfig
+from bnres.train.distributed import World
 from bnres.train.optimization import make_optimizer, make_schedule, xavier_uniform
 
 AnyBatches = Batches | StreamedBatches
@@ -31,6 +34,7 @@ class TrainState:
         best: greatest test accuracy so far.
         history: a row an epoch.
         classes, channels: what the model was built for.
+        world: the processes that train together.
     """
 
     model: nn.Module
@@ -47,6 +51,7 @@ class TrainState:
     history: list[dict[str, float]] = field(default_factory=list)
     classes: int = 0
     channels: int = 0
+    world: World = field(default_factory=World)
 
     @property
     def evaluated(self) -> Any:
@@ -55,18 +60,22 @@ class TrainState:
 
 
 def make_batches(
-    config: TrainConfig, dataset: ImageDataset | FolderDataset, device: torch.device
+    config: TrainConfig,
+    dataset: ImageDataset | FolderDataset,
+    device: torch.device,
+    world: World | None = None,
 ) -> AnyBatches:
-    """Batches of a data set, augmented as the run asks for.
+    """Batches of a data set, augmented as the run asks for; this process's part of them.
 
     Raises:
         ValueError: if the images are too small or too few for it.
     """
     train_augment, test_augment = chains(config, dataset)
+    shard = (0, 1) if world is None else (world.rank, world.size)
     place = (device, config.batch_size, train_augment, test_augment, config.seed, config.drop_last)
     if isinstance(dataset, FolderDataset):
-        return StreamedBatches(dataset, *place, workers=config.workers)
-    return Batches(dataset, *place)
+        return StreamedBatches(dataset, *place, shard, workers=config.workers)
+    return Batches(dataset, *place, shard)
 
 
 def build_model(config: TrainConfig, classes: int, channels: int) -> nn.Module:
@@ -89,12 +98,18 @@ def build_model(config: TrainConfig, classes: int, channels: int) -> nn.Module:
 
 
 def build_state(
-    config: TrainConfig, dataset: ImageDataset | FolderDataset
+    config: TrainConfig, dataset: ImageDataset | FolderDataset, world: World | None = None
 ) -> tuple[TrainState, AnyBatches]:
     """A run at its start."""
+    world = world or World()
     device = torch.device(config.device)
-    batches = make_batches(config, dataset, device)
+    batches = make_batches(config, dataset, device, world)
     model = build_model(config, dataset.classes, dataset.channels)
+    if config.sync_bn:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(unfuse(model))
+    parallel: nn.Module = model
+    if world.size > 1:
+        parallel = DistributedDataParallel(model, [device] if device.type == "cuda" else None)
     optimizer = make_optimizer(config, model)
     steps_per_epoch = -(-len(batches) // config.accumulate)
     average = None
@@ -104,12 +119,13 @@ def build_state(
         )
     state = TrainState(
         model=model,
-        forward=torch.compile(model) if config.compile else model,
+        forward=torch.compile(parallel) if config.compile else parallel,
         optimizer=optimizer,
         scheduler=make_schedule(config, optimizer, steps_per_epoch),
         scaler=torch.amp.GradScaler(device.type, enabled=DTYPES[config.dtype] == torch.float16),
         average=average,
         classes=dataset.classes,
         channels=dataset.channels,
+        world=world,
     )
     return state, batches

@@ -1,0 +1,73 @@
+"""The processes of a run under ``torchrun``: who this one is, and what they do together."""
+
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes that train together; by default this one alone.
+
+    Attributes:
+        rank: this process.
+        size: how many there are.
+        flags: a group on the CPU that agrees on flags without waiting for a GPU.
+    """
+
+    rank: int = 0
+    size: int = 1
+    flags: dist.ProcessGroup | None = None
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the process that prints and writes."""
+        return self.rank == 0
+
+    def sum(self, value: Tensor) -> Tensor:
+        """The sum over the processes, in place."""
+        if self.size > 1:
+            dist.all_reduce(value)
+        return value
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set in one of the processes."""
+        if self.size == 1:
+            return flag
+        value = torch.tensor(int(flag))
+        dist.all_reduce(value, dist.ReduceOp.MAX, group=self.flags)
+        return bool(value)
+
+    def share_buffers(self, model: nn.Module) -> None:
+        """Gives every process the first one's running statistics, each having its own so far."""
+        if self.size > 1:
+            for buffer in model.buffers():
+                dist.broadcast(buffer, 0)
+
+
+def join(device: str) -> tuple[World, str]:
+    """The world that ``torchrun`` has set up, and this process's device.
+
+    Args:
+        device: ``cuda`` becomes the GPU of this process.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        return World(), device
+    if torch.device(device).type == "cuda":
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    flags = dist.new_group(backend="gloo")
+    assert isinstance(flags, dist.ProcessGroup)
+    return World(dist.get_rank(), size, flags), device
+
+
+def leave() -> None:
+    """Ends the processes' connection."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
