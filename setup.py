@@ -23,7 +23,14 @@ BENCH = [
     "rich>=13",
     "typer>=0.15",
 ]
-TEST = [*TRAIN, "hypothesis>=6.100", "pytest>=8", "pytest-xdist>=3.5", "torchvision>=0.26"]
+TEST = [
+    *TRAIN,
+    "tensorboard>=2.15",
+    "hypothesis>=6.100",
+    "pytest>=8",
+    "pytest-xdist>=3.5",
+    "torchvision>=0.26",
+]
 
 PACKAGES = (
     "augment",
@@ -52,6 +59,7 @@ setup(
     install_requires=["torch>=2.11", "triton>=3.6; platform_system=='Linux'"],
     extras_require={
         "train": TRAIN,
+        "tensorboard": ["tensorboard>=2.15"],
         "bench": BENCH,
         "test": TEST,
         "dev": [*TEST, *BENCH, "ruff>=0.17", "mypy>=2.0"],

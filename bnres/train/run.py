@@ -1,5 +1,6 @@
 """A whole training run: epochs, lines on the screen, files in the run's folder."""
 
+import importlib
 import json
 import time
 from contextlib import nullcontext
@@ -43,7 +44,11 @@ def prepare(config: TrainConfig, world: World | None = None) -> Run:
 
     Raises:
         ValueError: if the input does not fit; nothing has been written.
+        ModuleNotFoundError: for TensorBoard's files without tensorboard, which comes with
+            ``bnres[tensorboard]``.
     """
+    if config.tensorboard:
+        importlib.import_module("tensorboard")
     if config.deterministic:
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
