@@ -15,6 +15,7 @@ except ModuleNotFoundError as error:
 
 import bnres
 from bnres.train.options import with_config_options
+from bnres.train.outputs import LAST
 from bnres.train.presets import PRESETS
 
 if TYPE_CHECKING:
@@ -42,13 +43,13 @@ def bad_input_exits() -> Iterator[None]:
 
 
 def run_folder(out: Path | None, config: "TrainConfig") -> Path:
-    """The folder of a run: ``out``, that of its checkpoint, or a new one below ``runs``.
+    """The folder of a run: ``out``, that of its last checkpoint, or a new one below ``runs``.
 
     Raises:
         ValueError: if it lies in no folder, or is not empty.
     """
     if out is None:
-        if config.resume is not None:
+        if config.resume is not None and config.resume.name == LAST:
             return config.resume.parent
         return Path("runs") / f"{config.dataset}-{config.model}-{datetime.now():%Y%m%d-%H%M%S}"
     if not out.parent.is_dir():
@@ -84,7 +85,8 @@ def train(
         bool, typer.Option("--print-config", help="Print the options as such a file, and end.")
     ] = False,
     out: Annotated[
-        Path | None, typer.Option(help="Folder of the run; default: runs/..., or the checkpoint's.")
+        Path | None,
+        typer.Option(help="Folder of the run; default: runs/..., or that of a last.pt."),
     ] = None,
     download: Annotated[
         bool, typer.Option("--download", help="Download cifar10 into --data first.")
@@ -102,21 +104,27 @@ def train(
     from bnres.train.interrupt import Stopped
     from bnres.train.loop import NonFiniteLoss
     from bnres.train.options import make_config
-    from bnres.train.run import LAST, NONFINITE, fit, prepare
+    from bnres.train.run import NONFINITE, fit, prepare
 
+    distributed.choose_gpu()
     with bad_input_exits():
         asked = make_config(options, preset, config)
         if print_config:
             typer.echo(asked.as_toml(), nl=False)
             return
-        if download:
-            if asked.dataset != "cifar10" or asked.data is None:
-                raise ValueError("download: it takes --dataset cifar10 and --data FOLDER")
-            download_cifar10(asked.data)
+        if download and (asked.dataset != "cifar10" or asked.data is None):
+            raise ValueError("download: it takes --dataset cifar10 and --data FOLDER")
         world, device = distributed.join(asked.device)
+        if download and asked.data is not None:
+            if world.is_first:
+                download_cifar10(asked.data)
+            world.wait()
         console = Console(quiet=not world.is_first)
-        if compare and (out is not None or not asked.fused):
-            raise ValueError("compare writes no files and trains both: no out, no-fused with it")
+        if compare and (out is not None or not asked.fused or world.size > 1):
+            raise ValueError(
+                "compare writes no files and trains both in one process: no out, no-fused or "
+                "torchrun with it"
+            )
         if compare:
             comparison = prepare_comparison(asked)
         else:
@@ -171,7 +179,9 @@ def evaluate(
 def export(
     checkpoint: Checkpoint,
     out: Annotated[Path | None, typer.Option(help="Default: the checkpoint's name, .pt2.")] = None,
-    size: Annotated[int, typer.Option(help="Height and width of the images.", min=1)] = 224,
+    size: Annotated[
+        int | None, typer.Option(help="Height and width of the images, if others.", min=1)
+    ] = None,
     folded: Annotated[bool, typer.Option(help="Batch norms folded into convolutions.")] = True,
 ) -> None:
     """Write a checkpoint's net as a torch.export archive, which needs torch alone."""
@@ -181,7 +191,7 @@ def export(
     with bad_input_exits():
         if not out.parent.is_dir():
             raise ValueError(f"out: there is no folder {str(out.parent)!r}")
-        export_checkpoint(checkpoint, out, (size, size), folded=folded)
+        export_checkpoint(checkpoint, out, (size, size) if size else None, folded=folded)
     typer.echo(out)
 
 
@@ -278,7 +288,7 @@ def augment(
             picture = read_image(Path(image))
         else:
             raise ValueError(f"image must be a file or one of {', '.join(PACKAGED)}, got {image!r}")
-    draw_grid(out, picture, seed)
+        draw_grid(out, picture, seed)
     typer.echo(out)
 
 

@@ -5,6 +5,7 @@ cast: one read and one write of an image. Contrast needs the mean gray of the im
 program that holds a whole image takes it there, else a pass before sums it.
 """
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -308,6 +309,12 @@ def _augment_kernel(
         tl.store(out + 2 * stride_yc, round_to(b, dtype), mask=mask)
 
 
+@cache
+def _channel_values(values: tuple[float, ...] | None, device: torch.device) -> Tensor | None:
+    """A number for each channel on the device, copied there once."""
+    return None if values is None else torch.tensor(values, dtype=torch.float32, device=device)
+
+
 def augment(x: Tensor, draws: AugmentDraws, plan: AugmentPlan) -> Tensor:
     """The chain of ``plan`` on a batch.
 
@@ -326,16 +333,18 @@ def augment(x: Tensor, draws: AugmentDraws, plan: AugmentPlan) -> Tensor:
     )  # fmt: skip
     if not x.numel():
         return y
+    if (
+        sum((size - 1) * stride for size, stride in zip(x.shape[1:], x.stride()[1:], strict=True))
+        >= 2**31
+    ):
+        x = x.contiguous()  # positions in an image are counted in 32 bits
     positions = plan.height * plan.width
     gray_positions = height * width if plan.color_first else positions
     read = max(positions, gray_positions) if plan.has_contrast else positions
     whole = read <= WHOLE_IMAGE
     block = next_power_of_2(read) if whole else PART
     gray_parts = -(-gray_positions // block)
-    mean, std = (
-        None if v is None else torch.tensor(v, dtype=torch.float32, device=x.device)
-        for v in (plan.mean, plan.std)
-    )
+    mean, std = _channel_values(plan.mean, x.device), _channel_values(plan.std, x.device)
     gray = None
     source: dict[str, Any] = {
         "x_ptr": x,

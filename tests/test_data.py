@@ -233,7 +233,29 @@ class TestPickles:
         array = np.arange(6, dtype=np.uint8).reshape(2, 3)
         if protocol < 5:  # a later protocol names a function that is not permitted
             found = load_arrays(pickle.dumps({b"data": array}, protocol), "here")
-            assert np.array_equal(found[b"data"], array)
+            assert torch.equal(found[b"data"], torch.from_numpy(array))
+
+    @pytest.mark.parametrize(
+        "array", [np.zeros(3), np.array([None]), np.asfortranarray(np.zeros((2, 3), np.uint8))],
+        ids=["floats", "objects", "fortran"],
+    )  # fmt: skip
+    def test_other_arrays_are_refused(self, array):
+        with pytest.raises(ValueError, match="can't be unpickled: an array"):
+            load_arrays(pickle.dumps({b"data": array}, 2), "here")
+
+    def test_forged_state_is_refused(self):
+        class Forged:
+            def __reduce__(self):
+                from numpy._core.multiarray import _reconstruct
+
+                return (
+                    _reconstruct,
+                    (np.ndarray, (0,), b"b"),
+                    (1, (9,), np.dtype("u1"), False, b"x"),
+                )
+
+        with pytest.raises(ValueError, match=r"an array of \(9,\) with 1 bytes"):
+            load_arrays(pickle.dumps({b"data": Forged()}, 2), "here")
 
     def test_other_content(self):
         with pytest.raises(ValueError, match="here can't be unpickled"):

@@ -66,7 +66,7 @@ def config(**options):
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "stock"])
 def test_it_learns(tiny, tiny_command, dtype, fused, tmp_path):
-    run = training.prepare(config(dtype=dtype, fused=fused, epochs=8))
+    run = training.prepare(config(dtype=dtype, fused=fused, epochs=8, lr=0.003))
     training.fit(run, tmp_path / "run", Console(quiet=True))
     rows = list(csv.DictReader((tmp_path / "run" / "metrics.csv").open()))
     assert [row["epoch"] for row in rows] == list("12345678")
@@ -173,10 +173,15 @@ def test_killed_run_ends_with_the_same_bits(tmp_path):
     for part in ("model", "average"):
         for name, value in expected[part].items():
             assert torch.equal(found[part][name], value), name
-    scores = ("train_loss", "train_accuracy", "test_loss", "test_accuracy")
+    scores = ("train_loss", "train_accuracy", "test_loss", "test_accuracy", "learning_rate")
     for row, other in zip(found["history"], expected["history"], strict=True):
         assert [row[name] for name in scores] == [other[name] for name in scores]
-    assert not list((tmp_path / "killed").glob("*.tmp")) or kills
+    names = {"last.pt", "best.pt", "metrics.csv", "metrics.jsonl", "curves.png", "config.toml"}
+    assert {p.name for p in (tmp_path / "killed").iterdir()} == names
+    best = [read_checkpoint(tmp_path / name / "best.pt") for name in ("killed", "whole")]
+    assert best[0]["epoch"] == best[1]["epoch"]
+    lines = (tmp_path / "killed" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == found["history"]
 
 
 def test_failed_write_leaves_the_old_checkpoint(tiny, tmp_path, monkeypatch):
@@ -207,7 +212,7 @@ def test_failed_write_leaves_the_old_checkpoint(tiny, tmp_path, monkeypatch):
         (["--dtype", "int8"], "dtype must be one of fp32, bf16, fp16, got 'int8'"),
         (["--device", "gpu"], "device 'gpu' can't be used"),
         (["--batch-size", "1"], "batch_size must be at least 2, got 1"),
-        (["--compare", "--no-fused"], "no-fused with it"),
+        (["--compare", "--no-fused"], "no-fused or torchrun with it"),
         (["--epochs", "0"], "epochs must be at least 1, got 0"),
         (["--batch-size", "64"], "batch_size must be from 2 to 32"),
         (["--out", "missing/run"], "there is no folder 'missing'"),
@@ -219,6 +224,8 @@ def test_failed_write_leaves_the_old_checkpoint(tiny, tmp_path, monkeypatch):
         (["--preset", "fast"], "preset must be one of mnist5k, seed-cifar10"),
         (["--config", "missing.toml"], "config: missing.toml can't be read"),
         (["--config", "unknown.toml"], "sets 'epoch', which is no option"),
+        (["--config", "resume.toml"], "sets resume, which only the command line may"),
+        (["--lr", "inf"], "lr must be greater than 0 and finite, got inf"),
         (["--config", "typed.toml"], "sets epochs to '5', no int"),
         (["--optimizer", "lion"], "optimizer must be one of sgd, adam, adamw"),
         (["--schedule", "step"], "schedule must be one of one-cycle, cosine, constant"),
@@ -246,6 +253,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.pt").write_text("no checkpoint")
     (tmp_path / "unknown.toml").write_text("epoch = 5")
+    (tmp_path / "resume.toml").write_text("resume = 'other.pt'")
     (tmp_path / "typed.toml").write_text("epochs = '5'")
     other = config(model="resnet34", epochs=5, lr=0.03)
     save_checkpoint(tmp_path / "other.pt", build_state(other, tiny)[0], other)
@@ -307,7 +315,8 @@ def test_seed_preset_is_the_seeds_run():
 def test_accumulated_gradients_are_a_larger_batchs(tiny):
     """Without batch norm's statistics, which a larger batch changes."""
     steps = []
-    for size, accumulate in ((16, 1), (8, 2)):
+    # The last group has less batches than the others.
+    for size, accumulate in ((16, 1), (8, 2), (32, 1), (8, 5)):
         asked = config(
             batch_size=size, accumulate=accumulate, epochs=1, shift=0, optimizer="sgd",
             schedule="constant", momentum=0.0, weight_decay=0.0,
@@ -320,7 +329,9 @@ def test_accumulated_gradients_are_a_larger_batchs(tiny):
         state.optimizer = torch.optim.SGD(state.model.parameters(), lr=asked.lr)
         train_epoch(state, batches, asked)
         steps.append(state.model[1].weight.detach())
-    assert torch.allclose(*steps, atol=1e-6) and not torch.allclose(steps[0], torch.tensor(0.01))
+    assert not torch.allclose(steps[0], torch.tensor(0.01))
+    assert torch.allclose(steps[0], steps[1], atol=1e-6)
+    assert torch.allclose(steps[2], steps[3], atol=1e-6)
 
 
 def test_schedules():
@@ -365,6 +376,17 @@ def test_evaluation_with_mirror_images(tiny):
     expected = torch.nn.functional.cross_entropy(logits, tiny.test_labels).item()
     assert loss == pytest.approx(expected, rel=1e-5)
     assert accuracy == (logits.argmax(1) == tiny.test_labels).float().mean().item()
+
+
+def test_checkpoint_of_other_data_is_refused(tiny, tmp_path):
+    path = tmp_path / "last.pt"
+    save_checkpoint(path, build_state(config(), tiny)[0], config())
+    half = replace(tiny, train_images=tiny.train_images[:16], train_labels=tiny.train_labels[:16])
+    state, _ = build_state(config(), half)
+    before = state.model.fc.weight.detach().clone()
+    with pytest.raises(ValueError, match="was trained with train_count 32, not 16"):
+        load_checkpoint(path, state, config())
+    assert torch.equal(state.model.fc.weight, before)
 
 
 def test_non_finite_loss_ends_the_run(tiny_command, tmp_path, monkeypatch):
@@ -419,16 +441,15 @@ def test_eval_and_export(tiny, tiny_command, tmp_path, monkeypatch):
     x = torch.randn(3, 1, 8, 8)
     for option in ("--folded", "--no-folded"):
         out = tmp_path / f"net{option}.pt2"
-        result = runner.invoke(
-            cli.app, ["export", "run/last.pt", option, "--size", "8", "--out", str(out)]
-        )
+        result = runner.invoke(cli.app, ["export", "run/last.pt", option, "--out", str(out)])
         assert result.exit_code == 0, result.output
         loaded = torch.export.load(out).module()
         with torch.no_grad():
             assert torch.allclose(loaded(x), model(x), atol=1e-5)
         graph = str(torch.export.load(out).graph)
         assert ("batch_norm" in graph) == (option == "--no-folded") and "bnres" not in graph
-    for command in (["eval", "missing.pt"], ["export", "run/metrics.csv"]):
+    torch.save({"format": 3}, "empty.pt")
+    for command in (["eval", "empty.pt"], ["eval", "missing.pt"], ["export", "run/metrics.csv"]):
         result = runner.invoke(cli.app, command)
         assert result.exit_code == 2 and "is not a checkpoint" in result.output
 
@@ -471,7 +492,7 @@ def test_two_runs_have_the_same_bits(tiny, tmp_path):
     assert same_weights(*found)
 
 
-@pytest.mark.parametrize("options", [["--accumulate", "2"], ["--ema", "0.5"]], ids=str)
+@pytest.mark.parametrize("options", [["--accumulate", "3"], ["--ema", "0.5"]], ids=str)
 def test_two_processes(tmp_path, options):
     """They train one net, each on its part, and evaluate all images between them."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
@@ -487,7 +508,8 @@ def test_two_processes(tmp_path, options):
     assert result.stdout.count("epoch 1/1") == 1
     (row,) = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
     alone = runner.invoke(cli.app, ["eval", str(out / "last.pt"), "--device", "cpu"])
-    assert f"accuracy {row['test_accuracy']:.2%}" in alone.output, (row, alone.output)
+    found = f"loss {row['test_loss']:.4f}, accuracy {row['test_accuracy']:.2%}"
+    assert found in alone.output, (row, alone.output)
 
 
 def test_shards_are_the_batch(tiny):
@@ -499,7 +521,7 @@ def test_shards_are_the_batch(tiny):
             assert torch.equal(part, labels[rank::2]) and len(images) == 4
     seen = torch.cat([labels for p in parts for _, labels in p.test()])
     assert torch.equal(seen.sort()[0], tiny.test_labels.sort()[0])
-    with pytest.raises(ValueError, match="batch_size must be a multiple of the 3 processes"):
+    with pytest.raises(ValueError, match="batch_size must be a multiple of the 3 processes, two"):
         make_batches(config(), tiny, device, World(0, 3))
 
 

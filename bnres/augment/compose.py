@@ -64,7 +64,7 @@ class Compose:
     colours before the crop see the whole image. A second crop or jitter begins a second kernel.
 
     Args:
-        transforms: the chain.
+        transforms: the chain; a `Compose` in it stands for its steps.
         dtype: of the output, fp32, fp16 or bf16; computation is in fp32.
         memory_format: of the output; by default that of the input.
 
@@ -75,7 +75,7 @@ class Compose:
 
     ``compose(images, generator)`` takes images (N, C, H, W), C 1 or 3, uint8 or floating on a scale
     from 0 to 1, and draws from ``generator``, one on the CPU (by default torch's own). Values follow
-    `torchvision.transforms.v2` on float images.
+    `torchvision.transforms.v2` on float images; there are no gradients.
     """
 
     def __init__(
@@ -114,6 +114,7 @@ class Compose:
     def apply(self, images: Tensor, draws: Sequence[Draw]) -> Tensor:
         """The chain with what `draws` returned for a batch of this size."""
         _check_images(images)
+        images = images.detach()
         memory_format = self.memory_format or _memory_format(images)
         parts = segments(draws) or [Segment()]
         for part in parts:

@@ -49,7 +49,7 @@ def read_image(path: Path) -> Tensor:
     try:
         with Image.open(path) as image:
             picture = image.convert("RGB")
-    except OSError as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"image: {path} can't be read: {error}") from error
     picture.thumbnail((LARGEST_SIDE, LARGEST_SIDE))
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1)

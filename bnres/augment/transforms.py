@@ -166,9 +166,9 @@ class RandomResizedCrop(Transform):
         """The largest box of a permitted ratio."""
         low, high = self.ratio
         if width / height < low:
-            return round(width / low), width
+            return max(round(width / low), 1), width
         if width / height > high:
-            return height, round(height * high)
+            return height, max(round(height * high), 1)
         return height, width
 
     def __repr__(self) -> str:

@@ -33,10 +33,10 @@ def take_shard(t: Tensor, shard: tuple[int, int]) -> Tensor:
 def check_shard(batch_size: int, drop_last: bool, shard: tuple[int, int]) -> None:
     """Raises ValueError for batches that several processes can't have equal parts of."""
     parts = shard[1]
-    if parts > 1 and (batch_size % parts or not drop_last):
+    if parts > 1 and (batch_size % parts or batch_size < 2 * parts or not drop_last):
         raise ValueError(
-            f"batch_size must be a multiple of the {parts} processes, and drop_last be set, got "
-            f"{batch_size} and {drop_last}"
+            f"batch_size must be a multiple of the {parts} processes, two images each at least, and "
+            f"drop_last be set, got {batch_size} and {drop_last}"
         )
 
 
@@ -97,10 +97,11 @@ class Batches:
 
     def train(self, epoch: int, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches of an epoch from batch ``first`` on, the same whenever they are asked for."""
-        order = torch.randperm(self.train_count, generator=generator_at(self.seed, "order", epoch))
+        generator = generator_at(self.seed, "order", epoch)
+        order = torch.randperm(self.train_count, generator=generator).to(self.train_images.device)
         for step in range(first, len(self)):
             index = order[step * self.batch_size : (step + 1) * self.batch_size]
-            index = take_shard(index, self.shard).to(self.train_images.device)
+            index = take_shard(index, self.shard)
             generator = generator_at(self.seed, "augment", epoch, step, self.shard[0])
             yield self.train_augment(self.train_images[index], generator), self.train_labels[index]
 

@@ -4,6 +4,7 @@ Archives are read where they lie; nothing is extracted.
 """
 
 import hashlib
+import lzma
 import tarfile
 import zlib
 from collections.abc import Callable, Iterable
@@ -42,7 +43,7 @@ Read = Callable[[str], bytes]
 
 
 def load_cifar10(path: Path, *, checksum: bool = True) -> ImageDataset:
-    """Reads CIFAR-10; the binary format where both are there, as it runs no pickle.
+    """Reads CIFAR-10; of two files beside each other the binary one, which holds no pickle.
 
     Args:
         path: an archive, the folder that it unpacks to, or a folder that holds either.
@@ -113,7 +114,7 @@ def _open_archive(path: Path, checksum: bool) -> tuple[Path, Read, set[str]]:
                     content = archive.extractfile(member)
                     assert content is not None
                     contents[name] = content.read()
-    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
+    except (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError) as error:
         raise ValueError(f"{path} is damaged: {error}") from error
     if not contents:
         raise ValueError(f"{path} holds no file of CIFAR-10")
@@ -140,14 +141,13 @@ def _decode_pickle(content: bytes, source: str, checksum: bool) -> tuple[Tensor,
             raise ValueError(f"{source} is damaged: its MD5 is {found}, not {MD5[name]}")
     batch = load_arrays(content, source)
     try:
-        images = torch.from_numpy(batch[b"data"]).view(-1, *IMAGE_SHAPE)
+        images = batch[b"data"].view(-1, *IMAGE_SHAPE)
         labels = torch.tensor(batch[b"labels"], dtype=torch.long)
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (KeyError, IndexError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise ValueError(f"{source} is no batch of CIFAR-10: {error!r}") from error
-    if images.dtype != torch.uint8 or labels.shape != images.shape[:1]:
+    if labels.shape != images.shape[:1]:
         raise ValueError(
-            f"{source} is no batch of CIFAR-10: images of {images.dtype}, {len(images)} of them, "
-            f"and {labels.numel()} labels"
+            f"{source} is no batch of CIFAR-10: {len(images)} images and {labels.numel()} labels"
         )
     return images, _labels(labels, source)
 

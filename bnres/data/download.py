@@ -28,7 +28,9 @@ def download_cifar10(
     def resume(url: str, output_file: object, pooch: object) -> None:
         """Asks for what ``partial`` lacks, then puts it where pooch wants it."""
         have = partial.stat().st_size if partial.exists() else 0
-        headers = {"Range": f"bytes={have}-"} if have else {}
+        headers = {"Accept-Encoding": "identity"}  # or ranges and checksum were of something else
+        if have:
+            headers["Range"] = f"bytes={have}-"
         with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT_SECONDS) as response:
             if response.status_code != requests.codes.requested_range_not_satisfiable:
                 response.raise_for_status()

@@ -45,7 +45,7 @@ class ImageFiles(Dataset[tuple[Tensor, int]]):
                 picture = ImageOps.fit(
                     image.convert("RGB"), (self.size, self.size), Image.Resampling.BILINEAR
                 )
-        except (OSError, SyntaxError, ValueError) as error:
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise ValueError(f"{path} can't be read as an image: {error}") from error
         return torch.from_numpy(np.array(picture)).permute(2, 0, 1), label
 

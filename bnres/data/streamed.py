@@ -1,5 +1,6 @@
 """Batches of images that workers decode while the device trains."""
 
+import signal
 from collections.abc import Iterator
 
 import torch
@@ -12,6 +13,12 @@ from bnres.data.folder import FolderDataset, ImageFiles
 from bnres.data.seeds import generator_at
 
 PREFETCH = 4
+
+
+def _leave_signals(worker: int) -> None:
+    """Ctrl-C goes to every process: the run ends its workers itself."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 class StreamedBatches:
@@ -92,6 +99,8 @@ class StreamedBatches:
             num_workers=self.workers,
             prefetch_factor=PREFETCH if self.workers else None,
             pin_memory=self.device.type == "cuda",
+            worker_init_fn=_leave_signals,
+            generator=torch.Generator().manual_seed(self.seed),  # or it would draw from torch's own
         )
         for images, labels in loader:
             yield (

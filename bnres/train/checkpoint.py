@@ -19,22 +19,41 @@ FREE = (
 STATEFUL = ("model", "optimizer", "scheduler", "scaler")
 
 
+# What the data of a run that goes on must be like.
+OF_DATA = ("classes", "channels", "train_count")
+KEYS = (
+    "config", "epoch", "batch", "losses", "correct", "best", "history", "torch_rng", "cuda_rng",
+    "average", "size", "processes", *OF_DATA, *STATEFUL,
+)  # fmt: skip
+
+
 def save_checkpoint(path: Path, state: TrainState, config: TrainConfig) -> None:
-    """Writes ``path`` by way of a temporary file, so that a kill leaves the old one."""
+    """Writes ``path`` by way of a temporary file, so that a kill leaves the old one.
+
+    Every process of a run calls it, and the first one writes.
+    """
     empty = torch.zeros(0)
+    losses, correct = (
+        state.world.sum(torch.stack(values)) if values else empty
+        for values in (state.losses, state.correct)
+    )
+    if not state.world.is_first:
+        return
+    device = torch.device(config.device)
     content = {
         "format": FORMAT,
         "config": config.as_dict(),
         "epoch": state.epoch,
         "batch": state.batch,
-        "losses": torch.stack(state.losses) if state.losses else empty,
-        "correct": torch.stack(state.correct) if state.correct else empty,
+        "losses": losses,
+        "correct": correct,
         "best": state.best,
-        "classes": state.classes,
-        "channels": state.channels,
+        "size": state.size,
+        "processes": state.world.size,
+        **{name: getattr(state, name) for name in OF_DATA},
         "history": state.history,
         "torch_rng": torch.get_rng_state(),
-        "cuda_rng": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        "cuda_rng": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
         "average": None if state.average is None else state.average.state_dict(),
         **{name: getattr(state, name).state_dict() for name in STATEFUL},
     }
@@ -51,10 +70,15 @@ def load_checkpoint(path: Path, state: TrainState, config: TrainConfig) -> None:
 
     Raises:
         ValueError: if the file is no checkpoint of bnres, is one of a run with other options than
-            ``config`` has, or has no epoch left; ``state`` is untouched then.
+            ``config`` has, other data or another number of processes, or has no epoch left;
+            ``state`` is untouched then.
     """
     content = read_checkpoint(path)
     check_same_run(path, content["config"], config.as_dict())
+    found = {name: getattr(state, name) for name in OF_DATA} | {"processes": state.world.size}
+    for name, value in found.items():
+        if content[name] != value:
+            raise ValueError(f"resume: {path} was trained with {name} {content[name]}, not {value}")
     if content["epoch"] >= config.epochs:
         raise ValueError(f"resume: {path} has all of its {config.epochs} epochs behind it")
     for name in STATEFUL:
@@ -62,11 +86,14 @@ def load_checkpoint(path: Path, state: TrainState, config: TrainConfig) -> None:
     if state.average is not None:
         state.average.load_state_dict(content["average"])
     torch.set_rng_state(content["torch_rng"])
-    if content["cuda_rng"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(content["cuda_rng"])
+    device = torch.device(config.device)
+    if content["cuda_rng"] is not None and device.type == "cuda":
+        torch.cuda.set_rng_state(content["cuda_rng"], device)
     state.epoch, state.batch = content["epoch"], content["batch"]
     for name in ("losses", "correct"):
-        setattr(state, name, list(content[name].to(config.device).unbind()))
+        # They are sums over the processes, which will be summed again.
+        values = content[name] if state.world.is_first else torch.zeros_like(content[name])
+        setattr(state, name, list(values.to(device).unbind()))
     state.best, state.history = content["best"], content["history"]
 
 
@@ -93,4 +120,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not a checkpoint: {reason}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ValueError(f"{path} is not a checkpoint of bnres (format {FORMAT})")
+    missing = [key for key in KEYS if key not in content]
+    if missing or not isinstance(content["config"], dict):
+        raise ValueError(f"{path} is not a checkpoint of bnres: it has no {', '.join(missing)}")
     return content

@@ -3,6 +3,7 @@
 import json
 import tomllib
 from dataclasses import dataclass, field, fields
+from math import inf
 from pathlib import Path
 from types import UnionType
 from typing import Any, get_args
@@ -107,12 +108,12 @@ class TrainConfig:
             ("warmup_epochs", 0), ("weight_decay", 0), ("crop_size", 1), ("checkpoint_steps", 1),
         ):  # fmt: skip
             number = getattr(self, name)
-            if number is not None and number < least:
+            if number is not None and not least <= number < inf:
                 raise ValueError(f"{name} must be at least {least}, got {number}")
         for name in ("lr", "clip_norm"):
             number = getattr(self, name)
-            if number is not None and not number > 0:
-                raise ValueError(f"{name} must be greater than 0, got {number}")
+            if number is not None and not 0 < number < inf:
+                raise ValueError(f"{name} must be greater than 0 and finite, got {number}")
         for name in ("momentum", "label_smoothing", "ema"):
             number = getattr(self, name)
             if number is not None and not 0 <= number < 1:
@@ -138,7 +139,11 @@ class TrainConfig:
 
     def as_toml(self) -> str:
         """A file that `read_config` reads; what is None is left out."""
-        lines = [f"{k} = {json.dumps(v)}" for k, v in self.as_dict().items() if v is not None]
+        lines = [
+            f"{k} = {json.dumps(v, ensure_ascii=False)}"
+            for k, v in self.as_dict().items()
+            if v is not None
+        ]
         return "\n".join(lines) + "\n"
 
 
@@ -166,6 +171,8 @@ def read_config(path: Path) -> dict[str, Any]:
     for name, value in found.items():
         if name not in known:
             raise ValueError(f"config: {path} sets {name!r}, which is no option")
+        if name == "resume":
+            raise ValueError(f"config: {path} sets resume, which only the command line may")
         kind = field_type(name)
         if kind is Path and isinstance(value, str):
             found[name] = Path(value)

@@ -41,11 +41,23 @@ class World:
         dist.all_reduce(value, dist.ReduceOp.MAX, group=self.flags)
         return bool(value)
 
-    def share_buffers(self, model: nn.Module) -> None:
+    def share_buffers(self, *models: nn.Module | None) -> None:
         """Gives every process the first one's running statistics, each having its own so far."""
         if self.size > 1:
-            for buffer in model.buffers():
-                dist.broadcast(buffer, 0)
+            for model in models:
+                for buffer in () if model is None else model.buffers():
+                    dist.broadcast(buffer, 0)
+
+    def wait(self) -> None:
+        """Until all processes have come here."""
+        if self.size > 1:
+            dist.barrier(group=self.flags)
+
+
+def choose_gpu() -> None:
+    """Makes ``cuda`` mean this process's GPU, before anything is placed on one."""
+    if "LOCAL_RANK" in os.environ and torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
 
 
 def join(device: str) -> tuple[World, str]:
@@ -59,7 +71,6 @@ def join(device: str) -> tuple[World, str]:
         return World(), device
     if torch.device(device).type == "cuda":
         device = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(device)
     if not dist.is_initialized():
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     flags = dist.new_group(backend="gloo")

@@ -24,7 +24,7 @@ class NonFiniteLoss(RuntimeError):
 
 @dataclass(frozen=True)
 class TrainResult:
-    """Means over the images of one epoch, its times in seconds, and the loss of each batch.
+    """Means over an epoch's batches and images, its times in seconds, and the loss of each batch.
 
     Attributes:
         seconds: of the batches trained in this process.
@@ -76,10 +76,10 @@ def train_epoch(
     first = state.batch
     for images, labels in batches.train(state.epoch, first):
         waited += time.perf_counter() - asked
-        train_batch(state, images, labels, config, last=state.batch + 1 == len(batches))
+        train_batch(state, images, labels, config, len(batches))
         images_seen += len(labels) * state.world.size
         if state.batch % LOOK_EVERY == 0 or state.batch == len(batches):
-            _look(state)
+            look(state)
         on_batch()
         asked = time.perf_counter()
     world = state.world
@@ -101,19 +101,28 @@ def train_epoch(
 
 
 def train_batch(
-    state: TrainState, images: Tensor, labels: Tensor, config: TrainConfig, last: bool
+    state: TrainState, images: Tensor, labels: Tensor, config: TrainConfig, batches: int
 ) -> None:
-    """Forward and backward of a batch, and a step behind every ``config.accumulate`` of them."""
+    """Forward and backward of a batch, and a step behind every ``config.accumulate`` of them.
+
+    Args:
+        state: what is trained.
+        images, labels: the batch.
+        config: the run.
+        batches: how many an epoch has.
+    """
     if state.batch % config.accumulate == 0:
         state.optimizer.zero_grad(set_to_none=True)
-    steps = (state.batch + 1) % config.accumulate == 0 or last
+    done = state.batch % config.accumulate
+    group = min(config.accumulate, batches - state.batch + done)
+    steps = done + 1 == group
     # Processes exchange gradients once a step.
     alone = state.world.size > 1 and not steps
     with state.forward.no_sync() if alone else nullcontext():
         with _autocast(config):
             logits = state.forward(images)
             loss = F.cross_entropy(logits, labels, label_smoothing=config.label_smoothing)
-        state.scaler.scale(loss / config.accumulate).backward()
+        state.scaler.scale(loss / group).backward()
     state.batch += 1
     if steps:
         if config.clip_norm is not None:
@@ -128,8 +137,9 @@ def train_batch(
     state.correct.append((logits.detach().argmax(1) == labels).sum())
 
 
-def _look(state: TrainState) -> None:
-    recent = state.world.sum(torch.stack(state.losses[-LOOK_EVERY:]))
+def look(state: TrainState) -> None:
+    """Raises `NonFiniteLoss` if one of the last losses, in any process, is no number."""
+    recent = state.world.sum(torch.stack(state.losses[-LOOK_EVERY:])) / state.world.size
     wrong = (~recent.isfinite()).nonzero()
     if len(wrong):
         batch = len(state.losses) - len(recent) + int(wrong[0])

@@ -22,6 +22,7 @@ COLUMNS = (
     "peak_memory_bytes",
 )
 METRICS = "metrics"
+LAST, BEST, CONFIG, CURVES = "last.pt", "best.pt", "config.toml", "curves.png"
 
 
 def write_metrics(folder: Path, history: list[dict[str, float]]) -> None:
@@ -30,11 +31,12 @@ def write_metrics(folder: Path, history: list[dict[str, float]]) -> None:
     writer = csv.DictWriter(table, COLUMNS)
     writer.writeheader()
     writer.writerows(history)
-    _replace(folder / f"{METRICS}.csv", table.getvalue())
-    _replace(folder / f"{METRICS}.jsonl", "".join(json.dumps(row) + "\n" for row in history))
+    write_text(folder / f"{METRICS}.csv", table.getvalue())
+    write_text(folder / f"{METRICS}.jsonl", "".join(json.dumps(row) + "\n" for row in history))
 
 
-def _replace(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
+    """Writes a file whole or not at all."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text, encoding="utf-8", newline="")
     os.replace(temporary, path)

@@ -2,9 +2,10 @@
 
 import importlib
 import json
+import os
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,19 @@ from bnres.train.checkpoint import load_checkpoint, save_checkpoint
 from bnres.train.config import TrainConfig
 from bnres.train.distributed import World
 from bnres.train.interrupt import Stop, Stopped, stop_on_signal
-from bnres.train.loop import LOOK_EVERY, NonFiniteLoss, TrainResult, evaluate, train_epoch
-from bnres.train.outputs import draw_curves, open_tensorboard, write_metrics
+from bnres.train.loop import LOOK_EVERY, NonFiniteLoss, TrainResult, evaluate, look, train_epoch
+from bnres.train.outputs import (
+    BEST,
+    CONFIG,
+    CURVES,
+    LAST,
+    draw_curves,
+    open_tensorboard,
+    write_metrics,
+    write_text,
+)
 from bnres.train.state import AnyBatches, TrainState, build_state
 
-LAST, BEST, CONFIG, CURVES = "last.pt", "best.pt", "config.toml", "curves.png"
 NONFINITE = "nonfinite.json"
 
 
@@ -50,6 +59,7 @@ def prepare(config: TrainConfig, world: World | None = None) -> Run:
     if config.tensorboard:
         importlib.import_module("tensorboard")
     if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
     dataset = load_dataset(config.dataset, config.data, checksum=config.checksum)
@@ -61,6 +71,8 @@ def prepare(config: TrainConfig, world: World | None = None) -> Run:
 
 def route(config: TrainConfig) -> str:
     """Which implementation the batch norms of a run take."""
+    if config.sync_bn:
+        return "stock layers, SyncBatchNorm"
     if not config.fused:
         return "stock layers"
     names = {
@@ -101,7 +113,6 @@ def run_epoch(
         NonFiniteLoss: as `train_epoch`.
     """
     state, config = run.state, run.config
-    learning_rate = float(state.scheduler.get_last_lr()[0])
     first, start = state.batch, time.perf_counter()
     task = progress.add_task(
         f"{label}epoch {state.epoch + 1}/{config.epochs}",
@@ -117,14 +128,15 @@ def run_epoch(
         every = config.checkpoint_steps
         stops = state.world.any(stop is not None and stop.asked)
         due = every and (state.batch // config.accumulate) % every == 0
-        if (stops or due) and state.world.is_first:
+        if stops or due:
+            look(state)  # weights that are no numbers would take the place of good ones
             save_checkpoint(folder / LAST, state, config)
         if stops:
             raise Stopped
 
     _reset_memory(config)
     result = train_epoch(state, run.batches, config, on_batch)
-    state.world.share_buffers(state.model)
+    state.world.share_buffers(state.model, state.average)
     test_loss, test_accuracy = evaluate(state.evaluated, run.batches, config, state.world)
     progress.remove_task(task)
     state.history.append(
@@ -134,7 +146,7 @@ def run_epoch(
             "train_accuracy": result.accuracy,
             "test_loss": test_loss,
             "test_accuracy": test_accuracy,
-            "learning_rate": learning_rate,
+            "learning_rate": float(state.scheduler.get_last_lr()[0]),
             "images_per_second": result.images_per_second,
             "images_per_second_without_wait": result.images_per_second_without_wait,
             "seconds": result.seconds,
@@ -150,11 +162,11 @@ def _on_gpu(config: TrainConfig) -> bool:
 
 def _reset_memory(config: TrainConfig) -> None:
     if _on_gpu(config):
-        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.reset_peak_memory_stats(config.device)
 
 
 def _peak_memory(config: TrainConfig) -> int:
-    return torch.cuda.max_memory_allocated() if _on_gpu(config) else 0
+    return torch.cuda.max_memory_allocated(config.device) if _on_gpu(config) else 0
 
 
 def _memory(config: TrainConfig) -> str:
@@ -187,7 +199,7 @@ def fit(run: Run, folder: Path, console: Console) -> None:
     first = state.world.is_first
     if first:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / CONFIG).write_text(config.as_toml(), encoding="utf-8")
+        write_text(folder / CONFIG, replace(config, resume=None).as_toml())
     writer = open_tensorboard(folder) if config.tensorboard and first else nullcontext()
     with progress_bar(console) as progress, stop_on_signal() as stop, writer as board:
         while state.epoch < config.epochs:
@@ -195,7 +207,7 @@ def fit(run: Run, folder: Path, console: Console) -> None:
                 run_epoch(run, progress, folder=folder, stop=stop)
             except NonFiniteLoss:
                 if first:
-                    (folder / NONFINITE).write_text(json.dumps(facts(state), indent=1) + "\n")
+                    write_text(folder / NONFINITE, json.dumps(facts(state), indent=1) + "\n")
                 raise
             row = state.history[-1]
             console.print(describe(row, config.epochs), highlight=False)
@@ -203,21 +215,21 @@ def fit(run: Run, folder: Path, console: Console) -> None:
                 board.add(row)
             is_best = row["test_accuracy"] > state.best
             state.best = max(state.best, row["test_accuracy"])
-            if first:
-                _write(folder, run, is_best)
+            _write(folder, run, is_best)
             if state.world.any(stop.asked) and state.epoch < config.epochs:
                 raise Stopped
     console.print(f"checkpoints, metrics and {CURVES} are in {folder}", highlight=False)
 
 
 def _write(folder: Path, run: Run, is_best: bool) -> None:
-    """What a run leaves behind an epoch."""
+    """What a run leaves behind an epoch; the checkpoint that it goes on from last."""
     config, state = run.config, run.state
-    save_checkpoint(folder / LAST, state, config)
+    if state.world.is_first:
+        write_metrics(folder, state.history)
+        draw_curves(folder / CURVES, state.history, f"{config.model} on {config.dataset}")
     if is_best:
         save_checkpoint(folder / BEST, state, config)
-    write_metrics(folder, state.history)
-    draw_curves(folder / CURVES, state.history, f"{config.model} on {config.dataset}")
+    save_checkpoint(folder / LAST, state, config)
 
 
 def facts(state: TrainState) -> dict[str, Any]:

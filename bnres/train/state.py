@@ -33,7 +33,8 @@ class TrainState:
         losses, correct: of these batches, on the device.
         best: greatest test accuracy so far.
         history: a row an epoch.
-        classes, channels: what the model was built for.
+        classes, channels, size: what the model is trained on; the images' height and width.
+        train_count: training images.
         world: the processes that train together.
     """
 
@@ -51,12 +52,19 @@ class TrainState:
     history: list[dict[str, float]] = field(default_factory=list)
     classes: int = 0
     channels: int = 0
+    size: tuple[int, int] = (0, 0)
+    train_count: int = 0
     world: World = field(default_factory=World)
 
     @property
     def evaluated(self) -> Any:
-        """The net whose accuracy counts: of averaged weights, if there are such."""
-        return self.forward if self.average is None else self.average
+        """The net whose accuracy counts: of averaged weights, if there are such.
+
+        Among several processes the net itself, as the parallel one would exchange buffers.
+        """
+        if self.average is not None:
+            return self.average
+        return self.forward if self.world.size == 1 else self.model
 
 
 def make_batches(
@@ -126,6 +134,8 @@ def build_state(
         average=average,
         classes=dataset.classes,
         channels=dataset.channels,
+        size=dataset.size if config.crop_size is None else (config.crop_size,) * 2,
+        train_count=batches.train_count,
         world=world,
     )
     return state, batches

@@ -1,6 +1,6 @@
 """Nets out of checkpoints: evaluated, exported."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,15 @@ AVERAGED = "module."
 
 
 def config_of(content: dict[str, Any], **changes: Any) -> TrainConfig:
-    """The options that a checkpoint's run had, some of them changed."""
+    """The options that a checkpoint's run had, some of them changed.
+
+    Raises:
+        ValueError: for an option that this version does not have, or as `TrainConfig`.
+    """
     saved = content["config"]
+    known = {f.name for f in fields(TrainConfig)}
+    if not known.issuperset(saved):
+        raise ValueError(f"the checkpoint has unknown options: {', '.join(saved.keys() - known)}")
     kept = {k: Path(v) if v and field_type(k) is Path else v for k, v in saved.items()}
     return TrainConfig(**{**kept, "resume": None, **changes})
 
@@ -51,7 +58,7 @@ def evaluate_checkpoint(path: Path, **changes: Any) -> tuple[TrainConfig, float,
         ValueError: if it is no checkpoint, or the data does not fit.
     """
     content = read_checkpoint(path)
-    config = config_of(content, **changes)
+    config = config_of(content, sync_bn=False, **changes)
     dataset = load_dataset(config.dataset, config.data, checksum=config.checksum)
     if dataset.classes != content["classes"]:
         raise ValueError(
@@ -73,20 +80,23 @@ class _OneInput(nn.Module):
         return self.net(images)
 
 
-def export_checkpoint(path: Path, out: Path, size: tuple[int, int], *, folded: bool = True) -> None:
+def export_checkpoint(
+    path: Path, out: Path, size: tuple[int, int] | None = None, *, folded: bool = True
+) -> None:
     """Writes a net of torch's own operations, of any batch size, as a torch.export archive.
 
     Args:
         path: a checkpoint of ``bnres train``.
         out: the archive; `torch.export.load` reads it, without bnres.
-        size: height and width of the images.
+        size: height and width of the images; by default those it was trained on.
         folded: batch norms folded into the convolutions.
 
     Raises:
         ValueError: if it is no checkpoint, or the net does not take such images.
     """
     content = read_checkpoint(path)
-    config = replace(config_of(content, device="cpu"), channels_last=False)
+    size = size or tuple(content["size"])
+    config = replace(config_of(content, device="cpu", sync_bn=False), channels_last=False)
     model = load_trained(content, config)
     model = fold(model) if folded else unfuse(model)
     example = torch.zeros(2, content["channels"], *size)
