@@ -7,6 +7,7 @@ import io
 import pickle
 import tarfile
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -85,16 +86,21 @@ class TestPackaged:
             load_dataset(*arguments)
 
 
+PICTURES = Path(__file__).parent / "fixtures" / "cifar10"
+
+
 def cifar_content():
-    """Images and labels by the names of the published files: small, and pictures of noise."""
+    """Images and labels by the names of the published files: real pictures, then noise."""
     generator = np.random.default_rng(0)
     names = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
+    images = generator.integers(256, size=(len(names) * PER_FILE, 3072), dtype=np.uint8)
+    labels = generator.integers(10, size=len(images))
+    for index, path in enumerate(sorted(PICTURES.glob("*.png"))):
+        planes = np.asarray(Image.open(path).convert("RGB")).transpose(2, 0, 1)
+        images[index], labels[index] = planes.reshape(-1), int(path.stem.rsplit("_", 1)[1])
     return {
-        name: (
-            generator.integers(256, size=(PER_FILE, 3072), dtype=np.uint8),
-            generator.integers(10, size=PER_FILE),
-        )
-        for name in names
+        name: (images[i :: len(names)].copy(), labels[i :: len(names)].copy())
+        for i, name in enumerate(names)
     }
 
 
@@ -134,6 +140,8 @@ class TestCifar10:
         assert data.test_labels.tolist() == content["test_batch"][1].tolist()
         assert data.test_images.shape == (PER_FILE, 3, 32, 32) and data.class_names[3] == "cat"
         assert data.mean == channel_statistics(data.train_images)[0]
+        first = Image.open(sorted(PICTURES.glob("*.png"))[0]).convert("RGB")
+        assert np.array_equal(data.train_images[0].permute(1, 2, 0).numpy(), np.asarray(first))
 
     def test_archive_and_folders(self, kind, tmp_path, monkeypatch):
         content = cifar_content()
