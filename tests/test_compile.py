@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
+from torch.library import opcheck
 
 from bnres.models import resnet18
 from bnres.nn import BatchNorm2d, BatchNormAct2d, BatchNormActMaxPool2d
@@ -96,10 +97,10 @@ def test_operators_pass_opcheck():
     def check(ops, forward, backward=()):
         """The forward operator, and the backward one on what the forward returns."""
         checks = ("test_schema", "test_faketensor")
-        torch.library.opcheck(ops.forward_op, forward, test_utils=checks)
+        opcheck(ops.forward_op, forward, test_utils=checks)
         if backward:
             outputs = ops.forward_impl(*forward)
-            torch.library.opcheck(ops.backward_op, backward(*outputs), test_utils=checks)
+            opcheck(ops.backward_op, backward(*outputs), test_utils=checks)
 
     x, weight = torch.randn(4, 3, 2, 2, device=DEVICE), torch.rand(3, device=DEVICE)
     mean, var = torch.zeros(3, device=DEVICE), torch.ones(3, device=DEVICE)

@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bnres.data import EpochBatches
 from bnres.train.config import DTYPES, TrainConfig
 from bnres.train.distributed import World
-from bnres.train.state import AnyBatches, TrainState
+from bnres.train.state import TrainState
 
 # Batches between looks at the loss, which wait for the device.
 LOOK_EVERY = 50
@@ -52,7 +53,7 @@ def _autocast(config: TrainConfig) -> torch.autocast:
 
 def train_epoch(
     state: TrainState,
-    batches: AnyBatches,
+    batches: EpochBatches,
     config: TrainConfig,
     on_batch: Callable[[], None] = lambda: None,
 ) -> TrainResult:
@@ -150,7 +151,7 @@ def look(state: TrainState) -> None:
 
 @torch.no_grad()
 def evaluate(
-    model: Any, batches: AnyBatches, config: TrainConfig, world: World | None = None
+    model: Any, batches: EpochBatches, config: TrainConfig, world: World | None = None
 ) -> tuple[float, float]:
     """Mean loss and accuracy on the held-out images, in eval mode.
 

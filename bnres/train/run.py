@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from bnres.backend import backend
-from bnres.data import load_dataset
+from bnres.data import EpochBatches, load_dataset
 from bnres.train.checkpoint import load_checkpoint, save_checkpoint
 from bnres.train.config import TrainConfig
 from bnres.train.distributed import World
@@ -30,7 +30,7 @@ from bnres.train.outputs import (
     write_metrics,
     write_text,
 )
-from bnres.train.state import AnyBatches, TrainState, build_state
+from bnres.train.state import TrainState, build_state
 
 NONFINITE = "nonfinite.json"
 
@@ -41,7 +41,7 @@ class Run:
 
     config: TrainConfig
     state: TrainState
-    batches: AnyBatches
+    batches: EpochBatches
 
 
 def prepare(config: TrainConfig, world: World | None = None) -> Run:

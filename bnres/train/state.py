@@ -8,15 +8,13 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from bnres.data import Batches, FolderDataset, ImageDataset, StreamedBatches
+from bnres.data import Batches, EpochBatches, FolderDataset, ImageDataset, StreamedBatches
 from bnres.fusion import unfuse
 from bnres.models import create_model
 from bnres.train.augmentation import chains
 from bnres.train.config import DTYPES, TrainConfig
 from bnres.train.distributed import World
 from bnres.train.optimization import make_optimizer, make_schedule, xavier_uniform
-
-AnyBatches = Batches | StreamedBatches
 
 
 @dataclass
@@ -72,7 +70,7 @@ def make_batches(
     dataset: ImageDataset | FolderDataset,
     device: torch.device,
     world: World | None = None,
-) -> AnyBatches:
+) -> EpochBatches:
     """Batches of a data set, augmented as the run asks for; this process's part of them.
 
     Raises:
@@ -107,7 +105,7 @@ def build_model(config: TrainConfig, classes: int, channels: int) -> nn.Module:
 
 def build_state(
     config: TrainConfig, dataset: ImageDataset | FolderDataset, world: World | None = None
-) -> tuple[TrainState, AnyBatches]:
+) -> tuple[TrainState, EpochBatches]:
     """A run at its start."""
     world = world or World()
     device = torch.device(config.device)
