@@ -106,7 +106,8 @@ def describe(record: Record) -> str:
     if "peak_bytes" in record:
         return f"{record['id']}: {record['peak_bytes'] / 1e6:.1f} MB at its peak"
     share = f", {record['share']:.0%} of the limit" if "share" in record else ""
-    return f"{record['id']}: {record['median'] * 1e6:.1f} us{share}"
+    note = f"; {record['note']}" if record.get("note") else ""
+    return f"{record['id']}: {record['median'] * 1e6:.1f} us{share}{note}"
 
 
 def _release(device: torch.device) -> None:

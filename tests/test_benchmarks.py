@@ -321,7 +321,7 @@ def record(subject, provider, median, **fields):
 class TestReport:
     def test_table_and_pictures(self, tmp_path):
         records = [
-            record("stem", "bnres", 2.0, host_seconds=7e-6), record("stem", "eager", 5.0),
+            record("stem", "bnres", 2.0, host_seconds=7e-6), record("stem", "eager", 5.0, note="by Native", timed_dtype="fp32"),
             record("stem", "compile", 3.0), record("layer1", "bnres", 4.0, timed_dtype="fp16"),
             measure.fields_of(replace(CASE, provider="apex")) | {"status": "skipped", "reason": "no"},
         ]  # fmt: skip
@@ -345,6 +345,8 @@ class TestReport:
         assert "| 4.00 (2,000) | 4.00 (2,000) | 1.00× | - |" in text
         assert ": peak | 2 (1.00×) | 2 (1.00×) |" in text
         assert "| apex | skipped | 1 | no |" in text
+        assert "| eager | fp32 | by Native | 1 |" in text
+        assert campaign.describe(records[1]).endswith("us, 24% of the limit; by Native")
         parts = pictures.step_parts(records[5])
         assert parts == pytest.approx(
             {"convolution": 1e-3, "batch norm": 1e-3, "rest": 5e-4, "between kernels": 1.5e-3}

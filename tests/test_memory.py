@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from benchmarks.byte_model import PASSES, passes
+from benchmarks.operations import LAYOUTS
 from benchmarks.sites import RESNET18_SITES
 
 if torch.cuda.is_available():
@@ -11,7 +12,6 @@ if torch.cuda.is_available():
 
 from benchmarks.audit.memory import channel_buffer_share, operation_traffic
 
-LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
 OPERATIONS = ("bn", "bn_relu", "bn_add_relu", "bn_add_relu_twice", "dual_bn_add_relu")
 # In sectors, with what the windows at the rim leave out and read twice at these small sizes.
 STEM_CEILINGS = {"eval": 1.27, "forward": 2.65, "backward": 2.9}

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.audit.operations import steps
+from benchmarks.operations import LAYOUTS
 from benchmarks.sites import RESNET18_SITES, Site, operations_at
 from bnres import models
 from bnres.kernels.augment import augment
@@ -17,7 +18,6 @@ from bnres.tune import conv_calls
 
 CONV_INPUT = (256, 3, 224, 224)
 DTYPES = (torch.bfloat16, torch.float32)
-LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
 
 
 @dataclass(frozen=True)

@@ -19,12 +19,12 @@ from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
 from benchmarks.audit.operations import OPERATIONS, steps
 from benchmarks.audit.saved import saved_bytes
 from benchmarks.byte_model import PASSES, passes
+from benchmarks.operations import LAYOUTS
 from benchmarks.sites import Site
 from bnres import models
 from bnres.kernels.config import launch_config, tile_for
 from bnres.kernels.layout import ChannelView
 
-LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
 # Small, as the interpreter is slow, and large enough for whole tiles.
 SHAPE, POOLED_SHAPE = (16, 64, 7, 7), (2, 64, 16, 16)
 NET_INPUT = (256, 3, 224, 224)

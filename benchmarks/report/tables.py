@@ -40,6 +40,7 @@ def report(about: Record, records: Sequence[Record], pictures: Sequence[Path]) -
     sections += nets(records)
     sections += memory(records)
     sections += augmentation(records)
+    sections += notes(records)
     sections += absent(records)
     return "\n\n".join(sections) + "\n"
 
@@ -218,6 +219,20 @@ def augmentation(records: Sequence[Record]) -> list[str]:
         "one read and one write of an image. bnres-kernel: its kernels alone, without the draws.",
         markdown_table(["images", *providers], rows),
     ]
+
+
+def notes(records: Sequence[Record]) -> list[str]:
+    """What ran behind the providers' names, such as the batch norm that torch chose."""
+    found: dict[tuple[str, str, str], int] = {}
+    for record in records:
+        if record["status"] == "measured" and record.get("note"):
+            key = record["provider"], record["timed_dtype"], record["note"]
+            found[key] = found.get(key, 0) + 1
+    if not found:
+        return []
+    lines = ["| provider | dtype | what ran | cases |", "|---|---|---|---:|"]
+    lines += [f"| {' | '.join(key)} | {count} |" for key, count in found.items()]
+    return ["## What ran", "\n".join(lines)]
 
 
 def absent(records: Sequence[Record]) -> list[str]:
