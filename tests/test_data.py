@@ -404,6 +404,7 @@ class TestBatches:
         epoch = list(self.batches(data).train(3))
         later = list(self.batches(data).train(3, first=5))
         assert len(later) == len(epoch) - 5
+        assert list(self.batches(data).train(3, first=len(epoch))) == []
         for (x, label), (y, other) in zip(epoch[5:], later, strict=True):
             assert torch.equal(x, y) and torch.equal(label, other)
         assert not torch.equal(epoch[0][1], next(self.batches(data).train(4))[1])

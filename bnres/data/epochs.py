@@ -95,4 +95,6 @@ class EpochBatches(ABC):
     def _fetch_shard(self, order: Tensor, train: bool) -> Iterator[tuple[Tensor, Tensor]]:
         """Every so manyth image: a batch being a multiple of the shards, of each batch as many."""
         rank, parts = self.shard
-        return self.fetch(order[rank::parts], self.batch_size // parts, train)
+        order = order[rank::parts]
+        # No images are no batch: splitting nothing would make an empty one.
+        return self.fetch(order, self.batch_size // parts, train) if len(order) else iter(())
