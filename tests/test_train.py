@@ -237,6 +237,7 @@ def test_failed_write_leaves_the_old_checkpoint(tiny, tmp_path, monkeypatch):
         (["--crop-size", "9", "--shift", "0", "--batch-size", "8"], "crop_size must be at most 8"),
         (["--crop-size", "8"], "takes the place of shift"),
         (["--sync-bn", "--device", "cpu"], "torch's SyncBatchNorm needs GPUs"),
+        (["--cuda-graphs", "--device", "cpu"], "cuda_graphs: they need a GPU, but device is 'cpu'"),
         (["--download"], "it takes --dataset cifar10"),
         (
             ["--model", "lenet-seed", "--act", "silu", "--batch-size", "8"],
@@ -325,7 +326,7 @@ def test_accumulated_gradients_are_a_larger_batchs(tiny):
             schedule="constant", momentum=0.0, weight_decay=0.0,
         )  # fmt: skip
         state, batches = build_state(asked, tiny)
-        state.forward = state.model = torch.nn.Sequential(
+        state.passes.forward = state.model = torch.nn.Sequential(
             torch.nn.Flatten(), torch.nn.Linear(64, 2, bias=False)
         )
         torch.nn.init.constant_(state.model[1].weight, 0.01)

@@ -13,8 +13,8 @@ FORMAT = 3
 # What a run that goes on may do otherwise than the one that wrote its checkpoint; layers may be
 # fused or stock.
 FREE = (
-    "fused", "device", "data", "checksum", "workers", "compile", "deterministic", "eval_flip",
-    "checkpoint_steps", "tensorboard", "resume",
+    "fused", "device", "data", "checksum", "workers", "compile", "cuda_graphs", "deterministic",
+    "eval_flip", "checkpoint_steps", "tensorboard", "resume",
 )  # fmt: skip
 STATEFUL = ("model", "optimizer", "scheduler", "scaler")
 

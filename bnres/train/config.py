@@ -79,6 +79,7 @@ class TrainConfig:
     channels_last: bool = _option(True, "Memory format of images and convolutions.")
     sync_bn: bool = _option(False, "Statistics over all processes, by torch's SyncBatchNorm.")
     compile: bool = _option(False, "Compile the model with torch.compile.")
+    cuda_graphs: bool = _option(False, "Capture forward and backward in a CUDA graph.")
     deterministic: bool = _option(False, "Ask torch for the same bits from run to run.")
     seed: int = _option(0, "Of the weights, the order and the augmentation.")
 
@@ -129,6 +130,10 @@ class TrainConfig:
             raise ValueError(f"device {self.device!r} can't be used: {reason}") from error
         if self.sync_bn and torch.device(self.device).type != "cuda":
             raise ValueError("sync_bn: torch's SyncBatchNorm needs GPUs")
+        if self.cuda_graphs and torch.device(self.device).type != "cuda":
+            raise ValueError(f"cuda_graphs: they need a GPU, but device is {self.device!r}")
+        if self.cuda_graphs and self.accumulate > 1:
+            raise ValueError(f"cuda_graphs: accumulate must be 1 with them, got {self.accumulate}")
         if self.resume is not None and not self.resume.is_file():
             raise ValueError(f"resume: there is no file {str(self.resume)!r}")
 

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bnres.data import EpochBatches
-from bnres.train.config import DTYPES, TrainConfig
+from bnres.train.config import TrainConfig
 from bnres.train.distributed import World
+from bnres.train.passes import autocast
 from bnres.train.state import TrainState
 
 # Batches between looks at the loss, which wait for the device.
@@ -43,12 +44,6 @@ class TrainResult:
     @property
     def images_per_second_without_wait(self) -> float:
         return self.images_per_second * self.seconds / max(self.seconds - self.wait_seconds, 1e-9)
-
-
-def _autocast(config: TrainConfig) -> torch.autocast:
-    dtype = DTYPES[config.dtype]
-    device_type = torch.device(config.device).type
-    return torch.autocast(device_type, dtype, enabled=dtype != torch.float32)
 
 
 def train_epoch(
@@ -120,10 +115,7 @@ def train_batch(
     # Processes exchange gradients once a step.
     alone = state.world.size > 1 and not steps
     with state.forward.no_sync() if alone else nullcontext():
-        with _autocast(config):
-            logits = state.forward(images)
-            loss = F.cross_entropy(logits, labels, label_smoothing=config.label_smoothing)
-        state.scaler.scale(loss / group).backward()
+        loss, correct = state.passes(images, labels, group)
     state.batch += 1
     if steps:
         if config.clip_norm is not None:
@@ -134,8 +126,8 @@ def train_batch(
         state.scheduler.step()
         if state.average is not None:
             state.average.update_parameters(state.model)
-    state.losses.append(loss.detach())
-    state.correct.append((logits.detach().argmax(1) == labels).sum())
+    state.losses.append(loss)
+    state.correct.append(correct)
 
 
 def look(state: TrainState) -> None:
@@ -161,7 +153,7 @@ def evaluate(
     model.eval()
     loss, correct = torch.zeros((), device=config.device), torch.zeros((), device=config.device)
     for images, labels in batches.test():
-        with _autocast(config):
+        with autocast(config):
             logits = model(images).float()
             if config.eval_flip:
                 logits = (logits + model(images.flip(-1)).float()) / 2

@@ -15,12 +15,15 @@ WARMUP_START = 0.01
 def make_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
     """The optimiser; weights decay, biases and norms do not."""
     groups = parameter_groups(model, config.weight_decay)
+    # One launch for many parameters; and it skips a step of infinite gradients without the host.
+    fused = torch.device(config.device).type == "cuda" or None
     if config.optimizer == "sgd":
+        momentum = config.momentum
         return torch.optim.SGD(
-            groups, lr=config.lr, momentum=config.momentum, nesterov=config.momentum > 0
+            groups, lr=config.lr, momentum=momentum, nesterov=momentum > 0, fused=fused
         )
     cls = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
-    return cls(groups, lr=config.lr)
+    return cls(groups, lr=config.lr, fused=fused)
 
 
 def make_schedule(

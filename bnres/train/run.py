@@ -136,7 +136,7 @@ def run_epoch(
 
     _reset_memory(config)
     result = train_epoch(state, run.batches, config, on_batch)
-    state.world.share_buffers(state.model, state.average)
+    state.world.share_buffers(state.model, state.average and state.average.module)
     test_loss, test_accuracy = evaluate(state.evaluated, run.batches, config, state.world)
     progress.remove_task(task)
     state.history.append(

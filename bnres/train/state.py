@@ -15,6 +15,7 @@ from bnres.train.augmentation import chains
 from bnres.train.config import DTYPES, TrainConfig
 from bnres.train.distributed import World
 from bnres.train.optimization import make_optimizer, make_schedule, xavier_uniform
+from bnres.train.passes import GraphedPasses, Passes
 
 
 @dataclass
@@ -23,7 +24,7 @@ class TrainState:
 
     Attributes:
         model: the net.
-        forward: the net, compiled if that is asked for.
+        passes: forward and backward of a batch through the net, compiled if that is asked for.
         optimizer, scheduler, scaler: torch's.
         average: the averaged weights, or None.
         epoch: epochs that are behind it.
@@ -37,7 +38,7 @@ class TrainState:
     """
 
     model: nn.Module
-    forward: Any
+    passes: Passes
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
     scaler: torch.amp.GradScaler
@@ -53,6 +54,11 @@ class TrainState:
     size: tuple[int, int] = (0, 0)
     train_count: int = 0
     world: World = field(default_factory=World)
+
+    @property
+    def forward(self) -> Any:
+        """The net as batches go through it: compiled, or parallel."""
+        return self.passes.forward
 
     @property
     def evaluated(self) -> Any:
@@ -106,8 +112,14 @@ def build_model(config: TrainConfig, classes: int, channels: int) -> nn.Module:
 def build_state(
     config: TrainConfig, dataset: ImageDataset | FolderDataset, world: World | None = None
 ) -> tuple[TrainState, EpochBatches]:
-    """A run at its start."""
+    """A run at its start.
+
+    Raises:
+        ValueError: if the data or the number of processes does not fit.
+    """
     world = world or World()
+    if config.cuda_graphs and world.size > 1:
+        raise ValueError(f"cuda_graphs: one process captures its batches, not {world.size}")
     device = torch.device(config.device)
     batches = make_batches(config, dataset, device, world)
     model = build_model(config, dataset.classes, dataset.channels)
@@ -123,12 +135,20 @@ def build_state(
         average = AveragedModel(
             model, multi_avg_fn=get_ema_multi_avg_fn(config.ema), use_buffers=True
         )
+        # torch asks for its value at each step: on a GPU the host would wait for it.
+        average.n_averaged = average.n_averaged.cpu()
+    forward: Any = torch.compile(parallel) if config.compile else parallel
+    scaler = torch.amp.GradScaler(device.type, enabled=DTYPES[config.dtype] == torch.float16)
+    if config.cuda_graphs:
+        passes: Passes = GraphedPasses(model, forward, scaler, config)
+    else:
+        passes = Passes(forward, scaler, config)
     state = TrainState(
         model=model,
-        forward=torch.compile(parallel) if config.compile else parallel,
+        passes=passes,
         optimizer=optimizer,
         scheduler=make_schedule(config, optimizer, steps_per_epoch),
-        scaler=torch.amp.GradScaler(device.type, enabled=DTYPES[config.dtype] == torch.float16),
+        scaler=scaler,
         average=average,
         classes=dataset.classes,
         channels=dataset.channels,

@@ -1,6 +1,6 @@
 """Nets out of checkpoints: evaluated, exported."""
 
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,7 @@ def evaluate_checkpoint(path: Path, **changes: Any) -> tuple[TrainConfig, float,
         ValueError: if it is no checkpoint, or the data does not fit.
     """
     content = read_checkpoint(path)
-    config = config_of(content, sync_bn=False, **changes)
+    config = config_of(content, sync_bn=False, cuda_graphs=False, **changes)
     dataset = load_dataset(config.dataset, config.data, checksum=config.checksum)
     if dataset.classes != content["classes"]:
         raise ValueError(
@@ -96,7 +96,7 @@ def export_checkpoint(
     """
     content = read_checkpoint(path)
     size = size or tuple(content["size"])
-    config = replace(config_of(content, device="cpu", sync_bn=False), channels_last=False)
+    config = config_of(content, device="cpu", sync_bn=False, cuda_graphs=False, channels_last=False)
     model = load_trained(content, config)
     model = fold(model) if folded else unfuse(model)
     example = torch.zeros(2, content["channels"], *size)

@@ -1,0 +1,137 @@
+"""Forward and backward replayed from a CUDA graph: the same training as without."""
+
+from contextlib import contextmanager, nullcontext
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from bnres import use_backend
+from bnres.data.dataset import make_dataset
+from bnres.train import TrainConfig, build_state, train_epoch
+from bnres.train.distributed import World
+from bnres.train.passes import WARMUP_BATCHES, GraphedPasses
+from tests.device import DEVICE
+
+
+class RecordedGraph(TorchDispatchMode):
+    """What a CUDA graph does, on the CPU: the same operations again, on the same memory.
+
+    A capture runs nothing, while this does; its first replay does nothing in turn.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.calls, self.replays = [], 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        result = op(*args, **(kwargs or {}))
+        self.calls.append((op, args, kwargs or {}, result))
+        return result
+
+    def replay(self):
+        self.replays += 1
+        if self.replays == 1:
+            return
+        with torch.no_grad():
+            for op, args, kwargs, result in self.calls:
+                again = op(*args, **kwargs)
+                pairs = zip(result, again) if isinstance(result, tuple) else [(result, again)]  # noqa: B905
+                for old, new in pairs:
+                    if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
+                        old.copy_(new)
+
+
+@pytest.fixture
+def cuda_graphs(monkeypatch):
+    """The real ones on a GPU; without, torch's interface of them over `RecordedGraph`."""
+    if DEVICE == "cuda":
+        return
+
+    class Stream:
+        def __init__(self, device):
+            pass
+
+        def wait_stream(self, other):
+            pass
+
+    @contextmanager
+    def record(graph, stream):
+        with graph:
+            yield
+
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", RecordedGraph)
+    monkeypatch.setattr(torch.cuda, "graph", record)
+
+
+@pytest.fixture(scope="module")
+def dataset():
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (60, 3, 8, 8), dtype=torch.uint8, generator=generator)
+    labels = torch.arange(60) % 2
+    return make_dataset("noise", ("a", "b"), (images[:44], labels[:44]), (images[44:], labels[44:]))
+
+
+def make_config(**options):
+    return TrainConfig(epochs=2, batch_size=8, drop_last=False, device=DEVICE, **options)
+
+
+def graphed(config, dataset):
+    """A run whose passes are graphed, on whatever device the tests run."""
+    state, batches = build_state(config, dataset)
+    passes = state.passes
+    state.passes = GraphedPasses(state.model, passes.forward, passes.scaler, config)
+    return state, batches
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"dtype": "bf16", "clip_norm": 1.0, "ema": 0.9, "flip": True},
+        {"optimizer": "adamw", "schedule": "cosine", "fused": False},
+    ],
+    ids=str,
+)
+def test_the_same_bits(cuda_graphs, dataset, options):
+    """Two epochs of five batches and a smaller last one, which runs as it is."""
+    config = make_config(deterministic=DEVICE == "cuda", **options)
+    with use_backend("triton" if DEVICE == "cuda" else "aten"):
+        expected, batches = build_state(config, dataset)
+        actual, _ = graphed(config, dataset)
+        for _ in range(config.epochs):
+            first, second = (train_epoch(s, batches, config) for s in (expected, actual))
+            assert first.step_losses == second.step_losses
+            assert first.accuracy == second.accuracy
+    assert actual.passes.graph is not None
+    pairs = [(expected.model, actual.model)]
+    if config.ema:
+        pairs.append((expected.average, actual.average))
+    for one, other in pairs:
+        for (name, a), b in zip(one.state_dict().items(), other.state_dict().values(), strict=True):
+            assert torch.equal(a, b), name
+
+
+def test_one_capture(cuda_graphs, dataset):
+    """Behind the warm-up each batch of the captured shape is a replay, and no other is."""
+    config = make_config()
+    with use_backend("triton" if DEVICE == "cuda" else "aten"):
+        state, batches = graphed(config, dataset)
+        eager, passes = [], state.passes
+        forward = passes.forward
+        hook = forward.register_forward_pre_hook(lambda net, inputs: eager.append(len(inputs[0])))
+        train_epoch(state, batches, config)
+        train_epoch(state, batches, config)
+        hook.remove()
+    capture = [8]
+    assert eager == [8] * WARMUP_BATCHES + capture + [4, 4]
+
+
+def test_several_processes_are_refused(cuda_graphs, dataset, monkeypatch):
+    config = make_config()
+    object.__setattr__(config, "cuda_graphs", True)
+    with pytest.raises(ValueError, match="cuda_graphs: one process captures its batches, not 2"):
+        build_state(config, dataset, World(0, 2))
