@@ -33,11 +33,13 @@ app = typer.Typer(
 
 
 @contextmanager
-def bad_input_exits() -> Iterator[None]:
-    """Turns the ValueError of wrong input into one line and exit code 2."""
+def bad_input_exits(
+    errors: tuple[type[Exception], ...] = (ValueError, ModuleNotFoundError),
+) -> Iterator[None]:
+    """Turns the error of wrong input into one line and exit code 2."""
     try:
         yield
-    except (ValueError, ModuleNotFoundError) as error:
+    except errors as error:
         typer.echo(f"bnres: {error}", err=True)
         raise typer.Exit(BAD_INPUT) from error
 
@@ -98,6 +100,7 @@ def train(
     """Train a model; with no options, a ResNet-18 on 4,000 images of MNIST."""
     from dataclasses import replace
 
+    from bnres.data import CorruptImage
     from bnres.data.download import download_cifar10
     from bnres.train import distributed
     from bnres.train.compare import prepare_comparison, run_comparison
@@ -132,10 +135,12 @@ def train(
             folder = run_folder(out, asked) if world.is_first else Path()
             run = prepare(replace(asked, device=device), world)
     if compare:
-        run_comparison(comparison, console)
+        with bad_input_exits((CorruptImage,)):
+            run_comparison(comparison, console)
         return
     try:
-        fit(run, folder, console)
+        with bad_input_exits((CorruptImage,)):
+            fit(run, folder, console)
     except Stopped:
         console.print(
             f"stopped; it goes on with: bnres train --resume {folder / LAST}",

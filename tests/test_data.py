@@ -13,11 +13,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from typer.testing import CliRunner
 
 from bnres import use_backend
 from bnres.augment import Compose, Normalize, RandomCrop
+from bnres.cli import app
 from bnres.data import (
     Batches,
+    CorruptImage,
     StreamedBatches,
     load_cifar10,
     load_dataset,
@@ -29,6 +32,7 @@ from bnres.data import (
 from bnres.data.cifar10 import MD5
 from bnres.data.dataset import channel_statistics
 from bnres.data.download import download_cifar10
+from bnres.data.folder import ImageFiles
 from bnres.data.pickles import load_arrays
 from bnres.data.seeds import generator_at
 
@@ -363,6 +367,30 @@ class TestFolder:
         data = load_folder(tmp_path, size=8)
         with pytest.raises(ValueError, match=r"white/3.png can't be read as an image"):
             [data.train[i] for i in range(10)]
+        chain = Compose([Normalize((0.5,) * 3, (0.5,) * 3)])
+        for workers in (0, 2):
+            batches = StreamedBatches(data, CPU, 4, chain, chain, 0, workers=workers)
+            with pytest.raises(CorruptImage, match=rf"^{tmp_path}/train/white/3.png .*image: .*$"):
+                list(batches.train(0))
+
+    def test_corrupt_image_ends_a_run_in_one_line(self, tmp_path):
+        make_folder(tmp_path)
+        (tmp_path / "val" / "white" / "0.png").write_bytes(b"no image")
+        arguments = (
+            f"train --dataset folder --data {tmp_path} --batch-size 4 --workers 0 --out "
+            f"{tmp_path / 'run'} --epochs 1 --shift 0 --crop-size 32 --device cpu"
+        )
+        result = CliRunner().invoke(app, arguments.split())
+        assert result.exit_code == 2
+        assert "val/white/0.png can't be read as an image" in result.stderr
+        assert "Traceback" not in result.stderr
+
+    def test_sixteen_bits_keep_their_range(self, tmp_path):
+        make_folder(tmp_path)
+        gray = np.full((8, 8), 0x40FF, np.uint16)
+        Image.fromarray(gray).save(tmp_path / "train" / "white" / "3.png")
+        files = ImageFiles([(tmp_path / "train" / "white" / "3.png", 1)], size=8)
+        assert (files[0][0] == 0x40).all()
 
     def test_wrong_trees(self, tmp_path):
         with pytest.raises(ValueError, match="must hold the folders train and val or test"):

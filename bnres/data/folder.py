@@ -13,6 +13,10 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 TRAIN, TEST = "train", ("val", "test")
 
 
+class CorruptImage(ValueError):
+    """A file that can't be read as an image; the message names it, in one line."""
+
+
 class ImageFiles(Dataset[tuple[Tensor, int]]):
     """Decoded images of one size: the shorter side resized, the middle cut out.
 
@@ -23,7 +27,7 @@ class ImageFiles(Dataset[tuple[Tensor, int]]):
         size: height and width.
 
     Raises:
-        ValueError: by an item, for a file that pillow can't read; it names the file.
+        CorruptImage: by an item, for a file that pillow can't read.
     """
 
     def __init__(self, files: list[tuple[Path, int]], size: int) -> None:
@@ -39,14 +43,18 @@ class ImageFiles(Dataset[tuple[Tensor, int]]):
         path, label = self.files[index]
         try:
             with Image.open(path) as image:
-                image.draft(
-                    "RGB", (self.size, self.size)
-                )  # a JPEG is decoded no larger than needed
+                # A JPEG is decoded no larger than needed.
+                image.draft("RGB", (self.size, self.size))
+                if image.mode.startswith("I;16"):  # pillow would clip what is above 255
+                    whole = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+                else:
+                    whole = image
                 picture = ImageOps.fit(
-                    image.convert("RGB"), (self.size, self.size), Image.Resampling.BILINEAR
+                    whole.convert("RGB"), (self.size, self.size), Image.Resampling.BILINEAR
                 )
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise ValueError(f"{path} can't be read as an image: {error}") from error
+            reason = " ".join(str(error).split())
+            raise CorruptImage(f"{path} can't be read as an image: {reason}") from error
         return torch.from_numpy(np.array(picture)).permute(2, 0, 1), label
 
 

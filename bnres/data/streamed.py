@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 
 from bnres.augment import Compose
 from bnres.data.epochs import EpochBatches
-from bnres.data.folder import FolderDataset
+from bnres.data.folder import CorruptImage, FolderDataset
 
 PREFETCH = 4
 
@@ -60,8 +60,14 @@ class StreamedBatches(EpochBatches):
             worker_init_fn=_leave_signals,
             generator=torch.Generator().manual_seed(self.seed),  # or it would draw from torch's own
         )
-        for images, labels in loader:
-            yield (
-                images.to(self.device, non_blocking=True),
-                labels.to(self.device, non_blocking=True),
-            )
+        try:
+            for images, labels in loader:
+                yield (
+                    images.to(self.device, non_blocking=True),
+                    labels.to(self.device, non_blocking=True),
+                )
+        except CorruptImage as error:
+            # A worker's has its traceback in front.
+            line = str(error).strip().splitlines()[-1]
+            name = f"{CorruptImage.__module__}.{CorruptImage.__name__}: "
+            raise CorruptImage(line.removeprefix(name)) from error
