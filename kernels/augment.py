@@ -17,7 +17,7 @@ from bnres.kernels.augment_plan import AugmentDraws, AugmentPlan
 from bnres.kernels.color import grayscale, jitter
 from bnres.kernels.config import next_power_of_2
 from bnres.kernels.device import round_to
-from bnres.kernels.launch import launch_scope
+from bnres.kernels.launch import launch, launch_scope
 
 # An image of so many positions is one program's; of larger ones a program takes a part.
 WHOLE_IMAGE = 1024
@@ -364,14 +364,17 @@ def augment(x: Tensor, draws: AugmentDraws, plan: AugmentPlan) -> Tensor:
         "COLOR_FIRST": plan.color_first,
         "BLOCK": block,
         "num_warps": 8 if whole else 4,
-        "enable_fp_fusion": True,
     }
     with launch_scope(x):
         if plan.has_contrast and not whole:
             gray = torch.empty((n, gray_parts), dtype=torch.float32, device=x.device)
-            _augment_gray_kernel[(gray_parts * n,)](gray_ptr=gray, parts=gray_parts, **source)
+            launch(
+                _augment_gray_kernel, (gray_parts * n,), gray_ptr=gray, parts=gray_parts, **source
+            )
         parts = -(-positions // block)
-        _augment_kernel[(parts * n,)](
+        launch(
+            _augment_kernel,
+            (parts * n,),
             y_ptr=y,
             gray_ptr=gray,
             mean_ptr=mean,

@@ -13,7 +13,7 @@ from bnres.kernels.bn_forward import _sum_splits
 from bnres.kernels.config import next_power_of_2
 from bnres.kernels.device import ACTIVATIONS, round_to
 from bnres.kernels.dtypes import acc_type
-from bnres.kernels.launch import ACC_DTYPE, FINALIZE, launch_scope, plan
+from bnres.kernels.launch import ACC_DTYPE, FINALIZE, launch, launch_scope, plan
 from bnres.kernels.tiles import (
     channel_ids,
     fold,
@@ -263,14 +263,16 @@ def bn_backward_reduce(
     """
     acc = acc_type(x)
     channels = x.shape[1]
-    sum_dy, sum_dy_xhat = x.new_zeros(channels, dtype=acc), x.new_zeros(channels, dtype=acc)
+    sum_dy, sum_dy_xhat = x.new_empty(channels, dtype=acc), x.new_empty(channels, dtype=acc)
     dz = torch.empty_like(x) if write_dz else None
     if x.numel() == 0:
-        return sum_dy, sum_dy_xhat, dz
+        return sum_dy.zero_(), sum_dy_xhat.zero_(), dz
     view, tile, config = plan("reduce", x)
     partial = torch.empty((2, config.splits, channels), dtype=acc, device=x.device)
     with launch_scope(x):
-        _bn_bwd_reduce_kernel[config.grid](
+        launch(
+            _bn_bwd_reduce_kernel,
+            config.grid,
             partial_ptr=partial,
             dz_ptr=dz,
             dy_ptr=dy,
@@ -300,9 +302,10 @@ def bn_backward_reduce(
             STAGES=config.num_stages,
             INNER_POW2=next_power_of_2(tile.group_inner),
             ACC=ACC_DTYPE[acc],
-            enable_fp_fusion=True,
         )
-        _bn_bwd_finalize_kernel[FINALIZE.grid(channels)](
+        launch(
+            _bn_bwd_finalize_kernel,
+            FINALIZE.grid(channels),
             sum_dy_ptr=sum_dy,
             sum_dy_xhat_ptr=sum_dy_xhat,
             partial_ptr=partial,
@@ -312,7 +315,6 @@ def bn_backward_reduce(
             BLOCK_S=FINALIZE.block_splits,
             BLOCK_C=FINALIZE.block_channels,
             num_warps=FINALIZE.num_warps,
-            enable_fp_fusion=True,
         )
     return sum_dy, sum_dy_xhat, dz
 
@@ -345,7 +347,9 @@ def bn_backward_dx(
         return dx, dz
     view, tile, config = plan("dx", x)
     with launch_scope(x):
-        _bn_bwd_dx_kernel[config.grid](
+        launch(
+            _bn_bwd_dx_kernel,
+            config.grid,
             dx_ptr=dx,
             dz_ptr=dz,
             dy_ptr=dy,
@@ -378,6 +382,5 @@ def bn_backward_dx(
             UNROLL=config.unroll,
             STAGES=config.num_stages,
             ACC=ACC_DTYPE[acc_type(x)],
-            enable_fp_fusion=True,
         )
     return dx, dz

@@ -14,7 +14,7 @@ from bnres.kernels.bn_forward import _sum_splits
 from bnres.kernels.config import next_power_of_2
 from bnres.kernels.device import ACTIVATIONS, round_to
 from bnres.kernels.dtypes import acc_type
-from bnres.kernels.launch import ACC_DTYPE, FINALIZE, launch_scope, plan
+from bnres.kernels.launch import ACC_DTYPE, FINALIZE, launch, launch_scope, plan
 from bnres.kernels.norm import Norm
 from bnres.kernels.tiles import (
     channel_ids,
@@ -317,7 +317,9 @@ def bn_dual_apply(
         return y
     view, tile, config = plan("dual_apply", x_a)
     with launch_scope(x_a):
-        _bn_dual_apply_kernel[config.grid](
+        launch(
+            _bn_dual_apply_kernel,
+            config.grid,
             y_ptr=y,
             x_a_ptr=x_a,
             x_b_ptr=x_b,
@@ -335,7 +337,6 @@ def bn_dual_apply(
             UNROLL=config.unroll,
             STAGES=config.num_stages,
             ACC=ACC_DTYPE[acc_type(x_a)],
-            enable_fp_fusion=True,
         )
     return y
 
@@ -356,13 +357,15 @@ def bn_dual_backward_reduce(
     """
     acc = acc_type(x_a)
     channels = x_a.shape[1]
-    sum_dy, sum_dy_xhat_a, sum_dy_xhat_b = (x_a.new_zeros(channels, dtype=acc) for _ in range(3))
+    sum_dy, sum_dy_xhat_a, sum_dy_xhat_b = (x_a.new_empty(channels, dtype=acc) for _ in range(3))
     if x_a.numel() == 0:
-        return sum_dy, sum_dy_xhat_a, sum_dy_xhat_b
+        return sum_dy.zero_(), sum_dy_xhat_a.zero_(), sum_dy_xhat_b.zero_()
     view, tile, config = plan("dual_reduce", x_a)
     partial = torch.empty((3, config.splits, channels), dtype=acc, device=x_a.device)
     with launch_scope(x_a):
-        _bn_dual_bwd_reduce_kernel[config.grid](
+        launch(
+            _bn_dual_bwd_reduce_kernel,
+            config.grid,
             partial_ptr=partial,
             dy_ptr=dy,
             dy_skip_ptr=dy_skip,
@@ -381,9 +384,10 @@ def bn_dual_backward_reduce(
             STAGES=config.num_stages,
             INNER_POW2=next_power_of_2(tile.group_inner),
             ACC=ACC_DTYPE[acc],
-            enable_fp_fusion=True,
         )
-        _bn_dual_bwd_finalize_kernel[FINALIZE.grid(channels)](
+        launch(
+            _bn_dual_bwd_finalize_kernel,
+            FINALIZE.grid(channels),
             sum_dy_ptr=sum_dy,
             sum_dy_xhat_a_ptr=sum_dy_xhat_a,
             sum_dy_xhat_b_ptr=sum_dy_xhat_b,
@@ -395,7 +399,6 @@ def bn_dual_backward_reduce(
             BLOCK_S=FINALIZE.block_splits,
             BLOCK_C=FINALIZE.block_channels,
             num_warps=FINALIZE.num_warps,
-            enable_fp_fusion=True,
         )
     return sum_dy, sum_dy_xhat_a, sum_dy_xhat_b
 
@@ -423,7 +426,9 @@ def bn_dual_backward_dx(
     view, tile, config = plan("dual_dx", x_a)
     sum_dy, sum_dy_xhat_a, sum_dy_xhat_b = (None, None, None) if sums is None else sums
     with launch_scope(x_a):
-        _bn_dual_bwd_dx_kernel[config.grid](
+        launch(
+            _bn_dual_bwd_dx_kernel,
+            config.grid,
             dx_a_ptr=dx_a,
             dx_b_ptr=dx_b,
             dy_ptr=dy,
@@ -447,6 +452,5 @@ def bn_dual_backward_dx(
             UNROLL=config.unroll,
             STAGES=config.num_stages,
             ACC=ACC_DTYPE[acc_type(x_a)],
-            enable_fp_fusion=True,
         )
     return dx_a, dx_b

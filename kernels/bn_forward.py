@@ -15,7 +15,7 @@ from bnres.kernels.config import (
 )
 from bnres.kernels.device import ACTIVATIONS, round_to
 from bnres.kernels.dtypes import acc_type
-from bnres.kernels.launch import ACC_DTYPE, FINALIZE, launch_scope, plan
+from bnres.kernels.launch import ACC_DTYPE, FINALIZE, launch, launch_scope, plan
 from bnres.kernels.layout import ChannelView
 from bnres.kernels.tiles import (
     channel_ids,
@@ -123,6 +123,7 @@ def _bn_stats_finalize_kernel(
     rstd_ptr,
     running_mean_ptr,
     running_var_ptr,
+    counter_ptr,
     partial_ptr,
     pivot_ptr,
     factor_ptr,
@@ -133,11 +134,12 @@ def _bn_stats_finalize_kernel(
     eps: tl.float64,
     HAS_RUNNING_MEAN: tl.constexpr,
     HAS_RUNNING_VAR: tl.constexpr,
+    HAS_COUNTER: tl.constexpr,
     HAS_FACTOR: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """mean, rstd = 1/sqrt(var + eps) of each channel (C,), and the running statistics."""
+    """mean, rstd = 1/sqrt(var + eps) of each channel (C,), and the running statistics; counts a batch."""
     offs_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < C
     n = tl.cast(count, tl.float64)
@@ -157,6 +159,8 @@ def _bn_stats_finalize_kernel(
         _update_running(running_mean_ptr, mean, factor, offs_c, mask_c)
     if HAS_RUNNING_VAR:
         _update_running(running_var_ptr, var * (n / (n - 1)), factor, offs_c, mask_c)
+    if HAS_COUNTER and tl.program_id(0) == 0:
+        tl.store(counter_ptr, tl.load(counter_ptr) + 1)
 
 
 @triton.jit
@@ -228,23 +232,30 @@ def bn_stats(
     running_var: Tensor | None,
     momentum: float | Tensor,
     eps: float,
+    *,
+    counter: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Batch mean and 1/sqrt(biased variance + eps) of each channel, each (C,) in fp32 (or fp64).
 
-    The running buffers are updated in place, with the unbiased variance. ``momentum`` may be a
-    one-element tensor on the device. An empty ``x`` leaves the buffers as they are.
+    The running buffers are updated in place, with the unbiased variance, and ``counter``, one int64,
+    goes up by one. ``momentum`` may be a one-element tensor on the device. An empty ``x`` counts, but
+    leaves the buffers as they are.
     """
     acc = acc_type(x)
     channels = x.shape[1]
-    mean, rstd = x.new_zeros(channels, dtype=acc), x.new_zeros(channels, dtype=acc)
+    mean, rstd = x.new_empty(channels, dtype=acc), x.new_empty(channels, dtype=acc)
     if x.numel() == 0:
-        return mean, rstd
+        if counter is not None:
+            counter.add_(1)
+        return mean.zero_(), rstd.zero_()
     view, tile, config = plan("stats", x)
     partial = torch.empty((2, config.splits, channels), dtype=acc, device=x.device)
     pivot = torch.empty(channels, dtype=acc, device=x.device)
     factor = momentum if isinstance(momentum, Tensor) else None
     with launch_scope(x):
-        _bn_stats_kernel[config.grid](
+        launch(
+            _bn_stats_kernel,
+            config.grid,
             partial_ptr=partial,
             pivot_ptr=pivot,
             x_ptr=x,
@@ -257,13 +268,15 @@ def bn_stats(
             STAGES=config.num_stages,
             INNER_POW2=next_power_of_2(tile.group_inner),
             ACC=ACC_DTYPE[acc],
-            enable_fp_fusion=True,
         )
-        _bn_stats_finalize_kernel[FINALIZE.grid(channels)](
+        launch(
+            _bn_stats_finalize_kernel,
+            FINALIZE.grid(channels),
             mean_ptr=mean,
             rstd_ptr=rstd,
             running_mean_ptr=running_mean,
             running_var_ptr=running_var,
+            counter_ptr=counter,
             partial_ptr=partial,
             pivot_ptr=pivot,
             factor_ptr=factor,
@@ -274,11 +287,11 @@ def bn_stats(
             eps=eps,
             HAS_RUNNING_MEAN=running_mean is not None,
             HAS_RUNNING_VAR=running_var is not None,
+            HAS_COUNTER=counter is not None,
             HAS_FACTOR=factor is not None,
             BLOCK_S=FINALIZE.block_splits,
             BLOCK_C=FINALIZE.block_channels,
             num_warps=FINALIZE.num_warps,
-            enable_fp_fusion=True,
         )
     return mean, rstd
 
@@ -323,7 +336,9 @@ def bn_apply(
         size = mask_bytes(view, x.element_size())
         mask = torch.empty(size, dtype=torch.uint8, device=x.device)
     with launch_scope(x):
-        _bn_apply_kernel[config.grid](
+        launch(
+            _bn_apply_kernel,
+            config.grid,
             y_ptr=y,
             mask_ptr=mask,
             x_ptr=x,
@@ -348,6 +363,5 @@ def bn_apply(
             UNROLL=config.unroll,
             STAGES=config.num_stages,
             ACC=ACC_DTYPE[acc_type(x)],
-            enable_fp_fusion=True,
         )
     return y, mask

@@ -9,11 +9,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bnres.kernels import config
-from bnres.kernels.config import Tile, launch_config, tile_for
+from bnres.kernels.config import PLANES, THREADS, VECTOR_BYTES, Tile, launch_config, tile_for
 from bnres.kernels.device import ACTIVATIONS, round_to
 from bnres.kernels.dtypes import acc_type
-from bnres.kernels.launch import ACC_DTYPE, launch_scope, sm_count
+from bnres.kernels.launch import ACC_DTYPE, launch, launch_scope, sm_count
 from bnres.kernels.layout import ChannelView
 from bnres.kernels.norm import Norm
 from bnres.kernels.tiles import CHANNELS, split_rows
@@ -297,10 +296,10 @@ def _domain(t: Tensor, last: bool) -> tuple[ChannelView, Tile]:
 
 def flat_tile(itemsize: int) -> Tile:
     """A tile of vectors, whatever channels they belong to."""
-    vector = config.VECTOR_BYTES // itemsize
+    vector = VECTOR_BYTES // itemsize
     return Tile(
-        kind=config.PLANES,
-        sub_rows=config.THREADS,
+        kind=PLANES,
+        sub_rows=THREADS,
         block_cols=vector,
         block_channels=1,
         group_inner=0,
@@ -347,9 +346,11 @@ def bn_max_pool(
     if y.numel() == 0:
         return y, index, x_max
     view, tile = _domain(y, last)
-    launch = launch_config("pool", view, tile, sm_count(x.device))
+    config = launch_config("pool", view, tile, sm_count(x.device))
     with launch_scope(x):
-        _bn_max_pool_kernel[launch.grid](
+        launch(
+            _bn_max_pool_kernel,
+            config.grid,
             y_ptr=y,
             index_ptr=index,
             x_max_ptr=x_max,
@@ -364,7 +365,7 @@ def bn_max_pool(
             W=width,
             OH=shape[2],
             OW=shape[3],
-            rows_per_split=launch.rows_per_split,
+            rows_per_split=config.rows_per_split,
             act_param=act_param,
             eps=0.0 if eps is None else eps,
             ACT=ACTIVATIONS[act].forward,
@@ -374,11 +375,10 @@ def bn_max_pool(
             SAVE=save,
             WINDOW=window,
             TILE=tile,
-            UNROLL=launch.unroll,
-            STAGES=launch.num_stages,
+            UNROLL=config.unroll,
+            STAGES=config.num_stages,
             INDEX=_index_dtype(x, y),
             ACC=ACC_DTYPE[acc_type(x)],
-            enable_fp_fusion=True,
         )
     return y, index, x_max
 
@@ -404,9 +404,11 @@ def bn_max_pool_backward_dx(
         return dx
     _, channels, height, width = x.shape
     view, tile = _domain(x, not x.is_contiguous())
-    launch = launch_config("pool_dx", view, tile, sm_count(x.device))
+    config = launch_config("pool_dx", view, tile, sm_count(x.device))
     with launch_scope(x):
-        _bn_max_pool_bwd_dx_kernel[launch.grid](
+        launch(
+            _bn_max_pool_bwd_dx_kernel,
+            config.grid,
             dx_ptr=dx,
             dy_ptr=dy,
             index_ptr=index,
@@ -423,7 +425,7 @@ def bn_max_pool_backward_dx(
             W=width,
             OH=dy.shape[2],
             OW=dy.shape[3],
-            rows_per_split=launch.rows_per_split,
+            rows_per_split=config.rows_per_split,
             act_param=act_param,
             stats_count=count,
             ACT_GRAD=ACTIVATIONS[act].grad,
@@ -432,10 +434,9 @@ def bn_max_pool_backward_dx(
             HAS_BIAS=norm.bias is not None,
             WINDOW=window,
             TILE=tile,
-            UNROLL=launch.unroll,
-            STAGES=launch.num_stages,
+            UNROLL=config.unroll,
+            STAGES=config.num_stages,
             INDEX=_index_dtype(x, dy),
             ACC=ACC_DTYPE[acc_type(x)],
-            enable_fp_fusion=True,
         )
     return dx

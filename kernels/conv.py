@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bnres.kernels.conv_config import ConvConfig, ConvShape, conv_config
 from bnres.kernels.device import ACTIVATIONS, round_to
-from bnres.kernels.launch import launch_scope
+from bnres.kernels.launch import launch, launch_scope
 from bnres.kernels.norm import Norm
 
 
@@ -147,7 +147,9 @@ def conv_bn_act(
     vector = 16 // x.element_size()
     largest = max(x.numel(), y.numel(), filter.numel())
     with launch_scope(x):
-        _conv_bn_act_kernel[config.grid(rows, out_channels)](
+        launch(
+            _conv_bn_act_kernel,
+            config.grid(rows, out_channels),
             y_ptr=y,
             x_ptr=x,
             filter_ptr=filter,
@@ -183,7 +185,6 @@ def conv_bn_act(
             INDEX=tl.int32 if largest < 2**31 - 2**20 else tl.int64,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
-            enable_fp_fusion=True,
         )
     return y
 

@@ -42,12 +42,18 @@ def channel_view(x: Tensor) -> ChannelView:
     Raises:
         ValueError: if ``x`` is neither contiguous nor channels_last (see `dense`).
     """
-    spatial = prod(x.shape[2:])
-    if x.is_contiguous():
-        return ChannelView(x.shape[0], x.shape[1], spatial)
-    if is_channels_last(x):
-        return ChannelView(x.shape[0] * spatial, x.shape[1], 1)
+    contiguous = x.is_contiguous()
+    if contiguous or is_channels_last(x):
+        return view_of(x.shape, contiguous)
     raise ValueError(f"x is neither contiguous nor channels_last: strides {x.stride()}")
+
+
+def view_of(shape: tuple[int, ...], contiguous: bool) -> ChannelView:
+    """The view of a tensor of this shape that is contiguous, or else channels_last."""
+    spatial = prod(shape[2:])
+    if contiguous:
+        return ChannelView(shape[0], shape[1], spatial)
+    return ChannelView(shape[0] * spatial, shape[1], 1)
 
 
 def dense(x: Tensor) -> Tensor:

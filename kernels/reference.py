@@ -46,6 +46,8 @@ def bn_stats_ref(
     running_var: Tensor | None,
     momentum: float | Tensor,
     eps: float,
+    *,
+    counter: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """mean = E[x], rstd = 1/sqrt(E[(x − mean)²] + eps); running buffers with the unbiased variance."""
     dims, count = reduced_dims(x), x[:, 0].numel()
@@ -55,6 +57,8 @@ def bn_stats_ref(
     for buffer, stat in ((running_mean, mean), (running_var, var * count / max(count - 1, 1))):
         if buffer is not None:
             buffer.copy_((1 - momentum) * buffer + momentum * stat.detach())
+    if counter is not None:
+        counter.add_(1)
     return mean, 1 / (var + eps).sqrt()
 
 

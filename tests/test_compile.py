@@ -104,9 +104,11 @@ def test_operators_pass_opcheck():
 
     x, weight = torch.randn(4, 3, 2, 2, device=DEVICE), torch.rand(3, device=DEVICE)
     mean, var = torch.zeros(3, device=DEVICE), torch.ones(3, device=DEVICE)
+    counter = torch.tensor(0, device=DEVICE)
     check(
         batch_norm_act,
-        (x, weight, None, x.clone(), mean, var, None, 0.1, True, 1e-5, "relu", 0.0, True),
+        (x, weight, None, x.clone(), mean, var, counter, None, 0.1, True, 1e-5, "relu", 0.0,
+         True),
         lambda y, mean, rstd, mask: (
             y, y.clone(), x, weight, None, None, mean, rstd, mask, True, "relu", 0.0, True, True,
             True,
@@ -115,8 +117,8 @@ def test_operators_pass_opcheck():
     check(
         dual_batch_norm_act,
         (
-            x, weight, None, x.clone(), None, weight.clone(), mean, var, None, mean.clone(),
-            var.clone(), None, 0.1, 0.1, 1e-5, 1e-5, True, "relu", 0.0, True,
+            x, weight, None, x.clone(), None, weight.clone(), mean, var, counter, None,
+            mean.clone(), var.clone(), counter.clone(), None, 0.1, 0.1, 1e-5, 1e-5, True, "relu", 0.0, True,
         ),
         lambda y, *statistics: (
             y, None, x, weight, None, x.clone(), None, weight.clone(), *statistics, True, "relu",
@@ -127,7 +129,8 @@ def test_operators_pass_opcheck():
     last = x.contiguous(memory_format=torch.channels_last)
     check(
         batch_norm_act_max_pool,
-        (last, weight, None, mean, var, None, 0.1, True, 1e-5, "relu", 0.0, window, False, True),
+        (last, weight, None, mean, var, counter, None, 0.1, True, 1e-5, "relu", 0.0, window, False,
+         True),
         lambda y, index, x_max, mean, rstd: (
             y, last, weight, None, index, x_max, mean, rstd, True, "relu", 0.0, window, True, True
         ),

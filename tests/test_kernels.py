@@ -53,9 +53,13 @@ def double(*values):
 def test_launchers_agree_with_their_references(shape, last, many_programs):
     x, dy, residual, weight, bias = draw(shape, last)
     mean, var = torch.zeros_like(weight), torch.ones_like(weight)
+    counter, wide_counter = torch.tensor(6, device=x.device), torch.tensor(6, device=x.device)
     wide_mean, wide_var = double(mean, var)
-    stats = bn_forward.bn_stats(x, mean, var, 0.3, 1e-3)
-    wide_stats = reference.bn_stats_ref(x.double(), wide_mean, wide_var, 0.3, 1e-3)
+    stats = bn_forward.bn_stats(x, mean, var, 0.3, 1e-3, counter=counter)
+    wide_stats = reference.bn_stats_ref(
+        x.double(), wide_mean, wide_var, 0.3, 1e-3, counter=wide_counter
+    )
+    assert counter == wide_counter == 7
     pairs = [*zip(stats, wide_stats, strict=True), (mean, wide_mean), (var, wide_var)]
 
     forward = (*stats, weight, bias, residual, "relu", 0.0)

@@ -47,11 +47,12 @@ def _single(operation: str, tensor: Callable[[], Tensor]) -> dict[str, Step]:
     has_residual, act = "add" in operation, "identity" if operation == "bn" else "relu"
     residual = tensor() if has_residual else None
     dy_skip = tensor() if operation.endswith("twice") else None
+    counter = torch.tensor(0)
 
     def forward(training: bool) -> tuple[Tensor, ...]:
         return batch_norm_act.forward_impl(
-            x, channel, channel, residual, channel.clone(), channel.clone(), None, 0.1, training,
-            1e-5, act, 0.0, training,
+            x, channel, channel, residual, channel.clone(), channel.clone(), counter, None, 0.1,
+            training, 1e-5, act, 0.0, training,
         )  # fmt: skip
 
     _, mean, rstd, mask = forward(training=True)
@@ -72,8 +73,8 @@ def _dual(tensor: Callable[[], Tensor]) -> dict[str, Step]:
     def forward(training: bool) -> tuple[Tensor, ...]:
         a, b, c, d = (channel.clone() for _ in range(4))
         return dual_batch_norm_act.forward_impl(
-            x_a, channel, channel, x_b, channel, channel, a, b, None, c, d, None, 0.1, 0.1, 1e-5,
-            1e-5, training, "relu", 0.0, training,
+            x_a, channel, channel, x_b, channel, channel, a, b, torch.tensor(0), None, c, d,
+            torch.tensor(0), None, 0.1, 0.1, 1e-5, 1e-5, training, "relu", 0.0, training,
         )  # fmt: skip
 
     _, mean_a, rstd_a, mean_b, rstd_b = forward(training=True)
@@ -93,7 +94,7 @@ def _pool(tensor: Callable[[], Tensor]) -> dict[str, Step]:
 
     def forward(training: bool) -> tuple[Tensor, ...]:
         return batch_norm_act_max_pool.forward_impl(
-            x, channel, channel, channel.clone(), channel.clone(), None, 0.1, training, 1e-5,
+            x, channel, channel, channel.clone(), channel.clone(), torch.tensor(0), None, 0.1, training, 1e-5,
             "relu", 0.0, STEM_WINDOW, False, training,
         )  # fmt: skip
 

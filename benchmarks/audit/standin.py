@@ -72,12 +72,20 @@ class Launch:
     compiled: CompiledKernel
 
 
+class _Forgetful(dict[Any, Any]):
+    """Keeps nothing, so that every launch goes by triton."""
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        pass
+
+
 @contextmanager
 def compile_only(gpu: Gpu, record: Callable[[Launch], None]) -> Iterator[None]:
     """Inside, launches on CPU tensors compile for ``gpu`` and are handed to ``record``."""
     if triton.knobs.runtime.interpret:
         raise RuntimeError("unset TRITON_INTERPRET: the interpreter does not compile")
     original_run, original_count = JITFunction.run, launch.sm_count
+    original_compiled = launch._compiled
     original_driver = triton.runtime.driver._active
 
     def run(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
@@ -85,11 +93,12 @@ def compile_only(gpu: Gpu, record: Callable[[Launch], None]) -> Iterator[None]:
         record(Launch(self.__name__, tuple(grid), kwargs, compiled))
         return compiled
 
-    JITFunction.run = run
+    JITFunction.run, launch._compiled = run, _Forgetful()
     launch.sm_count = lambda device: gpu.sm_count  # type: ignore[assignment]
     triton.runtime.driver.set_active(StandInDriver(gpu))
     try:
         yield
     finally:
         JITFunction.run, launch.sm_count = original_run, original_count
+        launch._compiled = original_compiled
         triton.runtime.driver._active = original_driver

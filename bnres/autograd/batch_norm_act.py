@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bnres.autograd.apply import apply
 from bnres.autograd.derivatives import Gradients, alias
 from bnres.kernels.dtypes import acc_type
 from bnres.kernels.reference import (
@@ -28,22 +29,22 @@ class BatchNormActFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        x, weight, bias, residual, running_mean, running_var, factor, momentum, training, eps, act,
-        act_param, needs_grad, twice,
+        x, weight, bias, residual, running_mean, running_var, counter, factor, momentum, training,
+        eps, act, act_param, needs_grad, twice,
     ):  # fmt: skip
         run = ops.forward_op if torch.compiler.is_compiling() else ops.forward_impl
         y, mean, rstd, mask = run(
-            x, weight, bias, residual, running_mean, running_var, factor, momentum, training, eps,
-            act, act_param, needs_grad,
+            x, weight, bias, residual, running_mean, running_var, counter, factor, momentum,
+            training, eps, act, act_param, needs_grad,
         )  # fmt: skip
         if not torch.compiler.is_compiling():
-            note_updates(training, running_mean, running_var)
+            note_updates(training, running_mean, running_var, counter)
         return y, alias(y) if twice else None, mean, rstd, mask
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
         x, weight, bias, residual, *_, needs_grad, _twice = inputs
-        training, eps, act, act_param = inputs[8:12]
+        training, eps, act, act_param = inputs[9:13]
         mean, rstd, mask = output[2:]
         ctx.mark_non_differentiable(mean, rstd, mask)
         ctx.set_materialize_grads(False)
@@ -60,8 +61,8 @@ class BatchNormActFunction(torch.autograd.Function):
         grads: Gradients = (None,) * 4
         if dy is not None:
             needs = tuple(ctx.needs_input_grad[:4])
-            grads = backward_function().apply(dy, dy_skip, *ctx.saved_tensors, needs, *ctx.options)
-        return *grads, *((None,) * 10)
+            grads = apply(backward_function(), dy, dy_skip, *ctx.saved_tensors, needs, *ctx.options)
+        return *grads, *((None,) * 11)
 
 
 class ForwardModeBatchNormActFunction(BatchNormActFunction):

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bnres.autograd.apply import apply
 from bnres.autograd.derivatives import (
     Formula,
     Gradients,
@@ -52,16 +53,16 @@ class BatchNormActMaxPoolFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        x, weight, bias, running_mean, running_var, factor, momentum, training, eps, act,
+        x, weight, bias, running_mean, running_var, counter, factor, momentum, training, eps, act,
         act_param, window, ceil_mode, needs_grad,
     ):  # fmt: skip
         run = ops.forward_op if torch.compiler.is_compiling() else ops.forward_impl
         outputs = run(
-            x, weight, bias, running_mean, running_var, factor, momentum, training, eps, act,
+            x, weight, bias, running_mean, running_var, counter, factor, momentum, training, eps, act,
             act_param, window, ceil_mode, needs_grad,
         )  # fmt: skip
         if not torch.compiler.is_compiling():
-            note_updates(training, running_mean, running_var)
+            note_updates(training, running_mean, running_var, counter)
         return outputs
 
     @staticmethod
@@ -70,7 +71,7 @@ class BatchNormActMaxPoolFunction(torch.autograd.Function):
         ctx.mark_non_differentiable(*saved)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*inputs[:TENSORS], *saved)
-        ctx.options = inputs[7:13]
+        ctx.options = inputs[8:14]
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, *_: Any) -> Gradients:
@@ -80,8 +81,8 @@ class BatchNormActMaxPoolFunction(torch.autograd.Function):
             if not torch.compiler.is_compiling():
                 function = ForwardModeBatchNormActMaxPoolBackwardFunction
             needs = tuple(ctx.needs_input_grad[:TENSORS])
-            grads = function.apply(dy, *ctx.saved_tensors, needs, *ctx.options)
-        return *grads, *((None,) * 11)
+            grads = apply(function, dy, *ctx.saved_tensors, needs, *ctx.options)
+        return *grads, *((None,) * 12)
 
 
 class ForwardModeBatchNormActMaxPoolFunction(BatchNormActMaxPoolFunction):

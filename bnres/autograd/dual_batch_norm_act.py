@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bnres.autograd.apply import apply
 from bnres.autograd.derivatives import (
     Formula,
     Gradients,
@@ -53,23 +54,26 @@ class DualBatchNormActFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        x_a, weight_a, bias_a, x_b, weight_b, bias_b, running_mean_a, running_var_a, factor_a,
-        running_mean_b, running_var_b, factor_b, momenta, eps, training, act, act_param,
-        needs_grad, twice,
+        x_a, weight_a, bias_a, x_b, weight_b, bias_b, running_mean_a, running_var_a, counter_a,
+        factor_a, running_mean_b, running_var_b, counter_b, factor_b, momenta, eps, training, act,
+        act_param, needs_grad, twice,
     ):  # fmt: skip
         run = ops.forward_op if torch.compiler.is_compiling() else ops.forward_impl
         y, *statistics = run(
-            x_a, weight_a, bias_a, x_b, weight_b, bias_b, running_mean_a, running_var_a, factor_a,
-            running_mean_b, running_var_b, factor_b, *momenta, *eps, training, act, act_param,
-            needs_grad,
+            x_a, weight_a, bias_a, x_b, weight_b, bias_b, running_mean_a, running_var_a, counter_a,
+            factor_a, running_mean_b, running_var_b, counter_b, factor_b, *momenta, *eps, training,
+            act, act_param, needs_grad,
         )  # fmt: skip
         if not torch.compiler.is_compiling():
-            note_updates(training, running_mean_a, running_var_a, running_mean_b, running_var_b)
+            note_updates(
+                training, running_mean_a, running_var_a, counter_a, running_mean_b, running_var_b,
+                counter_b,
+            )  # fmt: skip
         return y, alias(y) if twice else None, *statistics
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        eps, training, act, act_param = inputs[13:17]
+        eps, training, act, act_param = inputs[15:19]
         statistics = output[2:]
         ctx.mark_non_differentiable(*statistics)
         ctx.set_materialize_grads(False)
@@ -86,8 +90,8 @@ class DualBatchNormActFunction(torch.autograd.Function):
             if not torch.compiler.is_compiling():
                 function = ForwardModeDualBatchNormActBackwardFunction
             needs = tuple(ctx.needs_input_grad[:TENSORS])
-            grads = function.apply(dy, dy_skip, *ctx.saved_tensors, needs, *ctx.options)
-        return *grads, *((None,) * 13)
+            grads = apply(function, dy, dy_skip, *ctx.saved_tensors, needs, *ctx.options)
+        return *grads, *((None,) * 15)
 
 
 class ForwardModeDualBatchNormActFunction(DualBatchNormActFunction):
@@ -97,7 +101,7 @@ class ForwardModeDualBatchNormActFunction(DualBatchNormActFunction):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
         DualBatchNormActFunction.setup_context(ctx, inputs, output)
         ctx.twice = inputs[-1]
-        ctx.save_for_forward(*inputs[:TENSORS], *inputs[6:8], *inputs[9:11])
+        ctx.save_for_forward(*inputs[:TENSORS], *inputs[6:8], *inputs[10:12])
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:

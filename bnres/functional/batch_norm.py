@@ -6,11 +6,18 @@ import torch
 from torch import Tensor
 
 from bnres.activations import resolve
+from bnres.autograd.apply import apply
 from bnres.autograd.batch_norm_act import forward_function
 from bnres.backend import uses_kernels
 from bnres.functional.aten import batch_norm_act_aten
 from bnres.functional.checks import check_input, check_norm, check_residual
-from bnres.functional.prepare import dense_pair, packed_buffers, packed_parameters, wants_grad
+from bnres.functional.prepare import (
+    batch_counter,
+    dense_pair,
+    packed_buffers,
+    packed_parameters,
+    wants_grad,
+)
 from bnres.recipes import has_recipe, leave_recipe, recording
 
 
@@ -54,6 +61,7 @@ def batch_norm_act(
     training: bool = False,
     momentum: float | Tensor = 0.1,
     eps: float = 1e-5,
+    num_batches_tracked: Tensor | None = None,
     twice: bool = False,
 ) -> Any:
     """Fused ``act(batch_norm(input) + residual)``.
@@ -74,6 +82,7 @@ def batch_norm_act(
         momentum: weight of the batch in the running statistics; a one-element tensor stays on
             its device.
         eps: added to the variance.
+        num_batches_tracked: one integer or None; goes up by one in training.
         twice: hand the result out as two tensors that share their memory, one for each of two
             consumers: backward takes both gradients unsummed, and saves autograd's own addition.
 
@@ -94,6 +103,7 @@ def batch_norm_act(
     check_norm(input, running_mean, running_var, weight, bias, training)
     if residual is not None:
         check_residual(residual, input.shape, input.device)
+    counter = batch_counter(num_batches_tracked, training, input)
     if not uses_kernels(input):
         y = batch_norm_act_aten(
             input, running_mean, running_var, weight, bias, residual, name, param, training,
@@ -107,8 +117,8 @@ def batch_norm_act(
     factor = momentum if isinstance(momentum, Tensor) else None
     weight, bias = packed_parameters(weight, bias)
     with packed_buffers(training, running_mean, running_var) as buffers:
-        y, y_skip, mean, rstd, _ = forward_function().apply(
-            input, weight, bias, residual, *buffers, factor,
+        y, y_skip, mean, rstd, _ = apply(
+            forward_function(), input, weight, bias, residual, *buffers, counter, factor,
             0.0 if factor is not None else momentum, training, eps, name, param, needs_grad,
             separate,
         )  # fmt: skip

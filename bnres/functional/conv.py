@@ -48,6 +48,7 @@ def conv2d_batch_norm_act(
     training: bool = False,
     momentum: float | Tensor = 0.1,
     eps: float = 1e-5,
+    num_batches_tracked: Tensor | None = None,
     twice: bool = False,
 ) -> Any:
     """Fused ``act(batch_norm(conv2d(input)) + residual)``.
@@ -63,7 +64,8 @@ def conv2d_batch_norm_act(
         running_mean, running_var, weight, bias: (K,) or None, as in `batch_norm_act`.
         stride, padding, dilation, groups: as in `torch.nn.functional.conv2d`.
         residual: of the output's shape (N, K, OH, OW), added before the activation.
-        act, act_kwargs, training, momentum, eps, twice: as in `batch_norm_act`.
+        act, act_kwargs, training, momentum, eps, num_batches_tracked, twice: as in
+            `batch_norm_act`.
 
     Returns:
         (N, K, OH, OW); with ``twice`` two of them.
@@ -84,7 +86,8 @@ def conv2d_batch_norm_act(
     x = F.conv2d(input, conv_weight, None, stride, padding, dilation, groups)
     return after_convolution(
         x, conv_bias, *stats, residual=residual, act=act, act_kwargs=act_kwargs,
-        training=training, momentum=momentum, eps=eps, twice=twice,
+        training=training, momentum=momentum, eps=eps, num_batches_tracked=num_batches_tracked,
+        twice=twice,
     )  # fmt: skip
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from bnres.activations import resolve
+from bnres.autograd.apply import apply
 from bnres.autograd.dual_batch_norm_act import (
     DualBatchNormActFunction,
     ForwardModeDualBatchNormActFunction,
@@ -13,7 +14,13 @@ from bnres.autograd.dual_batch_norm_act import (
 from bnres.backend import uses_kernels
 from bnres.functional.aten import batch_norm_act_aten
 from bnres.functional.checks import check_input, check_norm, check_residual
-from bnres.functional.prepare import dense_pair, packed_buffers, packed_parameters, wants_grad
+from bnres.functional.prepare import (
+    batch_counter,
+    dense_pair,
+    packed_buffers,
+    packed_parameters,
+    wants_grad,
+)
 from bnres.kernels.norm import Norm
 from bnres.recipes import leave_recipe, recording
 
@@ -37,6 +44,8 @@ def dual_batch_norm_act(
     eps: float = 1e-5,
     residual_momentum: float | Tensor = 0.1,
     residual_eps: float = 1e-5,
+    num_batches_tracked: Tensor | None = None,
+    residual_num_batches_tracked: Tensor | None = None,
     twice: bool = False,
 ) -> Any:
     """Fused ``act(batch_norm(input) + batch_norm(residual))``, the end of a down-sampling block.
@@ -50,6 +59,7 @@ def dual_batch_norm_act(
         act, act_kwargs, training, twice: as in `batch_norm_act`; ``training`` is for both.
         momentum, eps: of the batch norm of ``input``.
         residual_momentum, residual_eps: of the batch norm of ``residual``.
+        num_batches_tracked, residual_num_batches_tracked: of the two, as in `batch_norm_act`.
 
     Returns:
         A tensor of the shape and memory format of ``input``; with ``twice`` two of them.
@@ -66,6 +76,10 @@ def dual_batch_norm_act(
         input, residual_running_mean, residual_running_var, residual_weight, residual_bias,
         training, "residual_",
     )  # fmt: skip
+    counters = [
+        batch_counter(counter, training, input)
+        for counter in (num_batches_tracked, residual_num_batches_tracked)
+    ]
     if not uses_kernels(input):
         shortcut = batch_norm_act_aten(
             residual, residual_running_mean, residual_running_var, residual_weight, residual_bias,
@@ -88,9 +102,9 @@ def dual_batch_norm_act(
     with packed_buffers(
         training, running_mean, running_var, residual_running_mean, residual_running_var
     ) as buffers:
-        y, y_skip, *statistics = function.apply(
-            input, *parameters[:2], other, *parameters[2:], *buffers[:2], factors[0],
-            *buffers[2:], factors[1], momenta, (eps, residual_eps), training, name, param,
+        y, y_skip, *statistics = apply(
+            function, input, *parameters[:2], other, *parameters[2:], *buffers[:2], counters[0],
+            factors[0], *buffers[2:], counters[1], factors[1], momenta, (eps, residual_eps), training, name, param,
             needs_grad, separate,
         )  # fmt: skip
     outputs = (y, y_skip) if separate else (y,)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bnres.activations import resolve
+from bnres.autograd.apply import apply
 from bnres.autograd.batch_norm_act_max_pool import (
     BatchNormActMaxPoolFunction,
     ForwardModeBatchNormActMaxPoolFunction,
@@ -15,7 +16,13 @@ from bnres.backend import uses_kernels
 from bnres.functional.aten import batch_norm_act_aten
 from bnres.functional.batch_norm import batch_norm_act
 from bnres.functional.checks import check_input, check_norm
-from bnres.functional.prepare import dense_pair, packed_buffers, packed_parameters, wants_grad
+from bnres.functional.prepare import (
+    batch_counter,
+    dense_pair,
+    packed_buffers,
+    packed_parameters,
+    wants_grad,
+)
 from bnres.kernels.window import Window
 
 Size = int | tuple[int, int]
@@ -38,6 +45,7 @@ def batch_norm_act_max_pool2d(
     training: bool = False,
     momentum: float | Tensor = 0.1,
     eps: float = 1e-5,
+    num_batches_tracked: Tensor | None = None,
 ) -> Tensor:
     """Fused ``max_pool2d(act(batch_norm(input)))``, the stem of a ResNet.
 
@@ -50,7 +58,7 @@ def batch_norm_act_max_pool2d(
         running_mean, running_var, weight, bias: as in `batch_norm_act`.
         kernel_size, stride, padding, dilation, ceil_mode: as in
             `torch.nn.functional.max_pool2d`.
-        act, act_kwargs, training, momentum, eps: as in `batch_norm_act`.
+        act, act_kwargs, training, momentum, eps, num_batches_tracked: as in `batch_norm_act`.
 
     Returns:
         (N, C, OH, OW) in the dtype and memory format of ``input``.
@@ -80,8 +88,10 @@ def batch_norm_act_max_pool2d(
         y = batch_norm_act(
             input, running_mean, running_var, weight, bias, act=act, act_kwargs=act_kwargs,
             training=training, momentum=momentum, eps=eps,
+            num_batches_tracked=num_batches_tracked,
         )  # fmt: skip
         return F.max_pool2d(y, kernel_size, stride, padding, dilation, ceil_mode)
+    counter = batch_counter(num_batches_tracked, training, input)
     if not uses_kernels(input):
         y = batch_norm_act_aten(
             input, running_mean, running_var, weight, bias, None, name, param, training, momentum,
@@ -95,8 +105,8 @@ def batch_norm_act_max_pool2d(
         function = ForwardModeBatchNormActMaxPoolFunction
     factor = momentum if isinstance(momentum, Tensor) else None
     with packed_buffers(training, running_mean, running_var) as buffers:
-        return function.apply(
-            input, *packed_parameters(weight, bias), *buffers, factor,
+        return apply(
+            function, input, *packed_parameters(weight, bias), *buffers, counter, factor,
             0.0 if factor is not None else momentum, training, eps, name, param,
             window.as_list(), ceil_mode, needs_grad,
         )[0]  # fmt: skip

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from bnres.backend import uses_kernels
 from bnres.kernels.layout import dense, dense_like
 
 
@@ -23,6 +24,22 @@ def dense_pair(input: Tensor, other: Tensor | None) -> tuple[Tensor, Tensor | No
     return input, other
 
 
+def batch_counter(
+    num_batches_tracked: Tensor | None, training: bool, input: Tensor
+) -> Tensor | None:
+    """The counter if a kernel is to count the batch, else None; then it is counted here."""
+    if num_batches_tracked is None or not training:
+        return None
+    if (
+        uses_kernels(input)
+        and num_batches_tracked.dtype == torch.int64
+        and num_batches_tracked.device == input.device
+    ):
+        return num_batches_tracked
+    num_batches_tracked.add_(1)
+    return None
+
+
 def wants_grad(*tensors: Tensor | None) -> bool:
     """Whether a backward can follow."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
@@ -30,7 +47,10 @@ def wants_grad(*tensors: Tensor | None) -> bool:
 
 def packed_parameters(*parameters: Tensor | None) -> list[Tensor | None]:
     """Parameters of one dimension, without gaps."""
-    return [None if p is None else p.reshape(-1).contiguous() for p in parameters]
+    return [
+        p if p is None or (p.dim() == 1 and p.is_contiguous()) else p.reshape(-1).contiguous()
+        for p in parameters
+    ]
 
 
 @contextmanager

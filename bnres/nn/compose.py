@@ -60,7 +60,9 @@ def norm_add_act(
         input, state.running_mean, state.running_var, state.weight, state.bias,
         residual, other.running_mean, other.running_var, other.weight, other.bias,
         training=state.training, momentum=state.momentum, eps=state.eps,
-        residual_momentum=other.momentum, residual_eps=other.eps, **options,
+        residual_momentum=other.momentum, residual_eps=other.eps,
+        num_batches_tracked=state.num_batches_tracked,
+        residual_num_batches_tracked=other.num_batches_tracked, **options,
     )  # fmt: skip
 
 

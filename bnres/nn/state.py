@@ -16,12 +16,15 @@ class NormState(NamedTuple):
     training: bool
     momentum: float | Tensor
     eps: float
+    num_batches_tracked: Tensor | None
 
 
 def next_state(bn: nn.modules.batchnorm._BatchNorm) -> NormState:
-    """The state for a call of ``bn``, whose counter goes up in training as torch's does."""
-    if bn.training and bn.track_running_stats and bn.num_batches_tracked is not None:
-        bn.num_batches_tracked.add_(1)
+    """The state for a call of ``bn``, which counts the batch in training, as torch's does."""
+    counter = bn.num_batches_tracked if bn.training and bn.track_running_stats else None
+    if counter is not None and bn.momentum is None:
+        counter.add_(1)  # the momentum is made of it
+        counter = None
     tracked = not bn.training or bn.track_running_stats
     return NormState(
         bn.running_mean if tracked else None,
@@ -31,6 +34,7 @@ def next_state(bn: nn.modules.batchnorm._BatchNorm) -> NormState:
         normalizes_by_batch(bn),
         next_momentum(bn),
         bn.eps,
+        counter,
     )
 
 

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from bnres.kernels.dtypes import acc_type
 from bnres.kernels.layout import channel_view, dense_like
+from bnres.ops.outputs import filled
 from bnres.ops.statistics import channel_statistics
 
 
@@ -15,6 +16,7 @@ def forward_impl(
     residual: Tensor | None,
     running_mean: Tensor | None,
     running_var: Tensor | None,
+    counter: Tensor | None,
     factor: Tensor | None,
     momentum: float,
     training: bool,
@@ -27,7 +29,7 @@ def forward_impl(
     from bnres.kernels.bn_forward import bn_apply
 
     mean, rstd, variance_eps = channel_statistics(
-        x, running_mean, running_var, factor, momentum, training, eps, needs_grad
+        x, running_mean, running_var, counter, factor, momentum, training, eps, needs_grad
     )
     y, mask = bn_apply(
         x,
@@ -83,26 +85,28 @@ def backward_impl(
 
     dy = dense_like(dy, x)
     dy_skip = None if dy_skip is None else dense_like(dy_skip, x)
-    dx, dz, sum_dy, sum_dy_xhat = (x.new_empty(0) for _ in range(4))
+    dx, dz, sum_dy, sum_dy_xhat = None, None, None, None
     reduces = reduces_first(training, needs_dx, needs_dz, needs_sums)
     if reduces:
-        sum_dy, sum_dy_xhat, written = bn_backward.bn_backward_reduce(
+        sum_dy, sum_dy_xhat, dz = bn_backward.bn_backward_reduce(
             dy, x, mean, rstd, weight, bias, residual, mask, act, act_param, dy_skip=dy_skip,
             write_dz=needs_dz,
         )  # fmt: skip
-        if written is not None:
-            dz = dy = written
+        if dz is not None:
+            dy = dz
             dy_skip, residual, mask, act = None, None, None, "identity"
     if needs_dx:
         count = x.numel() // x.shape[1] if x.numel() else 1
-        sums = (sum_dy, sum_dy_xhat) if training else None
+        sums = None
+        if training:
+            assert sum_dy is not None and sum_dy_xhat is not None
+            sums = sum_dy, sum_dy_xhat
         dx, written = bn_backward.bn_backward_dx(
             dy, x, mean, rstd, weight, bias, residual, mask, act, act_param, sums, count,
             dy_skip=dy_skip, write_dz=needs_dz and not reduces,
         )  # fmt: skip
-        if written is not None:
-            dz = written
-    return dx, dz, sum_dy, sum_dy_xhat
+        dz = dz if written is None else written
+    return filled(x, dx, dz, sum_dy, sum_dy_xhat)
 
 
 def unpack_mask(mask: Tensor, x: Tensor) -> Tensor:
@@ -126,7 +130,7 @@ def unpack_mask(mask: Tensor, x: Tensor) -> Tensor:
 forward_op = torch.library.custom_op(
     "bnres::batch_norm_act_forward",
     forward_impl,
-    mutates_args=("running_mean", "running_var"),
+    mutates_args=("running_mean", "running_var", "counter"),
 )
 backward_op = torch.library.custom_op(
     "bnres::batch_norm_act_backward", backward_impl, mutates_args=()
@@ -135,8 +139,8 @@ backward_op = torch.library.custom_op(
 
 @forward_op.register_fake
 def _(
-    x, weight, bias, residual, running_mean, running_var, factor, momentum, training, eps, act,
-    act_param, needs_grad,
+    x, weight, bias, residual, running_mean, running_var, counter, factor, momentum, training, eps,
+    act, act_param, needs_grad,
 ):  # fmt: skip
     from bnres.kernels.bn_forward import mask_bytes
 

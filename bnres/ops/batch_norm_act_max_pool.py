@@ -6,6 +6,7 @@ from torch import Tensor
 from bnres.kernels.dtypes import acc_type
 from bnres.kernels.norm import Norm
 from bnres.kernels.window import Window
+from bnres.ops.outputs import filled
 from bnres.ops.statistics import channel_statistics
 
 
@@ -15,6 +16,7 @@ def forward_impl(
     bias: Tensor | None,
     running_mean: Tensor | None,
     running_var: Tensor | None,
+    counter: Tensor | None,
     factor: Tensor | None,
     momentum: float,
     training: bool,
@@ -32,7 +34,7 @@ def forward_impl(
     from bnres.kernels.bn_pool import bn_max_pool
 
     mean, rstd, variance_eps = channel_statistics(
-        x, running_mean, running_var, factor, momentum, training, eps, needs_grad
+        x, running_mean, running_var, counter, factor, momentum, training, eps, needs_grad
     )
     y, index, x_max = bn_max_pool(
         x, Norm(mean, rstd, weight, bias), act, act_param, Window(*window), ceil_mode,
@@ -65,24 +67,24 @@ def backward_impl(
 
     if dy.stride() != index.stride():
         dy = torch.empty_like(x_max).copy_(dy)
-    dx, sum_dy, sum_dy_xhat = (x.new_empty(0) for _ in range(3))
+    dx, sums = None, None
     if training or needs_sums:
-        sum_dy, sum_dy_xhat, _ = bn_backward_reduce(
-            dy, x_max, mean, rstd, weight, bias, None, None, act, act_param
-        )
+        sums = bn_backward_reduce(dy, x_max, mean, rstd, weight, bias, None, None, act, act_param)[
+            :2
+        ]
     if needs_dx:
         count = x.numel() // x.shape[1] if x.numel() else 1
         dx = bn_max_pool_backward_dx(
             dy, index, x, Norm(mean, rstd, weight, bias), act, act_param, Window(*window),
-            (sum_dy, sum_dy_xhat) if training else None, count,
+            sums if training else None, count,
         )  # fmt: skip
-    return dx, sum_dy, sum_dy_xhat
+    return filled(x, dx, *(sums or (None, None)))
 
 
 forward_op = torch.library.custom_op(
     "bnres::batch_norm_act_max_pool_forward",
     forward_impl,
-    mutates_args=("running_mean", "running_var"),
+    mutates_args=("running_mean", "running_var", "counter"),
 )
 backward_op = torch.library.custom_op(
     "bnres::batch_norm_act_max_pool_backward", backward_impl, mutates_args=()
@@ -91,7 +93,7 @@ backward_op = torch.library.custom_op(
 
 @forward_op.register_fake
 def _(
-    x, weight, bias, running_mean, running_var, factor, momentum, training, eps, act, act_param,
+    x, weight, bias, running_mean, running_var, counter, factor, momentum, training, eps, act, act_param,
     window, ceil_mode, needs_grad,
 ):  # fmt: skip
     window = Window(*window)

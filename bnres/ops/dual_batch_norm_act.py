@@ -6,6 +6,7 @@ from torch import Tensor
 from bnres.kernels.dtypes import acc_type
 from bnres.kernels.layout import dense_like
 from bnres.kernels.norm import Norm
+from bnres.ops.outputs import filled
 from bnres.ops.statistics import channel_statistics
 
 
@@ -18,9 +19,11 @@ def forward_impl(
     bias_b: Tensor | None,
     running_mean_a: Tensor | None,
     running_var_a: Tensor | None,
+    counter_a: Tensor | None,
     factor_a: Tensor | None,
     running_mean_b: Tensor | None,
     running_var_b: Tensor | None,
+    counter_b: Tensor | None,
     factor_b: Tensor | None,
     momentum_a: float,
     momentum_b: float,
@@ -35,10 +38,26 @@ def forward_impl(
     from bnres.kernels.bn_dual import bn_dual_apply
 
     mean_a, rstd_a, variance_a = channel_statistics(
-        x_a, running_mean_a, running_var_a, factor_a, momentum_a, training, eps_a, needs_grad
+        x_a,
+        running_mean_a,
+        running_var_a,
+        counter_a,
+        factor_a,
+        momentum_a,
+        training,
+        eps_a,
+        needs_grad,
     )
     mean_b, rstd_b, variance_b = channel_statistics(
-        x_b, running_mean_b, running_var_b, factor_b, momentum_b, training, eps_b, needs_grad
+        x_b,
+        running_mean_b,
+        running_var_b,
+        counter_b,
+        factor_b,
+        momentum_b,
+        training,
+        eps_b,
+        needs_grad,
     )
     eps = None if variance_a is None or variance_b is None else (variance_a, variance_b)
     norm_a, norm_b = Norm(mean_a, rstd_a, weight_a, bias_a), Norm(mean_b, rstd_b, weight_b, bias_b)
@@ -73,24 +92,28 @@ def backward_impl(
     dy = dense_like(dy, x_a)
     dy_skip = None if dy_skip is None else dense_like(dy_skip, x_a)
     norms = Norm(mean_a, rstd_a, weight_a, bias_a), Norm(mean_b, rstd_b, weight_b, bias_b)
-    dx_a, dx_b, sum_dy, sum_a, sum_b = (x_a.new_empty(0) for _ in range(5))
+    dx_a, dx_b, sums = None, None, None
     if training or needs_sums:
-        sum_dy, sum_a, sum_b = bn_dual.bn_dual_backward_reduce(
-            dy, dy_skip, x_a, x_b, *norms, act, act_param
-        )
+        sums = bn_dual.bn_dual_backward_reduce(dy, dy_skip, x_a, x_b, *norms, act, act_param)
     if needs_dx:
-        sums = (sum_dy, sum_a, sum_b) if training else None
         count = x_a.numel() // x_a.shape[1] if x_a.numel() else 1
         dx_a, dx_b = bn_dual.bn_dual_backward_dx(
-            dy, dy_skip, x_a, x_b, *norms, act, act_param, sums, count
+            dy, dy_skip, x_a, x_b, *norms, act, act_param, sums if training else None, count
         )
-    return dx_a, dx_b, sum_dy, sum_a, sum_b
+    return filled(x_a, dx_a, dx_b, *(sums or (None,) * 3))
 
 
 forward_op = torch.library.custom_op(
     "bnres::dual_batch_norm_act_forward",
     forward_impl,
-    mutates_args=("running_mean_a", "running_var_a", "running_mean_b", "running_var_b"),
+    mutates_args=(
+        "running_mean_a",
+        "running_var_a",
+        "counter_a",
+        "running_mean_b",
+        "running_var_b",
+        "counter_b",
+    ),
 )
 backward_op = torch.library.custom_op(
     "bnres::dual_batch_norm_act_backward", backward_impl, mutates_args=()

@@ -10,6 +10,7 @@ def channel_statistics(
     x: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
+    counter: Tensor | None,
     factor: Tensor | None,
     momentum: float,
     training: bool,
@@ -21,8 +22,9 @@ def channel_statistics(
 
     if training:
         mean, rstd = bn_stats(
-            x, running_mean, running_var, momentum if factor is None else factor, eps
-        )
+            x, running_mean, running_var, momentum if factor is None else factor, eps,
+            counter=counter,
+        )  # fmt: skip
         return mean, rstd, None
     assert running_mean is not None and running_var is not None
     if not needs_grad:

@@ -1,0 +1,99 @@
+"""Launches that go past triton's look-up: the same kernel with the same arguments, or another one.
+
+The interpreter has nothing to look up, and without a GPU nothing runs: kernels are compiled for one
+that is not there, in a process of its own, and their launches are recorded.
+"""
+
+import os
+import subprocess
+import sys
+from contextlib import contextmanager
+from unittest.mock import patch
+
+import torch
+
+
+@contextmanager
+def recorded_launches():
+    """Launches of compiled kernels as (kernel, grid, arguments), and those that triton looked up."""
+    import triton
+    from triton.compiler import CompiledKernel
+    from triton.runtime.jit import JITFunction
+
+    from benchmarks.audit.standin import SM90, StandInDriver
+
+    launches, looked_up = [], []
+
+    def launcher(kernel):
+        return lambda *arguments: launches.append((kernel, arguments[:3], arguments[9:]))
+
+    look_up = JITFunction.run
+
+    def run(self, *arguments, **named):
+        looked_up.append(self.__name__)
+        return look_up(self, *arguments, **named)
+
+    before = triton.runtime.driver._active
+    triton.runtime.driver.set_active(StandInDriver(SM90))
+    try:
+        with (
+            patch.object(CompiledKernel, "_init_handles", lambda self: None),
+            patch.object(CompiledKernel, "run", property(launcher)),
+            patch.object(JITFunction, "run", run),
+        ):
+            yield launches, looked_up
+    finally:
+        triton.runtime.driver._active = before
+
+
+def same(a, b):
+    return a is b or (isinstance(a, torch.Tensor) and torch.equal(a, b)) or a == b
+
+
+def check_launches():
+    from bnres.kernels import bn_forward
+
+    def apply(x, weight, act="relu"):
+        channels = torch.zeros(8)
+        bn_forward.bn_apply(x, channels, channels, weight, None, None, act, 0.0)
+
+    x, weight = torch.zeros(4, 8, 6, 6), torch.zeros(8)
+    with recorded_launches() as (launches, looked_up):
+        apply(x, weight)
+        apply(torch.ones_like(x), weight)
+        assert len(looked_up) == 1
+        (first, grid, arguments), (second, other_grid, other_arguments) = launches
+        assert first is second and grid == other_grid and len(grid) == 3
+        assert len(arguments) == len(other_arguments) == len(bn_forward._bn_apply_kernel.arg_names)
+        named = dict(zip(bn_forward._bn_apply_kernel.arg_names, other_arguments, strict=True))
+        assert named["x_ptr"].sum() == x.numel() and named["weight_ptr"] is weight
+        assert named["C"] == 8 and named["HAS_WEIGHT"] and not named["HAS_BIAS"]
+        # Everything that triton would compile another kernel for.
+        others = [
+            (x.to(torch.bfloat16), weight),
+            (x, weight.to(torch.bfloat16)),
+            (x, torch.zeros(9)[1:]),  # not aligned to 16 bytes
+            (x, None),
+            (x.contiguous(memory_format=torch.channels_last), weight),
+            (torch.zeros(5, 8, 6, 6), weight),
+            (x, weight, "silu"),
+        ]
+        for other in others:
+            apply(*other)
+        assert len(looked_up) == 1 + len(others)
+        compiled = [kernel for kernel, *_ in launches]
+        assert all(kernel is not first for kernel in compiled[2:5])
+        for other in others:
+            apply(*other)
+        assert len(looked_up) == 1 + len(others)
+        assert [kernel for kernel, *_ in launches[-len(others) :]] == compiled[2:]
+    print("checked")
+
+
+def test_a_known_launch_is_not_looked_up():
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    result = subprocess.run(
+        [sys.executable, "-c", "from tests.test_launch import *; check_launches()"],
+        env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert result.stdout == "checked\n", result.stderr
