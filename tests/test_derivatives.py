@@ -2,9 +2,14 @@
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 from bnres import nn
-from bnres.functional import batch_norm_act
+from bnres.functional import (
+    batch_norm_act,
+    batch_norm_act_max_pool2d,
+    dual_batch_norm_act,
+)
 from bnres.kernels.reference import ACTIVATION_FORMULAS
 from tests.device import DEVICE
 from tests.tolerances import assert_close
@@ -119,3 +124,49 @@ def test_forward_over_reverse():
         gradient = torch.func.grad(lambda x, run=run: run(x, *others).square().sum())
         products.append(torch.func.jvp(gradient, (x,), (direction,))[1])
     assert_close(products[0], products[1], torch.float64)
+
+
+def test_tangents_outside_of_grad_mode():
+    """Of the output inside no_grad, and of a gradient that no graph is made of."""
+    (x, *others), stats = inputs()
+    direction = torch.randn_like(x)
+    found = []
+    for make in (fused, formula):
+        run = make(stats, "relu", True)
+        with forward_ad.dual_level():
+            with torch.no_grad():
+                y = run(forward_ad.make_dual(x, direction), *others)
+            leaf = x.clone().requires_grad_()
+            loss = run(forward_ad.make_dual(leaf, direction), *others).square().sum()
+            (gradient,) = torch.autograd.grad(loss, leaf)
+            found.append([forward_ad.unpack_dual(t).tangent for t in (y, gradient)])
+    for actual, expected in zip(*found, strict=True):
+        assert_close(actual, expected, torch.float64)
+
+
+def pooled(x, weight, bias):
+    return batch_norm_act_max_pool2d(x, None, None, weight, bias, kernel_size=2, training=True)
+
+
+def summed(x, weight, bias):
+    none = (None, None)
+    return dual_batch_norm_act(x, *none, weight, bias, x.square(), *none, bias, None, training=True)
+
+
+@pytest.mark.parametrize("run", [pooled, summed])
+def test_tangents_of_a_dual_level_are_those_of_jvp(run):
+    """Of the output, and of the gradient."""
+    (*primals, _), _ = inputs()
+    tangents = [torch.randn_like(p) for p in primals]
+    primals[0].requires_grad_()
+
+    def gradient(*primals):
+        return torch.autograd.grad(run(*primals).square().sum(), primals[0])[0]
+
+    with forward_ad.dual_level():
+        duals = [forward_ad.make_dual(p, t) for p, t in zip(primals, tangents, strict=True)]
+        found = [forward_ad.unpack_dual(f(*duals)).tangent for f in (run, gradient)]
+    of_x = torch.func.grad(lambda *primals: run(*primals).square().sum())
+    expected = [torch.func.jvp(f, tuple(primals), tuple(tangents))[1] for f in (run, of_x)]
+    for actual, other in zip(found, expected, strict=True):
+        assert_close(actual, other, torch.float64)

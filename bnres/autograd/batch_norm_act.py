@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from bnres.autograd.apply import apply
-from bnres.autograd.derivatives import Gradients, alias
+from bnres.autograd.derivatives import Gradients, alias, jvp
 from bnres.kernels.dtypes import acc_type
 from bnres.kernels.reference import (
     bn_backward_dx_ref,
@@ -168,7 +168,7 @@ class ForwardModeBatchNormActBackwardFunction(BatchNormActBackwardFunction):
         needed = [tangent is not None for tangent in tangents[:6]]
         gradients, sources = _gradients_of(ctx.saved_tensors, needed, ctx.computed, *ctx.options)
         given = tuple(t for t in tangents[:6] if t is not None)
-        found = iter(torch.func.jvp(gradients, sources, given)[1])
+        found = iter(jvp(gradients, sources, given))
         return tuple(next(found) if i in ctx.computed else None for i in range(4))
 
 

@@ -1,8 +1,10 @@
 """Derivatives of a formula that is a function of several tensors, some of them None."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor
 
 Formula = Callable[..., Tensor]
@@ -67,13 +69,24 @@ def second_pullback(
     return [next(found) if need else None for need in needed]
 
 
+def jvp(run: Callable[..., Any], primals: Sequence[Any], tangents: Sequence[Any]) -> Any:
+    """The tangent of ``run(*primals)``, from inside a Function's jvp.
+
+    `torch.func.jvp` opens a level of forward mode, which torch allows inside its own transforms
+    alone. Elsewhere the pullback, which is linear, is transposed.
+    """
+    if torch._C._are_functorch_transforms_active():
+        return torch.func.jvp(run, tuple(primals), tuple(tangents))[1]
+    values, pull, *_ = torch.func.vjp(run, *primals)
+    anywhere = pytree.tree_map(torch.zeros_like, values)
+    return torch.func.vjp(pull, anywhere)[1](tuple(tangents))[0]
+
+
 def pushforward(formula: Formula, tensors: Tensors, tangents: Tensors) -> Tensor:
     """The tangent of the formula's value."""
     chosen = [i for i, tangent in enumerate(tangents) if tangent is not None]
     run = _of_chosen(formula, tensors, chosen)
-    return torch.func.jvp(
-        run, tuple(tensors[i] for i in chosen), tuple(tangents[i] for i in chosen)
-    )[1]
+    return jvp(run, [tensors[i] for i in chosen], [tangents[i] for i in chosen])
 
 
 def second_pushforward(
@@ -82,6 +95,4 @@ def second_pushforward(
     """The tangents of the ``wanted`` gradients that `pullback` finds."""
     chosen = [i for i, tangent in enumerate(tangents) if tangent is not None]
     run = _of_chosen(_pullback_of(formula, wanted), inputs, chosen)
-    return torch.func.jvp(
-        run, tuple(inputs[i] for i in chosen), tuple(tangents[i] for i in chosen)
-    )[1]
+    return jvp(run, [inputs[i] for i in chosen], [tangents[i] for i in chosen])
