@@ -198,3 +198,12 @@ def audit(
 
     with bad_input_exits():
         sys.exit(command.run(gpu or [], json_path, record))
+
+
+@app.command()
+def host() -> None:
+    """Time the host from a module's call to its last launch, without a GPU."""
+    from benchmarks.audit.host import run
+
+    with bad_input_exits():
+        run()

@@ -22,6 +22,7 @@ from benchmarks.report import comparison, pictures, readme_section, tables
 from benchmarks.store import ResultStore, load
 from bnres import use_backend
 from bnres.models import create_model
+from tests.device import DEVICE
 
 CPU = torch.device("cpu")
 CEILINGS = {"copy": 1e10, "product": 1e11}
@@ -408,8 +409,8 @@ class TestBudget:
          {"kernel": "unknown"}],
     )  # fmt: skip
     def test_machine_code_that_falls_behind(self, change):
-        limits = budget.Found([], {}, budget.worst(self.rows()))
-        found = budget.Found([], {}, budget.worst([*self.rows(), *self.rows(**change)]))
+        limits = budget.Found([], {}, {}, budget.worst(self.rows()))
+        found = budget.Found([], {}, {}, budget.worst([*self.rows(), *self.rows(**change)]))
         assert len(budget.exceeded(found, limits, same_triton=True)) == 1
         assert budget.exceeded(limits, limits, same_triton=True) == []
         other_triton = budget.exceeded(found, limits, same_triton=False)
@@ -417,11 +418,12 @@ class TestBudget:
 
     def test_memory_that_falls_behind(self):
         row = {"operation": "bn", "step": "eval", "layout": "x", "lanes": 2.0, "sectors": 2.0}
-        limits = budget.Found([row], {"fused": 100}, [])
-        more = budget.Found([row | {"sectors": 2.1}], {"fused": 101}, [])
+        limits = budget.Found([row], {"fused": 100}, {"fused": 160}, [])
+        more = budget.Found([row | {"sectors": 2.1}], {"fused": 101}, {"fused": 161}, [])
         assert budget.exceeded(more, limits, True) == [
             "bn eval x: 2.1000 S in sectors, budget 2.0000",
             "held for backward, fused: 101 bytes, budget 100",
+            "launches of a step, fused: 161, budget 160",
         ]
 
 
@@ -460,9 +462,13 @@ class TestCommandLine:
             (["report"], "folders: name at least one"),
             (["report", "/nowhere"], "/nowhere is no folder of results"),
             (["audit", "--gpu", "sm_70"], "gpu must be of sm_90"),
+            pytest.param(
+                ["host"], "unset TRITON_INTERPRET",
+                marks=pytest.mark.skipif(DEVICE == "cuda", reason="there is no interpreter then"),
+            ),
             (["profile", "--net", "vgg"], "net must be of resnet18, resnet50, got 'vgg'"),
         ],
-    )
+    )  # fmt: skip
     def test_bad_input(self, arguments, message):
         result = runner.invoke(app, arguments)
         assert result.exit_code == 2 and message in result.output

@@ -27,5 +27,5 @@ def test_every_kernel_family_is_within_its_budget():
     assert [row["case"] for row in rows if row["missing"]] == []
     short = [row["case"] for row in rows if row["in_flight"] < row["wanted"]]
     assert short == []
-    found = budget.Found([], {}, budget.worst(rows))
+    found = budget.Found([], {}, {}, budget.worst(rows))
     assert budget.exceeded(found, budget.load(), same_triton=False) == []

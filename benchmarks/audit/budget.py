@@ -21,11 +21,13 @@ class Found:
     Attributes:
         memory: rows of `benchmarks.audit.memory`, or none.
         held: bytes held for backward, by kind of net.
+        launches: of a training step, by kind of net and of launch.
         kernels: worst of each kernel's specialisations, see `worst`.
     """
 
     memory: list[Row]
     held: dict[str, int]
+    launches: dict[str, int]
     kernels: list[Row]
 
     def as_json(self) -> dict[str, Any]:
@@ -79,7 +81,7 @@ def load() -> Found:
     if not PATH.exists():
         raise ValueError(f"{PATH} is not there: run python -m benchmarks audit --record")
     content = json.loads(PATH.read_text(encoding="utf-8"))
-    return Found(content["memory"], content["held"], content["kernels"])
+    return Found(*(content[name] for name in ("memory", "held", "launches", "kernels")))
 
 
 def recorded_triton() -> str:
@@ -125,6 +127,11 @@ def exceeded(found: Found, budget: Found, same_triton: bool) -> list[str]:
         f"held for backward, {kind}: {size} bytes, budget {budget.held[kind]}"
         for kind, size in found.held.items()
         if size > budget.held[kind]
+    ]
+    problems += [
+        f"launches of a step, {kind}: {count}, budget {budget.launches[kind]}"
+        for kind, count in found.launches.items()
+        if count > budget.launches[kind]
     ]
     limits = {kernel_key(row): row for row in budget.kernels}
     for row in found.kernels:

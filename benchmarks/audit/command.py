@@ -46,7 +46,7 @@ def run(gpus: Sequence[str], json_path: Path | None, record: bool) -> int:
         memory = pool.submit(_worker, "memory", [], TRITON_INTERPRET="1")
         rows = [row for future in code for row in future.result()]
         counted = memory.result()
-    found = budget.Found(counted["rows"], counted["held"], budget.worst(rows))
+    found = budget.Found(counted["rows"], counted["held"], counted["launches"], budget.worst(rows))
     if json_path is not None:
         content = found.as_json() | {"specialisations": rows}
         json_path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
@@ -75,7 +75,7 @@ def _worker(module: str, arguments: Sequence[str], **environment: str) -> Any:
 
 
 def memory_table(found: budget.Found) -> str:
-    """Memory touched, in S, and what is held for backward."""
+    """Memory touched, in S, what is held for backward, and launches of a step."""
     lines = [
         f"{'operation':18} {'step':9} {'layout':14} {'lanes, S':>9} {'sectors, S':>11} {'floor, S':>9}"
     ]
@@ -85,7 +85,12 @@ def memory_table(found: budget.Found) -> str:
         for r in found.memory
     ]
     held = ", ".join(f"{kind} {size / 1e6:,.0f} MB" for kind, size in found.held.items())
-    return "\n".join([*lines, f"held for backward, ResNet-18, batch 256, bf16: {held}"])
+    launches = ", ".join(f"{kind} {count}" for kind, count in found.launches.items())
+    lines += [
+        f"held for backward, ResNet-18, batch 256, bf16: {held}",
+        f"launches of a training step, ResNet-18: {launches}",
+    ]
+    return "\n".join(lines)
 
 
 def kernel_table(rows: Sequence[budget.Row]) -> str:

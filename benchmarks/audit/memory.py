@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
 
+from benchmarks.audit.launches import step_launches
 from benchmarks.audit.operations import OPERATIONS, steps
 from benchmarks.audit.saved import saved_bytes
 from benchmarks.byte_model import PASSES, passes
@@ -192,5 +193,13 @@ def held() -> dict[str, int]:
     }
 
 
+def launches() -> dict[str, int]:
+    """What a training step of ResNet-18 launches; an operation of ATen makes one or several."""
+    _, stock = step_launches(lambda: models.resnet18(fused=False), NET_INPUT)
+    triton, aten = step_launches(models.resnet18, NET_INPUT)
+    return {"stock, ATen": stock, "fused, ATen": aten, "fused, Triton": triton}
+
+
 if __name__ == "__main__":
-    print(json.dumps({"rows": [asdict(row) for row in audit()], "held": held()}))
+    rows = [asdict(row) for row in audit()]
+    print(json.dumps({"rows": rows, "held": held(), "launches": launches()}))

@@ -1,0 +1,49 @@
+"""Counts what a model's training step launches, without running it.
+
+The model runs on tensors without memory, and the interpreted kernels' launches are counted in
+place of being run. TRITON_INTERPRET=1 has to be set.
+"""
+
+from collections.abc import Callable
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton.runtime.interpreter import GridExecutor
+
+# Of ATen's operations these make no launch: they allocate.
+ALLOCATIONS = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided")
+
+
+class CountOperations(TorchDispatchMode):
+    """Counts ATen's operations that read or write memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(
+        self, op: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        name = op.overloadpacket.__name__
+        self.count += not (op.is_view or name in ALLOCATIONS)
+        return op(*args, **(kwargs or {}))
+
+
+def step_launches(build: Callable[[], nn.Module], shape: tuple[int, ...]) -> tuple[int, int]:
+    """Triton's launches and ATen's operations of a training step, the optimiser left out."""
+    launched = 0
+
+    def launch(self: GridExecutor, *arguments: Any, **named: Any) -> None:
+        nonlocal launched
+        launched += 1
+
+    with torch.device("meta"):
+        model, x = build(), torch.empty(shape)
+        labels = torch.empty(shape[0], dtype=torch.long)
+    with patch.object(GridExecutor, "__call__", launch), CountOperations() as operations:
+        F.cross_entropy(model(x), labels).backward()
+    return launched, operations.count
