@@ -57,8 +57,7 @@ def _adaptive_pivot(x_ptr, offs_c, mask_c, count, C, L, ACC: tl.constexpr):
 
 @triton.jit
 def _bn_stats_kernel(
-    partial_ptr,
-    pivot_ptr,
+    sums_ptr,
     x_ptr,
     count,
     C,
@@ -70,13 +69,13 @@ def _bn_stats_kernel(
     INNER_POW2: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """Sums of x − pivot and of its square over a split's rows: partial is (2, splits, C)."""
+    """Σ(x − pivot) and its square over a split's rows, and the pivot: sums is (2·splits + 1, C)."""
     col_block, split = tl.program_id(0), tl.program_id(1)
     splits = tl.num_programs(1)
     offs_c, mask_c = channel_ids(col_block, C, TILE)
     pivot = _adaptive_pivot(x_ptr, offs_c, mask_c, count, C, L, ACC)
     if split == 0:
-        tl.store(pivot_ptr + offs_c, pivot, mask=mask_c)
+        tl.store(sums_ptr + 2 * tl.cast(splits, tl.int64) * C + offs_c, pivot, mask=mask_c)
     pivot_cols = to_columns(pivot, TILE)
     sum_d = tl.full((TILE.sub_rows, TILE.block_cols), 0.0, ACC)
     sum_d2 = tl.full((TILE.sub_rows, TILE.block_cols), 0.0, ACC)
@@ -87,7 +86,7 @@ def _bn_stats_kernel(
         d = tl.where(mask, x - pivot_cols, 0.0)
         sum_d += fold(d, TILE, UNROLL)
         sum_d2 += fold(d * d, TILE, UNROLL)
-    out = partial_ptr + tl.cast(split, tl.int64) * C + offs_c
+    out = sums_ptr + tl.cast(split, tl.int64) * C + offs_c
     tl.store(out, to_channels(sum_d, TILE, INNER_POW2), mask=mask_c)
     tl.store(
         out + tl.cast(splits, tl.int64) * C, to_channels(sum_d2, TILE, INNER_POW2), mask=mask_c
@@ -124,8 +123,7 @@ def _bn_stats_finalize_kernel(
     running_mean_ptr,
     running_var_ptr,
     counter_ptr,
-    partial_ptr,
-    pivot_ptr,
+    sums_ptr,
     factor_ptr,
     count,
     C,
@@ -143,10 +141,10 @@ def _bn_stats_finalize_kernel(
     offs_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < C
     n = tl.cast(count, tl.float64)
-    shift = _sum_splits(partial_ptr, splits, offs_c, mask_c, C, BLOCK_S, BLOCK_C) / n
-    squares_ptr = partial_ptr + tl.cast(splits, tl.int64) * C
-    square = _sum_splits(squares_ptr, splits, offs_c, mask_c, C, BLOCK_S, BLOCK_C) / n
-    mean = tl.load(pivot_ptr + offs_c, mask=mask_c, other=0).to(tl.float64) + shift
+    shift = _sum_splits(sums_ptr, splits, offs_c, mask_c, C, BLOCK_S, BLOCK_C) / n
+    plane = tl.cast(splits, tl.int64) * C
+    square = _sum_splits(sums_ptr + plane, splits, offs_c, mask_c, C, BLOCK_S, BLOCK_C) / n
+    mean = tl.load(sums_ptr + 2 * plane + offs_c, mask=mask_c, other=0).to(tl.float64) + shift
     var = square - shift * shift
     var = tl.where(var < 0, 0.0, var)
     rstd = 1 / tl.sqrt(var + tl.full((), eps, tl.float64))
@@ -234,12 +232,14 @@ def bn_stats(
     eps: float,
     *,
     counter: Tensor | None = None,
+    sums: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Batch mean and 1/sqrt(biased variance + eps) of each channel, each (C,) in fp32 (or fp64).
 
     The running buffers are updated in place, with the unbiased variance, and ``counter``, one int64,
     goes up by one. ``momentum`` may be a one-element tensor on the device. An empty ``x`` counts, but
-    leaves the buffers as they are.
+    leaves the buffers as they are. With ``sums``, which the operation that made ``x`` has summed up,
+    ``x`` is not read.
     """
     acc = acc_type(x)
     channels = x.shape[1]
@@ -248,27 +248,10 @@ def bn_stats(
         if counter is not None:
             counter.add_(1)
         return mean.zero_(), rstd.zero_()
-    view, tile, config = plan("stats", x)
-    partial = torch.empty((2, config.splits, channels), dtype=acc, device=x.device)
-    pivot = torch.empty(channels, dtype=acc, device=x.device)
-    factor = momentum if isinstance(momentum, Tensor) else None
     with launch_scope(x):
-        launch(
-            _bn_stats_kernel,
-            config.grid,
-            partial_ptr=partial,
-            pivot_ptr=pivot,
-            x_ptr=x,
-            count=view.count,
-            C=channels,
-            L=view.inner,
-            rows_per_split=config.rows_per_split,
-            TILE=tile,
-            UNROLL=config.unroll,
-            STAGES=config.num_stages,
-            INNER_POW2=next_power_of_2(tile.group_inner),
-            ACC=ACC_DTYPE[acc],
-        )
+        if sums is None:
+            sums = _sum_channels(x)
+        factor = momentum if isinstance(momentum, Tensor) else None
         launch(
             _bn_stats_finalize_kernel,
             FINALIZE.grid(channels),
@@ -277,12 +260,11 @@ def bn_stats(
             running_mean_ptr=running_mean,
             running_var_ptr=running_var,
             counter_ptr=counter,
-            partial_ptr=partial,
-            pivot_ptr=pivot,
+            sums_ptr=sums,
             factor_ptr=factor,
-            count=view.count,
+            count=x.numel() // channels,
             C=channels,
-            splits=config.splits,
+            splits=sums.shape[0] // 2,
             momentum=0.0 if factor is not None else momentum,
             eps=eps,
             HAS_RUNNING_MEAN=running_mean is not None,
@@ -294,6 +276,29 @@ def bn_stats(
             num_warps=FINALIZE.num_warps,
         )
     return mean, rstd
+
+
+def _sum_channels(x: Tensor) -> Tensor:
+    """Sums of x − pivot and of its square over splits, and the pivot: (2·splits + 1, C)."""
+    view, tile, config = plan("stats", x)
+    acc = acc_type(x)
+    sums = torch.empty((2 * config.splits + 1, view.channels), dtype=acc, device=x.device)
+    launch(
+        _bn_stats_kernel,
+        config.grid,
+        sums_ptr=sums,
+        x_ptr=x,
+        count=view.count,
+        C=view.channels,
+        L=view.inner,
+        rows_per_split=config.rows_per_split,
+        TILE=tile,
+        UNROLL=config.unroll,
+        STAGES=config.num_stages,
+        INNER_POW2=next_power_of_2(tile.group_inner),
+        ACC=ACC_DTYPE[acc],
+    )
+    return sums
 
 
 def mask_bytes(view: ChannelView, itemsize: int) -> int:

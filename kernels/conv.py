@@ -1,8 +1,6 @@
-"""Convolution with batch norm, residual and activation in its epilogue, for inference.
+"""Convolution with batch norm, residual and activation in its epilogue, for inference."""
 
-An implicit product of matrices over channels_last: M positions of the output × K_out channels,
-summed over the filter's taps and the input's channels.
-"""
+from typing import Any
 
 import torch
 import triton
@@ -10,9 +8,13 @@ import triton.language as tl
 from torch import Tensor
 
 from bnres.kernels.conv_config import ConvConfig, ConvShape, conv_config
+from bnres.kernels.conv_tile import conv_tile
 from bnres.kernels.device import ACTIVATIONS, round_to
 from bnres.kernels.launch import launch, launch_scope
 from bnres.kernels.norm import Norm
+from bnres.kernels.pad import pad_channels
+
+ROW_VECTOR_BYTES = 8
 
 
 @triton.jit
@@ -42,6 +44,7 @@ def _conv_bn_act_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     SHAPE: tl.constexpr,
+    ROW_CHANNELS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -52,46 +55,11 @@ def _conv_bn_act_kernel(
     INDEX: tl.constexpr,
 ):
     """y = act((conv(x) + conv_bias − mean)·weight/sqrt(var + eps) + bias + residual): (M, K_OUT)."""
-    blocks_n = tl.cdiv(K_OUT, BLOCK_N)
-    pid_m, pid_n = tl.program_id(0) // blocks_n, tl.program_id(0) % blocks_n
-    stride_c, stride_k = C, K_OUT
-    if ALIGNED_IN > 1:
-        stride_c = (C // ALIGNED_IN) * ALIGNED_IN
-    if ALIGNED_OUT > 1:
-        stride_k = (K_OUT // ALIGNED_OUT) * ALIGNED_OUT
-    offs_m = tl.cast(pid_m, INDEX) * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_k = tl.arange(0, BLOCK_K)
+    acc, offs_m, offs_n = conv_tile(
+        x_ptr, filter_ptr, M, H, W, C, OH, OW, K_OUT, SHAPE, ROW_CHANNELS, BLOCK_M, BLOCK_N, BLOCK_K,
+        ALIGNED_IN, EVEN_K, PRECISION, INDEX,
+    )  # fmt: skip
     mask_m, mask_n = offs_m < M, offs_n < K_OUT
-    n = offs_m // (OH * OW)
-    rest = offs_m - n * (OH * OW)
-    oh = rest // OW
-    h0 = oh * SHAPE.stride_h - SHAPE.padding_h
-    w0 = (rest - oh * OW) * SHAPE.stride_w - SHAPE.padding_w
-    x_rows = ((n * H + h0) * W + w0) * stride_c
-    filter_rows = offs_n * (stride_c * SHAPE.taps)
-    blocks_k = tl.cdiv(C, BLOCK_K)
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for step in tl.range(0, SHAPE.taps * blocks_k):
-        tap = step // blocks_k
-        c = (step - tap * blocks_k) * BLOCK_K
-        r = tap // SHAPE.kernel_w
-        s = tap - r * SHAPE.kernel_w
-        h = h0 + r * SHAPE.dilation_h
-        w = w0 + s * SHAPE.dilation_w
-        inside = mask_m & (h >= 0) & (h < H) & (w >= 0) & (w < W)
-        shift = (r * SHAPE.dilation_h * W + s * SHAPE.dilation_w) * stride_c
-        mask_x, mask_filter = inside[:, None], mask_n[None, :]
-        if not EVEN_K:
-            mask_x = mask_x & (c + offs_k < C)[None, :]
-            mask_filter = mask_filter & (c + offs_k < C)[:, None]
-        x = tl.load(x_ptr + ((x_rows + shift + c)[:, None] + offs_k[None, :]), mask=mask_x, other=0)
-        filter = tl.load(
-            filter_ptr + ((filter_rows + (tap * stride_c + c))[None, :] + offs_k[:, None]),
-            mask=mask_filter,
-            other=0,
-        )
-        acc = tl.dot(x, filter, acc, input_precision=PRECISION)
     z = acc
     if HAS_CONV_BIAS:
         z += tl.load(conv_bias_ptr + offs_n, mask=mask_n, other=0).to(tl.float32)[None, :]
@@ -104,6 +72,9 @@ def _conv_bn_act_kernel(
         z = (z - mean[None, :]) * scale[None, :]
         if HAS_BIAS:
             z += tl.load(bias_ptr + offs_n, mask=mask_n, other=0).to(tl.float32)[None, :]
+    stride_k = K_OUT
+    if ALIGNED_OUT > 1:
+        stride_k = (K_OUT // ALIGNED_OUT) * ALIGNED_OUT
     offsets = (offs_m * stride_k)[:, None] + offs_n[None, :]
     mask = mask_m[:, None] & mask_n[None, :]
     if HAS_RESIDUAL:
@@ -131,41 +102,21 @@ def conv_bn_act(
     type of fp16, bf16 and fp32; sums are in fp32. The norm's rstd is a variance; None leaves the
     batch norm out.
     """
-    batch, channels, height, width = x.shape
-    out_channels = filter.shape[0]
-    size = shape.output_size(height, width)
-    y = torch.empty(
-        (batch, out_channels, *size),
-        dtype=x.dtype,
-        device=x.device,
-        memory_format=torch.channels_last,
-    )
+    y = empty_output(x, filter, shape)
     if y.numel() == 0:
         return y
-    rows = y.numel() // out_channels
-    config = config or conv_config(rows, channels, out_channels, x.element_size())
-    vector = 16 // x.element_size()
-    largest = max(x.numel(), y.numel(), filter.numel())
+    config, arguments = convolution(x, filter, y, shape, config)
     with launch_scope(x):
         launch(
             _conv_bn_act_kernel,
-            config.grid(rows, out_channels),
+            config.grid(y.numel() // y.shape[1], y.shape[1]),
             y_ptr=y,
-            x_ptr=x,
-            filter_ptr=filter,
             conv_bias_ptr=conv_bias,
             residual_ptr=residual,
             mean_ptr=None if norm is None else norm.mean,
             var_ptr=None if norm is None else norm.rstd,
             weight_ptr=None if norm is None else norm.weight,
             bias_ptr=None if norm is None else norm.bias,
-            M=rows,
-            H=height,
-            W=width,
-            C=channels,
-            OH=size[0],
-            OW=size[1],
-            K_OUT=out_channels,
             act_param=act_param,
             eps=eps,
             ACT=ACTIVATIONS[act].forward,
@@ -174,19 +125,61 @@ def conv_bn_act(
             HAS_WEIGHT=norm is not None and norm.weight is not None,
             HAS_BIAS=norm is not None and norm.bias is not None,
             HAS_RESIDUAL=residual is not None,
-            SHAPE=shape,
-            BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n,
-            BLOCK_K=config.block_k,
-            ALIGNED_IN=vector if channels % vector == 0 else 1,
-            ALIGNED_OUT=vector if out_channels % vector == 0 else 1,
-            EVEN_K=channels % config.block_k == 0,
-            PRECISION=precision(x),
-            INDEX=tl.int32 if largest < 2**31 - 2**20 else tl.int64,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
+            **arguments,
         )
     return y
+
+
+def empty_output(x: Tensor, filter: Tensor, shape: ConvShape) -> Tensor:
+    """What a convolution writes: (N, K, OH, OW), channels_last."""
+    size = shape.output_size(x.shape[2], x.shape[3])
+    return torch.empty(
+        (x.shape[0], filter.shape[0], *size),
+        dtype=x.dtype,
+        device=x.device,
+        memory_format=torch.channels_last,
+    )
+
+
+def convolution(
+    x: Tensor, filter: Tensor, y: Tensor, shape: ConvShape, config: ConvConfig | None
+) -> tuple[ConvConfig, dict[str, Any]]:
+    """The configuration, and the arguments that every kernel with a `conv_tile` takes.
+
+    Where a filter's row is summed at once, channels are filled up to 8 bytes, which asynchronous
+    copies take.
+    """
+    if shape.by_rows(x.shape[1]):
+        x, filter = (pad_channels(t, -(-ROW_VECTOR_BYTES // t.element_size())) for t in (x, filter))
+    channels, out_channels = x.shape[1], y.shape[1]
+    depth = shape.depth(channels)
+    rows = y.numel() // out_channels
+    config = config or conv_config(rows, depth, out_channels, x.element_size())
+    vector = 16 // x.element_size()
+    largest = max(x.numel(), y.numel(), filter.numel())
+    return config, {
+        "x_ptr": x,
+        "filter_ptr": filter,
+        "M": rows,
+        "H": x.shape[2],
+        "W": x.shape[3],
+        "C": channels,
+        "OH": y.shape[2],
+        "OW": y.shape[3],
+        "K_OUT": out_channels,
+        "SHAPE": shape,
+        "ROW_CHANNELS": channels if shape.by_rows(channels) else 0,
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": config.block_k,
+        "ALIGNED_IN": vector if channels % vector == 0 else 1,
+        "ALIGNED_OUT": vector if out_channels % vector == 0 else 1,
+        "EVEN_K": depth % config.block_k == 0,
+        "PRECISION": precision(x),
+        "INDEX": tl.int32 if largest < 2**31 - 2**20 else tl.int64,
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+    }
 
 
 def precision(x: Tensor) -> str:

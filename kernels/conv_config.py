@@ -8,6 +8,12 @@ from dataclasses import astuple, dataclass
 
 from bnres.kernels.config import next_power_of_2
 
+# The least that the matrix instructions of every target take.
+MIN_BLOCK = 16
+STEP_BYTES = 128
+# Most channels, and most elements in a row of a filter, for which a row is a step or two.
+MAX_ROW_CHANNELS, MAX_ROW = 8, 64
+
 
 @dataclass(frozen=True)
 class ConvShape:
@@ -30,6 +36,18 @@ class ConvShape:
     def taps(self) -> int:
         """Positions in a filter."""
         return self.kernel_h * self.kernel_w
+
+    def by_rows(self, channels: int) -> bool:
+        """Whether a filter's row is summed at once: with few channels a tap would fill no block."""
+        return (
+            channels <= MAX_ROW_CHANNELS
+            and self.dilation_w == 1
+            and self.kernel_w * channels <= MAX_ROW
+        )
+
+    def depth(self, channels: int) -> int:
+        """Elements of the sum that lie one behind the other, in the input as in the filter."""
+        return self.kernel_w * channels if self.by_rows(channels) else channels
 
     def output_size(self, height: int, width: int) -> tuple[int, int]:
         """Height and width of the output."""
@@ -59,23 +77,25 @@ class ConvConfig:
         return (-(-rows // self.block_m) * -(-out_channels // self.block_n),)
 
 
-# The least that the matrix instructions of every target take.
-MIN_BLOCK = 16
-STEP_BYTES = 128
+def conv_config(rows: int, depth: int, out_channels: int, itemsize: int) -> ConvConfig:
+    """A tile of 128 positions and of all channels, at most 128 (64 in fp32); steps of 128 bytes.
 
-
-def conv_config(rows: int, channels: int, out_channels: int, itemsize: int) -> ConvConfig:
-    """A tile of 128 positions and of all channels, at most 128 (64 in fp32); steps of 128 bytes."""
+    Args:
+        rows: positions of the output.
+        depth: see `ConvShape.depth`.
+        out_channels: of the output.
+        itemsize: bytes of an element.
+    """
     widest = 128 if itemsize == 2 else 64  # 128 spills in fp32, compiled for sm_90
     block_n = min(max(next_power_of_2(out_channels), MIN_BLOCK), widest)
-    block_k = min(max(next_power_of_2(channels), MIN_BLOCK), STEP_BYTES // itemsize)
+    block_k = min(max(next_power_of_2(depth), MIN_BLOCK), STEP_BYTES // itemsize)
     block_m = 128 if rows > 64 else 64
     return ConvConfig(block_m, block_n, block_k, num_warps=8 if block_n == 128 else 4, num_stages=3)
 
 
-def search_space(rows: int, channels: int, out_channels: int, itemsize: int) -> list[ConvConfig]:
+def search_space(rows: int, depth: int, out_channels: int, itemsize: int) -> list[ConvConfig]:
     """The heuristic's choice first, then others of its kind."""
-    first = conv_config(rows, channels, out_channels, itemsize)
+    first = conv_config(rows, depth, out_channels, itemsize)
     found = [first]
     for block_m in (64, 128, 256):
         for block_n in (64, 128, 256):
