@@ -197,7 +197,7 @@ def verify(
 def _bytes_and_flops(case: OpCase, inputs: Inputs) -> tuple[int, int]:
     itemsize = inputs.x.element_size()
     if isinstance(case.site, ConvSite):
-        return conv_bytes_and_flops(case.site, case.batch, itemsize)
+        return conv_bytes_and_flops(case.site, case.direction, case.batch, itemsize)
     return moved_bytes(case.site.operation, case.direction, inputs.x.numel(), itemsize), 0
 
 

@@ -1,8 +1,9 @@
-"""Which way a convolution with an epilogue takes: torch's convolution and our apply, or our kernel.
+"""Which way a convolution with an epilogue takes: torch's convolution and our passes, or our kernel.
 
 A table for each GPU says for which shapes our kernel was measured to be faster, and with which
 configuration. `bnres tune` fills it; it lies in the user's cache folder, or where ``BNRES_ROUTES``
-says. What was not measured goes to torch.
+says. What was not measured goes to torch, and so does what torch.compile captures: reading a file is
+nothing that it can capture.
 """
 
 import json
@@ -25,7 +26,10 @@ _override = "auto"
 
 @dataclass(frozen=True)
 class ConvCall:
-    """What the measured time of a convolution depends on."""
+    """What the measured time of a convolution depends on.
+
+    With ``has_sums`` it is one in training, that sums its output for the batch norm behind it.
+    """
 
     dtype: str
     batch: int
@@ -35,6 +39,7 @@ class ConvCall:
     out_channels: int
     shape: ConvShape
     has_residual: bool
+    has_sums: bool = False
 
     @property
     def key(self) -> str:
@@ -44,7 +49,7 @@ class ConvCall:
             f"{self.dtype} {self.batch}x{self.channels}x{self.height}x{self.width} -> "
             f"{self.out_channels} kernel {s.kernel_h}x{s.kernel_w} stride {s.stride_h}x{s.stride_w} "
             f"padding {s.padding_h}x{s.padding_w} dilation {s.dilation_h}x{s.dilation_w}"
-            f"{' residual' if self.has_residual else ''}"
+            f"{' residual' if self.has_residual else ''}{' sums' if self.has_sums else ''}"
         )
 
 
@@ -72,7 +77,7 @@ def kernel_config(call: ConvCall, device: torch.device) -> tuple[bool, ConvConfi
     """Whether ``call`` goes to our kernel, and its configuration (None: the heuristic's)."""
     if _override != "auto":
         return _override == "kernel", None
-    if device.type != "cuda":
+    if device.type != "cuda" or torch.compiler.is_compiling():
         return False, None
     config = load_table(table_path(gpu_name(device))).get(call)
     return config is not None, config

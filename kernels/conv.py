@@ -14,8 +14,6 @@ from bnres.kernels.launch import launch, launch_scope
 from bnres.kernels.norm import Norm
 from bnres.kernels.pad import pad_channels
 
-ROW_VECTOR_BYTES = 8
-
 
 @triton.jit
 def _conv_bn_act_kernel(
@@ -146,16 +144,15 @@ def convolution(
 ) -> tuple[ConvConfig, dict[str, Any]]:
     """The configuration, and the arguments that every kernel with a `conv_tile` takes.
 
-    Where a filter's row is summed at once, channels are filled up to 8 bytes, which asynchronous
-    copies take.
+    Few channels are filled up with zeros, see `ConvShape.padded_channels`.
     """
-    if shape.by_rows(x.shape[1]):
-        x, filter = (pad_channels(t, -(-ROW_VECTOR_BYTES // t.element_size())) for t in (x, filter))
-    channels, out_channels = x.shape[1], y.shape[1]
-    depth = shape.depth(channels)
+    itemsize, out_channels = x.element_size(), y.shape[1]
+    depth, by_rows = shape.depth(x.shape[1], itemsize), shape.by_rows(x.shape[1])
+    channels = shape.padded_channels(x.shape[1], itemsize)
+    x, filter = pad_channels(x, channels), pad_channels(filter, channels)
     rows = y.numel() // out_channels
-    config = config or conv_config(rows, depth, out_channels, x.element_size())
-    vector = 16 // x.element_size()
+    config = config or conv_config(rows, depth, out_channels, itemsize)
+    vector = 16 // itemsize
     largest = max(x.numel(), y.numel(), filter.numel())
     return config, {
         "x_ptr": x,
@@ -168,7 +165,7 @@ def convolution(
         "OW": y.shape[3],
         "K_OUT": out_channels,
         "SHAPE": shape,
-        "ROW_CHANNELS": channels if shape.by_rows(channels) else 0,
+        "ROW_CHANNELS": channels if by_rows else 0,
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "BLOCK_K": config.block_k,

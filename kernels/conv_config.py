@@ -11,6 +11,9 @@ from bnres.kernels.config import next_power_of_2
 # The least that the matrix instructions of every target take.
 MIN_BLOCK = 16
 STEP_BYTES = 128
+MIN_CHANNELS = 8
+# The least that an asynchronous copy of part of a row takes at once, where it is worth one.
+ROW_VECTOR_BYTES = 8
 # Most channels, and most elements in a row of a filter, for which a row is a step or two.
 MAX_ROW_CHANNELS, MAX_ROW = 8, 64
 
@@ -45,9 +48,19 @@ class ConvShape:
             and self.kernel_w * channels <= MAX_ROW
         )
 
-    def depth(self, channels: int) -> int:
+    def has_kernel(self, channels: int) -> bool:
+        """Whether our kernels are meant for it: fewer channels leave most of an instruction empty."""
+        return channels >= MIN_CHANNELS or self.by_rows(channels)
+
+    def padded_channels(self, channels: int, itemsize: int) -> int:
+        """Channels as the kernel reads them: a row of few is filled up to whole vectors."""
+        vector = max(ROW_VECTOR_BYTES // itemsize, 1)
+        return -(-channels // vector) * vector if self.by_rows(channels) else channels
+
+    def depth(self, channels: int, itemsize: int) -> int:
         """Elements of the sum that lie one behind the other, in the input as in the filter."""
-        return self.kernel_w * channels if self.by_rows(channels) else channels
+        padded = self.padded_channels(channels, itemsize)
+        return padded * self.kernel_w if self.by_rows(channels) else padded
 
     def output_size(self, height: int, width: int) -> tuple[int, int]:
         """Height and width of the output."""

@@ -125,11 +125,10 @@ def conv_sums(
     y = empty_output(x, filter, shape)
     channels = y.shape[1]
     if y.numel() == 0:
-        return y, torch.zeros((3, channels), dtype=torch.float64, device=x.device)
+        return y, torch.zeros((1, channels), dtype=torch.float64, device=x.device)
     config, arguments = convolution(x, filter, y, shape, config)
     rows = y.numel() // channels
-    tiles = -(-rows // config.block_m)
-    splits = -(-tiles // TILES_PER_SPLIT)
+    tiles, splits = -(-rows // config.block_m), split_count(rows, config)
     partial = torch.empty((3, tiles, channels), dtype=torch.float32, device=x.device)
     sums = torch.empty((2 * splits + 1, channels), dtype=torch.float64, device=x.device)
     with launch_scope(x):
@@ -154,3 +153,8 @@ def conv_sums(
             BLOCK_C=COMBINE_CHANNELS,
         )
     return y, sums
+
+
+def split_count(rows: int, config: ConvConfig) -> int:
+    """Splits of the sums over ``rows`` positions."""
+    return -(-rows // (config.block_m * TILES_PER_SPLIT))

@@ -23,10 +23,9 @@ def _pad_channels_kernel(
     tl.store(y_ptr + offsets, x, mask=inside)
 
 
-def pad_channels(x: Tensor, multiple: int) -> Tensor:
-    """A channels_last ``x`` (N, C, H, W) with channels of zeros up to a multiple; or ``x`` itself."""
+def pad_channels(x: Tensor, padded: int) -> Tensor:
+    """A channels_last ``x`` (N, C, H, W) filled up with zeros: (N, padded, H, W); or ``x`` itself."""
     n, channels, height, width = x.shape
-    padded = -(-channels // multiple) * multiple
     if padded == channels:
         return x
     y = torch.empty(

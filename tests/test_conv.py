@@ -175,14 +175,14 @@ def test_table_of_routes(tmp_path, monkeypatch):
     monkeypatch.setenv("BNRES_ROUTES", str(tmp_path / "cache" / "routes.json"))
     model = BasicBlock(8, 16, 2, "relu")
     calls = conv_calls(model, (1, 8, 4, 4), torch.float32)
-    assert len(calls) == 6  # three convolutions, with and without residual
+    assert len(calls) == 9  # three convolutions, with a residual, without, and with sums
     ticks = iter(range(10**6))
 
     def timer(call):
         call()
         return time.perf_counter() + next(ticks)  # later is slower: torch's, timed first, wins
 
-    rows = [found.as_row() for found in measure(calls[:2], torch.device(DEVICE), timer)]
+    rows = [found.as_row() for found in measure(calls[:3], torch.device(DEVICE), timer)]
     path = routes.table_path("gpu")
     assert routes.load_table(path) == {}
     routes.save_table(path, rows, {"gpu": "test"})
@@ -191,7 +191,7 @@ def test_table_of_routes(tmp_path, monkeypatch):
     routes.save_table(path, rows[:1], {"gpu": "test"})
     assert routes.load_table(path) == {calls[0]: rows[0]["config"]}
     assert isinstance(rows[0]["config"], ConvConfig)
-    assert len(json.loads(path.read_text())["routes"]) == 2
+    assert len(json.loads(path.read_text())["routes"]) == 3
     path.write_text("{}")
     routes.load_table.cache_clear()
     with pytest.raises(ValueError, match="is no table of routes"):

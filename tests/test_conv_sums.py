@@ -1,13 +1,19 @@
 """Convolution with sums of its output for the batch norm behind it: kernel, gradients, routes."""
 
+import copy
+
 import pytest
 import torch
+from torch import nn
 
+import bnres
+from bnres.functional.conv import convolve
 from bnres.kernels import conv_sums as kernels
 from bnres.kernels.bn_forward import bn_stats
 from bnres.kernels.conv_config import ConvConfig, ConvShape
 from bnres.kernels.conv_sums import conv_sums
 from bnres.kernels.reference import bn_stats_ref, conv_sums_ref
+from bnres.nn import ConvBatchNormAct2d
 from tests.device import DEVICE
 from tests.test_conv import CASES, double, random
 from tests.tolerances import assert_close
@@ -76,7 +82,139 @@ def test_values_that_are_no_numbers():
             assert torch.equal(actual.isfinite(), expected.isfinite())
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="counts what the interpreter touches")
+def test_memory_touched():
+    """The input's sectors once and the output's once, with the sums as without."""
+    from benchmarks.audit.memory import count_traffic
+
+    x, filter = random(2, 16, 8, 8, dtype=torch.float16), random(16, 16, 3, 3, dtype=torch.float16)
+    with count_traffic() as traffic:
+        conv_sums(x, filter, ConvShape(3, 3, 1, 1, 1, 1, 1, 1))
+    assert traffic.sectors == 2 * x.numel() * x.element_size()
+
+
 def test_empty_batch():
     x, filter = torch.empty(0, 8, 4, 4, device=DEVICE), random(3, 8, 1, 1)
     y, sums = conv_sums(x, filter, ConvShape(1, 1, 1, 1, 0, 0, 1, 1))
     assert y.shape == (0, 3, 4, 4) and torch.equal(sums, torch.zeros_like(sums))
+
+
+class Stem(nn.Module):
+    """A ResNet's first layers: few channels, and a batch norm that is pooled."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 8, 5, 2, 2, bias=False), nn.BatchNorm2d(8)
+        self.pool = nn.MaxPool2d(3, 2, 1)
+
+    def forward(self, x):
+        return self.pool(torch.relu(self.bn(self.conv(x))))
+
+
+def layers():
+    plain = ConvBatchNormAct2d(8, 16, 3, 2, 1)
+    biased = ConvBatchNormAct2d(8, 16, 3, padding=1, bias=True, momentum=None, act_layer="silu")
+    return {"plain": (plain, 8), "biased": (biased, 8), "stem": (bnres.fuse(Stem()), 3)}
+
+
+@pytest.fixture
+def called(monkeypatch):
+    """Counts the convolutions that sum their output."""
+    from bnres.ops import conv2d_sums
+
+    counts, forward = [0], conv2d_sums.forward_impl
+
+    def count(*arguments):
+        counts[0] += 1
+        return forward(*arguments)
+
+    monkeypatch.setattr(conv2d_sums, "forward_impl", count)
+    return counts
+
+
+@pytest.mark.parametrize("name", ["plain", "biased", "stem"])
+def test_training_by_the_kernel_is_that_by_torch(name, called):
+    torch.manual_seed(0)
+    layer, channels = layers()[name]
+    layer = layer.to(DEVICE, memory_format=LAST)
+    other = copy.deepcopy(layer)
+    x = random(3, channels, 9, 9)
+    results = []
+    for net, route in ((layer, "kernel"), (other, "torch")):
+        leaf = x.clone(memory_format=torch.preserve_format).requires_grad_()
+        with bnres.use_conv_route(route):
+            y = net(leaf)
+            net(leaf)
+        y.square().sum().backward()
+        results.append([y, leaf.grad, *(p.grad for p in net.parameters()), *net.buffers()])
+    assert called == [2]
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_frozen_layers_and_other_inputs_go_to_torch(called):
+    layer, channels = layers()["plain"]
+    layer.to(DEVICE)
+    x = random(3, channels, 9, 9)
+    with bnres.use_conv_route("kernel"):
+        layer(x.contiguous())
+        layer.double()(x.double())
+        layer.float().bn.eval()
+        layer(x)
+        assert called == [0]
+        layer.train()(x)
+    layer(x)
+    assert called == [1]
+
+
+def test_derivatives(called):
+    """Of the first, second and forward kind, in which nothing hangs on the sums."""
+    torch.manual_seed(0)
+    x, filter = random(2, 8, 3, 3).requires_grad_(), random(4, 8, 2, 2).requires_grad_()
+    directions = random(2, 8, 3, 3), random(4, 8, 2, 2)
+
+    def run(x, filter):
+        return convolve(x, filter, 1, 1, 1, 1, sums=True)[0].square().sum()
+
+    found = []
+    for route in ("kernel", "torch"):
+        with bnres.use_conv_route(route):
+            first = torch.autograd.grad(run(x, filter), (x, filter), create_graph=True)
+            second = torch.autograd.grad(sum(g.square().sum() for g in first), (x, filter))
+            tangent = torch.func.jvp(run, (x.detach(), filter.detach()), directions)[1]
+            found.append([*first, *second, tangent])
+    assert called == [2]
+    for actual, expected in zip(*found, strict=True):
+        scale = expected.abs().max().item()
+        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5 * scale)
+
+
+def test_autocast_is_that_of_conv2d(called):
+    layer, channels = layers()["plain"]
+    layer = layer.to(DEVICE, memory_format=LAST)
+    x = random(2, channels, 9, 9)
+    # The interpreter's tl.dot takes no bf16, and autocast on the CPU takes fp16 as well.
+    with torch.autocast(DEVICE, torch.float16), bnres.use_conv_route("kernel"):
+        y = layer(x)
+    assert called == [1] and y.dtype == torch.float16
+    y.float().sum().backward()
+    assert layer.conv.weight.grad.dtype == torch.float32
+    norm = nn.BatchNorm2d(16, dtype=torch.float64, device=DEVICE)
+    assert_close(y.detach(), torch.relu(norm(layer.conv(x).double())), y.dtype)
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["plain", "biased"])
+def test_compiled_layer_is_the_eager_one(bias):
+    torch.manual_seed(0)
+    layer = ConvBatchNormAct2d(8, 8, 3, padding=1, bias=bias).to(DEVICE, memory_format=LAST)
+    other = copy.deepcopy(layer)
+    x = random(2, 8, 4, 4)
+    with bnres.use_conv_route("kernel"):
+        compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+        results = []
+        for net, parts in ((compiled, layer), (other, other)):
+            y = net(x)
+            y.square().sum().backward()
+            results.append([y, *(p.grad for p in parts.parameters()), *parts.buffers()])
+    for actual, expected in zip(*results, strict=True):
+        assert torch.equal(actual, expected)

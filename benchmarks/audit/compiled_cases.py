@@ -12,6 +12,7 @@ from bnres import models
 from bnres.kernels.augment import augment
 from bnres.kernels.augment_plan import AugmentDraws, AugmentPlan
 from bnres.kernels.conv import conv_bn_act
+from bnres.kernels.conv_sums import conv_sums
 from bnres.kernels.norm import Norm
 from bnres.routes import ConvCall
 from bnres.tune import conv_calls
@@ -48,19 +49,23 @@ def launch_step(case: Case) -> None:
 
 
 def launch_conv(call: ConvCall) -> None:
-    """A convolution of a model, in evaluation."""
+    """A convolution of a model, in evaluation or in training."""
     dtype, last = getattr(torch, call.dtype), torch.channels_last
 
     def tensor(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=dtype, memory_format=last)
 
+    x = tensor(call.batch, call.channels, call.height, call.width)
+    filter = tensor(call.out_channels, call.channels, call.shape.kernel_h, call.shape.kernel_w)
+    if call.has_sums:
+        conv_sums(x, filter, call.shape)
+        return
     channel = torch.empty(call.out_channels)
     size = call.shape.output_size(call.height, call.width)
     residual = tensor(call.batch, call.out_channels, *size) if call.has_residual else None
     conv_bn_act(
-        tensor(call.batch, call.channels, call.height, call.width),
-        tensor(call.out_channels, call.channels, call.shape.kernel_h, call.shape.kernel_w),
-        None, Norm(channel, channel, channel, channel), 1e-5, residual, "relu", 0.0, call.shape,
+        x, filter, None, Norm(channel, channel, channel, channel), 1e-5, residual, "relu", 0.0,
+        call.shape,
     )  # fmt: skip
 
 
@@ -91,7 +96,7 @@ def family_cases() -> list[Case]:
 
 
 def all_convs() -> list[ConvCall]:
-    """Every convolution of ResNet-18 and ResNet-50 that the kernel takes."""
+    """Every convolution of ResNet-18 and ResNet-50 that the kernels take."""
     return [
         call
         for name in ("resnet18", "resnet50")
@@ -101,9 +106,14 @@ def all_convs() -> list[ConvCall]:
 
 
 def family_convs() -> list[ConvCall]:
-    """A 3×3 convolution of layer1 and one of layer4, with a residual, in bf16."""
-    calls = [c for c in all_convs() if c.has_residual and c.dtype == "bfloat16"]
-    return [next(c for c in calls if c.channels == n and c.shape.taps == 9) for n in (64, 512)]
+    """In bf16 a 3×3 one of layer1 and one of layer4, with a residual and with sums; and the stem."""
+    calls = [c for c in all_convs() if c.dtype == "bfloat16"]
+    chosen = [
+        next(c for c in calls if c.channels == n and c.shape.taps == 9 and getattr(c, what))
+        for n in (64, 512)
+        for what in ("has_residual", "has_sums")
+    ]
+    return [*chosen, next(c for c in calls if c.channels == 3 and c.has_sums)]
 
 
 @dataclass(frozen=True)

@@ -128,7 +128,10 @@ def read_row(gpu: Gpu, case: Case, launch: Launch) -> Row:
 
 
 def read_conv(gpu: Gpu, call: ConvCall, launch: Launch) -> Row:
-    """A convolution: matrix instructions fed by 16-byte asynchronous copies, or by TMA."""
+    """A convolution: matrix instructions fed by wide asynchronous copies, or by TMA.
+
+    Wide are 16 bytes, or 8 where the input's few channels are no more.
+    """
     threads = launch.compiled.metadata.num_warps * gpu.target.warp_size
     if gpu.target.backend == "hip":
         return _amd_row(gpu, launch, call.key, call.dtype, threads)
@@ -140,8 +143,9 @@ def read_conv(gpu: Gpu, call: ConvCall, launch: Launch) -> Row:
     if not any(name.startswith(matrix) for name in names):
         matrix = ""
         missing.append("matrix instructions")
-    if "UTMALDG" not in names and not (copies and all(i.access_bytes == WIDE for i in copies)):
-        missing.append("16-byte asynchronous copies")
+    wide = min(WIDE, launch.arguments["C"] * launch.arguments["x_ptr"].element_size())
+    if "UTMALDG" not in names and not (copies and all(i.access_bytes == wide for i in copies)):
+        missing.append(f"{wide}-byte asynchronous copies")
     shared = launch.compiled.metadata.shared + RESERVED_SHARED
     room = resident_programs(gpu, code.registers, shared, threads)
     return Row(
@@ -150,8 +154,11 @@ def read_conv(gpu: Gpu, call: ConvCall, launch: Launch) -> Row:
     )  # fmt: skip
 
 
-def read_augment(gpu: Gpu, case: AugmentCase, launch: Launch) -> Row:
-    """Augmentation, whose images' bytes are read where each one's draws say, so never wide."""
+def read_other(gpu: Gpu, case: str, dtype: str, launch: Launch) -> Row:
+    """A kernel of which registers and spills are held against the budget, and no more.
+
+    Augmentation reads where each image's draws say, so never wide; others move little.
+    """
     threads = launch.compiled.metadata.num_warps * gpu.target.warp_size
     shared = launch.compiled.metadata.shared
     if gpu.target.backend == "hip":
@@ -162,7 +169,7 @@ def read_augment(gpu: Gpu, case: AugmentCase, launch: Launch) -> Row:
         registers, spills, shared = code.registers, code.spills, shared + RESERVED_SHARED
     room = resident_programs(gpu, registers, shared, threads)
     return Row(
-        gpu.name, launch.kernel, str(case), "uint8", registers, shared, spills, 0.0, 0, 0,
+        gpu.name, launch.kernel, case, dtype, registers, shared, spills, 0.0, 0, 0,
         room * threads / gpu.max_threads,
     )  # fmt: skip
 
@@ -182,7 +189,7 @@ def stores_tensor(launch: Launch) -> bool:
 def _amd_row(gpu: Gpu, launch: Launch, case: str, dtype: str, threads: int) -> Row:
     """Of AMD's code less is read: no loops, so no loads under way."""
     code = amdgcn.read(launch.compiled.asm["amdgcn"])
-    is_conv = "conv" in launch.kernel
+    is_conv = "PRECISION" in launch.arguments
     wide = {"load", "store"} if stores_tensor(launch) and not is_conv else {"load"}
     shared = launch.compiled.metadata.shared
     room = resident_programs(gpu, code.registers, shared, threads)
@@ -219,13 +226,17 @@ def audit(
         with compile_only(gpu, launches.append):
             launch_conv(call)
         for launch in launches:
-            take(launch, 0, partial(read_conv, gpu, call))
+            multiplies = "PRECISION" in launch.arguments
+            read = partial(read_conv, gpu, call)
+            if not multiplies:
+                read = partial(read_other, gpu, call.key, call.dtype)
+            take(launch, 0, read)
     for chain in augments:
         launches = []
         with compile_only(gpu, launches.append):
             launch_augment(chain)
         for launch in launches:
-            take(launch, 0, partial(read_augment, gpu, chain))
+            take(launch, 0, partial(read_other, gpu, str(chain), "uint8"))
     return rows
 
 

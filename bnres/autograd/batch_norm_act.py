@@ -23,6 +23,8 @@ from bnres.ops.statistics import note_updates
 class BatchNormActFunction(torch.autograd.Function):
     """y, y again or None, and mean, rstd and mask, which are for backward.
 
+    ``sums`` of x, if they are known, save the pass for its statistics; nothing is derived from them.
+
     Handed out twice, y takes the gradients of the two tensors unsummed, and the reduce pass sums
     them; the tensors share their memory.
     """
@@ -30,12 +32,12 @@ class BatchNormActFunction(torch.autograd.Function):
     @staticmethod
     def forward(
         x, weight, bias, residual, running_mean, running_var, counter, factor, momentum, training,
-        eps, act, act_param, needs_grad, twice,
+        eps, act, act_param, needs_grad, twice, sums,
     ):  # fmt: skip
         run = ops.forward_op if torch.compiler.is_compiling() else ops.forward_impl
         y, mean, rstd, mask = run(
             x, weight, bias, residual, running_mean, running_var, counter, factor, momentum,
-            training, eps, act, act_param, needs_grad,
+            training, eps, act, act_param, needs_grad, sums,
         )  # fmt: skip
         if not torch.compiler.is_compiling():
             note_updates(training, running_mean, running_var, counter)
@@ -43,7 +45,7 @@ class BatchNormActFunction(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        x, weight, bias, residual, *_, needs_grad, _twice = inputs
+        x, weight, bias, residual, *_, needs_grad, _twice, _sums = inputs
         training, eps, act, act_param = inputs[9:13]
         mean, rstd, mask = output[2:]
         ctx.mark_non_differentiable(mean, rstd, mask)
@@ -62,7 +64,7 @@ class BatchNormActFunction(torch.autograd.Function):
         if dy is not None:
             needs = tuple(ctx.needs_input_grad[:4])
             grads = apply(backward_function(), dy, dy_skip, *ctx.saved_tensors, needs, *ctx.options)
-        return *grads, *((None,) * 11)
+        return *grads, *((None,) * 12)
 
 
 class ForwardModeBatchNormActFunction(BatchNormActFunction):
@@ -71,7 +73,7 @@ class ForwardModeBatchNormActFunction(BatchNormActFunction):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
         BatchNormActFunction.setup_context(ctx, inputs, output)
-        ctx.twice = inputs[-1]
+        ctx.twice = inputs[-2]
         ctx.save_for_forward(*inputs[:6])
 
     @staticmethod

@@ -49,17 +49,20 @@ def _formula(
 
 
 class BatchNormActMaxPoolFunction(torch.autograd.Function):
-    """y; where its maxima lie, the x there, mean and rstd are for backward."""
+    """y; where its maxima lie, the x there, mean and rstd are for backward.
+
+    ``sums`` are as in `bnres.autograd.batch_norm_act.BatchNormActFunction`.
+    """
 
     @staticmethod
     def forward(
         x, weight, bias, running_mean, running_var, counter, factor, momentum, training, eps, act,
-        act_param, window, ceil_mode, needs_grad,
+        act_param, window, ceil_mode, needs_grad, sums,
     ):  # fmt: skip
         run = ops.forward_op if torch.compiler.is_compiling() else ops.forward_impl
         outputs = run(
             x, weight, bias, running_mean, running_var, counter, factor, momentum, training, eps, act,
-            act_param, window, ceil_mode, needs_grad,
+            act_param, window, ceil_mode, needs_grad, sums,
         )  # fmt: skip
         if not torch.compiler.is_compiling():
             note_updates(training, running_mean, running_var, counter)
@@ -82,7 +85,7 @@ class BatchNormActMaxPoolFunction(torch.autograd.Function):
                 function = ForwardModeBatchNormActMaxPoolBackwardFunction
             needs = tuple(ctx.needs_input_grad[:TENSORS])
             grads = apply(function, dy, *ctx.saved_tensors, needs, *ctx.options)
-        return *grads, *((None,) * 12)
+        return *grads, *((None,) * 13)
 
 
 class ForwardModeBatchNormActMaxPoolFunction(BatchNormActMaxPoolFunction):

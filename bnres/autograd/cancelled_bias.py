@@ -22,6 +22,17 @@ class CancelledBiasFunction(torch.autograd.Function):
         zeros = torch.zeros_like(ctx.saved_tensors[0]) if ctx.needs_input_grad[1] else None
         return dy, zeros
 
+
+class ForwardModeCancelledBiasFunction(CancelledBiasFunction):
+    """`CancelledBiasFunction` with a forward-mode derivative, which torch.compile can't capture."""
+
     @staticmethod
     def jvp(ctx: Any, dx: Tensor | None, _: Tensor | None) -> Tensor | None:
         return None if dx is None else dx.view_as(dx)
+
+
+def function() -> type[CancelledBiasFunction]:
+    """The Function to apply: the one with forward mode, but where torch.compile captures it."""
+    return (
+        CancelledBiasFunction if torch.compiler.is_compiling() else ForwardModeCancelledBiasFunction
+    )

@@ -1,5 +1,6 @@
 """Convolution, batch norm, residual and activation."""
 
+from math import prod
 from typing import Any
 
 import torch
@@ -7,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bnres.activations import resolve
-from bnres.autograd.cancelled_bias import CancelledBiasFunction
+from bnres.autograd import cancelled_bias, conv2d_sums
+from bnres.autograd.apply import apply
 from bnres.backend import uses_kernels
 from bnres.functional.batch_norm import batch_norm_act
 from bnres.functional.checks import (
@@ -17,7 +19,7 @@ from bnres.functional.checks import (
     check_statistics,
 )
 from bnres.functional.prepare import packed_parameters, wants_grad
-from bnres.kernels.conv_config import ConvShape
+from bnres.kernels.conv_config import ConvShape, conv_config
 from bnres.kernels.dtypes import acc_type
 from bnres.kernels.reference import ACTIVATION_FORMULAS
 from bnres.ops import conv2d_batch_norm_act as ops
@@ -25,8 +27,6 @@ from bnres.routes import ConvCall, kernel_config
 
 Size = int | tuple[int, ...]
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-# Fewer channels leave most of a matrix instruction empty.
-MIN_CHANNELS = 8
 
 
 def conv2d_batch_norm_act(
@@ -53,9 +53,10 @@ def conv2d_batch_norm_act(
 ) -> Any:
     """Fused ``act(batch_norm(conv2d(input)) + residual)``.
 
-    In training, or where gradients are asked for, it is torch's convolution and our batch norm.
-    Without gradients, in evaluation, one kernel does all of it where it was measured to be the
-    faster way on this GPU (see `bnres.routes`). A ``conv_bias`` in front of the statistics of the
+    In training it is a convolution and our batch norm: torch's convolution, or ours, which sums its
+    output for the batch norm, where it was measured to be the faster way on this GPU (see
+    `bnres.routes`). Without gradients, in evaluation, one kernel does all of it where that was
+    measured to be faster. A ``conv_bias`` in front of the statistics of the
     batch cancels: it moves the running mean alone, and its gradient is zeros.
 
     Args:
@@ -83,12 +84,41 @@ def conv2d_batch_norm_act(
         )
         if y is not None:
             return (y, y) if twice else y
-    x = F.conv2d(input, conv_weight, None, stride, padding, dilation, groups)
+    x, sums = convolve(input, conv_weight, stride, padding, dilation, groups, sums=training)
     return after_convolution(
         x, conv_bias, *stats, residual=residual, act=act, act_kwargs=act_kwargs,
         training=training, momentum=momentum, eps=eps, num_batches_tracked=num_batches_tracked,
-        twice=twice,
+        twice=twice, sums=sums,
     )  # fmt: skip
+
+
+def convolve(
+    input: Tensor,
+    conv_weight: Tensor,
+    stride: Size,
+    padding: Size | str,
+    dilation: Size,
+    groups: int,
+    *,
+    sums: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """A convolution without bias, and, if asked, the sums of its output that `batch_norm_act` takes.
+
+    The sums are None where torch's convolution is the faster way.
+    """
+    operands = None
+    if sums and input.is_contiguous(memory_format=torch.channels_last):
+        operands = _kernel_operands(input, conv_weight, stride, padding, dilation, groups)
+    if operands is not None:
+        x, filter, shape = operands
+        takes_kernel, config = kernel_config(_call(x, filter, shape, has_sums=True), x.device)
+        if takes_kernel:
+            rows = x.shape[0] * prod(shape.output_size(*x.shape[2:]))
+            depth = shape.depth(x.shape[1], x.element_size())
+            config = config or conv_config(rows, depth, filter.shape[0], x.element_size())
+            filter = filter.contiguous(memory_format=torch.channels_last)
+            return apply(conv2d_sums.function(), x, filter, shape, config)
+    return F.conv2d(input, conv_weight, None, stride, padding, dilation, groups), None
 
 
 def after_convolution(
@@ -126,7 +156,7 @@ def after_convolution(
 def absorb_bias(x: Tensor, conv_bias: Tensor) -> Tensor:
     """``x``, through which ``conv_bias`` gets its gradient of zeros."""
     if wants_grad(conv_bias):
-        return CancelledBiasFunction.apply(x, conv_bias)
+        return apply(cancelled_bias.function(), x, conv_bias)
     return x
 
 
@@ -198,32 +228,13 @@ def _by_kernel(
     options: tuple[Size, Size | str, Size, int],
 ) -> Tensor | None:
     """The output by our kernel, or None where torch's convolution is to do it."""
-    stride, padding, dilation, groups = options
-    if (
-        not uses_kernels(input)
-        or input.dim() != 4
-        or conv_weight.dim() != 4
-        or groups != 1
-        or isinstance(padding, str)
-        or input.shape[1] != conv_weight.shape[1]
-        or input.shape[1] < MIN_CHANNELS
-        or wants_grad(input, conv_weight, conv_bias, *stats[2:], residual)
-    ):
+    if wants_grad(input, conv_weight, conv_bias, *stats[2:], residual):
         return None
-    device = input.device.type
-    if torch.is_autocast_enabled(device) and input.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
-        input, conv_weight = input.to(dtype), conv_weight.to(dtype)
-    if input.dtype not in KERNEL_DTYPES or conv_weight.dtype != input.dtype:
+    operands = _kernel_operands(input, conv_weight, *options)
+    if operands is None:
         return None
-    shape = _conv_shape(conv_weight, stride, padding, dilation)
-    batch, channels, height, width = input.shape
-    if min(shape.output_size(height, width)) < 1:
-        return None  # torch says what is wrong
-    call = ConvCall(
-        str(input.dtype).removeprefix("torch."), batch, channels, height, width,
-        conv_weight.shape[0], shape, residual is not None,
-    )  # fmt: skip
+    input, conv_weight, shape = operands
+    call = _call(input, conv_weight, shape, has_residual=residual is not None)
     takes_kernel, config = kernel_config(call, input.device)
     if not takes_kernel:
         return None
@@ -243,6 +254,54 @@ def _by_kernel(
         input.contiguous(memory_format=last), conv_weight.contiguous(memory_format=last),
         conv_bias, running_mean, running_var, weight, bias, residual, eps, name, param,
         shape.as_list(), None if config is None else config.as_list(),
+    )  # fmt: skip
+
+
+def _kernel_operands(
+    input: Tensor,
+    conv_weight: Tensor,
+    stride: Size,
+    padding: Size | str,
+    dilation: Size,
+    groups: int,
+) -> tuple[Tensor, Tensor, ConvShape] | None:
+    """Input and filter in the type they are multiplied in, and the window.
+
+    None where our kernels do not take them, or torch has to say what is wrong.
+    """
+    if (
+        not uses_kernels(input)
+        or input.dim() != 4
+        or conv_weight.dim() != 4
+        or groups != 1
+        or isinstance(padding, str)
+        or input.shape[1] != conv_weight.shape[1]
+        or input.device != conv_weight.device
+    ):
+        return None
+    device = input.device.type
+    if torch.is_autocast_enabled(device) and input.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+        input, conv_weight = input.to(dtype), conv_weight.to(dtype)
+    if input.dtype not in KERNEL_DTYPES or conv_weight.dtype != input.dtype:
+        return None
+    shape = _conv_shape(conv_weight, stride, padding, dilation)
+    if not shape.has_kernel(input.shape[1]) or min(shape.output_size(*input.shape[2:])) < 1:
+        return None
+    return input, conv_weight, shape
+
+
+def _call(
+    input: Tensor,
+    filter: Tensor,
+    shape: ConvShape,
+    has_residual: bool = False,
+    has_sums: bool = False,
+) -> ConvCall:
+    batch, channels, height, width = input.shape
+    return ConvCall(
+        str(input.dtype).removeprefix("torch."), batch, channels, height, width, filter.shape[0],
+        shape, has_residual, has_sums,
     )  # fmt: skip
 
 

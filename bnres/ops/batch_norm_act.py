@@ -24,12 +24,13 @@ def forward_impl(
     act: str,
     act_param: float,
     needs_grad: bool,
+    sums: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y, mean, rstd and the 1-bit mask; what no backward needs is empty."""
     from bnres.kernels.bn_forward import bn_apply
 
     mean, rstd, variance_eps = channel_statistics(
-        x, running_mean, running_var, counter, factor, momentum, training, eps, needs_grad
+        x, running_mean, running_var, counter, factor, momentum, training, eps, needs_grad, sums
     )
     y, mask = bn_apply(
         x,
@@ -140,7 +141,7 @@ backward_op = torch.library.custom_op(
 @forward_op.register_fake
 def _(
     x, weight, bias, residual, running_mean, running_var, counter, factor, momentum, training, eps,
-    act, act_param, needs_grad,
+    act, act_param, needs_grad, sums=None,
 ):  # fmt: skip
     from bnres.kernels.bn_forward import mask_bytes
 
