@@ -237,8 +237,11 @@ def tune(
     batch_size: Annotated[int, typer.Option(help="Images a call.")] = 256,
     size: Annotated[int, typer.Option(help="Height and width of an image.")] = 224,
     dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "bf16",
+    match: Annotated[
+        str, typer.Option(help="Only calls whose name holds this: 'sums' (training), '3x3'.")
+    ] = "",
 ) -> None:
-    """Measure our convolution kernel against torch's on this GPU; the faster one is taken then."""
+    """Measure our convolution kernels against torch's on this GPU; the faster one is taken then."""
     import torch
     from rich.progress import track
 
@@ -256,6 +259,10 @@ def tune(
         channels = INPUT_CHANNELS.get(model, 3)
         net = create_model(model, in_channels=channels, fused=False)
         calls = conv_calls(net, (batch_size, channels, size, size), DTYPES[dtype])
+        chosen = [call for call in calls if match in call.key]
+        if not chosen:
+            names = "\n".join(call.key for call in calls)
+            raise ValueError(f"match: {match!r} is in none of\n{names}")
     device = torch.device("cuda")
     path = table_path(gpu_name(device))
     about = {
@@ -264,7 +271,7 @@ def tune(
         "date": f"{datetime.now():%Y-%m-%d}",
     }
     for found in track(
-        measure(calls, device, device_timer()), "tuning", len(calls), console=console
+        measure(chosen, device, device_timer()), "tuning", len(chosen), console=console
     ):
         save_table(path, [found.as_row()], about)
         console.print(
