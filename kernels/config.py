@@ -132,7 +132,11 @@ def tile_rows(view: ChannelView, tile: Tile) -> int:
 
 @dataclass(frozen=True)
 class KernelTuning:
-    """What a kernel asks of the chip: see `LaunchConfig`."""
+    """What a kernel asks of the chip: see `LaunchConfig`.
+
+    ``programs_per_sm`` is no more than have room at once, compiled for sm_90: the rest would begin
+    when the others end, and run alone.
+    """
 
     unroll: int
     num_stages: int
@@ -142,28 +146,37 @@ class KernelTuning:
 # A kernel that reads or writes the 1-bit mask has to unroll by this much: it is the mask's format.
 MASK_UNROLL = 4
 
+# Turns of programs where one is too few.
+TURNS = 4
+
 TUNING = {
     "stats": KernelTuning(unroll=4, num_stages=2, programs_per_sm=5),
     "apply": KernelTuning(unroll=MASK_UNROLL, num_stages=1, programs_per_sm=6),
     "apply_residual": KernelTuning(unroll=MASK_UNROLL, num_stages=2, programs_per_sm=4),
-    "reduce": KernelTuning(unroll=MASK_UNROLL, num_stages=2, programs_per_sm=4),
+    "reduce": KernelTuning(unroll=MASK_UNROLL, num_stages=2, programs_per_sm=3),
     "dx": KernelTuning(unroll=MASK_UNROLL, num_stages=3, programs_per_sm=4),
     "dual_apply": KernelTuning(unroll=2, num_stages=3, programs_per_sm=4),
-    "dual_reduce": KernelTuning(unroll=2, num_stages=3, programs_per_sm=4),
-    "dual_dx": KernelTuning(unroll=2, num_stages=3, programs_per_sm=4),
-    "pool": KernelTuning(unroll=1, num_stages=2, programs_per_sm=8),
-    "pool_dx": KernelTuning(unroll=1, num_stages=2, programs_per_sm=8),
+    "dual_reduce": KernelTuning(unroll=2, num_stages=3, programs_per_sm=3),
+    "dual_dx": KernelTuning(unroll=2, num_stages=3, programs_per_sm=3),
+    "pool": KernelTuning(unroll=1, num_stages=2, programs_per_sm=4),
+    "pool_dx": KernelTuning(unroll=1, num_stages=2, programs_per_sm=5),
 }
 
 
 def launch_config(kernel: str, view: ChannelView, tile: Tile, sm_count: int) -> LaunchConfig:
-    """Split the rows so that every multiprocessor has work, whatever the number of channels."""
+    """Split the rows so that every multiprocessor has work, whatever the number of channels.
+
+    There are no more programs than asked for, as one more would take a turn of its own; unless they
+    have one block of rows each, when turns are short and all loads are wanted, or there are more
+    columns than programs, when several turns make the last one short.
+    """
     tuning = TUNING[kernel]
     block_rows = tuning.unroll * tile.sub_rows
     row_blocks = max(-(-tile_rows(view, tile) // block_rows), 1)
     col_blocks = -(-view.channels // tile.block_channels)
-    wanted = max(tuning.programs_per_sm * sm_count // col_blocks, 1)
-    blocks_per_split = max((2 * row_blocks + wanted) // (2 * wanted), 1)
+    programs = tuning.programs_per_sm * sm_count
+    wanted = programs // col_blocks or -(-TURNS * programs // col_blocks)
+    blocks_per_split = 1 if 2 * row_blocks < 3 * wanted else -(-row_blocks // wanted)
     return LaunchConfig(
         unroll=tuning.unroll,
         num_stages=tuning.num_stages,

@@ -55,6 +55,7 @@ def worst(rows: Iterable[Row]) -> list[Row]:
             "narrow": round(row["narrow"], 4),
             "in_flight": flight,
             "occupancy": round(row["occupancy"], 4),
+            "idle": round(row["idle"], 4),
             "matrix": row["matrix"],
             "missing": row["missing"],
         }
@@ -64,7 +65,7 @@ def worst(rows: Iterable[Row]) -> list[Row]:
             continue
         kept = found[key]
         kept["specialisations"] += 1
-        for name in ("registers", "shared_memory", "spills", "narrow", "missing"):
+        for name in ("registers", "shared_memory", "spills", "narrow", "idle", "missing"):
             kept[name] = max(kept[name], fresh[name])
         kept["occupancy"] = min(kept["occupancy"], fresh["occupancy"])
         read = [v for v in (kept["in_flight"], flight) if v is not None]
@@ -108,8 +109,8 @@ def memory_key(row: Row) -> str:
 def exceeded(found: Found, budget: Found, same_triton: bool) -> list[str]:
     """What falls behind the budget, in words.
 
-    Occupancy, and how much of what does not fit spills, hang on the compiler's choice of registers,
-    so they are held against a budget of the same version of triton alone.
+    Occupancy, idle turns, and how much of what does not fit spills, hang on the compiler's choice of
+    registers, so they are held against a budget of the same version of triton alone.
     """
     problems = []
     allowed = {memory_key(row): row for row in budget.memory}
@@ -157,4 +158,6 @@ def _behind(row: Row, limit: Row, same_triton: bool) -> list[str]:
         )
     if same_triton and row["occupancy"] < limit["occupancy"] - SLACK:
         found.append(f"occupancy {row['occupancy']:.0%}, budget {limit['occupancy']:.0%}")
+    if same_triton and row["idle"] > limit["idle"] + SLACK:
+        found.append(f"{row['idle']:.0%} of its turns idle, budget {limit['idle']:.0%}")
     return found

@@ -97,17 +97,18 @@ def kernel_table(rows: Sequence[budget.Row]) -> str:
     """Machine code; of each kernel the worst of its ``n`` specialisations.
 
     ``narrow`` is what goes in accesses of less than 16 bytes for each byte in such of 16, ``in
-    flight`` the share of the loads wanted under way on a multiprocessor.
+    flight`` the share of the loads wanted under way on a multiprocessor, ``idle`` the room that is
+    empty in the last turn of programs, over all turns.
     """
     lines = [
         f"{'gpu':7} {'kernel':30} {'dtype':9} {'n':>3} {'regs':>4} {'smem':>6} {'spills':>6} "
-        f"{'narrow':>6} {'in flight':>9} {'occupancy':>9}  {'matrix':6} missing"
+        f"{'narrow':>6} {'in flight':>9} {'occupancy':>9} {'idle':>5}  {'matrix':6} missing"
     ]
     lines += [
         f"{r['gpu']:7} {r['kernel']:30} {r['dtype']:9} {r['specialisations']:3} "
         f"{r['registers']:4} {r['shared_memory']:6} {r['spills']:6} {r['narrow']:6.3f} "
         f"{'-' if r['in_flight'] is None else format(r['in_flight'], '.0%'):>9} "
-        f"{r['occupancy']:9.0%}  {r['matrix']:6} {r['missing']}"
+        f"{r['occupancy']:9.0%} {r['idle']:5.0%}  {r['matrix']:6} {r['missing']}"
         for r in rows
     ]
     return "\n".join(lines)

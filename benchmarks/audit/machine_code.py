@@ -61,6 +61,7 @@ class Row:
         in_flight: bytes of loads that a multiprocessor has under way (0: not read).
         wanted: what ``in_flight`` has to be at least.
         occupancy: resident threads as a share of the most, if the grid is large enough.
+        idle: share of a multiprocessor's room that is empty in the last turn, over all turns.
         matrix: a convolution's matrix instruction.
         missing: what a convolution's main loop lacks.
     """
@@ -76,6 +77,7 @@ class Row:
     in_flight: int
     wanted: int
     occupancy: float
+    idle: float = 0.0
     matrix: str = ""
     missing: str = ""
 
@@ -96,6 +98,15 @@ def resident_programs(gpu: Gpu, registers: int, shared: int, threads: int) -> in
     )
 
 
+def idle_share(launch: Launch, programs: int, room: int) -> float:
+    """How much of all turns of ``room`` programs is empty, where each walks down several blocks."""
+    tile = launch.arguments["TILE"]
+    blocks = launch.arguments["rows_per_split"] // (launch.arguments["UNROLL"] * tile.sub_rows)
+    if programs <= room or blocks < 2:
+        return 0.0
+    return 1 - programs / (-(-programs // room) * room)
+
+
 def read_row(gpu: Gpu, case: Case, launch: Launch) -> Row:
     """A kernel of a batch norm: wide accesses, and enough loads under way."""
     threads = launch.compiled.metadata.num_warps * gpu.target.warp_size
@@ -105,7 +116,7 @@ def read_row(gpu: Gpu, case: Case, launch: Launch) -> Row:
     code = disassemble(launch.compiled.asm["cubin"])
     shared = launch.compiled.metadata.shared + RESERVED_SHARED
     room = resident_programs(gpu, code.registers, shared, threads)
-    narrow, in_flight, wanted = 0.0, 0, 0
+    narrow, in_flight, wanted, idle = 0.0, 0, 0, 0.0
     if not is_finalize(launch):
         loop = code.loop
         counts = (load_bytes, store_bytes) if stores_tensor(launch) else (load_bytes,)
@@ -117,13 +128,14 @@ def read_row(gpu: Gpu, case: Case, launch: Launch) -> Row:
         per_thread = bytes_before_first_use(loop)
         per_thread += async_bytes(loop) * (launch.arguments["STAGES"] - 1)
         programs = launch.grid[0] * launch.grid[1]
+        idle = idle_share(launch, programs, room * gpu.sm_count)
         in_flight = min(room, -(-programs // gpu.sm_count)) * threads * per_thread
         tensors = 1 if launch.kernel == "_bn_stats_kernel" else loaded_tensors(launch)
         share = tensors * case.site.channels * case.site.size**2 * case.batch
         wanted = min(BYTES_IN_FLIGHT, share * case.dtype.itemsize // gpu.sm_count)
     return Row(
         gpu.name, launch.kernel, str(case), dtype, code.registers, shared, code.spills, narrow,
-        in_flight, wanted, room * threads / gpu.max_threads,
+        in_flight, wanted, room * threads / gpu.max_threads, idle,
     )  # fmt: skip
 
 
@@ -150,7 +162,7 @@ def read_conv(gpu: Gpu, call: ConvCall, launch: Launch) -> Row:
     room = resident_programs(gpu, code.registers, shared, threads)
     return Row(
         gpu.name, launch.kernel, call.key, call.dtype, code.registers, shared, code.spills, 0.0, 0,
-        0, room * threads / gpu.max_threads, matrix, " and ".join(missing),
+        0, room * threads / gpu.max_threads, 0.0, matrix, " and ".join(missing),
     )  # fmt: skip
 
 
@@ -196,7 +208,7 @@ def _amd_row(gpu: Gpu, launch: Launch, case: str, dtype: str, threads: int) -> R
     return Row(
         gpu.name, launch.kernel, case, dtype, code.registers, shared, code.spills,
         0.0 if is_finalize(launch) or code.wide >= wide else 1.0, 0, 0,
-        room * threads / gpu.max_threads, "MFMA" if code.matrix else "",
+        room * threads / gpu.max_threads, 0.0, "MFMA" if code.matrix else "",
         "matrix instructions" if is_conv and not code.matrix else "",
     )  # fmt: skip
 
