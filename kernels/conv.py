@@ -181,5 +181,5 @@ def convolution(
 
 def precision(x: Tensor) -> str:
     """tf32 where torch's own convolution may take it, else full fp32."""
-    allowed = x.dtype == torch.float32 and torch.backends.cudnn.allow_tf32
-    return "tf32" if allowed else "ieee"
+    allowed = torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
+    return "tf32" if allowed and x.dtype == torch.float32 else "ieee"

@@ -62,7 +62,7 @@ def _conv_sums_kernel(
     offsets = (offs_m * stride_k)[:, None] + offs_n[None, :]
     tl.store(y_ptr + offsets, y, mask=inside & mask_n[None, :])
     stored = tl.where(inside, y.to(tl.float32), 0.0)
-    rows = tl.minimum(M - tile * BLOCK_M, BLOCK_M)
+    rows = tl.minimum(M - tl.cast(tile, tl.int64) * BLOCK_M, BLOCK_M)
     pivot = tl.sum(stored, 0) / rows
     pivot = tl.where(tl.abs(pivot) < 1e38, pivot, 0.0)
     d = tl.where(inside, stored - pivot[None, :], 0.0)
@@ -105,7 +105,7 @@ def _conv_combine_kernel(
         pivot = tl.load(at, mask=mask, other=0).to(tl.float64)
         d = tl.load(at + plane, mask=mask, other=0).to(tl.float64)
         d2 = tl.load(at + 2 * plane, mask=mask, other=0).to(tl.float64)
-        rows = tl.minimum(M - tile * BLOCK_M, BLOCK_M).to(tl.float64)[:, None]
+        rows = tl.minimum(M - tile.to(tl.int64) * BLOCK_M, BLOCK_M).to(tl.float64)[:, None]
         shift = pivot - first[None, :]
         sum_d += tl.where(mask, d + rows * shift, 0.0)
         sum_d2 += tl.where(mask, d2 + (2 * d + rows * shift) * shift, 0.0)

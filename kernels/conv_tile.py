@@ -42,7 +42,7 @@ def conv_tile(
     if ROW_CHANNELS > 0:
         stride_c = ROW_CHANNELS
     offs_m = tl.cast(pid_m, INDEX) * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_n = tl.cast(pid_n, INDEX) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K)
     mask_m, mask_n = offs_m < M, offs_n < K_OUT
     n = offs_m // (OH * OW)

@@ -70,11 +70,12 @@ _compiled: dict[tuple[Any, ...], Any] = {}
 
 
 def launch(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
-    """What ``kernel[grid](**arguments)`` does, at a fraction of the host's time.
+    """Runs ``kernel[grid](**arguments)``, at a fraction of the host's time where it has run before.
 
     Triton works out at each launch what a kernel is to be specialised on. Here a compiled kernel is
     found by the arguments themselves: of tensors type and alignment, of floats nothing, of the
-    others the value.
+    others the value. What else triton looks at, its debugging knobs and whether a global has
+    changed, counts at the first launch alone.
 
     Args:
         kernel: one of `triton.jit`.

@@ -1,10 +1,13 @@
 """Convolution with sums of its output for the batch norm behind it: kernel, gradients, routes."""
 
 import copy
+import re
 
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import bnres
 from bnres.functional.conv import convolve
@@ -87,7 +90,7 @@ def test_values_that_are_no_numbers(case):
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="counts what the interpreter touches")
 def test_memory_touched():
-    """The input's sectors once and the output's once, with the sums as without."""
+    """The input's sectors once, and the output's."""
     from benchmarks.audit.memory import count_traffic
 
     x, filter = random(2, 16, 8, 8, dtype=torch.float16), random(16, 16, 3, 3, dtype=torch.float16)
@@ -155,6 +158,46 @@ def test_training_by_the_kernel_is_that_by_torch(name, called):
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"stride": (1,), "padding": [1], "dilation": (1,)},
+        {"stride": 0},
+        {"padding": -1},
+        {"stride": (1, 1, 1)},
+    ],
+    ids=str,
+)
+def test_arguments_are_torchs(options):
+    """What torch takes works, and what it refuses it refuses."""
+    x, filter = random(2, 8, 5, 5), random(4, 8, 3, 3)
+    arguments = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1, **options}
+    try:
+        expected = torch.nn.functional.conv2d(x, filter, None, **arguments)
+    except RuntimeError as error:
+        expected = error
+    with bnres.use_conv_route("kernel"):
+        if isinstance(expected, RuntimeError):
+            with pytest.raises(RuntimeError, match=re.escape(str(expected)[:40])):
+                convolve(x, filter, **arguments, sums=True)
+        else:
+            y, sums = convolve(x, filter, **arguments, sums=True)
+            torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+            assert sums is not None
+
+
+def test_the_format_is_torchs(called):
+    """One channel lies in both formats, so torch decides."""
+    for memory_format in (torch.contiguous_format, LAST):
+        filter = random(4, 1, 3, 3).contiguous(memory_format=memory_format)
+        x = random(2, 1, 6, 6)
+        with bnres.use_conv_route("kernel"):
+            y, _ = convolve(x, filter, 1, 1, 1, 1, sums=True)
+        expected = torch.nn.functional.conv2d(x, filter, None, 1, 1)
+        assert y.stride() == expected.stride()
+    assert called == [0]
+
+
 def test_frozen_layers_and_other_inputs_go_to_torch(called):
     layer, channels = layers()["plain"]
     layer.to(DEVICE)
@@ -192,6 +235,25 @@ def test_derivatives(called):
         torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5 * scale)
 
 
+def test_operands_are_cast_once():
+    """Whether our kernel is taken is asked before anything is cast."""
+    casts = []
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            casts.extend([op] if op is torch.ops.aten._to_copy.default else [])
+            return op(*args, **(kwargs or {}))
+
+    layer, channels = layers()["plain"]
+    layer = layer.to(DEVICE, memory_format=LAST)
+    for training in (True, False):
+        layer.train(training)
+        with torch.autocast(DEVICE, torch.bfloat16), torch.no_grad(), Count():
+            layer(random(2, channels, 9, 9))
+        assert len(casts) == 2  # the input and the filter
+        casts.clear()
+
+
 def test_autocast_is_that_of_conv2d(called):
     layer, channels = layers()["plain"]
     layer = layer.to(DEVICE, memory_format=LAST)
@@ -212,8 +274,14 @@ def test_compiled_layer_is_the_eager_one(bias):
     layer = ConvBatchNormAct2d(8, 8, 3, padding=1, bias=bias).to(DEVICE, memory_format=LAST)
     other = copy.deepcopy(layer)
     x = random(2, 8, 4, 4)
+    graphs = []
+
+    def record(graph, example_inputs):
+        graphs.append(graph)
+        return graph.forward
+
     with bnres.use_conv_route("kernel"):
-        compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+        compiled = torch.compile(layer, backend=aot_autograd(fw_compiler=record), fullgraph=True)
         results = []
         for net, parts in ((compiled, layer), (other, other)):
             y = net(x)
@@ -221,3 +289,6 @@ def test_compiled_layer_is_the_eager_one(bias):
             results.append([y, *(p.grad for p in parts.parameters()), *parts.buffers()])
     for actual, expected in zip(*results, strict=True):
         assert torch.equal(actual, expected)
+    assert "bnres.conv2d_sums_forward" in " ".join(
+        str(node.target) for node in graphs[0].graph.nodes
+    )

@@ -56,7 +56,7 @@ def cuda_graphs(monkeypatch):
             pass
 
     @contextmanager
-    def record(graph, stream):
+    def record(graph, stream, capture_error_mode):
         with graph:
             yield
 
@@ -76,7 +76,8 @@ def dataset():
 
 
 def make_config(**options):
-    return TrainConfig(epochs=2, batch_size=8, drop_last=False, device=DEVICE, **options)
+    options = {"batch_size": 8, **options}
+    return TrainConfig(epochs=2, drop_last=False, device=DEVICE, **options)
 
 
 def graphed(config, dataset):
@@ -115,9 +116,15 @@ def test_the_same_bits(cuda_graphs, dataset, options):
             assert torch.equal(a, b), name
 
 
-def test_one_capture(cuda_graphs, dataset):
-    """Behind the warm-up each batch of the captured shape is a replay, and no other is."""
-    config = make_config()
+@pytest.mark.parametrize(
+    ("batch_size", "expected"),
+    # 5 whole batches and one of 4, or 2 and one of 12: it is neither warm-up nor captured.
+    [(8, [8, 8, 8, 8, 4, 4]), (16, [16, 16, 12, 16, 16, 12])],
+    ids=str,
+)
+def test_one_capture(cuda_graphs, dataset, batch_size, expected):
+    """Behind the warm-up each whole batch is a replay, and no other is."""
+    config = make_config(batch_size=batch_size)
     with use_backend("triton" if DEVICE == "cuda" else "aten"):
         state, batches = graphed(config, dataset)
         eager, passes = [], state.passes
@@ -126,8 +133,8 @@ def test_one_capture(cuda_graphs, dataset):
         train_epoch(state, batches, config)
         train_epoch(state, batches, config)
         hook.remove()
-    capture = [8]
-    assert eager == [8] * WARMUP_BATCHES + capture + [4, 4]
+    assert eager == expected
+    assert expected.count(batch_size) == WARMUP_BATCHES + 1  # and the capture
 
 
 def test_several_processes_are_refused(cuda_graphs, dataset, monkeypatch):

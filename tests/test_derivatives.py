@@ -126,6 +126,18 @@ def test_forward_over_reverse():
     assert_close(products[0], products[1], torch.float64)
 
 
+def test_tensor_that_left_a_transform():
+    """What leaks out of torch.func is unwrapped, with gradients recorded and without."""
+    (x, *others), stats = inputs()
+    leaked = []
+    torch.func.grad(lambda x: (leaked.append(x), x.sum())[1])(x)
+    run = fused(stats, "relu", True)
+    expected = run(x, *others)
+    assert torch.equal(run(leaked[0], *others), expected)
+    with torch.no_grad():
+        assert torch.equal(run(leaked[0], *others), expected)
+
+
 def test_tangents_outside_of_grad_mode():
     """Of the output inside no_grad, and of a gradient that no graph is made of."""
     (x, *others), stats = inputs()

@@ -382,6 +382,26 @@ def test_evaluation_with_mirror_images(tiny):
     assert accuracy == (logits.argmax(1) == tiny.test_labels).float().mean().item()
 
 
+@pytest.mark.parametrize("fused", [True, None], ids=["fused", "plain"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_resumed_optimizer_runs_as_its_device_wants(tiny, tmp_path, optimizer, fused):
+    """A checkpoint may come from another device, where the optimiser was fused or was not."""
+    asked = config(optimizer=optimizer, epochs=2)
+    cls = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[optimizer]
+    states = [build_state(asked, tiny) for _ in range(2)]
+    for (state, _), runs_fused in zip(states, (not fused or None, fused), strict=True):
+        state.optimizer = cls(state.model.parameters(), lr=0.02, fused=runs_fused)
+        state.scheduler = make_schedule(asked, state.optimizer, 4)
+    (saved, batches), (resumed, _) = states
+    train_epoch(saved, batches, asked)
+    save_checkpoint(tmp_path / "last.pt", saved, asked)
+    load_checkpoint(tmp_path / "last.pt", resumed, asked)
+    assert [group["fused"] for group in resumed.optimizer.param_groups] == [fused]
+    result = train_epoch(resumed, batches, asked)
+    expected = train_epoch(saved, batches, asked)
+    assert result.loss == pytest.approx(expected.loss, rel=1e-3)
+
+
 def test_checkpoint_of_other_data_is_refused(tiny, tmp_path):
     path = tmp_path / "last.pt"
     save_checkpoint(path, build_state(config(), tiny)[0], config())

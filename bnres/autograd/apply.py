@@ -17,4 +17,4 @@ def apply(function: type[Function], *inputs: Any) -> Any:
         return function.apply(*inputs)
     if torch.is_grad_enabled() or forward_ad._current_level >= 0:
         return super(Function, function).apply(*unwrap_dead_wrappers(inputs))  # type: ignore[misc]
-    return function.forward(*inputs)
+    return function.forward(*unwrap_dead_wrappers(inputs))

@@ -1,6 +1,5 @@
 """Convolution, batch norm, residual and activation."""
 
-from math import prod
 from typing import Any
 
 import torch
@@ -18,15 +17,11 @@ from bnres.functional.checks import (
     check_residual,
     check_statistics,
 )
+from bnres.functional.conv_route import Size, kernel_conv
 from bnres.functional.prepare import packed_parameters, wants_grad
-from bnres.kernels.conv_config import ConvShape, conv_config
 from bnres.kernels.dtypes import acc_type
 from bnres.kernels.reference import ACTIVATION_FORMULAS
 from bnres.ops import conv2d_batch_norm_act as ops
-from bnres.routes import ConvCall, kernel_config
-
-Size = int | tuple[int, ...]
-KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def conv2d_batch_norm_act(
@@ -106,19 +101,23 @@ def convolve(
 
     The sums are None where torch's convolution is the faster way.
     """
-    operands = None
-    if sums and input.is_contiguous(memory_format=torch.channels_last):
-        operands = _kernel_operands(input, conv_weight, stride, padding, dilation, groups)
-    if operands is not None:
-        x, filter, shape = operands
-        takes_kernel, config = kernel_config(_call(x, filter, shape, has_sums=True), x.device)
-        if takes_kernel:
-            rows = x.shape[0] * prod(shape.output_size(*x.shape[2:]))
-            depth = shape.depth(x.shape[1], x.element_size())
-            config = config or conv_config(rows, depth, filter.shape[0], x.element_size())
-            filter = filter.contiguous(memory_format=torch.channels_last)
-            return apply(conv2d_sums.function(), x, filter, shape, config)
+    if sums and _lies_channels_last(input, conv_weight):
+        kernel = kernel_conv(input, conv_weight, stride, padding, dilation, groups, has_sums=True)
+        if kernel is not None:
+            x, filter = (
+                t.to(kernel.dtype).contiguous(memory_format=torch.channels_last)
+                for t in (input, conv_weight)
+            )
+            return apply(conv2d_sums.function(), x, filter, kernel.shape, kernel.config)
     return F.conv2d(input, conv_weight, None, stride, padding, dilation, groups), None
+
+
+def _lies_channels_last(input: Tensor, conv_weight: Tensor) -> bool:
+    """Whether torch's convolution would write channels_last for sure; one channel lies in both."""
+    last = torch.channels_last
+    return any(
+        t.is_contiguous(memory_format=last) and not t.is_contiguous() for t in (input, conv_weight)
+    ) and input.is_contiguous(memory_format=last)
 
 
 def after_convolution(
@@ -230,14 +229,10 @@ def _by_kernel(
     """The output by our kernel, or None where torch's convolution is to do it."""
     if wants_grad(input, conv_weight, conv_bias, *stats[2:], residual):
         return None
-    operands = _kernel_operands(input, conv_weight, *options)
-    if operands is None:
+    kernel = kernel_conv(input, conv_weight, *options, has_residual=residual is not None)
+    if kernel is None:
         return None
-    input, conv_weight, shape = operands
-    call = _call(input, conv_weight, shape, has_residual=residual is not None)
-    takes_kernel, config = kernel_config(call, input.device)
-    if not takes_kernel:
-        return None
+    input, conv_weight = input.to(kernel.dtype), conv_weight.to(kernel.dtype)
     name, param = resolve(act, act_kwargs)
     if stats[0] is not None:
         check_channels(conv_weight.shape[0], *stats, device=input.device)
@@ -245,7 +240,7 @@ def _by_kernel(
     if residual is not None:
         if residual.dtype != input.dtype:
             return None
-        size = shape.output_size(*input.shape[2:])
+        size = kernel.shape.output_size(*input.shape[2:])
         check_residual(residual, (input.shape[0], conv_weight.shape[0], *size), input.device)
         residual = residual.contiguous(memory_format=last)
     conv_bias, running_mean, running_var, weight, bias = packed_parameters(conv_bias, *stats)
@@ -253,62 +248,5 @@ def _by_kernel(
     return run(
         input.contiguous(memory_format=last), conv_weight.contiguous(memory_format=last),
         conv_bias, running_mean, running_var, weight, bias, residual, eps, name, param,
-        shape.as_list(), None if config is None else config.as_list(),
+        kernel.shape.as_list(), kernel.config.as_list(),
     )  # fmt: skip
-
-
-def _kernel_operands(
-    input: Tensor,
-    conv_weight: Tensor,
-    stride: Size,
-    padding: Size | str,
-    dilation: Size,
-    groups: int,
-) -> tuple[Tensor, Tensor, ConvShape] | None:
-    """Input and filter in the type they are multiplied in, and the window.
-
-    None where our kernels do not take them, or torch has to say what is wrong.
-    """
-    if (
-        not uses_kernels(input)
-        or input.dim() != 4
-        or conv_weight.dim() != 4
-        or groups != 1
-        or isinstance(padding, str)
-        or input.shape[1] != conv_weight.shape[1]
-        or input.device != conv_weight.device
-    ):
-        return None
-    device = input.device.type
-    if torch.is_autocast_enabled(device) and input.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
-        input, conv_weight = input.to(dtype), conv_weight.to(dtype)
-    if input.dtype not in KERNEL_DTYPES or conv_weight.dtype != input.dtype:
-        return None
-    shape = _conv_shape(conv_weight, stride, padding, dilation)
-    if not shape.has_kernel(input.shape[1]) or min(shape.output_size(*input.shape[2:])) < 1:
-        return None
-    return input, conv_weight, shape
-
-
-def _call(
-    input: Tensor,
-    filter: Tensor,
-    shape: ConvShape,
-    has_residual: bool = False,
-    has_sums: bool = False,
-) -> ConvCall:
-    batch, channels, height, width = input.shape
-    return ConvCall(
-        str(input.dtype).removeprefix("torch."), batch, channels, height, width, filter.shape[0],
-        shape, has_residual, has_sums,
-    )  # fmt: skip
-
-
-def _conv_shape(conv_weight: Tensor, stride: Size, padding: Size, dilation: Size) -> ConvShape:
-    _, _, height, width = conv_weight.shape
-    return ConvShape(height, width, *_pair(stride), *_pair(padding), *_pair(dilation))
-
-
-def _pair(value: Size) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else (value[0], value[1])

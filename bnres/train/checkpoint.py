@@ -81,6 +81,11 @@ def load_checkpoint(path: Path, state: TrainState, config: TrainConfig) -> None:
             raise ValueError(f"resume: {path} was trained with {name} {content[name]}, not {value}")
     if content["epoch"] >= config.epochs:
         raise ValueError(f"resume: {path} has all of its {config.epochs} epochs behind it")
+    # How the optimiser runs is this device's choice.
+    for saved, own in zip(
+        content["optimizer"]["param_groups"], state.optimizer.param_groups, strict=True
+    ):
+        saved.update({name: own[name] for name in ("foreach", "fused") if name in own})
     for name in STATEFUL:
         getattr(state, name).load_state_dict(content[name])
     if state.average is not None:

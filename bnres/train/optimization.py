@@ -15,10 +15,12 @@ WARMUP_START = 0.01
 def make_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
     """The optimiser; weights decay, biases and norms do not."""
     groups = parameter_groups(model, config.weight_decay)
-    # One launch for many parameters; and it skips a step of infinite gradients without the host.
+    # One launch for many parameters.
     fused = torch.device(config.device).type == "cuda" or None
     if config.optimizer == "sgd":
         momentum = config.momentum
+        if config.dtype == "fp16":
+            fused = None  # a first step that overflows would leave it momentum out of thin air
         return torch.optim.SGD(
             groups, lr=config.lr, momentum=momentum, nesterov=momentum > 0, fused=fused
         )

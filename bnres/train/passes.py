@@ -48,8 +48,8 @@ class Passes:
 class GraphedPasses(Passes):
     """The same, captured once in a CUDA graph and replayed: one launch from the host.
 
-    The first batches run as they are; none is trained on twice. A batch of another shape than the
-    captured one, which an epoch may end in, runs as it is, too. The step of the optimiser is not
+    The first whole batches run as they are; none is trained on twice. The smaller batch that an epoch
+    may end in always runs as it is. The step of the optimiser is not
     part of the graph, since torch's take momentum as a number, which a one-cycle schedule changes
     from step to step; fused, it is a few launches.
 
@@ -68,13 +68,13 @@ class GraphedPasses(Passes):
         self.graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self, images: Tensor, labels: Tensor, share: int = 1) -> tuple[Tensor, Tensor]:
+        if len(images) < self.config.batch_size:
+            return super().__call__(images, labels)
         if self.graph is None:
             if self.seen < WARMUP_BATCHES:
                 self.seen += 1
                 return self._warm_up(images, labels)
             self._capture(images, labels)
-        elif images.shape != self.images.shape:
-            return super().__call__(images, labels)
         return self._replay(images, labels)
 
     def _warm_up(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -89,7 +89,8 @@ class GraphedPasses(Passes):
     def _capture(self, images: Tensor, labels: Tensor) -> None:
         self.images, self.labels = images.clone(), labels.clone()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=self.stream):
+        # Threads that bring batches may go on allocating.
+        with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
             self.results = super().__call__(self.images, self.labels)
         self.gradients = [p.grad for p in self.parameters]
         self.graph = graph

@@ -1,0 +1,95 @@
+"""Whether a convolution goes to our kernels, and how."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from bnres.backend import uses_kernels
+from bnres.kernels.conv_config import ConvConfig, ConvShape, conv_config
+from bnres.routes import ConvCall, kernel_config
+
+Size = int | tuple[int, ...]
+KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+class KernelConv(NamedTuple):
+    """How our kernel does a convolution: operands of this type, window, configuration."""
+
+    dtype: torch.dtype
+    shape: ConvShape
+    config: ConvConfig
+
+
+def kernel_conv(
+    input: Tensor,
+    conv_weight: Tensor,
+    stride: Size,
+    padding: Size | str,
+    dilation: Size,
+    groups: int,
+    *,
+    has_residual: bool = False,
+    has_sums: bool = False,
+) -> KernelConv | None:
+    """How our kernel does it where it was measured to be faster, or is asked for; else None.
+
+    None, too, where it does not take the operands, or torch has to say what is wrong with them.
+    """
+    if (
+        not uses_kernels(input)
+        or input.dim() != 4
+        or conv_weight.dim() != 4
+        or groups != 1
+        or input.shape[1] != conv_weight.shape[1]
+        or not conv_weight.shape[0]
+        or input.device != conv_weight.device
+    ):
+        return None
+    shape = _conv_shape(conv_weight, stride, padding, dilation)
+    dtype = _common_dtype(input, conv_weight)
+    if shape is None or dtype not in KERNEL_DTYPES:
+        return None
+    batch, channels, height, width = input.shape
+    output = shape.output_size(height, width)
+    if not shape.has_kernel(channels) or min(output) < 1:
+        return None
+    call = ConvCall(
+        str(dtype).removeprefix("torch."), batch, channels, height, width, conv_weight.shape[0],
+        shape, has_residual, has_sums,
+    )  # fmt: skip
+    takes_kernel, config = kernel_config(call, input.device)
+    if not takes_kernel:
+        return None
+    if config is None:
+        depth = shape.depth(channels, dtype.itemsize)
+        rows = batch * output[0] * output[1]
+        config = conv_config(rows, depth, conv_weight.shape[0], dtype.itemsize)
+    return KernelConv(dtype, shape, config)
+
+
+def _common_dtype(input: Tensor, conv_weight: Tensor) -> torch.dtype | None:
+    """The type that both operands are multiplied in, autocast's if that is on."""
+    device = input.device.type
+    if torch.is_autocast_enabled(device) and torch.float64 not in (input.dtype, conv_weight.dtype):
+        return torch.get_autocast_dtype(device)
+    return input.dtype if input.dtype == conv_weight.dtype else None
+
+
+def _conv_shape(
+    conv_weight: Tensor, stride: Size, padding: Size | str, dilation: Size
+) -> ConvShape | None:
+    """The window, or None if it is none that our kernels take."""
+    if isinstance(padding, str):
+        return None
+    pairs = [_pair(value) for value in (stride, padding, dilation)]
+    least = (1, 0, 1)
+    if any(len(pair) != 2 or min(pair) < low for pair, low in zip(pairs, least, strict=True)):
+        return None
+    return ConvShape(*conv_weight.shape[2:], *pairs[0], *pairs[1], *pairs[2])
+
+
+def _pair(value: Size) -> tuple[int, ...]:
+    """A number, or a sequence of one, for both axes."""
+    values = (value,) if isinstance(value, int) else tuple(value)
+    return values * 2 if len(values) == 1 else values
