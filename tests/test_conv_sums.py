@@ -55,7 +55,7 @@ def test_many_tiles_and_splits(monkeypatch):
     """Of channels far from zero, whose squares would cancel, and one that is constant."""
     monkeypatch.setattr(kernels, "TILES_PER_SPLIT", 16)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    x = random(3, 4, 20, 31)
+    x = random(2, 4, 9, 17)
     x[:, 0] = 1
     filter = torch.zeros(5, 4, 1, 1, device=DEVICE)
     filter[:, 0, 0, 0] = torch.tensor([0.0, 1.0, -300.0, 1e4, 7.0])
@@ -64,7 +64,7 @@ def test_many_tiles_and_splits(monkeypatch):
     shape = ConvShape(1, 1, 1, 1, 0, 0, 1, 1)
     config = ConvConfig(16, 16, 16, num_warps=1, num_stages=1)
     y, sums = conv_sums(x, filter, shape, config=config)
-    assert sums.shape == (2 * 8 + 1, 5)  # 117 tiles
+    assert sums.shape == (2 * 2 + 1, 5)  # 20 tiles
     mean, rstd = bn_stats(y, None, None, 0.1, 1e-5, sums=sums)
     exact_mean, exact_rstd = bn_stats_ref(y.double(), None, None, 0.1, 1e-5)
     error = (mean - exact_mean).abs() * exact_rstd

@@ -5,6 +5,7 @@ import hashlib
 import http.server
 import io
 import pickle
+import re
 import tarfile
 import threading
 from pathlib import Path
@@ -375,14 +376,15 @@ class TestFolder:
 
     def test_corrupt_image_ends_a_run_in_one_line(self, tmp_path):
         make_folder(tmp_path)
-        (tmp_path / "val" / "white" / "0.png").write_bytes(b"no image")
+        for path in (tmp_path / "train" / "white").iterdir():
+            path.write_bytes(b"no image")
         arguments = (
             f"train --dataset folder --data {tmp_path} --batch-size 4 --workers 0 --out "
             f"{tmp_path / 'run'} --epochs 1 --shift 0 --crop-size 32 --device cpu"
         )
         result = CliRunner().invoke(app, arguments.split())
         assert result.exit_code == 2
-        assert "val/white/0.png can't be read as an image" in result.stderr
+        assert re.search(r"train/white/\d.png can't be read as an image", result.stderr)
         assert "Traceback" not in result.stderr
 
     def test_sixteen_bits_keep_their_range(self, tmp_path):
