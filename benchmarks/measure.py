@@ -179,7 +179,8 @@ def verify(
     if not results[0].is_contiguous(memory_format=LAYOUTS[case.layout]):
         raise WrongResult(f"the output is not {case.layout}: its strides are {results[0].stride()}")
     if case.direction != "eval":
-        limit = OUTPUT_TOLERANCE[torch.float32]
+        # A convolution's output is rounded before its statistics are taken.
+        limit = tolerance if is_conv else OUTPUT_TOLERANCE[torch.float32]
         errors.append(check("running statistic", inputs.buffers, exact.buffers, limit))
     if case.direction == "backward":
         gradients = torch.autograd.grad(expected, exact.leaves, exact.gradients)
