@@ -49,9 +49,9 @@ class GraphedPasses(Passes):
     """The same, captured once in a CUDA graph and replayed: one launch from the host.
 
     The first whole batches run as they are; none is trained on twice. The smaller batch that an epoch
-    may end in always runs as it is. The step of the optimiser is not
-    part of the graph, since torch's take momentum as a number, which a one-cycle schedule changes
-    from step to step; fused, it is a few launches.
+    may end in always runs as it is. The step of the optimiser is not part of the graph, since torch's
+    SGD takes momentum as a number, which a one-cycle schedule changes from step to step; fused, it is
+    a few launches.
 
     Args:
         model: whose gradients the graph writes. They have to be None at each call.
