@@ -1,9 +1,6 @@
 """torch.compile captures the layers whole: our operators in the graph, no batch norm of ATen's."""
 
 import copy
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -13,6 +10,7 @@ from torch.library import opcheck
 
 from bnres.models import resnet18
 from bnres.nn import BatchNorm2d, BatchNormAct2d, BatchNormActMaxPool2d
+from tests.compiled import run_compiled
 from tests.device import DEVICE
 
 
@@ -187,11 +185,7 @@ def capture_on_fake_gpu():
 
 
 def test_fake_gpu_model_is_captured_whole():
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    result = subprocess.run(
-        [sys.executable, "-c", "from tests.test_compile import *; capture_on_fake_gpu()"],
-        env=environment, capture_output=True, text=True,
-    )  # fmt: skip
+    result = run_compiled("-c", "from tests.test_compile import *; capture_on_fake_gpu()")
     assert result.stdout.count("bnres.") == 17, result.stderr
     assert "batch_norm.default" not in result.stdout
     assert "native_batch_norm" not in result.stdout

@@ -4,13 +4,12 @@ The interpreter has nothing to look up, and without a GPU nothing runs: kernels 
 that is not there, in a process of its own, and their launches are recorded.
 """
 
-import os
-import subprocess
-import sys
 from contextlib import contextmanager
 from unittest.mock import patch
 
 import torch
+
+from tests.compiled import run_compiled
 
 
 @contextmanager
@@ -91,9 +90,5 @@ def check_launches():
 
 
 def test_a_known_launch_is_not_looked_up():
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    result = subprocess.run(
-        [sys.executable, "-c", "from tests.test_launch import *; check_launches()"],
-        env=environment, capture_output=True, text=True,
-    )  # fmt: skip
+    result = run_compiled("-c", "from tests.test_launch import *; check_launches()")
     assert result.stdout == "checked\n", result.stderr

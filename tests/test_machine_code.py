@@ -5,22 +5,13 @@ runs, compiles more of them, for more GPUs.
 """
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 from benchmarks.audit import budget
-
-ROOT = Path(__file__).parent.parent
+from tests.compiled import run_compiled
 
 
 def test_every_kernel_family_is_within_its_budget():
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    result = subprocess.run(
-        [sys.executable, "-m", "benchmarks.audit.machine_code", "--gpu", "sm_90", "--families"],
-        cwd=ROOT, env=environment, capture_output=True, text=True,
-    )  # fmt: skip
+    result = run_compiled("-m", "benchmarks.audit.machine_code", "--gpu", "sm_90", "--families")
     assert result.returncode == 0, result.stderr
     rows = json.loads(result.stdout)
     assert len({row["kernel"] for row in rows}) == 18

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bnres.autograd.apply import apply
+from bnres.autograd.apply import apply, forward_mode_of
 from bnres.autograd.derivatives import Gradients, alias, jvp
 from bnres.kernels.dtypes import acc_type
 from bnres.kernels.reference import (
@@ -63,12 +63,15 @@ class BatchNormActFunction(torch.autograd.Function):
         grads: Gradients = (None,) * 4
         if dy is not None:
             needs = tuple(ctx.needs_input_grad[:4])
-            grads = apply(backward_function(), dy, dy_skip, *ctx.saved_tensors, needs, *ctx.options)
+            grads = apply(
+                BatchNormActBackwardFunction, dy, dy_skip, *ctx.saved_tensors, needs, *ctx.options
+            )
         return *grads, *((None,) * 12)
 
 
+@forward_mode_of(BatchNormActFunction)
 class ForwardModeBatchNormActFunction(BatchNormActFunction):
-    """`BatchNormActFunction` with a forward-mode derivative, which torch.compile can't capture."""
+    """`BatchNormActFunction` with a forward-mode derivative."""
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
@@ -156,6 +159,7 @@ class BatchNormActBackwardFunction(torch.autograd.Function):
         return *(next(found) if need else None for need in needed), *((None,) * 8)
 
 
+@forward_mode_of(BatchNormActBackwardFunction)
 class ForwardModeBatchNormActBackwardFunction(BatchNormActBackwardFunction):
     """`BatchNormActBackwardFunction` with a forward-mode derivative."""
 
@@ -172,20 +176,6 @@ class ForwardModeBatchNormActBackwardFunction(BatchNormActBackwardFunction):
         given = tuple(t for t in tangents[:6] if t is not None)
         found = iter(jvp(gradients, sources, given))
         return tuple(next(found) if i in ctx.computed else None for i in range(4))
-
-
-def forward_function() -> type[BatchNormActFunction]:
-    """The Function to apply: the one with forward mode, but where torch.compile captures it."""
-    if torch.compiler.is_compiling():
-        return BatchNormActFunction
-    return ForwardModeBatchNormActFunction
-
-
-def backward_function() -> type[BatchNormActBackwardFunction]:
-    """As `forward_function`, of the backward."""
-    if torch.compiler.is_compiling():
-        return BatchNormActBackwardFunction
-    return ForwardModeBatchNormActBackwardFunction
 
 
 def _gradients_of(

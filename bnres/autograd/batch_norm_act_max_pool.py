@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bnres.autograd.apply import apply
+from bnres.autograd.apply import apply, forward_mode_of
 from bnres.autograd.derivatives import (
     Formula,
     Gradients,
@@ -61,8 +61,8 @@ class BatchNormActMaxPoolFunction(torch.autograd.Function):
     ):  # fmt: skip
         run = ops.forward_op if torch.compiler.is_compiling() else ops.forward_impl
         outputs = run(
-            x, weight, bias, running_mean, running_var, counter, factor, momentum, training, eps, act,
-            act_param, window, ceil_mode, needs_grad, sums,
+            x, weight, bias, running_mean, running_var, counter, factor, momentum, training, eps,
+            act, act_param, window, ceil_mode, needs_grad, sums,
         )  # fmt: skip
         if not torch.compiler.is_compiling():
             note_updates(training, running_mean, running_var, counter)
@@ -80,14 +80,14 @@ class BatchNormActMaxPoolFunction(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor | None, *_: Any) -> Gradients:
         grads: Gradients = (None,) * TENSORS
         if dy is not None:
-            function = BatchNormActMaxPoolBackwardFunction
-            if not torch.compiler.is_compiling():
-                function = ForwardModeBatchNormActMaxPoolBackwardFunction
             needs = tuple(ctx.needs_input_grad[:TENSORS])
-            grads = apply(function, dy, *ctx.saved_tensors, needs, *ctx.options)
+            grads = apply(
+                BatchNormActMaxPoolBackwardFunction, dy, *ctx.saved_tensors, needs, *ctx.options
+            )
         return *grads, *((None,) * 13)
 
 
+@forward_mode_of(BatchNormActMaxPoolFunction)
 class ForwardModeBatchNormActMaxPoolFunction(BatchNormActMaxPoolFunction):
     """`BatchNormActMaxPoolFunction` with a forward-mode derivative."""
 
@@ -150,6 +150,7 @@ class BatchNormActMaxPoolBackwardFunction(torch.autograd.Function):
         return found[0], *found[2:], *((None,) * 11)
 
 
+@forward_mode_of(BatchNormActMaxPoolBackwardFunction)
 class ForwardModeBatchNormActMaxPoolBackwardFunction(BatchNormActMaxPoolBackwardFunction):
     """`BatchNormActMaxPoolBackwardFunction` with a forward-mode derivative."""
 

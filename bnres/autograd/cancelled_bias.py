@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bnres.autograd.apply import forward_mode_of
+
 
 class CancelledBiasFunction(torch.autograd.Function):
     """``x`` itself; the bias, which cancels in the batch norm's output, has a gradient of zeros."""
@@ -23,16 +25,10 @@ class CancelledBiasFunction(torch.autograd.Function):
         return dy, zeros
 
 
+@forward_mode_of(CancelledBiasFunction)
 class ForwardModeCancelledBiasFunction(CancelledBiasFunction):
-    """`CancelledBiasFunction` with a forward-mode derivative, which torch.compile can't capture."""
+    """`CancelledBiasFunction` with a forward-mode derivative."""
 
     @staticmethod
     def jvp(ctx: Any, dx: Tensor | None, _: Tensor | None) -> Tensor | None:
         return None if dx is None else dx.view_as(dx)
-
-
-def function() -> type[CancelledBiasFunction]:
-    """The Function to apply: the one with forward mode, but where torch.compile captures it."""
-    return (
-        CancelledBiasFunction if torch.compiler.is_compiling() else ForwardModeCancelledBiasFunction
-    )

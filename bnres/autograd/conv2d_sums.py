@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bnres.autograd.apply import forward_mode_of
 from bnres.kernels.conv_config import ConvShape
 from bnres.ops import conv2d_sums as ops
 
@@ -39,8 +40,9 @@ class Conv2dSumsFunction(torch.autograd.Function):
         return dx, dfilter, None, None
 
 
+@forward_mode_of(Conv2dSumsFunction)
 class ForwardModeConv2dSumsFunction(Conv2dSumsFunction):
-    """`Conv2dSumsFunction` with a forward-mode derivative, which torch.compile can't capture."""
+    """`Conv2dSumsFunction` with a forward-mode derivative."""
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -58,11 +60,6 @@ class ForwardModeConv2dSumsFunction(Conv2dSumsFunction):
             of_filter = F.conv2d(x, dfilter, None, *options)
             dy = of_filter if dy is None else dy + of_filter
         return dy, None
-
-
-def function() -> type[Conv2dSumsFunction]:
-    """The Function to apply: the one with forward mode, but where torch.compile captures it."""
-    return Conv2dSumsFunction if torch.compiler.is_compiling() else ForwardModeConv2dSumsFunction
 
 
 def _options(shape: ConvShape) -> tuple[list[int], list[int], list[int]]:

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bnres.autograd.apply import apply
+from bnres.autograd.apply import apply, forward_mode_of
 from bnres.autograd.derivatives import (
     Formula,
     Gradients,
@@ -86,14 +86,19 @@ class DualBatchNormActFunction(torch.autograd.Function):
             dy, dy_skip = dy_skip, None
         grads: Gradients = (None,) * TENSORS
         if dy is not None:
-            function = DualBatchNormActBackwardFunction
-            if not torch.compiler.is_compiling():
-                function = ForwardModeDualBatchNormActBackwardFunction
             needs = tuple(ctx.needs_input_grad[:TENSORS])
-            grads = apply(function, dy, dy_skip, *ctx.saved_tensors, needs, *ctx.options)
+            grads = apply(
+                DualBatchNormActBackwardFunction,
+                dy,
+                dy_skip,
+                *ctx.saved_tensors,
+                needs,
+                *ctx.options,
+            )
         return *grads, *((None,) * 15)
 
 
+@forward_mode_of(DualBatchNormActFunction)
 class ForwardModeDualBatchNormActFunction(DualBatchNormActFunction):
     """`DualBatchNormActFunction` with a forward-mode derivative."""
 
@@ -167,6 +172,7 @@ class DualBatchNormActBackwardFunction(torch.autograd.Function):
         return *found, *((None,) * 9)
 
 
+@forward_mode_of(DualBatchNormActBackwardFunction)
 class ForwardModeDualBatchNormActBackwardFunction(DualBatchNormActBackwardFunction):
     """`DualBatchNormActBackwardFunction` with a forward-mode derivative."""
 

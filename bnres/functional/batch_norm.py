@@ -7,7 +7,7 @@ from torch import Tensor
 
 from bnres.activations import resolve
 from bnres.autograd.apply import apply
-from bnres.autograd.batch_norm_act import forward_function
+from bnres.autograd.batch_norm_act import BatchNormActFunction
 from bnres.backend import uses_kernels
 from bnres.functional.aten import batch_norm_act_aten
 from bnres.functional.checks import check_input, check_norm, check_residual
@@ -120,7 +120,7 @@ def batch_norm_act(
     weight, bias = packed_parameters(weight, bias)
     with packed_buffers(training, running_mean, running_var) as buffers:
         y, y_skip, mean, rstd, _ = apply(
-            forward_function(), input, weight, bias, residual, *buffers, counter, factor,
+            BatchNormActFunction, input, weight, bias, residual, *buffers, counter, factor,
             0.0 if factor is not None else momentum, training, eps, name, param, needs_grad,
             separate, sums if training else None,
         )  # fmt: skip

@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bnres.activations import resolve
-from bnres.autograd import cancelled_bias, conv2d_sums
 from bnres.autograd.apply import apply
+from bnres.autograd.cancelled_bias import CancelledBiasFunction
+from bnres.autograd.conv2d_sums import Conv2dSumsFunction
 from bnres.backend import uses_kernels
 from bnres.functional.batch_norm import batch_norm_act
 from bnres.functional.checks import (
@@ -108,7 +109,7 @@ def convolve(
                 t.to(kernel.dtype).contiguous(memory_format=torch.channels_last)
                 for t in (input, conv_weight)
             )
-            return apply(conv2d_sums.function(), x, filter, kernel.shape, kernel.config)
+            return apply(Conv2dSumsFunction, x, filter, kernel.shape, kernel.config)
     return F.conv2d(input, conv_weight, None, stride, padding, dilation, groups), None
 
 
@@ -155,7 +156,7 @@ def after_convolution(
 def absorb_bias(x: Tensor, conv_bias: Tensor) -> Tensor:
     """``x``, through which ``conv_bias`` gets its gradient of zeros."""
     if wants_grad(conv_bias):
-        return apply(cancelled_bias.function(), x, conv_bias)
+        return apply(CancelledBiasFunction, x, conv_bias)
     return x
 
 

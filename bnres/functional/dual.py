@@ -9,7 +9,6 @@ from bnres.activations import resolve
 from bnres.autograd.apply import apply
 from bnres.autograd.dual_batch_norm_act import (
     DualBatchNormActFunction,
-    ForwardModeDualBatchNormActFunction,
 )
 from bnres.backend import uses_kernels
 from bnres.functional.aten import batch_norm_act_aten
@@ -93,9 +92,6 @@ def dual_batch_norm_act(
     input, other = dense_pair(input, residual)
     needs_grad = wants_grad(input, weight, bias, other, residual_weight, residual_bias)
     separate = twice and needs_grad and not torch.compiler.is_compiling()
-    function = DualBatchNormActFunction
-    if not torch.compiler.is_compiling():
-        function = ForwardModeDualBatchNormActFunction
     factors = [m if isinstance(m, Tensor) else None for m in (momentum, residual_momentum)]
     momenta = tuple(0.0 if isinstance(m, Tensor) else m for m in (momentum, residual_momentum))
     parameters = packed_parameters(weight, bias, residual_weight, residual_bias)
@@ -103,9 +99,9 @@ def dual_batch_norm_act(
         training, running_mean, running_var, residual_running_mean, residual_running_var
     ) as buffers:
         y, y_skip, *statistics = apply(
-            function, input, *parameters[:2], other, *parameters[2:], *buffers[:2], counters[0],
-            factors[0], *buffers[2:], counters[1], factors[1], momenta, (eps, residual_eps), training, name, param,
-            needs_grad, separate,
+            DualBatchNormActFunction, input, *parameters[:2], other, *parameters[2:], *buffers[:2],
+            counters[0], factors[0], *buffers[2:], counters[1], factors[1], momenta,
+            (eps, residual_eps), training, name, param, needs_grad, separate,
         )  # fmt: skip
     outputs = (y, y_skip) if separate else (y,)
     if recording() and needs_grad:

@@ -10,7 +10,6 @@ from bnres.activations import resolve
 from bnres.autograd.apply import apply
 from bnres.autograd.batch_norm_act_max_pool import (
     BatchNormActMaxPoolFunction,
-    ForwardModeBatchNormActMaxPoolFunction,
 )
 from bnres.backend import uses_kernels
 from bnres.functional.aten import batch_norm_act_aten
@@ -102,14 +101,11 @@ def batch_norm_act_max_pool2d(
         return F.max_pool2d(y, kernel_size, stride, padding, dilation, ceil_mode)
     input, _ = dense_pair(input, None)
     needs_grad = wants_grad(input, weight, bias)
-    function = BatchNormActMaxPoolFunction
-    if not torch.compiler.is_compiling():
-        function = ForwardModeBatchNormActMaxPoolFunction
     factor = momentum if isinstance(momentum, Tensor) else None
     with packed_buffers(training, running_mean, running_var) as buffers:
         return apply(
-            function, input, *packed_parameters(weight, bias), *buffers, counter, factor,
-            0.0 if factor is not None else momentum, training, eps, name, param,
+            BatchNormActMaxPoolFunction, input, *packed_parameters(weight, bias), *buffers, counter,
+            factor, 0.0 if factor is not None else momentum, training, eps, name, param,
             window.as_list(), ceil_mode, needs_grad, sums if training else None,
         )[0]  # fmt: skip
 

@@ -94,8 +94,8 @@ backward_op = torch.library.custom_op(
 
 @forward_op.register_fake
 def _(
-    x, weight, bias, running_mean, running_var, counter, factor, momentum, training, eps, act, act_param,
-    window, ceil_mode, needs_grad, sums=None,
+    x, weight, bias, running_mean, running_var, counter, factor, momentum, training, eps, act,
+    act_param, window, ceil_mode, needs_grad, sums=None,
 ):  # fmt: skip
     window = Window(*window)
     shape = (*x.shape[:2], *window.output_size(*x.shape[2:], ceil_mode))

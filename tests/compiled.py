@@ -1,0 +1,16 @@
+"""Runs what compiles kernels, in a process of its own: the interpreter and the compiler can't share one."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+def run_compiled(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """``python *arguments`` in the repository's root, without the interpreter."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
