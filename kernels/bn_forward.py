@@ -107,7 +107,9 @@ def _sum_splits(ptr, splits, offs_c, mask_c, C, BLOCK_S: tl.constexpr, BLOCK_C: 
 
 @triton.jit
 def _update_running(ptr, stat, factor, offs_c, mask_c):
-    """running = (1 − factor)·running + factor·stat, in fp64, kept in the buffer's own type."""
+    """running = (1 − factor)·running + factor·stat, computed in fp64, stored in the buffer's dtype."""
+    # Several threads load an element and one of them stores it. No barrier is needed: the thread that
+    # stores uses its own load, and what the others load is not used.
     running = tl.load(ptr + offs_c, mask=mask_c, other=0).to(tl.float64)
     updated = ((1 - factor) * running + factor * stat).to(tl.float32)
     if ptr.dtype.element_ty == tl.float64:

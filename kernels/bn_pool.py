@@ -157,8 +157,8 @@ def _bn_max_pool_kernel(
 ):
     """y = max over each window of act(bn(x)), rounded; its position in the window, and x there."""
     col_block, split = tl.program_id(0), tl.program_id(1)
-    channel = col_block * TILE.block_cols + tl.arange(0, TILE.block_cols)[None, :]
     if TILE.kind == CHANNELS:
+        channel = col_block * TILE.block_cols + tl.arange(0, TILE.block_cols)[None, :]
         mean, _, scale, bias = _load_norm(
             mean_ptr, rstd_ptr, weight_ptr, bias_ptr, channel, C, eps, FROM_VAR, HAS_WEIGHT,
             HAS_BIAS, ACC,
@@ -231,8 +231,8 @@ def _bn_max_pool_bwd_dx_kernel(
 ):
     """dx as in `_bn_bwd_dx_kernel`, dz = act'(z)·(the dy of all windows whose greatest this is)."""
     col_block, split = tl.program_id(0), tl.program_id(1)
-    channel = col_block * TILE.block_cols + tl.arange(0, TILE.block_cols)[None, :]
     if TILE.kind == CHANNELS:
+        channel = col_block * TILE.block_cols + tl.arange(0, TILE.block_cols)[None, :]
         mean, rstd, scale, bias = _load_norm(
             mean_ptr, rstd_ptr, weight_ptr, bias_ptr, channel, C, 0.0, False, HAS_WEIGHT,
             HAS_BIAS, ACC,
