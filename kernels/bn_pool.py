@@ -18,7 +18,7 @@ from bnres.kernels.norm import Norm
 from bnres.kernels.tiles import CHANNELS, split_rows
 from bnres.kernels.window import Window
 
-# Windows of more taps are walked over in a loop that is not unrolled.
+# More taps, or more windows that cover a position, are visited in a loop that is not unrolled.
 UNROLLED_TAPS = tl.constexpr(16)
 
 
@@ -198,6 +198,40 @@ def _bn_max_pool_kernel(
 
 
 @triton.jit
+def _window_grad(
+    dy_ptr,
+    index_ptr,
+    window,
+    n,
+    h,
+    w,
+    channel,
+    mask,
+    C,
+    OH,
+    OW,
+    WINDOW: tl.constexpr,
+    TILE: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """The dy of one of the windows that cover a position, where it is that window's greatest; else 0."""
+    oh = (h + WINDOW.padding_h) // WINDOW.stride_h - window // WINDOW.covering_w
+    ow = (w + WINDOW.padding_w) // WINDOW.stride_w - window % WINDOW.covering_w
+    down = h + WINDOW.padding_h - oh * WINDOW.stride_h
+    across = w + WINDOW.padding_w - ow * WINDOW.stride_w
+    kh, kw = down // WINDOW.dilation_h, across // WINDOW.dilation_w
+    covers = mask & (oh >= 0) & (oh < OH) & (ow >= 0) & (ow < OW)
+    covers = covers & (kh < WINDOW.kernel_h) & (kw < WINDOW.kernel_w)
+    if WINDOW.dilation_h > 1 or WINDOW.dilation_w > 1:
+        covers = covers & (kh * WINDOW.dilation_h == down)
+        covers = covers & (kw * WINDOW.dilation_w == across)
+    at = _offsets(n, oh, ow, channel, C, OH, OW, TILE)
+    index = tl.load(index_ptr + at, mask=covers, other=0).to(tl.int32)
+    dy = tl.load(dy_ptr + at, mask=covers, other=0).to(ACC)
+    return tl.where(covers & (index == kh * WINDOW.kernel_w + kw), dy, 0.0)
+
+
+@triton.jit
 def _bn_max_pool_bwd_dx_kernel(
     dx_ptr,
     dy_ptr,
@@ -256,21 +290,16 @@ def _bn_max_pool_bwd_dx_kernel(
         x_centred = tl.load(x_ptr + offsets, mask=mask, other=0).to(ACC) - mean
         dy = tl.full((UNROLL * TILE.sub_rows, TILE.block_cols), 0.0, ACC)
         COVERING: tl.constexpr = WINDOW.covering_h * WINDOW.covering_w
-        for window in tl.static_range(COVERING):
-            oh = (h + WINDOW.padding_h) // WINDOW.stride_h - window // WINDOW.covering_w
-            ow = (w + WINDOW.padding_w) // WINDOW.stride_w - window % WINDOW.covering_w
-            down = h + WINDOW.padding_h - oh * WINDOW.stride_h
-            across = w + WINDOW.padding_w - ow * WINDOW.stride_w
-            kh, kw = down // WINDOW.dilation_h, across // WINDOW.dilation_w
-            covers = mask & (oh >= 0) & (oh < OH) & (ow >= 0) & (ow < OW)
-            covers = covers & (kh < WINDOW.kernel_h) & (kw < WINDOW.kernel_w)
-            if WINDOW.dilation_h > 1 or WINDOW.dilation_w > 1:
-                covers = covers & (kh * WINDOW.dilation_h == down)
-                covers = covers & (kw * WINDOW.dilation_w == across)
-            at = _offsets(n, oh, ow, channel, C, OH, OW, TILE)
-            index = tl.load(index_ptr + at, mask=covers, other=0).to(tl.int32)
-            pooled = tl.load(dy_ptr + at, mask=covers, other=0).to(ACC)
-            dy += tl.where(covers & (index == kh * WINDOW.kernel_w + kw), pooled, 0.0)
+        if COVERING <= UNROLLED_TAPS:
+            for window in tl.static_range(COVERING):
+                dy += _window_grad(
+                    dy_ptr, index_ptr, window, n, h, w, channel, mask, C, OH, OW, WINDOW, TILE, ACC
+                )
+        else:
+            for window in tl.range(0, COVERING):
+                dy += _window_grad(
+                    dy_ptr, index_ptr, window, n, h, w, channel, mask, C, OH, OW, WINDOW, TILE, ACC
+                )
         dx = ACT_GRAD(dy, x_centred * scale + bias, param)
         if TRAINING:
             dx = dx - mean_dy - x_centred * slope
