@@ -27,11 +27,19 @@ from bnres.kernels.tiles import (
 
 
 @triton.jit
-def load_dy(dy_ptr, dy_skip_ptr, offsets, mask, HAS_DY_SKIP: tl.constexpr, ACC: tl.constexpr):
-    """The gradient of a tile of y, or of both tensors that y was handed out as."""
-    dy = tl.load(dy_ptr + offsets, mask=mask, other=0).to(ACC)
+def load_dy(
+    dy_ptr,
+    dy_skip_ptr,
+    offsets,
+    mask,
+    HAS_DY_SKIP: tl.constexpr,
+    ACC: tl.constexpr,
+    EVICTION: tl.constexpr = "",
+):
+    """The gradient of a tile of y, or the sum of both gradients where y was returned twice."""
+    dy = tl.load(dy_ptr + offsets, mask=mask, other=0, eviction_policy=EVICTION).to(ACC)
     if HAS_DY_SKIP:
-        dy += tl.load(dy_skip_ptr + offsets, mask=mask, other=0).to(ACC)
+        dy += tl.load(dy_skip_ptr + offsets, mask=mask, other=0, eviction_policy=EVICTION).to(ACC)
     return dy
 
 
@@ -58,11 +66,12 @@ def _pre_activation_grad(
     HAS_RESIDUAL: tl.constexpr,
     TILE: tl.constexpr,
     UNROLL: tl.constexpr,
+    EVICTION: tl.constexpr,
     ACC: tl.constexpr,
 ):
     """dz = (dy + dy_skip)·act'(z) of a tile, from the bit mask or from z made again as the forward made it."""
     offsets, mask = tile_offsets(row, col_block, count, C, L, TILE, UNROLL)
-    dz = load_dy(dy_ptr, dy_skip_ptr, offsets, mask, HAS_DY_SKIP, ACC)
+    dz = load_dy(dy_ptr, dy_skip_ptr, offsets, mask, HAS_DY_SKIP, ACC, EVICTION)
     if HAS_MASK:
         bit_offsets, bit_mask = mask_offsets(row, col_block, count, C, L, TILE, UNROLL)
         packed = tl.load(mask_ptr + bit_offsets, mask=bit_mask, other=0)
@@ -106,6 +115,7 @@ def _bn_bwd_reduce_kernel(
     TILE: tl.constexpr,
     UNROLL: tl.constexpr,
     STAGES: tl.constexpr,
+    EVICTION: tl.constexpr,
     INNER_POW2: tl.constexpr,
     ACC: tl.constexpr,
 ):
@@ -128,11 +138,12 @@ def _bn_bwd_reduce_kernel(
     start, stop = split_rows(split, rows_per_split, count, TILE)
     for row in tl.range(start, stop, UNROLL * TILE.sub_rows, num_stages=STAGES):
         offsets, mask = tile_offsets(row, col_block, count, C, L, TILE, UNROLL)
-        x_centred = tl.load(x_ptr + offsets, mask=mask, other=0).to(ACC) - mean
+        x = tl.load(x_ptr + offsets, mask=mask, other=0, eviction_policy=EVICTION)
+        x_centred = x.to(ACC) - mean
         dz = _pre_activation_grad(
             dy_ptr, dy_skip_ptr, mask_ptr, residual_ptr, x_centred, scale, bias, param, row,
             col_block, count, C, L, ACT_GRAD, HAS_ACT, HAS_DY_SKIP, HAS_BIAS, HAS_MASK,
-            HAS_RESIDUAL, TILE, UNROLL, ACC,
+            HAS_RESIDUAL, TILE, UNROLL, EVICTION, ACC,
         )  # fmt: skip
         if WRITE_DZ:
             tl.store(dz_ptr + offsets, round_to(dz, dz_ptr.dtype.element_ty), mask=mask)
@@ -202,6 +213,7 @@ def _bn_bwd_dx_kernel(
     TILE: tl.constexpr,
     UNROLL: tl.constexpr,
     STAGES: tl.constexpr,
+    EVICTION: tl.constexpr,
     ACC: tl.constexpr,
 ):
     """dx = (dz − (sum_dy + xhat·sum_dy_xhat)/count)·(rstd·weight); in eval mode dz·(rstd·weight)."""
@@ -227,11 +239,12 @@ def _bn_bwd_dx_kernel(
         offsets, mask = tile_offsets(row, col_block, count, C, L, TILE, UNROLL)
         x_centred = mean
         if TRAINING or (HAS_ACT and not HAS_MASK):
-            x_centred = tl.load(x_ptr + offsets, mask=mask, other=0).to(ACC) - mean
+            x = tl.load(x_ptr + offsets, mask=mask, other=0, eviction_policy=EVICTION)
+        x_centred = x.to(ACC) - mean
         dz = _pre_activation_grad(
             dy_ptr, dy_skip_ptr, mask_ptr, residual_ptr, x_centred, scale, bias, param, row,
             col_block, count, C, L, ACT_GRAD, HAS_ACT, HAS_DY_SKIP, HAS_BIAS, HAS_MASK,
-            HAS_RESIDUAL, TILE, UNROLL, ACC,
+            HAS_RESIDUAL, TILE, UNROLL, EVICTION, ACC,
         )  # fmt: skip
         if WRITE_DZ:
             tl.store(dz_ptr + offsets, round_to(dz, dz_ptr.dtype.element_ty), mask=mask)
@@ -300,6 +313,7 @@ def bn_backward_reduce(
             TILE=tile,
             UNROLL=config.unroll,
             STAGES=config.num_stages,
+            EVICTION=config.eviction,
             INNER_POW2=next_power_of_2(tile.group_inner),
             ACC=ACC_DTYPE[acc],
         )
@@ -381,6 +395,7 @@ def bn_backward_dx(
             TILE=tile,
             UNROLL=config.unroll,
             STAGES=config.num_stages,
+            EVICTION=config.eviction,
             ACC=ACC_DTYPE[acc_type(x)],
         )
     return dx, dz

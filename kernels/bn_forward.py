@@ -66,6 +66,7 @@ def _bn_stats_kernel(
     TILE: tl.constexpr,
     UNROLL: tl.constexpr,
     STAGES: tl.constexpr,
+    EVICTION: tl.constexpr,
     INNER_POW2: tl.constexpr,
     ACC: tl.constexpr,
 ):
@@ -82,7 +83,7 @@ def _bn_stats_kernel(
     start, stop = split_rows(split, rows_per_split, count, TILE)
     for row in tl.range(start, stop, UNROLL * TILE.sub_rows, num_stages=STAGES):
         offsets, mask = tile_offsets(row, col_block, count, C, L, TILE, UNROLL)
-        x = tl.load(x_ptr + offsets, mask=mask, other=0).to(ACC)
+        x = tl.load(x_ptr + offsets, mask=mask, other=0, eviction_policy=EVICTION).to(ACC)
         d = tl.where(mask, x - pivot_cols, 0.0)
         sum_d += fold(d, TILE, UNROLL)
         sum_d2 += fold(d * d, TILE, UNROLL)
@@ -297,6 +298,7 @@ def _sum_channels(x: Tensor) -> Tensor:
         TILE=tile,
         UNROLL=config.unroll,
         STAGES=config.num_stages,
+        EVICTION=config.eviction,
         INNER_POW2=next_power_of_2(tile.group_inner),
         ACC=ACC_DTYPE[acc],
     )

@@ -12,7 +12,7 @@ kind        used for                a row is                   a column is
 ==========  ======================  =========================  =====================
 
 The numbers here are derived from byte counts and from code compiled for sm_90; none has been
-measured on a GPU yet.
+measured on a GPU yet. `benchmarks.variants` times others beside them.
 """
 
 from dataclasses import dataclass
@@ -67,6 +67,8 @@ class LaunchConfig:
     Attributes:
         unroll: sub-tiles a thread holds at once (independent loads).
         num_stages: depth of the software pipeline over tiles (1: none).
+        eviction: what the L2 cache is told of the tensors that are read: triton's
+            ``eviction_policy``.
         col_blocks: column blocks, the first axis of the grid.
         splits: programs that share the rows of one column block, the second axis.
         rows_per_split: rows of each, a multiple of ``unroll * sub_rows``.
@@ -74,6 +76,7 @@ class LaunchConfig:
 
     unroll: int
     num_stages: int
+    eviction: str
     col_blocks: int
     splits: int
     rows_per_split: int
@@ -134,13 +137,14 @@ def tile_rows(view: ChannelView, tile: Tile) -> int:
 class KernelTuning:
     """What a kernel asks of the chip: see `LaunchConfig`.
 
-    ``programs_per_sm`` is no more than have room at once, compiled for sm_90: the rest would begin
-    when the others end, and run alone.
+    ``programs_per_sm`` is at most what has room at once, compiled for sm_90: further programs would
+    wait for the first ones to end, and leave most of the chip idle.
     """
 
     unroll: int
     num_stages: int
     programs_per_sm: int
+    eviction: str = ""
 
 
 # A kernel that reads or writes the 1-bit mask has to unroll by this much: it is the mask's format.
@@ -180,6 +184,7 @@ def launch_config(kernel: str, view: ChannelView, tile: Tile, sm_count: int) -> 
     return LaunchConfig(
         unroll=tuning.unroll,
         num_stages=tuning.num_stages,
+        eviction=tuning.eviction,
         col_blocks=col_blocks,
         splits=-(-row_blocks // blocks_per_split),
         rows_per_split=blocks_per_split * block_rows,

@@ -1,0 +1,141 @@
+"""Times launch configurations beside those of `bnres.kernels.config.TUNING`, one change at a time.
+
+Each kernel runs over the stem's and layer1's activations in both layouts. A variant is timed after its
+result agreed with that of today's configuration.
+"""
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from math import prod
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import clock
+from benchmarks.check import check
+from benchmarks.operations import LAYOUTS
+from benchmarks.sites import RESNET18_SITES
+from bnres.kernels import config, launch
+from bnres.kernels.bn_backward import bn_backward_dx, bn_backward_reduce
+from bnres.kernels.bn_forward import bn_apply, bn_stats
+from bnres.kernels.config import KernelTuning
+
+BATCH, SMALL_BATCH, SMALL_SIZE = 256, 2, 8
+EPS = 1e-5
+# Sums are taken in another order; what is stored is rounded to bf16.
+TOLERANCE = 2**-8
+ROUNDS, SMALL_ROUNDS = 20, 1
+CHANGES: dict[str, tuple[Any, ...]] = {
+    "num_stages": (1, 2, 3, 4),
+    "unroll": (1, 2, 4, 8),
+    "programs_per_sm": (2, 3, 4, 5, 6, 8),
+    "eviction": ("", "evict_first", "evict_last"),
+}
+KERNELS = ("stats", "reduce", "dx", "apply")
+
+Call = Callable[[], tuple[Tensor, ...]]
+
+
+def variants(kernel: str) -> Iterator[tuple[str, KernelTuning]]:
+    """Today's configuration of a kernel, then those that differ from it in one field, with names."""
+    today = config.TUNING[kernel]
+    yield "today", today
+    for field, values in CHANGES.items():
+        if field == "eviction" and kernel == "apply":
+            continue  # its kernel has no such parameter
+        for value in values:
+            if value != getattr(today, field):
+                yield f"{field}={value}", replace(today, **{field: value})
+
+
+@contextmanager
+def tuned(kernel: str, tuning: KernelTuning) -> Iterator[None]:
+    """Inside, ``kernel`` is launched with another configuration."""
+    before = config.TUNING[kernel]
+    config.TUNING[kernel] = tuning
+    launch._plan.cache_clear()
+    try:
+        yield
+    finally:
+        config.TUNING[kernel] = before
+        launch._plan.cache_clear()
+
+
+def calls(shape: tuple[int, ...], layout: str, device: torch.device) -> dict[str, Call]:
+    """A call of each kernel's launcher on random bf16 tensors, as BN+ReLU makes them."""
+
+    def tensor() -> Tensor:
+        x = torch.randn(shape, device=device).to(torch.bfloat16)
+        return x.contiguous(memory_format=LAYOUTS[layout])
+
+    x, dy = tensor(), tensor()
+    weight, bias = torch.rand(2, shape[1], device=device) + 0.5
+    mean, rstd = bn_stats(x, None, None, 0.1, EPS)
+    norm = (mean, rstd, weight, bias, None)
+    count = x.numel() // shape[1]
+    sum_dy, sum_dy_xhat, _ = bn_backward_reduce(dy, x, *norm, None, "relu", 0.0)
+    sums = sum_dy, sum_dy_xhat
+    return {
+        "stats": lambda: bn_stats(x, None, None, 0.1, EPS),
+        "reduce": lambda: bn_backward_reduce(dy, x, *norm, None, "relu", 0.0)[:2],
+        "dx": lambda: bn_backward_dx(dy, x, *norm, None, "relu", 0.0, sums, count)[:1],
+        "apply": lambda: bn_apply(x, *norm, "relu", 0.0)[:1],
+    }
+
+
+def measure(
+    kernel: str, tuning: KernelTuning, call: Call, expected: tuple[Tensor, ...], moved: int
+) -> float:
+    """Seconds of a kernel with a configuration.
+
+    Raises:
+        WrongResult: if it computes something else.
+    """
+    ticking = clock.DeviceClock()
+    with tuned(kernel, tuning):
+        check(kernel, call(), expected, TOLERANCE)
+        timed = clock.prepare(ticking, lambda: call, expected[0].device, touched_bytes=moved)
+        return median(
+            clock.durations(ticking, timed, ROUNDS if expected[0].is_cuda else SMALL_ROUNDS)
+        )
+
+
+def run(out: Path, minutes: float, device: torch.device) -> int:
+    """Appends a line for each variant to ``out`` until the time is up; returns how many are left.
+
+    What ``out`` holds already is not measured again. Without a GPU the tensors are small.
+    """
+    deadline = time.monotonic() + 60 * minutes
+    lines = out.read_text(encoding="utf-8").splitlines() if out.exists() else []
+    done = {json.loads(line)["id"] for line in lines}
+    left = 0
+    for site in RESNET18_SITES[:2]:
+        for layout in LAYOUTS:
+            shape = site.shape(BATCH)
+            if device.type != "cuda":
+                shape = (SMALL_BATCH, 8, SMALL_SIZE, SMALL_SIZE)
+            made, moved = calls(shape, layout, device), 2 * prod(shape)
+            for kernel in KERNELS:
+                expected = made[kernel]()
+                for name, tuning in variants(kernel):
+                    id = f"{site.name} {layout} {kernel} {name}"
+                    if id in done:
+                        continue
+                    if time.monotonic() >= deadline:
+                        left += 1
+                        continue
+                    row: dict[str, Any] = {"id": id, "kernel": kernel, "variant": name}
+                    try:
+                        row["seconds"] = measure(kernel, tuning, made[kernel], expected, moved)
+                    except Exception as error:  # a variant that fails is a result
+                        row["failed"] = f"{type(error).__name__}: {error}"[:300]
+                    with out.open("a", encoding="utf-8") as file:
+                        file.write(json.dumps(row) + "\n")
+                    print(id, row.get("failed") or f"{row['seconds'] * 1e6:.1f} us", flush=True)
+    return left
