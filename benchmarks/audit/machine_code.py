@@ -30,10 +30,8 @@ from benchmarks.audit.sass import (
     load_bytes,
     store_bytes,
 )
-from benchmarks.audit.standin import GFX942, SM80, SM90, SM100, Gpu, Launch, compile_only
+from benchmarks.audit.standin import GPUS, Gpu, Launch, compile_only
 from bnres.routes import ConvCall
-
-GPUS = {gpu.name: gpu for gpu in (SM80, SM90, SM100, GFX942)}
 
 # Bandwidth times latency, about 4.3 TB/s · 0.8 µs over 132 multiprocessors, and some to spare.
 BYTES_IN_FLIGHT = 32 * 1024

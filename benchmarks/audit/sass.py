@@ -48,6 +48,15 @@ class Instruction:
 
 
 @dataclass(frozen=True)
+class Resources:
+    """Registers of a thread, bytes of its stack (where spilled registers are), of shared memory."""
+
+    registers: int
+    stack: int
+    shared_memory: int
+
+
+@dataclass(frozen=True)
 class MachineCode:
     """A kernel's resources and its instructions."""
 
@@ -74,18 +83,11 @@ class MachineCode:
 @cache
 def disassemble(cubin: bytes) -> MachineCode:
     """Reads a kernel's binary with the tools that triton's wheel carries."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        usage = _run("cuobjdump", "-res-usage", file.name)
-        text = _run("cuobjdump", "-sass", file.name)
-    found = re.search(r"REG:(\d+).* SHARED:(\d+)", usage)
-    if found is None:
-        raise ValueError(f"cuobjdump says nothing of registers: {usage!r}")
-    registers, shared = map(int, found.groups())
+    resources = read_resources(cubin)
+    text = _cuobjdump("-sass", cubin)
     return MachineCode(
-        registers,
-        shared,
+        resources.registers,
+        resources.shared_memory,
         [
             Instruction(int(address, 16), opcode, operands)
             for address, _, opcode, operands in INSTRUCTION.findall(text)
@@ -93,10 +95,22 @@ def disassemble(cubin: bytes) -> MachineCode:
     )
 
 
-def _run(tool: str, *arguments: str) -> str:
-    return subprocess.run(
-        [TOOLS / tool, *arguments], check=True, capture_output=True, text=True
-    ).stdout
+def read_resources(cubin: bytes) -> Resources:
+    """What a kernel's binary says of its resources, without its code."""
+    usage = _cuobjdump("-res-usage", cubin)
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)", usage)
+    if found is None:
+        raise ValueError(f"cuobjdump does not name the registers: {usage!r}")
+    return Resources(*map(int, found.groups()))
+
+
+def _cuobjdump(option: str, cubin: bytes) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run(
+            [TOOLS / "cuobjdump", option, file.name], check=True, capture_output=True, text=True
+        ).stdout
 
 
 def load_bytes(instructions: list[Instruction], width: int) -> int:

@@ -38,6 +38,7 @@ SM80 = Gpu("sm_80", 0, GPUTarget("cuda", 80, 32), 108, 65536, 164 * 1024, 2048, 
 SM90 = Gpu("sm_90", 1, GPUTarget("cuda", 90, 32), 132, 65536, 228 * 1024, 2048, 32)
 SM100 = Gpu("sm_100", 2, GPUTarget("cuda", 100, 32), 148, 65536, 228 * 1024, 2048, 32)
 GFX942 = Gpu("gfx942", 3, GPUTarget("hip", "gfx942", 64), 304, 131072, 64 * 1024, 2048, 32)
+GPUS = {gpu.name: gpu for gpu in (SM80, SM90, SM100, GFX942)}
 
 
 class StandInDriver:
@@ -79,20 +80,17 @@ class _Forgetful(dict[Any, Any]):
         pass
 
 
+Run = Callable[..., Any]
+
+
 @contextmanager
-def compile_only(gpu: Gpu, record: Callable[[Launch], None]) -> Iterator[None]:
-    """Inside, launches on CPU tensors compile for ``gpu`` and are handed to ``record``."""
+def replaced_launches(gpu: Gpu, run: Run) -> Iterator[None]:
+    """Inside, triton is told that ``gpu`` is there, and ``run`` takes the place of `JITFunction.run`."""
     if triton.knobs.runtime.interpret:
         raise RuntimeError("unset TRITON_INTERPRET: the interpreter does not compile")
     original_run, original_count = JITFunction.run, launch.sm_count
     original_compiled = launch._compiled
     original_driver = triton.runtime.driver._active
-
-    def run(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
-        compiled = original_run(self, *args, grid=grid, warmup=True, **kwargs)
-        record(Launch(self.__name__, tuple(grid), kwargs, compiled))
-        return compiled
-
     JITFunction.run, launch._compiled = run, _Forgetful()
     launch.sm_count = lambda device: gpu.sm_count  # type: ignore[assignment]
     triton.runtime.driver.set_active(StandInDriver(gpu))
@@ -102,3 +100,17 @@ def compile_only(gpu: Gpu, record: Callable[[Launch], None]) -> Iterator[None]:
         JITFunction.run, launch.sm_count = original_run, original_count
         launch._compiled = original_compiled
         triton.runtime.driver._active = original_driver
+
+
+@contextmanager
+def compile_only(gpu: Gpu, record: Callable[[Launch], None]) -> Iterator[None]:
+    """Inside, launches on CPU tensors compile for ``gpu`` and are handed to ``record``."""
+    original_run = JITFunction.run
+
+    def run(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        compiled = original_run(self, *args, grid=grid, warmup=True, **kwargs)
+        record(Launch(self.__name__, tuple(grid), kwargs, compiled))
+        return compiled
+
+    with replaced_launches(gpu, run):
+        yield

@@ -51,12 +51,15 @@ class Builder:
 
     Args:
         cudnn: the frontend's module.
-        x: a tensor of the shape, dtype and device.
+        x: a tensor of the shape and dtype.
         has_residual: whether something is added.
         has_relu: whether there is a ReLU.
+        handle: cuDNN's, of the device of ``x``.
     """
 
-    def __init__(self, cudnn: ModuleType, x: Tensor, has_residual: bool, has_relu: bool) -> None:
+    def __init__(
+        self, cudnn: ModuleType, x: Tensor, has_residual: bool, has_relu: bool, handle: Any
+    ) -> None:
         self.cudnn, self.has_residual, self.has_relu = cudnn, has_residual, has_relu
         types = cudnn.data_type
         self.io = types.BFLOAT16 if x.dtype == torch.bfloat16 else types.HALF
@@ -68,9 +71,7 @@ class Builder:
             "data_type": types.FLOAT,
         }
         self.scalar = {"dim": [1] * 4, "stride": [1] * 4, "is_pass_by_value": True}
-        with torch.cuda.device(x.device):
-            self.handle = cudnn.create_handle()
-        self.bind_stream()
+        self.handle = handle
 
     def bind_stream(self) -> None:
         """Has cuDNN launch on torch's current stream."""
@@ -149,11 +150,15 @@ class Builder:
 
     def _finish(self, graph: Any, tensors: dict[str, Any]) -> Graph:
         graph.validate()
+        return Graph(graph, tensors, self._build(graph))
+
+    def _build(self, graph: Any) -> int:
+        """Makes a graph ready to be run; returns the bytes of its workspace."""
         graph.build_operation_graph()
         graph.create_execution_plans([self.cudnn.heur_mode.A, self.cudnn.heur_mode.FALLBACK])
         graph.check_support()
         graph.build_plans()
-        return Graph(graph, tensors, graph.get_workspace_size())
+        return int(graph.get_workspace_size())
 
     def runner(self, graph: Graph, values: dict[str, Tensor]) -> Callable[[], None]:
         """A call of the graph on these tensors."""
@@ -197,7 +202,10 @@ def _prepare(case: OpCase) -> Bind:
         if x.shape[1] % CHANNELS:
             raise Unavailable(f"takes multiples of {CHANNELS} channels")
         if not built:
-            builder = Builder(cudnn, x, has_residual, has_relu)
+            with torch.cuda.device(x.device):
+                handle = cudnn.create_handle()
+            builder = Builder(cudnn, x, has_residual, has_relu, handle)
+            builder.bind_stream()
             try:
                 built.append((builder, builder.forward(), builder.backward()))
             except cudnn.cudnnGraphNotSupportedError as error:

@@ -1,0 +1,255 @@
+"""Public calls of the fused operations whose options, taken in pairs, cover every combination.
+
+The options come from the operations' own signatures: a parameter that is added to one of them is
+varied here too, or `axes` raises because it does not know which values it takes.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from types import NoneType
+from typing import Any, get_args, get_type_hints
+
+import torch
+from torch import Tensor
+
+from bnres import functional, use_backend, use_conv_route
+from bnres.functional.conv_route import KERNEL_DTYPES
+from bnres.kernels.augment import augment
+from bnres.kernels.augment_plan import AugmentDraws, AugmentPlan
+from bnres.kernels.conv_config import ConvShape
+from bnres.kernels.device import ACTIVATIONS
+from bnres.kernels.dtypes import SUPPORTED_DTYPES, acc_type
+
+Options = dict[str, Any]
+Axes = dict[str, Sequence[Any]]
+
+CONTIGUOUS, LAST = torch.contiguous_format, torch.channels_last
+# Inputs that make every kind of tile: whole and ragged vectors, of planes and of channels.
+INPUTS = {
+    "planes": ((2, 8, 8, 8), CONTIGUOUS),
+    "odd planes": ((2, 5, 7, 9), CONTIGUOUS),
+    "small planes": ((2, 16, 7, 7), CONTIGUOUS),
+    "channels_last": ((2, 64, 8, 8), LAST),
+    "some channels": ((2, 24, 8, 8), LAST),
+    "odd channels": ((2, 5, 7, 9), LAST),
+}
+# Inputs whose offsets need 64 bits. Their memory is never touched.
+HUGE_INPUTS = {
+    "huge planes": ((2, 64, 4096, 4104), CONTIGUOUS),
+    "huge channels_last": ((2, 64, 4096, 4104), LAST),
+}
+WINDOW = ("kernel_size", "stride", "padding", "dilation")
+# Few taps, overlapping; many; more than a byte can number; dilated.
+POOLINGS = ((3, 2, 1, 1), (5, 1, 2, 1), (17, 4, 8, 1), (3, 2, 0, 2))
+# Output channels and window.
+CONVOLUTIONS = ((64, (3, 1, 1, 1)), (24, (1, 2, 0, 1)), (5, (3, 2, 2, 2)))
+# Values that are taken in pairs with all others ...
+VALUES: Axes = {
+    "input": tuple(INPUTS),
+    # No activation, one from the bit mask, one with a parameter, one with an exponential.
+    "act": ("identity", "relu", "leaky_relu", "silu"),
+    "dtype": (torch.bfloat16, torch.float32, torch.float64),
+    "kernel_size": POOLINGS,
+    "conv_weight": CONVOLUTIONS,
+    "groups": (1,),  # torch does grouped convolutions
+    "memory_format": (CONTIGUOUS, LAST),
+    "height": (8, 64),  # one program holds an image of 8 × 8, several one of 64 × 64
+}
+# ... and those that are taken with everything that a call can be given, and with nothing.
+OTHERS: Axes = {
+    "act": tuple(act for act in ACTIVATIONS if act not in VALUES["act"]),
+    "dtype": (torch.float16,),
+}
+PARAMETERS = ("input", "weight", "bias", "residual", "residual_weight", "residual_bias")
+# Parameters that are the same in every call: no kernel is specialised on their values.
+FIXED = {"act_kwargs", "eps", "residual_eps", "stride", "padding", "dilation", "width", "return"}
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call of a public function: forward and, where it has a gradient, backward."""
+
+    name: str
+    options: Options
+    run: Callable[[Options], object]
+
+    def __str__(self) -> str:
+        return f"{self.name}({', '.join(f'{k}={v}' for k, v in self.options.items())})"
+
+    def __call__(self) -> None:
+        with use_backend("triton"), use_conv_route("kernel"):
+            self.run(self.options)
+
+
+def pairs(axes: Axes) -> Iterator[Options]:
+    """Choices from ``axes`` such that any two values of two axes occur together in one of them."""
+    names = list(axes)
+    left = {
+        frozenset(((a, i), (b, j)))
+        for a, b in itertools.combinations(names, 2)
+        for i in range(len(axes[a]))
+        for j in range(len(axes[b]))
+    }
+    while left:
+        chosen = dict(min(sorted(pair) for pair in left))
+        for name in names:
+            if name not in chosen:
+                gains = [
+                    sum(frozenset(((name, i), item)) in left for item in chosen.items())
+                    for i in range(len(axes[name]))
+                ]
+                chosen[name] = gains.index(max(gains))
+        left -= {frozenset(items) for items in itertools.combinations(chosen.items(), 2)}
+        yield {name: axes[name][chosen[name]] for name in names}
+
+
+def axes_of(function: Callable[..., Any]) -> Axes:
+    """The values that the parameters of ``function`` take here, chosen by their annotations.
+
+    Raises:
+        ValueError: for a parameter whose values are not known.
+    """
+    found: Axes = {"dtype": VALUES["dtype"]}
+    for name, hint in get_type_hints(function).items():
+        if name in FIXED:
+            continue
+        kinds = set(get_args(hint))
+        if name in VALUES:
+            found[name] = VALUES[name]
+        elif hint is bool:
+            found[name] = (True, False)
+        elif hint is Tensor:
+            found[name] = (True,)
+        elif kinds in ({Tensor, NoneType}, {Tensor, float}, {tuple[float, ...], NoneType}):
+            found[name] = (True, False)
+        else:
+            raise ValueError(f"{name}: {hint} of {function.__name__} has no values in VALUES")
+    return found
+
+
+def all_calls() -> list[Call]:
+    """Calls of every public function of `bnres.functional`, and of the chain of augmentations."""
+    return [*itertools.chain(*map(functional_calls, functional.__all__)), *augment_calls()]
+
+
+def functional_calls(name: str) -> Iterator[Call]:
+    """Calls of a function of `bnres.functional`."""
+    function = getattr(functional, name)
+    axes = axes_of(function) | {"same_dtype": (True, False)}
+    others = {name: values for name, values in OTHERS.items() if name in axes}
+    modes = [(True, "all"), (False, "all"), (False, "activations"), (False, "none")]
+    if "kernel_size" in axes or "conv_weight" in axes:
+        others["input"] = tuple(HUGE_INPUTS)
+    if "conv_weight" in axes:
+        # Otherwise it is torch's convolution followed by `batch_norm_act`.
+        modes = [(False, "none")]
+        axes["dtype"] = tuple(dtype for dtype in axes["dtype"] if dtype in KERNEL_DTYPES)
+    for training, grad in modes:
+        mode = {"training": (training,), "grad": (grad,)}
+        for options in with_others(axes | mode, others):
+            yield Call(name, _consistent(options), partial(_run_functional, function))
+
+
+def with_others(axes: Axes, others: Axes) -> Iterator[Options]:
+    """`pairs` of ``axes``; then each of ``others`` with the first values, and with the last."""
+    yield from pairs(axes)
+    for name, values in others.items():
+        for value, end in itertools.product(values, (0, -1)):
+            yield {axis: known[end] for axis, known in axes.items()} | {name: value}
+
+
+def _consistent(options: Options) -> Options:
+    """The options, changed where a call can't have them together."""
+    fixed = dict(options)
+    for of in ("", "residual_"):
+        if f"{of}running_mean" in fixed:
+            # Evaluation needs running statistics.
+            fixed[f"{of}running_mean"] |= not fixed["training"]
+            fixed[f"{of}running_var"] = fixed[f"{of}running_mean"]
+    if fixed["input"] in HUGE_INPUTS:
+        fixed["dtype"] = torch.bfloat16
+        if "conv_weight" in fixed:
+            # In a layout that needs no copy.
+            fixed["input"], fixed["conv_weight"] = "huge channels_last", CONVOLUTIONS[0]
+    return fixed
+
+
+def _run_functional(function: Callable[..., Any], options: Options) -> None:
+    shape, memory_format = (INPUTS | HUGE_INPUTS)[options["input"]]
+    dtype = options["dtype"]
+    parameter_dtype = dtype if options["same_dtype"] else acc_type(torch.empty(0, dtype=dtype))
+    channels = shape[1]
+    arguments: Options = {}
+    output = shape
+    if "kernel_size" in options:
+        arguments = dict(zip(WINDOW, options["kernel_size"], strict=True))
+    if "conv_weight" in options:
+        channels, (kernel, *window) = options["conv_weight"]
+        arguments = dict(zip(WINDOW[1:], window, strict=True))
+        output = (
+            shape[0],
+            channels,
+            *ConvShape(kernel, kernel, *_twice(window)).output_size(*shape[2:]),
+        )
+        size = (channels, shape[1], kernel, kernel)
+        arguments["conv_weight"] = torch.empty(size, dtype=dtype, memory_format=LAST)
+
+    def tensor(name: str) -> Tensor:
+        if name == "input":
+            return torch.empty(shape, dtype=dtype, memory_format=memory_format)
+        if name == "residual":
+            return torch.empty(output, dtype=dtype, memory_format=memory_format)
+        if name.endswith("num_batches_tracked"):
+            return torch.tensor(0)
+        if name.endswith("momentum"):
+            return torch.tensor(0.1)
+        return torch.empty(channels, dtype=dtype if name == "conv_bias" else parameter_dtype)
+
+    for name, hint in get_type_hints(function).items():
+        if name in arguments or name in FIXED or name in ("kernel_size", "groups"):
+            continue
+        is_tensor = hint is Tensor or Tensor in get_args(hint)
+        value = options.get(name, True)
+        if is_tensor:
+            arguments[name] = tensor(name) if value else 0.1 if float in get_args(hint) else None
+        else:
+            arguments[name] = value
+    wanted = {"none": (), "activations": ("input", "residual")}.get(options["grad"], PARAMETERS)
+    leaves = [t for name in wanted if (t := arguments.get(name)) is not None]
+    for leaf in leaves:
+        leaf.requires_grad_()
+    y = function(**arguments)
+    outputs = [y] if isinstance(y, Tensor) else list(dict.fromkeys(y))
+    if leaves:
+        torch.autograd.grad(outputs, leaves, [torch.empty_like(t) for t in outputs])
+
+
+def _twice(values: Sequence[int]) -> Iterator[int]:
+    """Each value for both axes."""
+    return (value for value in values for _ in range(2))
+
+
+def augment_calls() -> Iterator[Call]:
+    """Calls of the kernels behind a chain of augmentations."""
+    sources = (torch.uint8, torch.float32)
+    others = {"source": SUPPORTED_DTYPES, "dtype": OTHERS["dtype"]}
+    axes = axes_of(AugmentPlan) | {"channels": (1, 3), "source": sources}
+    for has_contrast, height in itertools.product(axes["has_contrast"], axes["height"]):
+        mode = {"has_contrast": (has_contrast,), "height": (height,)}
+        for options in with_others(axes | mode, others):
+            yield Call("augment", options, _run_augment)
+
+
+def _run_augment(options: Options) -> None:
+    plan = {name: value for name, value in options.items() if name not in ("channels", "source")}
+    channels, size = options["channels"], options["height"]
+    for name in ("mean", "std"):
+        plan[name] = (0.5,) * channels if options["mean"] else None
+    images = torch.empty((2, channels, size, size), dtype=options["source"])
+    draws = AugmentDraws(
+        torch.empty((2, 6), dtype=torch.int32), torch.empty((2, 2), dtype=torch.int32),
+        torch.empty((2, 4)),
+    )  # fmt: skip
+    augment(images, draws, AugmentPlan(**plan, width=size))

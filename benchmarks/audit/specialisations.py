@@ -1,0 +1,284 @@
+"""Compiles every specialisation that the calls of `benchmarks.audit.calls` reach, without a GPU.
+
+For sm_90 each is then launched twice by triton's own launcher, which hands it to a stand-in for CUDA's
+driver: once as triton finds it, once as `bnres.kernels.launch` finds it again. For other GPUs one
+specialisation of each kernel and dtype is compiled.
+"""
+
+import argparse
+import importlib
+import json
+import os
+import pkgutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.runtime.jit import JITFunction
+
+from benchmarks.audit import amdgcn
+from benchmarks.audit.calls import Call, all_calls
+from benchmarks.audit.sass import read_resources
+from benchmarks.audit.standin import GPUS, SM90, Gpu, Launch, compile_only, replaced_launches
+from benchmarks.environment import ROOT
+from bnres import kernels
+from bnres.kernels.config import CHANNELS, GROUPS, PLANES, Tile
+from bnres.kernels.device import ACTIVATIONS
+from bnres.kernels.dtypes import SUPPORTED_DTYPES
+from bnres.kernels.launch import launch
+
+
+@dataclass(frozen=True)
+class Specialisation:
+    """A kernel with the arguments of a launch that it is compiled for, and the call it came from."""
+
+    kernel: JITFunction
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    call: str
+
+    def __str__(self) -> str:
+        return f"{self.kernel.__name__} of {self.call}"
+
+    @property
+    def family(self) -> tuple[str, torch.dtype]:
+        """Its kernel and the dtype of the activations."""
+        return self.kernel.__name__, next(iter(_tensors(self.arguments))).dtype
+
+
+def _tensors(arguments: dict[str, Any]) -> Iterable[Tensor]:
+    names = ("x_ptr", "x_a_ptr", *arguments)
+    return (t for name in names if isinstance(t := arguments.get(name), Tensor))
+
+
+def _key(kernel: JITFunction, arguments: dict[str, Any]) -> tuple[Any, ...]:
+    """What triton compiles a kernel anew for."""
+    constants = {p.name for p in kernel.params if p.is_constexpr}
+
+    def part(name: str, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.dtype, value.data_ptr() % 16 == 0
+        if name not in constants and type(value) is int:
+            return value == 1 or (value % 16 == 0, value < 2**31)
+        if name not in constants and type(value) is float:
+            return float
+        return value
+
+    return kernel.__name__, *(part(name, value) for name, value in sorted(arguments.items()))
+
+
+def collect(calls: Iterable[Call]) -> list[Specialisation]:
+    """The specialisations that some calls launch, each once; nothing is compiled."""
+    found: dict[tuple[Any, ...], Specialisation] = {}
+    call: Call
+
+    def run(self: JITFunction, *args: Any, grid: Any, warmup: bool, **arguments: Any) -> None:
+        arguments.pop("enable_fp_fusion")
+        new = Specialisation(self, tuple(grid), arguments, str(call))
+        found.setdefault(_key(self, arguments), new)
+
+    with replaced_launches(SM90, run):
+        for call in calls:
+            call()
+    return list(found.values())
+
+
+def all_kernels() -> list[JITFunction]:
+    """Every kernel of `bnres.kernels`."""
+    modules = [
+        importlib.import_module(f"{kernels.__name__}.{module.name}")
+        for module in pkgutil.iter_modules(kernels.__path__)
+    ]
+    found = {
+        name: value
+        for module in modules
+        for name, value in vars(module).items()
+        if isinstance(value, JITFunction) and name.endswith("_kernel")
+    }
+    return list(found.values())
+
+
+# Values that no public call reaches, with the reason.
+UNREACHED: dict[tuple[str, str], set[Any]] = {
+    # Pooling walks over vectors of planes, whatever their size.
+    ("_bn_max_pool_kernel", "TILE"): {GROUPS},
+    ("_bn_max_pool_bwd_dx_kernel", "TILE"): {GROUPS},
+    # torch's convolution takes fp64.
+    ("_conv_bn_act_kernel", "x_ptr"): {torch.float64},
+    ("_pad_channels_kernel", "x_ptr"): {torch.float64},
+}
+
+
+def missing(found: Sequence[Specialisation]) -> list[str]:
+    """Values of kernels' parameters that no specialisation has, in words.
+
+    Of each kernel: both values of a flag, every activation, every kind of tile, every dtype.
+    """
+    problems = []
+    forward = {a.forward for a in ACTIVATIONS.values()}
+    grad = {a.grad for a in ACTIVATIONS.values()}
+    for kernel in all_kernels():
+        launches = [s.arguments for s in found if s.kernel is kernel]
+        if not launches:
+            problems.append(f"{kernel.__name__} is not launched")
+            continue
+        for parameter in kernel.params:
+            seen = {_plain(arguments[parameter.name]) for arguments in launches}
+            kinds = {type(value) for value in seen}
+            expected: set[Any] = set()
+            if kinds == {bool}:
+                expected = {True, False}
+            elif kinds == {JITFunction}:
+                expected = forward if seen & forward else grad
+            elif Tile in kinds:
+                expected = {CHANNELS, PLANES, GROUPS}
+                seen = {tile.kind for tile in seen}
+            elif parameter.name in ("x_ptr", "x_a_ptr"):
+                expected = set(SUPPORTED_DTYPES)
+            lacking = expected - seen
+            lacking -= UNREACHED.get((kernel.__name__, parameter.name), set())
+            problems += [f"{kernel.__name__}: {parameter.name} is never {v}" for v in lacking]
+    return sorted(problems)
+
+
+def _plain(value: Any) -> Any:
+    return value.dtype if isinstance(value, Tensor) else value
+
+
+@dataclass
+class Outcome:
+    """What came of some specialisations.
+
+    Attributes:
+        compiled: how many compiled without spilling.
+        launched: how many of those reached CUDA's driver, twice each.
+        failures: of the others what went wrong, each in a line.
+    """
+
+    compiled: int = 0
+    launched: int = 0
+    failures: list[str] = field(default_factory=list)
+
+    def add(self, other: "Outcome") -> None:
+        self.compiled += other.compiled
+        self.launched += other.launched
+        self.failures += other.failures
+
+
+def one_of_each_family(found: Sequence[Specialisation]) -> list[Specialisation]:
+    """The first specialisation of each kernel and dtype."""
+    first: dict[tuple[str, torch.dtype], Specialisation] = {}
+    for specialisation in found:
+        first.setdefault(specialisation.family, specialisation)
+    return list(first.values())
+
+
+def compile_all(gpu: Gpu, found: Sequence[Specialisation]) -> Outcome:
+    """Compiles specialisations for a GPU, and names those that fail or spill registers."""
+    outcome = Outcome()
+
+    def check(launched: Launch) -> None:
+        tile = launched.arguments.get("TILE")
+        if tile is not None and not tile.aligned:
+            # Narrow accesses, each with an address of its own, leave too few registers.
+            return
+        if spilled := _spilled(gpu, launched):
+            raise ValueError(f"spills {spilled}")
+
+    with compile_only(gpu, check):
+        for specialisation in found:
+            try:
+                launch(specialisation.kernel, specialisation.grid, **specialisation.arguments)
+                outcome.compiled += 1
+            except Exception as error:  # whatever the compiler raises
+                outcome.failures.append(f"{gpu.name}: {specialisation}: {_in_one_line(error)}")
+    return outcome
+
+
+def _spilled(gpu: Gpu, launched: Launch) -> str:
+    """What a compiled kernel keeps in local memory."""
+    if gpu.target.backend == "hip":
+        spills = amdgcn.read(launched.compiled.asm["amdgcn"]).spills
+        return f"{spills} registers" if spills else ""
+    stack = read_resources(launched.compiled.asm["cubin"]).stack
+    return f"{stack} bytes" if stack else ""
+
+
+def launch_all(gpu: Gpu, found: Sequence[Specialisation]) -> Outcome:
+    """Launches specialisations twice by triton's own launcher, and names those that don't arrive."""
+    from benchmarks.audit.launcher import LaunchingDriver, build_driver_library
+
+    outcome = Outcome()
+    with tempfile.TemporaryDirectory() as folder:
+        library = build_driver_library(Path(folder))
+        triton.runtime.driver.set_active(LaunchingDriver(gpu))
+        for specialisation in found:
+            before = library.count_launches()
+            try:
+                for _ in range(2):
+                    launch(specialisation.kernel, specialisation.grid, **specialisation.arguments)
+                arrived = library.count_launches() - before
+                if arrived != 2:
+                    raise ValueError(f"{arrived} launches arrived of 2")
+                outcome.launched += 1
+            except Exception as error:  # whatever the launcher raises
+                outcome.failures.append(f"launch: {specialisation}: {_in_one_line(error)}")
+    return outcome
+
+
+def _in_one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".strip().replace("\n", " ")[:500]
+
+
+def run(processes: int) -> Outcome:
+    """Compiles and launches everything in some processes at once; what compiled stays in triton's cache.
+
+    Raises:
+        RuntimeError: if a process fails.
+    """
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "benchmarks.audit.specialisations", "--parts", str(processes)]
+    workers = [
+        subprocess.Popen(
+            [*command, "--part", str(part)], cwd=ROOT, env=environment, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )
+        for part in range(processes)
+    ]  # fmt: skip
+    outcome = Outcome()
+    for worker in workers:
+        output, errors = worker.communicate()
+        if worker.returncode:
+            raise RuntimeError(f"{' '.join(command)} failed:\n{errors}")
+        outcome.add(Outcome(**json.loads(output)))
+    return outcome
+
+
+def main() -> None:
+    """Compiles one part of the specialisations and prints the outcome as JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--part", type=int, required=True)
+    parser.add_argument("--parts", type=int, required=True)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    found = collect(all_calls())
+    outcome = Outcome(failures=missing(found) if options.part == 0 else [])
+    part = found[options.part :: options.parts]
+    outcome.add(compile_all(SM90, part))
+    for gpu in GPUS.values():
+        if gpu is not SM90:
+            outcome.add(compile_all(gpu, one_of_each_family(found)[options.part :: options.parts]))
+    if not torch.cuda.is_available():
+        outcome.add(launch_all(SM90, part))
+    print(json.dumps(asdict(outcome)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,38 @@
+"""Runs every fused operation of the stem and of layer1 once, so that a profiler can count in it."""
+
+import torch
+
+from benchmarks.cases import OpCase, bn_sites
+from benchmarks.operations import DTYPES, LAYOUTS, make_inputs, smaller
+from benchmarks.providers import PROVIDERS
+from benchmarks.sites import ConvSite, Site, conv_sites
+
+BATCH, SMALL_BATCH = 256, 2
+STAGES = ("resnet18.stem", "resnet18.layer1")
+
+
+def run(device: torch.device) -> int:
+    """Runs forward and backward in bf16 in both layouts; returns the number of operations.
+
+    Without a GPU the tensors are small.
+    """
+    on_gpu = device.type == "cuda"
+    done = 0
+    known: list[Site | ConvSite] = [*bn_sites("resnet18"), *conv_sites("resnet18")]
+    sites = [site for site in known if site.id.startswith(STAGES)]
+    for site in sites:
+        provider = PROVIDERS["bnres-conv-kernel" if isinstance(site, ConvSite) else "bnres"]
+        if not on_gpu and provider.name != "bnres":
+            continue
+        for layout in LAYOUTS if provider.name == "bnres" else ("channels_last",):
+            direction = "backward" if provider.name == "bnres" else "eval"
+            case = OpCase(site, direction, layout, "bf16", BATCH, provider.name)
+            batch, shape = (BATCH, site) if on_gpu else (SMALL_BATCH, smaller(site))
+            inputs = make_inputs(shape, direction, batch, layout, DTYPES["bf16"], device)
+            operation = provider.prepare(case)(inputs)
+            with torch.set_grad_enabled(direction == "backward"):
+                operation.forward()
+                if direction == "backward":
+                    operation.backward()
+            done += 1
+    return done

@@ -1,0 +1,79 @@
+"""The list of specialisations is complete, and what fails to compile or to launch is reported.
+
+What compiles runs in a process of its own, as the interpreter and the compiler can't share one.
+"""
+
+import json
+
+from tests.compiled import run_compiled
+
+CODE = "from tests.test_specialisations import *; {}()"
+
+
+def check_that_gaps_are_noticed():
+    from benchmarks.audit import calls
+    from benchmarks.audit.specialisations import collect, missing
+
+    every = calls.all_calls()
+    complete = missing(collect(every))
+    lost = {}
+    for function in sorted({call.name for call in every} - {"batch_norm"}):
+        lost[function] = missing(collect(call for call in every if call.name != function))
+    for axis, value in (
+        ("input", "small planes"), ("dtype", "torch.float16"), ("act", "silu"), ("residual", "True"),
+        ("training", "False"), ("grad", "activations"), ("has_contrast", "True"),
+    ):  # fmt: skip
+        kept = [call for call in every if str(call.options.get(axis)) != value]
+        assert len(kept) < len(every)
+        lost[f"{axis}={value}"] = missing(collect(kept))
+    print(json.dumps({"complete": complete, "lost": lost}))
+
+
+def test_a_case_that_is_left_out_is_noticed():
+    result = run_compiled("-c", CODE.format("check_that_gaps_are_noticed"))
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout)
+    assert found["complete"] == []
+    unnoticed = [what for what, problems in found["lost"].items() if not problems]
+    assert unnoticed == []
+
+
+def check_faults():
+    import torch
+    import triton
+    import triton.language as tl
+
+    from benchmarks.audit.specialisations import Specialisation, compile_all, launch_all
+    from benchmarks.audit.standin import SM90
+
+    @triton.jit
+    def grows(x_ptr, N: tl.constexpr):
+        # The interpreter accepts a loop variable that changes its shape.
+        total = tl.zeros((1, N), tl.float32)
+        for _ in tl.range(0, 4):
+            total = tl.load(x_ptr + tl.arange(0, N)[:, None]) + total
+        tl.store(x_ptr + tl.arange(0, N)[:, None] + tl.arange(0, N)[None, :], total)
+
+    @triton.jit
+    def fits(x_ptr, scale, N: tl.constexpr):
+        offsets = tl.arange(0, N)
+        tl.store(x_ptr + offsets, tl.load(x_ptr + offsets) * scale)
+
+    x = torch.zeros(256)
+
+    sound = Specialisation(fits, (1,), {"x_ptr": x, "scale": 2.0, "N": 16}, "sound")
+    broken = Specialisation(grows, (1,), {"x_ptr": x, "N": 16}, "broken")
+    # Triton compiles for it, and its launcher takes no integer of more than 64 bits.
+    misfit = Specialisation(fits, (1,), {"x_ptr": x, "scale": 2**70, "N": 16}, "misfit")
+    compiled = compile_all(SM90, [sound, broken])
+    launched = launch_all(SM90, [sound, misfit])
+    print(json.dumps([compiled.compiled, compiled.failures, launched.launched, launched.failures]))
+
+
+def test_a_kernel_that_does_not_compile_and_a_launch_that_fails_are_reported():
+    result = run_compiled("-c", CODE.format("check_faults"))
+    assert result.returncode == 0, result.stderr
+    compiled, failures, launched, refused = json.loads(result.stdout)
+    assert (compiled, launched) == (1, 1)
+    assert len(failures) == 1 and "broken" in failures[0]
+    assert len(refused) == 1 and "misfit" in refused[0]
