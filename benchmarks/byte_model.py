@@ -42,17 +42,11 @@ def moved_bytes(operation: str, direction: str, elements: int, itemsize: int) ->
     return round(passes(operation, direction, itemsize) * elements * itemsize)
 
 
-def conv_bytes_and_flops(
-    site: ConvSite, direction: str, batch: int, itemsize: int
-) -> tuple[int, int]:
-    """Bytes that a convolution moves at least, and its floating-point operations.
-
-    In training its output is written, read once its statistics are known, and written normalised.
-    """
+def conv_bytes_and_flops(site: ConvSite, batch: int, itemsize: int) -> tuple[int, int]:
+    """Bytes that a convolution moves at least, and its floating-point operations."""
     n, k, height, width = site.output_shape(batch)
     outputs = n * k * height * width
     inputs = batch * site.channels * site.size**2
     filters = k * site.channels * site.window.taps
-    output_passes = (3 if direction == "forward" else 1) + site.has_residual
-    bytes_moved = (inputs + filters + outputs * output_passes) * itemsize
+    bytes_moved = (inputs + filters + outputs * (1 + site.has_residual)) * itemsize
     return bytes_moved, 2 * outputs * site.channels * site.window.taps

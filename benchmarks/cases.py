@@ -162,7 +162,7 @@ def bn_sites(net: str) -> list[Site]:
 
 def _directions(site: Site | ConvSite) -> tuple[str, ...]:
     if isinstance(site, ConvSite):
-        return ("eval", "forward")
+        return ("eval",)
     return ("backward",) if site.operation.endswith("twice") else DIRECTIONS
 
 
@@ -183,12 +183,6 @@ def _op_subjects() -> Iterator[tuple[int, OpCase]]:
                     and direction != "eval"
                 ):
                     on_rank = 1
-                elif (
-                    isinstance(site, ConvSite)
-                    and site.out_channels <= 64
-                    and direction == "forward"
-                ):
-                    on_rank = 2  # statistics in the convolution's epilogue save most there
                 yield on_rank + (4 if net == "resnet50" else 0), first
                 yield 8, replace(first, batch=32)
                 yield 9, replace(first, dtype="fp32")

@@ -124,8 +124,6 @@ def conv_sites(net: str) -> tuple[ConvSite, ...]:
     taps = 9 if net == "resnet18" else 1
     found: dict[ConvSite, None] = {}
     for call in conv_calls(model, IMAGE, torch.bfloat16):
-        if call.has_sums:
-            continue
         widens = call.out_channels >= call.channels and call.shape.stride_h == 1
         if not call.has_residual or (widens and call.shape.taps == taps):
             site = ConvSite(

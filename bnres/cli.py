@@ -238,10 +238,10 @@ def tune(
     size: Annotated[int, typer.Option(help="Height and width of an image.")] = 224,
     dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "bf16",
     match: Annotated[
-        str, typer.Option(help="Only calls whose name holds this: 'sums' (training), '3x3'.")
+        str, typer.Option(help="Only calls whose name holds this, such as '3x3'.")
     ] = "",
 ) -> None:
-    """Measure our convolution kernels against torch's on this GPU; the faster one is taken then."""
+    """Measure our convolution kernel against torch's on this GPU; the faster one is taken then."""
     import torch
     from rich.progress import track
 

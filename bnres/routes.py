@@ -26,10 +26,7 @@ _override = "auto"
 
 @dataclass(frozen=True)
 class ConvCall:
-    """What the measured time of a convolution depends on.
-
-    With ``has_sums`` it is one in training, that sums its output for the batch norm behind it.
-    """
+    """What the measured time of a convolution depends on."""
 
     dtype: str
     batch: int
@@ -39,7 +36,6 @@ class ConvCall:
     out_channels: int
     shape: ConvShape
     has_residual: bool
-    has_sums: bool = False
 
     @property
     def key(self) -> str:
@@ -49,7 +45,7 @@ class ConvCall:
             f"{self.dtype} {self.batch}x{self.channels}x{self.height}x{self.width} -> "
             f"{self.out_channels} kernel {s.kernel_h}x{s.kernel_w} stride {s.stride_h}x{s.stride_w} "
             f"padding {s.padding_h}x{s.padding_w} dilation {s.dilation_h}x{s.dilation_w}"
-            f"{' residual' if self.has_residual else ''}{' sums' if self.has_sums else ''}"
+            f"{' residual' if self.has_residual else ''}"
         )
 
 
@@ -115,7 +111,10 @@ def load_table(path: Path) -> dict[ConvCall, ConvConfig]:
     except FileNotFoundError:
         return {}
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is no table of routes: {error!r}; run bnres tune") from error
+        raise ValueError(
+            f"{path} is not a table of routes of this version: {error!r}; delete it, then run "
+            "bnres tune"
+        ) from error
 
 
 def _call(fields: dict[str, Any]) -> ConvCall:

@@ -1,8 +1,4 @@
-"""Measures, for a model's convolutions, our kernels against torch's convolution and our passes.
-
-In evaluation ours has batch norm and activation in its epilogue; in training it sums its output for
-the batch norm behind it.
-"""
+"""Measures, for a model's convolutions, our kernel against torch's convolution and our apply."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -10,7 +6,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bnres.functional import conv2d_batch_norm_act
@@ -32,9 +27,9 @@ def device_timer() -> Timer:
 
 
 def conv_calls(model: nn.Module, shape: tuple[int, ...], dtype: torch.dtype) -> list[ConvCall]:
-    """The different convolutions that a forward of ``model`` calls and our kernels take.
+    """The different convolutions that a forward of ``model`` calls and our kernel takes.
 
-    Each comes with a residual and without, for evaluation, and with sums, for training.
+    Each comes with a residual and without.
 
     Args:
         model: any module; it runs in eval mode on tensors without memory, as a copy.
@@ -55,8 +50,7 @@ def conv_calls(model: nn.Module, shape: tuple[int, ...], dtype: torch.dtype) -> 
             return
         name = str(dtype).removeprefix("torch.")
         plain = ConvCall(name, n, channels, height, width, conv.out_channels, window, False)
-        for call in (plain, replace(plain, has_residual=True), replace(plain, has_sums=True)):
-            found[call] = None
+        found[plain] = found[replace(plain, has_residual=True)] = None
 
     stock = unfuse(model).to("meta").eval()
     for module in stock.modules():
@@ -91,17 +85,14 @@ def measure(calls: list[ConvCall], device: torch.device, timer: Timer) -> Iterat
 
     for call in calls:
         operands = _operands(call, device)
-        by_torch: Callable[..., tuple[Tensor, ...]] = partial(_by_torch, operands, call)
-        by_kernel: Callable[..., tuple[Tensor, ...]] = partial(_by_kernel, operands, call)
-        if call.has_sums:
-            by_torch = partial(_sums_by_torch, operands, call)
-            by_kernel = partial(_sums_by_kernel, operands, call)
+        by_torch = partial(_by_torch, operands, call)
+        by_kernel = partial(_by_kernel, operands, call)
         times: dict[ConvConfig, float] = {}
         with torch.no_grad(), use_conv_route("torch"):
             expected = by_torch()
             torch_ms = timer(by_torch)
-            rows = expected[0].numel() // call.out_channels
-            itemsize = expected[0].element_size()
+            rows = expected.numel() // call.out_channels
+            itemsize = expected.element_size()
             depth = call.shape.depth(call.channels, itemsize)
             for config in search_space(rows, depth, call.out_channels, itemsize):
                 try:
@@ -140,52 +131,28 @@ def _operands(call: ConvCall, device: torch.device) -> tuple[Any, ...]:
     )
 
 
-def _by_torch(operands: tuple[Any, ...], call: ConvCall) -> tuple[Tensor]:
+def _by_torch(operands: tuple[Any, ...], call: ConvCall) -> Tensor:
     x, filter, norm, residual = operands
     s = call.shape
-    y = conv2d_batch_norm_act(
+    y: Tensor = conv2d_batch_norm_act(
         x, filter, None, norm.mean, norm.rstd, norm.weight, norm.bias,
         stride=(s.stride_h, s.stride_w), padding=(s.padding_h, s.padding_w),
         dilation=(s.dilation_h, s.dilation_w), residual=residual,
     )  # fmt: skip
-    return (y,)
+    return y
 
 
-def _by_kernel(operands: tuple[Any, ...], call: ConvCall, config: ConvConfig) -> tuple[Tensor]:
+def _by_kernel(operands: tuple[Any, ...], call: ConvCall, config: ConvConfig) -> Tensor:
     from bnres.kernels.conv import conv_bn_act
 
     x, filter, norm, residual = operands
-    y = conv_bn_act(x, filter, None, norm, 1e-5, residual, "relu", 0.0, call.shape, config=config)
-    return (y,)
+    return conv_bn_act(
+        x, filter, None, norm, 1e-5, residual, "relu", 0.0, call.shape, config=config
+    )
 
 
-def _sums_by_torch(operands: tuple[Any, ...], call: ConvCall) -> tuple[Tensor, ...]:
-    from bnres.kernels.bn_forward import bn_stats
-
-    x, filter, _, _ = operands
-    s = call.shape
-    y = F.conv2d(
-        x, filter, None, (s.stride_h, s.stride_w), (s.padding_h, s.padding_w),
-        (s.dilation_h, s.dilation_w),
-    )  # fmt: skip
-    return y, *bn_stats(y, None, None, 0.1, 1e-5)
-
-
-def _sums_by_kernel(
-    operands: tuple[Any, ...], call: ConvCall, config: ConvConfig
-) -> tuple[Tensor, ...]:
-    from bnres.kernels.bn_forward import bn_stats
-    from bnres.kernels.conv_sums import conv_sums
-
-    x, filter, _, _ = operands
-    y, sums = conv_sums(x, filter, call.shape, config=config)
-    return y, *bn_stats(y, None, None, 0.1, 1e-5, sums=sums)
-
-
-def _check(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...], call: ConvCall) -> None:
-    tolerance = AGREEMENT[actual[0].dtype]
-    for ours, theirs in zip(actual, expected, strict=True):
-        scale = max(1.0, theirs.abs().max().item())
-        error = (ours.float() - theirs.float()).abs().max().item() / scale
-        if not error <= tolerance:
-            raise RuntimeError(f"{call.key}: the kernel is {error:.2g} from torch's convolution")
+def _check(actual: Tensor, expected: Tensor, call: ConvCall) -> None:
+    scale = max(1.0, expected.abs().max().item())
+    error = (actual.float() - expected.float()).abs().max().item() / scale
+    if not error <= AGREEMENT[actual.dtype]:
+        raise RuntimeError(f"{call.key}: the kernel is {error:.2g} from torch's convolution")

@@ -235,14 +235,12 @@ def bn_stats(
     eps: float,
     *,
     counter: Tensor | None = None,
-    sums: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Batch mean and 1/sqrt(biased variance + eps) of each channel, each (C,) in fp32 (or fp64).
 
     The running buffers are updated in place, with the unbiased variance, and ``counter``, one int64,
     goes up by one. ``momentum`` may be a one-element tensor on the device. An empty ``x`` counts, but
-    leaves the buffers as they are. With ``sums``, which the operation that made ``x`` has summed up,
-    ``x`` is not read.
+    leaves the buffers as they are.
     """
     acc = acc_type(x)
     channels = x.shape[1]
@@ -252,8 +250,7 @@ def bn_stats(
             counter.add_(1)
         return mean.zero_(), rstd.zero_()
     with launch_scope(x):
-        if sums is None:
-            sums = _sum_channels(x)
+        sums = _sum_channels(x)
         factor = momentum if isinstance(momentum, Tensor) else None
         launch(
             _bn_stats_finalize_kernel,

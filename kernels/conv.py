@@ -1,18 +1,19 @@
-"""Convolution with batch norm, residual and activation in its epilogue, for inference."""
+"""Convolution with batch norm, residual and activation in its epilogue, for inference.
 
-from typing import Any
+It is a product of matrices over channels_last: rows are positions of the output, columns its
+channels, and the sum is over the filter's taps and the input's channels.
+"""
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from bnres.kernels.conv_config import ConvConfig, ConvShape, conv_config
-from bnres.kernels.conv_tile import conv_tile
 from bnres.kernels.device import ACTIVATIONS, round_to
 from bnres.kernels.launch import launch, launch_scope
 from bnres.kernels.norm import Norm
-from bnres.kernels.pad import pad_channels
 
 
 @triton.jit
@@ -52,12 +53,60 @@ def _conv_bn_act_kernel(
     PRECISION: tl.constexpr,
     INDEX: tl.constexpr,
 ):
-    """y = act((conv(x) + conv_bias − mean)·weight/sqrt(var + eps) + bias + residual): (M, K_OUT)."""
-    acc, offs_m, offs_n = conv_tile(
-        x_ptr, filter_ptr, M, H, W, C, OH, OW, K_OUT, SHAPE, ROW_CHANNELS, BLOCK_M, BLOCK_N, BLOCK_K,
-        ALIGNED_IN, EVEN_K, PRECISION, INDEX,
-    )  # fmt: skip
+    """y = act((conv(x) + conv_bias − mean)·weight/sqrt(var + eps) + bias + residual): (M, K_OUT).
+
+    With few channels (ROW_CHANNELS, else 0) a step sums over a whole row of the filter, whose
+    kernel_w·C elements of x are adjacent in memory.
+    """
+    blocks_n = tl.cdiv(K_OUT, BLOCK_N)
+    pid_m, pid_n = tl.program_id(0) // blocks_n, tl.program_id(0) % blocks_n
+    stride_c = C
+    if ALIGNED_IN > 1:
+        stride_c = (C // ALIGNED_IN) * ALIGNED_IN
+    if ROW_CHANNELS > 0:
+        stride_c = ROW_CHANNELS
+    offs_m = tl.cast(pid_m, INDEX) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = tl.cast(pid_n, INDEX) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_k = tl.arange(0, BLOCK_K)
     mask_m, mask_n = offs_m < M, offs_n < K_OUT
+    n = offs_m // (OH * OW)
+    rest = offs_m - n * (OH * OW)
+    oh = rest // OW
+    h0 = oh * SHAPE.stride_h - SHAPE.padding_h
+    w0 = (rest - oh * OW) * SHAPE.stride_w - SHAPE.padding_w
+    x_rows = ((n * H + h0) * W + w0) * stride_c
+    filter_rows = offs_n * (stride_c * SHAPE.taps)
+    depth, steps = stride_c, SHAPE.taps
+    if ROW_CHANNELS > 0:
+        depth, steps = stride_c * SHAPE.kernel_w, SHAPE.kernel_h
+    blocks_k = tl.cdiv(depth, BLOCK_K)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for step in tl.range(0, steps * blocks_k):
+        tap = step // blocks_k
+        k = (step - tap * blocks_k) * BLOCK_K
+        if ROW_CHANNELS > 0:
+            h = h0 + tap * SHAPE.dilation_h
+            w = w0[:, None] + ((k + offs_k) // ROW_CHANNELS)[None, :]
+            mask_x = (mask_m & (h >= 0) & (h < H))[:, None] & (w >= 0) & (w < W)
+            shift = tap * SHAPE.dilation_h * W * stride_c
+        else:
+            r = tap // SHAPE.kernel_w
+            s = tap - r * SHAPE.kernel_w
+            h = h0 + r * SHAPE.dilation_h
+            w = w0 + s * SHAPE.dilation_w
+            mask_x = (mask_m & (h >= 0) & (h < H) & (w >= 0) & (w < W))[:, None]
+            shift = (r * SHAPE.dilation_h * W + s * SHAPE.dilation_w) * stride_c
+        mask_filter = mask_n[None, :]
+        if not EVEN_K:
+            mask_x = mask_x & (k + offs_k < depth)[None, :]
+            mask_filter = mask_filter & (k + offs_k < depth)[:, None]
+        x = tl.load(x_ptr + ((x_rows + shift + k)[:, None] + offs_k[None, :]), mask=mask_x, other=0)
+        filter = tl.load(
+            filter_ptr + ((filter_rows + (tap * depth + k))[None, :] + offs_k[:, None]),
+            mask=mask_filter,
+            other=0,
+        )
+        acc = tl.dot(x, filter, acc, input_precision=PRECISION)
     z = acc
     if HAS_CONV_BIAS:
         z += tl.load(conv_bias_ptr + offs_n, mask=mask_n, other=0).to(tl.float32)[None, :]
@@ -100,21 +149,42 @@ def conv_bn_act(
     type of fp16, bf16 and fp32; sums are in fp32. The norm's rstd is a variance; None leaves the
     batch norm out.
     """
-    y = empty_output(x, filter, shape)
+    itemsize, out_channels = x.element_size(), filter.shape[0]
+    y = torch.empty(
+        (x.shape[0], out_channels, *shape.output_size(x.shape[2], x.shape[3])),
+        dtype=x.dtype,
+        device=x.device,
+        memory_format=torch.channels_last,
+    )
     if y.numel() == 0:
         return y
-    config, arguments = convolution(x, filter, y, shape, config)
+    rows, depth = y.numel() // out_channels, shape.depth(x.shape[1], itemsize)
+    config = config or conv_config(rows, depth, out_channels, itemsize)
+    by_rows = shape.by_rows(x.shape[1])
+    channels = shape.padded_channels(x.shape[1], itemsize)
+    x, filter = pad_channels(x, channels), pad_channels(filter, channels)
+    vector = 16 // itemsize
+    largest = max(x.numel(), y.numel(), filter.numel())
     with launch_scope(x):
         launch(
             _conv_bn_act_kernel,
-            config.grid(y.numel() // y.shape[1], y.shape[1]),
+            config.grid(rows, out_channels),
             y_ptr=y,
+            x_ptr=x,
+            filter_ptr=filter,
             conv_bias_ptr=conv_bias,
             residual_ptr=residual,
             mean_ptr=None if norm is None else norm.mean,
             var_ptr=None if norm is None else norm.rstd,
             weight_ptr=None if norm is None else norm.weight,
             bias_ptr=None if norm is None else norm.bias,
+            M=rows,
+            H=x.shape[2],
+            W=x.shape[3],
+            C=channels,
+            OH=y.shape[2],
+            OW=y.shape[3],
+            K_OUT=out_channels,
             act_param=act_param,
             eps=eps,
             ACT=ACTIVATIONS[act].forward,
@@ -123,60 +193,28 @@ def conv_bn_act(
             HAS_WEIGHT=norm is not None and norm.weight is not None,
             HAS_BIAS=norm is not None and norm.bias is not None,
             HAS_RESIDUAL=residual is not None,
-            **arguments,
+            SHAPE=shape,
+            ROW_CHANNELS=channels if by_rows else 0,
+            BLOCK_M=config.block_m,
+            BLOCK_N=config.block_n,
+            BLOCK_K=config.block_k,
+            ALIGNED_IN=vector if channels % vector == 0 else 1,
+            ALIGNED_OUT=vector if out_channels % vector == 0 else 1,
+            EVEN_K=depth % config.block_k == 0,
+            PRECISION=precision(x),
+            INDEX=tl.int32 if largest < 2**31 - 2**20 else tl.int64,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
         )
     return y
 
 
-def empty_output(x: Tensor, filter: Tensor, shape: ConvShape) -> Tensor:
-    """What a convolution writes: (N, K, OH, OW), channels_last."""
-    size = shape.output_size(x.shape[2], x.shape[3])
-    return torch.empty(
-        (x.shape[0], filter.shape[0], *size),
-        dtype=x.dtype,
-        device=x.device,
-        memory_format=torch.channels_last,
-    )
-
-
-def convolution(
-    x: Tensor, filter: Tensor, y: Tensor, shape: ConvShape, config: ConvConfig | None
-) -> tuple[ConvConfig, dict[str, Any]]:
-    """The configuration, and the arguments that every kernel with a `conv_tile` takes.
-
-    Few channels are filled up with zeros, see `ConvShape.padded_channels`.
-    """
-    itemsize, out_channels = x.element_size(), y.shape[1]
-    depth, by_rows = shape.depth(x.shape[1], itemsize), shape.by_rows(x.shape[1])
-    channels = shape.padded_channels(x.shape[1], itemsize)
-    x, filter = pad_channels(x, channels), pad_channels(filter, channels)
-    rows = y.numel() // out_channels
-    config = config or conv_config(rows, depth, out_channels, itemsize)
-    vector = 16 // itemsize
-    largest = max(x.numel(), y.numel(), filter.numel())
-    return config, {
-        "x_ptr": x,
-        "filter_ptr": filter,
-        "M": rows,
-        "H": x.shape[2],
-        "W": x.shape[3],
-        "C": channels,
-        "OH": y.shape[2],
-        "OW": y.shape[3],
-        "K_OUT": out_channels,
-        "SHAPE": shape,
-        "ROW_CHANNELS": channels if by_rows else 0,
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-        "BLOCK_K": config.block_k,
-        "ALIGNED_IN": vector if channels % vector == 0 else 1,
-        "ALIGNED_OUT": vector if out_channels % vector == 0 else 1,
-        "EVEN_K": depth % config.block_k == 0,
-        "PRECISION": precision(x),
-        "INDEX": tl.int32 if largest < 2**31 - 2**20 else tl.int64,
-        "num_warps": config.num_warps,
-        "num_stages": config.num_stages,
-    }
+def pad_channels(x: Tensor, channels: int) -> Tensor:
+    """A channels_last ``x`` padded with zeros to ``channels``, see `ConvShape.padded_channels`."""
+    if x.shape[1] == channels:
+        return x
+    padded = F.pad(x, (0, 0, 0, 0, 0, channels - x.shape[1]))
+    return padded.contiguous(memory_format=torch.channels_last)
 
 
 def precision(x: Tensor) -> str:

@@ -360,11 +360,3 @@ def conv_bn_act_ref(
     if residual is not None:
         y = y + residual
     return ACTIVATION_FORMULAS[act](y, act_param).to(x.dtype)
-
-
-def conv_sums_ref(x: Tensor, filter: Tensor, shape: ConvShape) -> tuple[Tensor, Tensor]:
-    """y = conv2d(x), and Σy, Σy² and a pivot of 0 for each channel: (3, K), fp64."""
-    y = conv_bn_act_ref(x, filter, None, None, 0.0, None, "identity", 0.0, shape)
-    wide = y.double()
-    sums = wide.sum((0, 2, 3)), wide.square().sum((0, 2, 3))
-    return y, torch.stack((*sums, torch.zeros_like(sums[0])))

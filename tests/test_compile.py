@@ -89,7 +89,6 @@ def test_operators_pass_opcheck():
         batch_norm_act,
         batch_norm_act_max_pool,
         conv2d_batch_norm_act,
-        conv2d_sums,
         dual_batch_norm_act,
     )
 
@@ -136,13 +135,6 @@ def test_operators_pass_opcheck():
     )  # fmt: skip
     filter = torch.randn(3, 3, 1, 1, device=DEVICE)
     conv = [1, 1, 1, 1, 0, 0, 1, 1]
-    tile = [64, 16, 16, 4, 3]
-    check(conv2d_sums, (last, filter, conv, tile))
-    _, sums = conv2d_sums.forward_impl(last, filter, conv, tile)
-    options = (counter, None, 0.1, True, 1e-5, "relu", 0.0)
-    check(batch_norm_act, (x, weight, None, None, mean, var, *options, True, sums))
-    pooled = (last, weight, None, mean, var, *options, window, False, True, sums)
-    check(batch_norm_act_max_pool, pooled)
     check(
         conv2d_batch_norm_act,
         (

@@ -12,7 +12,6 @@ from bnres import models
 from bnres.kernels.augment import augment
 from bnres.kernels.augment_plan import AugmentDraws, AugmentPlan
 from bnres.kernels.conv import conv_bn_act
-from bnres.kernels.conv_sums import conv_sums
 from bnres.kernels.norm import Norm
 from bnres.routes import ConvCall
 from bnres.tune import conv_calls
@@ -49,7 +48,7 @@ def launch_step(case: Case) -> None:
 
 
 def launch_conv(call: ConvCall) -> None:
-    """A convolution of a model, in evaluation or in training."""
+    """A convolution of a model, in evaluation."""
     dtype, last = getattr(torch, call.dtype), torch.channels_last
 
     def tensor(*shape: int) -> Tensor:
@@ -57,9 +56,6 @@ def launch_conv(call: ConvCall) -> None:
 
     x = tensor(call.batch, call.channels, call.height, call.width)
     filter = tensor(call.out_channels, call.channels, call.shape.kernel_h, call.shape.kernel_w)
-    if call.has_sums:
-        conv_sums(x, filter, call.shape)
-        return
     channel = torch.empty(call.out_channels)
     size = call.shape.output_size(call.height, call.width)
     residual = tensor(call.batch, call.out_channels, *size) if call.has_residual else None
@@ -96,7 +92,7 @@ def family_cases() -> list[Case]:
 
 
 def all_convs() -> list[ConvCall]:
-    """Every convolution of ResNet-18 and ResNet-50 that the kernels take."""
+    """Every convolution of ResNet-18 and ResNet-50 that the kernel takes."""
     return [
         call
         for name in ("resnet18", "resnet50")
@@ -106,14 +102,12 @@ def all_convs() -> list[ConvCall]:
 
 
 def family_convs() -> list[ConvCall]:
-    """In bf16 a 3×3 one of layer1 and one of layer4, with a residual and with sums; and the stem."""
-    calls = [c for c in all_convs() if c.dtype == "bfloat16"]
-    chosen = [
-        next(c for c in calls if c.channels == n and c.shape.taps == 9 and getattr(c, what))
-        for n in (64, 512)
-        for what in ("has_residual", "has_sums")
+    """The stem, and a 3×3 convolution of layer1 and one of layer4, with a residual, in bf16."""
+    calls = [c for c in all_convs() if c.has_residual and c.dtype == "bfloat16"]
+    return [
+        next(c for c in calls if (c.channels, c.shape.taps) == sought)
+        for sought in ((3, 49), (64, 9), (512, 9))
     ]
-    return [*chosen, next(c for c in calls if c.channels == 3 and c.has_sums)]
 
 
 @dataclass(frozen=True)

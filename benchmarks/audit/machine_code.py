@@ -164,11 +164,8 @@ def read_conv(gpu: Gpu, call: ConvCall, launch: Launch) -> Row:
     )  # fmt: skip
 
 
-def read_other(gpu: Gpu, case: str, dtype: str, launch: Launch) -> Row:
-    """A kernel of which registers and spills are held against the budget, and no more.
-
-    Augmentation reads where each image's draws say, so never wide; others move little.
-    """
+def read_augment(gpu: Gpu, case: AugmentCase, launch: Launch) -> Row:
+    """Augmentation, which reads where each image's draws say, so never wide."""
     threads = launch.compiled.metadata.num_warps * gpu.target.warp_size
     shared = launch.compiled.metadata.shared
     if gpu.target.backend == "hip":
@@ -179,7 +176,7 @@ def read_other(gpu: Gpu, case: str, dtype: str, launch: Launch) -> Row:
         registers, spills, shared = code.registers, code.spills, shared + RESERVED_SHARED
     room = resident_programs(gpu, registers, shared, threads)
     return Row(
-        gpu.name, launch.kernel, case, dtype, registers, shared, spills, 0.0, 0, 0,
+        gpu.name, launch.kernel, str(case), "uint8", registers, shared, spills, 0.0, 0, 0,
         room * threads / gpu.max_threads,
     )  # fmt: skip
 
@@ -199,7 +196,7 @@ def stores_tensor(launch: Launch) -> bool:
 def _amd_row(gpu: Gpu, launch: Launch, case: str, dtype: str, threads: int) -> Row:
     """Of AMD's code less is read: no loops, so no loads under way."""
     code = amdgcn.read(launch.compiled.asm["amdgcn"])
-    is_conv = "PRECISION" in launch.arguments
+    is_conv = "conv" in launch.kernel
     wide = {"load", "store"} if stores_tensor(launch) and not is_conv else {"load"}
     shared = launch.compiled.metadata.shared
     room = resident_programs(gpu, code.registers, shared, threads)
@@ -236,17 +233,13 @@ def audit(
         with compile_only(gpu, launches.append):
             launch_conv(call)
         for launch in launches:
-            multiplies = "PRECISION" in launch.arguments
-            read = partial(read_conv, gpu, call)
-            if not multiplies:
-                read = partial(read_other, gpu, call.key, call.dtype)
-            take(launch, 0, read)
+            take(launch, 0, partial(read_conv, gpu, call))
     for chain in augments:
         launches = []
         with compile_only(gpu, launches.append):
             launch_augment(chain)
         for launch in launches:
-            take(launch, 0, partial(read_other, gpu, str(chain), "uint8"))
+            take(launch, 0, partial(read_augment, gpu, chain))
     return rows
 
 

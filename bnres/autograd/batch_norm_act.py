@@ -23,8 +23,6 @@ from bnres.ops.statistics import note_updates
 class BatchNormActFunction(torch.autograd.Function):
     """y, y again or None, and mean, rstd and mask, which are for backward.
 
-    ``sums`` of x, if they are known, save the pass for its statistics; nothing is derived from them.
-
     Handed out twice, y takes the gradients of the two tensors unsummed, and the reduce pass sums
     them; the tensors share their memory.
     """
@@ -32,12 +30,12 @@ class BatchNormActFunction(torch.autograd.Function):
     @staticmethod
     def forward(
         x, weight, bias, residual, running_mean, running_var, counter, factor, momentum, training,
-        eps, act, act_param, needs_grad, twice, sums,
+        eps, act, act_param, needs_grad, twice,
     ):  # fmt: skip
         run = ops.forward_op if torch.compiler.is_compiling() else ops.forward_impl
         y, mean, rstd, mask = run(
             x, weight, bias, residual, running_mean, running_var, counter, factor, momentum,
-            training, eps, act, act_param, needs_grad, sums,
+            training, eps, act, act_param, needs_grad,
         )  # fmt: skip
         if not torch.compiler.is_compiling():
             note_updates(training, running_mean, running_var, counter)
@@ -45,7 +43,7 @@ class BatchNormActFunction(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        x, weight, bias, residual, *_, needs_grad, _twice, _sums = inputs
+        x, weight, bias, residual, *_, needs_grad, _twice = inputs
         training, eps, act, act_param = inputs[9:13]
         mean, rstd, mask = output[2:]
         ctx.mark_non_differentiable(mean, rstd, mask)
@@ -66,7 +64,7 @@ class BatchNormActFunction(torch.autograd.Function):
             grads = apply(
                 BatchNormActBackwardFunction, dy, dy_skip, *ctx.saved_tensors, needs, *ctx.options
             )
-        return *grads, *((None,) * 12)
+        return *grads, *((None,) * 11)
 
 
 @forward_mode_of(BatchNormActFunction)
@@ -76,7 +74,7 @@ class ForwardModeBatchNormActFunction(BatchNormActFunction):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
         BatchNormActFunction.setup_context(ctx, inputs, output)
-        ctx.twice = inputs[-2]
+        ctx.twice = inputs[-1]
         ctx.save_for_forward(*inputs[:6])
 
     @staticmethod

@@ -49,20 +49,17 @@ def _formula(
 
 
 class BatchNormActMaxPoolFunction(torch.autograd.Function):
-    """y; where its maxima lie, the x there, mean and rstd are for backward.
-
-    ``sums`` are as in `bnres.autograd.batch_norm_act.BatchNormActFunction`.
-    """
+    """y; where its maxima lie, the x there, mean and rstd are for backward."""
 
     @staticmethod
     def forward(
         x, weight, bias, running_mean, running_var, counter, factor, momentum, training, eps, act,
-        act_param, window, ceil_mode, needs_grad, sums,
+        act_param, window, ceil_mode, needs_grad,
     ):  # fmt: skip
         run = ops.forward_op if torch.compiler.is_compiling() else ops.forward_impl
         outputs = run(
             x, weight, bias, running_mean, running_var, counter, factor, momentum, training, eps,
-            act, act_param, window, ceil_mode, needs_grad, sums,
+            act, act_param, window, ceil_mode, needs_grad,
         )  # fmt: skip
         if not torch.compiler.is_compiling():
             note_updates(training, running_mean, running_var, counter)
@@ -84,7 +81,7 @@ class BatchNormActMaxPoolFunction(torch.autograd.Function):
             grads = apply(
                 BatchNormActMaxPoolBackwardFunction, dy, *ctx.saved_tensors, needs, *ctx.options
             )
-        return *grads, *((None,) * 13)
+        return *grads, *((None,) * 12)
 
 
 @forward_mode_of(BatchNormActMaxPoolFunction)

@@ -63,7 +63,6 @@ def batch_norm_act(
     eps: float = 1e-5,
     num_batches_tracked: Tensor | None = None,
     twice: bool = False,
-    sums: Tensor | None = None,
 ) -> Any:
     """Fused ``act(batch_norm(input) + residual)``.
 
@@ -86,7 +85,6 @@ def batch_norm_act(
         num_batches_tracked: one integer or None; goes up by one in training.
         twice: hand the result out as two tensors that share their memory, one for each of two
             consumers: backward takes both gradients unsummed, and saves autograd's own addition.
-        sums: of ``input``, from `bnres.functional.conv.convolve`; in training they save a pass.
 
     Returns:
         A tensor of the shape and memory format of ``input``, and of its dtype but for a
@@ -122,7 +120,7 @@ def batch_norm_act(
         y, y_skip, mean, rstd, _ = apply(
             BatchNormActFunction, input, weight, bias, residual, *buffers, counter, factor,
             0.0 if factor is not None else momentum, training, eps, name, param, needs_grad,
-            separate, sums if training else None,
+            separate,
         )  # fmt: skip
     outputs = (y, y_skip) if separate else (y,)
     if records and needs_grad:

@@ -9,7 +9,6 @@ from torch import Tensor
 from bnres.activations import resolve
 from bnres.autograd.apply import apply
 from bnres.autograd.cancelled_bias import CancelledBiasFunction
-from bnres.autograd.conv2d_sums import Conv2dSumsFunction
 from bnres.backend import uses_kernels
 from bnres.functional.batch_norm import batch_norm_act
 from bnres.functional.checks import (
@@ -49,11 +48,10 @@ def conv2d_batch_norm_act(
 ) -> Any:
     """Fused ``act(batch_norm(conv2d(input)) + residual)``.
 
-    In training it is a convolution and our batch norm: torch's convolution, or ours, which sums its
-    output for the batch norm, where it was measured to be the faster way on this GPU (see
-    `bnres.routes`). Without gradients, in evaluation, one kernel does all of it where that was
-    measured to be faster. A ``conv_bias`` in front of the statistics of the
-    batch cancels: it moves the running mean alone, and its gradient is zeros.
+    In training, or where gradients are asked for, it is torch's convolution and our batch norm.
+    Without gradients, in evaluation, one kernel does all of it where that was measured to be
+    faster on this GPU (see `bnres.routes`). A ``conv_bias`` in front of the statistics of the
+    batch cancels: it only moves the running mean, and its gradient is zeros.
 
     Args:
         input: (N, C, H, W); in autocast it is cast as `torch.nn.functional.conv2d` casts it.
@@ -80,45 +78,12 @@ def conv2d_batch_norm_act(
         )
         if y is not None:
             return (y, y) if twice else y
-    x, sums = convolve(input, conv_weight, stride, padding, dilation, groups, sums=training)
+    x = F.conv2d(input, conv_weight, None, stride, padding, dilation, groups)
     return after_convolution(
         x, conv_bias, *stats, residual=residual, act=act, act_kwargs=act_kwargs,
         training=training, momentum=momentum, eps=eps, num_batches_tracked=num_batches_tracked,
-        twice=twice, sums=sums,
+        twice=twice,
     )  # fmt: skip
-
-
-def convolve(
-    input: Tensor,
-    conv_weight: Tensor,
-    stride: Size,
-    padding: Size | str,
-    dilation: Size,
-    groups: int,
-    *,
-    sums: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """A convolution without bias, and, if asked, the sums of its output that `batch_norm_act` takes.
-
-    The sums are None where torch's convolution is the faster way.
-    """
-    if sums and _lies_channels_last(input, conv_weight):
-        kernel = kernel_conv(input, conv_weight, stride, padding, dilation, groups, has_sums=True)
-        if kernel is not None:
-            x, filter = (
-                t.to(kernel.dtype).contiguous(memory_format=torch.channels_last)
-                for t in (input, conv_weight)
-            )
-            return apply(Conv2dSumsFunction, x, filter, kernel.shape, kernel.config)
-    return F.conv2d(input, conv_weight, None, stride, padding, dilation, groups), None
-
-
-def _lies_channels_last(input: Tensor, conv_weight: Tensor) -> bool:
-    """Whether torch's convolution would write channels_last for sure; one channel lies in both."""
-    last = torch.channels_last
-    return any(
-        t.is_contiguous(memory_format=last) and not t.is_contiguous() for t in (input, conv_weight)
-    ) and input.is_contiguous(memory_format=last)
 
 
 def after_convolution(

@@ -30,7 +30,6 @@ def kernel_conv(
     groups: int,
     *,
     has_residual: bool = False,
-    has_sums: bool = False,
 ) -> KernelConv | None:
     """How our kernel does it where it was measured to be faster, or is asked for; else None.
 
@@ -56,7 +55,7 @@ def kernel_conv(
         return None
     call = ConvCall(
         str(dtype).removeprefix("torch."), batch, channels, height, width, conv_weight.shape[0],
-        shape, has_residual, has_sums,
+        shape, has_residual,
     )  # fmt: skip
     takes_kernel, config = kernel_config(call, input.device)
     if not takes_kernel:

@@ -45,7 +45,6 @@ def batch_norm_act_max_pool2d(
     momentum: float | Tensor = 0.1,
     eps: float = 1e-5,
     num_batches_tracked: Tensor | None = None,
-    sums: Tensor | None = None,
 ) -> Tensor:
     """Fused ``max_pool2d(act(batch_norm(input)))``, the stem of a ResNet.
 
@@ -58,8 +57,7 @@ def batch_norm_act_max_pool2d(
         running_mean, running_var, weight, bias: as in `batch_norm_act`.
         kernel_size, stride, padding, dilation, ceil_mode: as in
             `torch.nn.functional.max_pool2d`.
-        act, act_kwargs, training, momentum, eps, num_batches_tracked, sums: as in
-            `batch_norm_act`.
+        act, act_kwargs, training, momentum, eps, num_batches_tracked: as in `batch_norm_act`.
 
     Returns:
         (N, C, OH, OW) in the dtype and memory format of ``input``.
@@ -89,7 +87,7 @@ def batch_norm_act_max_pool2d(
         y = batch_norm_act(
             input, running_mean, running_var, weight, bias, act=act, act_kwargs=act_kwargs,
             training=training, momentum=momentum, eps=eps,
-            num_batches_tracked=num_batches_tracked, sums=sums,
+            num_batches_tracked=num_batches_tracked,
         )  # fmt: skip
         return F.max_pool2d(y, kernel_size, stride, padding, dilation, ceil_mode)
     counter = batch_counter(num_batches_tracked, training, input)
@@ -106,7 +104,7 @@ def batch_norm_act_max_pool2d(
         return apply(
             BatchNormActMaxPoolFunction, input, *packed_parameters(weight, bias), *buffers, counter,
             factor, 0.0 if factor is not None else momentum, training, eps, name, param,
-            window.as_list(), ceil_mode, needs_grad, sums if training else None,
+            window.as_list(), ceil_mode, needs_grad,
         )[0]  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from bnres.functional import (
     conv2d_batch_norm_act,
     dual_batch_norm_act,
 )
-from bnres.functional.conv import absorb_bias, after_convolution, convolve, shift_running_mean
+from bnres.functional.conv import absorb_bias, after_convolution, shift_running_mean
 from bnres.functional.max_pool import Size
 from bnres.nn.state import next_momentum, next_state, normalizes_by_batch
 
@@ -118,14 +118,12 @@ def norm_act_pool(
     pool: Pooling,
     act: Act = None,
     act_kwargs: dict[str, Any] | None = None,
-    *,
-    sums: Tensor | None = None,
 ) -> Tensor:
     """max_pool2d(act(bn(input))) with the windows of ``pool``."""
     return batch_norm_act_max_pool2d(
         input, kernel_size=pool.kernel_size, stride=pool.stride, padding=pool.padding,
         dilation=pool.dilation, ceil_mode=pool.ceil_mode, act=act, act_kwargs=act_kwargs,
-        sums=sums, **next_state(bn)._asdict(),
+        **next_state(bn)._asdict(),
     )  # fmt: skip
 
 
@@ -138,16 +136,8 @@ def conv_norm_act_pool(
     act_kwargs: dict[str, Any] | None = None,
 ) -> Tensor:
     """max_pool2d(act(bn(conv(input)))) with the windows of ``pool``."""
-    sums = None
-    if conv.padding_mode == "zeros" and normalizes_by_batch(bn):
-        x, sums = convolve(
-            input, conv.weight, conv.stride, conv.padding, conv.dilation, conv.groups, sums=True
-        )
-        if conv.bias is not None:
-            x = absorb_bias(x, conv.bias)
-    else:
-        x = _convolve(conv, bn, input)
-    y = norm_act_pool(bn, x, pool, act, act_kwargs, sums=sums)
+    x = _convolve(conv, bn, input)
+    y = norm_act_pool(bn, x, pool, act, act_kwargs)
     if x.numel():
         _shift(bn, conv)
     return y

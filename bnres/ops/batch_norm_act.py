@@ -24,13 +24,12 @@ def forward_impl(
     act: str,
     act_param: float,
     needs_grad: bool,
-    sums: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y, mean, rstd and the 1-bit mask; what no backward needs is empty."""
     from bnres.kernels.bn_forward import bn_apply
 
     mean, rstd, variance_eps = channel_statistics(
-        x, running_mean, running_var, counter, factor, momentum, training, eps, needs_grad, sums
+        x, running_mean, running_var, counter, factor, momentum, training, eps, needs_grad
     )
     y, mask = bn_apply(
         x,
@@ -141,7 +140,7 @@ backward_op = torch.library.custom_op(
 @forward_op.register_fake
 def _(
     x, weight, bias, residual, running_mean, running_var, counter, factor, momentum, training, eps,
-    act, act_param, needs_grad, sums=None,
+    act, act_param, needs_grad,
 ):  # fmt: skip
     from bnres.kernels.bn_forward import mask_bytes
 

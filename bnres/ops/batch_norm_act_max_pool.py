@@ -26,7 +26,6 @@ def forward_impl(
     window: list[int],
     ceil_mode: bool,
     needs_grad: bool,
-    sums: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """y and, for backward, where the maxima lie, the x there, mean and rstd (else empty).
 
@@ -35,7 +34,7 @@ def forward_impl(
     from bnres.kernels.bn_pool import bn_max_pool
 
     mean, rstd, variance_eps = channel_statistics(
-        x, running_mean, running_var, counter, factor, momentum, training, eps, needs_grad, sums
+        x, running_mean, running_var, counter, factor, momentum, training, eps, needs_grad
     )
     y, index, x_max = bn_max_pool(
         x, Norm(mean, rstd, weight, bias), act, act_param, Window(*window), ceil_mode,
@@ -95,7 +94,7 @@ backward_op = torch.library.custom_op(
 @forward_op.register_fake
 def _(
     x, weight, bias, running_mean, running_var, counter, factor, momentum, training, eps, act,
-    act_param, window, ceil_mode, needs_grad, sums=None,
+    act_param, window, ceil_mode, needs_grad,
 ):  # fmt: skip
     window = Window(*window)
     shape = (*x.shape[:2], *window.output_size(*x.shape[2:], ceil_mode))

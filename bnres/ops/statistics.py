@@ -16,18 +16,14 @@ def channel_statistics(
     training: bool,
     eps: float,
     needs_grad: bool,
-    sums: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, float | None]:
-    """mean, rstd and None; in eval mode without gradients the running ones and their ``eps``.
-
-    ``sums`` are those of `bnres.kernels.bn_forward.bn_stats`.
-    """
+    """mean, rstd and None; in eval mode without gradients the running ones and their ``eps``."""
     from bnres.kernels.bn_forward import bn_stats
 
     if training:
         mean, rstd = bn_stats(
             x, running_mean, running_var, momentum if factor is None else factor, eps,
-            counter=counter, sums=sums,
+            counter=counter,
         )  # fmt: skip
         return mean, rstd, None
     assert running_mean is not None and running_var is not None
