@@ -1,9 +1,9 @@
 """Which way a convolution with an epilogue takes: torch's convolution and our passes, or our kernel.
 
 A table for each GPU says for which shapes our kernel was measured to be faster, and with which
-configuration. `bnres tune` fills it; it lies in the user's cache folder, or where ``BNRES_ROUTES``
-says. What was not measured goes to torch, and so does what torch.compile captures: reading a file is
-nothing that it can capture.
+configuration. `bnres tune` fills it; it is in the user's cache folder, or where ``BNRES_ROUTES`` says.
+torch's convolution takes what was not measured, what torch.compile captures, which cannot read a file,
+and fp32 where torch may not round it to TF32 (``torch.backends.cudnn.allow_tf32``).
 """
 
 import json

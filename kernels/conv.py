@@ -50,7 +50,6 @@ def _conv_bn_act_kernel(
     ALIGNED_IN: tl.constexpr,
     ALIGNED_OUT: tl.constexpr,
     EVEN_K: tl.constexpr,
-    PRECISION: tl.constexpr,
     INDEX: tl.constexpr,
 ):
     """y = act((conv(x) + conv_bias − mean)·weight/sqrt(var + eps) + bias + residual): (M, K_OUT).
@@ -106,7 +105,7 @@ def _conv_bn_act_kernel(
             mask=mask_filter,
             other=0,
         )
-        acc = tl.dot(x, filter, acc, input_precision=PRECISION)
+        acc = tl.dot(x, filter, acc)
     z = acc
     if HAS_CONV_BIAS:
         z += tl.load(conv_bias_ptr + offs_n, mask=mask_n, other=0).to(tl.float32)[None, :]
@@ -146,7 +145,7 @@ def conv_bn_act(
     """``act(bn(conv2d(x) + conv_bias) + residual)`` with running statistics: (N, K, OH, OW).
 
     ``x`` (N, C, H, W), ``filter`` (K, C, R, S) and ``residual`` are channels_last in memory, of one
-    type of fp16, bf16 and fp32; sums are in fp32. The norm's rstd is a variance; None leaves the
+    type of fp16, bf16 and fp32, which is rounded to TF32; sums are in fp32. The norm's rstd is a variance; None leaves the
     batch norm out.
     """
     itemsize, out_channels = x.element_size(), filter.shape[0]
@@ -201,7 +200,6 @@ def conv_bn_act(
             ALIGNED_IN=vector if channels % vector == 0 else 1,
             ALIGNED_OUT=vector if out_channels % vector == 0 else 1,
             EVEN_K=depth % config.block_k == 0,
-            PRECISION=precision(x),
             INDEX=tl.int32 if largest < 2**31 - 2**20 else tl.int64,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
@@ -215,9 +213,3 @@ def pad_channels(x: Tensor, channels: int) -> Tensor:
         return x
     padded = F.pad(x, (0, 0, 0, 0, 0, channels - x.shape[1]))
     return padded.contiguous(memory_format=torch.channels_last)
-
-
-def precision(x: Tensor) -> str:
-    """tf32 where torch's own convolution may take it, else full fp32."""
-    allowed = torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
-    return "tf32" if allowed and x.dtype == torch.float32 else "ieee"

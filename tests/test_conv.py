@@ -22,9 +22,10 @@ from bnres.kernels.norm import Norm
 from bnres.kernels.reference import ACTIVATION_FORMULAS, conv_bn_act_ref
 from bnres.models.blocks import BasicBlock
 from bnres.nn import ConvBatchNormAct2d
+from bnres.ops import conv2d_batch_norm_act as ops
 from bnres.tune import conv_calls, measure
 from tests.device import DEVICE
-from tests.tolerances import assert_close
+from tests.tolerances import TF32, assert_close
 
 LAST = torch.channels_last
 # N, C, H, W, K and the window; tails in every dimension.
@@ -47,11 +48,23 @@ def double(*values):
     return [v.double() if isinstance(v, torch.Tensor) else v for v in values]
 
 
+@pytest.fixture
+def called(monkeypatch):
+    """Counts the calls of the kernel's operator."""
+    counts, forward = [0], ops.forward_impl
+
+    def count(*arguments):
+        counts[0] += 1
+        return forward(*arguments)
+
+    monkeypatch.setattr(ops, "forward_impl", count)
+    return counts
+
+
 # The interpreter's tl.dot takes no bf16.
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c[1]}to{c[4]}")
-def test_kernel_agrees_with_its_reference(case, dtype, monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+def test_kernel_agrees_with_its_reference(case, dtype):
     torch.manual_seed(0)
     n, c, h, w, k, shape = case
     x = random(n, c, h, w, dtype=dtype)
@@ -71,7 +84,7 @@ def test_kernel_agrees_with_its_reference(case, dtype, monkeypatch):
             *double(x, filter, conv_bias), wide, 1e-3, *double(added), act, 0.0, shape
         )
         assert y.is_contiguous(memory_format=LAST) and y.dtype == dtype
-        assert_close(y, expected, dtype)
+        assert_close(y, expected, TF32 if dtype == torch.float32 else dtype)
 
 
 @pytest.mark.parametrize("config", search_space(162, 16, 24, 4)[:3], ids=str)
@@ -80,10 +93,8 @@ def test_every_configuration_gives_the_same(config):
     n, c, h, w, k, shape = CASES[0]
     x, filter = random(n, c, h, w), random(k, c, 3, 3)
     y = conv_bn_act(x, filter, None, None, 0.0, None, "relu", 0.0, shape, config=config)
-    expected = conv_bn_act_ref(
-        *double(x, filter), None, None, 0.0, None, "relu", 0.0, shape
-    )  # fmt: skip
-    assert (y - expected).abs().max() <= 1e-5 * expected.abs().max()
+    expected = conv_bn_act_ref(*double(x, filter), None, None, 0.0, None, "relu", 0.0, shape)
+    assert_close(y, expected, TF32)
 
 
 @pytest.mark.filterwarnings("ignore:invalid value")
@@ -153,19 +164,37 @@ def test_second_derivatives():
 
 @pytest.mark.parametrize("groups", [1, 2, 8])
 @pytest.mark.parametrize("route", ["torch", "kernel"])
-def test_routes_agree(groups, route):
+def test_routes_agree(groups, route, called, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     torch.manual_seed(0)
     ours = ConvBatchNormAct2d(8, 16, 3, 2, 1, groups=groups).to(DEVICE).eval()
     x = torch.randn(2, 8, 5, 5, device=DEVICE)
+    wide = F.conv2d(*double(x, ours.conv.weight), None, 2, 1, groups=groups)
     with torch.no_grad(), bnres.use_conv_route(route):
-        expected = F.relu(ours.bn.bias.view(-1, 1, 1) + ours.conv(x) / (1 + 1e-5) ** 0.5)
-        torch.testing.assert_close(ours(x), expected, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(
-            conv2d_act(x, ours.conv.weight, None, stride=2, padding=1, groups=groups),
-            F.relu(ours.conv(x)), rtol=1e-5, atol=1e-5,
-        )  # fmt: skip
+        assert_close(ours(x), F.relu(wide / (1 + 1e-5) ** 0.5), TF32)
+        y = conv2d_act(x, ours.conv.weight, None, stride=2, padding=1, groups=groups)
+        assert_close(y, F.relu(wide), TF32)
+    assert called == [2 if route == "kernel" and groups == 1 else 0]
     with pytest.raises(ValueError, match="route must be one of auto, torch, kernel, got 'x'"):
         bnres.use_conv_route("x").__enter__()
+
+
+def test_fp32_that_may_not_be_rounded_to_tf32_goes_to_torch(called, monkeypatch):
+    torch.manual_seed(0)
+    layer = ConvBatchNormAct2d(8, 16, 3, padding=1).to(DEVICE, memory_format=LAST).eval()
+    half = copy.deepcopy(layer).half()
+    x = random(2, 8, 5, 5)
+    for allowed, kernels in ((False, 0), (True, 2)):
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", allowed)
+        called[0] = 0
+        with torch.no_grad(), bnres.use_conv_route("kernel"):
+            y, folded = layer(x), conv2d_act(x, layer.conv.weight, None, padding=1)
+            assert called == [kernels]
+            half(x.half())
+            assert called == [kernels + 1]
+            if not allowed:
+                assert torch.equal(y, layer.bn(layer.conv(x)))
+                assert torch.equal(folded, F.relu(layer.conv(x)))
 
 
 def test_autocast_is_that_of_conv2d():
@@ -191,11 +220,11 @@ def test_autocast_is_that_of_conv2d():
     ],
     ids=str,
 )
-def test_arguments_are_torchs(options):
+def test_arguments_are_torchs(options, called):
     """What torch takes works, and what it refuses it refuses."""
-    x, filter = random(2, 8, 5, 5), random(4, 8, 3, 3)
+    x, filter = random(2, 8, 5, 5).half(), random(4, 8, 3, 3).half()
     try:
-        expected = F.relu(F.conv2d(x, filter, None, **options))
+        expected = F.relu(F.conv2d(*double(x, filter), None, **options))
     except RuntimeError as error:
         expected = error
     with torch.no_grad(), bnres.use_conv_route("kernel"):
@@ -203,8 +232,8 @@ def test_arguments_are_torchs(options):
             with pytest.raises(RuntimeError, match=re.escape(str(expected)[:40])):
                 conv2d_act(x, filter, None, **options)
         else:
-            y = conv2d_act(x, filter, None, **options)
-            torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+            assert_close(conv2d_act(x, filter, None, **options), expected, torch.float16)
+            assert called == [1]
 
 
 def test_operands_are_cast_once():
@@ -239,7 +268,8 @@ def test_compiled_layer_is_the_eager_one(bias):
 
 
 @pytest.mark.parametrize("route", ["torch", "kernel"])
-def test_errors(route):
+def test_errors(route, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     x, filter = torch.randn(2, 8, 4, 4, device=DEVICE), torch.randn(4, 8, 1, 1, device=DEVICE)
     mean, var = torch.zeros(4, device=DEVICE), torch.ones(4, device=DEVICE)
     with torch.no_grad(), bnres.use_conv_route(route):
@@ -305,10 +335,8 @@ def test_activations_are_those_of_the_reference():
     shape = ConvShape(1, 1, 1, 1, 0, 0, 1, 1)
     for act in ACTIVATION_FORMULAS:
         y = conv_bn_act(x, filter, None, None, 0.0, None, act, 0.2, shape)
-        expected = conv_bn_act_ref(
-            *double(x, filter), None, None, 0.0, None, act, 0.2, shape
-        )  # fmt: skip
-        assert (y - expected).abs().max() <= 1e-5 * expected.abs().max()
+        expected = conv_bn_act_ref(*double(x, filter), None, None, 0.0, None, act, 0.2, shape)
+        assert_close(y, expected, TF32)
 
 
 def test_commands():

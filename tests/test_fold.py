@@ -11,6 +11,7 @@ import bnres
 from bnres import models, use_backend, use_conv_route
 from tests.device import DEVICE
 from tests.test_fuse import ARCHITECTURES, build
+from tests.tolerances import TF32, assert_close
 
 ATEN = "triton" if DEVICE == "cuda" else "aten"
 # Batch norms that stand in front of what could take them in.
@@ -55,15 +56,17 @@ def test_our_models(name, fused):
 
 
 @pytest.mark.parametrize("route", ["torch", "kernel"])
-def test_residual_block_through_the_kernels(route):
+def test_residual_block_through_the_kernels(route, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     torch.manual_seed(0)
     block = models.blocks.BasicBlock
     stock = nn.Sequential(block(8, 16, 2, "relu"), block(16, 16, 1, "relu")).to(DEVICE)
     stock = with_statistics(stock)
     x = torch.randn(2, 8, 6, 6, device=DEVICE)
     with torch.no_grad(), use_conv_route(route):
+        expected = copy.deepcopy(stock).double()(x.double())
         for model in (bnres.fold(stock), bnres.fuse(stock)):
-            torch.testing.assert_close(model(x), stock(x), rtol=1e-5, atol=1e-5)
+            assert_close(model(x), expected, TF32)
 
 
 def test_what_can_not_be_folded():

@@ -49,6 +49,8 @@ def kernel_conv(
     dtype = _common_dtype(input, conv_weight)
     if shape is None or dtype not in KERNEL_DTYPES:
         return None
+    if dtype == torch.float32 and not _allows_tf32():
+        return None
     batch, channels, height, width = input.shape
     output = shape.output_size(height, width)
     if not shape.has_kernel(channels) or min(output) < 1:
@@ -65,6 +67,17 @@ def kernel_conv(
         rows = batch * output[0] * output[1]
         config = conv_config(rows, depth, conv_weight.shape[0], dtype.itemsize)
     return KernelConv(dtype, shape, config)
+
+
+def _allows_tf32() -> bool:
+    """Whether torch's own convolution may round fp32 to TF32, as our kernel does.
+
+    torch.compile cannot read the setting, so what it captures does not.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    precision: str = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
+    return precision == "tf32"
 
 
 def _common_dtype(input: Tensor, conv_weight: Tensor) -> torch.dtype | None:
