@@ -4,9 +4,10 @@ The heuristic is derived from the sizes of tiles and of shared memory; none of i
 on a GPU yet. `search_space` is what tuning tries.
 """
 
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 
 from bnres.kernels.config import next_power_of_2
+from bnres.kernels.fields import Numbers
 
 # The least that the matrix instructions of every target take.
 MIN_BLOCK = 16
@@ -19,7 +20,7 @@ MAX_ROW_CHANNELS, MAX_ROW = 8, 64
 
 
 @dataclass(frozen=True)
-class ConvShape:
+class ConvShape(Numbers):
     """Kernel size, stride, padding and dilation of a 2-D convolution, known at compile time."""
 
     kernel_h: int
@@ -30,10 +31,6 @@ class ConvShape:
     padding_w: int
     dilation_h: int
     dilation_w: int
-
-    def as_list(self) -> list[int]:
-        """The fields in order, for operators, which take lists of numbers."""
-        return list(astuple(self))
 
     @property
     def taps(self) -> int:
@@ -73,7 +70,7 @@ class ConvShape:
 
 
 @dataclass(frozen=True)
-class ConvConfig:
+class ConvConfig(Numbers):
     """Tile of a program (BLOCK_M positions × BLOCK_N channels, BLOCK_K a step) and its resources."""
 
     block_m: int
@@ -81,10 +78,6 @@ class ConvConfig:
     block_k: int
     num_warps: int
     num_stages: int
-
-    def as_list(self) -> list[int]:
-        """The fields in order, for operators, which take lists of numbers."""
-        return list(astuple(self))
 
     def grid(self, rows: int, out_channels: int) -> tuple[int]:
         return (-(-rows // self.block_m) * -(-out_channels // self.block_n),)

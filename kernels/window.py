@@ -1,12 +1,14 @@
 """The windows of a pooling layer."""
 
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 
 import torch
 
+from bnres.kernels.fields import Numbers
+
 
 @dataclass(frozen=True)
-class Window:
+class Window(Numbers):
     """Kernel size, stride, padding and dilation of a 2-D pooling, known at compile time."""
 
     kernel_h: int
@@ -17,10 +19,6 @@ class Window:
     padding_w: int
     dilation_h: int
     dilation_w: int
-
-    def as_list(self) -> list[int]:
-        """The fields in order, for operators, which take lists of numbers."""
-        return list(astuple(self))
 
     @property
     def taps(self) -> int:

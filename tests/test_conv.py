@@ -267,6 +267,20 @@ def test_compiled_layer_is_the_eager_one(bias):
         assert torch.equal(actual, expected)
 
 
+def test_compiled_layer_takes_the_kernel():
+    torch.manual_seed(0)
+    layer = ConvBatchNormAct2d(8, 8, 3, padding=1).to(DEVICE, memory_format=LAST).half().eval()
+    x, graphs = random(2, 8, 4, 4, dtype=torch.float16), []
+
+    def record(graph, example_inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    with torch.no_grad(), bnres.use_conv_route("kernel"):
+        assert torch.equal(torch.compile(layer, backend=record, fullgraph=True)(x), layer(x))
+    assert "bnres.conv2d_batch_norm_act_forward" in str(graphs[0].graph)
+
+
 @pytest.mark.parametrize("route", ["torch", "kernel"])
 def test_errors(route, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)

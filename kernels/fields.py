@@ -1,0 +1,13 @@
+"""Dataclasses of numbers, which operators take as lists."""
+
+from dataclasses import dataclass, fields
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """A dataclass whose fields are whole numbers."""
+
+    def as_list(self) -> list[int]:
+        """The fields in order."""
+        # torch.compile cannot trace dataclasses.astuple everywhere: it copies deeply.
+        return [getattr(self, field.name) for field in fields(self)]
