@@ -1,9 +1,11 @@
 """The command ``bnres``."""
 
+import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -240,22 +242,36 @@ def tune(
     match: Annotated[
         str, typer.Option(help="Only calls whose name holds this, such as '3x3'.")
     ] = "",
+    out: Annotated[
+        Path | None,
+        typer.Option(help="The table's file; default: $BNRES_ROUTES, or in the cache folder."),
+    ] = None,
+    minutes: Annotated[
+        float, typer.Option(help="Begin nothing after so long; the longest calls come first.")
+    ] = math.inf,
 ) -> None:
     """Measure our convolution kernel against torch's on this GPU; the faster one is taken then."""
     import torch
-    from rich.progress import track
 
     from bnres.models import create_model
-    from bnres.routes import gpu_name, save_table, table_path
+    from bnres.routes import gpu_name, read_table, table_path
     from bnres.train.config import DTYPES
-    from bnres.tune import conv_calls, device_timer, measure
+    from bnres.tune import conv_calls, device_timer
+    from bnres.tune import tune as tune_calls
 
     console = Console()
     with bad_input_exits():
-        if not torch.cuda.is_available():
-            raise ValueError("tune measures on a GPU, and there is none")
         if dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+        if not minutes > 0:
+            raise ValueError(f"minutes must be above 0, got {minutes}")
+        if out is not None and out.is_dir():
+            raise ValueError(f"out must be a file, got the folder {str(out)!r}")
+        if not torch.cuda.is_available():
+            raise ValueError("tune measures on a GPU, and there is none")
+        device = torch.device("cuda")
+        path = out or table_path(gpu_name(device))
+        read_table(path)
         channels = INPUT_CHANNELS.get(model, 3)
         net = create_model(model, in_channels=channels, fused=False)
         calls = conv_calls(net, (batch_size, channels, size, size), DTYPES[dtype])
@@ -263,22 +279,18 @@ def tune(
         if not chosen:
             names = "\n".join(call.key for call in calls)
             raise ValueError(f"match: {match!r} is in none of\n{names}")
-    device = torch.device("cuda")
-    path = table_path(gpu_name(device))
     about = {
         "gpu": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "date": f"{datetime.now():%Y-%m-%d}",
     }
-    for found in track(
-        measure(chosen, device, device_timer()), "tuning", len(chosen), console=console
-    ):
-        save_table(path, [found.as_row()], about)
-        console.print(
-            f"{found.call.key}: kernel {found.kernel_ms:.3f} ms, torch {found.torch_ms:.3f} ms",
-            highlight=False,
-        )
-    console.print(f"the table is in {path}", highlight=False)
+    tune_calls(
+        chosen, path, about, device, device_timer(), minutes=minutes,
+        say=partial(console.print, highlight=False, markup=False, soft_wrap=True),
+    )  # fmt: skip
+    console.print(f"the table is in {path}", highlight=False, soft_wrap=True)
+    if out is not None:
+        console.print(f"it is used with BNRES_ROUTES={out}", highlight=False, soft_wrap=True)
 
 
 @app.command()

@@ -49,6 +49,27 @@ class ConvCall:
         )
 
 
+@dataclass(frozen=True)
+class Measured:
+    """A row of a table: what was measured of one call.
+
+    Attributes:
+        call: which.
+        config: the fastest configuration of our kernel, or None if none worked.
+        kernel_ms: its time, or None.
+        torch_ms: that of torch's convolution and our apply.
+        failed: why a configuration does not count, by its name.
+        left_out: names of configurations for which there was no time.
+    """
+
+    call: ConvCall
+    config: ConvConfig | None
+    kernel_ms: float | None
+    torch_ms: float
+    failed: dict[str, str]
+    left_out: list[str]
+
+
 @contextmanager
 def use_conv_route(route: str) -> Iterator[None]:
     """Overrides the table inside a ``with`` block, for every thread.
@@ -99,17 +120,25 @@ def load_table(path: Path) -> dict[ConvCall, ConvConfig]:
     """The calls for which our kernel is the faster, and its configurations; read once.
 
     Raises:
-        ValueError: for a file that is no such table.
+        ValueError: as `read_table`.
+    """
+    return {
+        row.call: row.config
+        for row in read_table(path)
+        if row.config is not None and row.kernel_ms is not None and row.kernel_ms < row.torch_ms
+    }
+
+
+def read_table(path: Path) -> list[Measured]:
+    """The rows of a table, none if there is no file.
+
+    Raises:
+        ValueError: for a file that is not such a table.
     """
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))["routes"]
-        return {
-            _call(row["call"]): ConvConfig(**row["config"])
-            for row in rows
-            if row["kernel_ms"] < row["torch_ms"]
-        }
+        return [_measured(row) for row in json.loads(path.read_text(encoding="utf-8"))["routes"]]
     except FileNotFoundError:
-        return {}
+        return []
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path} is not a table of routes of this version: {error!r}; delete it, then run "
@@ -117,27 +146,28 @@ def load_table(path: Path) -> dict[ConvCall, ConvConfig]:
         ) from error
 
 
-def _call(fields: dict[str, Any]) -> ConvCall:
-    return ConvCall(**{**fields, "shape": ConvShape(**fields["shape"])})
+def _measured(row: dict[str, Any]) -> Measured:
+    call = ConvCall(**{**row["call"], "shape": ConvShape(**row["call"]["shape"])})
+    config = None if row["config"] is None else ConvConfig(**row["config"])
+    return Measured(**{**row, "call": call, "config": config})
 
 
-def save_table(path: Path, rows: list[dict[str, Any]], about: dict[str, str]) -> None:
+def save_table(path: Path, rows: list[Measured], about: dict[str, str]) -> None:
     """Writes measured rows, in place of older ones of the same calls; all or nothing.
 
     Args:
         path: the table; other rows in it stay.
-        rows: each with ``call`` (`ConvCall`), ``config`` (`ConvConfig`), ``kernel_ms``,
-            ``torch_ms``.
+        rows: what was measured.
         about: what they were measured on.
+
+    Raises:
+        ValueError: as `read_table`.
     """
-    fresh = [{**row, "call": asdict(row["call"]), "config": asdict(row["config"])} for row in rows]
-    measured = [row["call"] for row in fresh]
-    kept = []
-    if path.exists():
-        old = json.loads(path.read_text(encoding="utf-8"))["routes"]
-        kept = [row for row in old if row["call"] not in measured]
+    measured = [row.call for row in rows]
+    kept = [row for row in read_table(path) if row.call not in measured]
+    content = {"about": about, "routes": [asdict(row) for row in kept + rows]}
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps({"about": about, "routes": kept + fresh}, indent=1) + "\n")
+    partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     partial.replace(path)
     load_table.cache_clear()

@@ -1,8 +1,11 @@
 """Measures, for a model's convolutions, our kernel against torch's convolution and our apply."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+import math
+import time
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,12 +14,14 @@ from torch import Tensor, nn
 from bnres.functional import conv2d_batch_norm_act
 from bnres.kernels.conv_config import ConvConfig, ConvShape, search_space
 from bnres.kernels.norm import Norm
-from bnres.routes import ConvCall, use_conv_route
+from bnres.routes import ConvCall, Measured, save_table, use_conv_route
 
 # Milliseconds of a call, its memory cold.
 Timer = Callable[[Callable[[], object]], float]
 # How far our kernel's output may be from torch's, over its largest value: two rounding steps.
 AGREEMENT = {torch.float16: 4e-3, torch.bfloat16: 3e-2, torch.float32: 5e-3}
+# A GPU's products over its memory's bandwidth, of bf16 on an H200: 790 TFLOP/s over 4.3 TB/s.
+FLOPS_PER_BYTE = 184
 
 
 def device_timer() -> Timer:
@@ -61,49 +66,91 @@ def conv_calls(model: nn.Module, shape: tuple[int, ...], dtype: torch.dtype) -> 
     return list(found)
 
 
-@dataclass(frozen=True)
-class Measured:
-    """The times of one call, and the fastest configuration of our kernel."""
+def tune(
+    calls: list[ConvCall],
+    path: Path,
+    about: dict[str, str],
+    device: torch.device,
+    timer: Timer,
+    *,
+    minutes: float = math.inf,
+    clock: Callable[[], float] = time.monotonic,
+    say: Callable[[str], object] = print,
+) -> None:
+    """Measures ``calls``, the longest first, and saves each as a row of the table ``path``.
 
-    call: ConvCall
-    config: ConvConfig
-    kernel_ms: float
-    torch_ms: float
-
-    def as_row(self) -> dict[str, Any]:
-        """A row for `bnres.routes.save_table`."""
-        return dict(vars(self))
-
-
-def measure(calls: list[ConvCall], device: torch.device, timer: Timer) -> Iterator[Measured]:
-    """Times each call both ways, on random data, each configuration only after it agreed.
-
-    Raises:
-        RuntimeError: if our kernel's output is not torch's.
+    Args:
+        calls: see `conv_calls`.
+        path: the table; other rows in it stay.
+        about: what it is measured on, for the table.
+        device: where.
+        timer: times a call.
+        minutes: nothing is begun after so long, compilation included; a call whose time runs out
+            is saved with what was measured of it.
+        clock: seconds.
+        say: takes a line for each call, and one for each that was left out.
     """
-    from triton.runtime.errors import OutOfResources
+    deadline = clock() + 60 * minutes
+    calls = sorted(calls, key=_work, reverse=True)
+    for index, call in enumerate(calls):
+        if clock() >= deadline:
+            for left in calls[index:]:
+                say(f"left out: {left.key}")
+            return
+        found = _measure(call, device, timer, lambda: clock() < deadline)
+        save_table(path, [found], about)
+        kernel = "failed" if found.kernel_ms is None else f"{found.kernel_ms:.3f} ms"
+        say(f"{index + 1}/{len(calls)} {call.key}: kernel {kernel}, torch {found.torch_ms:.3f} ms")
+        for name, reason in found.failed.items():
+            say(f"  failed: {name}: {reason}")
+        for name in found.left_out:
+            say(f"  left out: {name}")
 
-    for call in calls:
-        operands = _operands(call, device)
-        by_torch = partial(_by_torch, operands, call)
-        by_kernel = partial(_by_kernel, operands, call)
-        times: dict[ConvConfig, float] = {}
-        with torch.no_grad(), use_conv_route("torch"):
-            expected = by_torch()
-            torch_ms = timer(by_torch)
-            rows = expected.numel() // call.out_channels
-            itemsize = expected.element_size()
-            depth = call.shape.depth(call.channels, itemsize)
-            for config in search_space(rows, depth, call.out_channels, itemsize):
-                try:
-                    actual = by_kernel(config=config)
-                except OutOfResources:
-                    continue  # a tile that this GPU has no room for
-                _check(actual, expected, call)
-                times[config] = timer(partial(by_kernel, config=config))
-        if times:
-            best = min(times, key=times.__getitem__)
-            yield Measured(call, best, times[best], torch_ms)
+
+def _work(call: ConvCall) -> float:
+    """FLOPs of a call, or its bytes in FLOPs of the same time, whichever is more."""
+    height, width = call.shape.output_size(call.height, call.width)
+    positions = call.batch * height * width
+    depth = call.channels * call.shape.taps
+    elements = (
+        call.batch * call.channels * call.height * call.width
+        + positions * call.out_channels * (1 + call.has_residual)
+        + call.out_channels * depth
+    )
+    itemsize = getattr(torch, call.dtype).itemsize
+    return max(2 * positions * call.out_channels * depth, FLOPS_PER_BYTE * elements * itemsize)
+
+
+def _measure(
+    call: ConvCall, device: torch.device, timer: Timer, has_time: Callable[[], bool]
+) -> Measured:
+    """Times a call both ways on random data, each configuration only after it agreed."""
+    from triton.errors import TritonError
+
+    operands = _operands(call, device)
+    times: dict[ConvConfig, float] = {}
+    failed: dict[str, str] = {}
+    left_out: list[str] = []
+    with torch.no_grad(), use_conv_route("torch"):
+        expected = _by_torch(operands, call)
+        torch_ms = timer(partial(_by_torch, operands, call))
+        rows, itemsize = expected.numel() // call.out_channels, expected.element_size()
+        depth = call.shape.depth(call.channels, itemsize)
+        for config in search_space(rows, depth, call.out_channels, itemsize):
+            if not has_time():
+                left_out.append(config.name)
+                continue
+            by_kernel = partial(_by_kernel, operands, call, config)
+            try:
+                _check(by_kernel(), expected)
+                times[config] = timer(by_kernel)
+            except (TritonError, RuntimeError) as error:
+                # No room on this GPU, a compiler that gives up, or another result than torch's.
+                first_line = next(iter(str(error).strip().splitlines()), "")
+                failed[config.name] = f"{type(error).__name__}: {first_line}"
+    best = min(times, key=times.__getitem__, default=None)
+    kernel_ms = None if best is None else times[best]
+    return Measured(call, best, kernel_ms, torch_ms, failed, left_out)
 
 
 def _operands(call: ConvCall, device: torch.device) -> tuple[Any, ...]:
@@ -151,8 +198,9 @@ def _by_kernel(operands: tuple[Any, ...], call: ConvCall, config: ConvConfig) ->
     )
 
 
-def _check(actual: Tensor, expected: Tensor, call: ConvCall) -> None:
+def _check(actual: Tensor, expected: Tensor) -> None:
+    """Raises RuntimeError if our kernel's output is not torch's."""
     scale = max(1.0, expected.abs().max().item())
     error = (actual.float() - expected.float()).abs().max().item() / scale
     if not error <= AGREEMENT[actual.dtype]:
-        raise RuntimeError(f"{call.key}: the kernel is {error:.2g} from torch's convolution")
+        raise RuntimeError(f"the output is {error:.2g} from that of torch's convolution")

@@ -5,6 +5,7 @@ on a GPU yet. `search_space` is what tuning tries.
 """
 
 from dataclasses import dataclass
+from math import log2
 
 from bnres.kernels.config import next_power_of_2
 from bnres.kernels.fields import Numbers
@@ -79,6 +80,14 @@ class ConvConfig(Numbers):
     num_warps: int
     num_stages: int
 
+    @property
+    def name(self) -> str:
+        """A name for tables."""
+        return (
+            f"{self.block_m}x{self.block_n}x{self.block_k} warps {self.num_warps} "
+            f"stages {self.num_stages}"
+        )
+
     def grid(self, rows: int, out_channels: int) -> tuple[int]:
         return (-(-rows // self.block_m) * -(-out_channels // self.block_n),)
 
@@ -100,7 +109,7 @@ def conv_config(rows: int, depth: int, out_channels: int, itemsize: int) -> Conv
 
 
 def search_space(rows: int, depth: int, out_channels: int, itemsize: int) -> list[ConvConfig]:
-    """The heuristic's choice first, then others of its kind."""
+    """The heuristic's choice first, then others, those that differ least from it first."""
     first = conv_config(rows, depth, out_channels, itemsize)
     found = [first]
     for block_m in (64, 128, 256):
@@ -114,4 +123,10 @@ def search_space(rows: int, depth: int, out_channels: int, itemsize: int) -> lis
                 config = ConvConfig(block_m, block_n, first.block_k, warps, num_stages)
                 if config not in found:
                     found.append(config)
-    return found
+
+    def distance(config: ConvConfig) -> float:
+        sizes = ((config.block_m, first.block_m), (config.block_n, first.block_n))
+        doublings = sum(abs(log2(size / near)) for size, near in sizes)
+        return doublings + abs(config.num_stages - first.num_stages)
+
+    return sorted(found, key=distance)

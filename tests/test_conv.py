@@ -1,9 +1,7 @@
-"""Convolution with an epilogue: the kernel, the folded bias, routes and tuning."""
+"""Convolution with an epilogue: the kernel, the folded bias and the routes."""
 
 import copy
-import json
 import re
-import time
 
 import pytest
 import torch
@@ -13,17 +11,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from typer.testing import CliRunner
 
 import bnres
-from bnres import routes
 from bnres.cli import app
 from bnres.functional import conv2d_act, conv2d_batch_norm_act
 from bnres.kernels.conv import conv_bn_act
-from bnres.kernels.conv_config import ConvConfig, ConvShape, search_space
+from bnres.kernels.conv_config import ConvShape, search_space
 from bnres.kernels.norm import Norm
 from bnres.kernels.reference import ACTIVATION_FORMULAS, conv_bn_act_ref
-from bnres.models.blocks import BasicBlock
 from bnres.nn import ConvBatchNormAct2d
 from bnres.ops import conv2d_batch_norm_act as ops
-from bnres.tune import conv_calls, measure
 from tests.device import DEVICE
 from tests.tolerances import TF32, assert_close
 
@@ -295,40 +290,6 @@ def test_errors(route, monkeypatch):
             conv2d_batch_norm_act(x, filter, None, None, None)
 
 
-def test_table_of_routes(tmp_path, monkeypatch):
-    """Measured by the tuner, written, read, taken."""
-    monkeypatch.setenv("BNRES_ROUTES", str(tmp_path / "cache" / "routes.json"))
-    model = BasicBlock(8, 16, 2, "relu")
-    calls = conv_calls(model, (1, 8, 4, 4), torch.float32)
-    assert len(calls) == 6  # three convolutions, with and without residual
-    ticks = iter(range(10**6))
-
-    def timer(call):
-        call()
-        return time.perf_counter() + next(ticks)  # later is slower: torch's, timed first, wins
-
-    rows = [found.as_row() for found in measure(calls[:3], torch.device(DEVICE), timer)]
-    path = routes.table_path("gpu")
-    assert routes.load_table(path) == {}
-    routes.save_table(path, rows, {"gpu": "test"})
-    assert routes.load_table(path) == {}
-    rows[0]["kernel_ms"] = rows[0]["torch_ms"] / 2
-    routes.save_table(path, rows[:1], {"gpu": "test"})
-    assert routes.load_table(path) == {calls[0]: rows[0]["config"]}
-    assert isinstance(rows[0]["config"], ConvConfig)
-    assert len(json.loads(path.read_text())["routes"]) == 3
-    old = json.loads(path.read_text())
-    for row in old["routes"]:
-        row["call"]["removed_field"] = False
-    for text in ("{}", json.dumps(old)):
-        path.write_text(text)
-        routes.load_table.cache_clear()
-        with pytest.raises(
-            ValueError, match=r"not a table of routes of this version: .* delete it"
-        ):
-            routes.load_table(path)
-
-
 @pytest.mark.skipif(DEVICE == "cuda", reason="counts what the interpreter touches")
 @pytest.mark.parametrize("has_residual", [False, True], ids=["plain", "residual"])
 def test_memory_touched(has_residual):
@@ -359,6 +320,3 @@ def test_commands():
     assert explained.output.strip().endswith("20 fused sites of 20")
     unknown = runner.invoke(app, ["explain", "resnet19"])
     assert unknown.exit_code == 2 and "model must be one of" in unknown.output
-    if DEVICE == "cpu":
-        tuned = runner.invoke(app, ["tune"])
-        assert tuned.exit_code == 2 and "tune measures on a GPU" in tuned.output
