@@ -1,4 +1,4 @@
-"""What every launcher needs: the plan for a tensor, its device, the type it computes in, the launch."""
+"""What launchers share: the plan for a tensor, the device, the accumulator's dtype, the launch."""
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from bnres.kernels.layout import ChannelView, view_of
 
 ACC_DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64}
 
-# Shapes whose plans are kept, and specialisations that are found again without triton.
+# Greatest number of plans and of compiled specialisations that are cached.
 PLANS, SPECIALIZATIONS = 4096, 4096
 
 # Interpreted programs run one after another, so a few of them are enough.
@@ -39,14 +39,14 @@ FINALIZE = FinalizeConfig(block_splits=256, block_channels=8, num_warps=8)
 
 @cache
 def sm_count(device: torch.device) -> int:
-    """Multiprocessors to fill."""
+    """Number of multiprocessors of a device."""
     if device.type != "cuda":
         return INTERPRETER_SM_COUNT
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def plan(kernel: str, x: Tensor) -> tuple[ChannelView, Tile, LaunchConfig]:
-    """View, tile and launch configuration of ``kernel`` over a dense ``x``."""
+    """View, tile and launch configuration of ``kernel`` on a dense ``x``."""
     return _plan(kernel, x.shape, x.is_contiguous(), x.element_size(), sm_count(x.device))
 
 
@@ -60,7 +60,7 @@ def _plan(
 
 
 def launch_scope(x: Tensor) -> AbstractContextManager[object]:
-    """Makes the device of ``x`` current, so that its current stream takes the launch."""
+    """Makes the device of ``x`` current: a kernel is launched on the current device's stream."""
     if x.is_cuda and x.device.index != torch.cuda.current_device():
         return torch.cuda.device(x.device)
     return nullcontext()
@@ -70,18 +70,22 @@ _compiled: dict[tuple[Any, ...], Any] = {}
 
 
 def launch(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
-    """Runs ``kernel[grid](**arguments)``, at a fraction of the host's time where it has run before.
+    """Runs ``kernel[grid](**arguments)``, and takes far less host time from the second launch on.
 
-    Triton works out at each launch what a kernel is to be specialised on. Here a compiled kernel is
-    found by the arguments themselves: of tensors type and alignment, of floats nothing, of the
-    others the value. What else triton looks at, its debugging knobs and whether a global has
-    changed, counts at the first launch alone.
+    At each launch triton works out which specialisation of a kernel the arguments need. Here the
+    compiled kernel is looked up by the arguments: the dtype and alignment of a tensor, the type of a
+    float, the value of anything else. Triton's debugging knobs, and whether a global has changed,
+    are checked at the first launch only.
 
     Args:
-        kernel: one of `triton.jit`.
-        grid: programs, up to three axes.
-        arguments: all of the kernel's, the first one a tensor on the current device; and
-            ``num_warps`` and ``num_stages`` if triton is not to choose them.
+        kernel: a function decorated with `triton.jit`.
+        grid: number of programs along up to three axes.
+        arguments: all arguments of the kernel, the first one a tensor on the current device; and
+            ``num_warps`` and ``num_stages``, unless triton chooses them.
+
+    Raises:
+        RuntimeError: if these arguments are launched for the first time while a CUDA graph is
+            captured: the driver can't load a kernel then.
     """
     if not isinstance(kernel, JITFunction):
         kernel[grid](**arguments)
@@ -96,7 +100,7 @@ def launch(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
         elif kind is float:
             key.append(kind)
         elif kind is JITFunction:
-            key.append(id(value))  # its hash is one of its source
+            key.append(id(value))  # its hash would be computed from its source
         elif isinstance(value, Tensor):
             key += value.dtype, value.data_ptr() % 16 == 0
         else:
@@ -106,6 +110,11 @@ def launch(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
     if compiled is not None:
         compiled[(*grid, 1, 1)[:3]](*ordered)
         return
+    if ordered[0].is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"{kernel.__name__} is launched with these arguments for the first time while a CUDA "
+            "graph is captured, and can't be loaded then: run the same call once before the capture"
+        )
     if len(_compiled) >= SPECIALIZATIONS:
         _compiled.clear()
     _compiled[specialization] = kernel[grid](**arguments, enable_fp_fusion=True)

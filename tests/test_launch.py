@@ -89,6 +89,52 @@ def check_launches():
     print("checked")
 
 
+class OnGpu(torch.Tensor):
+    """A tensor that says it is on a GPU."""
+
+    is_cuda = True
+
+
+def check_capture():
+    from bnres.kernels import bn_forward
+    from bnres.kernels.launch import launch
+
+    def launch_on_gpu(kernel, grid, **arguments):
+        moved = {
+            name: value.as_subclass(OnGpu) if isinstance(value, torch.Tensor) else value
+            for name, value in arguments.items()
+        }
+        launch(kernel, grid, **moved)
+
+    def apply():
+        x, channels = torch.zeros(4, 8, 6, 6), torch.zeros(8)
+        bn_forward.bn_apply(x, channels, channels, None, None, None, "relu", 0.0)
+
+    capturing = patch.object(torch.cuda, "is_current_stream_capturing", return_value=True)
+    idle = patch.object(torch.cuda, "is_current_stream_capturing", return_value=False)
+    with recorded_launches() as (launches, _), patch.object(bn_forward, "launch", launch_on_gpu):
+        with capturing:
+            try:
+                apply()
+            except RuntimeError as error:
+                assert "_bn_apply_kernel is launched with these arguments" in str(error)
+                assert "run the same call once before the capture" in str(error)
+            else:
+                raise AssertionError("launched while capturing")
+        assert launches == []
+        with idle:
+            apply()
+        with capturing as asked:
+            apply()
+        assert len(launches) == 2 and not asked.called
+    print("checked")
+
+
 def test_a_known_launch_is_not_looked_up():
     result = run_compiled("-c", "from tests.test_launch import *; check_launches()")
+    assert result.stdout == "checked\n", result.stderr
+
+
+def test_the_first_launch_is_not_captured():
+    result = run_compiled("-c", "from tests.test_launch import *; check_capture()")
     assert result.stdout == "checked\n", result.stderr
