@@ -1,11 +1,13 @@
 """The timing core: a clock that advances by the time of what is timed, and by nothing else.
 
-pytest-benchmark reads it as its ``timer``, `benchmarks.measure` reads it by itself. On a GPU it is
-the device's own time, with the L2 cache cold; making it cold, queueing and waiting are outside.
+It is the ``timer`` of pytest-benchmark, and `benchmarks.measure` reads it too. On a GPU it is the
+time between two events on the device, with a cold L2 cache; emptying the cache, queueing and waiting
+are not timed.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -119,14 +121,34 @@ def _on_cpu(clock: DeviceClock, call: Call) -> Timed:
     return Timed(once, "wall", host_seconds)
 
 
+@contextmanager
+def side_stream(device: torch.device) -> Iterator[None]:
+    """Makes a stream other than the default one current; nothing changes without a GPU.
+
+    A CUDA graph can't be captured on the default stream. Everything before the capture has to run
+    on the side stream too: autograd accumulates a parameter's gradient on the stream of the forward
+    that made the accumulating node, and a capture fails when that stream is not part of it.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    before = torch.cuda.current_stream(device)
+    if before != torch.cuda.default_stream(device):
+        yield
+        return
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(before)
+    with torch.cuda.stream(stream):
+        yield
+
+
 def _on_gpu(
     clock: DeviceClock, make_call: Callable[[], Call], touched_bytes: int, launch: str
 ) -> Timed:
-    # Backward runs on its forward's stream, and a capture wants one of its own: all run on it.
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    flush = cache_flush()
-    with torch.cuda.stream(stream):
+    device = torch.device("cuda", torch.cuda.current_device())
+    with side_stream(device):
+        stream = torch.cuda.current_stream()
+        flush = cache_flush()
         call = make_call()
         _warm_up(call, stream)
         host_seconds = _host_seconds(call, stream)
@@ -138,7 +160,7 @@ def _on_gpu(
         if launch == "auto" and estimate >= GRAPH_BELOW:
             once = _round(clock, [call], stream, flush, host_seconds)
             return Timed(once, "events", host_seconds)
-        l2 = torch.cuda.get_device_properties(stream.device).L2_cache_size
+        l2 = torch.cuda.get_device_properties(device).L2_cache_size
         count = copies(touched_bytes, l2, estimate) if launch == "auto" else 1
         calls = [call, *(make_call() for _ in range(count - 1))]
         for each in calls[1:]:
@@ -168,10 +190,14 @@ def _round(
 
 
 def cache_flush() -> Call:
-    """Writes over the whole L2 cache."""
+    """A call that reads four times the size of the L2 cache, which evicts what was in it.
+
+    It reads, because lines that it had written would be in the cache afterwards, and would be
+    written back to memory while something else is timed.
+    """
     size = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
-    scratch = torch.empty(4 * size, dtype=torch.int8, device="cuda")
-    return scratch.zero_
+    scratch = torch.zeros(size, dtype=torch.float32, device="cuda")
+    return scratch.sum
 
 
 def _warm_up(call: Call, stream: torch.cuda.Stream) -> None:

@@ -49,11 +49,12 @@ def prepare(case: Case, device: torch.device, ticking: clock.DeviceClock) -> Rea
         Unavailable: if the provider is missing here.
         WrongResult: if it computes something else.
     """
-    if isinstance(case, OpCase):
-        return _prepare_op(case, device, ticking)
-    if isinstance(case, AugmentCase):
-        return _prepare_augment(case, device, ticking)
-    return _prepare_model(case, device, ticking)
+    with clock.side_stream(device):
+        if isinstance(case, OpCase):
+            return _prepare_op(case, device, ticking)
+        if isinstance(case, AugmentCase):
+            return _prepare_augment(case, device, ticking)
+        return _prepare_model(case, device, ticking)
 
 
 def measure(
