@@ -192,6 +192,27 @@ def test_step_in_bf16_is_near_fp32(net):
         assert models.prepare(case, CPU).verify() < models.LOGITS_TOLERANCE["bf16"] / 2
 
 
+@pytest.mark.parametrize("launch", ["eager", "graph"])
+def test_step_in_fp16_trains_as_fp32(launch):
+    """The loss is scaled and the gradients are unscaled: unscaled ones would underflow in fp16."""
+    weights = {}
+    for dtype in ("fp16", "fp32"):
+        case = cases.ModelCase("step", "resnet18", 16, 4, launch, dtype, "channels_last", "eager")
+        work = models.prepare(case, CPU)
+        work.verify()
+        before = [p.detach().clone() for p in work.model.parameters()]
+        work.run()
+        weights[dtype] = torch.cat(
+            [
+                (p - b).detach().flatten()
+                for p, b in zip(work.model.parameters(), before, strict=True)
+            ]
+        )
+    cosine = nn.functional.cosine_similarity(weights["fp16"], weights["fp32"], dim=0)
+    assert cosine > models.COSINE["fp16"]
+    assert weights["fp16"].norm() / weights["fp32"].norm() == pytest.approx(1, rel=0.05)
+
+
 def test_wrong_net_is_refused(monkeypatch):
     case = cases.ModelCase(
         "step", "resnet18", 16, 4, "eager", "fp32", "channels_last", "bnres", True
