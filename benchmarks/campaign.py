@@ -1,8 +1,8 @@
-"""Measures as many cases as the time allows, each written down before the next begins."""
+"""Measures as many cases as the time allows, in a child process; each is on record before the next."""
 
-import gc
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -15,49 +15,56 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
-from benchmarks import clock, environment
-from benchmarks.cases import Case
-from benchmarks.check import WrongResult
-from benchmarks.measure import fields_of, measure
-from benchmarks.providers.base import Unavailable
-from benchmarks.store import Record, ResultStore
+from benchmarks import cost, environment
+from benchmarks.cases import Case, ModelCase, site_name
+from benchmarks.child import Child, ChildFailed
+from benchmarks.measure import fields_of
+from benchmarks.store import ENVIRONMENT, Record, ResultStore
 
-Measure = Callable[[Case], Record]
-# A reason longer than this is the trace of a compiler.
-REASON_LENGTH = 500
-
-
-class DeviceLost(Exception):
-    """The GPU answers nothing any more in this process."""
+# Seconds for describing the device and for the ceilings.
+OPENING_LIMIT = 120.0
+# A case may go on for so many seconds after the campaign's time is up.
+GRACE = 10.0
 
 
-def attempt(case: Case, measure_case: Measure) -> Record:
-    """The record of a case, whatever becomes of it.
+@dataclass(frozen=True)
+class Functions:
+    """What a child is asked to do: import paths, ``module:name``.
 
-    Its ``status`` is ``measured``, ``skipped`` (the provider is missing here), ``refused`` (it
-    computes something else) or ``failed``, with a ``reason``.
+    Attributes:
+        describe: of a device, `benchmarks.environment.describe`.
+        measure_ceilings: of a device, `benchmarks.environment.measure_ceilings`.
+        measure: of a case, a device and the ceilings, `benchmarks.measure.measure`.
     """
-    record = fields_of(case)
-    try:
-        return record | {"status": "measured"} | measure_case(case)
-    except Unavailable as error:
-        return record | {"status": "skipped", "reason": str(error)}
-    except WrongResult as error:
-        return record | {"status": "refused", "reason": str(error)}
-    except Exception as error:  # one provider's failure is a result, and no reason to stop
-        reason = f"{type(error).__name__}: {error}"[:REASON_LENGTH]
-        return record | {"status": "failed", "reason": reason}
+
+    describe: str = "benchmarks.environment:describe"
+    measure_ceilings: str = "benchmarks.environment:measure_ceilings"
+    measure: str = "benchmarks.measure:measure"
 
 
-def open_store(folder: Path, device: torch.device) -> ResultStore:
+FUNCTIONS = Functions()
+
+
+def open_store(
+    folder: Path, device: torch.device, child: Child, functions: Functions = FUNCTIONS
+) -> ResultStore:
     """The folder's results; in a new one the ceilings are measured first.
 
     Raises:
         ValueError: as `ResultStore`.
+        ChildFailed: if the device can't be described, or its ceilings can't be measured.
     """
-    about = environment.describe(device)
-    if not (folder / "environment.json").exists():
-        about["ceilings"] = environment.measure_ceilings(device)
+
+    def ask(function: str) -> Record:
+        answer = child.call(function, device, limit=OPENING_LIMIT)
+        if answer.status != "measured":
+            raise ChildFailed(f"{function}: {answer.reason}")
+        found: Record = answer.value
+        return found
+
+    about = ask(functions.describe)
+    if not (folder / ENVIRONMENT).exists():
+        about["ceilings"] = ask(functions.measure_ceilings)
         about["clocks"] = environment.clocks()  # of a GPU at work
     return ResultStore(folder, about)
 
@@ -65,38 +72,83 @@ def open_store(folder: Path, device: torch.device) -> ResultStore:
 def run(
     store: ResultStore,
     cases: Sequence[Case],
-    minutes: float,
+    deadline: float,
     device: torch.device,
     console: Console,
-    measure_case: Measure | None = None,
+    child: Child,
+    functions: Functions = FUNCTIONS,
+    limit_of: Callable[[Case], float] = cost.limit,
 ) -> int:
-    """Measures cases that the store lacks until the time is up; returns how many it did.
+    """Measures the cases that the store lacks, in their order; returns how many it recorded.
+
+    A case is left out when its estimated cost is more than the time that is left; one that the
+    deadline cuts short is not recorded.
+
+    Args:
+        store: of results.
+        cases: to measure.
+        deadline: of `time.monotonic`.
+        device: to measure on; this process does not use it.
+        console: for progress, and for what was left out.
+        child: that measures.
+        functions: that it calls.
+        limit_of: seconds after which a case is given up.
 
     Raises:
-        DeviceLost: after an error that leaves the GPU's context unusable; the case is recorded.
+        ChildFailed: if no child can be started.
     """
-    ticking = clock.DeviceClock()
-    ceilings = store.environment["ceilings"]
-    measure_case = measure_case or (lambda case: measure(case, device, ticking, ceilings))
-    waiting = [case for case in cases if case.id not in store.done]
-    deadline = time.monotonic() + 60 * minutes
+    costs = cost.Costs(store.records.values())
+    waiting = [case for case in cases if case.id not in store.records]
     done = 0
+    profiled = False
     with Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
         console=console,
     ) as progress:  # fmt: skip
         task = progress.add_task("", total=len(waiting))
         for case in waiting:
-            if time.monotonic() >= deadline:
-                break
+            left = deadline - time.monotonic()
+            if costs.seconds(case) > left:
+                continue
             progress.update(task, description=case.id)
-            record = attempt(case, measure_case)
+            if (case.suite == "groups") != profiled:
+                child.stop()  # nothing is timed in a process that has used the profiler
+                profiled = not profiled
+            start = time.monotonic()
+            limit = limit_of(case)
+            answer = child.call(
+                functions.measure, case, device, store.environment["ceilings"],
+                limit=min(limit, left + GRACE),
+            )  # fmt: skip
+            if answer.timed_out and limit > left + GRACE:
+                break
+            record = fields_of(case) | {
+                "status": answer.status, "wall_seconds": time.monotonic() - start,
+            }  # fmt: skip
+            record |= answer.value if answer.status == "measured" else {"reason": answer.reason}
+            record |= idle_share(case, record, store)
             store.add(record)
+            costs.note(record)
             done += 1
             progress.advance(task)
             progress.console.print(describe(record), highlight=False, soft_wrap=True)
-            _release(device)
+    console.print(left_out(cases, store, costs), highlight=False, soft_wrap=True)
     return done
+
+
+def idle_share(case: Case, record: Record, store: ResultStore) -> Record:
+    """Which share of a step's loop the GPU waits for the host, if a graph of the step is on record.
+
+    The graph replays the same kernels without the host, so its time stands for the kernels' time:
+    the share is 1 - replay / loop. The gaps between the kernels of a graph, about a microsecond each,
+    count as kernel time.
+    """
+    if not isinstance(case, ModelCase) or case.suite != "step" or record.get("method") != "loop":
+        return {}
+    graph = store.records.get(replace(case, launch="graph").id)
+    if graph is None or graph["status"] != "measured":
+        return {}
+    return {"idle": max(1 - graph["median"] / record["median"], 0.0)}
 
 
 def describe(record: Record) -> str:
@@ -105,16 +157,33 @@ def describe(record: Record) -> str:
         return f"{record['id']}: {record['status']}: {record['reason'].splitlines()[0]}"
     if "peak_bytes" in record:
         return f"{record['id']}: {record['peak_bytes'] / 1e6:.1f} MB at its peak"
+    if "groups" in record and "median" not in record:
+        return f"{record['id']}: {sum(record['groups'].values()) * 1e6:.1f} us of kernels"
     share = f", {record['share']:.0%} of the limit" if "share" in record else ""
+    idle = f", the GPU idle for {record['idle']:.0%}" if "idle" in record else ""
     note = f"; {record['note']}" if record.get("note") else ""
-    return f"{record['id']}: {record['median'] * 1e6:.1f} us{share}{note}"
+    return f"{record['id']}: {record['median'] * 1e6:.1f} us{share}{idle}{note}"
 
 
-def _release(device: torch.device) -> None:
-    gc.collect()
-    if device.type == "cuda":
-        try:
-            torch.cuda.synchronize(device)
-            torch.cuda.empty_cache()
-        except RuntimeError as error:
-            raise DeviceLost(str(error).splitlines()[0]) from error
+def left_out(cases: Sequence[Case], store: ResultStore, costs: cost.Costs) -> str:
+    """The cases that are not on record, by what and where, and how long they would take."""
+    groups: dict[str, list[Case]] = {}
+    for case in cases:
+        if case.id not in store.records:
+            name = f"{case.suite} {site_name(case).split('.')[0]}"
+            groups.setdefault(name, []).append(case)
+    if not groups:
+        return "nothing was left out"
+
+    def line(name: str, chosen: Sequence[Case]) -> str:
+        seconds = sum(costs.seconds(case) for case in chosen)
+        time = f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
+        return f"{name}: {len(chosen)} cases, about {time}"
+
+    lines = [
+        line("left out (times are estimates)", [c for group in groups.values() for c in group])
+    ]
+    for name, group in groups.items():
+        providers = ", ".join(dict.fromkeys(case.provider for case in group))
+        lines.append(f"  {line(name, group)}: {providers}")
+    return "\n".join(lines)

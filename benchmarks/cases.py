@@ -16,7 +16,7 @@ from benchmarks.sites import (
     operations_at,
 )
 
-SUITES = ("ops", "step", "infer", "memory", "augment")
+SUITES = ("ops", "step", "infer", "memory", "groups", "augment")
 OP_PROVIDERS = (
     "bnres", "eager", "compile", "cudnn-frontend", "eager-fp16-cudnn", "bnres-conv-kernel", "apex",
     "flag_gems", "compile-max-autotune",
@@ -33,8 +33,11 @@ SMOKE_IMAGES = {224: 64, 32: 16}
 TELLING = ("bn_relu", "bn_add_relu", "bn_relu_pool")
 # The others of ResNet-18 fit into an L2 cache.
 LARGE_SITES = ("stem", "layer1", "layer2")
+# Of the nets' providers, those whose steps are compared first.
+HEADLINE = ("bnres", "eager", "compile")
 # Cases of a lower rank are worth a GPU's time in any run.
-TELLING_RANK = 3
+TELLING_RANK = 4
+LAST_RANK = 12
 
 
 @dataclass(frozen=True)
@@ -76,10 +79,10 @@ class OpCase:
 
 @dataclass(frozen=True)
 class ModelCase:
-    """A whole net: a training step, inference, or a training step's memory.
+    """A whole net: a training step, inference, or a training step's memory or kernels.
 
     Attributes:
-        suite: ``step``, ``infer`` or ``memory``.
+        suite: ``step``, ``infer``, ``memory`` or ``groups`` (a step's kernel time by group).
         net: ``resnet18`` or ``resnet50``.
         image: height and width; up to 32 with CIFAR's stem.
         batch: images.
@@ -174,15 +177,14 @@ def _op_subjects() -> Iterator[tuple[int, OpCase]]:
             is_conv = isinstance(site, ConvSite)
             for direction in _directions(site):
                 first = OpCase(site, direction, "channels_last", "bf16", BATCH, OP_PROVIDERS[0])
-                on_rank = 3
+                on_rank = 4
                 if (
-                    net == "resnet18"
-                    and isinstance(site, Site)
+                    isinstance(site, Site)
                     and site.name in LARGE_SITES
                     and site.operation in TELLING
                     and direction != "eval"
                 ):
-                    on_rank = 1
+                    on_rank = 2
                 yield on_rank + (4 if net == "resnet50" else 0), first
                 yield 8, replace(first, batch=32)
                 yield 9, replace(first, dtype="fp32")
@@ -196,16 +198,18 @@ def _model_subjects() -> Iterator[tuple[int, ModelCase]]:
     for net in NETS:
         later = 4 if net == "resnet50" else 0
         for suite, image, batch, launch, rank in (
-            ("step", 224, 256, "eager", 0),
+            ("step", 224, 256, "graph", 0),  # measures kernels, not Python
             ("step", 224, 32, "graph", 0),
-            ("infer", 224, 256, "eager", 2),
-            ("memory", 224, 256, "eager", 2),
-            ("step", 224, 256, "graph", 3),
-            ("infer", 224, 32, "graph", 2),
-            ("step", 32, 256, "eager", 3),
-            ("step", 32, 256, "graph", 3),
+            ("step", 224, 256, "eager", 1),
+            ("step", 224, 32, "eager", 1),
+            ("infer", 224, 256, "eager", 3),
+            ("memory", 224, 256, "eager", 3),
+            ("infer", 224, 32, "graph", 3),
+            ("groups", 224, 256, "eager", 3),
+            ("groups", 224, 32, "eager", 4),
+            ("step", 32, 256, "graph", 4),
+            ("step", 32, 256, "eager", 4),
             ("step", 224, 128, "eager", 7),
-            ("step", 224, 32, "eager", 7),
             ("infer", 224, 128, "eager", 7),
             ("infer", 32, 256, "graph", 7),
         ):
@@ -221,7 +225,7 @@ def _model_subjects() -> Iterator[tuple[int, ModelCase]]:
 def _augment_subjects() -> Iterator[tuple[int, AugmentCase]]:
     for name, batch, size, out in (("cifar", 1024, 32, 32), ("imagenet", 256, 256, 224)):
         yield (
-            2,
+            3,
             AugmentCase(name, batch, size, out, "bf16", "channels_last", AUGMENT_PROVIDERS[0]),
         )
 
@@ -233,9 +237,8 @@ PROVIDERS_OF = {
 }
 # Folded fp16 nets have their norms in fp16, which torch does not send to cuDNN.
 TRAINING_ONLY = ("bnres-recompute", "eager-fp16-cudnn")
-# Compiling with autotuning takes minutes a net, so it comes when the rest has been seen.
-LATE = {"compile-max-autotune": 11}
-LATE_FOR_NETS = LATE | {"eager-fp16-cudnn": 3, "bnres-recompute": 3}
+# Autotuning takes minutes a net, and a loop over the images in Python takes seconds a call.
+LATE = {"compile-max-autotune": LAST_RANK, "torchvision-image": LAST_RANK}
 
 
 def _ranked() -> list[tuple[int, int, Case]]:
@@ -248,9 +251,13 @@ def _ranked() -> list[tuple[int, int, Case]]:
                 continue
             if subject.suite == "infer" and provider in TRAINING_ONLY:
                 continue
-            late = LATE_FOR_NETS if isinstance(subject, ModelCase) else LATE
+            if subject.suite == "groups" and provider not in HEADLINE:
+                continue
+            late = LATE.get(provider, 0)
+            if isinstance(subject, ModelCase) and provider not in HEADLINE:
+                late = max(late, 3)
             case: Case = replace(subject, provider=provider)
-            ranked.append((max(rank, late.get(provider, 0)), order, case))
+            ranked.append((max(rank, late), order, case))
         order += 1
     return sorted(ranked, key=lambda r: r[:2])
 

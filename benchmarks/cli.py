@@ -1,6 +1,5 @@
 """The command line of the benchmarks: ``python -m benchmarks``."""
 
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -68,11 +67,14 @@ def run(
 ) -> None:
     """Measure the most telling cases first, then the rest until the time is up.
 
-    Without a GPU every case is measured in small, on the CPU.
+    They run in a child process: one that hangs or dies is recorded, and the next goes on in another
+    child. Without a GPU every case is measured in small, on the CPU.
     """
     from benchmarks import campaign, environment
+    from benchmarks.child import Child, ChildFailed
 
     console = Console()
+    deadline = time.monotonic() + 60 * minutes
     device = environment.default_device()
     folder = out or default_folder()
     with bad_input_exits():
@@ -86,28 +88,23 @@ def run(
         )
         if not cases:
             raise ValueError("no case has all of sites, providers, dtype and layout")
-        store = campaign.open_store(folder, device)
-    ceilings = store.environment["ceilings"]
-    console.print(
-        f"{store.environment['device']}: copy {ceilings['copy'] / 1e9:,.0f} GB/s, product "
-        f"{ceilings['product'] / 1e12:,.2f} TFLOP/s",
-        highlight=False,
-    )
-    start = time.monotonic()
-    before = len(store.done)
     try:
-        done = campaign.run(store, cases, minutes, device, console)
+        with Child() as child, bad_input_exits():
+            store = campaign.open_store(folder, device, child)
+            ceilings = store.environment["ceilings"]
+            console.print(
+                f"{store.environment['device']}: copy {ceilings['copy'] / 1e9:,.0f} GB/s, product "
+                f"{ceilings['product'] / 1e12:,.2f} TFLOP/s",
+                highlight=False,
+            )
+            done = campaign.run(store, cases, deadline, device, console, child)
     except KeyboardInterrupt:
         console.print(f"stopped; the same command with --out {folder} goes on", highlight=False)
         raise typer.Exit(130) from None
-    except campaign.DeviceLost as error:
-        console.print(f"this process has lost the GPU ({error}): another goes on", highlight=False)
-        left = minutes - (time.monotonic() - start) / 60
-        if len(store.done) == before or left <= 0:
-            raise typer.Exit(1) from None
-        again = [*sys.argv[1:], "--out", str(folder), "--minutes", str(left)]
-        os.execv(sys.executable, [sys.executable, "-m", "benchmarks", *again])
-    left = sum(case.id not in store.done for case in cases)
+    except ChildFailed as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from None
+    left = sum(case.id not in store.records for case in cases)
     console.print(f"{done} cases measured, {left} left; in {folder}", highlight=False)
 
 

@@ -62,7 +62,7 @@ def prepare(case: ModelCase, device: torch.device) -> Work:
         raise Unavailable("stands for the 16-bit case in bf16's place")
     torch._dynamo.reset()
     torch.backends.cudnn.benchmark = True  # as training scripts set it, for every provider
-    work = _training if case.suite in ("step", "memory") else _inference
+    work = _training if case.suite in ("step", "memory", "groups") else _inference
     return work(case, device)
 
 

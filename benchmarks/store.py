@@ -15,7 +15,7 @@ Record = dict[str, Any]
 
 
 class ResultStore:
-    """Results by the id of their case.
+    """Results by the id of their case, in ``records``.
 
     Args:
         folder: made if it is not there.
@@ -41,7 +41,7 @@ class ResultStore:
             self.environment = environment
             folder.mkdir(parents=True, exist_ok=True)
             _write(folder / ENVIRONMENT, json.dumps(environment, indent=1) + "\n")
-        self.done = {record["id"] for record in records}
+        self.records = {record["id"]: record for record in records}
 
     def add(self, record: Record) -> None:
         """Appends a result."""
@@ -49,7 +49,7 @@ class ResultStore:
             file.write(json.dumps(record) + "\n")
             file.flush()
             os.fsync(file.fileno())
-        self.done.add(record["id"])
+        self.records[record["id"]] = record
 
 
 def load(folder: Path) -> tuple[Record, list[Record]]:

@@ -1,6 +1,7 @@
 """The benchmarks' own machinery: the clock, checks before timing, resumed runs, reports."""
 
 import json
+import os
 import time
 from dataclasses import replace
 
@@ -10,18 +11,21 @@ from rich.console import Console
 from torch import nn
 from typer.testing import CliRunner
 
-from benchmarks import campaign, cases, clock, measure, models, sites
+from benchmarks import campaign, cases, clock, cost, measure, models, sites
 from benchmarks.audit import budget
 from benchmarks.check import WrongResult
+from benchmarks.child import Child, ChildFailed
 from benchmarks.cli import app
 from benchmarks.operations import formula, make_inputs
 from benchmarks.profiling import group_of
 from benchmarks.providers import PROVIDERS
-from benchmarks.providers.base import Provider, Unavailable, by_autograd
+from benchmarks.providers.base import Provider, by_autograd
 from benchmarks.report import comparison, pictures, readme_section, tables
+from benchmarks.report.slices import steps_with_groups, subjects
 from benchmarks.store import ResultStore, load
 from bnres import use_backend
 from bnres.models import create_model
+from tests import standins
 from tests.device import DEVICE
 
 CPU = torch.device("cpu")
@@ -64,9 +68,8 @@ class TestClock:
             return plain(inputs)
 
         case = provide(monkeypatch, "slow", slow)
-        ticking = clock.DeviceClock()
-        fast = measure.measure(CASE, CPU, ticking, CEILINGS)
-        found = measure.measure(case, CPU, ticking, CEILINGS)
+        fast = measure.measure(CASE, CPU, CEILINGS)
+        found = measure.measure(case, CPU, CEILINGS)
         assert fast["median"] < SLEEP <= found["median"]
         assert found["share"] < fast["share"]
         assert found["bytes"] == fast["bytes"] == 3 * 4 * 8 * 8 * 8 * 4
@@ -114,7 +117,7 @@ def test_wrong_provider_is_refused_before_it_is_timed(monkeypatch, direction):
     case = replace(provide(monkeypatch, "wrong", without_relu), direction=direction)
     ticking = clock.DeviceClock()
     with pytest.raises(WrongResult, match="output 0: relative error"):
-        measure.measure(case, CPU, ticking, CEILINGS)
+        measure.prepare(case, CPU, ticking)
     assert ticking() == 0
 
 
@@ -129,19 +132,19 @@ def test_wrong_gradient_or_statistics_are_refused(monkeypatch):
         return formula(SITE, True)(inputs.to(inputs.x.dtype))
 
     case = provide(monkeypatch, "half", half_gradient)
-    assert measure.measure(case, CPU, clock.DeviceClock(), CEILINGS)["error"] < 1e-6
+    assert measure.measure(case, CPU, CEILINGS)["error"] < 1e-6
     with pytest.raises(WrongResult, match="gradient 0, of a tensor"):
-        measure.measure(replace(case, direction="backward"), CPU, clock.DeviceClock(), CEILINGS)
+        measure.measure(replace(case, direction="backward"), CPU, CEILINGS)
     case = provide(monkeypatch, "frozen", no_update)
     with pytest.raises(WrongResult, match="running statistic 0"):
-        measure.measure(case, CPU, clock.DeviceClock(), CEILINGS)
+        measure.measure(case, CPU, CEILINGS)
 
 
 @pytest.mark.parametrize("provider", ["bnres", "eager"])
 @pytest.mark.parametrize("operation", ["bn_add_relu_twice", "dual_bn_add_relu", "bn_relu_pool"])
 def test_provider_agrees_with_the_formula(provider, operation):
     case = replace(CASE, site=replace(SITE, operation=operation), provider=provider)
-    found = measure.measure(replace(case, direction="backward"), CPU, clock.DeviceClock(), CEILINGS)
+    found = measure.measure(replace(case, direction="backward"), CPU, CEILINGS)
     assert found["error"] < 1e-5 and found["median"] > 0
 
 
@@ -170,7 +173,7 @@ def test_backward_without_its_sums_is_refused(monkeypatch):
     case = replace(provide(monkeypatch, "sums", function), direction="backward", dtype="fp32")
     case = replace(case, site=replace(SITE, operation="bn"))
     with pytest.raises(WrongResult, match="gradient 0, of a tensor"):
-        measure.measure(case, CPU, clock.DeviceClock(), CEILINGS)
+        measure.measure(case, CPU, CEILINGS)
 
 
 @pytest.mark.parametrize("wrong", ["dtype", "layout"])
@@ -181,7 +184,7 @@ def test_other_dtype_or_layout_is_refused(monkeypatch, wrong):
 
     case = provide(monkeypatch, wrong, function)
     with pytest.raises(WrongResult, match=r"is of torch.float64|is not channels_last"):
-        measure.measure(case, CPU, clock.DeviceClock(), CEILINGS)
+        measure.measure(case, CPU, CEILINGS)
 
 
 @pytest.mark.parametrize("net", ["resnet18", "resnet50"])
@@ -194,7 +197,7 @@ def test_step_in_bf16_is_near_fp32(net):
 
 @pytest.mark.parametrize("launch", ["eager", "graph"])
 def test_step_in_fp16_trains_as_fp32(launch):
-    """The loss is scaled and the gradients are unscaled: unscaled ones would underflow in fp16."""
+    """The gradients of the scaled loss are divided by the scale before the optimiser sees them."""
     weights = {}
     for dtype in ("fp16", "fp32"):
         case = cases.ModelCase("step", "resnet18", 16, 4, launch, dtype, "channels_last", "eager")
@@ -229,50 +232,145 @@ def _without_relu(model):
     return model
 
 
+def of(*deeds):
+    """A case for each of these keys of `tests.standins.DEEDS`, each at another site."""
+    return [
+        replace(CASE, site=replace(SITE, name=f"{place}"), batch=deed, smoke=False)
+        for place, deed in enumerate(deeds)
+    ]
+
+
+def alive(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
 class TestCampaign:
-    def run(self, folder, chosen, measure_case, minutes=1.0):
+    def run(self, folder, chosen, child, seconds=60.0, limit_of=lambda case: 2.0):
         store = ResultStore(folder, ABOUT)
-        return campaign.run(store, chosen, minutes, CPU, Console(quiet=True), measure_case)
+        functions = campaign.Functions(measure="tests.standins:measure")
+        console = Console(quiet=True)
+        deadline = time.monotonic() + seconds
+        return campaign.run(store, chosen, deadline, CPU, console, child, functions, limit_of)
+
+    def test_whatever_happens_in_a_child_is_a_result(self, tmp_path):
+        chosen = of(
+            standins.FINE, standins.RAISES, standins.SKIPPED, standins.REFUSED, standins.FINE,
+            standins.HANGS, standins.ABORTS, standins.EXITS, standins.OUT_OF_MEMORY,
+            standins.CAPTURES, standins.FINE,
+        )  # fmt: skip
+        with Child() as child:
+            assert self.run(tmp_path, chosen, child) == len(chosen)
+            last = child.pid
+        assert not alive(last)
+        records = load(tmp_path)[1]
+        assert [(r["status"], r.get("reason", "").splitlines()[:1]) for r in records] == [
+            ("measured", []),
+            ("failed", ["RuntimeError: broken"]),
+            ("skipped", ["not here"]),
+            ("refused", ["wrong"]),
+            ("measured", []),
+            ("failed", ["timed out after 2 s"]),
+            ("failed", ["killed by signal SIGABRT"]),
+            ("failed", ["exited with code 3"]),
+            ("failed", ["OutOfMemoryError: no memory"]),
+            ("failed", ["RuntimeError: operation not permitted when stream is capturing"]),
+            ("measured", []),
+        ]
+        assert "in hang" in records[5]["reason"] and "Fatal Python error" in records[6]["reason"]
+        assert records[0]["copy"] == CEILINGS["copy"]
+        # An error that has nothing to do with the GPU leaves the child in service.
+        assert records[0]["pid"] == records[4]["pid"] != records[-1]["pid"] == last
+        assert not alive(records[0]["pid"])
+        assert records[5]["wall_seconds"] > 2 and records[0]["wall_seconds"] < 60
 
     def test_resumed_run_repeats_nothing(self, tmp_path):
-        chosen = [replace(CASE, batch=n, smoke=False) for n in range(2, 6)]
-        measured = []
+        chosen = of(*[standins.FINE] * 4)
+        interrupted = []
 
-        def interrupted(case):
-            if len(measured) == 2:
+        def limit_of(case):
+            interrupted.append(case)
+            if len(interrupted) == 3:
                 raise KeyboardInterrupt
-            measured.append(case.id)
-            return {"median": 1.0}
+            return 2.0
 
-        with pytest.raises(KeyboardInterrupt):
-            self.run(tmp_path, chosen[::-1], interrupted)
-        assert [r["id"] for r in load(tmp_path)[1]] == measured
-        again = []
-        self.run(tmp_path, chosen, lambda case: again.append(case.id) or {"median": 1.0})
-        assert sorted(measured + again) == sorted(case.id for case in chosen)
-        assert self.run(tmp_path, chosen, lambda case: pytest.fail("measured twice")) == 0
-
-    def test_stops_when_the_time_is_up(self, tmp_path):
-        assert self.run(tmp_path, [CASE], lambda case: pytest.fail("no time"), minutes=0) == 0
-
-    def test_failures_are_results(self, tmp_path):
-        errors = {2: Unavailable("not here"), 3: WrongResult("wrong"), 4: RuntimeError("broken")}
-
-        def fails(case):
-            raise errors[case.batch]
-
-        self.run(tmp_path, [replace(CASE, batch=n, smoke=False) for n in errors], fails)
-        assert [(r["status"], r["reason"]) for r in load(tmp_path)[1]] == [
-            ("skipped", "not here"), ("refused", "wrong"), ("failed", "RuntimeError: broken"),
-        ]  # fmt: skip
-
-    def test_torn_line_is_measured_again(self, tmp_path):
-        self.run(tmp_path, [CASE], lambda case: {"median": 1.0})
+        with pytest.raises(KeyboardInterrupt), Child() as child:
+            self.run(tmp_path, chosen, child, limit_of=limit_of)
+        assert child.pid is None
+        first = load(tmp_path)[1]
+        assert [r["id"] for r in first] == [case.id for case in chosen[:2]]
+        assert not alive(first[0]["pid"])
         path = tmp_path / "results.jsonl"
         path.write_text(path.read_text() + '{"id": "cut o')
-        other = replace(CASE, provider="bnres")
-        self.run(tmp_path, [CASE, other], lambda case: {"median": 2.0})
-        assert [r["median"] for r in load(tmp_path)[1]] == [1.0, 2.0]
+        with Child() as child:
+            assert self.run(tmp_path, chosen[::-1], child) == 2
+            assert self.run(tmp_path, chosen, child) == 0
+        records = load(tmp_path)[1]
+        assert records[:2] == first
+        assert [r["id"] for r in records[2:]] == [case.id for case in chosen[:1:-1]]
+
+    def test_time_is_spent_on_what_fits(self, tmp_path, monkeypatch):
+        slow = replace(of(standins.FINE)[0], provider="compile")
+        with Child() as child:
+            assert self.run(tmp_path, of(standins.FINE), child, seconds=0) == 0
+            assert child.pid is None
+            assert self.run(tmp_path, [slow, *of(standins.FINE)], child, seconds=5) == 1
+            # The end of the campaign is no reason to give a case up for ever.
+            monkeypatch.setattr(campaign, "GRACE", 0.0)
+            hung = of(standins.FINE, standins.HANGS)
+            assert self.run(tmp_path, hung, child, seconds=1.5) == 0
+        assert [r["id"] for r in load(tmp_path)[1]] == [hung[0].id]
+
+    def test_nothing_is_timed_beside_a_profiler(self, tmp_path):
+        step = cases.ModelCase(
+            "step", "resnet18", 224, standins.FINE, "eager", "bf16", "channels_last", "eager"
+        )
+        groups = replace(step, suite="groups")
+        chosen = [step, groups, replace(groups, provider="bnres"), replace(step, image=32)]
+        with Child() as child:
+            assert self.run(tmp_path, chosen, child) == 4
+        pids = [r["pid"] for r in load(tmp_path)[1]]
+        assert pids[1] == pids[2] and len(set(pids)) == 3
+
+    def test_idle_share_is_what_a_graph_saves(self, tmp_path):
+        store = ResultStore(tmp_path, ABOUT)
+        loop = cases.ModelCase(
+            "step", "resnet18", 224, 32, "eager", "bf16", "channels_last", "eager"
+        )
+        timed = {"status": "measured", "median": 4e-3, "method": "loop"}
+        assert campaign.idle_share(loop, timed, store) == {}
+        graph = replace(loop, launch="graph")
+        store.add(measure.fields_of(graph) | timed | {"median": 3e-3, "method": "graph"})
+        assert campaign.idle_share(loop, timed, store) == {"idle": pytest.approx(0.25)}
+        assert campaign.idle_share(loop, timed | {"median": 2e-3}, store) == {"idle": 0.0}
+        assert campaign.idle_share(graph, timed | {"method": "graph"}, store) == {}
+
+    def test_what_is_left_out_is_named(self, tmp_path):
+        store = ResultStore(tmp_path, ABOUT)
+        chosen = [
+            *of(standins.FINE),
+            *(replace(c, provider="compile") for c in of(*[standins.FINE] * 40)),
+        ]
+        text = campaign.left_out(chosen, store, cost.Costs([]))
+        assert text.splitlines()[1] == "  ops resnet18: 41 cases, about 5 min: eager, compile"
+        store.add(measure.fields_of(chosen[-1]) | {"status": "measured", "wall_seconds": 1.0})
+        assert "40 cases, about 40 s" in campaign.left_out(
+            chosen, store, cost.Costs(store.records.values())
+        )
+        assert campaign.left_out(chosen[-1:], store, cost.Costs([])) == "nothing was left out"
+
+    def test_ceilings_are_measured_in_a_child(self, tmp_path):
+        functions = campaign.Functions(measure_ceilings="tests.standins:measure_ceilings")
+        with Child() as child:
+            store = campaign.open_store(tmp_path, CPU, child, functions)
+            assert store.environment["ceilings"] == standins.measure_ceilings(CPU)
+            functions = replace(functions, measure_ceilings="tests.standins:hang")
+            with pytest.raises(ChildFailed, match=r"tests\.standins:hang: TypeError"):
+                campaign.open_store(tmp_path / "other", CPU, child, functions)
+        assert not (tmp_path / "other").exists()
 
     def test_other_device_is_refused(self, tmp_path):
         ResultStore(tmp_path, ABOUT)
@@ -301,10 +399,18 @@ class TestCases:
         assert kinds(cases.smoke_cases()) == kinds(cases.all_cases())
 
     def test_the_most_telling_come_first(self):
-        first = cases.all_cases()[:60]
-        assert {c.provider for c in first} > {"bnres", "eager", "compile", "cudnn-frontend"}
-        assert {c.site.operation for c in first if c.suite == "ops"} <= set(cases.TELLING)
-        assert [c.suite for c in first[:6]] == ["step"] * 6
+        ordered = cases.all_cases()
+        assert [(c.suite, c.net, c.batch, c.launch, c.provider) for c in ordered[:12]] == [
+            ("step", "resnet18", batch, launch, provider)
+            for launch in ("graph", "eager")
+            for batch in (256, 32)
+            for provider in ("bnres", "eager", "compile")
+        ]
+        operations = ordered[12:96]
+        assert {c.site.operation for c in operations} == set(cases.TELLING)
+        assert {c.site.name for c in operations} == set(cases.LARGE_SITES)
+        late = [c.provider in cases.LATE for c in ordered]
+        assert late == sorted(late) and sum(late) > 100
         telling = cases.telling_cases()
         assert telling == cases.all_cases()[: len(telling)] and 60 < len(telling) < 300
 
@@ -352,7 +458,13 @@ class TestReport:
                 "step", "resnet18", 224, 8, "eager", "bf16", "channels_last", provider
             )
             groups = {"convolution": 1e-3, "batch norm": 1e-3, "pooling": 0.0, "other": 5e-4}
-            times = {"median": 4e-3, "q1": 4e-3, "q3": 4e-3, "images": 8, "groups": groups}
+            times = {"median": 4e-3, "q1": 4e-3, "q3": 4e-3, "images": 8}
+            if provider == "bnres":  # as records had it before groups were cases of their own
+                times |= {"groups": groups}
+            else:
+                times |= {"idle": 0.125}
+                apart = measure.fields_of(replace(case, suite="groups"))
+                records.append(apart | {"status": "measured", "groups": groups})
             records.append(measure.fields_of(case) | {"status": "measured"} | times)
             size = {"peak_bytes": 2_000_000, "held_bytes": 1_000_000}
             case = replace(case, suite="memory")
@@ -364,12 +476,15 @@ class TestReport:
         # 12,000 bytes at the ceiling of 10 GB/s take 1.2 us.
         assert "| resnet18.stem | 2.0 (60%) | 5.0 (24%) | 3.0 (40%) | 2.50× | 1.50× | 7 |" in text
         assert "| resnet18.layer1 | 4.0 (30%) fp16 | - | - | - | - | - |" in text
-        assert "| 4.00 (2,000) | 4.00 (2,000) | 1.00× | - |" in text
+        assert "| 4.00 (2,000) | 4.00 (2,000), idle 12% | 1.00× | - |" in text
+        assert "Idle: the share of a loop's time" in text
         assert ": peak | 2 (1.00×) | 2 (1.00×) |" in text
         assert "| apex | skipped | 1 | no |" in text
         assert "| eager | fp32 | by Native | 1 |" in text
         assert campaign.describe(records[1]).endswith("us, 24% of the limit; by Native")
-        parts = pictures.step_parts(records[5])
+        (step,) = subjects(steps_with_groups(records), "step")
+        assert step.records.keys() == {"bnres", "eager"}
+        parts = pictures.step_parts(step.records["eager"])
         assert parts == pytest.approx(
             {"convolution": 1e-3, "batch norm": 1e-3, "rest": 5e-4, "between kernels": 1.5e-3}
         )

@@ -11,6 +11,7 @@ from benchmarks.report.slices import (
     Subject,
     main_setting,
     providers_in,
+    steps_with_groups,
     subjects,
 )
 from benchmarks.report.style import GROUP_MARKS, PROVIDER_MARKS, new_figure, save
@@ -44,7 +45,7 @@ def draw(folder: Path, about: Record, records: Sequence[Record]) -> list[Path]:
     compared = [s for s in operations if BASELINE in s.records and len(s.records) > 1]
     if compared:
         drawn.append(speedup(folder / "speedup.png", about, compared))
-    steps = [s for s in subjects(records, "step") if "groups" in s.any]
+    steps = subjects(steps_with_groups(records), "step")
     if steps:
         drawn.append(step_time(folder / "step.png", about, steps))
     memory = subjects(records, "memory")

@@ -51,6 +51,27 @@ def subjects(records: Iterable[Record], suite: str) -> list[Subject]:
     return [Subject(name, by_provider) for name, by_provider in found.items()]
 
 
+def steps_with_groups(records: Iterable[Record]) -> list[Record]:
+    """Step records whose kernel time by group is known, with it as ``groups``.
+
+    It comes from the record of the suite ``groups``; records of older runs hold it themselves.
+    """
+    shared = ("net", "image", "batch", "layout", "dtype", "provider", "smoke")
+    records = [record for record in records if record["status"] == "measured"]
+    groups = {
+        tuple(record[name] for name in shared): record["groups"]
+        for record in records
+        if record["suite"] == "groups"
+    }
+    found = []
+    for record in records:
+        if record["suite"] == "step":
+            of_step = record.get("groups") or groups.get(tuple(record[name] for name in shared))
+            if of_step:
+                found.append(record | {"groups": of_step})
+    return found
+
+
 def providers_in(found: Iterable[Subject]) -> list[str]:
     """Providers that measured something, in their usual order."""
     present = {name for subject in found for name in subject.records}

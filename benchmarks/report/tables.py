@@ -25,6 +25,11 @@ LEGEND = (
     "bnres keeps the host, which a CUDA graph or a full queue hides."
 )
 
+IDLE_NOTE = (
+    " Idle: the share of a loop's time in which the GPU waits for the host, 1 - (time of the same step "
+    "replayed from a CUDA graph) / (time of the loop)."
+)
+
 
 def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Columns after the first are flush right."""
@@ -128,9 +133,10 @@ def nets(records: Sequence[Record]) -> list[str]:
     ):
         found = subjects(records, suite)
         if found:
+            has_idle = any("idle" in r for s in found for r in s.records.values())
             sections += [
                 f"## {title}",
-                f"Milliseconds, medians; in brackets images/s.{note}",
+                f"Milliseconds, medians; in brackets images/s.{note}{IDLE_NOTE if has_idle else ''}",
                 _nets_table(found, _milliseconds, speedups),
             ]
     return sections
@@ -164,7 +170,8 @@ def net_title(subject: Subject) -> str:
 
 
 def _milliseconds(record: Record) -> str:
-    return f"{record['median'] * 1e3:,.2f} ({record['images'] / record['median']:,.0f})"
+    idle = f", idle {record['idle']:.0%}" if "idle" in record else ""
+    return f"{record['median'] * 1e3:,.2f} ({record['images'] / record['median']:,.0f}){idle}"
 
 
 def memory(records: Sequence[Record]) -> list[str]:

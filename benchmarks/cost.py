@@ -1,0 +1,74 @@
+"""How long a case takes to measure: estimated first, then from the cases of its kind on record."""
+
+import statistics
+from collections.abc import Iterable, Mapping
+
+from benchmarks.cases import Case
+from benchmarks.measure import fields_of
+from benchmarks.store import Record
+
+# Estimated seconds, not measured ones. Of calls: inputs, checks, warm-up and rounds.
+CALLS = {"ops": 1.0, "step": 8.0, "infer": 5.0, "memory": 8.0, "groups": 10.0, "augment": 3.0}
+IMAGE_LOOP = 60.0  # of augmentation that loops over the images in Python
+# Of compiling: for an operation, and for a net.
+COMPILES = {
+    "bnres": (1.5, 15.0),
+    "bnres-recompute": (0.0, 15.0),
+    "bnres-conv-kernel": (5.0, 0.0),
+    "bnres-kernel": (5.0, 0.0),
+    "compile": (6.0, 40.0),
+    "compile-max-autotune": (40.0, 400.0),
+    "cudnn-frontend": (2.0, 0.0),
+    "flag_gems": (3.0, 0.0),
+}
+# A ResNet-50 has some 2.5 times the layers of a ResNet-18.
+LARGE_NET = 2.5
+# A case is given up after so many times its estimate, and after so many seconds at least.
+LIMIT_FACTOR, LEAST_LIMIT = 4.0, 45.0
+
+
+def kind(fields: Mapping[str, object]) -> str:
+    """What cases of about the same cost share.
+
+    Args:
+        fields: of a case (`benchmarks.measure.fields_of`), or a record.
+    """
+    what = fields.get("operation") or fields.get("net") or fields["name"]
+    return f"{fields['suite']}/{what}/{fields['provider']}{'/smoke' if fields['smoke'] else ''}"
+
+
+def table_seconds(case: Case) -> float:
+    """The estimate for a case of whose kind nothing is on record."""
+    if case.provider == "torchvision-image":
+        return IMAGE_LOOP
+    is_net = case.suite not in ("ops", "augment")
+    seconds = CALLS[case.suite] + COMPILES.get(case.provider, (0.0, 0.0))[is_net]
+    return seconds * (LARGE_NET if fields_of(case).get("net") == "resnet50" else 1.0)
+
+
+class Costs:
+    """Seconds by kind of case.
+
+    Args:
+        records: of cases that were measured before.
+    """
+
+    def __init__(self, records: Iterable[Record]) -> None:
+        self._seen: dict[str, list[float]] = {}
+        for record in records:
+            self.note(record)
+
+    def note(self, record: Record) -> None:
+        """Takes over how long a case has taken; a failed one says nothing about the others."""
+        if "wall_seconds" in record and record["status"] != "failed":
+            self._seen.setdefault(kind(record), []).append(record["wall_seconds"])
+
+    def seconds(self, case: Case) -> float:
+        """The median of its kind, else the estimate."""
+        seen = self._seen.get(kind(fields_of(case)))
+        return statistics.median(seen) if seen else table_seconds(case)
+
+
+def limit(case: Case) -> float:
+    """Seconds after which a case is given up."""
+    return max(LIMIT_FACTOR * table_seconds(case), LEAST_LIMIT)
