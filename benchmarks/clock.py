@@ -51,12 +51,14 @@ class Timed:
         method: ``events``, ``loop`` (calls one behind the other, as the host launches them),
             ``graph`` (CUDA graph) or ``wall`` (on the CPU).
         host_seconds: time until a call returns, its work perhaps still queued.
+        calls: how many a round makes.
         replayed: what the first call of a graph returned, written anew by each round.
     """
 
     round: Callable[[], None]
     method: str
     host_seconds: float
+    calls: int = 1
     replayed: Any = None
 
 
@@ -103,8 +105,13 @@ def durations(clock: DeviceClock, timed: Timed, rounds: int) -> list[float]:
 
 
 def rounds_for(seconds: float, budget: float, least: int = 5, most: int = 100) -> int:
-    """Rounds that fit into ``budget`` seconds."""
+    """Rounds of ``seconds`` each that fit into ``budget`` seconds."""
     return int(min(max(budget / max(seconds, 1e-9), least), most))
+
+
+def timed_rounds(clock: DeviceClock, timed: Timed, budget: float) -> int:
+    """Rounds that fit into ``budget`` seconds, found from two of them."""
+    return rounds_for(timed.calls * durations(clock, timed, 2)[-1], budget)
 
 
 def _on_cpu(clock: DeviceClock, call: Call) -> Timed:
@@ -156,7 +163,7 @@ def _on_gpu(
         if launch == "eager":
             loops = int(min(max(LOOP_SECONDS / estimate, 2), MOST_LOOPS))
             once = _round(clock, [call] * loops, stream, None, 0.0)
-            return Timed(once, "loop", host_seconds)
+            return Timed(once, "loop", host_seconds, loops)
         if launch == "auto" and estimate >= GRAPH_BELOW:
             once = _round(clock, [call], stream, flush, host_seconds)
             return Timed(once, "events", host_seconds)
@@ -169,7 +176,7 @@ def _on_gpu(
         graph, results = _captured(calls, stream)
         replay_host = _host_seconds(graph.replay, stream)
         once = _round(clock, [graph.replay], stream, flush, replay_host, results)
-        return Timed(once, "graph", host_seconds, results[0])
+        return Timed(once, "graph", host_seconds, count, results[0])
 
 
 def _round(

@@ -70,8 +70,7 @@ def measure(case: Case, device: torch.device, ceilings: dict[str, float]) -> dic
     ready = prepare(case, device, ticking)
     record = dict(ready.facts)
     budget = STEP_BUDGET if isinstance(case, ModelCase) else BUDGET
-    first = clock.durations(ticking, ready.timed, 2)[-1]
-    rounds = clock.rounds_for(first, budget)
+    rounds = clock.timed_rounds(ticking, ready.timed, budget)
     record |= summarize(clock.durations(ticking, ready.timed, rounds))
     return record | rates(record, ceilings)
 
@@ -228,8 +227,9 @@ def _prepare_augment(case: AugmentCase, device: torch.device, ticking: clock.Dev
     # The kernel alone is the device's time, the rest what a user waits for.
     launch = "auto" if case.provider == "bnres-kernel" else "eager"
     timed = clock.prepare(
-        ticking, lambda: work.run, device, touched_bytes=work.bytes_moved, launch=launch
-    )
+        ticking, lambda: augmentation.prepare(case, device).run, device,
+        touched_bytes=work.bytes_moved, launch=launch,
+    )  # fmt: skip
     facts = {
         "error": work.verify(), "timed_dtype": case.dtype, "method": timed.method,
         "host_seconds": timed.host_seconds, "images": case.batch, "bytes": work.bytes_moved,

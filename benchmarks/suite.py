@@ -65,7 +65,7 @@ def _run_case(benchmark: Any, case: Case) -> None:
     rounds = SMOKE_ROUNDS
     if not case.smoke:
         budget = STEP_BUDGET if isinstance(case, ModelCase) else BUDGET
-        rounds = clock.rounds_for(clock.durations(CLOCK, ready.timed, 2)[-1], budget)
+        rounds = clock.timed_rounds(CLOCK, ready.timed, budget)
     benchmark.pedantic(ready.timed.round, rounds=rounds)
     median = {"median": benchmark.stats.stats.median}
     benchmark.extra_info |= rates(ready.facts | median, about()["ceilings"])

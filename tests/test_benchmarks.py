@@ -11,7 +11,7 @@ from rich.console import Console
 from torch import nn
 from typer.testing import CliRunner
 
-from benchmarks import campaign, cases, clock, cost, measure, models, sites
+from benchmarks import campaign, cases, clock, cost, environment, measure, models, sites
 from benchmarks.audit import budget
 from benchmarks.check import WrongResult
 from benchmarks.child import Child, ChildFailed
@@ -77,6 +77,12 @@ class TestClock:
     def test_rounds_and_copies(self):
         assert clock.rounds_for(1.0, 0.25) == 5 and clock.rounds_for(1e-6, 0.25) == 100
         assert clock.rounds_for(0.01, 0.25) == 25
+        ticking = clock.DeviceClock()
+
+        def once():
+            ticking.seconds += 0.01
+
+        assert clock.timed_rounds(ticking, clock.Timed(once, "loop", 0.0, calls=5), 1.0) == 20
         assert clock.copies(10, 50, 1e-4) == 15 and clock.copies(1, 10**9, 1e-4) == 64
         assert clock.copies(10**9, 50, 1e-4) == 5 and clock.copies(10**9, 50, 1e-3) == 1
 
@@ -249,12 +255,12 @@ def alive(pid):
 
 
 class TestCampaign:
-    def run(self, folder, chosen, child, seconds=60.0, limit_of=lambda case: 2.0):
+    def run(self, folder, chosen, child, seconds=60.0, limit_of=lambda case: 2.0, device=CPU):
         store = ResultStore(folder, ABOUT)
         functions = campaign.Functions(measure="tests.standins:measure")
         console = Console(quiet=True)
         deadline = time.monotonic() + seconds
-        return campaign.run(store, chosen, deadline, CPU, console, child, functions, limit_of)
+        return campaign.run(store, chosen, deadline, device, console, child, functions, limit_of)
 
     def test_whatever_happens_in_a_child_is_a_result(self, tmp_path):
         chosen = of(
@@ -334,6 +340,18 @@ class TestCampaign:
             assert self.run(tmp_path, chosen, child) == 4
         pids = [r["pid"] for r in load(tmp_path)[1]]
         assert pids[1] == pids[2] and len(set(pids)) == 3
+
+    def test_the_parent_leaves_the_gpu_alone(self, tmp_path, monkeypatch):
+        def opened():
+            pytest.fail("the parent has opened the GPU")
+
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "_lazy_init", opened)
+        device, chosen = environment.default_device(), cases.default_cases()
+        assert device.type == "cuda" and chosen == cases.all_cases()
+        chosen = [replace(chosen[0], batch=standins.FINE), *of(standins.RAISES, standins.FINE)]
+        with Child() as child:
+            assert self.run(tmp_path, chosen, child, device=device) == 3
 
     def test_idle_share_is_what_a_graph_saves(self, tmp_path):
         store = ResultStore(tmp_path, ABOUT)
