@@ -373,7 +373,7 @@ class TestCampaign:
             *(replace(c, provider="compile") for c in of(*[standins.FINE] * 40)),
         ]
         text = campaign.left_out(chosen, store, cost.Costs([]))
-        assert text.splitlines()[1] == "  ops resnet18: 41 cases, about 5 min: eager, compile"
+        assert text.splitlines()[1] == "  ops resnet18: 41 cases, about 4 min: eager, compile"
         store.add(measure.fields_of(chosen[-1]) | {"status": "measured", "wall_seconds": 1.0})
         assert "40 cases, about 40 s" in campaign.left_out(
             chosen, store, cost.Costs(store.records.values())
@@ -427,6 +427,7 @@ class TestCases:
         operations = ordered[12:96]
         assert {c.site.operation for c in operations} == set(cases.TELLING)
         assert {c.site.name for c in operations} == set(cases.LARGE_SITES)
+        assert sum(map(cost.table_seconds, ordered[:96])) < 8 * 60
         late = [c.provider in cases.LATE for c in ordered]
         assert late == sorted(late) and sum(late) > 100
         telling = cases.telling_cases()
