@@ -11,6 +11,7 @@ import gc
 import importlib
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -24,6 +25,8 @@ from typing import IO, Any, NamedTuple
 START_LIMIT = 180.0
 # Seconds for a child that takes too long to write where it is.
 DUMP_SECONDS = 1.0
+# Seconds for a killed child to end.
+STOP_SECONDS = 30.0
 # A reason longer than this is a compiler's trace.
 REASON_LENGTH = 500
 TRACE = "(most recent call first)"
@@ -102,7 +105,8 @@ class Child:
             return
         with suppress(ProcessLookupError):  # all of them are gone
             os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
+        with suppress(subprocess.TimeoutExpired):  # a driver that hangs can keep it from ending
+            self._process.wait(STOP_SECONDS)
         for end in (self._connection, self._output):
             if end is not None:
                 end.close()
@@ -165,6 +169,7 @@ def serve(descriptor: int) -> None:
     """The child: answers calls until the parent has closed the connection."""
     faulthandler.enable(all_threads=False)
     faulthandler.register(signal.SIGUSR1, all_threads=False)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # the GPU's memory would be in the dump
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # even if the parent is killed
     os.set_inheritable(descriptor, False)
     connection = Connection(descriptor)
