@@ -204,3 +204,62 @@ def host() -> None:
 
     with bad_input_exits():
         run()
+
+
+@app.command()
+def compile() -> None:
+    """Compile every specialisation of the kernels into triton's cache, on all cores.
+
+    They are launched too where there is no GPU, up to a stand-in for its driver.
+    """
+    import os
+
+    from benchmarks.audit import specialisations
+
+    found = specialisations.run(os.cpu_count() or 1)
+    typer.echo("\n".join(found.failures))
+    typer.echo(
+        f"{found.compiled} compiled, {found.launched} launched, {len(found.failures)} failed"
+    )
+    raise typer.Exit(int(bool(found.failures)))
+
+
+@app.command()
+def variants(
+    out: Annotated[Path, typer.Option(help="File of the results; one that exists is continued.")],
+    minutes: Annotated[float, typer.Option(help="Time to spend.", min=0.0)] = 3.0,
+) -> None:
+    """Time launch configurations beside today's, one change at a time."""
+    from benchmarks import environment
+    from benchmarks.variants import run
+
+    typer.echo(f"{run(out, minutes, environment.default_device())} left")
+
+
+@app.command()
+def once() -> None:
+    """Run every fused operation of the stem and of layer1 once, for a profiler to count in."""
+    from benchmarks import environment
+    from benchmarks.once import run
+
+    typer.echo(f"{run(environment.default_device())} operations")
+
+
+@app.command(name="first-contact")
+def first_contact(
+    out: Annotated[Path, typer.Option(help="Folder of the results; one that exists is continued.")],
+    minutes: Annotated[float, typer.Option(help="Time to spend in this call.", min=0.0)] = 9.0,
+) -> None:
+    """Check and measure everything on a new GPU, in stages; call it again to continue."""
+    from benchmarks.first_contact import run
+
+    left = run(out, minutes, typer.echo)
+    typer.echo(f"{left} stages left: call it again" if left else f"all is done; in {out}")
+
+
+@app.command()
+def rehearse() -> None:
+    """Try without a GPU everything that first-contact needs; exit code 1 if something fails."""
+    from benchmarks.rehearse import run
+
+    raise typer.Exit(int(bool(run(typer.echo))))

@@ -8,7 +8,7 @@ from benchmarks.providers import PROVIDERS
 from benchmarks.sites import ConvSite, Site, conv_sites
 
 BATCH, SMALL_BATCH = 256, 2
-STAGES = ("resnet18.stem", "resnet18.layer1")
+STAGES = ("stem", "layer1")
 
 
 def run(device: torch.device) -> int:
@@ -19,7 +19,11 @@ def run(device: torch.device) -> int:
     on_gpu = device.type == "cuda"
     done = 0
     known: list[Site | ConvSite] = [*bn_sites("resnet18"), *conv_sites("resnet18")]
-    sites = [site for site in known if site.id.startswith(STAGES)]
+    sites = [
+        site
+        for site in known
+        if (site.out_channels <= 64 if isinstance(site, ConvSite) else site.name in STAGES)
+    ]
     for site in sites:
         provider = PROVIDERS["bnres-conv-kernel" if isinstance(site, ConvSite) else "bnres"]
         if not on_gpu and provider.name != "bnres":

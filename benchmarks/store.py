@@ -10,6 +10,8 @@ from typing import Any
 
 from benchmarks.environment import IDENTITY
 
+# The device of results that nobody measured.
+MADE_UP = "made-up timings"
 ENVIRONMENT, RESULTS = "environment.json", "results.jsonl"
 Record = dict[str, Any]
 

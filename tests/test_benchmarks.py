@@ -11,7 +11,17 @@ from rich.console import Console
 from torch import nn
 from typer.testing import CliRunner
 
-from benchmarks import campaign, cases, clock, cost, environment, measure, models, sites
+from benchmarks import (
+    campaign,
+    cases,
+    clock,
+    cost,
+    environment,
+    measure,
+    models,
+    sites,
+    standins,
+)  # fmt: skip
 from benchmarks.audit import budget
 from benchmarks.check import WrongResult
 from benchmarks.child import Child, ChildFailed
@@ -25,7 +35,6 @@ from benchmarks.report.slices import steps_with_groups, subjects
 from benchmarks.store import ResultStore, load
 from bnres import use_backend
 from bnres.models import create_model
-from tests import standins
 from tests.device import DEVICE
 
 CPU = torch.device("cpu")
@@ -239,7 +248,7 @@ def _without_relu(model):
 
 
 def of(*deeds):
-    """A case for each of these keys of `tests.standins.DEEDS`, each at another site."""
+    """A case for each of these keys of `benchmarks.standins.DEEDS`, each at another site."""
     return [
         replace(CASE, site=replace(SITE, name=f"{place}"), batch=deed, smoke=False)
         for place, deed in enumerate(deeds)
@@ -257,7 +266,7 @@ def alive(pid):
 class TestCampaign:
     def run(self, folder, chosen, child, seconds=60.0, limit_of=lambda case: 2.0, device=CPU):
         store = ResultStore(folder, ABOUT)
-        functions = campaign.Functions(measure="tests.standins:measure")
+        functions = campaign.Functions(measure="benchmarks.standins:measure")
         console = Console(quiet=True)
         deadline = time.monotonic() + seconds
         return campaign.run(store, chosen, deadline, device, console, child, functions, limit_of)
@@ -381,12 +390,12 @@ class TestCampaign:
         assert campaign.left_out(chosen[-1:], store, cost.Costs([])) == "nothing was left out"
 
     def test_ceilings_are_measured_in_a_child(self, tmp_path):
-        functions = campaign.Functions(measure_ceilings="tests.standins:measure_ceilings")
+        functions = campaign.Functions(measure_ceilings="benchmarks.standins:measure_ceilings")
         with Child() as child:
             store = campaign.open_store(tmp_path, CPU, child, functions)
             assert store.environment["ceilings"] == standins.measure_ceilings(CPU)
-            functions = replace(functions, measure_ceilings="tests.standins:hang")
-            with pytest.raises(ChildFailed, match=r"tests\.standins:hang: TypeError"):
+            functions = replace(functions, measure_ceilings="benchmarks.standins:hang")
+            with pytest.raises(ChildFailed, match=r"benchmarks\.standins:hang: TypeError"):
                 campaign.open_store(tmp_path / "other", CPU, child, functions)
         assert not (tmp_path / "other").exists()
 

@@ -11,7 +11,7 @@ from benchmarks.report import tables
 from benchmarks.report.slices import OPERATION_TITLES, main_setting, subjects
 from benchmarks.report.tables import markdown_table
 from benchmarks.sites import RESNET18_SITES
-from benchmarks.store import Record, load
+from benchmarks.store import MADE_UP, Record, load
 
 README = ROOT / "README.md"
 RESULTS = Path(__file__).parent.parent / "results"
@@ -67,7 +67,13 @@ def latest(results: Path) -> list[Path]:
 
 
 def measured(folder: Path, about: Record, records: Sequence[Record]) -> str:
-    """What one run found: nets, then the sites of its main setting."""
+    """What one run found: nets, then the sites of its main setting.
+
+    Raises:
+        ValueError: if nobody measured it.
+    """
+    if about["device"] == MADE_UP:
+        raise ValueError(f"{folder} holds {MADE_UP}, and README only takes measured ones")
     parts = [tables.environment_line(about)]
     parts += [p for p in tables.nets(records) if not p.startswith("## ")]
     parts += [p for p in tables.memory(records) if not p.startswith("## ")]

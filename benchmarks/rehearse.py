@@ -1,0 +1,118 @@
+"""``python -m benchmarks rehearse``: what `first_contact` needs of a GPU machine, tried without a GPU.
+
+What only a GPU can show stays open: times, and races of the memory system. Everything on the way there
+is run for real: the compiler, triton's launcher, the campaign's child processes, the report.
+"""
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from benchmarks import campaign, cudnn_graphs, first_contact, standins
+from benchmarks.audit import specialisations
+from benchmarks.cases import OpCase, telling_cases
+from benchmarks.child import Child
+from benchmarks.environment import ROOT
+from benchmarks.report import pictures, readme_section, tables
+from benchmarks.store import MADE_UP, load
+
+# Files whose tests convolve or multiply matrices in fp32, as a GPU would round them.
+TF32_TESTS = ("tests/test_conv.py", "tests/test_fold.py", "tests/test_models.py")
+# Seconds of a stand-in, and of all of them.
+CHILD_LIMIT, CAMPAIGN_LIMIT = 3.0, 120.0
+Outcome = tuple[bool | None, str]
+
+
+def compiled() -> Outcome:
+    """Every specialisation compiles without spilling, and reaches CUDA's driver."""
+    found = specialisations.run(os.cpu_count() or 1)
+    counts = f"{found.compiled} compiled, {found.launched} launched"
+    return not found.failures, "\n".join([counts, *found.failures])
+
+
+def survived() -> Outcome:
+    """A campaign goes on after cases that raise, hang, abort, exit or run out of memory.
+
+    The report of its made-up timings says that they are made up, and README refuses them.
+    """
+    telling = telling_cases()
+    first = next(case for case in telling if isinstance(case, OpCase))
+    deeds = [replace(first, batch=deed) for deed in standins.DEEDS if deed != standins.FINE]
+    cases = [*deeds, *(replace(case, batch=standins.FINE) for case in telling)]
+    device = torch.device("cpu")
+    functions = campaign.Functions(
+        *(f"{standins.__name__}:{name}" for name in ("describe", "measure_ceilings", "measure"))
+    )
+    with tempfile.TemporaryDirectory() as folder, Child() as child:
+        store = campaign.open_store(Path(folder), device, child, functions)
+        campaign.run(
+            store, cases, time.monotonic() + CAMPAIGN_LIMIT, device, Console(quiet=True), child,
+            functions, limit_of=lambda case: CHILD_LIMIT,
+        )  # fmt: skip
+        problems = [
+            f"{case.id} is {store.records[case.id]['status'] if case.id in store.records else 'lost'}"
+            for case in cases
+            if case.id not in store.records
+            or store.records[case.id]["status"] != standins.OTHER_STATUS.get(case.batch, "failed")
+        ]
+        problems += _draw(Path(folder))
+    return not problems, "\n".join([f"{len(cases)} cases", *problems])
+
+
+def _draw(folder: Path) -> list[str]:
+    """What is wrong with the report of a folder of made-up timings."""
+    about, records = load(folder)
+    problems = []
+    text = tables.report(about, records, pictures.draw(folder, about, records))
+    if MADE_UP not in text:
+        problems.append("the report does not say that its timings are made up")
+    try:
+        readme_section.measured(folder, about, records)
+        problems.append("README takes timings that are made up")
+    except ValueError:
+        pass
+    return problems
+
+
+def rounded() -> Outcome:
+    """The tests pass with operands rounded to TF32 wherever a GPU would round them."""
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--emulate-tf32", *TF32_TESTS],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    lines = result.stdout.strip().splitlines()
+    failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
+    return result.returncode == 0, "\n".join([*lines[-1:], *failed])
+
+
+CHECKS: dict[str, Callable[[], Outcome]] = {
+    "specialisations": compiled,
+    "campaign and report": survived,
+    "tests in TF32": rounded,
+    "cuDNN's graphs": cudnn_graphs.run,
+}
+
+
+def run(echo: Callable[[str], object]) -> int:
+    """Runs every check; returns how many failed."""
+    failed = 0
+    for name, check in CHECKS.items():
+        start = time.monotonic()
+        passed, text = check()
+        failed += passed is False
+        word = {True: "ok", False: "FAILED", None: "skipped"}[passed]
+        echo(f"{name}: {word} in {time.monotonic() - start:.0f} s: {text}")
+    minutes = sum(stage.minutes for stage in first_contact.stages(Path("FOLDER"), small=False))
+    echo(
+        "On a GPU: python -m benchmarks first-contact --out FOLDER, again and again until it says that "
+        f"all is done; at most {minutes:.0f} minutes in all, 9 a call."
+    )
+    return failed
