@@ -1,11 +1,20 @@
-"""Without a GPU the kernels run in Triton's interpreter, chosen before they are imported."""
+"""Where and how exactly the tests compute: set before the kernels are imported."""
 
 import os
 
 import torch
 
+# Without a GPU the kernels run in Triton's interpreter.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-# Two workers share the machine's cores.
+# As many workers as cores share the machine.
 torch.set_num_threads(1)
+
+# A GPU may round the operands of fp32 convolutions to TF32 and may sum in any order. These are the
+# older switches: torch's newer ones, `fp32_precision`, follow them, but not the other way round.
+torch.backends.cudnn.allow_tf32 = False
+torch.backends.cuda.matmul.allow_tf32 = False
+torch.backends.cudnn.deterministic = True
+# torch looks at it at its first matrix product, and in its deterministic mode insists on it.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
