@@ -2,6 +2,7 @@
 
 import os
 
+import pytest
 import torch
 
 # Without a GPU the kernels run in Triton's interpreter.
@@ -18,3 +19,18 @@ torch.backends.cuda.matmul.allow_tf32 = False
 torch.backends.cudnn.deterministic = True
 # torch looks at it at its first matrix product, and in its deterministic mode insists on it.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--emulate-tf32", action="store_true", help="without a GPU, round to TF32 where one may"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--emulate-tf32"):
+        if torch.cuda.is_available():
+            raise pytest.UsageError("--emulate-tf32: the GPU here has TF32 itself")
+        from tests import tf32
+
+        tf32.emulate()
