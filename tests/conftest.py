@@ -1,6 +1,7 @@
 """Where and how exactly the tests compute: set before the kernels are imported."""
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -34,3 +35,10 @@ def pytest_configure(config: pytest.Config) -> None:
         from tests import tf32
 
         tf32.emulate()
+
+
+@pytest.fixture(autouse=True)
+def not_deterministic() -> Iterator[None]:
+    """A run that is to be deterministic sets it for the whole process."""
+    yield
+    torch.use_deterministic_algorithms(False)

@@ -508,11 +508,9 @@ def test_two_runs_have_the_same_bits(tiny, tmp_path):
     found = []
     for _ in range(2):
         asked = config(deterministic=True, epochs=1)
-        try:
-            state, batches = build_state(asked, tiny)
-            train_epoch(state, batches, asked)
-        finally:
-            torch.use_deterministic_algorithms(False)
+        state, batches = build_state(asked, tiny)
+        assert torch.are_deterministic_algorithms_enabled()
+        train_epoch(state, batches, asked)
         found.append(state.model)
     assert same_weights(*found)
 

@@ -2,7 +2,6 @@
 
 import importlib
 import json
-import os
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -58,10 +57,6 @@ def prepare(config: TrainConfig, world: World | None = None) -> Run:
     """
     if config.tensorboard:
         importlib.import_module("tensorboard")
-    if config.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
-        torch.use_deterministic_algorithms(True)
-        torch.backends.cudnn.benchmark = False
     dataset = load_dataset(config.dataset, config.data, checksum=config.checksum)
     state, batches = build_state(config, dataset, world)
     if config.resume is not None:

@@ -1,5 +1,6 @@
 """Everything a training run changes as it goes: what a checkpoint has to hold."""
 
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -109,6 +110,13 @@ def build_model(config: TrainConfig, classes: int, channels: int) -> nn.Module:
     return model.to(config.device).to(memory_format=memory_format)  # type: ignore[call-overload]
 
 
+def make_deterministic() -> None:
+    """Asks torch for the same bits from run to run, in this process."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+
+
 def build_state(
     config: TrainConfig, dataset: ImageDataset | FolderDataset, world: World | None = None
 ) -> tuple[TrainState, EpochBatches]:
@@ -120,6 +128,8 @@ def build_state(
     world = world or World()
     if config.cuda_graphs and world.size > 1:
         raise ValueError(f"cuda_graphs: one process captures its batches, not {world.size}")
+    if config.deterministic:
+        make_deterministic()
     device = torch.device(config.device)
     batches = make_batches(config, dataset, device, world)
     model = build_model(config, dataset.classes, dataset.channels)
