@@ -547,6 +547,15 @@ def test_shards_are_the_batch(tiny):
         make_batches(config(), tiny, device, World(0, 3))
 
 
+def test_memory_is_asked_for_now_and_then(tiny_command, tmp_path, monkeypatch):
+    asked, original = [], training._memory
+    monkeypatch.setattr(training, "_memory", lambda c: asked.append(run.state.batch) or original(c))
+    monkeypatch.setattr(training, "LOOK_EVERY", 3)
+    run = training.prepare(config(epochs=2))
+    training.fit(run, tmp_path / "run", Console(quiet=True))
+    assert asked == [3, 4, 3, 4]  # of four batches an epoch
+
+
 def test_compare_command(tiny_command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "160")

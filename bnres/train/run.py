@@ -114,9 +114,15 @@ def run_epoch(
         total=len(run.batches), completed=first, rate="",
     )  # fmt: skip
 
+    memory = ""
+
     def on_batch() -> None:
+        nonlocal memory
+        # torch gathers a hundred figures to tell this one.
+        if state.batch % LOOK_EVERY == 0 or state.batch == len(run.batches):
+            memory = _memory(config)
         images = (state.batch - first) * config.batch_size
-        rate = f"{images / (time.perf_counter() - start):,.0f} images/s{_memory(config)}"
+        rate = f"{images / (time.perf_counter() - start):,.0f} images/s{memory}"
         progress.update(task, completed=state.batch, rate=rate)
         if folder is None or state.batch % config.accumulate or state.batch == len(run.batches):
             return
