@@ -92,8 +92,11 @@ def graphed(config, dataset):
     "options",
     [
         {},
-        {"dtype": "bf16", "clip_norm": 1.0, "ema": 0.9, "flip": True},
-        {"optimizer": "adamw", "schedule": "cosine", "fused": False},
+        # The smaller stem leaves an image more than one pixel wide where a stride meets it: of one
+        # pixel torch's bf16 convolution on the CPU leaves gradients unwritten.
+        {"dtype": "bf16", "stem": "cifar", "clip_norm": 1.0, "ema": 0.9, "flip": True},
+        # And no max-pool, of which torch does not promise the same bits on a GPU.
+        {"stem": "cifar", "optimizer": "adamw", "schedule": "cosine", "fused": False},
     ],
     ids=str,
 )

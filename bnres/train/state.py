@@ -1,7 +1,7 @@
 """Everything a training run changes as it goes: what a checkpoint has to hold."""
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -110,6 +110,37 @@ def build_model(config: TrainConfig, classes: int, channels: int) -> nn.Module:
     return model.to(config.device).to(memory_format=memory_format)  # type: ignore[call-overload]
 
 
+def check_bf16(config: TrainConfig, classes: int, channels: int, size: tuple[int, int]) -> None:
+    """Refuses a run whose weights torch's bf16 convolution on the CPU would fill with garbage.
+
+    With AVX512 it leaves the gradient of a filter's outer taps unwritten where a convolution with a
+    stride takes images one pixel wide, so that these taps see only padding (torch 2.11 to 2.14).
+
+    Raises:
+        ValueError: if there is such a layer.
+    """
+    capability = torch.backends.cpu.get_cpu_capability()
+    on_cpu = torch.device(config.device).type == "cpu"
+    if not on_cpu or config.dtype != "bf16" or not capability.startswith("AVX512"):
+        return
+    narrow: list[str] = []
+    with torch.device("meta"):
+        net = build_model(replace(config, device="meta", fused=False), classes, channels)
+        for name, module in net.named_modules():
+            if isinstance(module, nn.Conv2d) and module.stride[1] > 1 < module.kernel_size[1]:
+                module.register_forward_pre_hook(
+                    lambda conv, inputs, name=name: (
+                        narrow.append(name) if inputs[0].shape[3] == 1 else None
+                    )
+                )
+        net(torch.empty(2, channels, *size))
+    if narrow:
+        raise ValueError(
+            f"dtype: torch's bf16 convolution on the CPU gives wrong gradients for images one pixel "
+            f"wide, which {narrow[0]} gets of images of {size[0]}×{size[1]}: take fp32, or larger ones"
+        )
+
+
 def make_deterministic() -> None:
     """Asks torch for the same bits from run to run, in this process."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
@@ -132,6 +163,8 @@ def build_state(
         make_deterministic()
     device = torch.device(config.device)
     batches = make_batches(config, dataset, device, world)
+    size = dataset.size if config.crop_size is None else (config.crop_size,) * 2
+    check_bf16(config, dataset.classes, dataset.channels, size)
     model = build_model(config, dataset.classes, dataset.channels)
     if config.sync_bn:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(unfuse(model))
@@ -162,7 +195,7 @@ def build_state(
         average=average,
         classes=dataset.classes,
         channels=dataset.channels,
-        size=dataset.size if config.crop_size is None else (config.crop_size,) * 2,
+        size=size,
         train_count=batches.train_count,
         world=world,
     )
