@@ -36,7 +36,7 @@ app = typer.Typer(
 
 @contextmanager
 def bad_input_exits(
-    errors: tuple[type[Exception], ...] = (ValueError, ModuleNotFoundError),
+    errors: tuple[type[Exception], ...] = (ValueError, ImportError),
 ) -> Iterator[None]:
     """Turns the error of wrong input into one line and exit code 2."""
     try:
@@ -137,11 +137,11 @@ def train(
             folder = run_folder(out, asked) if world.is_first else Path()
             run = prepare(replace(asked, device=device), world)
     if compare:
-        with bad_input_exits((CorruptImage,)):
+        with bad_input_exits((CorruptImage, ImportError)):
             run_comparison(comparison, console)
         return
     try:
-        with bad_input_exits((CorruptImage,)):
+        with bad_input_exits((CorruptImage, ImportError)):
             fit(run, folder, console)
     except Stopped:
         console.print(

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 import triton
 import triton.language as tl
 
-INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+from bnres.kernels.interpreter import is_interpreting
+
+INTERPRETED = tl.constexpr(is_interpreting())
 
 SQRT_HALF = tl.constexpr(0.7071067811865476)
 SQRT_8_OVER_PI = tl.constexpr(1.5957691216057308)

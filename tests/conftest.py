@@ -29,6 +29,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    from bnres.kernels.interpreter import is_interpreting
+
+    try:
+        is_interpreting()
+    except ImportError as error:
+        pytest.exit(str(error), returncode=pytest.ExitCode.USAGE_ERROR)
     if config.getoption("--emulate-tf32"):
         if torch.cuda.is_available():
             raise pytest.UsageError("--emulate-tf32: the GPU here has TF32 itself")

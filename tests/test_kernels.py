@@ -7,6 +7,7 @@ import triton.language as tl
 
 from bnres.kernels import bn_backward, bn_forward, launch, reference
 from bnres.kernels.config import launch_config, tile_for, tile_rows
+from bnres.kernels.interpreter import check_versions
 from bnres.kernels.layout import ChannelView
 from bnres.kernels.tiles import split_rows, tile_offsets
 from bnres.ops.batch_norm_act import unpack_mask
@@ -145,3 +146,10 @@ def test_addresses_beyond_2_to_31(view):
         view.channels, view.inner, tile,
     )  # fmt: skip
     assert out.item() == view.numel - 1
+
+
+def test_an_interpreter_that_can_not_run_says_so():
+    for versions in (("3.6.0", "2.3.5"), ("3.7.0", "2.4.0"), ("3.10.1+git1", "3.0")):
+        check_versions(*versions)
+    with pytest.raises(ImportError, match=r"triton 3\.6\.0's interpreter .* needs numpy < 2\.4"):
+        check_versions("3.6.0", "2.5.0")
