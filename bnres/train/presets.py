@@ -20,7 +20,7 @@ _IMAGENET: dict[str, Any] = {
 }
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "mnist5k": {},
+    "mnist5k": {"dataset": "mnist5k"},
     # The d2l.ai course's: Adam, Xavier, ten epochs, images flipped and not normalised.
     "seed-cifar10": {
         "dataset": "cifar10",
