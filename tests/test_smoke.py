@@ -1,0 +1,261 @@
+"""Every kernel once against its reference, in every type and layout: ``pytest -m smoke``."""
+
+import ast
+from pathlib import Path
+
+import pytest
+import torch
+
+from bnres import augment, use_backend
+from bnres.kernels import (
+    augment as augment_kernels,
+)
+from bnres.kernels import (
+    bn_backward,
+    bn_dual,
+    bn_forward,
+    bn_pool,
+    conv,
+    reference,
+)
+from bnres.kernels.config import CHANNELS, GROUPS, PLANES, tile_for
+from bnres.kernels.conv_config import ConvShape
+from bnres.kernels.dtypes import SUPPORTED_DTYPES, acc_type
+from bnres.kernels.layout import channel_view
+from bnres.kernels.norm import Norm
+from bnres.kernels.window import Window
+from bnres.ops.batch_norm_act import unpack_mask
+from tests.device import DEVICE
+from tests.tolerances import assert_close
+
+pytestmark = pytest.mark.smoke
+
+KERNELS = Path(bn_forward.__file__).parent
+# Shape, memory format and tiling; no number of channels or rows fills its tiles.
+LAYOUTS = {
+    "planes": ((3, 5, 9, 8), torch.contiguous_format, PLANES),
+    "small odd planes": ((9, 16, 7, 7), torch.contiguous_format, GROUPS),
+    "channels_last": ((3, 11, 5, 7), torch.channels_last, CHANNELS),
+}
+EPS = 1e-3
+
+
+def draw(dtype, layout, count):
+    """Tensors of one layout; the same numbers on every device."""
+    shape, memory_format, kind = LAYOUTS[layout]
+    torch.manual_seed(0)
+    found = [
+        (torch.randn(shape) * 2 + 1).to(DEVICE, dtype).contiguous(memory_format=memory_format)
+        for _ in range(count)
+    ]
+    assert tile_for(channel_view(found[0]), dtype.itemsize).kind == kind
+    return found
+
+
+def affine(x):
+    channels, dtype = x.shape[1], acc_type(x)
+    return torch.rand(channels).to(DEVICE, dtype) + 0.5, torch.randn(channels).to(DEVICE, dtype)
+
+
+def double(*values):
+    return [v.double() if isinstance(v, torch.Tensor) else v for v in values]
+
+
+def wide(norm):
+    return Norm(*double(*norm))
+
+
+def assert_all_close(actual, expected, dtype):
+    for a, b in zip(actual, expected, strict=True):
+        assert_close(a, b, dtype)
+
+
+def check_batch_norm_act(dtype, layout):
+    x, residual, dy, dy_skip = draw(dtype, layout, 4)
+    stats = acc_type(x)
+    weight, bias = affine(x)
+    buffers = [torch.zeros_like(weight), torch.ones_like(weight)]
+    wide_buffers = double(*buffers)
+    counter = torch.tensor(6, device=DEVICE)
+    found = bn_forward.bn_stats(x, *buffers, 0.3, EPS, counter=counter)
+    expected = reference.bn_stats_ref(x.double(), *wide_buffers, 0.3, EPS)
+    assert_all_close((*found, *buffers), (*expected, *wide_buffers), stats)
+    assert counter == 7
+
+    norm = (*found, weight, bias)
+    y, bits = bn_forward.bn_apply(x, *norm, residual, "relu", 0.0, save_mask=True)
+    wide_y, wide_mask = reference.bn_apply_ref(
+        x.double(), *double(*norm, residual), "relu", 0.0, save_mask=True
+    )
+    assert y.stride() == x.stride() and y.dtype == dtype
+    assert_close(y, wide_y, dtype)
+    mask = unpack_mask(bits, x)
+    assert torch.equal(mask, wide_mask)
+    evaluated, _ = bn_forward.bn_apply(x, *buffers, weight, bias, None, "silu", 0.0, eps=EPS)
+    wide_evaluated, _ = reference.bn_apply_ref(
+        x.double(), *double(*buffers, weight, bias), None, "silu", 0.0, eps=EPS
+    )
+    assert_close(evaluated, wide_evaluated, dtype)
+
+    count = x[:, 0].numel()
+    for act, given, known, added in (("relu", bits, mask, None), ("silu", None, None, residual)):
+        options = {"dy_skip": dy_skip, "write_dz": True}
+        wide_options = {"dy_skip": dy_skip.double(), "write_dz": True}
+        *sums, dz = bn_backward.bn_backward_reduce(dy, x, *norm, added, given, act, 0.0, **options)
+        *wide_sums, wide_dz = reference.bn_backward_reduce_ref(
+            *double(dy, x, *norm, added), known, act, 0.0, **wide_options
+        )
+        assert_all_close(sums, wide_sums, stats)
+        found = bn_backward.bn_backward_dx(
+            dy, x, *norm, added, given, act, 0.0, tuple(sums), count, **options
+        )
+        expected = reference.bn_backward_dx_ref(
+            *double(dy, x, *norm, added), known, act, 0.0, tuple(double(*sums)), count,
+            **wide_options,
+        )  # fmt: skip
+        assert_all_close((*found, dz), (*expected, wide_dz), dtype)
+
+
+def check_dual(dtype, layout):
+    x_a, x_b, dy, dy_skip = draw(dtype, layout, 4)
+    norm_a, norm_b = (
+        Norm(*bn_forward.bn_stats(x, None, None, 0.1, EPS), *affine(x)) for x in (x_a, x_b)
+    )
+    tensors, wide_tensors = (dy, dy_skip, x_a, x_b), double(dy, dy_skip, x_a, x_b)
+    options, wide_options = (norm_a, norm_b, "silu", 0.0), (wide(norm_a), wide(norm_b), "silu", 0.0)
+    y = bn_dual.bn_dual_apply(*tensors[2:], *options)
+    assert y.stride() == x_a.stride()
+    assert_close(y, reference.bn_dual_apply_ref(*wide_tensors[2:], *wide_options), dtype)
+    sums = bn_dual.bn_dual_backward_reduce(*tensors, *options)
+    wide_sums = reference.bn_dual_backward_reduce_ref(*wide_tensors, *wide_options)
+    assert_all_close(sums, wide_sums, acc_type(x_a))
+    count = x_a[:, 0].numel()
+    found = bn_dual.bn_dual_backward_dx(*tensors, *options, sums, count)
+    expected = reference.bn_dual_backward_dx_ref(
+        *wide_tensors, *wide_options, tuple(double(*sums)), count
+    )
+    assert_all_close(found, expected, dtype)
+
+
+def check_max_pool(dtype, layout):
+    (x,) = draw(dtype, layout, 1)
+    norm = Norm(*bn_forward.bn_stats(x, None, None, 0.1, EPS), *affine(x))
+    window = Window(3, 3, 2, 2, 1, 1, 1, 1)
+    y, index, x_max = bn_pool.bn_max_pool(x, norm, "silu", 0.0, window, False, save=True)
+    expected = reference.bn_max_pool_ref(x.double(), wide(norm), "silu", 0.0, window, False)[0]
+    assert_close(y, expected, dtype)
+    # Of values that are equal once rounded any may be the greatest of the exact ones.
+    at_index = reference.bn_max_pool_at_ref(x.double(), wide(norm), "silu", 0.0, window, index)
+    assert_close(y, at_index, dtype)
+    flat = reference.pooled_offsets(index, window, x.shape[3]).flatten(2)
+    assert torch.equal(x_max.flatten(2), x.flatten(2).gather(2, flat))
+    dy = torch.randn(y.shape).to(DEVICE, dtype)
+    dy = dy.contiguous(memory_format=LAYOUTS[layout][1])
+    sums = bn_backward.bn_backward_reduce(dy, x_max, *norm, None, None, "silu", 0.0)[:2]
+    count = x[:, 0].numel()
+    dx = bn_pool.bn_max_pool_backward_dx(dy, index, x, norm, "silu", 0.0, window, sums, count)
+    expected = reference.bn_max_pool_backward_dx_ref(
+        dy.double(), index, x.double(), wide(norm), "silu", 0.0, window, tuple(double(*sums)), count
+    )
+    assert dx.stride() == x.stride()
+    assert_close(dx, expected, dtype)
+
+
+def check_conv(dtype):
+    torch.manual_seed(0)
+    n, channels, height, width, filters = 3, 17, 11, 10, 37
+    shape = ConvShape(3, 2, 2, 1, 1, 0, 1, 2)
+
+    def last(*shape):
+        return torch.randn(shape).to(DEVICE, dtype).contiguous(memory_format=torch.channels_last)
+
+    x = last(n, channels, height, width)
+    filter = last(filters, channels, shape.kernel_h, shape.kernel_w) / 8
+    residual = last(n, filters, *shape.output_size(height, width))
+    mean, weight, bias, conv_bias = torch.randn(4, filters).to(DEVICE).unbind()
+    norm = Norm(mean, torch.rand(filters).to(DEVICE) + 0.5, weight, bias)
+    options = (EPS, residual, "relu", 0.0, shape)
+    y = conv.conv_bn_act(x, filter, conv_bias, norm, *options)
+    expected = reference.conv_bn_act_ref(
+        *double(x, filter, conv_bias), wide(norm), *double(*options)
+    )
+    assert_close(y, expected, dtype)
+
+
+MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)
+
+
+def check_augment(dtype, memory_format):
+    """One chain whose images a program does whole, one whose mean gray is a kernel's own."""
+    jitter = augment.ColorJitter(0.5, 0.2, 0.6, 0.4)
+    for size, crop in ((12, augment.RandomResizedCrop((9, 7))), (36, augment.RandomCrop(34, 2))):
+        torch.manual_seed(0)
+        x = torch.randint(256, (3, 3, size, size)).byte()
+        chain = augment.Compose(
+            [augment.RandomHorizontalFlip(), crop, jitter, augment.Normalize(MEAN, STD)],
+            dtype=dtype, memory_format=memory_format,
+        )  # fmt: skip
+        draws = chain.draws(3, size, size, torch.Generator().manual_seed(1))
+        y = chain.apply(x.to(DEVICE), draws).cpu()
+        assert y.dtype == dtype and y.is_contiguous(memory_format=memory_format)
+        exact = augment.Compose(chain.transforms)
+        with use_backend("aten"):
+            expected = exact.apply(x, draws)
+        # Colours are right to 1e-4, see test_augment, before they are divided and rounded.
+        allowed = 1e-4 / min(STD) + torch.finfo(dtype).eps * expected.abs().max()
+        assert (y.float() - expected).abs().max() <= allowed
+
+
+OPERATIONS = {
+    "batch_norm_act": check_batch_norm_act,
+    "dual": check_dual,
+    "max_pool": check_max_pool,
+}
+# The interpreter's tl.dot takes no bf16, and no type is wider than fp32 in the kernel.
+CONV_DTYPES = [torch.float16, torch.float32] + [torch.bfloat16] * (DEVICE == "cuda")
+FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+
+
+@pytest.mark.parametrize("dtype", SUPPORTED_DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_batch_norms(operation, layout, dtype):
+    OPERATIONS[operation](dtype, layout)
+
+
+@pytest.mark.parametrize("dtype", CONV_DTYPES, ids=str)
+def test_convolution(dtype):
+    check_conv(dtype)
+
+
+@pytest.mark.parametrize("dtype", augment.compose.OUTPUT_DTYPES, ids=str)
+@pytest.mark.parametrize("memory_format", FORMATS)
+def test_augmentation(memory_format, dtype):
+    check_augment(dtype, FORMATS[memory_format])
+
+
+def launched_by(path):
+    """Names of the kernels that a file hands to `launch`."""
+    calls = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call)]
+    return {c.args[0].id for c in calls if isinstance(c.func, ast.Name) and c.func.id == "launch"}
+
+
+def test_no_kernel_is_left_out(monkeypatch):
+    """A new kernel needs a case here."""
+    launched = set()
+    for module in (augment_kernels, bn_backward, bn_dual, bn_forward, bn_pool, conv):
+        original = module.launch
+
+        def record(kernel, *arguments, original=original, **named):
+            launched.add(kernel.fn.__name__)
+            original(kernel, *arguments, **named)
+
+        monkeypatch.setattr(module, "launch", record)
+    for check in OPERATIONS.values():
+        check(torch.float32, "planes")
+    check_conv(torch.float32)
+    check_augment(torch.float32, torch.contiguous_format)
+    named = {path.stem: launched_by(path) for path in KERNELS.glob("*.py")}
+    for stem in ("conv_sums", "pad"):  # steps of a convolution that test_conv_sums checks
+        named.pop(stem, None)
+    assert len(launched) > 10 and launched == set().union(*named.values())
