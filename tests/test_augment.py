@@ -166,7 +166,9 @@ class TestValues:
 
     def test_empty_batch_and_empty_chain(self, route):
         x = images(2, 3, 8, 8, torch.uint8).to(route)
-        assert torch.equal(augment.Compose([])(x).cpu(), x.cpu().float() / 255)
+        # Compiled, the division is a product with 1/255.
+        error = (augment.Compose([])(x).cpu() - x.cpu().float() / 255).abs().max()
+        assert error <= 2**-23
         assert augment.Compose(FLIPS)(x[:0]).shape == (0, 3, 8, 8)
 
 
@@ -200,7 +202,7 @@ def test_both_routes_draw_the_same():
                 found.append(chain(x.to(device), generator))
         else:
             found.append(chain(x.to(device), generator).cpu())
-    assert (found[0] - found[1]).abs().max() <= GEOMETRY
+    assert (found[0] - found[1]).abs().max() <= COLOR
     assert not torch.equal(found[0][0], found[0][1])
 
 

@@ -480,7 +480,10 @@ def test_compiled_whole(pair):
 def test_distributed_data_parallel(pair, tmp_path):
     stock, fused, x = pair
     torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
+        "nccl" if DEVICE == "cuda" else "gloo",
+        init_method=f"file://{tmp_path}/store",
+        rank=0,
+        world_size=1,
     )
     try:
         wrapped = nn.parallel.DistributedDataParallel(fused)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import tomllib
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from bnres.train.options import make_config
 from bnres.train.presets import PRESETS
 from bnres.train.state import make_batches
 from bnres.train.trained import config_of, load_trained
+from tests.device import DEVICE
 from tests.test_data import cifar_content, files, pack
 
 ROOT = Path(__file__).parent.parent
@@ -37,8 +39,11 @@ runner = CliRunner()
 
 @pytest.fixture(autouse=True)
 def aten():
-    """What is tested here is the trainer: the kernels have their own tests."""
-    with use_backend("triton" if torch.cuda.is_available() else "aten"):
+    """What is tested here is the trainer: the kernels have their own tests.
+
+    On a GPU nothing is overridden, since some runs are on the CPU there.
+    """
+    with nullcontext() if DEVICE == "cuda" else use_backend("aten"):
         yield
 
 
@@ -345,12 +350,12 @@ def test_accumulated_gradients_are_a_larger_batchs(tiny):
         )  # fmt: skip
         state, batches = build_state(asked, tiny)
         state.passes.forward = state.model = torch.nn.Sequential(
-            torch.nn.Flatten(), torch.nn.Linear(64, 2, bias=False)
+            torch.nn.Flatten(), torch.nn.Linear(64, 2, bias=False, device=DEVICE)
         )
         torch.nn.init.constant_(state.model[1].weight, 0.01)
         state.optimizer = torch.optim.SGD(state.model.parameters(), lr=asked.lr)
         train_epoch(state, batches, asked)
-        steps.append(state.model[1].weight.detach())
+        steps.append(state.model[1].weight.detach().cpu())
     assert not torch.allclose(steps[0], torch.tensor(0.01))
     assert torch.allclose(steps[0], steps[1], atol=1e-6)
     assert torch.allclose(steps[2], steps[3], atol=1e-6)
@@ -358,7 +363,7 @@ def test_accumulated_gradients_are_a_larger_batchs(tiny):
 
 def test_schedules():
     def rates(**options):
-        asked = config(epochs=2, lr=1.0, **options)
+        asked = config(epochs=2, lr=1.0, device="cpu", **options)
         optimizer = make_optimizer(asked, torch.nn.Linear(2, 2))
         schedule = make_schedule(asked, optimizer, 5)
         found = []
@@ -391,9 +396,9 @@ def test_averaged_weights(tiny):
 
 def test_evaluation_with_mirror_images(tiny):
     batches = build_state(config(), tiny)[1]
-    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 2))
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 2, device=DEVICE))
     x = torch.cat([x for x, _ in batches.test()])
-    logits = (model(x) + model(x.flip(-1))) / 2
+    logits = ((model(x) + model(x.flip(-1))) / 2).cpu()
     loss, accuracy = evaluate(model, batches, config(eval_flip=True))
     expected = torch.nn.functional.cross_entropy(logits, tiny.test_labels).item()
     assert loss == pytest.approx(expected, rel=1e-5)

@@ -55,9 +55,13 @@ class World:
 
 
 def choose_gpu() -> None:
-    """Makes ``cuda`` mean this process's GPU, before anything is placed on one."""
-    if "LOCAL_RANK" in os.environ and torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    """Makes ``cuda`` mean this process's GPU, before anything is placed on one.
+
+    A process that has none may train on the CPU, or is refused later, by the name of its GPU.
+    """
+    rank = int(os.environ.get("LOCAL_RANK", "-1"))
+    if 0 <= rank < torch.cuda.device_count():
+        torch.cuda.set_device(rank)
 
 
 def join(device: str) -> tuple[World, str]:
