@@ -24,7 +24,7 @@ from benchmarks.environment import ROOT
 
 STAGES, LOG = "stages.jsonl", "log.txt"
 # No stage is started with less time left.
-LEAST_SECONDS = 20.0
+LEAST_SECONDS = 10.0
 TAIL = 4000
 UNFINISHED = "unfinished"
 PYTEST = ("-m", "pytest", "-q", "-ra", "--tb=short", "-p", "no:cacheprovider")
@@ -104,7 +104,7 @@ def run(
             continue
         left = min(deadline - time.monotonic(), 60 * stage.minutes - spent)
         reason = _unavailable(stage, small)
-        if reason is None and left < LEAST_SECONDS and 60 * stage.minutes > LEAST_SECONDS:
+        if reason is None and left < LEAST_SECONDS:
             break
         result = (
             {"status": "skipped", "reason": reason} if reason else _attempt(stage, folder, left)
@@ -162,7 +162,7 @@ def _record(folder: Path, stage: Stage) -> tuple[float, bool]:
     records = [record for line in lines if (record := json.loads(line))["stage"] == stage.name]
     spent = sum(record.get("seconds", 0.0) for record in records)
     ended = bool(records) and records[-1]["status"] != UNFINISHED
-    return spent, ended or spent > 60 * stage.minutes - LEAST_SECONDS > 0
+    return spent, ended or spent > 60 * stage.minutes - LEAST_SECONDS
 
 
 def _append(path: Path, record: dict[str, Any]) -> None:

@@ -284,6 +284,7 @@ def tune(
         "torch": torch.__version__,
         "date": f"{datetime.now():%Y-%m-%d}",
     }
+    torch.backends.cudnn.benchmark = True  # torch's side is as fast as a training script has it
     tune_calls(
         chosen, path, about, device, device_timer(), minutes=minutes,
         say=partial(console.print, highlight=False, markup=False, soft_wrap=True),

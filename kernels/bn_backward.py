@@ -240,7 +240,7 @@ def _bn_bwd_dx_kernel(
         x_centred = mean
         if TRAINING or (HAS_ACT and not HAS_MASK):
             x = tl.load(x_ptr + offsets, mask=mask, other=0, eviction_policy=EVICTION)
-        x_centred = x.to(ACC) - mean
+            x_centred = x.to(ACC) - mean
         dz = _pre_activation_grad(
             dy_ptr, dy_skip_ptr, mask_ptr, residual_ptr, x_centred, scale, bias, param, row,
             col_block, count, C, L, ACT_GRAD, HAS_ACT, HAS_DY_SKIP, HAS_BIAS, HAS_MASK,

@@ -211,7 +211,7 @@ def test_strided_parameters_and_buffers():
         (torch.nn.functional.batch_norm, x.cpu(), other),
     ):
         y = function(
-            given, t[0, :, 0], t[1, :, 0], t[2, :, 0], t[3, :1, 0].expand(3), training=True
+            source, t[0, :, 0], t[1, :, 0], t[2, :, 0], t[3, :1, 0].expand(3), training=True
         )
         results.append(y.cpu())
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)

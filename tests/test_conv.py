@@ -20,7 +20,7 @@ from bnres.kernels.reference import ACTIVATION_FORMULAS, conv_bn_act_ref
 from bnres.nn import ConvBatchNormAct2d
 from bnres.ops import conv2d_batch_norm_act as ops
 from tests.device import DEVICE
-from tests.tolerances import TF32, assert_close
+from tests.tolerances import assert_close
 
 LAST = torch.channels_last
 # N, C, H, W, K and the window; tails in every dimension.
@@ -79,7 +79,7 @@ def test_kernel_agrees_with_its_reference(case, dtype):
             *double(x, filter, conv_bias), wide, 1e-3, *double(added), act, 0.0, shape
         )
         assert y.is_contiguous(memory_format=LAST) and y.dtype == dtype
-        assert_close(y, expected, TF32 if dtype == torch.float32 else dtype)
+        assert_close(y, expected, dtype, tf32=dtype == torch.float32)
 
 
 @pytest.mark.parametrize("config", search_space(162, 16, 24, 4)[:3], ids=str)
@@ -89,7 +89,7 @@ def test_every_configuration_gives_the_same(config):
     x, filter = random(n, c, h, w), random(k, c, 3, 3)
     y = conv_bn_act(x, filter, None, None, 0.0, None, "relu", 0.0, shape, config=config)
     expected = conv_bn_act_ref(*double(x, filter), None, None, 0.0, None, "relu", 0.0, shape)
-    assert_close(y, expected, TF32)
+    assert_close(y, expected, torch.float32, tf32=True)
 
 
 @pytest.mark.filterwarnings("ignore:invalid value")
@@ -166,9 +166,9 @@ def test_routes_agree(groups, route, called, monkeypatch):
     x = torch.randn(2, 8, 5, 5, device=DEVICE)
     wide = F.conv2d(*double(x, ours.conv.weight), None, 2, 1, groups=groups)
     with torch.no_grad(), bnres.use_conv_route(route):
-        assert_close(ours(x), F.relu(wide / (1 + 1e-5) ** 0.5), TF32)
+        assert_close(ours(x), F.relu(wide / (1 + 1e-5) ** 0.5), torch.float32, tf32=True)
         y = conv2d_act(x, ours.conv.weight, None, stride=2, padding=1, groups=groups)
-        assert_close(y, F.relu(wide), TF32)
+        assert_close(y, F.relu(wide), torch.float32, tf32=True)
     assert called == [2 if route == "kernel" and groups == 1 else 0]
     with pytest.raises(ValueError, match="route must be one of auto, torch, kernel, got 'x'"):
         bnres.use_conv_route("x").__enter__()
@@ -311,7 +311,7 @@ def test_activations_are_those_of_the_reference():
     for act in ACTIVATION_FORMULAS:
         y = conv_bn_act(x, filter, None, None, 0.0, None, act, 0.2, shape)
         expected = conv_bn_act_ref(*double(x, filter), None, None, 0.0, None, act, 0.2, shape)
-        assert_close(y, expected, TF32)
+        assert_close(y, expected, torch.float32, tf32=True)
 
 
 def test_commands():

@@ -11,7 +11,7 @@ import bnres
 from bnres import models, use_backend, use_conv_route
 from tests.device import DEVICE
 from tests.test_fuse import ARCHITECTURES, build
-from tests.tolerances import TF32, assert_close
+from tests.tolerances import assert_close
 
 ATEN = "triton" if DEVICE == "cuda" else "aten"
 # Batch norms that stand in front of what could take them in.
@@ -66,7 +66,7 @@ def test_residual_block_through_the_kernels(route, monkeypatch):
     with torch.no_grad(), use_conv_route(route):
         expected = copy.deepcopy(stock).double()(x.double())
         for model in (bnres.fold(stock), bnres.fuse(stock)):
-            assert_close(model(x), expected, TF32)
+            assert_close(model(x), expected, torch.float32, tf32=True)
 
 
 def test_what_can_not_be_folded():

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from bnres import functional, use_backend, use_conv_route
+from bnres.augment.compose import OUTPUT_DTYPES
 from bnres.functional.conv_route import KERNEL_DTYPES
 from bnres.kernels.augment import augment
 from bnres.kernels.augment_plan import AugmentDraws, AugmentPlan
@@ -41,15 +42,15 @@ HUGE_INPUTS = {
     "huge channels_last": ((2, 64, 4096, 4104), LAST),
 }
 WINDOW = ("kernel_size", "stride", "padding", "dilation")
-# Few taps, overlapping; many; more than a byte can number; dilated.
-POOLINGS = ((3, 2, 1, 1), (5, 1, 2, 1), (17, 4, 8, 1), (3, 2, 0, 2))
+# Windows: few taps, overlapping; many taps; dilated.
+POOLINGS = ((3, 2, 1, 1), (5, 1, 2, 1), (3, 2, 0, 2))
 # Output channels and window.
 CONVOLUTIONS = ((64, (3, 1, 1, 1)), (24, (1, 2, 0, 1)), (5, (3, 2, 2, 2)))
 # Values that are taken in pairs with all others ...
 VALUES: Axes = {
     "input": tuple(INPUTS),
-    # No activation, one from the bit mask, one with a parameter, one with an exponential.
-    "act": ("identity", "relu", "leaky_relu", "silu"),
+    # None, one whose gradient a bit mask gives, one whose gradient needs the pre-activation.
+    "act": ("identity", "relu", "silu"),
     "dtype": (torch.bfloat16, torch.float32, torch.float64),
     "kernel_size": POOLINGS,
     "conv_weight": CONVOLUTIONS,
@@ -61,7 +62,10 @@ VALUES: Axes = {
 OTHERS: Axes = {
     "act": tuple(act for act in ACTIVATIONS if act not in VALUES["act"]),
     "dtype": (torch.float16,),
+    "kernel_size": ((17, 4, 8, 1),),  # more taps than a byte can number
 }
+# The case of `batch_norm_act` without residual and activation.
+SPECIAL_CASES = {"batch_norm"}
 PARAMETERS = ("input", "weight", "bias", "residual", "residual_weight", "residual_bias")
 # Parameters that are the same in every call: no kernel is specialised on their values.
 FIXED = {"act_kwargs", "eps", "residual_eps", "stride", "padding", "dilation", "width", "return"}
@@ -131,7 +135,8 @@ def axes_of(function: Callable[..., Any]) -> Axes:
 
 def all_calls() -> list[Call]:
     """Calls of every public function of `bnres.functional`, and of the chain of augmentations."""
-    return [*itertools.chain(*map(functional_calls, functional.__all__)), *augment_calls()]
+    names = sorted(set(functional.__all__) - SPECIAL_CASES)
+    return [*itertools.chain(*map(functional_calls, names)), *augment_calls()]
 
 
 def functional_calls(name: str) -> Iterator[Call]:
@@ -150,6 +155,7 @@ def functional_calls(name: str) -> Iterator[Call]:
         mode = {"training": (training,), "grad": (grad,)}
         for options in with_others(axes | mode, others):
             yield Call(name, _consistent(options), partial(_run_functional, function))
+        others = {}  # once is enough for these
 
 
 def with_others(axes: Axes, others: Axes) -> Iterator[Options]:
@@ -233,9 +239,10 @@ def _twice(values: Sequence[int]) -> Iterator[int]:
 
 def augment_calls() -> Iterator[Call]:
     """Calls of the kernels behind a chain of augmentations."""
-    sources = (torch.uint8, torch.float32)
-    others = {"source": SUPPORTED_DTYPES, "dtype": OTHERS["dtype"]}
-    axes = axes_of(AugmentPlan) | {"channels": (1, 3), "source": sources}
+    axes: Axes = axes_of(AugmentPlan)
+    axes |= {"channels": (3, 1), "source": (torch.uint8, torch.float32)}
+    axes["dtype"] = OUTPUT_DTYPES
+    others: Axes = {"source": SUPPORTED_DTYPES}
     for has_contrast, height in itertools.product(axes["has_contrast"], axes["height"]):
         mode = {"has_contrast": (has_contrast,), "height": (height,)}
         for options in with_others(axes | mode, others):

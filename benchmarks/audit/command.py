@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import triton
 
 from benchmarks.audit import budget
 from benchmarks.environment import ROOT
+from bnres.kernels.interpreter import check_versions
 
 # All of a step's launches for the first, one case for each kernel family for the others.
 GPUS = {
@@ -32,13 +34,18 @@ def run(gpus: Sequence[str], json_path: Path | None, record: bool) -> int:
         record: make what is found the budget.
 
     Raises:
-        ValueError: for an unknown GPU, a budget of some GPUs alone, or if none is recorded.
+        ValueError: for an unknown GPU, for ``record`` with some GPUs only, if no budget is recorded,
+            or if triton's interpreter can't run with this numpy.
     """
     for name in gpus:
         if name not in GPUS:
             raise ValueError(f"gpu must be of {', '.join(GPUS)}, got {name!r}")
     if record and gpus:
         raise ValueError("record: a budget is of all GPUs")
+    try:
+        check_versions(triton.__version__, version("numpy"))
+    except ImportError as error:  # memory is counted in the interpreter
+        raise ValueError(str(error)) from error
     limits = None if record else budget.load()
     names = list(gpus) or list(GPUS)
     with ThreadPoolExecutor(min(os.cpu_count() or 1, len(names) + 1)) as pool:

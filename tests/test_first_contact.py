@@ -1,0 +1,88 @@
+"""The stages of a first contact: what fails does not stop the next, and a second call continues."""
+
+import json
+import time
+
+import pytest
+import torch
+
+from benchmarks import first_contact
+from benchmarks.first_contact import Stage, stages
+
+PRINT = ("-c", "print('hello')")
+CONTINUES = ("-c", "import sys, time; time.sleep(0.3 if '--minutes' in sys.argv else 0)")
+
+
+def run(folder, *chosen, minutes=1.0):
+    lines = []
+    left = first_contact.run(folder, minutes, lines.append, chosen)
+    return left, lines
+
+
+def statuses(folder):
+    text = (folder / "stages.jsonl").read_text()
+    return [(r["stage"], r["status"]) for r in map(json.loads, text.splitlines())]
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch):
+    monkeypatch.setattr(first_contact, "LEAST_SECONDS", 0.1)
+
+
+def test_every_end_of_a_stage_is_recorded_once(tmp_path):
+    chosen = (
+        Stage("prints", PRINT, 1),
+        Stage("fails", ("-c", "raise SystemExit(3)"), 1),
+        Stage("hangs", ("-c", "import time; time.sleep(60)"), 0.01),
+        Stage("absent", PRINT, 1, tool="no-such-program"),
+        Stage("gpu", PRINT, 1, needs_gpu=True),
+        Stage("last", PRINT, 1),
+    )
+    start = time.monotonic()
+    left, lines = run(tmp_path, *chosen)
+    assert left == 0 and time.monotonic() - start < 30
+    gpu = "done" if torch.cuda.is_available() else "skipped"
+    ends = [
+        ("prints", "done"), ("fails", "failed"), ("hangs", "timed out"), ("absent", "skipped"),
+        ("gpu", gpu), ("last", "done"),
+    ]  # fmt: skip
+    assert statuses(tmp_path) == ends
+    assert lines[0].endswith("hello") and lines[3].endswith("(no-such-program is not installed)")
+    log = (tmp_path / "log.txt").read_text()
+    assert log.count("hello") >= 2 and log.index("===== fails") < log.index("===== hangs")
+    # A second call repeats nothing.
+    assert run(tmp_path, *chosen) == (0, [])
+    assert statuses(tmp_path) == ends
+
+
+def test_a_stage_that_continues_gets_its_time_in_several_calls(tmp_path):
+    stage = Stage("long", CONTINUES, 0.02, continues=True)  # 1.2 s in all
+    after = Stage("after", PRINT, 1)
+    left, _ = run(tmp_path, stage, after, minutes=0.004)
+    assert left == 2 and statuses(tmp_path) == [("long", "unfinished")]
+    for _ in range(6):
+        left, _ = run(tmp_path, stage, after, minutes=0.004)
+    assert statuses(tmp_path)[-1][0] == "after" or left
+    assert run(tmp_path, stage, after)[0] == 0
+    assert statuses(tmp_path)[-1] == ("after", "done")
+
+
+def test_a_stage_that_ends_early_is_done(tmp_path):
+    assert run(tmp_path, Stage("short", CONTINUES, 1, continues=True))[0] == 0
+    assert statuses(tmp_path) == [("short", "done")]
+
+
+def test_no_stage_is_started_without_time(tmp_path):
+    left, lines = run(tmp_path, Stage("prints", PRINT, 1), minutes=0.0)
+    assert left == 1 and lines == [] and not (tmp_path / "stages.jsonl").exists()
+
+
+@pytest.mark.parametrize("small", [True, False])
+def test_the_stages_themselves(small, tmp_path):
+    found = stages(tmp_path, small)
+    names = [stage.name for stage in found]
+    assert names[:4] == ["environment", "smoke", "tests", "campaign"]
+    assert len(set(names)) == len(names)
+    # A report's folder comes back only with few files.
+    files = {part for s in found for part in s.command if part.startswith(f"{tmp_path}/")}
+    assert len(files | {"log.txt", "stages.jsonl", "environment.json", "results.jsonl"}) <= 8
