@@ -24,8 +24,11 @@ from benchmarks.environment import ROOT
 from benchmarks.report import pictures, readme_section, tables
 from benchmarks.store import MADE_UP, load
 
-# Files whose tests convolve or multiply matrices in fp32, as a GPU would round them.
-TF32_TESTS = ("tests/test_conv.py", "tests/test_fold.py", "tests/test_models.py")
+# Tests that convolve in fp32, without those of the same convolutions in larger nets.
+TF32_TESTS = (
+    "tests/test_conv.py", "tests/test_fold.py", "tests/test_smoke.py",
+    "-k", "not architectures and not derivatives and not batch_norms",
+)  # fmt: skip
 # Seconds of a stand-in, and of all of them.
 CHILD_LIMIT, CAMPAIGN_LIMIT = 3.0, 120.0
 Outcome = tuple[bool | None, str]

@@ -144,7 +144,9 @@ def functional_calls(name: str) -> Iterator[Call]:
     function = getattr(functional, name)
     axes = axes_of(function) | {"same_dtype": (True, False)}
     others = {name: values for name, values in OTHERS.items() if name in axes}
-    modes = [(True, "all"), (False, "all"), (False, "activations"), (False, "none")]
+    modes = [(True, "all"), (False, "all"), (False, "none")]
+    if axes.get("residual") == (True, False):
+        modes.append((False, "activations"))  # dx reads the mask if no parameter needs a gradient
     if "kernel_size" in axes or "conv_weight" in axes:
         others["input"] = tuple(HUGE_INPUTS)
     if "conv_weight" in axes:

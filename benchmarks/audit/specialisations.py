@@ -2,7 +2,7 @@
 
 For sm_90 each is then launched twice by triton's own launcher, which hands it to a stand-in for CUDA's
 driver: once as triton finds it, once as `bnres.kernels.launch` finds it again. For other GPUs one
-specialisation of each kernel and dtype is compiled.
+specialisation of each kernel is compiled.
 """
 
 import argparse
@@ -50,16 +50,6 @@ class Specialisation:
 
     def __str__(self) -> str:
         return f"{self.kernel.__name__} of {self.call}"
-
-    @property
-    def family(self) -> tuple[str, torch.dtype]:
-        """Its kernel and the dtype of the activations."""
-        return self.kernel.__name__, next(iter(_tensors(self.arguments))).dtype
-
-
-def _tensors(arguments: dict[str, Any]) -> Iterable[Tensor]:
-    names = ("x_ptr", "x_a_ptr", *arguments)
-    return (t for name in names if isinstance(t := arguments.get(name), Tensor))
 
 
 def _key(kernel: JITFunction, arguments: dict[str, Any]) -> tuple[Any, ...]:
@@ -176,11 +166,11 @@ class Outcome:
         self.failures += other.failures
 
 
-def one_of_each_family(found: Sequence[Specialisation]) -> list[Specialisation]:
-    """The first specialisation of each kernel and dtype."""
-    first: dict[tuple[str, torch.dtype], Specialisation] = {}
+def one_of_each_kernel(found: Sequence[Specialisation]) -> list[Specialisation]:
+    """The first specialisation of each kernel."""
+    first: dict[str, Specialisation] = {}
     for specialisation in found:
-        first.setdefault(specialisation.family, specialisation)
+        first.setdefault(specialisation.kernel.__name__, specialisation)
     return list(first.values())
 
 
@@ -270,7 +260,7 @@ def main() -> None:
     outcome.add(compile_all(SM90, part))
     for gpu in GPUS.values():
         if gpu is not SM90:
-            outcome.add(compile_all(gpu, one_of_each_family(found)[options.part :: options.parts]))
+            outcome.add(compile_all(gpu, one_of_each_kernel(found)[options.part :: options.parts]))
     if not torch.cuda.is_available():
         outcome.add(launch_all(SM90, part))
     print(json.dumps(asdict(outcome)))
