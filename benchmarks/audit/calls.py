@@ -148,6 +148,8 @@ def functional_calls(name: str) -> Iterator[Call]:
     if axes.get("residual") == (True, False):
         modes.append((False, "activations"))  # dx reads the mask if no parameter needs a gradient
     if "kernel_size" in axes or "conv_weight" in axes:
+        # These kernels have one kind of tile for all planes, and an index of 32 or of 64 bits.
+        axes["input"] = tuple(name for name in INPUTS if not name.endswith(" planes"))
         others["input"] = tuple(HUGE_INPUTS)
     if "conv_weight" in axes:
         # Otherwise it is torch's convolution followed by `batch_norm_act`.
@@ -245,8 +247,8 @@ def augment_calls() -> Iterator[Call]:
     axes |= {"channels": (3, 1), "source": (torch.uint8, torch.float32)}
     axes["dtype"] = OUTPUT_DTYPES
     others: Axes = {"source": SUPPORTED_DTYPES}
-    for has_contrast, height in itertools.product(axes["has_contrast"], axes["height"]):
-        mode = {"has_contrast": (has_contrast,), "height": (height,)}
+    # Contrast of a large image has a kernel to itself.
+    for mode in ({}, {"has_contrast": (True,), "height": (64,)}):
         for options in with_others(axes | mode, others):
             yield Call("augment", options, _run_augment)
 
