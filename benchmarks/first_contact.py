@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,20 +61,36 @@ def stages(folder: Path, small: bool) -> list[Stage]:
     """All stages, the most telling ones first."""
     out = str(folder)
     bench = ("-m", "benchmarks")
-    train = (
-        "-m", "bnres.cli", "train", "--compare", "--dtype", "bf16", "--channels-last",
-        "--epochs", "1" if small else "3", *(("--batch-size", "500", "--model", "lenet-seed") if small else ()),
-    )  # fmt: skip
+    train: tuple[str, ...] = (
+        "-m",
+        "bnres.cli",
+        "train",
+        "--compare",
+        "--dtype",
+        "bf16",
+        "--channels-last",
+    )
+    profile: tuple[str, ...] = (*bench, "profile")
+    variants = Stage(
+        "variants", (*bench, "variants", "--out", f"{out}/variants.jsonl"), 3, continues=True
+    )
+    tests: tuple[str, ...] = PYTEST
+    campaign_minutes = 8.0
+    if small:
+        train += ("--epochs", "1", "--batch-size", "500", "--model", "lenet-seed")
+        profile += ("--batch", "4", "--image", "32")
+        interpreted = ("TRITON_INTERPRET=1", sys.executable, *variants.command)
+        variants = replace(variants, command=interpreted, tool="env", minutes=0.3)
+        tests, campaign_minutes = (*PYTEST, "tests/test_kernels.py"), 1.0
     smoke = (*PYTEST, "-m", "smoke")
     sanitizer = ("--error-exitcode", "1", "--print-limit", "20", sys.executable, *smoke, "-n", "0")
     return [
         Stage("environment", (*bench, "run", "--out", out, "--minutes", "0"), 2),
         Stage("smoke", smoke, 2),
-        Stage("tests", (*PYTEST, "tests/test_kernels.py") if small else PYTEST, 4),
-        Stage("campaign", (*bench, "run", "--out", out), 0.3 if small else 8, continues=True),
-        Stage("profile", (*bench, "profile", *(("--batch", "4", "--image", "32") if small else ())), 1),
-        Stage("variants", (*bench, "variants", "--out", f"{out}/variants.jsonl"),
-              0.3 if small else 3, continues=True),
+        Stage("tests", tests, 4),
+        Stage("campaign", (*bench, "run", "--out", out), campaign_minutes, continues=True),
+        Stage("profile", profile, 1),
+        variants,
         Stage("tune", ("-m", "bnres.cli", "tune", "--out", f"{out}/routes.json"), 2,
               needs_gpu=True, continues=True),
         Stage("augmentation", (*bench, "run", "--suite", "augment", "--out", out), 1, continues=True),

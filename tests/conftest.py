@@ -28,14 +28,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-def pytest_configure(config: pytest.Config) -> None:
+def pytest_sessionstart(session: pytest.Session) -> None:
+    # Not while plugins are configured: one may still choose compiled kernels, and triton decides
+    # when it is imported.
     from bnres.kernels.interpreter import is_interpreting
 
     try:
         is_interpreting()
     except ImportError as error:
         pytest.exit(str(error), returncode=pytest.ExitCode.USAGE_ERROR)
-    if config.getoption("--emulate-tf32"):
+    if session.config.getoption("--emulate-tf32"):
         if torch.cuda.is_available():
             raise pytest.UsageError("--emulate-tf32: the GPU here has TF32 itself")
         from tests import tf32
