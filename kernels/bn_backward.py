@@ -34,7 +34,7 @@ def load_dy(
     mask,
     HAS_DY_SKIP: tl.constexpr,
     ACC: tl.constexpr,
-    EVICTION: tl.constexpr = "",
+    EVICTION: tl.constexpr,
 ):
     """The gradient of a tile of y, or the sum of both gradients where y was returned twice."""
     dy = tl.load(dy_ptr + offsets, mask=mask, other=0, eviction_policy=EVICTION).to(ACC)

@@ -174,7 +174,7 @@ def _bn_dual_bwd_reduce_kernel(
         offsets, mask = tile_offsets(row, col_block, count, C, L, TILE, UNROLL)
         x_a = tl.load(x_a_ptr + offsets, mask=mask, other=0).to(ACC) - mean_a
         x_b = tl.load(x_b_ptr + offsets, mask=mask, other=0).to(ACC) - mean_b
-        dy = load_dy(dy_ptr, dy_skip_ptr, offsets, mask, HAS_DY_SKIP, ACC)
+        dy = load_dy(dy_ptr, dy_skip_ptr, offsets, mask, HAS_DY_SKIP, ACC, "")
         dz = ACT_GRAD(dy, x_a * scale_a + x_b * scale_b + shift, param)
         dz = tl.where(mask, dz, 0.0)
         sum_dz += fold(dz, TILE, UNROLL)
@@ -276,7 +276,7 @@ def _bn_dual_bwd_dx_kernel(
         offsets, mask = tile_offsets(row, col_block, count, C, L, TILE, UNROLL)
         x_a = tl.load(x_a_ptr + offsets, mask=mask, other=0).to(ACC) - mean_a
         x_b = tl.load(x_b_ptr + offsets, mask=mask, other=0).to(ACC) - mean_b
-        dy = load_dy(dy_ptr, dy_skip_ptr, offsets, mask, HAS_DY_SKIP, ACC)
+        dy = load_dy(dy_ptr, dy_skip_ptr, offsets, mask, HAS_DY_SKIP, ACC, "")
         dz = ACT_GRAD(dy, x_a * scale_a + x_b * scale_b + shift, param)
         dx_a, dx_b = dz, dz
         if TRAINING:

@@ -33,10 +33,12 @@ from bnres.kernels.device import ACTIVATIONS
 from bnres.kernels.dtypes import SUPPORTED_DTYPES
 from bnres.kernels.launch import launch
 
+# Characters of an error that are reported.
+LINE_LENGTH = 300
 # Bytes that a thread may spill outside of a ResNet's step, which the audit's budget holds to none:
 # some registers of a pooling with dilation or 64-bit offsets; and where no access is wide, so that
 # each has an address of its own.
-STACK, RAGGED_STACK = 128, 512
+STACK, RAGGED_STACK = 256, 512
 
 
 @dataclass(frozen=True)
@@ -220,7 +222,8 @@ def launch_all(gpu: Gpu, found: Sequence[Specialisation]) -> Outcome:
 
 
 def _in_one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".strip().replace("\n", " ")[:500]
+    """Its end, as a compiler's error begins with the kernel's source."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[-LINE_LENGTH:]}"
 
 
 def run(processes: int) -> Outcome:
