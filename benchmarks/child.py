@@ -124,7 +124,7 @@ class Child:
             stdin=subprocess.DEVNULL,
             stdout=self._output,
             stderr=subprocess.STDOUT,
-            start_new_session=True,  # a group to kill, which Ctrl-C does not reach
+            process_group=0,  # a group to kill, which Ctrl-C does not reach
         )
         theirs.close()
         answer = self._received(ours, START_LIMIT)

@@ -249,11 +249,13 @@ def once() -> None:
 def first_contact(
     out: Annotated[Path, typer.Option(help="Folder of the results; one that exists is continued.")],
     minutes: Annotated[float, typer.Option(help="Time to spend in this call.", min=0.0)] = 9.0,
+    again: Annotated[str, typer.Option(help="Stages to run again, with commas between.")] = "",
 ) -> None:
     """Check and measure everything on a new GPU, in stages; call it again to continue."""
     from benchmarks.first_contact import run
 
-    left = run(out, minutes, typer.echo)
+    with bad_input_exits():
+        left = run(out, minutes, typer.echo, names("again", again))
     typer.echo(f"{left} stages left: call it again" if left else f"all is done; in {out}")
 
 

@@ -1,9 +1,9 @@
-"""Everything that the first minutes on a GPU are to show, in stages that can be continued.
+"""Everything that the first minutes on a GPU are to show, in stages.
 
 ``python -m benchmarks first-contact --out FOLDER`` runs each stage in a process group with a time
-limit. What a stage printed is in ``log.txt``, what became of it in ``stages.jsonl``; a stage that
-failed does not stop the next. Called again it continues with the stages, and within the stages, that
-are not finished. Without a GPU everything runs in small.
+limit. What a stage printed is in ``log.txt``, how it ended in ``stages.jsonl``; a stage that failed does
+not stop the next. Called again, it goes on with the stages that have not ended. Without a GPU everything
+runs in small.
 """
 
 import json
@@ -13,8 +13,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +24,20 @@ import torch
 from benchmarks.environment import ROOT
 
 STAGES, LOG = "stages.jsonl", "log.txt"
-# No stage is started with less time left.
+UNFINISHED, AGAIN = "unfinished", "again"
+# A stage that continues is not started with less time left.
 LEAST_SECONDS = 10.0
+# Seconds for a stage to print its results after an interrupt; and, if it takes ``--minutes``, to end.
+INTERRUPTED, GRACE = 10.0, 25.0
 TAIL = 4000
-UNFINISHED = "unfinished"
 PYTEST = ("-m", "pytest", "-q", "-ra", "--tb=short", "-p", "no:cacheprovider")
 # Of a kernel at work: share of the memory's bandwidth, share of issue slots in use, stalls by reason.
 COUNTERS = (
     "gpu__time_duration.sum,dram__bytes.sum,dram__throughput.avg.pct_of_peak_sustained_elapsed,"
     "sm__issue_active.avg.pct_of_peak_sustained_elapsed,sm__warps_active.avg.pct_of_peak_sustained_active"
 )
+# torch's allocator puts small tensors into large blocks, where an overrun is not noticed.
+UNCACHED = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 
 
 @dataclass(frozen=True)
@@ -42,11 +47,11 @@ class Stage:
     Attributes:
         name: of the stage.
         command: arguments of this Python, or of ``tool``.
-        minutes: the most it may take, over all calls.
+        minutes: the most it may take; of one that continues, in all calls together.
         tool: a program that has to be installed.
         needs_gpu: whether it says nothing without a GPU.
-        continues: whether it takes ``--minutes``, goes on where it stopped, and so can be run in
-            several calls.
+        continues: whether it takes ``--minutes`` and goes on where it stopped.
+        environment: variables that are set for it.
     """
 
     name: str
@@ -55,34 +60,25 @@ class Stage:
     tool: str | None = None
     needs_gpu: bool = False
     continues: bool = False
+    environment: Mapping[str, str] = field(default_factory=dict)
 
 
 def stages(folder: Path, small: bool) -> list[Stage]:
     """All stages, the most telling ones first."""
     out = str(folder)
     bench = ("-m", "benchmarks")
-    train: tuple[str, ...] = (
-        "-m",
-        "bnres.cli",
-        "train",
-        "--compare",
-        "--dtype",
-        "bf16",
-        "--channels-last",
-    )
+    smoke = (*PYTEST, "tests/test_smoke.py")
+    tests: tuple[str, ...] = (*PYTEST, "-m", "not slow and not smoke")
     profile: tuple[str, ...] = (*bench, "profile")
-    variants = Stage(
-        "variants", (*bench, "variants", "--out", f"{out}/variants.jsonl"), 3, continues=True
-    )
-    tests: tuple[str, ...] = PYTEST
-    campaign_minutes = 8.0
+    train: tuple[str, ...] = ("-m", "bnres.cli", "train", "--compare", "--dtype", "bf16")
+    train += ("--channels-last",)
+    campaign_minutes, variants_minutes, interpreter = 8.0, 3.0, {}
     if small:
-        train += ("--epochs", "1", "--batch-size", "500", "--model", "lenet-seed")
+        tests = (*PYTEST, "tests/test_kernels.py")
         profile += ("--batch", "4", "--image", "32")
-        interpreted = ("TRITON_INTERPRET=1", sys.executable, *variants.command)
-        variants = replace(variants, command=interpreted, tool="env", minutes=0.3)
-        tests, campaign_minutes = (*PYTEST, "tests/test_kernels.py"), 1.0
-    smoke = (*PYTEST, "-m", "smoke")
+        train += ("--epochs", "1", "--batch-size", "500", "--model", "lenet-seed")
+        campaign_minutes, variants_minutes = 1.0, 0.3
+        interpreter = {"TRITON_INTERPRET": "1"}
     sanitizer = ("--error-exitcode", "1", "--print-limit", "20", sys.executable, *smoke, "-n", "0")
     return [
         Stage("environment", (*bench, "run", "--out", out, "--minutes", "0"), 2),
@@ -90,16 +86,18 @@ def stages(folder: Path, small: bool) -> list[Stage]:
         Stage("tests", tests, 4),
         Stage("campaign", (*bench, "run", "--out", out), campaign_minutes, continues=True),
         Stage("profile", profile, 1),
-        variants,
-        Stage("tune", ("-m", "bnres.cli", "tune", "--out", f"{out}/routes.json"), 2,
-              needs_gpu=True, continues=True),
+        Stage("variants", (*bench, "variants", "--out", f"{out}/variants.jsonl"), variants_minutes,
+              continues=True, environment=interpreter),
+        Stage("tune", ("-m", "bnres.cli", "tune", "--out", f"{out}/routes.json", "--minutes", "1.5"),
+              2, needs_gpu=True),
         Stage("augmentation", (*bench, "run", "--suite", "augment", "--out", out), 1, continues=True),
-        Stage("mnist", train, 2),
-        Stage("memcheck", ("--tool", "memcheck", *sanitizer), 3, "compute-sanitizer", True),
-        Stage("racecheck", ("--tool", "racecheck", *sanitizer), 3, "compute-sanitizer", True),
+        Stage("mnist", train, 1.5),
+        Stage("memcheck", ("--tool", "memcheck", *sanitizer), 2, "compute-sanitizer", True,
+              environment=UNCACHED),
+        Stage("racecheck", ("--tool", "racecheck", *sanitizer), 2, "compute-sanitizer", True),
         Stage("counters", ("--clock-control", "none", "--metrics", COUNTERS, "--section",
-                           "WarpStateStats", "--kernel-name", "regex:_bn_|_conv_", sys.executable,
-                           *bench, "once"), 2, "ncu", True),
+                           "WarpStateStats", "--kernel-name", "regex:_bn_|_conv_", "--launch-count",
+                           "60", "--kill", "yes", sys.executable, *bench, "once"), 2, "ncu", True),
     ]  # fmt: skip
 
 
@@ -107,24 +105,48 @@ def run(
     folder: Path,
     minutes: float,
     echo: Callable[[str], object],
+    again: Sequence[str] = (),
     chosen: Sequence[Stage] | None = None,
 ) -> int:
-    """Runs stages until the time is up; returns how many are not finished."""
+    """Runs stages until the time is up; returns how many have not ended.
+
+    A stage is started if its time fits into what is left of this call, or is the first of the call;
+    one that continues is started with less.
+
+    Args:
+        folder: of the results.
+        minutes: of this call.
+        echo: takes a line for each stage that was run.
+        again: stages that are run again though they have ended.
+        chosen: the stages; `stages` if None.
+
+    Raises:
+        ValueError: for a stage that does not exist.
+    """
     small = not torch.cuda.is_available()
     folder.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + 60 * minutes
     chosen = stages(folder, small) if chosen is None else chosen
+    for name in again:
+        if name not in (names := [stage.name for stage in chosen]):
+            raise ValueError(f"again must be of {', '.join(names)}, got {name!r}")
+        _append(folder / STAGES, {"stage": name, "status": AGAIN})
+    is_first = True
     for stage in chosen:
-        spent, finished = _record(folder, stage)
-        if finished:
+        spent, ended = _record(folder, stage)
+        if ended:
             continue
         left = min(deadline - time.monotonic(), 60 * stage.minutes - spent)
         reason = _unavailable(stage, small)
-        if reason is None and left < LEAST_SECONDS:
-            break
-        result = (
-            {"status": "skipped", "reason": reason} if reason else _attempt(stage, folder, left)
-        )
+        if reason is None:
+            if left < LEAST_SECONDS or not (
+                is_first or stage.continues or left >= 60 * stage.minutes
+            ):
+                continue
+            is_first = False
+            result = _attempt(stage, folder, left)
+        else:
+            result = {"status": "skipped", "reason": reason}
         _append(folder / STAGES, {"stage": stage.name, **result})
         echo(f"{stage.name}: {result['status']}{_detail(result)}")
     return sum(not _record(folder, stage)[1] for stage in chosen)
@@ -139,7 +161,7 @@ def _unavailable(stage: Stage, small: bool) -> str | None:
 
 
 def _attempt(stage: Stage, folder: Path, seconds: float) -> dict[str, Any]:
-    """Runs a stage for at most so long; ``status`` is done, failed, timed out or unfinished."""
+    """Runs a stage for at most ``seconds``; ``status`` is done, failed, timed out or unfinished."""
     command = [stage.tool or sys.executable, *stage.command]
     if stage.continues:
         command += ["--minutes", f"{seconds / 60:.2f}"]
@@ -150,20 +172,16 @@ def _attempt(stage: Stage, folder: Path, seconds: float) -> dict[str, Any]:
         begin, start = file.tell(), time.monotonic()
         process = subprocess.Popen(
             command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
-            start_new_session=True, env=os.environ | {"PYTHONUNBUFFERED": "1"},
+            process_group=0, env={**os.environ, "PYTHONUNBUFFERED": "1", **stage.environment},
         )  # fmt: skip
         try:
-            # One that takes --minutes ends by itself, a little later.
-            code = process.wait(seconds + (60 if stage.continues else 0))
-        except (subprocess.TimeoutExpired, KeyboardInterrupt) as error:
+            code = _wait(process, seconds + (GRACE if stage.continues else 0))
+        except KeyboardInterrupt:
             os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            if isinstance(error, KeyboardInterrupt):
-                raise
-            code = None
+            raise
     taken = time.monotonic() - start
     status = "timed out" if code is None else "failed" if code else "done"
-    if stage.continues and code == 0 and taken >= seconds:
+    if stage.continues and code == 0 and taken > 0.9 * seconds:
         status = UNFINISHED
     with log.open("rb") as file:
         file.seek(begin)
@@ -171,14 +189,30 @@ def _attempt(stage: Stage, folder: Path, seconds: float) -> dict[str, Any]:
     return {"status": status, "code": code, "seconds": round(taken, 1), "tail": tail}
 
 
+def _wait(process: "subprocess.Popen[bytes]", seconds: float) -> int | None:
+    """The exit code of a process, or None if it had to be interrupted, and killed if need be."""
+    try:
+        return process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGINT)  # pytest then prints its failures
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(INTERRUPTED)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    return None
+
+
 def _record(folder: Path, stage: Stage) -> tuple[float, bool]:
-    """Seconds that a stage has taken so far, and whether it is finished, or has used up its time."""
+    """Seconds that a stage has taken so far, and whether it has ended, or has used up its time."""
     path = folder / STAGES
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    records = [record for line in lines if (record := json.loads(line))["stage"] == stage.name]
-    spent = sum(record.get("seconds", 0.0) for record in records)
-    ended = bool(records) and records[-1]["status"] != UNFINISHED
-    return spent, ended or spent > 60 * stage.minutes - LEAST_SECONDS
+    spent, ended = 0.0, False
+    for record in map(json.loads, lines):
+        if record["stage"] == stage.name:
+            spent = 0.0 if record["status"] == AGAIN else spent + record.get("seconds", 0.0)
+            ended = record["status"] not in (UNFINISHED, AGAIN)
+    return spent, ended or (stage.continues and spent > 60 * stage.minutes - LEAST_SECONDS)
 
 
 def _append(path: Path, record: dict[str, Any]) -> None:

@@ -1,5 +1,7 @@
 """Runs every fused operation of the stem and of layer1 once, so that a profiler can count in it."""
 
+import itertools
+
 import torch
 
 from benchmarks.cases import OpCase, bn_sites
@@ -24,19 +26,17 @@ def run(device: torch.device) -> int:
         for site in known
         if (site.out_channels <= 64 if isinstance(site, ConvSite) else site.name in STAGES)
     ]
-    for site in sites:
+    for layout, site in itertools.product(LAYOUTS, sites):
         provider = PROVIDERS["bnres-conv-kernel" if isinstance(site, ConvSite) else "bnres"]
-        if not on_gpu and provider.name != "bnres":
+        if isinstance(site, ConvSite) and (not on_gpu or layout == "contiguous"):
             continue
-        for layout in LAYOUTS if provider.name == "bnres" else ("channels_last",):
-            direction = "backward" if provider.name == "bnres" else "eval"
-            case = OpCase(site, direction, layout, "bf16", BATCH, provider.name)
-            batch, shape = (BATCH, site) if on_gpu else (SMALL_BATCH, smaller(site))
-            inputs = make_inputs(shape, direction, batch, layout, DTYPES["bf16"], device)
-            operation = provider.prepare(case)(inputs)
-            with torch.set_grad_enabled(direction == "backward"):
-                operation.forward()
-                if direction == "backward":
-                    operation.backward()
-            done += 1
+        direction = "eval" if isinstance(site, ConvSite) else "backward"
+        case = OpCase(site, direction, layout, "bf16", BATCH, provider.name)
+        batch, shape = (BATCH, site) if on_gpu else (SMALL_BATCH, smaller(site))
+        inputs = make_inputs(shape, direction, batch, layout, DTYPES["bf16"], device)
+        operation = provider.prepare(case)(inputs)
+        with torch.set_grad_enabled(direction == "backward"):
+            # Backward runs its forward.
+            (operation.backward if direction == "backward" else operation.forward)()
+        done += 1
     return done

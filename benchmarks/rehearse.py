@@ -31,12 +31,12 @@ TF32_TESTS = (
     "-k", "not architectures and not derivatives and not batch_norms",
 )  # fmt: skip
 # Seconds of a stand-in, and of all of them.
-CHILD_LIMIT, CAMPAIGN_LIMIT = 3.0, 120.0
+CHILD_LIMIT, CAMPAIGN_LIMIT = 3.0, 600.0
 Outcome = tuple[bool | None, str]
 
 
 def compiled() -> Outcome:
-    """Every specialisation compiles without spilling, and reaches CUDA's driver."""
+    """Every specialisation compiles, spills no more than is allowed, and reaches CUDA's driver."""
     found = specialisations.run(os.cpu_count() or 1)
     counts = f"{found.compiled} compiled, {found.launched} launched"
     return not found.failures, "\n".join([counts, *found.failures])

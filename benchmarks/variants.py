@@ -4,9 +4,10 @@ Each kernel runs over the stem's and layer1's activations in both layouts. A var
 result agreed with that of today's configuration.
 """
 
+import itertools
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from math import prod
@@ -31,6 +32,8 @@ EPS = 1e-5
 # Sums are taken in another order; what is stored is rounded to bf16.
 TOLERANCE = 2**-8
 ROUNDS, SMALL_ROUNDS = 20, 1
+# Of tensors: the L2 cache then serves no call what another one left there.
+SETS = 3
 CHANGES: dict[str, tuple[Any, ...]] = {
     "num_stages": (1, 2, 3, 4),
     "unroll": (1, 2, 4, 8),
@@ -90,17 +93,30 @@ def calls(shape: tuple[int, ...], layout: str, device: torch.device) -> dict[str
 
 
 def measure(
-    kernel: str, tuning: KernelTuning, call: Call, expected: tuple[Tensor, ...], moved: int
+    kernel: str,
+    tuning: KernelTuning,
+    calls: Sequence[Call],
+    expected: tuple[Tensor, ...],
+    moved: int,
 ) -> float:
     """Seconds of a kernel with a configuration.
+
+    Args:
+        kernel: its name.
+        tuning: its configuration.
+        calls: of it, each with tensors of its own.
+        expected: the result of the first call.
+        moved: bytes that a call touches, about.
 
     Raises:
         WrongResult: if it computes something else.
     """
     ticking = clock.DeviceClock()
     with tuned(kernel, tuning):
-        check(kernel, call(), expected, TOLERANCE)
-        timed = clock.prepare(ticking, lambda: call, expected[0].device, touched_bytes=moved)
+        check(kernel, calls[0](), expected, TOLERANCE)
+        turns = itertools.cycle(calls)
+        device = expected[0].device
+        timed = clock.prepare(ticking, lambda: next(turns), device, touched_bytes=moved)
         return median(
             clock.durations(ticking, timed, ROUNDS if expected[0].is_cuda else SMALL_ROUNDS)
         )
@@ -110,32 +126,40 @@ def run(out: Path, minutes: float, device: torch.device) -> int:
     """Appends a line for each variant to ``out`` until the time is up; returns how many are left.
 
     What ``out`` holds already is not measured again. Without a GPU the tensors are small.
+
+    Raises:
+        torch.AcceleratorError: after a variant that has made the GPU unusable; it is on record.
     """
     deadline = time.monotonic() + 60 * minutes
     lines = out.read_text(encoding="utf-8").splitlines() if out.exists() else []
     done = {json.loads(line)["id"] for line in lines}
     left = 0
-    for site in RESNET18_SITES[:2]:
-        for layout in LAYOUTS:
-            shape = site.shape(BATCH)
-            if device.type != "cuda":
-                shape = (SMALL_BATCH, 8, SMALL_SIZE, SMALL_SIZE)
-            made, moved = calls(shape, layout, device), 2 * prod(shape)
-            for kernel in KERNELS:
-                expected = made[kernel]()
-                for name, tuning in variants(kernel):
-                    id = f"{site.name} {layout} {kernel} {name}"
-                    if id in done:
-                        continue
-                    if time.monotonic() >= deadline:
-                        left += 1
-                        continue
-                    row: dict[str, Any] = {"id": id, "kernel": kernel, "variant": name}
-                    try:
-                        row["seconds"] = measure(kernel, tuning, made[kernel], expected, moved)
-                    except Exception as error:  # a variant that fails is a result
-                        row["failed"] = f"{type(error).__name__}: {error}"[:300]
-                    with out.open("a", encoding="utf-8") as file:
-                        file.write(json.dumps(row) + "\n")
-                    print(id, row.get("failed") or f"{row['seconds'] * 1e6:.1f} us", flush=True)
+    for layout, site in itertools.product(LAYOUTS, RESNET18_SITES[:2]):
+        shape = site.shape(BATCH)
+        if device.type != "cuda":
+            shape = (SMALL_BATCH, 8, SMALL_SIZE, SMALL_SIZE)
+        sets, moved = [calls(shape, layout, device) for _ in range(SETS)], 2 * prod(shape)
+        for kernel in KERNELS:
+            expected = sets[0][kernel]()
+            for name, tuning in variants(kernel):
+                id = f"{site.name} {layout} {kernel} {name}"
+                if id in done:
+                    continue
+                if time.monotonic() >= deadline:
+                    left += 1
+                    continue
+                row: dict[str, Any] = {"id": id, "kernel": kernel, "variant": name}
+                lost = None
+                try:
+                    row["seconds"] = measure(
+                        kernel, tuning, [made[kernel] for made in sets], expected, moved
+                    )
+                except Exception as error:  # a variant that fails is a result
+                    row["failed"] = f"{type(error).__name__}: {error}"[:300]
+                    lost = error if isinstance(error, torch.AcceleratorError) else None
+                with out.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(row) + "\n")
+                print(id, row.get("failed") or f"{row['seconds'] * 1e6:.1f} us", flush=True)
+                if lost is not None:
+                    raise lost  # this process can't use the GPU any more
     return left

@@ -144,9 +144,9 @@ def conv_bn_act(
 ) -> Tensor:
     """``act(bn(conv2d(x) + conv_bias) + residual)`` with running statistics: (N, K, OH, OW).
 
-    ``x`` (N, C, H, W), ``filter`` (K, C, R, S) and ``residual`` are channels_last in memory, of one
-    type of fp16, bf16 and fp32, which is rounded to TF32; sums are in fp32. The norm's rstd is a variance; None leaves the
-    batch norm out.
+    ``x`` (N, C, H, W), ``filter`` (K, C, R, S) and ``residual`` are channels_last in memory and of one
+    dtype: fp16, bf16, or fp32, whose operands are rounded to TF32. Sums are in fp32. The norm's rstd is
+    a variance; None leaves the batch norm out.
     """
     itemsize, out_channels = x.element_size(), filter.shape[0]
     y = torch.empty(

@@ -5,7 +5,10 @@ import time
 
 import pytest
 import torch
+from typer.main import get_command
 
+import benchmarks.cli
+import bnres.cli
 from benchmarks import first_contact
 from benchmarks.first_contact import Stage, stages
 
@@ -13,9 +16,9 @@ PRINT = ("-c", "print('hello')")
 CONTINUES = ("-c", "import sys, time; time.sleep(0.3 if '--minutes' in sys.argv else 0)")
 
 
-def run(folder, *chosen, minutes=1.0):
+def run(folder, *chosen, minutes=10.0, again=()):
     lines = []
-    left = first_contact.run(folder, minutes, lines.append, chosen)
+    left = first_contact.run(folder, minutes, lines.append, again, chosen)
     return left, lines
 
 
@@ -61,10 +64,38 @@ def test_a_stage_that_continues_gets_its_time_in_several_calls(tmp_path):
     left, _ = run(tmp_path, stage, after, minutes=0.004)
     assert left == 2 and statuses(tmp_path) == [("long", "unfinished")]
     for _ in range(6):
-        left, _ = run(tmp_path, stage, after, minutes=0.004)
-    assert statuses(tmp_path)[-1][0] == "after" or left
+        run(tmp_path, stage, after, minutes=0.004)
+    assert statuses(tmp_path).count(("long", "unfinished")) >= 2
     assert run(tmp_path, stage, after)[0] == 0
     assert statuses(tmp_path)[-1] == ("after", "done")
+
+
+def test_a_stage_that_does_not_fit_waits_for_the_next_call(tmp_path):
+    first, long, short = Stage("first", PRINT, 1), Stage("long", PRINT, 5), Stage("short", PRINT, 1)
+    left, _ = run(tmp_path, first, long, short, minutes=3)
+    assert left == 1 and statuses(tmp_path) == [("first", "done"), ("short", "done")]
+    # The first stage of a call gets all of its time.
+    assert run(tmp_path, first, long, short, minutes=3)[0] == 0
+    assert statuses(tmp_path)[-1] == ("long", "done")
+
+
+def test_an_interrupted_stage_still_prints(tmp_path):
+    code = (
+        "import time\ntry:\n    print('begun', flush=True); time.sleep(60)\n"
+        "except KeyboardInterrupt:\n    print('its results', flush=True)"
+    )
+    _, lines = run(tmp_path, Stage("slow", ("-c", code), 0.03))
+    assert statuses(tmp_path) == [("slow", "timed out")]
+    assert lines[0].endswith("its results")
+
+
+def test_a_stage_can_be_run_again(tmp_path):
+    stage = Stage("prints", PRINT, 1)
+    run(tmp_path, stage)
+    assert run(tmp_path, stage, again=["prints"])[0] == 0
+    assert statuses(tmp_path) == [("prints", "done"), ("prints", "again"), ("prints", "done")]
+    with pytest.raises(ValueError, match="again must be of prints, got 'x'"):
+        run(tmp_path, stage, again=["x"])
 
 
 def test_a_stage_that_ends_early_is_done(tmp_path):
@@ -75,6 +106,20 @@ def test_a_stage_that_ends_early_is_done(tmp_path):
 def test_no_stage_is_started_without_time(tmp_path):
     left, lines = run(tmp_path, Stage("prints", PRINT, 1), minutes=0.0)
     assert left == 1 and lines == [] and not (tmp_path / "stages.jsonl").exists()
+
+
+@pytest.mark.parametrize("small", [True, False])
+def test_the_stages_name_options_that_exist(small, tmp_path):
+    apps = {"benchmarks": benchmarks.cli.app, "bnres.cli": bnres.cli.app}
+    parsed = 0
+    for stage in stages(tmp_path, small):
+        if "-m" in stage.command and (module := stage.command[1]) in apps:
+            name, *options = stage.command[2:]
+            options += ["--minutes", "1"] if stage.continues else []
+            command = get_command(apps[module]).commands[name]
+            command.make_context(name, options)  # raises for an option that it does not have
+            parsed += 1
+    assert parsed == 7
 
 
 @pytest.mark.parametrize("small", [True, False])
