@@ -1,7 +1,7 @@
-"""Public calls of the fused operations whose options, taken in pairs, cover every combination.
+"""Public calls of the fused operations in which any two values of two options occur together.
 
 The options come from the operations' own signatures: a parameter that is added to one of them is
-varied here too, or `axes` raises because it does not know which values it takes.
+varied here too, or `axes_of` raises because it does not know which values it takes.
 """
 
 import itertools
@@ -46,7 +46,7 @@ WINDOW = ("kernel_size", "stride", "padding", "dilation")
 POOLINGS = ((3, 2, 1, 1), (5, 1, 2, 1), (3, 2, 0, 2))
 # Output channels and window.
 CONVOLUTIONS = ((64, (3, 1, 1, 1)), (24, (1, 2, 0, 1)), (5, (3, 2, 2, 2)))
-# Values that are taken in pairs with all others ...
+# Values that occur together with each value of the other options ...
 VALUES: Axes = {
     "input": tuple(INPUTS),
     # None, one whose gradient a bit mask gives, one whose gradient needs the pre-activation.
@@ -58,7 +58,7 @@ VALUES: Axes = {
     "memory_format": (CONTIGUOUS, LAST),
     "height": (8, 64),  # one program holds an image of 8 × 8, several one of 64 × 64
 }
-# ... and those that are taken with everything that a call can be given, and with nothing.
+# ... and those that occur in two calls: one with every optional argument, one with none.
 OTHERS: Axes = {
     "act": tuple(act for act in ACTIVATIONS if act not in VALUES["act"]),
     "dtype": (torch.float16,),
@@ -159,7 +159,7 @@ def functional_calls(name: str) -> Iterator[Call]:
         mode = {"training": (training,), "grad": (grad,)}
         for options in with_others(axes | mode, others):
             yield Call(name, _consistent(options), partial(_run_functional, function))
-        others = {}  # once is enough for these
+        others = {}  # the other modes do not repeat these
 
 
 def with_others(axes: Axes, others: Axes) -> Iterator[Options]:
