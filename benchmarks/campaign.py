@@ -23,7 +23,7 @@ from benchmarks.store import ENVIRONMENT, Record, ResultStore
 
 # Seconds for describing the device and for the ceilings.
 OPENING_LIMIT = 120.0
-# A case may go on for so many seconds after the campaign's time is up.
+# Seconds that a case may take after the campaign's time is up.
 GRACE = 10.0
 
 

@@ -235,7 +235,7 @@ PROVIDERS_OF = {
     ModelCase: MODEL_PROVIDERS,
     AugmentCase: AUGMENT_PROVIDERS,
 }
-# Folded fp16 nets have their norms in fp16, which torch does not send to cuDNN.
+# In inference the norms of an fp16 net are in fp16, which torch does not send to cuDNN.
 TRAINING_ONLY = ("bnres-recompute", "eager-fp16-cudnn")
 # Autotuning takes minutes a net, and a loop over the images in Python takes seconds a call.
 LATE = {"compile-max-autotune": LAST_RANK, "torchvision-image": LAST_RANK}

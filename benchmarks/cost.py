@@ -21,12 +21,12 @@ COMPILES = {
     "cudnn-frontend": (2.0, 0.0),
     "flag_gems": (3.0, 0.0),
 }
-# Of that, what is left where the compilers' caches on disk hold a step's kernels: the cases of a net
-# that come after its step inside a CUDA graph.
+# The share of compiling that is left once the compilers' caches on disk hold a net's kernels, after
+# its step inside a CUDA graph.
 CACHED = 0.25
-# A ResNet-50 has some 2.5 times the layers of a ResNet-18.
+# A ResNet-50 has about 2.5 times the layers of a ResNet-18.
 LARGE_NET = 2.5
-# A case is given up after so many times its estimate, and after so many seconds at least.
+# A case is given up after LIMIT_FACTOR times its estimate, but not before LEAST_LIMIT seconds.
 LIMIT_FACTOR, LEAST_LIMIT = 4.0, 45.0
 
 

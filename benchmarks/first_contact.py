@@ -110,8 +110,8 @@ def run(
 ) -> int:
     """Runs stages until the time is up; returns how many have not ended.
 
-    A stage is started if its time fits into what is left of this call, or is the first of the call;
-    one that continues is started with less.
+    A stage is started if its limit fits into the rest of this call, or if it is the first stage of the
+    call; a stage that continues needs only ``LEAST_SECONDS``.
 
     Args:
         folder: of the results.

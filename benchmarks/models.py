@@ -179,8 +179,7 @@ def _inference(case: ModelCase, device: torch.device) -> Work:
     with torch.no_grad():
         stock.train()(images[: min(case.batch, 32)])  # statistics that are not the initial ones
         expected = stock.eval()(images)
-    model = bnres.fold(stock) if case.provider.startswith("bnres") else stock
-    model = model.to(dtype).eval()
+    model = _of_provider(stock, case).to(dtype).eval()
     forward, cast = _compiled(model, case), images.to(dtype)
 
     def run() -> Tensor:

@@ -29,7 +29,7 @@ from bnres.kernels.config import KernelTuning
 
 BATCH, SMALL_BATCH, SMALL_SIZE = 256, 2, 8
 EPS = 1e-5
-# Sums are taken in another order; what is stored is rounded to bf16.
+# The order of the sums differs, and results are rounded to bf16.
 TOLERANCE = 2**-8
 ROUNDS, SMALL_ROUNDS = 20, 1
 # Of tensors: the L2 cache then serves no call what another one left there.

@@ -129,7 +129,7 @@ def nets(records: Sequence[Record]) -> list[str]:
     sections = []
     for suite, title, note in (
         ("step", "Training step", ""),
-        ("infer", "Inference", " bnres has its batch norms folded (`bnres.fold`), the others not."),
+        ("infer", "Inference", " No provider has its batch norms folded into convolutions."),
     ):
         found = subjects(records, suite)
         if found:

@@ -1,0 +1,172 @@
+"""A campaign: what happens in its child processes, how it is resumed, what it spends its time on."""
+
+import os
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from rich.console import Console
+
+from benchmarks import campaign, cases, cost, environment, measure, standins
+from benchmarks.child import Child, ChildFailed
+from benchmarks.store import ResultStore, load
+from tests.test_benchmarks import ABOUT, CASE, CEILINGS, CPU, SITE
+
+
+def of(*deeds):
+    """A case for each of these keys of `benchmarks.standins.DEEDS`, each at another site."""
+    return [
+        replace(CASE, site=replace(SITE, name=f"{place}"), batch=deed, smoke=False)
+        for place, deed in enumerate(deeds)
+    ]
+
+
+def alive(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+class TestCampaign:
+    def run(self, folder, chosen, child, seconds=60.0, limit_of=lambda case: 2.0, device=CPU):
+        store = ResultStore(folder, ABOUT)
+        functions = campaign.Functions(measure="benchmarks.standins:measure")
+        console = Console(quiet=True)
+        deadline = time.monotonic() + seconds
+        return campaign.run(store, chosen, deadline, device, console, child, functions, limit_of)
+
+    def test_whatever_happens_in_a_child_is_a_result(self, tmp_path):
+        chosen = of(
+            standins.FINE, standins.RAISES, standins.SKIPPED, standins.REFUSED, standins.FINE,
+            standins.HANGS, standins.ABORTS, standins.EXITS, standins.OUT_OF_MEMORY,
+            standins.CAPTURES, standins.FINE,
+        )  # fmt: skip
+        with Child() as child:
+            assert self.run(tmp_path, chosen, child) == len(chosen)
+            last = child.pid
+        assert not alive(last)
+        records = load(tmp_path)[1]
+        assert [(r["status"], r.get("reason", "").splitlines()[:1]) for r in records] == [
+            ("measured", []),
+            ("failed", ["RuntimeError: broken"]),
+            ("skipped", ["not here"]),
+            ("refused", ["wrong"]),
+            ("measured", []),
+            ("failed", ["timed out after 2 s"]),
+            ("failed", ["killed by signal SIGABRT"]),
+            ("failed", ["exited with code 3"]),
+            ("failed", ["OutOfMemoryError: no memory"]),
+            ("failed", ["RuntimeError: operation not permitted when stream is capturing"]),
+            ("measured", []),
+        ]
+        assert "in hang" in records[5]["reason"] and "Fatal Python error" in records[6]["reason"]
+        assert records[0]["copy"] == CEILINGS["copy"]
+        # An error that has nothing to do with the GPU leaves the child in service.
+        assert records[0]["pid"] == records[4]["pid"] != records[-1]["pid"] == last
+        assert not alive(records[0]["pid"])
+        assert records[5]["wall_seconds"] > 2 and records[0]["wall_seconds"] < 60
+
+    def test_resumed_run_repeats_nothing(self, tmp_path):
+        chosen = of(*[standins.FINE] * 4)
+        interrupted = []
+
+        def limit_of(case):
+            interrupted.append(case)
+            if len(interrupted) == 3:
+                raise KeyboardInterrupt
+            return 2.0
+
+        with pytest.raises(KeyboardInterrupt), Child() as child:
+            self.run(tmp_path, chosen, child, limit_of=limit_of)
+        assert child.pid is None
+        first = load(tmp_path)[1]
+        assert [r["id"] for r in first] == [case.id for case in chosen[:2]]
+        assert not alive(first[0]["pid"])
+        path = tmp_path / "results.jsonl"
+        path.write_text(path.read_text() + '{"id": "cut o')
+        with Child() as child:
+            assert self.run(tmp_path, chosen[::-1], child) == 2
+            assert self.run(tmp_path, chosen, child) == 0
+        records = load(tmp_path)[1]
+        assert records[:2] == first
+        assert [r["id"] for r in records[2:]] == [case.id for case in chosen[:1:-1]]
+
+    def test_time_is_spent_on_what_fits(self, tmp_path, monkeypatch):
+        slow = replace(of(standins.FINE)[0], provider="compile")
+        with Child() as child:
+            assert self.run(tmp_path, of(standins.FINE), child, seconds=0) == 0
+            assert child.pid is None
+            assert self.run(tmp_path, [slow, *of(standins.FINE)], child, seconds=5) == 1
+            # The end of the campaign is no reason to give a case up for ever.
+            monkeypatch.setattr(campaign, "GRACE", 0.0)
+            hung = of(standins.FINE, standins.HANGS)
+            assert self.run(tmp_path, hung, child, seconds=1.5) == 0
+        assert [r["id"] for r in load(tmp_path)[1]] == [hung[0].id]
+
+    def test_nothing_is_timed_beside_a_profiler(self, tmp_path):
+        step = cases.ModelCase(
+            "step", "resnet18", 224, standins.FINE, "eager", "bf16", "channels_last", "eager"
+        )
+        groups = replace(step, suite="groups")
+        chosen = [step, groups, replace(groups, provider="bnres"), replace(step, image=32)]
+        with Child() as child:
+            assert self.run(tmp_path, chosen, child) == 4
+        pids = [r["pid"] for r in load(tmp_path)[1]]
+        assert pids[1] == pids[2] and len(set(pids)) == 3
+
+    def test_the_parent_leaves_the_gpu_alone(self, tmp_path, monkeypatch):
+        def opened():
+            pytest.fail("the parent has opened the GPU")
+
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "_lazy_init", opened)
+        device, chosen = environment.default_device(), cases.default_cases()
+        assert device.type == "cuda" and chosen == cases.all_cases()
+        chosen = [replace(chosen[0], batch=standins.FINE), *of(standins.RAISES, standins.FINE)]
+        with Child() as child:
+            assert self.run(tmp_path, chosen, child, device=device) == 3
+
+    def test_idle_share_is_what_a_graph_saves(self, tmp_path):
+        store = ResultStore(tmp_path, ABOUT)
+        loop = cases.ModelCase(
+            "step", "resnet18", 224, 32, "eager", "bf16", "channels_last", "eager"
+        )
+        timed = {"status": "measured", "median": 4e-3, "method": "loop"}
+        assert campaign.idle_share(loop, timed, store) == {}
+        graph = replace(loop, launch="graph")
+        store.add(measure.fields_of(graph) | timed | {"median": 3e-3, "method": "graph"})
+        assert campaign.idle_share(loop, timed, store) == {"idle": pytest.approx(0.25)}
+        assert campaign.idle_share(loop, timed | {"median": 2e-3}, store) == {"idle": 0.0}
+        assert campaign.idle_share(graph, timed | {"method": "graph"}, store) == {}
+
+    def test_what_is_left_out_is_named(self, tmp_path):
+        store = ResultStore(tmp_path, ABOUT)
+        chosen = [
+            *of(standins.FINE),
+            *(replace(c, provider="compile") for c in of(*[standins.FINE] * 40)),
+        ]
+        text = campaign.left_out(chosen, store, cost.Costs([]))
+        assert text.splitlines()[1] == "  ops resnet18: 41 cases, about 4 min: eager, compile"
+        store.add(measure.fields_of(chosen[-1]) | {"status": "measured", "wall_seconds": 1.0})
+        assert "40 cases, about 40 s" in campaign.left_out(
+            chosen, store, cost.Costs(store.records.values())
+        )
+        assert campaign.left_out(chosen[-1:], store, cost.Costs([])) == "nothing was left out"
+
+    def test_ceilings_are_measured_in_a_child(self, tmp_path):
+        functions = campaign.Functions(measure_ceilings="benchmarks.standins:measure_ceilings")
+        with Child() as child:
+            store = campaign.open_store(tmp_path, CPU, child, functions)
+            assert store.environment["ceilings"] == standins.measure_ceilings(CPU)
+            functions = replace(functions, measure_ceilings="benchmarks.standins:hang")
+            with pytest.raises(ChildFailed, match=r"benchmarks\.standins:hang: TypeError"):
+                campaign.open_store(tmp_path / "other", CPU, child, functions)
+        assert not (tmp_path / "other").exists()
+
+    def test_other_device_is_refused(self, tmp_path):
+        ResultStore(tmp_path, ABOUT)
+        with pytest.raises(ValueError, match="results of device 'a device', but this is 'another'"):
+            ResultStore(tmp_path, ABOUT | {"device": "another"})
