@@ -38,7 +38,6 @@ def _conv_bn_act_kernel(
     eps: tl.float64,
     ACT: tl.constexpr,
     HAS_CONV_BIAS: tl.constexpr,
-    HAS_NORM: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
@@ -109,15 +108,14 @@ def _conv_bn_act_kernel(
     z = acc
     if HAS_CONV_BIAS:
         z += tl.load(conv_bias_ptr + offs_n, mask=mask_n, other=0).to(tl.float32)[None, :]
-    if HAS_NORM:
-        mean = tl.load(mean_ptr + offs_n, mask=mask_n, other=0).to(tl.float32)
-        scale = tl.load(var_ptr + offs_n, mask=mask_n, other=1).to(tl.float32)
-        scale = tl.rsqrt(scale + tl.full((), eps, tl.float32))
-        if HAS_WEIGHT:
-            scale *= tl.load(weight_ptr + offs_n, mask=mask_n, other=0).to(tl.float32)
-        z = (z - mean[None, :]) * scale[None, :]
-        if HAS_BIAS:
-            z += tl.load(bias_ptr + offs_n, mask=mask_n, other=0).to(tl.float32)[None, :]
+    mean = tl.load(mean_ptr + offs_n, mask=mask_n, other=0).to(tl.float32)
+    scale = tl.load(var_ptr + offs_n, mask=mask_n, other=1).to(tl.float32)
+    scale = tl.rsqrt(scale + tl.full((), eps, tl.float32))
+    if HAS_WEIGHT:
+        scale *= tl.load(weight_ptr + offs_n, mask=mask_n, other=0).to(tl.float32)
+    z = (z - mean[None, :]) * scale[None, :]
+    if HAS_BIAS:
+        z += tl.load(bias_ptr + offs_n, mask=mask_n, other=0).to(tl.float32)[None, :]
     stride_k = K_OUT
     if ALIGNED_OUT > 1:
         stride_k = (K_OUT // ALIGNED_OUT) * ALIGNED_OUT
@@ -133,7 +131,7 @@ def conv_bn_act(
     x: Tensor,
     filter: Tensor,
     conv_bias: Tensor | None,
-    norm: Norm | None,
+    norm: Norm,
     eps: float,
     residual: Tensor | None,
     act: str,
@@ -146,7 +144,7 @@ def conv_bn_act(
 
     ``x`` (N, C, H, W), ``filter`` (K, C, R, S) and ``residual`` are channels_last in memory and of one
     dtype: fp16, bf16, or fp32, whose operands are rounded to TF32. Sums are in fp32. The norm's rstd is
-    a variance; None leaves the batch norm out.
+    a variance.
     """
     itemsize, out_channels = x.element_size(), filter.shape[0]
     y = torch.empty(
@@ -173,10 +171,10 @@ def conv_bn_act(
             filter_ptr=filter,
             conv_bias_ptr=conv_bias,
             residual_ptr=residual,
-            mean_ptr=None if norm is None else norm.mean,
-            var_ptr=None if norm is None else norm.rstd,
-            weight_ptr=None if norm is None else norm.weight,
-            bias_ptr=None if norm is None else norm.bias,
+            mean_ptr=norm.mean,
+            var_ptr=norm.rstd,
+            weight_ptr=norm.weight,
+            bias_ptr=norm.bias,
             M=rows,
             H=x.shape[2],
             W=x.shape[3],
@@ -188,9 +186,8 @@ def conv_bn_act(
             eps=eps,
             ACT=ACTIVATIONS[act].forward,
             HAS_CONV_BIAS=conv_bias is not None,
-            HAS_NORM=norm is not None,
-            HAS_WEIGHT=norm is not None and norm.weight is not None,
-            HAS_BIAS=norm is not None and norm.bias is not None,
+            HAS_WEIGHT=norm.weight is not None,
+            HAS_BIAS=norm.bias is not None,
             HAS_RESIDUAL=residual is not None,
             SHAPE=shape,
             ROW_CHANNELS=channels if by_rows else 0,

@@ -339,7 +339,7 @@ def conv_bn_act_ref(
     x: Tensor,
     filter: Tensor,
     conv_bias: Tensor | None,
-    norm: Norm | None,
+    norm: Norm,
     eps: float,
     residual: Tensor | None,
     act: str,
@@ -355,8 +355,7 @@ def conv_bn_act_ref(
         (shape.padding_h, shape.padding_w),
         (shape.dilation_h, shape.dilation_w),
     )
-    if norm is not None:
-        y = bn_apply_ref(y, *norm, None, "identity", 0.0, eps=eps)[0]
+    y = bn_apply_ref(y, *norm, None, "identity", 0.0, eps=eps)[0]
     if residual is not None:
         y = y + residual
     return ACTIVATION_FORMULAS[act](y, act_param).to(x.dtype)

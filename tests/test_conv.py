@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 import bnres
 from bnres.cli import app
-from bnres.functional import conv2d_act, conv2d_batch_norm_act
+from bnres.functional import conv2d_batch_norm_act
 from bnres.kernels.conv import conv_bn_act
 from bnres.kernels.conv_config import ConvShape, search_space
 from bnres.kernels.norm import Norm
@@ -37,6 +37,12 @@ CASES = [
 def random(*shape, dtype=torch.float32):
     x = torch.randn(shape, device=DEVICE).to(dtype)
     return x.contiguous(memory_format=LAST) if len(shape) == 4 else x
+
+
+def plain_norm(channels):
+    """A batch norm that changes nothing, if eps is 0."""
+    zeros = torch.zeros(channels, device=DEVICE)
+    return Norm(zeros, zeros + 1, None, None)
 
 
 def double(*values):
@@ -70,11 +76,11 @@ def test_kernel_agrees_with_its_reference(case, dtype):
     for conv_bias, given, added, act in (
         (None, norm, residual, "relu"),
         (random(k), norm._replace(weight=None), None, "silu"),
-        (random(k), None, residual, "identity"),
+        (random(k), plain_norm(k), residual, "identity"),
         (None, norm._replace(bias=None), None, "gelu"),
     ):
         y = conv_bn_act(x, filter, conv_bias, given, 1e-3, added, act, 0.0, shape)
-        wide = None if given is None else Norm(*double(*given))
+        wide = Norm(*double(*given))
         expected = conv_bn_act_ref(
             *double(x, filter, conv_bias), wide, 1e-3, *double(added), act, 0.0, shape
         )
@@ -87,8 +93,10 @@ def test_every_configuration_gives_the_same(config):
     torch.manual_seed(0)
     n, c, h, w, k, shape = CASES[0]
     x, filter = random(n, c, h, w), random(k, c, 3, 3)
-    y = conv_bn_act(x, filter, None, None, 0.0, None, "relu", 0.0, shape, config=config)
-    expected = conv_bn_act_ref(*double(x, filter), None, None, 0.0, None, "relu", 0.0, shape)
+    y = conv_bn_act(x, filter, None, plain_norm(k), 0.0, None, "relu", 0.0, shape, config=config)
+    expected = conv_bn_act_ref(
+        *double(x, filter), None, plain_norm(k), 0.0, None, "relu", 0.0, shape
+    )
     assert_close(y, expected, torch.float32, tf32=True)
 
 
@@ -100,15 +108,17 @@ def test_values_that_are_not_finite_stay_in_their_windows(case):
     x, filter = random(n, c, h, w), random(k, c, shape.kernel_h, shape.kernel_w)
     for value in (float("inf"), float("nan")):
         x[0, 0, 2, 2] = value
-        y = conv_bn_act(x, filter, None, None, 0.0, None, "identity", 0.0, shape)
-        expected = conv_bn_act_ref(x, filter, None, None, 0.0, None, "identity", 0.0, shape)
+        y = conv_bn_act(x, filter, None, plain_norm(k), 0.0, None, "identity", 0.0, shape)
+        expected = conv_bn_act_ref(
+            x, filter, None, plain_norm(k), 0.0, None, "identity", 0.0, shape
+        )
         assert torch.equal(y.isfinite(), expected.isfinite())
 
 
 def test_empty_batch():
     x, filter = torch.empty(0, 8, 4, 4, device=DEVICE), random(3, 8, 1, 1)
     y = conv_bn_act(
-        x, filter, None, None, 0.0, None, "relu", 0.0, ConvShape(1, 1, 1, 1, 0, 0, 1, 1)
+        x, filter, None, plain_norm(3), 0.0, None, "relu", 0.0, ConvShape(1, 1, 1, 1, 0, 0, 1, 1)
     )
     assert y.shape == (0, 3, 4, 4)
 
@@ -167,9 +177,7 @@ def test_routes_agree(groups, route, called, monkeypatch):
     wide = F.conv2d(*double(x, ours.conv.weight), None, 2, 1, groups=groups)
     with torch.no_grad(), bnres.use_conv_route(route):
         assert_close(ours(x), F.relu(wide / (1 + 1e-5) ** 0.5), torch.float32, tf32=True)
-        y = conv2d_act(x, ours.conv.weight, None, stride=2, padding=1, groups=groups)
-        assert_close(y, F.relu(wide), torch.float32, tf32=True)
-    assert called == [2 if route == "kernel" and groups == 1 else 0]
+    assert called == [1 if route == "kernel" and groups == 1 else 0]
     with pytest.raises(ValueError, match="route must be one of auto, torch, kernel, got 'x'"):
         bnres.use_conv_route("x").__enter__()
 
@@ -179,17 +187,16 @@ def test_fp32_that_may_not_be_rounded_to_tf32_goes_to_torch(called, monkeypatch)
     layer = ConvBatchNormAct2d(8, 16, 3, padding=1).to(DEVICE, memory_format=LAST).eval()
     half = copy.deepcopy(layer).half()
     x = random(2, 8, 5, 5)
-    for allowed, kernels in ((False, 0), (True, 2)):
+    for allowed, kernels in ((False, 0), (True, 1)):
         monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", allowed)
         called[0] = 0
         with torch.no_grad(), bnres.use_conv_route("kernel"):
-            y, folded = layer(x), conv2d_act(x, layer.conv.weight, None, padding=1)
+            y = layer(x)
             assert called == [kernels]
             half(x.half())
             assert called == [kernels + 1]
             if not allowed:
                 assert torch.equal(y, layer.bn(layer.conv(x)))
-                assert torch.equal(folded, F.relu(layer.conv(x)))
 
 
 def test_autocast_is_that_of_conv2d():
@@ -225,9 +232,10 @@ def test_arguments_are_torchs(options, called):
     with torch.no_grad(), bnres.use_conv_route("kernel"):
         if isinstance(expected, RuntimeError):
             with pytest.raises(RuntimeError, match=re.escape(str(expected)[:40])):
-                conv2d_act(x, filter, None, **options)
+                conv2d_batch_norm_act(x, filter, None, *plain_norm(4), eps=0.0, **options)
         else:
-            assert_close(conv2d_act(x, filter, None, **options), expected, torch.float16)
+            y = conv2d_batch_norm_act(x, filter, None, *plain_norm(4), eps=0.0, **options)
+            assert_close(y, expected, torch.float16)
             assert called == [1]
 
 
@@ -300,7 +308,7 @@ def test_memory_touched(has_residual):
     residual = random(2, 16, 8, 8, dtype=torch.float16) if has_residual else None
     shape = ConvShape(3, 3, 1, 1, 1, 1, 1, 1)
     with count_traffic() as traffic:
-        conv_bn_act(x, filter, None, None, 0.0, residual, "relu", 0.0, shape)
+        conv_bn_act(x, filter, None, plain_norm(16), 0.0, residual, "relu", 0.0, shape)
     assert traffic.sectors == (2 + has_residual) * x.numel() * x.element_size()
 
 
@@ -309,8 +317,10 @@ def test_activations_are_those_of_the_reference():
     x, filter = random(1, 8, 2, 3), random(8, 8, 1, 1)
     shape = ConvShape(1, 1, 1, 1, 0, 0, 1, 1)
     for act in ACTIVATION_FORMULAS:
-        y = conv_bn_act(x, filter, None, None, 0.0, None, act, 0.2, shape)
-        expected = conv_bn_act_ref(*double(x, filter), None, None, 0.0, None, act, 0.2, shape)
+        y = conv_bn_act(x, filter, None, plain_norm(8), 0.0, None, act, 0.2, shape)
+        expected = conv_bn_act_ref(
+            *double(x, filter), None, plain_norm(8), 0.0, None, act, 0.2, shape
+        )
         assert_close(y, expected, torch.float32, tf32=True)
 
 

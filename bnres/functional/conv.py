@@ -9,7 +9,6 @@ from torch import Tensor
 from bnres.activations import resolve
 from bnres.autograd.apply import apply
 from bnres.autograd.cancelled_bias import CancelledBiasFunction
-from bnres.backend import uses_kernels
 from bnres.functional.batch_norm import batch_norm_act
 from bnres.functional.checks import (
     check_channels,
@@ -19,8 +18,6 @@ from bnres.functional.checks import (
 )
 from bnres.functional.conv_route import Size, kernel_conv
 from bnres.functional.prepare import packed_parameters, wants_grad
-from bnres.kernels.dtypes import acc_type
-from bnres.kernels.reference import ACTIVATION_FORMULAS
 from bnres.ops import conv2d_batch_norm_act as ops
 
 
@@ -140,48 +137,6 @@ def shift_running_mean(
         running_mean.data.add_(shift)
 
 
-def conv2d_act(
-    input: Tensor,
-    conv_weight: Tensor,
-    conv_bias: Tensor | None,
-    *,
-    stride: Size = 1,
-    padding: Size | str = 0,
-    dilation: Size = 1,
-    groups: int = 1,
-    residual: Tensor | None = None,
-    act: str | type[torch.nn.Module] | None = "relu",
-    act_kwargs: dict[str, Any] | None = None,
-) -> Tensor:
-    """Fused ``act(conv2d(input) + residual)``: a convolution that a batch norm was folded into.
-
-    Arguments, result and errors are those of `conv2d_batch_norm_act`.
-    """
-    check_conv_bias(conv_weight, conv_bias)
-    none = (None, None, None, None)
-    options = (stride, padding, dilation, groups)
-    y = _by_kernel(input, conv_weight, conv_bias, none, residual, act, act_kwargs, 0.0, options)
-    if y is not None:
-        return y
-    if uses_kernels(input):
-        # One pass for bias, residual and activation: a batch norm that changes nothing else.
-        y = F.conv2d(input, conv_weight, None, stride, padding, dilation, groups)
-        mean = y.new_zeros(y.shape[1], dtype=acc_type(y))
-        return batch_norm_act(
-            y, mean, mean + 1, None, conv_bias, residual=residual, act=act, act_kwargs=act_kwargs,
-            eps=0.0,
-        )  # fmt: skip
-    y = F.conv2d(input, conv_weight, conv_bias, stride, padding, dilation, groups)
-    name, param = resolve(act, act_kwargs)
-    if residual is not None:
-        check_residual(residual, y.shape, y.device)
-        # What a convolution has just made is nobody else's, so it can be written over.
-        in_place = not torch.is_grad_enabled() and residual.dtype == y.dtype
-        y = y.add_(residual) if in_place else y + residual
-    in_place = name == "relu" and not torch.is_grad_enabled()
-    return y.relu_() if in_place else ACTIVATION_FORMULAS[name](y, param)
-
-
 def _by_kernel(
     input: Tensor,
     conv_weight: Tensor,
@@ -201,8 +156,7 @@ def _by_kernel(
         return None
     input, conv_weight = input.to(kernel.dtype), conv_weight.to(kernel.dtype)
     name, param = resolve(act, act_kwargs)
-    if stats[0] is not None:
-        check_channels(conv_weight.shape[0], *stats, device=input.device)
+    check_channels(conv_weight.shape[0], *stats, device=input.device)
     last = torch.channels_last
     if residual is not None:
         if residual.dtype != input.dtype:
@@ -211,6 +165,7 @@ def _by_kernel(
         check_residual(residual, (input.shape[0], conv_weight.shape[0], *size), input.device)
         residual = residual.contiguous(memory_format=last)
     conv_bias, running_mean, running_var, weight, bias = packed_parameters(conv_bias, *stats)
+    assert running_mean is not None and running_var is not None  # see check_statistics
     run = ops.forward_op if torch.compiler.is_compiling() else ops.forward_impl
     return run(
         input.contiguous(memory_format=last), conv_weight.contiguous(memory_format=last),

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bnres.activations import CLASSES, resolve
-from bnres.functional import conv2d_act
 from bnres.kernels.reference import ACTIVATION_FORMULAS
 from bnres.nn import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from bnres.nn.compose import (
@@ -31,16 +30,12 @@ NORMS = (
     BatchNorm2d,
     BatchNorm3d,
 )
-# Modules called one after another, the last of them a batch norm (or, folded, an Identity).
+# Modules called one after another, the last of them a batch norm.
 Branch = Sequence[nn.Module] | nn.Sequential
 # A module, or the name of an activation and its options.
 Act = nn.Module | tuple[str, dict[str, Any]] | None
 # A module, or the arguments of max_pool2d.
 Pool = nn.MaxPool2d | tuple[Any, ...] | None
-
-
-class FoldedNorm(nn.Identity):
-    """In the place of a batch norm whose convolution has taken it in."""
 
 
 class Windows:
@@ -125,11 +120,6 @@ def _output_shape(conv: nn.Conv2d | None, x: Tensor) -> tuple[int, ...]:
     return (x.shape[0], conv.out_channels, *size)
 
 
-def _folded(branch: Branch | None) -> bool:
-    """Whether the batch norm of a branch was folded into its convolution."""
-    return branch is not None and type(split(branch)[2]) is FoldedNorm
-
-
 def norm(
     branch: Branch,
     x: Tensor,
@@ -182,14 +172,10 @@ def norm_pool(branch: Branch, x: Tensor, act: Act, pool: Pool) -> Tensor:
 def _unfused(
     branch: Branch, x: Tensor, act: Act, residual: Tensor | None, residual_branch: Branch | None
 ) -> Tensor:
-    """The same out of the modules' own calls, or of folded convolutions."""
+    """The same by the modules' own calls."""
     if residual is not None and residual_branch is not None:
         residual = run_branch(residual_branch, residual)
     act_module = act if isinstance(act, nn.Module) else None
-    _, conv, _ = split(branch)
-    outer = branch if isinstance(branch, nn.Sequential) else None
-    if _folded(branch) and conv is not None and not hooked(conv, act_module, outer):
-        return _folded_call(branch, x, act, residual)
     y = run_branch(branch, x)
     if residual is not None:
         y = y + residual
@@ -197,19 +183,3 @@ def _unfused(
         return act_module(y)
     name, options = activation(act)
     return ACTIVATION_FORMULAS[name](y, resolve(name, options)[1])
-
-
-def _folded_call(branch: Branch, x: Tensor, act: Act, residual: Tensor | None) -> Tensor:
-    """act(conv(x) + residual) with a convolution that took a batch norm in."""
-    first, conv, _ = split(branch)
-    assert conv is not None
-    name, options = activation(act)
-    x = run_branch(first, x)
-    if conv.padding_mode != "zeros":
-        y = conv(x) if residual is None else conv(x) + residual
-        return ACTIVATION_FORMULAS[name](y, resolve(name, options)[1])
-    return conv2d_act(
-        x, conv.weight, conv.bias, stride=conv.stride, padding=conv.padding,
-        dilation=conv.dilation, groups=conv.groups, residual=residual, act=name,
-        act_kwargs=options,
-    )  # fmt: skip

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from bnres.activations import CLASSES
-from bnres.fusion.calls import NORMS, FoldedNorm, Windows
+from bnres.fusion.calls import NORMS, Windows
 
 ADDITIONS = {operator.add: False, operator.iadd: True, torch.add: False, "add": False, "add_": True}
 FUNCTIONS: dict[Any, str] = {
@@ -65,8 +65,8 @@ def only_input(node: fx.Node) -> fx.Node | None:
 
 
 def is_norm(root: nn.Module, node: fx.Node) -> bool:
-    """Whether a node calls a batch norm that can be fused, or was folded."""
-    return type(child(root, node)) in (*NORMS, FoldedNorm) and only_input(node) is not None
+    """Whether a node calls a batch norm that can be fused."""
+    return type(child(root, node)) in NORMS and only_input(node) is not None
 
 
 def is_conv(root: nn.Module, node: fx.Node) -> bool:
@@ -80,7 +80,7 @@ def ends_in_norm(root: nn.Module, node: fx.Node) -> bool:
     return (
         isinstance(module, nn.Sequential)
         and type(module).forward is nn.Sequential.forward
-        and [i for i, m in enumerate(module, 1) if type(m) in (*NORMS, FoldedNorm)] == [len(module)]
+        and [i for i, m in enumerate(module, 1) if type(m) in NORMS] == [len(module)]
         and only_input(node) is not None
     )
 

@@ -6,7 +6,6 @@ from typing import Any
 
 from torch import fx, nn
 
-from bnres.fusion.calls import FoldedNorm
 from bnres.fusion.nodes import (
     activation_of,
     addition,
@@ -19,8 +18,6 @@ from bnres.fusion.nodes import (
     writes_in_place,
 )
 from bnres.nn.hooks import hooked
-
-NORMS_2D = (nn.BatchNorm2d, FoldedNorm)
 
 
 @dataclass
@@ -91,7 +88,7 @@ def branch_of(root: nn.Module, node: fx.Node) -> Branch | None:
     if is_norm(root, node):
         norm = str(node.target)
         inner = only_input(x) if is_conv(root, x) and len(x.users) == 1 else None
-        if inner is not None and isinstance(child(root, node), NORMS_2D):
+        if inner is not None and isinstance(child(root, node), nn.BatchNorm2d):
             return Branch([x, node], inner, False, norm, str(x.target))
         return Branch([node], x, False, norm, None)
     if ends_in_norm(root, node):
@@ -165,7 +162,7 @@ def _grow(root: nn.Module, main: Branch, node: fx.Node, used: set[fx.Node]) -> t
     if (
         user is not None
         and match.residual is None
-        and isinstance(root.get_submodule(main.norm), NORMS_2D)
+        and isinstance(root.get_submodule(main.norm), nn.BatchNorm2d)
         and (pool := pooling_of(root, user)) is not None
     ):
         match.pool, match.pool_node, match.end = pool, user, user

@@ -11,8 +11,8 @@ def forward_impl(
     x: Tensor,
     filter: Tensor,
     conv_bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
+    running_mean: Tensor,
+    running_var: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
     residual: Tensor | None,
@@ -22,15 +22,10 @@ def forward_impl(
     shape: list[int],
     config: list[int] | None,
 ) -> Tensor:
-    """y; ``shape`` and ``config`` hold the fields of `ConvShape` and `ConvConfig`.
-
-    With no running statistics there is no batch norm.
-    """
+    """y; ``shape`` and ``config`` hold the fields of `ConvShape` and `ConvConfig`."""
     from bnres.kernels.conv import conv_bn_act
 
-    norm = None
-    if running_mean is not None and running_var is not None:
-        norm = Norm(running_mean, running_var, weight, bias)
+    norm = Norm(running_mean, running_var, weight, bias)
     return conv_bn_act(
         x, filter, conv_bias, norm, eps, residual, act, act_param, ConvShape(*shape),
         config=None if config is None else ConvConfig(*config),
