@@ -570,7 +570,7 @@ def test_bf16_on_the_cpu_is_refused_where_torch_gets_it_wrong(size, stem, layer)
         state, batches = build_state(asked, data)
         train_epoch(state, batches, asked)
         largest = max(p.grad.abs().max().item() for p in state.model.parameters())
-        assert largest < 1e6  # of what is unwritten, up to 1e38
+        assert largest < 1e6  # unwritten memory holds values up to 1e38
     else:
         with pytest.raises(ValueError, match=rf"one pixel wide, which {layer} gets of .* {size}×"):
             build_state(asked, data)

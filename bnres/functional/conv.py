@@ -48,7 +48,7 @@ def conv2d_batch_norm_act(
     In training, or where gradients are asked for, it is torch's convolution and our batch norm.
     Without gradients, in evaluation, one kernel does all of it where that was measured to be
     faster on this GPU (see `bnres.routes`); in fp32 only if ``torch.backends.cudnn.allow_tf32`` is
-    set, as it is by default. A ``conv_bias`` in front of the statistics of the batch cancels: it
+    set, as it is by default. A ``conv_bias`` before the statistics of the batch cancels: it
     only moves the running mean, and its gradient is zeros.
 
     Args:
