@@ -26,6 +26,7 @@ from bnres.kernels import config, launch
 from bnres.kernels.bn_backward import bn_backward_dx, bn_backward_reduce
 from bnres.kernels.bn_forward import bn_apply, bn_stats
 from bnres.kernels.config import KernelTuning
+from bnres.kernels.norm import Norm
 
 BATCH, SMALL_BATCH, SMALL_SIZE = 256, 2, 8
 EPS = 1e-5
@@ -79,16 +80,15 @@ def calls(shape: tuple[int, ...], layout: str, device: torch.device) -> dict[str
 
     x, dy = tensor(), tensor()
     weight, bias = torch.rand(2, shape[1], device=device) + 0.5
-    mean, rstd = bn_stats(x, None, None, 0.1, EPS)
-    norm = (mean, rstd, weight, bias, None)
+    norm = Norm(bn_stats(x, None, None, 0.1, EPS), weight, bias)
+    backward = (dy, x, norm, None, None, None, "relu", 0.0)
     count = x.numel() // shape[1]
-    sum_dy, sum_dy_xhat, _ = bn_backward_reduce(dy, x, *norm, None, "relu", 0.0)
-    sums = sum_dy, sum_dy_xhat
+    sums, _ = bn_backward_reduce(*backward)
     return {
         "stats": lambda: bn_stats(x, None, None, 0.1, EPS),
-        "reduce": lambda: bn_backward_reduce(dy, x, *norm, None, "relu", 0.0)[:2],
-        "dx": lambda: bn_backward_dx(dy, x, *norm, None, "relu", 0.0, sums, count)[:1],
-        "apply": lambda: bn_apply(x, *norm, "relu", 0.0)[:1],
+        "reduce": lambda: bn_backward_reduce(*backward)[0][:2],
+        "dx": lambda: bn_backward_dx(*backward, sums, count)[:1],
+        "apply": lambda: bn_apply(x, norm, None, None, "relu", 0.0)[:1],
     }
 
 

@@ -13,13 +13,14 @@ from torch import Tensor, nn
 
 from bnres.functional import conv2d_batch_norm_act
 from bnres.kernels.conv_config import ConvConfig, ConvShape, search_space
-from bnres.kernels.norm import Norm
+from bnres.kernels.norm import Norm, RunningStatistics
 from bnres.routes import ConvCall, Measured, save_table, use_conv_route
 
 # Milliseconds of a call, its memory cold.
 Timer = Callable[[Callable[[], object]], float]
 # How far our kernel's output may be from torch's, over its largest value: two rounding steps.
 AGREEMENT = {torch.float16: 4e-3, torch.bfloat16: 3e-2, torch.float32: 5e-3}
+EPS = 1e-5
 # A GPU's products over its memory's bandwidth, of bf16 on an H200: 790 TFLOP/s over 4.3 TB/s.
 FLOPS_PER_BYTE = 184
 
@@ -164,7 +165,8 @@ def _operands(call: ConvCall, device: torch.device) -> tuple[Any, ...]:
     size = (call.out_channels, call.channels, call.shape.kernel_h, call.shape.kernel_w)
     filter = random(*size) / (call.channels * call.shape.taps) ** 0.5
     channel = random(call.out_channels)
-    norm = Norm(channel * 0.1, channel.abs() + 0.5, channel.abs() + 0.5, channel * 0.1)
+    statistics = RunningStatistics(channel * 0.1, channel.abs() + 0.5, EPS)
+    norm = Norm(statistics, channel.abs() + 0.5, channel * 0.1)
     residual = None
     if call.has_residual:
         output = call.shape.output_size(call.height, call.width)
@@ -180,9 +182,10 @@ def _operands(call: ConvCall, device: torch.device) -> tuple[Any, ...]:
 
 def _by_torch(operands: tuple[Any, ...], call: ConvCall) -> Tensor:
     x, filter, norm, residual = operands
+    mean, var, eps = norm.statistics
     s = call.shape
     y: Tensor = conv2d_batch_norm_act(
-        x, filter, None, norm.mean, norm.rstd, norm.weight, norm.bias,
+        x, filter, None, mean, var, norm.weight, norm.bias, eps=eps,
         stride=(s.stride_h, s.stride_w), padding=(s.padding_h, s.padding_w),
         dilation=(s.dilation_h, s.dilation_w), residual=residual,
     )  # fmt: skip
@@ -193,9 +196,7 @@ def _by_kernel(operands: tuple[Any, ...], call: ConvCall, config: ConvConfig) ->
     from bnres.kernels.conv import conv_bn_act
 
     x, filter, norm, residual = operands
-    return conv_bn_act(
-        x, filter, None, norm, 1e-5, residual, "relu", 0.0, call.shape, config=config
-    )
+    return conv_bn_act(x, filter, None, norm, residual, "relu", 0.0, call.shape, config=config)
 
 
 def _check(actual: Tensor, expected: Tensor) -> None:

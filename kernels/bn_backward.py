@@ -14,6 +14,8 @@ from bnres.kernels.config import next_power_of_2
 from bnres.kernels.device import ACTIVATIONS, round_to
 from bnres.kernels.dtypes import acc_type
 from bnres.kernels.launch import ACC_DTYPE, FINALIZE, launch, launch_scope, plan
+from bnres.kernels.norm import Norm, Sums
+from bnres.kernels.outputs import empty_sums
 from bnres.kernels.tiles import (
     channel_ids,
     fold,
@@ -257,29 +259,38 @@ def _bn_bwd_dx_kernel(
 def bn_backward_reduce(
     dy: Tensor,
     x: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
+    norm: Norm,
     residual: Tensor | None,
+    residual_norm: Norm | None,
     mask: Tensor | None,
     act: str,
     act_param: float,
     *,
     dy_skip: Tensor | None = None,
     write_dz: bool = False,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """sum(dz) and sum(dz·xhat) of each channel, (C,) in fp32 (or fp64), and dz itself if asked.
+    out: tuple[Sums, Tensor | None] | None = None,
+) -> tuple[Sums, Tensor | None]:
+    """Σ dz and Σ dz·xhat of each channel, (C,) in fp32 (or fp64), and dz itself if asked.
 
-    ``dy``, ``dy_skip`` and ``residual`` lie in memory as ``x`` does. dz = (dy + dy_skip)·act'(z):
+    ``dy``, ``dy_skip`` and ``residual`` are stored in memory as ``x`` is. dz = (dy + dy_skip)·act'(z):
     act'(z) comes from ``mask`` if there is one, else from z made again of ``x`` and ``residual``.
+    ``out`` is (sums, dz), allocated by the caller.
     """
-    acc = acc_type(x)
-    channels = x.shape[1]
-    sum_dy, sum_dy_xhat = x.new_empty(channels, dtype=acc), x.new_empty(channels, dtype=acc)
-    dz = torch.empty_like(x) if write_dz else None
+    sums, dz = out or (
+        empty_sums(x, residual_norm is not None),
+        torch.empty_like(x) if write_dz else None,
+    )
     if x.numel() == 0:
-        return sum_dy.zero_(), sum_dy_xhat.zero_(), dz
+        for each in sums:
+            if each is not None:
+                each.zero_()
+        return sums, dz
+    if residual is not None and residual_norm is not None:
+        from bnres.kernels.bn_dual import bn_dual_backward_reduce
+
+        bn_dual_backward_reduce(sums, dy, dy_skip, x, residual, norm, residual_norm, act, act_param)
+        return sums, dz
+    acc, channels = acc_type(x), x.shape[1]
     view, tile, config = plan("reduce", x)
     partial = torch.empty((2, config.splits, channels), dtype=acc, device=x.device)
     with launch_scope(x):
@@ -293,10 +304,10 @@ def bn_backward_reduce(
             x_ptr=x,
             mask_ptr=mask,
             residual_ptr=residual,
-            mean_ptr=mean,
-            rstd_ptr=rstd,
-            weight_ptr=weight,
-            bias_ptr=bias,
+            mean_ptr=norm.statistics.mean,
+            rstd_ptr=norm.statistics[1],
+            weight_ptr=norm.weight,
+            bias_ptr=norm.bias,
             count=view.count,
             C=channels,
             L=view.inner,
@@ -305,11 +316,11 @@ def bn_backward_reduce(
             ACT_GRAD=ACTIVATIONS[act].grad,
             HAS_ACT=act != "identity",
             HAS_DY_SKIP=dy_skip is not None,
-            HAS_WEIGHT=weight is not None,
-            HAS_BIAS=bias is not None,
+            HAS_WEIGHT=norm.weight is not None,
+            HAS_BIAS=norm.bias is not None,
             HAS_MASK=mask is not None,
             HAS_RESIDUAL=residual is not None,
-            WRITE_DZ=write_dz,
+            WRITE_DZ=dz is not None,
             TILE=tile,
             UNROLL=config.unroll,
             STAGES=config.num_stages,
@@ -320,63 +331,73 @@ def bn_backward_reduce(
         launch(
             _bn_bwd_finalize_kernel,
             FINALIZE.grid(channels),
-            sum_dy_ptr=sum_dy,
-            sum_dy_xhat_ptr=sum_dy_xhat,
+            sum_dy_ptr=sums.dy,
+            sum_dy_xhat_ptr=sums.dy_xhat,
             partial_ptr=partial,
-            rstd_ptr=rstd,
+            rstd_ptr=norm.statistics[1],
             C=channels,
             splits=config.splits,
             BLOCK_S=FINALIZE.block_splits,
             BLOCK_C=FINALIZE.block_channels,
             num_warps=FINALIZE.num_warps,
         )
-    return sum_dy, sum_dy_xhat, dz
+    return sums, dz
 
 
 def bn_backward_dx(
     dy: Tensor,
     x: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
+    norm: Norm,
     residual: Tensor | None,
+    residual_norm: Norm | None,
     mask: Tensor | None,
     act: str,
     act_param: float,
-    sums: tuple[Tensor, Tensor] | None,
+    sums: Sums | None,
     count: int,
     *,
     dy_skip: Tensor | None = None,
-    write_dz: bool = False,
+    write_dresidual: bool = False,
+    out: tuple[Tensor, Tensor | None] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """dx, and dz if asked.
+    """dx and, if asked, dresidual: dz, or with a ``residual_norm`` the gradient through that.
 
     ``sums`` are those of `bn_backward_reduce` over ``count`` elements a channel; None stands for
-    eval mode, where the statistics are constants.
+    eval mode, where the statistics are constants. ``out`` is (dx, dresidual), allocated by the
+    caller.
     """
-    dx = torch.empty_like(x)
-    dz = torch.empty_like(x) if write_dz else None
+    dx, dresidual = out or (
+        torch.empty_like(x),
+        torch.empty_like(x) if write_dresidual else None,
+    )
     if x.numel() == 0:
-        return dx, dz
+        return dx, dresidual
+    if residual is not None and residual_norm is not None:
+        from bnres.kernels.bn_dual import bn_dual_backward_dx
+
+        bn_dual_backward_dx(
+            dx, torch.empty_like(x) if dresidual is None else dresidual, dy, dy_skip, x, residual,
+            norm, residual_norm, act, act_param, sums, count,
+        )  # fmt: skip
+        return dx, dresidual
     view, tile, config = plan("dx", x)
     with launch_scope(x):
         launch(
             _bn_bwd_dx_kernel,
             config.grid,
             dx_ptr=dx,
-            dz_ptr=dz,
+            dz_ptr=dresidual,
             dy_ptr=dy,
             dy_skip_ptr=dy_skip,
             x_ptr=x,
             mask_ptr=mask,
             residual_ptr=residual,
-            mean_ptr=mean,
-            rstd_ptr=rstd,
-            weight_ptr=weight,
-            bias_ptr=bias,
-            sum_dy_ptr=None if sums is None else sums[0],
-            sum_dy_xhat_ptr=None if sums is None else sums[1],
+            mean_ptr=norm.statistics.mean,
+            rstd_ptr=norm.statistics[1],
+            weight_ptr=norm.weight,
+            bias_ptr=norm.bias,
+            sum_dy_ptr=None if sums is None else sums.dy,
+            sum_dy_xhat_ptr=None if sums is None else sums.dy_xhat,
             count=view.count,
             C=view.channels,
             L=view.inner,
@@ -387,15 +408,15 @@ def bn_backward_dx(
             TRAINING=sums is not None,
             HAS_ACT=act != "identity",
             HAS_DY_SKIP=dy_skip is not None,
-            HAS_WEIGHT=weight is not None,
-            HAS_BIAS=bias is not None,
+            HAS_WEIGHT=norm.weight is not None,
+            HAS_BIAS=norm.bias is not None,
             HAS_MASK=mask is not None,
             HAS_RESIDUAL=residual is not None,
-            WRITE_DZ=write_dz,
+            WRITE_DZ=dresidual is not None,
             TILE=tile,
             UNROLL=config.unroll,
             STAGES=config.num_stages,
             EVICTION=config.eviction,
             ACC=ACC_DTYPE[acc_type(x)],
         )
-    return dx, dz
+    return dx, dresidual

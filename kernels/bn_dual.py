@@ -15,7 +15,7 @@ from bnres.kernels.config import next_power_of_2
 from bnres.kernels.device import ACTIVATIONS, round_to
 from bnres.kernels.dtypes import acc_type
 from bnres.kernels.launch import ACC_DTYPE, FINALIZE, launch, launch_scope, plan
-from bnres.kernels.norm import Norm
+from bnres.kernels.norm import Norm, RunningStatistics, Sums
 from bnres.kernels.tiles import (
     channel_ids,
     fold,
@@ -291,30 +291,27 @@ def _norm_arguments(norm_a: Norm, norm_b: Norm) -> dict[str, object]:
     """The kernels' arguments that both batch norms' tensors are."""
     arguments: dict[str, object] = {}
     for side, norm in (("a", norm_a), ("b", norm_b)):
-        for name, tensor in norm._asdict().items():
-            arguments[f"{name}_{side}_ptr"] = tensor
+        arguments[f"mean_{side}_ptr"], arguments[f"rstd_{side}_ptr"] = norm.statistics[:2]
+        arguments[f"weight_{side}_ptr"], arguments[f"bias_{side}_ptr"] = norm.weight, norm.bias
         arguments[f"HAS_WEIGHT_{side.upper()}"] = norm.weight is not None
         arguments[f"HAS_BIAS_{side.upper()}"] = norm.bias is not None
     return arguments
 
 
 def bn_dual_apply(
+    y: Tensor,
     x_a: Tensor,
     x_b: Tensor,
     norm_a: Norm,
     norm_b: Norm,
     act: str,
     act_param: float,
-    *,
-    eps: tuple[float, float] | None = None,
-) -> Tensor:
-    """``act(bn_a(x_a) + bn_b(x_b))`` of two tensors that lie in memory alike.
-
-    With ``eps``, one for each, the norms' rstd are variances.
-    """
-    y = torch.empty_like(x_a)
-    if x_a.numel() == 0:
-        return y
+) -> None:
+    """``act(bn_a(x_a) + bn_b(x_b))`` of two tensors that are stored in memory alike, to ``y``."""
+    eps = [
+        n.statistics.eps if isinstance(n.statistics, RunningStatistics) else 0.0
+        for n in (norm_a, norm_b)
+    ]
     view, tile, config = plan("dual_apply", x_a)
     with launch_scope(x_a):
         launch(
@@ -329,19 +326,19 @@ def bn_dual_apply(
             L=view.inner,
             rows_per_split=config.rows_per_split,
             act_param=act_param,
-            eps_a=0.0 if eps is None else eps[0],
-            eps_b=0.0 if eps is None else eps[1],
+            eps_a=eps[0],
+            eps_b=eps[1],
             ACT=ACTIVATIONS[act].forward,
-            FROM_VAR=eps is not None,
+            FROM_VAR=isinstance(norm_a.statistics, RunningStatistics),
             TILE=tile,
             UNROLL=config.unroll,
             STAGES=config.num_stages,
             ACC=ACC_DTYPE[acc_type(x_a)],
         )
-    return y
 
 
 def bn_dual_backward_reduce(
+    sums: Sums,
     dy: Tensor,
     dy_skip: Tensor | None,
     x_a: Tensor,
@@ -350,16 +347,9 @@ def bn_dual_backward_reduce(
     norm_b: Norm,
     act: str,
     act_param: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """sum(dz), sum(dz·xhat_a) and sum(dz·xhat_b) of each channel, (C,) in fp32 (or fp64).
-
-    dz is act'(z)·(dy + dy_skip); the gradients lie in memory as the inputs do.
-    """
-    acc = acc_type(x_a)
-    channels = x_a.shape[1]
-    sum_dy, sum_dy_xhat_a, sum_dy_xhat_b = (x_a.new_empty(channels, dtype=acc) for _ in range(3))
-    if x_a.numel() == 0:
-        return sum_dy.zero_(), sum_dy_xhat_a.zero_(), sum_dy_xhat_b.zero_()
+) -> None:
+    """sum(dz), sum(dz·xhat_a) and sum(dz·xhat_b) of each channel, to ``sums``."""
+    acc, channels = acc_type(x_a), x_a.shape[1]
     view, tile, config = plan("dual_reduce", x_a)
     partial = torch.empty((3, config.splits, channels), dtype=acc, device=x_a.device)
     with launch_scope(x_a):
@@ -388,22 +378,23 @@ def bn_dual_backward_reduce(
         launch(
             _bn_dual_bwd_finalize_kernel,
             FINALIZE.grid(channels),
-            sum_dy_ptr=sum_dy,
-            sum_dy_xhat_a_ptr=sum_dy_xhat_a,
-            sum_dy_xhat_b_ptr=sum_dy_xhat_b,
+            sum_dy_ptr=sums.dy,
+            sum_dy_xhat_a_ptr=sums.dy_xhat,
+            sum_dy_xhat_b_ptr=sums.residual_dy_xhat,
             partial_ptr=partial,
-            rstd_a_ptr=norm_a.rstd,
-            rstd_b_ptr=norm_b.rstd,
+            rstd_a_ptr=norm_a.statistics[1],
+            rstd_b_ptr=norm_b.statistics[1],
             C=channels,
             splits=config.splits,
             BLOCK_S=FINALIZE.block_splits,
             BLOCK_C=FINALIZE.block_channels,
             num_warps=FINALIZE.num_warps,
         )
-    return sum_dy, sum_dy_xhat_a, sum_dy_xhat_b
 
 
 def bn_dual_backward_dx(
+    dx_a: Tensor,
+    dx_b: Tensor,
     dy: Tensor,
     dy_skip: Tensor | None,
     x_a: Tensor,
@@ -412,17 +403,10 @@ def bn_dual_backward_dx(
     norm_b: Norm,
     act: str,
     act_param: float,
-    sums: tuple[Tensor, Tensor, Tensor] | None,
+    sums: Sums | None,
     count: int,
-) -> tuple[Tensor, Tensor]:
-    """The gradients of both inputs.
-
-    ``sums`` are those of `bn_dual_backward_reduce` over ``count`` elements a channel; None stands
-    for eval mode, where the statistics are constants.
-    """
-    dx_a, dx_b = torch.empty_like(x_a), torch.empty_like(x_b)
-    if x_a.numel() == 0:
-        return dx_a, dx_b
+) -> None:
+    """The gradients of both inputs, to ``dx_a`` and ``dx_b``."""
     view, tile, config = plan("dual_dx", x_a)
     sum_dy, sum_dy_xhat_a, sum_dy_xhat_b = (None, None, None) if sums is None else sums
     with launch_scope(x_a):
@@ -453,4 +437,3 @@ def bn_dual_backward_dx(
             STAGES=config.num_stages,
             ACC=ACC_DTYPE[acc_type(x_a)],
         )
-    return dx_a, dx_b

@@ -5,18 +5,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bnres.kernels.config import (
-    CHANNELS,
-    MASK_UNROLL,
-    PLANES,
-    next_power_of_2,
-    tile_for,
-    tile_rows,
-)
+from bnres.kernels.config import next_power_of_2
 from bnres.kernels.device import ACTIVATIONS, round_to
 from bnres.kernels.dtypes import acc_type
 from bnres.kernels.launch import ACC_DTYPE, FINALIZE, launch, launch_scope, plan
-from bnres.kernels.layout import ChannelView
+from bnres.kernels.norm import Norm, RunningStatistics, Statistics
+from bnres.kernels.outputs import empty_mask, empty_statistics
 from bnres.kernels.tiles import (
     channel_ids,
     fold,
@@ -235,20 +229,22 @@ def bn_stats(
     eps: float,
     *,
     counter: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+    out: Statistics | None = None,
+) -> Statistics:
     """Batch mean and 1/sqrt(biased variance + eps) of each channel, each (C,) in fp32 (or fp64).
 
     The running buffers are updated in place, with the unbiased variance, and ``counter``, one int64,
     goes up by one. ``momentum`` may be a one-element tensor on the device. An empty ``x`` counts, but
     leaves the buffers as they are.
     """
-    acc = acc_type(x)
     channels = x.shape[1]
-    mean, rstd = x.new_empty(channels, dtype=acc), x.new_empty(channels, dtype=acc)
+    mean, rstd = out = out or empty_statistics(x)
     if x.numel() == 0:
         if counter is not None:
             counter.add_(1)
-        return mean.zero_(), rstd.zero_()
+        mean.zero_()
+        rstd.zero_()
+        return out
     with launch_scope(x):
         sums = _sum_channels(x)
         factor = momentum if isinstance(momentum, Tensor) else None
@@ -275,7 +271,7 @@ def bn_stats(
             BLOCK_C=FINALIZE.block_channels,
             num_warps=FINALIZE.num_warps,
         )
-    return mean, rstd
+    return out
 
 
 def _sum_channels(x: Tensor) -> Tensor:
@@ -302,45 +298,32 @@ def _sum_channels(x: Tensor) -> Tensor:
     return sums
 
 
-def mask_bytes(view: ChannelView, itemsize: int) -> int:
-    """Size of the 1-bit mask of a tensor; its format belongs to `tiles.mask_offsets`."""
-    tile = tile_for(view, itemsize)
-    blocks = -(-tile_rows(view, tile) // (MASK_UNROLL * tile.sub_rows))
-    if tile.kind == PLANES:
-        width = view.channels * tile.block_cols // 2
-    elif tile.kind == CHANNELS:
-        width = (view.channels + 1) // 2
-    else:
-        width = view.channels * view.inner // 2
-    return blocks * tile.sub_rows * width
-
-
 def bn_apply(
     x: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
+    norm: Norm,
     residual: Tensor | None,
+    residual_norm: Norm | None,
     act: str,
     act_param: float,
     *,
     save_mask: bool = False,
-    eps: float | None = None,
+    out: tuple[Tensor, Tensor | None] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """``act((x − mean)·(rstd·weight) + bias + residual)`` and, if asked, the mask of ``not z <= 0``.
+    """``act(norm(x) + residual_norm(residual))`` and, if asked, the mask of ``not z <= 0``.
 
-    ``residual`` lies in memory as ``x`` does. With ``eps``, ``rstd`` is a variance and
-    1/sqrt(rstd + eps) is taken from it.
+    ``residual`` is stored in memory as ``x`` is; without a ``residual_norm``, with which there is no
+    mask, it is added as it is. ``out`` is (y, mask), allocated by the caller.
     """
-    y = torch.empty_like(x)
-    mask = None
+    y, mask = out or (torch.empty_like(x), empty_mask(x) if save_mask else None)
     if x.numel() == 0:
-        return y, x.new_empty(0, dtype=torch.uint8) if save_mask else None
+        return y, mask
+    if residual is not None and residual_norm is not None:
+        from bnres.kernels.bn_dual import bn_dual_apply
+
+        bn_dual_apply(y, x, residual, norm, residual_norm, act, act_param)
+        return y, mask
     view, tile, config = plan("apply" if residual is None else "apply_residual", x)
-    if save_mask:
-        size = mask_bytes(view, x.element_size())
-        mask = torch.empty(size, dtype=torch.uint8, device=x.device)
+    statistics = norm.statistics
     with launch_scope(x):
         launch(
             _bn_apply_kernel,
@@ -349,22 +332,22 @@ def bn_apply(
             mask_ptr=mask,
             x_ptr=x,
             residual_ptr=residual,
-            mean_ptr=mean,
-            rstd_ptr=rstd,
-            weight_ptr=weight,
-            bias_ptr=bias,
+            mean_ptr=statistics[0],
+            rstd_ptr=statistics[1],
+            weight_ptr=norm.weight,
+            bias_ptr=norm.bias,
             count=view.count,
             C=view.channels,
             L=view.inner,
             rows_per_split=config.rows_per_split,
             act_param=act_param,
-            eps=0.0 if eps is None else eps,
+            eps=statistics.eps if isinstance(statistics, RunningStatistics) else 0.0,
             ACT=ACTIVATIONS[act].forward,
-            FROM_VAR=eps is not None,
-            HAS_WEIGHT=weight is not None,
-            HAS_BIAS=bias is not None,
+            FROM_VAR=isinstance(statistics, RunningStatistics),
+            HAS_WEIGHT=norm.weight is not None,
+            HAS_BIAS=norm.bias is not None,
             HAS_RESIDUAL=residual is not None,
-            SAVE_MASK=save_mask,
+            SAVE_MASK=mask is not None,
             TILE=tile,
             UNROLL=config.unroll,
             STAGES=config.num_stages,

@@ -14,7 +14,8 @@ from bnres.kernels.device import ACTIVATIONS, round_to
 from bnres.kernels.dtypes import acc_type
 from bnres.kernels.launch import ACC_DTYPE, launch, launch_scope, sm_count
 from bnres.kernels.layout import ChannelView
-from bnres.kernels.norm import Norm
+from bnres.kernels.norm import Norm, RunningStatistics, Sums
+from bnres.kernels.outputs import empty_pooled
 from bnres.kernels.tiles import CHANNELS, split_rows
 from bnres.kernels.window import Window
 
@@ -351,30 +352,23 @@ def bn_max_pool(
     ceil_mode: bool,
     *,
     save: bool = False,
-    eps: float | None = None,
+    out: tuple[Tensor, Tensor | None, Tensor | None] | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """max_pool2d(act(bn(x))) of a dense 4-D ``x``, in its memory format.
+    """max_pool2d(act(norm(x))) of a dense 4-D ``x``, in its memory format.
 
     If asked, also each greatest value's position in its window, row by row (uint8, or int32 for
     windows of more than 256), and the x there. Ties, NaN and padding are as in
-    `torch.nn.functional.max_pool2d`. With ``eps``, the norm's rstd is a variance.
+    `torch.nn.functional.max_pool2d`. ``out`` are these three, allocated by the caller.
     """
-    n, channels, height, width = x.shape
-    shape = (n, channels, *window.output_size(height, width, ceil_mode))
-    last = not x.is_contiguous()
-    memory_format = torch.channels_last if last else torch.contiguous_format
-
-    def empty(dtype: torch.dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=x.device, memory_format=memory_format)
-
-    y = empty(x.dtype)
-    index, x_max = None, None
-    if save:
-        index = empty(window.index_dtype)
-        x_max = empty(x.dtype)
+    y, index, x_max = out or (
+        empty_pooled(x, window, ceil_mode, x.dtype),
+        empty_pooled(x, window, ceil_mode, window.index_dtype) if save else None,
+        empty_pooled(x, window, ceil_mode, x.dtype) if save else None,
+    )
     if y.numel() == 0:
         return y, index, x_max
-    view, tile = _domain(y, last)
+    statistics = norm.statistics
+    view, tile = _domain(y, not x.is_contiguous())
     config = launch_config("pool", view, tile, sm_count(x.device))
     with launch_scope(x):
         launch(
@@ -384,24 +378,24 @@ def bn_max_pool(
             index_ptr=index,
             x_max_ptr=x_max,
             x_ptr=x,
-            mean_ptr=norm.mean,
-            rstd_ptr=norm.rstd,
+            mean_ptr=norm.statistics.mean,
+            rstd_ptr=norm.statistics[1],
             weight_ptr=norm.weight,
             bias_ptr=norm.bias,
             count=view.count,
-            C=channels,
-            H=height,
-            W=width,
-            OH=shape[2],
-            OW=shape[3],
+            C=x.shape[1],
+            H=x.shape[2],
+            W=x.shape[3],
+            OH=y.shape[2],
+            OW=y.shape[3],
             rows_per_split=config.rows_per_split,
             act_param=act_param,
-            eps=0.0 if eps is None else eps,
+            eps=statistics.eps if isinstance(statistics, RunningStatistics) else 0.0,
             ACT=ACTIVATIONS[act].forward,
-            FROM_VAR=eps is not None,
+            FROM_VAR=isinstance(statistics, RunningStatistics),
             HAS_WEIGHT=norm.weight is not None,
             HAS_BIAS=norm.bias is not None,
-            SAVE=save,
+            SAVE=index is not None,
             WINDOW=window,
             TILE=tile,
             UNROLL=config.unroll,
@@ -420,15 +414,17 @@ def bn_max_pool_backward_dx(
     act: str,
     act_param: float,
     window: Window,
-    sums: tuple[Tensor, Tensor] | None,
+    sums: Sums | None,
     count: int,
+    *,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """dx; ``dy`` (of what was pooled) and ``index`` lie in memory as ``x`` does.
+    """dx; ``dy`` (of what was pooled) and ``index`` are stored in memory as ``x`` is.
 
-    ``sums`` are sum(dz) and sum(dz·xhat) of each channel, over ``count`` elements; None stands for
-    eval mode, where the statistics are constants.
+    ``sums`` are Σ dz and Σ dz·xhat of each channel, over ``count`` elements; None stands for eval
+    mode, where the statistics are constants.
     """
-    dx = torch.empty_like(x)
+    dx = torch.empty_like(x) if out is None else out
     if x.numel() == 0:
         return dx
     _, channels, height, width = x.shape
@@ -442,12 +438,12 @@ def bn_max_pool_backward_dx(
             dy_ptr=dy,
             index_ptr=index,
             x_ptr=x,
-            mean_ptr=norm.mean,
-            rstd_ptr=norm.rstd,
+            mean_ptr=norm.statistics.mean,
+            rstd_ptr=norm.statistics[1],
             weight_ptr=norm.weight,
             bias_ptr=norm.bias,
-            sum_dy_ptr=None if sums is None else sums[0],
-            sum_dy_xhat_ptr=None if sums is None else sums[1],
+            sum_dy_ptr=None if sums is None else sums.dy,
+            sum_dy_xhat_ptr=None if sums is None else sums.dy_xhat,
             count=view.count,
             C=channels,
             H=height,

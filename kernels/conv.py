@@ -13,7 +13,8 @@ from torch import Tensor
 from bnres.kernels.conv_config import ConvConfig, ConvShape, conv_config
 from bnres.kernels.device import ACTIVATIONS, round_to
 from bnres.kernels.launch import launch, launch_scope
-from bnres.kernels.norm import Norm
+from bnres.kernels.norm import Norm, RunningStatistics
+from bnres.kernels.outputs import empty_convolved
 
 
 @triton.jit
@@ -132,27 +133,23 @@ def conv_bn_act(
     filter: Tensor,
     conv_bias: Tensor | None,
     norm: Norm,
-    eps: float,
     residual: Tensor | None,
     act: str,
     act_param: float,
     shape: ConvShape,
     *,
     config: ConvConfig | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """``act(bn(conv2d(x) + conv_bias) + residual)`` with running statistics: (N, K, OH, OW).
+    """``act(norm(conv2d(x) + conv_bias) + residual)`` with running statistics: (N, K, OH, OW).
 
     ``x`` (N, C, H, W), ``filter`` (K, C, R, S) and ``residual`` are channels_last in memory and of one
-    dtype: fp16, bf16, or fp32, whose operands are rounded to TF32. Sums are in fp32. The norm's rstd is
-    a variance.
+    dtype: fp16, bf16, or fp32, whose operands are rounded to TF32. Sums are in fp32. ``x`` and
+    ``filter`` may have been padded by `pad_channels` before.
     """
+    assert isinstance(norm.statistics, RunningStatistics)
     itemsize, out_channels = x.element_size(), filter.shape[0]
-    y = torch.empty(
-        (x.shape[0], out_channels, *shape.output_size(x.shape[2], x.shape[3])),
-        dtype=x.dtype,
-        device=x.device,
-        memory_format=torch.channels_last,
-    )
+    y = empty_convolved(x, out_channels, shape) if out is None else out
     if y.numel() == 0:
         return y
     rows, depth = y.numel() // out_channels, shape.depth(x.shape[1], itemsize)
@@ -171,8 +168,8 @@ def conv_bn_act(
             filter_ptr=filter,
             conv_bias_ptr=conv_bias,
             residual_ptr=residual,
-            mean_ptr=norm.mean,
-            var_ptr=norm.rstd,
+            mean_ptr=norm.statistics.mean,
+            var_ptr=norm.statistics.var,
             weight_ptr=norm.weight,
             bias_ptr=norm.bias,
             M=rows,
@@ -183,7 +180,7 @@ def conv_bn_act(
             OW=y.shape[3],
             K_OUT=out_channels,
             act_param=act_param,
-            eps=eps,
+            eps=norm.statistics.eps,
             ACT=ACTIVATIONS[act].forward,
             HAS_CONV_BIAS=conv_bias is not None,
             HAS_WEIGHT=norm.weight is not None,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bnres.kernels.conv_config import ConvShape
 from bnres.kernels.dtypes import acc_type
-from bnres.kernels.norm import Norm
+from bnres.kernels.norm import Norm, RunningStatistics, Statistics, Sums
 from bnres.kernels.window import Window
 
 # An activation of the pre-activation z; the second argument is leaky_relu's slope.
@@ -48,7 +48,7 @@ def bn_stats_ref(
     eps: float,
     *,
     counter: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> Statistics:
     """mean = E[x], rstd = 1/sqrt(E[(x − mean)²] + eps); running buffers with the unbiased variance."""
     dims, count = reduced_dims(x), x[:, 0].numel()
     wide = x.to(acc_type(x))
@@ -59,43 +59,54 @@ def bn_stats_ref(
             buffer.copy_((1 - momentum) * buffer + momentum * stat.detach())
     if counter is not None:
         counter.add_(1)
-    return mean, 1 / (var + eps).sqrt()
+    return Statistics(mean, 1 / (var + eps).sqrt())
+
+
+def _rstd(x: Tensor, norm: Norm) -> Tensor:
+    """1/sqrt(var + eps), broadcastable to ``x``."""
+    statistics = norm.statistics
+    if isinstance(statistics, RunningStatistics):
+        return 1 / (per_channel(statistics.var, x) + statistics.eps).sqrt()
+    return per_channel(statistics.rstd, x)
+
+
+def _xhat(x: Tensor, norm: Norm) -> Tensor:
+    """(x − mean)·rstd."""
+    return (x.to(acc_type(x)) - per_channel(norm.statistics.mean, x)) * _rstd(x, norm)
+
+
+def _normalised(x: Tensor, norm: Norm) -> Tensor:
+    """xhat·weight + bias."""
+    z = _xhat(x, norm)
+    if norm.weight is not None:
+        z = z * per_channel(norm.weight, x)
+    if norm.bias is not None:
+        z = z + per_channel(norm.bias, x)
+    return z
 
 
 def _pre_activation(
-    x: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
+    x: Tensor, norm: Norm, residual: Tensor | None, residual_norm: Norm | None
 ) -> Tensor:
-    """z = (x − mean)·rstd·weight + bias + residual."""
-    z = (x.to(acc_type(x)) - per_channel(mean, x)) * per_channel(rstd, x)
-    if weight is not None:
-        z = z * per_channel(weight, x)
-    if bias is not None:
-        z = z + per_channel(bias, x)
-    return z if residual is None else z + residual
+    """z = norm(x) + residual_norm(residual); a residual without a norm is added as it is."""
+    z = _normalised(x, norm)
+    if residual is None:
+        return z
+    return z + (residual if residual_norm is None else _normalised(residual, residual_norm))
 
 
 def bn_apply_ref(
     x: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
+    norm: Norm,
     residual: Tensor | None,
+    residual_norm: Norm | None,
     act: str,
     act_param: float,
     *,
     save_mask: bool = False,
-    eps: float | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """y = act(z), and the mask of ``not z <= 0``; with ``eps``, ``rstd`` is a variance."""
-    if eps is not None:
-        rstd = 1 / (rstd.to(acc_type(x)) + eps).sqrt()
-    z = _pre_activation(x, mean, rstd, weight, bias, residual)
+    """y = act(z), and the mask of ``not z <= 0``."""
+    z = _pre_activation(x, norm, residual, residual_norm)
     y = ACTIVATION_FORMULAS[act](z, act_param).to(x.dtype)
     return y, ~(z <= 0) if save_mask else None
 
@@ -103,22 +114,22 @@ def bn_apply_ref(
 def pre_activation_grad_ref(
     dy: Tensor,
     x: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
+    norm: Norm,
     residual: Tensor | None,
+    residual_norm: Norm | None,
     mask: Tensor | None,
     act: str,
     act_param: float,
+    *,
+    dy_skip: Tensor | None = None,
 ) -> Tensor:
-    """dz = dy·act'(z), or dy where ``mask`` is set; differentiable in all its tensors."""
-    dy = dy.to(acc_type(x))
+    """dz = (dy + dy_skip)·act'(z), or that sum where ``mask`` is set; differentiable in all tensors."""
+    dy = dy.to(acc_type(x)) if dy_skip is None else dy.to(acc_type(x)) + dy_skip
     if mask is not None:
         return torch.where(mask, dy, 0)
     if act == "identity":
         return dy
-    z = _pre_activation(x, mean, rstd, weight, bias, residual)
+    z = _pre_activation(x, norm, residual, residual_norm)
     vjp = torch.func.vjp(lambda z: ACTIVATION_FORMULAS[act](z, act_param), z)[1]
     return vjp(dy)[0]
 
@@ -126,139 +137,68 @@ def pre_activation_grad_ref(
 def bn_backward_reduce_ref(
     dy: Tensor,
     x: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
+    norm: Norm,
     residual: Tensor | None,
+    residual_norm: Norm | None,
     mask: Tensor | None,
     act: str,
     act_param: float,
     *,
     dy_skip: Tensor | None = None,
     write_dz: bool = False,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """sum_dy = Σ dz, sum_dy_xhat = Σ dz·xhat of each channel, and dz itself if asked."""
-    dy = dy if dy_skip is None else dy.to(acc_type(x)) + dy_skip
-    dz = pre_activation_grad_ref(dy, x, mean, rstd, weight, bias, residual, mask, act, act_param)
-    xhat = _pre_activation(x, mean, rstd, None, None, None)
+) -> tuple[Sums, Tensor | None]:
+    """Σ dz and, of each norm, Σ dz·xhat of each channel; and dz itself if asked."""
+    dz = pre_activation_grad_ref(
+        dy, x, norm, residual, residual_norm, mask, act, act_param, dy_skip=dy_skip
+    )
     dims = reduced_dims(x)
-    return dz.sum(dims), (dz * xhat).sum(dims), dz.to(x.dtype) if write_dz else None
+    sums = Sums(dz.sum(dims), (dz * _xhat(x, norm)).sum(dims))
+    if residual is not None and residual_norm is not None:
+        xhat = _xhat(residual, residual_norm)
+        sums = sums._replace(residual_dy_xhat=(dz * xhat).sum(dims))
+    return sums, dz.to(x.dtype) if write_dz else None
 
 
 def bn_backward_dx_ref(
     dy: Tensor,
     x: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
+    norm: Norm,
     residual: Tensor | None,
+    residual_norm: Norm | None,
     mask: Tensor | None,
     act: str,
     act_param: float,
-    sums: tuple[Tensor, Tensor] | None,
+    sums: Sums | None,
     count: int,
     *,
     dy_skip: Tensor | None = None,
-    write_dz: bool = False,
+    write_dresidual: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """dx = (dz − (sum_dy + xhat·sum_dy_xhat)/count)·rstd·weight; with no ``sums`` dz·rstd·weight."""
-    dy = dy if dy_skip is None else dy.to(acc_type(x)) + dy_skip
-    dz = pre_activation_grad_ref(dy, x, mean, rstd, weight, bias, residual, mask, act, act_param)
+    """dx and, if asked, dresidual: dz, or the gradient through the ``residual_norm``."""
+    dz = pre_activation_grad_ref(
+        dy, x, norm, residual, residual_norm, mask, act, act_param, dy_skip=dy_skip
+    )
+    dx = _input_grad(dz, x, norm, sums, count)
+    dresidual = None
+    if write_dresidual:
+        dresidual = dz.to(x.dtype)
+        if residual is not None and residual_norm is not None:
+            if sums is not None and sums.residual_dy_xhat is not None:
+                sums = Sums(sums.dy, sums.residual_dy_xhat)
+            dresidual = _input_grad(dz, residual, residual_norm, sums, count)
+    return dx, dresidual
+
+
+def _input_grad(dz: Tensor, x: Tensor, norm: Norm, sums: Sums | None, count: int) -> Tensor:
+    """(dz − (sum_dy + xhat·sum_dy_xhat)/count)·rstd·weight; with no ``sums`` dz·rstd·weight."""
     dx = dz
     if sums is not None:
-        sum_dy, sum_dy_xhat = (per_channel(s, x) for s in sums)
-        dx = dz - (sum_dy + _pre_activation(x, mean, rstd, None, None, None) * sum_dy_xhat) / count
-    dx = dx * per_channel(rstd, x)
-    if weight is not None:
-        dx = dx * per_channel(weight, x)
-    return dx.to(x.dtype), dz.to(x.dtype) if write_dz else None
-
-
-def _dual_pre_activation(x_a: Tensor, x_b: Tensor, norm_a: Norm, norm_b: Norm) -> Tensor:
-    """z = bn_a(x_a) + bn_b(x_b)."""
-    return _pre_activation(x_a, *norm_a, _pre_activation(x_b, *norm_b, None))
-
-
-def bn_dual_apply_ref(
-    x_a: Tensor,
-    x_b: Tensor,
-    norm_a: Norm,
-    norm_b: Norm,
-    act: str,
-    act_param: float,
-    *,
-    eps: tuple[float, float] | None = None,
-) -> Tensor:
-    """y = act(bn_a(x_a) + bn_b(x_b)); with ``eps``, the norms' rstd are variances."""
-    if eps is not None:
-        norm_a, norm_b = (
-            norm._replace(rstd=1 / (norm.rstd.to(acc_type(x_a)) + e).sqrt())
-            for norm, e in zip((norm_a, norm_b), eps, strict=True)
-        )
-    z = _dual_pre_activation(x_a, x_b, norm_a, norm_b)
-    return ACTIVATION_FORMULAS[act](z, act_param).to(x_a.dtype)
-
-
-def _dual_pre_activation_grad(
-    dy: Tensor,
-    dy_skip: Tensor | None,
-    x_a: Tensor,
-    x_b: Tensor,
-    norm_a: Norm,
-    norm_b: Norm,
-    act: str,
-    act_param: float,
-) -> Tensor:
-    """dz = (dy + dy_skip)·act'(z)."""
-    dy = dy.to(acc_type(x_a)) if dy_skip is None else dy.to(acc_type(x_a)) + dy_skip
-    z = _dual_pre_activation(x_a, x_b, norm_a, norm_b)
-    return torch.func.vjp(lambda z: ACTIVATION_FORMULAS[act](z, act_param), z)[1](dy)[0]
-
-
-def bn_dual_backward_reduce_ref(
-    dy: Tensor,
-    dy_skip: Tensor | None,
-    x_a: Tensor,
-    x_b: Tensor,
-    norm_a: Norm,
-    norm_b: Norm,
-    act: str,
-    act_param: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Σ dz, Σ dz·xhat_a and Σ dz·xhat_b of each channel."""
-    dz = _dual_pre_activation_grad(dy, dy_skip, x_a, x_b, norm_a, norm_b, act, act_param)
-    dims = reduced_dims(x_a)
-    xhats = (
-        _pre_activation(x, norm.mean, norm.rstd, None, None, None)
-        for x, norm in ((x_a, norm_a), (x_b, norm_b))
-    )
-    sum_a, sum_b = ((dz * xhat).sum(dims) for xhat in xhats)
-    return dz.sum(dims), sum_a, sum_b
-
-
-def bn_dual_backward_dx_ref(
-    dy: Tensor,
-    dy_skip: Tensor | None,
-    x_a: Tensor,
-    x_b: Tensor,
-    norm_a: Norm,
-    norm_b: Norm,
-    act: str,
-    act_param: float,
-    sums: tuple[Tensor, Tensor, Tensor] | None,
-    count: int,
-) -> tuple[Tensor, Tensor]:
-    """dx_a and dx_b, each as `bn_backward_dx_ref` of dz."""
-    dz = _dual_pre_activation_grad(dy, dy_skip, x_a, x_b, norm_a, norm_b, act, act_param)
-    linear = (None, None, None, "identity", 0.0)
-    pairs = (None, None) if sums is None else ((sums[0], sums[1]), (sums[0], sums[2]))
-    dx_a, dx_b = (
-        bn_backward_dx_ref(dz, x, norm.mean, norm.rstd, norm.weight, *linear, pair, count)[0]
-        for x, norm, pair in zip((x_a, x_b), (norm_a, norm_b), pairs, strict=True)
-    )
-    return dx_a, dx_b
+        sum_dy, sum_dy_xhat = (per_channel(s, x) for s in sums[:2])
+        dx = dz - (sum_dy + _xhat(x, norm) * sum_dy_xhat) / count
+    dx = dx * _rstd(x, norm)
+    if norm.weight is not None:
+        dx = dx * per_channel(norm.weight, x)
+    return dx.to(x.dtype)
 
 
 def bn_max_pool_ref(
@@ -270,10 +210,9 @@ def bn_max_pool_ref(
     ceil_mode: bool,
     *,
     save: bool = False,
-    eps: float | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """y = max_pool2d(act(bn(x))); the position of each maximum in its window, and the x there."""
-    values, _ = bn_apply_ref(x, *norm, None, act, act_param, eps=eps)
+    values, _ = bn_apply_ref(x, norm, None, None, act, act_param)
     y, flat = F.max_pool2d(
         values,
         (window.kernel_h, window.kernel_w),
@@ -313,7 +252,7 @@ def bn_max_pool_at_ref(
 ) -> Tensor:
     """`bn_max_pool_ref` where the maxima are known to lie at ``index``: differentiable."""
     flat = pooled_offsets(index, window, x.shape[3]).flatten(2)
-    values, _ = bn_apply_ref(x, *norm, None, act, act_param)
+    values, _ = bn_apply_ref(x, norm, None, None, act, act_param)
     return values.flatten(2).gather(2, flat).view(index.shape)
 
 
@@ -325,14 +264,14 @@ def bn_max_pool_backward_dx_ref(
     act: str,
     act_param: float,
     window: Window,
-    sums: tuple[Tensor, Tensor] | None,
+    sums: Sums | None,
     count: int,
 ) -> Tensor:
     """dx as `bn_backward_dx_ref`, of dy summed where the maxima lie."""
     flat = pooled_offsets(index, window, x.shape[3]).flatten(2)
     scattered = torch.zeros(x.shape, dtype=acc_type(x), device=x.device).flatten(2)
     scattered = scattered.scatter_add(2, flat, dy.to(acc_type(x)).flatten(2)).view(x.shape)
-    return bn_backward_dx_ref(scattered, x, *norm, None, None, act, act_param, sums, count)[0]
+    return bn_backward_dx_ref(scattered, x, norm, None, None, None, act, act_param, sums, count)[0]
 
 
 def conv_bn_act_ref(
@@ -340,13 +279,12 @@ def conv_bn_act_ref(
     filter: Tensor,
     conv_bias: Tensor | None,
     norm: Norm,
-    eps: float,
     residual: Tensor | None,
     act: str,
     act_param: float,
     shape: ConvShape,
 ) -> Tensor:
-    """y = act(bn(conv2d(x) + conv_bias) + residual); the norm's rstd is a variance."""
+    """y = act(norm(conv2d(x) + conv_bias) + residual)."""
     y = F.conv2d(
         x.to(acc_type(x)),
         filter.to(acc_type(x)),
@@ -355,7 +293,4 @@ def conv_bn_act_ref(
         (shape.padding_h, shape.padding_w),
         (shape.dilation_h, shape.dilation_w),
     )
-    y = bn_apply_ref(y, *norm, None, "identity", 0.0, eps=eps)[0]
-    if residual is not None:
-        y = y + residual
-    return ACTIVATION_FORMULAS[act](y, act_param).to(x.dtype)
+    return bn_apply_ref(y, norm, residual, None, act, act_param)[0].to(x.dtype)

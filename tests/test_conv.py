@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
 from typer.testing import CliRunner
 
 import bnres
@@ -15,7 +16,7 @@ from bnres.cli import app
 from bnres.functional import conv2d_batch_norm_act
 from bnres.kernels.conv import conv_bn_act
 from bnres.kernels.conv_config import ConvShape, search_space
-from bnres.kernels.norm import Norm
+from bnres.kernels.norm import Norm, RunningStatistics
 from bnres.kernels.reference import ACTIVATION_FORMULAS, conv_bn_act_ref
 from bnres.nn import ConvBatchNormAct2d
 from bnres.ops import conv2d_batch_norm_act as ops
@@ -40,13 +41,14 @@ def random(*shape, dtype=torch.float32):
 
 
 def plain_norm(channels):
-    """A batch norm that changes nothing, if eps is 0."""
+    """A batch norm that changes nothing."""
     zeros = torch.zeros(channels, device=DEVICE)
-    return Norm(zeros, zeros + 1, None, None)
+    return Norm(RunningStatistics(zeros, zeros + 1, 0.0))
 
 
 def double(*values):
-    return [v.double() if isinstance(v, torch.Tensor) else v for v in values]
+    """Tensors in fp64, those in tuples too."""
+    return [tree_map(lambda v: v.double() if isinstance(v, torch.Tensor) else v, v) for v in values]
 
 
 @pytest.fixture
@@ -71,7 +73,8 @@ def test_kernel_agrees_with_its_reference(case, dtype):
     x = random(n, c, h, w, dtype=dtype)
     filter = random(k, c, shape.kernel_h, shape.kernel_w) / (c * shape.taps) ** 0.5
     filter = filter.to(dtype).contiguous(memory_format=LAST)
-    norm = Norm(random(k), torch.rand(k, device=DEVICE) + 0.5, random(k), random(k))
+    running = RunningStatistics(random(k), torch.rand(k, device=DEVICE) + 0.5, 1e-3)
+    norm = Norm(running, random(k), random(k))
     residual = random(n, k, *shape.output_size(h, w), dtype=dtype)
     for conv_bias, given, added, act in (
         (None, norm, residual, "relu"),
@@ -79,11 +82,8 @@ def test_kernel_agrees_with_its_reference(case, dtype):
         (random(k), plain_norm(k), residual, "identity"),
         (None, norm._replace(bias=None), None, "gelu"),
     ):
-        y = conv_bn_act(x, filter, conv_bias, given, 1e-3, added, act, 0.0, shape)
-        wide = Norm(*double(*given))
-        expected = conv_bn_act_ref(
-            *double(x, filter, conv_bias), wide, 1e-3, *double(added), act, 0.0, shape
-        )
+        y = conv_bn_act(x, filter, conv_bias, given, added, act, 0.0, shape)
+        expected = conv_bn_act_ref(*double(x, filter, conv_bias, given, added), act, 0.0, shape)
         assert y.is_contiguous(memory_format=LAST) and y.dtype == dtype
         assert_close(y, expected, dtype, tf32=dtype == torch.float32)
 
@@ -93,10 +93,8 @@ def test_every_configuration_gives_the_same(config):
     torch.manual_seed(0)
     n, c, h, w, k, shape = CASES[0]
     x, filter = random(n, c, h, w), random(k, c, 3, 3)
-    y = conv_bn_act(x, filter, None, plain_norm(k), 0.0, None, "relu", 0.0, shape, config=config)
-    expected = conv_bn_act_ref(
-        *double(x, filter), None, plain_norm(k), 0.0, None, "relu", 0.0, shape
-    )
+    y = conv_bn_act(x, filter, None, plain_norm(k), None, "relu", 0.0, shape, config=config)
+    expected = conv_bn_act_ref(*double(x, filter), None, plain_norm(k), None, "relu", 0.0, shape)
     assert_close(y, expected, torch.float32, tf32=True)
 
 
@@ -108,17 +106,15 @@ def test_values_that_are_not_finite_stay_in_their_windows(case):
     x, filter = random(n, c, h, w), random(k, c, shape.kernel_h, shape.kernel_w)
     for value in (float("inf"), float("nan")):
         x[0, 0, 2, 2] = value
-        y = conv_bn_act(x, filter, None, plain_norm(k), 0.0, None, "identity", 0.0, shape)
-        expected = conv_bn_act_ref(
-            x, filter, None, plain_norm(k), 0.0, None, "identity", 0.0, shape
-        )
+        y = conv_bn_act(x, filter, None, plain_norm(k), None, "identity", 0.0, shape)
+        expected = conv_bn_act_ref(x, filter, None, plain_norm(k), None, "identity", 0.0, shape)
         assert torch.equal(y.isfinite(), expected.isfinite())
 
 
 def test_empty_batch():
     x, filter = torch.empty(0, 8, 4, 4, device=DEVICE), random(3, 8, 1, 1)
     y = conv_bn_act(
-        x, filter, None, plain_norm(3), 0.0, None, "relu", 0.0, ConvShape(1, 1, 1, 1, 0, 0, 1, 1)
+        x, filter, None, plain_norm(3), None, "relu", 0.0, ConvShape(1, 1, 1, 1, 0, 0, 1, 1)
     )
     assert y.shape == (0, 3, 4, 4)
 
@@ -232,9 +228,13 @@ def test_arguments_are_torchs(options, called):
     with torch.no_grad(), bnres.use_conv_route("kernel"):
         if isinstance(expected, RuntimeError):
             with pytest.raises(RuntimeError, match=re.escape(str(expected)[:40])):
-                conv2d_batch_norm_act(x, filter, None, *plain_norm(4), eps=0.0, **options)
+                conv2d_batch_norm_act(
+                    x, filter, None, *plain_norm(4).statistics[:2], eps=0.0, **options
+                )
         else:
-            y = conv2d_batch_norm_act(x, filter, None, *plain_norm(4), eps=0.0, **options)
+            y = conv2d_batch_norm_act(
+                x, filter, None, *plain_norm(4).statistics[:2], eps=0.0, **options
+            )
             assert_close(y, expected, torch.float16)
             assert called == [1]
 
@@ -308,7 +308,7 @@ def test_memory_touched(has_residual):
     residual = random(2, 16, 8, 8, dtype=torch.float16) if has_residual else None
     shape = ConvShape(3, 3, 1, 1, 1, 1, 1, 1)
     with count_traffic() as traffic:
-        conv_bn_act(x, filter, None, plain_norm(16), 0.0, residual, "relu", 0.0, shape)
+        conv_bn_act(x, filter, None, plain_norm(16), residual, "relu", 0.0, shape)
     assert traffic.sectors == (2 + has_residual) * x.numel() * x.element_size()
 
 
@@ -317,10 +317,8 @@ def test_activations_are_those_of_the_reference():
     x, filter = random(1, 8, 2, 3), random(8, 8, 1, 1)
     shape = ConvShape(1, 1, 1, 1, 0, 0, 1, 1)
     for act in ACTIVATION_FORMULAS:
-        y = conv_bn_act(x, filter, None, plain_norm(8), 0.0, None, act, 0.2, shape)
-        expected = conv_bn_act_ref(
-            *double(x, filter), None, plain_norm(8), 0.0, None, act, 0.2, shape
-        )
+        y = conv_bn_act(x, filter, None, plain_norm(8), None, act, 0.2, shape)
+        expected = conv_bn_act_ref(*double(x, filter), None, plain_norm(8), None, act, 0.2, shape)
         assert_close(y, expected, torch.float32, tf32=True)
 
 

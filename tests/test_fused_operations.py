@@ -9,7 +9,7 @@ from torch import nn
 
 from bnres.functional import batch_norm_act, batch_norm_act_max_pool2d, dual_batch_norm_act
 from bnres.kernels.bn_pool import bn_max_pool_backward_dx
-from bnres.kernels.norm import Norm
+from bnres.kernels.norm import Norm, Statistics
 from bnres.kernels.reference import ACTIVATION_FORMULAS
 from bnres.kernels.window import Window
 from bnres.nn import BatchNorm1d, BatchNormAct1d, BatchNormAct2d, BatchNormActMaxPool2d
@@ -335,7 +335,7 @@ def test_no_window_outside_the_tensor_is_read(layout):
     for tap in (0, 1, 3, 5, 7, 8):
         dy = surrounded(1.0, float("nan"), torch.float32)
         index = surrounded(4, tap, torch.uint8)  # each window's own middle
-        norm_of = Norm(ones * 0, ones, None, None)
+        norm_of = Norm(Statistics(ones * 0, ones))
         found.append(
             bn_max_pool_backward_dx(dy, index, x, norm_of, "identity", 0.0, window, None, 1)
         )

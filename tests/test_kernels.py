@@ -4,11 +4,13 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from torch.utils._pytree import tree_map
 
 from bnres.kernels import bn_backward, bn_forward, launch, reference
 from bnres.kernels.config import launch_config, tile_for, tile_rows
 from bnres.kernels.interpreter import check_versions
 from bnres.kernels.layout import ChannelView
+from bnres.kernels.norm import Norm
 from bnres.kernels.tiles import split_rows, tile_offsets
 from bnres.ops.batch_norm_act import unpack_mask
 from tests.device import DEVICE
@@ -43,7 +45,8 @@ def draw(shape, last):
 
 
 def double(*values):
-    return [v.double() if isinstance(v, torch.Tensor) else v for v in values]
+    """Tensors in fp64, those in tuples too."""
+    return [tree_map(lambda v: v.double() if isinstance(v, torch.Tensor) else v, v) for v in values]
 
 
 @pytest.mark.parametrize(
@@ -63,25 +66,26 @@ def test_launchers_agree_with_their_references(shape, last, many_programs):
     assert counter == wide_counter == 7
     pairs = [*zip(stats, wide_stats, strict=True), (mean, wide_mean), (var, wide_var)]
 
-    forward = (*stats, weight, bias, residual, "relu", 0.0)
+    norm = Norm(stats, weight, bias)
+    forward = (norm, residual, None, "relu", 0.0)
     y, mask = bn_forward.bn_apply(x, *forward, save_mask=True)
     wide_y, wide_mask = reference.bn_apply_ref(x.double(), *double(*forward), save_mask=True)
     assert torch.equal(unpack_mask(mask, x), wide_mask)
-    backward = (*stats, weight, bias, None)
+    backward = (norm, None, None)
     for given, wide_given, act in ((mask, wide_mask, "relu"), (None, None, "silu")):
-        sums = bn_backward.bn_backward_reduce(dy, x, *backward, given, act, 0.0, write_dz=True)
-        wide_sums = reference.bn_backward_reduce_ref(
+        sums, dz = bn_backward.bn_backward_reduce(dy, x, *backward, given, act, 0.0, write_dz=True)
+        wide_sums, wide_dz = reference.bn_backward_reduce_ref(
             dy.double(), x.double(), *double(*backward), wide_given, act, 0.0, write_dz=True
         )
-        pairs += zip(sums, wide_sums, strict=True)
+        pairs += zip((*sums[:2], dz), (*wide_sums[:2], wide_dz), strict=True)
         count = x[:, 0].numel()
-        for used, wide_used in ((sums[:2], wide_sums[:2]), (None, None)):
+        for used, wide_used in ((sums, wide_sums), (None, None)):
             dx = bn_backward.bn_backward_dx(
-                dy, x, *backward, given, act, 0.0, used, count, write_dz=True
+                dy, x, *backward, given, act, 0.0, used, count, write_dresidual=True
             )
             wide_dx = reference.bn_backward_dx_ref(
                 dy.double(), x.double(), *double(*backward), wide_given, act, 0.0, wide_used,
-                count, write_dz=True,
+                count, write_dresidual=True,
             )  # fmt: skip
             pairs += zip(dx, wide_dx, strict=True)
     for actual, expected in [*pairs, (y, wide_y)]:

@@ -51,10 +51,11 @@ def same(a, b):
 
 def check_launches():
     from bnres.kernels import bn_forward
+    from bnres.kernels.norm import Norm, Statistics
 
     def apply(x, weight, act="relu"):
         channels = torch.zeros(8)
-        bn_forward.bn_apply(x, channels, channels, weight, None, None, act, 0.0)
+        bn_forward.bn_apply(x, Norm(Statistics(channels, channels), weight), None, None, act, 0.0)
 
     x, weight = torch.zeros(4, 8, 6, 6), torch.zeros(8)
     with recorded_launches() as (launches, looked_up):
@@ -98,6 +99,7 @@ class OnGpu(torch.Tensor):
 def check_capture():
     from bnres.kernels import bn_forward
     from bnres.kernels.launch import launch
+    from bnres.kernels.norm import Norm, Statistics
 
     def launch_on_gpu(kernel, grid, **arguments):
         moved = {
@@ -108,7 +110,8 @@ def check_capture():
 
     def apply():
         x, channels = torch.zeros(4, 8, 6, 6), torch.zeros(8)
-        bn_forward.bn_apply(x, channels, channels, None, None, None, "relu", 0.0)
+        norm = Norm(Statistics(channels, channels))
+        bn_forward.bn_apply(x, norm, None, None, "relu", 0.0)
 
     capturing = patch.object(torch.cuda, "is_current_stream_capturing", return_value=True)
     idle = patch.object(torch.cuda, "is_current_stream_capturing", return_value=False)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._pytree import tree_map
 
 from bnres import augment, use_backend
 from bnres.kernels import augment as augment_kernels
@@ -13,7 +14,7 @@ from bnres.kernels.config import CHANNELS, GROUPS, PLANES, tile_for
 from bnres.kernels.conv_config import ConvShape
 from bnres.kernels.dtypes import SUPPORTED_DTYPES, acc_type
 from bnres.kernels.layout import channel_view
-from bnres.kernels.norm import Norm
+from bnres.kernels.norm import Norm, RunningStatistics
 from bnres.kernels.window import Window
 from bnres.ops.batch_norm_act import unpack_mask
 from tests.device import DEVICE
@@ -49,11 +50,8 @@ def affine(x):
 
 
 def double(*values):
-    return [v.double() if isinstance(v, torch.Tensor) else v for v in values]
-
-
-def wide(norm):
-    return Norm(*double(*norm))
+    """Tensors in fp64, those in tuples too."""
+    return [tree_map(lambda v: v.double() if isinstance(v, torch.Tensor) else v, v) for v in values]
 
 
 def assert_all_close(actual, expected, dtype):
@@ -73,80 +71,84 @@ def check_batch_norm_act(dtype, layout):
     assert_all_close((*found, *buffers), (*expected, *wide_buffers), stats)
     assert counter == 7
 
-    norm = (*found, weight, bias)
-    y, bits = bn_forward.bn_apply(x, *norm, residual, "relu", 0.0, save_mask=True)
+    norm = Norm(found, weight, bias)
+    y, bits = bn_forward.bn_apply(x, norm, residual, None, "relu", 0.0, save_mask=True)
     wide_y, wide_mask = reference.bn_apply_ref(
-        x.double(), *double(*norm, residual), "relu", 0.0, save_mask=True
+        *double(x, norm, residual), None, "relu", 0.0, save_mask=True
     )
     assert y.stride() == x.stride() and y.dtype == dtype
     assert_close(y, wide_y, dtype)
     mask = unpack_mask(bits, x)
     assert torch.equal(mask, wide_mask)
-    evaluated, _ = bn_forward.bn_apply(x, *buffers, weight, bias, None, "silu", 0.0, eps=EPS)
-    wide_evaluated, _ = reference.bn_apply_ref(
-        x.double(), *double(*buffers, weight, bias), None, "silu", 0.0, eps=EPS
-    )
+    running = Norm(RunningStatistics(*buffers, EPS), weight, bias)
+    evaluated, _ = bn_forward.bn_apply(x, running, None, None, "silu", 0.0)
+    wide_evaluated, _ = reference.bn_apply_ref(*double(x, running), None, None, "silu", 0.0)
     assert_close(evaluated, wide_evaluated, dtype)
 
     count = x[:, 0].numel()
     for act, given, known, added in (("relu", bits, mask, None), ("silu", None, None, residual)):
-        options = {"dy_skip": dy_skip, "write_dz": True}
-        wide_options = {"dy_skip": dy_skip.double(), "write_dz": True}
-        *sums, dz = bn_backward.bn_backward_reduce(dy, x, *norm, added, given, act, 0.0, **options)
-        *wide_sums, wide_dz = reference.bn_backward_reduce_ref(
-            *double(dy, x, *norm, added), known, act, 0.0, **wide_options
+        tensors = (dy, x, norm, added, None)
+        sums, dz = bn_backward.bn_backward_reduce(
+            *tensors, given, act, 0.0, dy_skip=dy_skip, write_dz=True
         )
-        assert_all_close(sums, wide_sums, stats)
+        wide_sums, wide_dz = reference.bn_backward_reduce_ref(
+            *double(*tensors), known, act, 0.0, dy_skip=dy_skip.double(), write_dz=True
+        )
+        assert_all_close(sums[:2], wide_sums[:2], stats)
         found = bn_backward.bn_backward_dx(
-            dy, x, *norm, added, given, act, 0.0, tuple(sums), count, **options
+            *tensors, given, act, 0.0, sums, count, dy_skip=dy_skip, write_dresidual=True
         )
         expected = reference.bn_backward_dx_ref(
-            *double(dy, x, *norm, added), known, act, 0.0, tuple(double(*sums)), count,
-            **wide_options,
+            *double(*tensors), known, act, 0.0, *double(sums), count, dy_skip=dy_skip.double(),
+            write_dresidual=True,
         )  # fmt: skip
         assert_all_close((*found, dz), (*expected, wide_dz), dtype)
 
 
-def check_dual(dtype, layout):
-    x_a, x_b, dy, dy_skip = draw(dtype, layout, 4)
-    norm_a, norm_b = (
-        Norm(*bn_forward.bn_stats(x, None, None, 0.1, EPS), *affine(x)) for x in (x_a, x_b)
+def check_two_norms(dtype, layout):
+    x, residual, dy, dy_skip = draw(dtype, layout, 4)
+    norm, residual_norm = (
+        Norm(bn_forward.bn_stats(t, None, None, 0.1, EPS), *affine(t)) for t in (x, residual)
     )
-    tensors, wide_tensors = (dy, dy_skip, x_a, x_b), double(dy, dy_skip, x_a, x_b)
-    options, wide_options = (norm_a, norm_b, "silu", 0.0), (wide(norm_a), wide(norm_b), "silu", 0.0)
-    y = bn_dual.bn_dual_apply(*tensors[2:], *options)
-    assert y.stride() == x_a.stride()
-    assert_close(y, reference.bn_dual_apply_ref(*wide_tensors[2:], *wide_options), dtype)
-    sums = bn_dual.bn_dual_backward_reduce(*tensors, *options)
-    wide_sums = reference.bn_dual_backward_reduce_ref(*wide_tensors, *wide_options)
-    assert_all_close(sums, wide_sums, acc_type(x_a))
-    count = x_a[:, 0].numel()
-    found = bn_dual.bn_dual_backward_dx(*tensors, *options, sums, count)
-    expected = reference.bn_dual_backward_dx_ref(
-        *wide_tensors, *wide_options, tuple(double(*sums)), count
+    tensors = (x, norm, residual, residual_norm)
+    y, _ = bn_forward.bn_apply(*tensors, "silu", 0.0)
+    assert y.stride() == x.stride()
+    assert_close(y, reference.bn_apply_ref(*double(*tensors), "silu", 0.0)[0], dtype)
+    backward = (*tensors, None, "silu", 0.0)
+    sums, _ = bn_backward.bn_backward_reduce(dy, *backward, dy_skip=dy_skip)
+    wide_sums, _ = reference.bn_backward_reduce_ref(
+        *double(dy, *backward), dy_skip=dy_skip.double()
+    )
+    assert_all_close(sums, wide_sums, acc_type(x))
+    count = x[:, 0].numel()
+    found = bn_backward.bn_backward_dx(
+        dy, *backward, sums, count, dy_skip=dy_skip, write_dresidual=True
+    )
+    expected = reference.bn_backward_dx_ref(
+        *double(dy, *backward, sums), count, dy_skip=dy_skip.double(), write_dresidual=True
     )
     assert_all_close(found, expected, dtype)
 
 
 def check_max_pool(dtype, layout):
     (x,) = draw(dtype, layout, 1)
-    norm = Norm(*bn_forward.bn_stats(x, None, None, 0.1, EPS), *affine(x))
+    norm = Norm(bn_forward.bn_stats(x, None, None, 0.1, EPS), *affine(x))
     window = Window(3, 3, 2, 2, 1, 1, 1, 1)
     y, index, x_max = bn_pool.bn_max_pool(x, norm, "silu", 0.0, window, False, save=True)
-    expected = reference.bn_max_pool_ref(x.double(), wide(norm), "silu", 0.0, window, False)[0]
+    expected = reference.bn_max_pool_ref(*double(x, norm), "silu", 0.0, window, False)[0]
     assert_close(y, expected, dtype)
     # Of values that are equal once rounded any may be the greatest of the exact ones.
-    at_index = reference.bn_max_pool_at_ref(x.double(), wide(norm), "silu", 0.0, window, index)
+    at_index = reference.bn_max_pool_at_ref(*double(x, norm), "silu", 0.0, window, index)
     assert_close(y, at_index, dtype)
     flat = reference.pooled_offsets(index, window, x.shape[3]).flatten(2)
     assert torch.equal(x_max.flatten(2), x.flatten(2).gather(2, flat))
     dy = torch.randn(y.shape).to(DEVICE, dtype)
     dy = dy.contiguous(memory_format=LAYOUTS[layout][1])
-    sums = bn_backward.bn_backward_reduce(dy, x_max, *norm, None, None, "silu", 0.0)[:2]
+    sums, _ = bn_backward.bn_backward_reduce(dy, x_max, norm, None, None, None, "silu", 0.0)
     count = x[:, 0].numel()
     dx = bn_pool.bn_max_pool_backward_dx(dy, index, x, norm, "silu", 0.0, window, sums, count)
     expected = reference.bn_max_pool_backward_dx_ref(
-        dy.double(), index, x.double(), wide(norm), "silu", 0.0, window, tuple(double(*sums)), count
+        dy.double(), index, *double(x, norm), "silu", 0.0, window, *double(sums), count
     )
     assert dx.stride() == x.stride()
     assert_close(dx, expected, dtype)
@@ -164,12 +166,11 @@ def check_conv(dtype):
     filter = last(filters, channels, shape.kernel_h, shape.kernel_w) / 8
     residual = last(n, filters, *shape.output_size(height, width))
     mean, weight, bias, conv_bias = torch.randn(4, filters).to(DEVICE).unbind()
-    norm = Norm(mean, torch.rand(filters).to(DEVICE) + 0.5, weight, bias)
-    options = (EPS, residual, "relu", 0.0, shape)
+    running = RunningStatistics(mean, torch.rand(filters).to(DEVICE) + 0.5, EPS)
+    norm = Norm(running, weight, bias)
+    options = (residual, "relu", 0.0, shape)
     y = conv.conv_bn_act(x, filter, conv_bias, norm, *options)
-    expected = reference.conv_bn_act_ref(
-        *double(x, filter, conv_bias), wide(norm), *double(*options)
-    )
+    expected = reference.conv_bn_act_ref(*double(x, filter, conv_bias, norm, *options))
     assert_close(y, expected, dtype, tf32=dtype == torch.float32)
 
 
@@ -199,7 +200,7 @@ def check_augment(dtype, memory_format):
 
 OPERATIONS = {
     "batch_norm_act": check_batch_norm_act,
-    "dual": check_dual,
+    "two_norms": check_two_norms,
     "max_pool": check_max_pool,
 }
 # The interpreter's tl.dot takes no bf16, and no type is wider than fp32 in the kernel.

@@ -12,7 +12,7 @@ from bnres import models
 from bnres.kernels.augment import augment
 from bnres.kernels.augment_plan import AugmentDraws, AugmentPlan
 from bnres.kernels.conv import conv_bn_act
-from bnres.kernels.norm import Norm
+from bnres.kernels.norm import Norm, RunningStatistics
 from bnres.routes import ConvCall
 from bnres.tune import conv_calls
 
@@ -59,10 +59,8 @@ def launch_conv(call: ConvCall) -> None:
     channel = torch.empty(call.out_channels)
     size = call.shape.output_size(call.height, call.width)
     residual = tensor(call.batch, call.out_channels, *size) if call.has_residual else None
-    conv_bn_act(
-        x, filter, None, Norm(channel, channel, channel, channel), 1e-5, residual, "relu", 0.0,
-        call.shape,
-    )  # fmt: skip
+    norm = Norm(RunningStatistics(channel, channel, 1e-5), channel, channel)
+    conv_bn_act(x, filter, None, norm, residual, "relu", 0.0, call.shape)
 
 
 def all_cases() -> list[Case]:

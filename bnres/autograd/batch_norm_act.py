@@ -9,6 +9,7 @@ from torch import Tensor
 from bnres.autograd.apply import apply, forward_mode_of
 from bnres.autograd.derivatives import Gradients, alias, jvp
 from bnres.kernels.dtypes import acc_type
+from bnres.kernels.norm import Norm, Statistics
 from bnres.kernels.reference import (
     bn_backward_dx_ref,
     bn_backward_reduce_ref,
@@ -82,32 +83,27 @@ class ForwardModeBatchNormActFunction(BatchNormActFunction):
         x, weight, bias, residual, running_mean, running_var = ctx.saved_tensors
         training, eps, act, act_param = ctx.options
         if training:
-            mean, rstd = bn_stats_ref(x, None, None, 0.0, eps)
+            statistics = bn_stats_ref(x, None, None, 0.0, eps)
         else:
-            mean = running_mean.to(acc_type(x))
             rstd = 1 / (running_var.to(acc_type(x)) + eps).sqrt()
+            statistics = Statistics(running_mean.to(acc_type(x)), rstd)
+        norm = Norm(statistics, weight, bias)
         dx, dweight, dbias, dresidual = tangents[:4]
         dz = torch.zeros_like(x, dtype=acc_type(x))
         if dx is not None:
             # The derivative of xhat by x is symmetric: backward's formula serves both ways.
-            linear = (None, None, None, "identity", 0.0)
-            sums = None
-            if training:
-                sums = bn_backward_reduce_ref(dx, x, mean, rstd, None, *linear)[:2]
-            dz = (
-                dz
-                + bn_backward_dx_ref(dx, x, mean, rstd, weight, *linear, sums, x[:, 0].numel())[0]
-            )
+            linear = (norm, None, None, None, "identity", 0.0)
+            sums = bn_backward_reduce_ref(dx, x, *linear)[0] if training else None
+            dz = dz + bn_backward_dx_ref(dx, x, *linear, sums, x[:, 0].numel())[0]
         if dweight is not None:
-            xhat = (x - per_channel(mean, x)) * per_channel(rstd, x)
+            mean, rstd = (per_channel(s, x) for s in statistics)
+            xhat = (x - mean) * rstd
             dz = dz + xhat * per_channel(dweight, x)
         if dbias is not None:
             dz = dz + per_channel(dbias, x)
         if dresidual is not None:
             dz = dz + dresidual
-        dy = pre_activation_grad_ref(
-            dz, x, mean, rstd, weight, bias, residual, None, act, act_param
-        )
+        dy = pre_activation_grad_ref(dz, x, norm, residual, None, None, act, act_param)
         dy = dy.to(x.dtype)
         return dy, dy.view_as(dy) if ctx.twice else None, None, None, None
 
@@ -217,16 +213,15 @@ def _differentiable_gradients(
     act_param: float,
 ) -> Gradients:
     """dx, dweight, dbias, dresidual as functions of the tensors they come from."""
-    if training:
-        mean, rstd = bn_stats_ref(x, None, None, 0.0, eps)
-    dz = pre_activation_grad_ref(dy, x, mean, rstd, weight, bias, residual, mask, act, act_param)
-    linear = (None, None, None, "identity", 0.0)
-    sum_dy, sum_dy_xhat, _ = bn_backward_reduce_ref(dz, x, mean, rstd, weight, *linear)
-    sums = (sum_dy, sum_dy_xhat) if training else None
-    dx, _ = bn_backward_dx_ref(dz, x, mean, rstd, weight, *linear, sums, x[:, 0].numel())
+    statistics = bn_stats_ref(x, None, None, 0.0, eps) if training else Statistics(mean, rstd)
+    norm = Norm(statistics, weight, bias)
+    dz = pre_activation_grad_ref(dy, x, norm, residual, None, mask, act, act_param)
+    linear = (norm, None, None, None, "identity", 0.0)
+    sums, _ = bn_backward_reduce_ref(dz, x, *linear)
+    dx, _ = bn_backward_dx_ref(dz, x, *linear, sums if training else None, x[:, 0].numel())
     return (
         dx,
-        None if weight is None else sum_dy_xhat.to(weight.dtype),
-        None if bias is None else sum_dy.to(bias.dtype),
+        None if weight is None else sums.dy_xhat.to(weight.dtype),
+        None if bias is None else sums.dy.to(bias.dtype),
         dz.to(x.dtype),
     )

@@ -14,7 +14,7 @@ from bnres.autograd.derivatives import (
     second_pushforward,
 )
 from bnres.kernels.dtypes import acc_type
-from bnres.kernels.norm import Norm
+from bnres.kernels.norm import Norm, Statistics
 from bnres.kernels.reference import bn_max_pool_at_ref, bn_max_pool_ref, bn_stats_ref
 from bnres.kernels.window import Window
 from bnres.ops import batch_norm_act_max_pool as ops
@@ -40,7 +40,7 @@ def _formula(
 
     def y(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         stats = bn_stats_ref(x, None, None, 0.0, eps) if statistics is None else statistics
-        norm = Norm(*stats, weight, bias)
+        norm = Norm(Statistics(*stats), weight, bias)
         if index is None:
             return bn_max_pool_ref(x, norm, act, act_param, Window(*window), ceil_mode)[0]
         return bn_max_pool_at_ref(x, norm, act, act_param, Window(*window), index)

@@ -15,8 +15,8 @@ from bnres.autograd.derivatives import (
     second_pushforward,
 )
 from bnres.kernels.dtypes import acc_type
-from bnres.kernels.norm import Norm
-from bnres.kernels.reference import bn_dual_apply_ref, bn_stats_ref
+from bnres.kernels.norm import Norm, Statistics
+from bnres.kernels.reference import bn_apply_ref, bn_stats_ref
 from bnres.ops import dual_batch_norm_act as ops
 from bnres.ops.statistics import note_updates
 
@@ -42,9 +42,9 @@ def _formula(
             stats_b = bn_stats_ref(x_b, None, None, 0.0, eps[1])
         else:
             mean_a, rstd_a, mean_b, rstd_b = statistics
-            stats_a, stats_b = (mean_a, rstd_a), (mean_b, rstd_b)
-        norms = Norm(*stats_a, weight_a, bias_a), Norm(*stats_b, weight_b, bias_b)
-        return bn_dual_apply_ref(x_a, x_b, *norms, act, act_param)
+            stats_a, stats_b = Statistics(mean_a, rstd_a), Statistics(mean_b, rstd_b)
+        norm_a, norm_b = Norm(stats_a, weight_a, bias_a), Norm(stats_b, weight_b, bias_b)
+        return bn_apply_ref(x_a, norm_a, x_b, norm_b, act, act_param)[0]
 
     return y
 

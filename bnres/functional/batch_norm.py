@@ -18,6 +18,7 @@ from bnres.functional.prepare import (
     packed_parameters,
     wants_grad,
 )
+from bnres.kernels.norm import Norm, Statistics
 from bnres.recipes import has_recipe, leave_recipe, recording
 
 
@@ -129,7 +130,8 @@ def batch_norm_act(
             from bnres.kernels.bn_forward import bn_apply
 
             weight, bias, residual = others
-            return bn_apply(x, mean, rstd, weight, bias, residual, name, param)[0]
+            norm = Norm(Statistics(mean, rstd), weight, bias)
+            return bn_apply(x, norm, residual, None, name, param)[0]
 
         leave_recipe(make, (input, mean, rstd, weight, bias, residual), *outputs)
     return (outputs[0], outputs[-1]) if twice else y

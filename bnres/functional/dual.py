@@ -20,7 +20,7 @@ from bnres.functional.prepare import (
     packed_parameters,
     wants_grad,
 )
-from bnres.kernels.norm import Norm
+from bnres.kernels.norm import Norm, Statistics
 from bnres.recipes import leave_recipe, recording
 
 
@@ -107,11 +107,12 @@ def dual_batch_norm_act(
     if recording() and needs_grad:
 
         def make(x_a: Tensor, x_b: Tensor, *channels: Tensor) -> Tensor:
-            from bnres.kernels.bn_dual import bn_dual_apply
+            from bnres.kernels.bn_forward import bn_apply
 
             weight_a, bias_a, weight_b, bias_b, mean_a, rstd_a, mean_b, rstd_b = channels
-            norms = Norm(mean_a, rstd_a, weight_a, bias_a), Norm(mean_b, rstd_b, weight_b, bias_b)
-            return bn_dual_apply(x_a, x_b, *norms, name, param)
+            norm_a = Norm(Statistics(mean_a, rstd_a), weight_a, bias_a)
+            norm_b = Norm(Statistics(mean_b, rstd_b), weight_b, bias_b)
+            return bn_apply(x_a, norm_a, x_b, norm_b, name, param)[0]
 
         leave_recipe(make, (input, other, *parameters, *statistics), *outputs)
     return (outputs[0], outputs[-1]) if twice else y

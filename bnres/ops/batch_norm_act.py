@@ -5,6 +5,7 @@ from torch import Tensor
 
 from bnres.kernels.dtypes import acc_type
 from bnres.kernels.layout import channel_view, dense_like
+from bnres.kernels.norm import Norm, Statistics
 from bnres.ops.outputs import filled
 from bnres.ops.statistics import channel_statistics
 
@@ -28,23 +29,19 @@ def forward_impl(
     """y, mean, rstd and the 1-bit mask; what no backward needs is empty."""
     from bnres.kernels.bn_forward import bn_apply
 
-    mean, rstd, variance_eps = channel_statistics(
+    statistics = channel_statistics(
         x, running_mean, running_var, counter, factor, momentum, training, eps, needs_grad
     )
     y, mask = bn_apply(
         x,
-        mean,
-        rstd,
-        weight,
-        bias,
+        Norm(statistics, weight, bias),
         residual,
+        None,
         act,
         act_param,
         save_mask=saves_mask(residual is not None, act, needs_grad),
-        eps=variance_eps,
     )
-    if not needs_grad:
-        mean, rstd = x.new_empty(0), x.new_empty(0)
+    mean, rstd = statistics[:2] if needs_grad else (x.new_empty(0), x.new_empty(0))
     return y, mean, rstd, x.new_empty(0, dtype=torch.uint8) if mask is None else mask
 
 
@@ -85,28 +82,24 @@ def backward_impl(
 
     dy = dense_like(dy, x)
     dy_skip = None if dy_skip is None else dense_like(dy_skip, x)
-    dx, dz, sum_dy, sum_dy_xhat = None, None, None, None
+    norm = Norm(Statistics(mean, rstd), weight, bias)
+    dx, dz, sums = None, None, None
     reduces = reduces_first(training, needs_dx, needs_dz, needs_sums)
     if reduces:
-        sum_dy, sum_dy_xhat, dz = bn_backward.bn_backward_reduce(
-            dy, x, mean, rstd, weight, bias, residual, mask, act, act_param, dy_skip=dy_skip,
-            write_dz=needs_dz,
-        )  # fmt: skip
+        sums, dz = bn_backward.bn_backward_reduce(
+            dy, x, norm, residual, None, mask, act, act_param, dy_skip=dy_skip, write_dz=needs_dz
+        )
         if dz is not None:
             dy = dz
             dy_skip, residual, mask, act = None, None, None, "identity"
     if needs_dx:
         count = x.numel() // x.shape[1] if x.numel() else 1
-        sums = None
-        if training:
-            assert sum_dy is not None and sum_dy_xhat is not None
-            sums = sum_dy, sum_dy_xhat
         dx, written = bn_backward.bn_backward_dx(
-            dy, x, mean, rstd, weight, bias, residual, mask, act, act_param, sums, count,
-            dy_skip=dy_skip, write_dz=needs_dz and not reduces,
+            dy, x, norm, residual, None, mask, act, act_param, sums if training else None, count,
+            dy_skip=dy_skip, write_dresidual=needs_dz and not reduces,
         )  # fmt: skip
         dz = dz if written is None else written
-    return filled(x, dx, dz, sum_dy, sum_dy_xhat)
+    return filled(x, dx, dz, *(sums[:2] if sums else (None, None)))
 
 
 def unpack_mask(mask: Tensor, x: Tensor) -> Tensor:
@@ -122,7 +115,7 @@ def unpack_mask(mask: Tensor, x: Tensor) -> Tensor:
         unit = torch.ones(x.shape[1], dtype=acc_type(x), device=x.device)
         # In eval mode, with unit statistics, dx is dy where the mask is set.
         passed, _ = bn_backward.bn_backward_dx(
-            ones, ones, unit, unit, None, None, None, mask, "relu", 0.0, None, 1
+            ones, ones, Norm(Statistics(unit, unit)), None, None, mask, "relu", 0.0, None, 1
         )
         return passed != 0
 
@@ -142,7 +135,7 @@ def _(
     x, weight, bias, residual, running_mean, running_var, counter, factor, momentum, training, eps,
     act, act_param, needs_grad,
 ):  # fmt: skip
-    from bnres.kernels.bn_forward import mask_bytes
+    from bnres.kernels.outputs import mask_bytes
 
     stats = (x.shape[1], acc_type(x)) if needs_grad else (0, x.dtype)
     mask = 0

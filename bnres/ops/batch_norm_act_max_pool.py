@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from bnres.kernels.dtypes import acc_type
-from bnres.kernels.norm import Norm
+from bnres.kernels.norm import Norm, Statistics
 from bnres.kernels.window import Window
 from bnres.ops.outputs import filled
 from bnres.ops.statistics import channel_statistics
@@ -33,16 +33,16 @@ def forward_impl(
     """
     from bnres.kernels.bn_pool import bn_max_pool
 
-    mean, rstd, variance_eps = channel_statistics(
+    statistics = channel_statistics(
         x, running_mean, running_var, counter, factor, momentum, training, eps, needs_grad
     )
     y, index, x_max = bn_max_pool(
-        x, Norm(mean, rstd, weight, bias), act, act_param, Window(*window), ceil_mode,
-        save=needs_grad, eps=variance_eps,
+        x, Norm(statistics, weight, bias), act, act_param, Window(*window), ceil_mode,
+        save=needs_grad,
     )  # fmt: skip
     if index is None or x_max is None:
-        index, x_max, mean, rstd = (x.new_empty(0) for _ in range(4))
-    return y, index, x_max, mean, rstd
+        return y, *(x.new_empty(0) for _ in range(4))  # type: ignore[return-value]
+    return y, index, x_max, *statistics[:2]
 
 
 def backward_impl(
@@ -67,18 +67,16 @@ def backward_impl(
 
     if dy.stride() != index.stride():
         dy = torch.empty_like(x_max).copy_(dy)
+    norm = Norm(Statistics(mean, rstd), weight, bias)
     dx, sums = None, None
     if training or needs_sums:
-        sums = bn_backward_reduce(dy, x_max, mean, rstd, weight, bias, None, None, act, act_param)[
-            :2
-        ]
+        sums, _ = bn_backward_reduce(dy, x_max, norm, None, None, None, act, act_param)
     if needs_dx:
         count = x.numel() // x.shape[1] if x.numel() else 1
         dx = bn_max_pool_backward_dx(
-            dy, index, x, Norm(mean, rstd, weight, bias), act, act_param, Window(*window),
-            sums if training else None, count,
-        )  # fmt: skip
-    return filled(x, dx, *(sums or (None, None)))
+            dy, index, x, norm, act, act_param, Window(*window), sums if training else None, count
+        )
+    return filled(x, dx, *(sums[:2] if sums else (None, None)))
 
 
 forward_op = torch.library.custom_op(

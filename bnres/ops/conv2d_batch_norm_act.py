@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from bnres.kernels.conv_config import ConvConfig, ConvShape
-from bnres.kernels.norm import Norm
+from bnres.kernels.norm import Norm, RunningStatistics
 
 
 def forward_impl(
@@ -25,9 +25,9 @@ def forward_impl(
     """y; ``shape`` and ``config`` hold the fields of `ConvShape` and `ConvConfig`."""
     from bnres.kernels.conv import conv_bn_act
 
-    norm = Norm(running_mean, running_var, weight, bias)
+    norm = Norm(RunningStatistics(running_mean, running_var, eps), weight, bias)
     return conv_bn_act(
-        x, filter, conv_bias, norm, eps, residual, act, act_param, ConvShape(*shape),
+        x, filter, conv_bias, norm, residual, act, act_param, ConvShape(*shape),
         config=None if config is None else ConvConfig(*config),
     )  # fmt: skip
 

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from bnres.kernels.dtypes import acc_type
 from bnres.kernels.layout import dense_like
-from bnres.kernels.norm import Norm
+from bnres.kernels.norm import Norm, Statistics
 from bnres.ops.outputs import filled
 from bnres.ops.statistics import channel_statistics
 
@@ -35,9 +35,9 @@ def forward_impl(
     needs_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """y and, for backward, mean and rstd of both inputs (else empty)."""
-    from bnres.kernels.bn_dual import bn_dual_apply
+    from bnres.kernels.bn_forward import bn_apply
 
-    mean_a, rstd_a, variance_a = channel_statistics(
+    statistics_a = channel_statistics(
         x_a,
         running_mean_a,
         running_var_a,
@@ -48,7 +48,7 @@ def forward_impl(
         eps_a,
         needs_grad,
     )
-    mean_b, rstd_b, variance_b = channel_statistics(
+    statistics_b = channel_statistics(
         x_b,
         running_mean_b,
         running_var_b,
@@ -59,12 +59,11 @@ def forward_impl(
         eps_b,
         needs_grad,
     )
-    eps = None if variance_a is None or variance_b is None else (variance_a, variance_b)
-    norm_a, norm_b = Norm(mean_a, rstd_a, weight_a, bias_a), Norm(mean_b, rstd_b, weight_b, bias_b)
-    y = bn_dual_apply(x_a, x_b, norm_a, norm_b, act, act_param, eps=eps)
+    norm_a, norm_b = Norm(statistics_a, weight_a, bias_a), Norm(statistics_b, weight_b, bias_b)
+    y, _ = bn_apply(x_a, norm_a, x_b, norm_b, act, act_param)
     if not needs_grad:
-        mean_a, rstd_a, mean_b, rstd_b = (x_a.new_empty(0) for _ in range(4))
-    return y, mean_a, rstd_a, mean_b, rstd_b
+        return y, *(x_a.new_empty(0) for _ in range(4))  # type: ignore[return-value]
+    return y, *statistics_a[:2], *statistics_b[:2]
 
 
 def backward_impl(
@@ -87,19 +86,23 @@ def backward_impl(
     needs_sums: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dx_a, dx_b, sum_dy, sum_dy_xhat_a and sum_dy_xhat_b; what is not needed is empty."""
-    from bnres.kernels import bn_dual
+    from bnres.kernels import bn_backward
 
     dy = dense_like(dy, x_a)
     dy_skip = None if dy_skip is None else dense_like(dy_skip, x_a)
-    norms = Norm(mean_a, rstd_a, weight_a, bias_a), Norm(mean_b, rstd_b, weight_b, bias_b)
+    norm_a = Norm(Statistics(mean_a, rstd_a), weight_a, bias_a)
+    norm_b = Norm(Statistics(mean_b, rstd_b), weight_b, bias_b)
     dx_a, dx_b, sums = None, None, None
     if training or needs_sums:
-        sums = bn_dual.bn_dual_backward_reduce(dy, dy_skip, x_a, x_b, *norms, act, act_param)
+        sums, _ = bn_backward.bn_backward_reduce(
+            dy, x_a, norm_a, x_b, norm_b, None, act, act_param, dy_skip=dy_skip
+        )
     if needs_dx:
         count = x_a.numel() // x_a.shape[1] if x_a.numel() else 1
-        dx_a, dx_b = bn_dual.bn_dual_backward_dx(
-            dy, dy_skip, x_a, x_b, *norms, act, act_param, sums if training else None, count
-        )
+        dx_a, dx_b = bn_backward.bn_backward_dx(
+            dy, x_a, norm_a, x_b, norm_b, None, act, act_param, sums if training else None, count,
+            dy_skip=dy_skip, write_dresidual=True,
+        )  # fmt: skip
     return filled(x_a, dx_a, dx_b, *(sums or (None,) * 3))
 
 

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from bnres.kernels.dtypes import acc_type
+from bnres.kernels.norm import RunningStatistics, Statistics
 
 
 def channel_statistics(
@@ -16,22 +17,21 @@ def channel_statistics(
     training: bool,
     eps: float,
     needs_grad: bool,
-) -> tuple[Tensor, Tensor, float | None]:
-    """mean, rstd and None; in eval mode without gradients the running ones and their ``eps``."""
+) -> Statistics | RunningStatistics:
+    """Of the batch; in eval mode without gradients the running ones."""
     from bnres.kernels.bn_forward import bn_stats
 
     if training:
-        mean, rstd = bn_stats(
+        return bn_stats(
             x, running_mean, running_var, momentum if factor is None else factor, eps,
             counter=counter,
         )  # fmt: skip
-        return mean, rstd, None
     assert running_mean is not None and running_var is not None
     if not needs_grad:
-        return running_mean, running_var, eps
+        return RunningStatistics(running_mean, running_var, eps)
     acc = acc_type(x)
     rstd = (1 / (running_var.double() + eps).sqrt()).to(acc)
-    return running_mean.to(acc, copy=True), rstd, None
+    return Statistics(running_mean.to(acc, copy=True), rstd)
 
 
 def note_updates(training: bool, *buffers: Tensor | None) -> None:
