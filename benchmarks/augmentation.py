@@ -12,7 +12,7 @@ from benchmarks.check import check
 from benchmarks.operations import DTYPES, LAYOUTS
 from benchmarks.providers.base import Unavailable
 from bnres import augment, use_backend
-from bnres.augment.compose import prepare_draws, segments
+from bnres.augment.segments import prepare_draws, segments
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 JITTER = (0.5, 0.2, 0.6, 0.4)  # the d2l.ai course's

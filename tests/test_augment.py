@@ -11,7 +11,7 @@ from benchmarks.torchvision_import import torchvision
 from bnres import augment, cli, use_backend
 from bnres.augment import grid
 from bnres.augment import transforms as bt
-from bnres.augment.compose import segments
+from bnres.augment.segments import segments
 from tests.device import DEVICE
 
 v2 = importlib.import_module(f"{torchvision.__name__}.transforms.v2")

@@ -1,56 +1,21 @@
 """Torchvision's random transforms, drawn for each image of a batch.
 
 Draws are made on the CPU from an explicit generator, so that every device draws the same. A
-transform says what it drew; `bnres.augment.compose` puts the draws of a chain together.
+transform says what it drew; `bnres.augment.segments` does what a chain drew.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
 from math import log
 
 import torch
 from torch import Tensor
 
+from bnres.augment.draws import Color, Crop, Draw, Flip, Scale
+from bnres.augment.segments import apply_draws, size_of
 from bnres.kernels.augment_plan import BRIGHTNESS, CONTRAST, HUE, NO_OPERATION, SATURATION
 
 TRIES = 10
-
-
-@dataclass(frozen=True)
-class Flip:
-    """Which images (N,) are flipped, along the height or the width."""
-
-    chosen: Tensor
-    vertical: bool
-
-
-@dataclass(frozen=True)
-class Crop:
-    """Boxes int64 (N, 4) of top, left, height and width, over the rim too, and what they become."""
-
-    boxes: Tensor
-    size: tuple[int, int]
-    resizes: bool
-
-
-@dataclass(frozen=True)
-class Color:
-    """Operations' numbers (N, 4) in each image's order, and its factors (N, 4) by number."""
-
-    numbers: Tensor
-    factors: Tensor
-
-
-@dataclass(frozen=True)
-class Scale:
-    """(x − mean)/std for each channel."""
-
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-
-
-Draw = Flip | Crop | Color | Scale
 
 
 class Transform(ABC):
@@ -65,9 +30,7 @@ class Transform(ABC):
         """What happens to each of ``count`` images of this size."""
 
     def __call__(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        from bnres.augment.compose import Compose
-
-        return Compose([self])(images, generator)
+        return apply_draws(images, [self.draw(*size_of(images), generator)])
 
 
 def _uniform(
@@ -81,10 +44,10 @@ def _integers(limits: Tensor, generator: torch.Generator | None) -> Tensor:
     return (_uniform(tuple(limits.shape), 0, 1, generator) * limits).long()
 
 
-def _pair(name: str, value: int | Sequence[int], least: int = 1) -> tuple[int, int]:
-    pair = (value, value) if isinstance(value, int) else tuple(value)
-    if len(pair) != 2 or not all(isinstance(v, int) and v >= least for v in pair):
-        raise ValueError(f"{name} must be one or two numbers from {least} on, got {value!r}")
+def _size_pair(size: int | Sequence[int]) -> tuple[int, int]:
+    pair = (size, size) if isinstance(size, int) else tuple(size)
+    if len(pair) != 2 or not all(isinstance(v, int) and v >= 1 for v in pair):
+        raise ValueError(f"size must be one or two numbers from 1 on, got {size!r}")
     return pair[0], pair[1]
 
 
@@ -142,7 +105,7 @@ class RandomResizedCrop(Transform):
         scale: Sequence[float] = (0.08, 1.0),
         ratio: Sequence[float] = (3 / 4, 4 / 3),
     ) -> None:
-        self.size = _pair("size", size)
+        self.size = _size_pair(size)
         self.scale, self.ratio = _range("scale", scale), _range("ratio", ratio)
 
     def draw(self, count: int, height: int, width: int, generator: torch.Generator | None) -> Crop:
@@ -193,7 +156,7 @@ class RandomCrop(Transform):
     def __init__(
         self, size: int | Sequence[int], padding: int | Sequence[int] | None = None
     ) -> None:
-        self.size = _pair("size", size)
+        self.size = _size_pair(size)
         sides = (padding or 0,) if isinstance(padding, int | None) else tuple(padding)
         if len(sides) not in (1, 2, 4) or not all(isinstance(v, int) and v >= 0 for v in sides):
             raise ValueError(f"padding must be 1, 2 or 4 numbers from 0 on, got {padding!r}")
@@ -230,7 +193,7 @@ class CenterCrop(Transform):
     """
 
     def __init__(self, size: int | Sequence[int]) -> None:
-        self.size = _pair("size", size)
+        self.size = _size_pair(size)
 
     def draw(self, count: int, height: int, width: int, generator: torch.Generator | None) -> Crop:
         if self.size[0] > height or self.size[1] > width:

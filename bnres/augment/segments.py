@@ -1,0 +1,173 @@
+"""Does draws in as few fused kernels as their order allows, nearly always one."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from bnres.augment.draws import Color, Crop, Draw, Flip, Scale
+from bnres.backend import uses_kernels
+from bnres.kernels.augment_plan import CONTRAST, ORDER_BITS, AugmentDraws, AugmentPlan
+from bnres.kernels.augment_reference import augment_ref
+
+CHANNELS = (1, 3)
+
+
+@dataclass
+class Segment:
+    """Draws that one kernel does: flips, at most one crop, one colour, one normalisation."""
+
+    flips_before: list[Flip] = field(default_factory=list)
+    crop: Crop | None = None
+    flips_after: list[Flip] = field(default_factory=list)
+    color: Color | None = None
+    color_first: bool = False
+    scale: Scale | None = None
+
+    def takes(self, draw: Draw) -> bool:
+        """Whether a draw can follow what is here."""
+        if self.scale is not None:
+            return False
+        if isinstance(draw, Crop):
+            return self.crop is None
+        return not isinstance(draw, Color) or self.color is None
+
+    def add(self, draw: Draw) -> None:
+        """Takes a draw in."""
+        if isinstance(draw, Flip):
+            # A flip commutes with every colour operation.
+            (self.flips_before if self.crop is None else self.flips_after).append(draw)
+        elif isinstance(draw, Crop):
+            self.crop, self.color_first = draw, self.color is not None
+        elif isinstance(draw, Color):
+            self.color = draw
+        else:
+            self.scale = draw
+
+
+def segments(draws: Sequence[Draw]) -> list[Segment]:
+    """A chain's draws, cut where one kernel does not do."""
+    found: list[Segment] = []
+    for draw in draws:
+        if not found or not found[-1].takes(draw):
+            found.append(Segment())
+        found[-1].add(draw)
+    return found
+
+
+def size_of(images: Tensor) -> tuple[int, int, int]:
+    """The number of images in a batch, their height and width.
+
+    Raises:
+        ValueError: for what is no batch of images.
+    """
+    if images.dim() != 4 or images.shape[1] not in CHANNELS:
+        raise ValueError(
+            f"images must be (N, C, H, W) with 1 or 3 channels, got {tuple(images.shape)}"
+        )
+    if images.dtype != torch.uint8 and not images.is_floating_point():
+        raise ValueError(f"images must be uint8 or floating, got {images.dtype}")
+    n, _, height, width = images.shape
+    return n, height, width
+
+
+def apply_draws(
+    images: Tensor,
+    draws: Sequence[Draw],
+    dtype: torch.dtype = torch.float32,
+    memory_format: torch.memory_format | None = None,
+) -> Tensor:
+    """The images after what was drawn for them, in ``dtype`` and by default in their own format.
+
+    Raises:
+        ValueError: for what is no batch of images, and as `prepare_draws`.
+    """
+    size_of(images)
+    images = images.detach()
+    memory_format = memory_format or _memory_format(images)
+    parts = segments(draws) or [Segment()]
+    for part in parts:
+        of_part = dtype if part is parts[-1] else torch.float32
+        plan, on_device = prepare_draws(images, part, of_part, memory_format)
+        if uses_kernels(images):
+            from bnres.kernels.augment import augment
+
+            images = augment(images, on_device, plan)
+        else:
+            images = augment_ref(images, on_device, plan)
+    return images
+
+
+def _memory_format(images: Tensor) -> torch.memory_format:
+    if images.is_contiguous(memory_format=torch.channels_last) and not images.is_contiguous():
+        return torch.channels_last
+    return torch.contiguous_format
+
+
+def prepare_draws(
+    images: Tensor, part: Segment, dtype: torch.dtype, memory_format: torch.memory_format
+) -> tuple[AugmentPlan, AugmentDraws]:
+    """What the kernel takes for a part of a chain, on the images' device.
+
+    Raises:
+        ValueError: for images of another number of channels than the normalisation has.
+    """
+    n, channels, height, width = images.shape
+    if part.scale is not None and len(part.scale.mean) != channels:
+        raise ValueError(
+            f"Normalize has {len(part.scale.mean)} channels, but images have {channels}"
+        )
+    geometry, size = geometry_of(part, n, height, width)
+    order, factors = order_of(part, n)
+    plan = AugmentPlan(
+        *size,
+        resizes=part.crop is not None and part.crop.resizes,
+        has_color=part.color is not None,
+        has_contrast=bool((order[:, 1] < 4).any()),
+        color_first=part.color_first,
+        mean=None if part.scale is None else part.scale.mean,
+        std=None if part.scale is None else part.scale.std,
+        dtype=dtype,
+        memory_format=memory_format,
+    )
+    return plan, AugmentDraws(*(_to(t, images.device) for t in (geometry, order, factors)))
+
+
+def _to(t: Tensor, device: torch.device) -> Tensor:
+    if device.type == "cuda":
+        return t.pin_memory().to(device, non_blocking=True)
+    return t
+
+
+def geometry_of(
+    part: Segment, count: int, height: int, width: int
+) -> tuple[Tensor, tuple[int, int]]:
+    """Each image's box in the source and the flips after it, int32 (N, 6); the output's size."""
+    flips = torch.zeros((count, 2), dtype=torch.bool)
+    for flip in part.flips_before:
+        flips[:, 0 if flip.vertical else 1] ^= flip.chosen
+    size = (height, width)
+    boxes = torch.tensor([0, 0, height, width]).expand(count, 4).clone()
+    if part.crop is not None:
+        size = part.crop.size
+        boxes = part.crop.boxes.clone()
+        # A box of the flipped image is the mirrored box of the image, flipped.
+        for axis, length in ((0, height), (1, width)):
+            mirrored = length - boxes[:, 2 + axis] - boxes[:, axis]
+            boxes[:, axis] = torch.where(flips[:, axis], mirrored, boxes[:, axis])
+    for flip in part.flips_after:
+        flips[:, 0 if flip.vertical else 1] ^= flip.chosen
+    return torch.cat((boxes, flips.long()), 1).int(), size
+
+
+def order_of(part: Segment, count: int) -> tuple[Tensor, Tensor]:
+    """Packed orders and places of contrast (4: none), int32 (N, 2); factors fp32 (N, 4)."""
+    if part.color is None:
+        return torch.full((count, 2), 4, dtype=torch.int32), torch.zeros((count, 4))
+    numbers = part.color.numbers
+    shifts = torch.arange(4) * ORDER_BITS
+    packed = (numbers << shifts).sum(1)
+    is_contrast = numbers == CONTRAST
+    place = torch.where(is_contrast.any(1), is_contrast.int().argmax(1), 4)
+    return torch.stack((packed, place), 1).int(), part.color.factors.float()
