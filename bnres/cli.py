@@ -222,9 +222,7 @@ def summary(
 
 
 @app.command()
-def explain(
-    model: Annotated[str, typer.Argument(help="Model, of torch's own layers.")],
-) -> None:
+def explain(model: Annotated[str, typer.Argument(help="Model, of torch's own layers.")]) -> None:
     """Print what bnres.fuse does to each batch norm of a model, and why not more."""
     from bnres.models import create_model
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 # Images whose statistics are summed at once.
 CHUNK = 4096
+SPLIT_SEED = 0
 
 
 @dataclass(frozen=True)
@@ -67,13 +68,14 @@ def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, 
     return tuple((mean / 255).tolist()), tuple((std / 255).tolist())
 
 
-def hold_out(labels: Tensor, per_class: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Indices to train on and indices held out, ``per_class`` of each class, by a fixed seed."""
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-    held: list[Tensor] = []
-    kept: list[Tensor] = []
-    for label in labels.unique():
-        members = order[labels[order] == label]
-        held.append(members[:per_class])
-        kept.append(members[per_class:])
-    return torch.cat(kept), torch.cat(held)
+def split_dataset(
+    name: str, class_names: tuple[str, ...], images: Tensor, labels: Tensor, per_class: int
+) -> ImageDataset:
+    """A data set that holds out ``per_class`` images of each class, the same in every run."""
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(SPLIT_SEED))
+    members = [order[labels[order] == label] for label in labels.unique()]
+    train = torch.cat([indices[per_class:] for indices in members])
+    test = torch.cat([indices[:per_class] for indices in members])
+    return make_dataset(
+        name, class_names, (images[train], labels[train]), (images[test], labels[test])
+    )

@@ -2,11 +2,10 @@
 
 import torch
 
-from bnres.data.dataset import ImageDataset, hold_out, make_dataset
+from bnres.data.dataset import ImageDataset, split_dataset
 from bnres.data.mnist5k import DIGITS
 
 HELD_OUT_PER_CLASS = 36
-SPLIT_SEED = 0
 SHADES = 16
 
 
@@ -21,7 +20,4 @@ def load_digits() -> ImageDataset:
     content = datasets.load_digits()
     images = torch.from_numpy(content.images)[:, None] * (255 / SHADES)
     images, labels = images.round().byte(), torch.from_numpy(content.target).long()
-    train, test = hold_out(labels, HELD_OUT_PER_CLASS, SPLIT_SEED)
-    return make_dataset(
-        "digits", DIGITS, (images[train], labels[train]), (images[test], labels[test])
-    )
+    return split_dataset("digits", DIGITS, images, labels, HELD_OUT_PER_CLASS)

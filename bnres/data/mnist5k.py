@@ -2,10 +2,9 @@
 
 import torch
 
-from bnres.data.dataset import ImageDataset, hold_out, make_dataset
+from bnres.data.dataset import ImageDataset, split_dataset
 
 HELD_OUT_PER_CLASS = 100
-SPLIT_SEED = 0
 SIZE = 28
 DIGITS = tuple("0123456789")
 
@@ -21,7 +20,4 @@ def load_mnist5k() -> ImageDataset:
 
     table = torch.from_numpy(np.loadtxt(DATA_PATH, delimiter=",", dtype=np.uint8))
     images, labels = table[:, :-1].view(-1, 1, SIZE, SIZE), table[:, -1].long()
-    train, test = hold_out(labels, HELD_OUT_PER_CLASS, SPLIT_SEED)
-    return make_dataset(
-        "mnist5k", DIGITS, (images[train], labels[train]), (images[test], labels[test])
-    )
+    return split_dataset("mnist5k", DIGITS, images, labels, HELD_OUT_PER_CLASS)

@@ -98,11 +98,7 @@ def build_model(config: TrainConfig, classes: int, channels: int) -> nn.Module:
         name: getattr(config, name) for name in ("act", "stem") if getattr(config, name) is not None
     }
     model = create_model(
-        config.model,
-        num_classes=classes,
-        in_channels=channels,
-        fused=config.fused,
-        **options,
+        config.model, num_classes=classes, in_channels=channels, fused=config.fused, **options
     )
     if config.init == "xavier":
         xavier_uniform(model)
