@@ -13,7 +13,6 @@ from benchmarks.cases import ModelCase
 from benchmarks.check import check
 from benchmarks.operations import DTYPES, LAYOUTS
 from benchmarks.providers.base import Unavailable
-from bnres.models.blocks import ResidualBlock
 
 CLASSES = 1000
 CIFAR_IMAGE = 32
@@ -70,7 +69,7 @@ def _stock(case: ModelCase) -> nn.Module:
     """The net at a start from which a step in 16 bits is near one in fp32.
 
     As initialised, a ResNet-50 makes so much of a rounding that no provider could be checked; small
-    weights in the last batch norm of a block, as zero_init_residual has them, keep it.
+    weights in the last batch norm of a block, where zero_init_residual has zeros, keep it.
     """
     torch.manual_seed(0)
     model = bnres.models.create_model(
@@ -78,10 +77,12 @@ def _stock(case: ModelCase) -> nn.Module:
         num_classes=CLASSES,
         fused=False,
         stem="cifar" if case.image <= CIFAR_IMAGE else "imagenet",
+        zero_init_residual=True,
     )
-    for module in model.modules():
-        if isinstance(module, ResidualBlock):
-            nn.init.constant_(module.last_norm.weight, LAST_WEIGHT)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.weight.masked_fill_(module.weight == 0, LAST_WEIGHT)
     return model
 
 

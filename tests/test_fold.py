@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from functools import partial
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 
 import bnres
 from bnres import models, use_backend, use_conv_route
+from bnres.models.layers import stock_norm_act
 from tests.device import DEVICE
 from tests.test_fuse import ARCHITECTURES, build
 from tests.tolerances import assert_close
@@ -59,9 +61,8 @@ def test_our_models(name, fused):
 def test_residual_block_through_the_kernels(route, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     torch.manual_seed(0)
-    block = models.blocks.BasicBlock
-    stock = nn.Sequential(block(8, 16, 2, "relu"), block(16, 16, 1, "relu")).to(DEVICE)
-    stock = with_statistics(stock)
+    block = partial(models.blocks.BasicBlock, norm_act=stock_norm_act)
+    stock = with_statistics(nn.Sequential(block(8, 16, 2), block(16, 16)).to(DEVICE))
     x = torch.randn(2, 8, 6, 6, device=DEVICE)
     with torch.no_grad(), use_conv_route(route):
         expected = copy.deepcopy(stock).double()(x.double())

@@ -7,9 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import bnres
 from benchmarks.sites import RESNET18_SITES
 from benchmarks.torchvision_import import torchvision
 from bnres import models, use_backend
+from bnres.models.layers import fused_norm_act, stock_norm_act
 from bnres.nn import BatchNormAct2d
 from tests.device import DEVICE
 
@@ -71,9 +73,27 @@ def test_fused_and_stock_start_alike(name):
 def test_every_activation_and_addition_is_fused():
     net = models.resnet18()
     assert not any(isinstance(m, nn.ReLU) for m in net.modules())
-    assert sum(isinstance(m, BatchNormAct2d) for m in net.modules()) == 17
+    assert sum(isinstance(m, BatchNormAct2d) for m in net.modules()) == 20
     stock = models.resnet18(fused=False)
     assert {type(m) for m in stock.modules() if isinstance(m, nn.BatchNorm2d)} == {nn.BatchNorm2d}
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("resnet18", {"act": "leaky_relu"}),
+        ("resnet18", {"stem": "cifar"}),
+        ("resnet50", {}),
+        ("resnet18-seed", {}),
+        ("lenet-seed", {}),
+    ],
+    ids=str,
+)
+def test_unfused_models_are_the_stock_ones(name, options):
+    stock, fused = (models.create_model(name, fused=fused, **options) for fused in (False, True))
+    unfused = bnres.unfuse(fused)
+    assert repr(unfused) == repr(stock) and repr(fused) != repr(stock)
+    assert [type(m) for m in unfused.modules()] == [type(m) for m in stock.modules()]
 
 
 def test_sites_of_the_audit_are_those_of_the_model():
@@ -126,8 +146,8 @@ class Small(nn.Module):
     def __init__(self, fused):
         super().__init__()
         self.stem = nn.Conv2d(1, 4, 3, padding=1, bias=False)
-        block = models.blocks.FusedBasicBlock if fused else models.blocks.BasicBlock
-        self.block = block(4, 6, 2, "relu")
+        norm_act = fused_norm_act if fused else stock_norm_act
+        self.block = models.blocks.BasicBlock(4, 6, 2, norm_act)
         self.fc = nn.Linear(6, 3)
 
     def forward(self, x):

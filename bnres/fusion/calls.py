@@ -5,6 +5,7 @@ hook, another class), they call the modules one after another.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch.nn.functional as F
@@ -12,24 +13,18 @@ from torch import Tensor, nn
 
 from bnres.activations import CLASSES, resolve
 from bnres.kernels.reference import ACTIVATION_FORMULAS
+from bnres.kernels.window import Window
 from bnres.nn import BatchNorm1d, BatchNorm2d, BatchNorm3d
-from bnres.nn.compose import (
-    conv_norm_act_pool,
-    conv_norm_add_act,
-    norm_act_pool,
-    norm_add_act,
-)
+from bnres.nn.compose import conv_norm_add_act, norm_act_pool
 from bnres.nn.handout import offer
 from bnres.nn.hooks import hooked
 
-NORMS = (
-    nn.BatchNorm1d,
-    nn.BatchNorm2d,
-    nn.BatchNorm3d,
-    BatchNorm1d,
-    BatchNorm2d,
-    BatchNorm3d,
-)
+SWAPS: dict[type[nn.Module], type[nn.Module]] = {
+    nn.BatchNorm1d: BatchNorm1d,
+    nn.BatchNorm2d: BatchNorm2d,
+    nn.BatchNorm3d: BatchNorm3d,
+}
+NORMS = (*SWAPS, *SWAPS.values())
 # Modules called one after another, the last of them a batch norm.
 Branch = Sequence[nn.Module] | nn.Sequential
 # A module, or the name of an activation and its options.
@@ -38,20 +33,15 @@ Act = nn.Module | tuple[str, dict[str, Any]] | None
 Pool = nn.MaxPool2d | tuple[Any, ...] | None
 
 
+@dataclass
 class Windows:
     """The arguments of a call of max_pool2d, under the names of `torch.nn.MaxPool2d`."""
 
-    def __init__(
-        self,
-        kernel_size: Any,
-        stride: Any = None,
-        padding: Any = 0,
-        dilation: Any = 1,
-        ceil_mode: bool = False,
-    ) -> None:
-        self.kernel_size, self.padding, self.dilation = kernel_size, padding, dilation
-        self.stride = kernel_size if stride is None else stride
-        self.ceil_mode = ceil_mode
+    kernel_size: Any
+    stride: Any = None
+    padding: Any = 0
+    dilation: Any = 1
+    ceil_mode: bool = False
 
 
 def activation(act: Act) -> tuple[str, dict[str, Any]]:
@@ -112,12 +102,8 @@ def _output_shape(conv: nn.Conv2d | None, x: Tensor) -> tuple[int, ...]:
     if conv.padding == "same":
         return (x.shape[0], conv.out_channels, *x.shape[2:])
     padding = (0, 0) if isinstance(conv.padding, str) else conv.padding
-    reach = [d * (k - 1) + 1 for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
-    size = [
-        (n + 2 * p - r) // s + 1
-        for n, p, r, s in zip(x.shape[2:], padding, reach, conv.stride, strict=True)
-    ]
-    return (x.shape[0], conv.out_channels, *size)
+    window = Window(*conv.kernel_size, *conv.stride, *padding, *conv.dilation)  # type: ignore[call-arg]
+    return (x.shape[0], conv.out_channels, *window.output_size(*x.shape[2:]))
 
 
 def norm(
@@ -143,14 +129,10 @@ def norm(
         ends = [tuple(m for m in end if m is not None) for end in
                 ((conv, bn), (residual_conv, residual_norm))]  # fmt: skip
         return _unfused(ends[0], x, act, residual, ends[1] or None)
-    common: dict[str, Any] = {"act": name, "act_kwargs": options, "twice": offers}
-    if conv is not None:
-        y = conv_norm_add_act(conv, bn, x, residual, residual_conv, residual_norm, **common)
-    else:
-        if residual_conv is not None and residual is not None:
-            residual = residual_conv(residual)
-        y = norm_add_act(bn, x, residual, residual_norm, **common)
-    return offer(*y) if offers else y
+    y = conv_norm_add_act(
+        conv, bn, x, residual, residual_conv, residual_norm, name, options, fork=offers
+    )
+    return offer(y)
 
 
 def norm_pool(branch: Branch, x: Tensor, act: Act, pool: Pool) -> Tensor:
@@ -164,9 +146,7 @@ def norm_pool(branch: Branch, x: Tensor, act: Act, pool: Pool) -> Tensor:
     first, conv, bn = split(branch)
     name, options = activation(act)
     x = run_branch(first, x)
-    if conv is not None:
-        return conv_norm_act_pool(conv, bn, x, windows, name, options)
-    return norm_act_pool(bn, x, windows, name, options)
+    return norm_act_pool(bn, x, windows, name, options, conv)
 
 
 def _unfused(

@@ -35,12 +35,8 @@ def fold(model: nn.Module) -> nn.Module:
                 continue  # a Sequential's own forward holds it
             pair = root.get_submodule(branch.conv), root.get_submodule(branch.norm)
             once = all(plan.calls.get(m) == 1 and names.count(m) == 1 for m in pair)
-            if once and _has_statistics(pair[1]):
+            if once and getattr(pair[1], "running_mean", None) is not None:
                 conv = fuse_conv_bn_eval(*pair)  # type: ignore[arg-type, type-var]
                 folded.set_submodule(_joined(holder, branch.conv), conv)
                 folded.set_submodule(_joined(holder, branch.norm), nn.Identity())
     return folded
-
-
-def _has_statistics(norm: nn.Module) -> bool:
-    return getattr(norm, "running_mean", None) is not None and not norm.training

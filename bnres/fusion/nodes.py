@@ -1,7 +1,7 @@
 """What the nodes of a traced forward are: batch norms, convolutions, additions, activations."""
 
 import operator
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
@@ -35,10 +35,7 @@ POOLINGS = (F.max_pool2d, torch.max_pool2d)
 IN_PLACE_OPERATORS = frozenset(
     ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imatmul", "ipow", "iand", "ior", "ixor")
 )
-OPTIONS = {
-    "leaky_relu": ("negative_slope", "inplace"),
-    "gelu": ("approximate",),
-}
+OPTIONS = {"leaky_relu": ("negative_slope", "inplace"), "gelu": ("approximate",)}
 
 
 @dataclass(frozen=True)
@@ -127,14 +124,7 @@ def pooling_of(root: nn.Module, node: fx.Node) -> tuple[Any, ...] | nn.MaxPool2d
         return None
     if any(isinstance(v, fx.Node) for v in options.values()) or not node.args:
         return None
-    windows = Windows(**options)
-    return (
-        windows.kernel_size,
-        windows.stride,
-        windows.padding,
-        windows.dilation,
-        windows.ceil_mode,
-    )
+    return astuple(Windows(**options))
 
 
 def writes_in_place(root: nn.Module, node: fx.Node) -> bool:

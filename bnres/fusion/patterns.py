@@ -122,11 +122,10 @@ def find(root: nn.Module, graph: fx.Graph) -> Found:
         hook = next((n for n in _called(root, match) if hooked(n[1])), None)
         if hook is not None:
             reason = f"a hook waits on {hook[0]}"
-        if hook is not None or reason.startswith("between"):
-            found.reasons[main.norm] = reason
-            continue
         if reason:
             found.reasons[main.norm] = reason
+        if hook is not None or reason.startswith("between"):
+            continue
         used.update(match.nodes)
         if match.nodes != [node]:
             found.matches.append(match)

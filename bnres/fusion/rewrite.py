@@ -6,21 +6,16 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from bnres.fusion.calls import NORMS
+from bnres.fusion.calls import NORMS, SWAPS
 from bnres.fusion.forward import FusedForward, Variant, rewrite
 from bnres.fusion.patterns import Match
 from bnres.fusion.report import FusionReport, Site
 from bnres.fusion.trace import NotProvedError
-from bnres.nn import BatchNorm1d, BatchNorm2d, BatchNorm3d, BatchNormActMaxPool2d
+from bnres.nn import BatchNormActMaxPool2d
 from bnres.nn.batchnorm import _BatchNormAct, _FusedForward
 from bnres.nn.handout import LINKED
 from bnres.nn.hooks import hooked
 
-SWAPS: dict[type[nn.Module], type[nn.Module]] = {
-    nn.BatchNorm1d: BatchNorm1d,
-    nn.BatchNorm2d: BatchNorm2d,
-    nn.BatchNorm3d: BatchNorm3d,
-}
 _SWAPPED = "_bnres_swapped"
 
 
@@ -172,12 +167,9 @@ def unfuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     """
     model = _stripped(model, inplace)
     for module in list(model.modules()):
-        if isinstance(module, nn.Sequential):
+        # Their children are called in the order in which they have them.
+        if isinstance(module, nn.Sequential) or type(module).__module__.startswith("bnres.models."):
             _expand(module)
-        elif not isinstance(module, _BatchNormAct):
-            to_stock = getattr(module, "to_stock", None)
-            if callable(to_stock) and type(module).__module__.startswith("bnres."):
-                to_stock()
     return model
 
 
@@ -195,14 +187,16 @@ def _stripped(model: nn.Module, inplace: bool) -> nn.Module:
     return model
 
 
-def _expand(sequential: nn.Sequential) -> None:
-    """Gives the Identities behind fused batch norms back what these took in."""
-    modules = list(sequential)
-    for i, module in enumerate(modules):
-        if not isinstance(module, _BatchNormAct):
+def _expand(module: nn.Module) -> None:
+    """Gives the Identities after fused batch norms back what these took in."""
+    children = [(name, child) for name, child in module._modules.items() if child is not None]
+    for i, (_, norm) in enumerate(children):
+        if not isinstance(norm, _BatchNormAct):
             continue
-        room = 2 if isinstance(module, BatchNormActMaxPool2d) else 1
-        places = range(i + 1, i + 1 + room)
-        if all(p < len(modules) and type(modules[p]) is nn.Identity for p in places):
-            for place, behind in zip(places, module.to_stock(), strict=True):
-                sequential[place] = behind
+        room = 2 if isinstance(norm, BatchNormActMaxPool2d) else int(norm.act is not None)
+        places = [
+            name for name, child in children[i + 1 : i + 1 + room] if type(child) is nn.Identity
+        ]
+        if len(places) == room:
+            for place, layer in zip(places, norm.to_stock(), strict=False):
+                setattr(module, place, layer)

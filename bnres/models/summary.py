@@ -1,4 +1,4 @@
-"""The stages of a model and the shapes that leave them."""
+"""The stages of a model and the shapes of their outputs."""
 
 from dataclasses import dataclass
 

@@ -1,11 +1,11 @@
-"""A convolution with the batch norm behind it."""
+"""A convolution followed by a batch norm."""
 
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from bnres.nn.batchnorm import BatchNormAct2d
+from bnres.nn.batchnorm import BatchNormAct2d, _FusedForward
 from bnres.nn.compose import conv_norm_add_act
 from bnres.nn.hooks import hooked
 
@@ -61,15 +61,23 @@ def conv_and_norm(
     bn: nn.BatchNorm2d,
     input: Tensor,
     residual: Tensor | None = None,
+    shortcut: nn.Sequential | None = None,
     *,
-    twice: bool = False,
+    fork: bool = False,
 ) -> Any:
-    """``bn(conv(input), residual)`` in one operation, unless a hook waits for one of the two.
+    """bn(conv(input)) + shortcut(residual), with the activation of ``bn`` if it is of `bnres.nn`.
 
-    ``bn`` is one of `bnres.nn`.
+    Such a ``bn`` makes one operation of it, unless one of the modules has a hook.
+    ``shortcut`` is a convolution and a batch norm.
     """
-    if hooked(conv, bn):
-        y = bn(conv(input), residual)
-        return (y, y) if twice else y
-    act, act_kwargs = getattr(bn, "act", None), getattr(bn, "act_kwargs", None)
-    return conv_norm_add_act(conv, bn, input, residual, act=act, act_kwargs=act_kwargs, twice=twice)
+    if isinstance(bn, _FusedForward):
+        # torch.fx traces with proxies, not tensors: its graph gets the modules' own calls.
+        if isinstance(input, Tensor) and not hooked(conv, bn, shortcut, *(shortcut or ())):
+            options: dict[str, Any] = {"act": bn.act, "act_kwargs": bn.act_kwargs, "fork": fork}
+            return conv_norm_add_act(conv, bn, input, residual, *(shortcut or ()), **options)
+        y = bn(conv(input), residual if shortcut is None else shortcut(residual))
+    else:
+        y = bn(conv(input))
+        if residual is not None:
+            y = y + (residual if shortcut is None else shortcut(residual))
+    return (y, y) if fork else y

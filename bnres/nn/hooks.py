@@ -1,17 +1,18 @@
 """Whether calling a module does more than its forward."""
 
 from torch import nn
-from torch.nn.modules.module import _has_any_global_hook
+
+from bnres.kernels.torch_internals import has_global_hooks
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def hooked(*modules: nn.Module | None) -> bool:
-    """Whether a hook, or a replaced forward, waits for a call of one of the modules.
+    """Whether one of the modules has a hook or a replaced forward.
 
-    A fused call would pass it by. A forward that `bnres.fuse` has put there is none.
+    A fused call would not run it. A forward that was set by `bnres.fuse` does not count.
     """
-    if _has_any_global_hook():
+    if has_global_hooks():
         return True
     for module in modules:
         if module is None:
