@@ -199,11 +199,14 @@ def audit(
 
 @app.command()
 def host() -> None:
-    """Time the host from a module's call to its last launch, without a GPU."""
+    """Time the host's part of a call, without a GPU; exit code 1 if it is over its limit."""
     from benchmarks.audit.host import run
 
     with bad_input_exits():
-        run()
+        over = run()
+    for message in over:
+        typer.echo(f"error: {message}", err=True)
+    raise typer.Exit(int(bool(over)))
 
 
 @app.command()

@@ -1,0 +1,91 @@
+"""`python -m benchmarks host`: what it prints, its limits, the convolution that computes nothing."""
+
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from benchmarks.audit.convolution import convolutions_compute_nothing
+from tests.compiled import run_compiled
+
+OPERATIONS = ("BN+ReLU", "BN+add+ReLU", "BN+BN+add+ReLU", "BN+ReLU+max-pool")
+KINDS = ("inference", "forward", "backward")
+LIMITED = {
+    *((row, kind) for row in OPERATIONS for kind in KINDS),
+    ("BN+add+ReLU, two gradients", "backward"),
+    ("ResNet-18, fused", "step"),
+}
+OTHERS = {
+    *(("torch's BN, ReLU", kind) for kind in KINDS),
+    ("ResNet-18, stock", "step"),
+    ("ResNet-18, fused - stock", "step"),
+}
+ROW = re.compile(
+    r"^(.+?) +(inference|forward|backward|step) +(-?[\d.]+) +\((-?[\d.]+)\) +(-?[\d.]+) +(\S+)$",
+    re.MULTILINE,
+)
+# Two rounds in place of sixty, and every limit out of reach but for one.
+COMMAND = """
+from benchmarks.audit import host
+from benchmarks.cli import app
+host.ROUNDS = 2
+for limits in host.LIMITS.values():
+    limits.update(dict.fromkeys(limits, 1e6))
+{}
+app(["host"])
+"""
+
+
+def test_every_row_is_printed_with_its_ratio_and_limit():
+    result = run_compiled("-c", COMMAND.format(""))
+    assert result.returncode == 0, result.stderr
+    rows = {(row, kind): rest for row, kind, *rest in ROW.findall(result.stdout)}
+    assert {key for key, (*_, limit) in rows.items() if limit == "1000000.00"} == LIMITED
+    assert {key for key, (*_, limit) in rows.items() if limit == "-"} == OTHERS
+    least = {key: float(times[0]) for key, times in rows.items()}
+    ruler = {kind: least["torch's BN, ReLU", kind] for kind in KINDS}
+    ruler["step"] = ruler["forward"] + ruler["backward"]
+    for (row, kind), (_, median, ratio, _) in rows.items():
+        assert float(ratio) == pytest.approx(least[row, kind] / ruler[kind], rel=0.02), row
+        assert "fused - stock" in row or float(median) >= least[row, kind] > 0, row
+
+
+def test_a_ratio_over_its_limit_is_an_error():
+    result = run_compiled("-c", COMMAND.format('host.LIMITS["BN+ReLU"]["forward"] = 0.01'))
+    assert result.returncode == 1
+    assert re.fullmatch(
+        r"error: BN\+ReLU, forward: the ratio [\d.]+ is over its limit 0\.01\n", result.stderr
+    )
+
+
+@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format], ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(
+    ("kernel_size", "stride", "padding", "dilation"), [(3, 1, 1, 1), (1, 2, 0, 1), (7, 2, 3, 2)]
+)
+def test_a_convolution_that_computes_nothing_returns_the_same_layouts(
+    memory_format, bias, kernel_size, stride, padding, dilation
+):
+    def layouts():
+        x = torch.randn(2, 4, 13, 12).contiguous(memory_format=memory_format).requires_grad_()
+        weight = torch.randn(6, 4, kernel_size, kernel_size).contiguous(memory_format=memory_format)
+        inputs = [x, weight.requires_grad_(), *([torch.randn(6).requires_grad_()] if bias else [])]
+        y = F.conv2d(*inputs, stride=stride, padding=padding, dilation=dilation)
+        tensors = [y, *torch.autograd.grad(y, inputs, torch.ones_like(y))]
+        # Not strides: those of sizes of 1 mean nothing.
+        formats = [
+            [
+                t.is_contiguous(memory_format=f)
+                for f in (torch.contiguous_format, torch.channels_last)
+            ]
+            for t in tensors
+        ]
+        return [(t.shape, t.dtype) for t in tensors], formats, y.detach()
+
+    *expected, values = layouts()
+    with convolutions_compute_nothing():
+        *found, others = layouts()
+    assert found == expected
+    assert not torch.equal(values, others)
+    assert torch.isfinite(layouts()[-1]).all()
