@@ -1,4 +1,7 @@
-"""Triton kernels of bnres, imported as ``bnres.kernels``."""
+"""Triton kernels of bnres, imported as ``bnres.kernels``.
+
+The folder is not inside ``bnres/`` because it depends on nothing there: on torch and triton only.
+"""
 
 if __name__ != "bnres.kernels":
     raise ImportError(

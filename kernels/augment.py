@@ -17,7 +17,7 @@ from bnres.kernels.augment_plan import AugmentDraws, AugmentPlan
 from bnres.kernels.color import grayscale, jitter
 from bnres.kernels.config import next_power_of_2
 from bnres.kernels.device import round_to
-from bnres.kernels.launch import launch, launch_scope
+from bnres.kernels.launch import Plan, launch
 
 # An image of so many positions is one program's; of larger ones a program takes a part.
 WHOLE_IMAGE = 1024
@@ -53,28 +53,10 @@ def _axis(offs, scale, length):
 @triton.jit
 def _resampled(
     x_ptr,
-    offs_h,
-    offs_w,
-    top,
-    left,
-    height,
-    width,
-    H,
-    W,
-    OH,
-    OW,
-    stride_h,
-    stride_w,
-    stride_c,
-    mask,
-    order,
-    stop,
-    factors,
-    gray_mean,
-    CHANNELS: tl.constexpr,
-    RESIZES: tl.constexpr,
-    JITTERS: tl.constexpr,
-):
+    offs_h, offs_w, top, left, height, width, H, W, OH, OW, stride_h, stride_w, stride_c, mask,
+    order, stop, factors, gray_mean,
+    CHANNELS: tl.constexpr, RESIZES: tl.constexpr, JITTERS: tl.constexpr,
+):  # fmt: skip
     """The box (top, left, height, width) at positions of the (OH, OW) that it is resized to.
 
     With JITTERS the source's colours are changed before they are mixed.
@@ -130,24 +112,10 @@ def _color_draws(order_ptr, factors_ptr, n):
 
 @triton.jit
 def _cropped(
-    x_ptr,
-    geometry_ptr,
-    n,
-    offs,
-    H,
-    W,
-    OH,
-    OW,
-    stride_h,
-    stride_w,
-    stride_c,
-    order,
-    factors,
-    gray_mean,
-    CHANNELS: tl.constexpr,
-    RESIZES: tl.constexpr,
-    JITTERS: tl.constexpr,
-):
+    x_ptr, geometry_ptr,
+    n, offs, H, W, OH, OW, stride_h, stride_w, stride_c, order, factors, gray_mean,
+    CHANNELS: tl.constexpr, RESIZES: tl.constexpr, JITTERS: tl.constexpr,
+):  # fmt: skip
     """Crop, resize and flips of image ``n`` at the output's positions ``offs``."""
     geometry_ptr += 6 * n
     top, left = tl.load(geometry_ptr), tl.load(geometry_ptr + 1)
@@ -167,19 +135,9 @@ def _cropped(
 @triton.jit
 def _gray_sum(
     x_ptr,
-    n,
-    part,
-    order,
-    contrast_at,
-    factors,
-    H,
-    W,
-    stride_h,
-    stride_w,
-    stride_c,
-    CHANNELS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    n, part, order, contrast_at, factors, H, W, stride_h, stride_w, stride_c,
+    CHANNELS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Sum of the source's grays as contrast finds them, over a part of its positions."""
     offs = part * BLOCK + tl.arange(0, BLOCK)
     row, mask = offs // W, offs < H * W
@@ -192,25 +150,10 @@ def _gray_sum(
 
 @triton.jit
 def _augment_gray_kernel(
-    gray_ptr,
-    x_ptr,
-    geometry_ptr,
-    order_ptr,
-    factors_ptr,
-    H,
-    W,
-    OH,
-    OW,
-    stride_xn,
-    stride_xc,
-    stride_xh,
-    stride_xw,
-    parts,
-    CHANNELS: tl.constexpr,
-    RESIZES: tl.constexpr,
-    COLOR_FIRST: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    gray_ptr, x_ptr, geometry_ptr, order_ptr, factors_ptr,
+    H, W, OH, OW, stride_xn, stride_xc, stride_xh, stride_xw, parts,
+    CHANNELS: tl.constexpr, RESIZES: tl.constexpr, COLOR_FIRST: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """gray[n, part] = Σ gray(colours before contrast(image n)) over a part: (N, parts)."""
     n = tl.program_id(0) // parts
     part = tl.program_id(0) - n * parts
@@ -235,37 +178,15 @@ def _augment_gray_kernel(
 
 @triton.jit
 def _augment_kernel(
-    y_ptr,
-    gray_ptr,
-    x_ptr,
-    geometry_ptr,
-    order_ptr,
-    factors_ptr,
+    y_ptr, gray_ptr, x_ptr, geometry_ptr, order_ptr, factors_ptr,
     mean_ptr,
     std_ptr,
-    H,
-    W,
-    OH,
-    OW,
-    stride_xn,
-    stride_xc,
-    stride_xh,
-    stride_xw,
-    stride_yn,
-    stride_yc,
-    stride_yp,
-    parts,
-    gray_parts,
-    CHANNELS: tl.constexpr,
-    RESIZES: tl.constexpr,
-    HAS_COLOR: tl.constexpr,
-    HAS_CONTRAST: tl.constexpr,
-    COLOR_FIRST: tl.constexpr,
-    HAS_NORM: tl.constexpr,
-    WHOLE: tl.constexpr,
-    PARTS_POW2: tl.constexpr,
+    H, W, OH, OW, stride_xn, stride_xc, stride_xh, stride_xw, stride_yn, stride_yc, stride_yp,
+    parts, gray_parts,
+    CHANNELS: tl.constexpr, RESIZES: tl.constexpr, HAS_COLOR: tl.constexpr,
+    HAS_CONTRAST: tl.constexpr, COLOR_FIRST: tl.constexpr, PARTS_POW2: tl.constexpr,
     BLOCK: tl.constexpr,
-):
+):  # fmt: skip
     """y = (colours(flips(resize(crop(x)))) − mean)/std: (N, C, OH, OW)."""
     n = tl.program_id(0) // parts
     part = tl.program_id(0) - n * parts
@@ -275,11 +196,11 @@ def _augment_kernel(
     order, contrast_at, factors, gray_mean = 0, 0, (0.0, 0.0, 0.0, 0.0), 0.0
     if HAS_COLOR:
         order, contrast_at, factors = _color_draws(order_ptr, factors_ptr, n)
-    if HAS_CONTRAST and not WHOLE:
+    if gray_ptr is not None:
         offs_p = tl.arange(0, PARTS_POW2)
         sums = tl.load(gray_ptr + n * gray_parts + offs_p, mask=offs_p < gray_parts, other=0.0)
         gray_mean = tl.sum(sums, axis=0) / ((H * W) if COLOR_FIRST else (OH * OW))
-    if HAS_CONTRAST and WHOLE and COLOR_FIRST:
+    if HAS_CONTRAST and COLOR_FIRST and gray_ptr is None:
         gray_mean = _gray_sum(
             x_ptr, n, part, order, contrast_at, factors, H, W, stride_xh, stride_xw, stride_xc,
             CHANNELS, BLOCK,
@@ -290,13 +211,13 @@ def _augment_kernel(
     )  # fmt: skip
     if HAS_COLOR and not COLOR_FIRST:
         start = 0
-        if HAS_CONTRAST and WHOLE:
+        if HAS_CONTRAST and gray_ptr is None:
             r, g, b = jitter(r, g, b, order, 0, contrast_at, factors, 0.0, CHANNELS)
             start = contrast_at
             grays = tl.where(mask, grayscale(r, g, b, CHANNELS), 0.0)
             gray_mean = tl.sum(grays, axis=0) / (OH * OW)
         r, g, b = jitter(r, g, b, order, start, 4, factors, gray_mean, CHANNELS)
-    if HAS_NORM:
+    if mean_ptr is not None:
         r = (r - tl.load(mean_ptr)) / tl.load(std_ptr)
         if CHANNELS == 3:
             g = (g - tl.load(mean_ptr + 1)) / tl.load(std_ptr + 1)
@@ -346,7 +267,8 @@ def augment(x: Tensor, draws: AugmentDraws, plan: AugmentPlan) -> Tensor:
     gray_parts = -(-gray_positions // block)
     mean, std = _channel_values(plan.mean, x.device), _channel_values(plan.std, x.device)
     gray = None
-    source: dict[str, Any] = {
+    parts = -(-positions // block)
+    shared: dict[str, Any] = {
         "x_ptr": x,
         "geometry_ptr": draws.geometry,
         "order_ptr": draws.order,
@@ -365,30 +287,25 @@ def augment(x: Tensor, draws: AugmentDraws, plan: AugmentPlan) -> Tensor:
         "BLOCK": block,
         "num_warps": 8 if whole else 4,
     }
-    with launch_scope(x):
-        if plan.has_contrast and not whole:
-            gray = torch.empty((n, gray_parts), dtype=torch.float32, device=x.device)
-            launch(
-                _augment_gray_kernel, (gray_parts * n,), gray_ptr=gray, parts=gray_parts, **source
-            )
-        parts = -(-positions // block)
+    if plan.has_contrast and not whole:
+        gray = torch.empty((n, gray_parts), dtype=torch.float32, device=x.device)
         launch(
-            _augment_kernel,
-            (parts * n,),
-            y_ptr=y,
-            gray_ptr=gray,
-            mean_ptr=mean,
-            std_ptr=std,
-            stride_yn=y.stride(0),
-            stride_yc=y.stride(1),
-            stride_yp=y.stride(3),  # rows lie one behind the other
-            parts=parts,
-            gray_parts=gray_parts,
-            HAS_COLOR=plan.has_color,
-            HAS_CONTRAST=plan.has_contrast,
-            HAS_NORM=plan.mean is not None,
-            WHOLE=whole,
-            PARTS_POW2=next_power_of_2(gray_parts),
-            **source,
+            _augment_gray_kernel, Plan((gray_parts * n,), shared), gray_ptr=gray, parts=gray_parts
         )
+    launch(
+        _augment_kernel,
+        Plan((parts * n,), shared),
+        y_ptr=y,
+        gray_ptr=gray,
+        mean_ptr=mean,
+        std_ptr=std,
+        stride_yn=y.stride(0),
+        stride_yc=y.stride(1),
+        stride_yp=y.stride(3),  # rows follow each other without gaps
+        parts=parts,
+        gray_parts=gray_parts,
+        HAS_COLOR=plan.has_color,
+        HAS_CONTRAST=plan.has_contrast,
+        PARTS_POW2=next_power_of_2(gray_parts),
+    )
     return y

@@ -5,12 +5,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bnres.kernels.config import next_power_of_2
+from bnres.kernels.channels import load_biases, load_norm, scaled, sum_splits
 from bnres.kernels.device import ACTIVATIONS, round_to
-from bnres.kernels.dtypes import acc_type
-from bnres.kernels.launch import ACC_DTYPE, FINALIZE, launch, launch_scope, plan
-from bnres.kernels.norm import Norm, RunningStatistics, Statistics
-from bnres.kernels.outputs import empty_mask, empty_statistics
+from bnres.kernels.launch import launch, plan
+from bnres.kernels.norm import Norm, Statistics, pointers
+from bnres.kernels.outputs import empty_channels, empty_mask
 from bnres.kernels.tiles import (
     channel_ids,
     fold,
@@ -51,19 +50,11 @@ def _adaptive_pivot(x_ptr, offs_c, mask_c, count, C, L, ACC: tl.constexpr):
 
 @triton.jit
 def _bn_stats_kernel(
-    sums_ptr,
-    x_ptr,
-    count,
-    C,
-    L,
-    rows_per_split,
-    TILE: tl.constexpr,
-    UNROLL: tl.constexpr,
-    STAGES: tl.constexpr,
-    EVICTION: tl.constexpr,
-    INNER_POW2: tl.constexpr,
-    ACC: tl.constexpr,
-):
+    sums_ptr, x_ptr,
+    count, C, L, rows_per_split,
+    TILE: tl.constexpr, UNROLL: tl.constexpr, STAGES: tl.constexpr, EVICTION: tl.constexpr,
+    INNER_POW2: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
     """Σ(x − pivot) and its square over a split's rows, and the pivot: sums is (2·splits + 1, C)."""
     col_block, split = tl.program_id(0), tl.program_id(1)
     splits = tl.num_programs(1)
@@ -89,18 +80,6 @@ def _bn_stats_kernel(
 
 
 @triton.jit
-def _sum_splits(ptr, splits, offs_c, mask_c, C, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Sums of partials (splits, C) in fp64, in a fixed order: (BLOCK_C,)."""
-    total = tl.zeros((BLOCK_C,), tl.float64)
-    for s in tl.range(0, splits, BLOCK_S):
-        offs_s = s + tl.arange(0, BLOCK_S)
-        mask = (offs_s < splits)[:, None] & mask_c[None, :]
-        part = tl.load(ptr + offs_s[:, None] * C + offs_c[None, :], mask=mask, other=0)
-        total += tl.sum(part.to(tl.float64), 0)
-    return total
-
-
-@triton.jit
 def _update_running(ptr, stat, factor, offs_c, mask_c):
     """running = (1 − factor)·running + factor·stat, computed in fp64, stored in the buffer's dtype."""
     # Several threads load an element and one of them stores it. No barrier is needed: the thread that
@@ -115,32 +94,19 @@ def _update_running(ptr, stat, factor, offs_c, mask_c):
 
 @triton.jit
 def _bn_stats_finalize_kernel(
-    mean_ptr,
-    rstd_ptr,
-    running_mean_ptr,
-    running_var_ptr,
-    counter_ptr,
-    sums_ptr,
-    factor_ptr,
-    count,
-    C,
-    splits,
-    momentum: tl.float64,
+    mean_ptr, rstd_ptr,
+    running_mean_ptr, running_var_ptr, counter_ptr, sums_ptr, momentum_ptr,
+    count, C, splits, momentum: tl.float64,
     eps: tl.float64,
-    HAS_RUNNING_MEAN: tl.constexpr,
-    HAS_RUNNING_VAR: tl.constexpr,
-    HAS_COUNTER: tl.constexpr,
-    HAS_FACTOR: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
+    BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     """mean, rstd = 1/sqrt(var + eps) of each channel (C,), and the running statistics; counts a batch."""
     offs_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < C
     n = tl.cast(count, tl.float64)
-    shift = _sum_splits(sums_ptr, splits, offs_c, mask_c, C, BLOCK_S, BLOCK_C) / n
+    shift = sum_splits(sums_ptr, splits, offs_c, mask_c, C, BLOCK_S, BLOCK_C) / n
     plane = tl.cast(splits, tl.int64) * C
-    square = _sum_splits(sums_ptr + plane, splits, offs_c, mask_c, C, BLOCK_S, BLOCK_C) / n
+    square = sum_splits(sums_ptr + plane, splits, offs_c, mask_c, C, BLOCK_S, BLOCK_C) / n
     mean = tl.load(sums_ptr + 2 * plane + offs_c, mask=mask_c, other=0).to(tl.float64) + shift
     var = square - shift * shift
     var = tl.where(var < 0, 0.0, var)
@@ -148,73 +114,60 @@ def _bn_stats_finalize_kernel(
     tl.store(mean_ptr + offs_c, mean.to(mean_ptr.dtype.element_ty), mask=mask_c)
     tl.store(rstd_ptr + offs_c, rstd.to(rstd_ptr.dtype.element_ty), mask=mask_c)
     factor = tl.full((), momentum, tl.float64)
-    if HAS_FACTOR:
-        factor = tl.load(factor_ptr).to(tl.float64)
-    if HAS_RUNNING_MEAN:
+    if momentum_ptr is not None:
+        factor = tl.load(momentum_ptr).to(tl.float64)
+    if running_mean_ptr is not None:
         _update_running(running_mean_ptr, mean, factor, offs_c, mask_c)
-    if HAS_RUNNING_VAR:
+    if running_var_ptr is not None:
         _update_running(running_var_ptr, var * (n / (n - 1)), factor, offs_c, mask_c)
-    if HAS_COUNTER and tl.program_id(0) == 0:
+    if counter_ptr is not None and tl.program_id(0) == 0:
         tl.store(counter_ptr, tl.load(counter_ptr) + 1)
 
 
 @triton.jit
 def _bn_apply_kernel(
-    y_ptr,
-    mask_ptr,
-    x_ptr,
-    residual_ptr,
-    mean_ptr,
-    rstd_ptr,
-    weight_ptr,
-    bias_ptr,
-    count,
-    C,
-    L,
-    rows_per_split,
-    act_param: tl.float64,
-    eps: tl.float64,
-    ACT: tl.constexpr,
-    FROM_VAR: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr,
-    SAVE_MASK: tl.constexpr,
-    TILE: tl.constexpr,
-    UNROLL: tl.constexpr,
-    STAGES: tl.constexpr,
+    y_ptr, mask_ptr, x_ptr, residual_ptr,
+    mean_ptr, rstd_ptr, var_ptr, weight_ptr, bias_ptr,
+    residual_mean_ptr, residual_rstd_ptr, residual_var_ptr, residual_weight_ptr, residual_bias_ptr,
+    count, C, L, rows_per_split, act_param: tl.float64, eps: tl.float64, residual_eps: tl.float64,
+    ACT: tl.constexpr, TILE: tl.constexpr, UNROLL: tl.constexpr, STAGES: tl.constexpr,
     ACC: tl.constexpr,
-):
+):  # fmt: skip
     """y = act((x − mean)·(rstd·weight) + bias + residual); mask = not z <= 0, 1 bit each.
 
-    With FROM_VAR, ``rstd_ptr`` holds a variance.
+    The residual may have a norm too.
     """
     col_block, split = tl.program_id(0), tl.program_id(1)
     offs_c, mask_c = channel_ids(col_block, C, TILE)
-    mean = tl.load(mean_ptr + offs_c, mask=mask_c, other=0).to(ACC)
-    scale = tl.load(rstd_ptr + offs_c, mask=mask_c, other=1).to(ACC)
-    if FROM_VAR:
-        scale = tl.rsqrt(scale + tl.full((), eps, ACC))
-    if HAS_WEIGHT:
-        scale *= tl.load(weight_ptr + offs_c, mask=mask_c, other=0).to(ACC)
+    mean, _, scale = load_norm(mean_ptr, rstd_ptr, var_ptr, weight_ptr, eps, offs_c, mask_c, ACC)
     mean, scale = to_columns(mean, TILE), to_columns(scale, TILE)
-    if HAS_BIAS:
-        bias = to_columns(tl.load(bias_ptr + offs_c, mask=mask_c, other=0).to(ACC), TILE)
+    shift, residual_scale = None, None
+    if residual_mean_ptr is not None:
+        residual_mean, _, residual_scale = load_norm(
+            residual_mean_ptr, residual_rstd_ptr, residual_var_ptr, residual_weight_ptr,
+            residual_eps, offs_c, mask_c, ACC,
+        )  # fmt: skip
+        residual_mean = to_columns(residual_mean, TILE)
+        residual_scale = to_columns(residual_scale, TILE)
+        shift = to_columns(load_biases(bias_ptr, residual_bias_ptr, offs_c, mask_c, ACC), TILE)
+    elif bias_ptr is not None:
+        shift = to_columns(tl.load(bias_ptr + offs_c, mask=mask_c, other=0).to(ACC), TILE)
     param = tl.full((), act_param, ACC)
     start, stop = split_rows(split, rows_per_split, count, TILE)
     for row in tl.range(start, stop, UNROLL * TILE.sub_rows, num_stages=STAGES):
         offsets, mask = tile_offsets(row, col_block, count, C, L, TILE, UNROLL)
         x = tl.load(x_ptr + offsets, mask=mask, other=0)
-        if HAS_RESIDUAL:
+        residual_centred = None
+        if residual_ptr is not None:
             residual = tl.load(residual_ptr + offsets, mask=mask, other=0)
-        z = (x.to(ACC) - mean) * scale
-        if HAS_BIAS:
-            z += bias
-        if HAS_RESIDUAL:
+        if residual_mean_ptr is not None:
+            residual_centred = residual.to(ACC) - residual_mean
+        z = scaled(x.to(ACC) - mean, scale, residual_centred, residual_scale, shift)
+        if residual_ptr is not None and residual_mean_ptr is None:
             z += residual.to(ACC)
         y = round_to(ACT(z, param), y_ptr.dtype.element_ty)
         tl.store(y_ptr + offsets, y, mask=mask)
-        if SAVE_MASK:
+        if mask_ptr is not None:
             bit_offsets, bit_mask = mask_offsets(row, col_block, count, C, L, TILE, UNROLL)
             # Not (z <= 0): NaN keeps its gradient, as in torch.
             bits = pack_bits(tl.where(z <= 0, 0, 1), TILE, UNROLL)
@@ -237,65 +190,32 @@ def bn_stats(
     goes up by one. ``momentum`` may be a one-element tensor on the device. An empty ``x`` counts, but
     leaves the buffers as they are.
     """
-    channels = x.shape[1]
-    mean, rstd = out = out or empty_statistics(x)
+    mean, rstd = out = out or Statistics(*empty_channels(x, 2))
     if x.numel() == 0:
         if counter is not None:
             counter.add_(1)
         mean.zero_()
         rstd.zero_()
         return out
-    with launch_scope(x):
-        sums = _sum_channels(x)
-        factor = momentum if isinstance(momentum, Tensor) else None
-        launch(
-            _bn_stats_finalize_kernel,
-            FINALIZE.grid(channels),
-            mean_ptr=mean,
-            rstd_ptr=rstd,
-            running_mean_ptr=running_mean,
-            running_var_ptr=running_var,
-            counter_ptr=counter,
-            sums_ptr=sums,
-            factor_ptr=factor,
-            count=x.numel() // channels,
-            C=channels,
-            splits=sums.shape[0] // 2,
-            momentum=0.0 if factor is not None else momentum,
-            eps=eps,
-            HAS_RUNNING_MEAN=running_mean is not None,
-            HAS_RUNNING_VAR=running_var is not None,
-            HAS_COUNTER=counter is not None,
-            HAS_FACTOR=factor is not None,
-            BLOCK_S=FINALIZE.block_splits,
-            BLOCK_C=FINALIZE.block_channels,
-            num_warps=FINALIZE.num_warps,
-        )
-    return out
-
-
-def _sum_channels(x: Tensor) -> Tensor:
-    """Sums of x − pivot and of its square over splits, and the pivot: (2·splits + 1, C)."""
-    view, tile, config = plan("stats", x)
-    acc = acc_type(x)
-    sums = torch.empty((2 * config.splits + 1, view.channels), dtype=acc, device=x.device)
+    stats = plan("stats", x)
+    # Sums of x − pivot and of its square over splits, and the pivot.
+    sums = torch.empty((2 * stats.splits + 1, x.shape[1]), dtype=mean.dtype, device=x.device)
+    launch(_bn_stats_kernel, stats, sums_ptr=sums, x_ptr=x)
+    on_device = isinstance(momentum, Tensor)
     launch(
-        _bn_stats_kernel,
-        config.grid,
+        _bn_stats_finalize_kernel,
+        stats.finalize,
+        mean_ptr=mean,
+        rstd_ptr=rstd,
+        running_mean_ptr=running_mean,
+        running_var_ptr=running_var,
+        counter_ptr=counter,
         sums_ptr=sums,
-        x_ptr=x,
-        count=view.count,
-        C=view.channels,
-        L=view.inner,
-        rows_per_split=config.rows_per_split,
-        TILE=tile,
-        UNROLL=config.unroll,
-        STAGES=config.num_stages,
-        EVICTION=config.eviction,
-        INNER_POW2=next_power_of_2(tile.group_inner),
-        ACC=ACC_DTYPE[acc],
+        momentum_ptr=momentum if on_device else None,
+        momentum=0.0 if on_device else momentum,
+        eps=eps,
     )
-    return sums
+    return out
 
 
 def bn_apply(
@@ -311,46 +231,22 @@ def bn_apply(
 ) -> tuple[Tensor, Tensor | None]:
     """``act(norm(x) + residual_norm(residual))`` and, if asked, the mask of ``not z <= 0``.
 
-    ``residual`` is stored in memory as ``x`` is; without a ``residual_norm``, with which there is no
-    mask, it is added as it is. ``out`` is (y, mask), allocated by the caller.
+    ``residual`` is stored in memory as ``x`` is; without a ``residual_norm`` it is added as it is.
+    ``out`` is (y, mask), allocated by the caller.
     """
     y, mask = out or (torch.empty_like(x), empty_mask(x) if save_mask else None)
     if x.numel() == 0:
         return y, mask
-    if residual is not None and residual_norm is not None:
-        from bnres.kernels.bn_dual import bn_dual_apply
-
-        bn_dual_apply(y, x, residual, norm, residual_norm, act, act_param)
-        return y, mask
-    view, tile, config = plan("apply" if residual is None else "apply_residual", x)
-    statistics = norm.statistics
-    with launch_scope(x):
-        launch(
-            _bn_apply_kernel,
-            config.grid,
-            y_ptr=y,
-            mask_ptr=mask,
-            x_ptr=x,
-            residual_ptr=residual,
-            mean_ptr=statistics[0],
-            rstd_ptr=statistics[1],
-            weight_ptr=norm.weight,
-            bias_ptr=norm.bias,
-            count=view.count,
-            C=view.channels,
-            L=view.inner,
-            rows_per_split=config.rows_per_split,
-            act_param=act_param,
-            eps=statistics.eps if isinstance(statistics, RunningStatistics) else 0.0,
-            ACT=ACTIVATIONS[act].forward,
-            FROM_VAR=isinstance(statistics, RunningStatistics),
-            HAS_WEIGHT=norm.weight is not None,
-            HAS_BIAS=norm.bias is not None,
-            HAS_RESIDUAL=residual is not None,
-            SAVE_MASK=mask is not None,
-            TILE=tile,
-            UNROLL=config.unroll,
-            STAGES=config.num_stages,
-            ACC=ACC_DTYPE[acc_type(x)],
-        )
+    name = "apply_residual" if residual_norm is None else "apply_two_norms"
+    launch(
+        _bn_apply_kernel,
+        plan("apply" if residual is None else name, x),
+        y_ptr=y,
+        mask_ptr=mask,
+        x_ptr=x,
+        residual_ptr=residual,
+        **pointers(norm, residual_norm),
+        act_param=act_param,
+        ACT=ACTIVATIONS[act].forward,
+    )
     return y, mask

@@ -4,17 +4,17 @@ Forward keeps, of each window, where its greatest value lies and the x there; th
 backward is then `bn_backward.bn_backward_reduce` over these.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from bnres.kernels.config import PLANES, THREADS, VECTOR_BYTES, Tile, launch_config, tile_for
+from bnres.kernels.channels import load_mean_grads, load_norm
 from bnres.kernels.device import ACTIVATIONS, round_to
-from bnres.kernels.dtypes import acc_type
-from bnres.kernels.launch import ACC_DTYPE, launch, launch_scope, sm_count
-from bnres.kernels.layout import ChannelView
-from bnres.kernels.norm import Norm, RunningStatistics, Sums
+from bnres.kernels.launch import launch, plan
+from bnres.kernels.norm import Norm, Sums
 from bnres.kernels.outputs import empty_pooled
 from bnres.kernels.tiles import CHANNELS, split_rows
 from bnres.kernels.window import Window
@@ -60,58 +60,24 @@ def _offsets(n, h, w, channel, C, H, W, TILE: tl.constexpr):
 
 @triton.jit
 def _load_norm(
-    mean_ptr,
-    rstd_ptr,
-    weight_ptr,
-    bias_ptr,
-    channel,
-    C,
-    eps,
-    FROM_VAR: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    ACC: tl.constexpr,
-):
+    mean_ptr, rstd_ptr, var_ptr, weight_ptr, bias_ptr, channel, C, eps, ACC: tl.constexpr
+):  # fmt: skip
     """mean, rstd, rstd·weight and bias of channels."""
     mask = channel < C
-    mean = tl.load(mean_ptr + channel, mask=mask, other=0).to(ACC)
-    rstd = tl.load(rstd_ptr + channel, mask=mask, other=1).to(ACC)
-    if FROM_VAR:
-        rstd = tl.rsqrt(rstd + tl.full((), eps, ACC))
-    scale = rstd
-    if HAS_WEIGHT:
-        scale *= tl.load(weight_ptr + channel, mask=mask, other=0).to(ACC)
+    mean, rstd, scale = load_norm(mean_ptr, rstd_ptr, var_ptr, weight_ptr, eps, channel, mask, ACC)
     bias = tl.zeros_like(mean)
-    if HAS_BIAS:
+    if bias_ptr is not None:
         bias = tl.load(bias_ptr + channel, mask=mask, other=0).to(ACC)
     return mean, rstd, scale, bias
 
 
 @triton.jit
 def _visit_tap(
-    best,
-    index,
-    x_max,
+    best, argmax, x_max,
     x_ptr,
-    n,
-    oh,
-    ow,
-    kh,
-    kw,
-    channel,
-    mask,
-    C,
-    H,
-    W,
-    mean,
-    scale,
-    bias,
-    param,
-    ACT: tl.constexpr,
-    WINDOW: tl.constexpr,
-    TILE: tl.constexpr,
-    ACC: tl.constexpr,
-):
+    n, oh, ow, kh, kw, channel, mask, C, H, W, mean, scale, bias, param,
+    ACT: tl.constexpr, WINDOW: tl.constexpr, TILE: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
     """Takes in one position of the windows: the first greatest value stays, NaN takes over."""
     h = oh * WINDOW.stride_h - WINDOW.padding_h + kh * WINDOW.dilation_h
     w = ow * WINDOW.stride_w - WINDOW.padding_w + kw * WINDOW.dilation_w
@@ -119,102 +85,66 @@ def _visit_tap(
     x = tl.load(x_ptr + _offsets(n, h, w, channel, C, H, W, TILE), mask=inside, other=0)
     y = ACT((x.to(ACC) - mean) * scale + bias, param)
     y = round_to(y, x_ptr.dtype.element_ty).to(ACC)
-    takes = inside & ((index < 0) | (y > best) | (y != y))
+    takes = inside & ((argmax < 0) | (y > best) | (y != y))
     best = tl.where(takes, y, best)
     x_max = tl.where(takes, x, x_max)
-    return best, tl.where(takes, kh * WINDOW.kernel_w + kw, index), x_max
+    return best, tl.where(takes, kh * WINDOW.kernel_w + kw, argmax), x_max
 
 
 @triton.jit
 def _bn_max_pool_kernel(
-    y_ptr,
-    index_ptr,
-    x_max_ptr,
-    x_ptr,
-    mean_ptr,
-    rstd_ptr,
-    weight_ptr,
-    bias_ptr,
-    count,
-    C,
-    H,
-    W,
-    OH,
-    OW,
-    rows_per_split,
-    act_param: tl.float64,
-    eps: tl.float64,
-    ACT: tl.constexpr,
-    FROM_VAR: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    SAVE: tl.constexpr,
-    WINDOW: tl.constexpr,
-    TILE: tl.constexpr,
-    UNROLL: tl.constexpr,
-    STAGES: tl.constexpr,
-    INDEX: tl.constexpr,
-    ACC: tl.constexpr,
-):
+    y_ptr, argmax_ptr, x_max_ptr, x_ptr,
+    mean_ptr, rstd_ptr, var_ptr, weight_ptr, bias_ptr,
+    count, C, H, W, OH, OW, rows_per_split, act_param: tl.float64, eps: tl.float64,
+    ACT: tl.constexpr, WINDOW: tl.constexpr, TILE: tl.constexpr, UNROLL: tl.constexpr,
+    STAGES: tl.constexpr, INDEX: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
     """y = max over each window of act(bn(x)), rounded; its position in the window, and x there."""
     col_block, split = tl.program_id(0), tl.program_id(1)
     if TILE.kind == CHANNELS:
         channel = col_block * TILE.block_cols + tl.arange(0, TILE.block_cols)[None, :]
         mean, _, scale, bias = _load_norm(
-            mean_ptr, rstd_ptr, weight_ptr, bias_ptr, channel, C, eps, FROM_VAR, HAS_WEIGHT,
-            HAS_BIAS, ACC,
-        )  # fmt: skip
+            mean_ptr, rstd_ptr, var_ptr, weight_ptr, bias_ptr, channel, C, eps, ACC
+        )
     param = tl.full((), act_param, ACC)
     start, stop = split_rows(split, rows_per_split, count, TILE)
     for row in tl.range(start, stop, UNROLL * TILE.sub_rows, num_stages=STAGES):
         n, oh, ow, channel, mask = _positions(row, col_block, count, C, OH, OW, TILE, UNROLL, INDEX)
         if TILE.kind != CHANNELS:
             mean, _, scale, bias = _load_norm(
-                mean_ptr, rstd_ptr, weight_ptr, bias_ptr, channel, C, eps, FROM_VAR, HAS_WEIGHT,
-                HAS_BIAS, ACC,
-            )  # fmt: skip
+                mean_ptr, rstd_ptr, var_ptr, weight_ptr, bias_ptr, channel, C, eps, ACC
+            )
         best = tl.full((UNROLL * TILE.sub_rows, TILE.block_cols), 0.0, ACC)
-        index = tl.full((UNROLL * TILE.sub_rows, TILE.block_cols), -1, tl.int32)
+        argmax = tl.full((UNROLL * TILE.sub_rows, TILE.block_cols), -1, tl.int32)
         x_max = tl.full((UNROLL * TILE.sub_rows, TILE.block_cols), 0.0, x_ptr.dtype.element_ty)
         TAPS: tl.constexpr = WINDOW.taps
         if TAPS <= UNROLLED_TAPS:
             for tap in tl.static_range(TAPS):
-                best, index, x_max = _visit_tap(
-                    best, index, x_max, x_ptr, n, oh, ow, tap // WINDOW.kernel_w,
+                best, argmax, x_max = _visit_tap(
+                    best, argmax, x_max, x_ptr, n, oh, ow, tap // WINDOW.kernel_w,
                     tap % WINDOW.kernel_w, channel, mask, C, H, W, mean, scale, bias, param, ACT,
                     WINDOW, TILE, ACC,
                 )  # fmt: skip
         else:
             for tap in tl.range(0, TAPS):
-                best, index, x_max = _visit_tap(
-                    best, index, x_max, x_ptr, n, oh, ow, tap // WINDOW.kernel_w,
+                best, argmax, x_max = _visit_tap(
+                    best, argmax, x_max, x_ptr, n, oh, ow, tap // WINDOW.kernel_w,
                     tap % WINDOW.kernel_w, channel, mask, C, H, W, mean, scale, bias, param, ACT,
                     WINDOW, TILE, ACC,
                 )  # fmt: skip
         offsets = _offsets(n, oh, ow, channel, C, OH, OW, TILE)
         tl.store(y_ptr + offsets, round_to(best, y_ptr.dtype.element_ty), mask=mask)
-        if SAVE:
-            tl.store(index_ptr + offsets, index.to(index_ptr.dtype.element_ty), mask=mask)
+        if argmax_ptr is not None:
+            tl.store(argmax_ptr + offsets, argmax.to(argmax_ptr.dtype.element_ty), mask=mask)
             tl.store(x_max_ptr + offsets, x_max, mask=mask)
 
 
 @triton.jit
 def _window_grad(
-    dy_ptr,
-    index_ptr,
-    window,
-    n,
-    h,
-    w,
-    channel,
-    mask,
-    C,
-    OH,
-    OW,
-    WINDOW: tl.constexpr,
-    TILE: tl.constexpr,
-    ACC: tl.constexpr,
-):
+    dy_ptr, argmax_ptr,
+    window, n, h, w, channel, mask, C, OH, OW,
+    WINDOW: tl.constexpr, TILE: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
     """The dy of one of the windows that cover a position, where it is that window's greatest; else 0."""
     oh = (h + WINDOW.padding_h) // WINDOW.stride_h - window // WINDOW.covering_w
     ow = (w + WINDOW.padding_w) // WINDOW.stride_w - window % WINDOW.covering_w
@@ -227,65 +157,42 @@ def _window_grad(
         covers = covers & (kh * WINDOW.dilation_h == down)
         covers = covers & (kw * WINDOW.dilation_w == across)
     at = _offsets(n, oh, ow, channel, C, OH, OW, TILE)
-    index = tl.load(index_ptr + at, mask=covers, other=0).to(tl.int32)
+    argmax = tl.load(argmax_ptr + at, mask=covers, other=0).to(tl.int32)
     dy = tl.load(dy_ptr + at, mask=covers, other=0).to(ACC)
-    return tl.where(covers & (index == kh * WINDOW.kernel_w + kw), dy, 0.0)
+    return tl.where(covers & (argmax == kh * WINDOW.kernel_w + kw), dy, 0.0)
 
 
 @triton.jit
 def _bn_max_pool_bwd_dx_kernel(
-    dx_ptr,
-    dy_ptr,
-    index_ptr,
-    x_ptr,
-    mean_ptr,
-    rstd_ptr,
-    weight_ptr,
-    bias_ptr,
-    sum_dy_ptr,
-    sum_dy_xhat_ptr,
-    count,
-    C,
-    H,
-    W,
-    OH,
-    OW,
-    rows_per_split,
-    act_param: tl.float64,
-    stats_count,
-    ACT_GRAD: tl.constexpr,
-    TRAINING: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    WINDOW: tl.constexpr,
-    TILE: tl.constexpr,
-    UNROLL: tl.constexpr,
-    STAGES: tl.constexpr,
-    INDEX: tl.constexpr,
-    ACC: tl.constexpr,
-):
+    dx_ptr, dy_ptr, argmax_ptr, x_ptr,
+    mean_ptr, rstd_ptr, weight_ptr, bias_ptr,
+    sum_dy_ptr, sum_dy_xhat_ptr,
+    count, C, H, W, OH, OW, rows_per_split, act_param: tl.float64, stats_count,
+    ACT_GRAD: tl.constexpr, WINDOW: tl.constexpr, TILE: tl.constexpr, UNROLL: tl.constexpr,
+    STAGES: tl.constexpr, INDEX: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
     """dx as in `_bn_bwd_dx_kernel`, dz = act'(z)·(the dy of all windows whose greatest this is)."""
     col_block, split = tl.program_id(0), tl.program_id(1)
     if TILE.kind == CHANNELS:
         channel = col_block * TILE.block_cols + tl.arange(0, TILE.block_cols)[None, :]
         mean, rstd, scale, bias = _load_norm(
-            mean_ptr, rstd_ptr, weight_ptr, bias_ptr, channel, C, 0.0, False, HAS_WEIGHT,
-            HAS_BIAS, ACC,
-        )  # fmt: skip
-        if TRAINING:
-            mean_dy, slope = _mean_grads(sum_dy_ptr, sum_dy_xhat_ptr, rstd, channel, C, stats_count)
+            mean_ptr, rstd_ptr, None, weight_ptr, bias_ptr, channel, C, 0.0, ACC
+        )
+        if sum_dy_ptr is not None:
+            mean_dy, slope = load_mean_grads(
+                sum_dy_ptr, sum_dy_xhat_ptr, rstd, stats_count, channel, channel < C, ACC
+            )
     param = tl.full((), act_param, ACC)
     start, stop = split_rows(split, rows_per_split, count, TILE)
     for row in tl.range(start, stop, UNROLL * TILE.sub_rows, num_stages=STAGES):
         n, h, w, channel, mask = _positions(row, col_block, count, C, H, W, TILE, UNROLL, INDEX)
         if TILE.kind != CHANNELS:
             mean, rstd, scale, bias = _load_norm(
-                mean_ptr, rstd_ptr, weight_ptr, bias_ptr, channel, C, 0.0, False, HAS_WEIGHT,
-                HAS_BIAS, ACC,
-            )  # fmt: skip
-            if TRAINING:
-                mean_dy, slope = _mean_grads(
-                    sum_dy_ptr, sum_dy_xhat_ptr, rstd, channel, C, stats_count
+                mean_ptr, rstd_ptr, None, weight_ptr, bias_ptr, channel, C, 0.0, ACC
+            )
+            if sum_dy_ptr is not None:
+                mean_dy, slope = load_mean_grads(
+                    sum_dy_ptr, sum_dy_xhat_ptr, rstd, stats_count, channel, channel < C, ACC
                 )
         offsets = _offsets(n, h, w, channel, C, H, W, TILE)
         x_centred = tl.load(x_ptr + offsets, mask=mask, other=0).to(ACC) - mean
@@ -294,53 +201,30 @@ def _bn_max_pool_bwd_dx_kernel(
         if COVERING <= UNROLLED_TAPS:
             for window in tl.static_range(COVERING):
                 dy += _window_grad(
-                    dy_ptr, index_ptr, window, n, h, w, channel, mask, C, OH, OW, WINDOW, TILE, ACC
+                    dy_ptr, argmax_ptr, window, n, h, w, channel, mask, C, OH, OW, WINDOW, TILE, ACC
                 )
         else:
             for window in tl.range(0, COVERING):
                 dy += _window_grad(
-                    dy_ptr, index_ptr, window, n, h, w, channel, mask, C, OH, OW, WINDOW, TILE, ACC
+                    dy_ptr, argmax_ptr, window, n, h, w, channel, mask, C, OH, OW, WINDOW, TILE, ACC
                 )
         dx = ACT_GRAD(dy, x_centred * scale + bias, param)
-        if TRAINING:
+        if sum_dy_ptr is not None:
             dx = dx - mean_dy - x_centred * slope
         tl.store(dx_ptr + offsets, round_to(dx * scale, dx_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
-def _mean_grads(sum_dy_ptr, sum_dy_xhat_ptr, rstd, channel, C, stats_count):
-    """sum_dy/count and sum_dy_xhat/count·rstd of channels."""
-    inv_n = (1 / tl.cast(stats_count, tl.float64)).to(rstd.dtype)
-    mean_dy = tl.load(sum_dy_ptr + channel, mask=channel < C, other=0).to(rstd.dtype)
-    slope = tl.load(sum_dy_xhat_ptr + channel, mask=channel < C, other=0).to(rstd.dtype)
-    return mean_dy * inv_n, slope * inv_n * rstd
-
-
-def _domain(t: Tensor, last: bool) -> tuple[ChannelView, Tile]:
-    """Rows to walk over: positions of channels_last tensors, vectors of contiguous ones."""
-    if last:
-        view = ChannelView(t.numel() // t.shape[1], t.shape[1], 1)
-        return view, tile_for(view, t.element_size())
-    return ChannelView(1, 1, t.numel()), flat_tile(t.element_size())
-
-
-def flat_tile(itemsize: int) -> Tile:
-    """A tile of vectors, whatever channels they belong to."""
-    vector = VECTOR_BYTES // itemsize
-    return Tile(
-        kind=PLANES,
-        sub_rows=THREADS,
-        block_cols=vector,
-        block_channels=1,
-        group_inner=0,
-        vector=vector,
-        aligned=True,
-        even=True,
-    )
-
-
-def _index_dtype(x: Tensor, pooled: Tensor) -> tl.dtype:
-    return tl.int32 if max(x.numel(), pooled.numel()) < 2**31 - 2**20 else tl.int64
+def _sizes(x: Tensor, pooled: Tensor) -> dict[str, Any]:
+    """The kernels' arguments for the shapes of both tensors."""
+    fits = max(x.numel(), pooled.numel()) < 2**31 - 2**20
+    return {
+        "C": x.shape[1],
+        "H": x.shape[2],
+        "W": x.shape[3],
+        "OH": pooled.shape[2],
+        "OW": pooled.shape[3],
+        "INDEX": tl.int32 if fits else tl.int64,
+    }
 
 
 def bn_max_pool(
@@ -360,55 +244,30 @@ def bn_max_pool(
     windows of more than 256), and the x there. Ties, NaN and padding are as in
     `torch.nn.functional.max_pool2d`. ``out`` are these three, allocated by the caller.
     """
-    y, index, x_max = out or (
-        empty_pooled(x, window, ceil_mode, x.dtype),
-        empty_pooled(x, window, ceil_mode, window.index_dtype) if save else None,
-        empty_pooled(x, window, ceil_mode, x.dtype) if save else None,
-    )
+    y, argmax, x_max = out or (empty_pooled(x, window, ceil_mode), None, None)
+    if save and out is None:
+        argmax, x_max = torch.empty_like(y, dtype=window.argmax_dtype), torch.empty_like(y)
     if y.numel() == 0:
-        return y, index, x_max
-    statistics = norm.statistics
-    view, tile = _domain(y, not x.is_contiguous())
-    config = launch_config("pool", view, tile, sm_count(x.device))
-    with launch_scope(x):
-        launch(
-            _bn_max_pool_kernel,
-            config.grid,
-            y_ptr=y,
-            index_ptr=index,
-            x_max_ptr=x_max,
-            x_ptr=x,
-            mean_ptr=norm.statistics.mean,
-            rstd_ptr=norm.statistics[1],
-            weight_ptr=norm.weight,
-            bias_ptr=norm.bias,
-            count=view.count,
-            C=x.shape[1],
-            H=x.shape[2],
-            W=x.shape[3],
-            OH=y.shape[2],
-            OW=y.shape[3],
-            rows_per_split=config.rows_per_split,
-            act_param=act_param,
-            eps=statistics.eps if isinstance(statistics, RunningStatistics) else 0.0,
-            ACT=ACTIVATIONS[act].forward,
-            FROM_VAR=isinstance(statistics, RunningStatistics),
-            HAS_WEIGHT=norm.weight is not None,
-            HAS_BIAS=norm.bias is not None,
-            SAVE=index is not None,
-            WINDOW=window,
-            TILE=tile,
-            UNROLL=config.unroll,
-            STAGES=config.num_stages,
-            INDEX=_index_dtype(x, y),
-            ACC=ACC_DTYPE[acc_type(x)],
-        )
-    return y, index, x_max
+        return y, argmax, x_max
+    launch(
+        _bn_max_pool_kernel,
+        plan("pool", y, x.is_contiguous()),
+        y_ptr=y,
+        argmax_ptr=argmax,
+        x_max_ptr=x_max,
+        x_ptr=x,
+        **norm.pointers(),
+        **_sizes(x, y),
+        act_param=act_param,
+        ACT=ACTIVATIONS[act].forward,
+        WINDOW=window,
+    )
+    return y, argmax, x_max
 
 
 def bn_max_pool_backward_dx(
     dy: Tensor,
-    index: Tensor,
+    argmax: Tensor,
     x: Tensor,
     norm: Norm,
     act: str,
@@ -419,7 +278,7 @@ def bn_max_pool_backward_dx(
     *,
     out: Tensor | None = None,
 ) -> Tensor:
-    """dx; ``dy`` (of what was pooled) and ``index`` are stored in memory as ``x`` is.
+    """dx; ``dy`` (of what was pooled) and ``argmax`` are stored in memory as ``x`` is.
 
     ``sums`` are Σ dz and Σ dz·xhat of each channel, over ``count`` elements; None stands for eval
     mode, where the statistics are constants.
@@ -427,41 +286,20 @@ def bn_max_pool_backward_dx(
     dx = torch.empty_like(x) if out is None else out
     if x.numel() == 0:
         return dx
-    _, channels, height, width = x.shape
-    view, tile = _domain(x, not x.is_contiguous())
-    config = launch_config("pool_dx", view, tile, sm_count(x.device))
-    with launch_scope(x):
-        launch(
-            _bn_max_pool_bwd_dx_kernel,
-            config.grid,
-            dx_ptr=dx,
-            dy_ptr=dy,
-            index_ptr=index,
-            x_ptr=x,
-            mean_ptr=norm.statistics.mean,
-            rstd_ptr=norm.statistics[1],
-            weight_ptr=norm.weight,
-            bias_ptr=norm.bias,
-            sum_dy_ptr=None if sums is None else sums.dy,
-            sum_dy_xhat_ptr=None if sums is None else sums.dy_xhat,
-            count=view.count,
-            C=channels,
-            H=height,
-            W=width,
-            OH=dy.shape[2],
-            OW=dy.shape[3],
-            rows_per_split=config.rows_per_split,
-            act_param=act_param,
-            stats_count=count,
-            ACT_GRAD=ACTIVATIONS[act].grad,
-            TRAINING=sums is not None,
-            HAS_WEIGHT=norm.weight is not None,
-            HAS_BIAS=norm.bias is not None,
-            WINDOW=window,
-            TILE=tile,
-            UNROLL=config.unroll,
-            STAGES=config.num_stages,
-            INDEX=_index_dtype(x, dy),
-            ACC=ACC_DTYPE[acc_type(x)],
-        )
+    launch(
+        _bn_max_pool_bwd_dx_kernel,
+        plan("pool_dx", x),
+        dx_ptr=dx,
+        dy_ptr=dy,
+        argmax_ptr=argmax,
+        x_ptr=x,
+        **norm.pointers(),
+        sum_dy_ptr=None if sums is None else sums.dy,
+        sum_dy_xhat_ptr=None if sums is None else sums.dy_xhat,
+        **_sizes(x, dy),
+        act_param=act_param,
+        stats_count=count,
+        ACT_GRAD=ACTIVATIONS[act].grad,
+        WINDOW=window,
+    )
     return dx

@@ -31,7 +31,7 @@ VECTOR_BYTES = 16
 class Tile:
     """Geometry of a tile, known at compile time.
 
-    It depends on shape and dtype alone, so that forward and backward agree on it. One *sub-tile*
+    It depends only on shape and dtype, so that forward and backward agree on it. One *sub-tile*
     of ``sub_rows × block_cols`` is one 16-byte vector for each of a program's 128 threads.
 
     Attributes:
@@ -58,32 +58,6 @@ class Tile:
     def group_cols(self) -> int:
         """Columns in use in a `GROUPS` tile."""
         return self.block_channels * self.group_inner
-
-
-@dataclass(frozen=True)
-class LaunchConfig:
-    """How one kernel is launched over a tensor.
-
-    Attributes:
-        unroll: sub-tiles a thread holds at once (independent loads).
-        num_stages: depth of the software pipeline over tiles (1: none).
-        eviction: what the L2 cache is told of the tensors that are read: triton's
-            ``eviction_policy``.
-        col_blocks: column blocks, the first axis of the grid.
-        splits: programs that share the rows of one column block, the second axis.
-        rows_per_split: rows of each, a multiple of ``unroll * sub_rows``.
-    """
-
-    unroll: int
-    num_stages: int
-    eviction: str
-    col_blocks: int
-    splits: int
-    rows_per_split: int
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        return self.col_blocks, self.splits
 
 
 def next_power_of_2(n: int) -> int:
@@ -128,6 +102,11 @@ def tile_for(view: ChannelView, itemsize: int) -> Tile:
     )
 
 
+def flat_tile(itemsize: int) -> Tile:
+    """A tile of vectors, whatever channels they belong to."""
+    return tile_for(ChannelView(1, 1, VECTOR_BYTES // itemsize), itemsize)
+
+
 def tile_rows(view: ChannelView, tile: Tile) -> int:
     """Rows of the whole tensor in one column block."""
     return -(-view.count // tile.vector) if tile.kind == PLANES else view.outer
@@ -135,10 +114,15 @@ def tile_rows(view: ChannelView, tile: Tile) -> int:
 
 @dataclass(frozen=True)
 class KernelTuning:
-    """What a kernel asks of the chip: see `LaunchConfig`.
+    """What a kernel asks of the chip.
 
-    ``programs_per_sm`` is at most what has room at once, compiled for sm_90: further programs would
-    wait for the first ones to end, and leave most of the chip idle.
+    Attributes:
+        unroll: sub-tiles a thread holds at once (independent loads).
+        num_stages: depth of the software pipeline over tiles (1: none).
+        programs_per_sm: at most what has room at once, compiled for sm_90: further programs would
+            wait for the first ones to end, and leave most of the chip idle.
+        eviction: what the L2 cache is told of the tensors that are read: triton's
+            ``eviction_policy``.
     """
 
     unroll: int
@@ -147,10 +131,27 @@ class KernelTuning:
     eviction: str = ""
 
 
+@dataclass(frozen=True)
+class LaunchConfig:
+    """How one kernel is launched over a tensor.
+
+    Attributes:
+        tuning: the kernel's row in `TUNING`.
+        col_blocks: column blocks, the first axis of the grid.
+        splits: programs that share the rows of one column block, the second axis.
+        rows_per_split: rows of each, a multiple of ``unroll * sub_rows``.
+    """
+
+    tuning: KernelTuning
+    col_blocks: int
+    splits: int
+    rows_per_split: int
+
+
 # A kernel that reads or writes the 1-bit mask has to unroll by this much: it is the mask's format.
 MASK_UNROLL = 4
 
-# Turns of programs where one is too few.
+# Turns of programs where there are more column blocks than programs at once.
 TURNS = 4
 
 TUNING = {
@@ -159,12 +160,15 @@ TUNING = {
     "apply_residual": KernelTuning(unroll=MASK_UNROLL, num_stages=2, programs_per_sm=4),
     "reduce": KernelTuning(unroll=MASK_UNROLL, num_stages=2, programs_per_sm=3),
     "dx": KernelTuning(unroll=MASK_UNROLL, num_stages=3, programs_per_sm=4),
-    "dual_apply": KernelTuning(unroll=2, num_stages=3, programs_per_sm=4),
-    "dual_reduce": KernelTuning(unroll=2, num_stages=3, programs_per_sm=3),
-    "dual_dx": KernelTuning(unroll=2, num_stages=3, programs_per_sm=3),
+    "apply_two_norms": KernelTuning(unroll=2, num_stages=3, programs_per_sm=4),
+    "reduce_two_norms": KernelTuning(unroll=2, num_stages=3, programs_per_sm=3),
+    "dx_two_norms": KernelTuning(unroll=2, num_stages=3, programs_per_sm=3),
     "pool": KernelTuning(unroll=1, num_stages=2, programs_per_sm=4),
     "pool_dx": KernelTuning(unroll=1, num_stages=2, programs_per_sm=5),
 }
+
+# Over a contiguous tensor these walk over `flat_tile`, as a position's channel doesn't matter to them.
+FLAT_KERNELS = ("pool", "pool_dx")
 
 
 def launch_config(kernel: str, view: ChannelView, tile: Tile, sm_count: int) -> LaunchConfig:
@@ -182,9 +186,7 @@ def launch_config(kernel: str, view: ChannelView, tile: Tile, sm_count: int) -> 
     wanted = programs // col_blocks or -(-TURNS * programs // col_blocks)
     blocks_per_split = 1 if 2 * row_blocks < 3 * wanted else -(-row_blocks // wanted)
     return LaunchConfig(
-        unroll=tuning.unroll,
-        num_stages=tuning.num_stages,
-        eviction=tuning.eviction,
+        tuning=tuning,
         col_blocks=col_blocks,
         splits=-(-row_blocks // blocks_per_split),
         rows_per_split=blocks_per_split * block_rows,

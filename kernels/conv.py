@@ -4,54 +4,31 @@ It is a product of matrices over channels_last: rows are positions of the output
 channels, and the sum is over the filter's taps and the input's channels.
 """
 
+from functools import lru_cache
+
 import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from bnres.kernels.channels import load_norm
 from bnres.kernels.conv_config import ConvConfig, ConvShape, conv_config
 from bnres.kernels.device import ACTIVATIONS, round_to
-from bnres.kernels.launch import launch, launch_scope
+from bnres.kernels.launch import PLANS, Plan, launch
 from bnres.kernels.norm import Norm, RunningStatistics
 from bnres.kernels.outputs import empty_convolved
 
 
 @triton.jit
 def _conv_bn_act_kernel(
-    y_ptr,
-    x_ptr,
-    filter_ptr,
-    conv_bias_ptr,
-    residual_ptr,
-    mean_ptr,
-    var_ptr,
-    weight_ptr,
-    bias_ptr,
-    M,
-    H,
-    W,
-    C,
-    OH,
-    OW,
-    K_OUT,
-    act_param: tl.float64,
-    eps: tl.float64,
-    ACT: tl.constexpr,
-    HAS_CONV_BIAS: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr,
-    SHAPE: tl.constexpr,
-    ROW_CHANNELS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    ALIGNED_IN: tl.constexpr,
-    ALIGNED_OUT: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    INDEX: tl.constexpr,
-):
+    y_ptr, x_ptr, filter_ptr, conv_bias_ptr, residual_ptr,
+    mean_ptr, var_ptr, weight_ptr, bias_ptr,
+    M, H, W, C, OH, OW, K_OUT, act_param: tl.float64, eps: tl.float64,
+    ACT: tl.constexpr, SHAPE: tl.constexpr, ROW_CHANNELS: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, ALIGNED_IN: tl.constexpr,
+    ALIGNED_OUT: tl.constexpr, EVEN_K: tl.constexpr, INDEX: tl.constexpr,
+):  # fmt: skip
     """y = act((conv(x) + conv_bias − mean)·weight/sqrt(var + eps) + bias + residual): (M, K_OUT).
 
     With few channels (ROW_CHANNELS, else 0) a step sums over a whole row of the filter, whose
@@ -107,22 +84,18 @@ def _conv_bn_act_kernel(
         )
         acc = tl.dot(x, filter, acc)
     z = acc
-    if HAS_CONV_BIAS:
+    if conv_bias_ptr is not None:
         z += tl.load(conv_bias_ptr + offs_n, mask=mask_n, other=0).to(tl.float32)[None, :]
-    mean = tl.load(mean_ptr + offs_n, mask=mask_n, other=0).to(tl.float32)
-    scale = tl.load(var_ptr + offs_n, mask=mask_n, other=1).to(tl.float32)
-    scale = tl.rsqrt(scale + tl.full((), eps, tl.float32))
-    if HAS_WEIGHT:
-        scale *= tl.load(weight_ptr + offs_n, mask=mask_n, other=0).to(tl.float32)
+    mean, _, scale = load_norm(mean_ptr, None, var_ptr, weight_ptr, eps, offs_n, mask_n, tl.float32)
     z = (z - mean[None, :]) * scale[None, :]
-    if HAS_BIAS:
+    if bias_ptr is not None:
         z += tl.load(bias_ptr + offs_n, mask=mask_n, other=0).to(tl.float32)[None, :]
     stride_k = K_OUT
     if ALIGNED_OUT > 1:
         stride_k = (K_OUT // ALIGNED_OUT) * ALIGNED_OUT
     offsets = (offs_m * stride_k)[:, None] + offs_n[None, :]
     mask = mask_m[:, None] & mask_n[None, :]
-    if HAS_RESIDUAL:
+    if residual_ptr is not None:
         z += tl.load(residual_ptr + offsets, mask=mask, other=0).to(tl.float32)
     y = ACT(z, tl.full((), act_param, tl.float32))
     tl.store(y_ptr + offsets, round_to(y, y_ptr.dtype.element_ty), mask=mask)
@@ -147,58 +120,65 @@ def conv_bn_act(
     dtype: fp16, bf16, or fp32, whose operands are rounded to TF32. Sums are in fp32. ``x`` and
     ``filter`` may have been padded by `pad_channels` before.
     """
-    assert isinstance(norm.statistics, RunningStatistics)
-    itemsize, out_channels = x.element_size(), filter.shape[0]
+    if not isinstance(norm.statistics, RunningStatistics):
+        raise TypeError(f"norm must have RunningStatistics, got {type(norm.statistics).__name__}")
+    out_channels = filter.shape[0]
     y = empty_convolved(x, out_channels, shape) if out is None else out
     if y.numel() == 0:
         return y
-    rows, depth = y.numel() // out_channels, shape.depth(x.shape[1], itemsize)
-    config = config or conv_config(rows, depth, out_channels, itemsize)
-    by_rows = shape.by_rows(x.shape[1])
-    channels = shape.padded_channels(x.shape[1], itemsize)
-    x, filter = pad_channels(x, channels), pad_channels(filter, channels)
-    vector = 16 // itemsize
-    largest = max(x.numel(), y.numel(), filter.numel())
-    with launch_scope(x):
-        launch(
-            _conv_bn_act_kernel,
-            config.grid(rows, out_channels),
-            y_ptr=y,
-            x_ptr=x,
-            filter_ptr=filter,
-            conv_bias_ptr=conv_bias,
-            residual_ptr=residual,
-            mean_ptr=norm.statistics.mean,
-            var_ptr=norm.statistics.var,
-            weight_ptr=norm.weight,
-            bias_ptr=norm.bias,
-            M=rows,
-            H=x.shape[2],
-            W=x.shape[3],
-            C=channels,
-            OH=y.shape[2],
-            OW=y.shape[3],
-            K_OUT=out_channels,
-            act_param=act_param,
-            eps=norm.statistics.eps,
-            ACT=ACTIVATIONS[act].forward,
-            HAS_CONV_BIAS=conv_bias is not None,
-            HAS_WEIGHT=norm.weight is not None,
-            HAS_BIAS=norm.bias is not None,
-            HAS_RESIDUAL=residual is not None,
-            SHAPE=shape,
-            ROW_CHANNELS=channels if by_rows else 0,
-            BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n,
-            BLOCK_K=config.block_k,
-            ALIGNED_IN=vector if channels % vector == 0 else 1,
-            ALIGNED_OUT=vector if out_channels % vector == 0 else 1,
-            EVEN_K=depth % config.block_k == 0,
-            INDEX=tl.int32 if largest < 2**31 - 2**20 else tl.int64,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-        )
+    plan = _plan(x.shape, out_channels, x.element_size(), shape, config)
+    channels = plan.arguments["C"]
+    launch(
+        _conv_bn_act_kernel,
+        plan,
+        y_ptr=y,
+        x_ptr=pad_channels(x, channels),
+        filter_ptr=pad_channels(filter, channels),
+        conv_bias_ptr=conv_bias,
+        residual_ptr=residual,
+        **norm.pointers(),
+        act_param=act_param,
+        ACT=ACTIVATIONS[act].forward,
+    )
     return y
+
+
+@lru_cache(PLANS)
+def _plan(
+    size: torch.Size, out_channels: int, itemsize: int, shape: ConvShape, config: ConvConfig | None
+) -> Plan:
+    """How the kernel is launched on an input of this size; ``C`` are its channels once padded."""
+    n, channels, height, width = size
+    out_height, out_width = shape.output_size(height, width)
+    rows, depth = n * out_height * out_width, shape.depth(channels, itemsize)
+    by_rows, channels = shape.by_rows(channels), shape.padded_channels(channels, itemsize)
+    config = config or conv_config(rows, depth, out_channels, itemsize)
+    vector = 16 // itemsize
+    largest = max(
+        n * channels * height * width, rows * out_channels, out_channels * channels * shape.taps
+    )
+    arguments = {
+        "M": rows,
+        "H": height,
+        "W": width,
+        "C": channels,
+        "OH": out_height,
+        "OW": out_width,
+        "K_OUT": out_channels,
+        "SHAPE": shape,
+        "ROW_CHANNELS": channels if by_rows else 0,
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": config.block_k,
+        "ALIGNED_IN": vector if channels % vector == 0 else 1,
+        "ALIGNED_OUT": vector if out_channels % vector == 0 else 1,
+        "EVEN_K": depth % config.block_k == 0,
+        "INDEX": tl.int32 if largest < 2**31 - 2**20 else tl.int64,
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+    }
+    programs = -(-rows // config.block_m) * -(-out_channels // config.block_n)
+    return Plan((programs,), arguments)
 
 
 def pad_channels(x: Tensor, channels: int) -> Tensor:

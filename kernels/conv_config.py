@@ -9,6 +9,7 @@ from math import log2
 
 from bnres.kernels.config import next_power_of_2
 from bnres.kernels.fields import Numbers
+from bnres.kernels.window import Window
 
 # The least that the matrix instructions of every target take.
 MIN_BLOCK = 16
@@ -21,22 +22,8 @@ MAX_ROW_CHANNELS, MAX_ROW = 8, 64
 
 
 @dataclass(frozen=True)
-class ConvShape(Numbers):
-    """Kernel size, stride, padding and dilation of a 2-D convolution, known at compile time."""
-
-    kernel_h: int
-    kernel_w: int
-    stride_h: int
-    stride_w: int
-    padding_h: int
-    padding_w: int
-    dilation_h: int
-    dilation_w: int
-
-    @property
-    def taps(self) -> int:
-        """Positions in a filter."""
-        return self.kernel_h * self.kernel_w
+class ConvShape(Window):
+    """The window of a convolution."""
 
     def by_rows(self, channels: int) -> bool:
         """Whether a filter's row is summed at once: with few channels a tap would fill no block."""
@@ -47,7 +34,7 @@ class ConvShape(Numbers):
         )
 
     def has_kernel(self, channels: int) -> bool:
-        """Whether our kernels are meant for it: fewer channels leave most of an instruction empty."""
+        """Whether our kernel takes it: with fewer channels most of a matrix instruction is unused."""
         return channels >= MIN_CHANNELS or self.by_rows(channels)
 
     def padded_channels(self, channels: int, itemsize: int) -> int:
@@ -56,18 +43,9 @@ class ConvShape(Numbers):
         return -(-channels // vector) * vector if self.by_rows(channels) else channels
 
     def depth(self, channels: int, itemsize: int) -> int:
-        """Elements of the sum that lie one behind the other, in the input as in the filter."""
+        """Elements of the sum that are adjacent in memory, in the input and in the filter."""
         padded = self.padded_channels(channels, itemsize)
         return padded * self.kernel_w if self.by_rows(channels) else padded
-
-    def output_size(self, height: int, width: int) -> tuple[int, int]:
-        """Height and width of the output."""
-        reach_h = self.dilation_h * (self.kernel_h - 1) + 1
-        reach_w = self.dilation_w * (self.kernel_w - 1) + 1
-        return (
-            (height + 2 * self.padding_h - reach_h) // self.stride_h + 1,
-            (width + 2 * self.padding_w - reach_w) // self.stride_w + 1,
-        )
 
 
 @dataclass(frozen=True)
@@ -87,9 +65,6 @@ class ConvConfig(Numbers):
             f"{self.block_m}x{self.block_n}x{self.block_k} warps {self.num_warps} "
             f"stages {self.num_stages}"
         )
-
-    def grid(self, rows: int, out_channels: int) -> tuple[int]:
-        return (-(-rows // self.block_m) * -(-out_channels // self.block_n),)
 
 
 def conv_config(rows: int, depth: int, out_channels: int, itemsize: int) -> ConvConfig:

@@ -1,4 +1,4 @@
-"""Dataclasses of numbers, which operators take as lists."""
+"""Dataclasses of numbers, which operators take as tuples."""
 
 from dataclasses import dataclass, fields
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 class Numbers:
     """A dataclass whose fields are whole numbers."""
 
-    def as_list(self) -> list[int]:
+    def as_tuple(self) -> tuple[int, ...]:
         """The fields in order."""
         # torch.compile cannot trace dataclasses.astuple everywhere: it copies deeply.
-        return [getattr(self, field.name) for field in fields(self)]
+        return tuple([getattr(self, field.name) for field in fields(self)])

@@ -1,40 +1,58 @@
-"""What launchers share: the plan for a tensor, the device, the accumulator's dtype, the launch."""
+"""How kernels are launched: the plan for a tensor, and the launch itself."""
 
-from contextlib import AbstractContextManager, nullcontext
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache, lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton.language as tl
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
-from bnres.kernels.config import LaunchConfig, Tile, launch_config, tile_for
+from bnres.kernels.config import FLAT_KERNELS, flat_tile, launch_config, next_power_of_2, tile_for
 from bnres.kernels.layout import ChannelView, view_of
 
-ACC_DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64}
+# Greatest number of plans that are cached.
+PLANS = 4096
 
-# Greatest number of plans and of compiled specialisations that are cached.
-PLANS, SPECIALIZATIONS = 4096, 4096
+# Arguments of a plan that are options of triton's compiler.
+OPTIONS = ("num_warps", "num_stages")
 
 # Interpreted programs run one after another, so a few of them are enough.
 INTERPRETER_SM_COUNT = 1
 
+# Tile of the kernels that combine partial sums (splits, C).
+FINALIZE_SPLITS, FINALIZE_CHANNELS, FINALIZE_WARPS = 256, 8, 8
+
 
 @dataclass(frozen=True)
-class FinalizeConfig:
-    """Tile of the kernels that combine partial sums (splits, C)."""
+class Plan:
+    """How a kernel is launched.
 
-    block_splits: int
-    block_channels: int
-    num_warps: int
+    Attributes:
+        grid: number of programs along up to three axes.
+        arguments: what follows from shapes and types, for the kernels that have it as a parameter;
+            and triton's ``num_warps`` and ``num_stages``, unless triton chooses them.
+    """
 
-    def grid(self, channels: int) -> tuple[int]:
-        return (-(-channels // self.block_channels),)
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
 
 
-FINALIZE = FinalizeConfig(block_splits=256, block_channels=8, num_warps=8)
+@dataclass(frozen=True)
+class TilePlan(Plan):
+    """How a kernel is launched over the tiles of a tensor.
+
+    Attributes:
+        finalize: how the kernel is launched that combines the partial sums of the splits.
+        splits: programs that share the rows of one column block.
+    """
+
+    finalize: Plan
+    splits: int
 
 
 @cache
@@ -45,76 +63,96 @@ def sm_count(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def plan(kernel: str, x: Tensor) -> tuple[ChannelView, Tile, LaunchConfig]:
-    """View, tile and launch configuration of ``kernel`` on a dense ``x``."""
-    return _plan(kernel, x.shape, x.is_contiguous(), x.element_size(), sm_count(x.device))
+def plan(kernel: str, x: Tensor, contiguous: bool | None = None) -> TilePlan:
+    """How ``kernel``, a name in `config.TUNING`, is launched over a dense ``x``.
+
+    Where both layouts are one, as for planes of one element, ``contiguous`` says which is meant.
+    """
+    if contiguous is None:
+        contiguous = x.is_contiguous()
+    return _plan(kernel, x.shape, contiguous, x.dtype, sm_count(x.device))
 
 
 @lru_cache(PLANS)
 def _plan(
-    kernel: str, shape: torch.Size, contiguous: bool, itemsize: int, sm_count: int
-) -> tuple[ChannelView, Tile, LaunchConfig]:
+    kernel: str, shape: torch.Size, contiguous: bool, dtype: torch.dtype, sm_count: int
+) -> TilePlan:
     view = view_of(shape, contiguous)
-    tile = tile_for(view, itemsize)
-    return view, tile, launch_config(kernel, view, tile, sm_count)
+    if contiguous and kernel in FLAT_KERNELS:
+        view, tile = ChannelView(1, 1, view.numel), flat_tile(dtype.itemsize)
+    else:
+        tile = tile_for(view, dtype.itemsize)
+    config = launch_config(kernel, view, tile, sm_count)
+    sizes = {"count": view.count, "C": view.channels, "splits": config.splits}
+    blocks = {"BLOCK_S": FINALIZE_SPLITS, "BLOCK_C": FINALIZE_CHANNELS}
+    finalize = Plan(
+        (-(-view.channels // FINALIZE_CHANNELS),), sizes | blocks | {"num_warps": FINALIZE_WARPS}
+    )
+    arguments = sizes | {
+        "L": view.inner,
+        "rows_per_split": config.rows_per_split,
+        "TILE": tile,
+        "UNROLL": config.tuning.unroll,
+        "STAGES": config.tuning.num_stages,
+        "EVICTION": config.tuning.eviction,
+        "INNER_POW2": next_power_of_2(tile.group_inner),
+        "ACC": tl.float64 if dtype == torch.float64 else tl.float32,
+    }
+    grid = config.col_blocks, config.splits
+    return TilePlan(grid, arguments, finalize, config.splits)
 
 
-def launch_scope(x: Tensor) -> AbstractContextManager[object]:
-    """Makes the device of ``x`` current: a kernel is launched on the current device's stream."""
-    if x.is_cuda and x.device.index != torch.cuda.current_device():
-        return torch.cuda.device(x.device)
-    return nullcontext()
+class Launch(NamedTuple):
+    """A launch that was made: the compiled kernel and all its arguments, in order."""
+
+    compiled: Any
+    grid: tuple[int, int, int]
+    arguments: list[Any]
 
 
-_compiled: dict[tuple[Any, ...], Any] = {}
+_recorder = threading.local()
 
 
-def launch(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
-    """Runs ``kernel[grid](**arguments)``, and takes far less host time from the second launch on.
+@contextmanager
+def recorded_launches() -> Iterator[list[Launch]]:
+    """Inside, this thread's launches are written to the list, but for interpreted ones."""
+    before = getattr(_recorder, "launches", None)
+    launches: list[Launch] = []
+    _recorder.launches = launches
+    try:
+        yield launches
+    finally:
+        _recorder.launches = before
 
-    At each launch triton works out which specialisation of a kernel the arguments need. Here the
-    compiled kernel is looked up by the arguments: the dtype and alignment of a tensor, the type of a
-    float, the value of anything else. Triton's debugging knobs, and whether a global has changed,
-    are checked at the first launch only.
+
+def launch(kernel: Any, plan: Plan, **named: Any) -> None:
+    """Runs a kernel on the device of its first argument.
 
     Args:
-        kernel: a function decorated with `triton.jit`.
-        grid: number of programs along up to three axes.
-        arguments: all arguments of the kernel, the first one a tensor on the current device; and
-            ``num_warps`` and ``num_stages``, unless triton chooses them.
+        kernel: a function decorated with `triton.jit`, the first of whose parameters is a tensor.
+        plan: the grid, and the arguments that are not named.
+        named: the kernel's own arguments. A pointer that is left out is None, an eps 0.
 
     Raises:
-        RuntimeError: if these arguments are launched for the first time while a CUDA graph is
-            captured: the driver can't load a kernel then.
+        TypeError: for an argument that the kernel doesn't have, or that is missing.
     """
+    names = kernel.arg_names
+    absent = {n: None if n.endswith("_ptr") else 0.0 for n in names if n.endswith(("_ptr", "eps"))}
+    arguments = absent | plan.arguments | named
+    unknown = [name for name in named if name not in names]
+    missing = [name for name in names if name not in arguments]
+    if unknown or missing:
+        raise TypeError(f"{kernel.fn.__name__}: unknown arguments {unknown}, missing {missing}")
+    ordered = {name: arguments[name] for name in names}
     if not isinstance(kernel, JITFunction):
-        kernel[grid](**arguments)
+        kernel[plan.grid](**ordered)
         return
-    ordered = [arguments[name] for name in kernel.arg_names]
-    key = [id(kernel), ordered[0].get_device()]
-    key += arguments.get("num_warps"), arguments.get("num_stages")
-    for value in ordered:
-        kind = value.__class__
-        if kind is bool or kind is int or value is None:
-            key.append(value)
-        elif kind is float:
-            key.append(kind)
-        elif kind is JITFunction:
-            key.append(id(value))  # its hash would be computed from its source
-        elif isinstance(value, Tensor):
-            key += value.dtype, value.data_ptr() % 16 == 0
-        else:
-            key.append(value)
-    specialization = tuple(key)
-    compiled = _compiled.get(specialization)
-    if compiled is not None:
-        compiled[(*grid, 1, 1)[:3]](*ordered)
-        return
-    if ordered[0].is_cuda and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            f"{kernel.__name__} is launched with these arguments for the first time while a CUDA "
-            "graph is captured, and can't be loaded then: run the same call once before the capture"
-        )
-    if len(_compiled) >= SPECIALIZATIONS:
-        _compiled.clear()
-    _compiled[specialization] = kernel[grid](**arguments, enable_fp_fusion=True)
+    options = {name: arguments[name] for name in OPTIONS if name in arguments}
+    x = ordered[names[0]]
+    # A kernel is launched on the current device's stream.
+    with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
+        compiled = kernel[plan.grid](**ordered, **options, enable_fp_fusion=True)
+    launches = getattr(_recorder, "launches", None)
+    if launches is not None:
+        x_size, y_size, z_size = (*plan.grid, 1, 1)[:3]
+        launches.append(Launch(compiled, (x_size, y_size, z_size), list(ordered.values())))

@@ -71,11 +71,8 @@ def dense_like(t: Tensor, x: Tensor) -> Tensor:
 
     An expanded gradient (stride 0) and one in another format are both copied here.
     """
-    if t.stride() == x.stride() or channel_view_or_none(t) == channel_view(x):
+    if t.stride() == x.stride():
+        return t
+    if (t.is_contiguous() or is_channels_last(t)) and channel_view(t) == channel_view(x):
         return t
     return torch.empty_like(x, dtype=t.dtype).copy_(t)
-
-
-def channel_view_or_none(x: Tensor) -> ChannelView | None:
-    """`channel_view`, or None where ``x`` is not dense."""
-    return channel_view(x) if x.is_contiguous() or is_channels_last(x) else None

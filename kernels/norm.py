@@ -28,7 +28,7 @@ class Norm(NamedTuple):
     bias: Tensor | None = None
 
     def pointers(self, prefix: str = "") -> dict[str, Any]:
-        """The kernels' arguments that say this; those that it does not have are left out."""
+        """The kernels' arguments for it, by name; those that it has no value for are left out."""
         names = ("mean_ptr", "rstd_ptr")
         if isinstance(self.statistics, RunningStatistics):
             names = ("mean_ptr", "var_ptr", "eps")  # type: ignore[assignment]
@@ -37,9 +37,16 @@ class Norm(NamedTuple):
         return {prefix + name: value for name, value in arguments.items()}
 
 
+def pointers(norm: Norm, residual_norm: Norm | None) -> dict[str, Any]:
+    """The kernels' arguments for a norm, and for the residual's norm if there is one."""
+    other = {} if residual_norm is None else residual_norm.pointers("residual_")
+    return norm.pointers() | other
+
+
 class Sums(NamedTuple):
-    """What backward sums of each channel, each (C,); the last where the residual has a norm."""
+    """What backward sums for each channel, (C,): Σ dz and Σ dz·xhat of x and of a residual with a norm."""
 
     dy: Tensor
     dy_xhat: Tensor
+    residual_dy: Tensor | None = None
     residual_dy_xhat: Tensor | None = None

@@ -1,35 +1,38 @@
 """Allocates what the launchers write, for them and for callers that allocate it beforehand."""
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
 from bnres.kernels.config import CHANNELS, MASK_UNROLL, PLANES, tile_for, tile_rows
 from bnres.kernels.conv_config import ConvShape
 from bnres.kernels.dtypes import acc_type
-from bnres.kernels.layout import ChannelView, channel_view
-from bnres.kernels.norm import Statistics, Sums
+from bnres.kernels.layout import view_of
 from bnres.kernels.window import Window
 
-
-def empty_statistics(x: Tensor) -> Statistics:
-    """mean and rstd of each channel, in fp32 (or fp64)."""
-    mean, rstd = (x.new_empty(x.shape[1], dtype=acc_type(x)) for _ in range(2))
-    return Statistics(mean, rstd)
+# Greatest number of masks whose sizes are remembered.
+MASKS = 4096
 
 
-def empty_sums(x: Tensor, has_residual_norm: bool) -> Sums:
-    """Sums of each channel, in fp32 (or fp64)."""
-    return Sums(*(x.new_empty(x.shape[1], dtype=acc_type(x)) for _ in range(2 + has_residual_norm)))
+def empty_channels(x: Tensor, count: int) -> list[Tensor]:
+    """Some tensors of a value for each channel, in fp32 (or fp64)."""
+    channels, dtype = x.shape[1], acc_type(x)
+    return [x.new_empty(channels, dtype=dtype) for _ in range(count)]
 
 
 def empty_mask(x: Tensor) -> Tensor:
     """The 1-bit mask of a dense ``x``."""
-    size = mask_bytes(channel_view(x), x.element_size()) if x.numel() else 0
+    size = _mask_bytes(x.shape, x.is_contiguous(), x.itemsize)
     return torch.empty(size, dtype=torch.uint8, device=x.device)
 
 
-def mask_bytes(view: ChannelView, itemsize: int) -> int:
-    """Size of the 1-bit mask of a tensor; its format belongs to `tiles.mask_offsets`."""
+@lru_cache(MASKS)
+def _mask_bytes(shape: torch.Size, contiguous: bool, itemsize: int) -> int:
+    """Size of a mask, whose format belongs to `tiles.mask_offsets`."""
+    if not shape.numel():
+        return 0
+    view = view_of(shape, contiguous)
     tile = tile_for(view, itemsize)
     blocks = -(-tile_rows(view, tile) // (MASK_UNROLL * tile.sub_rows))
     if tile.kind == PLANES:
@@ -41,11 +44,12 @@ def mask_bytes(view: ChannelView, itemsize: int) -> int:
     return blocks * tile.sub_rows * width
 
 
-def empty_pooled(x: Tensor, window: Window, ceil_mode: bool, dtype: torch.dtype) -> Tensor:
-    """(N, C, OH, OW) in the memory format of ``x``."""
+def empty_pooled(x: Tensor, window: Window, ceil_mode: bool) -> Tensor:
+    """(N, C, OH, OW) in the dtype and memory format of ``x``."""
+    n, channels, height, width = x.shape
     return torch.empty(
-        (*x.shape[:2], *window.output_size(x.shape[2], x.shape[3], ceil_mode)),
-        dtype=dtype,
+        (n, channels, *window.output_size(height, width, ceil_mode)),
+        dtype=x.dtype,
         device=x.device,
         memory_format=torch.contiguous_format if x.is_contiguous() else torch.channels_last,
     )

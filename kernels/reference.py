@@ -155,7 +155,7 @@ def bn_backward_reduce_ref(
     sums = Sums(dz.sum(dims), (dz * _xhat(x, norm)).sum(dims))
     if residual is not None and residual_norm is not None:
         xhat = _xhat(residual, residual_norm)
-        sums = sums._replace(residual_dy_xhat=(dz * xhat).sum(dims))
+        sums = sums._replace(residual_dy=sums.dy, residual_dy_xhat=(dz * xhat).sum(dims))
     return sums, dz.to(x.dtype) if write_dz else None
 
 
@@ -214,13 +214,7 @@ def bn_max_pool_ref(
     """y = max_pool2d(act(bn(x))); the position of each maximum in its window, and the x there."""
     values, _ = bn_apply_ref(x, norm, None, None, act, act_param)
     y, flat = F.max_pool2d(
-        values,
-        (window.kernel_h, window.kernel_w),
-        (window.stride_h, window.stride_w),
-        (window.padding_h, window.padding_w),
-        (window.dilation_h, window.dilation_w),
-        ceil_mode,
-        return_indices=True,
+        values, window.kernel_size, **window.options, ceil_mode=ceil_mode, return_indices=True
     )
     if not save:
         return y, None, None
@@ -239,26 +233,26 @@ def window_starts(y: Tensor, window: Window) -> tuple[Tensor, Tensor]:
     )
 
 
-def pooled_offsets(index: Tensor, window: Window, width: int) -> Tensor:
+def pooled_offsets(argmax: Tensor, window: Window, width: int) -> Tensor:
     """Where in a plane of this width each maximum lies, of its position in its window."""
-    down, across = window_starts(index, window)
-    index = index.long()
-    h = down + index // window.kernel_w * window.dilation_h
-    return h * width + across + index % window.kernel_w * window.dilation_w
+    down, across = window_starts(argmax, window)
+    argmax = argmax.long()
+    h = down + argmax // window.kernel_w * window.dilation_h
+    return h * width + across + argmax % window.kernel_w * window.dilation_w
 
 
 def bn_max_pool_at_ref(
-    x: Tensor, norm: Norm, act: str, act_param: float, window: Window, index: Tensor
+    x: Tensor, norm: Norm, act: str, act_param: float, window: Window, argmax: Tensor
 ) -> Tensor:
-    """`bn_max_pool_ref` where the maxima are known to lie at ``index``: differentiable."""
-    flat = pooled_offsets(index, window, x.shape[3]).flatten(2)
+    """`bn_max_pool_ref` where the maxima are known to lie at ``argmax``: differentiable."""
+    flat = pooled_offsets(argmax, window, x.shape[3]).flatten(2)
     values, _ = bn_apply_ref(x, norm, None, None, act, act_param)
-    return values.flatten(2).gather(2, flat).view(index.shape)
+    return values.flatten(2).gather(2, flat).view(argmax.shape)
 
 
 def bn_max_pool_backward_dx_ref(
     dy: Tensor,
-    index: Tensor,
+    argmax: Tensor,
     x: Tensor,
     norm: Norm,
     act: str,
@@ -268,7 +262,7 @@ def bn_max_pool_backward_dx_ref(
     count: int,
 ) -> Tensor:
     """dx as `bn_backward_dx_ref`, of dy summed where the maxima lie."""
-    flat = pooled_offsets(index, window, x.shape[3]).flatten(2)
+    flat = pooled_offsets(argmax, window, x.shape[3]).flatten(2)
     scattered = torch.zeros(x.shape, dtype=acc_type(x), device=x.device).flatten(2)
     scattered = scattered.scatter_add(2, flat, dy.to(acc_type(x)).flatten(2)).view(x.shape)
     return bn_backward_dx_ref(scattered, x, norm, None, None, None, act, act_param, sums, count)[0]
@@ -289,8 +283,6 @@ def conv_bn_act_ref(
         x.to(acc_type(x)),
         filter.to(acc_type(x)),
         None if conv_bias is None else conv_bias.to(acc_type(x)),
-        (shape.stride_h, shape.stride_w),
-        (shape.padding_h, shape.padding_w),
-        (shape.dilation_h, shape.dilation_w),
+        **shape.options,
     )
     return bn_apply_ref(y, norm, residual, None, act, act_param)[0].to(x.dtype)

@@ -1,6 +1,7 @@
-"""The windows of a pooling layer."""
+"""The windows of a pooling layer or a convolution."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -9,7 +10,7 @@ from bnres.kernels.fields import Numbers
 
 @dataclass(frozen=True)
 class Window(Numbers):
-    """Kernel size, stride, padding and dilation of a 2-D pooling, known at compile time."""
+    """Kernel size, stride, padding and dilation in two dimensions, known at compile time."""
 
     kernel_h: int
     kernel_w: int
@@ -26,7 +27,20 @@ class Window(Numbers):
         return self.kernel_h * self.kernel_w
 
     @property
-    def index_dtype(self) -> torch.dtype:
+    def kernel_size(self) -> tuple[int, int]:
+        return self.kernel_h, self.kernel_w
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The arguments, but for kernel_size, of torch's functions."""
+        return {
+            "stride": (self.stride_h, self.stride_w),
+            "padding": (self.padding_h, self.padding_w),
+            "dilation": (self.dilation_h, self.dilation_w),
+        }
+
+    @property
+    def argmax_dtype(self) -> torch.dtype:
         """What a position in a window is kept in."""
         return torch.uint8 if self.taps <= 256 else torch.int32
 
@@ -41,7 +55,7 @@ class Window(Numbers):
         return -(-((self.kernel_w - 1) * self.dilation_w + 1) // self.stride_w)
 
     def output_size(self, height: int, width: int, ceil_mode: bool = False) -> tuple[int, int]:
-        """Windows down and across, as `torch.nn.MaxPool2d` counts them."""
+        """Windows down and across, as torch counts them."""
         return (
             _windows(
                 height, self.kernel_h, self.stride_h, self.padding_h, self.dilation_h, ceil_mode

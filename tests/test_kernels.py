@@ -4,15 +4,16 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
-from bnres.kernels import bn_backward, bn_forward, launch, reference
+from bnres.kernels import bn_backward, bn_forward, bn_pool, launch, reference
 from bnres.kernels.config import launch_config, tile_for, tile_rows
 from bnres.kernels.interpreter import check_versions
 from bnres.kernels.layout import ChannelView
 from bnres.kernels.norm import Norm
 from bnres.kernels.tiles import split_rows, tile_offsets
-from bnres.ops.batch_norm_act import unpack_mask
+from bnres.kernels.window import Window
+from bnres.operations.batch_norm_act import unpack_mask
 from tests.device import DEVICE
 from tests.tolerances import assert_close
 
@@ -90,6 +91,57 @@ def test_launchers_agree_with_their_references(shape, last, many_programs):
             pairs += zip(dx, wide_dx, strict=True)
     for actual, expected in [*pairs, (y, wide_y)]:
         assert_close(actual, expected, torch.float32)
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
+def test_outputs_may_be_allocated_by_the_caller(last):
+    x, dy, residual, weight, bias = draw((3, 16, 6, 6), last)
+    norm = Norm(bn_forward.bn_stats(x, None, None, 0.1, 1e-5), weight, bias)
+    other = Norm(bn_forward.bn_stats(residual, None, None, 0.1, 1e-5), bias)
+    window, pool = Window(3, 3, 2, 2, 1, 1, 1, 1), (norm, "relu", 0.0)
+    pooled = bn_pool.bn_max_pool(x, *pool, window, False, save=True)
+    dy_pooled = torch.ones_like(pooled[0])
+    plain, two_norms = (x, norm, residual, None), (x, norm, residual, other)
+    count = x[:, 0].numel()
+    calls = [
+        lambda **out: bn_forward.bn_stats(x, None, None, 0.1, 1e-5, **out),
+        lambda **out: bn_forward.bn_apply(*plain, "relu", 0.0, save_mask=True, **out),
+        lambda **out: bn_pool.bn_max_pool(x, *pool, window, False, save=True, **out),
+        lambda **out: bn_pool.bn_max_pool_backward_dx(
+            dy_pooled, pooled[1], x, *pool, window, None, 1, **out
+        ),
+    ]
+    for tensors in (plain, two_norms):
+        backward = (dy, *tensors, None, "silu", 0.0)
+        sums, _ = bn_backward.bn_backward_reduce(*backward)
+        calls += [
+            lambda backward=backward, **out: bn_backward.bn_backward_reduce(
+                *backward, write_dz=True, **out
+            ),
+            lambda backward=backward, sums=sums, **out: bn_backward.bn_backward_dx(
+                *backward, sums, count, write_dresidual=True, **out
+            ),
+        ]
+    for call in calls:
+        expected = call()
+        out = tree_map(lambda t: t if t is None else torch.zeros_like(t), expected)
+        found = call(out=out)
+        for ours, given, wanted in zip(*map(tree_leaves, (found, out, expected)), strict=True):
+            assert ours is given
+            assert ours is None or torch.equal(ours, wanted)
+    # What is not asked for is not written, and the rest is the same.
+    both = bn_backward.bn_backward_dx(*backward, sums, count, write_dresidual=True)
+    dx, dresidual = bn_backward.bn_backward_dx(*backward, sums, count)
+    assert dresidual is None and torch.equal(dx, both[0])
+
+
+def test_a_launch_has_exactly_the_kernels_arguments():
+    x = torch.ones(2, 3, 4, 4, device=DEVICE)
+    kernel, plan = bn_forward._bn_stats_kernel, launch.plan("stats", x)
+    with pytest.raises(TypeError, match=r"_bn_stats_kernel: unknown arguments \['y_ptr'\]"):
+        launch.launch(kernel, plan, sums_ptr=x, x_ptr=x, y_ptr=None)
+    with pytest.raises(TypeError, match=r"unknown arguments \[\], missing \['count', 'C'"):
+        launch.launch(kernel, launch.Plan((1, 1), {"ACC": tl.float32}), sums_ptr=x, x_ptr=x)
 
 
 def test_poisoned_memory_does_not_show(many_programs, monkeypatch):

@@ -9,14 +9,14 @@ from torch.utils._pytree import tree_map
 
 from bnres import augment, use_backend
 from bnres.kernels import augment as augment_kernels
-from bnres.kernels import bn_backward, bn_dual, bn_forward, bn_pool, conv, reference
+from bnres.kernels import bn_backward, bn_forward, bn_pool, conv, reference
 from bnres.kernels.config import CHANNELS, GROUPS, PLANES, tile_for
 from bnres.kernels.conv_config import ConvShape
 from bnres.kernels.dtypes import SUPPORTED_DTYPES, acc_type
 from bnres.kernels.layout import channel_view
 from bnres.kernels.norm import Norm, RunningStatistics
 from bnres.kernels.window import Window
-from bnres.ops.batch_norm_act import unpack_mask
+from bnres.operations.batch_norm_act import unpack_mask
 from tests.device import DEVICE
 from tests.tolerances import assert_close
 
@@ -235,7 +235,7 @@ def launched_by(path):
 def test_no_kernel_is_left_out(monkeypatch):
     """A new kernel needs a case here."""
     launched = set()
-    for module in (augment_kernels, bn_backward, bn_dual, bn_forward, bn_pool, conv):
+    for module in (augment_kernels, bn_backward, bn_forward, bn_pool, conv):
         original = module.launch
 
         def record(kernel, *arguments, original=original, **named):

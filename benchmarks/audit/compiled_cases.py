@@ -85,7 +85,7 @@ def all_cases() -> list[Case]:
 def family_cases() -> list[Case]:
     """One case for each kernel family."""
     sites = {fused.operation: fused for site in RESNET18_SITES for fused in operations_at(site)}
-    names = ("bn_relu_pool", "bn_add_relu_twice", "dual_bn_add_relu")
+    names = ("bn_relu_pool", "bn_add_relu_fork", "dual_bn_add_relu")
     return [Case(sites[name], 256, "channels_last", torch.bfloat16) for name in names]
 
 

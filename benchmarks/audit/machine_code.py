@@ -80,6 +80,13 @@ class Row:
     missing: str = ""
 
 
+def kernel_name(launch: Launch) -> str:
+    """The kernel's name, and whether it is compiled for two norms."""
+    pointers = ("residual_rstd_ptr", "residual_var_ptr")
+    two = any(launch.arguments.get(name) is not None for name in pointers)
+    return f"{launch.kernel} (two norms)" if two else launch.kernel
+
+
 def is_finalize(launch: Launch) -> bool:
     """Whether a kernel handles per-channel buffers alone."""
     return "finalize" in launch.kernel
@@ -132,7 +139,7 @@ def read_row(gpu: Gpu, case: Case, launch: Launch) -> Row:
         share = tensors * case.site.channels * case.site.size**2 * case.batch
         wanted = min(BYTES_IN_FLIGHT, share * case.dtype.itemsize // gpu.sm_count)
     return Row(
-        gpu.name, launch.kernel, str(case), dtype, code.registers, shared, code.spills, narrow,
+        gpu.name, kernel_name(launch), str(case), dtype, code.registers, shared, code.spills, narrow,
         in_flight, wanted, room * threads / gpu.max_threads, idle,
     )  # fmt: skip
 
@@ -159,7 +166,7 @@ def read_conv(gpu: Gpu, call: ConvCall, launch: Launch) -> Row:
     shared = launch.compiled.metadata.shared + RESERVED_SHARED
     room = resident_programs(gpu, code.registers, shared, threads)
     return Row(
-        gpu.name, launch.kernel, call.key, call.dtype, code.registers, shared, code.spills, 0.0, 0,
+        gpu.name, kernel_name(launch), call.key, call.dtype, code.registers, shared, code.spills, 0.0, 0,
         0, room * threads / gpu.max_threads, 0.0, matrix, " and ".join(missing),
     )  # fmt: skip
 
@@ -176,20 +183,20 @@ def read_augment(gpu: Gpu, case: AugmentCase, launch: Launch) -> Row:
         registers, spills, shared = code.registers, code.spills, shared + RESERVED_SHARED
     room = resident_programs(gpu, registers, shared, threads)
     return Row(
-        gpu.name, launch.kernel, str(case), "uint8", registers, shared, spills, 0.0, 0, 0,
+        gpu.name, kernel_name(launch), str(case), "uint8", registers, shared, spills, 0.0, 0, 0,
         room * threads / gpu.max_threads,
     )  # fmt: skip
 
 
 def loaded_tensors(launch: Launch) -> int:
     """Activation tensors that a kernel reads."""
-    names = ("x_ptr", "dy_ptr", "dy_skip_ptr", "residual_ptr", "x_a_ptr", "x_b_ptr")
+    names = ("x_ptr", "dy_ptr", "dy_skip_ptr", "residual_ptr")
     return sum(launch.arguments.get(name) is not None for name in names)
 
 
 def stores_tensor(launch: Launch) -> bool:
     """Whether a kernel writes an activation tensor."""
-    names = ("y_ptr", "dx_ptr", "dz_ptr", "dx_a_ptr")
+    names = ("y_ptr", "dx_ptr", "dz_ptr")
     return any(launch.arguments.get(name) is not None for name in names)
 
 
@@ -201,7 +208,7 @@ def _amd_row(gpu: Gpu, launch: Launch, case: str, dtype: str, threads: int) -> R
     shared = launch.compiled.metadata.shared
     room = resident_programs(gpu, code.registers, shared, threads)
     return Row(
-        gpu.name, launch.kernel, case, dtype, code.registers, shared, code.spills,
+        gpu.name, kernel_name(launch), case, dtype, code.registers, shared, code.spills,
         0.0 if is_finalize(launch) or code.wide >= wide else 1.0, 0, 0,
         room * threads / gpu.max_threads, 0.0, "MFMA" if code.matrix else "",
         "matrix instructions" if is_conv and not code.matrix else "",

@@ -31,8 +31,8 @@ SHAPE, POOLED_SHAPE = (16, 64, 7, 7), (2, 64, 16, 16)
 NET_INPUT = (256, 3, 224, 224)
 SECTOR_BYTES = 32
 ACTIVATIONS = (
-    "x_ptr", "y_ptr", "dy_ptr", "dy_skip_ptr", "dx_ptr", "dz_ptr", "residual_ptr", "mask_ptr",
-    "x_a_ptr", "x_b_ptr", "dx_a_ptr", "dx_b_ptr", "index_ptr", "x_max_ptr",
+    "x_ptr", "y_ptr", "dy_ptr", "dy_skip_ptr", "dx_ptr", "dz_ptr", "dresidual_ptr", "residual_ptr",
+    "mask_ptr", "argmax_ptr", "x_max_ptr",
 )  # fmt: skip
 
 

@@ -1,0 +1,213 @@
+"""Records the launches of a call's first run, and repeats them without triton's checks later.
+
+Triton's own launch works out each time which specialisation of a kernel the arguments need. Calls of
+one kind (the same shapes, strides, dtypes, device and options, the same tensors given) launch the same
+kernels with the same numbers: only the addresses change.
+"""
+
+from collections.abc import Callable, Sequence
+from operator import itemgetter
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from triton.compiler import CompiledKernel
+
+from bnres.kernels import triton_internals
+from bnres.kernels.launch import Launch, recorded_launches
+
+# Triton compiles one kernel for pointers that are multiples of this, and others for the rest.
+POINTER_ALIGNMENT = 16
+# Each scratch tensor starts at a multiple of this.
+SCRATCH_ALIGNMENT = 128
+
+Groups = Sequence[Sequence[Tensor | None]]
+
+
+class _Replayed(NamedTuple):
+    """A recorded launch: ``pick`` selects its pointers from a call's, ``numbers`` are its other arguments."""
+
+    compiled: CompiledKernel
+    grid: tuple[int, int, int]
+    run: Callable[..., None]
+    function: Any
+    metadata: Any
+    pick: Callable[[Sequence[Any]], tuple[Any, ...]]
+    numbers: tuple[Any, ...]
+
+
+class _Derived(NamedTuple):
+    """A pointer ``distance`` bytes from another one of the call's, and what it points to."""
+
+    base: int
+    distance: int
+    dtype: torch.dtype
+    numel: int
+
+
+class Replay:
+    """The launches of one kind of call.
+
+    Launches are recorded for aligned tensors, and no tensor is kept. Each pointer of a launch is that of
+    one of the call's tensors, or points into one, or into scratch memory: whatever else the call allocated.
+    Scratch that is no longer read when an output is first written uses that output's memory.
+    """
+
+    __slots__ = ("_derived", "_launches", "_ran", "_scratch", "_takes_addresses")
+
+    def __init__(self) -> None:
+        self._launches: list[_Replayed] = []
+        self._derived: list[_Derived] = []
+        self._scratch = 0
+        self._takes_addresses = True
+        self._ran: set[bool] = set()
+
+    def run(self, call: Callable[..., object], groups: Groups, *options: object) -> None:
+        """Makes the launches of ``call(*groups, *options)``, which launches and does nothing else.
+
+        Args:
+            call: what to record.
+            groups: all tensors that it reads and writes, in the same order at each call of this kind.
+                The first one of all is not None; the first one of the last group, or None, is an output.
+            options: all else that it depends on, the same at each call of this kind.
+
+        Raises:
+            RuntimeError: if such a call runs for the first time while a CUDA graph is captured: the
+                driver can't load kernels then.
+        """
+        pointers: list[Any] = []
+        bits = 0
+        for group in groups:
+            for t in group:
+                if t is None:
+                    pointers.append(0)
+                else:
+                    pointer = t.data_ptr()
+                    bits |= pointer
+                    pointers.append(pointer)
+        x = groups[0][0]
+        assert x is not None
+        aligned = bits % POINTER_ALIGNMENT == 0
+        if not (aligned and self._launches):
+            self._run_first(lambda: call(*groups, *options), groups, aligned)
+            return
+        index = x.get_device()
+        if index >= 0 and index != torch.cuda.current_device():
+            with torch.cuda.device(index):
+                self._replay(groups, pointers, index)
+        else:
+            self._replay(groups, pointers, index)
+
+    def _replay(self, groups: Groups, pointers: list[Any], index: int) -> None:
+        scratch = None
+        if self._scratch:
+            device = groups[0][0].device  # type: ignore[union-attr]
+            scratch = torch.empty(self._scratch, dtype=torch.uint8, device=device)
+        if self._takes_addresses:
+            pointers += 0, 0 if scratch is None else scratch.data_ptr()
+            for base, distance, _, _ in self._derived:
+                pointers.append(pointers[base] + distance)
+        else:
+            pointers = [*(t for group in groups for t in group), None, scratch]
+            pointers += [_view(pointers[derived.base], derived) for derived in self._derived]
+        if triton_internals.has_launch_hooks():
+            for launch in self._launches:
+                launch.compiled[launch.grid](*launch.pick(pointers), *launch.numbers)
+            return
+        stream = triton_internals.current_stream(index)
+        for _, grid, run, function, metadata, pick, numbers in self._launches:
+            run(*grid, stream, function, metadata, None, None, None, *pick(pointers), *numbers)
+
+    def _run_first(self, call: Callable[[], object], groups: Groups, aligned: bool) -> None:
+        x = groups[0][0]
+        assert x is not None
+        if aligned not in self._ran and x.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "a fused operation runs for the first time with such tensors while a CUDA graph is "
+                "captured, and its kernels can't be loaded then: run the same call once before the "
+                "capture"
+            )
+        with recorded_launches() as launches:
+            call()
+        self._ran.add(aligned)
+        given = [id(t) for group in groups for t in group if t is not None]
+        if (
+            launches  # which interpreted ones are not
+            and aligned
+            and len(set(given)) == len(given)  # else a pointer's place is not known
+            and all(isinstance(launch.compiled, CompiledKernel) for launch in launches)
+        ):
+            self._record(launches, [t for group in groups for t in group], groups[-1][0])
+
+    def _record(
+        self, launches: list[Launch], tensors: list[Tensor | None], output: Tensor | None
+    ) -> None:
+        """Finds out where each pointer of the launches comes from."""
+        pointers = [[a for a in launch.arguments if _is_pointer(a)] for launch in launches]
+        places = {id(t): i for i, t in enumerate(tensors) if t is not None}
+        null, scratch_base = len(tensors), len(tensors) + 1
+        others = {
+            id(t): t for row in pointers for t in row if t is not None and id(t) not in places
+        }
+        insides = {key: _inside(t, tensors) for key, t in others.items()}
+        scratch = {key for key, inside in insides.items() if inside is None}
+        size = sum(_room_for(others[key]) for key in scratch)
+        # In the output's memory, if that is large enough and not written before scratch is read.
+        readers = [i for i, row in enumerate(pointers) if any(id(t) in scratch for t in row)]
+        writers = [i for i, row in enumerate(pointers) if any(t is output for t in row)]
+        if output is not None and output.nbytes >= size and max(readers, default=0) < min(writers):
+            scratch_base, self._scratch = places[id(output)], 0
+        else:
+            self._scratch = size
+        distance = 0
+        derived: list[_Derived] = []
+        for key, t in others.items():
+            places[key] = len(tensors) + 2 + len(derived)
+            derived.append(
+                _Derived(*(insides[key] or (scratch_base, distance)), t.dtype, t.numel())
+            )
+            if insides[key] is None:
+                distance += _room_for(t)
+        self._derived = derived
+        self._takes_addresses = triton_internals.takes_addresses()
+        self._launches = [
+            _Replayed(
+                launch.compiled,
+                launch.grid,
+                *triton_internals.launch_parts(launch.compiled),
+                _picker([null if t is None else places[id(t)] for t in row]),
+                tuple(launch.arguments[len(row) :]),
+            )
+            for launch, row in zip(launches, pointers, strict=True)
+        ]
+
+
+def _picker(places: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
+    """A function that returns the items at some places."""
+    return itemgetter(*places) if len(places) > 1 else lambda items: (items[places[0]],)
+
+
+def _is_pointer(argument: object) -> bool:
+    """Whether a kernel's argument is a tensor, or None in its place; these come before all others."""
+    return argument is None or isinstance(argument, Tensor)
+
+
+def _room_for(t: Tensor) -> int:
+    """Bytes of scratch memory for a tensor."""
+    return -(-t.nbytes // SCRATCH_ALIGNMENT) * SCRATCH_ALIGNMENT
+
+
+def _inside(t: Tensor, tensors: Sequence[Tensor | None]) -> tuple[int, int] | None:
+    """Position of the tensor whose memory ``t`` is a part of, and how far in; None if there is none."""
+    for i, whole in enumerate(tensors):
+        if whole is not None and 0 <= t.data_ptr() - whole.data_ptr() < whole.nbytes:
+            return i, t.data_ptr() - whole.data_ptr()
+    return None
+
+
+def _view(base: Tensor, derived: _Derived) -> Tensor:
+    """What a derived pointer points to, for a launcher that wants tensors."""
+    storage = base.untyped_storage()
+    start = (base.data_ptr() - storage.data_ptr() + derived.distance) // derived.dtype.itemsize
+    view = torch.empty(0, dtype=derived.dtype, device=base.device)
+    return view.set_(storage, start, (derived.numel,), (1,))
