@@ -20,7 +20,7 @@ PASSES = {
     ("bn_add_relu", "forward"): (4, 1),
     ("bn_add_relu", "backward"): (6, 1),
     ("bn_add_relu", "eval"): (3, 0),
-    ("bn_add_relu_twice", "backward"): (7, 1),
+    ("bn_add_relu_fork", "backward"): (7, 1),
     ("dual_bn_add_relu", "forward"): (5, 0),
     ("dual_bn_add_relu", "backward"): (8, 0),
     ("dual_bn_add_relu", "eval"): (3, 0),

@@ -166,7 +166,7 @@ def bn_sites(net: str) -> list[Site]:
 def _directions(site: Site | ConvSite) -> tuple[str, ...]:
     if isinstance(site, ConvSite):
         return ("eval",)
-    return ("backward",) if site.operation.endswith("twice") else DIRECTIONS
+    return ("backward",) if site.operation.endswith("fork") else DIRECTIONS
 
 
 def _op_subjects() -> Iterator[tuple[int, OpCase]]:

@@ -136,7 +136,7 @@ def make_inputs(
     residual = activation(output) if "add" in operation else None
     pooled = (batch, channels, -(-output[2] // 2), -(-output[3] // 2))
     shape = pooled if operation == "bn_relu_pool" else output
-    count = 0 if direction != "backward" else 2 if operation.endswith("twice") else 1
+    count = 0 if direction != "backward" else 2 if operation.endswith("fork") else 1
     return Inputs(
         x.requires_grad_(needs_grad),
         norm(),
@@ -181,6 +181,6 @@ def formula(site: Site | ConvSite, training: bool) -> Callable[[Inputs], tuple[T
             y = F.relu(y, inplace=True)
         if operation == "bn_relu_pool":
             y = F.max_pool2d(y, *POOL)
-        return (y, y) if operation.endswith("twice") else (y,)
+        return (y, y) if operation.endswith("fork") else (y,)
 
     return batch_norm

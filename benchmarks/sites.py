@@ -78,7 +78,7 @@ def operations_at(site: Site) -> list[Site]:
     """The fused operations at a site of the stock net."""
     fused = {
         "bn": ["dual_bn_add_relu"],
-        "bn_add_relu": ["bn_add_relu", "bn_add_relu_twice"],
+        "bn_add_relu": ["bn_add_relu", "bn_add_relu_fork"],
         "bn_relu": ["bn_relu", "bn_relu_pool"] if site.name == "stem" else ["bn_relu"],
     }
     return [replace(site, operation=operation) for operation in fused[site.operation]]

@@ -19,6 +19,16 @@ CLASSES: dict[type[nn.Module], str] = {
     nn.GELU: "gelu",
 }
 
+# Name and parameter of each, without options.
+_PLAIN: dict[Any, tuple[str, float]] = {
+    key: (name, DEFAULT_SLOPE if name == "leaky_relu" else 0.0)
+    for key, name in [
+        (None, "identity"),
+        *CLASSES.items(),
+        *((name, name) for name in ACTIVATION_FORMULAS),
+    ]
+}
+
 
 def resolve(act: str | type[nn.Module] | None, kwargs: dict[str, Any] | None) -> tuple[str, float]:
     """The kernel's name and parameter of an activation.
@@ -31,19 +41,16 @@ def resolve(act: str | type[nn.Module] | None, kwargs: dict[str, Any] | None) ->
     Raises:
         ValueError: for an unknown activation or option.
     """
-    if isinstance(act, type):
-        name = CLASSES.get(act, act.__name__)
-    else:
-        name = "identity" if act is None else act
-    if name not in ACTIVATION_FORMULAS:
+    if act not in _PLAIN:
         raise ValueError(
             f"act must be one of {', '.join(ACTIVATION_FORMULAS)} or None, got {act!r}"
         )
-    options = dict(kwargs or {})
-    options.pop("inplace", None)
-    param = 0.0
+    if not kwargs:
+        return _PLAIN[act]
+    name, param = _PLAIN[act]
+    options = {option: value for option, value in kwargs.items() if option != "inplace"}
     if name == "leaky_relu":
-        param = float(options.pop("negative_slope", DEFAULT_SLOPE))
+        param = float(options.pop("negative_slope", param))
     if name == "gelu":
         approximate = options.pop("approximate", "none")
         if approximate not in ("none", "tanh"):

@@ -41,7 +41,7 @@ class Recipe:
             return self.make(*self.tensors)
 
 
-def recording() -> bool:
+def recomputes() -> bool:
     """Whether fused operations are to leave a recipe on their outputs."""
     return _active > 0 and torch.is_grad_enabled() and not torch.compiler.is_compiling()
 

@@ -162,7 +162,7 @@ def _operands(call: ConvCall, device: torch.device) -> tuple[Any, ...]:
         return torch.randn(shape, device=device, generator=generator)
 
     x = random(call.batch, call.channels, call.height, call.width)
-    size = (call.out_channels, call.channels, call.shape.kernel_h, call.shape.kernel_w)
+    size = (call.out_channels, call.channels, *call.shape.kernel_size)
     filter = random(*size) / (call.channels * call.shape.taps) ** 0.5
     channel = random(call.out_channels)
     statistics = RunningStatistics(channel * 0.1, channel.abs() + 0.5, EPS)
@@ -183,13 +183,10 @@ def _operands(call: ConvCall, device: torch.device) -> tuple[Any, ...]:
 def _by_torch(operands: tuple[Any, ...], call: ConvCall) -> Tensor:
     x, filter, norm, residual = operands
     mean, var, eps = norm.statistics
-    s = call.shape
-    y: Tensor = conv2d_batch_norm_act(
-        x, filter, None, mean, var, norm.weight, norm.bias, eps=eps,
-        stride=(s.stride_h, s.stride_w), padding=(s.padding_h, s.padding_w),
-        dilation=(s.dilation_h, s.dilation_w), residual=residual,
+    return conv2d_batch_norm_act(
+        x, filter, None, mean, var, norm.weight, norm.bias, eps=eps, residual=residual,
+        **call.shape.options,
     )  # fmt: skip
-    return y
 
 
 def _by_kernel(operands: tuple[Any, ...], call: ConvCall, config: ConvConfig) -> Tensor:

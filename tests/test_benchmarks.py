@@ -151,7 +151,7 @@ def test_wrong_gradient_or_statistics_are_refused(monkeypatch):
 
 
 @pytest.mark.parametrize("provider", ["bnres", "eager"])
-@pytest.mark.parametrize("operation", ["bn_add_relu_twice", "dual_bn_add_relu", "bn_relu_pool"])
+@pytest.mark.parametrize("operation", ["bn_add_relu_fork", "dual_bn_add_relu", "bn_relu_pool"])
 def test_provider_agrees_with_the_formula(provider, operation):
     case = replace(CASE, site=replace(SITE, operation=operation), provider=provider)
     found = measure.measure(replace(case, direction="backward"), CPU, CEILINGS)

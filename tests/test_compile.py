@@ -6,10 +6,14 @@ import pytest
 import torch
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.library import opcheck
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
+from bnres import use_conv_route
 from bnres.models import resnet18
-from bnres.nn import BatchNorm2d, BatchNormAct2d, BatchNormActMaxPool2d
+from bnres.nn import BatchNorm2d, BatchNormAct2d, BatchNormActMaxPool2d, ConvBatchNormAct2d
 from tests.compiled import run_compiled
 from tests.device import DEVICE
 
@@ -28,7 +32,7 @@ class Net(nn.Module):
 
     def forward(self, x):
         y = self.bn1(self.conv(x))
-        y, skip = self.bn4(self.bn2(y, y), y, residual_norm=self.bn3, twice=True)
+        y, skip = self.bn4(self.bn2(y, y), y, residual_norm=self.bn3, fork=True)
         return self.bn5(y + skip)
 
 
@@ -67,8 +71,7 @@ def test_training_step_is_captured_whole():
         assert torch.equal(ours, theirs)
     found = names(graphs)
     for direction in ("forward", "backward"):
-        assert found.count(f"bnres.batch_norm_act_{direction}") == 2
-        assert found.count(f"bnres.dual_batch_norm_act_{direction}") == 1
+        assert found.count(f"bnres.batch_norm_act_{direction}") == 3
         assert found.count(f"bnres.batch_norm_act_max_pool_{direction}") == 1
     assert "aten.native_batch_norm" not in found
     assert "aten._native_batch_norm" not in found
@@ -85,69 +88,48 @@ def test_dynamic_batch_and_inductor():
 
 
 def test_operators_pass_opcheck():
-    from bnres.ops import (
-        batch_norm_act,
-        batch_norm_act_max_pool,
-        conv2d_batch_norm_act,
-        dual_batch_norm_act,
-    )
+    """Every operator that calls reach, on the arguments that it is called with."""
+    calls = []
 
-    def check(ops, forward, backward=()):
-        """The forward operator, and the backward one on what the forward returns."""
-        checks = ("test_schema", "test_faketensor")
-        opcheck(ops.forward_op, forward, test_utils=checks)
-        if backward:
-            outputs = ops.forward_impl(*forward)
-            opcheck(ops.backward_op, backward(*outputs), test_utils=checks)
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            if op.namespace == "bnres":
+                copies = tree_map_only(torch.Tensor, torch.clone, args)
+                calls.append((op, copies))
+            return op(*args, **(kwargs or {}))
 
-    x, weight = torch.randn(4, 3, 2, 2, device=DEVICE), torch.rand(3, device=DEVICE)
-    mean, var = torch.zeros(3, device=DEVICE), torch.ones(3, device=DEVICE)
-    counter = torch.tensor(0, device=DEVICE)
-    check(
-        batch_norm_act,
-        (x, weight, None, x.clone(), mean, var, counter, None, 0.1, True, 1e-5, "relu", 0.0,
-         True),
-        lambda y, mean, rstd, mask: (
-            y, y.clone(), x, weight, None, None, mean, rstd, mask, True, "relu", 0.0, True, True,
-            True,
-        ),
-    )  # fmt: skip
-    check(
-        dual_batch_norm_act,
-        (
-            x, weight, None, x.clone(), None, weight.clone(), mean, var, counter, None,
-            mean.clone(), var.clone(), counter.clone(), None, 0.1, 0.1, 1e-5, 1e-5, True, "relu", 0.0, True,
-        ),
-        lambda y, *statistics: (
-            y, None, x, weight, None, x.clone(), None, weight.clone(), *statistics, True, "relu",
-            0.0, True, True,
-        ),
-    )  # fmt: skip
-    window = [2, 2, 1, 1, 0, 0, 1, 1]
-    last = x.contiguous(memory_format=torch.channels_last)
-    check(
-        batch_norm_act_max_pool,
-        (last, weight, None, mean, var, counter, None, 0.1, True, 1e-5, "relu", 0.0, window, False,
-         True),
-        lambda y, index, x_max, mean, rstd: (
-            y, last, weight, None, index, x_max, mean, rstd, True, "relu", 0.0, window, True, True
-        ),
-    )  # fmt: skip
-    filter = torch.randn(3, 3, 1, 1, device=DEVICE)
-    conv = [1, 1, 1, 1, 0, 0, 1, 1]
-    check(
-        conv2d_batch_norm_act,
-        (
-            last, filter, None, mean, var, weight, None, last.clone(), 1e-5, "relu", 0.0, conv,
-            None,
-        ),
-    )  # fmt: skip
+    torch.manual_seed(0)
+    net = Net().to(DEVICE)
+    conv = ConvBatchNormAct2d(3, 8, 1, dtype=torch.float16).to(DEVICE).eval()
+    x = torch.randn(2, 3, 6, 6, device=DEVICE)
+    with Record():
+        net(x).sum().backward()
+        with torch.no_grad(), use_conv_route("kernel"):
+            conv(x.half())
+    names = [op._opname for op, _ in calls]
+    assert {name: names.count(name) for name in names} == {
+        "batch_norm_act_forward": 3,
+        "batch_norm_act_backward": 3,
+        "batch_norm_act_max_pool_forward": 1,
+        "batch_norm_act_max_pool_backward": 1,
+        "conv2d_batch_norm_act_forward": 1,
+    }
+    for op, args in calls:
+        opcheck(op, args, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_fake_tensors_outside_of_their_mode():
+    with FakeTensorMode():
+        x = torch.randn(2, 8, 3, 3, requires_grad=True)
+        bn = BatchNormAct2d(8)
+    y = bn(x, x)
+    (dx,) = torch.autograd.grad(y, x, torch.empty_like(y))
+    assert isinstance(y, FakeTensor) and isinstance(dx, FakeTensor)
+    assert y.shape == dx.shape == x.shape
 
 
 def capture_on_fake_gpu():
     """A ResNet-18 of fake CUDA tensors, captured whole; prints the operators of its graph."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
     graphs = []
 
     def record(graph, example_inputs):

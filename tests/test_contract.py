@@ -139,6 +139,23 @@ def test_gradient_in_any_layout(kind):
     torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)
 
 
+def test_saved_tensors_may_come_back_in_another_layout():
+    torch.manual_seed(4)
+    last = torch.channels_last
+    x, residual = (torch.randn(3, 8, 5, 4, device=DEVICE).to(memory_format=last) for _ in "ab")
+    bn = BatchNormAct2d(8).to(DEVICE)
+    grads = []
+    for hooks in (
+        nullcontext(),
+        torch.autograd.graph.saved_tensors_hooks(torch.Tensor.contiguous, lambda t: t),
+    ):
+        leaves = [x.clone().requires_grad_(), residual.clone().requires_grad_()]
+        with hooks:
+            y = bn(*leaves)
+        grads.append(torch.autograd.grad(y, (*leaves, bn.weight), x))
+    assert all(map(torch.equal, *grads))
+
+
 def test_strided_input_gives_the_nearer_layout():
     x = torch.randn(2, 6, 5, 4, device=DEVICE)
     bn = BatchNorm2d(6).to(DEVICE)
@@ -216,3 +233,39 @@ def test_strided_parameters_and_buffers():
         results.append(y.cpu())
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(table.cpu(), other, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("name", ["residual shape", "no residual", "residual norm"])
+def test_a_call_that_raises_counts_nothing(momentum, name):
+    x = torch.randn(3, 4, 5, 2, device=DEVICE)
+    bn, residual_norm = (BatchNormAct2d(4, momentum=momentum).to(DEVICE) for _ in "ab")
+    arguments = {
+        "residual shape": {"residual": x[..., :1]},
+        "no residual": {"residual_norm": residual_norm},
+        "residual norm": {
+            "residual": x, "residual_norm": BatchNorm2d(5, momentum=momentum).to(DEVICE)
+        },
+    }[name]  # fmt: skip
+    with pytest.raises((ValueError, RuntimeError), match="residual"):
+        bn(x, **arguments)
+    assert bn.num_batches_tracked == residual_norm.num_batches_tracked == 0
+    assert not bn.running_mean.any() and (bn.running_var == 1).all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        ({"weight": torch.ones(4).cfloat()}, TypeError, "weight must be of a floating dtype, got"),
+        ({"bias": torch.ones(4).long()}, TypeError, "bias must be of a floating dtype, got"),
+        ({"momentum": torch.ones(2)}, ValueError, "momentum must have one element, got 2"),
+        ({"momentum": torch.ones((), device="meta")}, RuntimeError, "momentum is on meta, but"),
+    ],
+)
+def test_errors_name_the_argument_and_write_nothing(arguments, error, words):
+    x, mean = torch.randn(3, 4, 5, 2, device=DEVICE), torch.zeros(4, device=DEVICE)
+    counter = torch.tensor(0, device=DEVICE)
+    given = {k: v.to(DEVICE) if v.device.type == "cpu" else v for k, v in arguments.items()}
+    with pytest.raises(error, match=words):
+        batch_norm_act(x, mean, None, training=True, num_batches_tracked=counter, **given)
+    assert counter == 0 and not mean.any()

@@ -19,7 +19,7 @@ from bnres.kernels.conv_config import ConvShape, search_space
 from bnres.kernels.norm import Norm, RunningStatistics
 from bnres.kernels.reference import ACTIVATION_FORMULAS, conv_bn_act_ref
 from bnres.nn import ConvBatchNormAct2d
-from bnres.ops import conv2d_batch_norm_act as ops
+from bnres.operations import conv_batch_norm_act as operation
 from tests.device import DEVICE
 from tests.tolerances import assert_close
 
@@ -54,13 +54,13 @@ def double(*values):
 @pytest.fixture
 def called(monkeypatch):
     """Counts the calls of the kernel's operator."""
-    counts, forward = [0], ops.forward_impl
+    counts, forward = [0], operation._run_forward
 
-    def count(*arguments):
+    def count(*arguments, **named):
         counts[0] += 1
-        return forward(*arguments)
+        return forward(*arguments, **named)
 
-    monkeypatch.setattr(ops, "forward_impl", count)
+    monkeypatch.setattr(operation, "_run_forward", count)
     return counts
 
 

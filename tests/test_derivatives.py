@@ -3,13 +3,11 @@
 import pytest
 import torch
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from bnres import nn
-from bnres.functional import (
-    batch_norm_act,
-    batch_norm_act_max_pool2d,
-    dual_batch_norm_act,
-)
+from bnres.functional import BatchNormState, batch_norm_act, batch_norm_act_max_pool2d
 from bnres.kernels.reference import ACTIVATION_FORMULAS
 from tests.device import DEVICE
 from tests.tolerances import assert_close
@@ -161,8 +159,10 @@ def pooled(x, weight, bias):
 
 
 def summed(x, weight, bias):
-    none = (None, None)
-    return dual_batch_norm_act(x, *none, weight, bias, x.square(), *none, bias, None, training=True)
+    state = BatchNormState(None, None, bias)
+    return batch_norm_act(
+        x, None, None, weight, bias, residual=x.square(), residual_norm=state, training=True
+    )
 
 
 @pytest.mark.parametrize("run", [pooled, summed])
@@ -182,3 +182,137 @@ def test_tangents_of_a_dual_level_are_those_of_jvp(run):
     expected = [torch.func.jvp(f, tuple(primals), tuple(tangents))[1] for f in (run, of_x)]
     for actual, other in zip(found, expected, strict=True):
         assert_close(actual, other, torch.float64)
+
+
+def normalized(x, weight, bias):
+    mean, var = x.mean((0, 2, 3), keepdim=True), x.var((0, 2, 3), correction=0, keepdim=True)
+    shape = (1, -1, 1, 1)
+    return (x - mean) / (var + 1e-5).sqrt() * weight.view(shape) + bias.view(shape)
+
+
+def added(x, weight, bias):
+    return batch_norm_act(x, None, None, weight, bias, residual=x.sin(), act="silu", training=True)
+
+
+# Ours and the same in torch's elementary operations.
+OPERATIONS = {
+    "added": (added, lambda x, w, b: torch.nn.functional.silu(normalized(x, w, b) + x.sin())),
+    "two norms": (
+        summed,
+        lambda x, w, b: (normalized(x, w, b) + normalized(x.square(), b, b * 0)).relu(),
+    ),
+    "pooled": (
+        pooled,
+        lambda x, w, b: torch.nn.functional.max_pool2d(normalized(x, w, b).relu(), 2),
+    ),
+}
+
+
+def of_rows(make):
+    """A transform of torch.func as a function of an operation, by x, weight and bias."""
+    return lambda run, inputs: make(run)(*inputs)
+
+
+def mapped_pullback(run, inputs):
+    y, pullback = torch.func.vjp(run, *inputs)
+    generator = torch.Generator(device=DEVICE).manual_seed(7)
+    dys = torch.randn(3, *y.shape, dtype=y.dtype, device=DEVICE, generator=generator)
+    return torch.func.vmap(pullback)(dys)
+
+
+def linearized(run, inputs):
+    y, tangent = torch.func.linearize(run, *inputs)
+    return y, tangent(*(t * 2 for t in inputs))
+
+
+BY_ALL = (0, 1, 2)
+TRANSFORMS = {
+    "jacrev": of_rows(lambda run: torch.func.jacrev(run, argnums=BY_ALL)),
+    "jacfwd": of_rows(lambda run: torch.func.jacfwd(run, argnums=BY_ALL)),
+    "hessian": of_rows(lambda run: torch.func.hessian(lambda *a: run(*a).sin().sum(), (0, 1))),
+    "vmap of vjp": mapped_pullback,
+    "linearize": linearized,
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_transforms_of_torch_func(operation, transform):
+    torch.manual_seed(6)
+    x = torch.randn(3, 2, 2, 2, dtype=torch.float64, device=DEVICE)
+    weight, bias = torch.randn(2, 2, dtype=torch.float64, device=DEVICE)
+    found = [TRANSFORMS[transform](run, (x, weight, bias)) for run in OPERATIONS[operation]]
+    for actual, expected in zip(*map(tree_leaves, found), strict=True):
+        assert_close(actual, expected, torch.float64)
+
+
+@pytest.mark.parametrize("transform", ["jacrev", "jacfwd", "vmap of vjp"])
+def test_transforms_update_statistics_once(transform):
+    """As they do torch's own; `torch.func.linearize` calls its function twice, and updates twice."""
+    x = inputs()[0][0]
+    weight, bias = torch.ones(2, 3, dtype=torch.float64, device=DEVICE)
+    mean, var = torch.zeros(3, device=DEVICE), torch.ones(3, device=DEVICE)
+    counter = torch.tensor(0, device=DEVICE)
+
+    def run(x, weight, bias):
+        return batch_norm_act(
+            x, mean, var, weight, bias, training=True, num_batches_tracked=counter
+        )
+
+    TRANSFORMS[transform](run, (x, weight, bias))
+    assert counter == 1
+    assert_close(mean, 0.1 * x.mean((0, 2, 3)), torch.float32)
+    assert_close(var, 0.9 + 0.1 * x.var((0, 2, 3)), torch.float32)
+
+
+def test_forward_mode_under_vmap():
+    """Of several batches each has its tangent; running statistics could take only one of them."""
+    torch.manual_seed(8)
+    x = torch.randn(4, 3, 2, 2, 2, dtype=torch.float64, device=DEVICE)
+    weight, bias = torch.randn(2, 2, dtype=torch.float64, device=DEVICE)
+
+    def tangent(run):
+        return torch.func.vmap(lambda x: torch.func.jvp(lambda x: run(x, weight, bias), (x,), (x,)))
+
+    ours, theirs = OPERATIONS["added"]
+    for actual, expected in zip(tangent(ours)(x), tangent(theirs)(x), strict=True):
+        assert_close(actual, expected, torch.float64)
+    mean, var = torch.zeros(2, device=DEVICE), torch.ones(2, device=DEVICE)
+    with pytest.raises(RuntimeError, match="can't be updated by a batch that vmap maps over"):
+        tangent(lambda x, *_: batch_norm_act(x, mean, var, training=True))(x)
+    assert mean.abs().max() == 0
+
+
+def test_dispatch_modes_see_the_kernels_of_backward():
+    seen = []
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            seen.append(op._opname)
+            return op(*args, **(kwargs or {}))
+
+    torch.manual_seed(0)
+    x = torch.randn(3, 4, 5, 2, device=DEVICE, requires_grad=True)
+    y = batch_norm_act(x, None, None, training=True)
+    dy = torch.randn_like(y)
+    (expected,) = torch.autograd.grad(y, x, dy, retain_graph=True)
+    with Record():
+        (dx,) = torch.autograd.grad(y, x, dy)
+    assert torch.equal(dx, expected)
+    assert [name for name in seen if name != "detach"] == ["batch_norm_act_backward"]
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_batched_gradients(create_graph):
+    torch.manual_seed(0)
+    x, residual = (torch.randn(3, 4, 5, 2, device=DEVICE, requires_grad=True) for _ in "ab")
+    y, fork = batch_norm_act(x, None, None, residual=residual, training=True, fork=True)
+    dy, dy_skip = torch.randn(2, 2, *x.shape, device=DEVICE)
+    inputs = (x, residual)
+    found = torch.autograd.grad(
+        (y, fork), inputs, (dy, dy_skip), True, create_graph, is_grads_batched=True
+    )
+    for i in range(2):
+        expected = torch.autograd.grad((y, fork), inputs, (dy[i], dy_skip[i]), True)
+        for batch, single in zip(found, expected, strict=True):
+            torch.testing.assert_close(batch[i], single, rtol=1e-5, atol=1e-5)

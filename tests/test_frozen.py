@@ -15,10 +15,10 @@ import torch
 
 from bnres import use_conv_route
 from bnres.functional import (
+    BatchNormState,
     batch_norm_act,
     batch_norm_act_max_pool2d,
     conv2d_batch_norm_act,
-    dual_batch_norm_act,
 )
 from tests.device import DEVICE
 
@@ -64,7 +64,7 @@ def single(shape, dtype, layout, mode, act, affine, residual, fork):
     other = activation(shape, 1, dtype, layout) if residual else None
     y = batch_norm_act(
         x, *bn.tensors, residual=other, act=act[0], act_kwargs=act[1], training=mode == "training",
-        num_batches_tracked=bn.counter, twice=fork,
+        num_batches_tracked=bn.counter, fork=fork,
     )  # fmt: skip
     return y if fork else (y,), (x, other, bn.weight, bn.bias), bn.buffers
 
@@ -72,10 +72,10 @@ def single(shape, dtype, layout, mode, act, affine, residual, fork):
 def two_norms(shape, dtype, layout, mode, act, affine, fork):
     x, other = (activation(shape, seed, dtype, layout) for seed in (0, 1))
     bn, second = Norm(shape[1], 10), Norm(shape[1], 20, affine)
-    y = dual_batch_norm_act(
-        x, *bn.tensors, other, *second.tensors, act=act[0], act_kwargs=act[1], eps=0.25,
-        training=mode == "training", num_batches_tracked=bn.counter, residual_momentum=0.5,
-        residual_num_batches_tracked=second.counter, twice=fork,
+    state = BatchNormState(*second.tensors, momentum=0.5, num_batches_tracked=second.counter)
+    y = batch_norm_act(
+        x, *bn.tensors, residual=other, residual_norm=state, act=act[0], act_kwargs=act[1],
+        eps=0.25, training=mode == "training", num_batches_tracked=bn.counter, fork=fork,
     )  # fmt: skip
     tensors = (x, other, bn.weight, bn.bias, second.weight, second.bias)
     return y if fork else (y,), tensors, (*bn.buffers, *second.buffers)

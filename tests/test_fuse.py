@@ -102,6 +102,20 @@ def test_every_site_of_resnet18_is_fused():
     assert report.splitlines()[0].split() == ["bn1", "conv-bn-act-pool"]
 
 
+def test_fused_block_with_a_stock_norm():
+    torch.manual_seed(0)
+    stock = nn.Sequential(models.blocks.BasicBlock(4, 6, 2), models.blocks.BasicBlock(6, 6))
+    stock[0].bn1, stock[0].act1 = nn.BatchNorm2d(6), nn.ReLU()
+    stock[0].bn2.momentum = None  # its counter is raised by whoever asks for its momentum
+    stock = stock.to(DEVICE).double()
+    fused = bnres.fuse(stock)
+    assert bnres.explain(stock).sites[0].pattern == "conv-bn-act"
+    assert stock[0].bn2.num_batches_tracked == 0
+    x = torch.randn(2, 4, 6, 6, dtype=torch.float64, device=DEVICE)
+    torch.testing.assert_close(fused(x), stock(x))
+    assert fused[0].bn2.num_batches_tracked == stock[0].bn2.num_batches_tracked == 1
+
+
 class Spellings(nn.Module):
     """The patterns as functions, methods and in place."""
 
@@ -439,12 +453,16 @@ def test_hooks_are_called(pair):
 def test_gradients_of_a_block_meet_in_its_reduce_pass(pair, monkeypatch):
     """The first block's output goes two ways; its backward takes both gradients, unsummed."""
     stock, fused, x = pair
-    from bnres.ops import dual_batch_norm_act as ops
+    from bnres.operations import batch_norm_act as operation
 
-    taken, original = [], ops.backward_impl
-    monkeypatch.setattr(
-        ops, "backward_impl", lambda dy, skip, *a: taken.append(skip) or original(dy, skip, *a)
-    )
+    taken, original = [], operation._run_backward
+
+    def record(gradients, saved, spec, asked, recording):
+        if spec.has_residual_norm:
+            taken.append(gradients.dy_skip)
+        return original(gradients, saved, spec, asked, recording=recording)
+
+    monkeypatch.setattr(operation, "_run_backward", record)
     fused(x).sum().backward()
     assert len(taken) == 1 and taken[0] is not None
 

@@ -1,4 +1,4 @@
-"""Dual batch norm, pooled batch norm, outputs handed out twice: against stock layers."""
+"""Two batch norms, pooled batch norm, forked outputs: against stock layers."""
 
 import copy
 
@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from bnres.functional import batch_norm_act, batch_norm_act_max_pool2d, dual_batch_norm_act
+from bnres.functional import BatchNormState, batch_norm_act, batch_norm_act_max_pool2d
 from bnres.kernels.bn_pool import bn_max_pool_backward_dx
 from bnres.kernels.norm import Norm, Statistics
 from bnres.kernels.reference import ACTIVATION_FORMULAS
@@ -65,7 +65,7 @@ def assert_steps_agree(ours, theirs, inputs, norms, wide_norms, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-def test_dual(dtype, layout, training):
+def test_two_norms(dtype, layout, training):
     shape = (3, 11, 5, 4)
     inputs = [draw(shape, dtype, layout, seed) for seed in (0, 1)]
     stock = [norm(11, dtype, training), norm(11, dtype, training)]
@@ -82,7 +82,7 @@ def test_dual(dtype, layout, training):
 
 
 @pytest.mark.parametrize("act", ACTIVATION_FORMULAS)
-def test_dual_with_every_activation(act):
+def test_two_norms_with_every_activation(act):
     inputs = [draw((2, 3, 3, 2), torch.float64, "contiguous", seed) for seed in (0, 1)]
     stock = [norm(3, torch.float64, True), norm(3, torch.float64, True)]
     main, other = fused_twin(stock[0], act_layer=act), fused_twin(stock[1], apply_act=False)
@@ -96,7 +96,7 @@ def test_dual_with_every_activation(act):
     )  # fmt: skip
 
 
-def test_dual_with_one_norm_frozen():
+def test_two_norms_with_one_norm_frozen():
     inputs = [draw((3, 4, 3, 2), torch.float64, "channels_last", seed) for seed in (0, 1)]
     stock = [norm(4, torch.float64, True), norm(4, torch.float64, False)]
     main, other = fused_twin(stock[0]), fused_twin(stock[1], apply_act=False)
@@ -108,7 +108,7 @@ def test_dual_with_one_norm_frozen():
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-def test_each_norm_of_a_dual_has_its_own_eps(training):
+def test_each_norm_of_two_has_its_own_eps(training):
     x, r = (torch.randn(5, 3, 2, 2, dtype=torch.float64, device=DEVICE) for _ in range(2))
     stock = [norm(3, torch.float64, training), norm(3, torch.float64, training)]
     stock[0].eps, stock[1].eps = 0.3, 2.0
@@ -120,7 +120,7 @@ def test_each_norm_of_a_dual_has_its_own_eps(training):
         assert_close(main(x, r, residual_norm=other), expected, torch.float64)
 
 
-def test_dual_in_one_dimension_and_without_parameters():
+def test_two_norms_in_one_dimension_and_without_parameters():
     x, r = (torch.randn(5, 3, 4, dtype=torch.float64, device=DEVICE) for _ in range(2))
     ours = BatchNormAct1d(3, affine=False, device=DEVICE).double()
     other = BatchNorm1d(3, affine=False, momentum=None, device=DEVICE).double()
@@ -185,7 +185,7 @@ def test_pooled_values_are_compared_as_rounded(dtype, layout):
 @pytest.mark.parametrize("act", [None, "relu", "silu"])
 @pytest.mark.parametrize("has_residual", [False, True], ids=["plain", "residual"])
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-def test_handed_out_twice(act, has_residual, training):
+def test_forked(act, has_residual, training):
     stock = norm(5, torch.float64, training)
     inputs = [draw((3, 5, 3, 2), torch.float64, "contiguous", s) for s in range(1 + has_residual)]
     ours = fused_twin(stock, act_layer=act)
@@ -199,9 +199,9 @@ def test_handed_out_twice(act, has_residual, training):
         return consume(y, y)
 
     assert_steps_agree(
-        lambda *a: consume(*ours(*a, twice=True)), theirs, inputs, [ours], [stock], torch.float64
+        lambda *a: consume(*ours(*a, fork=True)), theirs, inputs, [ours], [stock], torch.float64
     )
-    y, skip = ours(*inputs, twice=True)
+    y, skip = ours(*inputs, fork=True)
     assert y.data_ptr() == skip.data_ptr()
     (one,) = torch.autograd.grad(skip.sum(), inputs[0])  # one consumer alone
     (other,) = torch.autograd.grad(ours(*inputs).sum(), inputs[0])
@@ -210,7 +210,7 @@ def test_handed_out_twice(act, has_residual, training):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_handed_out_twice_in_every_type_and_layout(dtype, layout):
+def test_forked_in_every_type_and_layout(dtype, layout):
     stock = norm(11, dtype, True)
     wide = copy.deepcopy(stock).double()
     inputs = [draw((3, 11, 5, 4), dtype, layout, seed) for seed in (0, 1)]
@@ -220,7 +220,7 @@ def test_handed_out_twice_in_every_type_and_layout(dtype, layout):
         y = F.relu(wide(x) + residual)
         return y + y
 
-    assert_steps_agree(lambda *a: sum(ours(*a, twice=True)), theirs, inputs, [ours], [wide], dtype)
+    assert_steps_agree(lambda *a: sum(ours(*a, fork=True)), theirs, inputs, [ours], [wide], dtype)
 
 
 def tensors(*shapes):
@@ -234,24 +234,26 @@ def test_derivatives_of_derivatives(training):
     if not training:
         stats = tuple(t.detach().abs() + 0.5 for t in tensors((1,), (1,)))
 
-    def dual(a, b, *p):
-        y, skip = dual_batch_norm_act(
-            a, *stats, *p[:2], b, *stats, *p[2:], training=training, act="silu", twice=True
-        )
+    def two_norms(a, b, *p):
+        state = BatchNormState(*stats, *p[2:])
+        y, skip = batch_norm_act(
+            a, *stats, *p[:2], residual=b, residual_norm=state, training=training, act="silu",
+            fork=True,
+        )  # fmt: skip
         return y * 2 + skip.sin()
 
     def pooled(x, *p):
         return batch_norm_act_max_pool2d(x, *stats, *p, kernel_size=2, stride=1, training=training)
 
-    def twice(x, residual, *p):
-        y, skip = batch_norm_act(x, *stats, *p, residual=residual, training=training, twice=True)
+    def forked(x, residual, *p):
+        y, skip = batch_norm_act(x, *stats, *p, residual=residual, training=training, fork=True)
         return y * 2 + skip.sin()
 
     channel = [(1,)] * 4
     for run, inputs in (
-        (dual, tensors((3, 1, 1), (3, 1, 1), *channel)),
+        (two_norms, tensors((3, 1, 1), (3, 1, 1), *channel)),
         (pooled, tensors((1, 1, 2, 3), *channel[:2])),
-        (twice, tensors((3, 1, 1), (3, 1, 1), *channel[:2])),
+        (forked, tensors((3, 1, 1), (3, 1, 1), *channel[:2])),
     ):
         assert torch.autograd.gradcheck(run, inputs)
         assert torch.autograd.gradgradcheck(run, inputs)
@@ -267,8 +269,15 @@ def test_forward_mode():
 
     pairs = (
         (
-            lambda x, r, w, b: dual_batch_norm_act(
-                x, None, None, w, b, r, None, None, b, w, training=True
+            lambda x, r, w, b: batch_norm_act(
+                x,
+                None,
+                None,
+                w,
+                b,
+                residual=r,
+                training=True,
+                residual_norm=BatchNormState(None, None, b, w),
             ),
             lambda x, r, w, b: F.relu(normed(x, w, b) + normed(r, b, w)),
         ),
@@ -288,6 +297,7 @@ def test_forward_mode():
 def test_errors_name_the_argument():
     x = torch.randn(2, 3, 4, 4, device=DEVICE)
     mean, var = torch.zeros(3, device=DEVICE), torch.ones(3, device=DEVICE)
+    state = BatchNormState(mean, var)
     with pytest.raises(ValueError, match="padding must be at most half of kernel_size, got 2"):
         batch_norm_act_max_pool2d(x, mean, var, kernel_size=3, padding=2)
     with pytest.raises(ValueError, match=r"kernel_size must be one or two numbers from 1 on"):
@@ -297,11 +307,12 @@ def test_errors_name_the_argument():
     with pytest.raises(ValueError, match="expected 4D input"):
         batch_norm_act_max_pool2d(x[0], mean, var, kernel_size=2)
     with pytest.raises(ValueError, match="residual must have the shape of input"):
-        dual_batch_norm_act(x, mean, var, None, None, x[:, :, 1:], mean, var, None, None)
+        batch_norm_act(x, mean, var, residual=x[:, :, 1:], residual_norm=state)
     with pytest.raises(RuntimeError, match="residual_weight should contain 3 elements not 4"):
-        dual_batch_norm_act(
-            x, mean, var, None, None, x, mean, var, torch.ones(4, device=DEVICE), None
-        )
+        other = state._replace(weight=torch.ones(4, device=DEVICE))
+        batch_norm_act(x, mean, var, residual=x, residual_norm=other)
+    with pytest.raises(ValueError, match="residual must be given with residual_norm"):
+        batch_norm_act(x, mean, var, residual_norm=state)
     with pytest.raises(ValueError, match="residual must be given with residual_norm"):
         BatchNormAct2d(3, device=DEVICE)(x, residual_norm=nn.BatchNorm2d(3, device=DEVICE))
 

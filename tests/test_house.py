@@ -15,8 +15,7 @@ ROOMS = (
     "activations",
     "routes",
     "recipes",
-    "ops",
-    "autograd",
+    "operations",
     "functional",
     "nn",
     "fusion",
@@ -63,6 +62,25 @@ def test_imports_point_down(room, path):
         below = room_of(module)
         if top == "bnres" and room in ROOMS and below in ROOMS:
             assert ROOMS.index(below) <= ROOMS.index(room), f"{path}: {module}"
+
+
+INTERNALS = ("torch_internals.py", "triton_internals.py")
+
+
+@pytest.mark.parametrize("path", [p for _, p in sources()], ids=lambda p: p.stem)
+def test_private_names_have_one_place(path):
+    """Of torch's C++ part, of functorch, of forward mode and of triton's driver."""
+    text = path.read_text(encoding="utf-8")
+    private = (
+        "torch._C",
+        "torch.nn.modules.module",
+        "_functorch",
+        "forward_ad",
+        "knobs.runtime.launch",
+        "runtime.driver",
+    )
+    found = [name for name in private if name in text]
+    assert path.name in INTERNALS or not found, found
 
 
 def run(code, **options):

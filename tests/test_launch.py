@@ -1,9 +1,10 @@
-"""Launches that go past triton's look-up: the same kernel with the same arguments, or another one.
+"""Launches that are recorded and made again: the same kernels, with the addresses of other tensors.
 
-The interpreter has nothing to look up, and without a GPU nothing runs: kernels are compiled for one
-that is not there, in a process of its own, and their launches are recorded.
+The interpreter records nothing, and without a GPU nothing runs: kernels are compiled for one that is
+not there, in a process of its own, and what their launcher is handed is written down.
 """
 
+import weakref
 from contextlib import contextmanager
 from unittest.mock import patch
 
@@ -13,18 +14,25 @@ from tests.compiled import run_compiled
 
 
 @contextmanager
-def recorded_launches():
-    """Launches of compiled kernels as (kernel, grid, arguments), and those that triton looked up."""
+def launches_written_down():
+    """What launchers are handed, as (kernel's name, arguments by name); and what triton looked up."""
     import triton
     from triton.compiler import CompiledKernel
     from triton.runtime.jit import JITFunction
 
     from benchmarks.audit.standin import SM90, StandInDriver
+    from bnres import use_backend
 
     launches, looked_up = [], []
 
     def launcher(kernel):
-        return lambda *arguments: launches.append((kernel, arguments[:3], arguments[9:]))
+        def write_down(
+            x, y, z, stream, function, metadata, launch_metadata, enter, leave, *arguments
+        ):
+            named = dict(zip(kernel.src.fn.arg_names, arguments, strict=True))
+            launches.append((kernel, (x, y, z), named))
+
+        return write_down
 
     look_up = JITFunction.run
 
@@ -39,103 +47,214 @@ def recorded_launches():
             patch.object(CompiledKernel, "_init_handles", lambda self: None),
             patch.object(CompiledKernel, "run", property(launcher)),
             patch.object(JITFunction, "run", run),
+            use_backend("triton"),
         ):
             yield launches, looked_up
     finally:
         triton.runtime.driver._active = before
 
 
-def same(a, b):
-    return a is b or (isinstance(a, torch.Tensor) and torch.equal(a, b)) or a == b
+def address(value):
+    return value.data_ptr() if isinstance(value, torch.Tensor) else value
 
 
-def check_launches():
-    from bnres.kernels import bn_forward
-    from bnres.kernels.norm import Norm, Statistics
+class Call:
+    """A training step of a batch norm, with all that it reads and writes."""
 
-    def apply(x, weight, act="relu"):
-        channels = torch.zeros(8)
-        bn_forward.bn_apply(x, Norm(Statistics(channels, channels), weight), None, None, act, 0.0)
+    def __init__(self, shape=(4, 8, 6, 6), dtype=torch.float32, **options):
+        from bnres.functional import batch_norm_act
 
-    x, weight = torch.zeros(4, 8, 6, 6), torch.zeros(8)
-    with recorded_launches() as (launches, looked_up):
-        apply(x, weight)
-        apply(torch.ones_like(x), weight)
-        assert len(looked_up) == 1
-        (first, grid, arguments), (second, other_grid, other_arguments) = launches
-        assert first is second and grid == other_grid and len(grid) == 3
-        assert len(arguments) == len(other_arguments) == len(bn_forward._bn_apply_kernel.arg_names)
-        named = dict(zip(bn_forward._bn_apply_kernel.arg_names, other_arguments, strict=True))
-        assert named["x_ptr"].sum() == x.numel() and named["weight_ptr"] is weight
-        assert named["C"] == 8 and named["HAS_WEIGHT"] and not named["HAS_BIAS"]
-        # Everything that triton would compile another kernel for.
-        others = [
-            (x.to(torch.bfloat16), weight),
-            (x, weight.to(torch.bfloat16)),
-            (x, torch.zeros(9)[1:]),  # not aligned to 16 bytes
-            (x, None),
-            (x.contiguous(memory_format=torch.channels_last), weight),
-            (torch.zeros(5, 8, 6, 6), weight),
-            (x, weight, "silu"),
-        ]
-        for other in others:
-            apply(*other)
-        assert len(looked_up) == 1 + len(others)
-        compiled = [kernel for kernel, *_ in launches]
-        assert all(kernel is not first for kernel in compiled[2:5])
-        for other in others:
-            apply(*other)
-        assert len(looked_up) == 1 + len(others)
-        assert [kernel for kernel, *_ in launches[-len(others) :]] == compiled[2:]
+        self.x, self.residual = (torch.zeros(shape, dtype=dtype).requires_grad_() for _ in "ab")
+        self.weight, self.bias = (torch.zeros(shape[1]).requires_grad_() for _ in "ab")
+        self.mean, self.var = torch.zeros(shape[1]), torch.ones(shape[1])
+        self.counter = torch.tensor(0)
+        self.run, self.options = batch_norm_act, options
+
+    def forward(self):
+        given = {"residual": self.residual, "training": True, "num_batches_tracked": self.counter}
+        return self.run(
+            self.x, self.mean, self.var, self.weight, self.bias, **(given | self.options)
+        )
+
+    def step(self):
+        self.y = self.forward()
+        inputs = (self.x, self.residual, self.weight, self.bias)
+        self.dy = torch.ones_like(self.y)
+        self.gradients = torch.autograd.grad(self.y, inputs, self.dy)
+
+
+FORWARD = ["_bn_stats_kernel", "_bn_stats_finalize_kernel", "_bn_apply_kernel"]
+BACKWARD = ["_bn_bwd_reduce_kernel", "_bn_bwd_finalize_kernel", "_bn_bwd_dx_kernel"]
+
+
+def check_replays():
+    first, second = Call(), Call()
+    with launches_written_down() as (launches, looked_up):
+        first.step()
+        assert looked_up == FORWARD + BACKWARD
+        recorded, launches[:] = list(launches), []
+        second.step()
+        assert looked_up == FORWARD + BACKWARD  # nothing more
+    assert [kernel for kernel, *_ in launches] == [kernel for kernel, *_ in recorded]
+    for (_, grid, arguments), (_, other_grid, others) in zip(launches, recorded, strict=True):
+        assert grid == other_grid
+        for name, value in others.items():
+            if value is not None and not name.endswith("_ptr"):
+                assert arguments[name] == value, name
+    named = {kernel.src.fn.__name__: arguments for kernel, _, arguments in launches}
+    stats, finalize, apply = (named[name] for name in FORWARD)
+    reduce, sums, dx = (named[name] for name in BACKWARD)
+    s = second
+    for arguments, name, tensor in (
+        (stats, "x_ptr", s.x), (finalize, "running_mean_ptr", s.mean),
+        (finalize, "running_var_ptr", s.var), (finalize, "counter_ptr", s.counter),
+        (apply, "x_ptr", s.x), (apply, "residual_ptr", s.residual), (apply, "y_ptr", s.y),
+        (apply, "weight_ptr", s.weight), (apply, "bias_ptr", s.bias), (reduce, "x_ptr", s.x),
+        (reduce, "dy_ptr", s.dy), (reduce, "dz_ptr", s.gradients[1]),
+        (sums, "sum_dy_xhat_ptr", s.gradients[2]), (sums, "sum_dy_ptr", s.gradients[3]),
+        (dx, "dy_ptr", s.gradients[1]), (dx, "dx_ptr", s.gradients[0]),
+        (dx, "sum_dy_ptr", s.gradients[3]), (dx, "weight_ptr", s.weight),
+    ):  # fmt: skip
+        assert arguments[name] == tensor.data_ptr(), name
+    # What forward keeps is what backward reads; partial sums are in memory that is written later.
+    for name in ("mean_ptr", "rstd_ptr"):
+        assert finalize[name] == apply[name] == dx[name] != 0
+    assert finalize["rstd_ptr"] > finalize["mean_ptr"] and apply["mask_ptr"] == reduce["mask_ptr"]
+    assert stats["sums_ptr"] == finalize["sums_ptr"] == s.y.data_ptr()
+    assert reduce["partial_ptr"] == sums["partial_ptr"] == s.gradients[0].data_ptr()
     print("checked")
 
 
-class OnGpu(torch.Tensor):
-    """A tensor that says it is on a GPU."""
+def test_a_second_call_makes_the_same_launches_on_its_own_tensors():
+    result = run_compiled("-c", "from tests.test_launch import *; check_replays()")
+    assert result.stdout == "checked\n", result.stderr
 
-    is_cuda = True
+
+def check_kinds():
+    with launches_written_down() as (launches, looked_up):
+        Call().step()
+        # Everything that triton would compile another kernel for, or that another number depends on.
+        others = [
+            {"shape": (5, 8, 6, 6)}, {"dtype": torch.bfloat16}, {"act": "silu"}, {"residual": None},
+            {"training": False}, {"eps": 0.5}, {"momentum": 0.5}, {"momentum": torch.tensor(0.5)},
+            {"num_batches_tracked": None},
+        ]  # fmt: skip
+        for options in others:
+            before = len(looked_up)
+            Call(**options).forward()
+            assert len(looked_up) > before, options
+            before = len(looked_up)
+            Call(**options).forward()
+            assert len(looked_up) == before, options
+        unaligned = Call()
+        unaligned.weight = torch.zeros(9)[1:].requires_grad_()
+        for _ in range(2):
+            before = len(looked_up)
+            unaligned.forward()
+            assert len(looked_up) == before + 3
+        # Two arguments that are one tensor may be two at the next call.
+        both = Call()
+        y, fork = both.run(both.x, both.mean, both.var, training=True, fork=True)
+        same = torch.ones_like(y)
+        torch.autograd.grad((y, fork), both.x, (same, same), retain_graph=True)
+        launches.clear()
+        torch.autograd.grad((y, fork), both.x, (same, torch.ones_like(y)))
+        _, _, reduce = launches[0]
+        assert address(reduce["dy_ptr"]) != address(reduce["dy_skip_ptr"])
+        # Statistics that nobody keeps are read by the launch that fills y: they are not in its memory.
+        plain = Call()
+        with torch.no_grad():
+            for _ in range(2):
+                launches.clear()
+                y = plain.forward()
+        assert address(launches[-1][2]["mean_ptr"]) not in (0, y.data_ptr())
+        size = y.numel() * y.element_size()
+        for name in ("mean_ptr", "rstd_ptr"):
+            inside = address(launches[-1][2][name]) - y.data_ptr()
+            assert not 0 <= inside < size
+    print("checked")
+
+
+def test_what_differs_is_another_recording():
+    result = run_compiled("-c", "from tests.test_launch import *; check_kinds()")
+    assert result.stdout == "checked\n", result.stderr
+
+
+def check_simulator():
+    from benchmarks.audit.standin import StandInDriver
+
+    with launches_written_down() as (launches, looked_up):
+        with patch.object(StandInDriver, "launcher_cls", Call):  # of another module than triton's
+            Call().step()
+            count, launches[:] = len(looked_up), []
+            call = Call()
+            call.step()
+        assert len(looked_up) == count
+        tensors = [
+            v for _, _, a in launches for n, v in a.items() if n.endswith("_ptr") and v is not None
+        ]
+        assert all(isinstance(t, torch.Tensor) for t in tensors)
+        named = {kernel.src.fn.__name__: arguments for kernel, _, arguments in launches}
+        assert named["_bn_apply_kernel"]["x_ptr"] is call.x
+        sums = named["_bn_stats_kernel"]["sums_ptr"]
+        assert sums.dtype == torch.float32 and sums.data_ptr() == call.y.data_ptr()
+        mean, rstd = (named["_bn_bwd_dx_kernel"][name] for name in ("mean_ptr", "rstd_ptr"))
+        assert mean.shape == rstd.shape == (8,) and mean.data_ptr() != rstd.data_ptr()
+    print("checked")
+
+
+def test_a_simulator_is_handed_tensors():
+    result = run_compiled("-c", "from tests.test_launch import *; check_simulator()")
+    assert result.stdout == "checked\n", result.stderr
+
+
+def check_hooks_and_memory():
+    import triton
+
+    seen = []
+    with launches_written_down() as (launches, _):
+        Call().step()
+        launches.clear()
+        triton.knobs.runtime.launch_enter_hook.add(seen.append)
+        call = Call()
+        call.step()
+        triton.knobs.runtime.launch_enter_hook.remove(seen.append)
+        assert len(launches) == 6 and launches[0][2]["x_ptr"] == call.x.data_ptr()
+        references = [weakref.ref(t) for t in (call.y, call.x, call.dy, *call.gradients)]
+        del call
+        assert [r() for r in references] == [None] * len(references)
+    print("checked")
+
+
+def test_a_recording_serves_profilers_and_keeps_no_tensor():
+    result = run_compiled("-c", "from tests.test_launch import *; check_hooks_and_memory()")
+    assert result.stdout == "checked\n", result.stderr
 
 
 def check_capture():
-    from bnres.kernels import bn_forward
-    from bnres.kernels.launch import launch
-    from bnres.kernels.norm import Norm, Statistics
+    from bnres.kernels.replay import Replay
 
-    def launch_on_gpu(kernel, grid, **arguments):
-        moved = {
-            name: value.as_subclass(OnGpu) if isinstance(value, torch.Tensor) else value
-            for name, value in arguments.items()
-        }
-        launch(kernel, grid, **moved)
+    class OnGpu(torch.Tensor):
+        """A tensor that says it is on a GPU."""
 
-    def apply():
-        x, channels = torch.zeros(4, 8, 6, 6), torch.zeros(8)
-        norm = Norm(Statistics(channels, channels))
-        bn_forward.bn_apply(x, norm, None, None, "relu", 0.0)
+        is_cuda = True
 
-    capturing = patch.object(torch.cuda, "is_current_stream_capturing", return_value=True)
-    idle = patch.object(torch.cuda, "is_current_stream_capturing", return_value=False)
-    with recorded_launches() as (launches, _), patch.object(bn_forward, "launch", launch_on_gpu):
-        with capturing:
-            try:
-                apply()
-            except RuntimeError as error:
-                assert "_bn_apply_kernel is launched with these arguments" in str(error)
-                assert "run the same call once before the capture" in str(error)
-            else:
-                raise AssertionError("launched while capturing")
-        assert launches == []
-        with idle:
-            apply()
-        with capturing as asked:
-            apply()
-        assert len(launches) == 2 and not asked.called
+    x = torch.zeros(4).as_subclass(OnGpu)
+    calls, replay = [], Replay()
+    with patch.object(torch.cuda, "is_current_stream_capturing", return_value=True) as capturing:
+        try:
+            replay.run(calls.append, [(x,)])
+        except RuntimeError as error:
+            assert "run the same call once before the capture" in str(error)
+        else:
+            raise AssertionError("launched while capturing")
+        assert calls == []
+        capturing.return_value = False
+        replay.run(calls.append, [(x,)])
+        capturing.return_value = True
+        replay.run(calls.append, [(x,)])  # it ran, so its kernels are loaded
+        assert len(calls) == 2
     print("checked")
-
-
-def test_a_known_launch_is_not_looked_up():
-    result = run_compiled("-c", "from tests.test_launch import *; check_launches()")
-    assert result.stdout == "checked\n", result.stderr
 
 
 def test_the_first_launch_is_not_captured():

@@ -12,7 +12,7 @@ if torch.cuda.is_available():
 
 from benchmarks.audit.memory import channel_buffer_share, operation_traffic
 
-OPERATIONS = ("bn", "bn_relu", "bn_add_relu", "bn_add_relu_twice", "dual_bn_add_relu")
+OPERATIONS = ("bn", "bn_relu", "bn_add_relu", "bn_add_relu_fork", "dual_bn_add_relu")
 # In sectors, with what the windows at the rim leave out and read twice at these small sizes.
 STEM_CEILINGS = {"eval": 1.27, "forward": 2.65, "backward": 2.9}
 # What the pivot's samples add at these small shapes: four elements a channel and program.
@@ -24,7 +24,7 @@ H200_SM_COUNT = 132
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", [(32, 64, 7, 7), (16, 32, 16, 16)], ids=str)
 def test_passes_over_the_activations(operation, layout, shape):
-    if operation in ("bn", "bn_add_relu_twice"):
+    if operation in ("bn", "bn_add_relu_fork"):
         shape = (16, 64, 7, 7)  # the others' kernels: one shape does
     size = torch.Size(shape).numel() * torch.bfloat16.itemsize
     counts = operation_traffic(operation, shape, torch.bfloat16, LAYOUTS[layout])

@@ -8,7 +8,7 @@ from torch import nn
 
 import bnres
 from bnres import models
-from bnres.models.blocks import FusedBasicBlock
+from bnres.models.blocks import BasicBlock
 from tests.device import DEVICE
 
 SHAPE = (256, 3, 224, 224)
@@ -17,8 +17,7 @@ SHAPE = (256, 3, 224, 224)
 @pytest.fixture
 def net():
     torch.manual_seed(0)
-    blocks = (FusedBasicBlock(4, 6, 2, "relu"), *(FusedBasicBlock(6, 6, 1, "relu") for _ in "ab"))
-    return nn.Sequential(*blocks).to(DEVICE)
+    return nn.Sequential(BasicBlock(4, 6, 2), BasicBlock(6, 6), BasicBlock(6, 6)).to(DEVICE)
 
 
 def gradients(net, x):

@@ -49,7 +49,7 @@ def configs_of(call):
 
 
 def test_calls_of_a_model():
-    calls = conv_calls(BasicBlock(8, 16, 2, "relu"), (1, 8, 4, 4), torch.float32)
+    calls = conv_calls(BasicBlock(8, 16, 2), (1, 8, 4, 4), torch.float32)
     assert len(calls) == 6  # three convolutions, with and without residual
 
 

@@ -16,12 +16,13 @@ from torch import Tensor
 
 from bnres import functional, use_backend, use_conv_route
 from bnres.augment.compose import OUTPUT_DTYPES
-from bnres.functional.conv_route import KERNEL_DTYPES
+from bnres.functional import BatchNormState
 from bnres.kernels.augment import augment
 from bnres.kernels.augment_plan import AugmentDraws, AugmentPlan
 from bnres.kernels.conv_config import ConvShape
 from bnres.kernels.device import ACTIVATIONS
 from bnres.kernels.dtypes import SUPPORTED_DTYPES, acc_type
+from bnres.operations.conv_route import KERNEL_DTYPES
 
 Options = dict[str, Any]
 Axes = dict[str, Sequence[Any]]
@@ -64,9 +65,14 @@ OTHERS: Axes = {
     "dtype": (torch.float16,),
     "kernel_size": ((17, 4, 8, 1),),  # more taps than a byte can number
 }
-# The case of `batch_norm_act` without residual and activation.
-SPECIAL_CASES = {"batch_norm"}
-PARAMETERS = ("input", "weight", "bias", "residual", "residual_weight", "residual_bias")
+# The case of `batch_norm_act` without residual and activation; and the type of an argument.
+SPECIAL_CASES = {"batch_norm", "BatchNormState"}
+PARAMETERS = ("input", "weight", "bias", "residual")
+OPTIONAL: tuple[set[Any], ...] = (
+    {Tensor, NoneType}, {Tensor, float}, {tuple[float, ...], NoneType}, {BatchNormState, NoneType},
+)  # fmt: skip
+# What the fields of a residual's norm are called here.
+RESIDUAL = "residual_"
 # Parameters that are the same in every call: no kernel is specialised on their values.
 FIXED = {"act_kwargs", "eps", "residual_eps", "stride", "padding", "dilation", "width", "return"}
 
@@ -109,6 +115,17 @@ def pairs(axes: Axes) -> Iterator[Options]:
         yield {name: axes[name][chosen[name]] for name in names}
 
 
+def parameters_of(function: Callable[..., Any]) -> dict[str, Any]:
+    """Names and annotations of the parameters, and of the fields of a residual's norm."""
+    found = {}
+    for name, hint in get_type_hints(function).items():
+        found[name] = hint
+        if BatchNormState in get_args(hint):
+            fields = get_type_hints(BatchNormState).items()
+            found |= {f"{RESIDUAL}{field}": of_field for field, of_field in fields}
+    return found
+
+
 def axes_of(function: Callable[..., Any]) -> Axes:
     """The values that the parameters of ``function`` take here, chosen by their annotations.
 
@@ -116,7 +133,7 @@ def axes_of(function: Callable[..., Any]) -> Axes:
         ValueError: for a parameter whose values are not known.
     """
     found: Axes = {"dtype": VALUES["dtype"]}
-    for name, hint in get_type_hints(function).items():
+    for name, hint in parameters_of(function).items():
         if name in FIXED:
             continue
         kinds = set(get_args(hint))
@@ -126,7 +143,7 @@ def axes_of(function: Callable[..., Any]) -> Axes:
             found[name] = (True, False)
         elif hint is Tensor:
             found[name] = (True,)
-        elif kinds in ({Tensor, NoneType}, {Tensor, float}, {tuple[float, ...], NoneType}):
+        elif kinds in OPTIONAL:
             found[name] = (True, False)
         else:
             raise ValueError(f"{name}: {hint} of {function.__name__} has no values in VALUES")
@@ -173,6 +190,8 @@ def with_others(axes: Axes, others: Axes) -> Iterator[Options]:
 def _consistent(options: Options) -> Options:
     """The options, changed where a call can't have them together."""
     fixed = dict(options)
+    if fixed.get("residual_norm"):
+        fixed["residual"] = True
     for of in ("", "residual_"):
         if f"{of}running_mean" in fixed:
             # Evaluation needs running statistics.
@@ -217,8 +236,8 @@ def _run_functional(function: Callable[..., Any], options: Options) -> None:
             return torch.tensor(0.1)
         return torch.empty(channels, dtype=dtype if name == "conv_bias" else parameter_dtype)
 
-    for name, hint in get_type_hints(function).items():
-        if name in arguments or name in FIXED or name in ("kernel_size", "groups"):
+    for name, hint in parameters_of(function).items():
+        if name in arguments or name in FIXED or name in ("kernel_size", "groups", "residual_norm"):
             continue
         is_tensor = hint is Tensor or Tensor in get_args(hint)
         value = options.get(name, True)
@@ -226,8 +245,17 @@ def _run_functional(function: Callable[..., Any], options: Options) -> None:
             arguments[name] = tensor(name) if value else 0.1 if float in get_args(hint) else None
         else:
             arguments[name] = value
+    state = {
+        field: arguments.pop(RESIDUAL + field)
+        for field in BatchNormState._fields
+        if RESIDUAL + field in arguments
+    }
+    if options.get("residual_norm"):
+        arguments["residual_norm"] = BatchNormState(**state)
     wanted = {"none": (), "activations": ("input", "residual")}.get(options["grad"], PARAMETERS)
     leaves = [t for name in wanted if (t := arguments.get(name)) is not None]
+    if options["grad"] == "all" and options.get("residual_norm"):
+        leaves += [t for name in ("weight", "bias") if (t := state[name]) is not None]
     for leaf in leaves:
         leaf.requires_grad_()
     y = function(**arguments)

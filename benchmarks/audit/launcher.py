@@ -60,8 +60,6 @@ class _Utils:
 class LaunchingDriver(StandInDriver):
     """A `StandInDriver` whose launches go as far as CUDA's driver."""
 
-    launcher_cls = nvidia.CudaLauncher
-
     def __init__(self, gpu: Gpu) -> None:
         super().__init__(gpu)
         self.utils = _Utils(gpu)

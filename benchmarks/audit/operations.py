@@ -1,22 +1,22 @@
 """The fused operations as the audits run them: evaluation, forward and backward."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from bnres.kernels.window import Window
-from bnres.ops import batch_norm_act, batch_norm_act_max_pool, dual_batch_norm_act
+from bnres import use_backend
+from bnres.functional import BatchNormState, batch_norm_act, batch_norm_act_max_pool2d
 
 OPERATIONS = (
     "bn",
     "bn_relu",
     "bn_add_relu",
-    "bn_add_relu_twice",
+    "bn_add_relu_fork",
     "bn_relu_pool",
     "dual_bn_add_relu",
 )
-STEM_WINDOW = Window(3, 3, 2, 2, 1, 1, 1, 1).as_list()
 
 Step = Callable[[], object]
 
@@ -30,81 +30,47 @@ def steps(operation: str, tensor: Callable[[], Tensor]) -> dict[str, Step]:
         operation: one of `OPERATIONS`.
         tensor: makes an activation tensor.
     """
+    x = tensor().requires_grad_()
+    residual = tensor().requires_grad_() if "add" in operation else None
+    channel = torch.rand(x.shape[1]) + 0.5
+    states = [_state(channel) for _ in range(2)]
+    inputs: list[Any] = [x, states[0].weight, states[0].bias]
+    options: dict[str, Any] = {"act": None if operation == "bn" else "relu"}
     if operation == "dual_bn_add_relu":
-        return _dual(tensor)
-    if operation == "bn_relu_pool":
-        return _pool(tensor)
-    return _single(operation, tensor)
+        options["residual_norm"] = states[1]
+        inputs += states[1].weight, states[1].bias
+    if operation == "bn_add_relu_fork":
+        options["fork"] = True
+    if residual is not None:
+        options["residual"] = residual
+        inputs.append(residual)
+
+    def forward(training: bool) -> Any:
+        with use_backend("triton"):
+            if operation == "bn_relu_pool":
+                return batch_norm_act_max_pool2d(
+                    x, kernel_size=3, stride=2, padding=1, training=training,
+                    **states[0]._asdict(),
+                )  # fmt: skip
+            return batch_norm_act(x, training=training, **options, **states[0]._asdict())
+
+    def evaluate() -> None:
+        with torch.no_grad():
+            forward(training=False)
+
+    y = forward(training=True)
+    outputs = y if isinstance(y, tuple) else (y,)
+    dys = [torch.empty_like(t).copy_(t) for t in outputs]
+    return {
+        "eval": evaluate,
+        "forward": lambda: forward(training=True),
+        "backward": lambda: torch.autograd.grad(outputs, inputs, dys, retain_graph=True),
+    }
 
 
-def _channel(x: Tensor) -> Tensor:
-    return torch.rand(x.shape[1]) + 0.5
-
-
-def _single(operation: str, tensor: Callable[[], Tensor]) -> dict[str, Step]:
-    x, dy = tensor(), tensor()
-    channel = _channel(x)
-    has_residual, act = "add" in operation, "identity" if operation == "bn" else "relu"
-    residual = tensor() if has_residual else None
-    dy_skip = tensor() if operation.endswith("twice") else None
+def _state(channel: Tensor) -> BatchNormState:
+    weight, bias = (channel.clone().requires_grad_() for _ in range(2))
     counter = torch.tensor(0)
-
-    def forward(training: bool) -> tuple[Tensor, ...]:
-        return batch_norm_act.forward_impl(
-            x, channel, channel, residual, channel.clone(), channel.clone(), counter, None, 0.1,
-            training, 1e-5, act, 0.0, training,
-        )  # fmt: skip
-
-    _, mean, rstd, mask = forward(training=True)
-    return {
-        "eval": lambda: forward(training=False),
-        "forward": lambda: forward(training=True),
-        "backward": lambda: batch_norm_act.backward_impl(
-            dy, dy_skip, x, channel, channel, None, mean, rstd, mask if has_residual else None,
-            True, act, 0.0, True, has_residual, True,
-        ),
-    }  # fmt: skip
-
-
-def _dual(tensor: Callable[[], Tensor]) -> dict[str, Step]:
-    x_a, x_b, dy = tensor(), tensor(), tensor()
-    channel = _channel(x_a)
-
-    def forward(training: bool) -> tuple[Tensor, ...]:
-        a, b, c, d = (channel.clone() for _ in range(4))
-        return dual_batch_norm_act.forward_impl(
-            x_a, channel, channel, x_b, channel, channel, a, b, torch.tensor(0), None, c, d,
-            torch.tensor(0), None, 0.1, 0.1, 1e-5, 1e-5, training, "relu", 0.0, training,
-        )  # fmt: skip
-
-    _, mean_a, rstd_a, mean_b, rstd_b = forward(training=True)
-    return {
-        "eval": lambda: forward(training=False),
-        "forward": lambda: forward(training=True),
-        "backward": lambda: dual_batch_norm_act.backward_impl(
-            dy, None, x_a, channel, channel, x_b, channel, channel, mean_a, rstd_a, mean_b, rstd_b, True, "relu", 0.0,
-            True, True,
-        ),
-    }  # fmt: skip
-
-
-def _pool(tensor: Callable[[], Tensor]) -> dict[str, Step]:
-    x = tensor()
-    channel = _channel(x)
-
-    def forward(training: bool) -> tuple[Tensor, ...]:
-        return batch_norm_act_max_pool.forward_impl(
-            x, channel, channel, channel.clone(), channel.clone(), torch.tensor(0), None, 0.1, training, 1e-5,
-            "relu", 0.0, STEM_WINDOW, False, training,
-        )  # fmt: skip
-
-    y, index, x_max, mean, rstd = forward(training=True)
-    dy = torch.empty_like(x_max).copy_(y)
-    return {
-        "eval": lambda: forward(training=False),
-        "forward": lambda: forward(training=True),
-        "backward": lambda: batch_norm_act_max_pool.backward_impl(
-            dy, x, channel, channel, index, x_max, mean, rstd, True, "relu", 0.0, STEM_WINDOW,
-            True, True,
-        ),
-    }  # fmt: skip
+    return BatchNormState(
+        channel.clone(), channel.clone(), weight, bias, num_batches_tracked=counter
+    )

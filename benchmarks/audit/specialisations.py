@@ -1,11 +1,12 @@
 """Compiles every specialisation that the calls of `benchmarks.audit.calls` reach, without a GPU.
 
 For sm_90 each is then launched twice by triton's own launcher, which hands it to a stand-in for CUDA's
-driver: once as triton finds it, once as `bnres.kernels.launch` finds it again. For other GPUs one
+driver: once as triton finds it, once as `bnres.kernels.replay` launches it again. For other GPUs one
 specialisation of each kernel is compiled.
 """
 
 import argparse
+import ast
 import importlib
 import json
 import os
@@ -15,6 +16,7 @@ import sys
 import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,8 @@ from bnres import kernels
 from bnres.kernels.config import CHANNELS, GROUPS, PLANES, Tile
 from bnres.kernels.device import ACTIVATIONS
 from bnres.kernels.dtypes import SUPPORTED_DTYPES
-from bnres.kernels.launch import launch
+from bnres.kernels.launch import Plan, launch
+from bnres.kernels.replay import Replay
 
 # Characters of an error that are reported.
 LINE_LENGTH = 300
@@ -52,6 +55,9 @@ class Specialisation:
 
     def __str__(self) -> str:
         return f"{self.kernel.__name__} of {self.call}"
+
+    def launch(self, *_: object) -> None:
+        launch(self.kernel, Plan(self.grid, self.arguments))
 
 
 def _key(kernel: JITFunction, arguments: dict[str, Any]) -> tuple[Any, ...]:
@@ -106,15 +112,37 @@ UNREACHED: dict[tuple[str, str], set[Any]] = {
     # Pooling walks over vectors of planes, whatever their size.
     ("_bn_max_pool_kernel", "TILE"): {GROUPS},
     ("_bn_max_pool_bwd_dx_kernel", "TILE"): {GROUPS},
+    # A convolution's kernel is for evaluation.
+    ("_conv_bn_act_kernel", "var_ptr"): {None},
     # torch's convolution takes fp64.
     ("_conv_bn_act_kernel", "x_ptr"): {torch.float64},
 }
 
 
+@cache
+def optional_pointers(function: JITFunction) -> set[str]:
+    """Parameters that a device function, or one that it calls, compares with None."""
+    found = set()
+    for node in ast.walk(function.parse()):
+        if isinstance(node, ast.Compare) and isinstance(node.ops[0], ast.Is | ast.IsNot):
+            found.add(ast.unparse(node.left))
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            called = function.fn.__globals__.get(node.func.id)
+            if isinstance(called, JITFunction):
+                of_called = optional_pointers(called)
+                found |= {
+                    ast.unparse(value)
+                    for name, value in zip(called.arg_names, node.args, strict=True)
+                    if name in of_called
+                }
+    return found & set(function.arg_names)
+
+
 def missing(found: Sequence[Specialisation]) -> list[str]:
     """Values of kernels' parameters that no specialisation has, in words.
 
-    Of each kernel: both values of a flag, every activation, every kind of tile, every dtype.
+    Of each kernel: both values of a flag, every activation, every kind of tile, every dtype, and of
+    each pointer that may be None both that and a tensor.
     """
     problems = []
     forward = {a.forward for a in ACTIVATIONS.values()}
@@ -135,8 +163,11 @@ def missing(found: Sequence[Specialisation]) -> list[str]:
             elif Tile in kinds:
                 expected = {CHANNELS, PLANES, GROUPS}
                 seen = {tile.kind for tile in seen}
-            elif parameter.name in ("x_ptr", "x_a_ptr"):
+            elif parameter.name == "x_ptr":
                 expected = set(SUPPORTED_DTYPES)
+            elif parameter.name in optional_pointers(kernel):
+                expected = {None, Tensor}
+                seen = {None if value is None else Tensor for value in seen}
             lacking = expected - seen
             lacking -= UNREACHED.get((kernel.__name__, parameter.name), set())
             problems += [f"{kernel.__name__}: {parameter.name} is never {v}" for v in lacking]
@@ -191,7 +222,7 @@ def compile_all(gpu: Gpu, found: Sequence[Specialisation]) -> Outcome:
     with compile_only(gpu, check):
         for specialisation in found:
             try:
-                launch(specialisation.kernel, specialisation.grid, **specialisation.arguments)
+                specialisation.launch()
                 outcome.compiled += 1
             except Exception as error:  # whatever the compiler raises
                 outcome.failures.append(f"{gpu.name}: {specialisation}: {_in_one_line(error)}")
@@ -209,8 +240,12 @@ def launch_all(gpu: Gpu, found: Sequence[Specialisation]) -> Outcome:
         for specialisation in found:
             before = library.count_launches()
             try:
+                replay = Replay()
+                tensors = {
+                    id(v): v for v in specialisation.arguments.values() if isinstance(v, Tensor)
+                }
                 for _ in range(2):
-                    launch(specialisation.kernel, specialisation.grid, **specialisation.arguments)
+                    replay.run(specialisation.launch, [list(tensors.values())])
                 arrived = library.count_launches() - before
                 if arrived != 2:
                     raise ValueError(f"{arrived} launches arrived of 2")

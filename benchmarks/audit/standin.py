@@ -11,10 +11,12 @@ from typing import Any
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia import driver as nvidia
 from triton.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction
 
 from bnres.kernels import launch
+from bnres.operations import recording
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,9 @@ GPUS = {gpu.name: gpu for gpu in (SM80, SM90, SM100, GFX942)}
 
 class StandInDriver:
     """Answers what `triton.runtime.jit` asks before it compiles."""
+
+    # A compiled kernel is given addresses, as by triton's own launcher.
+    launcher_cls = nvidia.CudaLauncher
 
     def __init__(self, gpu: Gpu) -> None:
         self.gpu = gpu
@@ -74,7 +79,7 @@ class Launch:
 
 
 class _Forgetful(dict[Any, Any]):
-    """Keeps nothing, so that every launch goes by triton."""
+    """Keeps nothing, so that no launch is replayed."""
 
     def __setitem__(self, key: Any, value: Any) -> None:
         pass
@@ -89,16 +94,16 @@ def replaced_launches(gpu: Gpu, run: Run) -> Iterator[None]:
     if triton.knobs.runtime.interpret:
         raise RuntimeError("unset TRITON_INTERPRET: the interpreter does not compile")
     original_run, original_count = JITFunction.run, launch.sm_count
-    original_compiled = launch._compiled
+    original_recording = recording._recordings
     original_driver = triton.runtime.driver._active
-    JITFunction.run, launch._compiled = run, _Forgetful()
+    JITFunction.run, recording._recordings = run, _Forgetful()
     launch.sm_count = lambda device: gpu.sm_count  # type: ignore[assignment]
     triton.runtime.driver.set_active(StandInDriver(gpu))
     try:
         yield
     finally:
         JITFunction.run, launch.sm_count = original_run, original_count
-        launch._compiled = original_compiled
+        recording._recordings = original_recording
         triton.runtime.driver._active = original_driver
 
 
@@ -107,10 +112,9 @@ def compile_only(gpu: Gpu, record: Callable[[Launch], None]) -> Iterator[None]:
     """Inside, launches on CPU tensors compile for ``gpu`` and are handed to ``record``."""
     original_run = JITFunction.run
 
-    def run(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+    def run(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         compiled = original_run(self, *args, grid=grid, warmup=True, **kwargs)
         record(Launch(self.__name__, tuple(grid), kwargs, compiled))
-        return compiled
 
     with replaced_launches(gpu, run):
         yield

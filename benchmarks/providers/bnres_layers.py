@@ -20,19 +20,20 @@ def _function(case: OpCase) -> Callable[[Inputs], tuple[Tensor, ...]]:
     operation = site.operation
 
     def batch_norm(inputs: Inputs) -> tuple[Tensor, ...]:
-        norm, twice = inputs.norm, operation.endswith("twice")
+        norm, fork = inputs.norm, operation.endswith("fork")
         y = functional.batch_norm_act(
             inputs.x, *norm.buffers, norm.weight, norm.bias, residual=inputs.residual,
-            act=None if operation == "bn" else "relu", twice=twice, **options,
+            act=None if operation == "bn" else "relu", fork=fork, **options,
         )  # fmt: skip
-        return y if twice else (y,)
+        return y if fork else (y,)
 
     def dual(inputs: Inputs) -> tuple[Tensor, ...]:
         norm, other = inputs.norm, inputs.residual_norm
         assert inputs.residual is not None and other is not None
-        y = functional.dual_batch_norm_act(
-            inputs.x, *norm.buffers, norm.weight, norm.bias, inputs.residual, *other.buffers,
-            other.weight, other.bias, residual_momentum=MOMENTUM, residual_eps=EPS, **options,
+        state = functional.BatchNormState(*other.buffers, other.weight, other.bias, MOMENTUM, EPS)
+        y = functional.batch_norm_act(
+            inputs.x, *norm.buffers, norm.weight, norm.bias, residual=inputs.residual,
+            residual_norm=state, **options,
         )  # fmt: skip
         return (y,)
 

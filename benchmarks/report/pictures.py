@@ -24,7 +24,7 @@ SHORT_TITLES = {
     "bn": "BN",
     "bn_relu": "BN+ReLU",
     "bn_add_relu": "BN+add\n+ReLU",
-    "bn_add_relu_twice": "BN+add\n+ReLU, two\ngradients",
+    "bn_add_relu_fork": "BN+add\n+ReLU, two\ngradients",
     "dual_bn_add_relu": "BN+BN\n+add+ReLU",
     "bn_relu_pool": "BN+ReLU\n+max-pool",
     "conv_bn_relu": "+BN+ReLU",

@@ -20,7 +20,7 @@ ITEMSIZE, BATCH = 2, 256
 WIDTH = 100
 # What the derived floors are reckoned with: an H200's copy bandwidth, in bytes/s.
 DERIVED_COPY = 4.3e12
-COLUMNS = ("bn_relu", "bn_add_relu", "bn_add_relu_twice", "dual_bn_add_relu", "bn_relu_pool")
+COLUMNS = ("bn_relu", "bn_add_relu", "bn_add_relu_fork", "dual_bn_add_relu", "bn_relu_pool")
 STEPS = (
     ("forward", "forward, training"),
     ("backward", "backward"),

@@ -11,7 +11,7 @@ OPERATION_TITLES = {
     "bn": "BN",
     "bn_relu": "BN+ReLU",
     "bn_add_relu": "BN+add+ReLU",
-    "bn_add_relu_twice": "BN+add+ReLU, two gradients",
+    "bn_add_relu_fork": "BN+add+ReLU, two gradients",
     "dual_bn_add_relu": "BN+BN+add+ReLU",
     "bn_relu_pool": "BN+ReLU+max-pool",
     "conv_bn_relu": "conv+BN+ReLU",

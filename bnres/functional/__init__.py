@@ -1,14 +1,14 @@
 """Functional forms of the fused operations."""
 
-from bnres.functional.batch_norm import batch_norm, batch_norm_act
-from bnres.functional.conv import conv2d_batch_norm_act
-from bnres.functional.dual import dual_batch_norm_act
-from bnres.functional.max_pool import batch_norm_act_max_pool2d
+from bnres.operations.batch_norm_act import batch_norm, batch_norm_act
+from bnres.operations.batch_norm_act_max_pool import batch_norm_act_max_pool2d
+from bnres.operations.batch_norm_state import BatchNormState
+from bnres.operations.conv_batch_norm_act import conv2d_batch_norm_act
 
 __all__ = [
+    "BatchNormState",
     "batch_norm",
     "batch_norm_act",
     "batch_norm_act_max_pool2d",
     "conv2d_batch_norm_act",
-    "dual_batch_norm_act",
 ]

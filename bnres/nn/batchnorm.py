@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from bnres.activations import as_module, resolve
-from bnres.functional.max_pool import Size, pooling_window
 from bnres.nn.compose import norm_act_pool, norm_add_act
+from bnres.operations.batch_norm_act_max_pool import Size, window_fields
 
 
 class _FusedForward(nn.modules.batchnorm._BatchNorm):
@@ -22,11 +22,11 @@ class _FusedForward(nn.modules.batchnorm._BatchNorm):
         residual: Tensor | None = None,
         *,
         residual_norm: nn.modules.batchnorm._BatchNorm | None = None,
-        twice: bool = False,
+        fork: bool = False,
     ) -> Any:
         self._check_input_dim(input)
         return norm_add_act(
-            self, input, residual, residual_norm, self.act, self.act_kwargs, twice=twice
+            self, input, residual, residual_norm, self.act, self.act_kwargs, fork=fork
         )
 
 
@@ -46,9 +46,10 @@ class _BatchNormAct(_FusedForward):
     """Batch norm, an optional residual and an activation in one operation.
 
     ``forward(input, residual=None)`` is act(bn(input) + residual). With ``residual_norm``, another
-    batch norm module, it is act(bn(input) + residual_norm(residual)); with ``twice`` the result
+    batch norm module, it is act(bn(input) + residual_norm(residual)); with ``fork`` the result
     comes as two tensors, see `bnres.functional.batch_norm_act`. The arguments are those of
-    timm's `BatchNormAct2d` but for its inplace and drop_layer; ``act_layer`` is a name, a torch class, or None for no activation.
+    timm's `BatchNormAct2d` without its inplace and drop_layer; ``act_layer`` is a name, a torch class,
+    or None for no activation.
 
     Raises:
         ValueError: for an unknown activation or option.
@@ -78,13 +79,12 @@ class _BatchNormAct(_FusedForward):
         return f"{super().extra_repr()}, act={resolve(self.act, self.act_kwargs)[0]}"
 
     def to_stock(self) -> list[nn.Module]:
-        """Becomes torch's own batch norm, in place; returns the modules that belong behind it."""
-        behind = [as_module(self.act, self.act_kwargs)]
-        for name in ("act", "act_kwargs"):
-            delattr(self, name)
+        """Becomes torch's own batch norm, in place; returns the modules that belong after it."""
+        after = [as_module(self.act, self.act_kwargs)]
+        del self.act, self.act_kwargs
         stock = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
         self.__class__ = next(cls for cls in stock if isinstance(self, cls))  # type: ignore[assignment]
-        return behind
+        return after
 
 
 class BatchNormAct1d(_BatchNormAct, nn.BatchNorm1d):
@@ -120,7 +120,7 @@ class BatchNormActMaxPool2d(BatchNormAct2d):
         **options: Any,
     ) -> None:
         super().__init__(num_features, **options)
-        pooling_window(kernel_size, stride, padding, dilation)
+        window_fields(kernel_size, stride, padding, dilation)
         self.kernel_size, self.padding, self.dilation = kernel_size, padding, dilation
         self.stride = kernel_size if stride is None else stride
         self.ceil_mode = ceil_mode
@@ -133,8 +133,7 @@ class BatchNormActMaxPool2d(BatchNormAct2d):
         pool = nn.MaxPool2d(
             self.kernel_size, self.stride, self.padding, self.dilation, ceil_mode=self.ceil_mode
         )
-        for name in ("kernel_size", "stride", "padding", "dilation", "ceil_mode"):
-            delattr(self, name)
+        del self.kernel_size, self.stride, self.padding, self.dilation, self.ceil_mode
         return [*super().to_stock(), pool]
 
     def extra_repr(self) -> str:

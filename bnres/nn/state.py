@@ -1,52 +1,56 @@
-"""What a batch norm module brings to a call."""
+"""The arguments that a batch norm module gives to a fused call."""
 
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from bnres.operations.batch_norm_state import BatchNormState
 
-class NormState(NamedTuple):
-    """Buffers, parameters and options of one call of a batch norm."""
-
-    running_mean: Tensor | None
-    running_var: Tensor | None
-    weight: Tensor | None
-    bias: Tensor | None
-    training: bool
-    momentum: float | Tensor
-    eps: float
-    num_batches_tracked: Tensor | None
+Norm = nn.modules.batchnorm._BatchNorm
 
 
-def next_state(bn: nn.modules.batchnorm._BatchNorm) -> NormState:
-    """The state for a call of ``bn``, which counts the batch in training, as torch's does."""
-    counter = bn.num_batches_tracked if bn.training and bn.track_running_stats else None
-    if counter is not None and bn.momentum is None:
-        counter.add_(1)  # the momentum is made of it
-        counter = None
+def next_state(bn: Norm) -> BatchNormState:
+    """The state for a call of ``bn``; in training the call counts the batch."""
+    counts = bn.training and bn.track_running_stats
+    momentum: float | Tensor = 0.0
+    counter = _read(bn, bn._buffers, "num_batches_tracked") if counts else None
+    if bn.momentum is not None:
+        momentum = bn.momentum
+    elif counter is not None:
+        momentum = _mean_momentum(counter + 1)
     tracked = not bn.training or bn.track_running_stats
-    return NormState(
-        bn.running_mean if tracked else None,
-        bn.running_var if tracked else None,
-        bn.weight,
-        bn.bias,
-        normalizes_by_batch(bn),
-        next_momentum(bn),
+    return BatchNormState(
+        _read(bn, bn._buffers, "running_mean") if tracked else None,
+        _read(bn, bn._buffers, "running_var") if tracked else None,
+        _read(bn, bn._parameters, "weight"),
+        _read(bn, bn._parameters, "bias"),
+        momentum,
         bn.eps,
         counter,
     )
 
 
-def next_momentum(bn: nn.modules.batchnorm._BatchNorm) -> float | Tensor:
-    """The weight of the batch that was counted last: 1/counter for the cumulative average."""
+def _read(bn: Norm, registered: Any, name: str) -> Tensor | None:
+    """An attribute, at a third of what a module's look-up takes; a parametrised one is not registered."""
+    return registered[name] if name in registered else getattr(bn, name)
+
+
+def last_momentum(bn: Norm) -> float | Tensor:
+    """The momentum of the last call in training."""
     if bn.momentum is not None:
         return bn.momentum
-    if bn.training and bn.track_running_stats and bn.num_batches_tracked is not None:
-        return bn.num_batches_tracked.to(torch.float64).reciprocal()
-    return 0.0
+    return 0.0 if bn.num_batches_tracked is None else _mean_momentum(bn.num_batches_tracked)
 
 
-def normalizes_by_batch(bn: nn.modules.batchnorm._BatchNorm) -> bool:
+def _mean_momentum(counter: Tensor) -> Tensor:
+    """The momentum of a cumulative average."""
+    return counter.to(torch.float64).reciprocal()
+
+
+def normalizes_by_batch(bn: Norm) -> bool:
     """Whether a call of ``bn`` would use the statistics of its batch."""
-    return bn.training or (bn.running_mean is None and bn.running_var is None)
+    return bn.training or (
+        _read(bn, bn._buffers, "running_mean") is None
+        and _read(bn, bn._buffers, "running_var") is None
+    )

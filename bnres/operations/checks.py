@@ -1,4 +1,6 @@
-"""What is wrong with a call's input, said clearly."""
+"""Checks of a call's arguments, each of which raises for what does not fit."""
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,57 +22,40 @@ def check_input(input: Tensor, training: bool, name: str = "input") -> None:
 
 
 def check_norm(
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    training: bool,
-    prefix: str = "",
+    norm: Any, channels: int, device: torch.device, training: bool, prefix: str = ""
 ) -> None:
-    """Raises for buffers and parameters that do not fit ``input``; ``prefix`` begins their names."""
+    """Raises for buffers and parameters that do not fit an input of ``channels`` on ``device``.
+
+    ``norm`` has them as attributes; ``prefix`` begins their names in an error.
+    """
     if not training:
-        check_statistics(running_mean, running_var, prefix)
-    check_channels(
-        input.shape[1], running_mean, running_var, weight, bias, device=input.device, prefix=prefix
-    )
-
-
-def check_statistics(
-    running_mean: Tensor | None, running_var: Tensor | None, prefix: str = ""
-) -> None:
-    """Raises for running statistics that evaluation needs and that are missing."""
-    for name, tensor in (("running_mean", running_mean), ("running_var", running_var)):
-        if tensor is None:
-            raise RuntimeError(f"{prefix}{name} must be defined in evaluation mode")
-
-
-def check_channels(
-    channels: int,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    *,
-    device: torch.device,
-    prefix: str = "",
-) -> None:
-    """Raises for buffers and parameters that do not have ``channels`` elements on ``device``."""
-    named = {
-        "running_mean": running_mean,
-        "running_var": running_var,
-        "weight": weight,
-        "bias": bias,
-    }
-    for name, tensor in named.items():
+        check_statistics(norm, prefix)
+    for name in ("running_mean", "running_var", "weight", "bias"):
+        tensor = getattr(norm, name)
         if tensor is None:
             continue
         if tensor.numel() != channels:
             raise RuntimeError(
                 f"{prefix}{name} should contain {channels} elements not {tensor.numel()}"
             )
+        if not tensor.is_floating_point():
+            raise TypeError(f"{prefix}{name} must be of a floating dtype, got {tensor.dtype}")
         if tensor.device != device:
             raise RuntimeError(f"{prefix}{name} is on {tensor.device}, but input is on {device}")
+    if isinstance(momentum := getattr(norm, "momentum", None), Tensor):
+        if momentum.numel() != 1:
+            raise ValueError(f"{prefix}momentum must have one element, got {momentum.numel()}")
+        if momentum.device != device:
+            raise RuntimeError(
+                f"{prefix}momentum is on {momentum.device}, but input is on {device}"
+            )
+
+
+def check_statistics(norm: Any, prefix: str = "") -> None:
+    """Raises for running statistics that evaluation needs and that are missing."""
+    for name in ("running_mean", "running_var"):
+        if getattr(norm, name) is None:
+            raise RuntimeError(f"{prefix}{name} must be defined in evaluation mode")
 
 
 def check_conv_bias(conv_weight: Tensor, conv_bias: Tensor | None) -> None:

@@ -95,8 +95,9 @@ def _conv_shape(
     if isinstance(padding, str):
         return None
     pairs = [_pair(value) for value in (stride, padding, dilation)]
-    least = (1, 0, 1)
-    if any(len(pair) != 2 or min(pair) < low for pair, low in zip(pairs, least, strict=True)):
+    if any(
+        len(pair) != 2 or min(pair) < least for pair, least in zip(pairs, (1, 0, 1), strict=True)
+    ):
         return None
     return ConvShape(*conv_weight.shape[2:], *pairs[0], *pairs[1], *pairs[2])
 

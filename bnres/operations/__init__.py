@@ -1,0 +1,1 @@
+"""The fused operations: one file each, from the public function to the kernels' launchers."""

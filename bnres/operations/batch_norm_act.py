@@ -1,0 +1,454 @@
+"""act(batch_norm(x) + residual) and act(batch_norm(x) + batch_norm(residual))."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from bnres.activations import resolve
+from bnres.kernels.dtypes import acc_type
+from bnres.kernels.layout import dense_like
+from bnres.kernels.norm import Norm, Statistics, Sums
+from bnres.kernels.outputs import empty_mask
+from bnres.kernels.reference import bn_apply_ref, bn_stats_ref
+from bnres.kernels.torch_internals import outside_of_transforms, unwrapped
+from bnres.operations.aten import batch_norm_act_aten
+from bnres.operations.batch_norm_state import BatchNormState, split_momentum, state_of
+from bnres.operations.call import Operation, call
+from bnres.operations.checks import check_input, check_norm, check_residual
+from bnres.operations.operator import Maybe, operator
+from bnres.operations.recording import Recording
+from bnres.operations.statistics import copy_running, empty_statistics, launch_statistics, rows_of
+from bnres.operations.tensors import as_dtype_of, empty_sums, wants_grad
+
+
+class Inputs(NamedTuple):
+    """The tensors that may need gradients."""
+
+    x: Tensor
+    weight: Maybe
+    bias: Maybe
+    residual: Maybe = None
+    residual_weight: Maybe = None
+    residual_bias: Maybe = None
+
+
+class Buffers(NamedTuple):
+    """The tensors without gradients. A device_momentum is a momentum that is a tensor."""
+
+    running_mean: Maybe
+    running_var: Maybe
+    counter: Maybe
+    device_momentum: Maybe
+    residual_running_mean: Maybe = None
+    residual_running_var: Maybe = None
+    residual_counter: Maybe = None
+    residual_device_momentum: Maybe = None
+
+
+# The buffers that training writes to.
+WRITTEN = tuple(name for name in Buffers._fields if not name.endswith("device_momentum"))
+
+
+class Spec(NamedTuple):
+    """Every argument of a call that is not a tensor."""
+
+    act: str
+    act_param: float
+    training: bool
+    needs_grad: bool
+    momentum: float
+    eps: float
+    has_residual_norm: bool
+    residual_momentum: float
+    residual_eps: float
+
+
+class Outputs(NamedTuple):
+    """y and, for backward, the statistics of each norm and where relu lets gradients pass."""
+
+    y: Tensor
+    statistics: Maybe
+    mask: Maybe
+
+
+class Saved(NamedTuple):
+    """What backward reads."""
+
+    x: Tensor
+    weight: Maybe
+    bias: Maybe
+    residual: Maybe
+    residual_weight: Maybe
+    residual_bias: Maybe
+    statistics: Tensor
+    mask: Maybe
+
+
+def _saves_mask(inputs: Inputs, spec: Spec) -> bool:
+    """Whether backward reads one bit an element in place of the residual."""
+    added = inputs.residual is not None and not spec.has_residual_norm
+    return spec.needs_grad and added and spec.act == "relu"
+
+
+def _allocate(inputs: Inputs, buffers: Buffers, spec: Spec) -> Outputs:
+    x, statistics, mask = inputs.x, None, None
+    if spec.needs_grad:
+        statistics = empty_statistics(x, 2 if spec.has_residual_norm else 1)
+    if _saves_mask(inputs, spec):
+        mask = empty_mask(x)
+    return Outputs(torch.empty_like(x), statistics, mask)
+
+
+def _forward(inputs: Inputs, buffers: Buffers, spec: Spec, recording: Recording) -> Outputs:
+    outputs = _allocate(inputs, buffers, spec)
+    if outputs.statistics is not None and not spec.training:
+        copy_running(outputs.statistics, inputs.x, *_states(inputs, buffers, spec))
+    recording.forward.run(_launch_forward, (inputs, buffers, outputs), spec)
+    return outputs
+
+
+def _states(inputs: Inputs, buffers: Buffers, spec: Spec) -> list[BatchNormState]:
+    """The batch norm of x and, if it has one, that of the residual."""
+    prefixes = ("", "residual_") if spec.has_residual_norm else ("",)
+    return [state_of(inputs, buffers, spec, prefix) for prefix in prefixes]
+
+
+def _norms(saved: Inputs | Saved, statistics: Any) -> tuple[Norm, Norm | None]:
+    """The norm of x and that of the residual, of the statistics of each."""
+    norm, *others = statistics
+    residual_norm = Norm(others[0], saved.residual_weight, saved.residual_bias) if others else None
+    return Norm(norm, saved.weight, saved.bias), residual_norm
+
+
+def _launch_forward(inputs: Inputs, buffers: Buffers, outputs: Outputs, spec: Spec) -> None:
+    """Fills ``outputs``; statistics that are not kept are scratch, or the running ones."""
+    from bnres.kernels.bn_forward import bn_apply
+
+    y, kept, mask = outputs
+    states = _states(inputs, buffers, spec)
+    rows: Any = [None] * len(states) if kept is None else rows_of(kept, inputs.x)
+    norm, residual_norm = _norms(
+        inputs,
+        [
+            launch_statistics(t, state, spec.training, row)
+            for t, state, row in zip((inputs.x, inputs.residual), states, rows, strict=False)
+        ],
+    )
+    bn_apply(
+        inputs.x, norm, inputs.residual, residual_norm, spec.act, spec.act_param, out=(y, mask)
+    )  # fmt: skip
+
+
+def _again(inputs: Inputs, kept: Sequence[Any], spec: Spec) -> Tensor:
+    from bnres.kernels.bn_forward import bn_apply
+
+    norms = _norms(inputs, rows_of(kept[0], inputs.x))
+    return bn_apply(inputs.x, norms[0], inputs.residual, norms[1], spec.act, spec.act_param)[0]
+
+
+def _saved(inputs: Inputs, kept: Sequence[Any], spec: Spec) -> Saved:
+    statistics, mask = kept
+    if not _saves_mask(inputs, spec):
+        mask = None  # an operator returns an empty one
+    if mask is not None or (spec.act == "identity" and not spec.has_residual_norm):
+        inputs = inputs._replace(residual=None)
+    return Saved(*inputs, statistics, mask)
+
+
+class Gradients(NamedTuple):
+    """Gradients of y, which may have been returned twice."""
+
+    dy: Tensor
+    dy_skip: Maybe
+
+
+class Asked(NamedTuple):
+    """What backward is to compute."""
+
+    dx: bool
+    dresidual: bool
+    sums: bool
+
+
+class Computed(NamedTuple):
+    """What it computes; dresidual is dz where the residual has no norm."""
+
+    dx: Maybe
+    dresidual: Maybe
+    sum_dy: Maybe
+    sum_dy_xhat: Maybe
+    residual_sum_dy: Maybe = None
+    residual_sum_dy_xhat: Maybe = None
+
+
+def _reduces(spec: Spec, asked: Asked) -> bool:
+    """Whether backward has a reduce pass. In eval mode dx and dz come without one."""
+    if spec.has_residual_norm:
+        return spec.training or asked.sums
+    return asked.sums or (spec.training and asked.dx) or (asked.dresidual and not asked.dx)
+
+
+def _allocate_backward(gradients: Gradients, saved: Saved, spec: Spec, asked: Asked) -> Computed:
+    x = saved.x
+    dx = torch.empty_like(x) if asked.dx else None
+    dresidual = torch.empty_like(x) if asked.dresidual else None
+    if not _reduces(spec, asked):
+        return Computed(dx, dresidual, None, None)
+    count = 4 if spec.has_residual_norm else 2
+    return Computed(dx, dresidual, *empty_sums(saved.statistics, x, count))
+
+
+def _backward(
+    gradients: Gradients, saved: Saved, spec: Spec, asked: Asked, recording: Recording
+) -> Computed:
+    computed = _allocate_backward(gradients, saved, spec, asked)
+    x = saved.x
+    given = [
+        dy if dy is None or dy.stride() == x.stride() else dense_like(dy, x) for dy in gradients
+    ]
+    recording.backward(asked, given).run(_launch_backward, (given, saved, computed), spec)
+    return computed
+
+
+def _launch_backward(gradients: Gradients, saved: Saved, computed: Computed, spec: Spec) -> None:
+    """Fills ``computed``.
+
+    Without a residual norm the reduce pass, where there is one, writes dz, which the dx pass then reads
+    in place of dy and dy_skip.
+    """
+    from bnres.kernels.bn_backward import bn_backward_dx, bn_backward_reduce
+
+    x, residual, mask, act = saved.x, saved.residual, saved.mask, spec.act
+    dy, dy_skip = gradients
+    dx, dresidual, *sums = computed
+    norms = _norms(saved, rows_of(saved.statistics, x))
+    if sums[0] is not None:
+        dz = None if spec.has_residual_norm else dresidual
+        bn_backward_reduce(
+            dy, x, norms[0], residual, norms[1], mask, act, spec.act_param, dy_skip=dy_skip,
+            out=(Sums(*sums), dz),
+        )  # fmt: skip
+        if dz is not None:
+            dy, dy_skip, residual, mask, act, dresidual = dz, None, None, None, "identity", None
+    if dx is not None:
+        bn_backward_dx(
+            dy, x, norms[0], residual, norms[1], mask, act, spec.act_param,
+            Sums(*sums) if spec.training else None, max(x.numel() // max(x.shape[1], 1), 1),
+            dy_skip=dy_skip, out=(dx, dresidual),
+        )  # fmt: skip
+
+
+def _input_gradients(
+    dy: Tensor,
+    dy_skip: Tensor | None,
+    saved: Saved,
+    spec: Spec,
+    needed: Inputs,
+    recording: Recording | None,
+) -> Sequence[Tensor | None]:
+    is_sum = spec.act == "identity" and not spec.has_residual_norm
+    if is_sum and dy_skip is not None:
+        dy, dy_skip = dy + dy_skip, None
+    if spec.has_residual_norm:
+        dx = dresidual = bool(needed.x or needed.residual)  # one pass writes both
+    else:
+        dx, dresidual = bool(needed.x), bool(needed.residual) and not is_sum
+    sums = needed.weight or needed.bias or needed.residual_weight or needed.residual_bias
+    asked = Asked(dx, dresidual, bool(sums))
+    found = _run_backward(Gradients(dy, dy_skip), saved, spec, asked, recording=recording)
+    residual = residual_weight = residual_bias = None
+    if needed.residual:
+        residual = dy.view_as(dy) if is_sum else found.dresidual
+    if needed.residual_weight:
+        residual_weight = as_dtype_of(saved.residual_weight, found.residual_sum_dy_xhat)
+    if needed.residual_bias:
+        residual_bias = as_dtype_of(saved.residual_bias, found.residual_sum_dy)
+    return (
+        found.dx if needed.x else None,
+        as_dtype_of(saved.weight, found.sum_dy_xhat) if needed.weight else None,
+        as_dtype_of(saved.bias, found.sum_dy) if needed.bias else None,
+        residual,
+        residual_weight,
+        residual_bias,
+    )
+
+
+def _constants(inputs: Inputs, buffers: Buffers, spec: Spec) -> tuple[Tensor | None, None]:
+    if spec.training:
+        return None, None
+    states = _states(inputs, buffers, spec)
+    return copy_running(empty_statistics(inputs.x, len(states)), inputs.x, *states), None
+
+
+def _formula(saved: Saved, spec: Spec) -> Tensor:
+    x, residual, act = saved.x, saved.residual, spec.act
+    if spec.training:
+        statistics = [bn_stats_ref(x, None, None, 0.0, spec.eps)]
+        if spec.has_residual_norm:
+            statistics.append(bn_stats_ref(residual, None, None, 0.0, spec.residual_eps))
+    else:
+        statistics = rows_of(saved.statistics, x)
+    norm, residual_norm = _norms(saved, statistics)
+    if saved.mask is None:
+        return bn_apply_ref(x, norm, residual, residual_norm, act, spec.act_param)[0]
+    z, _ = bn_apply_ref(x, norm, residual, None, "identity", 0.0)
+    return torch.where(unpack_mask(saved.mask, x), z, 0)
+
+
+def unpack_mask(mask: Tensor, x: Tensor) -> Tensor:
+    """The 1-bit mask of a dense ``x`` as booleans of its shape."""
+    from bnres.kernels.bn_backward import bn_backward_dx
+
+    with outside_of_transforms():
+        ones = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).fill_(1)
+        unit = torch.ones(x.shape[1], dtype=acc_type(x), device=x.device)
+        # In eval mode, with unit statistics, dx is dy where the mask is set.
+        norm = Norm(Statistics(unit, unit))
+        passed, _ = bn_backward_dx(
+            ones, ones, norm, None, None, unwrapped(mask), "relu", 0.0, None, 1
+        )
+        return passed != 0
+
+
+def _check(inputs: Inputs, buffers: Buffers, spec: Spec) -> None:
+    x, residual, training = inputs.x, inputs.residual, spec.training
+    norm, *others = _states(inputs, buffers, spec)
+    check_input(x, training)
+    check_norm(norm, x.shape[1], x.device, training)
+    if residual is not None:
+        check_residual(residual, x.shape, x.device)
+    for residual_norm in others:
+        check_input(residual, training, "residual")
+        check_norm(residual_norm, x.shape[1], x.device, training, "residual_")
+
+
+def _aten(inputs: Inputs, buffers: Buffers, spec: Spec) -> Tensor:
+    residual, training = inputs.residual, spec.training
+    norm, *others = _states(inputs, buffers, spec)
+    for residual_norm in others:
+        residual = batch_norm_act_aten(residual, residual_norm, training)
+    return batch_norm_act_aten(inputs.x, norm, training, residual, spec.act, spec.act_param)
+
+
+_run_backward = operator(
+    "batch_norm_act_backward", _backward, _allocate_backward,
+    tensors=(Gradients, Saved), options=(Spec, Asked), outputs=Computed,
+)  # fmt: skip
+
+BATCH_NORM_ACT = Operation(
+    name="batch_norm_act",
+    Inputs=Inputs,
+    Saved=Saved,
+    writes=WRITTEN,
+    check=_check,
+    aten=_aten,
+    forward=operator(
+        "batch_norm_act_forward", _forward, _allocate, tensors=(Inputs, Buffers), options=(Spec,),
+        outputs=Outputs, writes=WRITTEN,
+    ),
+    saved=_saved,
+    backward=_input_gradients,
+    formula=_formula,
+    constants=_constants,
+    again=_again,
+)  # fmt: skip
+
+
+def batch_norm_act(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    residual: Tensor | None = None,
+    residual_norm: BatchNormState | None = None,
+    act: str | type[torch.nn.Module] | None = "relu",
+    act_kwargs: dict[str, Any] | None = None,
+    training: bool = False,
+    momentum: float | Tensor = 0.1,
+    eps: float = 1e-5,
+    num_batches_tracked: Tensor | None = None,
+    fork: bool = False,
+) -> Any:
+    """Fused ``act(batch_norm(input) + residual)``, or ``act(batch_norm(input) + batch_norm(residual))``.
+
+    Args:
+        input: (N, C, *) of 2 to 5 dimensions, fp16, bf16, fp32 or fp64, contiguous or
+            channels_last; other strides are copied into the nearer of the two.
+        running_mean: (C,) of any floating dtype (on the ATen route, of one that ATen takes) or
+            None; updated in place in training.
+        running_var: (C,), as ``running_mean``; it takes the unbiased variance.
+        weight: (C,) or None for 1.
+        bias: (C,) or None for 0.
+        residual: of the shape of ``input``, added before the activation; another dtype promotes
+            the result as addition does.
+        residual_norm: the residual's own batch norm, as at the end of a down-sampling block;
+            ``training`` is for both.
+        act: name or torch class of the activation, None for none.
+        act_kwargs: options of the activation (``negative_slope``, ``approximate``).
+        training: normalise with the statistics of the batch instead of the running ones.
+        momentum: weight of the batch in the running statistics; a one-element tensor stays on
+            its device.
+        eps: added to the variance.
+        num_batches_tracked: one integer or None; goes up by one in training.
+        fork: return the result as two tensors that share their memory, one for each of two
+            consumers. Backward takes both gradients unsummed, which saves autograd's own addition.
+
+    Returns:
+        A tensor of the shape and memory format of ``input``, and of its dtype but for a
+        residual of another; with ``fork`` two of them.
+
+    Raises:
+        ValueError: for one value per channel in training, a residual of another shape, a
+            ``residual_norm`` without a residual, an unknown activation or option.
+        TypeError: for a dtype that is not supported.
+        RuntimeError: for parameters or buffers of the wrong size, or on another device.
+
+    Follows `torch.nn.functional.batch_norm` (Ioffe and Szegedy, arXiv 1502.03167).
+    """
+    name, param = resolve(act, act_kwargs)
+    device_momentum, number = split_momentum(momentum)
+    counter = num_batches_tracked if training else None
+    if residual_norm is None:
+        inputs = Inputs(input, weight, bias, residual)
+        buffers = Buffers(running_mean, running_var, counter, device_momentum)
+        needs_grad = wants_grad(input, weight, bias, residual)
+        # Not defaults of the fields: torch.compile would make symbols of the numbers.
+        spec = Spec(name, param, training, needs_grad, number, eps, False, 0.0, 0.0)
+    else:
+        if residual is None:
+            raise ValueError("residual must be given with residual_norm, got None")
+        norm = residual_norm
+        inputs = Inputs(input, weight, bias, residual, norm.weight, norm.bias)
+        residual_device_momentum, residual_number = split_momentum(norm.momentum)
+        buffers = Buffers(
+            running_mean, running_var, counter, device_momentum, norm.running_mean, norm.running_var,
+            norm.num_batches_tracked if training else None, residual_device_momentum,
+        )  # fmt: skip
+        spec = Spec(
+            name, param, training, wants_grad(*inputs), number, eps, True, residual_number, norm.eps
+        )  # fmt: skip
+    return call(BATCH_NORM_ACT, inputs, buffers, spec, fork)
+
+
+def batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float | Tensor = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Batch normalisation with the signature of `torch.nn.functional.batch_norm`.
+
+    See `batch_norm_act`, of which this is the case without residual and activation.
+    """
+    return batch_norm_act(
+        input, running_mean, running_var, weight, bias, act=None, training=training,
+        momentum=momentum, eps=eps,
+    )  # fmt: skip

@@ -1,0 +1,227 @@
+"""act(batch_norm(conv2d(x)) + residual): by one kernel in inference, else torch's convolution first."""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+from torch.compiler import is_compiling
+
+from bnres.activations import resolve
+from bnres.kernels.conv_config import ConvConfig, ConvShape
+from bnres.kernels.norm import Norm, RunningStatistics
+from bnres.kernels.outputs import empty_convolved
+from bnres.kernels.torch_internals import in_forward_mode
+from bnres.operations.batch_norm_act import batch_norm_act
+from bnres.operations.checks import check_conv_bias, check_norm, check_residual, check_statistics
+from bnres.operations.conv_route import Size, kernel_conv
+from bnres.operations.operator import Maybe, operator
+from bnres.operations.recording import Recording
+from bnres.operations.tensors import packed, wants_grad
+
+
+class Inputs(NamedTuple):
+    """What the kernel reads."""
+
+    x: Tensor
+    filter: Tensor
+    conv_bias: Maybe
+    running_mean: Maybe
+    running_var: Maybe
+    weight: Maybe
+    bias: Maybe
+    residual: Maybe
+
+
+class Spec(NamedTuple):
+    """Every argument that is not a tensor; the tuples have the fields of `ConvShape`, `ConvConfig`."""
+
+    act: str
+    act_param: float
+    eps: float
+    shape: tuple[int, ...]
+    config: tuple[int, ...]
+
+
+class Outputs(NamedTuple):
+    """What the kernel writes."""
+
+    y: Tensor
+
+
+def _allocate(inputs: Inputs, spec: Spec) -> Outputs:
+    shape = ConvShape(*spec.shape)
+    return Outputs(empty_convolved(inputs.x, inputs.filter.shape[0], shape))
+
+
+def _forward(inputs: Inputs, spec: Spec, recording: Recording) -> Outputs:
+    from bnres.kernels.conv import pad_channels
+
+    outputs = _allocate(inputs, spec)
+    x, filter = inputs.x, inputs.filter
+    channels = ConvShape(*spec.shape).padded_channels(x.shape[1], x.element_size())
+    inputs = inputs._replace(x=pad_channels(x, channels), filter=pad_channels(filter, channels))
+    recording.forward.run(_launch_forward, (inputs, outputs), spec)
+    return outputs
+
+
+def _launch_forward(inputs: Inputs, outputs: Outputs, spec: Spec) -> None:
+    from bnres.kernels.conv import conv_bn_act
+
+    i = inputs
+    norm = Norm(RunningStatistics(i.running_mean, i.running_var, spec.eps), i.weight, i.bias)
+    conv_bn_act(
+        i.x, i.filter, i.conv_bias, norm, i.residual, spec.act, spec.act_param,
+        ConvShape(*spec.shape), config=ConvConfig(*spec.config), out=outputs.y,
+    )  # fmt: skip
+
+
+_run_forward = operator(
+    "conv2d_batch_norm_act_forward", _forward, _allocate,
+    tensors=(Inputs,), options=(Spec,), outputs=Outputs,
+)  # fmt: skip
+
+
+def conv2d_batch_norm_act(
+    input: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    stride: Size = 1,
+    padding: Size | str = 0,
+    dilation: Size = 1,
+    groups: int = 1,
+    residual: Tensor | None = None,
+    act: str | type[torch.nn.Module] | None = "relu",
+    act_kwargs: dict[str, Any] | None = None,
+    training: bool = False,
+    momentum: float | Tensor = 0.1,
+    eps: float = 1e-5,
+    num_batches_tracked: Tensor | None = None,
+    fork: bool = False,
+) -> Any:
+    """Fused ``act(batch_norm(conv2d(input)) + residual)``.
+
+    In training, or where gradients are asked for, it is torch's convolution and our batch norm.
+    Without gradients, in evaluation, one kernel does all of it where that was measured to be
+    faster on this GPU (see `bnres.routes`); in fp32 only if ``torch.backends.cudnn.allow_tf32`` is
+    set, as it is by default. A ``conv_bias`` before the statistics of the batch cancels: it
+    only moves the running mean, and its gradient is zeros.
+
+    Args:
+        input: (N, C, H, W); in autocast it is cast as `torch.nn.functional.conv2d` casts it.
+        conv_weight, conv_bias: (K, C / groups, R, S) and (K,) or None.
+        running_mean, running_var, weight, bias: (K,) or None, as in `batch_norm_act`.
+        stride, padding, dilation, groups: as in `torch.nn.functional.conv2d`.
+        residual: of the output's shape (N, K, OH, OW), added before the activation.
+        act, act_kwargs, training, momentum, eps, num_batches_tracked, fork: as in
+            `batch_norm_act`.
+
+    Returns:
+        (N, K, OH, OW); with ``fork`` two of them.
+
+    Raises:
+        As `torch.nn.functional.conv2d` and `batch_norm_act`.
+    """
+    check_conv_bias(conv_weight, conv_bias)
+    if not training:
+        inputs = Inputs(
+            input, conv_weight, conv_bias, running_mean, running_var, weight, bias, residual
+        )
+        check_statistics(inputs)
+        y = _by_kernel(inputs, act, act_kwargs, eps, (stride, padding, dilation, groups))
+        if y is not None:
+            return (y, y) if fork else y
+    x = F.conv2d(input, conv_weight, None, stride, padding, dilation, groups)
+    if conv_bias is not None:
+        if training:
+            x = absorb_bias(x, conv_bias)
+        elif wants_grad(conv_bias) or running_mean is None:
+            x = x + conv_bias.to(x.dtype).view(1, -1, 1, 1)
+        else:
+            running_mean = running_mean - conv_bias
+    y = batch_norm_act(
+        x, running_mean, running_var, weight, bias, residual=residual, act=act,
+        act_kwargs=act_kwargs, training=training, momentum=momentum, eps=eps,
+        num_batches_tracked=num_batches_tracked, fork=fork,
+    )  # fmt: skip
+    if conv_bias is not None and training and x.numel():
+        shift_running_mean(running_mean, conv_bias, momentum)
+    return y
+
+
+def _by_kernel(
+    inputs: Inputs,
+    act: str | type[torch.nn.Module] | None,
+    act_kwargs: dict[str, Any] | None,
+    eps: float,
+    window: tuple[Size, Size | str, Size, int],
+) -> Tensor | None:
+    """The output by our kernel, or None where torch's convolution is to do it."""
+    x, filter, residual = inputs.x, inputs.filter, inputs.residual
+    if wants_grad(*inputs):
+        return None
+    kernel = kernel_conv(x, filter, *window, has_residual=residual is not None)
+    if kernel is None or (residual is not None and residual.dtype != kernel.dtype):
+        return None
+    name, param = resolve(act, act_kwargs)
+    i = inputs
+    check_norm(i, filter.shape[0], x.device, training=False)
+    shape, last = kernel.shape, torch.channels_last
+    if residual is not None:
+        size = (x.shape[0], filter.shape[0], *shape.output_size(*x.shape[2:]))
+        check_residual(residual, size, x.device)
+        residual = residual.contiguous(memory_format=last)
+    dense = Inputs(
+        x.to(kernel.dtype).contiguous(memory_format=last),
+        filter.to(kernel.dtype).contiguous(memory_format=last),
+        packed(i.conv_bias), packed(i.running_mean), packed(i.running_var), packed(i.weight),
+        packed(i.bias), residual,
+    )  # fmt: skip
+    spec = Spec(name, param, eps, shape.as_tuple(), kernel.config.as_tuple())
+    return _run_forward(dense, spec, recording=None).y
+
+
+def absorb_bias(x: Tensor, conv_bias: Tensor) -> Tensor:
+    """``x``, with a graph in which ``conv_bias``, which the batch's mean cancels, has a gradient of zeros."""
+    if not wants_grad(conv_bias):
+        return x
+    if not is_compiling() and in_forward_mode():
+        return x + (conv_bias - conv_bias).to(x.dtype).view(1, -1, 1, 1)
+    return CancelledBias.apply(x, conv_bias)
+
+
+class CancelledBias(Function):
+    """``x`` itself; the bias has a gradient of zeros."""
+
+    @staticmethod
+    def forward(x: Tensor, conv_bias: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None]:
+        zeros = torch.zeros_like(ctx.saved_tensors[0]) if ctx.needs_input_grad[1] else None
+        return dy, zeros
+
+
+def shift_running_mean(
+    running_mean: Tensor | None, conv_bias: Tensor, momentum: float | Tensor
+) -> None:
+    """Adds to the running mean what the bias, left out of the convolution, would have added."""
+    if running_mean is None:
+        return
+    shift = (conv_bias.detach() * momentum).to(running_mean.dtype)
+    if is_compiling():
+        running_mean.add_(shift)
+    else:
+        # ATen's batch norm has saved the buffer, which its backward does not read in training.
+        running_mean.data.add_(shift)

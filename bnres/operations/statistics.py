@@ -1,0 +1,57 @@
+"""The statistics that a forward pass normalises with.
+
+Those kept for backward are one tensor, with a row for the mean and one for rstd of each norm.
+"""
+
+import torch
+from torch import Tensor
+
+from bnres.kernels.dtypes import acc_type
+from bnres.kernels.norm import RunningStatistics, Statistics
+from bnres.operations.batch_norm_state import BatchNormState
+
+# Rows start at a multiple of it, where kernels can load vectors.
+ROW_BYTES = 128
+
+
+def empty_statistics(x: Tensor, norms: int = 1) -> Tensor:
+    """Rows for some norms of ``x``, (2·norms, C and padding), in fp32 (fp64 for fp64)."""
+    acc = acc_type(x)
+    step = ROW_BYTES // acc.itemsize
+    return torch.empty((2 * norms, -(-x.shape[1] // step) * step), dtype=acc, device=x.device)
+
+
+def rows_of(statistics: Tensor, x: Tensor) -> list[Statistics]:
+    """The statistics of each norm, (C,)."""
+    rows = statistics[:, : x.shape[1]].unbind()
+    return [Statistics(*pair) for pair in zip(rows[::2], rows[1::2], strict=True)]
+
+
+def copy_running(statistics: Tensor, x: Tensor, *norms: BatchNormState) -> Tensor:
+    """Fills ``statistics`` from running ones, whose buffers may change before backward."""
+    for (mean, rstd), norm in zip(rows_of(statistics, x), norms, strict=True):
+        assert norm.running_mean is not None and norm.running_var is not None
+        mean.copy_(norm.running_mean)
+        rstd.copy_(1 / (norm.running_var.double() + norm.eps).sqrt())
+    return statistics
+
+
+def launch_statistics(
+    x: Tensor, norm: BatchNormState, training: bool, kept: Statistics | None
+) -> Statistics | RunningStatistics:
+    """What ``x`` is normalised with.
+
+    In training these are the statistics of the batch, which are written to ``kept``, or to scratch
+    memory if that is None. In evaluation ``kept`` has been filled from the running ones.
+    """
+    from bnres.kernels.bn_forward import bn_stats
+
+    if training:
+        return bn_stats(
+            x, norm.running_mean, norm.running_var, norm.momentum, norm.eps,
+            counter=norm.num_batches_tracked, out=kept,
+        )  # fmt: skip
+    if kept is not None:
+        return kept
+    assert norm.running_mean is not None and norm.running_var is not None
+    return RunningStatistics(norm.running_mean, norm.running_var, norm.eps)
