@@ -34,14 +34,13 @@ TEST = [
 
 PACKAGES = (
     "augment",
-    "autograd",
     "data",
     "functional",
     "fusion",
     "kernels",
     "models",
     "nn",
-    "ops",
+    "operations",
     "train",
 )
 

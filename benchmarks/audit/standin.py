@@ -16,7 +16,6 @@ from triton.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction
 
 from bnres.kernels import launch
-from bnres.operations import recording
 
 
 @dataclass(frozen=True)
@@ -78,32 +77,26 @@ class Launch:
     compiled: CompiledKernel
 
 
-class _Forgetful(dict[Any, Any]):
-    """Keeps nothing, so that no launch is replayed."""
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        pass
-
-
 Run = Callable[..., Any]
 
 
 @contextmanager
 def replaced_launches(gpu: Gpu, run: Run) -> Iterator[None]:
-    """Inside, triton is told that ``gpu`` is there, and ``run`` takes the place of `JITFunction.run`."""
+    """Inside, triton is told that ``gpu`` is there, and ``run`` takes the place of `JITFunction.run`.
+
+    ``run`` returns None, so that no launch is recorded and each one arrives.
+    """
     if triton.knobs.runtime.interpret:
         raise RuntimeError("unset TRITON_INTERPRET: the interpreter does not compile")
     original_run, original_count = JITFunction.run, launch.sm_count
-    original_recording = recording._recordings
     original_driver = triton.runtime.driver._active
-    JITFunction.run, recording._recordings = run, _Forgetful()
+    JITFunction.run = run
     launch.sm_count = lambda device: gpu.sm_count  # type: ignore[assignment]
     triton.runtime.driver.set_active(StandInDriver(gpu))
     try:
         yield
     finally:
         JITFunction.run, launch.sm_count = original_run, original_count
-        recording._recordings = original_recording
         triton.runtime.driver._active = original_driver
 
 
