@@ -54,7 +54,7 @@ def has_recipe(t: Tensor | None) -> bool:
 def leave_recipe(
     make: Callable[..., Tensor], tensors: Sequence[Tensor | None], *ys: Tensor
 ) -> None:
-    """Says how the outputs ``ys``, one tensor handed out once or twice, are made again."""
+    """Says how the outputs ``ys``, one tensor returned once or twice, are made again."""
     recipe = Recipe(make, tensors)
     for y in ys:
         setattr(y, _RECIPE, recipe)

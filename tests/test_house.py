@@ -64,6 +64,17 @@ def test_imports_point_down(room, path):
             assert ROOMS.index(below) <= ROOMS.index(room), f"{path}: {module}"
 
 
+def test_every_package_is_installed():
+    setup = ast.parse((ROOT / "setup.py").read_text(encoding="utf-8"))
+    (packages,) = (
+        ast.literal_eval(node.value)
+        for node in setup.body
+        if isinstance(node, ast.Assign) and node.targets[0].id == "PACKAGES"
+    )
+    folders = {path.parent.name for path in (ROOT / "bnres").glob("*/__init__.py")}
+    assert set(packages) == folders
+
+
 INTERNALS = ("torch_internals.py", "triton_internals.py")
 
 
