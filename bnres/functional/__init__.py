@@ -2,8 +2,8 @@
 
 from bnres.operations.batch_norm_act import batch_norm, batch_norm_act
 from bnres.operations.batch_norm_act_max_pool import batch_norm_act_max_pool2d
-from bnres.operations.batch_norm_state import BatchNormState
 from bnres.operations.conv_batch_norm_act import conv2d_batch_norm_act
+from bnres.operations.norms import BatchNormState
 
 __all__ = [
     "BatchNormState",

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bnres.operations.batch_norm_state import BatchNormState
+from bnres.operations.norms import BatchNormState
 
 Norm = nn.modules.batchnorm._BatchNorm
 

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bnres.kernels.reference import ACTIVATION_FORMULAS
-from bnres.operations.batch_norm_state import BatchNormState
+from bnres.operations.norms import BatchNormState
 
 
 def batch_norm_act_aten(

@@ -13,14 +13,26 @@ from bnres.kernels.norm import Norm, Statistics, Sums
 from bnres.kernels.outputs import empty_mask
 from bnres.kernels.reference import bn_apply_ref, bn_stats_ref
 from bnres.kernels.torch_internals import outside_of_transforms, unwrapped
+from bnres.operations.arguments import (
+    as_dtype_of,
+    check_input,
+    check_norm,
+    check_residual,
+    empty_sums,
+    wants_grad,
+)
 from bnres.operations.aten import batch_norm_act_aten
-from bnres.operations.batch_norm_state import BatchNormState, split_momentum, state_of
 from bnres.operations.call import Operation, call
-from bnres.operations.checks import check_input, check_norm, check_residual
-from bnres.operations.operator import Maybe, operator
-from bnres.operations.recording import Recording
-from bnres.operations.statistics import copy_running, empty_statistics, launch_statistics, rows_of
-from bnres.operations.tensors import as_dtype_of, empty_sums, wants_grad
+from bnres.operations.norms import (
+    BatchNormState,
+    copy_running,
+    empty_statistics,
+    launch_statistics,
+    rows_of,
+    split_momentum,
+    state_of,
+)
+from bnres.operations.operator import Maybe, Recording, operator
 
 
 class Inputs(NamedTuple):

@@ -14,15 +14,19 @@ from bnres.kernels.norm import Norm, Sums
 from bnres.kernels.outputs import empty_pooled
 from bnres.kernels.reference import bn_max_pool_at_ref, bn_max_pool_ref, bn_stats_ref
 from bnres.kernels.window import Window
+from bnres.operations.arguments import as_dtype_of, check_input, check_norm, empty_sums, wants_grad
 from bnres.operations.aten import batch_norm_act_aten
 from bnres.operations.batch_norm_act import batch_norm_act
-from bnres.operations.batch_norm_state import split_momentum, state_of
 from bnres.operations.call import Operation, call
-from bnres.operations.checks import check_input, check_norm
-from bnres.operations.operator import Maybe, operator
-from bnres.operations.recording import Recording
-from bnres.operations.statistics import copy_running, empty_statistics, launch_statistics, rows_of
-from bnres.operations.tensors import as_dtype_of, empty_sums, wants_grad
+from bnres.operations.norms import (
+    copy_running,
+    empty_statistics,
+    launch_statistics,
+    rows_of,
+    split_momentum,
+    state_of,
+)
+from bnres.operations.operator import Maybe, Recording, operator
 
 Size = int | tuple[int, int]
 

@@ -1,26 +1,37 @@
-"""How every fused operation is called: by ATen, by its operator or Function, or by its formula."""
+"""How every fused operation is called and differentiated.
 
-from collections.abc import Callable
+A call goes to ATen, to the operation's Function or operator, or to its formula. Kernels compute the first
+derivatives; what is derived from those differentiates the formula.
+"""
+
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
 from torch.compiler import is_compiling
 
 from bnres.backend import uses_kernels
 from bnres.kernels.torch_internals import (
     apply_plainly,
+    in_dispatch_mode,
     in_forward_mode,
+    in_transform,
+    is_batched,
     is_watched,
     is_wrapped,
+    note_writes,
     outside_of_transforms,
+    saves_through_hooks,
     unwrapped,
 )
-from bnres.operations.function import Fused, FusedEagerly
-from bnres.operations.recording import find_recording, kind_of, recording_of
-from bnres.operations.tensors import as_kernels_take, copy_back, packed_buffers
+from bnres.operations.arguments import as_kernels_take, copy_back, packed_buffers
+from bnres.operations.operator import find_recording, kind_of, recording_of
 from bnres.recipes import has_recipe, leave_recipe, recomputes
+
+Gradients = tuple[Tensor | None, ...]
 
 # Subclasses of tensors may override what operations do.
 PLAIN_TYPES = (Tensor, torch.nn.Parameter)
@@ -146,3 +157,160 @@ def _by_formula(operation: Operation, inputs: Any, buffers: Any, spec: Any) -> T
             Fused.forward(operation, without_grad, plain, None, False, x, *others)
     kept = operation.constants(inputs, buffers, spec)
     return operation.formula(operation.Saved(*inputs, *kept), spec)
+
+
+# Of the inputs of `Fused` before the operation's: operation, spec, buffers, recording, fork.
+NO_GRADIENTS = (None,) * 5
+
+
+class Fused(Function):
+    """y of an operation, y again or None, and what the operation keeps for backward.
+
+    With ``fork``, y is returned as two tensors that share their memory, one for each of two consumers:
+    backward takes both gradients, and the kernels sum them.
+    """
+
+    @staticmethod
+    def forward(operation, spec, buffers, recording, fork, *inputs):
+        y, *kept = operation.forward(operation.Inputs(*inputs), buffers, spec, recording=recording)
+        if spec.training and not is_compiling():
+            note_writes([getattr(buffers, name) for name in operation.writes])
+        # Detached, as a view would keep y alive in a way that the garbage collector can't see.
+        return y, y.detach() if fork else None, *kept
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        operation, spec, _, recording, _, *tensors = inputs
+        _, _, *kept = output
+        ctx.mark_non_differentiable(*[t for t in kept if t is not None])
+        _set_up(ctx, operation, spec, recording, tensors, kept)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, dy_skip: Tensor | None = None, *_: Any) -> Gradients:
+        operation, spec, recording = ctx.operation, ctx.spec, ctx.recording
+        needed = operation.Inputs(*ctx.needs_input_grad[len(NO_GRADIENTS) :])
+        if dy is None:
+            dy, dy_skip = dy_skip, None
+        if dy is None:
+            return *NO_GRADIENTS, *(None for _ in needed)
+        saved = operation.Saved(*ctx.saved_tensors)
+        if ctx.layouts is not None:
+            saved = operation.Saved(*map(_laid_out, saved, ctx.layouts))
+        if is_compiling():
+            return *NO_GRADIENTS, *operation.backward(dy, dy_skip, saved, spec, needed, None)
+        # By is_grads_batched, several gradients at once.
+        batched = is_batched(dy) or (dy_skip is not None and is_batched(dy_skip))
+        by_formula = batched or in_forward_mode()
+        if not (by_formula or torch.is_grad_enabled() or in_transform()):
+            recording = None if in_dispatch_mode() else recording
+            return *NO_GRADIENTS, *operation.backward(dy, dy_skip, saved, spec, needed, recording)
+        kernels, formula = _gradients(operation, spec, needed)
+        if by_formula or not torch.is_grad_enabled():
+            found = iter(formula(dy, dy_skip, *saved))
+        else:
+            found = iter(WithFormula.apply(kernels, formula, dy, dy_skip, *saved))
+        return *NO_GRADIENTS, *(next(found) if need else None for need in needed)
+
+
+class FusedEagerly(Function):
+    """`Fused` outside of torch.func and torch.compile, without what is kept.
+
+    For a Function with ``setup_context`` torch binds the inputs to forward's signature, for defaults,
+    which takes five times as long as all else that it does.
+    """
+
+    @staticmethod
+    def forward(ctx, operation, spec, buffers, recording, fork, *inputs):
+        y, y_fork, *kept = Fused.forward(operation, spec, buffers, recording, fork, *inputs)
+        _set_up(ctx, operation, spec, recording, inputs, kept)
+        return y if y_fork is None else (y, y_fork)
+
+    backward = Fused.backward
+
+
+def _set_up(
+    ctx: Any, operation: Any, spec: Any, recording: Any, inputs: Sequence[Any], kept: Sequence[Any]
+) -> None:
+    """Saves on ``ctx`` what backward needs."""
+    ctx.set_materialize_grads(False)
+    saved = operation.saved(operation.Inputs(*inputs), kept, spec)
+    ctx.save_for_backward(*saved)
+    ctx.layouts = None
+    if not is_compiling() and saves_through_hooks():
+        ctx.layouts = [None if t is None else (t.stride(), t.dtype) for t in saved]
+    ctx.operation, ctx.spec, ctx.recording = operation, spec, recording
+
+
+def _laid_out(t: Tensor | None, layout: Any) -> Tensor | None:
+    """A saved tensor with the strides and dtype it was saved with; hooks may bring back others."""
+    if t is None or (t.stride(), t.dtype) == layout:
+        return t
+    strides, dtype = layout
+    return torch.empty_strided(t.shape, strides, dtype=dtype, device=t.device).copy_(t)
+
+
+def _gradients(operation: Any, spec: Any, needed: Any) -> tuple[Callable[..., Any], ...]:
+    """Two functions of dy, dy_skip and what is saved: the ``needed`` gradients of the inputs.
+
+    One has them from the kernels, the other from the operation's formula, so that they can be
+    differentiated again.
+    """
+
+    def by_kernels(dy: Tensor, dy_skip: Tensor | None, *saved: Tensor | None) -> Gradients:
+        every = operation.backward(dy, dy_skip, operation.Saved(*saved), spec, needed, None)
+        return tuple(gradient for gradient, need in zip(every, needed, strict=True) if need)
+
+    def by_formula(dy: Tensor, dy_skip: Tensor | None, *saved: Tensor | None) -> Gradients:
+        kept = operation.Saved(*saved)
+        names = [name for name, need in needed._asdict().items() if need]
+
+        def y(*inputs: Tensor) -> Tensor:
+            return operation.formula(kept._replace(**dict(zip(names, inputs, strict=True))), spec)
+
+        # A residual is not saved where gradients do not depend on its value.
+        inputs = [torch.zeros_like(kept.x) if (t := getattr(kept, n)) is None else t for n in names]
+        return torch.func.vjp(y, *inputs)[1](dy if dy_skip is None else dy + dy_skip)
+
+    return by_kernels, by_formula
+
+
+class WithFormula(Function):
+    """``run(*tensors)``, a tuple of tensors, with the derivatives of ``formula(*tensors)``."""
+
+    @staticmethod
+    def forward(run, formula, *tensors):
+        return run(*tensors)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        _, ctx.formula, *tensors = inputs
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Gradients:
+        _, _, *needed = ctx.needs_input_grad
+        tensors = ctx.saved_tensors
+        places = [i for i, need in enumerate(needed) if need]
+        wanted = [i for i, grad in enumerate(grads) if grad is not None]
+        if not wanted:
+            return None, None, *(None for _ in needed)
+
+        def formula(*inputs: Tensor) -> tuple[Tensor, ...]:
+            given = list(tensors)
+            for i, t in zip(places, inputs, strict=True):
+                given[i] = t
+            every = ctx.formula(*given)
+            return tuple(every[i] for i in wanted)
+
+        vjp = torch.func.vjp(formula, *(tensors[i] for i in places))[1]
+        found = iter(vjp(tuple(grads[i] for i in wanted)))
+        return None, None, *(next(found) if need else None for need in needed)
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: Any, run: Callable[..., Any], formula: Callable[..., Any], *tensors: Any
+    ) -> tuple[Gradients, tuple[int, ...]]:
+        _, _, *dims = in_dims
+        found = torch.vmap(formula, tuple(dims))(*tensors)
+        return found, (0,) * len(found)

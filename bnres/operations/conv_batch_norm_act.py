@@ -13,12 +13,17 @@ from bnres.kernels.conv_config import ConvConfig, ConvShape
 from bnres.kernels.norm import Norm, RunningStatistics
 from bnres.kernels.outputs import empty_convolved
 from bnres.kernels.torch_internals import in_forward_mode
+from bnres.operations.arguments import (
+    check_conv_bias,
+    check_norm,
+    check_residual,
+    check_statistics,
+    packed,
+    wants_grad,
+)
 from bnres.operations.batch_norm_act import batch_norm_act
-from bnres.operations.checks import check_conv_bias, check_norm, check_residual, check_statistics
 from bnres.operations.conv_route import Size, kernel_conv
-from bnres.operations.operator import Maybe, operator
-from bnres.operations.recording import Recording
-from bnres.operations.tensors import packed, wants_grad
+from bnres.operations.operator import Maybe, Recording, operator
 
 
 class Inputs(NamedTuple):

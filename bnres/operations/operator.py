@@ -1,5 +1,6 @@
-"""Custom operators of functions that take and return named tuples."""
+"""Custom operators of functions of named tuples, and what is remembered of each kind of call."""
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, get_type_hints
 
@@ -8,7 +9,60 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from bnres.kernels.torch_internals import dispatches, in_dispatch_mode
-from bnres.operations.recording import Recording, kind_of, recording_of
+
+# Greatest number of kinds that are remembered.
+KINDS = 4096
+
+_recordings: dict[Any, "Recording"] = {}
+
+
+class Recording:
+    """Calls of one kind: their input is checked, needs no copies, and launches the same kernels.
+
+    Attributes:
+        forward: the launches.
+    """
+
+    __slots__ = ("_backward", "forward")
+
+    def __init__(self) -> None:
+        from bnres.kernels.replay import Replay  # importing bnres does not need triton
+
+        self.forward = Replay()
+        self._backward: dict[Any, Replay] = defaultdict(Replay)
+
+    def backward(self, asked: object, gradients: Sequence[Tensor | None]) -> Any:
+        """The launches of backward, which depend on what is asked for and on the gradients' dtypes.
+
+        The gradients are stored in memory as the output is.
+        """
+        return self._backward[asked, *[None if dy is None else dy.dtype for dy in gradients]]
+
+
+def kind_of(name: str, options: object, *groups: Sequence[Tensor | None]) -> Any:
+    """All that the checks and the launches of an operation depend on, as a key."""
+    return (
+        name, options,
+        *[
+            None if t is None else (t.shape, t.stride(), t.dtype, t.device)
+            for group in groups
+            for t in group
+        ],
+    )  # fmt: skip
+
+
+# What is known of calls of a kind, or None for the first one.
+find_recording = _recordings.get
+
+
+def recording_of(kind: Any) -> Recording:
+    """What is known of calls of a kind; an empty recording for the first one."""
+    if kind not in _recordings:
+        if len(_recordings) >= KINDS:
+            _recordings.clear()
+        _recordings[kind] = Recording()
+    return _recordings[kind]
+
 
 # A field that is a tensor, or None where the options say so.
 Maybe = Any
