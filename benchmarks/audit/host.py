@@ -4,7 +4,7 @@ The CPU time of the calling thread is measured: Python, torch's dispatcher and a
 allocation of outputs, and each of our launches until triton would call the driver. Kernels are
 compiled for a GPU that is not there, and their launches do nothing. torch's own operations run on
 the CPU, on tensors so small that their arithmetic takes little time. Convolutions return tensors
-that are not filled; what is left of them costs both ResNets the same.
+that are not filled, at the same cost in both ResNets.
 Not measured: the driver's time for each launch, ours or torch's, and the optimiser.
 
 The time of a call is the least of many short spans. The calls take turns, so that whatever else
@@ -57,7 +57,7 @@ class Timed:
     """A call to be timed.
 
     Attributes:
-        row: what is called.
+        row: name of the row in the table.
         kind: ``inference``, ``forward`` (in training), ``backward``, or ``step``: the last two.
         module: in training mode at the call, unless ``kind`` is ``inference``.
         call: the call.

@@ -26,7 +26,7 @@ class Segment:
     scale: Scale | None = None
 
     def takes(self, draw: Draw) -> bool:
-        """Whether a draw can follow what is here."""
+        """Whether this segment can hold a further draw."""
         if self.scale is not None:
             return False
         if isinstance(draw, Crop):
@@ -60,7 +60,7 @@ def size_of(images: Tensor) -> tuple[int, int, int]:
     """The number of images in a batch, their height and width.
 
     Raises:
-        ValueError: for what is no batch of images.
+        ValueError: if ``images`` is not a batch of images.
     """
     if images.dim() != 4 or images.shape[1] not in CHANNELS:
         raise ValueError(
@@ -81,7 +81,7 @@ def apply_draws(
     """The images after what was drawn for them, in ``dtype`` and by default in their own format.
 
     Raises:
-        ValueError: for what is no batch of images, and as `prepare_draws`.
+        ValueError: if ``images`` is not a batch of images, and as `prepare_draws`.
     """
     size_of(images)
     images = images.detach()

@@ -19,7 +19,7 @@ def stock_norm_act(
     Args:
         channels: channels of the input.
         act: name of the activation, None for none.
-        pool: what follows the activation.
+        pool: a pooling after the activation, or None.
         dims: dimensions of an image: 2, or 1 for (N, C).
 
     Raises:

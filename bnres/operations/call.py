@@ -1,7 +1,7 @@
 """How every fused operation is called and differentiated.
 
 A call goes to ATen, to the operation's Function or operator, or to its formula. Kernels compute the first
-derivatives; what is derived from those differentiates the formula.
+derivatives. Higher derivatives differentiate the formula.
 """
 
 from collections.abc import Callable, Sequence
@@ -43,8 +43,8 @@ class Operation:
 
     Its functions take and return named tuples. Inputs are the tensors that may need gradients; ``x`` is
     the first. Buffers are all other tensors. A spec holds every argument that is not a tensor, and
-    ``training`` and ``needs_grad``. The forward pass returns y and what it keeps for backward; ``Saved``
-    has the fields of the inputs, followed by those of what is kept.
+    ``training`` and ``needs_grad``. The forward pass returns y and the tensors it keeps for backward.
+    The fields of ``Saved`` are those of the inputs, followed by one for each tensor that is kept.
 
     Attributes:
         name: name of the operation.
@@ -52,12 +52,12 @@ class Operation:
         writes: names of the buffers that training writes to.
         check: (inputs, buffers, spec) -> None; raises for arguments that do not fit.
         aten: (inputs, buffers, spec) -> y, by torch's own operations.
-        forward: (inputs, buffers, spec, recording=) -> y, followed by what is kept.
+        forward: (inputs, buffers, spec, recording=) -> y, followed by the kept tensors.
         saved: (inputs, kept, spec) -> saved.
         backward: (dy, dy_skip, saved, spec, needed, recording) -> a gradient for each input, None where
             it is not needed. dy_skip is the gradient of a second y, or None.
         formula: (saved, spec) -> y, by torch's operations, so that it can be differentiated.
-        constants: (inputs, buffers, spec) -> what is kept, as far as ``formula`` reads it.
+        constants: (inputs, buffers, spec) -> the kept tensors that ``formula`` reads, None for others.
         again: (inputs, kept, spec) -> the same y, to the bit; None if `bnres.recompute` does not apply.
     """
 
