@@ -54,7 +54,10 @@ setup(
     python_requires=">=3.11",
     packages=["bnres", *(f"bnres.{p}" for p in PACKAGES)],
     package_dir={"bnres.kernels": "kernels"},
-    entry_points={"console_scripts": ["bnres = bnres.cli:app"]},
+    entry_points={
+        "console_scripts": ["bnres = bnres.cli:app"],
+        "torch_dynamo_backends": ["bnres = bnres.fusion.backend:backend"],
+    },
     install_requires=["torch>=2.11", "triton>=3.6; platform_system=='Linux'"],
     extras_require={
         "train": TRAIN,

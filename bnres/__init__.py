@@ -2,7 +2,7 @@
 
 from bnres import augment, functional, models, nn
 from bnres.backend import backend, use_backend
-from bnres.fusion import FusionReport, explain, fold, fuse, unfuse
+from bnres.fusion import FusionReport, explain, fold, fuse, inductor, unfuse
 from bnres.recipes import recompute
 from bnres.routes import use_conv_route
 
@@ -16,6 +16,7 @@ __all__ = [
     "fold",
     "functional",
     "fuse",
+    "inductor",
     "models",
     "nn",
     "recompute",

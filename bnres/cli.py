@@ -224,11 +224,14 @@ def summary(
 @app.command()
 def explain(model: Annotated[str, typer.Argument(help="Model, of torch's own layers.")]) -> None:
     """Print what bnres.fuse does to each batch norm of a model, and why not more."""
-    from bnres.models import create_model
+    import torch
 
+    from bnres.models import DEFAULT_INPUT_SHAPE, INPUT_SHAPES, create_model
+
+    _, *shape = INPUT_SHAPES.get(model, DEFAULT_INPUT_SHAPE)
     with bad_input_exits():
-        net = create_model(model, fused=False)
-    typer.echo(bnres.explain(net))
+        net = create_model(model, in_channels=shape[0], fused=False)
+    typer.echo(bnres.explain(net, torch.zeros(2, *shape)))
 
 
 @app.command()

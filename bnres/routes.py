@@ -90,6 +90,11 @@ def use_conv_route(route: str) -> Iterator[None]:
         _override = before
 
 
+def conv_route() -> str:
+    """The route that `use_conv_route` has set."""
+    return _override
+
+
 def kernel_config(call: ConvCall, device: torch.device) -> tuple[bool, ConvConfig | None]:
     """Whether ``call`` goes to our kernel, and its configuration (None: the heuristic's)."""
     if _override != "auto":

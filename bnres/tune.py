@@ -1,5 +1,6 @@
 """Measures, for a model's convolutions, our kernel against torch's convolution and our apply."""
 
+import copy
 import math
 import time
 from collections.abc import Callable
@@ -38,12 +39,10 @@ def conv_calls(model: nn.Module, shape: tuple[int, ...], dtype: torch.dtype) -> 
     Each comes with a residual and without.
 
     Args:
-        model: any module; it runs in eval mode on tensors without memory, as a copy.
+        model: any module of torch's own layers; a copy runs in eval mode on tensors without memory.
         shape: of its input, (N, C, H, W).
         dtype: of the convolutions.
     """
-    from bnres.fusion import unfuse
-
     found: dict[ConvCall, None] = {}
 
     def note(conv: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -58,12 +57,12 @@ def conv_calls(model: nn.Module, shape: tuple[int, ...], dtype: torch.dtype) -> 
         plain = ConvCall(name, n, channels, height, width, conv.out_channels, window, False)
         found[plain] = found[replace(plain, has_residual=True)] = None
 
-    stock = unfuse(model).to("meta").eval()
-    for module in stock.modules():
+    twin = copy.deepcopy(model).to("meta").eval()
+    for module in twin.modules():
         if isinstance(module, nn.Conv2d):
             module.register_forward_pre_hook(note)
     with torch.no_grad():
-        stock(torch.empty(shape, device="meta"))
+        twin(torch.empty(shape, device="meta"))
     return list(found)
 
 

@@ -1,7 +1,8 @@
-"""Rewrites stock models: `fuse` for training, `fold` for inference; `explain` says what and why."""
+"""Fuses users' models: `fuse` for training, `fold` for inference; `explain` says what and why."""
 
+from bnres.fusion.backend import fuse, inductor, unfuse
+from bnres.fusion.explain import explain
 from bnres.fusion.fold import fold
 from bnres.fusion.report import FusionReport, Site
-from bnres.fusion.rewrite import explain, fuse, unfuse
 
-__all__ = ["FusionReport", "Site", "explain", "fold", "fuse", "unfuse"]
+__all__ = ["FusionReport", "Site", "explain", "fold", "fuse", "inductor", "unfuse"]

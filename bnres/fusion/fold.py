@@ -1,42 +1,113 @@
 """Folds batch norms into convolutions, for export and for the CPU."""
 
-from torch import nn
+import warnings
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from bnres.fusion.rewrite import _joined, make_plan, unfuse
+from bnres.fusion.backend import unfuse
+from bnres.fusion.dynamo import compiled, not_captured
+from bnres.fusion.explain import is_norm
+from bnres.fusion.match import norm_of
+from bnres.fusion.nodes import module_name, only_user
+from bnres.nn.hooks import hooked
+
+STOCK = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
-def fold(model: nn.Module) -> nn.Module:
-    """A copy of torch's own modules in which convolutions have taken in the batch norms after them.
+def fold(model: nn.Module, *inputs: Any, **kwargs: Any) -> nn.Module:
+    """A copy of a model in which convolutions have taken in the batch norms after them.
 
     A folded batch norm becomes an `nn.Identity`, and its keys are gone; everything else stays as it is.
     The copy loads and exports without bnres. On a GPU ``bnres.fuse(model).eval()`` moves less memory.
 
+    Which convolution each batch norm follows is proved on the graph of a call with ``inputs``. It
+    holds as long as the model's forward does the same: fold again after a change of configuration. A
+    batch norm stays where a tensor of the two modules is used elsewhere, one of them is called more than
+    once or has a hook, or it is not of torch's own classes.
+
     Args:
         model: any module in eval mode, fused or not; it is not changed.
+        inputs, kwargs: what it is called with. Without any, nothing is proved or folded.
 
     Raises:
-        ValueError: for a model, or a batch norm of it, in training mode.
+        ValueError: for a model, or a batch norm of it, in training mode; for a model whose forward is
+            not one graph for Dynamo, or is another one when its batch norms are folded.
     """
-    norms = nn.modules.batchnorm._BatchNorm
     for name, module in model.named_modules():
-        if module.training and (not name or isinstance(module, norms)):
+        if module.training and (not name or is_norm(module)):
             raise ValueError(
                 f"model must be in eval mode to be folded, but {name or 'it'} is in training mode: "
                 "call model.eval() first"
             )
     folded = unfuse(model)
-    plan = make_plan(folded)
-    names = [module for _, module in folded.named_modules(remove_duplicate=False)]
-    for holder, matches in plan.matches.items():
-        root = folded.get_submodule(holder)
-        for branch in (branch for match in matches for branch in match.branches):
-            if branch.conv is None or branch.is_sequential:
-                continue  # a Sequential's own forward holds it
-            pair = root.get_submodule(branch.conv), root.get_submodule(branch.norm)
-            once = all(plan.calls.get(m) == 1 and names.count(m) == 1 for m in pair)
-            if once and getattr(pair[1], "running_mean", None) is not None:
-                conv = fuse_conv_bn_eval(*pair)  # type: ignore[arg-type, type-var]
-                folded.set_submodule(_joined(holder, branch.conv), conv)
-                folded.set_submodule(_joined(holder, branch.norm), nn.Identity())
+    if not (inputs or kwargs):
+        warnings.warn("nothing is folded without an example of the model's inputs", stacklevel=2)
+        return folded
+    graph, tensors = _capture(folded, inputs, kwargs)
+    pairs = _pairs(graph, tensors, folded)
+    for conv, norm in pairs.values():
+        merged = fuse_conv_bn_eval(folded.get_submodule(conv), folded.get_submodule(norm))  # type: ignore[arg-type, type-var]
+        folded.set_submodule(conv, merged)
+        folded.set_submodule(norm, nn.Identity())
+    after, _ = _capture(folded, inputs, kwargs)
+    if _called(after) != _called(graph, without=pairs):
+        raise ValueError("model can't be folded: its forward depends on its batch norms or biases")
     return folded
+
+
+def _capture(
+    model: nn.Module, inputs: Sequence[Any], kwargs: dict[str, Any]
+) -> tuple[fx.Graph, dict[fx.Node, Any]]:
+    """The graph of a call, and the tensors that its placeholders stand for."""
+    found: list[tuple[fx.Graph, dict[fx.Node, Any]]] = []
+
+    def record(module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        placeholders = module.graph.find_nodes(op="placeholder")
+
+        def call(*args: Any) -> Any:
+            found.append((module.graph, dict(zip(placeholders, args, strict=True))))
+            return module.forward(*args)
+
+        return call
+
+    try:
+        with torch.no_grad():
+            compiled(model, record, fullgraph=True)(*inputs, **kwargs)
+    except not_captured() as error:
+        line = str(error).splitlines()[0]
+        raise ValueError(f"model can't be folded: its forward is not one graph: {line}") from error
+    return found[0]
+
+
+def _pairs(
+    graph: fx.Graph, tensors: dict[fx.Node, Any], model: nn.Module
+) -> dict[fx.Node, tuple[str, str]]:
+    """The names of each convolution and batch norm to fold, by the node that calls the batch norm."""
+    modules, found = dict(model.named_modules(remove_duplicate=False)), {}
+    for node in graph.nodes:
+        norm = norm_of(node)
+        if norm is None or norm.conv is None or norm.training:
+            continue
+        state, call = norm.state, norm.conv
+        names = module_name(call.node), module_name(node)
+        conv, bn = (modules.get(name) for name in names)
+        read = (call.weight, call.bias, *state[:4])
+        if (
+            type(conv) is nn.Conv2d
+            and type(bn) in STOCK
+            and not hooked(conv, bn)
+            and all(n is None or (n in tensors and only_user(n)) for n in read)
+            and tensors[call.weight] is conv.weight
+            and tensors[state.running_mean] is bn.running_mean  # type: ignore[union-attr]
+        ):
+            found[node] = names
+    return found
+
+
+def _called(graph: fx.Graph, without: Collection[fx.Node] = ()) -> list[Any]:
+    """What a graph calls, in order."""
+    return [n.target for n in graph.nodes if n.op.startswith("call") and n not in without]

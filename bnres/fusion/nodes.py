@@ -1,142 +1,180 @@
-"""What the nodes of a traced forward are: batch norms, convolutions, additions, activations."""
+"""What the nodes of a graph captured by Dynamo are, and which tensors they write to."""
 
+import inspect
 import operator
-from dataclasses import astuple, dataclass
-from typing import Any
+import re
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import fx, nn
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils import _pytree as pytree
 
-from bnres.activations import CLASSES
-from bnres.fusion.calls import NORMS, Windows
-
-ADDITIONS = {operator.add: False, operator.iadd: True, torch.add: False, "add": False, "add_": True}
-FUNCTIONS: dict[Any, str] = {
-    F.relu: "relu",
-    F.relu_: "relu",
-    torch.relu: "relu",
-    torch.relu_: "relu",
-    "relu": "relu",
-    "relu_": "relu",
-    F.relu6: "relu6",
-    F.leaky_relu: "leaky_relu",
-    F.leaky_relu_: "leaky_relu",
-    F.hardswish: "hardswish",
-    F.silu: "silu",
-    F.gelu: "gelu",
-    F.sigmoid: "sigmoid",
-    torch.sigmoid: "sigmoid",
-    torch.sigmoid_: "sigmoid",
-    "sigmoid": "sigmoid",
-    "sigmoid_": "sigmoid",
+ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
+# The activation of each function, and the names of the arguments after its input.
+ACTIVATIONS: dict[Any, tuple[str, tuple[str, ...]]] = {
+    F.relu: ("relu", ("inplace",)),
+    F.relu_: ("relu", ()),
+    torch.relu: ("relu", ()),
+    torch.relu_: ("relu", ()),
+    "relu": ("relu", ()),
+    "relu_": ("relu", ()),
+    F.relu6: ("relu6", ("inplace",)),
+    F.leaky_relu: ("leaky_relu", ("negative_slope", "inplace")),
+    F.leaky_relu_: ("leaky_relu", ("negative_slope",)),
+    F.hardswish: ("hardswish", ("inplace",)),
+    F.silu: ("silu", ("inplace",)),
+    F.gelu: ("gelu", ("approximate",)),
+    F.sigmoid: ("sigmoid", ()),
+    torch.sigmoid: ("sigmoid", ()),
+    torch.sigmoid_: ("sigmoid", ()),
+    "sigmoid": ("sigmoid", ()),
+    "sigmoid_": ("sigmoid", ()),
 }
+HARDTANHS = (F.hardtanh, F.hardtanh_)
+CLAMPS = (torch.clamp, torch.clamp_, torch.clip, torch.clip_, "clamp", "clamp_", "clip", "clip_")
 POOLINGS = (F.max_pool2d, torch.max_pool2d)
-IN_PLACE_OPERATORS = frozenset(
-    ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imatmul", "ipow", "iand", "ior", "ixor")
+POOLING = ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
+CONVOLUTIONS = (torch.conv2d, F.conv2d)
+CONVOLUTION = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+BATCH_NORM = inspect.signature(F.batch_norm)
+
+IN_PLACE = re.compile(
+    r".*[^_]_|_*i(add|sub|mul|truediv|floordiv|matmul|pow|and|or|xor)_*|setitem|__set.*"
 )
-OPTIONS = {"leaky_relu": ("negative_slope", "inplace"), "gelu": ("approximate",)}
+# These update running statistics.
+NORMS_IN_PLACE = re.compile("(batch|instance)_norm")
+# Modules of functions that write to a tensor only if their name or an argument says so.
+KNOWN = ("torch", "_operator", "operator", "math", "builtins")
 
 
-@dataclass(frozen=True)
-class Addition:
-    """left + right, or left += right."""
-
-    left: fx.Node
-    right: fx.Node
-    in_place: bool
+def value(node: Any) -> FakeTensor | None:
+    """The fake tensor that Dynamo computed for a node; None for anything else."""
+    found = node.meta.get("example_value") if isinstance(node, fx.Node) else None
+    return found if isinstance(found, FakeTensor) else None
 
 
-def child(root: nn.Module, node: fx.Node) -> nn.Module | None:
-    """The module that a node calls."""
-    if node.op != "call_module":
-        return None
-    return root.get_submodule(str(node.target))
+def storage(node: fx.Node) -> int | None:
+    """What tensors have in common that share memory."""
+    found = value(node)
+    return None if found is None else found.untyped_storage()._cdata
 
 
-def only_input(node: fx.Node) -> fx.Node | None:
-    """The input of a call of a module with one positional argument."""
-    if len(node.args) == 1 and not node.kwargs and isinstance(node.args[0], fx.Node):
-        return node.args[0]
-    return None
+def alike(a: fx.Node, b: fx.Node) -> bool:
+    """Whether two tensors have one shape, dtype and device, for every size that is possible."""
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # imports sympy
 
-
-def is_norm(root: nn.Module, node: fx.Node) -> bool:
-    """Whether a node calls a batch norm that can be fused."""
-    return type(child(root, node)) in NORMS and only_input(node) is not None
-
-
-def is_conv(root: nn.Module, node: fx.Node) -> bool:
-    """Whether a node calls torch's own 2-D convolution."""
-    return type(child(root, node)) is nn.Conv2d and only_input(node) is not None
-
-
-def ends_in_norm(root: nn.Module, node: fx.Node) -> bool:
-    """Whether a node calls a Sequential whose last module, and no other, is a batch norm to fuse."""
-    module = child(root, node)
+    x, y = value(a), value(b)
     return (
-        isinstance(module, nn.Sequential)
-        and type(module).forward is nn.Sequential.forward
-        and [i for i, m in enumerate(module, 1) if type(m) in NORMS] == [len(module)]
-        and only_input(node) is not None
+        x is not None
+        and y is not None
+        and (x.dtype, x.device, x.dim()) == (y.dtype, y.device, y.dim())
+        and all(statically_known_true(m == n) for m, n in zip(x.shape, y.shape, strict=True))
     )
 
 
-def addition(node: fx.Node) -> Addition | None:
-    """The addition of two tensors that a node is."""
-    if node.op not in ("call_function", "call_method") or node.target not in ADDITIONS:
-        return None
-    if len(node.args) != 2 or node.kwargs or not all(isinstance(a, fx.Node) for a in node.args):
-        return None
-    left, right = node.args
-    return Addition(left, right, ADDITIONS[node.target])  # type: ignore[arg-type]
+def only_user(node: fx.Node) -> fx.Node | None:
+    """The node that reads ``node``, if there is exactly one."""
+    return next(iter(node.users)) if len(node.users) == 1 else None
 
 
-def activation_of(root: nn.Module, node: fx.Node) -> tuple[str, dict[str, Any]] | nn.Module | None:
-    """The activation that a node is: a module, or a name and options."""
-    module = child(root, node)
-    if module is not None:
-        fits = type(module) in CLASSES and not isinstance(module, nn.Identity)
-        return module if fits and only_input(node) is not None else None
-    if node.op not in ("call_function", "call_method") or node.target not in FUNCTIONS:
+def module_name(node: fx.Node) -> str:
+    """The module whose forward made a node, named as in `named_modules` of the captured module."""
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    return re.sub(r"^L\['\w+'\](\.__self__)?\.?", "", stack[-1][0]) if stack else node.name
+
+
+def calls(node: fx.Node, targets: Any) -> bool:
+    """Whether a node calls one of some functions and methods."""
+    return node.op in ("call_function", "call_method") and node.target in targets
+
+
+def arguments(node: fx.Node, names: tuple[str, ...]) -> dict[str, Any] | None:
+    """A call's arguments by name; None if it has others."""
+    found = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+    return found if len(node.args) <= len(names) and set(found) <= set(names) else None
+
+
+def constants(node: fx.Node, names: tuple[str, ...]) -> dict[str, Any] | None:
+    """The arguments after a call's input by name; None if there are others, or one is computed."""
+    found = arguments(node, ("input", *names))
+    if found is None or not isinstance(found.pop("input", None), fx.Node):
         return None
-    name = FUNCTIONS[node.target]
-    names = OPTIONS.get(name, ("inplace",))
-    if len(node.args) > 1 + len(names) or not node.args or not isinstance(node.args[0], fx.Node):
+    return None if any(isinstance(v, fx.Node) for v in found.values()) else found
+
+
+def addition(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """The two tensors that a node adds."""
+    found = arguments(node, ("input", "other")) if calls(node, ADDITIONS) else None
+    both = tuple(found.values()) if found is not None else ()
+    return both if len(both) == 2 and all(value(t) is not None for t in both) else None  # type: ignore[return-value]
+
+
+def activation(node: fx.Node) -> tuple[str, dict[str, Any]] | None:
+    """The name and the options of the activation that a node applies."""
+    if calls(node, HARDTANHS):
+        found = constants(node, ("min_val", "max_val", "inplace")) or {}
+        return ("relu6", {}) if (found.get("min_val"), found.get("max_val")) == (0, 6) else None
+    if calls(node, CLAMPS):
+        # Where gradients are needed, a clamp differs: it passes them at its bounds.
+        found = constants(node, ("min", "max")) or {}
+        bounds = found.get("min"), found.get("max")
+        needs_grad = getattr(value(node), "requires_grad", True)
+        return ("relu6", {}) if bounds == (0, 6) and not needs_grad else None
+    if not calls(node, ACTIVATIONS):
         return None
-    options = {**dict(zip(names, node.args[1:], strict=False)), **node.kwargs}
+    name, names = ACTIVATIONS[node.target]
+    options = constants(node, names)
+    if options is None:
+        return None
     options.pop("inplace", None)
-    if set(options) - set(names) or any(isinstance(v, fx.Node) for v in options.values()):
-        return None
     return name, options
 
 
-def pooling_of(root: nn.Module, node: fx.Node) -> tuple[Any, ...] | nn.MaxPool2d | None:
-    """The max-pool that a node is: a module, or the arguments of the function."""
-    module = child(root, node)
-    if type(module) is nn.MaxPool2d and only_input(node) is not None:
-        return None if module.return_indices else module
-    if node.op != "call_function" or node.target not in POOLINGS:
-        return None
-    names = ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
-    options: dict[str, Any] = {**dict(zip(names, node.args[1:], strict=False)), **node.kwargs}
-    if options.pop("return_indices", False) or set(options) - set(names):
-        return None
-    if any(isinstance(v, fx.Node) for v in options.values()) or not node.args:
-        return None
-    return astuple(Windows(**options))
+def pooling(node: fx.Node) -> dict[str, Any] | None:
+    """The options of the max-pool that a node applies."""
+    options = constants(node, POOLING) if calls(node, POOLINGS) else None
+    return None if options is None or options.pop("return_indices", False) else options
 
 
-def writes_in_place(root: nn.Module, node: fx.Node) -> bool:
-    """Whether a node changes a tensor that others may hold."""
-    module = child(root, node)
-    if module is not None:
-        return any(getattr(m, "inplace", False) for m in module.modules())
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    if node.op == "call_method" or node.op == "call_function":
-        in_place = name.endswith("_") and not name.endswith("__")
-        by_operator = node.op == "call_function" and name in IN_PLACE_OPERATORS
-        # Of options by position, a True may be inplace.
-        asked = node.kwargs.get("inplace") or "out" in node.kwargs or True in node.args
-        return in_place or by_operator or bool(asked)
-    return False
+class Convolution(NamedTuple):
+    """A call of a 2-D convolution; ``options`` are its stride, padding, dilation and groups."""
+
+    node: fx.Node
+    input: Any
+    weight: Any
+    bias: Any
+    options: dict[str, Any]
+
+
+def convolution(node: fx.Node) -> Convolution | None:
+    """The 2-D convolution of a batch of images that a node calls."""
+    found = arguments(node, CONVOLUTION) if calls(node, CONVOLUTIONS) else None
+    x = None if found is None else value(found.get("input"))
+    if found is None or x is None or x.dim() != 4:
+        return None
+    return Convolution(
+        node, found.pop("input"), found.pop("weight"), found.pop("bias", None), found
+    )
+
+
+def writes(node: fx.Node) -> list[fx.Node] | None:
+    """The nodes whose tensors a node may write to; None if that is not known."""
+    if node.op in ("placeholder", "get_attr", "output"):
+        return []
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        return node.all_input_nodes if target._schema.is_mutable else []
+    name = target if isinstance(target, str) else getattr(target, "__name__", "")
+    if NORMS_IN_PLACE.search(name):
+        return node.all_input_nodes
+    asked = node.kwargs.get("inplace") or any(a is True for a in node.args)
+    if asked or "out" in node.kwargs or IN_PLACE.fullmatch(name):
+        first = [*node.args[:1], node.kwargs.get("input"), node.kwargs.get("out")]
+        return [n for n in pytree.tree_leaves(first) if isinstance(n, fx.Node)]
+    home = (getattr(target, "__module__", None) or "builtins").split(".")[0]
+    known = home in KNOWN and not isinstance(target, torch._ops.HigherOrderOperator)
+    if node.op != "call_method" and not (known and node.meta.get("example_value") is not None):
+        return None  # not torch's, or called for what it changes
+    return []

@@ -1,4 +1,4 @@
-"""What was fused, what was not, and why."""
+"""What is fused, what is not, and why."""
 
 from dataclasses import dataclass, field
 
@@ -9,9 +9,9 @@ class Site:
 
     Attributes:
         name: its qualified name.
-        pattern: what it is fused with, such as ``conv-bn-act``; ``bn`` alone is a fused batch norm.
+        pattern: what it is fused with, such as ``conv-bn-act``; ``bn`` is a fused batch norm only.
         reason: why it is not fused, or not further; empty if there is nothing to say.
-        fused: whether fused kernels run it.
+        fused: whether a fused operation runs it.
     """
 
     name: str

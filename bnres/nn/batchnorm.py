@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bnres.activations import as_module, resolve
+from bnres.activations import resolve
 from bnres.nn.compose import norm_act_pool, norm_add_act
 from bnres.operations.batch_norm_act_max_pool import Size, window_fields
 
@@ -78,14 +78,6 @@ class _BatchNormAct(_FusedForward):
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, act={resolve(self.act, self.act_kwargs)[0]}"
 
-    def to_stock(self) -> list[nn.Module]:
-        """Becomes torch's own batch norm, in place; returns the modules that belong after it."""
-        after = [as_module(self.act, self.act_kwargs)]
-        del self.act, self.act_kwargs
-        stock = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-        self.__class__ = next(cls for cls in stock if isinstance(self, cls))  # type: ignore[assignment]
-        return after
-
 
 class BatchNormAct1d(_BatchNormAct, nn.BatchNorm1d):
     __doc__ = _BatchNormAct.__doc__
@@ -128,13 +120,6 @@ class BatchNormActMaxPool2d(BatchNormAct2d):
     def forward(self, input: Tensor) -> Tensor:  # type: ignore[override]
         self._check_input_dim(input)
         return norm_act_pool(self, input, self, self.act, self.act_kwargs)
-
-    def to_stock(self) -> list[nn.Module]:
-        pool = nn.MaxPool2d(
-            self.kernel_size, self.stride, self.padding, self.dilation, ceil_mode=self.ceil_mode
-        )
-        del self.kernel_size, self.stride, self.padding, self.dilation, self.ceil_mode
-        return [*super().to_stock(), pool]
 
     def extra_repr(self) -> str:
         return (

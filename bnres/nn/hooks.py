@@ -10,16 +10,13 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 def hooked(*modules: nn.Module | None) -> bool:
     """Whether one of the modules has a hook or a replaced forward.
 
-    A fused call would not run it. A forward that was set by `bnres.fuse` does not count.
+    A fused call would not run it.
     """
     if has_global_hooks():
         return True
     for module in modules:
         if module is None:
             continue
-        forward = vars(module).get("forward")
-        if forward is not None and not getattr(forward, "of_bnres", False):
-            return True
-        if any(getattr(module, name) for name in HOOKS):
+        if "forward" in vars(module) or any(getattr(module, name) for name in HOOKS):
             return True
     return False

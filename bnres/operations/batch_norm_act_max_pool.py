@@ -127,9 +127,10 @@ def _saved(inputs: Inputs, kept: Sequence[Any], spec: Spec) -> Saved:
 
 
 class Gradients(NamedTuple):
-    """The gradient of y."""
+    """Gradients of y, which may have been returned twice."""
 
     dy: Tensor
+    dy_skip: Maybe
 
 
 class Asked(NamedTuple):
@@ -159,25 +160,35 @@ def _backward(
     gradients: Gradients, saved: Saved, spec: Spec, asked: Asked, recording: Recording
 ) -> Computed:
     computed = _allocate_backward(gradients, saved, spec, asked)
-    (dy,) = gradients
-    if dy.stride() != saved.argmax.stride():
-        dy = torch.empty_like(saved.x_max).copy_(dy)
-    given = (dy,)
+    given = [
+        dy
+        if dy is None or dy.stride() == saved.argmax.stride()
+        else torch.empty_like(saved.x_max).copy_(dy)
+        for dy in gradients
+    ]
     recording.backward(asked, given).run(_launch_backward, (given, saved, computed), spec)
     return computed
 
 
 def _launch_backward(gradients: Gradients, saved: Saved, computed: Computed, spec: Spec) -> None:
-    """Fills ``computed``; the reduce pass is that of `batch_norm_act` over the maxima."""
+    """Fills ``computed``; the reduce pass is that of `batch_norm_act` over the maxima.
+
+    Of two gradients it writes dz, which the dx pass then reads in their place.
+    """
     from bnres.kernels.bn_backward import bn_backward_reduce
     from bnres.kernels.bn_pool import bn_max_pool_backward_dx
 
     x, argmax, x_max = saved.x, saved.argmax, saved.x_max
-    (dy,), (dx, *sums) = gradients, computed
+    (dy, dy_skip), (dx, *sums) = gradients, computed
     norm = Norm(rows_of(saved.statistics, x)[0], saved.weight, saved.bias)
     act = spec.act, spec.act_param
     if sums[0] is not None:
-        bn_backward_reduce(dy, x_max, norm, None, None, None, *act, out=(Sums(*sums), None))
+        dz = None if dy_skip is None else torch.empty_like(x_max)
+        bn_backward_reduce(
+            dy, x_max, norm, None, None, None, *act, dy_skip=dy_skip, out=(Sums(*sums), dz)
+        )  # fmt: skip
+        if dz is not None:
+            dy, act = dz, ("identity", 0.0)
     if dx is not None:
         bn_max_pool_backward_dx(
             dy, argmax, x, norm, *act, window_of(spec.window), Sums(*sums) if spec.training else None,
@@ -194,7 +205,9 @@ def _input_gradients(
     recording: Recording | None,
 ) -> Sequence[Tensor | None]:
     asked = Asked(bool(needed.x), bool(needed.weight or needed.bias))
-    found = _run_backward(Gradients(dy), saved, spec, asked, recording=recording)
+    if dy_skip is not None and not (spec.training or asked.sums):
+        dy, dy_skip = dy + dy_skip, None  # there is no reduce pass to sum them
+    found = _run_backward(Gradients(dy, dy_skip), saved, spec, asked, recording=recording)
     return (
         found.dx if needed.x else None,
         as_dtype_of(saved.weight, found.sum_dy_xhat) if needed.weight else None,
@@ -281,7 +294,8 @@ def batch_norm_act_max_pool2d(
     momentum: float | Tensor = 0.1,
     eps: float = 1e-5,
     num_batches_tracked: Tensor | None = None,
-) -> Tensor:
+    fork: bool = False,
+) -> Any:
     """Fused ``max_pool2d(act(batch_norm(input)))``, the stem of a ResNet.
 
     The pooled activation is never written to memory. The values compared are those rounded to the dtype of
@@ -293,10 +307,11 @@ def batch_norm_act_max_pool2d(
         running_mean, running_var, weight, bias: as in `batch_norm_act`.
         kernel_size, stride, padding, dilation, ceil_mode: as in
             `torch.nn.functional.max_pool2d`.
-        act, act_kwargs, training, momentum, eps, num_batches_tracked: as in `batch_norm_act`.
+        act, act_kwargs, training, momentum, eps, num_batches_tracked, fork: as in
+            `batch_norm_act`.
 
     Returns:
-        (N, C, OH, OW) in the dtype and memory format of ``input``.
+        (N, C, OH, OW) in the dtype and memory format of ``input``; with ``fork`` two of them.
 
     Raises:
         ValueError: for an input that is not 4-D, a padding of more than half the kernel, a window
@@ -319,8 +334,9 @@ def batch_norm_act_max_pool2d(
             training=training, momentum=momentum, eps=eps,
             num_batches_tracked=num_batches_tracked,
         )  # fmt: skip
-        return F.max_pool2d(y, kernel_size, stride, padding, dilation, ceil_mode)
-    return call(BATCH_NORM_ACT_MAX_POOL, inputs, buffers, spec)
+        y = F.max_pool2d(y, kernel_size, stride, padding, dilation, ceil_mode)
+        return (y, y) if fork else y
+    return call(BATCH_NORM_ACT_MAX_POOL, inputs, buffers, spec, fork)
 
 
 def window_fields(

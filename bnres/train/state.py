@@ -10,7 +10,6 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from bnres.data import Batches, EpochBatches, FolderDataset, ImageDataset, StreamedBatches
-from bnres.fusion import unfuse
 from bnres.models import create_model
 from bnres.train.augmentation import chains
 from bnres.train.config import DTYPES, TrainConfig
@@ -98,8 +97,9 @@ def build_model(config: TrainConfig, classes: int, channels: int) -> nn.Module:
         name: getattr(config, name) for name in ("act", "stem") if getattr(config, name) is not None
     }
     model = create_model(
-        config.model, num_classes=classes, in_channels=channels, fused=config.fused, **options
-    )
+        config.model, num_classes=classes, in_channels=channels,
+        fused=config.fused and not config.sync_bn, **options,
+    )  # fmt: skip
     if config.init == "xavier":
         xavier_uniform(model)
     memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
@@ -163,7 +163,7 @@ def build_state(
     check_bf16(config, dataset.classes, dataset.channels, size)
     model = build_model(config, dataset.classes, dataset.channels)
     if config.sync_bn:
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(unfuse(model))
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     parallel: nn.Module = model
     if world.size > 1:
         parallel = DistributedDataParallel(model, [device] if device.type == "cuda" else None)

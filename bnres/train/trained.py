@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from bnres.data import load_dataset
-from bnres.fusion import fold, unfuse
+from bnres.fusion import fold
 from bnres.train.checkpoint import read_checkpoint
 from bnres.train.config import TrainConfig, field_type
 from bnres.train.loop import evaluate
@@ -96,12 +96,15 @@ def export_checkpoint(
     """
     content = read_checkpoint(path)
     size = size or tuple(content["size"])
-    config = config_of(content, device="cpu", sync_bn=False, cuda_graphs=False, channels_last=False)
+    config = config_of(
+        content, device="cpu", fused=False, sync_bn=False, cuda_graphs=False, channels_last=False
+    )
     model = load_trained(content, config)
-    model = fold(model) if folded else unfuse(model)
     example = torch.zeros(2, content["channels"], *size)
     batch = torch.export.Dim("batch")
     try:
+        if folded:
+            model = fold(model, example)
         with torch.no_grad():
             program = torch.export.export(
                 _OneInput(model), (example,), dynamic_shapes={"images": {0: batch}}

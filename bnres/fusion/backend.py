@@ -1,0 +1,121 @@
+"""The backend "bnres" of torch.compile, the same inside Inductor, and `fuse`."""
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.utils.checkpoint import checkpoint
+
+from bnres.fusion.dynamo import compiled, lookup_backend, set_compiled_call, uncompiled_call
+
+OPTIONS = ("inner",)
+
+
+def backend(
+    module: fx.GraphModule, example_inputs: Sequence[Any], *, options: dict[str, Any] | None = None
+) -> Callable[..., Any]:
+    """Fused operations in a captured graph: the backend of ``torch.compile(model, backend="bnres")``.
+
+    Args:
+        module: the graph that Dynamo captured; it is rewritten.
+        example_inputs: the graph's inputs.
+        options: ``{"inner": ...}`` names the backend that compiles the rewritten graph, such as
+            ``"inductor"``; without it the graph runs eagerly.
+
+    Raises:
+        ValueError: for an unknown option.
+    """
+    from bnres.fusion.rewrite import fuse_graphs
+
+    unknown = set(options or {}) - set(OPTIONS)
+    if unknown:
+        raise ValueError(f"options must be among {', '.join(OPTIONS)}, got {min(unknown)!r}")
+    fuse_graphs(module)
+    inner = (options or {}).get("inner", "eager")
+    return (
+        run_eagerly(module) if inner == "eager" else lookup_backend(inner)(module, example_inputs)
+    )
+
+
+def run_eagerly(module: fx.GraphModule) -> Callable[..., Any]:
+    """A captured graph as a function. torch's own operator for checkpoints needs a compiler."""
+    for graph in (m for m in module.modules() if isinstance(m, fx.GraphModule)):
+        for node in graph.graph.nodes:
+            if node.target is torch.ops.higher_order.tag_activation_checkpoint:
+                node.target = _checkpointed
+        graph.recompile()
+    return module.forward
+
+
+def _checkpointed(body: fx.GraphModule, *args: Any, **options: Any) -> Any:
+    options["use_reentrant"] = False
+    if "_checkpoint_context_fn" in body.meta:
+        options["context_fn"] = body.meta["_checkpoint_context_fn"]
+    return checkpoint(body.forward, *args, **options)
+
+
+@contextmanager
+def inductor() -> Iterator[None]:
+    """Inside, graphs that Inductor compiles get fused operations before gradients are derived.
+
+    ``torch.compile`` compiles at the first call of what it returns, so that call must be inside. The pass
+    follows the one that ``torch._inductor.config.pre_grad_custom_pass`` has, and AOTAutograd's cache
+    works. The same without a ``with``: ``torch.compile(model, backend="bnres", options={"inner":
+    "inductor"})``, which that cache does not take.
+    """
+    from torch._inductor import config
+
+    from bnres.fusion.inductor import FusePass
+
+    with config.patch(pre_grad_custom_pass=FusePass(config.pre_grad_custom_pass)):
+        yield
+
+
+def fuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
+    """The same model, whose calls run fused operations: ``model.compile(backend="bnres")``.
+
+    Dynamo captures the graph of a call and guards everything in Python that it depends on; batch norms
+    in it are fused with what stands around them. `explain` says what is fused with what. The rules are
+    those of ``torch.compile``: a forward or backward hook that is added after the first call is not seen;
+    a submodule that is called by itself runs unfused; after ``torch._dynamo.config.recompile_limit``
+    graphs, calls that fit none run unfused.
+
+    Args:
+        model: any module, in any mode, on any device.
+        inplace: fuse ``model`` itself in place of a copy.
+
+    Returns:
+        The fused model. Its class, parameters, keys and hooks are the stock model's. Copies and
+        pickles of it are unfused; `torch.export` and `torch.jit.trace` take it as a stock model.
+
+    Raises:
+        TypeError: if ``model`` is not a module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    model = model if inplace else copy.deepcopy(model)
+    stock = uncompiled_call(model)
+    fused = compiled(stock, backend)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return (stock if torch.jit.is_tracing() else fused)(*args, **kwargs)
+
+    set_compiled_call(model, call)
+    return model
+
+
+def unfuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
+    """The stock model that `fuse` was given.
+
+    Args:
+        model: a fused model, or another one.
+        inplace: change ``model`` itself in place of a copy.
+    """
+    if not inplace:
+        return copy.deepcopy(model)  # copies are unfused
+    for module in model.modules():
+        set_compiled_call(module, None)
+    return model

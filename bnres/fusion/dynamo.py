@@ -1,0 +1,50 @@
+"""What fusing uses of torch.compile that is not public, read in 2.11, 2.13 and 2.14."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def compiled(function: Callable[..., Any], backend: Any, **options: Any) -> Callable[..., Any]:
+    """``torch.compile`` of a function, with a cache of graphs that no other function shares.
+
+    torch keeps graphs with a function's code, at most ``torch._dynamo.config.recompile_limit``, and
+    all modules have the code of their ``__call__`` in common.
+    """
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+    call.__code__ = call.__code__.replace()
+    return torch.compile(call, backend=backend, **options)
+
+
+def set_compiled_call(module: nn.Module, call: Callable[..., Any] | None) -> None:
+    """What a call of the module runs, as `torch.nn.Module.compile` sets it; no copy has it."""
+    module._compiled_call_impl = call
+
+
+def uncompiled_call(module: nn.Module) -> Callable[..., Any]:
+    """A call of the module with its hooks, as without `torch.nn.Module.compile`."""
+    return module._call_impl
+
+
+def lookup_backend(name: Any) -> Callable[..., Any]:
+    """The backend of a name; a backend itself."""
+    return torch._dynamo.lookup_backend(name)  # type: ignore[attr-defined, no-any-return]
+
+
+def graph_breaks() -> dict[str, int]:
+    """How often each reason has broken a graph in this process."""
+    from torch._dynamo.utils import counters
+
+    return dict(counters["graph_break"])
+
+
+def not_captured() -> type[Exception]:
+    """What ``torch.compile(fullgraph=True)`` raises for a function that is not one graph."""
+    from torch._dynamo.exc import Unsupported
+
+    return Unsupported

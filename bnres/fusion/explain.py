@@ -1,0 +1,70 @@
+"""explain: what is fused in a model, what is not, and why."""
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from bnres.fusion.backend import run_eagerly
+from bnres.fusion.dynamo import compiled, graph_breaks
+from bnres.fusion.report import FusionReport, Site
+
+
+def explain(model: nn.Module, *inputs: Any, **kwargs: Any) -> FusionReport:
+    """What `fuse` does to a model for such inputs; a copy of the model runs once, in its mode.
+
+    Args:
+        model: any module.
+        inputs, kwargs: what it is called with.
+
+    Returns:
+        A report with a row for each batch norm.
+    """
+    twin = copy.deepcopy(model)
+    names = {
+        id(tensor): name
+        for name, module in twin.named_modules()
+        if is_norm(module)
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False))
+    }
+    found: dict[str, Site] = {}
+
+    def record(module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        from bnres.fusion.rewrite import fuse_graphs
+
+        places = {n: i for i, n in enumerate(module.graph.find_nodes(op="placeholder"))}
+        rows = [
+            (site, [places[n] for n in nodes if n in places]) for site, nodes in fuse_graphs(module)
+        ]
+        run = run_eagerly(module)
+
+        # Modules of one class may share a graph; what it is called with tells them apart.
+        def call(*args: Any) -> Any:
+            for site, of_norm in rows:
+                given = [names[id(args[i])] for i in of_norm if id(args[i]) in names]
+                name = given[0] if given else site.name
+                found.setdefault(name, replace(site, name=name))
+            return run(*args)
+
+        return call
+
+    reason = "give explain an example of the model's inputs"
+    if inputs or kwargs:
+        before = graph_breaks()
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+            compiled(twin, record)(*inputs, **kwargs)
+        breaks = [
+            line.splitlines()[0] for line, n in graph_breaks().items() if n > before.get(line, 0)
+        ]
+        reason = ": ".join(["in no graph", *breaks[:1]])
+    norms = [name for name, module in twin.named_modules() if is_norm(module)]
+    return FusionReport([found.get(n, Site(n, "-", reason, fused=False)) for n in norms])
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module is a batch norm, by its buffers; that of detection nets is no class of torch."""
+    instance_norm = nn.modules.instancenorm._InstanceNorm
+    return "running_var" in module._buffers and not isinstance(module, instance_norm)

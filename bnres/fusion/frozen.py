@@ -1,0 +1,85 @@
+"""Recognises batch norm with fixed statistics that is written as arithmetic.
+
+The patterns stand for any eps, shape and dtype; `_is_batch_norm` checks those of a match.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx
+from torch.fx.passes.utils.matcher_utils import InternalMatch
+from torch.fx.subgraph_rewriter import replace_pattern_with_filters
+
+from bnres.fusion.match import obstacle
+from bnres.fusion.nodes import alike, value
+
+VECTORS = ("mean", "var", "weight", "bias")
+
+
+def _torchvision(x: Any, mean: Any, var: Any, weight: Any, bias: Any) -> Any:
+    """The forward of FrozenBatchNorm2d in torchvision and in transformers."""
+    w, b = weight.reshape(1, -1, 1, 1), bias.reshape(1, -1, 1, 1)
+    v, m = var.reshape(1, -1, 1, 1), mean.reshape(1, -1, 1, 1)
+    scale = w * (v + 1e-5).rsqrt()
+    return x * scale + (b - m * scale)
+
+
+def _detectron2(x: Any, mean: Any, var: Any, weight: Any, bias: Any) -> Any:
+    """The forward of FrozenBatchNorm2d in detectron2, where x needs a gradient; any dtype."""
+    scale = weight * (var + 1e-5).rsqrt()
+    shift = (bias - mean * scale).reshape(1, -1, 1, 1)
+    return x * scale.reshape(1, -1, 1, 1).to(torch.float32) + shift.to(torch.float32)
+
+
+def as_batch_norm(module: fx.GraphModule) -> None:
+    """Replaces such arithmetic in a captured graph by calls of `torch.nn.functional.batch_norm`."""
+    for pattern in (_torchvision, _detectron2):
+        found = replace_pattern_with_filters(
+            module, pattern, replacement_callback=_batch_norm, match_filters=[_is_batch_norm],
+            ignore_literals=True,
+        )  # fmt: skip
+        for match in found:
+            (call,) = match.replacements
+            call.meta = dict(match.nodes_map[match.anchor].meta)
+
+
+def _named(match: InternalMatch) -> dict[str, fx.Node]:
+    """The nodes of a match by their names in the pattern."""
+    return {node.name: found for node, found in match.nodes_map.items()}
+
+
+def _eps(match: InternalMatch) -> Any:
+    (total,) = _named(match)["rsqrt"].all_input_nodes
+    return total.args[1]
+
+
+def _is_batch_norm(match: InternalMatch, graph: fx.Graph, pattern: fx.Graph) -> bool:
+    """Whether the shapes and dtypes of a match are right, and it can be computed at its end."""
+    named = _named(match)
+    end: Any = match.returning_nodes[0]
+    product, shift = end.args
+    x, scale = value(named["x"]), product.args[1]
+    if (
+        x is None
+        or x.dim() != 4
+        or not alike(named["x"], end)
+        or not isinstance(_eps(match), float)
+    ):
+        return False
+    shapes = [getattr(value(named[name]), "shape", None) for name in VECTORS]
+    shapes_here = [getattr(value(n), "shape", None) for n in (scale, shift)]
+    if shapes != [(x.shape[1],)] * 4 or shapes_here != [(1, x.shape[1], 1, 1)] * 2:
+        return False
+    if any(getattr(value(named[name]), "requires_grad", True) for name in ("mean", "var")):
+        return False  # batch norm has no gradients for them
+    inputs = {named[name] for name in ("x", *VECTORS)}
+    own = {n for n in match.nodes_map.values() if n not in inputs and n.op != "output"}
+    return not obstacle(own, [], set(), {n: i for i, n in enumerate(graph.nodes)})
+
+
+def _batch_norm(match: InternalMatch, graph: fx.Graph, pattern: fx.Graph) -> fx.Graph:
+    new = fx.Graph()
+    inputs = [new.placeholder(node.name) for node in pattern.nodes if node.op == "placeholder"]
+    new.output(new.call_function(F.batch_norm, (*inputs, False, 0.0, _eps(match))))
+    return new

@@ -1,0 +1,38 @@
+"""Fusing as a pass of Inductor."""
+
+from pathlib import Path
+from typing import Any
+
+from torch import fx
+from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+
+import bnres
+from bnres.fusion.rewrite import fuse_graph
+from bnres.recipes import recomputes
+from bnres.routes import conv_route
+
+
+class FusePass(CustomGraphPass):
+    """A ``pre_grad_custom_pass`` that fuses batch norms, after the passes that were set before it."""
+
+    def __init__(self, before: Any) -> None:
+        self.before = before if isinstance(before, list | tuple) else [before] if before else []
+
+    def __call__(self, graph: fx.Graph) -> None:
+        for each in self.before:
+            each(graph)
+        fuse_graph(graph.owning_module)  # type: ignore[arg-type]
+
+    def uuid(self) -> Any:
+        """What compiled code depends on, for the key of torch's caches; None where it is not known."""
+        others = [each.uuid() if hasattr(each, "uuid") else None for each in self.before]
+        if None in others:
+            return None
+        sources = sorted(map(str, Path(bnres.__file__).parent.rglob("*.py")))
+        return (
+            get_hash_for_files(tuple(sources)),
+            bnres.backend(),
+            conv_route(),
+            recomputes(),
+            *others,
+        )

@@ -1,0 +1,230 @@
+"""Finds the batch norms of a captured graph, and what can be fused with each."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch.nn.functional as F
+from torch import fx
+
+from bnres.fusion.nodes import (
+    BATCH_NORM,
+    Convolution,
+    activation,
+    addition,
+    alike,
+    convolution,
+    module_name,
+    only_user,
+    pooling,
+    storage,
+    value,
+    writes,
+)
+from bnres.kernels.dtypes import SUPPORTED_DTYPES
+from bnres.operations.norms import BatchNormState
+
+
+@dataclass
+class Norm:
+    """A call of batch norm.
+
+    Attributes:
+        node: the call.
+        input: what it normalises.
+        state: its tensors and options as nodes, a `BatchNormState`.
+        training: whether it normalises with the statistics of the batch.
+        count: the node that counts the batch, or None.
+        conv: the convolution that made the input for nothing else, or None.
+    """
+
+    node: fx.Node
+    input: fx.Node
+    state: Any
+    training: bool
+    count: fx.Node | None
+    conv: Convolution | None
+
+    @property
+    def buffers(self) -> set[int | None]:
+        """The storages that the call writes to."""
+        written = (self.state.running_mean, self.state.running_var, self.state.num_batches_tracked)
+        return {storage(n) for n in written if isinstance(n, fx.Node)}
+
+
+@dataclass
+class Match:
+    """Nodes that one fused call replaces; the last of ``nodes`` is where the call goes."""
+
+    norm: Norm
+    nodes: list[fx.Node]
+    residual: fx.Node | None = None
+    residual_norm: Norm | None = None
+    act: tuple[str, dict[str, Any]] | None = None
+    pool: dict[str, Any] | None = None
+    reason: str = ""
+
+    @property
+    def end(self) -> fx.Node:
+        return self.nodes[-1]
+
+    @property
+    def norms(self) -> list[Norm]:
+        return [self.norm, *([] if self.residual_norm is None else [self.residual_norm])]
+
+    @property
+    def takes_conv(self) -> bool:
+        """Whether the fused call convolves too. (Otherwise convolutions only leave it their bias.)"""
+        return self.norm.conv is not None and self.residual_norm is None and self.pool is None
+
+    @property
+    def replaced(self) -> set[fx.Node]:
+        """All nodes that are no longer needed."""
+        counts = [norm.count for norm in self.norms]
+        conv = self.norm.conv.node if self.norm.conv is not None and self.takes_conv else None
+        return {n for n in (*self.nodes, *counts, conv) if n is not None}
+
+    @property
+    def pattern(self) -> str:
+        return "".join(
+            [
+                "conv-bn" if self.norm.conv is not None else "bn",
+                "+bn" if self.residual_norm is not None else "",
+                "-add" if self.residual is not None or self.residual_norm is not None else "",
+                "-act" if self.act is not None else "",
+                "-pool" if self.pool is not None else "",
+            ]
+        )
+
+
+def norm_of(node: fx.Node) -> Norm | None:
+    """The batch norm that a node calls, if our operations take it."""
+    if node.op != "call_function" or node.target is not F.batch_norm:
+        return None
+    bound = BATCH_NORM.bind(*node.args, **node.kwargs)
+    bound.apply_defaults()
+    a = bound.arguments
+    x, training = value(a["input"]), a["training"]
+    # With dynamic shapes momentum and eps may be nodes.
+    numbers = all(isinstance(a[name], float | int | fx.Node) for name in ("momentum", "eps"))
+    if x is None or type(training) is not bool or not numbers:
+        return None
+    if not 2 <= x.dim() <= 5 or x.dtype not in SUPPORTED_DTYPES:
+        return None
+    count = _count_of(node) if training else None
+    conv = convolution(a["input"]) if only_user(a["input"]) is not None else None
+    state: Any = BatchNormState(
+        a["running_mean"], a["running_var"], a["weight"], a["bias"], a["momentum"], a["eps"],
+        count.all_input_nodes[0] if count is not None else None,  # type: ignore[arg-type]
+    )  # fmt: skip
+    return Norm(node, a["input"], state, training, count, conv)
+
+
+def _count_of(node: fx.Node) -> fx.Node | None:
+    """The addition to ``num_batches_tracked`` that a module makes before its call of batch norm."""
+    before = node.prev
+    if (
+        before.op == "call_method"
+        and before.target == "add_"
+        and before.args[1:] == (1,)
+        and not before.users
+        and len(before.all_input_nodes[0].users) == 1
+        and module_name(before) == module_name(node)
+    ):
+        return before
+    return None
+
+
+def longest(norm: Norm) -> Match:
+    """A batch norm and all that can be fused with it, whatever other nodes stand between."""
+    match = Match(norm, [norm.node])
+    user = only_user(norm.node)
+    if user is None:
+        match.reason = "its output is used more than once" if norm.node.users else ""
+        return match
+    both = addition(user)
+    if both is not None and both[0] is not both[1]:
+        other = both[1] if both[0] is norm.node else both[0]
+        if not alike(norm.node, other):
+            match.reason = "what is added has another shape or dtype"
+            return match
+        second = _residual_norm(norm, other)
+        if writes(user) and both[0] is not norm.node and second is None:
+            match.reason = "the addition writes to a tensor that is used elsewhere"
+            return match
+        match.residual = other if second is None else None
+        match.residual_norm = second
+        match.nodes += [user] if second is None else [second.node, user]
+        user = only_user(user)
+    if user is not None and (act := activation(user)) is not None:
+        match.act = act
+        match.nodes.append(user)
+        user = only_user(user)
+    alone = match.residual is None and match.residual_norm is None
+    found = value(norm.node)
+    if user is not None and alone and found is not None and found.dim() == 4:
+        match.pool = pooling(user)
+        match.nodes += [] if match.pool is None else [user]
+    return match
+
+
+def _residual_norm(norm: Norm, other: fx.Node) -> Norm | None:
+    """The second batch norm of a block's end, if one operation can do both."""
+    second = norm_of(other) if only_user(other) is not None else None
+    if second is None or second.training != norm.training or second.buffers & norm.buffers:
+        return None
+    return second
+
+
+def hazard(match: Match, order: dict[fx.Node, int]) -> str:
+    """Why the calls of a match can't move to its end; empty if they can."""
+    biases = [norm.conv.bias for norm in match.norms if norm.conv is not None]
+    buffers = {b for norm in match.norms for b in norm.buffers}
+    found = obstacle(match.replaced, biases, buffers, order)
+    if match.residual is not None and not found:
+        # Our backward may read it; the addition's own does not.
+        after = list(order)[order[match.end] + 1 :]
+        if any(storage(w) == storage(match.residual) for n in after for w in writes(n) or []):
+            return "what is added is written in place afterwards"
+    return found
+
+
+def obstacle(
+    own: set[fx.Node], reads: list[Any], buffers: set[int | None], order: dict[fx.Node, int]
+) -> str:
+    """Why some nodes can't all be computed where the last of them is; empty if they can.
+
+    Args:
+        own: the nodes.
+        reads: what they read besides their inputs.
+        buffers: the storages that they write to.
+        order: the place of each node of the graph.
+    """
+    places = [order[n] for n in own]
+    inputs = [n for m in own for n in m.all_input_nodes if n not in own]
+    read = {storage(n) for n in (*inputs, *reads) if isinstance(n, fx.Node)}
+    for node in list(order)[min(places) : max(places)]:
+        if node in own:
+            continue
+        written = writes(node)
+        if written is None:
+            return f"between it and what follows, {node.target} may change anything"
+        if any(storage(w) in (None, *read) for w in written):
+            return "between it and what follows, one of its inputs is written in place"
+        if any(storage(n) in buffers for n in node.all_input_nodes):
+            return "between it and what follows, its statistics are used"
+    return ""
+
+
+def find(node: fx.Node, order: dict[fx.Node, int]) -> Match | None:
+    """What can be fused with the batch norm that a node calls; None if our operations don't take it."""
+    norm = norm_of(node)
+    if norm is None:
+        return None
+    match = longest(norm)
+    reason = hazard(match, order)
+    if reason:
+        match = Match(norm, [node], reason=reason)
+    if hazard(match, order):
+        state = norm.state._replace(num_batches_tracked=None)
+        match = Match(replace(norm, state=state, count=None, conv=None), [node], reason=reason)
+    return match
