@@ -208,10 +208,10 @@ def obstacle(
         written = writes(node)
         if written is None:
             return f"between it and what follows, {node.target} may change anything"
-        if any(storage(w) in (None, *read) for w in written):
-            return "between it and what follows, one of its inputs is written in place"
         if any(storage(n) in buffers for n in node.all_input_nodes):
             return "between it and what follows, its statistics are used"
+        if any(storage(w) in (None, *read) for w in written):
+            return "between it and what follows, one of its inputs is written in place"
     return ""
 
 
