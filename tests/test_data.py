@@ -3,7 +3,9 @@
 import gzip
 import hashlib
 import http.server
+import importlib
 import io
+import os
 import pickle
 import re
 import tarfile
@@ -16,6 +18,7 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
+from benchmarks.torchvision_import import torchvision
 from bnres import use_backend
 from bnres.augment import Compose, Normalize, RandomCrop
 from bnres.cli import app
@@ -33,7 +36,7 @@ from bnres.data import (
 from bnres.data.cifar10 import MD5
 from bnres.data.dataset import channel_statistics
 from bnres.data.download import download_cifar10
-from bnres.data.folder import ImageFiles
+from bnres.data.folder import SUFFIXES, ImageFiles
 from bnres.data.pickles import load_arrays
 from bnres.data.seeds import generator_at
 
@@ -396,6 +399,68 @@ class TestFolder:
         Image.fromarray(gray).save(tmp_path / "train" / "white" / "3.png")
         files = ImageFiles([(tmp_path / "train" / "white" / "3.png", 1)], size=8)
         assert (files[0][0] == 0x40).all()
+
+    def test_every_image_that_torchvision_finds(self, tmp_path):
+        for split in ("train", "val"):
+            for name in ("a", "b/deep", "b/deep.png", "b/deep-er"):
+                (tmp_path / split / name).mkdir(parents=True)
+        root = tmp_path / "train"
+        for name in ("a/0.PNG", "b/z.jpeg", "b/.png", "b/deep/1.pgm", "b/deep-er/x", "a/2.tif.txt"):
+            (root / name).touch()
+        for index, suffix in enumerate(SUFFIXES):
+            (root / "b" / "deep.png" / f"{index}{suffix}").touch()
+        outside = tmp_path / "outside"
+        (outside / "below").mkdir(parents=True)
+        for name in ("0.png", "below/1.png"):
+            (outside / name).touch()
+        (root / "a" / "more").symlink_to(outside)
+        (root / "a" / "again").symlink_to(outside / "below")
+        (root / "a" / "file.png").symlink_to(outside / "0.png")
+        (root / "a" / "broken.png").symlink_to(tmp_path / "nothing")
+        (root / "a" / "itself.png").symlink_to("itself.png")
+        for split in ("train", "val"):
+            (tmp_path / split / "linked").symlink_to(outside)
+        for name in ("a", "b"):
+            (tmp_path / "val" / name / "0.png").touch()
+        data = load_folder(tmp_path)
+        folder = importlib.import_module(f"{torchvision.__name__}.datasets.folder")
+        assert data.class_names == ("a", "b", "linked")
+        assert folder.IMG_EXTENSIONS == SUFFIXES
+        expected = folder.make_dataset(str(root), extensions=SUFFIXES)
+        assert [(str(path), label) for path, label in data.train.files] == expected
+        assert len(expected) == 7 + 12 + 2
+
+    def test_loops_of_links_end(self, tmp_path):
+        make_folder(tmp_path)
+        train = tmp_path / "train"
+        for name in ("one", "two"):
+            (train / "black" / name).mkdir()
+            Image.new("RGB", (9, 9)).save(train / "black" / name / "a.png")
+        (train / "black" / "one" / "other").symlink_to(train / "black" / "two")
+        (train / "black" / "two" / "other").symlink_to(train / "black" / "one")
+        (train / "black" / "up").symlink_to(train)
+        (train / "black" / "here").symlink_to(".")
+        found = [str(path.relative_to(train)) for path, label in load_folder(tmp_path).train.files]
+        own = [f"black/{i}.png" for i in range(5)]
+        links = [f"black/{name}.png" for name in ("one/a", "one/other/a", "two/a", "two/other/a")]
+        by_train = [f"black/up/white/{i}.png" for i in range(5)]
+        assert found == [*own, *links, *by_train, *(f"white/{i}.png" for i in range(5))]
+
+    def test_broken_link_is_named(self, tmp_path):
+        make_folder(tmp_path)
+        (tmp_path / "train" / "black" / "0.png").unlink()
+        (tmp_path / "train" / "black" / "0.png").symlink_to("nothing")
+        data = load_folder(tmp_path)
+        with pytest.raises(CorruptImage, match=r"black/0.png can't be read as an image: .*No such"):
+            data.train[0]
+
+    @pytest.mark.skipif(os.geteuid() == 0, reason="the superuser may list every folder")
+    def test_folder_that_cannot_be_listed_is_named(self, tmp_path):
+        make_folder(tmp_path)
+        below = tmp_path / "train" / "black" / "below"
+        below.mkdir(mode=0)
+        with pytest.raises(ValueError, match=r"black/below can't be listed: Permission denied"):
+            load_folder(tmp_path)
 
     def test_wrong_trees(self, tmp_path):
         with pytest.raises(ValueError, match="must hold the folders train and val or test"):

@@ -1,5 +1,6 @@
 """Images in folders, a folder a class: ``root/train/CLASS/*`` and ``root/val/CLASS/*``."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -7,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
+# torchvision's.
+SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 # ImageNet's, which nets are normalised by.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 TRAIN, TEST = "train", ("val", "test")
@@ -117,8 +119,31 @@ def _class_names(folder: Path) -> tuple[str, ...]:
 def _files(folder: Path, names: tuple[str, ...]) -> list[tuple[Path, int]]:
     found = []
     for label, name in enumerate(names):
-        paths = sorted(p for p in (folder / name).rglob("*") if p.suffix.lower() in SUFFIXES)
+        paths = _images(folder / name)
         if not paths:
             raise ValueError(f"data: {folder / name} holds no image ({', '.join(SUFFIXES)})")
         found += [(path, label) for path in paths]
     return found
+
+
+def _images(top: Path) -> list[Path]:
+    """The images in a folder and in all folders below it, in torchvision's order.
+
+    Links to folders are followed, as torchvision follows them, but not back to a folder that they are in.
+
+    Raises:
+        ValueError: for a folder that can't be listed.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise ValueError(f"data: {error.filename} can't be listed: {error.strerror}") from error
+
+    found = []
+    above: dict[str, frozenset[str]] = {str(top): frozenset()}
+    for folder, folders, names in os.walk(str(top), onerror=refuse, followlinks=True):
+        real = above.pop(folder) | {os.path.realpath(folder)}
+        below = {name: os.path.join(folder, name) for name in folders}
+        folders[:] = [name for name in folders if os.path.realpath(below[name]) not in real]
+        above |= {below[name]: real for name in folders}
+        found += [(folder, name) for name in names if name.lower().endswith(SUFFIXES)]
+    return [Path(folder, name) for folder, name in sorted(found)]
