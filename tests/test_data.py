@@ -8,6 +8,7 @@ import io
 import os
 import pickle
 import re
+import struct
 import tarfile
 import threading
 from pathlib import Path
@@ -21,6 +22,7 @@ from typer.testing import CliRunner
 from benchmarks.torchvision_import import torchvision
 from bnres import use_backend
 from bnres.augment import Compose, Normalize, RandomCrop
+from bnres.augment.grid import read_image
 from bnres.cli import app
 from bnres.data import (
     Batches,
@@ -39,6 +41,7 @@ from bnres.data.download import download_cifar10
 from bnres.data.folder import SUFFIXES, ImageFiles
 from bnres.data.pickles import load_arrays
 from bnres.data.seeds import generator_at
+from bnres.images import in_eight_bits, read_rgb
 
 CPU = torch.device("cpu")
 PER_FILE = 6
@@ -393,13 +396,6 @@ class TestFolder:
         assert re.search(r"train/white/\d.png can't be read as an image", result.stderr)
         assert "Traceback" not in result.stderr
 
-    def test_sixteen_bits_keep_their_range(self, tmp_path):
-        make_folder(tmp_path)
-        gray = np.full((8, 8), 0x40FF, np.uint16)
-        Image.fromarray(gray).save(tmp_path / "train" / "white" / "3.png")
-        files = ImageFiles([(tmp_path / "train" / "white" / "3.png", 1)], size=8)
-        assert (files[0][0] == 0x40).all()
-
     def test_every_image_that_torchvision_finds(self, tmp_path):
         for split in ("train", "val"):
             for name in ("a", "b/deep", "b/deep.png", "b/deep-er"):
@@ -476,6 +472,118 @@ class TestFolder:
             (tmp_path / "b" / split).mkdir(parents=True)
         with pytest.raises(ValueError, match="holds no folder of a class"):
             load_folder(tmp_path / "b")
+
+
+# Gray in 8 bits; and in 16, where the lower byte goes from 0 to 255 down the rows.
+GRAY = np.tile(np.arange(0, 256, 17, dtype=np.uint8), (16, 1))
+WIDE = (GRAY.astype(np.uint16) << 8) + np.arange(0, 256, 17, dtype=np.uint16)[:, None]
+
+
+def tiff(values, bits, *, kind=1, black=1, order="<"):
+    """An uncompressed gray TIFF; ``kind`` 1 is unsigned, 2 signed, 3 floating."""
+    height, width = values.shape
+    if bits == 12:
+        first, second = values.reshape(-1, 2).T.astype(int)
+        packed = [first >> 4, (first & 15) << 4 | second >> 8, second & 255]
+        body = np.stack(packed, 1).astype(np.uint8).tobytes()
+    else:
+        body = values.astype(f"{order}{'_uif'[kind]}{bits // 8}").tobytes()
+    tags = [(256, width), (257, height), (258, bits), (259, 1), (262, black), (273, 8 + 2 + 120 + 4),
+            (277, 1), (278, height), (279, len(body)), (339, kind)]  # fmt: skip
+    mark = {"<": b"II*\0", ">": b"MM\0*"}[order]
+    entries = b"".join(struct.pack(f"{order}HHII", tag, 4, 1, value) for tag, value in tags)
+    head = mark + struct.pack(f"{order}IH", 8, len(tags))
+    return head + entries + bytes(4) + body
+
+
+def pnm(magic, top, values):
+    """A file of portable anymap's family, in text for P2."""
+    head = f"{magic} {values.shape[1]} {values.shape[0]} {top}\n"
+    if magic == "P2":
+        return (head + " ".join(map(str, values.flatten()))).encode()
+    return head.encode() + values.tobytes()
+
+
+def png(values):
+    file = io.BytesIO()
+    Image.fromarray(values).save(file, "png")
+    return file.getvalue()
+
+
+UNIT = GRAY.astype(np.float32) / 255
+
+
+class TestGrayOfMoreBits:
+    """Every mode of pillow that holds more than 8 bits, by a file that is read in it."""
+
+    @pytest.mark.parametrize(
+        ("mode", "content"),
+        [
+            ("I;16", png(WIDE)),
+            ("I;16", tiff(WIDE, 16)),
+            ("I;16", tiff(65535 - WIDE, 16, black=0)),
+            ("I;16", tiff(WIDE >> 4, 12)),
+            ("I;16B", tiff(WIDE, 16, order=">")),
+            ("I", tiff(WIDE, 32)),
+            ("I", tiff(WIDE, 32, kind=2)),
+            ("I", tiff(WIDE, 32, kind=2, order=">")),
+            ("I", pnm("P5", 65535, WIDE.astype(">u2"))),
+            ("I", pnm("P2", 65535, WIDE)),
+            ("F", tiff(UNIT, 32, kind=3)),
+            ("F", tiff(UNIT, 32, kind=3, order=">")),
+            ("F", tiff(1 - UNIT, 32, kind=3, black=0)),
+            ("F", pnm("Pf", -1.0, UNIT[::-1])),
+        ],
+    )
+    def test_files(self, mode, content, tmp_path):
+        path = tmp_path / "gray"
+        path.write_bytes(content)
+        with Image.open(path) as image:
+            assert image.mode == mode
+        values = np.asarray(read_rgb(path))
+        assert np.array_equal(values, GRAY[..., None].repeat(3, 2))
+        item, label = ImageFiles([(path, 7)], size=16)[0]
+        assert np.array_equal(item.permute(1, 2, 0).numpy(), values) and label == 7
+        assert np.array_equal(read_image(path).permute(1, 2, 0).numpy(), values)
+
+    def test_pnm_of_another_depth(self, tmp_path):
+        path = tmp_path / "gray.pgm"
+        path.write_bytes(pnm("P5", 1023, (WIDE >> 6).astype(">u2")))
+        found = np.asarray(read_rgb(path)).astype(int)
+        assert abs(found - GRAY[..., None]).max() <= 1
+
+    @pytest.mark.parametrize("mode", ["I;16", "I;16L", "I;16B", "I;16N"])
+    def test_every_order_of_bytes(self, mode):
+        image = Image.new(mode, (5, 3), 0x40FF)
+        assert (np.asarray(in_eight_bits(image)) == 0x40).all()
+
+    @pytest.mark.parametrize(
+        ("content", "words"),
+        [
+            (tiff(WIDE.astype(np.int64) << 8, 32, kind=2), "mode I must be from 0 to 65535, got 0"),
+            (tiff(WIDE.astype(int) - 1, 32, kind=2), "mode I must be from 0 to 65535, got -1 to"),
+            (tiff(GRAY, 32, kind=3), r"mode F must be from 0 to 1, got 0.0 to 255.0"),
+            (tiff(np.full((4, 4), np.nan), 32, kind=3), "mode F must be from 0 to 1, got nan"),
+        ],
+    )  # fmt: skip
+    def test_another_scale_is_named(self, content, words, tmp_path):
+        path = tmp_path / "gray.tif"
+        path.write_bytes(content)
+        with pytest.raises(
+            CorruptImage, match=rf"^{path} can't be read as an image: gray of {words}"
+        ):
+            ImageFiles([(path, 0)], size=16)[0]
+        with pytest.raises(CorruptImage, match=words):
+            read_image(path)
+
+
+def test_orientation_is_not_applied(tmp_path):
+    path = tmp_path / "upright.jpg"
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter of a turn
+    Image.fromarray(GRAY).resize((16, 16)).save(path, exif=exif, quality=100, subsampling=0)
+    item, _ = ImageFiles([(path, 0)], size=16)[0]
+    assert (item[0].int() - torch.from_numpy(GRAY)).abs().max() <= 2
 
 
 class TestBatches:

@@ -21,6 +21,7 @@ ROOMS = (
     "fusion",
     "tune",
     "models",
+    "images",
     "augment",
     "data",
     "train",

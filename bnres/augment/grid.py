@@ -14,6 +14,7 @@ from bnres.augment.transforms import (
     RandomVerticalFlip,
     Transform,
 )
+from bnres.images import read_rgb
 
 ROWS, COLUMNS = 2, 4
 # The course's settings: 200×200 of a 300 to 480 pixels' photo.
@@ -41,16 +42,11 @@ def read_image(path: Path) -> Tensor:
     """A picture as uint8 (C, H, W), its longer side at most 400 pixels.
 
     Raises:
-        ValueError: if the file is no picture that pillow reads.
+        CorruptImage: as `bnres.images.read_rgb`.
     """
     import numpy as np
-    from PIL import Image
 
-    try:
-        with Image.open(path) as image:
-            picture = image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"image: {path} can't be read: {error}") from error
+    picture = read_rgb(path)
     picture.thumbnail((LARGEST_SIDE, LARGEST_SIDE))
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
 

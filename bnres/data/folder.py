@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from bnres.images import read_rgb
+
 # torchvision's.
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 # ImageNet's, which nets are normalised by.
@@ -15,21 +17,18 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 TRAIN, TEST = "train", ("val", "test")
 
 
-class CorruptImage(ValueError):
-    """A file that can't be read as an image; the message names it, in one line."""
-
-
 class ImageFiles(Dataset[tuple[Tensor, int]]):
     """Decoded images of one size: the shorter side resized, the middle cut out.
 
-    Item: uint8 (3, size, size) and a label.
+    Item: uint8 (3, size, size) and a label. An orientation in EXIF is not applied, as torchvision's
+    loader does not apply it.
 
     Args:
         files: paths and labels.
         size: height and width.
 
     Raises:
-        CorruptImage: by an item, for a file that pillow can't read.
+        CorruptImage: by an item, as `bnres.images.read_rgb`.
     """
 
     def __init__(self, files: list[tuple[Path, int]], size: int) -> None:
@@ -43,20 +42,8 @@ class ImageFiles(Dataset[tuple[Tensor, int]]):
         from PIL import Image, ImageOps
 
         path, label = self.files[index]
-        try:
-            with Image.open(path) as image:
-                # A JPEG is decoded no larger than needed.
-                image.draft("RGB", (self.size, self.size))
-                if image.mode.startswith("I;16"):  # pillow would clip what is above 255
-                    whole = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-                else:
-                    whole = image
-                picture = ImageOps.fit(
-                    whole.convert("RGB"), (self.size, self.size), Image.Resampling.BILINEAR
-                )
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            reason = " ".join(str(error).split())
-            raise CorruptImage(f"{path} can't be read as an image: {reason}") from error
+        size = (self.size, self.size)
+        picture = ImageOps.fit(read_rgb(path, size), size, Image.Resampling.BILINEAR)
         return torch.from_numpy(np.array(picture)).permute(2, 0, 1), label
 
 

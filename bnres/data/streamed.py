@@ -9,7 +9,8 @@ from torch.utils.data import DataLoader
 
 from bnres.augment import Compose
 from bnres.data.epochs import EpochBatches
-from bnres.data.folder import CorruptImage, FolderDataset
+from bnres.data.folder import FolderDataset
+from bnres.images import CorruptImage
 
 PREFETCH = 4
 
