@@ -42,12 +42,16 @@ def _pixel(x_ptr, row, col, H, W, stride_h, stride_w, stride_c, mask, CHANNELS: 
 
 @triton.jit
 def _axis(offs, scale, length):
-    """Centre, support and first tap of the antialiased triangle around each output position."""
+    """The antialiased triangle around each output position: centre, support, first tap, end of taps.
+
+    The taps are those of torch's resize, where a pixel of weight 0 counts if it is NaN.
+    """
     support = tl.maximum(scale, 1.0)
     centre = scale * (offs.to(tl.float32) + 0.5)
     first = tl.maximum((centre - support + 0.5).to(tl.int32), 0)
-    last = tl.minimum((centre + support + 0.5).to(tl.int32), length)
-    return centre, support, first, last
+    end = tl.minimum((centre + support + 0.5).to(tl.int32), length)
+    end = tl.where(scale == 1.0, first + 1, end)  # an axis that keeps its size is left as it is
+    return centre, support, first, end
 
 
 @triton.jit
@@ -70,8 +74,8 @@ def _resampled(
             r, g, b = tl.where(inside, r, 0.0), tl.where(inside, g, 0.0), tl.where(inside, b, 0.0)
         return r, g, b
     scale_h, scale_w = height.to(tl.float32) / OH, width.to(tl.float32) / OW
-    centre_h, support_h, first_h, last_h = _axis(offs_h, scale_h, height)
-    centre_w, support_w, first_w, last_w = _axis(offs_w, scale_w, width)
+    centre_h, support_h, first_h, end_h = _axis(offs_h, scale_h, height)
+    centre_w, support_w, first_w, end_w = _axis(offs_w, scale_w, width)
     sum_r = tl.zeros(offs_h.shape, tl.float32)
     sum_g, sum_b, total = sum_r, sum_r, sum_r
     taps_h = (2 * support_h).to(tl.int32) + 2
@@ -79,14 +83,14 @@ def _resampled(
     for tap_h in range(0, taps_h):
         at_h = first_h + tap_h
         weight_h = 1.0 - tl.abs((at_h.to(tl.float32) - centre_h + 0.5) / support_h)
-        weight_h = tl.where(at_h < last_h, tl.maximum(weight_h, 0.0), 0.0)
         for tap_w in range(0, taps_w):
             at_w = first_w + tap_w
             weight = 1.0 - tl.abs((at_w.to(tl.float32) - centre_w + 0.5) / support_w)
-            weight = weight_h * tl.where(at_w < last_w, tl.maximum(weight, 0.0), 0.0)
+            tapped = (at_h < end_h) & (at_w < end_w)
+            weight = tl.where(tapped, tl.maximum(weight_h, 0.0) * tl.maximum(weight, 0.0), 0.0)
             r, g, b, _ = _pixel(
                 x_ptr, top + at_h, left + at_w, H, W, stride_h, stride_w, stride_c,
-                mask & (weight > 0.0), CHANNELS,
+                mask & tapped, CHANNELS,
             )  # fmt: skip
             if JITTERS:
                 r, g, b = jitter(r, g, b, order, 0, stop, factors, gray_mean, CHANNELS)

@@ -62,7 +62,12 @@ def crop_resize_flip_ref(x: Tensor, geometry: Tensor, plan: AugmentPlan) -> Tens
     rows = axis_weights(top, height, flip_h, x.shape[2], plan.height)
     cols = axis_weights(left, width, flip_w, x.shape[3], plan.width)
     # Along the rows first, then along the columns, as torch's own resize.
-    return torch.einsum("nij,ncjw->nciw", rows, torch.einsum("ncjk,nwk->ncjw", x, cols))
+    y = torch.einsum("nij,ncjw->nciw", rows, torch.einsum("ncjk,nwk->ncjw", x, cols))
+    # A product spreads an image's NaN or infinity over whole rows, also with weights of 0.
+    spread = (~x.flatten(1).sum(1).isfinite()).nonzero()[:, 0]
+    if len(spread):
+        y[spread] = _resized_one_by_one(x[spread], geometry[spread], plan)
+    return y
 
 
 def _resized_one_by_one(x: Tensor, geometry: Tensor, plan: AugmentPlan) -> Tensor:
@@ -89,7 +94,7 @@ def _cropped(
     index = rows.clamp(0, height - 1)[:, :, None] * width + cols.clamp(0, width - 1)[:, None]
     index = index.flatten(1)[:, None].expand(-1, channels, -1)
     found = x.flatten(2).gather(2, index).view(n, channels, plan.height, plan.width)
-    return found * inside[:, None]
+    return torch.where(inside[:, None], found, 0.0)
 
 
 def _positions(start: Tensor, flip: Tensor, size: int) -> Tensor:

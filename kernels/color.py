@@ -1,15 +1,31 @@
-"""Pure device maths of colours in [0, 1]: torchvision's brightness, contrast, saturation and hue."""
+"""Pure device maths of colours in [0, 1]: torchvision's brightness, contrast, saturation and hue.
+
+A channel that is NaN stays NaN, as in torch.
+"""
 
 import triton
 import triton.language as tl
 
 # As the numbers of `bnres.kernels.augment_plan`.
 BRIGHTNESS, CONTRAST, SATURATION, HUE = (tl.constexpr(number) for number in range(4))
+NAN = tl.constexpr(tl.PropagateNan.ALL)
+
+
+@triton.jit
+def least(a, b):
+    """The smaller one, NaN if either is NaN."""
+    return tl.minimum(a, b, propagate_nan=NAN)
+
+
+@triton.jit
+def greatest(a, b):
+    """The greater one, NaN if either is NaN."""
+    return tl.maximum(a, b, propagate_nan=NAN)
 
 
 @triton.jit
 def clamp_unit(v):
-    return tl.minimum(tl.maximum(v, 0.0), 1.0)
+    return least(greatest(v, 0.0), 1.0)
 
 
 @triton.jit
@@ -25,14 +41,14 @@ def _hue_channel(v, span, h6, START: tl.constexpr):
     """A channel of HSV's (h, s, v), by v·s = span and h on a scale to 6."""
     k = h6 + START
     k -= 6.0 * tl.floor(k / 6.0)
-    return v - span * clamp_unit(tl.minimum(k, 4.0 - k))
+    return v - span * clamp_unit(least(k, 4.0 - k))
 
 
 @triton.jit
 def adjust_hue(r, g, b, turn):
     """RGB to HSV, the hue turned by ``turn`` (1: all the way round), and back."""
-    v = tl.maximum(tl.maximum(r, g), b)
-    span = v - tl.minimum(tl.minimum(r, g), b)
+    v = greatest(greatest(r, g), b)
+    span = v - least(least(r, g), b)
     is_r, is_g = v == r, v == g
     h6 = tl.where(is_r, g - b, tl.where(is_g, b - r, r - g)) / tl.where(span == 0.0, 1.0, span)
     h6 += tl.where(is_r, 0.0, tl.where(is_g, 2.0, 4.0)) + 6.0 * turn

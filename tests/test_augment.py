@@ -11,7 +11,7 @@ from benchmarks.torchvision_import import torchvision
 from bnres import augment, cli, use_backend
 from bnres.augment import grid
 from bnres.augment import transforms as bt
-from bnres.augment.segments import segments
+from bnres.augment.segments import segments, size_of
 from tests.device import DEVICE
 
 v2 = importlib.import_module(f"{torchvision.__name__}.transforms.v2")
@@ -170,6 +170,110 @@ class TestValues:
         error = (augment.Compose([])(x).cpu() - x.cpu().float() / 255).abs().max()
         assert error <= 2**-23
         assert augment.Compose(FLIPS)(x[:0]).shape == (0, 3, 8, 8)
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+class TestNotFinite:
+    """NaN and infinity go where they go in torchvision, and nowhere else."""
+
+    def check(self, route, draws, x, tolerance):
+        actual = bt.apply_draws(x.to(route), draws).cpu()
+        expected = by_torchvision(x, draws)
+        assert torch.equal(actual.isnan(), expected.isnan())
+        torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance, equal_nan=True)
+        return actual
+
+    def images(self, value, channels=3, size=(9, 9)):
+        """One place after another holds ``value`` in one channel, at last nowhere."""
+        places = [(0, 0), (4, 5), (size[0] - 1, size[1] - 1), (2, size[1] - 1)]
+        x = images(len(places) + 1, channels, *size)
+        for index, (row, col) in enumerate(places):
+            x[index, index % channels, row, col] = value
+        return x
+
+    @pytest.mark.parametrize("value", [NAN, INF, -INF])
+    @pytest.mark.parametrize("channels", [1, 3])
+    @pytest.mark.parametrize(
+        ("name", "amount"),
+        [("brightness", 0.7), ("brightness", 0.0), ("contrast", 0.7), ("contrast", 1.4),
+         ("saturation", 0.7), ("saturation", 1.4)],
+    )  # fmt: skip
+    def test_colours(self, route, name, amount, channels, value):
+        x = self.images(value, channels)
+        draw = augment.ColorJitter(**{name: (amount, amount)}).draw(*size_of(x), None)
+        y = self.check(route, [draw], x, COLOR)
+        assert y[-1].isfinite().all()
+        if value is NAN:
+            assert y[0, 0, 0, 0].isnan()
+
+    @pytest.mark.parametrize("turn", [0.2, -0.4])
+    def test_hue(self, route, turn):
+        x = self.images(NAN)
+        y = self.check(route, [bt.ColorJitter(hue=(turn, turn)).draw(*size_of(x), None)], x, COLOR)
+        assert y.isnan().all(1).sum() == y.isnan().any(1).sum() == 4
+
+    @pytest.mark.parametrize("value", [INF, -INF])
+    def test_hue_of_infinity_is_nan(self, route, value):
+        """torchvision converts the undefined hue to an integer, by which one channel becomes NaN."""
+        x = self.images(value)
+        y = augment.ColorJitter(hue=(0.2, 0.2))(x.to(route)).cpu()
+        assert torch.equal(y.isnan(), x.isinf().any(1, keepdim=True).expand_as(x))
+
+    @pytest.mark.parametrize("size", [(8, 8), (36, 35)])
+    @pytest.mark.parametrize("order", ["crop first", "color first"])
+    def test_colours_of_a_chain(self, route, order, size):
+        x = self.images(NAN, size=size)
+        generator = torch.Generator().manual_seed(3)
+        chain = [JITTER, augment.RandomCrop(7)]
+        chain = chain if order == "color first" else chain[::-1]
+        draws = augment.Compose(chain).draws(*size_of(x), generator)
+        y = self.check(route, draws, x, COLOR)
+        assert y[-1].isfinite().all()
+        # The colours come before a crop that leaves the pixel out: contrast has spread it.
+        assert y.isnan().any() or order == "crop first"
+
+    @pytest.mark.parametrize("value", [NAN, INF])
+    def test_flips_padding_and_normalise(self, route, value):
+        x = self.images(value)
+        flips = [f.draw(*size_of(x), None) for f in (bt.RandomHorizontalFlip(1.0), *FLIPS)]
+        pad = augment.RandomCrop(13, padding=2).draw(*size_of(x), None)
+        y = self.check(route, [*flips, pad, augment.Normalize(MEAN, STD).draw(*size_of(x), None)], x,
+                       1e-6)  # fmt: skip
+        assert [int((~image.isfinite()).sum()) for image in y] == [1, 1, 1, 1, 0]
+
+    @pytest.mark.parametrize("value", [NAN, INF])
+    @pytest.mark.parametrize(
+        ("box", "out"),
+        [
+            ((0, 0, 9, 9), (9, 9)),
+            ((0, 0, 9, 9), (9, 5)),
+            ((0, 0, 9, 9), (3, 9)),
+            ((0, 0, 9, 9), (3, 3)),
+            ((1, 2, 3, 4), (9, 10)),
+            ((3, 4, 5, 4), (3, 7)),
+            ((0, 6, 2, 3), (7, 2)),
+        ],
+    )
+    @pytest.mark.parametrize("flips", [[], [0, 1]])
+    def test_resized_crops(self, route, box, out, value, flips):
+        x = self.images(value)
+        draws = [bt.Crop(torch.tensor([box]).expand(len(x), 4), out, True)]
+        draws += [bt.Flip(torch.ones(len(x), dtype=torch.bool), bool(axis)) for axis in flips]
+        y = self.check(route, draws, x, GEOMETRY)
+        top, left, height, width = box
+        for index, image in enumerate(x):
+            inside = image[:, top : top + height, left : left + width].isfinite().all()
+            assert y[index].isfinite().all() == inside
+
+    @pytest.mark.parametrize("side", [64, 65])
+    def test_both_ways_to_resize(self, route, side):
+        """The ATen route multiplies by weights up to 64 and resizes image by image from there on."""
+        x = self.images(NAN, size=(side, side))
+        draws = [bt.Crop(torch.tensor([[0, 2, side, 30]]).expand(len(x), 4), (6, 5), True)]
+        y = self.check(route, draws, x, GEOMETRY)
+        assert [bool(image.isnan().any()) for image in y] == [False, True, False, False, False]
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="counts what the interpreter touches")
