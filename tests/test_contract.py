@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bnres import functional, use_backend
+from bnres import functional, use_backend, use_conv_route
 from bnres.functional import batch_norm_act
 from bnres.kernels.reference import ACTIVATION_FORMULAS
 from bnres.nn import BatchNorm1d, BatchNorm2d, BatchNorm3d, BatchNormAct2d
@@ -260,6 +260,11 @@ def test_a_call_that_raises_counts_nothing(momentum, name):
         ({"bias": torch.ones(4).long()}, TypeError, "bias must be of a floating dtype, got"),
         ({"momentum": torch.ones(2)}, ValueError, "momentum must have one element, got 2"),
         ({"momentum": torch.ones((), device="meta")}, RuntimeError, "momentum is on meta, but"),
+        (
+            {"residual": torch.ones(())},
+            ValueError,
+            r"residual must have the shape of input, \(3, 4",
+        ),
     ],
 )
 def test_errors_name_the_argument_and_write_nothing(arguments, error, words):
@@ -269,3 +274,84 @@ def test_errors_name_the_argument_and_write_nothing(arguments, error, words):
     with pytest.raises(error, match=words):
         batch_norm_act(x, mean, None, training=True, num_batches_tracked=counter, **given)
     assert counter == 0 and not mean.any()
+
+
+@pytest.fixture(params=["aten", None], ids=["aten", "kernels"])
+def backend(request):
+    with use_backend(request.param) if request.param else nullcontext():
+        yield
+
+
+def norm_of(channels):
+    statistics = torch.zeros(channels, device=DEVICE), torch.ones(channels, device=DEVICE)
+    return functional.BatchNormState(*statistics, *(t.clone() for t in statistics))
+
+
+CALLS = {
+    "batch_norm": lambda x, training: functional.batch_norm(x, *norm_of(3)[:4], training=training),
+    "act": lambda x, training: batch_norm_act(x, *norm_of(3)[:4], training=training),
+    "no tensors": lambda x, training: batch_norm_act(x, None, None, training=training),
+    "residual": lambda x, training: batch_norm_act(
+        x, *norm_of(3)[:4], residual=x, training=training
+    ),
+    "residual norm": lambda x, training: batch_norm_act(
+        x, *norm_of(3)[:4], residual=x, residual_norm=norm_of(3), training=training
+    ),
+    "pool": lambda x, training: functional.batch_norm_act_max_pool2d(
+        x, *norm_of(3)[:4], kernel_size=2, training=training
+    ),
+    "dilated pool": lambda x, training: functional.batch_norm_act_max_pool2d(
+        x, *norm_of(3)[:4], kernel_size=2, padding=1, dilation=2, training=training
+    ),
+    "conv": lambda x, training: functional.conv2d_batch_norm_act(
+        x, torch.ones(3, 3, 1, 1, device=DEVICE), None, *norm_of(3)[:4], training=training
+    ),
+    "conv bias": lambda x, training: functional.conv2d_batch_norm_act(
+        x, torch.ones(3, 3, 1, 1, device=DEVICE), torch.ones(3, device=DEVICE), *norm_of(3)[:4],
+        training=training,
+    ),
+}  # fmt: skip
+ONLY_4D = ("pool", "dilated pool", "conv", "conv bias")
+
+
+@pytest.mark.parametrize("needs_grad", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("name", CALLS)
+def test_another_number_of_dimensions_is_named(backend, name, training, needs_grad):
+    for shape in [(), (0,), (3,), (0, 3), (3, 3, 3), (2, 3, 2, 2, 2), (2, 3, 2, 2, 2, 2)]:
+        dims, expected = len(shape), "4D" if name in ONLY_4D else "2D to 5D"
+        if 2 <= dims <= 5 and name not in ONLY_4D:
+            continue
+        x = torch.zeros(shape, device=DEVICE, requires_grad=needs_grad)
+        with use_conv_route("kernel"), pytest.raises(ValueError) as caught:
+            CALLS[name](x, training)
+        assert str(caught.value) == f"expected {expected} input (got {dims}D input)"
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("shape", [(), (0,), (3, 3), (3, 3, 1), (3, 3, 1, 1, 1)])
+def test_a_filter_of_another_number_of_dimensions_is_named(backend, shape, training):
+    x, filter = (torch.zeros(s, device=DEVICE) for s in ((2, 3, 2, 2), shape))
+    words = rf"expected 4D conv_weight \(got {len(shape)}D conv_weight\)"
+    for bias in (None, torch.zeros(3, device=DEVICE)):
+        with use_conv_route("kernel"), pytest.raises(ValueError, match=words):
+            functional.conv2d_batch_norm_act(x, filter, bias, *norm_of(3)[:4], training=training)
+
+
+@pytest.mark.parametrize("of_residual", [False, True])
+@pytest.mark.parametrize("shape", [(0,), (2,), (1, 3)])
+def test_a_counter_of_several_elements_is_refused(backend, shape, of_residual):
+    """Kernels would write to memory that is not the counter's."""
+    x, counter = torch.randn(2, 3, 2, 2, device=DEVICE), torch.ones(shape, device=DEVICE).long()
+    norm, residual_norm = norm_of(3), norm_of(3)
+    prefix, name = "residual_" if of_residual else "", "num_batches_tracked"
+    given = {} if of_residual else {name: counter}
+    if of_residual:
+        residual_norm = residual_norm._replace(num_batches_tracked=counter)
+    with pytest.raises(
+        ValueError, match=f"^{prefix}{name} must have one element, got {counter.numel()}"
+    ):
+        batch_norm_act(
+            x, *norm[:4], residual=x, residual_norm=residual_norm, training=True, **given
+        )  # fmt: skip
+    assert (counter == 1).all() and not norm.running_mean.any()

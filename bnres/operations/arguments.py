@@ -51,6 +51,11 @@ def check_norm(
             raise RuntimeError(
                 f"{prefix}momentum is on {momentum.device}, but input is on {device}"
             )
+    counter = getattr(norm, "num_batches_tracked", None)
+    if counter is not None and counter.numel() != 1:
+        raise ValueError(
+            f"{prefix}num_batches_tracked must have one element, got {counter.numel()}"
+        )
 
 
 def check_statistics(norm: Any, prefix: str = "") -> None:
@@ -61,7 +66,10 @@ def check_statistics(norm: Any, prefix: str = "") -> None:
 
 
 def check_conv_bias(conv_weight: Tensor, conv_bias: Tensor | None) -> None:
-    """Raises unless ``conv_bias`` has an element for each output channel, on the same device."""
+    """Raises unless ``conv_weight`` is 4-D and ``conv_bias`` has an element for each output channel."""
+    if conv_weight.dim() != 4:
+        dims = conv_weight.dim()
+        raise ValueError(f"expected 4D conv_weight (got {dims}D conv_weight)")
     if conv_bias is None:
         return
     if conv_bias.shape != conv_weight.shape[:1]:

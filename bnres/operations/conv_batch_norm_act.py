@@ -131,8 +131,11 @@ def conv2d_batch_norm_act(
         (N, K, OH, OW); with ``fork`` two of them.
 
     Raises:
-        As `torch.nn.functional.conv2d` and `batch_norm_act`.
+        ValueError: for an input that is not 4-D.
+        As `torch.nn.functional.conv2d` and `batch_norm_act` otherwise.
     """
+    if input.dim() != 4:
+        raise ValueError(f"expected 4D input (got {input.dim()}D input)")
     check_conv_bias(conv_weight, conv_bias)
     if not training:
         inputs = Inputs(
