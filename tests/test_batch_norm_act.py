@@ -1,5 +1,7 @@
 """Values, gradients and running statistics of the fused operation against fp64 references."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -96,6 +98,49 @@ def test_activations(act, has_residual):
     grads = torch.autograd.grad(y, inputs[:used], dy)
     for grad, want in zip(grads, torch.autograd.grad(expected, inputs[:used], dy), strict=True):
         assert_close(grad, want, torch.float64)
+
+
+INF, NAN = float("inf"), float("nan")
+# Of inf, -inf and NaN: the activation, and its derivative.
+NOT_FINITE = {
+    "identity": ([INF, -INF, NAN], [1, 1, 1]),
+    "relu": ([INF, 0, NAN], [1, 0, 1]),
+    "relu6": ([6, 0, NAN], [0, 0, 1]),
+    "leaky_relu": ([INF, -INF, NAN], [1, 0.25, 0.25]),
+    "hardswish": ([INF, NAN, NAN], [1, 0, NAN]),
+    "sigmoid": ([1, 0, NAN], [0, 0, NAN]),
+    "silu": ([INF, NAN, NAN], [NAN, NAN, NAN]),
+    "gelu": ([INF, NAN, NAN], [NAN, NAN, NAN]),
+    "gelu_tanh": ([INF, NAN, NAN], [NAN, NAN, NAN]),
+}
+# Whose derivative at NaN depends in torch on whether an element is in a vector.
+TORN = ("relu6", "hardswish")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("act", NOT_FINITE)
+def test_infinity_and_nan(act, dtype):
+    z = torch.tensor([INF, -INF, NAN], dtype=dtype)
+    values, slopes = (torch.tensor(v, dtype=dtype) for v in NOT_FINITE[act])
+    same = partial(torch.testing.assert_close, rtol=0, atol=0, equal_nan=True)
+
+    leaf = z.clone().requires_grad_()
+    # On the CPU oneDNN's gelu of inf is NaN; a single element is left to torch's own, which is inf.
+    y = torch.cat([ACTIVATION_FORMULAS[act](single, 0.25) for single in leaf.split(1)])
+    (slope,) = torch.autograd.grad(y, leaf, torch.ones_like(y))
+    same(y, values)
+    known = 2 if act in TORN else 3
+    same(slope[:known], slopes[:known])
+
+    x = z.to(DEVICE).view(1, 3, 1, 1).expand(2, 3, 2, 2).contiguous()
+    norm = torch.zeros(3, device=DEVICE), torch.ones(3, device=DEVICE)
+    options = {"act": act, "act_kwargs": {"negative_slope": 0.25} if act == "leaky_relu" else {}}
+    for residual in (None, torch.zeros_like(x)):
+        leaf = x.clone().requires_grad_()
+        y = batch_norm_act(leaf, *norm, residual=residual, eps=0.0, **options)
+        (slope,) = torch.autograd.grad(y, leaf, torch.ones_like(y))
+        same(y.cpu(), values.view(1, 3, 1, 1).expand(2, 3, 2, 2))
+        same(slope.cpu(), slopes.view(1, 3, 1, 1).expand(2, 3, 2, 2))
 
 
 @pytest.mark.parametrize("module", [BatchNorm2d, BatchNormAct2d])
