@@ -6,18 +6,19 @@ from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import bnres
+from benchmarks.torchvision_import import torchvision
 from bnres import models, use_backend, use_conv_route
 from bnres.models.layers import stock_norm_act
 from tests.device import DEVICE
-from tests.test_fuse import ARCHITECTURES, build
 from tests.tolerances import assert_close
 
 ATEN = "triton" if DEVICE == "cuda" else "aten"
-# Batch norms that stand in front of what could take them in.
-KEPT = {"densenet121": 62}
+# Batch norms that follow no convolution, or are only called in training.
+KEPT = {"resnet18": 0, "densenet121": 62, "mobilenet_v2": 0, "googlenet": 2, "regnet_y_400mf": 0}
 
 
 def with_statistics(model):
@@ -32,29 +33,34 @@ def with_statistics(model):
     return model.eval()
 
 
-@pytest.mark.parametrize("name", [name for name, *_ in ARCHITECTURES])
+def batch(*shape):
+    generator = torch.Generator().manual_seed(2)
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(DEVICE)
+
+
+@pytest.mark.parametrize("name", KEPT)
 def test_architectures(name):
-    stock = with_statistics(build(name)).double()
-    folded = bnres.fold(stock)
-    x = torch.randn(2, 3, 64, 64, dtype=torch.float64, device=DEVICE)
+    torch.manual_seed(0)
+    options = {"init_weights": False} if name == "googlenet" else {}
+    stock = getattr(torchvision.models, name)(weights=None, num_classes=5, **options)
+    stock, x = with_statistics(stock.to(DEVICE)).double(), batch(2, 3, 64, 64)
     with torch.no_grad(), use_backend(ATEN):
+        folded = bnres.fold(stock, x)
         expected = stock(x)
         assert (folded(x) - expected).abs().max() <= 1e-9 * max(1, expected.abs().max())
-    assert sum(isinstance(m, nn.BatchNorm2d) for m in folded.modules()) == KEPT.get(name, 0)
-    assert sum(isinstance(m, nn.BatchNorm2d) for m in stock.modules()) > 0
+    assert sum(isinstance(m, nn.BatchNorm2d) for m in folded.modules()) == KEPT[name]
+    assert sum(isinstance(m, nn.BatchNorm2d) for m in stock.modules()) > KEPT[name]
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet18-seed", "lenet-seed"])
-@pytest.mark.parametrize("fused", [True, False], ids=["fused", "stock"])
-def test_our_models(name, fused):
+def test_our_models(name):
     torch.manual_seed(0)
     stock = models.create_model(name, num_classes=5, in_channels=1, fused=False).to(DEVICE)
-    given = models.create_model(name, num_classes=5, in_channels=1, fused=fused).to(DEVICE)
-    given.load_state_dict(with_statistics(stock).state_dict())
-    folded = bnres.fold(given.eval())
     x = torch.randn(2, 1, 28, 28, device=DEVICE)
     with torch.no_grad(), use_backend(ATEN):
+        folded = bnres.fold(bnres.fuse(with_statistics(stock)), x)
         torch.testing.assert_close(folded(x), stock(x), rtol=1e-4, atol=1e-4)
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in folded.modules())
 
 
 @pytest.mark.parametrize("route", ["torch", "kernel"])
@@ -71,17 +77,23 @@ def test_residual_block_through_the_kernels(route, monkeypatch):
 
 def test_what_can_not_be_folded():
     shared = nn.Conv2d(3, 3, 1)
+    hooked = nn.Conv2d(3, 3, 1)
+    hooked.register_forward_hook(lambda module, inputs, output: None)
     model = nn.Sequential(
         nn.Sequential(shared, nn.BatchNorm2d(3)),
         nn.Sequential(shared, nn.BatchNorm2d(3)),
         nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3, track_running_stats=False)),
         nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3, affine=False)),
+        nn.Sequential(hooked, nn.BatchNorm2d(3)),
+        nn.Sequential(nn.Conv2d(3, 3, 1), bnres.nn.BatchNormAct2d(3)),
     )
     model = model.to(DEVICE).double().eval()
-    x = torch.randn(2, 3, 4, 4, dtype=torch.float64, device=DEVICE)
-    folded = bnres.fold(model)
-    torch.testing.assert_close(folded(x), model(x))
-    assert [isinstance(stage[1], nn.Identity) for stage in folded] == [False, False, False, True]
+    x = batch(2, 3, 4, 4)
+    with use_backend(ATEN):
+        folded = bnres.fold(model, x)
+        torch.testing.assert_close(folded(x), model(x))
+    kept = [not isinstance(stage[1], nn.Identity) for stage in folded]
+    assert kept == [True, True, True, False, True, True]
 
 
 class Shares(nn.Module):
@@ -99,19 +111,72 @@ class Shares(nn.Module):
 
 def test_what_is_called_more_than_once_is_kept():
     model = with_statistics(Shares().to(DEVICE)).double()
-    folded = bnres.fold(model)
-    x = torch.randn(2, 3, 4, 4, dtype=torch.float64, device=DEVICE)
+    x = batch(2, 3, 4, 4)
+    folded = bnres.fold(model, x)
     torch.testing.assert_close(folded(x), model(x))
     assert isinstance(folded.a, nn.BatchNorm2d) and isinstance(folded.b, nn.BatchNorm2d)
+
+
+class ReadsElsewhere(nn.Module):
+    """A forward that also reads a tensor of one of the two modules."""
+
+    READS = (
+        lambda m, x, y: y + F.conv2d(x, m.conv.weight, padding=1),
+        lambda m, x, y: F.relu(y) - m.conv.bias.view(1, -1, 1, 1),
+        lambda m, x, y: y * m.bn.weight.abs().view(1, -1, 1, 1),
+        lambda m, x, y: y + m.bn.running_mean.view(1, -1, 1, 1),
+        lambda m, x, y: F.batch_norm(m.conv.forward(x), m.bn.running_mean, m.bn.running_var),
+        lambda m, x, y: m.bn(F.conv2d(x, m.conv.weight, padding=1)),
+    )
+
+    def __init__(self, read):
+        super().__init__()
+        self.read, self.conv, self.bn = read, nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3)
+
+    def forward(self, x):
+        called = self.read in ReadsElsewhere.READS[:4]
+        return self.read(self, x, self.bn(self.conv(x)) if called else x)
+
+
+@pytest.mark.parametrize("read", ReadsElsewhere.READS)
+def test_tensors_that_are_read_elsewhere_are_kept(read):
+    model = with_statistics(ReadsElsewhere(read).to(DEVICE)).double()
+    x = batch(2, 3, 4, 4)
+    folded = bnres.fold(model, x)
+    assert isinstance(folded.bn, nn.BatchNorm2d)
+    torch.testing.assert_close(folded(x), model(x))
+
+
+def test_forwards_that_can_not_be_folded_are_refused():
+    class AsksForABias(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.bn = nn.Conv2d(3, 3, 1, bias=False), nn.BatchNorm2d(3)
+
+        def forward(self, x):
+            y = self.bn(self.conv(x))
+            return y if self.conv.bias is None else y * 2
+
+    class Prints(nn.Sequential):
+        def forward(self, x):
+            y = super().forward(x)
+            print(end="")
+            return y
+
+    x = batch(2, 3, 4, 4).float()
+    with pytest.raises(ValueError, match="its forward depends on its batch norms or biases"):
+        bnres.fold(AsksForABias().to(DEVICE).eval(), x)
+    with pytest.raises(ValueError, match="its forward is not one graph"):
+        bnres.fold(Prints(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)).to(DEVICE).eval(), x)
 
 
 def test_folded_models_are_of_torchs_own_modules():
     stock = nn.Sequential(nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8), nn.ReLU())
     stock = with_statistics(stock.to(DEVICE))
-    folded = bnres.fold(stock)
+    x = torch.randn(2, 8, 3, 3, device=DEVICE)
+    folded = bnres.fold(stock, x)
     assert [type(module) for module in folded] == [nn.Conv2d, nn.Identity, nn.ReLU]
     assert type(folded) is nn.Sequential and folded[2] is not stock[2]
-    x = torch.randn(2, 8, 3, 3, device=DEVICE)
     with torch.no_grad():
         expected = folded(x)
         torch.testing.assert_close(expected, stock(x), rtol=1e-4, atol=1e-4)
@@ -125,8 +190,16 @@ def test_folded_models_are_of_torchs_own_modules():
 
 def test_training_mode_is_refused():
     model = models.resnet18(fused=False)
+    x = torch.zeros(1, 3, 32, 32)
     with pytest.raises(ValueError, match="model must be in eval mode"):
-        bnres.fold(model)
+        bnres.fold(model, x)
     model.eval().layer1[0].bn1.train()
     with pytest.raises(ValueError, match=r"layer1\.0\.bn1 is in training mode"):
-        bnres.fold(model)
+        bnres.fold(model, x)
+
+
+def test_without_inputs_nothing_is_folded():
+    stock = with_statistics(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)))
+    with pytest.warns(UserWarning, match="without an example"):
+        folded = bnres.fold(stock)
+    assert type(folded[1]) is nn.BatchNorm2d and folded is not stock

@@ -422,7 +422,7 @@ def test_every_site_of_resnet18_is_fused():
 
 
 def test_wrong_arguments():
-    with pytest.raises(TypeError, match="model must be a torch.nn.Module, got str"):
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got str"):
         bnres.fuse("resnet18")
     with pytest.raises(ValueError, match="options must be among inner, got 'outer'"):
         backend(fx.symbolic_trace(nn.ReLU()), [], options={"outer": 1})

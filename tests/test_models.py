@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import bnres
 from benchmarks.sites import RESNET18_SITES
 from benchmarks.torchvision_import import torchvision
 from bnres import models, use_backend
@@ -76,24 +75,6 @@ def test_every_activation_and_addition_is_fused():
     assert sum(isinstance(m, BatchNormAct2d) for m in net.modules()) == 20
     stock = models.resnet18(fused=False)
     assert {type(m) for m in stock.modules() if isinstance(m, nn.BatchNorm2d)} == {nn.BatchNorm2d}
-
-
-@pytest.mark.parametrize(
-    ("name", "options"),
-    [
-        ("resnet18", {"act": "leaky_relu"}),
-        ("resnet18", {"stem": "cifar"}),
-        ("resnet50", {}),
-        ("resnet18-seed", {}),
-        ("lenet-seed", {}),
-    ],
-    ids=str,
-)
-def test_unfused_models_are_the_stock_ones(name, options):
-    stock, fused = (models.create_model(name, fused=fused, **options) for fused in (False, True))
-    unfused = bnres.unfuse(fused)
-    assert repr(unfused) == repr(stock) and repr(fused) != repr(stock)
-    assert [type(m) for m in unfused.modules()] == [type(m) for m in stock.modules()]
 
 
 def test_sites_of_the_audit_are_those_of_the_model():

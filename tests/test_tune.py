@@ -12,6 +12,7 @@ from bnres import routes
 from bnres.cli import app
 from bnres.kernels.conv_config import ConvShape, conv_config, search_space
 from bnres.models.blocks import BasicBlock
+from bnres.models.layers import stock_norm_act
 from bnres.routes import ConvCall
 from bnres.tune import conv_calls, tune
 from tests.device import DEVICE
@@ -49,7 +50,8 @@ def configs_of(call):
 
 
 def test_calls_of_a_model():
-    calls = conv_calls(BasicBlock(8, 16, 2), (1, 8, 4, 4), torch.float32)
+    block = BasicBlock(8, 16, 2, stock_norm_act)
+    calls = conv_calls(block, (1, 8, 4, 4), torch.float32)
     assert len(calls) == 6  # three convolutions, with and without residual
 
 
