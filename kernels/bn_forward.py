@@ -95,12 +95,15 @@ def _update_running(ptr, stat, factor, offs_c, mask_c):
 @triton.jit
 def _bn_stats_finalize_kernel(
     mean_ptr, rstd_ptr,
-    running_mean_ptr, running_var_ptr, counter_ptr, sums_ptr, momentum_ptr,
+    running_mean_ptr, running_var_ptr, counter_ptr, sums_ptr, momentum_ptr, input_bias_ptr,
     count, C, splits, momentum: tl.float64,
     eps: tl.float64,
     BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """mean, rstd = 1/sqrt(var + eps) of each channel (C,), and the running statistics; counts a batch."""
+    """mean, rstd = 1/sqrt(var + eps) of each channel (C,), and the running statistics; counts a batch.
+
+    The running mean is that of x + input_bias.
+    """
     offs_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < C
     n = tl.cast(count, tl.float64)
@@ -117,6 +120,8 @@ def _bn_stats_finalize_kernel(
     if momentum_ptr is not None:
         factor = tl.load(momentum_ptr).to(tl.float64)
     if running_mean_ptr is not None:
+        if input_bias_ptr is not None:
+            mean += tl.load(input_bias_ptr + offs_c, mask=mask_c, other=0).to(tl.float64)
         _update_running(running_mean_ptr, mean, factor, offs_c, mask_c)
     if running_var_ptr is not None:
         _update_running(running_var_ptr, var * (n / (n - 1)), factor, offs_c, mask_c)
@@ -181,14 +186,15 @@ def bn_stats(
     momentum: float | Tensor,
     eps: float,
     *,
+    input_bias: Tensor | None = None,
     counter: Tensor | None = None,
     out: Statistics | None = None,
 ) -> Statistics:
     """Batch mean and 1/sqrt(biased variance + eps) of each channel, each (C,) in fp32 (or fp64).
 
-    The running buffers are updated in place, with the unbiased variance, and ``counter``, one int64,
-    goes up by one. ``momentum`` may be a one-element tensor on the device. An empty ``x`` counts, but
-    leaves the buffers as they are.
+    The running buffers are updated in place with the mean of ``x + input_bias`` and the unbiased
+    variance, and ``counter``, one int64, goes up by one. ``momentum`` may be a one-element tensor on
+    the device. An empty ``x`` counts, but leaves the buffers as they are.
     """
     mean, rstd = out = out or Statistics(*empty_channels(x, 2))
     if x.numel() == 0:
@@ -212,6 +218,7 @@ def bn_stats(
         counter_ptr=counter,
         sums_ptr=sums,
         momentum_ptr=momentum if on_device else None,
+        input_bias_ptr=input_bias,
         momentum=0.0 if on_device else momentum,
         eps=eps,
     )

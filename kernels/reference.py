@@ -47,14 +47,19 @@ def bn_stats_ref(
     momentum: float | Tensor,
     eps: float,
     *,
+    input_bias: Tensor | None = None,
     counter: Tensor | None = None,
 ) -> Statistics:
-    """mean = E[x], rstd = 1/sqrt(E[(x − mean)²] + eps); running buffers with the unbiased variance."""
+    """mean = E[x], rstd = 1/sqrt(E[(x − mean)²] + eps).
+
+    The running buffers are updated with E[x + input_bias] and the unbiased variance.
+    """
     dims, count = reduced_dims(x), x[:, 0].numel()
     wide = x.to(acc_type(x))
     mean = wide.mean(dims)
     var = (wide - per_channel(mean, x)).square().mean(dims)
-    for buffer, stat in ((running_mean, mean), (running_var, var * count / max(count - 1, 1))):
+    shifted = mean if input_bias is None else mean + input_bias
+    for buffer, stat in ((running_mean, shifted), (running_var, var * count / max(count - 1, 1))):
         if buffer is not None:
             buffer.copy_((1 - momentum) * buffer + momentum * stat.detach())
     if counter is not None:

@@ -2,7 +2,7 @@
 
 The inputs are small whole numbers and counts are powers of two, so sums are exact in any order and
 the bits don't depend on the machine. After a change that is meant to change bits, run
-``python -m tests.test_frozen`` and say in the commit why they changed.
+``TRITON_INTERPRET=1 python -m tests.test_frozen`` and say in the commit why they changed.
 """
 
 import hashlib

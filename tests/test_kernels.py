@@ -67,6 +67,12 @@ def test_launchers_agree_with_their_references(shape, last, many_programs):
     assert counter == wide_counter == 7
     pairs = [*zip(stats, wide_stats, strict=True), (mean, wide_mean), (var, wide_var)]
 
+    shifted, wide_shifted = torch.zeros_like(mean), torch.zeros_like(wide_mean)
+    again = bn_forward.bn_stats(x, shifted, None, 0.3, 1e-3, input_bias=bias)
+    reference.bn_stats_ref(x.double(), wide_shifted, None, 0.3, 1e-3, input_bias=bias.double())
+    assert all(map(torch.equal, again, stats))
+    pairs.append((shifted, wide_shifted))
+
     norm = Norm(stats, weight, bias)
     forward = (norm, residual, None, "relu", 0.0)
     y, mask = bn_forward.bn_apply(x, *forward, save_mask=True)

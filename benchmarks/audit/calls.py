@@ -67,7 +67,7 @@ OTHERS: Axes = {
 }
 # The case of `batch_norm_act` without residual and activation; and the type of an argument.
 SPECIAL_CASES = {"batch_norm", "BatchNormState"}
-PARAMETERS = ("input", "weight", "bias", "residual")
+PARAMETERS = ("input", "weight", "bias", "input_bias", "residual")
 OPTIONAL: tuple[set[Any], ...] = (
     {Tensor, NoneType}, {Tensor, float}, {tuple[float, ...], NoneType}, {BatchNormState, NoneType},
 )  # fmt: skip
@@ -255,7 +255,7 @@ def _run_functional(function: Callable[..., Any], options: Options) -> None:
     wanted = {"none": (), "activations": ("input", "residual")}.get(options["grad"], PARAMETERS)
     leaves = [t for name in wanted if (t := arguments.get(name)) is not None]
     if options["grad"] == "all" and options.get("residual_norm"):
-        leaves += [t for name in ("weight", "bias") if (t := state[name]) is not None]
+        leaves += [t for name in ("weight", "bias", "input_bias") if (t := state[name]) is not None]
     for leaf in leaves:
         leaf.requires_grad_()
     y = function(**arguments)

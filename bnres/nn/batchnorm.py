@@ -24,7 +24,6 @@ class _FusedForward(nn.modules.batchnorm._BatchNorm):
         residual_norm: nn.modules.batchnorm._BatchNorm | None = None,
         fork: bool = False,
     ) -> Any:
-        self._check_input_dim(input)
         return norm_add_act(
             self, input, residual, residual_norm, self.act, self.act_kwargs, fork=fork
         )
@@ -118,7 +117,6 @@ class BatchNormActMaxPool2d(BatchNormAct2d):
         self.ceil_mode = ceil_mode
 
     def forward(self, input: Tensor) -> Tensor:  # type: ignore[override]
-        self._check_input_dim(input)
         return norm_act_pool(self, input, self, self.act, self.act_kwargs)
 
     def extra_repr(self) -> str:

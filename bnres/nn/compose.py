@@ -7,14 +7,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from bnres.nn.state import Norm, last_momentum, next_state, normalizes_by_batch
+from bnres.backend import uses_kernels
+from bnres.nn.state import Norm, next_state, normalizes_by_batch
 from bnres.operations.batch_norm_act import batch_norm_act
 from bnres.operations.batch_norm_act_max_pool import batch_norm_act_max_pool2d
-from bnres.operations.conv_batch_norm_act import (
-    absorb_bias,
-    conv2d_batch_norm_act,
-    shift_running_mean,
-)
+from bnres.operations.conv_batch_norm_act import conv2d_batch_norm_act
 
 Act = str | type[nn.Module] | None
 
@@ -27,24 +24,30 @@ def norm_add_act(
     act: Act = None,
     act_kwargs: dict[str, Any] | None = None,
     *,
+    input_bias: Tensor | None = None,
+    residual_input_bias: Tensor | None = None,
     fork: bool = False,
 ) -> Any:
-    """act(bn(input) + residual), or act(bn(input) + residual_norm(residual)).
+    """act(bn(input + input_bias) + residual), or + residual_norm(residual + residual_input_bias).
 
     Raises:
-        ValueError: for a ``residual_norm`` without a residual.
+        ValueError: for input with a number of dimensions that a module does not take, and for a
+            ``residual_norm`` without a residual.
     """
+    bn._check_input_dim(input)
     training, other = normalizes_by_batch(bn), None
     if residual_norm is not None:
         if residual is not None and normalizes_by_batch(residual_norm) != training:
             # One of them is frozen: they need different passes.
-            residual = norm_add_act(residual_norm, residual)
+            residual = norm_add_act(residual_norm, residual, input_bias=residual_input_bias)
         else:
-            other = next_state(residual_norm)
+            if residual is not None:
+                residual_norm._check_input_dim(residual)
+            other = next_state(residual_norm, residual_input_bias)
     s = next_state(bn)
     return batch_norm_act(
-        input, s.running_mean, s.running_var, s.weight, s.bias, residual=residual,
-        residual_norm=other, act=act, act_kwargs=act_kwargs, training=training,
+        input, s.running_mean, s.running_var, s.weight, s.bias, input_bias=input_bias,
+        residual=residual, residual_norm=other, act=act, act_kwargs=act_kwargs, training=training,
         momentum=s.momentum, eps=s.eps, num_batches_tracked=s.num_batches_tracked, fork=fork,
     )  # fmt: skip
 
@@ -64,35 +67,31 @@ def conv_norm_add_act(
     """act(bn(conv(input)) + residual), or + residual_norm(residual_conv(residual))."""
     options: dict[str, Any] = {"act": act, "act_kwargs": act_kwargs, "fork": fork}
     if conv is not None and residual_norm is None and conv.padding_mode == "zeros":
+        bn._check_input_dim(input)
+        s = next_state(bn)
         return conv2d_batch_norm_act(
-            input, conv.weight, conv.bias, stride=conv.stride, padding=conv.padding,
-            dilation=conv.dilation, groups=conv.groups, residual=residual,
-            training=normalizes_by_batch(bn), **options, **next_state(bn)._asdict(),
+            input, conv.weight, conv.bias, s.running_mean, s.running_var, s.weight, s.bias,
+            stride=conv.stride, padding=conv.padding, dilation=conv.dilation, groups=conv.groups,
+            residual=residual, training=normalizes_by_batch(bn), momentum=s.momentum, eps=s.eps,
+            num_batches_tracked=s.num_batches_tracked, **options,
         )  # fmt: skip
-    x = _convolve(conv, bn, input)
+    input, input_bias = _convolve(conv, input)
+    residual_input_bias = None
     if residual is not None:
-        residual = _convolve(residual_conv, residual_norm, residual)
-    y = norm_add_act(bn, x, residual, residual_norm, **options)
-    _shift(bn, conv, x)
-    _shift(residual_norm, residual_conv, x)
-    return y
+        residual, residual_input_bias = _convolve(residual_conv, residual)
+    return norm_add_act(
+        bn, input, residual, residual_norm, input_bias=input_bias,
+        residual_input_bias=residual_input_bias, **options,
+    )  # fmt: skip
 
 
-def _convolve(conv: nn.Conv2d | None, bn: Norm, input: Tensor) -> Tensor:
-    """conv(input), without the bias where ``bn`` cancels it; the input where there is no ``conv``."""
+def _convolve(conv: nn.Conv2d | None, input: Tensor) -> tuple[Tensor, Tensor | None]:
+    """conv(input) without the bias that the batch norm is to add, and that bias or None."""
     if conv is None:
-        return input
-    if conv.bias is None or not normalizes_by_batch(bn):
-        return conv(input)
-    return absorb_bias(conv._conv_forward(input, conv.weight, None), conv.bias)
-
-
-def _shift(bn: Norm, conv: nn.Conv2d | None, x: Tensor) -> None:
-    """After a call of ``bn``: adds to the running mean what `_convolve` left out."""
-    if conv is None or conv.bias is None or not x.numel():
-        return
-    if bn.training and bn.track_running_stats:
-        shift_running_mean(bn.running_mean, conv.bias, last_momentum(bn))
+        return input, None
+    if conv.bias is None or not uses_kernels(input):
+        return conv(input), None
+    return conv._conv_forward(input, conv.weight, None), conv.bias
 
 
 def norm_act_pool(
@@ -104,11 +103,10 @@ def norm_act_pool(
     conv: nn.Conv2d | None = None,
 ) -> Tensor:
     """max_pool2d(act(bn(conv(input)))); ``pool`` has the attributes of `torch.nn.MaxPool2d`."""
-    x = _convolve(conv, bn, input)
-    y = batch_norm_act_max_pool2d(
+    bn._check_input_dim(input)
+    x, input_bias = _convolve(conv, input)
+    return batch_norm_act_max_pool2d(
         x, kernel_size=pool.kernel_size, stride=pool.stride, padding=pool.padding,
         dilation=pool.dilation, ceil_mode=pool.ceil_mode, act=act, act_kwargs=act_kwargs,
-        training=normalizes_by_batch(bn), **next_state(bn)._asdict(),
+        training=normalizes_by_batch(bn), **next_state(bn, input_bias)._asdict(),
     )  # fmt: skip
-    _shift(bn, conv, x)
-    return y

@@ -10,7 +10,7 @@ from bnres.operations.norms import BatchNormState
 Norm = nn.modules.batchnorm._BatchNorm
 
 
-def next_state(bn: Norm) -> BatchNormState:
+def next_state(bn: Norm, input_bias: Tensor | None = None) -> BatchNormState:
     """The state for a call of ``bn``; in training the call counts the batch."""
     counts = bn.training and bn.track_running_stats
     momentum: float | Tensor = 0.0
@@ -18,7 +18,8 @@ def next_state(bn: Norm) -> BatchNormState:
     if bn.momentum is not None:
         momentum = bn.momentum
     elif counter is not None:
-        momentum = _mean_momentum(counter + 1)
+        # Of a cumulative average.
+        momentum = (counter + 1).to(torch.float64).reciprocal()
     tracked = not bn.training or bn.track_running_stats
     return BatchNormState(
         _read(bn, bn._buffers, "running_mean") if tracked else None,
@@ -28,24 +29,13 @@ def next_state(bn: Norm) -> BatchNormState:
         momentum,
         bn.eps,
         counter,
+        input_bias,
     )
 
 
 def _read(bn: Norm, registered: Any, name: str) -> Tensor | None:
     """An attribute, at a third of what a module's look-up takes; a parametrised one is not registered."""
     return registered[name] if name in registered else getattr(bn, name)
-
-
-def last_momentum(bn: Norm) -> float | Tensor:
-    """The momentum of the last call in training."""
-    if bn.momentum is not None:
-        return bn.momentum
-    return 0.0 if bn.num_batches_tracked is None else _mean_momentum(bn.num_batches_tracked)
-
-
-def _mean_momentum(counter: Tensor) -> Tensor:
-    """The momentum of a cumulative average."""
-    return counter.to(torch.float64).reciprocal()
 
 
 def normalizes_by_batch(bn: Norm) -> bool:

@@ -28,11 +28,11 @@ def check_norm(
 ) -> None:
     """Raises for buffers and parameters that do not fit an input of ``channels`` on ``device``.
 
-    ``norm`` has them as attributes; ``prefix`` begins their names in an error.
+    ``norm`` is a `BatchNormState`; ``prefix`` begins the names of its tensors in an error.
     """
     if not training:
         check_statistics(norm, prefix)
-    for name in ("running_mean", "running_var", "weight", "bias"):
+    for name in ("running_mean", "running_var", "weight", "bias", "input_bias"):
         tensor = getattr(norm, name)
         if tensor is None:
             continue
@@ -44,7 +44,8 @@ def check_norm(
             raise TypeError(f"{prefix}{name} must be of a floating dtype, got {tensor.dtype}")
         if tensor.device != device:
             raise RuntimeError(f"{prefix}{name} is on {tensor.device}, but input is on {device}")
-    if isinstance(momentum := getattr(norm, "momentum", None), Tensor):
+    momentum = norm.momentum
+    if isinstance(momentum, Tensor):
         if momentum.numel() != 1:
             raise ValueError(f"{prefix}momentum must have one element, got {momentum.numel()}")
         if momentum.device != device:

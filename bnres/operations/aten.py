@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bnres.kernels.reference import ACTIVATION_FORMULAS
+from bnres.kernels.reference import ACTIVATION_FORMULAS, bn_stats_ref
 from bnres.operations.norms import BatchNormState
 
 
@@ -17,19 +17,19 @@ def batch_norm_act_aten(
     param: float = 0.0,
 ) -> Tensor:
     """`batch_norm_act`."""
-    mean, var, weight, bias, momentum, eps, counter = norm
+    mean, var, weight, bias, momentum, eps, counter, input_bias = norm
+    if input_bias is not None:
+        input = input + input_bias.to(input.dtype).view(-1, *[1] * (input.dim() - 2))
     if counter is not None:
         counter.add_(1)
-    if isinstance(momentum, Tensor) and training:
-        fresh = [None if b is None else torch.zeros_like(b) for b in (mean, var)]
-        y = F.batch_norm(input, fresh[0], fresh[1], weight, bias, True, 1.0, eps)
-        if input.numel():
-            for buffer, stat in zip((mean, var), fresh, strict=True):
-                if buffer is not None and stat is not None:
-                    buffer.copy_((1 - momentum) * buffer + momentum * stat)
-    else:
-        number = 0.0 if isinstance(momentum, Tensor) else momentum
-        y = F.batch_norm(input, mean, var, weight, bias, training, number, eps)
+    if isinstance(momentum, Tensor):
+        if training:
+            # Before the batch norm, after which torch.utils.checkpoint may stop recomputing.
+            if input.numel():
+                bn_stats_ref(input.detach(), mean, var, momentum, eps)
+            mean = var = None
+        momentum = 0.0
+    y = F.batch_norm(input, mean, var, weight, bias, training, momentum, eps)
     # What batch norm has just made is nobody else's, so it can be written over.
     if residual is not None:
         in_place = not torch.is_grad_enabled() and residual.dtype == y.dtype

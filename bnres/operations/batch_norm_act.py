@@ -27,10 +27,13 @@ from bnres.operations.norms import (
     BatchNormState,
     copy_running,
     empty_statistics,
+    input_bias_gradient,
     launch_statistics,
+    of_input_bias,
     rows_of,
     split_momentum,
     state_of,
+    without_input_bias,
 )
 from bnres.operations.operator import Maybe, Recording, operator
 
@@ -41,9 +44,11 @@ class Inputs(NamedTuple):
     x: Tensor
     weight: Maybe
     bias: Maybe
+    input_bias: Maybe
     residual: Maybe = None
     residual_weight: Maybe = None
     residual_bias: Maybe = None
+    residual_input_bias: Maybe = None
 
 
 class Buffers(NamedTuple):
@@ -91,9 +96,11 @@ class Saved(NamedTuple):
     x: Tensor
     weight: Maybe
     bias: Maybe
+    input_bias: Maybe
     residual: Maybe
     residual_weight: Maybe
     residual_bias: Maybe
+    residual_input_bias: Maybe
     statistics: Tensor
     mask: Maybe
 
@@ -115,8 +122,10 @@ def _allocate(inputs: Inputs, buffers: Buffers, spec: Spec) -> Outputs:
 
 def _forward(inputs: Inputs, buffers: Buffers, spec: Spec, recording: Recording) -> Outputs:
     outputs = _allocate(inputs, buffers, spec)
-    if outputs.statistics is not None and not spec.training:
-        copy_running(outputs.statistics, inputs.x, *_states(inputs, buffers, spec))
+    if not spec.training:
+        buffers = without_input_bias(inputs, buffers, inputs.x)
+        if outputs.statistics is not None:
+            copy_running(outputs.statistics, inputs.x, *_states(inputs, buffers, spec))
     recording.forward.run(_launch_forward, (inputs, buffers, outputs), spec)
     return outputs
 
@@ -268,28 +277,37 @@ def _input_gradients(
     else:
         dx, dresidual = bool(needed.x), bool(needed.residual) and not is_sum
     sums = needed.weight or needed.bias or needed.residual_weight or needed.residual_bias
+    if not spec.training:
+        sums = sums or needed.input_bias or needed.residual_input_bias
     asked = Asked(dx, dresidual, bool(sums))
     found = _run_backward(Gradients(dy, dy_skip), saved, spec, asked, recording=recording)
-    residual = residual_weight = residual_bias = None
+    input_bias = residual = residual_weight = residual_bias = residual_input_bias = None
+    if needed.input_bias:
+        input_bias = input_bias_gradient(saved, spec, found.sum_dy)
     if needed.residual:
         residual = dy.view_as(dy) if is_sum else found.dresidual
     if needed.residual_weight:
         residual_weight = as_dtype_of(saved.residual_weight, found.residual_sum_dy_xhat)
     if needed.residual_bias:
         residual_bias = as_dtype_of(saved.residual_bias, found.residual_sum_dy)
+    if needed.residual_input_bias:
+        residual_input_bias = input_bias_gradient(saved, spec, found.residual_sum_dy, "residual_")
     return (
         found.dx if needed.x else None,
         as_dtype_of(saved.weight, found.sum_dy_xhat) if needed.weight else None,
         as_dtype_of(saved.bias, found.sum_dy) if needed.bias else None,
+        input_bias,
         residual,
         residual_weight,
         residual_bias,
+        residual_input_bias,
     )
 
 
 def _constants(inputs: Inputs, buffers: Buffers, spec: Spec) -> tuple[Tensor | None, None]:
     if spec.training:
         return None, None
+    buffers = without_input_bias(inputs, buffers, inputs.x)
     states = _states(inputs, buffers, spec)
     return copy_running(empty_statistics(inputs.x, len(states)), inputs.x, *states), None
 
@@ -301,7 +319,8 @@ def _formula(saved: Saved, spec: Spec) -> Tensor:
         if spec.has_residual_norm:
             statistics.append(bn_stats_ref(residual, None, None, 0.0, spec.residual_eps))
     else:
-        statistics = rows_of(saved.statistics, x)
+        biases = saved.input_bias, saved.residual_input_bias
+        statistics = list(map(of_input_bias, rows_of(saved.statistics, x), biases))
     norm, residual_norm = _norms(saved, statistics)
     if saved.mask is None:
         return bn_apply_ref(x, norm, residual, residual_norm, act, spec.act_param)[0]
@@ -375,6 +394,7 @@ def batch_norm_act(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     *,
+    input_bias: Tensor | None = None,
     residual: Tensor | None = None,
     residual_norm: BatchNormState | None = None,
     act: str | type[torch.nn.Module] | None = "relu",
@@ -385,7 +405,9 @@ def batch_norm_act(
     num_batches_tracked: Tensor | None = None,
     fork: bool = False,
 ) -> Any:
-    """Fused ``act(batch_norm(input) + residual)``, or ``act(batch_norm(input) + batch_norm(residual))``.
+    """Fused ``act(batch_norm(input + input_bias) + residual)``.
+
+    With ``residual_norm`` it is ``act(batch_norm(input + input_bias) + batch_norm(residual))``.
 
     Args:
         input: (N, C, *) of 2 to 5 dimensions, fp16, bf16, fp32 or fp64, contiguous or
@@ -395,6 +417,8 @@ def batch_norm_act(
         running_var: (C,), as ``running_mean``; it takes the unbiased variance.
         weight: (C,) or None for 1.
         bias: (C,) or None for 0.
+        input_bias: (C,) or None for 0; added to ``input``, as the bias that was left out of the
+            convolution before. In training it only enters the running mean, at no cost.
         residual: of the shape of ``input``, added before the activation; another dtype promotes
             the result as addition does.
         residual_norm: the residual's own batch norm, as at the end of a down-sampling block;
@@ -425,16 +449,18 @@ def batch_norm_act(
     device_momentum, number = split_momentum(momentum)
     counter = num_batches_tracked if training else None
     if residual_norm is None:
-        inputs = Inputs(input, weight, bias, residual)
+        inputs = Inputs(input, weight, bias, input_bias, residual)
         buffers = Buffers(running_mean, running_var, counter, device_momentum)
-        needs_grad = wants_grad(input, weight, bias, residual)
+        needs_grad = wants_grad(input, weight, bias, input_bias, residual)
         # Not defaults of the fields: torch.compile would make symbols of the numbers.
         spec = Spec(name, param, training, needs_grad, number, eps, False, 0.0, 0.0)
     else:
         if residual is None:
             raise ValueError("residual must be given with residual_norm, got None")
         norm = residual_norm
-        inputs = Inputs(input, weight, bias, residual, norm.weight, norm.bias)
+        inputs = Inputs(
+            input, weight, bias, input_bias, residual, norm.weight, norm.bias, norm.input_bias
+        )
         residual_device_momentum, residual_number = split_momentum(norm.momentum)
         buffers = Buffers(
             running_mean, running_var, counter, device_momentum, norm.running_mean, norm.running_var,

@@ -21,10 +21,13 @@ from bnres.operations.call import Operation, call
 from bnres.operations.norms import (
     copy_running,
     empty_statistics,
+    input_bias_gradient,
     launch_statistics,
+    of_input_bias,
     rows_of,
     split_momentum,
     state_of,
+    without_input_bias,
 )
 from bnres.operations.operator import Maybe, Recording, operator
 
@@ -37,6 +40,7 @@ class Inputs(NamedTuple):
     x: Tensor
     weight: Maybe
     bias: Maybe
+    input_bias: Maybe
 
 
 class Buffers(NamedTuple):
@@ -80,6 +84,7 @@ class Saved(NamedTuple):
     x: Tensor
     weight: Maybe
     bias: Maybe
+    input_bias: Maybe
     statistics: Tensor
     argmax: Tensor
     x_max: Tensor
@@ -102,8 +107,10 @@ def _allocate(inputs: Inputs, buffers: Buffers, spec: Spec) -> Outputs:
 
 def _forward(inputs: Inputs, buffers: Buffers, spec: Spec, recording: Recording) -> Outputs:
     outputs = _allocate(inputs, buffers, spec)
-    if outputs.statistics is not None and not spec.training:
-        copy_running(outputs.statistics, inputs.x, state_of(inputs, buffers, spec))
+    if not spec.training:
+        buffers = without_input_bias(inputs, buffers, inputs.x)
+        if outputs.statistics is not None:
+            copy_running(outputs.statistics, inputs.x, state_of(inputs, buffers, spec))
     recording.forward.run(_launch_forward, (inputs, buffers, outputs), spec)
     return outputs
 
@@ -204,7 +211,8 @@ def _input_gradients(
     needed: Inputs,
     recording: Recording | None,
 ) -> Sequence[Tensor | None]:
-    asked = Asked(bool(needed.x), bool(needed.weight or needed.bias))
+    sums = needed.weight or needed.bias or (needed.input_bias and not spec.training)
+    asked = Asked(bool(needed.x), bool(sums))
     if dy_skip is not None and not (spec.training or asked.sums):
         dy, dy_skip = dy + dy_skip, None  # there is no reduce pass to sum them
     found = _run_backward(Gradients(dy, dy_skip), saved, spec, asked, recording=recording)
@@ -212,12 +220,14 @@ def _input_gradients(
         found.dx if needed.x else None,
         as_dtype_of(saved.weight, found.sum_dy_xhat) if needed.weight else None,
         as_dtype_of(saved.bias, found.sum_dy) if needed.bias else None,
+        input_bias_gradient(saved, spec, found.sum_dy) if needed.input_bias else None,
     )
 
 
 def _constants(inputs: Inputs, buffers: Buffers, spec: Spec) -> tuple[Tensor | None, None, None]:
     statistics = None
     if not spec.training:
+        buffers = without_input_bias(inputs, buffers, inputs.x)
         norm = state_of(inputs, buffers, spec)
         statistics = copy_running(empty_statistics(inputs.x), inputs.x, norm)
     return statistics, None, None
@@ -228,7 +238,7 @@ def _formula(saved: Saved, spec: Spec) -> Tensor:
     if spec.training:
         statistics = bn_stats_ref(x, None, None, 0.0, spec.eps)
     else:
-        (statistics,) = rows_of(saved.statistics, x)
+        statistics = of_input_bias(rows_of(saved.statistics, x)[0], saved.input_bias)
     norm = Norm(statistics, saved.weight, saved.bias)
     if saved.argmax is None:
         return bn_max_pool_ref(x, norm, spec.act, spec.act_param, window, spec.ceil_mode)[0]
@@ -283,6 +293,7 @@ def batch_norm_act_max_pool2d(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     *,
+    input_bias: Tensor | None = None,
     kernel_size: Size,
     stride: Size | None = None,
     padding: Size = 0,
@@ -296,7 +307,7 @@ def batch_norm_act_max_pool2d(
     num_batches_tracked: Tensor | None = None,
     fork: bool = False,
 ) -> Any:
-    """Fused ``max_pool2d(act(batch_norm(input)))``, the stem of a ResNet.
+    """Fused ``max_pool2d(act(batch_norm(input + input_bias)))``, the stem of a ResNet.
 
     The pooled activation is never written to memory. The values compared are those rounded to the dtype of
     ``input``; the first of equal ones wins and NaN propagates, as in
@@ -304,7 +315,7 @@ def batch_norm_act_max_pool2d(
 
     Args:
         input: (N, C, H, W), fp16, bf16, fp32 or fp64, contiguous or channels_last.
-        running_mean, running_var, weight, bias: as in `batch_norm_act`.
+        running_mean, running_var, weight, bias, input_bias: as in `batch_norm_act`.
         kernel_size, stride, padding, dilation, ceil_mode: as in
             `torch.nn.functional.max_pool2d`.
         act, act_kwargs, training, momentum, eps, num_batches_tracked, fork: as in
@@ -320,7 +331,7 @@ def batch_norm_act_max_pool2d(
     name, param = resolve(act, act_kwargs)
     window = window_fields(kernel_size, stride, padding, dilation)
     device_momentum, number = split_momentum(momentum)
-    inputs = Inputs(input, weight, bias)
+    inputs = Inputs(input, weight, bias, input_bias)
     counter = num_batches_tracked if training else None
     buffers = Buffers(running_mean, running_var, counter, device_momentum)
     spec = Spec(name, param, training, wants_grad(*inputs), number, eps, window, ceil_mode)
@@ -330,8 +341,8 @@ def batch_norm_act_max_pool2d(
         _check(inputs, buffers, spec)
         # A window may be all padding, for which only torch's pooling defines a result.
         y = batch_norm_act(
-            input, running_mean, running_var, weight, bias, act=act, act_kwargs=act_kwargs,
-            training=training, momentum=momentum, eps=eps,
+            input, running_mean, running_var, weight, bias, input_bias=input_bias, act=act,
+            act_kwargs=act_kwargs, training=training, momentum=momentum, eps=eps,
             num_batches_tracked=num_batches_tracked,
         )  # fmt: skip
         y = F.max_pool2d(y, kernel_size, stride, padding, dilation, ceil_mode)

@@ -5,14 +5,12 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import Function
-from torch.compiler import is_compiling
 
 from bnres.activations import resolve
+from bnres.backend import uses_kernels
 from bnres.kernels.conv_config import ConvConfig, ConvShape
 from bnres.kernels.norm import Norm, RunningStatistics
 from bnres.kernels.outputs import empty_convolved
-from bnres.kernels.torch_internals import in_forward_mode
 from bnres.operations.arguments import (
     check_conv_bias,
     check_norm,
@@ -23,6 +21,7 @@ from bnres.operations.arguments import (
 )
 from bnres.operations.batch_norm_act import batch_norm_act
 from bnres.operations.conv_route import Size, kernel_conv
+from bnres.operations.norms import BatchNormState
 from bnres.operations.operator import Maybe, Recording, operator
 
 
@@ -115,8 +114,8 @@ def conv2d_batch_norm_act(
     In training, or where gradients are asked for, it is torch's convolution and our batch norm.
     Without gradients, in evaluation, one kernel does all of it where that was measured to be
     faster on this GPU (see `bnres.routes`); in fp32 only if ``torch.backends.cudnn.allow_tf32`` is
-    set, as it is by default. A ``conv_bias`` before the statistics of the batch cancels: it
-    only moves the running mean, and its gradient is zeros.
+    set, as it is by default. In training the kernels do not add the ``conv_bias``, which the
+    batch's mean cancels: it only enters the running mean, and its gradient is zeros.
 
     Args:
         input: (N, C, H, W); in autocast it is cast as `torch.nn.functional.conv2d` casts it.
@@ -145,22 +144,13 @@ def conv2d_batch_norm_act(
         y = _by_kernel(inputs, act, act_kwargs, eps, (stride, padding, dilation, groups))
         if y is not None:
             return (y, y) if fork else y
-    x = F.conv2d(input, conv_weight, None, stride, padding, dilation, groups)
-    if conv_bias is not None:
-        if training:
-            x = absorb_bias(x, conv_bias)
-        elif wants_grad(conv_bias) or running_mean is None:
-            x = x + conv_bias.to(x.dtype).view(1, -1, 1, 1)
-        else:
-            running_mean = running_mean - conv_bias
-    y = batch_norm_act(
-        x, running_mean, running_var, weight, bias, residual=residual, act=act,
+    in_conv, in_norm = (None, conv_bias) if uses_kernels(input) else (conv_bias, None)
+    x = F.conv2d(input, conv_weight, in_conv, stride, padding, dilation, groups)
+    return batch_norm_act(
+        x, running_mean, running_var, weight, bias, input_bias=in_norm, residual=residual, act=act,
         act_kwargs=act_kwargs, training=training, momentum=momentum, eps=eps,
         num_batches_tracked=num_batches_tracked, fork=fork,
     )  # fmt: skip
-    if conv_bias is not None and training and x.numel():
-        shift_running_mean(running_mean, conv_bias, momentum)
-    return y
 
 
 def _by_kernel(
@@ -179,7 +169,8 @@ def _by_kernel(
         return None
     name, param = resolve(act, act_kwargs)
     i = inputs
-    check_norm(i, filter.shape[0], x.device, training=False)
+    norm = BatchNormState(i.running_mean, i.running_var, i.weight, i.bias)
+    check_norm(norm, filter.shape[0], x.device, training=False)
     shape, last = kernel.shape, torch.channels_last
     if residual is not None:
         size = (x.shape[0], filter.shape[0], *shape.output_size(*x.shape[2:]))
@@ -193,43 +184,3 @@ def _by_kernel(
     )  # fmt: skip
     spec = Spec(name, param, eps, shape.as_tuple(), kernel.config.as_tuple())
     return _run_forward(dense, spec, recording=None).y
-
-
-def absorb_bias(x: Tensor, conv_bias: Tensor) -> Tensor:
-    """``x``, with a graph in which ``conv_bias``, which the batch's mean cancels, has a gradient of zeros."""
-    if not wants_grad(conv_bias):
-        return x
-    if not is_compiling() and in_forward_mode():
-        return x + (conv_bias - conv_bias).to(x.dtype).view(1, -1, 1, 1)
-    return CancelledBias.apply(x, conv_bias)
-
-
-class CancelledBias(Function):
-    """``x`` itself; the bias has a gradient of zeros."""
-
-    @staticmethod
-    def forward(x: Tensor, conv_bias: Tensor) -> Tensor:
-        return x.view_as(x)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(inputs[1])
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None]:
-        zeros = torch.zeros_like(ctx.saved_tensors[0]) if ctx.needs_input_grad[1] else None
-        return dy, zeros
-
-
-def shift_running_mean(
-    running_mean: Tensor | None, conv_bias: Tensor, momentum: float | Tensor
-) -> None:
-    """Adds to the running mean what the bias, left out of the convolution, would have added."""
-    if running_mean is None:
-        return
-    shift = (conv_bias.detach() * momentum).to(running_mean.dtype)
-    if is_compiling():
-        running_mean.add_(shift)
-    else:
-        # ATen's batch norm has saved the buffer, which its backward does not read in training.
-        running_mean.data.add_(shift)

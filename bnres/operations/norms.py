@@ -10,6 +10,7 @@ from torch import Tensor
 
 from bnres.kernels.dtypes import acc_type
 from bnres.kernels.norm import RunningStatistics, Statistics
+from bnres.operations.arguments import as_dtype_of
 
 
 class BatchNormState(NamedTuple):
@@ -22,6 +23,7 @@ class BatchNormState(NamedTuple):
     momentum: float | Tensor = 0.1
     eps: float = 1e-5
     num_batches_tracked: Tensor | None = None
+    input_bias: Tensor | None = None
 
 
 def state_of(inputs: Any, buffers: Any, spec: Any, prefix: str = "") -> BatchNormState:
@@ -39,6 +41,7 @@ def state_of(inputs: Any, buffers: Any, spec: Any, prefix: str = "") -> BatchNor
         field(spec, "momentum") if momentum is None else momentum,
         field(spec, "eps"),
         field(buffers, "counter"),
+        field(inputs, "input_bias"),
     )
 
 
@@ -64,6 +67,22 @@ def rows_of(statistics: Tensor, x: Tensor) -> list[Statistics]:
     return [Statistics(*pair) for pair in zip(rows[::2], rows[1::2], strict=True)]
 
 
+_BIASES_AND_MEANS = (
+    ("input_bias", "running_mean"),
+    ("residual_input_bias", "residual_running_mean"),
+)
+
+
+def without_input_bias(inputs: Any, buffers: Any, x: Tensor) -> Any:
+    """The buffers for evaluation: with the running means of inputs to which no bias is added."""
+    for bias_name, mean_name in _BIASES_AND_MEANS:
+        input_bias = getattr(inputs, bias_name, None)
+        if input_bias is not None:
+            mean = getattr(buffers, mean_name).to(acc_type(x)) - input_bias.detach()
+            buffers = buffers._replace(**{mean_name: mean})
+    return buffers
+
+
 def copy_running(statistics: Tensor, x: Tensor, *norms: BatchNormState) -> Tensor:
     """Fills ``statistics`` from running ones, whose buffers may change before backward."""
     for (mean, rstd), norm in zip(rows_of(statistics, x), norms, strict=True):
@@ -73,20 +92,37 @@ def copy_running(statistics: Tensor, x: Tensor, *norms: BatchNormState) -> Tenso
     return statistics
 
 
+def of_input_bias(statistics: Statistics, input_bias: Tensor | None) -> Statistics:
+    """Statistics for evaluation, less ``input_bias``, as a differentiable function of it."""
+    if input_bias is None:
+        return statistics
+    return statistics._replace(mean=statistics.mean - (input_bias - input_bias.detach()))
+
+
+def input_bias_gradient(saved: Any, spec: Any, sum_dy: Any, prefix: str = "") -> Tensor:
+    """weight·rstd·Σ dz; zeros in training, where the batch's mean cancels the bias."""
+    input_bias, weight = (getattr(saved, prefix + name) for name in ("input_bias", "weight"))
+    if spec.training:
+        return torch.zeros_like(input_bias)
+    gradient = sum_dy * rows_of(saved.statistics, saved.x)[-1 if prefix else 0].rstd
+    return as_dtype_of(input_bias, gradient if weight is None else gradient * weight)
+
+
 def launch_statistics(
     x: Tensor, norm: BatchNormState, training: bool, kept: Statistics | None
 ) -> Statistics | RunningStatistics:
     """What ``x`` is normalised with.
 
     In training these are the statistics of the batch, which are written to ``kept``, or to scratch
-    memory if that is None. In evaluation ``kept`` has been filled from the running ones.
+    memory if that is None. In evaluation ``kept`` has been filled from the running ones, and the
+    running mean is that of ``x`` without the bias.
     """
     from bnres.kernels.bn_forward import bn_stats
 
     if training:
         return bn_stats(
             x, norm.running_mean, norm.running_var, norm.momentum, norm.eps,
-            counter=norm.num_batches_tracked, out=kept,
+            input_bias=norm.input_bias, counter=norm.num_batches_tracked, out=kept,
         )  # fmt: skip
     if kept is not None:
         return kept
