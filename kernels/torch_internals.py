@@ -15,6 +15,7 @@ in_transform = torch._C._are_functorch_transforms_active
 is_wrapped = _functorch.is_functorch_wrapped_tensor
 has_global_hooks = _has_any_global_hook
 is_batched = _functorch.is_legacy_batchedtensor
+is_tracing = torch._C._is_tracing
 
 
 def unwrapped(t: Tensor | None) -> Tensor | None:
@@ -22,6 +23,21 @@ def unwrapped(t: Tensor | None) -> Tensor | None:
     while t is not None and is_wrapped(t):
         t = _functorch.get_unwrapped(t)
     return t
+
+
+def mapped_levels(t: Tensor | None) -> set[int]:
+    """The levels of `torch.vmap` that map over a dimension of ``t``."""
+    levels = set()
+    while t is not None and is_wrapped(t):
+        if _functorch.is_batchedtensor(t):
+            levels.add(_functorch.maybe_get_level(t))
+        t = _functorch.get_unwrapped(t)
+    return levels
+
+
+def is_exporting() -> bool:
+    """Whether `torch.export` is capturing; `torch.compiler.is_exporting` is true in torch.compile of 2.11 too."""
+    return torch.compiler._is_exporting_flag
 
 
 @contextmanager
@@ -48,9 +64,12 @@ def dispatches(t: object) -> bool:
 
 
 def is_watched() -> bool:
-    """Whether anything besides autograd takes part: a transform, a mode, forward-mode derivatives."""
+    """Whether anything besides autograd takes part: a transform, a mode, a trace, forward mode."""
     return (
-        in_transform() or torch._C._len_torch_dispatch_stack() > 0 or forward_ad._current_level >= 0
+        in_transform()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or forward_ad._current_level >= 0
+        or is_tracing()
     )
 
 

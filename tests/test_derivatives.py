@@ -266,7 +266,7 @@ def test_transforms_update_statistics_once(transform):
 
 
 def test_forward_mode_under_vmap():
-    """Of several batches each has its tangent; running statistics could take only one of them."""
+    """Each of several batches has its tangent; running statistics could take only one of them."""
     torch.manual_seed(8)
     x = torch.randn(4, 3, 2, 2, 2, dtype=torch.float64, device=DEVICE)
     weight, bias = torch.randn(2, 2, dtype=torch.float64, device=DEVICE)
@@ -278,7 +278,7 @@ def test_forward_mode_under_vmap():
     for actual, expected in zip(tangent(ours)(x), tangent(theirs)(x), strict=True):
         assert_close(actual, expected, torch.float64)
     mean, var = torch.zeros(2, device=DEVICE), torch.ones(2, device=DEVICE)
-    with pytest.raises(RuntimeError, match="can't be updated by a batch that vmap maps over"):
+    with pytest.raises(RuntimeError, match="which will be updated in place, were not batched"):
         tangent(lambda x, *_: batch_norm_act(x, mean, var, training=True))(x)
     assert mean.abs().max() == 0
 

@@ -4,10 +4,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from bnres.kernels.dtypes import SUPPORTED_DTYPES
 from bnres.kernels.layout import dense, dense_like
+from bnres.kernels.torch_internals import mapped_levels
 
 
 def check_input(input: Tensor, training: bool, name: str = "input") -> None:
@@ -57,6 +60,16 @@ def check_norm(
         raise ValueError(
             f"{prefix}num_batches_tracked must have one element, got {counter.numel()}"
         )
+
+
+def check_mapped(x: Tensor, norm: Any) -> None:
+    """Raises where `torch.vmap` maps over ``x``, but not over the statistics that training updates."""
+    if is_compiling() or not (levels := mapped_levels(x)):
+        return
+    for buffer in (norm.running_mean, norm.running_var):
+        if buffer is not None and levels - mapped_levels(buffer):
+            # torch's own error, before anything is written to.
+            F.batch_norm(x, norm.running_mean, norm.running_var, training=True)
 
 
 def check_statistics(norm: Any, prefix: str = "") -> None:

@@ -3,8 +3,10 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from bnres.kernels.reference import ACTIVATION_FORMULAS, bn_stats_ref
+from bnres.kernels.torch_internals import in_transform
 from bnres.operations.norms import BatchNormState
 
 
@@ -30,8 +32,10 @@ def batch_norm_act_aten(
             mean = var = None
         momentum = 0.0
     y = F.batch_norm(input, mean, var, weight, bias, training, momentum, eps)
-    # What batch norm has just made is nobody else's, so it can be written over.
+    # What batch norm has just made is nobody else's, so it can be written over, but `torch.vmap` does
+    # not write a tensor with its dimension over one without.
     if residual is not None:
-        in_place = not torch.is_grad_enabled() and residual.dtype == y.dtype
+        in_place = not (torch.is_grad_enabled() or is_compiling() or in_transform())
+        in_place = in_place and residual.dtype == y.dtype
         y = y.add_(residual) if in_place else y + residual
     return y.relu_() if act == "relu" else ACTIVATION_FORMULAS[act](y, param)

@@ -16,6 +16,7 @@ from bnres.kernels.torch_internals import outside_of_transforms, unwrapped
 from bnres.operations.arguments import (
     as_dtype_of,
     check_input,
+    check_mapped,
     check_norm,
     check_residual,
     empty_sums,
@@ -348,11 +349,15 @@ def _check(inputs: Inputs, buffers: Buffers, spec: Spec) -> None:
     norm, *others = _states(inputs, buffers, spec)
     check_input(x, training)
     check_norm(norm, x.shape[1], x.device, training)
+    if training:
+        check_mapped(x, norm)
     if residual is not None:
         check_residual(residual, x.shape, x.device)
     for residual_norm in others:
         check_input(residual, training, "residual")
         check_norm(residual_norm, x.shape[1], x.device, training, "residual_")
+        if training:
+            check_mapped(residual, residual_norm)
 
 
 def _aten(inputs: Inputs, buffers: Buffers, spec: Spec) -> Tensor:

@@ -14,7 +14,14 @@ from bnres.kernels.norm import Norm, Sums
 from bnres.kernels.outputs import empty_pooled
 from bnres.kernels.reference import bn_max_pool_at_ref, bn_max_pool_ref, bn_stats_ref
 from bnres.kernels.window import Window
-from bnres.operations.arguments import as_dtype_of, check_input, check_norm, empty_sums, wants_grad
+from bnres.operations.arguments import (
+    as_dtype_of,
+    check_input,
+    check_mapped,
+    check_norm,
+    empty_sums,
+    wants_grad,
+)
 from bnres.operations.aten import batch_norm_act_aten
 from bnres.operations.batch_norm_act import batch_norm_act
 from bnres.operations.call import Operation, call
@@ -250,7 +257,10 @@ def _check(inputs: Inputs, buffers: Buffers, spec: Spec) -> None:
     if x.dim() != 4:
         raise ValueError(f"expected 4D input (got {x.dim()}D input)")
     check_input(x, spec.training)
-    check_norm(state_of(inputs, buffers, spec), x.shape[1], x.device, spec.training)
+    norm = state_of(inputs, buffers, spec)
+    check_norm(norm, x.shape[1], x.device, spec.training)
+    if spec.training:
+        check_mapped(x, norm)
     size = window.output_size(x.shape[2], x.shape[3], spec.ceil_mode)
     if min(size) < 1:
         raise ValueError(f"input of {tuple(x.shape)} is too small: its pooled size is {size}")
@@ -259,7 +269,7 @@ def _check(inputs: Inputs, buffers: Buffers, spec: Spec) -> None:
 def _aten(inputs: Inputs, buffers: Buffers, spec: Spec) -> Tensor:
     norm = state_of(inputs, buffers, spec)
     y = batch_norm_act_aten(inputs.x, norm, spec.training, None, spec.act, spec.act_param)
-    window = window_of(spec.window)
+    window = Window(*spec.window)
     return F.max_pool2d(y, window.kernel_size, **window.options, ceil_mode=spec.ceil_mode)
 
 

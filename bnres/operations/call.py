@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.compiler import is_compiling
+from torch.jit import is_tracing
 
 from bnres.backend import uses_kernels
 from bnres.kernels.torch_internals import (
@@ -20,8 +21,10 @@ from bnres.kernels.torch_internals import (
     in_forward_mode,
     in_transform,
     is_batched,
+    is_exporting,
     is_watched,
     is_wrapped,
+    mapped_levels,
     note_writes,
     outside_of_transforms,
     saves_through_hooks,
@@ -79,9 +82,7 @@ def call(operation: Operation, inputs: Any, buffers: Any, spec: Any, fork: bool 
     """y; with ``fork`` two tensors of y that share their memory, one for each of two consumers."""
     y: Any
     if not uses_kernels(inputs.x):
-        operation.check(inputs, buffers, spec)
-        y = operation.aten(inputs, buffers, spec)
-        return (y, y) if fork else y
+        return _by_aten(operation, inputs, buffers, spec, fork)
     if not _is_plain(inputs) or recomputes():
         return _call_carefully(operation, inputs, buffers, spec, fork)
     recording = find_recording(kind_of(operation.name, spec, inputs, buffers))
@@ -102,6 +103,8 @@ def call(operation: Operation, inputs: Any, buffers: Any, spec: Any, fork: bool 
 
 def _call_carefully(operation: Operation, inputs: Any, buffers: Any, spec: Any, fork: bool) -> Any:
     """`call` under transforms, modes, torch.compile and `bnres.recompute`, and for other tensor types."""
+    if needs_aten(*inputs, *buffers):
+        return _by_aten(operation, inputs, buffers, spec, fork)
     operation.check(inputs, buffers, spec)
     given, residual = buffers, getattr(inputs, "residual", None)
     inputs, buffers = as_kernels_take(inputs), packed_buffers(buffers, inputs.x)
@@ -128,6 +131,25 @@ def _call_carefully(operation: Operation, inputs: Any, buffers: Any, spec: Any, 
     return (y, outputs[-1]) if fork else y
 
 
+def needs_aten(*tensors: Tensor | None) -> bool:
+    """Whether a call of these tensors must consist of torch's own operations.
+
+    A program that is exported or traced is to run without bnres, and `torch.vmap` knows torch's only.
+    """
+    return (
+        is_exporting() or is_tracing() or (not is_compiling() and any(map(mapped_levels, tensors)))
+    )
+
+
+def _by_aten(operation: Operation, inputs: Any, buffers: Any, spec: Any, fork: bool) -> Any:
+    """`call` through torch's own operations."""
+    # Where sizes are traced, each look at one is a warning.
+    if not is_tracing():
+        operation.check(inputs, buffers, spec)
+    y = operation.aten(inputs, buffers, spec)
+    return (y, y) if fork else y
+
+
 def _is_plain(inputs: Any) -> bool:
     """Whether only autograd takes part, and all inputs are ordinary tensors."""
     if is_compiling() or is_watched():
@@ -140,21 +162,12 @@ def _is_plain(inputs: Any) -> bool:
 
 
 def _by_formula(operation: Operation, inputs: Any, buffers: Any, spec: Any) -> Tensor:
-    """y of inputs that may have tangents; in training it updates the buffers too.
-
-    Raises:
-        RuntimeError: if `torch.vmap` maps over x in training and there are buffers, which can't be
-            updated by several batches at once.
-    """
+    """y of inputs that may have tangents; in training it updates the buffers too."""
     if spec.training and any(getattr(buffers, name) is not None for name in operation.writes):
-        x, *others = map(unwrapped, inputs)
-        assert x is not None
-        if x.shape != inputs.x.shape:
-            raise RuntimeError("running statistics can't be updated by a batch that vmap maps over")
         with outside_of_transforms():
             plain = type(buffers)(*map(unwrapped, buffers))
             without_grad = spec._replace(needs_grad=False)
-            Fused.forward(operation, without_grad, plain, None, False, x, *others)
+            Fused.forward(operation, without_grad, plain, None, False, *map(unwrapped, inputs))
     kept = operation.constants(inputs, buffers, spec)
     return operation.formula(operation.Saved(*inputs, *kept), spec)
 

@@ -20,6 +20,7 @@ from bnres.operations.arguments import (
     wants_grad,
 )
 from bnres.operations.batch_norm_act import batch_norm_act
+from bnres.operations.call import needs_aten
 from bnres.operations.conv_route import Size, kernel_conv
 from bnres.operations.norms import BatchNormState
 from bnres.operations.operator import Maybe, Recording, operator
@@ -144,7 +145,8 @@ def conv2d_batch_norm_act(
         y = _by_kernel(inputs, act, act_kwargs, eps, (stride, padding, dilation, groups))
         if y is not None:
             return (y, y) if fork else y
-    in_conv, in_norm = (None, conv_bias) if uses_kernels(input) else (conv_bias, None)
+    by_kernels = uses_kernels(input) and not needs_aten(input, conv_weight, conv_bias)
+    in_conv, in_norm = (None, conv_bias) if by_kernels else (conv_bias, None)
     x = F.conv2d(input, conv_weight, in_conv, stride, padding, dilation, groups)
     return batch_norm_act(
         x, running_mean, running_var, weight, bias, input_bias=in_norm, residual=residual, act=act,

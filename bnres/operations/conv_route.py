@@ -7,6 +7,7 @@ from torch import Tensor
 
 from bnres.backend import uses_kernels
 from bnres.kernels.conv_config import ConvConfig, ConvShape, conv_config
+from bnres.operations.call import needs_aten
 from bnres.routes import ConvCall, kernel_config
 
 Size = int | tuple[int, ...]
@@ -37,6 +38,7 @@ def kernel_conv(
     """
     if (
         not uses_kernels(input)
+        or needs_aten(input, conv_weight)
         or input.dim() != 4
         or conv_weight.dim() != 4
         or groups != 1
