@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from bnres.activations import resolve
 from bnres.nn.compose import norm_act_pool, norm_add_act
+from bnres.nn.hooks import make_leaf
 from bnres.operations.batch_norm_act_max_pool import Size, window_fields
 
 
@@ -15,6 +16,10 @@ class _FusedForward(nn.modules.batchnorm._BatchNorm):
 
     act: str | type[nn.Module] | None = None
     act_kwargs: dict[str, Any] | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        make_leaf(self)
 
     def forward(
         self,

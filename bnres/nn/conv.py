@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from bnres.nn.batchnorm import BatchNormAct2d, _FusedForward
 from bnres.nn.compose import conv_norm_add_act
-from bnres.nn.hooks import hooked
+from bnres.nn.hooks import hooked, make_leaf
 
 
 class ConvBatchNormAct2d(nn.Module):
@@ -43,6 +43,7 @@ class ConvBatchNormAct2d(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        make_leaf(self)
         self.conv = nn.Conv2d(
             in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias,
             padding_mode, device, dtype,
