@@ -72,7 +72,7 @@ def _call(graph: fx.Graph, match: Match) -> fx.Node:
     if match.takes_conv:
         conv, state = norm.conv, norm.state._asdict()
         assert conv is not None
-        state.pop("input_bias", None)
+        del state["input_bias"]  # it is the convolution's own
         tensors = (conv.input, conv.weight, conv.bias)
         return graph.call_function(conv2d_batch_norm_act, tensors, options | conv.options | state)
     options |= _take_bias(norm)._asdict()
