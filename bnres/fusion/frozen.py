@@ -55,7 +55,7 @@ def _eps(match: InternalMatch) -> Any:
 
 
 def _is_batch_norm(match: InternalMatch, graph: fx.Graph, pattern: fx.Graph) -> bool:
-    """Whether the shapes and dtypes of a match are right, and it can be computed at its end."""
+    """Whether the shapes and dtypes of a match are right, and it can be computed where it is put."""
     named = _named(match)
     end: Any = match.returning_nodes[0]
     product, shift = end.args
@@ -75,7 +75,10 @@ def _is_batch_norm(match: InternalMatch, graph: fx.Graph, pattern: fx.Graph) -> 
         return False  # batch norm has no gradients for them
     inputs = {named[name] for name in ("x", *VECTORS)}
     own = {n for n in match.nodes_map.values() if n not in inputs and n.op != "output"}
-    return not obstacle(own, [], set(), {n: i for i, n in enumerate(graph.nodes)})
+    order = {n: i for i, n in enumerate(graph.nodes)}
+    # torch puts the call before the first node that reads it.
+    first = min(end.users, key=order.__getitem__, default=end)
+    return not obstacle(own | {first}, [], set(), order)
 
 
 def _batch_norm(match: InternalMatch, graph: fx.Graph, pattern: fx.Graph) -> fx.Graph:
