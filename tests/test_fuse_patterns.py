@@ -2,9 +2,11 @@
 
 import copy
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import bnres
 from benchmarks.torchvision_import import torchvision
@@ -63,3 +65,33 @@ def test_frozen_batch_norms_are_computed_before_their_input_is_written():
         return F.relu(y) + self.bn2(x)
 
     check(forward, ["-", "bn-add"], norm=torchvision.ops.FrozenBatchNorm2d)
+
+
+def nested(self, x):
+    def inner(x):
+        return F.relu(self.bn(self.conv(x)))
+
+    return checkpoint(inner, x, use_reentrant=False)
+
+
+def test_checkpoints_in_a_checkpoint():
+    """Backward calls their batch norms again, which count it."""
+
+    def forward(self, x):
+        return checkpoint(lambda x: nested(self, x) + self.bn2(x), x, use_reentrant=False)
+
+    check(forward, ["conv-bn-act", "bn-add"])
+
+
+def test_an_argument_of_a_checkpoint_that_is_written_afterwards():
+    def forward(self, x):
+        x = self.conv(x)
+        y = nested(self, x)
+        x.mul_(2)
+        return y
+
+    stock = Norms(forward).to(DEVICE)
+    x = torch.randn(3, 4, 3, 3, device=DEVICE)
+    for model in (stock, bnres.fuse(stock)):
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            model(x).sum().backward()

@@ -9,7 +9,14 @@ import torch
 from torch import fx, nn
 from torch.utils.checkpoint import checkpoint
 
-from bnres.fusion.dynamo import compiled, lookup_backend, set_compiled_call, uncompiled_call
+from bnres.fusion.dynamo import (
+    compiled,
+    is_of_module,
+    lookup_backend,
+    mark_of_module,
+    set_compiled_call,
+    uncompiled_call,
+)
 
 OPTIONS = ("inner",)
 
@@ -45,16 +52,37 @@ def run_eagerly(module: fx.GraphModule) -> Callable[..., Any]:
     for graph in (m for m in module.modules() if isinstance(m, fx.GraphModule)):
         for node in graph.graph.nodes:
             if node.target is torch.ops.higher_order.tag_activation_checkpoint:
+                body, *args = node.args
+                of_module = [is_of_module(arg) for arg in args]
+                inputs = graph.get_submodule(body.target).graph.find_nodes(op="placeholder")
+                for placeholder, known in zip(inputs, of_module, strict=True):
+                    mark_of_module(placeholder, known)
                 node.target = _checkpointed
+                node.kwargs = {**node.kwargs, "of_module": of_module}
         graph.recompile()
     return module.forward
 
 
-def _checkpointed(body: fx.GraphModule, *args: Any, **options: Any) -> Any:
+def _checkpointed(
+    body: fx.GraphModule, *args: Any, of_module: Sequence[bool], **options: Any
+) -> Any:
+    """The checkpoint of a body whose arguments are the user's, and tensors that modules have.
+
+    Only the former may not be written to before backward, as in the user's own call.
+    """
     options["use_reentrant"] = False
     if "_checkpoint_context_fn" in body.meta:
         options["context_fn"] = body.meta["_checkpoint_context_fn"]
-    return checkpoint(body.forward, *args, **options)
+    kept = [arg if known else None for arg, known in zip(args, of_module, strict=True)]
+
+    def run(*given: Any) -> Any:
+        rest = iter(given)
+        return body.forward(
+            *(arg if known else next(rest) for arg, known in zip(kept, of_module, strict=True))
+        )
+
+    given = [arg for arg, known in zip(args, of_module, strict=True) if not known]
+    return checkpoint(run, *given, **options)
 
 
 @contextmanager

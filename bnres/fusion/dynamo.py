@@ -4,7 +4,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
+
+OF_MODULE = "bnres_of_module"
 
 
 def compiled(function: Callable[..., Any], backend: Any, **options: Any) -> Callable[..., Any]:
@@ -34,6 +36,19 @@ def uncompiled_call(module: nn.Module) -> Callable[..., Any]:
 def lookup_backend(name: Any) -> Callable[..., Any]:
     """The backend of a name; a backend itself."""
     return torch._dynamo.lookup_backend(name)  # type: ignore[attr-defined, no-any-return]
+
+
+def is_of_module(node: Any) -> bool:
+    """Whether a graph's input is a parameter, a buffer or another attribute of a module."""
+    if not isinstance(node, fx.Node) or node.op != "placeholder":
+        return False
+    source = getattr(node.meta.get("grapharg"), "source", None)
+    return node.meta.get(OF_MODULE, source is not None and "MODULE" in source.guard_source.name)
+
+
+def mark_of_module(placeholder: fx.Node, known: bool) -> None:
+    """Says what `is_of_module` answers for the input of an inner graph."""
+    placeholder.meta[OF_MODULE] = known
 
 
 def graph_breaks() -> dict[str, int]:
