@@ -95,3 +95,30 @@ def test_an_argument_of_a_checkpoint_that_is_written_afterwards():
     for model in (stock, bnres.fuse(stock)):
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             model(x).sum().backward()
+
+
+def test_a_bias_that_is_written_afterwards():
+    """Our backward reads it; torch's own does not."""
+
+    def forward(self, x):
+        y = F.relu(F.relu(self.bn(x)) + self.bn2(x))
+        with torch.no_grad():
+            self.bn.bias += 1
+        return y
+
+    check(forward, ["-", "bn-add-act"], "its bias is written in place afterwards")
+
+
+def test_two_batch_norms_of_one_tensor_between_each_others_ends():
+    def forward(self, x):
+        y, z = self.bn(x), self.bn2(x)
+        return F.silu(y), F.silu(z)
+
+    check(forward, ["bn-act", "bn-act"])
+
+
+def test_a_batch_norm_called_twice():
+    def forward(self, x):
+        return F.relu(self.bn(F.relu(self.bn(x))))
+
+    check(forward, ["bn-act", "-"])

@@ -180,12 +180,19 @@ def hazard(match: Match, order: dict[fx.Node, int]) -> str:
     biases = [norm.conv.bias for norm in match.norms if norm.conv is not None]
     buffers = {b for norm in match.norms for b in norm.buffers}
     found = obstacle(match.replaced, biases, buffers, order)
-    if match.residual is not None and not found:
-        # Our backward may read it; the addition's own does not.
-        after = list(order)[order[match.end] + 1 :]
-        if any(storage(w) == storage(match.residual) for n in after for w in writes(n) or []):
-            return "what is added is written in place afterwards"
-    return found
+    if found:
+        return found
+    # Our backward may read these; torch's own does not.
+    kept = {
+        "what is added": [match.residual],
+        "its bias": [norm.state.bias for norm in match.norms],
+    }
+    after = list(order)[order[match.end] + 1 :]
+    written = {storage(w) for n in after for w in writes(n) or []}
+    for name, nodes in kept.items():
+        if any(storage(n) in written for n in nodes if isinstance(n, fx.Node)):
+            return f"{name} is written in place afterwards"
+    return ""
 
 
 def obstacle(
@@ -215,11 +222,11 @@ def obstacle(
     return ""
 
 
-def find(node: fx.Node, order: dict[fx.Node, int]) -> Match | None:
-    """What can be fused with the batch norm that a node calls; None if our operations don't take it."""
+def find(node: fx.Node, order: dict[fx.Node, int]) -> Match | str:
+    """What can be fused with the batch norm that a node calls; why not, if our operations don't take it."""
     norm = norm_of(node)
     if norm is None:
-        return None
+        return "bnres takes no such input"
     match = longest(norm)
     reason = hazard(match, order)
     if reason:
@@ -227,4 +234,4 @@ def find(node: fx.Node, order: dict[fx.Node, int]) -> Match | None:
     if hazard(match, order):
         state = norm.state._replace(num_batches_tracked=None)
         match = Match(replace(norm, state=state, count=None, conv=None), [node], reason=reason)
-    return match
+    return hazard(match, order) or match

@@ -11,6 +11,8 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
+from bnres.functional import batch_norm_act, batch_norm_act_max_pool2d, conv2d_batch_norm_act
+
 ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
 # The activation of each function, and the names of the arguments after its input.
 ACTIVATIONS: dict[Any, tuple[str, tuple[str, ...]]] = {
@@ -43,7 +45,10 @@ BATCH_NORM = inspect.signature(F.batch_norm)
 IN_PLACE = re.compile(
     r".*[^_]_|_*i(add|sub|mul|truediv|floordiv|matmul|pow|and|or|xor)_*|setitem|__set.*"
 )
-# These update running statistics.
+# These write to running statistics only, and others of torch's to tensors whose places are not known.
+NORMS = (F.batch_norm, F.instance_norm)
+OPERATIONS = (batch_norm_act, batch_norm_act_max_pool2d, conv2d_batch_norm_act)
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 NORMS_IN_PLACE = re.compile("(batch|instance)_norm")
 # Modules of functions that write to a tensor only if their name or an argument says so.
 KNOWN = ("torch", "_operator", "operator", "math", "builtins")
@@ -159,6 +164,15 @@ def convolution(node: fx.Node) -> Convolution | None:
     )
 
 
+def _statistics(node: fx.Node) -> list[fx.Node]:
+    """The running statistics and counters of a call of one or two norms."""
+    given = [inspect.signature(node.target).bind(*node.args, **node.kwargs).arguments]  # type: ignore[arg-type]
+    second = given[0].get("residual_norm")
+    given += [] if second is None else [second._asdict()]
+    found = [norm.get(name) for norm in given for name in STATISTICS]
+    return [n for n in found if isinstance(n, fx.Node)]
+
+
 def writes(node: fx.Node) -> list[fx.Node] | None:
     """The nodes whose tensors a node may write to; None if that is not known."""
     if node.op in ("placeholder", "get_attr", "output"):
@@ -167,6 +181,8 @@ def writes(node: fx.Node) -> list[fx.Node] | None:
     if isinstance(target, torch._ops.OpOverload):
         return node.all_input_nodes if target._schema.is_mutable else []
     name = target if isinstance(target, str) else getattr(target, "__name__", "")
+    if target in NORMS or target in OPERATIONS:
+        return _statistics(node)
     if NORMS_IN_PLACE.search(name):
         return node.all_input_nodes
     asked = node.kwargs.get("inplace") or any(a is True for a in node.args)

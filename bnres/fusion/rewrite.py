@@ -12,9 +12,6 @@ from bnres.fusion.match import Match, Norm, find
 from bnres.fusion.nodes import module_name, storage, value, writes
 from bnres.fusion.report import Site
 
-OPERATIONS = (batch_norm_act, batch_norm_act_max_pool2d, conv2d_batch_norm_act)
-
-
 # What was done to a call of batch norm, and the nodes of the norm's tensors.
 Found = tuple[Site, list[fx.Node]]
 
@@ -37,8 +34,8 @@ def fuse_graph(module: fx.GraphModule) -> list[Found]:
             continue
         order = {n: i for i, n in enumerate(graph.nodes)}
         match = find(node, order)
-        if match is None:
-            site = Site(module_name(node), "-", "bnres takes no such input", fused=False)
+        if isinstance(match, str):
+            site = Site(module_name(node), "-", match, fused=False)
             rows.append((site, node.all_input_nodes[1:]))
             continue
         for norm in match.norms:
@@ -98,7 +95,7 @@ def _fork(graph: fx.Graph, call: fx.Node) -> None:
     if found is None or not found.requires_grad:
         return
     for node in graph.nodes:
-        written = _writes(node)
+        written = writes(node)
         # Written through a view of one of the two, the other's gradient would miss it.
         touched = node.all_input_nodes if written is None else written
         if any(storage(n) == shared for n in touched):
@@ -110,8 +107,3 @@ def _fork(graph: fx.Graph, call: fx.Node) -> None:
     for user, part in zip(users, (first, second), strict=True):
         part.meta = dict(call.meta)
         user.replace_input_with(call, part)
-
-
-def _writes(node: fx.Node) -> list[fx.Node] | None:
-    """`writes`, of our operations too: they write to no activation."""
-    return [] if node.target in OPERATIONS else writes(node)
