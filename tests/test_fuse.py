@@ -400,10 +400,12 @@ def test_explain_names_norms_of_broken_graphs():
     report = bnres.explain(model, batch().float())
     assert [(site.name, site.pattern) for site in report.sites] == [
         ("0.bn", "bn-act"), ("0.bn2", "bn"), ("0.unused", "-"),
-        ("1.bn", "bn-act"), ("1.bn2", "bn"), ("1.unused", "-"), ("2", "bn"),
+        ("1.bn", "bn-act"), ("1.bn2", "bn"), ("1.unused", "-"), ("2", "-"),
     ]  # fmt: skip
+    # Dynamo takes no frame of torch.nn's own, so the rest of a Sequential after a break runs as it is.
+    assert report.sites[6].reason == report.sites[2].reason
     assert report.sites[2].reason.startswith("in no graph: ")
-    assert str(report).splitlines()[-1] == "5 fused sites of 7"
+    assert str(report).splitlines()[-1] == "4 fused sites of 7"
     for name, value in model.state_dict().items():
         assert torch.equal(value, state[name])
     assert torch.equal(torch.get_rng_state(), random)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from bnres.backend import use_backend
 from bnres.fusion.backend import run_eagerly
 from bnres.fusion.dynamo import compiled, graph_breaks
 from bnres.fusion.report import FusionReport, Site
@@ -54,7 +55,9 @@ def explain(model: nn.Module, *inputs: Any, **kwargs: Any) -> FusionReport:
     reason = "give explain an example of the model's inputs"
     if inputs or kwargs:
         before = graph_breaks()
-        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        # By ATen: no kernel needs to be compiled for this.
+        devices = range(torch.cuda.device_count())
+        with use_backend("aten"), torch.random.fork_rng(devices=devices):
             compiled(twin, record)(*inputs, **kwargs)
         breaks = [
             line.splitlines()[0] for line, n in graph_breaks().items() if n > before.get(line, 0)
