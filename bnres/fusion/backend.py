@@ -54,7 +54,8 @@ def run_eagerly(module: fx.GraphModule) -> Callable[..., Any]:
             if node.target is torch.ops.higher_order.tag_activation_checkpoint:
                 body, *args = node.args
                 of_module = [is_of_module(arg) for arg in args]
-                inputs = graph.get_submodule(body.target).graph.find_nodes(op="placeholder")
+                inner: Any = graph.get_submodule(body.target)
+                inputs = inner.graph.find_nodes(op="placeholder")
                 for placeholder, known in zip(inputs, of_module, strict=True):
                     mark_of_module(placeholder, known)
                 node.target = _checkpointed

@@ -172,7 +172,10 @@ def _residual_norm(norm: Norm, other: fx.Node) -> Norm | None:
     second = norm_of(other) if only_user(other) is not None else None
     if second is None or second.training != norm.training or second.buffers & norm.buffers:
         return None
-    return second
+    # Two fixed norms in one operation hold both inputs for backward, each in its own holds none.
+    weights = (value(norm.state.weight), value(second.state.weight))
+    fixed = not norm.training and not any(getattr(w, "requires_grad", False) for w in weights)
+    return None if fixed and getattr(value(norm.node), "requires_grad", False) else second
 
 
 def hazard(match: Match, order: dict[fx.Node, int]) -> str:

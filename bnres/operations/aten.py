@@ -1,5 +1,7 @@
 """Batch norm, residual and activation by ATen's operations, for CPU tensors."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -7,6 +9,7 @@ from torch.compiler import is_compiling
 
 from bnres.kernels.reference import ACTIVATION_FORMULAS, bn_stats_ref
 from bnres.kernels.torch_internals import in_transform
+from bnres.operations.arguments import wants_grad
 from bnres.operations.norms import BatchNormState
 
 
@@ -31,7 +34,10 @@ def batch_norm_act_aten(
                 bn_stats_ref(input.detach(), mean, var, momentum, eps)
             mean = var = None
         momentum = 0.0
-    y = F.batch_norm(input, mean, var, weight, bias, training, momentum, eps)
+    if not training and input.requires_grad and not wants_grad(mean, var, weight):
+        y = _fixed(input, mean, var, weight, bias, eps)
+    else:
+        y = F.batch_norm(input, mean, var, weight, bias, training, momentum, eps)
     # What batch norm has just made is nobody else's, so it can be written over, but `torch.vmap` does
     # not write a tensor with its dimension over one without.
     if residual is not None:
@@ -39,3 +45,12 @@ def batch_norm_act_aten(
         in_place = in_place and residual.dtype == y.dtype
         y = y.add_(residual) if in_place else y + residual
     return y.relu_() if act == "relu" else ACTIVATION_FORMULAS[act](y, param)
+
+
+def _fixed(x: Tensor, mean: Any, var: Any, weight: Any, bias: Any, eps: float) -> Tensor:
+    """Batch norm with fixed statistics and weight, whose backward does not hold ``x``."""
+    acc = torch.promote_types(x.dtype, var.dtype)
+    scale = (var.to(acc) + eps).rsqrt() if weight is None else weight * (var.to(acc) + eps).rsqrt()
+    shift = -mean * scale if bias is None else bias - mean * scale
+    sizes = (-1, *[1] * (x.dim() - 2))
+    return torch.addcmul(shift.view(sizes), x, scale.view(sizes)).to(x.dtype)

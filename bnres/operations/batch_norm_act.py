@@ -8,7 +8,7 @@ from torch import Tensor
 
 from bnres.activations import resolve
 from bnres.kernels.dtypes import acc_type
-from bnres.kernels.layout import dense_like
+from bnres.kernels.layout import dense, dense_like
 from bnres.kernels.norm import Norm, Statistics, Sums
 from bnres.kernels.outputs import empty_mask
 from bnres.kernels.reference import bn_apply_ref, bn_stats_ref
@@ -70,12 +70,13 @@ WRITTEN = tuple(name for name in Buffers._fields if not name.endswith("device_mo
 
 
 class Spec(NamedTuple):
-    """Every argument of a call that is not a tensor."""
+    """Every argument of a call that is not a tensor, and whether backward reads the values of x."""
 
     act: str
     act_param: float
     training: bool
     needs_grad: bool
+    reads_x: bool
     momentum: float
     eps: float
     has_residual_norm: bool
@@ -92,9 +93,9 @@ class Outputs(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What backward reads."""
+    """What backward reads. Where the values of x are not read, ``x`` is y or None."""
 
-    x: Tensor
+    x: Maybe
     weight: Maybe
     bias: Maybe
     input_bias: Maybe
@@ -107,9 +108,9 @@ class Saved(NamedTuple):
 
 
 def _saves_mask(inputs: Inputs, spec: Spec) -> bool:
-    """Whether backward reads one bit an element in place of the residual."""
+    """Whether backward reads one bit an element in place of the residual, or of x."""
     added = inputs.residual is not None and not spec.has_residual_norm
-    return spec.needs_grad and added and spec.act == "relu"
+    return spec.needs_grad and spec.act == "relu" and (added or not spec.reads_x)
 
 
 def _allocate(inputs: Inputs, buffers: Buffers, spec: Spec) -> Outputs:
@@ -170,10 +171,13 @@ def _again(inputs: Inputs, kept: Sequence[Any], spec: Spec) -> Tensor:
     return bn_apply(inputs.x, norms[0], inputs.residual, norms[1], spec.act, spec.act_param)[0]
 
 
-def _saved(inputs: Inputs, kept: Sequence[Any], spec: Spec) -> Saved:
+def _saved(inputs: Inputs, y: Tensor, kept: Sequence[Any], spec: Spec) -> Saved:
     statistics, mask = kept
     if not _saves_mask(inputs, spec):
         mask = None  # an operator returns an empty one
+    if not spec.reads_x:
+        # The mask has the layout of y, which whatever reads y usually saves too.
+        inputs = inputs._replace(x=None if mask is None else y)  # type: ignore[arg-type]
     if mask is not None or (spec.act == "identity" and not spec.has_residual_norm):
         inputs = inputs._replace(residual=None)
     return Saved(*inputs, statistics, mask)
@@ -270,6 +274,8 @@ def _input_gradients(
     needed: Inputs,
     recording: Recording | None,
 ) -> Sequence[Tensor | None]:
+    if saved.x is None:
+        saved = saved._replace(x=dense(dy))
     is_sum = spec.act == "identity" and not spec.has_residual_norm
     if is_sum and dy_skip is not None:
         dy, dy_skip = dy + dy_skip, None
@@ -457,8 +463,10 @@ def batch_norm_act(
         inputs = Inputs(input, weight, bias, input_bias, residual)
         buffers = Buffers(running_mean, running_var, counter, device_momentum)
         needs_grad = wants_grad(input, weight, bias, input_bias, residual)
+        # With fixed statistics, only the weight's gradient and an activation's derivative depend on x.
+        reads_x = training or name not in ("identity", "relu") or wants_grad(weight)
         # Not defaults of the fields: torch.compile would make symbols of the numbers.
-        spec = Spec(name, param, training, needs_grad, number, eps, False, 0.0, 0.0)
+        spec = Spec(name, param, training, needs_grad, reads_x, number, eps, False, 0.0, 0.0)
     else:
         if residual is None:
             raise ValueError("residual must be given with residual_norm, got None")
@@ -472,7 +480,8 @@ def batch_norm_act(
             norm.num_batches_tracked if training else None, residual_device_momentum,
         )  # fmt: skip
         spec = Spec(
-            name, param, training, wants_grad(*inputs), number, eps, True, residual_number, norm.eps
+            name, param, training, wants_grad(*inputs), True, number, eps, True, residual_number,
+            norm.eps,
         )  # fmt: skip
     return call(BATCH_NORM_ACT, inputs, buffers, spec, fork)
 

@@ -136,7 +136,7 @@ def _launch_forward(inputs: Inputs, buffers: Buffers, outputs: Outputs, spec: Sp
     )  # fmt: skip
 
 
-def _saved(inputs: Inputs, kept: Sequence[Any], spec: Spec) -> Saved:
+def _saved(inputs: Inputs, y: Tensor, kept: Sequence[Any], spec: Spec) -> Saved:
     return Saved(*inputs, *kept)
 
 

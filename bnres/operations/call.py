@@ -56,7 +56,7 @@ class Operation:
         check: (inputs, buffers, spec) -> None; raises for arguments that do not fit.
         aten: (inputs, buffers, spec) -> y, by torch's own operations.
         forward: (inputs, buffers, spec, recording=) -> y, followed by the kept tensors.
-        saved: (inputs, kept, spec) -> saved.
+        saved: (inputs, y, kept, spec) -> saved.
         backward: (dy, dy_skip, saved, spec, needed, recording) -> a gradient for each input, None where
             it is not needed. dy_skip is the gradient of a second y, or None.
         formula: (saved, spec) -> y, by torch's operations, so that it can be differentiated.
@@ -194,9 +194,9 @@ class Fused(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
         operation, spec, _, recording, _, *tensors = inputs
-        _, _, *kept = output
+        y, _, *kept = output
         ctx.mark_non_differentiable(*[t for t in kept if t is not None])
-        _set_up(ctx, operation, spec, recording, tensors, kept)
+        _set_up(ctx, operation, spec, recording, tensors, y, kept)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, dy_skip: Tensor | None = None, *_: Any) -> Gradients:
@@ -235,18 +235,24 @@ class FusedEagerly(Function):
     @staticmethod
     def forward(ctx, operation, spec, buffers, recording, fork, *inputs):
         y, y_fork, *kept = Fused.forward(operation, spec, buffers, recording, fork, *inputs)
-        _set_up(ctx, operation, spec, recording, inputs, kept)
+        _set_up(ctx, operation, spec, recording, inputs, y, kept)
         return y if y_fork is None else (y, y_fork)
 
     backward = Fused.backward
 
 
 def _set_up(
-    ctx: Any, operation: Any, spec: Any, recording: Any, inputs: Sequence[Any], kept: Sequence[Any]
+    ctx: Any,
+    operation: Any,
+    spec: Any,
+    recording: Any,
+    inputs: Sequence[Any],
+    y: Tensor,
+    kept: Sequence[Any],
 ) -> None:
     """Saves on ``ctx`` what backward needs."""
     ctx.set_materialize_grads(False)
-    saved = operation.saved(operation.Inputs(*inputs), kept, spec)
+    saved = operation.saved(operation.Inputs(*inputs), y, kept, spec)
     ctx.save_for_backward(*saved)
     ctx.layouts = None
     if not is_compiling() and saves_through_hooks():
@@ -275,12 +281,14 @@ def _gradients(operation: Any, spec: Any, needed: Any) -> tuple[Callable[..., An
 
     def by_formula(dy: Tensor, dy_skip: Tensor | None, *saved: Tensor | None) -> Gradients:
         kept = operation.Saved(*saved)
+        if kept.x is None:
+            kept = kept._replace(x=torch.zeros_like(dy))
         names = [name for name, need in needed._asdict().items() if need]
 
         def y(*inputs: Tensor) -> Tensor:
             return operation.formula(kept._replace(**dict(zip(names, inputs, strict=True))), spec)
 
-        # A residual is not saved where gradients do not depend on its value.
+        # What gradients do not depend on is not saved.
         inputs = [torch.zeros_like(kept.x) if (t := getattr(kept, n)) is None else t for n in names]
         return torch.func.vjp(y, *inputs)[1](dy if dy_skip is None else dy + dy_skip)
 
