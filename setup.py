@@ -29,6 +29,7 @@ TEST = [
     "hypothesis>=6.100",
     "pytest>=8",
     "pytest-xdist>=3.5",
+    "timm>=1.0",
     "torchvision>=0.26",
 ]
 
