@@ -200,8 +200,9 @@ def norm_called_twice(m, x):
 
 def writes_to_another(m, x):
     y = x * 2
+    z = y[:1]
     y += m.bn(x)
-    return F.relu(y)
+    return F.relu(y) + z
 
 
 # The forward, the pattern of ``bn``, and its reason. Without gradients where torch's backward would miss

@@ -220,6 +220,45 @@ def test_interpreted_kernels():
         assert_trains_alike(bnres.fuse(stock), stock, batch(3, 6), 1e-7)
 
 
+class Additions(nn.Module):
+    """Additions in place, to tensors that nobody sees afterwards and to others."""
+
+    def __init__(self):
+        super().__init__()
+        self.bn = nn.ModuleList(nn.BatchNorm2d(4) for _ in range(7))
+
+    def forward(self, x):
+        skip = self.bn[0](x)
+        y = x * 2
+        y += self.bn[1](x)
+        y += self.bn[2](y + x)
+        y += skip
+        z = y + 1
+        first = z[:1]
+        z += self.bn[3](x)
+        halves = torch.cat([x, y], dim=1).chunk(2, dim=1)
+        a = halves[0]
+        a += self.bn[4](x)
+        kept = y + 2
+        b = kept
+        b += self.bn[5](x)
+        x += self.bn[6](y)
+        return torch.cat([y, z, a, halves[0], b, x]), first, kept
+
+
+def test_additions_in_place():
+    stock = Additions().to(DEVICE).double()
+    x = torch.randn(2, 4, 3, 3, dtype=torch.float64, device=DEVICE)
+    with torch.no_grad():  # chunks can't be written to in place where gradients are recorded
+        assert patterns(stock, x.clone()) == ["bn-add"] * 3 + ["bn"] * 4
+        fused = bnres.fuse(stock)
+        inputs = x.clone(), x.clone()
+        for actual, expected in zip(fused(inputs[0]), stock(inputs[1]), strict=True):
+            assert_same(actual, expected)
+    assert_same(*inputs)
+    assert_same_state(fused, stock)
+
+
 def test_frozen_norms(pair):
     for model in pair:
         block = model[1][0]

@@ -13,6 +13,7 @@ from bnres.fusion.nodes import (
     addition,
     alike,
     convolution,
+    dies_in,
     module_name,
     only_user,
     pooling,
@@ -148,7 +149,12 @@ def longest(norm: Norm) -> Match:
             match.reason = "what is added has another shape or dtype"
             return match
         second = _residual_norm(norm, other)
-        if writes(user) and both[0] is not norm.node and second is None:
+        if (
+            writes(user)
+            and both[0] is not norm.node
+            and second is None
+            and not dies_in(both[0], user)
+        ):
             match.reason = "the addition writes to a tensor that is used elsewhere"
             return match
         match.residual = other if second is None else None
@@ -185,9 +191,11 @@ def hazard(match: Match, order: dict[fx.Node, int]) -> str:
     found = obstacle(match.replaced, biases, buffers, order)
     if found:
         return found
-    # Our backward may read these; torch's own does not.
+    # Our backward may read these; torch's own does not. Where what is added was to become the sum, in
+    # place, the fused sum is another tensor, and later writes are to that.
+    becomes_sum = match.residual in [w for n in match.nodes for w in writes(n) or []]
     kept = {
-        "what is added": [match.residual],
+        "what is added": [] if becomes_sum else [match.residual],
         "its bias": [norm.state.bias for norm in match.norms],
     }
     after = list(order)[order[match.end] + 1 :]
@@ -211,7 +219,7 @@ def obstacle(
     """
     places = [order[n] for n in own]
     inputs = [n for m in own for n in m.all_input_nodes if n not in own]
-    read = {storage(n) for n in (*inputs, *reads) if isinstance(n, fx.Node)}
+    read = [n for n in (*inputs, *reads) if isinstance(n, fx.Node)]
     for node in list(order)[min(places) : max(places)]:
         if node in own:
             continue
@@ -220,7 +228,9 @@ def obstacle(
             return f"between it and what follows, {node.target} may change anything"
         if any(storage(n) in buffers for n in node.all_input_nodes):
             return "between it and what follows, its statistics are used"
-        if any(storage(w) in (None, *read) for w in written):
+        # What is read of memory was made after the earlier writes to it.
+        earlier = {storage(n) for n in read if order[n] < order[node]}
+        if any(storage(w) in (None, *earlier) for w in written):
             return "between it and what follows, one of its inputs is written in place"
     return ""
 

@@ -3,6 +3,7 @@
 import inspect
 import operator
 import re
+from itertools import takewhile
 from typing import Any, NamedTuple
 
 import torch
@@ -82,6 +83,23 @@ def alike(a: fx.Node, b: fx.Node) -> bool:
 def only_user(node: fx.Node) -> fx.Node | None:
     """The node that reads ``node``, if there is exactly one."""
     return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def dies_in(node: fx.Node, user: fx.Node) -> bool:
+    """Whether ``user`` is the last to see a tensor's memory, which was made in this graph."""
+    before = takewhile(lambda n: n is not user, node.graph.nodes)
+    return all(
+        other.op.startswith("call")
+        and not _is_item(other)
+        and all(reader <= user and value(reader) is not None for reader in other.users)
+        for other in before
+        if storage(other) == storage(node)
+    )
+
+
+def _is_item(node: fx.Node) -> bool:
+    """Whether a node is one of several values of a call, of which others may share its memory."""
+    return node.target is operator.getitem and value(node.args[0]) is None
 
 
 def module_name(node: fx.Node) -> str:
