@@ -59,10 +59,10 @@ def explain(model: nn.Module, *inputs: Any, **kwargs: Any) -> FusionReport:
         devices = range(torch.cuda.device_count())
         with use_backend("aten"), torch.random.fork_rng(devices=devices):
             compiled(twin, record)(*inputs, **kwargs)
-        breaks = [
-            line.splitlines()[0] for line, n in graph_breaks().items() if n > before.get(line, 0)
-        ]
-        reason = ": ".join(["in no graph", *breaks[:1]])
+        breaks = [text for text, n in graph_breaks().items() if n > before.get(text, 0)]
+        lines = breaks[0].splitlines()[:2] if breaks else []
+        said = [line.strip().removeprefix("Explanation: ") for line in lines]
+        reason = ": ".join(["in no graph", *said])
     norms = [name for name, module in twin.named_modules() if is_norm(module)]
     return FusionReport([found.get(n, Site(n, "-", reason, fused=False)) for n in norms])
 
