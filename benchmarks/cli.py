@@ -228,6 +228,16 @@ def compile() -> None:
 
 
 @app.command()
+def models(
+    out: Annotated[Path | None, typer.Option(help="File of the table; without, print it.")] = None,
+) -> None:
+    """Tabulate what is fused in the models of other libraries, those that are installed."""
+    from benchmarks.libraries import run
+
+    run(out, typer.echo)
+
+
+@app.command()
 def variants(
     out: Annotated[Path, typer.Option(help="File of the results; one that exists is continued.")],
     minutes: Annotated[float, typer.Option(help="Time to spend.", min=0.0)] = 3.0,

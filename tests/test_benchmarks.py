@@ -14,6 +14,7 @@ from benchmarks import (
     cases,
     clock,
     cost,
+    libraries,
     measure,
     models,
     sites,
@@ -514,3 +515,17 @@ def test_inputs_are_fresh_and_reproducible():
     copy = first.to(torch.float64)
     assert copy.x.dtype == torch.float64 and copy.norm.running_mean.dtype == torch.float64
     assert len(copy.leaves) == 3 and all(leaf.requires_grad for leaf in copy.leaves)
+
+
+def test_table_of_models(monkeypatch, tmp_path):
+    def models():
+        layers = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.BatchNorm2d(4)
+        yield "net", lambda: nn.Sequential(*layers), libraries.images(4)
+
+    monkeypatch.setattr(libraries, "LIBRARIES", {"torchvision": models, "not_installed": models})
+    file, said = tmp_path / "docs" / "models.md", []
+    libraries.run(file, said.append)
+    text = file.read_text(encoding="utf-8")
+    assert said == ["torchvision net"]
+    assert "| net | 2 | 2 | 1 × conv-bn-act, 1 × bn |  |" in text
+    assert f"torch {torch.__version__}" in text and "skipped: not_installed." in text
