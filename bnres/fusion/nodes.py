@@ -67,15 +67,15 @@ def storage(node: fx.Node) -> int | None:
     return None if found is None else found.untyped_storage()._cdata
 
 
-def alike(a: fx.Node, b: fx.Node) -> bool:
-    """Whether two tensors have one shape, dtype and device, for every size that is possible."""
+def alike(a: Any, b: Any) -> bool:
+    """Whether two terms are tensors of one shape and dtype, for every size that is possible."""
     from torch.fx.experimental.symbolic_shapes import statically_known_true  # imports sympy
 
     x, y = value(a), value(b)
     return (
         x is not None
         and y is not None
-        and (x.dtype, x.device, x.dim()) == (y.dtype, y.device, y.dim())
+        and (x.dtype, x.dim()) == (y.dtype, y.dim())
         and all(statically_known_true(m == n) for m, n in zip(x.shape, y.shape, strict=True))
     )
 
@@ -127,11 +127,11 @@ def constants(node: fx.Node, names: tuple[str, ...]) -> dict[str, Any] | None:
     return None if any(isinstance(v, fx.Node) for v in found.values()) else found
 
 
-def addition(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
-    """The two tensors that a node adds."""
+def addition(node: fx.Node) -> tuple[Any, Any] | None:
+    """The two terms that a node adds."""
     found = arguments(node, ("input", "other")) if calls(node, ADDITIONS) else None
     both = tuple(found.values()) if found is not None else ()
-    return both if len(both) == 2 and all(value(t) is not None for t in both) else None  # type: ignore[return-value]
+    return both if len(both) == 2 else None
 
 
 def activation(node: fx.Node) -> tuple[str, dict[str, Any]] | None:
@@ -203,12 +203,13 @@ def writes(node: fx.Node) -> list[fx.Node] | None:
         return _statistics(node)
     if NORMS_IN_PLACE.search(name):
         return node.all_input_nodes
-    asked = node.kwargs.get("inplace") or any(a is True for a in node.args)
-    if asked or "out" in node.kwargs or IN_PLACE.fullmatch(name):
-        first = [*node.args[:1], node.kwargs.get("input"), node.kwargs.get("out")]
-        return [n for n in pytree.tree_leaves(first) if isinstance(n, fx.Node)]
+    first = [*node.args[:1], node.kwargs.get("input"), node.kwargs.get("out")]
+    first = [n for n in pytree.tree_leaves(first) if isinstance(n, fx.Node)]
+    if IN_PLACE.fullmatch(name):
+        return first
     home = (getattr(target, "__module__", None) or "builtins").split(".")[0]
     known = home in KNOWN and not isinstance(target, torch._ops.HigherOrderOperator)
     if node.op != "call_method" and not (known and node.meta.get("example_value") is not None):
-        return None  # not torch's, or called for what it changes
-    return []
+        return None  # not torch's, or called for what it changes, as gradients being recorded
+    asked = node.kwargs.get("inplace") or any(a is True for a in node.args)
+    return first if asked or "out" in node.kwargs else []

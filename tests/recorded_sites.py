@@ -1,0 +1,23 @@
+"""What is fused while a test runs."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from bnres.fusion import Site, rewrite
+
+
+@contextmanager
+def recorded_sites() -> Iterator[list[Site]]:
+    """A list that gets a site for each call of a batch norm in each graph that is rewritten."""
+    original, sites = rewrite.fuse_graphs, []
+
+    def fuse_graphs(module):
+        rows = original(module)
+        sites.extend(site for site, _ in rows)
+        return rows
+
+    rewrite.fuse_graphs = fuse_graphs
+    try:
+        yield sites
+    finally:
+        rewrite.fuse_graphs = original
