@@ -203,8 +203,8 @@ def writes(node: fx.Node) -> list[fx.Node] | None:
         return _statistics(node)
     if NORMS_IN_PLACE.search(name):
         return node.all_input_nodes
-    first = [*node.args[:1], node.kwargs.get("input"), node.kwargs.get("out")]
-    first = [n for n in pytree.tree_leaves(first) if isinstance(n, fx.Node)]
+    given = pytree.tree_leaves([*node.args[:1], node.kwargs.get("input"), node.kwargs.get("out")])
+    first = [n for n in given if isinstance(n, fx.Node)]
     if IN_PLACE.fullmatch(name):
         return first
     home = (getattr(target, "__module__", None) or "builtins").split(".")[0]
