@@ -78,7 +78,7 @@ def _is_batch_norm(match: InternalMatch, graph: fx.Graph, pattern: fx.Graph) -> 
     order = {n: i for i, n in enumerate(graph.nodes)}
     # torch puts the call before the first node that reads it.
     first = min(end.users, key=order.__getitem__, default=end)
-    return not obstacle(own | {first}, [], set(), order)
+    return not obstacle(own | {first}, set(), order)
 
 
 def _batch_norm(match: InternalMatch, graph: fx.Graph, pattern: fx.Graph) -> fx.Graph:

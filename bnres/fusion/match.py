@@ -186,9 +186,10 @@ def _residual_norm(norm: Norm, other: fx.Node) -> Norm | None:
 
 def hazard(match: Match, order: dict[fx.Node, int]) -> str:
     """Why the calls of a match can't move to its end; empty if they can."""
-    biases = [norm.conv.bias for norm in match.norms if norm.conv is not None]
+    # What stays of a convolution leaves its bias to the call.
+    convs = {norm.conv.node for norm in match.norms if norm.conv and norm.conv.bias is not None}
     buffers = {b for norm in match.norms for b in norm.buffers}
-    found = obstacle(match.replaced, biases, buffers, order)
+    found = obstacle(match.replaced | convs, buffers, order)
     if found:
         return found
     # Our backward may read these; torch's own does not. Where what is added was to become the sum, in
@@ -206,20 +207,16 @@ def hazard(match: Match, order: dict[fx.Node, int]) -> str:
     return ""
 
 
-def obstacle(
-    own: set[fx.Node], reads: list[Any], buffers: set[int | None], order: dict[fx.Node, int]
-) -> str:
+def obstacle(own: set[fx.Node], buffers: set[int | None], order: dict[fx.Node, int]) -> str:
     """Why some nodes can't all be computed where the last of them is; empty if they can.
 
     Args:
         own: the nodes.
-        reads: what they read besides their inputs.
         buffers: the storages that they write to.
         order: the place of each node of the graph.
     """
     places = [order[n] for n in own]
     inputs = [n for m in own for n in m.all_input_nodes if n not in own]
-    read = [n for n in (*inputs, *reads) if isinstance(n, fx.Node)]
     for node in list(order)[min(places) : max(places)]:
         if node in own:
             continue
@@ -229,7 +226,7 @@ def obstacle(
         if any(storage(n) in buffers for n in node.all_input_nodes):
             return "between it and what follows, its statistics are used"
         # What is read of memory was made after the earlier writes to it.
-        earlier = {storage(n) for n in read if order[n] < order[node]}
+        earlier = {storage(n) for n in inputs if order[n] < order[node]}
         if any(storage(w) in (None, *earlier) for w in written):
             return "between it and what follows, one of its inputs is written in place"
     return ""
