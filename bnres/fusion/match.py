@@ -14,7 +14,6 @@ from bnres.fusion.nodes import (
     alike,
     convolution,
     dies_in,
-    module_name,
     only_user,
     pooling,
     storage,
@@ -105,11 +104,7 @@ def norm_of(node: fx.Node) -> Norm | None:
     bound.apply_defaults()
     a = bound.arguments
     x, training = value(a["input"]), a["training"]
-    # With dynamic shapes momentum and eps may be nodes.
-    numbers = all(isinstance(a[name], float | int | fx.Node) for name in ("momentum", "eps"))
-    if x is None or type(training) is not bool or not numbers:
-        return None
-    if not 2 <= x.dim() <= 5 or x.dtype not in SUPPORTED_DTYPES:
+    if x is None or not 2 <= x.dim() <= 5 or x.dtype not in SUPPORTED_DTYPES:
         return None
     count = _count_of(node) if training else None
     conv = convolution(a["input"]) if only_user(a["input"]) is not None else None
@@ -123,16 +118,11 @@ def norm_of(node: fx.Node) -> Norm | None:
 def _count_of(node: fx.Node) -> fx.Node | None:
     """The addition to ``num_batches_tracked`` that a module makes before its call of batch norm."""
     before = node.prev
-    if (
-        before.op == "call_method"
-        and before.target == "add_"
-        and before.args[1:] == (1,)
-        and not before.users
-        and len(before.all_input_nodes[0].users) == 1
-        and module_name(before) == module_name(node)
-    ):
-        return before
-    return None
+    if before.target != "add_" or before.args[1:] != (1,) or before.kwargs or before.users:
+        return None
+    counter: Any = before.args[0]
+    one = getattr(value(counter), "shape", None) == ()
+    return before if one and only_user(counter) is before else None
 
 
 def longest(norm: Norm) -> Match:

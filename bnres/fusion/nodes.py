@@ -130,8 +130,7 @@ def constants(node: fx.Node, names: tuple[str, ...]) -> dict[str, Any] | None:
 def addition(node: fx.Node) -> tuple[Any, Any] | None:
     """The two terms that a node adds."""
     found = arguments(node, ("input", "other")) if calls(node, ADDITIONS) else None
-    both = tuple(found.values()) if found is not None else ()
-    return both if len(both) == 2 else None
+    return None if found is None else (found["input"], found["other"])
 
 
 def activation(node: fx.Node) -> tuple[str, dict[str, Any]] | None:
