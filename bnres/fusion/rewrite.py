@@ -9,7 +9,7 @@ from torch import fx
 from bnres.functional import batch_norm_act, batch_norm_act_max_pool2d, conv2d_batch_norm_act
 from bnres.fusion.frozen import as_batch_norm
 from bnres.fusion.match import Match, Norm, find
-from bnres.fusion.nodes import module_name, storage, value, writes
+from bnres.fusion.nodes import module_name, storage, writes
 from bnres.fusion.report import Site
 
 # What was done to a call of batch norm, and the nodes of the norm's tensors.
@@ -89,14 +89,13 @@ def _take_bias(norm: Norm) -> Any:
 
 def _fork(graph: fx.Graph, call: fx.Node) -> None:
     """Gives each of two readers a tensor of its own, so that our backward sums their gradients."""
-    users, shared, found = list(call.users), storage(call), value(call)
-    if len(users) != 2 or any(user.op == "output" for user in users):
-        return
-    if found is None or not found.requires_grad:
+    users, shared = list(call.users), storage(call)
+    if len(users) != 2:
         return
     for node in graph.nodes:
-        written = writes(node)
-        # Written through a view of one of the two, the other's gradient would miss it.
+        # Written through a view of one of the two, the other's gradient would miss it. The user may
+        # write to what is returned.
+        written = None if node.op == "output" else writes(node)
         touched = node.all_input_nodes if written is None else written
         if any(storage(n) == shared for n in touched):
             return
