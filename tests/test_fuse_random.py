@@ -1,0 +1,211 @@
+"""fuse on random modules: what the stock module computes, or the error that it raises.
+
+``python -m tests.test_fuse_random SEED [COUNT]`` runs one seed and shows its module, or a number of them.
+"""
+
+import linecache
+import logging
+import os
+import random
+import sys
+import types
+from collections import Counter
+
+import pytest
+import torch
+from torch import nn
+
+import bnres
+from tests.device import DEVICE
+from tests.random_modules import write_module
+from tests.recorded_sites import recorded_sites
+
+FIRST_SEED = int(os.environ.get("BNRES_FIRST_SEED", "0"))
+STEPS = 4
+
+
+def load(source: str, name: str) -> type[nn.Module]:
+    """The class ``Net`` of a module that exists in memory only, where Dynamo finds it and its lines."""
+    linecache.cache[name] = len(source), None, source.splitlines(keepends=True), name
+    module = sys.modules[name] = types.ModuleType(name)
+    exec(compile(source, name, "exec"), module.__dict__)
+    return module.Net
+
+
+def build(cls: type[nn.Module], seed: int, dtype: torch.dtype) -> nn.Module:
+    """A module whose norms are no identities; some have values on the bounds of activations."""
+    torch.manual_seed(seed)
+    rng = random.Random(seed)
+    model = cls().to(DEVICE, dtype)
+    for module in model.modules():
+        if "running_var" not in module._buffers:
+            continue
+        for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+            if tensor.is_floating_point():
+                tensor.data.uniform_(0.5, 1.5)
+                if rng.random() < 0.15 and "running" not in name:
+                    tensor.data[0] = 0
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.affine:
+            module.bias.data[0] = rng.choice((0.0, 6.0, 0.1))
+    return model
+
+
+def changes(rng: random.Random, model: nn.Module) -> list[tuple[str, str]]:
+    """Statements about ``model``, as a user's training loop has them."""
+    norms = [n for n, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    norm = f"model.get_submodule({rng.choice(norms)!r})" if norms else "model"
+    return rng.choice(
+        [
+            "model.flag = not model.flag", "model.scale += 1", "model.eval()", "model.train()",
+            f"{norm}.train(not {norm}.training)", f"{norm}.momentum = 0.7", f"{norm}.momentum = None",
+            f"{norm}.eps = 0.01", f"{norm}.requires_grad_(False)", "model.requires_grad_(False)",
+            "model.requires_grad_(True)", "pass", "pass",
+        ]
+    )  # fmt: skip
+
+
+def step(model: nn.Module, x: torch.Tensor, seed: int, leaf: bool, grad: bool) -> dict:
+    """All that a call and its backward give, and change."""
+    found: dict = {}
+    torch.manual_seed(seed)
+    model.zero_grad()
+    x = x.clone().requires_grad_(leaf)
+    given = x if not leaf or seed % 2 else x * 1  # one that is no leaf can be written in place
+    with torch.set_grad_enabled(grad):
+        try:
+            outputs = model(given)
+        except Exception as error:
+            return {"forward error": error}
+    found["outputs"] = [t.detach().clone() for t in outputs]
+    found["kinds"] = [(t.dtype, t.requires_grad, t.is_leaf, t.stride()) for t in outputs]
+    shared = [given, *outputs, *model.parameters(), *model.buffers()]
+    places = [t.untyped_storage().data_ptr() for t in shared]
+    found["aliases"] = [places.index(place) for place in places]
+    loss = sum(
+        (
+            t * torch.linspace(0.5, 1.5, t.numel(), dtype=t.dtype, device=t.device).view(t.shape)
+        ).sum()
+        for t in outputs
+        if t.requires_grad
+    )
+    found["input"] = given.detach().clone()
+    found["buffers"] = [t.detach().clone() for t in model.buffers()]
+    found["parameters"] = [t.detach().clone() for t in model.parameters()]
+    if torch.is_tensor(loss) and grad:
+        try:
+            loss.backward()
+        except RuntimeError as error:
+            found["backward error"] = error
+        found["gradients"] = [p.grad for p in (x, *model.parameters()) if p.is_leaf]
+        found["buffers after"] = [t.detach().clone() for t in model.buffers()]
+    return found
+
+
+def difference(found: dict, expected: dict, tolerance: float) -> str:
+    """What the fused module does differently; empty if nothing."""
+    if "forward error" in expected or "forward error" in found:
+        errors = [each.get("forward error") for each in (found, expected)]
+        if type(errors[0]).__name__ == "InternalTorchDynamoError":
+            return ""  # it did not come to our pass: torch's "eager" backend raises the same
+        same = None not in errors and isinstance(errors[0], type(errors[1]))
+        return "" if same else f"forward: {errors[0]!r:.600}, stock {errors[1]!r:.300}"
+    if "backward error" in expected:
+        # Ours keeps less for backward, so it may succeed where stock finds a tensor overwritten.
+        for name in ("gradients", "buffers after"):
+            found.pop(name), expected.pop(name)
+        found["backward error"] = expected["backward error"]
+    if set(found) != set(expected):
+        return f"backward: {found.get('backward error')!r}"
+    for name, values in expected.items():
+        if name == "backward error":
+            continue
+        for i, (a, b) in enumerate(zip(found[name], values, strict=True)):
+            if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor):
+                if a is not b and a != b:
+                    return f"{name} {i}: {a} instead of {b}"
+                continue
+            scale = max(1.0, b.double().nan_to_num(0, 0, 0).abs().max().item() if b.numel() else 1)
+            a, b = a.double(), b.double()
+            if a.shape != b.shape or not torch.allclose(a, b, tolerance, tolerance * scale, True):
+                return f"{name} {i}: {a.flatten()[:5]} instead of {b.flatten()[:5]}"
+    return ""
+
+
+def run(seed: int) -> Counter:
+    """Compares a random module with itself fused, in a random sequence of steps.
+
+    Raises:
+        AssertionError: with the module and the steps, if they differ.
+    """
+    torch._dynamo.reset()
+    rng = random.Random(-1 - seed)
+    source, shape = write_module(seed)
+    interpreted = seed % 10 == 9
+    dtype = torch.float32 if seed % 20 in (7, 19) else torch.float64
+    loose = 3e-2 if "autocast" in source else 1e-3
+    tolerance = 1e-7 if dtype == torch.float64 else loose
+    stock = build(load(source, "random_module"), seed, dtype)
+    fused = bnres.fuse(stock)
+    seen, steps = Counter(), []
+    # A silent return to stock code would test nothing.
+    limits = {"recompile_limit": 64, "fail_on_recompile_limit_hit": True}
+    route = "triton" if DEVICE == "cuda" else "triton-interpreter" if interpreted else "aten"
+    with bnres.use_backend(route), torch._dynamo.config.patch(limits), recorded_sites() as sites:
+        for i in range(STEPS):
+            change = changes(rng, stock) if i else "pass"
+            batch, grad, leaf = rng.choice((2, 4, 4)), rng.random() < 0.85, rng.random() < 0.8
+            steps.append(f"{change}; {batch=} {grad=} {leaf=}")
+            generator = torch.Generator().manual_seed(seed + i)
+            x = torch.randn(batch, *shape, dtype=dtype, generator=generator).to(DEVICE)
+            results = []
+            for model in (fused, stock):
+                exec(change, {"model": model})
+                results.append(step(model, x, seed + i, leaf, grad))
+            seen["steps"] += 1
+            seen["forward errors"] += "forward error" in results[1]
+            seen["dynamo errors"] += "Internal" in type(results[0].get("forward error")).__name__
+            seen["backward errors"] += "backward error" in results[1]
+            wrong = difference(*results, tolerance)
+            if wrong:
+                script = "\n".join(steps)
+                raise AssertionError(
+                    f"{wrong}\n\nseed {seed}, {route}, {dtype}:\n{source}\n{script}"
+                )
+            if "forward error" in results[0] or "backward error" in results[1]:
+                break  # how far the two came may differ
+    return seen + Counter(site.pattern for site in sites)
+
+
+def run_many(seeds: range) -> None:
+    """Runs some seeds; a module that fails is shown with its seed."""
+    total = sum(map(run, seeds), Counter())
+    fused = sum(n for name, n in total.items() if name.startswith(("bn-", "bn+", "conv-bn")))
+    assert fused >= len(seeds), total  # else hardly anything was tested
+    assert total["forward errors"] + total["dynamo errors"] <= len(seeds) / 4, total
+
+
+@pytest.mark.parametrize("first", range(FIRST_SEED, FIRST_SEED + 12, 6))
+def test_a_few_random_modules(first):
+    run_many(range(first, first + 6))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", range(FIRST_SEED + 12, FIRST_SEED + 512, 25))
+def test_many_random_modules(first):
+    run_many(range(first, first + 25))
+
+
+if __name__ == "__main__":
+    first, count = int(sys.argv[1]), int((sys.argv[2:] or ["1"])[0])
+    total: Counter = Counter()
+    torch.set_num_threads(1)
+    logging.getLogger("torch").setLevel(logging.CRITICAL)
+    for seed in range(first, first + count):
+        try:
+            total += run(seed)
+        except AssertionError as error:
+            print(f"{error}\n{'=' * 80}", flush=True)
+            total["failed"] += 1
+        if count > 1 and (seed + 1) % 100 == 0:
+            print(f"to seed {seed}: {dict(total)}", flush=True)
+    print(dict(total))
