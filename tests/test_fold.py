@@ -38,7 +38,9 @@ def batch(*shape):
     return torch.randn(shape, generator=generator, dtype=torch.float64).to(DEVICE)
 
 
-@pytest.mark.parametrize("name", KEPT)
+@pytest.mark.parametrize(
+    "name", [n if n == "resnet18" else pytest.param(n, marks=pytest.mark.slow) for n in KEPT]
+)
 def test_architectures(name):
     torch.manual_seed(0)
     options = {"init_weights": False} if name == "googlenet" else {}

@@ -16,6 +16,12 @@ from tests.recorded_sites import recorded_sites
 ROUTES = ["triton"] if DEVICE == "cuda" else ["aten", "triton-interpreter"]
 
 
+@pytest.fixture(autouse=True)
+def captured_anew():
+    """No size is dynamic because another test had another size."""
+    torch._dynamo.reset()
+
+
 class Norms(nn.Module):
     """Two convolutions and two batch norms for a forward that a test defines."""
 
