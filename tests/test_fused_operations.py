@@ -223,6 +223,30 @@ def test_forked_in_every_type_and_layout(dtype, layout):
     assert_steps_agree(lambda *a: sum(ours(*a, fork=True)), theirs, inputs, [ours], [wide], dtype)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("mode", ["train", "eval", "fixed"])
+def test_forked_pool(dtype, layout, mode):
+    """The gradients of both outputs, which may differ in layout, are summed."""
+    stock = norm(11, dtype, mode == "train").requires_grad_(mode != "fixed")
+    x = draw((3, 11, 7, 6), dtype, layout)
+
+    def pooled(fork):
+        return batch_norm_act_max_pool2d(
+            x, stock.running_mean.clone(), stock.running_var.clone(), stock.weight, stock.bias,
+            kernel_size=3, stride=2, padding=1, training=mode == "train", fork=fork,
+        )  # fmt: skip
+
+    (y, skip), one = pooled(fork=True), pooled(fork=False)
+    assert y.data_ptr() == skip.data_ptr() and torch.equal(y, one)
+    inputs = [x, *(p for p in stock.parameters() if p.requires_grad)]
+    dy, dy_skip = (draw(y.shape, dtype, layout, seed).detach() for seed in (1, 2))
+    found = torch.autograd.grad((y, skip), inputs, (dy, dy_skip.contiguous()))
+    wanted = torch.autograd.grad(one, inputs, dy + dy_skip)
+    for gradient, reference in zip(found, wanted, strict=True):
+        assert_close(gradient, reference.double(), dtype)
+
+
 def tensors(*shapes):
     torch.manual_seed(3)
     return [torch.randn(s, dtype=torch.float64, device=DEVICE, requires_grad=True) for s in shapes]
