@@ -545,7 +545,6 @@ def inductor_cache(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_inductor(inductor_cache):
     from torch._dynamo.utils import counters
-    from torch._inductor.utils import run_and_get_code
 
     stock = small()
     with bnres.inductor():
@@ -554,11 +553,8 @@ def test_inductor(inductor_cache):
         torch._dynamo.reset()
         counters.clear()
         step(model, batch())
-        assert counters["aot_autograd"]["autograd_cache_hit"] == 1
-        assert counters["aot_autograd"]["autograd_cache_miss"] == 0
-        torch._dynamo.reset()
-        _, (code, *_) = run_and_get_code(torch.compile(small().eval()), batch())
-    assert code.count("bnres") and "native_batch_norm" not in code
+    assert counters["aot_autograd"]["autograd_cache_hit"] == 1
+    assert counters["aot_autograd"]["autograd_cache_miss"] == 0
 
 
 @pytest.mark.slow
@@ -567,13 +563,17 @@ def test_inductor_with_a_pass_of_the_users(inductor_cache):
 
     seen = []
 
+    def norms(graph):
+        return len(graph.find_nodes(op="call_function", target=F.batch_norm))
+
     def users_pass(graph):
-        seen.append([node.target for node in graph.nodes])
+        seen.append((graph, norms(graph)))
 
     stock = small()
     with config.patch(pre_grad_custom_pass=users_pass), bnres.inductor():
         assert_same(torch.compile(copy.deepcopy(stock))(batch()), stock(batch()))
-    assert len(seen) == 1 and F.batch_norm in seen[0]
+    ((graph, before),) = seen
+    assert (before, norms(graph)) == (6, 0)
 
 
 def test_what_inductors_code_depends_on():
