@@ -231,7 +231,7 @@ def compile() -> None:
 def models(
     out: Annotated[Path | None, typer.Option(help="File of the table; without, print it.")] = None,
 ) -> None:
-    """Tabulate what is fused in the models of other libraries, those that are installed."""
+    """Tabulate what is fused in models of the other libraries that are installed."""
     from benchmarks.libraries import run
 
     run(out, typer.echo)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import bnres
 
-# A model's name, what builds it, without weights and in training mode, and what it is called with.
+# A model's name, a function that builds it without weights, and example inputs.
 Model = tuple[str, Callable[[], nn.Module], tuple[Any, ...]]
 
 
@@ -48,7 +48,7 @@ def _torchvision() -> Iterator[Model]:
         backbone = detector.backbone_utils._resnet_fpn_extractor(resnet, 3)
         return detector.FasterRCNN(backbone, num_classes=3).backbone
 
-    # Without weights the builder takes no FrozenBatchNorm2d; the rest of the net has no batch norm.
+    # Without weights torchvision's builder uses BatchNorm2d; only the backbone has batch norms.
     yield "backbone of fasterrcnn_resnet50_fpn", frozen, images(64)
     boxes = torch.tensor([[4.0, 4.0, 40.0, 40.0]])
     target = {"boxes": boxes, "labels": torch.ones(1, dtype=torch.int64)}
@@ -95,7 +95,7 @@ def _segmentation() -> Iterator[Model]:
 
 
 def _transformers() -> Iterator[Model]:
-    # It would take our folder kernels for a package that has this name.
+    # transformers would import our folder kernels/ as the PyPI package of that name.
     sys.modules["kernels"] = None  # type: ignore[assignment]
     import transformers as t
 
@@ -123,7 +123,7 @@ def _transformers() -> Iterator[Model]:
     yield "Wav2Vec2Conformer's encoder", conformer, (torch.randn(2, 20, 32),)
 
 
-# torchvision first: the others import it, and it is imported in another way beside some builds of torch.
+# torchvision first: the others import it, and with some builds of torch it needs a special import.
 LIBRARIES: dict[str, Callable[[], Iterator[Model]]] = {
     "torchvision": _torchvision,
     "timm": _timm,
@@ -135,17 +135,18 @@ LIBRARIES: dict[str, Callable[[], Iterator[Model]]] = {
 
 ABOUT = """# Models of other libraries
 
-What `bnres.fuse` fuses in each, in training mode: the number of its batch norms, how many of them fused
-operations run, and with what. `bn` is a batch norm only; before it, `conv` is the 2-D convolution
-that made its input; after it, `add` is an addition (`+bn`: of another batch norm), `act` an activation
-and `pool` a max-pool. The last column says why a batch norm is not fused, or not further; a batch norm
-that is followed by something else has no reason. Made by `python -m benchmarks models --out docs/models.md`, with
+What `bnres.fuse` fuses in each model, in training mode: the number of batch norms, how many of them
+run as fused operations, and their patterns. In a pattern, `bn` is the batch norm, `conv` the 2-D
+convolution before it, `add` an addition (`+bn` of another batch norm), `act` an activation and
+`pool` a max-pool. The last column says why a batch norm is not fused, or not with more; it is empty
+where no operation follows that could be fused. Made by
+`python -m benchmarks models --out docs/models.md`, with
 """
 HEADER = "| model | batch norms | fused | patterns | reasons |\n|---|---:|---:|---|---|\n"
 
 
 def run(out: Path | None, say: Callable[[str], object]) -> None:
-    """Writes the table, or says it."""
+    """Writes the table to ``out``, or says it."""
     text = table(say if out is not None else lambda line: None)
     if out is None:
         say(text)
@@ -155,7 +156,7 @@ def run(out: Path | None, say: Callable[[str], object]) -> None:
 
 
 def table(say: Callable[[str], object]) -> str:
-    """The table, of the libraries that are installed; ``say`` gets the name of each model."""
+    """The table of the installed libraries; calls ``say`` with the name of each model."""
     versions = [f"bnres {bnres.__version__}", f"torch {torch.__version__}"]
     versions.append(f"Python {platform.python_version()}")
     text, sites, skipped = "", [], []
@@ -180,7 +181,7 @@ def table(say: Callable[[str], object]) -> str:
 
 
 def row(name: str, sites: list[bnres.fusion.Site]) -> str:
-    """A line of the table."""
+    """A row of the table."""
     fused = [site for site in sites if site.fused]
     cells = (
         name,
@@ -193,6 +194,6 @@ def row(name: str, sites: list[bnres.fusion.Site]) -> str:
 
 
 def counted(names: Iterable[str]) -> str:
-    """How often there is each name, the most frequent first."""
+    """How often each name occurs, the most frequent first."""
     found = Counter(name for name in names if name)
     return ", ".join(f"{count} × {name}" for name, count in found.most_common())

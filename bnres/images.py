@@ -1,4 +1,4 @@
-"""Decodes image files, those of data sets and single pictures."""
+"""Decodes image files to 8-bit RGB."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -6,27 +6,27 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from PIL import Image
 
-# TIFF's tags.
+# Numbers of TIFF tags.
 BITS_PER_SAMPLE, PHOTOMETRIC = 258, 262
 
 
 class CorruptImage(ValueError):
-    """A file that can't be read as an image; the message names it, in one line."""
+    """A file that can't be read as an image; the one-line message names it."""
 
 
 def read_rgb(path: Path, size: tuple[int, int] | None = None) -> "Image.Image":
-    """The image of a file, with 8 bits each for red, green and blue.
+    """The image in a file, with 8 bits each for red, green and blue.
 
-    Gray of more than 8 bits is scaled down: integers of 12 and of 16 bits, integers of 32 bits, which
-    must be on the scale of 16, and floats, which must be from 0 to 1. An orientation in EXIF is not
-    applied, as torchvision's loader does not apply it.
+    Gray of more than 8 bits is scaled down: integers of 12 and 16 bits, integers of 32 bits, which
+    must be from 0 to 65535, and floats, which must be from 0 to 1. As in torchvision's loader, EXIF
+    orientation is not applied.
 
     Args:
         path: a file that pillow reads.
-        size: width and height that are enough; a JPEG is then decoded no larger than needed.
+        size: (width, height) that is large enough; a JPEG may then be decoded at a smaller scale.
 
     Raises:
-        CorruptImage: if pillow can't read the file, or its values are outside of the scale.
+        CorruptImage: if pillow can't read the file, or its gray values are out of range.
     """
     from PIL import Image
 
@@ -34,7 +34,7 @@ def read_rgb(path: Path, size: tuple[int, int] | None = None) -> "Image.Image":
         with Image.open(path) as image:
             if size is not None:
                 image.draft("RGB", size)
-            # pillow would clip them at 255.
+            # convert() would clip values above 255.
             wide = image.mode in ("I", "F") or image.mode.startswith("I;16")
             return (in_eight_bits(image) if wide else image).convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
@@ -43,10 +43,10 @@ def read_rgb(path: Path, size: tuple[int, int] | None = None) -> "Image.Image":
 
 
 def in_eight_bits(image: "Image.Image") -> "Image.Image":
-    """A gray image of wider values as one of 8 bits.
+    """A gray image of more than 8 bits, scaled to 8.
 
     Raises:
-        ValueError: if there are values outside of the scale.
+        ValueError: if a value is out of range.
     """
     import numpy as np
     from PIL import Image
@@ -57,7 +57,7 @@ def in_eight_bits(image: "Image.Image") -> "Image.Image":
     low, high = values.min(), values.max()
     if not (low >= 0 and high <= top):
         raise ValueError(f"gray of mode {image.mode} must be from 0 to {top}, got {low} to {high}")
-    if tags.get(PHOTOMETRIC) == 0:  # 0 is white
+    if tags.get(PHOTOMETRIC) == 0:  # WhiteIsZero
         values = top - values
     eight = np.rint(values * 255) if image.mode == "F" else values >> (bits - 8)
     return Image.fromarray(eight.astype(np.uint8))

@@ -39,7 +39,7 @@ def conv_calls(model: nn.Module, shape: tuple[int, ...], dtype: torch.dtype) -> 
     Each comes with a residual and without.
 
     Args:
-        model: any module of torch's own layers; a copy runs in eval mode on tensors without memory.
+        model: any module built from torch's layers; a copy runs in eval mode on the meta device.
         shape: of its input, (N, C, H, W).
         dtype: of the convolutions.
     """

@@ -44,13 +44,13 @@ def _pixel(x_ptr, row, col, H, W, stride_h, stride_w, stride_c, mask, CHANNELS: 
 def _axis(offs, scale, length):
     """The antialiased triangle around each output position: centre, support, first tap, end of taps.
 
-    The taps are those of torch's resize, where a pixel of weight 0 counts if it is NaN.
+    The taps are exactly those of torch's resize: a NaN counts even at a tap of weight 0.
     """
     support = tl.maximum(scale, 1.0)
     centre = scale * (offs.to(tl.float32) + 0.5)
     first = tl.maximum((centre - support + 0.5).to(tl.int32), 0)
     end = tl.minimum((centre + support + 0.5).to(tl.int32), length)
-    end = tl.where(scale == 1.0, first + 1, end)  # an axis that keeps its size is left as it is
+    end = tl.where(scale == 1.0, first + 1, end)  # an axis that keeps its size is copied
     return centre, support, first, end
 
 

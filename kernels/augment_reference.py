@@ -63,7 +63,7 @@ def crop_resize_flip_ref(x: Tensor, geometry: Tensor, plan: AugmentPlan) -> Tens
     cols = axis_weights(left, width, flip_w, x.shape[3], plan.width)
     # Along the rows first, then along the columns, as torch's own resize.
     y = torch.einsum("nij,ncjw->nciw", rows, torch.einsum("ncjk,nwk->ncjw", x, cols))
-    # A product spreads an image's NaN or infinity over whole rows, also with weights of 0.
+    # 0 * NaN and 0 * inf are NaN, so a matrix product spreads them over whole rows.
     spread = (~x.flatten(1).sum(1).isfinite()).nonzero()[:, 0]
     if len(spread):
         y[spread] = _resized_one_by_one(x[spread], geometry[spread], plan)

@@ -100,9 +100,9 @@ def _bn_stats_finalize_kernel(
     eps: tl.float64,
     BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """mean, rstd = 1/sqrt(var + eps) of each channel (C,), and the running statistics; counts a batch.
+    """mean, rstd = 1/sqrt(var + eps) of each channel (C,).
 
-    The running mean is that of x + input_bias.
+    Updates the running statistics, with the mean of x + input_bias, and counts the batch.
     """
     offs_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < C
@@ -193,7 +193,7 @@ def bn_stats(
     """Batch mean and 1/sqrt(biased variance + eps) of each channel, each (C,) in fp32 (or fp64).
 
     The running buffers are updated in place with the mean of ``x + input_bias`` and the unbiased
-    variance, and ``counter``, one int64, goes up by one. ``momentum`` may be a one-element tensor on
+    variance; ``counter``, one int64, goes up by one. ``momentum`` may be a one-element tensor on
     the device. An empty ``x`` counts, but leaves the buffers as they are.
     """
     mean, rstd = out = out or Statistics(*empty_channels(x, 2))

@@ -26,7 +26,7 @@ def unwrapped(t: Tensor | None) -> Tensor | None:
 
 
 def mapped_levels(t: Tensor | None) -> set[int]:
-    """The levels of `torch.vmap` that map over a dimension of ``t``."""
+    """The levels of nested `torch.vmap` calls that map over a dimension of ``t``."""
     levels = set()
     while t is not None and is_wrapped(t):
         if _functorch.is_batchedtensor(t):
@@ -36,7 +36,10 @@ def mapped_levels(t: Tensor | None) -> set[int]:
 
 
 def is_exporting() -> bool:
-    """Whether `torch.export` is capturing; `torch.compiler.is_exporting` is true in torch.compile of 2.11 too."""
+    """Whether `torch.export` is capturing.
+
+    In torch 2.11 `torch.compiler.is_exporting` is also true inside torch.compile.
+    """
     return torch.compiler._is_exporting_flag
 
 
@@ -64,7 +67,7 @@ def dispatches(t: object) -> bool:
 
 
 def is_watched() -> bool:
-    """Whether anything besides autograd takes part: a transform, a mode, a trace, forward mode."""
+    """Whether anything besides autograd is active: a transform, a mode, a trace, forward mode."""
     return (
         in_transform()
         or torch._C._len_torch_dispatch_stack() > 0

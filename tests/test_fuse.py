@@ -1,4 +1,4 @@
-"""fuse and explain: which patterns are fused, what is left and why, and that results are the stock model's."""
+"""fuse and explain: which patterns are fused and which not; results equal the stock model's."""
 
 import copy
 import re
@@ -19,7 +19,7 @@ from tests.tolerances import assert_close
 
 
 class Net(nn.Module):
-    """A convolution with a bias, batch norms and a shortcut; ``body`` is the forward."""
+    """Convolutions, batch norms and activations for the forward ``body``."""
 
     def __init__(self, body, dims=2):
         super().__init__()
@@ -205,8 +205,8 @@ def writes_to_another(m, x):
     return F.relu(y) + z
 
 
-# The forward, the pattern of ``bn``, and its reason. Without gradients where torch's backward would miss
-# what is written.
+# The forward, the pattern of ``bn``, and its reason. WITHOUT_GRADIENTS are those whose in-place
+# write makes torch's backward fail.
 LEFT = {
     "used twice": (lambda m, x: (y := m.bn(x)).relu() + y, "bn", "used more than once"),
     "broadcast": (lambda m, x: F.relu(m.bn(x) + x.mean((2, 3), True)), "bn", "another shape"),
@@ -241,7 +241,7 @@ def test_what_is_left(name):
 
 
 def test_a_clamp_is_relu6_where_no_gradient_is_needed():
-    """At its bounds a clamp passes gradients, which relu6 does not."""
+    """At its bounds the gradient of a clamp is 1, that of relu6 is 0."""
     stock = stock_net(lambda m, x: torch.clamp(m.bn(x), 0, 6))
     with torch.no_grad():
         assert bnres.explain(stock, batch()).sites[0].pattern == "bn-act"
@@ -249,7 +249,7 @@ def test_a_clamp_is_relu6_where_no_gradient_is_needed():
 
 
 class Frozen(nn.Module):
-    """As detectron2's FrozenBatchNorm2d. (torchvision's is in `test_frozen_norms` itself.)"""
+    """Like detectron2's FrozenBatchNorm2d. (`test_frozen_norms` also tests torchvision's.)"""
 
     def __init__(self, channels):
         super().__init__()
@@ -281,12 +281,12 @@ def test_frozen_norms(cls, backend):
     with use_backend("triton" if DEVICE == "cuda" else backend):
         assert_same_steps(stock, fused, batch())
         x = torch.randn(3, 4, 16, 16, dtype=torch.float64, device=DEVICE, requires_grad=True)
-        # Statistics and, with kernels, one bit an element.
+        # More only by the statistics and, with kernels, one bit per element.
         assert held_bytes(fused, x) < 1.05 * held_bytes(stock, x)
 
 
 def held_bytes(model, x):
-    """What a forward holds for backward."""
+    """How many bytes a forward saves for backward."""
     sizes = {}
 
     def note(t):
@@ -300,7 +300,7 @@ def held_bytes(model, x):
     return sum(sizes.values())
 
 
-def test_what_only_looks_like_a_frozen_norm():
+def test_scaling_over_another_dimension_is_not_a_frozen_norm():
     def scaled(m, x):  # its scale is (1, 1, 1, W)
         w, v = m.bn.weight.reshape(1, 1, 1, -1), m.bn.running_var.reshape(1, 1, 1, -1)
         b, mean = m.bn.bias.reshape(1, 1, 1, -1), m.bn.running_mean.reshape(1, 1, 1, -1)
@@ -313,7 +313,7 @@ def test_what_only_looks_like_a_frozen_norm():
 
 
 def test_two_readers_get_a_tensor_each(monkeypatch):
-    """The gradients of a block's two readers meet in the block's own backward."""
+    """Where two layers read a block's output, the block's backward sums their gradients."""
     from bnres.operations import batch_norm_act, batch_norm_act_max_pool
 
     given = []
@@ -334,7 +334,7 @@ def test_two_readers_get_a_tensor_each(monkeypatch):
         assert_same_steps(stock, fused, x)
         given.clear()
         fused(x).sum().backward()
-    # The last block's end and middle, the first one's end and middle, the stem.
+    # Backward runs the last block's bn2 and bn1, the first block's bn2 and bn1, the stem.
     assert given == [False, False, True, False, True]
 
 
@@ -422,9 +422,9 @@ def test_explain_names_norms_of_broken_graphs():
         ("0.bn", "bn-act"), ("0.bn2", "bn"), ("0.unused", "-"),
         ("1.bn", "bn-act"), ("1.bn2", "bn"), ("1.unused", "-"), ("2", "-"),
     ]  # fmt: skip
-    # Dynamo takes no frame of torch.nn's own, so the rest of a Sequential after a break runs as it is.
+    # Dynamo captures no frame of torch.nn: after a break the rest of a Sequential runs as it is.
     assert report.sites[6].reason == report.sites[2].reason
-    assert report.sites[2].reason.startswith("in no graph: ")
+    assert report.sites[2].reason.startswith("not in a captured graph: ")
     assert str(report).splitlines()[-1] == "4 fused sites of 7"
     for name, value in model.state_dict().items():
         assert torch.equal(value, state[name])
@@ -463,7 +463,7 @@ assert "bnres" in sys.modules
 
 
 def test_many_fused_models_do_not_share_a_limit_of_graphs(monkeypatch):
-    """torch keeps 8 graphs with each function's code, and all modules share one ``__call__``."""
+    """torch stores at most 8 graphs per code object; all modules share that of ``__call__``."""
     from bnres.fusion import rewrite
 
     calls, fuse_graph = [], rewrite.fuse_graph

@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 
 from bnres.images import read_rgb
 
-# torchvision's.
+# Those of torchvision's ImageFolder, in its order.
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 # ImageNet's, which nets are normalised by.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -20,15 +20,15 @@ TRAIN, TEST = "train", ("val", "test")
 class ImageFiles(Dataset[tuple[Tensor, int]]):
     """Decoded images of one size: the shorter side resized, the middle cut out.
 
-    Item: uint8 (3, size, size) and a label. An orientation in EXIF is not applied, as torchvision's
-    loader does not apply it.
+    Item: uint8 (3, size, size) and a label. As in torchvision's loader, EXIF orientation is not
+    applied.
 
     Args:
         files: paths and labels.
         size: height and width.
 
     Raises:
-        CorruptImage: by an item, as `bnres.images.read_rgb`.
+        CorruptImage: when an item is read, as `bnres.images.read_rgb`.
     """
 
     def __init__(self, files: list[tuple[Path, int]], size: int) -> None:
@@ -116,7 +116,7 @@ def _files(folder: Path, names: tuple[str, ...]) -> list[tuple[Path, int]]:
 def _images(top: Path) -> list[Path]:
     """The images in a folder and in all folders below it, in torchvision's order.
 
-    Links to folders are followed, as torchvision follows them, but not back to a folder that they are in.
+    As in torchvision, links to folders are followed, except a link to a folder that contains it.
 
     Raises:
         ValueError: for a folder that can't be listed.

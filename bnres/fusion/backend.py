@@ -1,4 +1,4 @@
-"""The backend "bnres" of torch.compile, the same inside Inductor, and `fuse`."""
+"""`fuse`, `unfuse`, the backend "bnres" of torch.compile, and `inductor`."""
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +24,7 @@ OPTIONS = ("inner",)
 def backend(
     module: fx.GraphModule, example_inputs: Sequence[Any], *, options: dict[str, Any] | None = None
 ) -> Callable[..., Any]:
-    """Fused operations in a captured graph: the backend of ``torch.compile(model, backend="bnres")``.
+    """A captured graph with fused operations: the backend of ``torch.compile(backend="bnres")``.
 
     Args:
         module: the graph that Dynamo captured; it is rewritten.
@@ -48,7 +48,10 @@ def backend(
 
 
 def run_eagerly(module: fx.GraphModule) -> Callable[..., Any]:
-    """A captured graph as a function. torch's own operator for checkpoints needs a compiler."""
+    """A captured graph as a function.
+
+    torch's operator for checkpoints needs a compiler, so `_checkpointed` replaces it.
+    """
     for graph in (m for m in module.modules() if isinstance(m, fx.GraphModule)):
         for node in graph.graph.nodes:
             if node.target is torch.ops.higher_order.tag_activation_checkpoint:
@@ -67,9 +70,10 @@ def run_eagerly(module: fx.GraphModule) -> Callable[..., Any]:
 def _checkpointed(
     body: fx.GraphModule, *args: Any, of_module: Sequence[bool], **options: Any
 ) -> Any:
-    """The checkpoint of a body whose arguments are the user's, and tensors that modules have.
+    """Checkpoints a body.
 
-    Only the former may not be written to before backward, as in the user's own call.
+    Dynamo turned modules' tensors into arguments. They are not passed to `checkpoint`, because
+    backward raises if an argument was written to. The user's call did not pass them either.
     """
     options["use_reentrant"] = False
     if "_checkpoint_context_fn" in body.meta:
@@ -88,12 +92,11 @@ def _checkpointed(
 
 @contextmanager
 def inductor() -> Iterator[None]:
-    """Inside, graphs that Inductor compiles get fused operations before gradients are derived.
+    """A context in which Inductor fuses the graphs that it compiles, before autograd sees them.
 
-    ``torch.compile`` compiles at the first call of what it returns, so that call must be inside. The pass
-    follows the one that ``torch._inductor.config.pre_grad_custom_pass`` has, and AOTAutograd's cache
-    works. The same without a ``with``: ``torch.compile(model, backend="bnres", options={"inner":
-    "inductor"})``, which that cache does not take.
+    ``torch.compile`` compiles when the compiled function is first called: make that call inside.
+    The pass runs after those in ``torch._inductor.config.pre_grad_custom_pass``. AOTAutograd's
+    cache works; with the backend ``"bnres"`` and ``options={"inner": "inductor"}`` it does not.
     """
     from torch._inductor import config
 
@@ -106,19 +109,19 @@ def inductor() -> Iterator[None]:
 def fuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     """The same model, whose calls run fused operations: ``model.compile(backend="bnres")``.
 
-    Dynamo captures the graph of a call and guards everything in Python that it depends on; batch norms
-    in it are fused with what stands around them. `explain` says what is fused with what. The rules are
-    those of ``torch.compile``: a forward or backward hook that is added after the first call is not seen;
-    a submodule that is called by itself runs unfused; after ``torch._dynamo.config.recompile_limit``
-    graphs, calls that fit none run unfused.
+    Dynamo captures the graph of a call and guards the Python state that it depends on. Batch norms
+    in the graph are fused with the operations next to them; `explain` lists which. The rules of
+    ``torch.compile`` apply: a forward or backward hook that is added after the first call does not
+    run; a submodule that is called directly runs unfused; after
+    ``torch._dynamo.config.recompile_limit`` graphs, calls that match none of them run unfused.
 
     Args:
         model: any module, in any mode, on any device.
-        inplace: fuse ``model`` itself in place of a copy.
+        inplace: fuse ``model`` itself instead of a copy.
 
     Returns:
         The fused model. Its class, parameters, keys and hooks are the stock model's. Copies and
-        pickles of it are unfused; `torch.export` and `torch.jit.trace` take it as a stock model.
+        pickles of it are unfused; `torch.export` and `torch.jit.trace` treat it as a stock model.
 
     Raises:
         TypeError: if ``model`` is not a module.
@@ -140,8 +143,8 @@ def unfuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     """The stock model that `fuse` was given.
 
     Args:
-        model: a fused model, or another one.
-        inplace: change ``model`` itself in place of a copy.
+        model: any module, fused or not.
+        inplace: change ``model`` itself instead of a copy.
     """
     if not inplace:
         return copy.deepcopy(model)  # copies are unfused

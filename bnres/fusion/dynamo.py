@@ -1,4 +1,4 @@
-"""What fusing uses of torch.compile that is not public, read in 2.11, 2.13 and 2.14."""
+"""The private parts of torch.compile that fusion uses, as they are in torch 2.11, 2.13 and 2.14."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,8 +12,8 @@ OF_MODULE = "bnres_of_module"
 def compiled(function: Callable[..., Any], backend: Any, **options: Any) -> Callable[..., Any]:
     """``torch.compile`` of a function, with a cache of graphs that no other function shares.
 
-    torch keeps graphs with a function's code, at most ``torch._dynamo.config.recompile_limit``, and
-    all modules have the code of their ``__call__`` in common.
+    torch stores the graphs per code object, at most ``torch._dynamo.config.recompile_limit``, and
+    the ``__call__`` of all modules has the same code object.
     """
 
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -24,17 +24,17 @@ def compiled(function: Callable[..., Any], backend: Any, **options: Any) -> Call
 
 
 def set_compiled_call(module: nn.Module, call: Callable[..., Any] | None) -> None:
-    """What a call of the module runs, as `torch.nn.Module.compile` sets it; no copy has it."""
+    """Sets what a call of the module runs, like `torch.nn.Module.compile`; copies don't keep it."""
     module._compiled_call_impl = call
 
 
 def uncompiled_call(module: nn.Module) -> Callable[..., Any]:
-    """A call of the module with its hooks, as without `torch.nn.Module.compile`."""
+    """The module's call with its hooks, as it runs without `torch.nn.Module.compile`."""
     return module._call_impl
 
 
 def lookup_backend(name: Any) -> Callable[..., Any]:
-    """The backend of a name; a backend itself."""
+    """The backend with this name; a backend is returned unchanged."""
     return torch._dynamo.lookup_backend(name)  # type: ignore[attr-defined, no-any-return]
 
 
@@ -47,19 +47,19 @@ def is_of_module(node: Any) -> bool:
 
 
 def mark_of_module(placeholder: fx.Node, known: bool) -> None:
-    """Says what `is_of_module` answers for the input of an inner graph."""
+    """Sets the answer of `is_of_module` for an input of an inner graph."""
     placeholder.meta[OF_MODULE] = known
 
 
 def graph_breaks() -> dict[str, int]:
-    """How often each reason has broken a graph in this process."""
+    """How often each reason has caused a graph break in this process."""
     from torch._dynamo.utils import counters
 
     return dict(counters["graph_break"])
 
 
 def not_captured() -> type[Exception]:
-    """What ``torch.compile(fullgraph=True)`` raises for a function that is not one graph."""
+    """The error of ``torch.compile(fullgraph=True)`` for a function that is not one graph."""
     from torch._dynamo.exc import Unsupported
 
     return Unsupported

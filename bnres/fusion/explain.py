@@ -1,4 +1,4 @@
-"""explain: what is fused in a model, what is not, and why."""
+"""`explain`: what is fused in a model, what is not, and why."""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -15,11 +15,13 @@ from bnres.fusion.report import FusionReport, Site
 
 
 def explain(model: nn.Module, *inputs: Any, **kwargs: Any) -> FusionReport:
-    """What `fuse` does to a model for such inputs; a copy of the model runs once, in its mode.
+    """What `fuse` does to a model when it is called with these inputs.
+
+    A copy of the model runs once, in the mode that the model is in.
 
     Args:
         model: any module.
-        inputs, kwargs: what it is called with.
+        inputs, kwargs: an example of its arguments.
 
     Returns:
         A report with a row for each batch norm.
@@ -42,7 +44,7 @@ def explain(model: nn.Module, *inputs: Any, **kwargs: Any) -> FusionReport:
         ]
         run = run_eagerly(module)
 
-        # Modules of one class may share a graph; what it is called with tells them apart.
+        # Modules of one class may share a graph; its arguments tell which module it runs for.
         def call(*args: Any) -> Any:
             for site, of_norm in rows:
                 given = [names[id(args[i])] for i in of_norm if id(args[i]) in names]
@@ -55,19 +57,19 @@ def explain(model: nn.Module, *inputs: Any, **kwargs: Any) -> FusionReport:
     reason = "give explain an example of the model's inputs"
     if inputs or kwargs:
         before = graph_breaks()
-        # By ATen: no kernel needs to be compiled for this.
+        # With ATen no kernel has to be compiled.
         devices = range(torch.cuda.device_count())
         with use_backend("aten"), torch.random.fork_rng(devices=devices):
             compiled(twin, record)(*inputs, **kwargs)
         breaks = [text for text, n in graph_breaks().items() if n > before.get(text, 0)]
         lines = breaks[0].splitlines()[:2] if breaks else []
         said = [line.strip().removeprefix("Explanation: ") for line in lines]
-        reason = ": ".join(["in no graph", *said])
+        reason = ": ".join(["not in a captured graph", *said])
     norms = [name for name, module in twin.named_modules() if is_norm(module)]
     return FusionReport([found.get(n, Site(n, "-", reason, fused=False)) for n in norms])
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether a module is a batch norm, by its buffers; that of detection nets is no class of torch."""
+    """Whether a module is a batch norm, by its buffers: FrozenBatchNorm2d is no class of torch."""
     instance_norm = nn.modules.instancenorm._InstanceNorm
     return "running_var" in module._buffers and not isinstance(module, instance_norm)

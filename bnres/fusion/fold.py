@@ -19,23 +19,24 @@ STOCK = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 def fold(model: nn.Module, *inputs: Any, **kwargs: Any) -> nn.Module:
-    """A copy of a model in which convolutions have taken in the batch norms after them.
+    """A copy of a model in which batch norms are folded into the convolutions before them.
 
-    A folded batch norm becomes an `nn.Identity`, and its keys are gone; everything else stays as it is.
-    The copy loads and exports without bnres. On a GPU ``bnres.fuse(model).eval()`` moves less memory.
+    A folded batch norm becomes an `nn.Identity`, without its keys; nothing else changes. The copy
+    of a stock model loads and exports without bnres. On a GPU ``bnres.fuse(model).eval()`` moves
+    less memory.
 
-    Which convolution each batch norm follows is proved on the graph of a call with ``inputs``. It
-    holds as long as the model's forward does the same: fold again after a change of configuration. A
-    batch norm stays where a tensor of the two modules is used elsewhere, one of them is called more than
-    once or has a hook, or it is not of torch's own classes.
+    The graph of a call with ``inputs`` shows which convolution each batch norm follows. The result
+    is valid as long as the model's forward does the same: fold again after a change of
+    configuration. A batch norm is not folded if a tensor of the two modules is used elsewhere, if
+    one of them is called more than once or has a hook, or if it is not one of torch's own classes.
 
     Args:
         model: any module in eval mode, fused or not; it is not changed.
-        inputs, kwargs: what it is called with. Without any, nothing is proved or folded.
+        inputs, kwargs: an example of its arguments. Without any, nothing is folded.
 
     Raises:
-        ValueError: for a model, or a batch norm of it, in training mode; for a model whose forward is
-            not one graph for Dynamo, or is another one when its batch norms are folded.
+        ValueError: if the model or one of its batch norms is in training mode, if Dynamo does not
+            capture its forward as one graph, or if its forward changes when batch norms are folded.
     """
     for name, module in model.named_modules():
         if module.training and (not name or is_norm(module)):
@@ -62,7 +63,7 @@ def fold(model: nn.Module, *inputs: Any, **kwargs: Any) -> nn.Module:
 def _capture(
     model: nn.Module, inputs: Sequence[Any], kwargs: dict[str, Any]
 ) -> tuple[fx.Graph, dict[fx.Node, Any]]:
-    """The graph of a call, and the tensors that its placeholders stand for."""
+    """The graph of a call, and the tensor of each placeholder."""
     found: list[tuple[fx.Graph, dict[fx.Node, Any]]] = []
 
     def record(module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -109,5 +110,5 @@ def _pairs(
 
 
 def _called(graph: fx.Graph, without: Collection[fx.Node] = ()) -> list[Any]:
-    """What a graph calls, in order."""
+    """The targets of a graph's calls, in order."""
     return [n.target for n in graph.nodes if n.op.startswith("call") and n not in without]

@@ -1,6 +1,6 @@
 """Recognises batch norm with fixed statistics that is written as arithmetic.
 
-The patterns stand for any eps, shape and dtype; `_is_batch_norm` checks those of a match.
+The patterns match any eps, shape and dtype; `_is_batch_norm` then checks those of a match.
 """
 
 from typing import Any
@@ -26,14 +26,14 @@ def _torchvision(x: Any, mean: Any, var: Any, weight: Any, bias: Any) -> Any:
 
 
 def _detectron2(x: Any, mean: Any, var: Any, weight: Any, bias: Any) -> Any:
-    """The forward of FrozenBatchNorm2d in detectron2, where x needs a gradient; any dtype."""
+    """The forward of detectron2's FrozenBatchNorm2d for an x of any dtype that needs a gradient."""
     scale = weight * (var + 1e-5).rsqrt()
     shift = (bias - mean * scale).reshape(1, -1, 1, 1)
     return x * scale.reshape(1, -1, 1, 1).to(torch.float32) + shift.to(torch.float32)
 
 
 def as_batch_norm(module: fx.GraphModule) -> None:
-    """Replaces such arithmetic in a captured graph by calls of `torch.nn.functional.batch_norm`."""
+    """Replaces such arithmetic in a captured graph with calls of `F.batch_norm`."""
     for pattern in (_torchvision, _detectron2):
         found = replace_pattern_with_filters(
             module, pattern, replacement_callback=_batch_norm, match_filters=[_is_batch_norm],
@@ -55,7 +55,7 @@ def _eps(match: InternalMatch) -> Any:
 
 
 def _is_batch_norm(match: InternalMatch, graph: fx.Graph, pattern: fx.Graph) -> bool:
-    """Whether the shapes and dtypes of a match are right, and it can be computed where it is put."""
+    """Whether a match has a batch norm's shapes and dtypes, and the call can be put at its end."""
     named = _named(match)
     end: Any = match.returning_nodes[0]
     product, shift = end.args
@@ -72,7 +72,7 @@ def _is_batch_norm(match: InternalMatch, graph: fx.Graph, pattern: fx.Graph) -> 
     if shapes != [(x.shape[1],)] * 4 or shapes_here != [(1, x.shape[1], 1, 1)] * 2:
         return False
     if any(getattr(value(named[name]), "requires_grad", True) for name in ("mean", "var")):
-        return False  # batch norm has no gradients for them
+        return False  # F.batch_norm gives them no gradients
     inputs = {named[name] for name in ("x", *VECTORS)}
     own = {n for n in match.nodes_map.values() if n not in inputs and n.op != "output"}
     order = {n: i for i, n in enumerate(graph.nodes)}

@@ -24,7 +24,7 @@ class FusePass(CustomGraphPass):
         fuse_graph(graph.owning_module)  # type: ignore[arg-type]
 
     def uuid(self) -> Any:
-        """What compiled code depends on, for the key of torch's caches; None where it is not known."""
+        """A key of all that compiled code depends on, for torch's caches; None disables them."""
         others = [each.uuid() if hasattr(each, "uuid") else None for each in self.before]
         if None in others:
             return None

@@ -1,4 +1,4 @@
-"""Finds the batch norms of a captured graph, and what can be fused with each."""
+"""Finds the batch norms in a captured graph and the operations that can be fused with each."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -30,11 +30,11 @@ class Norm:
 
     Attributes:
         node: the call.
-        input: what it normalises.
-        state: its tensors and options as nodes, a `BatchNormState`.
+        input: the node that it normalises.
+        state: its tensors, as nodes, and options, in a `BatchNormState`.
         training: whether it normalises with the statistics of the batch.
         count: the node that counts the batch, or None.
-        conv: the convolution that made the input for nothing else, or None.
+        conv: the convolution whose output only this batch norm reads, or None.
     """
 
     node: fx.Node
@@ -53,7 +53,7 @@ class Norm:
 
 @dataclass
 class Match:
-    """Nodes that one fused call replaces; the last of ``nodes`` is where the call goes."""
+    """Nodes that one fused call replaces; the call is put at the last of ``nodes``."""
 
     norm: Norm
     nodes: list[fx.Node]
@@ -73,7 +73,7 @@ class Match:
 
     @property
     def takes_conv(self) -> bool:
-        """Whether the fused call convolves too. (Otherwise convolutions only leave it their bias.)"""
+        """Whether the fused call runs the convolution too. (Otherwise it only adds the bias.)"""
         return self.norm.conv is not None and self.residual_norm is None and self.pool is None
 
     @property
@@ -97,7 +97,7 @@ class Match:
 
 
 def norm_of(node: fx.Node) -> Norm | None:
-    """The batch norm that a node calls, if our operations take it."""
+    """The batch norm that a node calls, if our operations support it."""
     if node.op != "call_function" or node.target is not F.batch_norm:
         return None
     bound = BATCH_NORM.bind(*node.args, **node.kwargs)
@@ -126,7 +126,7 @@ def _count_of(node: fx.Node) -> fx.Node | None:
 
 
 def longest(norm: Norm) -> Match:
-    """A batch norm and all that can be fused with it, whatever other nodes stand between."""
+    """A batch norm with all that can be fused with it, before `hazard` checks the other nodes."""
     match = Match(norm, [norm.node])
     user = only_user(norm.node)
     if user is None:
@@ -136,7 +136,7 @@ def longest(norm: Norm) -> Match:
     if both is not None and both[0] is not both[1]:
         other = both[1] if both[0] is norm.node else both[0]
         if not alike(norm.node, other):
-            match.reason = "what is added has another shape or dtype"
+            match.reason = "the added tensor has another shape or dtype"
             return match
         second = _residual_norm(norm, other)
         if (
@@ -164,29 +164,29 @@ def longest(norm: Norm) -> Match:
 
 
 def _residual_norm(norm: Norm, other: fx.Node) -> Norm | None:
-    """The second batch norm of a block's end, if one operation can do both."""
+    """The batch norm of the residual, if one operation can run both."""
     second = norm_of(other) if only_user(other) is not None else None
     if second is None or second.training != norm.training or second.buffers & norm.buffers:
         return None
-    # Two fixed norms in one operation hold both inputs for backward, each in its own holds none.
+    # One operation of two fixed norms keeps both inputs for backward; two operations keep neither.
     weights = (value(norm.state.weight), value(second.state.weight))
     fixed = not norm.training and not any(getattr(w, "requires_grad", False) for w in weights)
     return None if fixed and getattr(value(norm.node), "requires_grad", False) else second
 
 
 def hazard(match: Match, order: dict[fx.Node, int]) -> str:
-    """Why the calls of a match can't move to its end; empty if they can."""
-    # What stays of a convolution leaves its bias to the call.
+    """Why the calls of a match can't move to its last node; empty if they can."""
+    # A convolution that stays in the graph runs without its bias, which the fused call adds.
     convs = {norm.conv.node for norm in match.norms if norm.conv and norm.conv.bias is not None}
     buffers = {b for norm in match.norms for b in norm.buffers}
     found = obstacle(match.replaced | convs, buffers, order)
     if found:
         return found
-    # Our backward may read these; torch's own does not. Where what is added was to become the sum, in
-    # place, the fused sum is another tensor, and later writes are to that.
+    # Our backward may read these; torch's own does not. In an in-place addition later writes are to
+    # the sum. The fused sum is a new tensor, so they do not change the residual.
     becomes_sum = match.residual in [w for n in match.nodes for w in writes(n) or []]
     kept = {
-        "what is added": [] if becomes_sum else [match.residual],
+        "the added tensor": [] if becomes_sum else [match.residual],
         "its bias": [norm.state.bias for norm in match.norms],
     }
     after = list(order)[order[match.end] + 1 :]
@@ -198,12 +198,12 @@ def hazard(match: Match, order: dict[fx.Node, int]) -> str:
 
 
 def obstacle(own: set[fx.Node], buffers: set[int | None], order: dict[fx.Node, int]) -> str:
-    """Why some nodes can't all be computed where the last of them is; empty if they can.
+    """Why some nodes can't all move to the place of the last of them; empty if they can.
 
     Args:
-        own: the nodes.
+        own: the nodes to move.
         buffers: the storages that they write to.
-        order: the place of each node of the graph.
+        order: the place of each node in the graph.
     """
     places = [order[n] for n in own]
     inputs = [n for m in own for n in m.all_input_nodes if n not in own]
@@ -212,21 +212,21 @@ def obstacle(own: set[fx.Node], buffers: set[int | None], order: dict[fx.Node, i
             continue
         written = writes(node)
         if written is None:
-            return f"between it and what follows, {node.target} may change anything"
+            return f"between it and the next operations, {node.target} may change anything"
         if any(storage(n) in buffers for n in node.all_input_nodes):
-            return "between it and what follows, its statistics are used"
-        # What is read of memory was made after the earlier writes to it.
+            return "between it and the next operations, its statistics are used"
+        # Only writes after an input was computed can change it.
         earlier = {storage(n) for n in inputs if order[n] < order[node]}
         if any(storage(w) in (None, *earlier) for w in written):
-            return "between it and what follows, one of its inputs is written in place"
+            return "between it and the next operations, one of its inputs is written in place"
     return ""
 
 
 def find(node: fx.Node, order: dict[fx.Node, int]) -> Match | str:
-    """What can be fused with the batch norm that a node calls; why not, if our operations don't take it."""
+    """What can be fused with a node's batch norm, or why it can't run as our operation."""
     norm = norm_of(node)
     if norm is None:
-        return "bnres takes no such input"
+        return "bnres does not support the dtype or the number of dimensions of its input"
     match = longest(norm)
     reason = hazard(match, order)
     if reason:

@@ -1,4 +1,4 @@
-"""What the nodes of a graph captured by Dynamo are, and which tensors they write to."""
+"""Tells what the nodes of a captured graph are and which tensors they write to."""
 
 import inspect
 import operator
@@ -46,12 +46,12 @@ BATCH_NORM = inspect.signature(F.batch_norm)
 IN_PLACE = re.compile(
     r".*[^_]_|_*i(add|sub|mul|truediv|floordiv|matmul|pow|and|or|xor)_*|setitem|__set.*"
 )
-# These write to running statistics only, and others of torch's to tensors whose places are not known.
+# These write only to running statistics. Other norms of torch may write to any of their arguments.
 NORMS = (F.batch_norm, F.instance_norm)
 OPERATIONS = (batch_norm_act, batch_norm_act_max_pool2d, conv2d_batch_norm_act)
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 NORMS_IN_PLACE = re.compile("(batch|instance)_norm")
-# Modules of functions that write to a tensor only if their name or an argument says so.
+# Python modules whose functions write to a tensor only if their name or an argument says so.
 KNOWN = ("torch", "_operator", "operator", "math", "builtins")
 
 
@@ -62,13 +62,13 @@ def value(node: Any) -> FakeTensor | None:
 
 
 def storage(node: fx.Node) -> int | None:
-    """What tensors have in common that share memory."""
+    """An identifier of the memory of a node's tensor, equal for tensors that share it."""
     found = value(node)
     return None if found is None else found.untyped_storage()._cdata
 
 
 def alike(a: Any, b: Any) -> bool:
-    """Whether two terms are tensors of one shape and dtype, for every size that is possible."""
+    """Whether two nodes are tensors of the same shape and dtype, whatever the dynamic sizes are."""
     from torch.fx.experimental.symbolic_shapes import statically_known_true  # imports sympy
 
     x, y = value(a), value(b)
@@ -86,7 +86,7 @@ def only_user(node: fx.Node) -> fx.Node | None:
 
 
 def dies_in(node: fx.Node, user: fx.Node) -> bool:
-    """Whether ``user`` is the last to see a tensor's memory, which was made in this graph."""
+    """Whether ``node``'s memory was allocated in this graph and nothing after ``user`` reads it."""
     before = takewhile(lambda n: n is not user, node.graph.nodes)
     return all(
         other.op.startswith("call")
@@ -98,12 +98,12 @@ def dies_in(node: fx.Node, user: fx.Node) -> bool:
 
 
 def _is_item(node: fx.Node) -> bool:
-    """Whether a node is one of several values of a call, of which others may share its memory."""
+    """Whether a node is one of several results of a call, which may share memory."""
     return node.target is operator.getitem and value(node.args[0]) is None
 
 
 def module_name(node: fx.Node) -> str:
-    """The module whose forward made a node, named as in `named_modules` of the captured module."""
+    """The name, as in `named_modules`, of the module whose forward made a node."""
     stack = list((node.meta.get("nn_module_stack") or {}).values())
     return re.sub(r"^L\['\w+'\](\.__self__)?\.?", "", stack[-1][0]) if stack else node.name
 
@@ -114,13 +114,13 @@ def calls(node: fx.Node, targets: Any) -> bool:
 
 
 def arguments(node: fx.Node, names: tuple[str, ...]) -> dict[str, Any] | None:
-    """A call's arguments by name; None if it has others."""
+    """A call's arguments by name; None if it has arguments with other names."""
     found = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
     return found if len(node.args) <= len(names) and set(found) <= set(names) else None
 
 
 def constants(node: fx.Node, names: tuple[str, ...]) -> dict[str, Any] | None:
-    """The arguments after a call's input by name; None if there are others, or one is computed."""
+    """The arguments after a call's input by name; None if there are others, or one is a node."""
     found = arguments(node, ("input", *names))
     if found is None or not isinstance(found.pop("input", None), fx.Node):
         return None
@@ -139,7 +139,7 @@ def activation(node: fx.Node) -> tuple[str, dict[str, Any]] | None:
         found = constants(node, ("min_val", "max_val", "inplace")) or {}
         return ("relu6", {}) if (found.get("min_val"), found.get("max_val")) == (0, 6) else None
     if calls(node, CLAMPS):
-        # Where gradients are needed, a clamp differs: it passes them at its bounds.
+        # With gradients a clamp is not relu6: at its bounds its gradient is 1, that of relu6 is 0.
         found = constants(node, ("min", "max")) or {}
         bounds = found.get("min"), found.get("max")
         needs_grad = getattr(value(node), "requires_grad", True)
@@ -182,7 +182,7 @@ def convolution(node: fx.Node) -> Convolution | None:
 
 
 def _statistics(node: fx.Node) -> list[fx.Node]:
-    """The running statistics and counters of a call of one or two norms."""
+    """The running statistics and counters of a call with one or two norms."""
     given = [inspect.signature(node.target).bind(*node.args, **node.kwargs).arguments]  # type: ignore[arg-type]
     second = given[0].get("residual_norm")
     given += [] if second is None else [second._asdict()]
@@ -209,6 +209,6 @@ def writes(node: fx.Node) -> list[fx.Node] | None:
     home = (getattr(target, "__module__", None) or "builtins").split(".")[0]
     known = home in KNOWN and not isinstance(target, torch._ops.HigherOrderOperator)
     if node.op != "call_method" and not (known and node.meta.get("example_value") is not None):
-        return None  # not torch's, or called for what it changes, as gradients being recorded
+        return None  # not torch's, or called for a side effect such as switching gradients off
     asked = node.kwargs.get("inplace") or any(a is True for a in node.args)
     return first if asked or "out" in node.kwargs else []

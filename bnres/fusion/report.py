@@ -9,9 +9,10 @@ class Site:
 
     Attributes:
         name: its qualified name.
-        pattern: what it is fused with, such as ``conv-bn-act``; ``bn`` is a fused batch norm only.
-        reason: why it is not fused, or not further; empty if there is nothing to say.
-        fused: whether a fused operation runs it.
+        pattern: what it is fused with, such as ``conv-bn-act``; ``bn`` runs as our operation with
+            nothing else in it.
+        reason: why it is not fused, or not with more; may be empty.
+        fused: whether one of our operations runs it.
     """
 
     name: str

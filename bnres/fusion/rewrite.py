@@ -12,18 +12,18 @@ from bnres.fusion.match import Match, Norm, find
 from bnres.fusion.nodes import module_name, storage, writes
 from bnres.fusion.report import Site
 
-# What was done to a call of batch norm, and the nodes of the norm's tensors.
+# What happened to a call of batch norm, and the nodes of the norm's tensors.
 Found = tuple[Site, list[fx.Node]]
 
 
 def fuse_graphs(module: fx.GraphModule) -> list[Found]:
-    """Rewrites a captured graph and those inside it; tells what was done to each batch norm."""
+    """Rewrites a captured graph and those nested in it; returns each batch norm's outcome."""
     graphs = [m for m in module.modules() if isinstance(m, fx.GraphModule)]
     return [found for graph in graphs for found in fuse_graph(graph)]
 
 
 def fuse_graph(module: fx.GraphModule) -> list[Found]:
-    """Rewrites one captured graph; tells what was done to each batch norm."""
+    """Rewrites one captured graph; returns each batch norm's outcome."""
     as_batch_norm(module)
     graph, fused = module.graph, []
     rows: list[Found] = []
@@ -57,7 +57,7 @@ def fuse_graph(module: fx.GraphModule) -> list[Found]:
 
 
 def _call(graph: fx.Graph, match: Match) -> fx.Node:
-    """The call of the fused operation, with everything but its first tensors by keyword."""
+    """The call of the fused operation."""
     norm, second = match.norm, match.residual_norm
     act, act_kwargs = match.act or (None, {})
     options: dict[str, Any] = {"act": act, "act_kwargs": act_kwargs or None}
@@ -69,7 +69,7 @@ def _call(graph: fx.Graph, match: Match) -> fx.Node:
     if match.takes_conv:
         conv, state = norm.conv, norm.state._asdict()
         assert conv is not None
-        del state["input_bias"]  # it is the convolution's own
+        del state["input_bias"]  # conv2d_batch_norm_act has conv_bias instead
         tensors = (conv.input, conv.weight, conv.bias)
         return graph.call_function(conv2d_batch_norm_act, tensors, options | conv.options | state)
     options |= _take_bias(norm)._asdict()
@@ -79,7 +79,7 @@ def _call(graph: fx.Graph, match: Match) -> fx.Node:
 
 
 def _take_bias(norm: Norm) -> Any:
-    """A norm's state with the bias of the convolution before it, which then convolves without."""
+    """A norm's state with the bias of the convolution before it, which is removed from that one."""
     conv = norm.conv
     if conv is None or conv.bias is None:
         return norm.state
@@ -88,13 +88,13 @@ def _take_bias(norm: Norm) -> Any:
 
 
 def _fork(graph: fx.Graph, call: fx.Node) -> None:
-    """Gives each of two readers a tensor of its own, so that our backward sums their gradients."""
+    """Gives each of two readers a separate tensor, so that our backward sums their gradients."""
     users, shared = list(call.users), storage(call)
     if len(users) != 2:
         return
     for node in graph.nodes:
-        # Written through a view of one of the two, the other's gradient would miss it. The user may
-        # write to what is returned.
+        # A write through a view of one tensor would not reach the gradient of the other. The user
+        # may write to an output of the graph.
         written = None if node.op == "output" else writes(node)
         touched = node.all_input_nodes if written is None else written
         if any(storage(n) == shared for n in touched):

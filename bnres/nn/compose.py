@@ -31,8 +31,8 @@ def norm_add_act(
     """act(bn(input + input_bias) + residual), or + residual_norm(residual + residual_input_bias).
 
     Raises:
-        ValueError: for input with a number of dimensions that a module does not take, and for a
-            ``residual_norm`` without a residual.
+        ValueError: for input with the wrong number of dimensions, and for a ``residual_norm``
+            without a residual.
     """
     bn._check_input_dim(input)
     training, other = normalizes_by_batch(bn), None
@@ -86,7 +86,7 @@ def conv_norm_add_act(
 
 
 def _convolve(conv: nn.Conv2d | None, input: Tensor) -> tuple[Tensor, Tensor | None]:
-    """conv(input) without the bias that the batch norm is to add, and that bias or None."""
+    """conv(input), and the bias that the batch norm still has to add, or None."""
     if conv is None:
         return input, None
     if conv.bias is None or not uses_kernels(input):

@@ -1,4 +1,4 @@
-"""What calling a module does besides its forward: hooks, and torch.fx's traces."""
+"""What a call of a module involves besides its forward: hooks and torch.fx's traces."""
 
 from torch import nn
 
@@ -8,10 +8,10 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 
 
 def make_leaf(module: nn.Module) -> None:
-    """Makes calls of ``module`` nodes of torch.fx's graphs, hooks included, as those of torch's own layers.
+    """Makes torch.fx trace a call of ``module``, with its hooks, as one node, like torch's layers.
 
-    `torch.fx.Tracer.is_leaf_module` asks where a module is from. It asks the instance, so the class keeps
-    its place, by which it is pickled.
+    `torch.fx.Tracer.is_leaf_module` reads the instance's ``__module__``. The class keeps its
+    ``__module__``, which pickle needs.
     """
     module.__module__ = "torch.nn"
 

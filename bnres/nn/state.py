@@ -18,7 +18,7 @@ def next_state(bn: Norm, input_bias: Tensor | None = None) -> BatchNormState:
     if bn.momentum is not None:
         momentum = bn.momentum
     elif counter is not None:
-        # Of a cumulative average.
+        # momentum=None means a cumulative average.
         momentum = (counter + 1).to(torch.float64).reciprocal()
     tracked = not bn.training or bn.track_running_stats
     return BatchNormState(

@@ -63,12 +63,12 @@ def check_norm(
 
 
 def check_mapped(x: Tensor, norm: Any) -> None:
-    """Raises where `torch.vmap` maps over ``x``, but not over the statistics that training updates."""
+    """Raises if `torch.vmap` maps over ``x`` but not over the statistics that training updates."""
     if is_compiling() or not (levels := mapped_levels(x)):
         return
     for buffer in (norm.running_mean, norm.running_var):
         if buffer is not None and levels - mapped_levels(buffer):
-            # torch's own error, before anything is written to.
+            # Raises torch's own error before any buffer is written.
             F.batch_norm(x, norm.running_mean, norm.running_var, training=True)
 
 

@@ -29,7 +29,7 @@ def batch_norm_act_aten(
         counter.add_(1)
     if isinstance(momentum, Tensor):
         if training:
-            # Before the batch norm, after which torch.utils.checkpoint may stop recomputing.
+            # Before batch norm: torch.utils.checkpoint may stop recomputing right after it.
             if input.numel():
                 bn_stats_ref(input.detach(), mean, var, momentum, eps)
             mean = var = None
@@ -38,8 +38,8 @@ def batch_norm_act_aten(
         y = _fixed(input, mean, var, weight, bias, eps)
     else:
         y = F.batch_norm(input, mean, var, weight, bias, training, momentum, eps)
-    # What batch norm has just made is nobody else's, so it can be written over, but `torch.vmap` does
-    # not write a tensor with its dimension over one without.
+    # Nothing else reads the batch norm's result, so it can be overwritten. Not under `torch.vmap`,
+    # which can't write a mapped tensor into one that is not mapped.
     if residual is not None:
         in_place = not (torch.is_grad_enabled() or is_compiling() or in_transform())
         in_place = in_place and residual.dtype == y.dtype
@@ -48,7 +48,7 @@ def batch_norm_act_aten(
 
 
 def _fixed(x: Tensor, mean: Any, var: Any, weight: Any, bias: Any, eps: float) -> Tensor:
-    """Batch norm with fixed statistics and weight, whose backward does not hold ``x``."""
+    """Batch norm with fixed statistics and weight; its backward does not keep ``x``."""
     acc = torch.promote_types(x.dtype, var.dtype)
     scale = (var.to(acc) + eps).rsqrt() if weight is None else weight * (var.to(acc) + eps).rsqrt()
     shift = -mean * scale if bias is None else bias - mean * scale

@@ -108,7 +108,7 @@ class Saved(NamedTuple):
 
 
 def _saves_mask(inputs: Inputs, spec: Spec) -> bool:
-    """Whether backward reads one bit an element in place of the residual, or of x."""
+    """Whether backward reads one bit per element instead of the residual or x."""
     added = inputs.residual is not None and not spec.has_residual_norm
     return spec.needs_grad and spec.act == "relu" and (added or not spec.reads_x)
 
@@ -176,7 +176,7 @@ def _saved(inputs: Inputs, y: Tensor, kept: Sequence[Any], spec: Spec) -> Saved:
     if not _saves_mask(inputs, spec):
         mask = None  # an operator returns an empty one
     if not spec.reads_x:
-        # The mask has the layout of y, which whatever reads y usually saves too.
+        # The mask has y's layout. The next layer usually saves y too, so this costs no memory.
         inputs = inputs._replace(x=None if mask is None else y)  # type: ignore[arg-type]
     if mask is not None or (spec.act == "identity" and not spec.has_residual_norm):
         inputs = inputs._replace(residual=None)
@@ -428,8 +428,8 @@ def batch_norm_act(
         running_var: (C,), as ``running_mean``; it takes the unbiased variance.
         weight: (C,) or None for 1.
         bias: (C,) or None for 0.
-        input_bias: (C,) or None for 0; added to ``input``, as the bias that was left out of the
-            convolution before. In training it only enters the running mean, at no cost.
+        input_bias: (C,) or None for 0; added to ``input``: the bias of a convolution that ran
+            without it. In training it only changes the running mean, at no cost.
         residual: of the shape of ``input``, added before the activation; another dtype promotes
             the result as addition does.
         residual_norm: the residual's own batch norm, as at the end of a down-sampling block;

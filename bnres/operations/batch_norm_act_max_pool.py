@@ -141,7 +141,7 @@ def _saved(inputs: Inputs, y: Tensor, kept: Sequence[Any], spec: Spec) -> Saved:
 
 
 class Gradients(NamedTuple):
-    """Gradients of y, which may have been returned twice."""
+    """Gradients of y; ``dy_skip`` is that of its second copy where y was returned twice."""
 
     dy: Tensor
     dy_skip: Maybe
@@ -185,9 +185,9 @@ def _backward(
 
 
 def _launch_backward(gradients: Gradients, saved: Saved, computed: Computed, spec: Spec) -> None:
-    """Fills ``computed``; the reduce pass is that of `batch_norm_act` over the maxima.
+    """Fills ``computed``. The reduce pass is that of `batch_norm_act`, over the maxima.
 
-    Of two gradients it writes dz, which the dx pass then reads in their place.
+    With two gradients, the reduce pass writes dz, and the dx pass reads dz instead of them.
     """
     from bnres.kernels.bn_backward import bn_backward_reduce
     from bnres.kernels.bn_pool import bn_max_pool_backward_dx

@@ -132,9 +132,10 @@ def _call_carefully(operation: Operation, inputs: Any, buffers: Any, spec: Any, 
 
 
 def needs_aten(*tensors: Tensor | None) -> bool:
-    """Whether a call of these tensors must consist of torch's own operations.
+    """Whether a call with these tensors must run torch's own operations.
 
-    A program that is exported or traced is to run without bnres, and `torch.vmap` knows torch's only.
+    An exported or traced program must run without bnres, and `torch.vmap` has no rules for our
+    operators.
     """
     return (
         is_exporting() or is_tracing() or (not is_compiling() and any(map(mapped_levels, tensors)))
@@ -143,7 +144,7 @@ def needs_aten(*tensors: Tensor | None) -> bool:
 
 def _by_aten(operation: Operation, inputs: Any, buffers: Any, spec: Any, fork: bool) -> Any:
     """`call` through torch's own operations."""
-    # Where sizes are traced, each look at one is a warning.
+    # In a trace, each read of a size would warn.
     if not is_tracing():
         operation.check(inputs, buffers, spec)
     y = operation.aten(inputs, buffers, spec)
@@ -288,7 +289,7 @@ def _gradients(operation: Any, spec: Any, needed: Any) -> tuple[Callable[..., An
         def y(*inputs: Tensor) -> Tensor:
             return operation.formula(kept._replace(**dict(zip(names, inputs, strict=True))), spec)
 
-        # What gradients do not depend on is not saved.
+        # An input that was not saved does not affect the gradients: zeros do as well.
         inputs = [torch.zeros_like(kept.x) if (t := getattr(kept, n)) is None else t for n in names]
         return torch.func.vjp(y, *inputs)[1](dy if dy_skip is None else dy + dy_skip)
 

@@ -115,8 +115,9 @@ def conv2d_batch_norm_act(
     In training, or where gradients are asked for, it is torch's convolution and our batch norm.
     Without gradients, in evaluation, one kernel does all of it where that was measured to be
     faster on this GPU (see `bnres.routes`); in fp32 only if ``torch.backends.cudnn.allow_tf32`` is
-    set, as it is by default. In training the kernels do not add the ``conv_bias``, which the
-    batch's mean cancels: it only enters the running mean, and its gradient is zeros.
+    set, as it is by default. In training the kernels do not add the ``conv_bias``, because
+    subtracting the batch's mean cancels it: it only changes the running mean, and its gradient is
+    zero.
 
     Args:
         input: (N, C, H, W); in autocast it is cast as `torch.nn.functional.conv2d` casts it.

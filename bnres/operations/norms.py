@@ -74,7 +74,7 @@ _BIASES_AND_MEANS = (
 
 
 def without_input_bias(inputs: Any, buffers: Any, x: Tensor) -> Any:
-    """The buffers for evaluation: with the running means of inputs to which no bias is added."""
+    """The buffers for evaluation, with each input bias subtracted from its running mean."""
     for bias_name, mean_name in _BIASES_AND_MEANS:
         input_bias = getattr(inputs, bias_name, None)
         if input_bias is not None:
@@ -93,7 +93,7 @@ def copy_running(statistics: Tensor, x: Tensor, *norms: BatchNormState) -> Tenso
 
 
 def of_input_bias(statistics: Statistics, input_bias: Tensor | None) -> Statistics:
-    """Statistics for evaluation, less ``input_bias``, as a differentiable function of it."""
+    """Statistics for evaluation; their mean is a differentiable function of ``input_bias``."""
     if input_bias is None:
         return statistics
     return statistics._replace(mean=statistics.mean - (input_bias - input_bias.detach()))
@@ -114,8 +114,8 @@ def launch_statistics(
     """What ``x`` is normalised with.
 
     In training these are the statistics of the batch, which are written to ``kept``, or to scratch
-    memory if that is None. In evaluation ``kept`` has been filled from the running ones, and the
-    running mean is that of ``x`` without the bias.
+    memory if that is None. In evaluation ``kept`` already contains the running statistics, and
+    the input bias has been subtracted from the running mean.
     """
     from bnres.kernels.bn_forward import bn_stats
 
