@@ -1,4 +1,4 @@
-"""The source of random modules, as a user might write them, and worse."""
+"""Writes the source of random modules: what users write, and stranger code."""
 
 import random
 from collections.abc import Callable
@@ -36,7 +36,7 @@ ADDITIONS = [
     "{x} + {x}", "{x} + {y}.mean(0, keepdim=True)", "{x} + {y}[:1]", "{x}.add_({y}.mean(0))",
     "{x} + 1", "{x} * 0.5 + {y}", "{x} - {y}",
 ]  # fmt: skip
-# Views and aliases of the same shape, and of others.
+# Views and aliases: of the input's shape, then of other shapes.
 VIEWS = ["{x}.detach()", "{x}.view({x}.shape)", "{x}[:]", "{x}.expand_as({x})", "{x}.contiguous()"]
 PARTS = ["{x}[:, :2]", "{x}[0]", "{x}.chunk(2, 1)[0]", "{x}.transpose(0, 1)", "{x}.flatten(1)"]
 WRITES = [
@@ -45,7 +45,7 @@ WRITES = [
     "F.dropout({x}, 0.5, True, True)", "torch.sub({x}, 1, out={x})", "torch._foreach_mul_([{x}], 2.0)",
     "{x}.masked_fill_({x} > 1, 0.5)", "{x}.clamp_(-2, 2)",
 ]  # fmt: skip
-# Statements about a norm's tensors: of all norms, of those with statistics, of affine ones.
+# Statements with a norm's tensors: its statistics (read, then written), its affine parameters.
 READS = [
     "{new} = {x} * {norm}.running_var.mean()", "{new} = {x} + {norm}.running_mean.sum()",
     "{new} = {x} + {norm}.num_batches_tracked", "{new} = {x} * float({norm}.running_var[0])",
@@ -75,7 +75,7 @@ REGIONS = [
 
 
 class Writer:
-    """Writes one class; ``self.names`` are variables in scope, of the input's shape or of others."""
+    """Writes one class. Variables in ``names`` have the input's shape, in ``parts`` another."""
 
     def __init__(self, rng: random.Random, name: str = "Net", dims: int = 0) -> None:
         self.rng, self.name = rng, name
@@ -91,7 +91,7 @@ class Writer:
         self.count = 0
 
     def source(self) -> str:
-        """The class and those that it uses."""
+        """The source of the class and of the classes that it uses."""
         self.statements(self.rng.choice((1, 2, 2, 3)))
         self.emit(f"return {self.result()}")
         body = ["def __init__(self):", "    super().__init__()", *("    " + s for s in self.setup)]
@@ -108,7 +108,7 @@ class Writer:
         return ", ".join(found) + ","
 
     def some(self, of: list) -> list:
-        """A few, the same more than once at times; mostly none."""
+        """None, one or two of them; both may be the same."""
         return self.rng.choices(of, k=self.rng.choice((0, 0, 0, 1, 1, 2))) if of else []
 
     def emit(self, line: str) -> None:
@@ -123,7 +123,7 @@ class Writer:
         return f"v{self.count}"
 
     def assign(self, expression: str, names: list[str] | None = None) -> str:
-        """A new variable; now and then it takes the name of an old one."""
+        """Assigns to a new variable, or sometimes to an old one."""
         names = self.names if names is None else names
         old = names is self.names and self.rng.random() < 0.1
         name = self.rng.choice(names) if old else self.new()
@@ -137,7 +137,7 @@ class Writer:
         return name
 
     def write(self, templates: list[str], x: str = "", norm: str = "") -> None:
-        """A statement; one that makes a variable says {new}."""
+        """Writes a statement; its template contains {new} if it makes a variable."""
         template, new = self.rng.choice(templates), self.new()
         self.emit(template.format(x=x or self.pick(), norm=norm, new=new))
         if "{new}" in template:
@@ -155,7 +155,7 @@ class Writer:
         return self.rng.choice(self.convs[-2:])
 
     def norm(self) -> str:
-        """A batch norm, new or used before."""
+        """The name of a batch norm, new or already used."""
         rng = self.rng
         if self.norms and rng.random() < 0.12:
             return rng.choice(self.norms)[0]
@@ -182,7 +182,7 @@ class Writer:
             self.rng.choices(*zip(*choices, strict=True))[0]()
 
     def chain(self) -> None:
-        """A batch norm with what is fused, or with other things between."""
+        """A batch norm and operations that can be fused with it, sometimes others in between."""
         rng, x = self.rng, self.pick()
         if rng.random() < 0.5:
             x = self.assign(f"{self.conv()}({x})")
@@ -232,7 +232,7 @@ class Writer:
             self.write(BREAKS if kind == "break" and self.rng.random() < 0.5 else OTHERS)
 
     def body(self, x: str | None = None) -> str:
-        """Statements of a block; its result."""
+        """Writes the statements of a block; returns the name of its result."""
         names, parts = self.names, self.parts
         self.names, self.parts = [x] if x else list(names), [] if x else list(parts)
         self.indent += not x
@@ -267,7 +267,7 @@ class Writer:
         self.assign(self.rng.choice((checkpointed, f"self.{name}({x})")))
 
     def nested(self) -> None:
-        """A module of a class of its own, or an nn.Sequential, called once or twice."""
+        """A module of another class, or an nn.Sequential, called once or twice."""
         if self.name == "Net" and self.rng.random() < 0.6:
             inner = Writer(self.rng, f"Block{len(self.blocks)}", self.dims)
             self.blocks.append(inner.source())
@@ -281,6 +281,6 @@ class Writer:
 
 
 def write_module(seed: int) -> tuple[str, tuple[int, ...]]:
-    """The source of a module that has the class ``Net``, and the shape of one of its inputs."""
+    """The source of a Python module with the class ``Net``, and the shape of one input."""
     writer = Writer(random.Random(seed))
     return HEADER + "\n\n" + writer.source(), (CHANNELS, *SPATIAL[writer.dims])

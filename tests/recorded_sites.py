@@ -1,4 +1,4 @@
-"""What is fused while a test runs."""
+"""Records what is fused while a test runs."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,7 +8,7 @@ from bnres.fusion import Site, rewrite
 
 @contextmanager
 def recorded_sites() -> Iterator[list[Site]]:
-    """A list that gets a site for each call of a batch norm in each graph that is rewritten."""
+    """A list to which each rewritten graph appends one site per call of a batch norm."""
     original, sites = rewrite.fuse_graphs, []
 
     def fuse_graphs(module):

@@ -176,7 +176,7 @@ NAN, INF = float("nan"), float("inf")
 
 
 class TestNotFinite:
-    """NaN and infinity go where they go in torchvision, and nowhere else."""
+    """NaN and infinity spread to the same pixels as in torchvision."""
 
     def check(self, route, draws, x, tolerance):
         actual = bt.apply_draws(x.to(route), draws).cpu()
@@ -186,7 +186,7 @@ class TestNotFinite:
         return actual
 
     def images(self, value, channels=3, size=(9, 9)):
-        """One place after another holds ``value`` in one channel, at last nowhere."""
+        """Images with ``value`` at one place of one channel; the last image has none."""
         places = [(0, 0), (4, 5), (size[0] - 1, size[1] - 1), (2, size[1] - 1)]
         x = images(len(places) + 1, channels, *size)
         for index, (row, col) in enumerate(places):
@@ -216,7 +216,7 @@ class TestNotFinite:
 
     @pytest.mark.parametrize("value", [INF, -INF])
     def test_hue_of_infinity_is_nan(self, route, value):
-        """torchvision converts the undefined hue to an integer, by which one channel becomes NaN."""
+        """torchvision makes one channel NaN, as it converts the undefined hue to an integer."""
         x = self.images(value)
         y = augment.ColorJitter(hue=(0.2, 0.2))(x.to(route)).cpu()
         assert torch.equal(y.isnan(), x.isinf().any(1, keepdim=True).expand_as(x))
@@ -231,7 +231,7 @@ class TestNotFinite:
         draws = augment.Compose(chain).draws(*size_of(x), generator)
         y = self.check(route, draws, x, COLOR)
         assert y[-1].isfinite().all()
-        # The colours come before a crop that leaves the pixel out: contrast has spread it.
+        # Where the colours come first, contrast spreads the NaN before the crop removes its pixel.
         assert y.isnan().any() or order == "crop first"
 
     @pytest.mark.parametrize("value", [NAN, INF])
@@ -269,7 +269,7 @@ class TestNotFinite:
 
     @pytest.mark.parametrize("side", [64, 65])
     def test_both_ways_to_resize(self, route, side):
-        """The ATen route multiplies by weights up to 64 and resizes image by image from there on."""
+        """The ATen route multiplies by matrices up to size 64; above, it resizes image by image."""
         x = self.images(NAN, size=(side, side))
         draws = [bt.Crop(torch.tensor([[0, 2, side, 30]]).expand(len(x), 4), (6, 5), True)]
         y = self.check(route, draws, x, GEOMETRY)

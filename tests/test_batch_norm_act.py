@@ -101,7 +101,7 @@ def test_activations(act, has_residual):
 
 
 INF, NAN = float("inf"), float("nan")
-# Of inf, -inf and NaN: the activation, and its derivative.
+# The activation of inf, -inf and NaN, and its derivative there.
 NOT_FINITE = {
     "identity": ([INF, -INF, NAN], [1, 1, 1]),
     "relu": ([INF, 0, NAN], [1, 0, 1]),
@@ -113,7 +113,7 @@ NOT_FINITE = {
     "gelu": ([INF, NAN, NAN], [NAN, NAN, NAN]),
     "gelu_tanh": ([INF, NAN, NAN], [NAN, NAN, NAN]),
 }
-# Whose derivative at NaN depends in torch on whether an element is in a vector.
+# In torch the derivative of these at NaN depends on whether the element is vectorised.
 TORN = ("relu6", "hardswish")
 
 
@@ -125,7 +125,7 @@ def test_infinity_and_nan(act, dtype):
     same = partial(torch.testing.assert_close, rtol=0, atol=0, equal_nan=True)
 
     leaf = z.clone().requires_grad_()
-    # On the CPU oneDNN's gelu of inf is NaN; a single element is left to torch's own, which is inf.
+    # On the CPU oneDNN's gelu of inf is NaN. Single elements run torch's own gelu, which gives inf.
     y = torch.cat([ACTIVATION_FORMULAS[act](single, 0.25) for single in leaf.split(1)])
     (slope,) = torch.autograd.grad(y, leaf, torch.ones_like(y))
     same(y, values)

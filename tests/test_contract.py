@@ -341,7 +341,7 @@ def test_a_filter_of_another_number_of_dimensions_is_named(backend, shape, train
 @pytest.mark.parametrize("of_residual", [False, True])
 @pytest.mark.parametrize("shape", [(0,), (2,), (1, 3)])
 def test_a_counter_of_several_elements_is_refused(backend, shape, of_residual):
-    """Kernels would write to memory that is not the counter's."""
+    """Kernels would write outside the counter's memory."""
     x, counter = torch.randn(2, 3, 2, 2, device=DEVICE), torch.ones(shape, device=DEVICE).long()
     norm, residual_norm = norm_of(3), norm_of(3)
     prefix, name = "residual_" if of_residual else "", "num_batches_tracked"

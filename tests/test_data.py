@@ -474,7 +474,7 @@ class TestFolder:
             load_folder(tmp_path / "b")
 
 
-# Gray in 8 bits; and in 16, where the lower byte goes from 0 to 255 down the rows.
+# Gray of 8 bits, and of 16, whose lower byte goes from 0 to 255 down the rows.
 GRAY = np.tile(np.arange(0, 256, 17, dtype=np.uint8), (16, 1))
 WIDE = (GRAY.astype(np.uint16) << 8) + np.arange(0, 256, 17, dtype=np.uint16)[:, None]
 
@@ -497,7 +497,7 @@ def tiff(values, bits, *, kind=1, black=1, order="<"):
 
 
 def pnm(magic, top, values):
-    """A file of portable anymap's family, in text for P2."""
+    """A file of the portable anymap family; P2 is text."""
     head = f"{magic} {values.shape[1]} {values.shape[0]} {top}\n"
     if magic == "P2":
         return (head + " ".join(map(str, values.flatten()))).encode()
@@ -514,7 +514,7 @@ UNIT = GRAY.astype(np.float32) / 255
 
 
 class TestGrayOfMoreBits:
-    """Every mode of pillow that holds more than 8 bits, by a file that is read in it."""
+    """A file for each mode of pillow that has more than 8 bits."""
 
     @pytest.mark.parametrize(
         ("mode", "content"),

@@ -266,7 +266,7 @@ def test_transforms_update_statistics_once(transform):
 
 
 def test_forward_mode_under_vmap():
-    """Each of several batches has its tangent; running statistics could take only one of them."""
+    """Each mapped batch has its tangent; running statistics that are not mapped are refused."""
     torch.manual_seed(8)
     x = torch.randn(4, 3, 2, 2, 2, dtype=torch.float64, device=DEVICE)
     weight, bias = torch.randn(2, 2, dtype=torch.float64, device=DEVICE)

@@ -1,4 +1,4 @@
-"""Exports and traces of the layers: torch's own operations, which load without bnres."""
+"""Exports and traces of the layers contain only torch's operators and load without bnres."""
 
 import subprocess
 import sys
@@ -18,7 +18,7 @@ IMAGES = (3, 2, 4, 4)
 
 
 class TwoNorms(torch.nn.Module):
-    """A residual with a norm, and a fork."""
+    """A residual with its own batch norm, and a fork."""
 
     def __init__(self):
         super().__init__()
@@ -49,7 +49,7 @@ def route(request):
 
 
 def model_of(name, training=False):
-    """A model in fp64 whose statistics are not the first ones, and an input."""
+    """A model in fp64 with random statistics and parameters, and an input."""
     torch.manual_seed(0)
     make, shape = MODELS[name]
     model = make().to(DEVICE, torch.float64)
@@ -136,10 +136,10 @@ def test_archives_load_without_bnres(tmp_path):
 @pytest.mark.parametrize("dynamo", [True, False])
 @pytest.mark.parametrize("name", MODELS)
 def test_onnx(name, dynamo, tmp_path):
-    runtime = pytest.importorskip("onnxruntime", reason="it runs what is exported")
-    pytest.importorskip("onnxscript", reason="torch.onnx exports by it")
+    runtime = pytest.importorskip("onnxruntime", reason="runs the exported file")
+    pytest.importorskip("onnxscript", reason="torch.onnx needs it to export")
     model, x = model_of(name)
-    # Not the layer itself: the older exporter gives a root's keyword-only arguments by position.
+    # In a Sequential: the older exporter passes a root's keyword-only arguments by position.
     model, x = torch.nn.Sequential(model).eval().float().cpu(), x.float().cpu()
     path = str(tmp_path / "model.onnx")
     torch.onnx.export(model, (x,), path, dynamo=dynamo, input_names=["x"], verbose=False)

@@ -17,7 +17,7 @@ from tests.device import DEVICE
 from tests.tolerances import assert_close
 
 ATEN = "triton" if DEVICE == "cuda" else "aten"
-# Batch norms that follow no convolution, or are only called in training.
+# How many batch norms are kept: they follow no convolution, or are only called in training.
 KEPT = {"resnet18": 0, "densenet121": 62, "mobilenet_v2": 0, "googlenet": 2, "regnet_y_400mf": 0}
 
 
@@ -120,7 +120,7 @@ def test_what_is_called_more_than_once_is_kept():
 
 
 class ReadsElsewhere(nn.Module):
-    """A forward that also reads a tensor of one of the two modules."""
+    """A forward that also reads a tensor of the convolution or of the batch norm."""
 
     READS = (
         lambda m, x, y: y + F.conv2d(x, m.conv.weight, padding=1),

@@ -207,7 +207,7 @@ def writes_to_another(m, x):
 
 # The forward, the pattern of ``bn``, and its reason. WITHOUT_GRADIENTS are those whose in-place
 # write makes torch's backward fail.
-LEFT = {
+NOT_FUSED = {
     "used twice": (lambda m, x: (y := m.bn(x)).relu() + y, "bn", "used more than once"),
     "broadcast": (lambda m, x: F.relu(m.bn(x) + x.mean((2, 3), True)), "bn", "another shape"),
     "residual written": (residual_written, "bn", "one of its inputs is written in place"),
@@ -230,9 +230,9 @@ LEFT = {
 WITHOUT_GRADIENTS = ("written through a view", "bias written")
 
 
-@pytest.mark.parametrize("name", LEFT)
-def test_what_is_left(name):
-    body, pattern, reason = LEFT[name]
+@pytest.mark.parametrize("name", NOT_FUSED)
+def test_not_fused(name):
+    body, pattern, reason = NOT_FUSED[name]
     stock, grad = stock_net(body), name not in WITHOUT_GRADIENTS
     with torch.set_grad_enabled(grad):
         site = bnres.explain(stock, batch().requires_grad_()).sites[0]

@@ -1,4 +1,4 @@
-"""fuse on whole models and in what users do with them: the stock model's values, gradients, buffers."""
+"""fuse on whole models and in training code: values, gradients and buffers of the stock model."""
 
 import copy
 import gc
@@ -49,12 +49,12 @@ def d2l(name, **options):
 
 
 def of_timm(name, **options):
-    import timm  # after torchvision_import
+    import timm  # imports torchvision, so only after torchvision_import
 
     return timm.create_model(name, **options)
 
 
-# Each with its number of batch norms.
+# The model and its number of batch norms.
 SMALL = {
     "resnet": (partial(tv.ResNet, BasicBlock, [1, 1, 1, 1]), 12),
     "bottleneck": (partial(tv.ResNet, Bottleneck, [1, 1, 1, 1], groups=2, width_per_group=8), 17),
@@ -69,7 +69,7 @@ SMALL = {
     "timm-efficientnet": (partial(of_timm, "test_efficientnet"), 13),
     "timm-byobnet": (partial(of_timm, "test_byobnet"), 14),
 }
-# Name, size of an image, number of batch norms.
+# Name, image size, number of batch norms.
 WHOLE = [
     ("resnet18", 64, 20),
     ("resnet50", 64, 53),
@@ -88,7 +88,7 @@ WHOLE = [
 
 
 def assert_same(actual, expected, tolerance=DEEP):
-    """Tensors as near to the expected as the largest of these allows."""
+    """The tolerance is relative to the largest expected value."""
     scale = max(1.0, expected.abs().max().item())
     assert (actual - expected).abs().max().item() <= tolerance * scale
 
@@ -146,7 +146,7 @@ def assert_architecture(stock, x, norms):
 
 @pytest.fixture(autouse=True)
 def few_graphs():
-    """No graphs of other tests, and ATen's route: the interpreter is slow."""
+    """Drops the graphs of other tests. On the CPU uses ATen, as the interpreter is slow."""
     torch._dynamo.reset()
     with use_backend("triton" if DEVICE == "cuda" else "aten"):
         yield
@@ -169,14 +169,14 @@ def test_whole_architectures(name, size, norms):
     options = {"init_weights": False} if name == "googlenet" else {}
     stock = tv.get_model(name, weights=None, num_classes=5, **options)
     if name == "vgg11_bn":
-        stock.classifier = nn.Linear(512 * 7 * 7, 5)  # its own is all of the time
+        stock.classifier = nn.Linear(512 * 7 * 7, 5)  # the stock one takes nearly all the time
     stock = stock.to(DEVICE).double()
     shape = (4, 3, 4, size, size) if name == "r3d_18" else (4, 3, size, size)
     assert_architecture(stock, torch.randn(shape, dtype=torch.float64, device=DEVICE), norms)
 
 
 def small():
-    """A stem with a max-pool, a block with two batch norms in its end, and a block with one."""
+    """A stem with a max-pool, a block that adds two batch norms, one that adds its input."""
     torch.manual_seed(0)
     shortcut = nn.Sequential(nn.Conv2d(4, 6, 1, stride=2, bias=False), nn.BatchNorm2d(6))
     model = nn.Sequential(
@@ -210,7 +210,7 @@ def patterns(model, *inputs):
     return [site.pattern for site in bnres.explain(model, *inputs).sites]
 
 
-def test_what_stands_in_the_small_model():
+def test_patterns_of_the_small_model():
     assert patterns(small(), batch()) == PATTERNS
 
 
@@ -221,7 +221,7 @@ def test_interpreted_kernels():
 
 
 class Additions(nn.Module):
-    """Additions in place, to tensors that nobody sees afterwards and to others."""
+    """In-place additions to tensors that nothing reads afterwards, and to others."""
 
     def __init__(self):
         super().__init__()
@@ -249,7 +249,7 @@ class Additions(nn.Module):
 def test_additions_in_place():
     stock = Additions().to(DEVICE).double()
     x = torch.randn(2, 4, 3, 3, dtype=torch.float64, device=DEVICE)
-    with torch.no_grad():  # chunks can't be written to in place where gradients are recorded
+    with torch.no_grad():  # autograd refuses in-place writes to chunks
         assert patterns(stock, x.clone()) == ["bn-add"] * 3 + ["bn"] * 4
         fused = bnres.fuse(stock)
         inputs = x.clone(), x.clone()
@@ -324,7 +324,7 @@ def process_group(tmp_path):
 
 
 def test_distributed_data_parallel(pair, process_group, monkeypatch):
-    """With several buckets of gradients Dynamo's DDPOptimizer divides the graph."""
+    """Dynamo's DDPOptimizer splits the graph when there are several gradient buckets."""
     monkeypatch.setattr(torch.distributed, "_DEFAULT_FIRST_BUCKET_BYTES", 1024)
     fused, stock = pair
     graphs = []
@@ -345,7 +345,7 @@ def test_distributed_data_parallel(pair, process_group, monkeypatch):
 
 
 class Checkpointed(nn.Module):
-    """The small model, whose blocks are computed again in the backward."""
+    """The small model with its blocks checkpointed."""
 
     def __init__(self):
         super().__init__()
@@ -379,7 +379,7 @@ def test_gradient_checkpointing_in_segments():
 
 
 def add_hooks(model):
-    """Hooks of each kind; the list that they add to."""
+    """Adds hooks of each kind; returns the list that they append to."""
     seen, block = [], model[1][0]
     block.bn1.register_forward_hook(lambda m, i, out: seen.append("norm"))
     block.register_forward_hook(lambda m, i, out: out * 2)

@@ -1,4 +1,4 @@
-"""fuse: what each condition of the pass over captured graphs is for, one small module each."""
+"""fuse: one small module for each condition of the pass over captured graphs."""
 
 import copy
 
@@ -18,7 +18,7 @@ ROUTES = ["triton"] if DEVICE == "cuda" else ["aten", "triton-interpreter"]
 
 @pytest.fixture(autouse=True)
 def captured_anew():
-    """No size is dynamic because another test had another size."""
+    """Drops all graphs: after another test's sizes, torch would make these sizes dynamic."""
     torch._dynamo.reset()
 
 
@@ -47,7 +47,7 @@ def outcome(model, x):
 
 
 def check(forward, patterns, reason="", norm=nn.BatchNorm2d, tolerance=1e-7):
-    """Both compute the same by every route, and each call of a batch norm is fused as it should be."""
+    """The fused module equals the stock one on every route and has the expected patterns."""
     torch.manual_seed(0)
     stock = Norms(forward, norm).to(DEVICE).double()
     x = torch.randn(3, 4, 3, 3, dtype=torch.float64, device=DEVICE)
@@ -81,7 +81,7 @@ def nested(self, x):
 
 
 def test_checkpoints_in_a_checkpoint():
-    """Backward calls their batch norms again, which count it."""
+    """In backward their batch norms run, and count, again."""
 
     def forward(self, x):
         return checkpoint(lambda x: nested(self, x) + self.bn2(x), x, use_reentrant=False)
@@ -243,7 +243,7 @@ def other_bounds(self, x):
 
 
 def clamped_at_its_bounds(self, x):
-    """A clamp passes gradients at its bounds, relu6 does not."""
+    """At its bounds the gradient of a clamp is 1, that of relu6 is 0."""
     with torch.no_grad():
         self.bn.weight.zero_()
         self.bn.bias.fill_(6)
@@ -290,12 +290,12 @@ def residual_of_more_dimensions(self, x):
 
 
 def conv_of_one_image(self, x):
-    """torch takes the channels as images, and its rows as channels."""
+    """Batch norm reads an unbatched image's channels as images, and its rows as channels."""
     return F.relu(F.batch_norm(self.conv(x[0]), None, None, None, None, True)) + self.bn(x)
 
 
 def counter_of_another(self, x):
-    """It is counted right before a batch norm that has none."""
+    """bn2's counter goes up right before a call of batch norm that has no counter."""
     self.bn2.num_batches_tracked.add_(1)
     mean, var = self.bn.running_mean, self.bn.running_var
     y = F.batch_norm(x, mean, var, None, None, True)
@@ -341,12 +341,12 @@ def counter_goes_up_by_two(self, x):
 
 
 def pooled_channels(self, x):
-    """torch takes the channels as rows."""
+    """Batch norm reads dimension 1 of an unbatched image as channels, max-pool as rows."""
     return F.max_pool2d(F.relu(F.batch_norm(x[0], None, None, None, None, True)), 2) + self.bn(x)
 
 
 def convolved_without_gradients(self, x):
-    """The convolution's bias does not get any from the batch norm either."""
+    """The bias of a convolution under no_grad gets no gradient from the batch norm either."""
     with torch.no_grad():
         y = self.conv(x)
     return F.max_pool2d(F.relu(self.bn(y)), 2) + self.bn2(x).mean()
@@ -663,7 +663,7 @@ def test_numbers_that_depend_on_the_batch_size():
             x = torch.randn(n, 4, 3, 3, dtype=torch.float64, device=DEVICE)
             torch.testing.assert_close(outcome(fused, x)[0], outcome(stock, x)[0])
             torch.testing.assert_close(fused.bn.running_mean, stock.bn.running_mean)
-    assert sites[-1].pattern == "bn"  # the batch size is an input, and the slope is no constant
+    assert sites[-1].pattern == "bn"  # the batch size is dynamic, so the slope is not a constant
 
 
 def test_training_that_depends_on_the_batch_size():
@@ -724,7 +724,7 @@ def two_views_are_returned(self, x):
 
 @pytest.mark.parametrize("forward", [returned_with_a_view, two_views_are_returned])
 def test_a_returned_output_that_the_user_writes(forward):
-    """Its view has the gradient of what was written."""
+    """The gradient of its view includes the user's in-place write."""
     torch.manual_seed(0)
     stock = Norms(forward).to(DEVICE).double()
     x = torch.randn(3, 4, 3, 3, dtype=torch.float64, device=DEVICE)

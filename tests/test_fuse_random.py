@@ -1,6 +1,7 @@
-"""fuse on random modules: what the stock module computes, or the error that it raises.
+"""fuse on random modules: the fused module gives the stock module's results or raises its error.
 
-``python -m tests.test_fuse_random SEED [COUNT]`` runs one seed and shows its module, or a number of them.
+``python -m tests.test_fuse_random SEED [COUNT]`` runs COUNT seeds, one by default, and prints the
+modules that fail.
 """
 
 import linecache
@@ -25,7 +26,7 @@ STEPS = 4
 
 
 def load(source: str, name: str) -> type[nn.Module]:
-    """The class ``Net`` of a module that exists in memory only, where Dynamo finds it and its lines."""
+    """The class ``Net`` from ``source``, registered so that Dynamo finds its module and lines."""
     linecache.cache[name] = len(source), None, source.splitlines(keepends=True), name
     module = sys.modules[name] = types.ModuleType(name)
     exec(compile(source, name, "exec"), module.__dict__)
@@ -33,7 +34,7 @@ def load(source: str, name: str) -> type[nn.Module]:
 
 
 def build(cls: type[nn.Module], seed: int, dtype: torch.dtype) -> nn.Module:
-    """A module whose norms are no identities; some have values on the bounds of activations."""
+    """A module with random norms; the outputs of some are exactly at the bounds of activations."""
     torch.manual_seed(seed)
     rng = random.Random(seed)
     model = cls().to(DEVICE, dtype)
@@ -51,7 +52,7 @@ def build(cls: type[nn.Module], seed: int, dtype: torch.dtype) -> nn.Module:
 
 
 def changes(rng: random.Random, model: nn.Module) -> list[tuple[str, str]]:
-    """Statements about ``model``, as a user's training loop has them."""
+    """Statements that change ``model`` between two steps, as in a user's training loop."""
     norms = [n for n, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     norm = f"model.get_submodule({rng.choice(norms)!r})" if norms else "model"
     return rng.choice(
@@ -65,12 +66,12 @@ def changes(rng: random.Random, model: nn.Module) -> list[tuple[str, str]]:
 
 
 def step(model: nn.Module, x: torch.Tensor, seed: int, leaf: bool, grad: bool) -> dict:
-    """All that a call and its backward give, and change."""
+    """The results of a call and its backward, and all that they change."""
     found: dict = {}
     torch.manual_seed(seed)
     model.zero_grad()
     x = x.clone().requires_grad_(leaf)
-    given = x if not leaf or seed % 2 else x * 1  # one that is no leaf can be written in place
+    given = x if not leaf or seed % 2 else x * 1  # a non-leaf can be written in place
     with torch.set_grad_enabled(grad):
         try:
             outputs = model(given)
@@ -102,15 +103,15 @@ def step(model: nn.Module, x: torch.Tensor, seed: int, leaf: bool, grad: bool) -
 
 
 def difference(found: dict, expected: dict, tolerance: float) -> str:
-    """What the fused module does differently; empty if nothing."""
+    """A description of the first difference from the stock module; empty if there is none."""
     if "forward error" in expected or "forward error" in found:
         errors = [each.get("forward error") for each in (found, expected)]
         if type(errors[0]).__name__ == "InternalTorchDynamoError":
-            return ""  # it did not come to our pass: torch's "eager" backend raises the same
+            return ""  # a bug of Dynamo: torch's "eager" backend raises it too
         same = None not in errors and isinstance(errors[0], type(errors[1]))
         return "" if same else f"forward: {errors[0]!r:.600}, stock {errors[1]!r:.300}"
     if "backward error" in expected:
-        # Ours keeps less for backward, so it may succeed where stock finds a tensor overwritten.
+        # Ours saves fewer tensors, so it may succeed where one that stock saves is overwritten.
         for name in ("gradients", "buffers after"):
             found.pop(name), expected.pop(name)
         found["backward error"] = expected["backward error"]
@@ -132,10 +133,10 @@ def difference(found: dict, expected: dict, tolerance: float) -> str:
 
 
 def run(seed: int) -> Counter:
-    """Compares a random module with itself fused, in a random sequence of steps.
+    """Compares a random module with its fused copy in a random sequence of steps.
 
     Raises:
-        AssertionError: with the module and the steps, if they differ.
+        AssertionError: if they differ; the message has the module and the steps.
     """
     torch._dynamo.reset()
     rng = random.Random(-1 - seed)
@@ -147,7 +148,7 @@ def run(seed: int) -> Counter:
     stock = build(load(source, "random_module"), seed, dtype)
     fused = bnres.fuse(stock)
     seen, steps = Counter(), []
-    # A silent return to stock code would test nothing.
+    # Raise at the limit of graphs: falling back to stock code would test nothing.
     limits = {"recompile_limit": 64, "fail_on_recompile_limit_hit": True}
     route = "triton" if DEVICE == "cuda" else "triton-interpreter" if interpreted else "aten"
     with bnres.use_backend(route), torch._dynamo.config.patch(limits), recorded_sites() as sites:
@@ -172,15 +173,15 @@ def run(seed: int) -> Counter:
                     f"{wrong}\n\nseed {seed}, {route}, {dtype}:\n{source}\n{script}"
                 )
             if "forward error" in results[0] or "backward error" in results[1]:
-                break  # how far the two came may differ
+                break  # the two may have stopped at different places
     return seen + Counter(site.pattern for site in sites)
 
 
 def run_many(seeds: range) -> None:
-    """Runs some seeds; a module that fails is shown with its seed."""
+    """Runs some seeds; an error shows the module and its seed."""
     total = sum(map(run, seeds), Counter())
     fused = sum(n for name, n in total.items() if name.startswith(("bn-", "bn+", "conv-bn")))
-    assert fused >= len(seeds), total  # else hardly anything was tested
+    assert fused >= len(seeds), total  # otherwise hardly anything was fused
     assert total["forward errors"] + total["dynamo errors"] <= len(seeds) / 4, total
 
 

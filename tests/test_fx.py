@@ -1,4 +1,4 @@
-"""torch.fx's traces: our layers are nodes of the graph, as torch's own are."""
+"""In torch.fx's traces our layers are nodes of the graph, like torch's own."""
 
 import copy
 import pickle
@@ -35,7 +35,7 @@ def route(request):
 
 
 def assert_same(traced, model, x, modes=(True, False)):
-    """Outputs, gradients and buffers of two models, one after the other in training and evaluation."""
+    """Outputs, gradients and buffers of both models are equal, in training and in evaluation."""
     for training in modes:
         found = []
         for m in (traced, model):
@@ -71,7 +71,7 @@ def test_hook_runs_once_a_call():
 
 
 def test_residual_and_what_a_copy_keeps():
-    """A node has the residual; a layer that was pickled or copied is a leaf too."""
+    """The residual is an argument of the layer's node; pickled or copied layers are leaves too."""
 
     class Net(torch.nn.Module):
         def __init__(self, layer):
@@ -96,7 +96,7 @@ def test_stock_layers_that_were_ours_have_no_trace_of_it():
 
 
 def test_linked_blocks():
-    """The second block takes what the first one offers; the graph has neither."""
+    """Linked blocks pass a forked output to each other; a trace of them does not."""
     torch.manual_seed(0)
     model = torch.nn.Sequential(BasicBlock(2, 4, 2), BasicBlock(4, 4)).to(DEVICE, torch.float64)
     link(model)

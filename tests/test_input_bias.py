@@ -1,4 +1,4 @@
-"""The bias of a convolution, which the batch norm after it adds."""
+"""A convolution's bias that the batch norm after it adds."""
 
 import copy
 from contextlib import nullcontext
@@ -23,7 +23,7 @@ from tests.device import DEVICE
 from tests.tolerances import assert_close
 
 ROUTES = {"kernels": nullcontext, "aten": lambda: bnres.use_backend("aten")}
-# More would take the interpreter long.
+# Few with kernels, as the interpreter is slow.
 STEPS = {"kernels": 4, "aten": 30}
 route = pytest.mark.parametrize("route", ROUTES)
 training_or_not = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
@@ -76,7 +76,7 @@ NETS = (OneNorm, TwoNorms, OneNormFrozen, Pooled)
 
 
 def pair(make, **options):
-    """A net of stock layers, and a copy whose forward is fused."""
+    """A copy of a net whose forward is fused, and the net with the stock forward."""
     torch.manual_seed(0)
     stock = make(**options).to(DEVICE)
     ours = copy.deepcopy(stock)
@@ -92,7 +92,7 @@ def assert_same_buffers(ours, stock):
 @route
 @pytest.mark.parametrize("make", NETS)
 def test_checkpointed_statistics(make, route):
-    """Recomputation stops at the last tensor that was saved: there all has been updated."""
+    """Recomputation stops at the last saved tensor; by then all statistics must be updated."""
     ours, stock = pair(make)
     x = torch.randn(2, 3, 4, 4, device=DEVICE)
     with ROUTES[route]():
@@ -171,7 +171,7 @@ def test_each_call_of_a_norm_is_one_update(momentum, route):
 
 
 def draw(dtype=torch.float64):
-    """x, residual, weight, bias, their input biases, and running statistics."""
+    """The tensors of both norms: inputs, parameters, input biases and running statistics."""
     torch.manual_seed(3)
     x, residual = torch.randn(2, 3, 2, 2, 3, device=DEVICE, dtype=torch.float64)
     channel = torch.randn(4, 2, dtype=torch.float64, device=DEVICE).unbind()
@@ -204,7 +204,7 @@ def pooled(x, residual, weight, bias, input_bias, other_bias, stats, training, *
 
 
 def pooled_by_torch(x, *others, **options):
-    """The window is one in which a tap misses the input: `batch_norm_act`, torch's pooling."""
+    """With a window that partly misses the input: `batch_norm_act` and torch's pooling run."""
     return batch_norm_act_max_pool2d(
         x, *others[5], *others[1:3], input_bias=others[3], kernel_size=2, stride=1, padding=1,
         dilation=2, training=others[6], **options,
@@ -212,7 +212,7 @@ def pooled_by_torch(x, *others, **options):
 
 
 def normalized(x, input_bias, weight, bias, stats, training):
-    """In torch's elementary operations, as in test_derivatives."""
+    """The formula in torch's elementary operations, as in test_derivatives."""
     x = x + input_bias.view(-1, 1, 1)
     mean, var = stats
     if training:
@@ -352,7 +352,7 @@ def test_transforms(operation, transform, training):
 @route
 @training_or_not
 def test_without_gradients(training, route):
-    """In evaluation the running mean, less the bias, is all that is computed before."""
+    """In evaluation kernels subtract the bias from the running mean instead of adding it to x."""
     for ours, formula in OPERATIONS.values():
         inputs, stats = draw()
         with torch.no_grad(), ROUTES[route]():
@@ -367,7 +367,7 @@ def test_recomputed(training):
     for context in (nullcontext, bnres.recompute):
         with context():
             y = single(*inputs, [s.clone() for s in stats], training)
-            loss = (y * y).sum()  # saves y
+            loss = (y * y).sum()  # its backward needs y
         found.append(torch.autograd.grad(loss, inputs[:5]))
     assert all(map(torch.equal, *found))
 
@@ -376,7 +376,7 @@ def test_recomputed(training):
 @training_or_not
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_autocast(dtype, training, route):
-    """The bias is fp32, what the convolution returns is not."""
+    """The bias is fp32; the convolution's output is fp16 or bf16."""
     torch.manual_seed(0)
     ours = ConvBatchNormAct2d(4, 4, 1, bias=True).to(DEVICE).train(training)
     conv, bn = ours.conv, ours.bn
@@ -412,7 +412,7 @@ def test_errors(route):
 @route
 @training_or_not
 def test_input_of_a_wrong_number_of_dimensions(training, route):
-    """As torch's modules say."""
+    """The messages are those of torch's modules."""
     layers = [
         ConvBatchNormAct2d(3, 3, 1, bias=True),
         ConvBatchNormAct2d(3, 3, 1, padding_mode="circular"),

@@ -1,4 +1,4 @@
-"""`torch.vmap` and `torch.func.functional_call` over the layers, as over torch's own, on every route."""
+"""`torch.vmap` and `torch.func.functional_call` give what they give for torch's own layers."""
 
 import copy
 
@@ -15,7 +15,7 @@ from tests.tolerances import assert_close
 
 ROUTES = ("aten", "triton-interpreter" if DEVICE == "cpu" else "triton")
 IMAGES = (3, 2, 4, 4)
-# Each layer and the shape of its input.
+# A function that makes the layer, and the shape of its input.
 LAYERS = {
     "BatchNorm1d": (lambda **o: nn.BatchNorm1d(2, **o), (5, 2)),
     "BatchNorm3d": (lambda **o: nn.BatchNorm3d(2, **o), (3, 2, 2, 1, 2)),
@@ -34,7 +34,7 @@ def route(request):
 
 
 def layer_of(name, mode, seed=0):
-    """A layer in fp64 with parameters and statistics of its own."""
+    """A layer in fp64 with random parameters and statistics."""
     torch.manual_seed(seed)
     make, _ = LAYERS[name]
     layer = make(track_running_stats=mode != "untracked", dtype=torch.float64, device=DEVICE)
@@ -56,7 +56,7 @@ def assert_all_close(found, expected):
 
 
 def stacked(results):
-    """A tree of tensors from a list of such trees."""
+    """Stacks the tensors of several trees of the same structure."""
     return tree_map(lambda *leaves: torch.stack(leaves), *results)
 
 
@@ -96,7 +96,7 @@ def test_vmap_over_one_of_two_normalised_tensors_writes_nothing(mapped):
 
 @pytest.mark.parametrize("levels", ["inner", "outer"])
 def test_vmap_of_vmap(levels):
-    """Statistics that are mapped over at one of two levels are those of an error at the other."""
+    """Statistics that are mapped over at only one of two levels raise an error."""
     layer = layer_of("BatchNormAct2d", "untracked")
     xs = torch.stack([inputs_of("BatchNormAct2d"), inputs_of("BatchNormAct2d").exp()])
     expected = torch.stack([torch.stack([layer(x) for x in row]) for row in xs])
@@ -123,7 +123,7 @@ def test_vmap_over_the_residual_only():
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", LAYERS)
 def test_ensemble(name, mode):
-    """Parameters and statistics of several layers as one, which are mapped over, with gradients."""
+    """vmap over the stacked parameters and statistics of several layers, with gradients."""
     layers = [layer_of(name, mode, seed) for seed in range(3)]
     xs, base = inputs_of(name), layer_of(name, mode)
     parameters, buffers = stack_module_state(layers)
@@ -163,7 +163,7 @@ def test_gradients_of_each_sample(name):
 
 
 def test_vmap_over_functions():
-    """Two norms and a fork, of parameters that are mapped over."""
+    """Two norms and a fork, with mapped parameters."""
     xs, others = inputs_of("BatchNormAct2d"), inputs_of("BatchNormAct2d").sin()
     weights = torch.rand(3, 2, dtype=torch.float64, device=DEVICE)
 
@@ -183,12 +183,12 @@ def test_vmap_over_functions():
 def test_functional_call_trains_the_statistics_it_is_given(name, transform):
     layer, own = layer_of(name, "train"), layer_of(name, "train", 1)
     before, x = copy.deepcopy(own.state_dict()), inputs_of(name)[0]
-    # Copies: a derivative of a module's own parameters is to leave no gradient on them.
+    # Copies, so that no gradient is left on the module's own parameters.
     parameters = {key: p.detach().clone() for key, p in layer.named_parameters()}
     given = {key: b.clone() for key, b in layer.named_buffers()}
 
     def loss(x, parameters):
-        # Copies: inside a transform nothing may be written to that comes from outside.
+        # Copies, because a transform refuses writes to tensors from outside.
         buffers = tree_map(torch.clone, given)
         return functional_call(own, (parameters, buffers), (x,)).square().sum(), buffers
 
