@@ -200,6 +200,10 @@ def test_training_mode_is_refused():
         bnres.fold(model, x)
 
 
+def test_a_model_without_operations():
+    assert type(bnres.fold(nn.Identity().eval(), torch.zeros(2))) is nn.Identity
+
+
 def test_without_inputs_nothing_is_folded():
     stock = with_statistics(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)))
     with pytest.warns(UserWarning, match="without an example"):

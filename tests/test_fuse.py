@@ -445,8 +445,14 @@ def test_every_site_of_resnet18_is_fused():
 def test_wrong_arguments():
     with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got str"):
         bnres.fuse("resnet18")
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got str"):
+        bnres.explain("resnet18", batch())
     with pytest.raises(ValueError, match="options must be among inner, got 'outer'"):
         backend(fx.symbolic_trace(nn.ReLU()), [], options={"outer": 1})
+    with pytest.raises(
+        ValueError, match=r"options\['inner'\] must be a backend or its name, got 3"
+    ):
+        backend(fx.symbolic_trace(nn.ReLU()), [], options={"inner": 3})
 
 
 def test_the_backend_needs_no_import_of_bnres():

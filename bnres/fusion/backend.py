@@ -33,18 +33,20 @@ def backend(
             ``"inductor"``; without it the graph runs eagerly.
 
     Raises:
-        ValueError: for an unknown option.
+        ValueError: for an unknown option, or an ``inner`` that is no backend.
     """
     from bnres.fusion.rewrite import fuse_graphs
 
     unknown = set(options or {}) - set(OPTIONS)
     if unknown:
         raise ValueError(f"options must be among {', '.join(OPTIONS)}, got {min(unknown)!r}")
-    fuse_graphs(module)
     inner = (options or {}).get("inner", "eager")
-    return (
-        run_eagerly(module) if inner == "eager" else lookup_backend(inner)(module, example_inputs)
-    )
+    if not (isinstance(inner, str) or callable(inner)):
+        raise ValueError(f"options['inner'] must be a backend or its name, got {inner!r}")
+    fuse_graphs(module)
+    if inner == "eager":
+        return run_eagerly(module)
+    return lookup_backend(inner)(module, example_inputs)
 
 
 def run_eagerly(module: fx.GraphModule) -> Callable[..., Any]:
@@ -126,9 +128,7 @@ def fuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     Raises:
         TypeError: if ``model`` is not a module.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    model = model if inplace else copy.deepcopy(model)
+    model = unfuse(model, inplace=inplace)
     stock = uncompiled_call(model)
     fused = compiled(stock, backend)
 
@@ -145,7 +145,12 @@ def unfuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     Args:
         model: any module, fused or not.
         inplace: change ``model`` itself instead of a copy.
+
+    Raises:
+        TypeError: if ``model`` is not a module.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if not inplace:
         return copy.deepcopy(model)  # copies are unfused
     for module in model.modules():

@@ -1,6 +1,5 @@
 """`explain`: what is fused in a model, what is not, and why."""
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -9,7 +8,7 @@ import torch
 from torch import fx, nn
 
 from bnres.backend import use_backend
-from bnres.fusion.backend import run_eagerly
+from bnres.fusion.backend import run_eagerly, unfuse
 from bnres.fusion.dynamo import compiled, graph_breaks
 from bnres.fusion.report import FusionReport, Site
 
@@ -26,7 +25,7 @@ def explain(model: nn.Module, *inputs: Any, **kwargs: Any) -> FusionReport:
     Returns:
         A report with a row for each batch norm.
     """
-    twin = copy.deepcopy(model)
+    twin = unfuse(model)
     names = {
         id(tensor): name
         for name, module in twin.named_modules()

@@ -38,13 +38,13 @@ def fold(model: nn.Module, *inputs: Any, **kwargs: Any) -> nn.Module:
         ValueError: if the model or one of its batch norms is in training mode, if Dynamo does not
             capture its forward as one graph, or if its forward changes when batch norms are folded.
     """
-    for name, module in model.named_modules():
+    folded = unfuse(model)
+    for name, module in folded.named_modules():
         if module.training and (not name or is_norm(module)):
             raise ValueError(
                 f"model must be in eval mode to be folded, but {name or 'it'} is in training mode: "
                 "call model.eval() first"
             )
-    folded = unfuse(model)
     if not (inputs or kwargs):
         warnings.warn("nothing is folded without an example of the model's inputs", stacklevel=2)
         return folded
@@ -81,7 +81,7 @@ def _capture(
     except not_captured() as error:
         line = str(error).splitlines()[0]
         raise ValueError(f"model can't be folded: its forward is not one graph: {line}") from error
-    return found[0]
+    return found[0] if found else (fx.Graph(), {})
 
 
 def _pairs(
