@@ -167,11 +167,6 @@ def copy_back(buffers: Any, packed: Any, names: Sequence[str]) -> None:
             buffer.copy_(copy)
 
 
-def empty_sums(statistics: Tensor, x: Tensor, count: int) -> list[Tensor]:
-    """Tensors of a value for each channel, in the type of the statistics."""
-    return [statistics.new_empty(x.shape[1]) for _ in range(count)]
-
-
 def as_dtype_of(t: Tensor, computed: Tensor) -> Tensor:
     """``computed`` in the dtype of ``t``. (`torch.Tensor.to` is slow even where there is nothing to do.)"""
     return computed if computed.dtype == t.dtype else computed.to(t.dtype)

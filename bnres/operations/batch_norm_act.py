@@ -10,33 +10,25 @@ from bnres.activations import resolve
 from bnres.kernels.dtypes import acc_type
 from bnres.kernels.layout import dense, dense_like
 from bnres.kernels.norm import Norm, Statistics, Sums
-from bnres.kernels.outputs import empty_mask
+from bnres.kernels.outputs import empty_channels, empty_mask
 from bnres.kernels.reference import bn_apply_ref, bn_stats_ref
 from bnres.kernels.torch_internals import outside_of_transforms, unwrapped
-from bnres.operations.arguments import (
-    as_dtype_of,
-    check_input,
-    check_mapped,
-    check_norm,
-    check_residual,
-    empty_sums,
-    wants_grad,
-)
+from bnres.operations.arguments import check_residual, wants_grad
 from bnres.operations.aten import batch_norm_act_aten
 from bnres.operations.call import Operation, call
 from bnres.operations.norms import (
     BatchNormState,
-    copy_running,
+    check_batch_norm,
     empty_statistics,
-    input_bias_gradient,
     launch_statistics,
     of_input_bias,
+    parameter_gradients,
+    prepare_evaluation,
     rows_of,
     split_momentum,
-    state_of,
-    without_input_bias,
+    states_of,
 )
-from bnres.operations.operator import Maybe, Recording, operator
+from bnres.operations.operator import Gradients, Maybe, Recording, operator
 
 
 class Inputs(NamedTuple):
@@ -103,8 +95,8 @@ class Saved(NamedTuple):
     residual_weight: Maybe
     residual_bias: Maybe
     residual_input_bias: Maybe
-    statistics: Tensor
-    mask: Maybe
+    statistics: Maybe
+    mask: Maybe = None
 
 
 def _saves_mask(inputs: Inputs, spec: Spec) -> bool:
@@ -114,28 +106,18 @@ def _saves_mask(inputs: Inputs, spec: Spec) -> bool:
 
 
 def _allocate(inputs: Inputs, buffers: Buffers, spec: Spec) -> Outputs:
-    x, statistics, mask = inputs.x, None, None
-    if spec.needs_grad:
-        statistics = empty_statistics(x, 2 if spec.has_residual_norm else 1)
-    if _saves_mask(inputs, spec):
-        mask = empty_mask(x)
+    x = inputs.x
+    statistics = empty_statistics(x, spec) if spec.needs_grad else None
+    mask = empty_mask(x) if _saves_mask(inputs, spec) else None
     return Outputs(torch.empty_like(x), statistics, mask)
 
 
 def _forward(inputs: Inputs, buffers: Buffers, spec: Spec, recording: Recording) -> Outputs:
     outputs = _allocate(inputs, buffers, spec)
     if not spec.training:
-        buffers = without_input_bias(inputs, buffers, inputs.x)
-        if outputs.statistics is not None:
-            copy_running(outputs.statistics, inputs.x, *_states(inputs, buffers, spec))
+        buffers = prepare_evaluation(inputs, buffers, spec, outputs.statistics)
     recording.forward.run(_launch_forward, (inputs, buffers, outputs), spec)
     return outputs
-
-
-def _states(inputs: Inputs, buffers: Buffers, spec: Spec) -> list[BatchNormState]:
-    """The batch norm of x and, if it has one, that of the residual."""
-    prefixes = ("", "residual_") if spec.has_residual_norm else ("",)
-    return [state_of(inputs, buffers, spec, prefix) for prefix in prefixes]
 
 
 def _norms(saved: Inputs | Saved, statistics: Any) -> tuple[Norm, Norm | None]:
@@ -150,7 +132,7 @@ def _launch_forward(inputs: Inputs, buffers: Buffers, outputs: Outputs, spec: Sp
     from bnres.kernels.bn_forward import bn_apply
 
     y, kept, mask = outputs
-    states = _states(inputs, buffers, spec)
+    states = states_of(inputs, buffers, spec)
     rows: Any = [None] * len(states) if kept is None else rows_of(kept, inputs.x)
     norm, residual_norm = _norms(
         inputs,
@@ -181,13 +163,6 @@ def _saved(inputs: Inputs, y: Tensor, kept: Sequence[Any], spec: Spec) -> Saved:
     if mask is not None or (spec.act == "identity" and not spec.has_residual_norm):
         inputs = inputs._replace(residual=None)
     return Saved(*inputs, statistics, mask)
-
-
-class Gradients(NamedTuple):
-    """Gradients of y, which may have been returned twice."""
-
-    dy: Tensor
-    dy_skip: Maybe
 
 
 class Asked(NamedTuple):
@@ -223,7 +198,7 @@ def _allocate_backward(gradients: Gradients, saved: Saved, spec: Spec, asked: As
     if not _reduces(spec, asked):
         return Computed(dx, dresidual, None, None)
     count = 4 if spec.has_residual_norm else 2
-    return Computed(dx, dresidual, *empty_sums(saved.statistics, x, count))
+    return Computed(dx, dresidual, *empty_channels(x, count))
 
 
 def _backward(
@@ -288,35 +263,15 @@ def _input_gradients(
         sums = sums or needed.input_bias or needed.residual_input_bias
     asked = Asked(dx, dresidual, bool(sums))
     found = _run_backward(Gradients(dy, dy_skip), saved, spec, asked, recording=recording)
-    input_bias = residual = residual_weight = residual_bias = residual_input_bias = None
-    if needed.input_bias:
-        input_bias = input_bias_gradient(saved, spec, found.sum_dy)
+    residual = None
     if needed.residual:
         residual = dy.view_as(dy) if is_sum else found.dresidual
-    if needed.residual_weight:
-        residual_weight = as_dtype_of(saved.residual_weight, found.residual_sum_dy_xhat)
-    if needed.residual_bias:
-        residual_bias = as_dtype_of(saved.residual_bias, found.residual_sum_dy)
-    if needed.residual_input_bias:
-        residual_input_bias = input_bias_gradient(saved, spec, found.residual_sum_dy, "residual_")
     return (
         found.dx if needed.x else None,
-        as_dtype_of(saved.weight, found.sum_dy_xhat) if needed.weight else None,
-        as_dtype_of(saved.bias, found.sum_dy) if needed.bias else None,
-        input_bias,
+        *parameter_gradients(saved, spec, needed, found[2:4]),
         residual,
-        residual_weight,
-        residual_bias,
-        residual_input_bias,
+        *parameter_gradients(saved, spec, needed, found[4:], "residual_"),
     )
-
-
-def _constants(inputs: Inputs, buffers: Buffers, spec: Spec) -> tuple[Tensor | None, None]:
-    if spec.training:
-        return None, None
-    buffers = without_input_bias(inputs, buffers, inputs.x)
-    states = _states(inputs, buffers, spec)
-    return copy_running(empty_statistics(inputs.x, len(states)), inputs.x, *states), None
 
 
 def _formula(saved: Saved, spec: Spec) -> Tensor:
@@ -352,23 +307,17 @@ def unpack_mask(mask: Tensor, x: Tensor) -> Tensor:
 
 def _check(inputs: Inputs, buffers: Buffers, spec: Spec) -> None:
     x, residual, training = inputs.x, inputs.residual, spec.training
-    norm, *others = _states(inputs, buffers, spec)
-    check_input(x, training)
-    check_norm(norm, x.shape[1], x.device, training)
-    if training:
-        check_mapped(x, norm)
+    norm, *others = states_of(inputs, buffers, spec)
+    check_batch_norm(x, norm, training)
     if residual is not None:
         check_residual(residual, x.shape, x.device)
     for residual_norm in others:
-        check_input(residual, training, "residual")
-        check_norm(residual_norm, x.shape[1], x.device, training, "residual_")
-        if training:
-            check_mapped(residual, residual_norm)
+        check_batch_norm(residual, residual_norm, training, "residual")
 
 
 def _aten(inputs: Inputs, buffers: Buffers, spec: Spec) -> Tensor:
     residual, training = inputs.residual, spec.training
-    norm, *others = _states(inputs, buffers, spec)
+    norm, *others = states_of(inputs, buffers, spec)
     for residual_norm in others:
         residual = batch_norm_act_aten(residual, residual_norm, training)
     return batch_norm_act_aten(inputs.x, norm, training, residual, spec.act, spec.act_param)
@@ -393,7 +342,6 @@ BATCH_NORM_ACT = Operation(
     saved=_saved,
     backward=_input_gradients,
     formula=_formula,
-    constants=_constants,
     again=_again,
 )  # fmt: skip
 
@@ -457,33 +405,27 @@ def batch_norm_act(
     Follows `torch.nn.functional.batch_norm` (Ioffe and Szegedy, arXiv 1502.03167).
     """
     name, param = resolve(act, act_kwargs)
-    device_momentum, number = split_momentum(momentum)
     counter = num_batches_tracked if training else None
-    if residual_norm is None:
-        inputs = Inputs(input, weight, bias, input_bias, residual)
-        buffers = Buffers(running_mean, running_var, counter, device_momentum)
-        needs_grad = wants_grad(input, weight, bias, input_bias, residual)
-        # With fixed statistics, only the weight's gradient and an activation's derivative depend on x.
-        reads_x = training or name not in ("identity", "relu") or wants_grad(weight)
-        # Not defaults of the fields: torch.compile would make symbols of the numbers.
-        spec = Spec(name, param, training, needs_grad, reads_x, number, eps, False, 0.0, 0.0)
-    else:
+    device_momentum, number = split_momentum(momentum)
+    inputs: Any = (input, weight, bias, input_bias, residual)
+    buffers: Any = (running_mean, running_var, counter, device_momentum)
+    # Not defaults of the fields: torch.compile would make symbols of the numbers.
+    of_residual_norm = (False, 0.0, 0.0)
+    norm = residual_norm
+    if norm is not None:
         if residual is None:
             raise ValueError("residual must be given with residual_norm, got None")
-        norm = residual_norm
-        inputs = Inputs(
-            input, weight, bias, input_bias, residual, norm.weight, norm.bias, norm.input_bias
-        )
-        residual_device_momentum, residual_number = split_momentum(norm.momentum)
-        buffers = Buffers(
-            running_mean, running_var, counter, device_momentum, norm.running_mean, norm.running_var,
-            norm.num_batches_tracked if training else None, residual_device_momentum,
-        )  # fmt: skip
-        spec = Spec(
-            name, param, training, wants_grad(*inputs), True, number, eps, True, residual_number,
-            norm.eps,
-        )  # fmt: skip
-    return call(BATCH_NORM_ACT, inputs, buffers, spec, fork)
+        counter = norm.num_batches_tracked if training else None
+        device_momentum, residual_number = split_momentum(norm.momentum)
+        inputs += (norm.weight, norm.bias, norm.input_bias)
+        buffers += (norm.running_mean, norm.running_var, counter, device_momentum)
+        of_residual_norm = (True, residual_number, norm.eps)
+    # With fixed statistics, only the weight's gradient and an activation's derivative depend on x.
+    depends_on_x = name not in ("identity", "relu") or wants_grad(weight)
+    reads_x = training or norm is not None or depends_on_x
+    needs_grad = wants_grad(*inputs)
+    spec = Spec(name, param, training, needs_grad, reads_x, number, eps, *of_residual_norm)
+    return call(BATCH_NORM_ACT, Inputs(*inputs), Buffers(*buffers), spec, fork)
 
 
 def batch_norm(

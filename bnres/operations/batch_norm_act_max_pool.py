@@ -11,32 +11,25 @@ from torch import Tensor
 from bnres.activations import resolve
 from bnres.backend import uses_kernels
 from bnres.kernels.norm import Norm, Sums
-from bnres.kernels.outputs import empty_pooled
+from bnres.kernels.outputs import empty_channels, empty_pooled
 from bnres.kernels.reference import bn_max_pool_at_ref, bn_max_pool_ref, bn_stats_ref
 from bnres.kernels.window import Window
-from bnres.operations.arguments import (
-    as_dtype_of,
-    check_input,
-    check_mapped,
-    check_norm,
-    empty_sums,
-    wants_grad,
-)
+from bnres.operations.arguments import wants_grad
 from bnres.operations.aten import batch_norm_act_aten
 from bnres.operations.batch_norm_act import batch_norm_act
 from bnres.operations.call import Operation, call
 from bnres.operations.norms import (
-    copy_running,
+    check_batch_norm,
     empty_statistics,
-    input_bias_gradient,
     launch_statistics,
     of_input_bias,
+    parameter_gradients,
+    prepare_evaluation,
     rows_of,
     split_momentum,
     state_of,
-    without_input_bias,
 )
-from bnres.operations.operator import Maybe, Recording, operator
+from bnres.operations.operator import Gradients, Maybe, Recording, operator
 
 Size = int | tuple[int, int]
 
@@ -92,9 +85,9 @@ class Saved(NamedTuple):
     weight: Maybe
     bias: Maybe
     input_bias: Maybe
-    statistics: Tensor
-    argmax: Tensor
-    x_max: Tensor
+    statistics: Maybe
+    argmax: Maybe = None
+    x_max: Maybe = None
 
 
 @cache
@@ -109,15 +102,13 @@ def _allocate(inputs: Inputs, buffers: Buffers, spec: Spec) -> Outputs:
     if not spec.needs_grad:
         return Outputs(y, None, None, None)
     argmax = torch.empty_like(y, dtype=window.argmax_dtype)
-    return Outputs(y, empty_statistics(x), argmax, torch.empty_like(y))
+    return Outputs(y, empty_statistics(x, spec), argmax, torch.empty_like(y))
 
 
 def _forward(inputs: Inputs, buffers: Buffers, spec: Spec, recording: Recording) -> Outputs:
     outputs = _allocate(inputs, buffers, spec)
     if not spec.training:
-        buffers = without_input_bias(inputs, buffers, inputs.x)
-        if outputs.statistics is not None:
-            copy_running(outputs.statistics, inputs.x, state_of(inputs, buffers, spec))
+        buffers = prepare_evaluation(inputs, buffers, spec, outputs.statistics)
     recording.forward.run(_launch_forward, (inputs, buffers, outputs), spec)
     return outputs
 
@@ -140,13 +131,6 @@ def _saved(inputs: Inputs, y: Tensor, kept: Sequence[Any], spec: Spec) -> Saved:
     return Saved(*inputs, *kept)
 
 
-class Gradients(NamedTuple):
-    """Gradients of y; ``dy_skip`` is that of its second copy where y was returned twice."""
-
-    dy: Tensor
-    dy_skip: Maybe
-
-
 class Asked(NamedTuple):
     """What backward is to compute."""
 
@@ -167,7 +151,7 @@ def _allocate_backward(gradients: Gradients, saved: Saved, spec: Spec, asked: As
     dx = torch.empty_like(x) if asked.dx else None
     if not (spec.training or asked.sums):
         return Computed(dx, None, None)
-    return Computed(dx, *empty_sums(saved.statistics, x, 2))
+    return Computed(dx, *empty_channels(x, 2))
 
 
 def _backward(
@@ -222,22 +206,8 @@ def _input_gradients(
     asked = Asked(bool(needed.x), bool(sums))
     if dy_skip is not None and not (spec.training or asked.sums):
         dy, dy_skip = dy + dy_skip, None  # there is no reduce pass to sum them
-    found = _run_backward(Gradients(dy, dy_skip), saved, spec, asked, recording=recording)
-    return (
-        found.dx if needed.x else None,
-        as_dtype_of(saved.weight, found.sum_dy_xhat) if needed.weight else None,
-        as_dtype_of(saved.bias, found.sum_dy) if needed.bias else None,
-        input_bias_gradient(saved, spec, found.sum_dy) if needed.input_bias else None,
-    )
-
-
-def _constants(inputs: Inputs, buffers: Buffers, spec: Spec) -> tuple[Tensor | None, None, None]:
-    statistics = None
-    if not spec.training:
-        buffers = without_input_bias(inputs, buffers, inputs.x)
-        norm = state_of(inputs, buffers, spec)
-        statistics = copy_running(empty_statistics(inputs.x), inputs.x, norm)
-    return statistics, None, None
+    dx, *found = _run_backward(Gradients(dy, dy_skip), saved, spec, asked, recording=recording)
+    return dx if needed.x else None, *parameter_gradients(saved, spec, needed, found)
 
 
 def _formula(saved: Saved, spec: Spec) -> Tensor:
@@ -256,11 +226,7 @@ def _check(inputs: Inputs, buffers: Buffers, spec: Spec) -> None:
     x, window = inputs.x, Window(*spec.window)
     if x.dim() != 4:
         raise ValueError(f"expected 4D input (got {x.dim()}D input)")
-    check_input(x, spec.training)
-    norm = state_of(inputs, buffers, spec)
-    check_norm(norm, x.shape[1], x.device, spec.training)
-    if spec.training:
-        check_mapped(x, norm)
+    check_batch_norm(x, state_of(inputs, buffers, spec), spec.training)
     size = window.output_size(x.shape[2], x.shape[3], spec.ceil_mode)
     if min(size) < 1:
         raise ValueError(f"input of {tuple(x.shape)} is too small: its pooled size is {size}")
@@ -292,7 +258,6 @@ BATCH_NORM_ACT_MAX_POOL = Operation(
     saved=_saved,
     backward=_input_gradients,
     formula=_formula,
-    constants=_constants,
 )  # fmt: skip
 
 

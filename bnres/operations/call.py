@@ -31,6 +31,7 @@ from bnres.kernels.torch_internals import (
     unwrapped,
 )
 from bnres.operations.arguments import as_kernels_take, copy_back, packed_buffers
+from bnres.operations.norms import empty_statistics, prepare_evaluation
 from bnres.operations.operator import find_recording, kind_of, recording_of
 from bnres.recipes import has_recipe, leave_recipe, recomputes
 
@@ -47,7 +48,8 @@ class Operation:
     Its functions take and return named tuples. Inputs are the tensors that may need gradients; ``x`` is
     the first. Buffers are all other tensors. A spec holds every argument that is not a tensor, and
     ``training`` and ``needs_grad``. The forward pass returns y and the tensors it keeps for backward.
-    The fields of ``Saved`` are those of the inputs, followed by one for each tensor that is kept.
+    The fields of ``Saved`` are those of the inputs, followed by one for each tensor that is kept, the
+    first of which are the statistics.
 
     Attributes:
         name: name of the operation.
@@ -60,7 +62,6 @@ class Operation:
         backward: (dy, dy_skip, saved, spec, needed, recording) -> a gradient for each input, None where
             it is not needed. dy_skip is the gradient of a second y, or None.
         formula: (saved, spec) -> y, by torch's operations, so that it can be differentiated.
-        constants: (inputs, buffers, spec) -> the kept tensors that ``formula`` reads, None for others.
         again: (inputs, kept, spec) -> the same y, to the bit; None if `bnres.recompute` does not apply.
     """
 
@@ -74,7 +75,6 @@ class Operation:
     saved: Callable[..., Any]
     backward: Callable[..., Any]
     formula: Callable[..., Tensor]
-    constants: Callable[..., Any]
     again: Callable[..., Tensor] | None = None
 
 
@@ -169,8 +169,11 @@ def _by_formula(operation: Operation, inputs: Any, buffers: Any, spec: Any) -> T
             plain = type(buffers)(*map(unwrapped, buffers))
             without_grad = spec._replace(needs_grad=False)
             Fused.forward(operation, without_grad, plain, None, False, *map(unwrapped, inputs))
-    kept = operation.constants(inputs, buffers, spec)
-    return operation.formula(operation.Saved(*inputs, *kept), spec)
+    statistics = None
+    if not spec.training:
+        statistics = empty_statistics(inputs.x, spec)
+        prepare_evaluation(inputs, buffers, spec, statistics)
+    return operation.formula(operation.Saved(*inputs, statistics), spec)
 
 
 # Of the inputs of `Fused` before the operation's: operation, spec, buffers, recording, fork.

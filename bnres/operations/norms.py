@@ -3,6 +3,7 @@
 Those kept for backward are one tensor, with a row for the mean and one for rstd of each norm.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from bnres.kernels.dtypes import acc_type
 from bnres.kernels.norm import RunningStatistics, Statistics
-from bnres.operations.arguments import as_dtype_of
+from bnres.operations.arguments import as_dtype_of, check_input, check_mapped, check_norm
 
 
 class BatchNormState(NamedTuple):
@@ -45,6 +46,24 @@ def state_of(inputs: Any, buffers: Any, spec: Any, prefix: str = "") -> BatchNor
     )
 
 
+def _prefixes(spec: Any) -> tuple[str, ...]:
+    """What the names of each norm's fields begin with: that of x and, if it has one, the residual's."""
+    return ("", "residual_") if getattr(spec, "has_residual_norm", False) else ("",)
+
+
+def states_of(inputs: Any, buffers: Any, spec: Any) -> list[BatchNormState]:
+    """The batch norm of x and, if it has one, that of the residual."""
+    return [state_of(inputs, buffers, spec, prefix) for prefix in _prefixes(spec)]
+
+
+def check_batch_norm(x: Tensor, norm: BatchNormState, training: bool, name: str = "input") -> None:
+    """Raises for an input that no batch norm takes, and for a state that does not fit it."""
+    check_input(x, training, name)
+    check_norm(norm, x.shape[1], x.device, training, "" if name == "input" else f"{name}_")
+    if training:
+        check_mapped(x, norm)
+
+
 def split_momentum(momentum: float | Tensor) -> tuple[Tensor | None, float]:
     """A momentum as a device_momentum, which is a tensor or None, and a number."""
     return (momentum, 0.0) if isinstance(momentum, Tensor) else (None, float(momentum))
@@ -54,9 +73,9 @@ def split_momentum(momentum: float | Tensor) -> tuple[Tensor | None, float]:
 ROW_BYTES = 128
 
 
-def empty_statistics(x: Tensor, norms: int = 1) -> Tensor:
-    """Rows for some norms of ``x``, (2·norms, C and padding), in fp32 (fp64 for fp64)."""
-    acc = acc_type(x)
+def empty_statistics(x: Tensor, spec: Any) -> Tensor:
+    """Rows for the norms of a call, (2·norms, C and padding), in fp32 (fp64 for fp64)."""
+    acc, norms = acc_type(x), len(_prefixes(spec))
     step = ROW_BYTES // acc.itemsize
     return torch.empty((2 * norms, -(-x.shape[1] // step) * step), dtype=acc, device=x.device)
 
@@ -67,29 +86,24 @@ def rows_of(statistics: Tensor, x: Tensor) -> list[Statistics]:
     return [Statistics(*pair) for pair in zip(rows[::2], rows[1::2], strict=True)]
 
 
-_BIASES_AND_MEANS = (
-    ("input_bias", "running_mean"),
-    ("residual_input_bias", "residual_running_mean"),
-)
+def prepare_evaluation(inputs: Any, buffers: Any, spec: Any, statistics: Tensor | None) -> Any:
+    """The buffers for evaluation: with the running means of inputs to which no bias is added.
 
-
-def without_input_bias(inputs: Any, buffers: Any, x: Tensor) -> Any:
-    """The buffers for evaluation, with each input bias subtracted from its running mean."""
-    for bias_name, mean_name in _BIASES_AND_MEANS:
-        input_bias = getattr(inputs, bias_name, None)
+    ``statistics``, if given, are filled from them, as the buffers may change before backward.
+    """
+    x = inputs.x
+    for prefix in _prefixes(spec):
+        input_bias = getattr(inputs, prefix + "input_bias")
         if input_bias is not None:
-            mean = getattr(buffers, mean_name).to(acc_type(x)) - input_bias.detach()
-            buffers = buffers._replace(**{mean_name: mean})
+            name = prefix + "running_mean"
+            mean = getattr(buffers, name).to(acc_type(x)) - input_bias.detach()
+            buffers = buffers._replace(**{name: mean})
+    if statistics is not None:
+        states: Any = states_of(inputs, buffers, spec)
+        for (mean, rstd), norm in zip(rows_of(statistics, x), states, strict=True):
+            mean.copy_(norm.running_mean)
+            rstd.copy_(1 / (norm.running_var.double() + norm.eps).sqrt())
     return buffers
-
-
-def copy_running(statistics: Tensor, x: Tensor, *norms: BatchNormState) -> Tensor:
-    """Fills ``statistics`` from running ones, whose buffers may change before backward."""
-    for (mean, rstd), norm in zip(rows_of(statistics, x), norms, strict=True):
-        assert norm.running_mean is not None and norm.running_var is not None
-        mean.copy_(norm.running_mean)
-        rstd.copy_(1 / (norm.running_var.double() + norm.eps).sqrt())
-    return statistics
 
 
 def of_input_bias(statistics: Statistics, input_bias: Tensor | None) -> Statistics:
@@ -99,13 +113,28 @@ def of_input_bias(statistics: Statistics, input_bias: Tensor | None) -> Statisti
     return statistics._replace(mean=statistics.mean - (input_bias - input_bias.detach()))
 
 
-def input_bias_gradient(saved: Any, spec: Any, sum_dy: Any, prefix: str = "") -> Tensor:
-    """weight·rstd·Σ dz; zeros in training, where the batch's mean cancels the bias."""
-    input_bias, weight = (getattr(saved, prefix + name) for name in ("input_bias", "weight"))
-    if spec.training:
-        return torch.zeros_like(input_bias)
-    gradient = sum_dy * rows_of(saved.statistics, saved.x)[-1 if prefix else 0].rstd
-    return as_dtype_of(input_bias, gradient if weight is None else gradient * weight)
+def parameter_gradients(
+    saved: Any, spec: Any, needed: Any, sums: Sequence[Any], prefix: str = ""
+) -> tuple[Tensor | None, ...]:
+    """The gradients of a norm's weight, bias and input_bias, None where they are not ``needed``.
+
+    ``sums`` are its Σ dz and Σ dz·xhat.
+    """
+    sum_dy, sum_dy_xhat = sums
+    names = [prefix + name for name in ("weight", "bias", "input_bias")]
+    weight, bias, input_bias = (getattr(saved, name) for name in names)
+    needs_weight, needs_bias, needs_input_bias = (getattr(needed, name) for name in names)
+    gradient = None
+    if needs_input_bias and spec.training:
+        gradient = torch.zeros_like(input_bias)  # the batch's mean cancels the bias
+    elif needs_input_bias:
+        gradient = sum_dy * rows_of(saved.statistics, saved.x)[-1 if prefix else 0].rstd
+        gradient = as_dtype_of(input_bias, gradient if weight is None else gradient * weight)
+    return (
+        as_dtype_of(weight, sum_dy_xhat) if needs_weight else None,
+        as_dtype_of(bias, sum_dy) if needs_bias else None,
+        gradient,
+    )
 
 
 def launch_statistics(

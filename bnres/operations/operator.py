@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, get_type_hints
+from typing import Any, NamedTuple, get_type_hints
 
 import torch
 from torch import Tensor
@@ -66,6 +66,14 @@ def recording_of(kind: Any) -> Recording:
 
 # A field that is a tensor, or None where the options say so.
 Maybe = Any
+
+
+class Gradients(NamedTuple):
+    """What backward operators take first: the gradients of y, which may have been returned twice."""
+
+    dy: Tensor
+    dy_skip: Maybe
+
 
 _SCHEMAS = {
     Tensor: "Tensor",
