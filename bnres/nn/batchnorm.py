@@ -6,13 +6,21 @@ import torch
 from torch import Tensor, nn
 
 from bnres.activations import resolve
-from bnres.nn.compose import norm_act_pool, norm_add_act
 from bnres.nn.hooks import make_leaf
-from bnres.operations.batch_norm_act_max_pool import Size, window_fields
+from bnres.nn.state import Norm, next_state, normalizes_by_batch
+from bnres.operations.batch_norm_act import batch_norm_act
+from bnres.operations.batch_norm_act_max_pool import (
+    Size,
+    batch_norm_act_max_pool2d,
+    window_fields,
+)
 
 
-class _FusedForward(nn.modules.batchnorm._BatchNorm):
-    """The forward of torch's `_BatchNorm`, with a residual and an activation in one operation."""
+class _FusedForward(Norm):
+    """The forward of torch's `_BatchNorm`, with a residual and an activation in one operation.
+
+    The mode, momentum and eps are read at each call.
+    """
 
     act: str | type[nn.Module] | None = None
     act_kwargs: dict[str, Any] | None = None
@@ -26,12 +34,27 @@ class _FusedForward(nn.modules.batchnorm._BatchNorm):
         input: Tensor,
         residual: Tensor | None = None,
         *,
-        residual_norm: nn.modules.batchnorm._BatchNorm | None = None,
+        residual_norm: Norm | None = None,
         fork: bool = False,
     ) -> Any:
-        return norm_add_act(
-            self, input, residual, residual_norm, self.act, self.act_kwargs, fork=fork
-        )
+        self._check_input_dim(input)
+        training, other = normalizes_by_batch(self), None
+        if residual_norm is not None:
+            if residual is not None:
+                residual_norm._check_input_dim(residual)
+            other = next_state(residual_norm)
+            if residual is not None and normalizes_by_batch(residual_norm) != training:
+                # One of them is frozen: they need different passes.
+                residual = batch_norm_act(
+                    residual, act=None, training=not training, **other._asdict()
+                )
+                other = None
+        s = next_state(self)
+        return batch_norm_act(
+            input, s.running_mean, s.running_var, s.weight, s.bias, residual=residual,
+            residual_norm=other, act=self.act, act_kwargs=self.act_kwargs, training=training,
+            momentum=s.momentum, eps=s.eps, num_batches_tracked=s.num_batches_tracked, fork=fork,
+        )  # fmt: skip
 
 
 class BatchNorm1d(_FusedForward, nn.BatchNorm1d):
@@ -122,7 +145,13 @@ class BatchNormActMaxPool2d(BatchNormAct2d):
         self.ceil_mode = ceil_mode
 
     def forward(self, input: Tensor) -> Tensor:  # type: ignore[override]
-        return norm_act_pool(self, input, self, self.act, self.act_kwargs)
+        self._check_input_dim(input)
+        return batch_norm_act_max_pool2d(
+            input, kernel_size=self.kernel_size, stride=self.stride, padding=self.padding,
+            dilation=self.dilation, ceil_mode=self.ceil_mode, act=self.act,
+            act_kwargs=self.act_kwargs, training=normalizes_by_batch(self),
+            **next_state(self)._asdict(),
+        )  # fmt: skip
 
     def extra_repr(self) -> str:
         return (

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from bnres.nn.batchnorm import BatchNormAct2d, _FusedForward
-from bnres.nn.compose import conv_norm_add_act
 from bnres.nn.hooks import hooked, make_leaf
+from bnres.nn.state import next_state, normalizes_by_batch
+from bnres.operations.conv_batch_norm_act import conv2d_batch_norm_act
 
 
 class ConvBatchNormAct2d(nn.Module):
@@ -71,14 +72,26 @@ def conv_and_norm(
     Such a ``bn`` makes one operation of it, unless one of the modules has a hook.
     ``shortcut`` is a convolution and a batch norm.
     """
-    if isinstance(bn, _FusedForward):
-        # torch.fx traces with proxies, not tensors: its graph gets the modules' own calls.
-        if isinstance(input, Tensor) and not hooked(conv, bn, shortcut, *(shortcut or ())):
-            options: dict[str, Any] = {"act": bn.act, "act_kwargs": bn.act_kwargs, "fork": fork}
-            return conv_norm_add_act(conv, bn, input, residual, *(shortcut or ()), **options)
-        y = bn(conv(input), residual if shortcut is None else shortcut(residual))
-    else:
+    if not isinstance(bn, _FusedForward):
         y = bn(conv(input))
         if residual is not None:
             y = y + (residual if shortcut is None else shortcut(residual))
+        return (y, y) if fork else y
+    # torch.fx traces with proxies, not tensors: its graph gets the modules' own calls.
+    if isinstance(input, Tensor) and not hooked(conv, bn, shortcut, *(shortcut or ())):
+        if shortcut is not None:
+            residual_conv, residual_norm = shortcut
+            y, residual = conv(input), residual_conv(residual)
+            return bn(y, residual, residual_norm=residual_norm, fork=fork)
+        if conv.padding_mode == "zeros":
+            bn._check_input_dim(input)
+            s = next_state(bn)
+            return conv2d_batch_norm_act(
+                input, conv.weight, conv.bias, s.running_mean, s.running_var, s.weight, s.bias,
+                stride=conv.stride, padding=conv.padding, dilation=conv.dilation,
+                groups=conv.groups, residual=residual, act=bn.act, act_kwargs=bn.act_kwargs,
+                training=normalizes_by_batch(bn), momentum=s.momentum, eps=s.eps,
+                num_batches_tracked=s.num_batches_tracked, fork=fork,
+            )  # fmt: skip
+    y = bn(conv(input), residual if shortcut is None else shortcut(residual))
     return (y, y) if fork else y

@@ -10,7 +10,7 @@ from bnres.operations.norms import BatchNormState
 Norm = nn.modules.batchnorm._BatchNorm
 
 
-def next_state(bn: Norm, input_bias: Tensor | None = None) -> BatchNormState:
+def next_state(bn: Norm) -> BatchNormState:
     """The state for a call of ``bn``; in training the call counts the batch."""
     counts = bn.training and bn.track_running_stats
     momentum: float | Tensor = 0.0
@@ -29,7 +29,6 @@ def next_state(bn: Norm, input_bias: Tensor | None = None) -> BatchNormState:
         momentum,
         bn.eps,
         counter,
-        input_bias,
     )
 
 
