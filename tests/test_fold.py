@@ -1,7 +1,9 @@
 """fold: the same outputs without the batch norms that follow convolutions."""
 
 import copy
+import gc
 import pickle
+import weakref
 from functools import partial
 
 import pytest
@@ -209,3 +211,21 @@ def test_without_inputs_nothing_is_folded():
     with pytest.warns(UserWarning, match="without an example"):
         folded = bnres.fold(stock)
     assert type(folded[1]) is nn.BatchNorm2d and folded is not stock
+
+
+def test_no_tensor_of_a_model_outlives_it():
+    x = batch(2, 3, 4, 4).float()
+    folded = bnres.fold(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)).to(DEVICE).eval(), x)
+    weight = weakref.ref(folded[0].weight)
+    del folded
+    gc.collect()
+    assert weight() is None
+
+
+def test_the_error_of_a_forward():
+    class Refuses(nn.Sequential):
+        def forward(self, x):
+            raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        bnres.fold(Refuses().eval(), batch(2, 3, 4, 4))

@@ -79,9 +79,11 @@ def _capture(
         with torch.no_grad():
             compiled(model, record, fullgraph=True)(*inputs, **kwargs)
     except not_captured() as error:
+        with torch.no_grad():
+            model(*inputs, **kwargs)  # raises the model's own error, if it has one
         line = str(error).splitlines()[0]
         raise ValueError(f"model can't be folded: its forward is not one graph: {line}") from error
-    return found[0] if found else (fx.Graph(), {})
+    return found.pop()  # torch keeps every backend, and `record` keeps the list
 
 
 def _pairs(
