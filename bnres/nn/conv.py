@@ -3,6 +3,7 @@
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bnres.nn.batchnorm import BatchNormAct2d, _FusedForward
@@ -83,15 +84,18 @@ def conv_and_norm(
             residual_conv, residual_norm = shortcut
             y, residual = conv(input), residual_conv(residual)
             return bn(y, residual, residual_norm=residual_norm, fork=fork)
-        if conv.padding_mode == "zeros":
-            bn._check_input_dim(input)
-            s = next_state(bn)
-            return conv2d_batch_norm_act(
-                input, conv.weight, conv.bias, s.running_mean, s.running_var, s.weight, s.bias,
-                stride=conv.stride, padding=conv.padding, dilation=conv.dilation,
-                groups=conv.groups, residual=residual, act=bn.act, act_kwargs=bn.act_kwargs,
-                training=normalizes_by_batch(bn), momentum=s.momentum, eps=s.eps,
-                num_batches_tracked=s.num_batches_tracked, fork=fork,
-            )  # fmt: skip
+        bn._check_input_dim(input)
+        padding: Any = conv.padding
+        if conv.padding_mode != "zeros":
+            sizes = conv._reversed_padding_repeated_twice
+            input, padding = F.pad(input, sizes, mode=conv.padding_mode), 0
+        s = next_state(bn)
+        return conv2d_batch_norm_act(
+            input, conv.weight, conv.bias, s.running_mean, s.running_var, s.weight, s.bias,
+            stride=conv.stride, padding=padding, dilation=conv.dilation, groups=conv.groups,
+            residual=residual, act=bn.act, act_kwargs=bn.act_kwargs,
+            training=normalizes_by_batch(bn), momentum=s.momentum, eps=s.eps,
+            num_batches_tracked=s.num_batches_tracked, fork=fork,
+        )  # fmt: skip
     y = bn(conv(input), residual if shortcut is None else shortcut(residual))
     return (y, y) if fork else y
