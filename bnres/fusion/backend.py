@@ -18,8 +18,6 @@ from bnres.fusion.dynamo import (
     uncompiled_call,
 )
 
-OPTIONS = ("inner",)
-
 
 def backend(
     module: fx.GraphModule, example_inputs: Sequence[Any], *, options: dict[str, Any] | None = None
@@ -37,12 +35,10 @@ def backend(
     """
     from bnres.fusion.rewrite import fuse_graphs
 
-    unknown = set(options or {}) - set(OPTIONS)
-    if unknown:
-        raise ValueError(f"options must be among {', '.join(OPTIONS)}, got {min(unknown)!r}")
-    inner = (options or {}).get("inner", "eager")
-    if not (isinstance(inner, str) or callable(inner)):
-        raise ValueError(f"options['inner'] must be a backend or its name, got {inner!r}")
+    others = dict(options or {})
+    inner = others.pop("inner", "eager")
+    if others:
+        raise ValueError(f"options must be among inner, got {min(others)!r}")
     fuse_graphs(module)
     if inner == "eager":
         return run_eagerly(module)

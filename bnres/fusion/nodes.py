@@ -39,7 +39,6 @@ HARDTANHS = (F.hardtanh, F.hardtanh_)
 CLAMPS = (torch.clamp, torch.clamp_, torch.clip, torch.clip_, "clamp", "clamp_", "clip", "clip_")
 POOLINGS = (F.max_pool2d, torch.max_pool2d)
 POOLING = ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
-CONVOLUTIONS = (torch.conv2d, F.conv2d)
 CONVOLUTION = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 BATCH_NORM = inspect.signature(F.batch_norm)
 
@@ -172,7 +171,7 @@ class Convolution(NamedTuple):
 
 def convolution(node: fx.Node) -> Convolution | None:
     """The 2-D convolution of a batch of images that a node calls."""
-    found = arguments(node, CONVOLUTION) if calls(node, CONVOLUTIONS) else None
+    found = arguments(node, CONVOLUTION) if calls(node, (F.conv2d,)) else None
     x = None if found is None else value(found.get("input"))
     if found is None or x is None or x.dim() != 4:
         return None

@@ -55,7 +55,7 @@ def check_norm(
             raise RuntimeError(
                 f"{prefix}momentum is on {momentum.device}, but input is on {device}"
             )
-    counter = getattr(norm, "num_batches_tracked", None)
+    counter = norm.num_batches_tracked
     if counter is not None and counter.numel() != 1:
         raise ValueError(
             f"{prefix}num_batches_tracked must have one element, got {counter.numel()}"
