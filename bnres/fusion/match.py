@@ -226,12 +226,14 @@ def find(node: fx.Node, order: dict[fx.Node, int]) -> Match | str:
     """What can be fused with a node's batch norm, or why it can't run as our operation."""
     norm = norm_of(node)
     if norm is None:
-        return "bnres does not support the dtype or the number of dimensions of its input"
-    match = longest(norm)
-    reason = hazard(match, order)
-    if reason:
-        match = Match(norm, [node], reason=reason)
-    if hazard(match, order):
-        state = norm.state._replace(num_batches_tracked=None)
-        match = Match(replace(norm, state=state, count=None, conv=None), [node], reason=reason)
-    return hazard(match, order) or match
+        return "bnres takes no such input"
+    state = norm.state._replace(num_batches_tracked=None)
+    bare = replace(norm, state=state, count=None, conv=None)
+    reason = found = ""
+    for match in (longest(norm), Match(norm, [node]), Match(bare, [node])):
+        found = hazard(match, order)
+        if not found:
+            match.reason = match.reason or reason
+            return match
+        reason = reason or found
+    return found
