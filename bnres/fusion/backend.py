@@ -39,6 +39,8 @@ def backend(
     inner = others.pop("inner", "eager")
     if others:
         raise ValueError(f"options must be among inner, got {min(others)!r}")
+    if not (isinstance(inner, str) or callable(inner)):
+        raise ValueError(f"options['inner'] must be a backend or its name, got {inner!r}")
     fuse_graphs(module)
     if inner == "eager":
         return run_eagerly(module)

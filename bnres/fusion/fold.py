@@ -83,7 +83,8 @@ def _capture(
             model(*inputs, **kwargs)  # raises the model's own error, if it has one
         line = str(error).splitlines()[0]
         raise ValueError(f"model can't be folded: its forward is not one graph: {line}") from error
-    return found.pop()  # torch keeps every backend, and `record` keeps the list
+    # Popped, as torch keeps every backend, and `record` keeps the list.
+    return found.pop() if found else (fx.Graph(), {})
 
 
 def _pairs(

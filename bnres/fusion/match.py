@@ -226,7 +226,7 @@ def find(node: fx.Node, order: dict[fx.Node, int]) -> Match | str:
     """What can be fused with a node's batch norm, or why it can't run as our operation."""
     norm = norm_of(node)
     if norm is None:
-        return "bnres takes no such input"
+        return "bnres does not support the dtype or the number of dimensions of its input"
     state = norm.state._replace(num_batches_tracked=None)
     bare = replace(norm, state=state, count=None, conv=None)
     reason = found = ""
