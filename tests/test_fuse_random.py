@@ -142,9 +142,10 @@ def run(seed: int) -> Counter:
     rng = random.Random(-1 - seed)
     source, shape = write_module(seed)
     interpreted = seed % 10 == 9
-    dtype = torch.float32 if seed % 20 in (7, 19) else torch.float64
-    loose = 3e-2 if "autocast" in source else 1e-3
-    tolerance = 1e-7 if dtype == torch.float64 else loose
+    # In fp64 autocast rounds nothing; in bf16 a rounding decides which of two values a pooling takes.
+    narrow = seed % 20 in (7, 19) and "autocast" not in source
+    dtype = torch.float32 if narrow else torch.float64
+    tolerance = 1e-3 if narrow else 1e-7
     stock = build(load(source, "random_module"), seed, dtype)
     fused = bnres.fuse(stock)
     seen, steps = Counter(), []
