@@ -69,6 +69,8 @@ SMALL = {
     "timm-efficientnet": (partial(of_timm, "test_efficientnet"), 13),
     "timm-byobnet": (partial(of_timm, "test_byobnet"), 14),
 }
+# The others take ten seconds and more each.
+QUICK = ("mobilenet_v2", "densenet", "lenet-seed", "timm-resnet", "timm-efficientnet")
 # Name, image size, number of batch norms.
 WHOLE = [
     ("resnet18", 64, 20),
@@ -152,7 +154,9 @@ def few_graphs():
         yield
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize(
+    "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in SMALL]
+)
 def test_small_architectures(name):
     build, norms = SMALL[name]
     torch.manual_seed(0)

@@ -21,7 +21,7 @@ def check_that_gaps_are_noticed():
         lost[function] = missing(collect(call for call in every if call.name != function))
     for axis, value in (
         ("input", "small planes"), ("dtype", "torch.float16"), ("act", "silu"), ("residual", "True"),
-        ("training", "False"), ("grad", "activations"), ("has_contrast", "True"),
+        ("training", "False"), ("has_contrast", "True"),
     ):  # fmt: skip
         kept = [call for call in every if str(call.options.get(axis)) != value]
         assert len(kept) < len(every)

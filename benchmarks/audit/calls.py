@@ -162,8 +162,6 @@ def functional_calls(name: str) -> Iterator[Call]:
     axes = axes_of(function) | {"same_dtype": (True, False)}
     others = {name: values for name, values in OTHERS.items() if name in axes}
     modes = [(True, "all"), (False, "all"), (False, "none")]
-    if axes.get("residual") == (True, False):
-        modes.append((False, "activations"))  # dx reads the mask if no parameter needs a gradient
     if "kernel_size" in axes or "conv_weight" in axes:
         # These kernels have one kind of tile for all planes, and an index of 32 or of 64 bits.
         axes["input"] = tuple(name for name in INPUTS if not name.endswith(" planes"))
@@ -252,7 +250,7 @@ def _run_functional(function: Callable[..., Any], options: Options) -> None:
     }
     if options.get("residual_norm"):
         arguments["residual_norm"] = BatchNormState(**state)
-    wanted = {"none": (), "activations": ("input", "residual")}.get(options["grad"], PARAMETERS)
+    wanted = PARAMETERS if options["grad"] == "all" else ()
     leaves = [t for name in wanted if (t := arguments.get(name)) is not None]
     if options["grad"] == "all" and options.get("residual_norm"):
         leaves += [t for name in ("weight", "bias", "input_bias") if (t := state[name]) is not None]
