@@ -9,45 +9,75 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bnres.kernels.channels import load_biases, load_mean_grads, load_norm, scaled, sum_splits
-from bnres.kernels.device import ACTIVATIONS, round_to
+from bnres.kernels.channels import add_splits, load_line, load_norms
+from bnres.kernels.device import ACTIVATIONS
 from bnres.kernels.launch import launch, plan
 from bnres.kernels.norm import Norm, Sums, pointers
 from bnres.kernels.outputs import empty_channels
 from bnres.kernels.tiles import (
     channel_ids,
-    fold,
-    mask_offsets,
+    load_mask,
+    load_tile,
+    rows_exist,
     split_rows,
-    tile_offsets,
+    store_tile,
     to_channels,
-    to_columns,
     unpack_bits,
+    whole_rows,
 )
 
 
 @triton.jit
 def _pre_activation_grad(
-    dy_ptr, dy_skip_ptr, mask_ptr, residual_ptr,
-    x_centred, scale, shift, residual_centred, residual_scale, param, row, col_block, count, C, L,
-    ACT_GRAD: tl.constexpr, HAS_ACT: tl.constexpr, TILE: tl.constexpr, UNROLL: tl.constexpr,
-    EVICTION: tl.constexpr, ACC: tl.constexpr,
+    dy_ptr, dy_skip_ptr, residual_ptr, packed, u, x_centred, residual_centred, scales, param, row,
+    col_block, shape,
+    MASKED: tl.constexpr, HAS_RESIDUAL_NORM: tl.constexpr, ACT_GRAD: tl.constexpr,
+    HAS_ACT: tl.constexpr, TILE: tl.constexpr, WHOLE: tl.constexpr, EVICTION: tl.constexpr,
+    ACC: tl.constexpr,
 ):  # fmt: skip
-    """dz = (dy + dy_skip)·act'(z) of a tile, from the bit mask or from z made again as the forward made it."""
-    offsets, mask = tile_offsets(row, col_block, count, C, L, TILE, UNROLL)
-    dz = tl.load(dy_ptr + offsets, mask=mask, other=0, eviction_policy=EVICTION).to(ACC)
+    """dz = (dy + dy_skip)·act'(z) of a sub-tile; act'(z) from the mask bits, or from z as in forward."""
+    dz = load_tile(dy_ptr, row, col_block, shape, TILE, 1, WHOLE, ACC, EVICTION)
     if dy_skip_ptr is not None:
-        dz += tl.load(dy_skip_ptr + offsets, mask=mask, other=0, eviction_policy=EVICTION).to(ACC)
-    if mask_ptr is not None:
-        bit_offsets, bit_mask = mask_offsets(row, col_block, count, C, L, TILE, UNROLL)
-        packed = tl.load(mask_ptr + bit_offsets, mask=bit_mask, other=0)
-        dz = tl.where(unpack_bits(packed, TILE, UNROLL), dz, 0.0)
+        dz += load_tile(dy_skip_ptr, row, col_block, shape, TILE, 1, WHOLE, ACC, EVICTION)
+    if MASKED:
+        dz = tl.where(unpack_bits(packed, u, TILE), dz, 0.0)
     elif HAS_ACT:
-        z = scaled(x_centred, scale, residual_centred, residual_scale, shift)
-        if residual_ptr is not None and residual_scale is None:
-            z += tl.load(residual_ptr + offsets, mask=mask, other=0).to(ACC)
+        scale, residual_scale, shift = scales
+        z = x_centred * scale
+        if HAS_RESIDUAL_NORM:
+            z += residual_centred * residual_scale
+        z += shift
+        if residual_ptr is not None and not HAS_RESIDUAL_NORM:
+            z += load_tile(residual_ptr, row, col_block, shape, TILE, 1, WHOLE, ACC)
         dz = ACT_GRAD(dz, z, param)
-    return tl.where(mask, dz, 0.0)
+    return tl.where(rows_exist(row, shape[0], TILE, 1, WHOLE), dz, 0.0)
+
+
+@triton.jit
+def _reduce_sub_tile(
+    sums, dz_ptr, dy_ptr, dy_skip_ptr, x_ptr, residual_ptr, packed, u, means, scales, param, row,
+    col_block, shape,
+    MASKED: tl.constexpr, HAS_RESIDUAL_NORM: tl.constexpr, ACT_GRAD: tl.constexpr,
+    HAS_ACT: tl.constexpr, TILE: tl.constexpr, WHOLE: tl.constexpr, EVICTION: tl.constexpr,
+    ACC: tl.constexpr,
+):  # fmt: skip
+    """Adds dz and, of each norm, dz·(x − mean) of a sub-tile to the sums; stores dz if asked."""
+    sum_dz, sum_dz_xmu, sum_dz_rmu = sums
+    mean, residual_mean = means
+    x_centred = load_tile(x_ptr, row, col_block, shape, TILE, 1, WHOLE, ACC, EVICTION) - mean
+    residual_centred = x_centred
+    if HAS_RESIDUAL_NORM:
+        residual = load_tile(residual_ptr, row, col_block, shape, TILE, 1, WHOLE, ACC, EVICTION)
+        residual_centred = residual - residual_mean
+    dz = _pre_activation_grad(
+        dy_ptr, dy_skip_ptr, residual_ptr, packed, u, x_centred, residual_centred, scales, param, row,
+        col_block, shape, MASKED, HAS_RESIDUAL_NORM, ACT_GRAD, HAS_ACT, TILE, WHOLE, EVICTION, ACC,
+    )  # fmt: skip
+    if dz_ptr is not None:
+        store_tile(dz_ptr, dz, row, col_block, shape, TILE, 1, WHOLE)
+    if HAS_RESIDUAL_NORM:
+        sum_dz_rmu += dz * residual_centred
+    return sum_dz + dz, sum_dz_xmu + dz * x_centred, sum_dz_rmu
 
 
 @triton.jit
@@ -60,51 +90,44 @@ def _bn_bwd_reduce_kernel(
     STAGES: tl.constexpr, EVICTION: tl.constexpr, INNER_POW2: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Sums of dz and, of each norm, dz·(x − mean) over a split's rows: partial is (2 or 3, splits, C)."""
+    MASKED: tl.constexpr = mask_ptr is not None
+    TWO_NORMS: tl.constexpr = residual_mean_ptr is not None
     col_block, split = tl.program_id(0), tl.program_id(1)
     splits = tl.num_programs(1)
+    shape = count, C, L
     offs_c, mask_c = channel_ids(col_block, C, TILE)
-    mean, _, scale = load_norm(mean_ptr, rstd_ptr, None, weight_ptr, 0.0, offs_c, mask_c, ACC)
-    mean, scale = to_columns(mean, TILE), to_columns(scale, TILE)
-    shift, residual_scale = None, None
-    if residual_mean_ptr is not None:
-        residual_mean, _, residual_scale = load_norm(
-            residual_mean_ptr, residual_rstd_ptr, None, residual_weight_ptr, 0.0, offs_c, mask_c,
-            ACC,
-        )  # fmt: skip
-        residual_mean = to_columns(residual_mean, TILE)
-        residual_scale = to_columns(residual_scale, TILE)
-        shift = to_columns(load_biases(bias_ptr, residual_bias_ptr, offs_c, mask_c, ACC), TILE)
-    elif bias_ptr is not None:
-        shift = to_columns(tl.load(bias_ptr + offs_c, mask=mask_c, other=0).to(ACC), TILE)
+    norm, residual_norm, shift = load_norms(
+        (mean_ptr, rstd_ptr, None, weight_ptr, bias_ptr),
+        (residual_mean_ptr, residual_rstd_ptr, None, residual_weight_ptr, residual_bias_ptr),
+        0.0, 0.0, offs_c, mask_c, TILE, ACC,
+    )  # fmt: skip
+    means, scales = (norm[0], residual_norm[0]), (norm[2], residual_norm[2], shift)
     param = tl.full((), act_param, ACC)
-    sum_dz = tl.full((TILE.sub_rows, TILE.block_cols), 0.0, ACC)
-    sum_dz_xmu = tl.full((TILE.sub_rows, TILE.block_cols), 0.0, ACC)
-    sum_dz_rmu = tl.full((TILE.sub_rows, TILE.block_cols), 0.0, ACC)
+    zeros = tl.full((TILE.sub_rows, TILE.block_cols), 0.0, ACC)
+    sums = zeros, zeros, zeros
     start, stop = split_rows(split, rows_per_split, count, TILE)
-    for row in tl.range(start, stop, UNROLL * TILE.sub_rows, num_stages=STAGES):
-        offsets, mask = tile_offsets(row, col_block, count, C, L, TILE, UNROLL)
-        x = tl.load(x_ptr + offsets, mask=mask, other=0, eviction_policy=EVICTION)
-        x_centred = x.to(ACC) - mean
-        residual_centred = None
-        if residual_mean_ptr is not None:
-            residual = tl.load(residual_ptr + offsets, mask=mask, other=0, eviction_policy=EVICTION)
-            residual_centred = residual.to(ACC) - residual_mean
-        dz = _pre_activation_grad(
-            dy_ptr, dy_skip_ptr, mask_ptr, residual_ptr, x_centred, scale, shift, residual_centred,
-            residual_scale, param, row, col_block, count, C, L, ACT_GRAD, HAS_ACT, TILE, UNROLL,
-            EVICTION, ACC,
+    whole = whole_rows(start, stop, count, TILE, UNROLL)
+    for row in tl.range(start, whole, UNROLL * TILE.sub_rows, num_stages=STAGES):
+        packed = load_mask(mask_ptr, row, stop, col_block, shape, TILE, UNROLL)
+        for u in tl.static_range(UNROLL):
+            sums = _reduce_sub_tile(
+                sums, dz_ptr, dy_ptr, dy_skip_ptr, x_ptr, residual_ptr, packed, u, means, scales,
+                param, row + u * TILE.sub_rows, col_block, shape, MASKED, TWO_NORMS, ACT_GRAD, HAS_ACT,
+                TILE, True, EVICTION, ACC,
+            )  # fmt: skip
+    packed = load_mask(mask_ptr, whole, stop, col_block, shape, TILE, UNROLL)
+    for row in tl.range(whole, stop, TILE.sub_rows, num_stages=1):
+        u = (row - whole) // TILE.sub_rows
+        sums = _reduce_sub_tile(
+            sums, dz_ptr, dy_ptr, dy_skip_ptr, x_ptr, residual_ptr, packed, u, means, scales, param,
+            row, col_block, shape, MASKED, TWO_NORMS, ACT_GRAD, HAS_ACT, TILE, False, EVICTION, ACC,
         )  # fmt: skip
-        if dz_ptr is not None:
-            tl.store(dz_ptr + offsets, round_to(dz, dz_ptr.dtype.element_ty), mask=mask)
-        sum_dz += fold(dz, TILE, UNROLL)
-        sum_dz_xmu += fold(dz * x_centred, TILE, UNROLL)
-        if residual_mean_ptr is not None:
-            sum_dz_rmu += fold(dz * residual_centred, TILE, UNROLL)
+    sum_dz, sum_dz_xmu, sum_dz_rmu = sums
     out = partial_ptr + tl.cast(split, tl.int64) * C + offs_c
-    tl.store(out, to_channels(sum_dz, TILE, INNER_POW2), mask=mask_c)
     plane = tl.cast(splits, tl.int64) * C
+    tl.store(out, to_channels(sum_dz, TILE, INNER_POW2), mask=mask_c)
     tl.store(out + plane, to_channels(sum_dz_xmu, TILE, INNER_POW2), mask=mask_c)
-    if residual_mean_ptr is not None:
+    if TWO_NORMS:
         tl.store(out + 2 * plane, to_channels(sum_dz_rmu, TILE, INNER_POW2), mask=mask_c)
 
 
@@ -112,24 +135,66 @@ def _bn_bwd_reduce_kernel(
 def _bn_bwd_finalize_kernel(
     sum_dy_ptr, sum_dy_xhat_ptr, residual_sum_dy_ptr, residual_sum_dy_xhat_ptr,
     partial_ptr, rstd_ptr, residual_rstd_ptr, C, splits,
-    BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
+    TRIPS: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """sum_dy and sum_dy_xhat = rstd·sum(dz·(x − mean)) of each channel, for each norm: (C,)."""
     offs_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < C
-    sum_dy = sum_splits(partial_ptr, splits, offs_c, mask_c, C, BLOCK_S, BLOCK_C)
     plane = tl.cast(splits, tl.int64) * C
-    sum_xhat = sum_splits(partial_ptr + plane, splits, offs_c, mask_c, C, BLOCK_S, BLOCK_C)
     dtype: tl.constexpr = sum_dy_ptr.dtype.element_ty
+    # All loads come before the first barrier, as in the forward's finalize kernel.
+    sum_dz = add_splits(partial_ptr, splits, offs_c, mask_c, C, TRIPS, BLOCK_S, BLOCK_C)
+    sum_dz_xmu = add_splits(partial_ptr + plane, splits, offs_c, mask_c, C, TRIPS, BLOCK_S, BLOCK_C)
+    rstd = tl.load(rstd_ptr + offs_c, mask=mask_c, other=0).to(tl.float64)
     if residual_rstd_ptr is not None:
-        sum_rhat = sum_splits(partial_ptr + 2 * plane, splits, offs_c, mask_c, C, BLOCK_S, BLOCK_C)
-        sum_rhat *= tl.load(residual_rstd_ptr + offs_c, mask=mask_c, other=0).to(tl.float64)
+        sum_dz_rmu = add_splits(
+            partial_ptr + 2 * plane, splits, offs_c, mask_c, C, TRIPS, BLOCK_S, BLOCK_C
+        )
+        residual_rstd = tl.load(residual_rstd_ptr + offs_c, mask=mask_c, other=0).to(tl.float64)
+    sum_dy = tl.sum(sum_dz, 0).to(dtype)
+    tl.store(sum_dy_ptr + offs_c, sum_dy, mask=mask_c)
+    tl.store(sum_dy_xhat_ptr + offs_c, (tl.sum(sum_dz_xmu, 0) * rstd).to(dtype), mask=mask_c)
+    if residual_rstd_ptr is not None:
+        sum_rhat = tl.sum(sum_dz_rmu, 0) * residual_rstd
         tl.store(residual_sum_dy_xhat_ptr + offs_c, sum_rhat.to(dtype), mask=mask_c)
         # Twice, as each bias has a gradient of its own.
-        tl.store(residual_sum_dy_ptr + offs_c, sum_dy.to(dtype), mask=mask_c)
-    sum_xhat *= tl.load(rstd_ptr + offs_c, mask=mask_c, other=0).to(tl.float64)
-    tl.store(sum_dy_ptr + offs_c, sum_dy.to(dtype), mask=mask_c)
-    tl.store(sum_dy_xhat_ptr + offs_c, sum_xhat.to(dtype), mask=mask_c)
+        tl.store(residual_sum_dy_ptr + offs_c, sum_dy, mask=mask_c)
+
+
+@triton.jit
+def _dx_sub_tile(
+    dx_ptr, dresidual_ptr, dy_ptr, dy_skip_ptr, x_ptr, residual_ptr, packed, u, means, scales, lines,
+    param, row, col_block, shape,
+    MASKED: tl.constexpr, HAS_RESIDUAL_NORM: tl.constexpr, HAS_SUMS: tl.constexpr,
+    ACT_GRAD: tl.constexpr, HAS_ACT: tl.constexpr, TILE: tl.constexpr, WHOLE: tl.constexpr,
+    EVICTION: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """dx and, if asked, dresidual of a sub-tile."""
+    mean, residual_mean = means
+    x_centred = mean
+    if HAS_SUMS or (HAS_ACT and not MASKED):
+        x_centred = load_tile(x_ptr, row, col_block, shape, TILE, 1, WHOLE, ACC, EVICTION) - mean
+    residual_centred = residual_mean
+    if HAS_RESIDUAL_NORM:
+        residual = load_tile(residual_ptr, row, col_block, shape, TILE, 1, WHOLE, ACC, EVICTION)
+        residual_centred = residual - residual_mean
+    dz = _pre_activation_grad(
+        dy_ptr, dy_skip_ptr, residual_ptr, packed, u, x_centred, residual_centred, scales, param, row,
+        col_block, shape, MASKED, HAS_RESIDUAL_NORM, ACT_GRAD, HAS_ACT, TILE, WHOLE, EVICTION, ACC,
+    )  # fmt: skip
+    scale, residual_scale, _ = scales
+    offset, slope, residual_offset, residual_slope = lines
+    dx = dz * scale
+    if HAS_SUMS:
+        dx += x_centred * slope + offset
+    store_tile(dx_ptr, dx, row, col_block, shape, TILE, 1, WHOLE)
+    if dresidual_ptr is not None:
+        dresidual = dz
+        if HAS_RESIDUAL_NORM:
+            dresidual = dz * residual_scale
+            if HAS_SUMS:
+                dresidual += residual_centred * residual_slope + residual_offset
+        store_tile(dresidual_ptr, dresidual, row, col_block, shape, TILE, 1, WHOLE)
 
 
 @triton.jit
@@ -144,63 +209,52 @@ def _bn_bwd_dx_kernel(
 ):  # fmt: skip
     """dx = (dz − (sum_dy + xhat·sum_dy_xhat)/count)·(rstd·weight); without sums dz·(rstd·weight).
 
-    dresidual is dz, or as dx where the residual has a norm.
+    It is computed as dz·scale + ((x − mean)·slope + offset). dresidual is dz, or as dx where the
+    residual has a norm.
     """
+    MASKED: tl.constexpr = mask_ptr is not None
+    TWO_NORMS: tl.constexpr = residual_mean_ptr is not None
+    HAS_SUMS: tl.constexpr = sum_dy_ptr is not None
     col_block, split = tl.program_id(0), tl.program_id(1)
+    shape = count, C, L
     offs_c, mask_c = channel_ids(col_block, C, TILE)
-    mean, rstd, scale = load_norm(mean_ptr, rstd_ptr, None, weight_ptr, 0.0, offs_c, mask_c, ACC)
-    if sum_dy_ptr is not None:
-        mean_dy, slope = load_mean_grads(
-            sum_dy_ptr, sum_dy_xhat_ptr, rstd, stats_count, offs_c, mask_c, ACC
+    norm, residual_norm, shift = load_norms(
+        (mean_ptr, rstd_ptr, None, weight_ptr, bias_ptr),
+        (residual_mean_ptr, residual_rstd_ptr, None, residual_weight_ptr, residual_bias_ptr),
+        0.0, 0.0, offs_c, mask_c, TILE, ACC,
+    )  # fmt: skip
+    means, scales = (norm[0], residual_norm[0]), (norm[2], residual_norm[2], shift)
+    lines = norm[0], norm[0], norm[0], norm[0]
+    if HAS_SUMS:
+        offset, slope = load_line(
+            sum_dy_ptr, sum_dy_xhat_ptr, norm, stats_count, offs_c, mask_c, TILE, ACC
         )
-        mean_dy, slope = to_columns(mean_dy, TILE), to_columns(slope, TILE)
-    mean, scale = to_columns(mean, TILE), to_columns(scale, TILE)
-    shift, residual_scale = None, None
-    if residual_mean_ptr is not None:
-        residual_mean, residual_rstd, residual_scale = load_norm(
-            residual_mean_ptr, residual_rstd_ptr, None, residual_weight_ptr, 0.0, offs_c, mask_c,
-            ACC,
-        )  # fmt: skip
-        residual_mean = to_columns(residual_mean, TILE)
-        residual_scale = to_columns(residual_scale, TILE)
-        shift = to_columns(load_biases(bias_ptr, residual_bias_ptr, offs_c, mask_c, ACC), TILE)
-        if sum_dy_ptr is not None:
-            _, residual_slope = load_mean_grads(
-                sum_dy_ptr, residual_sum_dy_xhat_ptr, residual_rstd, stats_count, offs_c, mask_c,
-                ACC,
+        lines = offset, slope, offset, slope
+        if TWO_NORMS:
+            residual_offset, residual_slope = load_line(
+                sum_dy_ptr, residual_sum_dy_xhat_ptr, residual_norm, stats_count, offs_c, mask_c,
+                TILE, ACC,
             )  # fmt: skip
-            residual_slope = to_columns(residual_slope, TILE)
-    elif bias_ptr is not None:
-        shift = to_columns(tl.load(bias_ptr + offs_c, mask=mask_c, other=0).to(ACC), TILE)
+            lines = offset, slope, residual_offset, residual_slope
     param = tl.full((), act_param, ACC)
     start, stop = split_rows(split, rows_per_split, count, TILE)
-    for row in tl.range(start, stop, UNROLL * TILE.sub_rows, num_stages=STAGES):
-        offsets, mask = tile_offsets(row, col_block, count, C, L, TILE, UNROLL)
-        x_centred = mean
-        if sum_dy_ptr is not None or (HAS_ACT and mask_ptr is None):
-            x = tl.load(x_ptr + offsets, mask=mask, other=0, eviction_policy=EVICTION)
-            x_centred = x.to(ACC) - mean
-        residual_centred = None
-        if residual_mean_ptr is not None:
-            residual = tl.load(residual_ptr + offsets, mask=mask, other=0, eviction_policy=EVICTION)
-            residual_centred = residual.to(ACC) - residual_mean
-        dz = _pre_activation_grad(
-            dy_ptr, dy_skip_ptr, mask_ptr, residual_ptr, x_centred, scale, shift, residual_centred,
-            residual_scale, param, row, col_block, count, C, L, ACT_GRAD, HAS_ACT, TILE, UNROLL,
-            EVICTION, ACC,
+    whole = whole_rows(start, stop, count, TILE, UNROLL)
+    for row in tl.range(start, whole, UNROLL * TILE.sub_rows, num_stages=STAGES):
+        packed = load_mask(mask_ptr, row, stop, col_block, shape, TILE, UNROLL)
+        for u in tl.static_range(UNROLL):
+            _dx_sub_tile(
+                dx_ptr, dresidual_ptr, dy_ptr, dy_skip_ptr, x_ptr, residual_ptr, packed, u, means,
+                scales, lines, param, row + u * TILE.sub_rows, col_block, shape, MASKED, TWO_NORMS,
+                HAS_SUMS, ACT_GRAD, HAS_ACT, TILE, True, EVICTION, ACC,
+            )  # fmt: skip
+    packed = load_mask(mask_ptr, whole, stop, col_block, shape, TILE, UNROLL)
+    for row in tl.range(whole, stop, TILE.sub_rows, num_stages=1):
+        u = (row - whole) // TILE.sub_rows
+        _dx_sub_tile(
+            dx_ptr, dresidual_ptr, dy_ptr, dy_skip_ptr, x_ptr, residual_ptr, packed, u, means, scales,
+            lines, param, row, col_block, shape, MASKED, TWO_NORMS, HAS_SUMS, ACT_GRAD, HAS_ACT, TILE,
+            False, EVICTION, ACC,
         )  # fmt: skip
-        if dresidual_ptr is not None and residual_mean_ptr is None:
-            dtype: tl.constexpr = dresidual_ptr.dtype.element_ty
-            tl.store(dresidual_ptr + offsets, round_to(dz, dtype), mask=mask)
-        dx, dresidual = dz, dz
-        if sum_dy_ptr is not None:
-            dx = dz - mean_dy - x_centred * slope
-            if residual_mean_ptr is not None:
-                dresidual = dz - mean_dy - residual_centred * residual_slope
-        tl.store(dx_ptr + offsets, round_to(dx * scale, dx_ptr.dtype.element_ty), mask=mask)
-        if dresidual_ptr is not None and residual_mean_ptr is not None:
-            dresidual = round_to(dresidual * residual_scale, dresidual_ptr.dtype.element_ty)
-            tl.store(dresidual_ptr + offsets, dresidual, mask=mask)
 
 
 def bn_backward_reduce(

@@ -5,47 +5,64 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bnres.kernels.channels import load_biases, load_norm, scaled, sum_splits
+from bnres.kernels.channels import add_splits, load_norms
 from bnres.kernels.device import ACTIVATIONS, round_to
 from bnres.kernels.launch import launch, plan
 from bnres.kernels.norm import Norm, Statistics, pointers
 from bnres.kernels.outputs import empty_channels, empty_mask
 from bnres.kernels.tiles import (
     channel_ids,
-    fold,
+    load_tile,
     mask_offsets,
     pack_bits,
+    rows_exist,
     split_rows,
-    tile_offsets,
+    store_tile,
     to_channels,
     to_columns,
+    whole_rows,
 )
 
 
 @triton.jit
-def _sample(x_ptr, index, offs_c, mask_c, C, L, ACC: tl.constexpr):
+def _sample(x_ptr, index, offs_c, mask_c, shape, TILE: tl.constexpr, ACC: tl.constexpr):
     """Element ``index`` of each channel."""
-    n = tl.cast(index // L, tl.int64)
-    offsets = n * C * L + offs_c.to(tl.int64) * L + index % L
+    _, C, L = shape
+    INDEX: tl.constexpr = tl.int32 if TILE.narrow else tl.int64
+    n = index // L
+    offsets = tl.cast(n, INDEX) * C * L + offs_c.to(INDEX) * L + (index - n * L)
     return tl.load(x_ptr + offsets, mask=mask_c, other=0).to(ACC)
 
 
 @triton.jit
-def _adaptive_pivot(x_ptr, offs_c, mask_c, count, C, L, ACC: tl.constexpr):
+def _adaptive_pivot(x_ptr, offs_c, mask_c, shape, TILE: tl.constexpr, ACC: tl.constexpr):
     """A value near the data if they lie far from zero, else 0: (channels,).
 
     The mean of the middle two of four samples, if it is large against their distance. Any finite
     value gives right sums; a near one keeps them from cancelling.
     """
-    a = _sample(x_ptr, count // 8, offs_c, mask_c, C, L, ACC)
-    b = _sample(x_ptr, count // 8 * 3, offs_c, mask_c, C, L, ACC)
-    c = _sample(x_ptr, count // 8 * 5, offs_c, mask_c, C, L, ACC)
-    d = _sample(x_ptr, count - 1 - count // 8, offs_c, mask_c, C, L, ACC)
+    count = shape[0]
+    a = _sample(x_ptr, count // 8, offs_c, mask_c, shape, TILE, ACC)
+    b = _sample(x_ptr, count // 8 * 3, offs_c, mask_c, shape, TILE, ACC)
+    c = _sample(x_ptr, count // 8 * 5, offs_c, mask_c, shape, TILE, ACC)
+    d = _sample(x_ptr, count - 1 - count // 8, offs_c, mask_c, shape, TILE, ACC)
     low = tl.maximum(tl.minimum(a, b), tl.minimum(c, d))
     high = tl.minimum(tl.maximum(a, b), tl.maximum(c, d))
     middle = low + (high - low) * 0.5
     near = (tl.abs(middle) > 2 * tl.abs(high - low)) & (tl.abs(middle) < 1e38)
     return tl.where(near, middle, 0.0)
+
+
+@triton.jit
+def _add_sub_tile(
+    sums, x_ptr, pivot, row, col_block, shape,
+    TILE: tl.constexpr, WHOLE: tl.constexpr, EVICTION: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Adds x − pivot and its square of a sub-tile to the sums."""
+    sum_d, sum_d2 = sums
+    d = load_tile(x_ptr, row, col_block, shape, TILE, 1, WHOLE, ACC, EVICTION) - pivot
+    d = tl.where(rows_exist(row, shape[0], TILE, 1, WHOLE), d, 0.0)
+    return sum_d + d, sum_d2 + d * d
 
 
 @triton.jit
@@ -58,20 +75,25 @@ def _bn_stats_kernel(
     """Σ(x − pivot) and its square over a split's rows, and the pivot: sums is (2·splits + 1, C)."""
     col_block, split = tl.program_id(0), tl.program_id(1)
     splits = tl.num_programs(1)
+    shape = count, C, L
     offs_c, mask_c = channel_ids(col_block, C, TILE)
-    pivot = _adaptive_pivot(x_ptr, offs_c, mask_c, count, C, L, ACC)
+    pivot = _adaptive_pivot(x_ptr, offs_c, mask_c, shape, TILE, ACC)
     if split == 0:
         tl.store(sums_ptr + 2 * tl.cast(splits, tl.int64) * C + offs_c, pivot, mask=mask_c)
-    pivot_cols = to_columns(pivot, TILE)
-    sum_d = tl.full((TILE.sub_rows, TILE.block_cols), 0.0, ACC)
-    sum_d2 = tl.full((TILE.sub_rows, TILE.block_cols), 0.0, ACC)
+    pivot = to_columns(pivot, TILE)
+    zeros = tl.full((TILE.sub_rows, TILE.block_cols), 0.0, ACC)
+    sums = zeros, zeros
     start, stop = split_rows(split, rows_per_split, count, TILE)
-    for row in tl.range(start, stop, UNROLL * TILE.sub_rows, num_stages=STAGES):
-        offsets, mask = tile_offsets(row, col_block, count, C, L, TILE, UNROLL)
-        x = tl.load(x_ptr + offsets, mask=mask, other=0, eviction_policy=EVICTION).to(ACC)
-        d = tl.where(mask, x - pivot_cols, 0.0)
-        sum_d += fold(d, TILE, UNROLL)
-        sum_d2 += fold(d * d, TILE, UNROLL)
+    whole = whole_rows(start, stop, count, TILE, UNROLL)
+    for row in tl.range(start, whole, UNROLL * TILE.sub_rows, num_stages=STAGES):
+        for u in tl.static_range(UNROLL):
+            sums = _add_sub_tile(
+                sums, x_ptr, pivot, row + u * TILE.sub_rows, col_block, shape, TILE, True, EVICTION,
+                ACC,
+            )  # fmt: skip
+    for row in tl.range(whole, stop, TILE.sub_rows, num_stages=1):
+        sums = _add_sub_tile(sums, x_ptr, pivot, row, col_block, shape, TILE, False, EVICTION, ACC)
+    sum_d, sum_d2 = sums
     out = sums_ptr + tl.cast(split, tl.int64) * C + offs_c
     tl.store(out, to_channels(sum_d, TILE, INNER_POW2), mask=mask_c)
     tl.store(
@@ -80,16 +102,12 @@ def _bn_stats_kernel(
 
 
 @triton.jit
-def _update_running(ptr, stat, factor, offs_c, mask_c):
+def _update_running(ptr, running, stat, factor, offs_c, mask_c):
     """running = (1 − factor)·running + factor·stat, computed in fp64, stored in the buffer's dtype."""
-    # Several threads load an element and one of them stores it. No barrier is needed: the thread that
-    # stores uses its own load, and what the others load is not used.
-    running = tl.load(ptr + offs_c, mask=mask_c, other=0).to(tl.float64)
-    updated = ((1 - factor) * running + factor * stat).to(tl.float32)
-    if ptr.dtype.element_ty == tl.float64:
-        tl.store(ptr + offs_c, (1 - factor) * running + factor * stat, mask=mask_c)
-    else:
-        tl.store(ptr + offs_c, round_to(updated, ptr.dtype.element_ty), mask=mask_c)
+    updated = (1 - factor) * running.to(tl.float64) + factor * stat
+    if ptr.dtype.element_ty != tl.float64:
+        updated = round_to(updated.to(tl.float32), ptr.dtype.element_ty)
+    tl.store(ptr + offs_c, updated, mask=mask_c)
 
 
 @triton.jit
@@ -98,7 +116,7 @@ def _bn_stats_finalize_kernel(
     running_mean_ptr, running_var_ptr, counter_ptr, sums_ptr, momentum_ptr, input_bias_ptr,
     count, C, splits, momentum: tl.float64,
     eps: tl.float64,
-    BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
+    TRIPS: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """mean, rstd = 1/sqrt(var + eps) of each channel (C,).
 
@@ -106,27 +124,65 @@ def _bn_stats_finalize_kernel(
     """
     offs_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < C
-    n = tl.cast(count, tl.float64)
-    shift = sum_splits(sums_ptr, splits, offs_c, mask_c, C, BLOCK_S, BLOCK_C) / n
+    # All loads come before the first barrier, which is in `tl.sum`: a later load would wait for it.
     plane = tl.cast(splits, tl.int64) * C
-    square = sum_splits(sums_ptr + plane, splits, offs_c, mask_c, C, BLOCK_S, BLOCK_C) / n
-    mean = tl.load(sums_ptr + 2 * plane + offs_c, mask=mask_c, other=0).to(tl.float64) + shift
+    sum_d = add_splits(sums_ptr, splits, offs_c, mask_c, C, TRIPS, BLOCK_S, BLOCK_C)
+    sum_d2 = add_splits(sums_ptr + plane, splits, offs_c, mask_c, C, TRIPS, BLOCK_S, BLOCK_C)
+    pivot = tl.load(sums_ptr + 2 * plane + offs_c, mask=mask_c, other=0).to(tl.float64)
+    factor = tl.full((), momentum, tl.float64)
+    if momentum_ptr is not None:
+        factor = tl.load(momentum_ptr).to(tl.float64)
+    # Several threads load an element and one of them stores it. No barrier is needed: the thread that
+    # stores uses its own load, and what the others load is not used.
+    if running_mean_ptr is not None:
+        running_mean = tl.load(running_mean_ptr + offs_c, mask=mask_c, other=0)
+    if running_var_ptr is not None:
+        running_var = tl.load(running_var_ptr + offs_c, mask=mask_c, other=0)
+    input_bias = tl.zeros((BLOCK_C,), tl.float64)
+    if input_bias_ptr is not None:
+        input_bias = tl.load(input_bias_ptr + offs_c, mask=mask_c, other=0).to(tl.float64)
+    if counter_ptr is not None and tl.program_id(0) == 0:
+        tl.store(counter_ptr, tl.load(counter_ptr) + 1)
+    n = tl.cast(count, tl.float64)
+    shift = tl.sum(sum_d, 0) / n
+    square = tl.sum(sum_d2, 0) / n
+    mean = pivot + shift
     var = square - shift * shift
     var = tl.where(var < 0, 0.0, var)
     rstd = 1 / tl.sqrt(var + tl.full((), eps, tl.float64))
     tl.store(mean_ptr + offs_c, mean.to(mean_ptr.dtype.element_ty), mask=mask_c)
     tl.store(rstd_ptr + offs_c, rstd.to(rstd_ptr.dtype.element_ty), mask=mask_c)
-    factor = tl.full((), momentum, tl.float64)
-    if momentum_ptr is not None:
-        factor = tl.load(momentum_ptr).to(tl.float64)
     if running_mean_ptr is not None:
-        if input_bias_ptr is not None:
-            mean += tl.load(input_bias_ptr + offs_c, mask=mask_c, other=0).to(tl.float64)
-        _update_running(running_mean_ptr, mean, factor, offs_c, mask_c)
+        _update_running(running_mean_ptr, running_mean, mean + input_bias, factor, offs_c, mask_c)
     if running_var_ptr is not None:
-        _update_running(running_var_ptr, var * (n / (n - 1)), factor, offs_c, mask_c)
-    if counter_ptr is not None and tl.program_id(0) == 0:
-        tl.store(counter_ptr, tl.load(counter_ptr) + 1)
+        unbiased = var * (n / (n - 1))
+        _update_running(running_var_ptr, running_var, unbiased, factor, offs_c, mask_c)
+
+
+@triton.jit
+def _apply_tile(
+    y_ptr, mask_ptr, x_ptr, residual_ptr, norm, residual_norm, shift, param, row, col_block, shape,
+    HAS_RESIDUAL_NORM: tl.constexpr, ACT: tl.constexpr, TILE: tl.constexpr, UNROLL: tl.constexpr,
+    WHOLE: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """y and the mask bits of a tile."""
+    mean, _, scale = norm
+    x = load_tile(x_ptr, row, col_block, shape, TILE, UNROLL, WHOLE, ACC)
+    if residual_ptr is not None:
+        residual = load_tile(residual_ptr, row, col_block, shape, TILE, UNROLL, WHOLE, ACC)
+    z = (x - mean) * scale
+    if HAS_RESIDUAL_NORM:
+        residual_mean, _, residual_scale = residual_norm
+        z += (residual - residual_mean) * residual_scale
+    z += shift
+    if residual_ptr is not None and not HAS_RESIDUAL_NORM:
+        z += residual
+    store_tile(y_ptr, ACT(z, param), row, col_block, shape, TILE, UNROLL, WHOLE)
+    if mask_ptr is not None:
+        bit_offsets, bit_mask = mask_offsets(row, col_block, shape, TILE, UNROLL)
+        # Not (z <= 0): NaN keeps its gradient, as in torch.
+        bits = pack_bits(tl.where(z <= 0, 0, 1), TILE, UNROLL)
+        tl.store(mask_ptr + bit_offsets, bits, mask=bit_mask)
 
 
 @triton.jit
@@ -144,39 +200,24 @@ def _bn_apply_kernel(
     """
     col_block, split = tl.program_id(0), tl.program_id(1)
     offs_c, mask_c = channel_ids(col_block, C, TILE)
-    mean, _, scale = load_norm(mean_ptr, rstd_ptr, var_ptr, weight_ptr, eps, offs_c, mask_c, ACC)
-    mean, scale = to_columns(mean, TILE), to_columns(scale, TILE)
-    shift, residual_scale = None, None
-    if residual_mean_ptr is not None:
-        residual_mean, _, residual_scale = load_norm(
-            residual_mean_ptr, residual_rstd_ptr, residual_var_ptr, residual_weight_ptr,
-            residual_eps, offs_c, mask_c, ACC,
-        )  # fmt: skip
-        residual_mean = to_columns(residual_mean, TILE)
-        residual_scale = to_columns(residual_scale, TILE)
-        shift = to_columns(load_biases(bias_ptr, residual_bias_ptr, offs_c, mask_c, ACC), TILE)
-    elif bias_ptr is not None:
-        shift = to_columns(tl.load(bias_ptr + offs_c, mask=mask_c, other=0).to(ACC), TILE)
+    norm, residual_norm, shift = load_norms(
+        (mean_ptr, rstd_ptr, var_ptr, weight_ptr, bias_ptr),
+        (residual_mean_ptr, residual_rstd_ptr, residual_var_ptr, residual_weight_ptr, residual_bias_ptr),
+        eps, residual_eps, offs_c, mask_c, TILE, ACC,
+    )  # fmt: skip
     param = tl.full((), act_param, ACC)
     start, stop = split_rows(split, rows_per_split, count, TILE)
-    for row in tl.range(start, stop, UNROLL * TILE.sub_rows, num_stages=STAGES):
-        offsets, mask = tile_offsets(row, col_block, count, C, L, TILE, UNROLL)
-        x = tl.load(x_ptr + offsets, mask=mask, other=0)
-        residual_centred = None
-        if residual_ptr is not None:
-            residual = tl.load(residual_ptr + offsets, mask=mask, other=0)
-        if residual_mean_ptr is not None:
-            residual_centred = residual.to(ACC) - residual_mean
-        z = scaled(x.to(ACC) - mean, scale, residual_centred, residual_scale, shift)
-        if residual_ptr is not None and residual_mean_ptr is None:
-            z += residual.to(ACC)
-        y = round_to(ACT(z, param), y_ptr.dtype.element_ty)
-        tl.store(y_ptr + offsets, y, mask=mask)
-        if mask_ptr is not None:
-            bit_offsets, bit_mask = mask_offsets(row, col_block, count, C, L, TILE, UNROLL)
-            # Not (z <= 0): NaN keeps its gradient, as in torch.
-            bits = pack_bits(tl.where(z <= 0, 0, 1), TILE, UNROLL)
-            tl.store(mask_ptr + bit_offsets, bits, mask=bit_mask)
+    whole = whole_rows(start, stop, count, TILE, UNROLL)
+    for row in tl.range(start, whole, UNROLL * TILE.sub_rows, num_stages=STAGES):
+        _apply_tile(
+            y_ptr, mask_ptr, x_ptr, residual_ptr, norm, residual_norm, shift, param, row, col_block,
+            (count, C, L), residual_mean_ptr is not None, ACT, TILE, UNROLL, True, ACC,
+        )  # fmt: skip
+    for row in tl.range(whole, stop, UNROLL * TILE.sub_rows, num_stages=1):
+        _apply_tile(
+            y_ptr, mask_ptr, x_ptr, residual_ptr, norm, residual_norm, shift, param, row, col_block,
+            (count, C, L), residual_mean_ptr is not None, ACT, TILE, UNROLL, False, ACC,
+        )  # fmt: skip
 
 
 def bn_stats(

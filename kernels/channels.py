@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from bnres.kernels.tiles import to_columns
+
 
 @triton.jit
 def load_norm(
@@ -44,23 +46,52 @@ def load_mean_grads(
 
 
 @triton.jit
-def sum_splits(ptr, splits, offs_c, mask_c, C, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Sums of partials (splits, C) in fp64, in a fixed order: (BLOCK_C,)."""
-    total = tl.zeros((BLOCK_C,), tl.float64)
-    for s in tl.range(0, splits, BLOCK_S):
-        offs_s = s + tl.arange(0, BLOCK_S)
-        mask = (offs_s < splits)[:, None] & mask_c[None, :]
-        part = tl.load(ptr + offs_s[:, None] * C + offs_c[None, :], mask=mask, other=0)
-        total += tl.sum(part.to(tl.float64), 0)
+def add_splits(
+    ptr, splits, channel, mask, C,
+    TRIPS: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Sums of every BLOCK_S-th row of partials (splits, C), in fp64: (BLOCK_S, BLOCK_C).
+
+    TRIPS·BLOCK_S is at least ``splits``. The caller adds the rows up after its last load, as the
+    barriers of `tl.sum` would hold back the loads after it.
+    """
+    total = tl.zeros((BLOCK_S, BLOCK_C), tl.float64)
+    for trip in tl.static_range(TRIPS):
+        split = trip * BLOCK_S + tl.arange(0, BLOCK_S)
+        exists = (split < splits)[:, None] & mask[None, :]
+        total += tl.load(ptr + split[:, None] * C + channel[None, :], mask=exists, other=0)
     return total
 
 
 @triton.jit
-def scaled(x_centred, scale, residual_centred, residual_scale, shift):
-    """x_centred·scale + residual_centred·residual_scale + shift, of what is not None."""
-    z = x_centred * scale
-    if residual_scale is not None:
-        z += residual_centred * residual_scale
-    if shift is not None:
-        z += shift
-    return z
+def load_norms(
+    norm_ptrs, residual_ptrs, eps, residual_eps, channel, mask, TILE: tl.constexpr, ACC: tl.constexpr
+):  # fmt: skip
+    """mean, rstd and rstd·weight of x's norm and of the residual's, and the sum of their biases.
+
+    Each is broadcastable to a tile. Those of a residual without a norm are not to be used.
+    """
+    mean_ptr, rstd_ptr, var_ptr, weight_ptr, bias_ptr = norm_ptrs
+    mean, rstd, scale = load_norm(mean_ptr, rstd_ptr, var_ptr, weight_ptr, eps, channel, mask, ACC)
+    norm = to_columns(mean, TILE), to_columns(rstd, TILE), to_columns(scale, TILE)
+    residual_norm = norm
+    mean_ptr, rstd_ptr, var_ptr, weight_ptr, residual_bias_ptr = residual_ptrs
+    if mean_ptr is not None:
+        mean, rstd, scale = load_norm(
+            mean_ptr, rstd_ptr, var_ptr, weight_ptr, residual_eps, channel, mask, ACC
+        )
+        residual_norm = to_columns(mean, TILE), to_columns(rstd, TILE), to_columns(scale, TILE)
+    shift = load_biases(bias_ptr, residual_bias_ptr, channel, mask, ACC)
+    return norm, residual_norm, to_columns(shift, TILE)
+
+
+@triton.jit
+def load_line(
+    sum_dy_ptr, sum_dy_xhat_ptr, norm, count, channel, mask, TILE: tl.constexpr, ACC: tl.constexpr
+):  # fmt: skip
+    """offset and slope of −(sum_dy + xhat·sum_dy_xhat)/count·scale = offset + slope·(x − mean)."""
+    _, rstd, scale = norm
+    inv_n = (1 / tl.cast(count, tl.float64)).to(ACC)
+    sum_dy = to_columns(tl.load(sum_dy_ptr + channel, mask=mask, other=0).to(ACC), TILE)
+    sum_dy_xhat = to_columns(tl.load(sum_dy_xhat_ptr + channel, mask=mask, other=0).to(ACC), TILE)
+    return -sum_dy * inv_n * scale, -sum_dy_xhat * inv_n * rstd * scale

@@ -15,7 +15,7 @@ The numbers here are derived from byte counts and from code compiled for sm_90; 
 measured on a GPU yet. `benchmarks.variants` times others beside them.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import gcd
 
 from bnres.kernels.layout import ChannelView
@@ -25,6 +25,8 @@ CHANNELS, PLANES, GROUPS = 0, 1, 2
 NUM_WARPS = 4
 THREADS = 32 * NUM_WARPS
 VECTOR_BYTES = 16
+# Tensors with fewer elements are addressed by 32-bit offsets; a tile may extend beyond the tensor.
+NARROW_LIMIT = 2**31 - 2**24
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,8 @@ class Tile:
         vector: elements of 16 bytes.
         aligned: rows start on a multiple of the vector.
         even: no column is masked.
+        narrow: offsets have 32 bits, else 64.
+        words: two bfloat16 are loaded as one 32-bit word.
     """
 
     kind: int
@@ -53,6 +57,8 @@ class Tile:
     vector: int
     aligned: bool
     even: bool
+    narrow: bool
+    words: bool
 
     @property
     def group_cols(self) -> int:
@@ -99,12 +105,15 @@ def tile_for(view: ChannelView, itemsize: int) -> Tile:
         vector=vector,
         aligned=aligned,
         even=even,
+        narrow=view.numel < NARROW_LIMIT,
+        words=aligned,
     )
 
 
-def flat_tile(itemsize: int) -> Tile:
+def flat_tile(numel: int, itemsize: int) -> Tile:
     """A tile of vectors, whatever channels they belong to."""
-    return tile_for(ChannelView(1, 1, VECTOR_BYTES // itemsize), itemsize)
+    tile = tile_for(ChannelView(1, 1, VECTOR_BYTES // itemsize), itemsize)
+    return replace(tile, narrow=numel < NARROW_LIMIT)
 
 
 def tile_rows(view: ChannelView, tile: Tile) -> int:
@@ -158,8 +167,8 @@ TUNING = {
     "stats": KernelTuning(unroll=4, num_stages=2, programs_per_sm=5),
     "apply": KernelTuning(unroll=MASK_UNROLL, num_stages=1, programs_per_sm=6),
     "apply_residual": KernelTuning(unroll=MASK_UNROLL, num_stages=2, programs_per_sm=4),
-    "reduce": KernelTuning(unroll=MASK_UNROLL, num_stages=2, programs_per_sm=3),
-    "dx": KernelTuning(unroll=MASK_UNROLL, num_stages=3, programs_per_sm=4),
+    "reduce": KernelTuning(unroll=MASK_UNROLL, num_stages=2, programs_per_sm=5),
+    "dx": KernelTuning(unroll=MASK_UNROLL, num_stages=2, programs_per_sm=6),
     "apply_two_norms": KernelTuning(unroll=2, num_stages=3, programs_per_sm=4),
     "reduce_two_norms": KernelTuning(unroll=2, num_stages=3, programs_per_sm=3),
     "dx_two_norms": KernelTuning(unroll=2, num_stages=3, programs_per_sm=3),

@@ -145,3 +145,11 @@ def round_to(v, DTYPE: tl.constexpr):
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
         v = tl.where(v == v, rounded.to(tl.float32, bitcast=True), v.to(tl.float32))
     return v.to(DTYPE)
+
+
+@triton.jit
+def bf16_pairs(words):
+    """The two bfloat16 of each 32-bit word as neighbouring fp32 columns."""
+    low = (words << 16).to(tl.float32, bitcast=True)
+    high = (words & -65536).to(tl.float32, bitcast=True)
+    return tl.interleave(low, high)

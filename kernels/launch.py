@@ -3,7 +3,7 @@
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
@@ -14,6 +14,9 @@ from triton.runtime.jit import JITFunction
 
 from bnres.kernels.config import FLAT_KERNELS, flat_tile, launch_config, next_power_of_2, tile_for
 from bnres.kernels.layout import ChannelView, view_of
+
+# A load of a word needs an address that is a multiple of this.
+WORD_BYTES = 4
 
 # Greatest number of plans that are cached.
 PLANS = 4096
@@ -79,12 +82,16 @@ def _plan(
 ) -> TilePlan:
     view = view_of(shape, contiguous)
     if contiguous and kernel in FLAT_KERNELS:
-        view, tile = ChannelView(1, 1, view.numel), flat_tile(dtype.itemsize)
+        view, tile = ChannelView(1, 1, view.numel), flat_tile(view.numel, dtype.itemsize)
     else:
         tile = tile_for(view, dtype.itemsize)
     config = launch_config(kernel, view, tile, sm_count)
     sizes = {"count": view.count, "C": view.channels, "splits": config.splits}
-    blocks = {"BLOCK_S": FINALIZE_SPLITS, "BLOCK_C": FINALIZE_CHANNELS}
+    blocks = {
+        "TRIPS": -(-config.splits // FINALIZE_SPLITS),
+        "BLOCK_S": FINALIZE_SPLITS,
+        "BLOCK_C": FINALIZE_CHANNELS,
+    }
     finalize = Plan(
         (-(-view.channels // FINALIZE_CHANNELS),), sizes | blocks | {"num_warps": FINALIZE_WARPS}
     )
@@ -125,6 +132,15 @@ def recorded_launches() -> Iterator[list[Launch]]:
         _recorder.launches = before
 
 
+def _starts_inside_word(argument: object) -> bool:
+    """Whether it is a bfloat16 tensor, such as a slice, whose address is not a multiple of a word."""
+    return (
+        isinstance(argument, Tensor)
+        and argument.dtype == torch.bfloat16
+        and argument.data_ptr() % WORD_BYTES != 0
+    )
+
+
 def launch(kernel: Any, plan: Plan, **named: Any) -> None:
     """Runs a kernel on the device of its first argument.
 
@@ -144,6 +160,9 @@ def launch(kernel: Any, plan: Plan, **named: Any) -> None:
     if unknown or missing:
         raise TypeError(f"{kernel.fn.__name__}: unknown arguments {unknown}, missing {missing}")
     ordered = {name: arguments[name] for name in names}
+    tile = ordered.get("TILE")
+    if tile is not None and tile.words and any(map(_starts_inside_word, ordered.values())):
+        ordered["TILE"] = replace(tile, words=False)
     if not isinstance(kernel, JITFunction):
         kernel[plan.grid](**ordered)
         return

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from bnres.kernels import config
+from bnres.kernels.device import bf16_pairs, round_to
 
 CHANNELS = tl.constexpr(config.CHANNELS)
 PLANES = tl.constexpr(config.PLANES)
@@ -11,38 +12,59 @@ GROUPS = tl.constexpr(config.GROUPS)
 
 
 @triton.jit
-def tile_offsets(row_start, col_block, count, C, L, TILE: tl.constexpr, UNROLL: tl.constexpr):
-    """Where a tile's elements lie in the tensor, and which exist: (UNROLL·sub_rows, block_cols)."""
+def rows_exist(row_start, count, TILE: tl.constexpr, UNROLL: tl.constexpr, WHOLE: tl.constexpr):
+    """Which elements of a tile's rows exist, broadcastable to the tile. WHOLE: all of them do."""
+    row = row_start + tl.arange(0, UNROLL * TILE.sub_rows)[:, None]
+    if WHOLE:
+        mask = tl.full((UNROLL * TILE.sub_rows, 1), True, tl.int1)
+    elif TILE.kind == CHANNELS:
+        mask = row < count
+    elif TILE.kind == GROUPS:
+        mask = row < count // TILE.group_inner
+    elif TILE.aligned:
+        mask = row < count // TILE.vector
+    else:
+        mask = row * TILE.vector + tl.arange(0, TILE.block_cols)[None, :] < count
+    return mask
+
+
+@triton.jit
+def tile_offsets(
+    row_start, col_block, shape,
+    TILE: tl.constexpr, UNROLL: tl.constexpr, WHOLE: tl.constexpr, WORD: tl.constexpr = 1,
+):  # fmt: skip
+    """Offsets of a tile's elements and which exist: (UNROLL·sub_rows, block_cols).
+
+    WORD: the elements of a word, where offsets count words and not elements.
+    """
+    count, C, L = shape
+    INDEX: tl.constexpr = tl.int32 if TILE.narrow else tl.int64
+    VECTOR: tl.constexpr = TILE.vector // WORD
     local = tl.arange(0, UNROLL * TILE.sub_rows)[:, None]
-    cols = tl.arange(0, TILE.block_cols)[None, :]
-    row = row_start + local
+    cols = tl.arange(0, TILE.block_cols // WORD)[None, :]
+    mask = rows_exist(row_start, count, TILE, UNROLL, WHOLE)
     if TILE.kind == PLANES:
+        row = row_start + local
         if TILE.aligned:
             vectors = L // TILE.vector
-            plane = vectors * TILE.vector
-            n = row // vectors
-            inner = (row - n * vectors) * TILE.vector + cols
-            mask = row < count // TILE.vector
+            plane = vectors * VECTOR
+            n = divide(row, vectors, TILE)
         else:
             plane = L
-            flat = row * TILE.vector + cols
-            n = flat // L
-            inner = flat - n * L
-            mask = flat < count
-        sample = tl.cast(C, tl.int64) * plane
-        offsets = tl.cast(col_block, tl.int64) * plane + (n * sample + inner)
+            n = divide(row * VECTOR + cols, L, TILE)
+        # A sample's planes are adjacent, so from one sample to the next the other channels' planes are skipped.
+        skipped = (tl.cast(C, INDEX) - 1) * plane
+        offsets = tl.cast(col_block, INDEX) * plane + (row * VECTOR + cols) + n * skipped
     else:
         if TILE.kind == GROUPS:
-            stride = (C // TILE.block_channels) * TILE.group_cols
-            width = TILE.group_cols
-            mask = row < count // TILE.group_inner
+            width = TILE.group_cols // WORD
+            stride = (C // TILE.block_channels) * width
         else:
+            width = TILE.block_cols // WORD
             stride = C
             if TILE.aligned:
-                stride = (C // TILE.vector) * TILE.vector
-            width = TILE.block_cols
-            mask = row < count
-        start = tl.cast(row_start, tl.int64) * stride + tl.cast(col_block, tl.int64) * width
+                stride = (C // TILE.vector) * VECTOR
+        start = tl.cast(row_start, INDEX) * stride + tl.cast(col_block, INDEX) * width
         offsets = start + (local * stride + cols)
         if not TILE.even:
             if TILE.kind == GROUPS:
@@ -53,15 +75,65 @@ def tile_offsets(row_start, col_block, count, C, L, TILE: tl.constexpr, UNROLL: 
 
 
 @triton.jit
+def divide(a, b, TILE: tl.constexpr):
+    """a // b of numbers that are not negative."""
+    if TILE.narrow:
+        # A loop computes the reciprocal once. The product is the quotient, or 1 less.
+        a, b = a.to(tl.uint32), tl.cast(b, tl.uint32)
+        quotient = tl.umulhi(a, tl.full((), 0xFFFFFFFF, tl.uint32) // b)
+        quotient += (a - quotient * b >= b).to(tl.uint32)
+        return quotient.to(tl.int32)
+    else:
+        return a // b
+
+
+@triton.jit
+def load_tile(
+    ptr, row_start, col_block, shape,
+    TILE: tl.constexpr, UNROLL: tl.constexpr, WHOLE: tl.constexpr, ACC: tl.constexpr,
+    EVICTION: tl.constexpr = "",
+):  # fmt: skip
+    """A tile of a tensor in ACC; 0 where nothing exists."""
+    if TILE.words and ptr.dtype.element_ty == tl.bfloat16:
+        # One shift or mask makes fp32 of half a word; a conversion of 16 bits takes two instructions.
+        offsets, mask = tile_offsets(row_start, col_block, shape, TILE, UNROLL, WHOLE, 2)
+        words = ptr.to(tl.pointer_type(tl.int32), bitcast=True) + offsets
+        return bf16_pairs(tl.load(words, mask=mask, other=0, eviction_policy=EVICTION))
+    else:
+        offsets, mask = tile_offsets(row_start, col_block, shape, TILE, UNROLL, WHOLE)
+        return tl.load(ptr + offsets, mask=mask, other=0, eviction_policy=EVICTION).to(ACC)
+
+
+@triton.jit
+def store_tile(
+    ptr, value, row_start, col_block, shape,
+    TILE: tl.constexpr, UNROLL: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """Stores a tile, rounded to the tensor's dtype."""
+    offsets, mask = tile_offsets(row_start, col_block, shape, TILE, UNROLL, WHOLE)
+    tl.store(ptr + offsets, round_to(value, ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def split_rows(split, rows_per_split, count, TILE: tl.constexpr):
-    """The rows of a split, from and to; none beyond the tensor, where masks have no bytes."""
-    rows = tl.cast(count, tl.int64)
+    """The first row of a split, and the row after its last one."""
+    INDEX: tl.constexpr = tl.int32 if TILE.narrow else tl.int64
+    rows = tl.cast(count, INDEX)
     if TILE.kind == PLANES:
         rows = (rows + TILE.vector - 1) // TILE.vector
     elif TILE.kind == GROUPS:
         rows = rows // TILE.group_inner
-    start = tl.cast(split, tl.int64) * rows_per_split
+    start = tl.cast(split, INDEX) * rows_per_split
     return start, tl.minimum(start + rows_per_split, rows)
+
+
+@triton.jit
+def whole_rows(start, stop, count, TILE: tl.constexpr, UNROLL: tl.constexpr):
+    """The row after the last of a split's tiles whose elements all exist."""
+    ROWS: tl.constexpr = UNROLL * TILE.sub_rows
+    if TILE.kind == PLANES:
+        stop = tl.minimum(stop, count // TILE.vector)
+    return start + tl.maximum(stop - start, 0) // ROWS * ROWS
 
 
 @triton.jit
@@ -83,9 +155,11 @@ def to_columns(v, TILE: tl.constexpr):
 @triton.jit
 def to_channels(acc, TILE: tl.constexpr, INNER_POW2: tl.constexpr):
     """Sums of a sub-tile (sub_rows, block_cols) for each channel: (block_channels,)."""
-    sums = tl.sum(acc, 0)
     if TILE.kind == PLANES:
-        sums = tl.sum(sums[None, :], 1)
+        # Each thread adds up its columns, so that threads exchange one value.
+        sums = tl.sum(tl.sum(acc, 1)[:, None], 0)
+    else:
+        sums = tl.sum(acc, 0)
     if TILE.kind == GROUPS:
         channel = tl.arange(0, TILE.block_channels)[:, None]
         inner = tl.arange(0, INNER_POW2)[None, :]
@@ -99,27 +173,23 @@ def to_channels(acc, TILE: tl.constexpr, INNER_POW2: tl.constexpr):
 
 
 @triton.jit
-def fold(v, TILE: tl.constexpr, UNROLL: tl.constexpr):
-    """Sum over a tile's sub-tiles, inside each thread: (sub_rows, block_cols)."""
-    return tl.sum(tl.reshape(v, (UNROLL, TILE.sub_rows, TILE.block_cols)), 0)
-
-
-@triton.jit
-def mask_offsets(row_start, col_block, count, C, L, TILE: tl.constexpr, UNROLL: tl.constexpr):
-    """Where a tile's mask bytes lie, and which exist: (sub_rows, block_cols / 2).
+def mask_offsets(row_start, col_block, shape, TILE: tl.constexpr, UNROLL: tl.constexpr):
+    """Offsets of a tile's mask bytes and which exist: (sub_rows, block_cols / 2).
 
     A byte holds UNROLL (4) sub-tiles × 2 neighbouring columns: bit ``2u + p`` is row
     ``u·sub_rows + r``, column ``2c + p`` of the tile, so that a thread packs what it holds.
     """
+    count, C, _ = shape
+    INDEX: tl.constexpr = tl.int32 if TILE.narrow else tl.int64
     half: tl.constexpr = TILE.block_cols // 2
     local = tl.arange(0, TILE.sub_rows)[:, None]
     cols = tl.arange(0, half)[None, :]
-    row = tl.cast(row_start // UNROLL, tl.int64)
+    row = tl.cast(row_start // UNROLL, INDEX)
     mask = cols < half
     if TILE.kind == PLANES:
         tile_rows: tl.constexpr = UNROLL * TILE.sub_rows
         tiles = (count + tile_rows * TILE.vector - 1) // (tile_rows * TILE.vector)
-        start = (tl.cast(col_block, tl.int64) * (tiles * TILE.sub_rows) + row) * half
+        start = (tl.cast(col_block, INDEX) * (tiles * TILE.sub_rows) + row) * half
         offsets = start + (local * half + cols)
     else:
         if TILE.kind == GROUPS:
@@ -130,13 +200,26 @@ def mask_offsets(row_start, col_block, count, C, L, TILE: tl.constexpr, UNROLL: 
             stride = (C + 1) // 2
             if TILE.aligned:
                 stride = (C // TILE.vector) * (TILE.vector // 2)
-        offsets = row * stride + tl.cast(col_block, tl.int64) * width + (local * stride + cols)
+        offsets = row * stride + tl.cast(col_block, INDEX) * width + (local * stride + cols)
         if not TILE.even:
             if TILE.kind == GROUPS:
                 mask = cols < width
             else:
                 mask = cols < stride - col_block * width
     return offsets, mask & (local < TILE.sub_rows)
+
+
+@triton.jit
+def load_mask(
+    mask_ptr, row_start, stop, col_block, shape, TILE: tl.constexpr, UNROLL: tl.constexpr
+):
+    """The mask bytes of a tile, 0 if it starts at ``stop``; 0 without a mask."""
+    packed = 0
+    if mask_ptr is not None:
+        offsets, mask = mask_offsets(row_start, col_block, shape, TILE, UNROLL)
+        mask = mask & (row_start + tl.arange(0, 1)[:, None] < stop)
+        packed = tl.load(mask_ptr + offsets, mask=mask, other=0)
+    return packed
 
 
 @triton.jit
@@ -149,8 +232,8 @@ def pack_bits(bits, TILE: tl.constexpr, UNROLL: tl.constexpr):
 
 
 @triton.jit
-def unpack_bits(packed, TILE: tl.constexpr, UNROLL: tl.constexpr):
-    """Bytes of `mask_offsets` as the booleans of a tile."""
-    shift = (2 * tl.arange(0, UNROLL))[:, None, None, None] + tl.arange(0, 2)[None, None, None, :]
-    bits = (packed.to(tl.int32)[None, :, :, None] >> shift) & 1
-    return tl.reshape(bits, (UNROLL * TILE.sub_rows, TILE.block_cols)) != 0
+def unpack_bits(packed, u, TILE: tl.constexpr):
+    """Bytes of `mask_offsets` as the booleans of sub-tile ``u``."""
+    bit = tl.full((), 1, tl.int32) << (2 * u + tl.arange(0, 2)[None, None, :])
+    bits = packed.to(tl.int32)[:, :, None] & bit
+    return tl.reshape(bits, (TILE.sub_rows, TILE.block_cols)) != 0

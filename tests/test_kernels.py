@@ -178,12 +178,40 @@ def test_work_is_split_over_the_whole_chip(kernel, channels):
         assert (config.splits - 1) * config.rows_per_split < tile_rows(view, tile)
 
 
+@pytest.mark.parametrize("shape, last", [((3, 8, 4, 4), False), ((5, 16, 7, 7), True)], ids=str)
+def test_bfloat16_tensors_may_start_inside_a_word(shape, last):
+    x, dy, residual, weight, bias = draw(shape, last)
+    given = bn_forward.bn_stats(x, None, None, 0.1, 1e-5)
+
+    def run(shift):
+        moved = []
+        for t in (x, dy, residual):
+            storage = torch.empty(t.numel() + 1, dtype=torch.bfloat16, device=t.device)
+            moved.append(storage.as_strided(t.shape, t.stride(), shift).copy_(t))
+            assert moved[-1].data_ptr() % 4 == 2 * shift
+        stats = bn_forward.bn_stats(moved[0], None, None, 0.1, 1e-5)
+        forward = (moved[0], Norm(given, weight, bias), moved[2], None)
+        y, mask = bn_forward.bn_apply(*forward, "relu", 0.0, save_mask=True)
+        sums, dz = bn_backward.bn_backward_reduce(
+            moved[1], *forward, mask, "relu", 0.0, write_dz=True
+        )
+        dx, _ = bn_backward.bn_backward_dx(
+            moved[1], *forward, mask, "relu", 0.0, sums, x[:, 0].numel()
+        )
+        return [*stats, *sums[:2], dx], [y, mask, dz]
+
+    (sums, exact), (aligned_sums, aligned_exact) = run(1), run(0)
+    assert all(map(torch.equal, exact, aligned_exact))
+    for actual, expected in zip(sums, aligned_sums, strict=True):
+        assert_close(actual, expected, expected.dtype)
+
+
 @triton.jit
 def _last_offset_kernel(out_ptr, split, rows_per_split, col_block, count, C, L, TILE: tl.constexpr):
     """The largest offset of a split's last tile."""
     start, stop = split_rows(split, rows_per_split, count, TILE)
     row = start + (stop - 1 - start) // TILE.sub_rows * TILE.sub_rows
-    offsets, mask = tile_offsets(row, col_block, count, C, L, TILE, 1)
+    offsets, mask = tile_offsets(row, col_block, (count, C, L), TILE, 1, False)
     tl.store(out_ptr, tl.max(tl.max(tl.where(mask, offsets.to(tl.int64), 0), 1), 0))
 
 
