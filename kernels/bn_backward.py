@@ -28,54 +28,58 @@ from bnres.kernels.tiles import (
 
 
 @triton.jit
-def _pre_activation_grad(
-    dy_ptr, dy_skip_ptr, residual_ptr, packed, u, x_centred, residual_centred, scales, param, row,
-    col_block, shape,
-    MASKED: tl.constexpr, HAS_RESIDUAL_NORM: tl.constexpr, ACT_GRAD: tl.constexpr,
-    HAS_ACT: tl.constexpr, TILE: tl.constexpr, WHOLE: tl.constexpr, EVICTION: tl.constexpr,
-    ACC: tl.constexpr,
+def _load_sub_tile(
+    tensors, bits, means, scales, param, row, col_block, shape,
+    NEEDS_X: tl.constexpr, TWO_NORMS: tl.constexpr, ACT_GRAD: tl.constexpr, HAS_ACT: tl.constexpr,
+    TILE: tl.constexpr, WHOLE: tl.constexpr, EVICTION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """dz = (dy + dy_skip)·act'(z) of a sub-tile; act'(z) from the mask bits, or from z as in forward."""
+    """dz = (dy + dy_skip)·act'(z), x − mean and the residual − its mean, of a sub-tile.
+
+    act'(z) comes from the mask if there is one, else from z computed as in forward.
+    """
+    dy_ptr, dy_skip_ptr, x_ptr, mask_ptr, residual_ptr = tensors
+    mean, residual_mean = means
+    x_centred = mean
+    if NEEDS_X:
+        x_centred = load_tile(x_ptr, row, col_block, shape, TILE, 1, WHOLE, ACC, EVICTION) - mean
+    residual_centred = residual_mean
+    if TWO_NORMS:
+        residual = load_tile(residual_ptr, row, col_block, shape, TILE, 1, WHOLE, ACC, EVICTION)
+        residual_centred = residual - residual_mean
     dz = load_tile(dy_ptr, row, col_block, shape, TILE, 1, WHOLE, ACC, EVICTION)
     if dy_skip_ptr is not None:
         dz += load_tile(dy_skip_ptr, row, col_block, shape, TILE, 1, WHOLE, ACC, EVICTION)
-    if MASKED:
+    if mask_ptr is not None:
+        packed, u = bits
         dz = tl.where(unpack_bits(packed, u, TILE), dz, 0.0)
     elif HAS_ACT:
         scale, residual_scale, shift = scales
         z = x_centred * scale
-        if HAS_RESIDUAL_NORM:
+        if TWO_NORMS:
             z += residual_centred * residual_scale
         z += shift
-        if residual_ptr is not None and not HAS_RESIDUAL_NORM:
+        if residual_ptr is not None and not TWO_NORMS:
             z += load_tile(residual_ptr, row, col_block, shape, TILE, 1, WHOLE, ACC)
         dz = ACT_GRAD(dz, z, param)
-    return tl.where(rows_exist(row, shape[0], TILE, 1, WHOLE), dz, 0.0)
+    dz = tl.where(rows_exist(row, shape[0], TILE, 1, WHOLE), dz, 0.0)
+    return dz, x_centred, residual_centred
 
 
 @triton.jit
 def _reduce_sub_tile(
-    sums, dz_ptr, dy_ptr, dy_skip_ptr, x_ptr, residual_ptr, packed, u, means, scales, param, row,
-    col_block, shape,
-    MASKED: tl.constexpr, HAS_RESIDUAL_NORM: tl.constexpr, ACT_GRAD: tl.constexpr,
-    HAS_ACT: tl.constexpr, TILE: tl.constexpr, WHOLE: tl.constexpr, EVICTION: tl.constexpr,
-    ACC: tl.constexpr,
+    sums, dz_ptr, tensors, bits, means, scales, param, row, col_block, shape,
+    TWO_NORMS: tl.constexpr, ACT_GRAD: tl.constexpr, HAS_ACT: tl.constexpr, TILE: tl.constexpr,
+    WHOLE: tl.constexpr, EVICTION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Adds dz and, of each norm, dz·(x − mean) of a sub-tile to the sums; stores dz if asked."""
-    sum_dz, sum_dz_xmu, sum_dz_rmu = sums
-    mean, residual_mean = means
-    x_centred = load_tile(x_ptr, row, col_block, shape, TILE, 1, WHOLE, ACC, EVICTION) - mean
-    residual_centred = x_centred
-    if HAS_RESIDUAL_NORM:
-        residual = load_tile(residual_ptr, row, col_block, shape, TILE, 1, WHOLE, ACC, EVICTION)
-        residual_centred = residual - residual_mean
-    dz = _pre_activation_grad(
-        dy_ptr, dy_skip_ptr, residual_ptr, packed, u, x_centred, residual_centred, scales, param, row,
-        col_block, shape, MASKED, HAS_RESIDUAL_NORM, ACT_GRAD, HAS_ACT, TILE, WHOLE, EVICTION, ACC,
+    dz, x_centred, residual_centred = _load_sub_tile(
+        tensors, bits, means, scales, param, row, col_block, shape, True, TWO_NORMS, ACT_GRAD,
+        HAS_ACT, TILE, WHOLE, EVICTION, ACC,
     )  # fmt: skip
     if dz_ptr is not None:
         store_tile(dz_ptr, dz, row, col_block, shape, TILE, 1, WHOLE)
-    if HAS_RESIDUAL_NORM:
+    sum_dz, sum_dz_xmu, sum_dz_rmu = sums
+    if TWO_NORMS:
         sum_dz_rmu += dz * residual_centred
     return sum_dz + dz, sum_dz_xmu + dz * x_centred, sum_dz_rmu
 
@@ -90,11 +94,10 @@ def _bn_bwd_reduce_kernel(
     STAGES: tl.constexpr, EVICTION: tl.constexpr, INNER_POW2: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Sums of dz and, of each norm, dz·(x − mean) over a split's rows: partial is (2 or 3, splits, C)."""
-    MASKED: tl.constexpr = mask_ptr is not None
     TWO_NORMS: tl.constexpr = residual_mean_ptr is not None
     col_block, split = tl.program_id(0), tl.program_id(1)
     splits = tl.num_programs(1)
-    shape = count, C, L
+    tensors, shape = (dy_ptr, dy_skip_ptr, x_ptr, mask_ptr, residual_ptr), (count, C, L)
     offs_c, mask_c = channel_ids(col_block, C, TILE)
     norm, residual_norm, shift = load_norms(
         (mean_ptr, rstd_ptr, None, weight_ptr, bias_ptr),
@@ -111,16 +114,14 @@ def _bn_bwd_reduce_kernel(
         packed = load_mask(mask_ptr, row, stop, col_block, shape, TILE, UNROLL)
         for u in tl.static_range(UNROLL):
             sums = _reduce_sub_tile(
-                sums, dz_ptr, dy_ptr, dy_skip_ptr, x_ptr, residual_ptr, packed, u, means, scales,
-                param, row + u * TILE.sub_rows, col_block, shape, MASKED, TWO_NORMS, ACT_GRAD, HAS_ACT,
-                TILE, True, EVICTION, ACC,
+                sums, dz_ptr, tensors, (packed, u), means, scales, param, row + u * TILE.sub_rows,
+                col_block, shape, TWO_NORMS, ACT_GRAD, HAS_ACT, TILE, True, EVICTION, ACC,
             )  # fmt: skip
     packed = load_mask(mask_ptr, whole, stop, col_block, shape, TILE, UNROLL)
     for row in tl.range(whole, stop, TILE.sub_rows, num_stages=1):
-        u = (row - whole) // TILE.sub_rows
         sums = _reduce_sub_tile(
-            sums, dz_ptr, dy_ptr, dy_skip_ptr, x_ptr, residual_ptr, packed, u, means, scales, param,
-            row, col_block, shape, MASKED, TWO_NORMS, ACT_GRAD, HAS_ACT, TILE, False, EVICTION, ACC,
+            sums, dz_ptr, tensors, (packed, (row - whole) // TILE.sub_rows), means, scales, param,
+            row, col_block, shape, TWO_NORMS, ACT_GRAD, HAS_ACT, TILE, False, EVICTION, ACC,
         )  # fmt: skip
     sum_dz, sum_dz_xmu, sum_dz_rmu = sums
     out = partial_ptr + tl.cast(split, tl.int64) * C + offs_c
@@ -163,24 +164,15 @@ def _bn_bwd_finalize_kernel(
 
 @triton.jit
 def _dx_sub_tile(
-    dx_ptr, dresidual_ptr, dy_ptr, dy_skip_ptr, x_ptr, residual_ptr, packed, u, means, scales, lines,
-    param, row, col_block, shape,
-    MASKED: tl.constexpr, HAS_RESIDUAL_NORM: tl.constexpr, HAS_SUMS: tl.constexpr,
-    ACT_GRAD: tl.constexpr, HAS_ACT: tl.constexpr, TILE: tl.constexpr, WHOLE: tl.constexpr,
-    EVICTION: tl.constexpr, ACC: tl.constexpr,
+    dx_ptr, dresidual_ptr, tensors, bits, means, scales, lines, param, row, col_block, shape,
+    HAS_SUMS: tl.constexpr, NEEDS_X: tl.constexpr, TWO_NORMS: tl.constexpr, ACT_GRAD: tl.constexpr,
+    HAS_ACT: tl.constexpr, TILE: tl.constexpr, WHOLE: tl.constexpr, EVICTION: tl.constexpr,
+    ACC: tl.constexpr,
 ):  # fmt: skip
-    """dx and, if asked, dresidual of a sub-tile."""
-    mean, residual_mean = means
-    x_centred = mean
-    if HAS_SUMS or (HAS_ACT and not MASKED):
-        x_centred = load_tile(x_ptr, row, col_block, shape, TILE, 1, WHOLE, ACC, EVICTION) - mean
-    residual_centred = residual_mean
-    if HAS_RESIDUAL_NORM:
-        residual = load_tile(residual_ptr, row, col_block, shape, TILE, 1, WHOLE, ACC, EVICTION)
-        residual_centred = residual - residual_mean
-    dz = _pre_activation_grad(
-        dy_ptr, dy_skip_ptr, residual_ptr, packed, u, x_centred, residual_centred, scales, param, row,
-        col_block, shape, MASKED, HAS_RESIDUAL_NORM, ACT_GRAD, HAS_ACT, TILE, WHOLE, EVICTION, ACC,
+    """Stores dx and, if asked, dresidual of a sub-tile."""
+    dz, x_centred, residual_centred = _load_sub_tile(
+        tensors, bits, means, scales, param, row, col_block, shape, NEEDS_X, TWO_NORMS, ACT_GRAD,
+        HAS_ACT, TILE, WHOLE, EVICTION, ACC,
     )  # fmt: skip
     scale, residual_scale, _ = scales
     offset, slope, residual_offset, residual_slope = lines
@@ -190,7 +182,7 @@ def _dx_sub_tile(
     store_tile(dx_ptr, dx, row, col_block, shape, TILE, 1, WHOLE)
     if dresidual_ptr is not None:
         dresidual = dz
-        if HAS_RESIDUAL_NORM:
+        if TWO_NORMS:
             dresidual = dz * residual_scale
             if HAS_SUMS:
                 dresidual += residual_centred * residual_slope + residual_offset
@@ -212,11 +204,11 @@ def _bn_bwd_dx_kernel(
     It is computed as dz·scale + ((x − mean)·slope + offset). dresidual is dz, or as dx where the
     residual has a norm.
     """
-    MASKED: tl.constexpr = mask_ptr is not None
     TWO_NORMS: tl.constexpr = residual_mean_ptr is not None
     HAS_SUMS: tl.constexpr = sum_dy_ptr is not None
+    NEEDS_X: tl.constexpr = sum_dy_ptr is not None or (HAS_ACT and mask_ptr is None)
     col_block, split = tl.program_id(0), tl.program_id(1)
-    shape = count, C, L
+    tensors, shape = (dy_ptr, dy_skip_ptr, x_ptr, mask_ptr, residual_ptr), (count, C, L)
     offs_c, mask_c = channel_ids(col_block, C, TILE)
     norm, residual_norm, shift = load_norms(
         (mean_ptr, rstd_ptr, None, weight_ptr, bias_ptr),
@@ -243,16 +235,15 @@ def _bn_bwd_dx_kernel(
         packed = load_mask(mask_ptr, row, stop, col_block, shape, TILE, UNROLL)
         for u in tl.static_range(UNROLL):
             _dx_sub_tile(
-                dx_ptr, dresidual_ptr, dy_ptr, dy_skip_ptr, x_ptr, residual_ptr, packed, u, means,
-                scales, lines, param, row + u * TILE.sub_rows, col_block, shape, MASKED, TWO_NORMS,
-                HAS_SUMS, ACT_GRAD, HAS_ACT, TILE, True, EVICTION, ACC,
+                dx_ptr, dresidual_ptr, tensors, (packed, u), means, scales, lines, param,
+                row + u * TILE.sub_rows, col_block, shape, HAS_SUMS, NEEDS_X, TWO_NORMS, ACT_GRAD,
+                HAS_ACT, TILE, True, EVICTION, ACC,
             )  # fmt: skip
     packed = load_mask(mask_ptr, whole, stop, col_block, shape, TILE, UNROLL)
     for row in tl.range(whole, stop, TILE.sub_rows, num_stages=1):
-        u = (row - whole) // TILE.sub_rows
         _dx_sub_tile(
-            dx_ptr, dresidual_ptr, dy_ptr, dy_skip_ptr, x_ptr, residual_ptr, packed, u, means, scales,
-            lines, param, row, col_block, shape, MASKED, TWO_NORMS, HAS_SUMS, ACT_GRAD, HAS_ACT, TILE,
+            dx_ptr, dresidual_ptr, tensors, (packed, (row - whole) // TILE.sub_rows), means, scales,
+            lines, param, row, col_block, shape, HAS_SUMS, NEEDS_X, TWO_NORMS, ACT_GRAD, HAS_ACT, TILE,
             False, EVICTION, ACC,
         )  # fmt: skip
 
