@@ -23,7 +23,9 @@ from bnres import cli, use_backend
 from bnres.data.dataset import make_dataset
 from bnres.train import TrainConfig, build_state, evaluate, train_epoch
 from bnres.train import run as training
+from bnres.train.augmentation import chains
 from bnres.train.checkpoint import load_checkpoint, read_checkpoint, save_checkpoint
+from bnres.train.config import DTYPES
 from bnres.train.distributed import World
 from bnres.train.optimization import make_optimizer, make_schedule
 from bnres.train.options import make_config
@@ -337,6 +339,17 @@ def test_seed_preset_is_the_seeds_run():
     assert len(images) == 6 and images.min() >= 0 and images.max() <= 1
     train_epoch(state, batches, asked)
     assert state.scheduler.get_last_lr() == [1e-3, 1e-3]
+
+
+@pytest.mark.parametrize("name", ["bf16", "fp16"])
+def test_images_are_rounded_to_the_dtype_of_mixed_precision(name, tiny):
+    """As autocast rounds the operands of the first convolution."""
+    wide, rounding = (chains(config(dtype=dtype, shift=0), tiny) for dtype in ("fp32", name))
+    for fp32_chain, chain in zip(wide, rounding, strict=True):
+        expected, images = (
+            each(tiny.train_images, torch.Generator()) for each in (fp32_chain, chain)
+        )
+        assert images.dtype == DTYPES[name] and torch.equal(images, expected.to(images.dtype))
 
 
 def test_accumulated_gradients_are_a_larger_batchs(tiny):

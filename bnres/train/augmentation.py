@@ -1,4 +1,6 @@
-"""What becomes of a run's images."""
+"""The augmentation of a run's images."""
+
+from functools import partial
 
 import torch
 
@@ -13,11 +15,14 @@ from bnres.augment import (
     Transform,
 )
 from bnres.data import FolderDataset, ImageDataset
-from bnres.train.config import TrainConfig
+from bnres.train.config import DTYPES, TrainConfig
 
 
 def chains(config: TrainConfig, dataset: ImageDataset | FolderDataset) -> tuple[Compose, Compose]:
-    """The chains of training images and of held-out ones."""
+    """The chains of training images and of held-out ones, which return the model's inputs.
+
+    They round to the dtype of mixed precision, which autocast would do in two more passes over memory.
+    """
     crop: list[Transform] = []
     middle: list[Transform] = []
     if config.crop_size is not None:
@@ -36,7 +41,5 @@ def chains(config: TrainConfig, dataset: ImageDataset | FolderDataset) -> tuple[
     scale: list[Transform] = [Normalize(dataset.mean, dataset.std)] if config.normalize else []
     order = [*jitter, *crop] if config.color_first else [*crop, *jitter]
     memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
-    return (
-        Compose([*flip, *order, *scale], memory_format=memory_format),
-        Compose([*middle, *scale], memory_format=memory_format),
-    )
+    compose = partial(Compose, dtype=DTYPES[config.dtype], memory_format=memory_format)
+    return compose([*flip, *order, *scale]), compose([*middle, *scale])
