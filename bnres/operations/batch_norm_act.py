@@ -1,19 +1,27 @@
-"""act(batch_norm(x) + residual) and act(batch_norm(x) + batch_norm(residual))."""
+"""act(batch_norm(x) + residual), act(batch_norm(x) + batch_norm(residual)), max_pool2d(act(batch_norm(x)))."""
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from bnres.activations import resolve
 from bnres.kernels.dtypes import acc_type
 from bnres.kernels.layout import dense, dense_like
 from bnres.kernels.norm import Norm, Statistics, Sums
-from bnres.kernels.outputs import empty_channels, empty_mask
-from bnres.kernels.reference import bn_apply_ref, bn_stats_ref
+from bnres.kernels.outputs import empty_channels, empty_mask, empty_pooled
+from bnres.kernels.reference import (
+    bn_apply_ref,
+    bn_max_pool_at_ref,
+    bn_max_pool_ref,
+    bn_stats_ref,
+)
 from bnres.kernels.torch_internals import outside_of_transforms, unwrapped
-from bnres.operations.arguments import check_residual, wants_grad
+from bnres.kernels.window import Window
+from bnres.operations.arguments import as_dtype_of, check_residual, wants_grad
 from bnres.operations.aten import batch_norm_act_aten
 from bnres.operations.call import Operation, call
 from bnres.operations.norms import (
@@ -22,7 +30,6 @@ from bnres.operations.norms import (
     empty_statistics,
     launch_statistics,
     of_input_bias,
-    parameter_gradients,
     prepare_evaluation,
     rows_of,
     split_momentum,
@@ -62,7 +69,10 @@ WRITTEN = tuple(name for name in Buffers._fields if not name.endswith("device_mo
 
 
 class Spec(NamedTuple):
-    """Every argument of a call that is not a tensor, and whether backward reads the values of x."""
+    """Every argument of a call that is not a tensor, and whether backward reads the values of x.
+
+    ``window``, with the fields of `Window`, is empty without a max-pool. With one, there is no residual.
+    """
 
     act: str
     act_param: float
@@ -74,14 +84,22 @@ class Spec(NamedTuple):
     has_residual_norm: bool
     residual_momentum: float
     residual_eps: float
+    window: tuple[int, ...]
+    ceil_mode: bool
 
 
 class Outputs(NamedTuple):
-    """y and, for backward, the statistics of each norm and where relu lets gradients pass."""
+    """y and what backward reads.
+
+    This is the statistics of each norm, and where relu lets gradients pass or, with a max-pool, each
+    maximum's position in its window, and x there.
+    """
 
     y: Tensor
     statistics: Maybe
     mask: Maybe
+    argmax: Maybe = None
+    x_max: Maybe = None
 
 
 class Saved(NamedTuple):
@@ -97,6 +115,14 @@ class Saved(NamedTuple):
     residual_input_bias: Maybe
     statistics: Maybe
     mask: Maybe = None
+    argmax: Maybe = None
+    x_max: Maybe = None
+
+
+@cache
+def window_of(fields: tuple[int, ...]) -> Window:
+    """The window of a spec, made once: it takes as long as an allocation."""
+    return Window(*fields)
 
 
 def _saves_mask(inputs: Inputs, spec: Spec) -> bool:
@@ -108,8 +134,15 @@ def _saves_mask(inputs: Inputs, spec: Spec) -> bool:
 def _allocate(inputs: Inputs, buffers: Buffers, spec: Spec) -> Outputs:
     x = inputs.x
     statistics = empty_statistics(x, spec) if spec.needs_grad else None
-    mask = empty_mask(x) if _saves_mask(inputs, spec) else None
-    return Outputs(torch.empty_like(x), statistics, mask)
+    if not spec.window:
+        mask = empty_mask(x) if _saves_mask(inputs, spec) else None
+        return Outputs(torch.empty_like(x), statistics, mask)
+    window = window_of(spec.window)
+    y = empty_pooled(x, window, spec.ceil_mode)
+    if not spec.needs_grad:
+        return Outputs(y, None, None)
+    argmax = torch.empty_like(y, dtype=window.argmax_dtype)
+    return Outputs(y, statistics, None, argmax, torch.empty_like(y))
 
 
 def _forward(inputs: Inputs, buffers: Buffers, spec: Spec, recording: Recording) -> Outputs:
@@ -130,8 +163,10 @@ def _norms(saved: Inputs | Saved, statistics: Any) -> tuple[Norm, Norm | None]:
 def _launch_forward(inputs: Inputs, buffers: Buffers, outputs: Outputs, spec: Spec) -> None:
     """Fills ``outputs``; statistics that are not kept are scratch, or the running ones."""
     from bnres.kernels.bn_forward import bn_apply
+    from bnres.kernels.bn_pool import bn_max_pool
 
-    y, kept, mask = outputs
+    y, kept, mask, argmax, x_max = outputs
+    act = spec.act, spec.act_param
     states = states_of(inputs, buffers, spec)
     rows: Any = [None] * len(states) if kept is None else rows_of(kept, inputs.x)
     norm, residual_norm = _norms(
@@ -141,9 +176,12 @@ def _launch_forward(inputs: Inputs, buffers: Buffers, outputs: Outputs, spec: Sp
             for t, state, row in zip((inputs.x, inputs.residual), states, rows, strict=False)
         ],
     )
-    bn_apply(
-        inputs.x, norm, inputs.residual, residual_norm, spec.act, spec.act_param, out=(y, mask)
-    )  # fmt: skip
+    if spec.window:
+        bn_max_pool(
+            inputs.x, norm, *act, window_of(spec.window), spec.ceil_mode, out=(y, argmax, x_max)
+        )
+    else:
+        bn_apply(inputs.x, norm, inputs.residual, residual_norm, *act, out=(y, mask))
 
 
 def _again(inputs: Inputs, kept: Sequence[Any], spec: Spec) -> Tensor:
@@ -154,9 +192,12 @@ def _again(inputs: Inputs, kept: Sequence[Any], spec: Spec) -> Tensor:
 
 
 def _saved(inputs: Inputs, y: Tensor, kept: Sequence[Any], spec: Spec) -> Saved:
-    statistics, mask = kept
+    # What is not kept is None, or empty if an operator returned it.
+    statistics, mask, argmax, x_max = kept
+    if spec.window:
+        return Saved(*inputs, statistics, None, argmax, x_max)
     if not _saves_mask(inputs, spec):
-        mask = None  # an operator returns an empty one
+        mask = None
     if not spec.reads_x:
         # The mask has y's layout. The next layer usually saves y too, so this costs no memory.
         inputs = inputs._replace(x=None if mask is None else y)  # type: ignore[arg-type]
@@ -205,9 +246,9 @@ def _backward(
     gradients: Gradients, saved: Saved, spec: Spec, asked: Asked, recording: Recording
 ) -> Computed:
     computed = _allocate_backward(gradients, saved, spec, asked)
-    x = saved.x
+    y = saved.x_max if spec.window else saved.x
     given = [
-        dy if dy is None or dy.stride() == x.stride() else dense_like(dy, x) for dy in gradients
+        dy if dy is None or dy.stride() == y.stride() else dense_like(dy, y) for dy in gradients
     ]
     recording.backward(asked, given).run(_launch_backward, (given, saved, computed), spec)
     return computed
@@ -216,28 +257,38 @@ def _backward(
 def _launch_backward(gradients: Gradients, saved: Saved, computed: Computed, spec: Spec) -> None:
     """Fills ``computed``.
 
-    Without a residual norm the reduce pass, where there is one, writes dz, which the dx pass then reads
-    in place of dy and dy_skip.
+    Without a residual norm the reduce pass may write dz, which the dx pass then reads in place of dy and
+    dy_skip. With a max-pool the reduce pass is over the maxima only.
     """
     from bnres.kernels.bn_backward import bn_backward_dx, bn_backward_reduce
+    from bnres.kernels.bn_pool import bn_max_pool_backward_dx
 
-    x, residual, mask, act = saved.x, saved.residual, saved.mask, spec.act
+    x, residual, mask, act = saved.x, saved.residual, saved.mask, (spec.act, spec.act_param)
     dy, dy_skip = gradients
     dx, dresidual, *sums = computed
     norms = _norms(saved, rows_of(saved.statistics, x))
     if sums[0] is not None:
-        dz = None if spec.has_residual_norm else dresidual
+        dz, reduced = None if spec.has_residual_norm else dresidual, x
+        if spec.window:
+            dz, reduced = None if dy_skip is None else torch.empty_like(saved.x_max), saved.x_max
         bn_backward_reduce(
-            dy, x, norms[0], residual, norms[1], mask, act, spec.act_param, dy_skip=dy_skip,
+            dy, reduced, norms[0], residual, norms[1], mask, *act, dy_skip=dy_skip,
             out=(Sums(*sums), dz),
         )  # fmt: skip
         if dz is not None:
-            dy, dy_skip, residual, mask, act, dresidual = dz, None, None, None, "identity", None
-    if dx is not None:
+            dy, dy_skip, residual, mask, dresidual = dz, None, None, None, None
+            act = "identity", 0.0
+    if dx is None:
+        return
+    found = Sums(*sums) if spec.training else None
+    count = max(x.numel() // max(x.shape[1], 1), 1)
+    if spec.window:
+        window = window_of(spec.window)
+        bn_max_pool_backward_dx(dy, saved.argmax, x, norms[0], *act, window, found, count, out=dx)
+    else:
         bn_backward_dx(
-            dy, x, norms[0], residual, norms[1], mask, act, spec.act_param,
-            Sums(*sums) if spec.training else None, max(x.numel() // max(x.shape[1], 1), 1),
-            dy_skip=dy_skip, out=(dx, dresidual),
+            dy, x, norms[0], residual, norms[1], mask, *act, found, count, dy_skip=dy_skip,
+            out=(dx, dresidual),
         )  # fmt: skip
 
 
@@ -251,9 +302,7 @@ def _input_gradients(
 ) -> Sequence[Tensor | None]:
     if saved.x is None:
         saved = saved._replace(x=dense(dy))
-    is_sum = spec.act == "identity" and not spec.has_residual_norm
-    if is_sum and dy_skip is not None:
-        dy, dy_skip = dy + dy_skip, None
+    is_sum = spec.act == "identity" and not (spec.has_residual_norm or spec.window)
     if spec.has_residual_norm:
         dx = dresidual = bool(needed.x or needed.residual)  # one pass writes both
     else:
@@ -262,20 +311,45 @@ def _input_gradients(
     if not spec.training:
         sums = sums or needed.input_bias or needed.residual_input_bias
     asked = Asked(dx, dresidual, bool(sums))
+    if dy_skip is not None and (is_sum or (spec.window and not _reduces(spec, asked))):
+        dy, dy_skip = dy + dy_skip, None
     found = _run_backward(Gradients(dy, dy_skip), saved, spec, asked, recording=recording)
     residual = None
     if needed.residual:
         residual = dy.view_as(dy) if is_sum else found.dresidual
     return (
         found.dx if needed.x else None,
-        *parameter_gradients(saved, spec, needed, found[2:4]),
+        *_parameter_gradients(0, saved, spec, needed, found),
         residual,
-        *parameter_gradients(saved, spec, needed, found[4:], "residual_"),
+        *_parameter_gradients(1, saved, spec, needed, found),
+    )
+
+
+def _parameter_gradients(
+    index: int, saved: Saved, spec: Spec, needed: Inputs, found: Computed
+) -> Sequence[Tensor | None]:
+    """The gradients of weight, bias and input_bias of x's norm (0) or of the residual's (1)."""
+    its = slice(4 * index + 1, 4 * index + 4)
+    needs_weight, needs_bias, needs_input_bias = needed[its]
+    if not (needs_weight or needs_bias or needs_input_bias):
+        return None, None, None
+    weight, bias, input_bias = saved[its]
+    sum_dy, sum_dy_xhat = found[2 * index + 2 : 2 * index + 4]
+    gradient = None
+    if needs_input_bias and spec.training:
+        gradient = torch.zeros_like(input_bias)  # the batch's mean cancels the bias
+    elif needs_input_bias:
+        gradient = sum_dy * rows_of(saved.statistics, saved.x)[index].rstd
+        gradient = as_dtype_of(input_bias, gradient if weight is None else gradient * weight)
+    return (
+        as_dtype_of(weight, sum_dy_xhat) if needs_weight else None,
+        as_dtype_of(bias, sum_dy) if needs_bias else None,
+        gradient,
     )
 
 
 def _formula(saved: Saved, spec: Spec) -> Tensor:
-    x, residual, act = saved.x, saved.residual, spec.act
+    x, residual, act = saved.x, saved.residual, (spec.act, spec.act_param)
     if spec.training:
         statistics = [bn_stats_ref(x, None, None, 0.0, spec.eps)]
         if spec.has_residual_norm:
@@ -284,8 +358,13 @@ def _formula(saved: Saved, spec: Spec) -> Tensor:
         biases = saved.input_bias, saved.residual_input_bias
         statistics = list(map(of_input_bias, rows_of(saved.statistics, x), biases))
     norm, residual_norm = _norms(saved, statistics)
+    if spec.window:
+        window = window_of(spec.window)
+        if saved.argmax is None:
+            return bn_max_pool_ref(x, norm, *act, window, spec.ceil_mode)[0]
+        return bn_max_pool_at_ref(x, norm, *act, window, saved.argmax)
     if saved.mask is None:
-        return bn_apply_ref(x, norm, residual, residual_norm, act, spec.act_param)[0]
+        return bn_apply_ref(x, norm, residual, residual_norm, *act)[0]
     z, _ = bn_apply_ref(x, norm, residual, None, "identity", 0.0)
     return torch.where(unpack_mask(saved.mask, x), z, 0)
 
@@ -307,6 +386,12 @@ def unpack_mask(mask: Tensor, x: Tensor) -> Tensor:
 
 def _check(inputs: Inputs, buffers: Buffers, spec: Spec) -> None:
     x, residual, training = inputs.x, inputs.residual, spec.training
+    if spec.window:
+        if x.dim() != 4:
+            raise ValueError(f"expected 4D input (got {x.dim()}D input)")
+        size = Window(*spec.window).output_size(x.shape[2], x.shape[3], spec.ceil_mode)
+        if min(size) < 1:
+            raise ValueError(f"input of {tuple(x.shape)} is too small: its pooled size is {size}")
     norm, *others = states_of(inputs, buffers, spec)
     check_batch_norm(x, norm, training)
     if residual is not None:
@@ -320,7 +405,11 @@ def _aten(inputs: Inputs, buffers: Buffers, spec: Spec) -> Tensor:
     norm, *others = states_of(inputs, buffers, spec)
     for residual_norm in others:
         residual = batch_norm_act_aten(residual, residual_norm, training)
-    return batch_norm_act_aten(inputs.x, norm, training, residual, spec.act, spec.act_param)
+    y = batch_norm_act_aten(inputs.x, norm, training, residual, spec.act, spec.act_param)
+    if not spec.window:
+        return y
+    window = Window(*spec.window)
+    return F.max_pool2d(y, window.kernel_size, **window.options, ceil_mode=spec.ceil_mode)
 
 
 _run_backward = operator(
@@ -329,7 +418,6 @@ _run_backward = operator(
 )  # fmt: skip
 
 BATCH_NORM_ACT = Operation(
-    name="batch_norm_act",
     Inputs=Inputs,
     Saved=Saved,
     writes=WRITTEN,
@@ -424,7 +512,9 @@ def batch_norm_act(
     depends_on_x = name not in ("identity", "relu") or wants_grad(weight)
     reads_x = training or norm is not None or depends_on_x
     needs_grad = wants_grad(*inputs)
-    spec = Spec(name, param, training, needs_grad, reads_x, number, eps, *of_residual_norm)
+    spec = Spec(
+        name, param, training, needs_grad, reads_x, number, eps, *of_residual_norm, (), False
+    )
     return call(BATCH_NORM_ACT, Inputs(*inputs), Buffers(*buffers), spec, fork)
 
 

@@ -52,7 +52,6 @@ class Operation:
     first of which are the statistics.
 
     Attributes:
-        name: name of the operation.
         Inputs, Saved: types of the named tuples.
         writes: names of the buffers that training writes to.
         check: (inputs, buffers, spec) -> None; raises for arguments that do not fit.
@@ -65,7 +64,6 @@ class Operation:
         again: (inputs, kept, spec) -> the same y, to the bit; None if `bnres.recompute` does not apply.
     """
 
-    name: str
     Inputs: Any
     Saved: Any
     writes: tuple[str, ...]
@@ -85,12 +83,12 @@ def call(operation: Operation, inputs: Any, buffers: Any, spec: Any, fork: bool 
         return _by_aten(operation, inputs, buffers, spec, fork)
     if not _is_plain(inputs) or recomputes():
         return _call_carefully(operation, inputs, buffers, spec, fork)
-    recording = find_recording(kind_of(operation.name, spec, inputs, buffers))
+    recording = find_recording(kind_of(operation, spec, inputs, buffers))
     given = buffers
     if recording is None:
         operation.check(inputs, buffers, spec)
         inputs, buffers = as_kernels_take(inputs), packed_buffers(buffers, inputs.x)
-        recording = recording_of(kind_of(operation.name, spec, inputs, buffers))
+        recording = recording_of(kind_of(operation, spec, inputs, buffers))
     if spec.needs_grad:
         y = apply_plainly(FusedEagerly, operation, spec, buffers, recording, fork, *inputs)
     else:
@@ -106,7 +104,7 @@ def _call_carefully(operation: Operation, inputs: Any, buffers: Any, spec: Any, 
     if needs_aten(*inputs, *buffers):
         return _by_aten(operation, inputs, buffers, spec, fork)
     operation.check(inputs, buffers, spec)
-    given, residual = buffers, getattr(inputs, "residual", None)
+    given, residual = buffers, inputs.residual
     inputs, buffers = as_kernels_take(inputs), packed_buffers(buffers, inputs.x)
     if not is_compiling() and in_forward_mode():
         y = _by_formula(operation, inputs, buffers, spec)

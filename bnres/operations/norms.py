@@ -3,7 +3,6 @@
 Those kept for backward are one tensor, with a row for the mean and one for rstd of each norm.
 """
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from bnres.kernels.dtypes import acc_type
 from bnres.kernels.norm import RunningStatistics, Statistics
-from bnres.operations.arguments import as_dtype_of, check_input, check_mapped, check_norm
+from bnres.operations.arguments import check_input, check_mapped, check_norm
 
 
 class BatchNormState(NamedTuple):
@@ -48,7 +47,7 @@ def state_of(inputs: Any, buffers: Any, spec: Any, prefix: str = "") -> BatchNor
 
 def _prefixes(spec: Any) -> tuple[str, ...]:
     """What the names of each norm's fields begin with: that of x and, if it has one, the residual's."""
-    return ("", "residual_") if getattr(spec, "has_residual_norm", False) else ("",)
+    return ("", "residual_") if spec.has_residual_norm else ("",)
 
 
 def states_of(inputs: Any, buffers: Any, spec: Any) -> list[BatchNormState]:
@@ -111,30 +110,6 @@ def of_input_bias(statistics: Statistics, input_bias: Tensor | None) -> Statisti
     if input_bias is None:
         return statistics
     return statistics._replace(mean=statistics.mean - (input_bias - input_bias.detach()))
-
-
-def parameter_gradients(
-    saved: Any, spec: Any, needed: Any, sums: Sequence[Any], prefix: str = ""
-) -> tuple[Tensor | None, ...]:
-    """The gradients of a norm's weight, bias and input_bias, None where they are not ``needed``.
-
-    ``sums`` are its Σ dz and Σ dz·xhat.
-    """
-    sum_dy, sum_dy_xhat = sums
-    names = [prefix + name for name in ("weight", "bias", "input_bias")]
-    weight, bias, input_bias = (getattr(saved, name) for name in names)
-    needs_weight, needs_bias, needs_input_bias = (getattr(needed, name) for name in names)
-    gradient = None
-    if needs_input_bias and spec.training:
-        gradient = torch.zeros_like(input_bias)  # the batch's mean cancels the bias
-    elif needs_input_bias:
-        gradient = sum_dy * rows_of(saved.statistics, saved.x)[-1 if prefix else 0].rstd
-        gradient = as_dtype_of(input_bias, gradient if weight is None else gradient * weight)
-    return (
-        as_dtype_of(weight, sum_dy_xhat) if needs_weight else None,
-        as_dtype_of(bias, sum_dy) if needs_bias else None,
-        gradient,
-    )
 
 
 def launch_statistics(

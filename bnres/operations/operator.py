@@ -39,10 +39,10 @@ class Recording:
         return self._backward[asked, *[None if dy is None else dy.dtype for dy in gradients]]
 
 
-def kind_of(name: str, options: object, *groups: Sequence[Tensor | None]) -> Any:
+def kind_of(called: object, options: object, *groups: Sequence[Tensor | None]) -> Any:
     """All that the checks and the launches of an operation depend on, as a key."""
     return (
-        name, options,
+        called, options,
         *[
             None if t is None else (t.shape, t.stride(), t.dtype, t.device)
             for group in groups
