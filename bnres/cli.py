@@ -302,8 +302,9 @@ def augment(
     seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
 ) -> None:
     """Draw what each augmentation does to a picture, eight times each."""
-    from bnres.augment.grid import draw_grid, read_image
+    from bnres.augment.grid import LARGEST_SIDE, draw_grid
     from bnres.data import PACKAGED
+    from bnres.data.images import read_image
 
     with bad_input_exits():
         if not out.parent.is_dir():
@@ -311,7 +312,7 @@ def augment(
         if image in PACKAGED:
             picture = PACKAGED[image]().train_images[0]
         elif Path(image).is_file():
-            picture = read_image(Path(image))
+            picture = read_image(Path(image), LARGEST_SIDE)
         else:
             raise ValueError(f"image must be a file or one of {', '.join(PACKAGED)}, got {image!r}")
         draw_grid(out, picture, seed)

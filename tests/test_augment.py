@@ -9,9 +9,9 @@ from typer.testing import CliRunner
 
 from benchmarks.torchvision_import import torchvision
 from bnres import augment, cli, use_backend
-from bnres.augment import grid
 from bnres.augment import transforms as bt
 from bnres.augment.segments import segments, size_of
+from bnres.data.images import read_image
 from tests.device import DEVICE
 
 v2 = importlib.import_module(f"{torchvision.__name__}.transforms.v2")
@@ -438,7 +438,7 @@ class TestPicture:
         pillow = importlib.import_module("PIL.Image")
         photo = tmp_path / "photo.png"
         pillow.new("L", (1000, 500), 77).save(photo)
-        image = grid.read_image(photo)
+        image = read_image(photo, 400)
         assert image.shape == (3, 200, 400) and (image == 77).all()
 
     @pytest.mark.parametrize("name", ["nothing", "text.png"])

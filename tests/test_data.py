@@ -39,9 +39,9 @@ from bnres.data.cifar10 import MD5
 from bnres.data.dataset import channel_statistics
 from bnres.data.download import download_cifar10
 from bnres.data.folder import SUFFIXES, ImageFiles
+from bnres.data.images import in_eight_bits, read_rgb
 from bnres.data.pickles import load_arrays
 from bnres.data.seeds import generator_at
-from bnres.images import in_eight_bits, read_rgb
 
 CPU = torch.device("cpu")
 PER_FILE = 6

@@ -21,7 +21,6 @@ ROOMS = (
     "fusion",
     "tune",
     "models",
-    "images",
     "augment",
     "data",
     "train",

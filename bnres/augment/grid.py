@@ -14,7 +14,6 @@ from bnres.augment.transforms import (
     RandomVerticalFlip,
     Transform,
 )
-from bnres.images import read_rgb
 
 ROWS, COLUMNS = 2, 4
 # The course's settings: 200×200 of a 300 to 480 pixels' photo.
@@ -36,19 +35,6 @@ def course_transforms(height: int, width: int) -> dict[str, Compose]:
         "all composed": [RandomHorizontalFlip(), crop, jitter],
     }
     return {name: Compose(chain) for name, chain in chains.items()}
-
-
-def read_image(path: Path) -> Tensor:
-    """A picture as uint8 (C, H, W), its longer side at most 400 pixels.
-
-    Raises:
-        CorruptImage: as `bnres.images.read_rgb`.
-    """
-    import numpy as np
-
-    picture = read_rgb(path)
-    picture.thumbnail((LARGEST_SIDE, LARGEST_SIDE))
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
 
 
 def draw_grid(path: Path, image: Tensor, seed: int = 0) -> None:

@@ -8,10 +8,10 @@ from bnres.data.dataset import ImageDataset
 from bnres.data.digits import load_digits
 from bnres.data.epochs import EpochBatches
 from bnres.data.folder import FolderDataset, load_folder
+from bnres.data.images import CorruptImage
 from bnres.data.mnist5k import load_mnist5k
 from bnres.data.streamed import StreamedBatches
 from bnres.data.synthetic import load_synthetic
-from bnres.images import CorruptImage
 
 # Data sets by name; those that lie on the user's disk need to be told where.
 PACKAGED = {

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from bnres.images import read_rgb
+from bnres.data.images import read_rgb
 
 # Those of torchvision's ImageFolder, in its order.
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
@@ -28,7 +28,7 @@ class ImageFiles(Dataset[tuple[Tensor, int]]):
         size: height and width.
 
     Raises:
-        CorruptImage: when an item is read, as `bnres.images.read_rgb`.
+        CorruptImage: when an item is read, as `bnres.data.images.read_rgb`.
     """
 
     def __init__(self, files: list[tuple[Path, int]], size: int) -> None:

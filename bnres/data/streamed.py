@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 from bnres.augment import Compose
 from bnres.data.epochs import EpochBatches
 from bnres.data.folder import FolderDataset
-from bnres.images import CorruptImage
+from bnres.data.images import CorruptImage
 
 PREFETCH = 4
 

@@ -3,6 +3,9 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+from torch import Tensor
+
 if TYPE_CHECKING:
     from PIL import Image
 
@@ -40,6 +43,19 @@ def read_rgb(path: Path, size: tuple[int, int] | None = None) -> "Image.Image":
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         reason = " ".join(str(error).split())
         raise CorruptImage(f"{path} can't be read as an image: {reason}") from error
+
+
+def read_image(path: Path, largest_side: int) -> Tensor:
+    """The image in a file as uint8 (3, H, W); a larger one is made smaller.
+
+    Raises:
+        CorruptImage: as `read_rgb`.
+    """
+    import numpy as np
+
+    picture = read_rgb(path)
+    picture.thumbnail((largest_side, largest_side))
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
 
 
 def in_eight_bits(image: "Image.Image") -> "Image.Image":
