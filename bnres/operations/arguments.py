@@ -33,11 +33,11 @@ def check_norm(
 
     ``norm`` is a `BatchNormState`; ``prefix`` begins the names of its tensors in an error.
     """
-    if not training:
-        check_statistics(norm, prefix)
     for name in ("running_mean", "running_var", "weight", "bias", "input_bias"):
         tensor = getattr(norm, name)
         if tensor is None:
+            if name.startswith("running") and not training:
+                raise RuntimeError(f"{prefix}{name} must be defined in evaluation mode")
             continue
         if tensor.numel() != channels:
             raise RuntimeError(
@@ -70,13 +70,6 @@ def check_mapped(x: Tensor, norm: Any) -> None:
         if buffer is not None and levels - mapped_levels(buffer):
             # Raises torch's own error before any buffer is written.
             F.batch_norm(x, norm.running_mean, norm.running_var, training=True)
-
-
-def check_statistics(norm: Any, prefix: str = "") -> None:
-    """Raises for running statistics that evaluation needs and that are missing."""
-    for name in ("running_mean", "running_var"):
-        if getattr(norm, name) is None:
-            raise RuntimeError(f"{prefix}{name} must be defined in evaluation mode")
 
 
 def check_conv_bias(conv_weight: Tensor, conv_bias: Tensor | None) -> None:
@@ -118,20 +111,20 @@ def wants_grad(*tensors: Tensor | None) -> bool:
 
 def as_kernels_take(inputs: Any) -> Any:
     """An operation's inputs: x and a residual dense, of one dtype and layout, the others packed."""
-    found = {
-        name: packed(t) for name, t in inputs._asdict().items() if name not in ("x", "residual")
-    }
-    x, residual = inputs.x, getattr(inputs, "residual", None)
-    if residual is not None and residual.dtype != x.dtype:
+    x, residual = inputs.x, inputs.residual
+    if residual is None:
+        x = dense(x)
+    else:
         # The dtype of x + residual; autocast gives such pairs.
         dtype = torch.promote_types(x.dtype, residual.dtype)
-        x, residual = x.to(dtype), residual.to(dtype)
-    found["x"] = x = dense(x)
-    if residual is not None:
-        residual = dense_like(residual, x)
-        # torch.compile takes no tensor twice.
-        found["residual"] = x.view_as(x) if residual is x else residual
-    return inputs._replace(**found)
+        x = dense(x.to(dtype))
+        residual = dense_like(residual.to(dtype), x)
+        if residual is x:
+            residual = x.view_as(x)  # torch.compile takes no tensor twice
+    others = {
+        name: packed(t) for name, t in inputs._asdict().items() if name not in ("x", "residual")
+    }
+    return inputs._replace(x=x, residual=residual, **others)
 
 
 def packed(t: Tensor | None) -> Tensor | None:

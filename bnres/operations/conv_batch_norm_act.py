@@ -15,7 +15,6 @@ from bnres.operations.arguments import (
     check_conv_bias,
     check_norm,
     check_residual,
-    check_statistics,
     packed,
     wants_grad,
 )
@@ -142,7 +141,6 @@ def conv2d_batch_norm_act(
         inputs = Inputs(
             input, conv_weight, conv_bias, running_mean, running_var, weight, bias, residual
         )
-        check_statistics(inputs)
         y = _by_kernel(inputs, act, act_kwargs, eps, (stride, padding, dilation, groups))
         if y is not None:
             return (y, y) if fork else y
@@ -167,7 +165,7 @@ def _by_kernel(
     x, filter, residual = inputs.x, inputs.filter, inputs.residual
     if wants_grad(*inputs):
         return None
-    kernel = kernel_conv(x, filter, *window, has_residual=residual is not None)
+    kernel = kernel_conv(x, filter, *window, residual is not None)
     if kernel is None or (residual is not None and residual.dtype != kernel.dtype):
         return None
     name, param = resolve(act, act_kwargs)

@@ -29,8 +29,7 @@ def kernel_conv(
     padding: Size | str,
     dilation: Size,
     groups: int,
-    *,
-    has_residual: bool = False,
+    has_residual: bool,
 ) -> KernelConv | None:
     """How our kernel does it where it was measured to be faster, or is asked for; else None.
 
@@ -39,8 +38,6 @@ def kernel_conv(
     if (
         not uses_kernels(input)
         or needs_aten(input, conv_weight)
-        or input.dim() != 4
-        or conv_weight.dim() != 4
         or groups != 1
         or input.shape[1] != conv_weight.shape[1]
         or not conv_weight.shape[0]
