@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.compiler import is_compiling
-from torch.jit import is_tracing
+from torch.jit import is_tracing  # torch.compile can trace this one
 
 from bnres.backend import uses_kernels
 from bnres.kernels.torch_internals import (

@@ -5,7 +5,6 @@ Those kept for backward are one tensor, with a row for the mean and one for rstd
 
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from bnres.kernels.dtypes import acc_type
@@ -26,33 +25,18 @@ class BatchNormState(NamedTuple):
     input_bias: Tensor | None = None
 
 
-def state_of(inputs: Any, buffers: Any, spec: Any, prefix: str = "") -> BatchNormState:
-    """One batch norm of an operation: the fields whose names begin with ``prefix``."""
-
-    def field(group: Any, name: str) -> Any:
-        return getattr(group, prefix + name)
-
-    momentum = field(buffers, "device_momentum")
-    return BatchNormState(
-        field(buffers, "running_mean"),
-        field(buffers, "running_var"),
-        field(inputs, "weight"),
-        field(inputs, "bias"),
-        field(spec, "momentum") if momentum is None else momentum,
-        field(spec, "eps"),
-        field(buffers, "counter"),
-        field(inputs, "input_bias"),
-    )
-
-
-def _prefixes(spec: Any) -> tuple[str, ...]:
-    """What the names of each norm's fields begin with: that of x and, if it has one, the residual's."""
-    return ("", "residual_") if spec.has_residual_norm else ("",)
-
-
 def states_of(inputs: Any, buffers: Any, spec: Any) -> list[BatchNormState]:
     """The batch norm of x and, if it has one, that of the residual."""
-    return [state_of(inputs, buffers, spec, prefix) for prefix in _prefixes(spec)]
+    states = []
+    options = ((spec.momentum, spec.eps), (spec.residual_momentum, spec.residual_eps))
+    for i in range(1 + spec.has_residual_norm):
+        weight, bias, input_bias = inputs[4 * i + 1 : 4 * i + 4]
+        momentum, eps = options[i]
+        mean, var, counter, device_momentum = buffers[4 * i : 4 * i + 4]
+        if device_momentum is not None:
+            momentum = device_momentum
+        states.append(BatchNormState(mean, var, weight, bias, momentum, eps, counter, input_bias))
+    return states
 
 
 def check_batch_norm(x: Tensor, norm: BatchNormState, training: bool, name: str = "input") -> None:
@@ -74,9 +58,10 @@ ROW_BYTES = 128
 
 def empty_statistics(x: Tensor, spec: Any) -> Tensor:
     """Rows for the norms of a call, (2·norms, C and padding), in fp32 (fp64 for fp64)."""
-    acc, norms = acc_type(x), len(_prefixes(spec))
+    acc, rows = acc_type(x), 4 if spec.has_residual_norm else 2
     step = ROW_BYTES // acc.itemsize
-    return torch.empty((2 * norms, -(-x.shape[1] // step) * step), dtype=acc, device=x.device)
+    # Sizes that are not in a tuple are read faster.
+    return x.new_empty(rows, -(-x.shape[1] // step) * step, dtype=acc)
 
 
 def rows_of(statistics: Tensor, x: Tensor) -> list[Statistics]:
@@ -91,12 +76,12 @@ def prepare_evaluation(inputs: Any, buffers: Any, spec: Any, statistics: Tensor 
     ``statistics``, if given, are filled from them, as the buffers may change before backward.
     """
     x = inputs.x
-    for prefix in _prefixes(spec):
-        input_bias = getattr(inputs, prefix + "input_bias")
-        if input_bias is not None:
-            name = prefix + "running_mean"
-            mean = getattr(buffers, name).to(acc_type(x)) - input_bias.detach()
-            buffers = buffers._replace(**{name: mean})
+    if inputs.input_bias is not None:
+        mean = buffers.running_mean.to(acc_type(x)) - inputs.input_bias.detach()
+        buffers = buffers._replace(running_mean=mean)
+    if inputs.residual_input_bias is not None:
+        mean = buffers.residual_running_mean.to(acc_type(x)) - inputs.residual_input_bias.detach()
+        buffers = buffers._replace(residual_running_mean=mean)
     if statistics is not None:
         states: Any = states_of(inputs, buffers, spec)
         for (mean, rstd), norm in zip(rows_of(statistics, x), states, strict=True):
