@@ -61,15 +61,13 @@ def resolve(act: str | type[nn.Module] | None, kwargs: dict[str, Any] | None) ->
     return name, param
 
 
-def as_module(act: str | type[nn.Module] | None, kwargs: dict[str, Any] | None = None) -> nn.Module:
+def as_module(act: str | None) -> nn.Module:
     """Torch's own module of an activation.
 
     Raises:
-        ValueError: for an unknown activation or option.
+        ValueError: for an unknown activation.
     """
-    name, param = resolve(act, kwargs)
+    name, _ = resolve(act, None)
     if name == "gelu_tanh":
         return nn.GELU(approximate="tanh")
-    if name == "leaky_relu":
-        return nn.LeakyReLU(param)
     return {name: cls for cls, name in CLASSES.items()}[name]()
