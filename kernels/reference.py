@@ -6,6 +6,7 @@ booleans here.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -116,26 +117,19 @@ def bn_apply_ref(
     return y, ~(z <= 0) if save_mask else None
 
 
-def pre_activation_grad_ref(
-    dy: Tensor,
-    x: Tensor,
-    norm: Norm,
-    residual: Tensor | None,
-    residual_norm: Norm | None,
-    mask: Tensor | None,
-    act: str,
-    act_param: float,
-    *,
-    dy_skip: Tensor | None = None,
+def _pre_activation_grad(
+    dy: Tensor, dy_skip: Tensor | None, mask: Tensor | None, act: str, param: float, *inputs: Any
 ) -> Tensor:
-    """dz = (dy + dy_skip)·act'(z), or that sum where ``mask`` is set; differentiable in all tensors."""
-    dy = dy.to(acc_type(x)) if dy_skip is None else dy.to(acc_type(x)) + dy_skip
+    """dz = (dy + dy_skip)·act'(z), or that sum where ``mask`` is set; ``inputs`` are those of z."""
+    dy = dy.to(acc_type(inputs[0]))
+    if dy_skip is not None:
+        dy = dy + dy_skip
     if mask is not None:
         return torch.where(mask, dy, 0)
     if act == "identity":
         return dy
-    z = _pre_activation(x, norm, residual, residual_norm)
-    vjp = torch.func.vjp(lambda z: ACTIVATION_FORMULAS[act](z, act_param), z)[1]
+    z = _pre_activation(*inputs)
+    vjp = torch.func.vjp(lambda z: ACTIVATION_FORMULAS[act](z, param), z)[1]
     return vjp(dy)[0]
 
 
@@ -153,9 +147,8 @@ def bn_backward_reduce_ref(
     write_dz: bool = False,
 ) -> tuple[Sums, Tensor | None]:
     """Σ dz and, of each norm, Σ dz·xhat of each channel; and dz itself if asked."""
-    dz = pre_activation_grad_ref(
-        dy, x, norm, residual, residual_norm, mask, act, act_param, dy_skip=dy_skip
-    )
+    inputs = x, norm, residual, residual_norm
+    dz = _pre_activation_grad(dy, dy_skip, mask, act, act_param, *inputs)
     dims = reduced_dims(x)
     sums = Sums(dz.sum(dims), (dz * _xhat(x, norm)).sum(dims))
     if residual is not None and residual_norm is not None:
@@ -180,9 +173,8 @@ def bn_backward_dx_ref(
     write_dresidual: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """dx and, if asked, dresidual: dz, or the gradient through the ``residual_norm``."""
-    dz = pre_activation_grad_ref(
-        dy, x, norm, residual, residual_norm, mask, act, act_param, dy_skip=dy_skip
-    )
+    inputs = x, norm, residual, residual_norm
+    dz = _pre_activation_grad(dy, dy_skip, mask, act, act_param, *inputs)
     dx = _input_grad(dz, x, norm, sums, count)
     dresidual = None
     if write_dresidual:
