@@ -16,7 +16,7 @@ class ConvBatchNormAct2d(nn.Module):
     """Convolution, batch norm, an optional residual and an activation; keys ``conv.*``, ``bn.*``.
 
     ``forward(input, residual=None)`` is act(bn(conv(input)) + residual). The arguments are those of
-    `torch.nn.Conv2d` (``bias`` is off unless asked for) and of `BatchNormAct2d`.
+    `torch.nn.Conv2d` (``bias`` is off unless asked for); ``options`` are those of `BatchNormAct2d`.
 
     Raises:
         ValueError: for an unknown activation or option, and as `torch.nn.Conv2d`.
@@ -33,16 +33,9 @@ class ConvBatchNormAct2d(nn.Module):
         groups: int = 1,
         bias: bool = False,
         padding_mode: Literal["zeros", "reflect", "replicate", "circular"] = "zeros",
-        *,
-        eps: float = 1e-5,
-        momentum: float | None = 0.1,
-        affine: bool = True,
-        track_running_stats: bool = True,
-        apply_act: bool = True,
-        act_layer: str | type[nn.Module] | None = nn.ReLU,
-        act_kwargs: dict[str, Any] | None = None,
         device: Any = None,
         dtype: torch.dtype | None = None,
+        **options: Any,
     ) -> None:
         super().__init__()
         make_leaf(self)
@@ -50,10 +43,7 @@ class ConvBatchNormAct2d(nn.Module):
             in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias,
             padding_mode, device, dtype,
         )  # fmt: skip
-        self.bn = BatchNormAct2d(
-            out_channels, eps, momentum, affine, track_running_stats, apply_act, act_layer,
-            act_kwargs, device, dtype,
-        )  # fmt: skip
+        self.bn = BatchNormAct2d(out_channels, device=device, dtype=dtype, **options)
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         return conv_and_norm(self.conv, self.bn, input, residual)
