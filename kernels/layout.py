@@ -36,18 +36,6 @@ def is_channels_last(x: Tensor) -> bool:
     return x.movedim(1, -1).is_contiguous()
 
 
-def channel_view(x: Tensor) -> ChannelView:
-    """The view of a dense ``x`` of 2 to 5 dimensions; no data is touched.
-
-    Raises:
-        ValueError: if ``x`` is neither contiguous nor channels_last (see `dense`).
-    """
-    contiguous = x.is_contiguous()
-    if contiguous or is_channels_last(x):
-        return view_of(x.shape, contiguous)
-    raise ValueError(f"x is neither contiguous nor channels_last: strides {x.stride()}")
-
-
 def view_of(shape: tuple[int, ...], contiguous: bool) -> ChannelView:
     """The view of a tensor of this shape that is contiguous, or else channels_last."""
     spatial = prod(shape[2:])
@@ -73,6 +61,8 @@ def dense_like(t: Tensor, x: Tensor) -> Tensor:
     """
     if t.stride() == x.stride():
         return t
-    if (t.is_contiguous() or is_channels_last(t)) and channel_view(t) == channel_view(x):
+    contiguous = t.is_contiguous()
+    same_view = view_of(t.shape, contiguous) == view_of(x.shape, x.is_contiguous())
+    if same_view and (contiguous or is_channels_last(t)):
         return t
     return torch.empty_like(x, dtype=t.dtype).copy_(t)

@@ -46,20 +46,13 @@ def _mask_bytes(shape: torch.Size, contiguous: bool, itemsize: int) -> int:
 
 def empty_pooled(x: Tensor, window: Window, ceil_mode: bool) -> Tensor:
     """(N, C, OH, OW) in the dtype and memory format of ``x``."""
-    n, channels, height, width = x.shape
-    return torch.empty(
-        (n, channels, *window.output_size(height, width, ceil_mode)),
-        dtype=x.dtype,
-        device=x.device,
-        memory_format=torch.contiguous_format if x.is_contiguous() else torch.channels_last,
-    )
+    layout = torch.contiguous_format if x.is_contiguous() else torch.channels_last
+    # Sizes that are not in a tuple are read faster.
+    sizes = x.shape[0], x.shape[1], *window.output_size(x.shape[2], x.shape[3], ceil_mode)
+    return torch.empty(*sizes, dtype=x.dtype, device=x.device, memory_format=layout)
 
 
 def empty_convolved(x: Tensor, out_channels: int, shape: ConvShape) -> Tensor:
     """(N, K, OH, OW), channels_last."""
-    return torch.empty(
-        (x.shape[0], out_channels, *shape.output_size(x.shape[2], x.shape[3])),
-        dtype=x.dtype,
-        device=x.device,
-        memory_format=torch.channels_last,
-    )
+    sizes = x.shape[0], out_channels, *shape.output_size(x.shape[2], x.shape[3])
+    return torch.empty(sizes, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)

@@ -13,7 +13,7 @@ from bnres.kernels import bn_backward, bn_forward, bn_pool, conv, reference
 from bnres.kernels.config import CHANNELS, GROUPS, PLANES, tile_for
 from bnres.kernels.conv_config import ConvShape
 from bnres.kernels.dtypes import SUPPORTED_DTYPES, acc_type
-from bnres.kernels.layout import channel_view
+from bnres.kernels.layout import view_of
 from bnres.kernels.norm import Norm, RunningStatistics
 from bnres.kernels.window import Window
 from bnres.operations.batch_norm_act import unpack_mask
@@ -40,7 +40,8 @@ def draw(dtype, layout, count):
         (torch.randn(shape) * 2 + 1).to(DEVICE, dtype).contiguous(memory_format=memory_format)
         for _ in range(count)
     ]
-    assert tile_for(channel_view(found[0]), dtype.itemsize).kind == kind
+    view = view_of(found[0].shape, found[0].is_contiguous())
+    assert tile_for(view, dtype.itemsize).kind == kind
     return found
 
 
