@@ -64,6 +64,8 @@ class Buffers(NamedTuple):
     residual_device_momentum: Maybe = None
 
 
+# In inputs and buffers each norm has four fields, and the residual's follow in the order of x's.
+
 # The buffers that training writes to.
 WRITTEN = tuple(name for name in Buffers._fields if not name.endswith("device_momentum"))
 
