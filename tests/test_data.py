@@ -22,7 +22,6 @@ from typer.testing import CliRunner
 from benchmarks.torchvision_import import torchvision
 from bnres import use_backend
 from bnres.augment import Compose, Normalize, RandomCrop
-from bnres.augment.grid import read_image
 from bnres.cli import app
 from bnres.data import (
     Batches,
@@ -39,7 +38,7 @@ from bnres.data.cifar10 import MD5
 from bnres.data.dataset import channel_statistics
 from bnres.data.download import download_cifar10
 from bnres.data.folder import SUFFIXES, ImageFiles
-from bnres.data.images import in_eight_bits, read_rgb
+from bnres.data.images import in_eight_bits, read_image, read_rgb
 from bnres.data.pickles import load_arrays
 from bnres.data.seeds import generator_at
 
@@ -544,7 +543,7 @@ class TestGrayOfMoreBits:
         assert np.array_equal(values, GRAY[..., None].repeat(3, 2))
         item, label = ImageFiles([(path, 7)], size=16)[0]
         assert np.array_equal(item.permute(1, 2, 0).numpy(), values) and label == 7
-        assert np.array_equal(read_image(path).permute(1, 2, 0).numpy(), values)
+        assert np.array_equal(read_image(path, 400).permute(1, 2, 0).numpy(), values)
 
     def test_pnm_of_another_depth(self, tmp_path):
         path = tmp_path / "gray.pgm"
@@ -574,7 +573,7 @@ class TestGrayOfMoreBits:
         ):
             ImageFiles([(path, 0)], size=16)[0]
         with pytest.raises(CorruptImage, match=words):
-            read_image(path)
+            read_image(path, 400)
 
 
 def test_orientation_is_not_applied(tmp_path):
