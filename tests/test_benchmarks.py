@@ -399,16 +399,18 @@ class TestReport:
 class TestBudget:
     def rows(self, **changes):
         row = {
-            "gpu": "sm_90", "kernel": "k", "dtype": "bfloat16", "registers": 64, "shared_memory": 0,
-            "spills": 0, "narrow": 0.0, "in_flight": 50, "wanted": 100, "occupancy": 0.5,
-            "idle": 0.0, "matrix": "", "missing": "",
+            "gpu": "sm_90", "kernel": "_bn_k", "case": "stem", "layout": "channels_last",
+            "dtype": "bfloat16", "registers": 64, "shared_memory": 0, "spills": 0, "narrow": 0.0,
+            "in_flight": 50, "wanted": 100, "occupancy": 0.5, "idle": 0.0, "matrix": "", "missing": "",
         }  # fmt: skip
-        return [row | changes]
+        work = {"per_element": 8.0, "share": 0.4, "calls": 0, "bound": "bandwidth"}
+        counts = {name: changes.pop(name) for name in set(work) & set(changes)}
+        return [row | {"work": work | counts} | changes]
 
     @pytest.mark.parametrize(
         "change",
         [{"spills": 1}, {"narrow": 0.1}, {"in_flight": 40}, {"occupancy": 0.4}, {"idle": 0.2},
-         {"missing": "x"}, {"kernel": "unknown"}],
+         {"missing": "x"}, {"kernel": "unknown"}, {"layout": "contiguous"}, {"share": 0.45}, {"calls": 1}],
     )  # fmt: skip
     def test_machine_code_that_falls_behind(self, change):
         limits = budget.Found([], {}, {}, budget.worst(self.rows()))
@@ -416,7 +418,22 @@ class TestBudget:
         assert len(budget.exceeded(found, limits, same_triton=True)) == 1
         assert budget.exceeded(limits, limits, same_triton=True) == []
         other_triton = budget.exceeded(found, limits, same_triton=False)
-        assert len(other_triton) == (0 if {"occupancy", "idle"} & set(change) else 1)
+        assert len(other_triton) == (0 if {"occupancy", "idle", "share"} & set(change) else 1)
+
+    def test_worst_share_is_that_of_one_launch(self):
+        more = {"share": 0.6, "per_element": 9.0, "bound": "instructions", "case": "layer1"}
+        not_counted = dict.fromkeys(("share", "per_element", "calls"), None)
+        rows = [*self.rows(**not_counted), *self.rows(**more), *self.rows(calls=2)]
+        (row,) = budget.worst(rows)
+        assert (row["share"], row["per_element"], row["bound"]) == (0.6, 9.0, "instructions")
+        assert (row["at"], row["calls"]) == ("layer1", 2)
+
+    def test_kernels_that_exceed_what_is_wanted_are_listed(self):
+        for change in ({"share": 0.51}, {"calls": 1}):
+            assert len(budget.unwanted(budget.worst(self.rows(**change)))) == 1
+        others = [{}, {"kernel": "_conv", "share": 3.0}, {"kernel": "_bn_finalize", "share": 3.0}]
+        for change in others:
+            assert budget.unwanted(budget.worst(self.rows(**change))) == []
 
     def test_memory_that_falls_behind(self):
         row = {"operation": "bn", "step": "eval", "layout": "x", "lanes": 2.0, "sectors": 2.0}

@@ -12,6 +12,10 @@ PATH = Path(__file__).with_name("budget.json")
 Row = dict[str, Any]
 # Counts are exact; this is for decimal places.
 SLACK = 1e-3
+# By how much a share of instructions may exceed its budget, as a share of that.
+SHARE_SLACK = 0.02
+# What the kernels of a step are wanted to keep to, see `unwanted`.
+WANTED_SHARE, WANTED_CALLS = 0.5, 0
 
 
 @dataclass(frozen=True)
@@ -35,9 +39,10 @@ class Found:
 
 
 def worst(rows: Iterable[Row]) -> list[Row]:
-    """One row for each GPU, kernel and dtype: the worst of its specialisations.
+    """One row for each GPU, kernel, layout and dtype: the worst of its specialisations.
 
-    ``in_flight`` is what is under way as a share of what is wanted, None where it is not read.
+    ``in_flight`` is what is under way as a share of what is wanted, None where it is not read. ``per_element``,
+    ``bound`` and ``at`` are of the launch with the greatest ``share``, None and empty where it is not counted.
     """
     found: dict[tuple[str, ...], Row] = {}
     for row in rows:
@@ -47,6 +52,7 @@ def worst(rows: Iterable[Row]) -> list[Row]:
         fresh = {
             "gpu": row["gpu"],
             "kernel": row["kernel"],
+            "layout": row["layout"],
             "dtype": row["dtype"],
             "specialisations": 1,
             "registers": row["registers"],
@@ -58,8 +64,10 @@ def worst(rows: Iterable[Row]) -> list[Row]:
             "idle": round(row["idle"], 4),
             "matrix": row["matrix"],
             "missing": row["missing"],
+            **_rounded(row["work"]),
+            "at": "" if row["work"]["share"] is None else row["case"],
         }
-        key = row["gpu"], row["kernel"], row["dtype"]
+        key = row["gpu"], row["kernel"], row["layout"], row["dtype"]
         if key not in found:
             found[key] = fresh
             continue
@@ -70,7 +78,15 @@ def worst(rows: Iterable[Row]) -> list[Row]:
         kept["occupancy"] = min(kept["occupancy"], fresh["occupancy"])
         read = [v for v in (kept["in_flight"], flight) if v is not None]
         kept["in_flight"] = min(read, default=None)
+        if fresh["share"] is not None and (kept["share"] is None or fresh["share"] > kept["share"]):
+            kept |= {name: fresh[name] for name in ("per_element", "share", "bound", "at")}
+        calls = [v for v in (kept["calls"], fresh["calls"]) if v is not None]
+        kept["calls"] = max(calls, default=None)
     return list(found.values())
+
+
+def _rounded(work: Row) -> Row:
+    return {n: round(v, 4) if isinstance(v, float) else v for n, v in work.items()}
 
 
 def load() -> Found:
@@ -99,7 +115,7 @@ def record(found: Found) -> None:
 
 
 def kernel_key(row: Row) -> str:
-    return f"{row['gpu']} {row['kernel']} {row['dtype']}"
+    return f"{row['gpu']} {row['kernel']} {row['layout']} {row['dtype']}"
 
 
 def memory_key(row: Row) -> str:
@@ -109,8 +125,8 @@ def memory_key(row: Row) -> str:
 def exceeded(found: Found, budget: Found, same_triton: bool) -> list[str]:
     """What falls behind the budget, in words.
 
-    Occupancy, idle turns, and how much of what does not fit spills, hang on the compiler's choice of
-    registers, so they are held against a budget of the same version of triton alone.
+    Occupancy, idle turns, the share of instructions, and the number of spills and calls where some are
+    allowed, depend on the compiler, so they are compared with a budget of the same version of triton only.
     """
     problems = []
     allowed = {memory_key(row): row for row in budget.memory}
@@ -144,6 +160,18 @@ def exceeded(found: Found, budget: Found, same_triton: bool) -> list[str]:
     return problems
 
 
+def unwanted(rows: Iterable[Row]) -> list[str]:
+    """The kernels over a step's activations that exceed what is wanted of them, in words."""
+    return [
+        f"{kernel_key(row)}: share {row['share']:.2f}, {row['calls']} calls in loops"
+        for row in rows
+        if row["share"] is not None
+        and row["kernel"].startswith("_bn_")
+        and "finalize" not in row["kernel"]
+        and (row["share"] > WANTED_SHARE or row["calls"] > WANTED_CALLS)
+    ]
+
+
 def _behind(row: Row, limit: Row, same_triton: bool) -> list[str]:
     found = []
     if row["missing"] and not limit["missing"]:
@@ -160,4 +188,12 @@ def _behind(row: Row, limit: Row, same_triton: bool) -> list[str]:
         found.append(f"occupancy {row['occupancy']:.0%}, budget {limit['occupancy']:.0%}")
     if same_triton and row["idle"] > limit["idle"] + SLACK:
         found.append(f"{row['idle']:.0%} of its turns idle, budget {limit['idle']:.0%}")
+    if row["share"] is None or limit["share"] is None:
+        return found
+    if same_triton and row["share"] > limit["share"] * (1 + SHARE_SLACK):
+        found.append(
+            f"instructions for {row['share']:.3f} of the byte time, budget {limit['share']:.3f}"
+        )
+    if row["calls"] > limit["calls"] and (same_triton or not limit["calls"]):
+        found.append(f"{row['calls']} calls in loops, budget {limit['calls']}")
     return found

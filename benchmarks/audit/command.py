@@ -16,6 +16,9 @@ from benchmarks.audit import budget
 from benchmarks.environment import ROOT
 from bnres.kernels.interpreter import check_versions
 
+# Characters of a case that are printed.
+CASE_WIDTH = 24
+
 # All of a step's launches for the first, one case for each kernel family for the others.
 GPUS = {
     "sm_90": ["--gpu", "sm_90"],
@@ -60,6 +63,8 @@ def run(gpus: Sequence[str], json_path: Path | None, record: bool) -> int:
     print(memory_table(found))
     print()
     print(kernel_table(found.kernels))
+    print()
+    print(instruction_table(found.kernels))
     if limits is None:
         budget.record(found)
         print(f"\nrecorded in {budget.PATH}")
@@ -103,19 +108,51 @@ def memory_table(found: budget.Found) -> str:
 def kernel_table(rows: Sequence[budget.Row]) -> str:
     """Machine code; of each kernel the worst of its ``n`` specialisations.
 
-    ``narrow`` is what goes in accesses of less than 16 bytes for each byte in such of 16, ``in
-    flight`` the share of the loads wanted under way on a multiprocessor, ``idle`` the room that is
-    empty in the last turn of programs, over all turns.
+    ``narrow`` is what goes in accesses of less than 16 bytes for each byte in such of 16, ``flight`` the share
+    of the loads wanted under way on a multiprocessor, ``occup`` the occupancy, ``idle`` the room that is empty
+    in the last turn of programs, over all turns.
     """
     lines = [
-        f"{'gpu':7} {'kernel':30} {'dtype':9} {'n':>3} {'regs':>4} {'smem':>6} {'spills':>6} "
-        f"{'narrow':>6} {'in flight':>9} {'occupancy':>9} {'idle':>5}  {'matrix':6} missing"
+        f"{_names('gpu', 'kernel', 'layout', 'dtype')} {'n':>3} {'regs':>4} {'smem':>6} {'spills':>6} "
+        f"{'narrow':>7} {'flight':>6} {'occup':>5} {'idle':>4}  {'matrix':6} missing"
     ]
     lines += [
-        f"{r['gpu']:7} {r['kernel']:30} {r['dtype']:9} {r['specialisations']:3} "
-        f"{r['registers']:4} {r['shared_memory']:6} {r['spills']:6} {r['narrow']:6.3f} "
-        f"{'-' if r['in_flight'] is None else format(r['in_flight'], '.0%'):>9} "
-        f"{r['occupancy']:9.0%} {r['idle']:5.0%}  {r['matrix']:6} {r['missing']}"
+        f"{_names_of(r)} {r['specialisations']:3} {r['registers']:4} {r['shared_memory']:6} "
+        f"{r['spills']:6} {r['narrow']:7.3f} "
+        f"{'-' if r['in_flight'] is None else format(r['in_flight'], '.0%'):>6} "
+        f"{r['occupancy']:5.0%} {r['idle']:4.0%}  {r['matrix']:6} {r['missing']}"
         for r in rows
     ]
     return "\n".join(lines)
+
+
+def instruction_table(rows: Sequence[budget.Row]) -> str:
+    """Executed instructions at batch 256; of each kernel the launch with the greatest share.
+
+    ``/elem`` is the instructions that threads execute for each element of the largest tensor, ``share`` the
+    time to issue them over the time to move the bytes, ``calls`` the calls inside loops, ``bound`` what is
+    expected to bound the launch. Above a share of 1 no kernel reaches the bandwidth, above 0.5 it may not.
+    """
+    lines = [
+        f"{_names('gpu', 'kernel', 'layout', 'dtype')} {'/elem':>7} {'share':>6} {'calls':>5}  "
+        f"{'bound':15} at"
+    ]
+    lines += [
+        f"{_names_of(r)} {r['per_element']:7.1f} {r['share']:6.2f} {r['calls']:5}  {r['bound']:15} "
+        f"{r['at'][:CASE_WIDTH]}"
+        for r in rows
+        if r["share"] is not None
+    ]
+    lines += [
+        f"wanted: a share of at most {budget.WANTED_SHARE} and no calls in loops; exceeded by",
+        *(budget.unwanted(rows) or ["none"]),
+    ]
+    return "\n".join(lines)
+
+
+def _names(gpu: str, kernel: str, layout: str, dtype: str) -> str:
+    return f"{gpu:6} {kernel.replace('_kernel', ''):29} {layout:13} {dtype:8}"
+
+
+def _names_of(row: budget.Row) -> str:
+    return _names(row["gpu"], row["kernel"], row["layout"], row["dtype"])

@@ -18,6 +18,7 @@ from bnres.tune import conv_calls
 
 CONV_INPUT = (256, 3, 224, 224)
 DTYPES = (torch.bfloat16, torch.float32)
+CONV_LAYOUT = AUGMENT_LAYOUT = "channels_last"
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ def launch_step(case: Case) -> None:
 
 def launch_conv(call: ConvCall) -> None:
     """A convolution of a model, in evaluation."""
-    dtype, last = getattr(torch, call.dtype), torch.channels_last
+    dtype, last = getattr(torch, call.dtype), LAYOUTS[CONV_LAYOUT]
 
     def tensor(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=dtype, memory_format=last)
@@ -71,14 +72,13 @@ def all_cases() -> list[Case]:
         (32, "channels_last", bf16),
         (256, "contiguous", bf16),
         (256, "channels_last", fp32),
+        (256, "contiguous", fp32),
     )
     return [
         Case(fused, batch, layout, dtype)
         for batch, layout, dtype in variants
         for site in RESNET18_SITES
         for fused in operations_at(site)
-        # A contiguous pooling gathers, and is wide nowhere.
-        if not (fused.operation == "bn_relu_pool" and layout == "contiguous")
     ]
 
 
@@ -136,7 +136,7 @@ def launch_augment(case: AugmentCase) -> None:
     plan = AugmentPlan(
         case.out, case.out, resizes=True, has_color=True, has_contrast=True,
         color_first=case.color_first, mean=(0.5,) * 3, std=(0.2,) * 3, dtype=torch.bfloat16,
-        memory_format=torch.channels_last,
+        memory_format=LAYOUTS[AUGMENT_LAYOUT],
     )  # fmt: skip
     n = case.batch
     draws = AugmentDraws(

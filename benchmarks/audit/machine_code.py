@@ -9,9 +9,16 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
+from typing import Any
+
+import numpy as np
+from torch import Tensor
 
 from benchmarks.audit import amdgcn
+from benchmarks.audit.bounds import BANDWIDTH, MATRIX_RATE, Work, used_tensors, work_of
 from benchmarks.audit.compiled_cases import (
+    AUGMENT_LAYOUT,
+    CONV_LAYOUT,
     AugmentCase,
     Case,
     all_cases,
@@ -23,6 +30,7 @@ from benchmarks.audit.compiled_cases import (
     launch_conv,
     launch_step,
 )
+from benchmarks.audit.instructions import Flow
 from benchmarks.audit.sass import (
     async_bytes,
     bytes_before_first_use,
@@ -30,7 +38,8 @@ from benchmarks.audit.sass import (
     load_bytes,
     store_bytes,
 )
-from benchmarks.audit.standin import GPUS, Gpu, Launch, compile_only
+from benchmarks.audit.standin import GPUS, SM90, Gpu, Launch, compile_only
+from benchmarks.audit.trips import LoopTrips, loop_trips
 from bnres.routes import ConvCall
 
 # Bandwidth times latency, about 4.3 TB/s · 0.8 µs over 132 multiprocessors, and some to spare.
@@ -40,6 +49,13 @@ WIDE = 16
 MATRIX_INSTRUCTION = {80: "HMMA", 90: "HGMMA", 100: "UTC"}
 RESERVED_SHARED = 1024
 REGISTER_UNIT = 8
+# Instructions are counted at this batch size, for this GPU.
+COUNTED_BATCH, COUNTED_GPU = 256, SM90
+# Taps along an axis of a resize that does not shrink the image: an augmentation's loops.
+RESIZE_TAPS = 4
+# Of an augmentation's conditional code: each of an image's four colour steps is one of four operations.
+AUGMENT_TAKEN = 1 / 4
+NOT_COUNTED = Work()
 
 
 @dataclass(frozen=True)
@@ -50,6 +66,7 @@ class Row:
         gpu: what it was compiled for.
         kernel: its name.
         case: a launch of it.
+        layout: of the activations in memory.
         dtype: of the activations.
         registers: of a thread.
         shared_memory: bytes of a program.
@@ -62,11 +79,13 @@ class Row:
         idle: share of a multiprocessor's room that is empty in the last turn, over all turns.
         matrix: a convolution's matrix instruction.
         missing: what a convolution's main loop lacks.
+        work: what a launch executes, where that is counted.
     """
 
     gpu: str
     kernel: str
     case: str
+    layout: str
     dtype: str
     registers: int
     shared_memory: int
@@ -78,6 +97,7 @@ class Row:
     idle: float = 0.0
     matrix: str = ""
     missing: str = ""
+    work: Work = NOT_COUNTED
 
 
 def kernel_name(launch: Launch) -> str:
@@ -112,18 +132,29 @@ def idle_share(launch: Launch, programs: int, room: int) -> float:
     return 1 - programs / (-(-programs // room) * room)
 
 
+def flow_of(launch: Launch, taken: float = 1.0) -> Flow:
+    """The control flow of a launch; a loop whose trips depend on data makes `RESIZE_TAPS`."""
+    trips = [
+        LoopTrips(loop.depth, np.array([RESIZE_TAPS]) if loop.trips is None else loop.trips)
+        for loop in loop_trips(launch.compiled.asm["ttgir"], launch.grid, launch.arguments)
+    ]
+    return Flow(disassemble(launch.compiled.asm["cubin"]).instructions, trips, taken)
+
+
 def read_row(gpu: Gpu, case: Case, launch: Launch) -> Row:
     """A kernel of a batch norm: wide accesses, and enough loads under way."""
     threads = launch.compiled.metadata.num_warps * gpu.target.warp_size
     dtype = str(case.dtype).removeprefix("torch.")
     if gpu.target.backend == "hip":
-        return _amd_row(gpu, launch, str(case), dtype, threads)
+        return _amd_row(gpu, launch, str(case), case.layout, dtype, threads)
     code = disassemble(launch.compiled.asm["cubin"])
+    flow = flow_of(launch)
     shared = launch.compiled.metadata.shared + RESERVED_SHARED
     room = resident_programs(gpu, code.registers, shared, threads)
     narrow, in_flight, wanted, idle = 0.0, 0, 0, 0.0
+    others = {}
     if not is_finalize(launch):
-        loop = code.loop
+        loop = flow.main_loop
         counts = (load_bytes, store_bytes) if stores_tensor(launch) else (load_bytes,)
         narrow = max(
             sum(count(loop, width) for width in (1, 2, 4, 8)) / max(count(loop, WIDE), 1)
@@ -138,9 +169,13 @@ def read_row(gpu: Gpu, case: Case, launch: Launch) -> Row:
         tensors = 1 if launch.kernel == "_bn_stats_kernel" else loaded_tensors(launch)
         share = tensors * case.site.channels * case.site.size**2 * case.batch
         wanted = min(BYTES_IN_FLIGHT, share * case.dtype.itemsize // gpu.sm_count)
+        others = {"bytes in flight": wanted / max(in_flight, 1), "tail of a wave": 1 / (1 - idle)}
+    work = NOT_COUNTED
+    if gpu is COUNTED_GPU and case.batch == COUNTED_BATCH:
+        work = work_of(gpu, launch, flow, room, others)
     return Row(
-        gpu.name, kernel_name(launch), str(case), dtype, code.registers, shared, code.spills, narrow,
-        in_flight, wanted, room * threads / gpu.max_threads, idle,
+        gpu.name, kernel_name(launch), str(case), case.layout, dtype, code.registers, shared,
+        code.spills, narrow, in_flight, wanted, room * threads / gpu.max_threads, idle, work=work,
     )  # fmt: skip
 
 
@@ -151,23 +186,33 @@ def read_conv(gpu: Gpu, call: ConvCall, launch: Launch) -> Row:
     """
     threads = launch.compiled.metadata.num_warps * gpu.target.warp_size
     if gpu.target.backend == "hip":
-        return _amd_row(gpu, launch, call.key, call.dtype, threads)
+        return _amd_row(gpu, launch, call.key, CONV_LAYOUT, call.dtype, threads)
     code = disassemble(launch.compiled.asm["cubin"])
-    names = [i.name for i in code.loop]
-    copies = [i for i in code.loop if i.name == "LDGSTS"]
+    flow = flow_of(launch)
+    loop = flow.main_loop
+    names = [i.name for i in loop]
+    copies = [i for i in loop if i.name == "LDGSTS"]
     matrix = MATRIX_INSTRUCTION[int(gpu.target.arch)]
     missing = []
     if not any(name.startswith(matrix) for name in names):
         matrix = ""
         missing.append("matrix instructions")
-    wide = min(WIDE, launch.arguments["C"] * launch.arguments["x_ptr"].element_size())
+    x = launch.arguments["x_ptr"]
+    wide = min(WIDE, launch.arguments["C"] * x.element_size())
     if "UTMALDG" not in names and not (copies and all(i.access_bytes == wide for i in copies)):
         missing.append(f"{wide}-byte asynchronous copies")
     shared = launch.compiled.metadata.shared + RESERVED_SHARED
     room = resident_programs(gpu, code.registers, shared, threads)
+    work = NOT_COUNTED
+    if gpu is COUNTED_GPU:
+        operations = 2 * launch.arguments["y_ptr"].numel() * launch.arguments["C"] * call.shape.taps
+        rate = MATRIX_RATE * 2 / x.element_size()  # of TF32 half as many
+        byte_time = sum(t.numel() * t.element_size() for t in used_tensors(launch)) / BANDWIDTH
+        work = work_of(gpu, launch, flow, room, {"matrix": operations / rate / byte_time})
     return Row(
-        gpu.name, kernel_name(launch), call.key, call.dtype, code.registers, shared, code.spills, 0.0, 0,
-        0, room * threads / gpu.max_threads, 0.0, matrix, " and ".join(missing),
+        gpu.name, kernel_name(launch), call.key, CONV_LAYOUT, call.dtype, code.registers, shared,
+        code.spills, 0.0, 0, 0, room * threads / gpu.max_threads, 0.0, matrix, " and ".join(missing),
+        work,
     )  # fmt: skip
 
 
@@ -182,9 +227,12 @@ def read_augment(gpu: Gpu, case: AugmentCase, launch: Launch) -> Row:
         code = disassemble(launch.compiled.asm["cubin"])
         registers, spills, shared = code.registers, code.spills, shared + RESERVED_SHARED
     room = resident_programs(gpu, registers, shared, threads)
+    work = NOT_COUNTED
+    if gpu is COUNTED_GPU:
+        work = work_of(gpu, launch, flow_of(launch, AUGMENT_TAKEN), room)
     return Row(
-        gpu.name, kernel_name(launch), str(case), "uint8", registers, shared, spills, 0.0, 0, 0,
-        room * threads / gpu.max_threads,
+        gpu.name, kernel_name(launch), str(case), AUGMENT_LAYOUT, "uint8", registers, shared, spills,
+        0.0, 0, 0, room * threads / gpu.max_threads, work=work,
     )  # fmt: skip
 
 
@@ -200,7 +248,7 @@ def stores_tensor(launch: Launch) -> bool:
     return any(launch.arguments.get(name) is not None for name in names)
 
 
-def _amd_row(gpu: Gpu, launch: Launch, case: str, dtype: str, threads: int) -> Row:
+def _amd_row(gpu: Gpu, launch: Launch, case: str, layout: str, dtype: str, threads: int) -> Row:
     """Of AMD's code less is read: no loops, so no loads under way."""
     code = amdgcn.read(launch.compiled.asm["amdgcn"])
     is_conv = "conv" in launch.kernel
@@ -208,7 +256,7 @@ def _amd_row(gpu: Gpu, launch: Launch, case: str, dtype: str, threads: int) -> R
     shared = launch.compiled.metadata.shared
     room = resident_programs(gpu, code.registers, shared, threads)
     return Row(
-        gpu.name, kernel_name(launch), case, dtype, code.registers, shared, code.spills,
+        gpu.name, kernel_name(launch), case, layout, dtype, code.registers, shared, code.spills,
         0.0 if is_finalize(launch) or code.wide >= wide else 1.0, 0, 0,
         room * threads / gpu.max_threads, 0.0, "MFMA" if code.matrix else "",
         "matrix instructions" if is_conv and not code.matrix else "",
@@ -220,33 +268,31 @@ def audit(
 ) -> list[Row]:
     """A row for each specialisation that the cases launch."""
     rows: list[Row] = []
-    seen: set[tuple[str, int]] = set()
+    seen: set[tuple[Any, ...]] = set()
 
-    def take(launch: Launch, programs: int, read: Callable[[Launch], Row]) -> None:
-        key = (launch.compiled.hash, programs)
-        if key not in seen:
-            seen.add(key)
-            rows.append(read(launch))
+    def take(launches: list[Launch], read: Callable[[Launch], Row]) -> None:
+        for launch in launches:
+            sizes = [t.numel() for t in launch.arguments.values() if isinstance(t, Tensor)]
+            key = launch.compiled.hash, launch.grid, *sizes
+            if key not in seen:
+                seen.add(key)
+                rows.append(read(launch))
 
     for case in cases:
         launches: list[Launch] = []
         with compile_only(gpu, launches.append):
             launch_step(case)
-        for launch in launches:
-            programs = min(launch.grid[0] * launch.grid[-1], 32 * gpu.sm_count)
-            take(launch, 0 if is_finalize(launch) else programs, partial(read_row, gpu, case))
+        take(launches, partial(read_row, gpu, case))
     for call in convs:
         launches = []
         with compile_only(gpu, launches.append):
             launch_conv(call)
-        for launch in launches:
-            take(launch, 0, partial(read_conv, gpu, call))
+        take(launches, partial(read_conv, gpu, call))
     for chain in augments:
         launches = []
         with compile_only(gpu, launches.append):
             launch_augment(chain)
-        for launch in launches:
-            take(launch, 0, partial(read_augment, gpu, chain))
+        take(launches, partial(read_augment, gpu, chain))
     return rows
 
 

@@ -69,16 +69,6 @@ class MachineCode:
         """Accesses to local memory."""
         return sum(i.name in ("LDL", "STL") for i in self.instructions)
 
-    @property
-    def loop(self) -> list[Instruction]:
-        """The longest loop: from the target of a backward branch to the branch."""
-        best = (0, 0)
-        for i in self.instructions:
-            target = re.search(r"0x([0-9a-f]+)", i.operands) if i.name == "BRA" else None
-            if target and int(target.group(1), 16) < i.address:
-                best = max(best, (int(target.group(1), 16), i.address), key=lambda b: b[1] - b[0])
-        return [i for i in self.instructions if best[0] <= i.address <= best[1]]
-
 
 @cache
 def disassemble(cubin: bytes) -> MachineCode:

@@ -134,7 +134,10 @@ def audited() -> str:
     kernels = [
         r
         for r in found.kernels
-        if r["gpu"] == "sm_90" and r["dtype"] == "bfloat16" and "finalize" not in r["kernel"]
+        if r["gpu"] == "sm_90"
+        and r["dtype"] == "bfloat16"
+        and r["layout"] == "channels_last"
+        and "finalize" not in r["kernel"]
     ]
     code = [
         [
@@ -165,7 +168,7 @@ def audited() -> str:
             f"{found.launches['fused, ATen']} operations of ATen; with torch's own layers it is "
             f"{found.launches['stock, ATen']} of these, of which each of 40 batch norms, forward and "
             "backward, makes several launches.",
-            "Compiled for sm_90 with no GPU, in bf16, the worst of each kernel's specialisations in a "
+            "Compiled for sm_90 with no GPU, in bf16 and channels_last, the worst of each kernel's specialisations in a "
             "ResNet-18 step and in the convolutions of ResNet-18 and -50; "
             "`python -m benchmarks audit` compiles them anew, for sm_80, sm_100 and gfx942 too, and "
             "fails where one falls behind its recorded budget.",

@@ -1,0 +1,111 @@
+"""How often the loops of a compiled kernel run: their bounds, computed as the kernel computes them.
+
+triton's last representation before LLVM (TTGIR) has a kernel's loops as they are executed, after
+pipelining, and the scalar arithmetic of their bounds. It is evaluated here with a launch's arguments,
+for all programs of the grid at once, so a kernel's loops can change without a change here.
+"""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+OPERATION = re.compile(r"(%[\w-]+) = ([\w.]+) (.*)")
+LOOP = re.compile(r"scf\.for (?:unsigned )?%[\w-]+ = (%[\w-]+) to (%[\w-]+) step (%[\w-]+)")
+ARGUMENT = re.compile(r"%(\w+): i\d+")
+VALUE = re.compile(r"%[\w-]+")
+AXES = "xyz"
+COMPARISONS: dict[str, Callable[..., Any]] = {
+    "eq": np.equal, "ne": np.not_equal, "slt": np.less, "sle": np.less_equal, "sgt": np.greater,
+    "sge": np.greater_equal, "ult": np.less, "ule": np.less_equal, "ugt": np.greater,
+    "uge": np.greater_equal,
+}  # fmt: skip
+
+
+def _divide(a: Any, b: Any) -> Any:
+    """Rounds towards zero, as in C."""
+    return np.sign(a) * np.sign(b) * (np.abs(a) // np.abs(b))
+
+
+def _remainder(a: Any, b: Any) -> Any:
+    return a - b * _divide(a, b)
+
+
+# Unsigned operations get operands that are not negative.
+OPERATIONS: dict[str, Callable[..., Any]] = {
+    "addi": np.add, "subi": np.subtract, "muli": np.multiply, "divsi": _divide, "divui": _divide,
+    "remsi": _remainder, "remui": _remainder, "minsi": np.minimum, "minui": np.minimum,
+    "maxsi": np.maximum, "maxui": np.maximum, "andi": np.bitwise_and, "ori": np.bitwise_or,
+    "shli": np.left_shift, "shrsi": np.right_shift, "shrui": np.right_shift, "select": np.where,
+    "extsi": np.asarray, "extui": np.asarray, "trunci": np.asarray, "index_cast": np.asarray,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class LoopTrips:
+    """One loop.
+
+    Attributes:
+        depth: how many loops are around it.
+        trips: for each program, how often its body is executed for each execution of the loop;
+            None if that depends on data.
+    """
+
+    depth: int
+    trips: np.ndarray | None
+
+
+def loop_trips(ttgir: str, grid: Sequence[int], arguments: Mapping[str, Any]) -> list[LoopTrips]:
+    """The loops of a kernel, in the order in which they begin."""
+    sizes = (*grid, 1, 1)[:3]
+    programs = np.indices(sizes).reshape(3, -1)
+    values: dict[str, Any] = {}
+    found: list[LoopTrips] = []
+    level = 0
+    around: list[int] = []  # the levels of the loops around a line
+    for line in ttgir.splitlines():
+        text = line.strip()
+        if text.startswith("tt.func"):
+            named = ((name, arguments.get(name)) for name in ARGUMENT.findall(text))
+            values |= {f"%{name}": value for name, value in named if isinstance(value, int)}
+        elif loop := LOOP.search(text):
+            start, stop, step = (values.get(name) for name in loop.groups())
+            trips = None
+            if start is not None and stop is not None and step is not None:
+                trips = np.maximum(-((start - stop) // step), 0)
+                trips = np.broadcast_to(trips, programs.shape[1])
+            found.append(LoopTrips(len(around), trips))
+            around.append(level)
+        elif operation := OPERATION.match(text):
+            name, kind, rest = operation.groups()
+            value = _evaluate(kind, rest, values, programs, sizes)
+            if value is not None:
+                values[name] = value
+        level += text.count("{") - text.count("}")
+        while around and level <= around[-1]:
+            around.pop()
+    return found
+
+
+def _evaluate(
+    kind: str, rest: str, values: dict[str, Any], programs: np.ndarray, sizes: Sequence[int]
+) -> Any:
+    """The result of an operation on scalars, None if it is not known."""
+    dialect, _, operation = kind.partition(".")
+    if kind == "tt.get_program_id":
+        return programs[AXES.index(rest[0])]
+    if kind == "tt.get_num_programs":
+        return sizes[AXES.index(rest[0])]
+    if kind == "arith.constant":
+        number = re.match(r"(-?\d+) : (?:i\d+|index)\b|(true|false)\b", rest)
+        if number is None:
+            return None
+        return int(number[1]) if number[1] else number[2] == "true"
+    operands = [values.get(name) for name in VALUE.findall(rest.split(" loc(")[0])]
+    if dialect != "arith" or any(operand is None for operand in operands):
+        return None
+    if operation == "cmpi":
+        return COMPARISONS[rest.split(",")[0]](*operands)
+    return OPERATIONS[operation](*operands) if operation in OPERATIONS else None
