@@ -11,6 +11,7 @@ from benchmarks.audit.sass import Instruction
 from benchmarks.audit.trips import LoopTrips
 
 TARGET = re.compile(r"0x([0-9a-f]+)")
+GLOBAL_ACCESS = ("LDG", "STG", "LDGSTS")
 # What the ALU executes, which takes two cycles for a warp on Hopper: integer addition, logic and shifts,
 # comparison, selection, minimum and maximum, byte permutes, packing. (The vendor's manual; not measured.)
 HALF_RATE = frozenset({
@@ -32,6 +33,15 @@ class Span:
 
 
 @dataclass(frozen=True)
+class Rest:
+    """The code of ``copies`` trips that an unrolled loop, the ``loop``-th, may leave."""
+
+    span: Span
+    loop: int
+    copies: int
+
+
+@dataclass(frozen=True)
 class Flow:
     """The control flow of a kernel's machine code, and how often each instruction is executed.
 
@@ -39,6 +49,7 @@ class Flow:
     the target of a backward branch to that branch; what a forward branch skips is conditional.
     Conditional code is counted as executed, but for slow paths: these are conditional and call a routine
     (of division or a square root, for operands that are denormal or too wide for the fast path).
+    ptxas unrolls small loops: four trips in one, then conditional code for the two and the one that may be left.
 
     Attributes:
         instructions: all of them.
@@ -97,6 +108,34 @@ class Flow:
         return sum(self._depth(i.address) > 0 for i in self.kernel if self._calls_routine(i))
 
     @cached_property
+    def unrolled(self) -> list[int]:
+        """How many trips of each loop one of the machine code's is, by their accesses of global memory."""
+        return [
+            max(self._accesses(span) // loop.accesses, 1) if loop.accesses else 1
+            for span, loop in zip(self.loops, self.trips, strict=True)
+        ]
+
+    @cached_property
+    def rests(self) -> list[Rest]:
+        """The code of the trips that are left by unrolled loops."""
+        found = []
+        for n, (loop, copies) in enumerate(zip(self.loops, self.unrolled, strict=True)):
+            at = loop.stop
+            while copies > 1:
+                copies //= 2
+                accesses = copies * self.trips[n].accesses
+                spans = [s for s in self.conditional if s.start >= at]
+                span = min(
+                    (s for s in spans if self._accesses(s) == accesses),
+                    key=lambda s: s.start,
+                    default=None,
+                )
+                if span is not None:
+                    found.append(Rest(span, n, copies))
+                    at = span.stop
+        return found
+
+    @cached_property
     def executed(self) -> list[tuple[Instruction, float]]:
         """Each instruction, and how often a warp executes it: the mean over the programs.
 
@@ -119,10 +158,15 @@ class Flow:
         for i in self.kernel:
             inside = tuple(n for n, loop in enumerate(self.loops) if i.address in loop)
             if inside not in times:
-                times[inside] = float(np.mean(np.prod([trips[n] for n in inside], axis=0)))
+                each = [trips[n] // self.unrolled[n] for n in inside]
+                times[inside] = float(np.mean(np.prod(each, axis=0)))
             count = times[inside]
+            rest = next((rest for rest in self.rests if i.address in rest.span), None)
             if any(i.address in span for span in self.slow_paths):
                 count = 0.0
+            elif rest is not None:
+                left = trips[rest.loop] // rest.copies % 2
+                count = float(np.mean(np.prod([left, *(trips[n] for n in inside)], axis=0)))
             elif any(i.address in span for span in self.conditional):
                 count *= self.taken
             found.append((i, count))
@@ -148,6 +192,9 @@ class Flow:
             return self.kernel
         main = max(totals, key=lambda loop: totals[loop])
         return [i for i in self.kernel if i.address in main]
+
+    def _accesses(self, span: Span) -> int:
+        return sum(i.address in span and i.name in GLOBAL_ACCESS for i in self.kernel)
 
     def _depth(self, address: int) -> int:
         return sum(address in loop for loop in self.loops)

@@ -7,7 +7,7 @@ can't share one, and holds what it finds against the recorded budget.
 import argparse
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -39,7 +39,7 @@ from benchmarks.audit.sass import (
     store_bytes,
 )
 from benchmarks.audit.standin import GPUS, SM90, Gpu, Launch, compile_only
-from benchmarks.audit.trips import LoopTrips, loop_trips
+from benchmarks.audit.trips import loop_trips
 from bnres.routes import ConvCall
 
 # Bandwidth times latency, about 4.3 TB/s · 0.8 µs over 132 multiprocessors, and some to spare.
@@ -135,8 +135,8 @@ def idle_share(launch: Launch, programs: int, room: int) -> float:
 def flow_of(launch: Launch, taken: float = 1.0) -> Flow:
     """The control flow of a launch; a loop whose trips depend on data makes `RESIZE_TAPS`."""
     trips = [
-        LoopTrips(loop.depth, np.array([RESIZE_TAPS]) if loop.trips is None else loop.trips)
-        for loop in loop_trips(launch.compiled.asm["ttgir"], launch.grid, launch.arguments)
+        replace(loop, trips=np.array([RESIZE_TAPS])) if loop.trips is None else loop
+        for loop in loop_trips(launch.compiled.asm, launch.grid, launch.arguments)
     ]
     return Flow(disassemble(launch.compiled.asm["cubin"]).instructions, trips, taken)
 

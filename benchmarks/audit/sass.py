@@ -74,15 +74,16 @@ class MachineCode:
 def disassemble(cubin: bytes) -> MachineCode:
     """Reads a kernel's binary with the tools that triton's wheel carries."""
     resources = read_resources(cubin)
-    text = _cuobjdump("-sass", cubin)
-    return MachineCode(
-        resources.registers,
-        resources.shared_memory,
-        [
-            Instruction(int(address, 16), opcode, operands)
-            for address, _, opcode, operands in INSTRUCTION.findall(text)
-        ],
-    )
+    instructions = parse_instructions(_cuobjdump("-sass", cubin))
+    return MachineCode(resources.registers, resources.shared_memory, instructions)
+
+
+def parse_instructions(text: str) -> list[Instruction]:
+    """The instructions of a disassembly."""
+    return [
+        Instruction(int(address, 16), opcode, operands)
+        for address, _, opcode, operands in INSTRUCTION.findall(text)
+    ]
 
 
 def read_resources(cubin: bytes) -> Resources:

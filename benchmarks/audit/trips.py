@@ -7,13 +7,16 @@ for all programs of the grid at once, so a kernel's loops can change without a c
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 OPERATION = re.compile(r"(%[\w-]+) = ([\w.]+) (.*)")
 LOOP = re.compile(r"scf\.for (?:unsigned )?%[\w-]+ = (%[\w-]+) to (%[\w-]+) step (%[\w-]+)")
+LABEL = re.compile(r"\s*(\$L__BB\w+):")
+BRANCH = re.compile(r"\bbra(?:\.uni)?\s+(\$L__BB\w+);")
+ACCESS = re.compile(r"\b(?:(?:ld|st)\.global|cp\.async\.c[ag])\b")
 ARGUMENT = re.compile(r"%(\w+): i\d+")
 VALUE = re.compile(r"%[\w-]+")
 AXES = "xyz"
@@ -51,14 +54,41 @@ class LoopTrips:
         depth: how many loops are around it.
         trips: for each program, how often its body is executed for each execution of the loop;
             None if that depends on data.
+        accesses: of global memory, in its body in PTX; 0 if not known.
     """
 
     depth: int
     trips: np.ndarray | None
+    accesses: int = 0
 
 
-def loop_trips(ttgir: str, grid: Sequence[int], arguments: Mapping[str, Any]) -> list[LoopTrips]:
-    """The loops of a kernel, in the order in which they begin."""
+def loop_trips(
+    asm: Mapping[str, str], grid: Sequence[int], arguments: Mapping[str, Any]
+) -> list[LoopTrips]:
+    """The loops of a kernel, in the order in which they begin, from its TTGIR and its PTX."""
+    loops = _loops(asm["ttgir"], grid, arguments)
+    accesses = _accesses(asm["ptx"])
+    if len(accesses) != len(loops):
+        return loops
+    return [replace(loop, accesses=n) for loop, n in zip(loops, accesses, strict=True)]
+
+
+def _accesses(ptx: str) -> list[int]:
+    """Accesses of global memory in each loop of PTX."""
+    lines = ptx.splitlines()
+    labels = {found[1]: n for n, line in enumerate(lines) if (found := LABEL.match(line))}
+    ends: dict[int, int] = {}
+    for n, line in enumerate(lines):
+        branch = BRANCH.search(line)
+        if branch and labels[branch[1]] <= n:
+            ends[labels[branch[1]]] = n
+    return [
+        sum(ACCESS.search(line) is not None for line in lines[start:end])
+        for start, end in sorted(ends.items())
+    ]
+
+
+def _loops(ttgir: str, grid: Sequence[int], arguments: Mapping[str, Any]) -> list[LoopTrips]:
     sizes = (*grid, 1, 1)[:3]
     programs = np.indices(sizes).reshape(3, -1)
     values: dict[str, Any] = {}
