@@ -1,11 +1,12 @@
 """What a launch executes and moves, and what is expected to bound its time: an estimate, not measured.
 
-Times are multiples of the *byte time*, what the least bytes of the launch take at the bandwidth of a copy.
+Times are multiples of the *byte time*, what the least bytes of the launch take at a copy's bandwidth.
 """
 
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 
 from torch import Tensor
 
@@ -25,8 +26,8 @@ class Work:
 
     Attributes:
         per_element: instructions that threads execute for each element of the launch's largest tensor.
-        share: time to issue them, in byte times. An instruction of `HALF_RATE` takes two cycles, so it is
-            at least twice the share of these.
+        share: time to issue them, in byte times. An instruction of `HALF_RATE` takes two cycles, so it
+            is at least twice the share of these.
         calls: of routines, in loops.
         bound: what is expected to bound the launch.
     """
@@ -62,9 +63,7 @@ def work_of(
     """
     tensors = used_tensors(launch)
     byte_time = sum(t.numel() * t.element_size() for t in tensors) / BANDWIDTH
-    programs = 1
-    for size in launch.grid:
-        programs *= size
+    programs = prod(launch.grid)
     warps = programs * launch.compiled.metadata.num_warps
     executed = flow.executed
     issued = warps * sum(count for _, count in executed)

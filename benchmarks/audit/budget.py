@@ -41,8 +41,9 @@ class Found:
 def worst(rows: Iterable[Row]) -> list[Row]:
     """One row for each GPU, kernel, layout and dtype: the worst of its specialisations.
 
-    ``in_flight`` is what is under way as a share of what is wanted, None where it is not read. ``per_element``,
-    ``bound`` and ``at`` are of the launch with the greatest ``share``, None and empty where it is not counted.
+    ``in_flight`` is what is under way as a share of what is wanted, None where it is not read.
+    ``per_element``, ``bound`` and ``at`` are of the launch with the greatest ``share``, None and empty
+    where it is not counted.
     """
     found: dict[tuple[str, ...], Row] = {}
     for row in rows:
@@ -125,8 +126,9 @@ def memory_key(row: Row) -> str:
 def exceeded(found: Found, budget: Found, same_triton: bool) -> list[str]:
     """What falls behind the budget, in words.
 
-    Occupancy, idle turns, the share of instructions, and the number of spills and calls where some are
-    allowed, depend on the compiler, so they are compared with a budget of the same version of triton only.
+    Occupancy, idle turns, the share of instructions, and the number of spills and calls where some
+    are allowed, depend on the compiler, so they are compared with a budget of the same version of
+    triton only.
     """
     problems = []
     allowed = {memory_key(row): row for row in budget.memory}

@@ -16,9 +16,6 @@ from benchmarks.audit import budget
 from benchmarks.environment import ROOT
 from bnres.kernels.interpreter import check_versions
 
-# Characters of a case that are printed.
-CASE_WIDTH = 24
-
 # All of a step's launches for the first, one case for each kernel family for the others.
 GPUS = {
     "sm_90": ["--gpu", "sm_90"],
@@ -108,9 +105,9 @@ def memory_table(found: budget.Found) -> str:
 def kernel_table(rows: Sequence[budget.Row]) -> str:
     """Machine code; of each kernel the worst of its ``n`` specialisations.
 
-    ``narrow`` is what goes in accesses of less than 16 bytes for each byte in such of 16, ``flight`` the share
-    of the loads wanted under way on a multiprocessor, ``occup`` the occupancy, ``idle`` the room that is empty
-    in the last turn of programs, over all turns.
+    ``narrow`` is the bytes in accesses of less than 16 bytes for each byte in accesses of 16, ``flight``
+    the share of the loads wanted that a multiprocessor has under way, ``occup`` the occupancy, ``idle``
+    the room that is empty in the last turn of programs, over all turns.
     """
     lines = [
         f"{_names('gpu', 'kernel', 'layout', 'dtype')} {'n':>3} {'regs':>4} {'smem':>6} {'spills':>6} "
@@ -129,9 +126,10 @@ def kernel_table(rows: Sequence[budget.Row]) -> str:
 def instruction_table(rows: Sequence[budget.Row]) -> str:
     """Executed instructions at batch 256; of each kernel the launch with the greatest share.
 
-    ``/elem`` is the instructions that threads execute for each element of the largest tensor, ``share`` the
-    time to issue them over the time to move the bytes, ``calls`` the calls inside loops, ``bound`` what is
-    expected to bound the launch. Above a share of 1 no kernel reaches the bandwidth, above 0.5 it may not.
+    ``/elem`` is the instructions that threads execute for each element of the largest tensor, ``share``
+    the time to issue them over the time to move the bytes, ``calls`` the calls inside loops, ``bound``
+    what is expected to bound the launch. Above a share of 1 no kernel reaches the bandwidth, above 0.5
+    it may not.
     """
     lines = [
         f"{_names('gpu', 'kernel', 'layout', 'dtype')} {'/elem':>7} {'share':>6} {'calls':>5}  "
@@ -139,7 +137,7 @@ def instruction_table(rows: Sequence[budget.Row]) -> str:
     ]
     lines += [
         f"{_names_of(r)} {r['per_element']:7.1f} {r['share']:6.2f} {r['calls']:5}  {r['bound']:15} "
-        f"{r['at'][:CASE_WIDTH]}"
+        f"{' '.join(r['at'].split()[:2])}"
         for r in rows
         if r["share"] is not None
     ]

@@ -49,7 +49,8 @@ class Flow:
     the target of a backward branch to that branch; what a forward branch skips is conditional.
     Conditional code is counted as executed, but for slow paths: these are conditional and call a routine
     (of division or a square root, for operands that are denormal or too wide for the fast path).
-    ptxas unrolls small loops: four trips in one, then conditional code for the two and the one that may be left.
+    ptxas unrolls small loops: four trips in one, then conditional code for two and for one that may be
+    left.
 
     Attributes:
         instructions: all of them.
@@ -109,7 +110,7 @@ class Flow:
 
     @cached_property
     def unrolled(self) -> list[int]:
-        """How many trips of each loop one of the machine code's is, by their accesses of global memory."""
+        """How many trips of each loop are one in the machine code: by its accesses of global memory."""
         return [
             max(self._accesses(span) // loop.accesses, 1) if loop.accesses else 1
             for span, loop in zip(self.loops, self.trips, strict=True)
@@ -180,18 +181,22 @@ class Flow:
 
         Where the loops are not those of ``trips``, it is the longest.
         """
-        known = self.depths == [loop.depth for loop in self.trips]
-        known = known and all(loop.trips is not None for loop in self.trips)
-        counts = self.executed if known else [(i, 1.0) for i in self.kernel]
-        totals = {
-            loop: sum(count for i, count in counts if i.address in loop)
-            for loop in self.loops
-            if not any(other.start in loop for other in self.loops if other != loop)
-        }
-        if not totals:
+        if not self.loops:
             return self.kernel
-        main = max(totals, key=lambda loop: totals[loop])
+        known = all(loop.trips is not None for loop in self.trips)
+        if known and self.depths == [loop.depth for loop in self.trips]:
+            innermost = [
+                loop
+                for loop in self.loops
+                if not any(other.start in loop for other in self.loops if other != loop)
+            ]
+            main = max(innermost, key=self._executed_in)
+        else:
+            main = max(self.loops, key=lambda loop: loop.stop - loop.start)
         return [i for i in self.kernel if i.address in main]
+
+    def _executed_in(self, span: Span) -> float:
+        return sum(count for i, count in self.executed if i.address in span)
 
     def _accesses(self, span: Span) -> int:
         return sum(i.address in span and i.name in GLOBAL_ACCESS for i in self.kernel)

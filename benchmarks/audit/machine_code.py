@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -123,22 +124,21 @@ def resident_programs(gpu: Gpu, registers: int, shared: int, threads: int) -> in
     )
 
 
-def idle_share(launch: Launch, programs: int, room: int) -> float:
-    """How much of all turns of ``room`` programs is empty, where each walks down several blocks."""
-    tile = launch.arguments["TILE"]
-    blocks = launch.arguments["rows_per_split"] // (launch.arguments["UNROLL"] * tile.sub_rows)
-    if programs <= room or blocks < 2:
+def idle_share(flow: Flow, programs: int, room: int) -> float:
+    """How much of all turns of ``room`` programs is empty, where each makes several trips."""
+    trips = max((loop.trips.max() for loop in flow.trips if loop.trips is not None), default=1)
+    if programs <= room or trips < 2:
         return 0.0
     return 1 - programs / (-(-programs // room) * room)
 
 
-def flow_of(launch: Launch, taken: float = 1.0) -> Flow:
-    """The control flow of a launch; a loop whose trips depend on data makes `RESIZE_TAPS`."""
-    trips = [
-        replace(loop, trips=np.array([RESIZE_TAPS])) if loop.trips is None else loop
-        for loop in loop_trips(launch.compiled.asm, launch.grid, launch.arguments)
-    ]
-    return Flow(disassemble(launch.compiled.asm["cubin"]).instructions, trips, taken)
+def flow_of(launch: Launch, taken: float = 1.0, data_trips: int | None = None) -> Flow:
+    """The control flow of a launch, where loops whose trips depend on data make ``data_trips``."""
+    loops = loop_trips(launch.compiled.asm, launch.grid, launch.arguments)
+    if data_trips is not None:
+        trips = np.array([data_trips])
+        loops = [replace(loop, trips=trips) if loop.trips is None else loop for loop in loops]
+    return Flow(disassemble(launch.compiled.asm["cubin"]).instructions, loops, taken)
 
 
 def read_row(gpu: Gpu, case: Case, launch: Launch) -> Row:
@@ -162,9 +162,9 @@ def read_row(gpu: Gpu, case: Case, launch: Launch) -> Row:
         )
         # Copies of the next stages are under way while a stage is worked on.
         per_thread = bytes_before_first_use(loop)
-        per_thread += async_bytes(loop) * (launch.arguments["STAGES"] - 1)
-        programs = launch.grid[0] * launch.grid[1]
-        idle = idle_share(launch, programs, room * gpu.sm_count)
+        per_thread += async_bytes(loop) * (launch.arguments.get("STAGES", 1) - 1)
+        programs = prod(launch.grid)
+        idle = idle_share(flow, programs, room * gpu.sm_count)
         in_flight = min(room, -(-programs // gpu.sm_count)) * threads * per_thread
         tensors = 1 if launch.kernel == "_bn_stats_kernel" else loaded_tensors(launch)
         share = tensors * case.site.channels * case.site.size**2 * case.batch
@@ -229,7 +229,7 @@ def read_augment(gpu: Gpu, case: AugmentCase, launch: Launch) -> Row:
     room = resident_programs(gpu, registers, shared, threads)
     work = NOT_COUNTED
     if gpu is COUNTED_GPU:
-        work = work_of(gpu, launch, flow_of(launch, AUGMENT_TAKEN), room)
+        work = work_of(gpu, launch, flow_of(launch, AUGMENT_TAKEN, RESIZE_TAPS), room)
     return Row(
         gpu.name, kernel_name(launch), str(case), AUGMENT_LAYOUT, "uint8", registers, shared, spills,
         0.0, 0, 0, room * threads / gpu.max_threads, work=work,

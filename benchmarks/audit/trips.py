@@ -89,6 +89,7 @@ def _accesses(ptx: str) -> list[int]:
 
 
 def _loops(ttgir: str, grid: Sequence[int], arguments: Mapping[str, Any]) -> list[LoopTrips]:
+    """The loops of TTGIR."""
     sizes = (*grid, 1, 1)[:3]
     programs = np.indices(sizes).reshape(3, -1)
     values: dict[str, Any] = {}
