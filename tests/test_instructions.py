@@ -78,7 +78,7 @@ module {
     %3 = arith.divsi %2, %c512_i32 : i32
     %4 = arith.muli %3, %c512_i32 : i32
     %whole = arith.addi %start, %4 : i32
-    %sum = scf.for %row = %start to %whole step %c512_i32 iter_args(%s = %cst) -> (f32) : i32 {
+    %sum.1_4 = scf.for %row.2_1 = %start to %whole step %c512_i32 iter_args(%s = %cst) -> (f32) : i32 {
       %5 = "tt.reduce"(%s) <{axis = 0 : i32}> ({
       }) : (tensor<128xf32>) -> f32
       %inner = scf.for %i = %c0_i32 to %rows step %c128_i32 iter_args(%t = %5) -> (f32) : i32 {
@@ -86,7 +86,7 @@ module {
       }
       scf.yield %inner : f32
     }
-    %tail = scf.for %row = %whole to %stop step %c128_i32 iter_args(%s = %sum) -> (f32) : i32 {
+    %tail = scf.for %row = %whole to %stop step %c128_i32 iter_args(%s = %sum.1_4) -> (f32) : i32 {
       scf.yield %s : f32
     }
     %6 = tt.load %x_ptr : !tt.ptr<i32>

@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 
-OPERATION = re.compile(r"(%[\w-]+) = ([\w.]+) (.*)")
-LOOP = re.compile(r"scf\.for (?:unsigned )?%[\w-]+ = (%[\w-]+) to (%[\w-]+) step (%[\w-]+)")
+OPERATION = re.compile(r"(%[\w.-]+) = ([\w.]+) (.*)")
+LOOP = re.compile(r"scf\.for (?:unsigned )?%[\w.-]+ = (%[\w.-]+) to (%[\w.-]+) step (%[\w.-]+)")
 LABEL = re.compile(r"\s*(\$L__BB\w+):")
 BRANCH = re.compile(r"\bbra(?:\.uni)?\s+(\$L__BB\w+);")
 ACCESS = re.compile(r"\b(?:(?:ld|st)\.global|cp\.async\.c[ag])\b")
 ARGUMENT = re.compile(r"%(\w+): i\d+")
-VALUE = re.compile(r"%[\w-]+")
+VALUE = re.compile(r"%[\w.-]+")
 AXES = "xyz"
 COMPARISONS: dict[str, Callable[..., Any]] = {
     "eq": np.equal, "ne": np.not_equal, "slt": np.less, "sle": np.less_equal, "sgt": np.greater,

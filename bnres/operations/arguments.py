@@ -112,15 +112,14 @@ def wants_grad(*tensors: Tensor | None) -> bool:
 def as_kernels_take(inputs: Any) -> Any:
     """An operation's inputs: x and a residual dense, of one dtype and layout, the others packed."""
     x, residual = inputs.x, inputs.residual
-    if residual is None:
-        x = dense(x)
-    else:
+    if residual is not None and residual.dtype != x.dtype:
         # The dtype of x + residual; autocast gives such pairs.
         dtype = torch.promote_types(x.dtype, residual.dtype)
-        x = dense(x.to(dtype))
-        residual = dense_like(residual.to(dtype), x)
-        if residual is x:
-            residual = x.view_as(x)  # torch.compile takes no tensor twice
+        x, residual = x.to(dtype), residual.to(dtype)
+    x = dense(x)
+    if residual is not None:
+        # torch.compile takes no tensor twice.
+        residual = x.view_as(x) if residual is x else dense_like(residual, x)
     others = {
         name: packed(t) for name, t in inputs._asdict().items() if name not in ("x", "residual")
     }
