@@ -11,9 +11,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bnres.kernels.bn_pool_3x3 import _bn_max_pool_3x3_bwd_dx_kernel, _bn_max_pool_3x3_kernel
 from bnres.kernels.channels import load_mean_grads, load_norm
+from bnres.kernels.config import VECTOR_BYTES
 from bnres.kernels.device import ACTIVATIONS, round_to
-from bnres.kernels.launch import launch, plan
+from bnres.kernels.launch import launch, plan, plan_columns
 from bnres.kernels.norm import Norm, Sums
 from bnres.kernels.outputs import empty_pooled
 from bnres.kernels.tiles import CHANNELS, split_rows
@@ -214,17 +216,34 @@ def _bn_max_pool_bwd_dx_kernel(
         tl.store(dx_ptr + offsets, round_to(dx * scale, dx_ptr.dtype.element_ty), mask=mask)
 
 
-def _sizes(x: Tensor, pooled: Tensor) -> dict[str, Any]:
+def _sizes(x: Tensor, pooled: Tensor) -> dict[str, int]:
     """The kernels' arguments for the shapes of both tensors."""
-    fits = max(x.numel(), pooled.numel()) < 2**31 - 2**20
+    channels, height, width = x.shape[1:]
     return {
-        "C": x.shape[1],
-        "H": x.shape[2],
-        "W": x.shape[3],
+        "C": channels,
+        "H": height,
+        "W": width,
         "OH": pooled.shape[2],
         "OW": pooled.shape[3],
-        "INDEX": tl.int32 if fits else tl.int64,
     }
+
+
+def _index(x: Tensor, pooled: Tensor) -> tl.dtype:
+    """The type of offsets in both tensors."""
+    return tl.int32 if max(x.numel(), pooled.numel()) < 2**31 - 2**20 else tl.int64
+
+
+def is_3x3(x: Tensor, pooled: Tensor, window: Window) -> bool:
+    """Whether the kernels of `bn_pool_3x3` take a pooling; those here take every one, more slowly."""
+    height, width = x.shape[2:]
+    return (
+        window == Window(3, 3, 2, 2, 1, 1, 1, 1)
+        # With ceil_mode a last window may begin at the last position.
+        and pooled.shape[2:] == ((height + 1) // 2, (width + 1) // 2)
+        and x.dtype != torch.float64
+        and _index(x, pooled) == tl.int32
+        and not (x.is_contiguous() and width % (2 * VECTOR_BYTES // x.itemsize))
+    )
 
 
 def bn_max_pool(
@@ -249,19 +268,23 @@ def bn_max_pool(
         argmax, x_max = torch.empty_like(y, dtype=window.argmax_dtype), torch.empty_like(y)
     if y.numel() == 0:
         return y, argmax, x_max
-    launch(
-        _bn_max_pool_kernel,
-        plan("pool", y, x.is_contiguous()),
-        y_ptr=y,
-        argmax_ptr=argmax,
-        x_max_ptr=x_max,
-        x_ptr=x,
+    contiguous = x.is_contiguous()
+    arguments = {
+        "y_ptr": y,
+        "argmax_ptr": argmax,
+        "x_max_ptr": x_max,
+        "x_ptr": x,
         **norm.pointers(),
         **_sizes(x, y),
-        act_param=act_param,
-        ACT=ACTIVATIONS[act].forward,
-        WINDOW=window,
-    )
+        "act_param": act_param,
+        "ACT": ACTIVATIONS[act].forward,
+    }
+    if is_3x3(x, y, window):
+        how = plan_columns("pool_3x3", y, contiguous, rows=y.shape[2])
+        launch(_bn_max_pool_3x3_kernel, how, **arguments)
+    else:
+        how = plan("pool", y, contiguous)
+        launch(_bn_max_pool_kernel, how, **arguments, WINDOW=window, INDEX=_index(x, y))
     return y, argmax, x_max
 
 
@@ -286,20 +309,23 @@ def bn_max_pool_backward_dx(
     dx = torch.empty_like(x) if out is None else out
     if x.numel() == 0:
         return dx
-    launch(
-        _bn_max_pool_bwd_dx_kernel,
-        plan("pool_dx", x),
-        dx_ptr=dx,
-        dy_ptr=dy,
-        argmax_ptr=argmax,
-        x_ptr=x,
+    arguments = {
+        "dx_ptr": dx,
+        "dy_ptr": dy,
+        "argmax_ptr": argmax,
+        "x_ptr": x,
         **norm.pointers(),
-        sum_dy_ptr=None if sums is None else sums.dy,
-        sum_dy_xhat_ptr=None if sums is None else sums.dy_xhat,
+        "sum_dy_ptr": None if sums is None else sums.dy,
+        "sum_dy_xhat_ptr": None if sums is None else sums.dy_xhat,
         **_sizes(x, dy),
-        act_param=act_param,
-        stats_count=count,
-        ACT_GRAD=ACTIVATIONS[act].grad,
-        WINDOW=window,
-    )
+        "act_param": act_param,
+        "stats_count": count,
+        "ACT_GRAD": ACTIVATIONS[act].grad,
+    }
+    if is_3x3(x, dy, window):
+        how = plan_columns("pool_3x3_dx", dy, x.is_contiguous(), rows=dy.shape[2] + 1)
+        launch(_bn_max_pool_3x3_bwd_dx_kernel, how, **arguments)
+    else:
+        how = plan("pool_dx", x)
+        launch(_bn_max_pool_bwd_dx_kernel, how, **arguments, WINDOW=window, INDEX=_index(x, dy))
     return dx

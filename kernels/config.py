@@ -174,6 +174,8 @@ TUNING = {
     "dx_two_norms": KernelTuning(unroll=2, num_stages=3, programs_per_sm=3),
     "pool": KernelTuning(unroll=1, num_stages=2, programs_per_sm=4),
     "pool_dx": KernelTuning(unroll=1, num_stages=2, programs_per_sm=5),
+    "pool_3x3": KernelTuning(unroll=1, num_stages=2, programs_per_sm=5),
+    "pool_3x3_dx": KernelTuning(unroll=1, num_stages=2, programs_per_sm=3),
 }
 
 # Over a contiguous tensor these walk over `flat_tile`, as a position's channel doesn't matter to them.
@@ -199,4 +201,56 @@ def launch_config(kernel: str, view: ChannelView, tile: Tile, sm_count: int) -> 
         col_blocks=col_blocks,
         splits=-(-row_blocks // blocks_per_split),
         rows_per_split=blocks_per_split * block_rows,
+    )
+
+
+@dataclass(frozen=True)
+class ColumnConfig:
+    """How a kernel is launched that walks down columns of pooling windows.
+
+    Attributes:
+        tuning: the kernel's row in `TUNING`.
+        tile: has a row for each column: an ow of a sample (channels_last), or a vector of them of a plane.
+        columns: in each block of channels.
+        programs: in the whole grid.
+        rows_per_program: rows of windows.
+    """
+
+    tuning: KernelTuning
+    tile: Tile
+    columns: int
+    programs: int
+    rows_per_program: int
+
+
+def column_config(
+    kernel: str, pooled: tuple[int, ...], contiguous: bool, itemsize: int, rows: int, sm_count: int
+) -> ColumnConfig:
+    """Split the ``rows`` that the columns of a ``pooled`` shape are walked down.
+
+    The programs at once take turns; the turns' rows, with the one more that each program reads, are as
+    few as can be.
+    """
+    n, channels, _, width = pooled
+    if contiguous:
+        tile = flat_tile(itemsize)
+        columns, col_blocks = n * channels * (width // tile.vector), 1
+    else:
+        columns = n * width
+        tile = tile_for(ChannelView(columns, channels, 1), itemsize)
+        col_blocks = -(-channels // tile.block_channels)
+    tuning = TUNING[kernel]
+    blocks = -(-columns // tile.sub_rows) * col_blocks
+    programs = tuning.programs_per_sm * sm_count
+
+    def longest_walk(splits: int) -> int:
+        return -(-blocks * splits // programs) * (-(-rows // splits) + 1)
+
+    rows_per_program = -(-rows // min(range(1, rows + 1), key=longest_walk))
+    return ColumnConfig(
+        tuning=tuning,
+        tile=tile,
+        columns=columns,
+        programs=blocks * -(-rows // rows_per_program),
+        rows_per_program=rows_per_program,
     )

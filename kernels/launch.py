@@ -12,7 +12,14 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
-from bnres.kernels.config import FLAT_KERNELS, flat_tile, launch_config, next_power_of_2, tile_for
+from bnres.kernels.config import (
+    FLAT_KERNELS,
+    column_config,
+    flat_tile,
+    launch_config,
+    next_power_of_2,
+    tile_for,
+)
 from bnres.kernels.layout import ChannelView, view_of
 
 # A load of a word needs an address that is a multiple of this.
@@ -107,6 +114,30 @@ def _plan(
     }
     grid = config.col_blocks, config.splits
     return TilePlan(grid, arguments, finalize, config.splits)
+
+
+def plan_columns(kernel: str, pooled: Tensor, contiguous: bool, rows: int) -> Plan:
+    """How ``kernel``, a name in `config.TUNING`, is launched over the columns of ``pooled``.
+
+    Each column is walked down ``rows`` rows of windows.
+    """
+    return _plan_columns(
+        kernel, pooled.shape, contiguous, pooled.itemsize, rows, sm_count(pooled.device)
+    )
+
+
+@lru_cache(PLANS)
+def _plan_columns(
+    kernel: str, pooled: torch.Size, contiguous: bool, itemsize: int, rows: int, sm_count: int
+) -> Plan:
+    config = column_config(kernel, pooled, contiguous, itemsize, rows, sm_count)
+    arguments = {
+        "columns": config.columns,
+        "rows_per_program": config.rows_per_program,
+        "TILE": config.tile,
+        "STAGES": config.tuning.num_stages,
+    }
+    return Plan((config.programs,), arguments)
 
 
 class Launch(NamedTuple):

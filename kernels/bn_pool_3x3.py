@@ -1,0 +1,347 @@
+"""Batch norm, activation and max-pool with the window of a ResNet's stem: 3×3, stride 2, padding 1.
+
+A program owns columns of windows and walks down some of their rows, with no division in its loop. It
+normalises a row of x once for the windows above and below. A position outside of x is replaced by its
+neighbour inside, which is in the same window.
+"""
+
+import triton
+import triton.language as tl
+
+from bnres.kernels.channels import load_biases, load_mean_grads, load_norm
+from bnres.kernels.device import INTERPRETED, round_to
+from bnres.kernels.tiles import CHANNELS
+
+
+@triton.jit
+def _program(C, OH, rows_per_program, TILE: tl.constexpr):
+    """A program's blocks of channels and of columns, its first row of windows and the end of its rows."""
+    col_blocks = 1
+    if TILE.kind == CHANNELS:
+        col_blocks = tl.cdiv(C, TILE.block_cols)
+    strips = tl.cdiv(OH, rows_per_program)
+    rest = tl.program_id(0) // col_blocks
+    start = rest % strips * rows_per_program
+    stop = tl.minimum(start + rows_per_program, OH)
+    return tl.program_id(0) % col_blocks, rest // strips, start, stop
+
+
+@triton.jit
+def _sizes(C, W, OW, TILE: tl.constexpr):
+    """Distance of neighbouring positions, W and OW, of which the compiler learns that vectors divide them."""
+    step = 1
+    if TILE.kind == CHANNELS:
+        step = C
+        if TILE.aligned:
+            step = (C // TILE.vector) * TILE.vector
+    else:
+        OW = (OW // TILE.vector) * TILE.vector
+        W = 2 * OW
+    return step, W, OW
+
+
+@triton.jit
+def _columns(col_block, block, columns, C, OW, TILE: tl.constexpr):
+    """Plane and ow of each column (of its first window), which exist, offsets inside it, channels.
+
+    A column is a row of the tile: one ow of a sample (channels_last), or a vector of them of a plane.
+    """
+    column = block * TILE.sub_rows + tl.arange(0, TILE.sub_rows)[:, None]
+    exists = column < columns
+    local = tl.arange(0, TILE.block_cols)[None, :]
+    if TILE.kind == CHANNELS:
+        plane = column // OW
+        ow = column - plane * OW
+        local += col_block * TILE.block_cols
+        channel = local
+        if not TILE.even:
+            exists = exists & (channel < C)
+    else:
+        vectors = OW // TILE.vector
+        plane = column // vectors
+        ow = (column - plane * vectors) * TILE.vector
+        channel = plane % C
+    return plane, ow, exists, local, channel
+
+
+@triton.jit
+def _load_two(ptr, step, at, exists, has_right, TILE: tl.constexpr):
+    """Two neighbouring positions, or the even and the odd ones of two vectors of a plane."""
+    if TILE.kind == CHANNELS:
+        return tl.load(ptr + at, mask=exists), tl.load(ptr + step + at, mask=has_right)
+    else:
+        # Each load is as wide as a thread's loads can be: of a wider one two threads get a half each.
+        v = tl.join(tl.load(ptr + at, mask=exists), tl.load(ptr + TILE.vector + at, mask=exists))
+        return tl.split(tl.reshape(tl.permute(v, (0, 2, 1)), (TILE.sub_rows, TILE.vector, 2)))
+
+
+@triton.jit
+def _store_two(ptr, step, at, v, v_right, exists, has_right, TILE: tl.constexpr):
+    """Stores what `_load_two` loads."""
+    if TILE.kind == CHANNELS:
+        tl.store(ptr + at, v, mask=exists)
+        tl.store(ptr + step + at, v_right, mask=has_right)
+    else:
+        v = tl.reshape(tl.interleave(v, v_right), (TILE.sub_rows, 2, TILE.vector))
+        first, second = tl.split(tl.permute(v, (0, 2, 1)))
+        tl.store(ptr + at, first, mask=exists)
+        tl.store(ptr + TILE.vector + at, second, mask=exists)
+
+
+@triton.jit
+def _after(first, v):
+    """``first``, followed by all columns of ``v`` but the last; no instruction."""
+    if v.shape[1] == 1:
+        return first
+    else:
+        even, odd = tl.split(tl.reshape(v, (v.shape[0], v.shape[1] // 2, 2)))
+        return tl.interleave(_after(first, odd), even)
+
+
+@triton.jit
+def _before(v, last):
+    """All columns of ``v`` but the first, followed by ``last``; no instruction."""
+    if v.shape[1] == 1:
+        return last
+    else:
+        even, odd = tl.split(tl.reshape(v, (v.shape[0], v.shape[1] // 2, 2)))
+        return tl.interleave(odd, _before(even, last))
+
+
+@triton.jit
+def _widened(x):
+    """``x`` in fp32; of bfloat16 the same bits as in `_tagged`."""
+    if x.dtype == tl.bfloat16:
+        return (x.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    else:
+        return x.to(tl.float32)
+
+
+@triton.jit
+def _tagged(x, tap):
+    """The bits of x, followed by its position in the window: both are then selected as one."""
+    if x.dtype.primitive_bitwidth == 16:
+        return (x.to(tl.int16, bitcast=True).to(tl.int32) << 16) | tap
+    else:
+        return (x.to(tl.int32, bitcast=True).to(tl.int64) << 32) | tap
+
+
+@triton.jit
+def _untagged(tagged, DTYPE: tl.constexpr):
+    """The x and the position of `_tagged`."""
+    if DTYPE.primitive_bitwidth == 16:
+        x = (tagged >> 16).to(tl.int16)
+    else:
+        x = (tagged >> 32).to(tl.int32)
+    return x.to(DTYPE, bitcast=True), (tagged & 15).to(tl.uint8)
+
+
+@triton.jit
+def _greater(best, tagged, y, y_tagged):
+    """Takes in a later position: the first greatest value stays, NaN takes over."""
+    stays = y <= tl.minimum(best, float("inf"))  # where best is NaN, only NaN takes over
+    tagged = tl.where(stays, tagged, y_tagged)
+    return tl.maximum(best, y, propagate_nan=tl.PropagateNan.ALL), tagged
+
+
+@triton.jit
+def _value(x, mean, scale, bias, param, ACT: tl.constexpr):
+    """act(bn(x)), rounded."""
+    y = round_to(ACT((_widened(x) - mean) * scale + bias, param), x.dtype)
+    if INTERPRETED:
+        y = y.to(tl.float32)  # the interpreter can't compare bfloat16
+    return y
+
+
+@triton.jit
+def _load_row(row_ptr, left, middle, right, exists, TILE: tl.constexpr):
+    """x of each window's three positions in a row; of the left ones in a plane only the column's first."""
+    x_left = tl.load(row_ptr + left, mask=exists)
+    if TILE.kind == CHANNELS:
+        return x_left, tl.load(row_ptr + middle, mask=exists), tl.load(row_ptr + right, mask=exists)
+    else:
+        x, x_right = _load_two(row_ptr, 1, middle, exists, exists, TILE)
+        return x_left, x, x_right
+
+
+@triton.jit
+def _greatest_of_row(
+    x_left, x, x_right, first, left_tap, right_tap, mean, scale, bias, param,
+    ACT: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """The greatest value in a row of each window, and its x tagged; the positions from ``first`` on."""
+    y_right = _value(x_right, mean, scale, bias, param, ACT)
+    best = _value(x_left, mean, scale, bias, param, ACT)
+    tagged = _tagged(x_left, first + left_tap)
+    if TILE.kind != CHANNELS:
+        best, tagged = _after(best, y_right), _after(tagged, _tagged(x_right, first))
+    y = _value(x, mean, scale, bias, param, ACT)
+    best, tagged = _greater(best, tagged, y, _tagged(x, first + 1))
+    return _greater(best, tagged, y_right, _tagged(x_right, first + right_tap))
+
+
+@triton.jit
+def _bn_max_pool_3x3_kernel(
+    y_ptr, argmax_ptr, x_max_ptr, x_ptr,
+    mean_ptr, rstd_ptr, var_ptr, weight_ptr, bias_ptr,
+    columns, C, H, W, OH, OW, rows_per_program, act_param: tl.float64, eps: tl.float64,
+    ACT: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """y, argmax and x_max as in `_bn_max_pool_kernel`."""
+    col_block, block, start, stop = _program(C, OH, rows_per_program, TILE)
+    step, W, OW = _sizes(C, W, OW, TILE)
+    plane, ow, exists, local, channel = _columns(col_block, block, columns, C, OW, TILE)
+    mean, _, scale = load_norm(
+        mean_ptr, rstd_ptr, var_ptr, weight_ptr, eps, channel, channel < C, tl.float32
+    )
+    bias = load_biases(bias_ptr, None, channel, channel < C, tl.float32)
+    param = tl.full((), act_param, tl.float32)
+
+    position = plane * (H * W) + 2 * ow
+    has_left, has_right = ow > 0, 2 * ow + 1 < W
+    left_tap, right_tap = tl.where(has_left, 0, 1), tl.where(has_right, 2, 1)
+    left = (position - tl.where(has_left, 1, 0)) * step
+    if TILE.kind == CHANNELS:
+        left += local
+    middle = position * step + local
+    right = (position + tl.where(has_right, 1, 0)) * step + local
+    at = (plane * (OH * OW) + ow) * step + local
+
+    row_ptr = x_ptr + tl.maximum(2 * start - 1, 0) * (W * step)
+    x_left, x, x_right = _load_row(row_ptr, left, middle, right, exists, TILE)
+    low, low_tagged = _greatest_of_row(
+        x_left, x, x_right, tl.where(start > 0, 0, 3), left_tap, right_tap, mean, scale, bias, param,
+        ACT, TILE,
+    )  # fmt: skip
+    for oh in tl.range(start, stop, num_stages=STAGES):
+        row_ptr = x_ptr + 2 * oh * (W * step)
+        has_low = 2 * oh + 1 < H
+        low_ptr = row_ptr + tl.where(has_low, W * step, 0)
+        x_left, x, x_right = _load_row(row_ptr, left, middle, right, exists, TILE)
+        low_left, low_x, low_right = _load_row(low_ptr, left, middle, right, exists, TILE)
+        y, tagged = _greatest_of_row(
+            x_left, x, x_right, 3, left_tap, right_tap, mean, scale, bias, param, ACT, TILE
+        )
+        y, tagged = _greater(low, low_tagged, y, tagged)
+        # The last row of these windows is the first one of the next windows.
+        low, low_tagged = _greatest_of_row(
+            low_left, low_x, low_right, 0, left_tap, right_tap, mean, scale, bias, param, ACT, TILE
+        )
+        y, tagged = _greater(y, tagged, low, low_tagged + tl.where(has_low, 6, 3))
+        offsets = oh * (OW * step) + at
+        tl.store(y_ptr + offsets, round_to(y, y_ptr.dtype.element_ty), mask=exists)
+        if argmax_ptr is not None:
+            x_max, argmax = _untagged(tagged, x_max_ptr.dtype.element_ty)
+            tl.store(argmax_ptr + offsets, argmax, mask=exists)
+            tl.store(x_max_ptr + offsets, x_max, mask=exists)
+
+
+@triton.jit
+def _load_windows(dy_ptr, argmax_ptr, at, next_at, exists, has_next, TILE: tl.constexpr):
+    """dy and argmax of windows and of their right neighbours; argmax is 255 where there is none."""
+    dy = tl.load(dy_ptr + at, mask=exists).to(tl.float32)
+    argmax = tl.load(argmax_ptr + at, mask=exists, other=255).to(tl.int32)
+    dy_next = tl.load(dy_ptr + next_at, mask=has_next).to(tl.float32)
+    argmax_next = tl.load(argmax_ptr + next_at, mask=has_next, other=255).to(tl.int32)
+    if TILE.kind != CHANNELS:
+        dy_next, argmax_next = _before(dy, dy_next), _before(argmax, argmax_next)
+    return dy, argmax, dy_next, argmax_next
+
+
+@triton.jit
+def _row_grads(dy, argmax, dy_next, argmax_next, first):
+    """dy of the windows whose greatest value is in the middle, or at the right end, of one of their rows.
+
+    ``first`` is the position of the row's left end, where the next window's right neighbour overlaps.
+    """
+    middle = tl.where(argmax == first + 1, dy, 0.0)
+    right = tl.where(argmax == first + 2, dy, 0.0) + tl.where(argmax_next == first, dy_next, 0.0)
+    return middle, right
+
+
+@triton.jit
+def _dx(dy, x, mean, scale, bias, slope, offset, param, ACT_GRAD: tl.constexpr):
+    """act'(z)·dy·scale + x_centred·slope + offset, rounded."""
+    x_centred = _widened(x) - mean
+    dx = ACT_GRAD(dy, x_centred * scale + bias, param) * scale
+    if slope is not None:
+        dx += x_centred * slope + offset
+    return round_to(dx, x.dtype)
+
+
+@triton.jit
+def _bn_max_pool_3x3_bwd_dx_kernel(
+    dx_ptr, dy_ptr, argmax_ptr, x_ptr,
+    mean_ptr, rstd_ptr, weight_ptr, bias_ptr,
+    sum_dy_ptr, sum_dy_xhat_ptr,
+    columns, C, H, W, OH, OW, rows_per_program, act_param: tl.float64, stats_count,
+    ACT_GRAD: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """dx as in `_bn_max_pool_bwd_dx_kernel`.
+
+    A column is the middle and the right end of its windows. Of a window's three rows the first is the
+    last one of the window above, so a step of the walk makes the first two, and a row of windows more
+    than there is makes the last.
+    """
+    col_block, block, start, stop = _program(C, OH + 1, rows_per_program, TILE)
+    step, W, OW = _sizes(C, W, OW, TILE)
+    plane, ow, exists, local, channel = _columns(col_block, block, columns, C, OW, TILE)
+    mean, rstd, scale = load_norm(
+        mean_ptr, rstd_ptr, None, weight_ptr, 0.0, channel, channel < C, tl.float32
+    )
+    bias = load_biases(bias_ptr, None, channel, channel < C, tl.float32)
+    slope, offset = None, None
+    if sum_dy_ptr is not None:
+        mean_dy, slope = load_mean_grads(
+            sum_dy_ptr, sum_dy_xhat_ptr, rstd, stats_count, channel, channel < C, tl.float32
+        )
+        slope, offset = -slope * scale, -mean_dy * scale
+    param = tl.full((), act_param, tl.float32)
+
+    x_at = (plane * (H * W) + 2 * ow) * step + local
+    has_right = exists & (2 * ow + 1 < W)
+    window = plane * (OH * OW) + ow
+    at = window * step + local
+    if TILE.kind == CHANNELS:
+        has_next = exists & (ow + 1 < OW)
+        next_at = (window + 1) * step + local
+    else:
+        has_next = exists & (ow + TILE.vector < OW)
+        next_at = window + TILE.vector
+    one = tl.arange(0, 1)[:, None]  # makes tensors of comparisons, as masks have to be
+
+    row = (start - 1) * (OW * step)
+    in_row = start + one > 0
+    dy, argmax, dy_next, argmax_next = _load_windows(
+        dy_ptr + row, argmax_ptr + row, at, next_at, exists & in_row, has_next & in_row, TILE
+    )
+    dy_up, dy_up_right = _row_grads(dy, argmax, dy_next, argmax_next, 6)
+    for oh in tl.range(start, stop, num_stages=STAGES):
+        row = oh * (OW * step)
+        in_row = oh + one < OH
+        dy, argmax, dy_next, argmax_next = _load_windows(
+            dy_ptr + row, argmax_ptr + row, at, next_at, exists & in_row, has_next & in_row, TILE
+        )
+        row = 2 * oh * (W * step)
+        up_row = row - W * step
+        in_up = (oh + one > 0) & (2 * oh - 1 + one < H)
+        x_up, x_up_right = _load_two(
+            x_ptr + up_row, step, x_at, exists & in_up, has_right & in_up, TILE
+        )
+        x, x_right = _load_two(x_ptr + row, step, x_at, exists & in_row, has_right & in_row, TILE)
+
+        first, first_right = _row_grads(dy, argmax, dy_next, argmax_next, 0)
+        dx = _dx(dy_up + first, x_up, mean, scale, bias, slope, offset, param, ACT_GRAD)
+        dx_right = _dx(
+            dy_up_right + first_right, x_up_right, mean, scale, bias, slope, offset, param, ACT_GRAD
+        )
+        _store_two(
+            dx_ptr + up_row, step, x_at, dx, dx_right, exists & in_up, has_right & in_up, TILE
+        )
+        second, second_right = _row_grads(dy, argmax, dy_next, argmax_next, 3)
+        dx = _dx(second, x, mean, scale, bias, slope, offset, param, ACT_GRAD)
+        dx_right = _dx(second_right, x_right, mean, scale, bias, slope, offset, param, ACT_GRAD)
+        _store_two(
+            dx_ptr + row, step, x_at, dx, dx_right, exists & in_row, has_right & in_row, TILE
+        )
+        dy_up, dy_up_right = _row_grads(dy, argmax, dy_next, argmax_next, 6)
