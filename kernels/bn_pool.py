@@ -4,8 +4,6 @@ Forward keeps, of each window, where its greatest value lies and the x there; th
 backward is then `bn_backward.bn_backward_reduce` over these.
 """
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl

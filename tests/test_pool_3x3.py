@@ -1,0 +1,150 @@
+"""The pooling of a ResNet's stem: bit-equal to torch's pooling of what the unfused layers write."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._pytree import tree_map
+
+from bnres.kernels import bn_forward, bn_pool, config, launch, reference
+from bnres.kernels.device import ACTIVATIONS
+from bnres.kernels.norm import Norm, RunningStatistics, Statistics, Sums
+from bnres.kernels.window import Window
+from tests.device import DEVICE
+from tests.tolerances import assert_close
+
+WINDOW = Window(3, 3, 2, 2, 1, 1, 1, 1)
+FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+# Odd and even sizes, one row, one column of windows; channels that fill vectors and blocks, or don't;
+# planes whose rows are whole vectors; more columns than a program has.
+SHAPES = [
+    ((2, 8, 5, 7), "channels_last"),
+    ((1, 24, 6, 9), "channels_last"),
+    ((3, 64, 4, 14), "channels_last"),
+    ((1, 72, 9, 1), "channels_last"),
+    ((2, 5, 1, 4), "channels_last"),
+    ((2, 100, 2, 3), "channels_last"),
+    ((2, 5, 7, 16), "contiguous"),
+    ((1, 3, 10, 48), "contiguous"),
+    ((3, 65, 1, 32), "contiguous"),
+]
+# And a dtype, and programs: one walks down all rows, or each has one row. Two layouts in each dtype.
+CASES = [
+    *((*case, torch.bfloat16, 1) for case in SHAPES),
+    *((*SHAPES[i], dtype, 1) for i in (0, 6) for dtype in (torch.float16, torch.float32)),
+    *((*SHAPES[i], torch.bfloat16, 64) for i in (0, 6)),
+]
+
+
+@pytest.fixture
+def split(monkeypatch):
+    """Sets how many programs there may be at once."""
+
+    def split(programs):
+        monkeypatch.setattr(launch, "sm_count", lambda device: 1)
+        for kernel in ("pool_3x3", "pool_3x3_dx"):
+            tuning = replace(config.TUNING[kernel], programs_per_sm=programs)
+            monkeypatch.setitem(config.TUNING, kernel, tuning)
+        launch._plan_columns.cache_clear()
+
+    yield split
+    launch._plan_columns.cache_clear()
+
+
+def draw(shape, layout, dtype, statistics=Statistics):
+    """x with ties, NaN and infinities, and a norm that scales channels by numbers of both signs and 0."""
+    torch.manual_seed(0)
+    x = torch.randn(shape)
+    for share, value in (
+        (0.3, 0.5),
+        (0.05, float("inf")),
+        (0.05, -float("inf")),
+        (0.05, float("nan")),
+    ):
+        x[torch.rand(shape) < share] = value
+    mean, bias, weight = torch.randn(3, shape[1]).to(DEVICE)
+    weight[0] = 0
+    options = () if statistics is Statistics else (1e-3,)
+    norm = Norm(statistics(mean, torch.rand_like(mean) + 0.5, *options), weight, bias)
+    return x.to(DEVICE, dtype).contiguous(memory_format=FORMATS[layout]), norm
+
+
+def same_bits(found, expected):
+    return torch.equal(found.isnan(), expected.isnan()) and torch.equal(
+        found.nan_to_num(0, 1e4, -1e4), expected.nan_to_num(0, 1e4, -1e4)
+    )
+
+
+def check_forward(x, norm, act):
+    """Ties go to the first, NaN to the last."""
+    y, argmax, x_max = bn_pool.bn_max_pool(x, norm, act, 0.1, WINDOW, False, save=True)
+    assert bn_pool.is_3x3(x, y, WINDOW)
+    values, _ = bn_forward.bn_apply(x, norm, None, None, act, 0.1)
+    expected, flat = F.max_pool2d(values.float(), 3, 2, 1, return_indices=True)
+    assert same_bits(y.float(), expected)
+    assert torch.equal(reference.pooled_offsets(argmax, WINDOW, x.shape[3]), flat)
+    assert same_bits(x_max, x.flatten(2).gather(2, flat.flatten(2)).view_as(y))
+    alone, *nothing = bn_pool.bn_max_pool(x, norm, act, 0.1, WINDOW, False)
+    assert same_bits(alone, y) and nothing == [None, None]
+    assert y.stride() == argmax.stride() == x_max.stride()
+
+
+@pytest.mark.parametrize(("shape", "layout", "dtype", "programs"), CASES, ids=str)
+def test_forward(shape, layout, dtype, programs, split):
+    split(programs)
+    check_forward(*draw(shape, layout, dtype), "relu")
+
+
+@pytest.mark.parametrize("act", ACTIVATIONS)
+@pytest.mark.parametrize(("shape", "layout"), [SHAPES[0], SHAPES[6]], ids=str)
+def test_every_activation(shape, layout, act):
+    check_forward(*draw(shape, layout, torch.bfloat16, RunningStatistics), act)
+
+
+@pytest.mark.parametrize(("shape", "layout", "dtype", "programs"), CASES, ids=str)
+def test_dx(shape, layout, dtype, programs, split):
+    split(programs)
+    x, norm = draw(shape, layout, dtype)
+    x = x.nan_to_num(1, 2, -2)
+    for act, training in (("relu", True), ("silu", False)):
+        y, argmax, _ = bn_pool.bn_max_pool(x, norm, act, 0.1, WINDOW, False, save=True)
+        dy = torch.randn_like(y)
+        sums = Sums(*torch.randn(2, shape[1]).to(DEVICE)) if training else None
+        given = (dy, argmax, x, norm, act, 0.1, WINDOW, sums, 20)
+        dx = bn_pool.bn_max_pool_backward_dx(*given)
+        wide = tree_map(
+            lambda t: t.double() if isinstance(t, torch.Tensor) and t.is_floating_point() else t,
+            given,
+        )
+        assert dx.stride() == x.stride()
+        assert_close(dx, reference.bn_max_pool_backward_dx_ref(*wide), dtype)
+
+
+def test_which_poolings_are_taken():
+    def taken(shape, layout="channels_last", dtype=torch.bfloat16, window=WINDOW, ceil_mode=False):
+        x = torch.empty(shape, dtype=dtype, memory_format=FORMATS[layout], device="meta")
+        size = window.output_size(*shape[2:], ceil_mode)
+        return bn_pool.is_3x3(x, x.new_empty((*shape[:2], *size)), window)
+
+    assert taken((2, 3, 7, 9)) and taken((2, 3, 7, 9), ceil_mode=True)
+    assert not taken((2, 3, 8, 9), ceil_mode=True) and not taken((2, 3, 9, 8), ceil_mode=True)
+    assert not taken((2, 3, 7, 9), dtype=torch.float64)
+    assert not taken((2, 3, 7, 9), window=Window(3, 3, 2, 2, 0, 0, 1, 1))
+    assert not taken((2**15, 64, 32, 32))
+    assert taken((2, 3, 7, 16), "contiguous") and not taken((2, 3, 16, 8), "contiguous")
+    assert taken((2, 3, 7, 8), "contiguous", torch.float32)
+
+
+@pytest.mark.parametrize("contiguous", [True, False], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("batch", [1, 16, 32, 256, 1000])
+def test_rows_are_split_over_the_whole_chip(batch, contiguous):
+    rows = 56
+    found = config.column_config("pool_3x3", (batch, 64, rows, 56), contiguous, 2, rows, 132)
+    blocks = -(-found.columns // found.tile.sub_rows)
+    assert found.programs == blocks * -(-rows // found.rows_per_program)
+    at_once = 132 * found.tuning.programs_per_sm
+    turns = -(-found.programs // at_once)
+    # The rows that there are, over those that the chip could walk down in that time.
+    used = blocks * rows / (at_once * turns * found.rows_per_program)
+    assert found.programs >= 132 and used >= (0.75 if batch >= 16 else 0.25)
