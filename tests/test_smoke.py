@@ -25,7 +25,7 @@ pytestmark = pytest.mark.smoke
 KERNELS = Path(bn_forward.__file__).parent
 # Shape, memory format and tiling. Channels and rows never fill whole tiles, so tails are tested.
 LAYOUTS = {
-    "planes": ((3, 5, 9, 8), torch.contiguous_format, PLANES),
+    "planes": ((3, 5, 9, 16), torch.contiguous_format, PLANES),
     "small odd planes": ((9, 16, 7, 7), torch.contiguous_format, GROUPS),
     "channels_last": ((3, 11, 5, 7), torch.channels_last, CHANNELS),
 }
@@ -132,9 +132,13 @@ def check_two_norms(dtype, layout):
 
 
 def check_max_pool(dtype, layout):
+    for window in (Window(3, 3, 2, 2, 1, 1, 1, 1), Window(2, 3, 1, 2, 0, 1, 2, 1)):
+        check_window(dtype, layout, window)
+
+
+def check_window(dtype, layout, window):
     (x,) = draw(dtype, layout, 1)
     norm = Norm(bn_forward.bn_stats(x, None, None, 0.1, EPS), *affine(x))
-    window = Window(3, 3, 2, 2, 1, 1, 1, 1)
     y, index, x_max = bn_pool.bn_max_pool(x, norm, "silu", 0.0, window, False, save=True)
     expected = reference.bn_max_pool_ref(*double(x, norm), "silu", 0.0, window, False)[0]
     assert_close(y, expected, dtype)

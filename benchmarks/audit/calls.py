@@ -30,7 +30,7 @@ Axes = dict[str, Sequence[Any]]
 CONTIGUOUS, LAST = torch.contiguous_format, torch.channels_last
 # Inputs that make every kind of tile: whole and ragged vectors, of planes and of channels.
 INPUTS = {
-    "planes": ((2, 8, 8, 8), CONTIGUOUS),
+    "planes": ((2, 8, 8, 16), CONTIGUOUS),
     "odd planes": ((2, 5, 7, 9), CONTIGUOUS),
     "small planes": ((2, 16, 7, 7), CONTIGUOUS),
     "channels_last": ((2, 64, 8, 8), LAST),

@@ -112,6 +112,11 @@ UNREACHED: dict[tuple[str, str], set[Any]] = {
     # Pooling walks over vectors of planes, whatever their size.
     ("_bn_max_pool_kernel", "TILE"): {GROUPS},
     ("_bn_max_pool_bwd_dx_kernel", "TILE"): {GROUPS},
+    ("_bn_max_pool_3x3_kernel", "TILE"): {GROUPS},
+    ("_bn_max_pool_3x3_bwd_dx_kernel", "TILE"): {GROUPS},
+    # The kernels of every window take fp64.
+    ("_bn_max_pool_3x3_kernel", "x_ptr"): {torch.float64},
+    ("_bn_max_pool_3x3_bwd_dx_kernel", "x_ptr"): {torch.float64},
     # A convolution's kernel is for evaluation.
     ("_conv_bn_act_kernel", "var_ptr"): {None},
     # torch's convolution takes fp64.
