@@ -50,13 +50,15 @@ CONVOLUTIONS = ((64, (3, 1, 1, 1)), (24, (1, 2, 0, 1)), (5, (3, 2, 2, 2)))
 # Values that occur together with each value of the other options ...
 VALUES: Axes = {
     "input": tuple(INPUTS),
-    # None, one whose gradient a bit mask gives, one whose gradient needs the pre-activation.
-    "act": ("identity", "relu", "silu"),
+    # One whose gradient a bit mask gives, none, one whose gradient needs the pre-activation.
+    "act": ("relu", "identity", "silu"),
     "dtype": (torch.bfloat16, torch.float32, torch.float64),
     "kernel_size": POOLINGS,
     "conv_weight": CONVOLUTIONS,
     "groups": (1,),  # torch does grouped convolutions
     "memory_format": (CONTIGUOUS, LAST),
+    # In this order the first values of all reach the kernels of the stem's window.
+    "ceil_mode": (False, True),
     "height": (8, 64),  # one program holds an image of 8 × 8, several one of 64 × 64
 }
 # ... and those that occur in two calls: one with every optional argument, one with none.
@@ -182,7 +184,10 @@ def with_others(axes: Axes, others: Axes) -> Iterator[Options]:
     yield from pairs(axes)
     for name, values in others.items():
         for value, end in itertools.product(values, (0, -1)):
-            yield {axis: known[end] for axis, known in axes.items()} | {name: value}
+            options = {axis: known[end] for axis, known in axes.items()} | {name: value}
+            if "fork" in options:
+                options["fork"] = False  # the sum of two gradients has gone through the activation
+            yield options
 
 
 def _consistent(options: Options) -> Options:

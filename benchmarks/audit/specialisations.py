@@ -133,7 +133,7 @@ def optional_pointers(function: JITFunction) -> set[str]:
             found.add(ast.unparse(node.left))
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
             called = function.fn.__globals__.get(node.func.id)
-            if isinstance(called, JITFunction):
+            if isinstance(called, JITFunction) and called is not function:
                 of_called = optional_pointers(called)
                 found |= {
                     ast.unparse(value)
