@@ -1,7 +1,8 @@
 """Batch norm, activation and max-pool in one pass, without writing what is pooled.
 
 Forward keeps, of each window, where its greatest value lies and the x there; the reduce pass of
-backward is then `bn_backward.bn_backward_reduce` over these.
+backward is then `bn_backward.bn_backward_reduce` over these. The kernels here take every window;
+`bn_pool_3x3` has faster ones for the most common one.
 """
 
 import torch
@@ -10,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from bnres.kernels.bn_pool_3x3 import _bn_max_pool_3x3_bwd_dx_kernel, _bn_max_pool_3x3_kernel
-from bnres.kernels.channels import load_mean_grads, load_norm
+from bnres.kernels.channels import load_biases, load_mean_grads, load_norm
 from bnres.kernels.config import VECTOR_BYTES
 from bnres.kernels.device import ACTIVATIONS, round_to
 from bnres.kernels.launch import launch, plan, plan_columns
@@ -65,10 +66,7 @@ def _load_norm(
     """mean, rstd, rstd·weight and bias of channels."""
     mask = channel < C
     mean, rstd, scale = load_norm(mean_ptr, rstd_ptr, var_ptr, weight_ptr, eps, channel, mask, ACC)
-    bias = tl.zeros_like(mean)
-    if bias_ptr is not None:
-        bias = tl.load(bias_ptr + channel, mask=mask, other=0).to(ACC)
-    return mean, rstd, scale, bias
+    return mean, rstd, scale, load_biases(bias_ptr, None, channel, mask, ACC)
 
 
 @triton.jit
@@ -232,14 +230,15 @@ def _index(x: Tensor, pooled: Tensor) -> tl.dtype:
 
 
 def is_3x3(x: Tensor, pooled: Tensor, window: Window) -> bool:
-    """Whether the kernels of `bn_pool_3x3` take a pooling; those here take every one, more slowly."""
+    """Whether the kernels of `bn_pool_3x3` take this pooling."""
     height, width = x.shape[2:]
     return (
         window == Window(3, 3, 2, 2, 1, 1, 1, 1)
-        # With ceil_mode a last window may begin at the last position.
+        # With ceil_mode there may be a last window whose middle is outside.
         and pooled.shape[2:] == ((height + 1) // 2, (width + 1) // 2)
         and x.dtype != torch.float64
         and _index(x, pooled) == tl.int32
+        # A column of a plane is a vector of windows, which begin at two vectors of x.
         and not (x.is_contiguous() and width % (2 * VECTOR_BYTES // x.itemsize))
     )
 

@@ -1,8 +1,9 @@
 """Batch norm, activation and max-pool with the window of a ResNet's stem: 3×3, stride 2, padding 1.
 
-A program owns columns of windows and walks down some of their rows, with no division in its loop. It
-normalises a row of x once for the windows above and below. A position outside of x is replaced by its
-neighbour inside, which is in the same window.
+A program owns columns of windows and walks down some of their rows, with no division in its loop.
+Forward normalises each row of x once, for the windows above and below it, and replaces a position
+outside of x by the neighbour inside, which is in the same window. Both kernels do what those of
+`bn_pool` do, for the sizes that `bn_pool.is_3x3` takes.
 """
 
 import triton
@@ -28,7 +29,7 @@ def _program(C, OH, rows_per_program, TILE: tl.constexpr):
 
 @triton.jit
 def _sizes(C, W, OW, TILE: tl.constexpr):
-    """Distance of neighbouring positions, W and OW, of which the compiler learns that vectors divide them."""
+    """Distance of neighbouring positions; W and OW. The compiler learns which are multiples of a vector."""
     step = 1
     if TILE.kind == CHANNELS:
         step = C
@@ -42,9 +43,10 @@ def _sizes(C, W, OW, TILE: tl.constexpr):
 
 @triton.jit
 def _columns(col_block, block, columns, C, OW, TILE: tl.constexpr):
-    """Plane and ow of each column (of its first window), which exist, offsets inside it, channels.
+    """Of each column: plane, ow of its first window, whether it exists, offsets inside it, channels.
 
-    A column is a row of the tile: one ow of a sample (channels_last), or a vector of them of a plane.
+    A column is a row of the tile: one ow of a sample, for which ``plane`` counts samples
+    (channels_last), or a vector of them of a plane.
     """
     column = block * TILE.sub_rows + tl.arange(0, TILE.sub_rows)[:, None]
     exists = column < columns
@@ -70,7 +72,7 @@ def _load_two(ptr, step, at, exists, has_right, TILE: tl.constexpr):
     if TILE.kind == CHANNELS:
         return tl.load(ptr + at, mask=exists), tl.load(ptr + step + at, mask=has_right)
     else:
-        # Each load is as wide as a thread's loads can be: of a wider one two threads get a half each.
+        # One load of both vectors would give a thread half of them: it is 16 bytes for each thread.
         v = tl.join(tl.load(ptr + at, mask=exists), tl.load(ptr + TILE.vector + at, mask=exists))
         return tl.split(tl.reshape(tl.permute(v, (0, 2, 1)), (TILE.sub_rows, TILE.vector, 2)))
 
@@ -110,7 +112,7 @@ def _before(v, last):
 
 @triton.jit
 def _widened(x):
-    """``x`` in fp32; of bfloat16 the same bits as in `_tagged`."""
+    """``x`` in fp32; bfloat16 is shifted as in `_tagged`, so that one shift serves both."""
     if x.dtype == tl.bfloat16:
         return (x.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
     else:
@@ -119,7 +121,7 @@ def _widened(x):
 
 @triton.jit
 def _tagged(x, tap):
-    """The bits of x, followed by its position in the window: both are then selected as one."""
+    """The bits of x, followed by its position in the window, to be selected as one integer."""
     if x.dtype.primitive_bitwidth == 16:
         return (x.to(tl.int16, bitcast=True).to(tl.int32) << 16) | tap
     else:
@@ -139,7 +141,7 @@ def _untagged(tagged, DTYPE: tl.constexpr):
 @triton.jit
 def _greater(best, tagged, y, y_tagged):
     """Takes in a later position: the first greatest value stays, NaN takes over."""
-    stays = y <= tl.minimum(best, float("inf"))  # where best is NaN, only NaN takes over
+    stays = y <= tl.minimum(best, float("inf"))  # of inf and NaN: inf, so that only NaN takes over
     tagged = tl.where(stays, tagged, y_tagged)
     return tl.maximum(best, y, propagate_nan=tl.PropagateNan.ALL), tagged
 
@@ -155,7 +157,7 @@ def _value(x, mean, scale, bias, param, ACT: tl.constexpr):
 
 @triton.jit
 def _load_row(row_ptr, left, middle, right, exists, TILE: tl.constexpr):
-    """x of each window's three positions in a row; of the left ones in a plane only the column's first."""
+    """x of each window's three positions in a row; in a plane, the left one of the first window only."""
     x_left = tl.load(row_ptr + left, mask=exists)
     if TILE.kind == CHANNELS:
         return x_left, tl.load(row_ptr + middle, mask=exists), tl.load(row_ptr + right, mask=exists)
@@ -169,7 +171,7 @@ def _greatest_of_row(
     x_left, x, x_right, first, left_tap, right_tap, mean, scale, bias, param,
     ACT: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """The greatest value in a row of each window, and its x tagged; the positions from ``first`` on."""
+    """The greatest value in a row of each window, and its tagged x; positions count from ``first``."""
     y_right = _value(x_right, mean, scale, bias, param, ACT)
     best = _value(x_left, mean, scale, bias, param, ACT)
     tagged = _tagged(x_left, first + left_tap)
@@ -187,7 +189,7 @@ def _bn_max_pool_3x3_kernel(
     columns, C, H, W, OH, OW, rows_per_program, act_param: tl.float64, eps: tl.float64,
     ACT: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """y, argmax and x_max as in `_bn_max_pool_kernel`."""
+    """y = max over each window of act(bn(x)), rounded; its position in the window, and x there."""
     col_block, block, start, stop = _program(C, OH, rows_per_program, TILE)
     step, W, OW = _sizes(C, W, OW, TILE)
     plane, ow, exists, local, channel = _columns(col_block, block, columns, C, OW, TILE)
@@ -250,9 +252,9 @@ def _load_windows(dy_ptr, argmax_ptr, at, next_at, exists, has_next, TILE: tl.co
 
 @triton.jit
 def _row_grads(dy, argmax, dy_next, argmax_next, first):
-    """dy of the windows whose greatest value is in the middle, or at the right end, of one of their rows.
+    """dy for the middle and for the right end of one row of windows.
 
-    ``first`` is the position of the row's left end, where the next window's right neighbour overlaps.
+    The right end is the left end of the next windows; ``first`` is the position of the left end.
     """
     middle = tl.where(argmax == first + 1, dy, 0.0)
     right = tl.where(argmax == first + 2, dy, 0.0) + tl.where(argmax_next == first, dy_next, 0.0)
@@ -277,11 +279,10 @@ def _bn_max_pool_3x3_bwd_dx_kernel(
     columns, C, H, W, OH, OW, rows_per_program, act_param: tl.float64, stats_count,
     ACT_GRAD: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """dx as in `_bn_max_pool_bwd_dx_kernel`.
+    """dx as in `_bn_bwd_dx_kernel`, dz = act'(z)·(the dy of all windows whose greatest this is).
 
-    A column is the middle and the right end of its windows. Of a window's three rows the first is the
-    last one of the window above, so a step of the walk makes the first two, and a row of windows more
-    than there is makes the last.
+    A step of the walk makes the first and the second row of x in its windows. The third is the first
+    one of the windows below, so the walk takes one step more than there are rows of windows.
     """
     col_block, block, start, stop = _program(C, OH + 1, rows_per_program, TILE)
     step, W, OW = _sizes(C, W, OW, TILE)

@@ -210,10 +210,10 @@ class ColumnConfig:
 
     Attributes:
         tuning: the kernel's row in `TUNING`.
-        tile: has a row for each column: an ow of a sample (channels_last), or a vector of them of a plane.
-        columns: in each block of channels.
-        programs: in the whole grid.
-        rows_per_program: rows of windows.
+        tile: a row of it is one column: one ow of a sample (channels_last), or a vector of them of a plane.
+        columns: columns in one block of channels.
+        programs: programs in the whole grid.
+        rows_per_program: rows of windows that a program walks down.
     """
 
     tuning: KernelTuning
@@ -226,10 +226,10 @@ class ColumnConfig:
 def column_config(
     kernel: str, pooled: tuple[int, ...], contiguous: bool, itemsize: int, rows: int, sm_count: int
 ) -> ColumnConfig:
-    """Split the ``rows`` that the columns of a ``pooled`` shape are walked down.
+    """Split the ``rows`` of windows so that the chip is done as early as possible.
 
-    The programs at once take turns; the turns' rows, with the one more that each program reads, are as
-    few as can be.
+    Programs that don't fit at once take turns, and each one reads a row more than it is given: the
+    number of turns times the rows of a program is made as small as it can be.
     """
     n, channels, _, width = pooled
     if contiguous:
