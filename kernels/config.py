@@ -16,7 +16,7 @@ measured on a GPU yet. `benchmarks.variants` times others beside them.
 """
 
 from dataclasses import dataclass, replace
-from math import gcd
+from math import gcd, prod
 
 from bnres.kernels.layout import ChannelView
 
@@ -233,7 +233,7 @@ def column_config(
     """
     n, channels, _, width = pooled
     if contiguous:
-        tile = flat_tile(itemsize)
+        tile = flat_tile(prod(pooled), itemsize)
         columns, col_blocks = n * channels * (width // tile.vector), 1
     else:
         columns = n * width
