@@ -26,27 +26,21 @@ def explain(model: nn.Module, *inputs: Any, **kwargs: Any) -> FusionReport:
         A report with a row for each batch norm.
     """
     twin = unfuse(model)
-    names = {
-        id(tensor): name
-        for name, module in twin.named_modules()
-        if is_norm(module)
-        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False))
-    }
+    norms = {name: module for name, module in twin.named_modules() if is_norm(module)}
+    names = {id(t): name for name, m in norms.items() for t in (*m.parameters(), *m.buffers())}
     found: dict[str, Site] = {}
 
     def record(module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         from bnres.fusion.rewrite import fuse_graphs
 
-        places = {n: i for i, n in enumerate(module.graph.find_nodes(op="placeholder"))}
-        rows = [
-            (site, [places[n] for n in nodes if n in places]) for site, nodes in fuse_graphs(module)
-        ]
-        run = run_eagerly(module)
+        placeholders = module.graph.find_nodes(op="placeholder")
+        rows, run = fuse_graphs(module), run_eagerly(module)
 
         # Modules of one class may share a graph; its arguments tell which module it runs for.
         def call(*args: Any) -> Any:
-            for site, of_norm in rows:
-                given = [names[id(args[i])] for i in of_norm if id(args[i]) in names]
+            tensors = dict(zip(placeholders, args, strict=True))
+            for site, nodes in rows:
+                given = [names[id(tensors[n])] for n in nodes if id(tensors.get(n)) in names]
                 name = given[0] if given else site.name
                 found.setdefault(name, replace(site, name=name))
             return run(*args)
@@ -64,7 +58,6 @@ def explain(model: nn.Module, *inputs: Any, **kwargs: Any) -> FusionReport:
         lines = breaks[0].splitlines()[:2] if breaks else []
         said = [line.strip().removeprefix("Explanation: ") for line in lines]
         reason = ": ".join(["not in a captured graph", *said])
-    norms = [name for name, module in twin.named_modules() if is_norm(module)]
     return FusionReport([found.get(n, Site(n, "-", reason, fused=False)) for n in norms])
 
 

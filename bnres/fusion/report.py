@@ -1,6 +1,6 @@
 """What is fused, what is not, and why."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Site:
 class FusionReport:
     """A row for each batch norm of a model, in the order of its modules."""
 
-    sites: list[Site] = field(default_factory=list)
+    sites: list[Site]
 
     @property
     def fused(self) -> list[Site]:
