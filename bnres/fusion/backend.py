@@ -11,12 +11,12 @@ from torch.utils.checkpoint import checkpoint
 
 from bnres.fusion.dynamo import (
     compiled,
-    is_of_module,
     lookup_backend,
-    mark_of_module,
+    module_tensors,
     set_compiled_call,
     uncompiled_call,
 )
+from bnres.fusion.nodes import value
 
 
 def backend(
@@ -52,17 +52,12 @@ def run_eagerly(module: fx.GraphModule) -> Callable[..., Any]:
 
     torch's operator for checkpoints needs a compiler, so `_checkpointed` replaces it.
     """
+    of_modules = module_tensors(module.graph)
+    checkpoints = torch.ops.higher_order.tag_activation_checkpoint
     for graph in (m for m in module.modules() if isinstance(m, fx.GraphModule)):
-        for node in graph.graph.nodes:
-            if node.target is torch.ops.higher_order.tag_activation_checkpoint:
-                body, *args = node.args
-                of_module = [is_of_module(arg) for arg in args]
-                inner: Any = graph.get_submodule(body.target)
-                inputs = inner.graph.find_nodes(op="placeholder")
-                for placeholder, known in zip(inputs, of_module, strict=True):
-                    mark_of_module(placeholder, known)
-                node.target = _checkpointed
-                node.kwargs = {**node.kwargs, "of_module": of_module}
+        for node in graph.graph.find_nodes(op="call_function", target=checkpoints):
+            node.target = _checkpointed
+            node.update_kwarg("of_module", [id(value(n)) in of_modules for n in node.args[1:]])
         graph.recompile()
     return module.forward
 
@@ -78,16 +73,13 @@ def _checkpointed(
     options["use_reentrant"] = False
     if "_checkpoint_context_fn" in body.meta:
         options["context_fn"] = body.meta["_checkpoint_context_fn"]
-    kept = [arg if known else None for arg, known in zip(args, of_module, strict=True)]
+    inputs = list(zip(args, of_module, strict=True))
 
     def run(*given: Any) -> Any:
         rest = iter(given)
-        return body.forward(
-            *(arg if known else next(rest) for arg, known in zip(kept, of_module, strict=True))
-        )
+        return body.forward(*(arg if known else next(rest) for arg, known in inputs))
 
-    given = [arg for arg, known in zip(args, of_module, strict=True) if not known]
-    return checkpoint(run, *given, **options)
+    return checkpoint(run, *(arg for arg, known in inputs if not known), **options)
 
 
 @contextmanager

@@ -6,8 +6,6 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-OF_MODULE = "bnres_of_module"
-
 
 def compiled(function: Callable[..., Any], backend: Any, **options: Any) -> Callable[..., Any]:
     """``torch.compile`` of a function, with a cache of graphs that no other function shares.
@@ -38,17 +36,17 @@ def lookup_backend(name: Any) -> Callable[..., Any]:
     return torch._dynamo.lookup_backend(name)  # type: ignore[attr-defined, no-any-return]
 
 
-def is_of_module(node: Any) -> bool:
-    """Whether a graph's input is a parameter, a buffer or another attribute of a module."""
-    if not isinstance(node, fx.Node) or node.op != "placeholder":
-        return False
-    source = getattr(node.meta.get("grapharg"), "source", None)
-    return node.meta.get(OF_MODULE, source is not None and "MODULE" in source.guard_source.name)
+def module_tensors(graph: fx.Graph) -> set[int]:
+    """The ids of the fake tensors of a graph's inputs that are attributes of modules.
 
-
-def mark_of_module(placeholder: fx.Node, known: bool) -> None:
-    """Sets the answer of `is_of_module` for an input of an inner graph."""
-    placeholder.meta[OF_MODULE] = known
+    Nested graphs have the same fake tensors, but not the inputs' sources.
+    """
+    found = set()
+    for node in graph.find_nodes(op="placeholder"):
+        source = getattr(node.meta.get("grapharg"), "source", None)
+        if source is not None and "MODULE" in source.guard_source.name:
+            found.add(id(node.meta["example_value"]))
+    return found
 
 
 def graph_breaks() -> dict[str, int]:
