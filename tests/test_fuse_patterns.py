@@ -70,7 +70,7 @@ def test_frozen_batch_norms_are_computed_before_their_input_is_written():
         x.mul_(2)
         return F.relu(y) + self.bn2(x)
 
-    check(forward, ["bn-add"], norm=torchvision.ops.FrozenBatchNorm2d)
+    check(forward, ["bn", "bn-add"], norm=torchvision.ops.FrozenBatchNorm2d)
 
 
 def nested(self, x):
@@ -624,18 +624,33 @@ def rows_are_normalised(self, x):
     return arithmetic(F.pad(x, (0, 1, 0, 1)), self.bn, shape=(1, 1, -1, 1))
 
 
+def variance_is_written_within(self, x):
+    mean, var, weight, bias = (
+        t.reshape(1, -1, 1, 1)
+        for t in (self.bn.running_mean, self.bn.running_var, self.bn.weight, self.bn.bias)
+    )
+    scale = weight * (var + 1e-5).rsqrt()
+    self.bn.running_var.mul_(2)
+    return x * scale + (bias - mean * scale)
+
+
 ARITHMETIC = [
     five_dimensions,
     input_of_another_dtype,
     eps_is_a_tensor,
     weight_is_one_number,
     rows_are_normalised,
+    variance_is_written_within,
 ]
 
 
 @pytest.mark.parametrize("forward", ARITHMETIC, ids=lambda forward: forward.__name__)
 def test_arithmetic_that_is_no_batch_norm(forward):
     check(forward, [])
+
+
+def test_a_frozen_norm_of_a_frozen_norm():
+    check(lambda self, x: arithmetic(arithmetic(x, self.bn), self.bn2), ["bn", "bn"])
 
 
 def test_frozen_statistics_that_need_gradients():

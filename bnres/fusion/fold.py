@@ -11,7 +11,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from bnres.fusion.backend import unfuse
 from bnres.fusion.dynamo import compiled, not_captured
 from bnres.fusion.explain import is_norm
-from bnres.fusion.match import norm_of
+from bnres.fusion.match import norm_call
 from bnres.fusion.nodes import module_name, only_user
 from bnres.nn.hooks import hooked
 
@@ -93,19 +93,19 @@ def _pairs(
     """The names of each convolution and batch norm to fold, by the node that calls the batch norm."""
     modules, found = dict(model.named_modules(remove_duplicate=False)), {}
     for node in graph.nodes:
-        norm = norm_of(node)
-        if norm is None or norm.conv is None or norm.training:
+        call = norm_call(node)
+        if call is None or call.conv is None or call.training:
             continue
-        state, call = norm.state, norm.conv
-        names = module_name(call.node), module_name(node)
+        state, weight = call.state, call.conv["weight"]
+        read = (weight, state.input_bias, *state[:4])
+        names = module_name(call.input), module_name(node)
         conv, bn = (modules.get(name) for name in names)
-        read = (call.weight, call.bias, *state[:4])
         if (
             type(conv) is nn.Conv2d
             and type(bn) in STOCK
             and not hooked(conv, bn)
             and all(n is None or (n in tensors and only_user(n)) for n in read)
-            and tensors[call.weight] is conv.weight
+            and tensors[weight] is conv.weight
             and tensors[state.running_mean] is bn.running_mean  # type: ignore[union-attr]
         ):
             found[node] = names

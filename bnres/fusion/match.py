@@ -1,14 +1,14 @@
 """Finds the batch norms in a captured graph and the operations that can be fused with each."""
 
+import inspect
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch.nn.functional as F
 from torch import fx
 
+from bnres.functional import batch_norm_act, batch_norm_act_max_pool2d, conv2d_batch_norm_act
 from bnres.fusion.nodes import (
-    BATCH_NORM,
-    Convolution,
     activation,
     addition,
     alike,
@@ -23,149 +23,142 @@ from bnres.fusion.nodes import (
 from bnres.kernels.dtypes import SUPPORTED_DTYPES
 from bnres.operations.norms import BatchNormState
 
+SIGNATURE = inspect.signature(F.batch_norm)
+
 
 @dataclass
-class Norm:
+class NormCall:
     """A call of batch norm.
 
     Attributes:
         node: the call.
+        calls: it, and the addition that counts the batch.
         input: the node that it normalises.
-        state: its tensors, as nodes, and options, in a `BatchNormState`.
+        state: its tensors, as nodes, and options, in a `BatchNormState`. Its ``input_bias`` is the
+            bias of the convolution.
         training: whether it normalises with the statistics of the batch.
-        count: the node that counts the batch, or None.
-        conv: the convolution whose output only this batch norm reads, or None.
+        conv: the arguments of the convolution whose output only this call reads, or None.
     """
 
     node: fx.Node
+    calls: set[fx.Node]
     input: fx.Node
     state: Any
     training: bool
-    count: fx.Node | None
-    conv: Convolution | None
+    conv: dict[str, Any] | None
 
     @property
     def buffers(self) -> set[int | None]:
-        """The storages that the call writes to."""
-        written = (self.state.running_mean, self.state.running_var, self.state.num_batches_tracked)
-        return {storage(n) for n in written if isinstance(n, fx.Node)}
+        """The storages that the calls write to."""
+        return {storage(n) for call in self.calls for n in writes(call) or []}
 
 
 @dataclass
 class Match:
-    """Nodes that one fused call replaces; the call is put at the last of ``nodes``."""
+    """Nodes that one fused call replaces.
 
-    norm: Norm
-    nodes: list[fx.Node]
-    residual: fx.Node | None = None
-    residual_norm: Norm | None = None
-    act: tuple[str, dict[str, Any]] | None = None
-    pool: dict[str, Any] | None = None
+    Attributes:
+        operation: what the call runs.
+        norms: the calls of batch norm, one or two.
+        nodes: the calls that are replaced, but for the convolution.
+        pattern: their kinds.
+        options: the arguments of the fused call, but for those of the first batch norm.
+        reason: why no more is fused; may be empty.
+    """
+
+    operation: Any
+    norms: list[NormCall]
+    nodes: set[fx.Node]
+    pattern: str
+    options: dict[str, Any]
     reason: str = ""
 
     @property
-    def end(self) -> fx.Node:
-        return self.nodes[-1]
-
-    @property
-    def norms(self) -> list[Norm]:
-        return [self.norm, *([] if self.residual_norm is None else [self.residual_norm])]
-
-    @property
-    def takes_conv(self) -> bool:
-        """Whether the fused call runs the convolution too. (Otherwise it only adds the bias.)"""
-        return self.norm.conv is not None and self.residual_norm is None and self.pool is None
-
-    @property
     def replaced(self) -> set[fx.Node]:
-        """All nodes that are no longer needed."""
-        counts = [norm.count for norm in self.norms]
-        conv = self.norm.conv.node if self.norm.conv is not None and self.takes_conv else None
-        return {n for n in (*self.nodes, *counts, conv) if n is not None}
+        """All nodes that are no longer needed. (A convolution that stays only gives up its bias.)"""
+        takes_conv = self.operation is conv2d_batch_norm_act
+        return self.nodes | {self.norms[0].input} if takes_conv else self.nodes
 
-    @property
-    def pattern(self) -> str:
-        return "".join(
-            [
-                "conv-bn" if self.norm.conv is not None else "bn",
-                "+bn" if self.residual_norm is not None else "",
-                "-add" if self.residual is not None or self.residual_norm is not None else "",
-                "-act" if self.act is not None else "",
-                "-pool" if self.pool is not None else "",
-            ]
-        )
+    def take(self, nodes: set[fx.Node], pattern: str, **options: Any) -> None:
+        self.nodes |= nodes
+        self.pattern += pattern
+        self.options |= options
 
 
-def norm_of(node: fx.Node) -> Norm | None:
+def norm_call(node: fx.Node) -> NormCall | None:
     """The batch norm that a node calls, if our operations support it."""
-    if node.op != "call_function" or node.target is not F.batch_norm:
+    if node.target is not F.batch_norm:
         return None
-    bound = BATCH_NORM.bind(*node.args, **node.kwargs)
+    bound = SIGNATURE.bind(*node.args, **node.kwargs)
     bound.apply_defaults()
-    a = bound.arguments
-    x, training = value(a["input"]), a["training"]
+    options = bound.arguments
+    input, training = options.pop("input"), options.pop("training")
+    x = value(input)
     if x is None or not 2 <= x.dim() <= 5 or x.dtype not in SUPPORTED_DTYPES:
         return None
-    count = _count_of(node) if training else None
-    conv = convolution(a["input"]) if only_user(a["input"]) is not None else None
-    state: Any = BatchNormState(
-        a["running_mean"], a["running_var"], a["weight"], a["bias"], a["momentum"], a["eps"],
-        count.all_input_nodes[0] if count is not None else None,  # type: ignore[arg-type]
-    )  # fmt: skip
-    return Norm(node, a["input"], state, training, count, conv)
+    counter = _counter(node) if training else None
+    calls = {node} if counter is None else {node, node.prev}
+    conv = convolution(input) if only_user(input) is not None else None
+    bias = None if conv is None else conv.get("bias")
+    state = BatchNormState(**options, num_batches_tracked=counter, input_bias=bias)
+    return NormCall(node, calls, input, state, training, conv)
 
 
-def _count_of(node: fx.Node) -> fx.Node | None:
-    """The addition to ``num_batches_tracked`` that a module makes before its call of batch norm."""
+def _counter(node: fx.Node) -> Any:
+    """The ``num_batches_tracked`` that the module of a call of batch norm adds 1 to before it."""
     before = node.prev
     if before.target != "add_" or before.args[1:] != (1,) or before.kwargs or before.users:
         return None
     counter: Any = before.args[0]
     one = getattr(value(counter), "shape", None) == ()
-    return before if one and only_user(counter) is before else None
+    return counter if one and only_user(counter) is before else None
 
 
-def longest(norm: Norm) -> Match:
+def shortest(norm: NormCall) -> Match:
+    """A batch norm with the convolution before it."""
+    options = {"training": norm.training, "act": None}
+    if norm.conv is None:
+        return Match(batch_norm_act, [norm], set(norm.calls), "bn", options)
+    return Match(conv2d_batch_norm_act, [norm], set(norm.calls), "conv-bn", options)
+
+
+def longest(norm: NormCall) -> Match:
     """A batch norm with all that can be fused with it, before `hazard` checks the other nodes."""
-    match = Match(norm, [norm.node])
-    user = only_user(norm.node)
+    match = shortest(norm)
+    user: Any = only_user(norm.node)
     if user is None:
         match.reason = "its output is used more than once" if norm.node.users else ""
         return match
-    both = addition(user)
-    if both is not None and both[0] is not both[1]:
-        other = both[1] if both[0] is norm.node else both[0]
+    terms = addition(user)
+    if terms is not None and terms[0] is not terms[1]:
+        other = terms[1] if terms[0] is norm.node else terms[0]
         if not alike(norm.node, other):
             match.reason = "the added tensor has another shape or dtype"
             return match
         second = _residual_norm(norm, other)
-        if (
-            writes(user)
-            and both[0] is not norm.node
-            and second is None
-            and not dies_in(both[0], user)
-        ):
+        if second is not None:
+            match.operation = batch_norm_act
+            match.norms.append(second)
+            match.take(second.calls, "+bn", residual_norm=second.state)
+        elif terms[0] is other and writes(user) and not dies_in(other, user):
             match.reason = "the addition writes to a tensor that is used elsewhere"
             return match
-        match.residual = other if second is None else None
-        match.residual_norm = second
-        match.nodes += [user] if second is None else [second.node, user]
+        match.take({user}, "-add", residual=other if second is None else second.input)
         user = only_user(user)
-    if user is not None and (act := activation(user)) is not None:
-        match.act = act
-        match.nodes.append(user)
+    act = activation(user)
+    if act is not None:
+        match.take({user}, "-act", act=act[0], act_kwargs=act[1])
         user = only_user(user)
-    alone = match.residual is None and match.residual_norm is None
-    found = value(norm.node)
-    if user is not None and alone and found is not None and found.dim() == 4:
-        match.pool = pooling(user)
-        match.nodes += [] if match.pool is None else [user]
+    pool = pooling(user) if "residual" not in match.options else None
+    if pool is not None and getattr(value(norm.node), "ndim", 0) == 4:
+        match.operation = batch_norm_act_max_pool2d
+        match.take({user}, "-pool", **pool)
     return match
 
 
-def _residual_norm(norm: Norm, other: fx.Node) -> Norm | None:
+def _residual_norm(norm: NormCall, other: fx.Node) -> NormCall | None:
     """The batch norm of the residual, if one operation can run both."""
-    second = norm_of(other) if only_user(other) is not None else None
+    second = norm_call(other) if only_user(other) is not None else None
     if second is None or second.training != norm.training or second.buffers & norm.buffers:
         return None
     # One operation of two fixed norms keeps both inputs for backward; two operations keep neither.
@@ -174,41 +167,36 @@ def _residual_norm(norm: Norm, other: fx.Node) -> Norm | None:
     return None if fixed and getattr(value(norm.node), "requires_grad", False) else second
 
 
-def hazard(match: Match, order: dict[fx.Node, int]) -> str:
+def hazard(match: Match) -> str:
     """Why the calls of a match can't move to its last node; empty if they can."""
     # A convolution that stays in the graph runs without its bias, which the fused call adds.
-    convs = {norm.conv.node for norm in match.norms if norm.conv and norm.conv.bias is not None}
+    convs = {norm.input for norm in match.norms if norm.state.input_bias is not None}
     buffers = {b for norm in match.norms for b in norm.buffers}
-    found = obstacle(match.replaced | convs, buffers, order)
+    found = obstacle(match.replaced | convs, buffers)
     if found:
         return found
     # Our backward may read these; torch's own does not. In an in-place addition later writes are to
     # the sum. The fused sum is a new tensor, so they do not change the residual.
-    becomes_sum = match.residual in [w for n in match.nodes for w in writes(n) or []]
-    kept = {
-        "the added tensor": [] if becomes_sum else [match.residual],
-        "its bias": [norm.state.bias for norm in match.norms],
-    }
-    after = list(order)[order[match.end] + 1 :]
-    written = {storage(w) for n in after for w in writes(n) or []}
-    for name, nodes in kept.items():
-        if any(storage(n) in written for n in nodes if isinstance(n, fx.Node)):
-            return f"{name} is written in place afterwards"
-    return ""
+    residual = match.options.get("residual") if len(match.norms) == 1 else None
+    becomes_sum = residual in [w for n in match.nodes for w in writes(n) or []]
+    read = [norm.state.bias for norm in match.norms] + ([] if becomes_sum else [residual])
+    kept, end = {storage(n) for n in read if isinstance(n, fx.Node)}, max(match.nodes)
+    later = [w for n in end.graph.nodes if n > end for w in writes(n) or []]
+    written = any(storage(w) in kept for w in later)
+    return "the added tensor or its bias is written in place afterwards" if written else ""
 
 
-def obstacle(own: set[fx.Node], buffers: set[int | None], order: dict[fx.Node, int]) -> str:
+def obstacle(own: set[fx.Node], buffers: set[int | None]) -> str:
     """Why some nodes can't all move to the place of the last of them; empty if they can.
 
     Args:
         own: the nodes to move.
         buffers: the storages that they write to.
-        order: the place of each node in the graph.
     """
-    places = [order[n] for n in own]
-    inputs = [n for m in own for n in m.all_input_nodes if n not in own]
-    for node in list(order)[min(places) : max(places)]:
-        if node in own:
+    first, last = min(own), max(own)
+    inputs = {n for m in own for n in m.all_input_nodes} - own
+    for node in last.graph.nodes:
+        if node in own or not first < node < last:
             continue
         written = writes(node)
         if written is None:
@@ -216,24 +204,23 @@ def obstacle(own: set[fx.Node], buffers: set[int | None], order: dict[fx.Node, i
         if any(storage(n) in buffers for n in node.all_input_nodes):
             return "between it and the next operations, its statistics are used"
         # Only writes after an input was computed can change it.
-        earlier = {storage(n) for n in inputs if order[n] < order[node]}
+        earlier = {storage(n) for n in inputs if n < node}
         if any(storage(w) in (None, *earlier) for w in written):
             return "between it and the next operations, one of its inputs is written in place"
     return ""
 
 
-def find(node: fx.Node, order: dict[fx.Node, int]) -> Match | str:
+def find(node: fx.Node) -> Match | str:
     """What can be fused with a node's batch norm, or why it can't run as our operation."""
-    norm = norm_of(node)
+    norm = norm_call(node)
     if norm is None:
         return "bnres does not support the dtype or the number of dimensions of its input"
-    state = norm.state._replace(num_batches_tracked=None)
-    bare = replace(norm, state=state, count=None, conv=None)
-    reason = found = ""
-    for match in (longest(norm), Match(norm, [node]), Match(bare, [node])):
-        found = hazard(match, order)
-        if not found:
-            match.reason = match.reason or reason
+    state = norm.state._replace(num_batches_tracked=None, input_bias=None)
+    bare = replace(norm, calls={node}, state=state, conv=None)
+    reasons: list[str] = []
+    for match in (longest(norm), shortest(norm), shortest(bare)):
+        reasons.append(hazard(match))
+        if not reasons[-1]:
+            match.reason = match.reason or reasons[0]
             return match
-        reason = reason or found
-    return found
+    return reasons[-1]

@@ -6,10 +6,10 @@ from typing import Any
 import torch.nn.functional as F
 from torch import fx
 
-from bnres.functional import batch_norm_act, batch_norm_act_max_pool2d, conv2d_batch_norm_act
+from bnres.functional import conv2d_batch_norm_act
 from bnres.fusion.frozen import as_batch_norm
-from bnres.fusion.match import Match, Norm, find
-from bnres.fusion.nodes import module_name, storage, writes
+from bnres.fusion.match import Match, find
+from bnres.fusion.nodes import module_name, replace, storage, writes
 from bnres.fusion.report import Site
 
 # What happened to a call of batch norm, and the nodes of the norm's tensors.
@@ -24,67 +24,44 @@ def fuse_graphs(module: fx.GraphModule) -> list[Found]:
 
 def fuse_graph(module: fx.GraphModule) -> list[Found]:
     """Rewrites one captured graph; returns each batch norm's outcome."""
-    as_batch_norm(module)
-    graph, fused = module.graph, []
-    rows: list[Found] = []
-    norms = [n for n in graph.nodes if n.op == "call_function" and n.target is F.batch_norm]
+    graph, rows = module.graph, []
+    as_batch_norm(graph)
+    calls: list[fx.Node] = []
     replaced: set[fx.Node] = set()
-    for node in norms:
+    for node in graph.find_nodes(op="call_function", target=F.batch_norm):
         if node in replaced:
             continue
-        order = {n: i for i, n in enumerate(graph.nodes)}
-        match = find(node, order)
+        match = find(node)
         if isinstance(match, str):
-            site = Site(module_name(node), "-", match, fused=False)
-            rows.append((site, node.all_input_nodes[1:]))
+            rows.append(_row(node, "-", match, fused=False))
             continue
-        for norm in match.norms:
-            site = Site(module_name(norm.node), match.pattern, match.reason)
-            rows.append((site, [n for n in norm.state[:4] if n is not None]))
-        with graph.inserting_before(match.end):
-            call = _call(graph, match)
-        call.meta = dict(match.end.meta)
-        match.end.replace_all_uses_with(call)
-        for old in sorted(match.replaced, key=order.__getitem__, reverse=True):
-            graph.erase_node(old)
+        rows += [_row(norm.node, match.pattern, match.reason) for norm in match.norms]
         replaced |= match.replaced
-        fused.append(call)
-    for call in fused:
+        calls.append(replace(match.replaced, match.operation, *_arguments(match)))
+    for call in calls:
         _fork(graph, call)
     graph.lint()
     module.recompile()
     return rows
 
 
-def _call(graph: fx.Graph, match: Match) -> fx.Node:
-    """The call of the fused operation."""
-    norm, second = match.norm, match.residual_norm
-    act, act_kwargs = match.act or (None, {})
-    options: dict[str, Any] = {"act": act, "act_kwargs": act_kwargs or None}
-    options["training"] = norm.training
-    if match.residual is not None:
-        options["residual"] = match.residual
-    if second is not None:
-        options |= {"residual": second.input, "residual_norm": _take_bias(second)}
-    if match.takes_conv:
-        conv, state = norm.conv, norm.state._asdict()
-        assert conv is not None
-        del state["input_bias"]  # conv2d_batch_norm_act has conv_bias instead
-        tensors = (conv.input, conv.weight, conv.bias)
-        return graph.call_function(conv2d_batch_norm_act, tensors, options | conv.options | state)
-    options |= _take_bias(norm)._asdict()
-    if match.pool is not None:
-        return graph.call_function(batch_norm_act_max_pool2d, (norm.input,), options | match.pool)
-    return graph.call_function(batch_norm_act, (norm.input,), options)
+def _row(node: fx.Node, pattern: str, reason: str, fused: bool = True) -> Found:
+    return Site(module_name(node), pattern, reason, fused), node.all_input_nodes[1:]
 
 
-def _take_bias(norm: Norm) -> Any:
-    """A norm's state with the bias of the convolution before it, which is removed from that one."""
-    conv = norm.conv
-    if conv is None or conv.bias is None:
-        return norm.state
-    conv.node.args, conv.node.kwargs = (conv.input, conv.weight), conv.options
-    return norm.state._replace(input_bias=conv.bias)
+def _arguments(match: Match) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of the fused call. A convolution that stays in the graph loses its bias."""
+    norm = match.norms[0]
+    options = match.options | norm.state._asdict()
+    if norm.conv is not None and match.operation is conv2d_batch_norm_act:
+        del options["input_bias"]
+        conv: dict[str, Any] = {"bias": None, **norm.conv}
+        tensors = tuple(conv.pop(name) for name in ("input", "weight", "bias"))
+        return tensors, options | conv
+    for each in match.norms:
+        if each.conv is not None:
+            each.input.args, each.input.kwargs = (), {**each.conv, "bias": None}
+    return (norm.input,), options
 
 
 def _fork(graph: fx.Graph, call: fx.Node) -> None:
@@ -93,9 +70,8 @@ def _fork(graph: fx.Graph, call: fx.Node) -> None:
     if len(users) != 2:
         return
     for node in graph.nodes:
-        # A write through a view of one tensor would not reach the gradient of the other. The user
-        # may write to an output of the graph.
-        written = None if node.op == "output" else writes(node)
+        # A write through a view of one tensor would not reach the gradient of the other.
+        written = writes(node)
         touched = node.all_input_nodes if written is None else written
         if any(storage(n) == shared for n in touched):
             return
