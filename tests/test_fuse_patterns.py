@@ -374,6 +374,16 @@ def residual_is_the_statistics_of_torchs_own_norm(self, x):
     return F.relu(y) + z
 
 
+def residual_is_the_statistics_of_an_operator(self, x):
+    """The operator's schema does not tell that it writes to them."""
+    bn = self.bn2
+    y = self.bn(x) + bn.running_mean.view(1, 4, 1, 1).expand_as(x)
+    z, *_ = torch.ops.aten.native_batch_norm.default(
+        x, None, None, bn.running_mean, bn.running_var, True, 0.1, 1e-5
+    )
+    return F.relu(y) + z
+
+
 @torch._dynamo.allow_in_graph
 def double(x):
     return x.mul_(2)
@@ -428,6 +438,7 @@ WITH = {
     normalised_without_gradients: ["bn", "bn-add"],
     residual_is_another_norms_statistics: ["bn", "bn-add"],
     residual_is_the_statistics_of_torchs_own_norm: ["bn"],
+    residual_is_the_statistics_of_an_operator: ["bn"],
     written_by_a_function_of_the_users: ["bn-act"],
     counter_goes_up_by_alpha: ["bn-act"],
     counter_goes_up_by_two: ["bn-act"],
@@ -535,6 +546,23 @@ def written_by_torchs_own_norm(self, x):
     return F.relu(y + z)
 
 
+@torch.library.custom_op("bnres_tests::double", mutates_args=("x",))
+def double_in_place(x: torch.Tensor) -> torch.Tensor:
+    return x.mul_(2).clone()
+
+
+@double_in_place.register_fake
+def _(x):
+    return torch.empty_like(x)
+
+
+def written_by_an_operator_of_the_users(self, x):
+    z = x * 1
+    y = self.bn(z)
+    w = torch.ops.bnres_tests.double(z)
+    return F.relu(y) + w
+
+
 def written_in_a_checkpoint(self, x):
     z = x * 1
     y = self.bn(z)
@@ -576,6 +604,7 @@ WITHOUT = {
     written_by_an_operator: ["bn"],
     written_by_another_norm: ["bn"],
     written_by_torchs_own_norm: ["bn"],
+    written_by_an_operator_of_the_users: ["bn"],
     written_in_a_checkpoint: ["bn"],
     written_in_a_list_of_views: ["bn"],
     input_is_written_by_a_function_of_the_users: ["bn"],

@@ -42,6 +42,7 @@ STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 NORMS_IN_PLACE = re.compile("(batch|instance)_norm")
 # Python modules whose functions write to a tensor only if their name or an argument says so.
 KNOWN = ("torch", "_operator", "operator", "math", "builtins")
+OPERATORS: Any = (torch._ops.OpOverload, torch._ops.OpOverloadPacket)
 
 
 def value(node: Any) -> FakeTensor | None:
@@ -96,7 +97,7 @@ def torch_name(node: fx.Node | None) -> str:
     if isinstance(node.target, str):
         return node.target
     home = (getattr(node.target, "__module__", None) or "builtins").split(".")[0]
-    others = (torch._ops.OpOverload, torch._ops.HigherOrderOperator)
+    others = (*OPERATORS, torch._ops.HigherOrderOperator)
     known = home in KNOWN and not isinstance(node.target, others)
     return getattr(node.target, "__name__", "") if known else ""
 
@@ -165,10 +166,12 @@ def writes(node: fx.Node) -> list[fx.Node] | None:
     target: Any = node.target
     if target in NORMS:
         return _statistics(node)
-    if isinstance(target, torch._ops.OpOverload):
-        return node.all_input_nodes if target._schema.is_mutable else []
     if NORMS_IN_PLACE.search(getattr(target, "__name__", "")):
         return node.all_input_nodes
+    if isinstance(target, OPERATORS):
+        packet = isinstance(target, torch._ops.OpOverloadPacket)
+        overloads = [getattr(target, name) for name in target.overloads()] if packet else [target]
+        return node.all_input_nodes if any(o._schema.is_mutable for o in overloads) else []
     name = torch_name(node)
     given = pytree.tree_leaves([*node.args[:1], node.kwargs.get("input"), node.kwargs.get("out")])
     first = [n for n in given if isinstance(n, fx.Node)]
