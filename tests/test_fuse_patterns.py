@@ -161,6 +161,10 @@ def scaled_residual(self, x):
     return F.relu(torch.add(self.bn(x), x, alpha=2))
 
 
+def scaled_norm(self, x):
+    return F.relu(torch.add(x, 2, self.bn(x)))
+
+
 def added_into_another_tensor(self, x):
     z = self.conv(x)
     y = z
@@ -403,6 +407,7 @@ WITH = {
     broadcast_residual: ["bn"],
     residual_of_another_dtype: ["bn"],
     scaled_residual: ["bn"],
+    scaled_norm: ["bn"],
     added_into_another_tensor: ["bn"],
     added_into_the_norm: ["bn-add-act"],
     added_into_another_norm: ["bn+bn-add-act", "bn+bn-add-act"],

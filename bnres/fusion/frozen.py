@@ -35,22 +35,18 @@ def as_batch_norm(graph: fx.Graph) -> None:
             found: Any = {n.name: m for n, m in match.nodes_map.items() if n.op != "output"}
             vectors = [found.pop(name) for name in ("mean", "var", "weight", "bias")]
             del found["x"]
-            eps, own = found["rsqrt"].args[0].args[1], set(found.values())
+            own, eps = set(found.values()), found["rsqrt"].args[0].args[1]
             (end,) = match.returning_nodes
-            x: Any = end.all_input_nodes[0].args[0]  # not of the match: it may have been replaced
-            if (
-                isinstance(eps, float)
-                and _is_batch_norm(x, end, vectors)
-                and not obstacle(own, set())
-            ):
+            x: Any = end.all_input_nodes[0].args[0]  # not the match's, which may be replaced by now
+            if _is_batch_norm(x, eps, end, vectors) and not obstacle(own, set()):
                 replace(own, F.batch_norm, (x, *vectors, False, 0.0, eps), {})
 
 
-def _is_batch_norm(x: fx.Node, end: Any, vectors: list[fx.Node]) -> bool:
-    """Whether ``end`` has the shape and dtype of a batch norm of ``x``, and all gradients."""
+def _is_batch_norm(x: fx.Node, eps: Any, end: Any, vectors: list[fx.Node]) -> bool:
+    """Whether ``end`` has the shape, dtype and gradients of a batch norm of ``x``."""
     product, shift = end.args
     out, *others = (value(n) for n in (end, product.args[1], shift, *vectors))
-    if not alike(x, end) or out is None or out.dim() != 4:
+    if not isinstance(eps, float) or not alike(x, end) or out is None or out.dim() != 4:
         return False
     channels = out.shape[1]
     shapes = [getattr(other, "shape", None) for other in others]
