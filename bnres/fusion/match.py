@@ -32,7 +32,7 @@ class NormCall:
 
     Attributes:
         node: the call.
-        calls: it, and the addition that counts the batch.
+        calls: the call and, if there is one, the addition that counts the batch.
         input: the node that it normalises.
         state: its tensors, as nodes, and options, in a `BatchNormState`. Its ``input_bias`` is the
             bias of the convolution.
@@ -58,12 +58,12 @@ class Match:
     """Nodes that one fused call replaces.
 
     Attributes:
-        operation: what the call runs.
-        norms: the calls of batch norm, one or two.
-        nodes: the calls that are replaced, but for the convolution.
-        pattern: their kinds.
-        options: the arguments of the fused call, but for those of the first batch norm.
-        reason: why no more is fused; may be empty.
+        operation: the function that the fused call calls.
+        norms: one or two calls of batch norm.
+        nodes: the nodes, without the convolution.
+        pattern: what they do, such as ``conv-bn-act``.
+        options: the arguments of the fused call that are not of the first batch norm.
+        reason: why nothing more is fused; may be empty.
     """
 
     operation: Any
@@ -79,7 +79,8 @@ class Match:
         takes_conv = self.operation is conv2d_batch_norm_act
         return self.nodes | {self.norms[0].input} if takes_conv else self.nodes
 
-    def take(self, nodes: set[fx.Node], pattern: str, **options: Any) -> None:
+    def add(self, nodes: set[fx.Node], pattern: str, **options: Any) -> None:
+        """Adds nodes, what they do, and the arguments that stand for them."""
         self.nodes |= nodes
         self.pattern += pattern
         self.options |= options
@@ -139,20 +140,20 @@ def longest(norm: NormCall) -> Match:
         if second is not None:
             match.operation = batch_norm_act
             match.norms.append(second)
-            match.take(second.calls, "+bn", residual_norm=second.state)
+            match.add(second.calls, "+bn", residual_norm=second.state)
         elif terms[0] is other and writes(user) and not dies_in(other, user):
             match.reason = "the addition writes to a tensor that is used elsewhere"
             return match
-        match.take({user}, "-add", residual=other if second is None else second.input)
+        match.add({user}, "-add", residual=other if second is None else second.input)
         user = only_user(user)
     act = activation(user)
     if act is not None:
-        match.take({user}, "-act", act=act[0], act_kwargs=act[1])
+        match.add({user}, "-act", act=act[0], act_kwargs=act[1])
         user = only_user(user)
     pool = pooling(user) if "residual" not in match.options else None
     if pool is not None and getattr(value(norm.node), "ndim", 0) == 4:
         match.operation = batch_norm_act_max_pool2d
-        match.take({user}, "-pool", **pool)
+        match.add({user}, "-pool", **pool)
     return match
 
 

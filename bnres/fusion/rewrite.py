@@ -50,7 +50,7 @@ def _row(node: fx.Node, pattern: str, reason: str, fused: bool = True) -> Found:
 
 
 def _arguments(match: Match) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of the fused call. A convolution that stays in the graph loses its bias."""
+    """The arguments of the fused call. Removes the bias of a convolution that stays in the graph."""
     norm = match.norms[0]
     options = match.options | norm.state._asdict()
     if norm.conv is not None and match.operation is conv2d_batch_norm_act:
@@ -59,7 +59,7 @@ def _arguments(match: Match) -> tuple[tuple[Any, ...], dict[str, Any]]:
         tensors = tuple(conv.pop(name) for name in ("input", "weight", "bias"))
         return tensors, options | conv
     for each in match.norms:
-        if each.conv is not None:
+        if each.conv is not None and each.state.input_bias is not None:
             each.input.args, each.input.kwargs = (), {**each.conv, "bias": None}
     return (norm.input,), options
 
