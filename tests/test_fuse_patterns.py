@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.checkpoint import checkpoint
 
 import bnres
@@ -137,6 +138,24 @@ def two_norms(self, x):
 def one_of_two_norms_is_frozen(self, x):
     y = F.batch_norm(x, self.bn2.running_mean, self.bn2.running_var, eps=0.1)
     return F.relu(self.bn(x) + y)
+
+
+def two_norms_without_weights(self, x, training=True):
+    y = F.batch_norm(x, self.bn.running_mean, self.bn.running_var, training=training)
+    return F.relu(
+        y + F.batch_norm(x, self.bn2.running_mean, self.bn2.running_var, training=training)
+    )
+
+
+def two_fixed_norms(self, x):
+    """With gradients, one operation of both would keep their inputs for backward."""
+    return two_norms_without_weights(self, x, training=False)
+
+
+def residual_is_activated_in_place(self, x):
+    y = self.bn(x)
+    z = F.relu_(self.conv(x))
+    return F.relu(y + z)
 
 
 def second_norm_is_read_twice(self, x):
@@ -401,6 +420,9 @@ def written_by_a_function_of_the_users(self, x):
 
 WITH = {
     two_norms: ["bn+bn-add-act", "bn+bn-add-act"],
+    two_norms_without_weights: ["bn+bn-add-act", "bn+bn-add-act"],
+    two_fixed_norms: ["bn-add-act", "bn"],
+    residual_is_activated_in_place: ["bn-add-act"],
     second_norm_is_read_twice: ["bn-add-act", "bn"],
     one_of_two_norms_is_frozen: ["bn-add-act", "bn"],
     sum_with_itself: ["bn"],
@@ -589,6 +611,20 @@ def input_is_written_by_a_function_of_the_users(self, x):
     return F.relu(y)
 
 
+def convolution_reads_a_residual_norms_statistics(self, x):
+    y = self.conv(self.bn2.running_mean.view(1, 4, 1, 1).expand_as(x))
+    z = F.relu(F.batch_norm(x, None, None, training=True) + self.bn2(x))
+    return F.relu(self.bn(y)) + z
+
+
+def second_norms_input_is_written_afterwards(self, x):
+    """Torch's own batch norm keeps its input for backward too."""
+    z = x * 1
+    y = F.relu(self.bn(x) + self.bn2(z))
+    z.mul_(2)
+    return y
+
+
 def clamped_without_gradients(self, x):
     return self.bn(x).clamp(0, 6) + self.bn2(x).clamp(0, 5)
 
@@ -613,6 +649,9 @@ WITHOUT = {
     written_in_a_checkpoint: ["bn"],
     written_in_a_list_of_views: ["bn"],
     input_is_written_by_a_function_of_the_users: ["bn"],
+    two_fixed_norms: ["bn+bn-add-act", "bn+bn-add-act"],
+    convolution_reads_a_residual_norms_statistics: ["bn+bn-add-act", "bn+bn-add-act", "bn"],
+    second_norms_input_is_written_afterwards: ["bn+bn-add-act", "bn+bn-add-act"],
     clamped_without_gradients: ["bn-act", "bn"],
 }
 
@@ -736,7 +775,10 @@ def test_dtypes_that_torch_refuses(dtype):
             model(torch.zeros(2, 4, 3, 3, device=DEVICE))
 
 
-def test_inputs_that_share_memory():
+@pytest.mark.parametrize(
+    "wrap", [lambda x: x[:2], lambda x: TwoTensor(x, x)], ids=["view", "class"]
+)
+def test_inputs_that_share_memory(wrap):
     def forward(self, x):
         x, part = x
         y = self.bn(x)
@@ -746,8 +788,8 @@ def test_inputs_that_share_memory():
     stock = Norms(forward).to(DEVICE)
     x = torch.randn(3, 4, 3, 3, device=DEVICE)
     with torch.no_grad(), recorded_sites() as sites:
-        found = bnres.fuse(stock)((y := x.clone(), y[:2]))
-        torch.testing.assert_close(found, stock((z := x.clone(), z[:2])))
+        found = bnres.fuse(stock)((y := x.clone(), wrap(y)))
+        torch.testing.assert_close(found, stock((z := x.clone(), wrap(z))))
     assert [site.pattern for site in sites] == ["bn"]
 
 

@@ -26,11 +26,16 @@ def _detectron2(x: Any, mean: Any, var: Any, weight: Any, bias: Any) -> Any:
     return x * scale.reshape(1, -1, 1, 1).to(torch.float32) + shift.to(torch.float32)
 
 
+# Literals, such as eps, may differ from the pattern's.
+MATCHERS = [
+    SubgraphMatcher(fx.symbolic_trace(pattern).graph, ignore_literals=True)
+    for pattern in (_torchvision, _detectron2)
+]
+
+
 def as_batch_norm(graph: fx.Graph) -> None:
     """Replaces such arithmetic in a captured graph by calls of `F.batch_norm`."""
-    for pattern in (_torchvision, _detectron2):
-        # Literals, such as eps, may differ from the pattern's.
-        matcher = SubgraphMatcher(fx.symbolic_trace(pattern).graph, ignore_literals=True)
+    for matcher in MATCHERS:
         for match in matcher.match(graph):
             found: Any = {n.name: m for n, m in match.nodes_map.items() if n.op != "output"}
             vectors = [found.pop(name) for name in ("mean", "var", "weight", "bias")]

@@ -195,7 +195,7 @@ def obstacle(own: set[fx.Node], buffers: set[int | None]) -> str:
         buffers: the storages that they write to.
     """
     first, last = min(own), max(own)
-    inputs = {n for m in own for n in m.all_input_nodes} - own
+    inputs = {n for m in own for n in m.all_input_nodes}
     for node in last.graph.nodes:
         if node in own or not first < node < last:
             continue
