@@ -75,10 +75,11 @@ def step(model: nn.Module, x: torch.Tensor, seed: int, leaf: bool, grad: bool) -
     with torch.set_grad_enabled(grad):
         try:
             outputs = model(given)
+            # `is_leaf` raises for a view whose base was written in place where that is forbidden.
+            found["kinds"] = [(t.dtype, t.requires_grad, t.is_leaf, t.stride()) for t in outputs]
         except Exception as error:
             return {"forward error": error}
     found["outputs"] = [t.detach().clone() for t in outputs]
-    found["kinds"] = [(t.dtype, t.requires_grad, t.is_leaf, t.stride()) for t in outputs]
     shared = [given, *outputs, *model.parameters(), *model.buffers()]
     places = [t.untyped_storage().data_ptr() for t in shared]
     found["aliases"] = [places.index(place) for place in places]
