@@ -47,7 +47,7 @@ def build(cls: type[nn.Module], seed: int, dtype: torch.dtype) -> nn.Module:
                 if rng.random() < 0.15 and "running" not in name:
                     tensor.data[0] = 0
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.affine:
-            module.bias.data[0] = rng.choice((0.0, 6.0, 0.1))
+            module.bias.data[0] = rng.choice((0.0, 6.0, 0.125))
     return model
 
 
