@@ -51,8 +51,6 @@ def variants(kernel: str) -> Iterator[tuple[str, KernelTuning]]:
     today = config.TUNING[kernel]
     yield "today", today
     for field, values in CHANGES.items():
-        if field == "eviction" and kernel == "apply":
-            continue  # its kernel has no such parameter
         for value in values:
             if value != getattr(today, field):
                 yield f"{field}={value}", replace(today, **{field: value})

@@ -59,7 +59,7 @@ def _load_sub_tile(
             z += residual_centred * residual_scale
         z += shift
         if residual_ptr is not None and not TWO_NORMS:
-            z += load_tile(residual_ptr, row, col_block, shape, TILE, 1, WHOLE, ACC)
+            z += load_tile(residual_ptr, row, col_block, shape, TILE, 1, WHOLE, ACC, EVICTION)
         dz = ACT_GRAD(dz, z, param)
     dz = tl.where(rows_exist(row, shape[0], TILE, 1, WHOLE), dz, 0.0)
     return dz, x_centred, residual_centred

@@ -163,13 +163,15 @@ def _bn_stats_finalize_kernel(
 def _apply_tile(
     y_ptr, mask_ptr, x_ptr, residual_ptr, norm, residual_norm, shift, param, row, col_block, shape,
     HAS_RESIDUAL_NORM: tl.constexpr, ACT: tl.constexpr, TILE: tl.constexpr, UNROLL: tl.constexpr,
-    WHOLE: tl.constexpr, ACC: tl.constexpr,
+    WHOLE: tl.constexpr, EVICTION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """y and the mask bits of a tile."""
     mean, _, scale = norm
-    x = load_tile(x_ptr, row, col_block, shape, TILE, UNROLL, WHOLE, ACC)
+    x = load_tile(x_ptr, row, col_block, shape, TILE, UNROLL, WHOLE, ACC, EVICTION)
     if residual_ptr is not None:
-        residual = load_tile(residual_ptr, row, col_block, shape, TILE, UNROLL, WHOLE, ACC)
+        residual = load_tile(
+            residual_ptr, row, col_block, shape, TILE, UNROLL, WHOLE, ACC, EVICTION
+        )
     z = (x - mean) * scale
     if HAS_RESIDUAL_NORM:
         residual_mean, _, residual_scale = residual_norm
@@ -192,7 +194,7 @@ def _bn_apply_kernel(
     residual_mean_ptr, residual_rstd_ptr, residual_var_ptr, residual_weight_ptr, residual_bias_ptr,
     count, C, L, rows_per_split, act_param: tl.float64, eps: tl.float64, residual_eps: tl.float64,
     ACT: tl.constexpr, TILE: tl.constexpr, UNROLL: tl.constexpr, STAGES: tl.constexpr,
-    ACC: tl.constexpr,
+    EVICTION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """y = act((x − mean)·(rstd·weight) + bias + residual); mask = not z <= 0, 1 bit each.
 
@@ -211,12 +213,12 @@ def _bn_apply_kernel(
     for row in tl.range(start, whole, UNROLL * TILE.sub_rows, num_stages=STAGES):
         _apply_tile(
             y_ptr, mask_ptr, x_ptr, residual_ptr, norm, residual_norm, shift, param, row, col_block,
-            (count, C, L), residual_mean_ptr is not None, ACT, TILE, UNROLL, True, ACC,
+            (count, C, L), residual_mean_ptr is not None, ACT, TILE, UNROLL, True, EVICTION, ACC,
         )  # fmt: skip
     for row in tl.range(whole, stop, UNROLL * TILE.sub_rows, num_stages=1):
         _apply_tile(
             y_ptr, mask_ptr, x_ptr, residual_ptr, norm, residual_norm, shift, param, row, col_block,
-            (count, C, L), residual_mean_ptr is not None, ACT, TILE, UNROLL, False, ACC,
+            (count, C, L), residual_mean_ptr is not None, ACT, TILE, UNROLL, False, EVICTION, ACC,
         )  # fmt: skip
 
 

@@ -91,7 +91,7 @@ def divide(a, b, TILE: tl.constexpr):
 def load_tile(
     ptr, row_start, col_block, shape,
     TILE: tl.constexpr, UNROLL: tl.constexpr, WHOLE: tl.constexpr, ACC: tl.constexpr,
-    EVICTION: tl.constexpr = "",
+    EVICTION: tl.constexpr,
 ):  # fmt: skip
     """A tile of a tensor in ACC; 0 where nothing exists."""
     if TILE.words and ptr.dtype.element_ty == tl.bfloat16:
