@@ -11,7 +11,7 @@ from bnres.kernels.config import launch_config, tile_for, tile_rows
 from bnres.kernels.interpreter import check_versions
 from bnres.kernels.layout import ChannelView
 from bnres.kernels.norm import Norm
-from bnres.kernels.tiles import split_rows, tile_offsets
+from bnres.kernels.tiles import divide, split_rows, tile_offsets
 from bnres.kernels.window import Window
 from bnres.operations.batch_norm_act import unpack_mask
 from tests.device import DEVICE
@@ -223,12 +223,16 @@ def _last_offset_kernel(out_ptr, split, rows_per_split, col_block, count, C, L, 
         ChannelView(43_701, 1024, 56 * 56),
         ChannelView(90_001, 512, 49),
         ChannelView(3, 64, 64_000_000),
+        ChannelView(33_000_000, 64, 1),
+        ChannelView(661, 65, 49_177),
+        ChannelView(661, 64, 49_984),
+        ChannelView(84_000, 512, 49),
     ],
     ids=str,
 )
-def test_addresses_beyond_2_to_31(view):
+def test_addresses_on_both_sides_of_2_to_31(view):
     tile = tile_for(view, 2)
-    assert view.numel > 2**31
+    assert view.numel > 2_100_000_000 and tile.narrow == (view.numel < 2**31)
     config = launch_config("apply", view, tile, 132)
     out = torch.zeros(1, dtype=torch.int64, device=DEVICE)
     _last_offset_kernel[(1,)](
@@ -236,6 +240,23 @@ def test_addresses_beyond_2_to_31(view):
         view.channels, view.inner, tile,
     )  # fmt: skip
     assert out.item() == view.numel - 1
+
+
+@triton.jit
+def _divide_kernel(out_ptr, a_ptr, b, TILE: tl.constexpr, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    tl.store(out_ptr + i, divide(tl.load(a_ptr + i), b, TILE))
+
+
+@pytest.mark.parametrize("b", [1, 2, 3, 7, 98, 392, 1568, 65_535, 65_537, 2**30 - 1, 2**31 - 1])
+def test_division_by_a_reciprocal(b):
+    near = [q * b + r for q in (1, 2, 3, (2**31 - 1) // b) for r in (-1, 0, 1)]
+    a = torch.tensor([0, 2**31 - 1, 2**31 - 2, 2**24 + 1, *near], device=DEVICE)
+    a = a[(a >= 0) & (a < 2**31)]
+    a = torch.nn.functional.pad(a, (0, 16 - len(a))).int()
+    out = torch.empty_like(a)
+    _divide_kernel[(1,)](out, a, b, tile_for(ChannelView(2, 8, 8), 2), 16)
+    assert torch.equal(out, a // b)
 
 
 def test_an_interpreter_that_can_not_run_says_so():
