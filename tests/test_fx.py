@@ -10,7 +10,7 @@ from torch import fx
 from bnres import nn, use_backend
 from bnres.models import create_model, resnet18
 from bnres.models.blocks import BasicBlock
-from bnres.nn.handout import link
+from bnres.models.chain import Chain
 from tests.device import DEVICE
 from tests.tolerances import assert_close
 
@@ -89,11 +89,10 @@ def test_residual_and_what_a_copy_keeps():
         assert_same(fx.symbolic_trace(copy.deepcopy(model)), model, x)
 
 
-def test_linked_blocks():
-    """Linked blocks pass a forked output to each other; a trace of them does not."""
+def test_chain():
+    """Blocks of a chain return two tensors; those of its trace return one."""
     torch.manual_seed(0)
-    model = torch.nn.Sequential(BasicBlock(2, 4, 2), BasicBlock(4, 4)).to(DEVICE, torch.float64)
-    link(model)
+    model = Chain(BasicBlock(2, 4, 2), BasicBlock(4, 4)).to(DEVICE, torch.float64)
     x = torch.randn(3, 2, 4, 4, dtype=torch.float64, device=DEVICE)
     assert_same(fx.symbolic_trace(copy.deepcopy(model)), model, x)
 

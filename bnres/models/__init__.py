@@ -1,8 +1,9 @@
 """Residual nets of fused layers."""
 
+from bnres.models.blocks import Residual
 from bnres.models.registry import DEFAULT_INPUT_SHAPE, INPUT_SHAPES, MODELS, create_model
 from bnres.models.resnet import ResNet, resnet18, resnet34, resnet50, resnet101, resnet152
-from bnres.models.seed import Residual, lenet_seed, resnet18_seed
+from bnres.models.seed import lenet_seed, resnet18_seed
 from bnres.models.summary import Stage, summarize
 
 __all__ = [

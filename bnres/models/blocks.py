@@ -1,12 +1,16 @@
-"""Residual blocks of the layers they are given: torch's own or fused ones, under the same names."""
+"""Residual blocks of the layers they are given: torch's own or fused ones, under the same names.
 
-from typing import ClassVar
+``block(x, skip, fork=True)`` reads ``skip`` in the shortcut and returns its output as two tensors, see
+`bnres.models.chain`. ``readers`` lists the modules that read the block's input.
+"""
+
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from bnres.models.layers import NormAct, fused_norm_act
 from bnres.nn.conv import conv_and_norm
-from bnres.nn.handout import linked, offer, take
+from bnres.nn.hooks import hooked
 
 
 def conv(in_channels: int, out_channels: int, kernel_size: int, stride: int = 1) -> nn.Conv2d:
@@ -24,6 +28,23 @@ def projection(
         return None
     norm, _ = norm_act(out_channels, act=None)
     return nn.Sequential(conv(in_channels, out_channels, 1, stride), norm)
+
+
+def _end(
+    conv: nn.Conv2d,
+    bn: nn.BatchNorm2d,
+    act: nn.Module,
+    x: Tensor,
+    skip: Tensor,
+    shortcut: nn.Sequential | None = None,
+    *,
+    fork: bool,
+) -> Any:
+    """act(bn(conv(x)) + shortcut(skip)); with ``fork`` two of it, by one operation if it can."""
+    if fork and type(act) is nn.Identity and not hooked(act):
+        return conv_and_norm(conv, bn, x, skip, shortcut, fork=True)
+    y = act(conv_and_norm(conv, bn, x, skip, shortcut))
+    return (y, y) if fork else y
 
 
 class BasicBlock(nn.Module):
@@ -48,11 +69,13 @@ class BasicBlock(nn.Module):
         self.bn2, self.act2 = norm_act(channels)
         self.downsample = projection(in_channels, channels, stride, norm_act)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x, skip = take(x)
+    def forward(self, x: Tensor, skip: Tensor | None = None, *, fork: bool = False) -> Any:
+        skip = x if skip is None else skip
         x = self.act1(conv_and_norm(self.conv1, self.bn1, x))
-        y = conv_and_norm(self.conv2, self.bn2, x, skip, self.downsample, fork=linked(self))
-        return self.act2(offer(y))
+        return _end(self.conv2, self.bn2, self.act2, x, skip, self.downsample, fork=fork)
+
+    def readers(self) -> tuple[nn.Module | None, ...]:
+        return self.conv1, self.bn2, self.downsample, *(self.downsample or ())
 
 
 class Bottleneck(nn.Module):
@@ -76,9 +99,52 @@ class Bottleneck(nn.Module):
         self.bn3, self.act3 = norm_act(out_channels)
         self.downsample = projection(in_channels, out_channels, stride, norm_act)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x, skip = take(x)
+    def forward(self, x: Tensor, skip: Tensor | None = None, *, fork: bool = False) -> Any:
+        skip = x if skip is None else skip
         x = self.act1(conv_and_norm(self.conv1, self.bn1, x))
         x = self.act2(conv_and_norm(self.conv2, self.bn2, x))
-        y = conv_and_norm(self.conv3, self.bn3, x, skip, self.downsample, fork=linked(self))
-        return self.act3(offer(y))
+        return _end(self.conv3, self.bn3, self.act3, x, skip, self.downsample, fork=fork)
+
+    def readers(self) -> tuple[nn.Module | None, ...]:
+        return self.conv1, self.bn3, self.downsample, *(self.downsample or ())
+
+
+class Residual(nn.Module):
+    """The course's block: a `BasicBlock` with other names, all convolutions with bias.
+
+    Args:
+        input_channels: channels of the input.
+        num_channels: channels of the output.
+        use_1x1conv: put a 1×1 convolution (without batch norm) into the shortcut.
+        strides: stride of the first convolution and of the shortcut's.
+        norm_act: builds each batch norm and the activation after it, see `bnres.models.layers`.
+    """
+
+    def __init__(
+        self,
+        input_channels: int,
+        num_channels: int,
+        use_1x1conv: bool = False,
+        strides: int = 1,
+        norm_act: NormAct = fused_norm_act,
+    ) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(
+            input_channels, num_channels, kernel_size=3, padding=1, stride=strides
+        )
+        self.conv2 = nn.Conv2d(num_channels, num_channels, kernel_size=3, padding=1)
+        self.conv3 = None
+        if use_1x1conv:
+            self.conv3 = nn.Conv2d(input_channels, num_channels, kernel_size=1, stride=strides)
+        self.bn1, self.act1 = norm_act(num_channels)
+        self.bn2, self.act2 = norm_act(num_channels)
+
+    def forward(self, x: Tensor, skip: Tensor | None = None, *, fork: bool = False) -> Any:
+        skip = x if skip is None else skip
+        x = self.act1(conv_and_norm(self.conv1, self.bn1, x))
+        if self.conv3 is not None:
+            skip = self.conv3(skip)
+        return _end(self.conv2, self.bn2, self.act2, x, skip, fork=fork)
+
+    def readers(self) -> tuple[nn.Module | None, ...]:
+        return self.conv1, self.bn2, self.conv3

@@ -6,8 +6,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from bnres.models.blocks import BasicBlock, Bottleneck
+from bnres.models.chain import Chain, run
 from bnres.models.layers import fused_norm_act, stock_norm_act
-from bnres.nn.handout import link
 
 STEMS = ("imagenet", "cifar")
 
@@ -57,9 +57,8 @@ class ResNet(nn.Module):
             blocks = [block(width, channels, stride, norm_act)]
             width = channels * block.expansion
             blocks += [block(width, channels, 1, norm_act) for _ in range(depth - 1)]
-            stages.append(nn.Sequential(*blocks))
+            stages.append(Chain(*blocks))
         self.layer1, self.layer2, self.layer3, self.layer4 = stages
-        link(block for stage in stages for block in stage)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.flatten = nn.Flatten()
         self.fc = nn.Linear(width, num_classes)
@@ -73,8 +72,8 @@ class ResNet(nn.Module):
                 nn.init.zeros_(module.bn3.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
-        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        stem = (self.conv1, self.bn1, self.relu, self.maxpool)
+        x = run((*stem, self.layer1, self.layer2, self.layer3, self.layer4), x)
         return self.fc(self.flatten(self.avgpool(x)))
 
 

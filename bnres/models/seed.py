@@ -3,50 +3,11 @@
 from functools import partial
 from itertools import pairwise
 
-from torch import Tensor, nn
+from torch import nn
 
-from bnres.models.layers import NormAct, fused_norm_act, stock_norm_act
-from bnres.nn.conv import conv_and_norm
-from bnres.nn.handout import link, linked, offer, take
-
-
-class Residual(nn.Module):
-    """3×3 convolution, BN, ReLU, 3×3 convolution, BN, add, ReLU, all convolutions with bias.
-
-    Args:
-        input_channels: channels of the input.
-        num_channels: channels of the output.
-        use_1x1conv: put a 1×1 convolution (without batch norm) into the shortcut.
-        strides: stride of the first convolution and of the shortcut's.
-        norm_act: builds each batch norm and the activation after it, see `bnres.models.layers`.
-    """
-
-    def __init__(
-        self,
-        input_channels: int,
-        num_channels: int,
-        use_1x1conv: bool = False,
-        strides: int = 1,
-        norm_act: NormAct = fused_norm_act,
-    ) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(
-            input_channels, num_channels, kernel_size=3, padding=1, stride=strides
-        )
-        self.conv2 = nn.Conv2d(num_channels, num_channels, kernel_size=3, padding=1)
-        self.conv3 = None
-        if use_1x1conv:
-            self.conv3 = nn.Conv2d(input_channels, num_channels, kernel_size=1, stride=strides)
-        self.bn1, self.act1 = norm_act(num_channels)
-        self.bn2, self.act2 = norm_act(num_channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x, skip = take(x)
-        x = self.act1(conv_and_norm(self.conv1, self.bn1, x))
-        if self.conv3 is not None:
-            skip = self.conv3(skip)
-        y = conv_and_norm(self.conv2, self.bn2, x, skip, fork=linked(self))
-        return self.act2(offer(y))
+from bnres.models.blocks import Residual
+from bnres.models.chain import Chain
+from bnres.models.layers import fused_norm_act, stock_norm_act
 
 
 def _resnet18(
@@ -54,7 +15,7 @@ def _resnet18(
 ) -> nn.Sequential:
     """A stem that begins with ``conv``, four stages of two blocks each, and the classifier."""
     norm_act = fused_norm_act if fused else stock_norm_act
-    net = nn.Sequential(
+    return Chain(
         nn.Sequential(conv, *norm_act(64, pool=pool)),
         *(
             nn.Sequential(
@@ -67,8 +28,6 @@ def _resnet18(
         nn.Flatten(),
         nn.Linear(512, num_classes),
     )
-    link(m for m in net.modules() if isinstance(m, Residual))
-    return net
 
 
 def resnet18_seed(

@@ -121,7 +121,7 @@ class BatchNormAct3d(_BatchNormAct, nn.BatchNorm3d):
 class BatchNormActMaxPool2d(BatchNormAct2d):
     """Batch norm, an activation and max-pool in one operation, the stem of a ResNet.
 
-    ``forward(input)`` is max_pool2d(act(bn(input))). Keys, and the arguments before
+    ``forward(input)`` is max_pool2d(act(bn(input))); with ``fork`` two tensors of it. Keys, and the arguments before
     ``kernel_size``, are those of `BatchNormAct2d`; the rest are those of `torch.nn.MaxPool2d`.
 
     Raises:
@@ -144,12 +144,12 @@ class BatchNormActMaxPool2d(BatchNormAct2d):
         self.stride = kernel_size if stride is None else stride
         self.ceil_mode = ceil_mode
 
-    def forward(self, input: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, input: Tensor, *, fork: bool = False) -> Any:  # type: ignore[override]
         self._check_input_dim(input)
         return batch_norm_act_max_pool2d(
             input, kernel_size=self.kernel_size, stride=self.stride, padding=self.padding,
             dilation=self.dilation, ceil_mode=self.ceil_mode, act=self.act,
-            act_kwargs=self.act_kwargs, training=normalizes_by_batch(self),
+            act_kwargs=self.act_kwargs, training=normalizes_by_batch(self), fork=fork,
             **next_state(self)._asdict(),
         )  # fmt: skip
 

@@ -4,7 +4,11 @@ from torch import nn
 
 from bnres.kernels.torch_internals import has_global_hooks
 
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+# A module's own fields that change its call: `Module.compile` sets the second.
+CHANGES = (
+    "forward", "_compiled_call_impl",
+    "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks",
+)  # fmt: skip
 
 
 def make_leaf(module: nn.Module) -> None:
@@ -17,15 +21,10 @@ def make_leaf(module: nn.Module) -> None:
 
 
 def hooked(*modules: nn.Module | None) -> bool:
-    """Whether one of the modules has a hook or a replaced forward.
+    """Whether one of the modules has a hook, or is called in another way than its class is.
 
     A fused call would not run it.
     """
-    if has_global_hooks():
-        return True
-    for module in modules:
-        if module is None:
-            continue
-        if "forward" in vars(module) or any(getattr(module, name) for name in HOOKS):
-            return True
-    return False
+    return has_global_hooks() or any(
+        module is not None and any(map(vars(module).get, CHANGES)) for module in modules
+    )

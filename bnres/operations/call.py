@@ -109,9 +109,7 @@ def _call_carefully(operation: Operation, inputs: Any, buffers: Any, spec: Any, 
     if not is_compiling() and in_forward_mode():
         y = _by_formula(operation, inputs, buffers, spec)
         return (y, y) if fork else y
-    # torch.compile sums the gradients itself.
-    separate = fork and spec.needs_grad and not is_compiling()
-    arguments = (operation, spec, buffers, None, separate, *inputs)
+    arguments = (operation, spec, buffers, None, fork and spec.needs_grad, *inputs)
     if is_compiling() and not spec.needs_grad:
         y, y_fork, *kept = Fused.forward(*arguments)
     else:

@@ -1,0 +1,215 @@
+"""Blocks that hand on two tensors: the same gradients, for those who look inside too."""
+
+import copy
+from collections import Counter
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.backends.common import aot_autograd
+from torch.utils.checkpoint import checkpoint_sequential
+
+from bnres.models import Residual, resnet18
+from bnres.models.blocks import BasicBlock, Bottleneck
+from bnres.models.chain import Chain
+from bnres.nn import BatchNormActMaxPool2d
+from tests.device import DEVICE
+from tests.tolerances import assert_close
+
+if not torch.cuda.is_available():
+    from benchmarks.audit.saved import no_launches
+
+
+def net(dtype=torch.float64):
+    """A stem and every kind of block, in two sequences."""
+    torch.manual_seed(0)
+    stem = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), BatchNormActMaxPool2d(4, 2), nn.Identity())
+    blocks = nn.Sequential(BasicBlock(4, 8, 2), Residual(8, 8))
+    model = Chain(stem, blocks, Chain(Bottleneck(8, 2)))
+    return model.to(DEVICE, dtype).to(memory_format=torch.channels_last)
+
+
+def images(dtype=torch.float64):
+    return torch.randn(2, 2, 8, 8, dtype=dtype, device=DEVICE)
+
+
+def in_sequence(model):
+    """A copy in which no module gets or returns two tensors."""
+    return nn.Sequential(*(nn.Sequential(*stage) for stage in copy.deepcopy(model)))
+
+
+def forks(y):
+    """How often each operation before ``y`` returns two tensors."""
+    found, seen, nodes = Counter(), set(), [y.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        for following, index in node.next_functions:
+            if "Fused" in type(following).__name__:
+                found[following] |= 1 << index
+            nodes.append(following)
+    return sum(outputs == 3 for outputs in found.values())
+
+
+def assert_same(model, expected, x):
+    """Outputs, gradients and buffers of both models are equal."""
+    found = []
+    for m in (model, expected):
+        y = m(x)
+        found.append([y, *torch.autograd.grad(y.square().mean(), [*m.parameters()]), *m.buffers()])
+    for ours, theirs in zip(*found, strict=True):
+        assert_close(ours, theirs, x.dtype)
+
+
+def test_two_tensors_are_used():
+    model, x = net(), images()
+    assert forks(model(x)) == 3
+    assert forks(in_sequence(model)(x)) == 0
+    assert_same(model, in_sequence(model), x)
+
+
+def traced(model, *, through=None):
+    """A compiled copy, and the list that its graphs are added to, forward before backward."""
+    graphs = []
+
+    def record(graph, example_inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    inner = aot_autograd(fw_compiler=record, bw_compiler=record)
+    options = (
+        {"backend": inner} if through is None else {"backend": through, "options": {"inner": inner}}
+    )
+    return torch.compile(copy.deepcopy(model), fullgraph=True, **options), graphs
+
+
+def test_compiled_gradients_are_the_eager_ones():
+    model, x = net(torch.float32), images(torch.float32)
+    compiled, _ = traced(model)
+    found = []
+    for m in (model, compiled):
+        y = m(x)
+        found.append([y, *torch.autograd.grad(y.sum(), [*m.parameters()]), *m.buffers()])
+    for eager, ours in zip(*found, strict=True):
+        assert torch.equal(eager, ours)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="leaves out the interpreter's launches")
+@pytest.mark.parametrize(
+    ("build", "through", "hooked", "count"),
+    [
+        (resnet18, None, (), 0),
+        (lambda: resnet18(fused=False), "bnres", (), 0),
+        # The output of the hooked block is one tensor, and so is its input.
+        (resnet18, None, ["layer2.0"], 2),
+        (resnet18, None, ["layer2.0", "layer4"], 3),
+    ],
+    ids=["layers", "graph", "block", "stage"],
+)
+def test_gradients_that_the_compiler_adds(build, through, hooked, count):
+    model = build().to(memory_format=torch.channels_last)
+    for name in hooked:
+        model.get_submodule(name).register_forward_hook(lambda module, args, y: None)
+    compiled, graphs = traced(model, through=through)
+    with no_launches():
+        compiled(torch.randn(2, 3, 32, 32)).sum().backward()
+    _, backward = graphs
+    added = [
+        node
+        for node in backward.graph.find_nodes(op="call_function", target=torch.ops.aten.add.Tensor)
+        if node.meta["val"].dim() == 4
+    ]
+    assert len(added) == count
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["0", "0.1", "0.2", "1", "1.0", "1.0.act2", "1.0.bn2", "1.0.downsample.0", "1.1.conv1",
+     "1.1.bn2", "2", "2.0.bn3"],
+)  # fmt: skip
+def test_who_watches_a_tensor_gets_its_whole_gradient(name):
+    model, x = net(), images()
+    found = []
+    for m in (model, in_sequence(model)):
+        seen = []
+        module = m.get_submodule(name)
+        module.register_forward_pre_hook(lambda module, args, seen=seen: seen.extend(args))
+        module.register_forward_hook(lambda module, args, y, seen=seen: seen.append(y))
+        y = m(x)
+        watched = [t for t in seen if t.requires_grad]
+        found.append(torch.autograd.grad(y.square().mean(), watched, retain_graph=True))
+        for t in watched:
+            t.retain_grad()
+        y.square().mean().backward()
+        found.append([t.grad for t in watched])
+    assert len(found[0]) > 0
+    for others in found[1:]:
+        for ours, theirs in zip(found[0], others, strict=True):
+            assert_close(ours, theirs, torch.float64)
+
+
+@pytest.mark.parametrize("name", ["0.1", "1", "1.0", "1.1.conv1"])
+def test_hooks_that_replace_tensors(name):
+    model, x = net(), images()
+    expected = in_sequence(model)
+    for m in (model, expected):
+        module = m.get_submodule(name)
+        module.register_forward_pre_hook(lambda module, args: args[0].sin())
+        module.register_forward_hook(lambda module, args, y: y.cos())
+    assert_same(model, expected, x)
+
+
+class Mine(BasicBlock):
+    """A user's block."""
+
+    def forward(self, x):
+        return super().forward(x.mul_(2))
+
+
+class InPlace(nn.Conv2d):
+    """A user's convolution that writes to its input."""
+
+    def forward(self, x):
+        return super().forward(x.mul_(2))
+
+
+@pytest.mark.parametrize(
+    ("name", "module"),
+    [
+        ("0.2", lambda: nn.LeakyReLU(inplace=True)),
+        ("1.0", lambda: Mine(4, 8, 2)),
+        ("1.1", lambda: nn.Hardtanh(0, 0.5, inplace=True)),
+        ("1.1.conv1", lambda: InPlace(8, 8, 3, padding=1)),
+        ("1.0.act2", nn.Softplus),
+    ],
+    ids=["after the stem", "subclass", "in place of a block", "convolution", "activation"],
+)
+def test_modules_of_the_user(name, module):
+    model, x = net(), images()
+    model.set_submodule(name, module().to(DEVICE, torch.float64))
+    assert_same(model, in_sequence(model), x)
+
+
+@pytest.mark.parametrize("name", ["1", "1.0", "2"])
+def test_compiled_module_is_called(name):
+    model, x = net(), images()
+    expected, graphs = in_sequence(model), []
+
+    def record(graph, example_inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    model.get_submodule(name).compile(backend=record)
+    assert_same(model, expected, x)
+    assert graphs
+
+
+def test_checkpointed_stages():
+    model, x = net(), images()
+    eager, kept = model(x), checkpoint_sequential(model, 3, x, use_reentrant=False)
+    for ours, theirs in zip(
+        *(torch.autograd.grad(y.sum(), [*model.parameters()]) for y in (eager, kept)), strict=True
+    ):
+        assert_close(ours, theirs, torch.float64)
