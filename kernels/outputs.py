@@ -23,14 +23,18 @@ def empty_channels(x: Tensor, count: int) -> list[Tensor]:
 
 def empty_mask(x: Tensor) -> Tensor:
     """The 1-bit mask of a dense ``x``."""
-    size = _mask_bytes(x.shape, x.is_contiguous(), x.itemsize)
+    given = x.shape, x.is_contiguous(), x.itemsize
+    try:
+        size = _mask_bytes(*given)
+    except TypeError:  # torch.compile's symbolic sizes have no hash
+        size = _mask_bytes.__wrapped__(*given)
     return torch.empty(size, dtype=torch.uint8, device=x.device)
 
 
 @lru_cache(MASKS)
 def _mask_bytes(shape: torch.Size, contiguous: bool, itemsize: int) -> int:
     """Size of a mask, whose format belongs to `tiles.mask_offsets`."""
-    if not shape.numel():
+    if 0 in shape:  # numel would make symbolic sizes constants
         return 0
     view = view_of(shape, contiguous)
     tile = tile_for(view, itemsize)

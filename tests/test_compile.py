@@ -86,6 +86,29 @@ def test_dynamic_batch_and_inductor():
         assert torch.allclose(compiled(x), net(x), rtol=1e-5, atol=1e-5)
 
 
+def test_dynamic_sizes_in_training():
+    torch.manual_seed(0)
+    graphs = []
+
+    def record(graph, example_inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    net = Net().to(DEVICE)
+    compiled = torch.compile(
+        net, backend=aot_autograd(fw_compiler=record), fullgraph=True, dynamic=True
+    )
+    for shape in [(2, 3, 6, 8), (3, 3, 8, 10), (4, 3, 4, 6)]:
+        x = torch.randn(shape, device=DEVICE)
+        found = []
+        for model in (compiled, net):
+            y = model(x)
+            found.append([y, *torch.autograd.grad(y.square().sum(), [*net.parameters()])])
+        for ours, eager in zip(*found, strict=True):
+            assert torch.equal(ours, eager)
+    assert len(graphs) == 2  # a forward and a backward for all sizes
+
+
 def test_operators_pass_opcheck():
     """Every operator that calls reach, on the arguments that it is called with."""
     calls = []
