@@ -24,10 +24,12 @@ PASSES = {
     ("dual_bn_add_relu", "forward"): (5, 0),
     ("dual_bn_add_relu", "backward"): (8, 0),
     ("dual_bn_add_relu", "eval"): (3, 0),
+    ("dual_bn_add_relu_fork", "backward"): (10, 0),
     # Pooled 3×3 with stride 2: an output is S/4, a position S/8 in 16 bits, x at it S/4.
     ("bn_relu_pool", "forward"): (2.5, 2),
     ("bn_relu_pool", "backward"): (2.75, 2),
     ("bn_relu_pool", "eval"): (1.25, 0),
+    ("bn_relu_pool_fork", "backward"): (3.25, 2),
 }
 
 

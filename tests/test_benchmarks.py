@@ -413,8 +413,8 @@ class TestBudget:
          {"missing": "x"}, {"kernel": "unknown"}, {"layout": "contiguous"}, {"share": 0.45}, {"calls": 1}],
     )  # fmt: skip
     def test_machine_code_that_falls_behind(self, change):
-        limits = budget.Found([], {}, {}, budget.worst(self.rows()))
-        found = budget.Found([], {}, {}, budget.worst([*self.rows(), *self.rows(**change)]))
+        limits = budget.Found([], {}, {}, {}, budget.worst(self.rows()))
+        found = budget.Found([], {}, {}, {}, budget.worst([*self.rows(), *self.rows(**change)]))
         assert len(budget.exceeded(found, limits, same_triton=True)) == 1
         assert budget.exceeded(limits, limits, same_triton=True) == []
         other_triton = budget.exceeded(found, limits, same_triton=False)
@@ -437,10 +437,12 @@ class TestBudget:
 
     def test_memory_that_falls_behind(self):
         row = {"operation": "bn", "step": "eval", "layout": "x", "lanes": 2.0, "sectors": 2.0}
-        limits = budget.Found([row], {"fused": 100}, {"fused": 160}, [])
-        more = budget.Found([row | {"sectors": 2.1}], {"fused": 101}, {"fused": 161}, [])
+        limits = budget.Found([row], {"fused": 900}, {"fused": 100}, {"fused": 160}, [])
+        wider = row | {"sectors": 2.1}
+        more = budget.Found([wider], {"fused": 901}, {"fused": 101}, {"fused": 161}, [])
         assert budget.exceeded(more, limits, True) == [
             "bn eval x: 2.1000 S in sectors, budget 2.0000",
+            "moved in a step, fused: 901 bytes, budget 900",
             "held for backward, fused: 101 bytes, budget 100",
             "launches of a step, fused: 161, budget 160",
         ]

@@ -72,5 +72,5 @@ def test_every_kernel_family_is_within_its_budget():
     short = [row["case"] for row in rows if row["in_flight"] < row["wanted"]]
     assert short == []
     assert all(row["work"]["share"] > 0 and row["work"]["calls"] == 0 for row in rows)
-    found = budget.Found([], {}, {}, budget.worst(rows))
+    found = budget.Found([], {}, {}, {}, budget.worst(rows))
     assert budget.exceeded(found, budget.load(), same_triton=False) == []

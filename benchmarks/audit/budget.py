@@ -24,12 +24,14 @@ class Found:
 
     Attributes:
         memory: rows of `benchmarks.audit.memory`, or none.
+        traffic: bytes that a training step moves besides its convolutions, by kind of net.
         held: bytes held for backward, by kind of net.
         launches: of a training step, by kind of net and of launch.
         kernels: worst of each kernel's specialisations, see `worst`.
     """
 
     memory: list[Row]
+    traffic: dict[str, int]
     held: dict[str, int]
     launches: dict[str, int]
     kernels: list[Row]
@@ -99,7 +101,7 @@ def load() -> Found:
     if not PATH.exists():
         raise ValueError(f"{PATH} is not there: run python -m benchmarks audit --record")
     content = json.loads(PATH.read_text(encoding="utf-8"))
-    return Found(*(content[name] for name in ("memory", "held", "launches", "kernels")))
+    return Found(**{name: content[name] for name in Found.__dataclass_fields__})
 
 
 def recorded_triton() -> str:
@@ -143,9 +145,13 @@ def exceeded(found: Found, budget: Found, same_triton: bool) -> list[str]:
             if row[count] > limit[count] + SLACK
         ]
     problems += [
-        f"held for backward, {kind}: {size} bytes, budget {budget.held[kind]}"
-        for kind, size in found.held.items()
-        if size > budget.held[kind]
+        f"{title}, {kind}: {size} bytes, budget {allowed_bytes[kind]}"
+        for title, sizes, allowed_bytes in (
+            ("moved in a step", found.traffic, budget.traffic),
+            ("held for backward", found.held, budget.held),
+        )
+        for kind, size in sizes.items()
+        if size > allowed_bytes[kind]
     ]
     problems += [
         f"launches of a step, {kind}: {count}, budget {budget.launches[kind]}"

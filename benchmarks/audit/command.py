@@ -53,7 +53,7 @@ def run(gpus: Sequence[str], json_path: Path | None, record: bool) -> int:
         memory = pool.submit(_worker, "memory", [], TRITON_INTERPRET="1")
         rows = [row for future in code for row in future.result()]
         counted = memory.result()
-    found = budget.Found(counted["rows"], counted["held"], counted["launches"], budget.worst(rows))
+    found = budget.Found(counted.pop("rows"), kernels=budget.worst(rows), **counted)
     if json_path is not None:
         content = found.as_json() | {"specialisations": rows}
         json_path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
@@ -84,7 +84,7 @@ def _worker(module: str, arguments: Sequence[str], **environment: str) -> Any:
 
 
 def memory_table(found: budget.Found) -> str:
-    """Memory touched, in S, what is held for backward, and launches of a step."""
+    """Memory touched, in S; what a step moves, holds for backward and launches."""
     lines = [
         f"{'operation':18} {'step':9} {'layout':14} {'lanes, S':>9} {'sectors, S':>11} {'floor, S':>9}"
     ]
@@ -93,9 +93,13 @@ def memory_table(found: budget.Found) -> str:
         f"{r['floor']:9.4g}"
         for r in found.memory
     ]
-    held = ", ".join(f"{kind} {size / 1e6:,.0f} MB" for kind, size in found.held.items())
+    moved, held = (
+        ", ".join(f"{kind} {size / 1e6:,.0f} MB" for kind, size in sizes.items())
+        for sizes in (found.traffic, found.held)
+    )
     launches = ", ".join(f"{kind} {count}" for kind, count in found.launches.items())
     lines += [
+        f"moved by a training step besides its convolutions, ResNet-18, batch 256, bf16: {moved}",
         f"held for backward, ResNet-18, batch 256, bf16: {held}",
         f"launches of a training step, ResNet-18: {launches}",
     ]

@@ -6,7 +6,7 @@ Two counts are kept, for neither alone is honest: the bytes of unmasked lanes, a
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -19,6 +19,7 @@ from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
 from benchmarks.audit.launches import step_launches
 from benchmarks.audit.operations import OPERATIONS, steps
 from benchmarks.audit.saved import saved_bytes
+from benchmarks.audit.traffic import step_bytes
 from benchmarks.byte_model import PASSES, passes
 from benchmarks.operations import LAYOUTS
 from benchmarks.sites import Site
@@ -169,7 +170,7 @@ def audit() -> list[Row]:
     """A row for each operation, step and layout, in bf16."""
     rows = []
     for operation in OPERATIONS:
-        shape = POOLED_SHAPE if operation == "bn_relu_pool" else SHAPE
+        shape = POOLED_SHAPE if "pool" in operation else SHAPE
         size = torch.Size(shape).numel() * torch.bfloat16.itemsize
         for layout, memory_format in LAYOUTS.items():
             counts = operation_traffic(operation, shape, torch.bfloat16, memory_format)
@@ -193,6 +194,15 @@ def held() -> dict[str, int]:
     }
 
 
+def traffic(rows: Sequence[Row]) -> dict[str, int]:
+    """Bytes that a training step of ResNet-18 moves besides its convolutions, bf16, channels_last."""
+    counts = {(r.operation, r.step): r.sectors for r in rows if r.layout == "channels_last"}
+    return {
+        "stock": step_bytes(lambda: models.resnet18(fused=False), NET_INPUT, counts),
+        "fused": step_bytes(models.resnet18, NET_INPUT, counts),
+    }
+
+
 def launches() -> dict[str, int]:
     """What a training step of ResNet-18 launches; an operation of ATen makes one or several."""
     _, stock = step_launches(lambda: models.resnet18(fused=False), NET_INPUT)
@@ -201,5 +211,6 @@ def launches() -> dict[str, int]:
 
 
 if __name__ == "__main__":
-    rows = [asdict(row) for row in audit()]
-    print(json.dumps({"rows": rows, "held": held(), "launches": launches()}))
+    rows = audit()
+    found = {"traffic": traffic(rows), "held": held(), "launches": launches()}
+    print(json.dumps({"rows": [asdict(row) for row in rows], **found}))

@@ -15,7 +15,9 @@ OPERATIONS = (
     "bn_add_relu",
     "bn_add_relu_fork",
     "bn_relu_pool",
+    "bn_relu_pool_fork",
     "dual_bn_add_relu",
+    "dual_bn_add_relu_fork",
 )
 
 Step = Callable[[], object]
@@ -35,21 +37,20 @@ def steps(operation: str, tensor: Callable[[], Tensor]) -> dict[str, Step]:
     channel = torch.rand(x.shape[1]) + 0.5
     states = [_state(channel) for _ in range(2)]
     inputs: list[Any] = [x, states[0].weight, states[0].bias]
-    options: dict[str, Any] = {"act": None if operation == "bn" else "relu"}
-    if operation == "dual_bn_add_relu":
+    fork = operation.endswith("_fork")
+    options: dict[str, Any] = {"act": None if operation == "bn" else "relu", "fork": fork}
+    if "dual" in operation:
         options["residual_norm"] = states[1]
         inputs += states[1].weight, states[1].bias
-    if operation == "bn_add_relu_fork":
-        options["fork"] = True
     if residual is not None:
         options["residual"] = residual
         inputs.append(residual)
 
     def forward(training: bool) -> Any:
         with use_backend("triton"):
-            if operation == "bn_relu_pool":
+            if "pool" in operation:
                 return batch_norm_act_max_pool2d(
-                    x, kernel_size=3, stride=2, padding=1, training=training,
+                    x, kernel_size=3, stride=2, padding=1, training=training, fork=fork,
                     **states[0]._asdict(),
                 )  # fmt: skip
             return batch_norm_act(x, training=training, **options, **states[0]._asdict())

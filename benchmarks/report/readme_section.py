@@ -20,6 +20,9 @@ ITEMSIZE, BATCH = 2, 256
 WIDTH = 100
 # What the derived floors are reckoned with: an H200's copy bandwidth, in bytes/s.
 DERIVED_COPY = 4.3e12
+# What Inductor moves in the step of `Found.traffic`, in MB: the buffers of each launch that torch 2.15
+# generated for 132 multiprocessors, without a GPU. The second is of its max-pool backward by gathering.
+INDUCTOR, INDUCTOR_GATHERS = 18_846, 15_353
 COLUMNS = ("bn_relu", "bn_add_relu", "bn_add_relu_fork", "dual_bn_add_relu", "bn_relu_pool")
 STEPS = (
     ("forward", "forward, training"),
@@ -131,6 +134,7 @@ def audited() -> str:
         ]
         rows.append([title, *cells])
     stock = found.held["stock"]
+    moved = {kind: size / 1e6 for kind, size in found.traffic.items()}
     kernels = [
         r
         for r in found.kernels
@@ -152,6 +156,11 @@ def audited() -> str:
             "sectors, in S, the bytes of one activation (bf16, channels_last); in brackets the "
             "least that a fused operation of two passes can.",
             markdown_table(["", *(OPERATION_TITLES[name] for name in COLUMNS)], rows),
+            "A training step of ResNet-18 at batch 256, 224×224, bf16, channels_last, moves besides its "
+            f"convolutions {moved['fused']:,.0f} MB fused and {moved['stock']:,.0f} MB with torch's own "
+            "layers, counted from the operations that run. The code that `torch.compile` generates for "
+            f"torch's layers moves {INDUCTOR:,} MB, {INDUCTOR_GATHERS:,} with Inductor's older max-pool "
+            "backward, counted from the buffers of its launches (torch 2.15, without a GPU).",
             "What a training forward of ResNet-18 holds for its backward at batch 256, 224×224, "
             "bf16, counted without running it: "
             + ", ".join(
