@@ -75,11 +75,14 @@ def load_norms(
     mean, rstd, scale = load_norm(mean_ptr, rstd_ptr, var_ptr, weight_ptr, eps, channel, mask, ACC)
     norm = to_columns(mean, TILE), to_columns(rstd, TILE), to_columns(scale, TILE)
     residual_norm = norm
-    mean_ptr, rstd_ptr, var_ptr, weight_ptr, residual_bias_ptr = residual_ptrs
-    if mean_ptr is not None:
+    (
+        residual_mean_ptr, residual_rstd_ptr, residual_var_ptr, residual_weight_ptr, residual_bias_ptr,
+    ) = residual_ptrs  # fmt: skip
+    if residual_mean_ptr is not None:
         mean, rstd, scale = load_norm(
-            mean_ptr, rstd_ptr, var_ptr, weight_ptr, residual_eps, channel, mask, ACC
-        )
+            residual_mean_ptr, residual_rstd_ptr, residual_var_ptr, residual_weight_ptr, residual_eps,
+            channel, mask, ACC,
+        )  # fmt: skip
         residual_norm = to_columns(mean, TILE), to_columns(rstd, TILE), to_columns(scale, TILE)
     shift = load_biases(bias_ptr, residual_bias_ptr, channel, mask, ACC)
     return norm, residual_norm, to_columns(shift, TILE)

@@ -126,7 +126,10 @@ UNREACHED: dict[tuple[str, str], set[Any]] = {
 
 @cache
 def optional_pointers(function: JITFunction) -> set[str]:
-    """Parameters that a device function, or one that it calls, compares with None."""
+    """Pointers that a device function, or one that it calls, compares with None.
+
+    They are parameters, or taken from a tuple under the name that they have in the kernel.
+    """
     found = set()
     for node in ast.walk(function.parse()):
         if isinstance(node, ast.Compare) and isinstance(node.ops[0], ast.Is | ast.IsNot):
@@ -135,12 +138,13 @@ def optional_pointers(function: JITFunction) -> set[str]:
             called = function.fn.__globals__.get(node.func.id)
             if isinstance(called, JITFunction) and called is not function:
                 of_called = optional_pointers(called)
+                found |= of_called - set(called.arg_names)
                 found |= {
                     ast.unparse(value)
-                    for name, value in zip(called.arg_names, node.args, strict=True)
+                    for name, value in zip(called.arg_names, node.args, strict=False)
                     if name in of_called
                 }
-    return found & set(function.arg_names)
+    return {name for name in found if name.endswith("_ptr")}
 
 
 def missing(found: Sequence[Specialisation]) -> list[str]:
