@@ -162,7 +162,7 @@ def _bn_stats_finalize_kernel(
 @triton.jit
 def _apply_tile(
     y_ptr, mask_ptr, x_ptr, residual_ptr, norm, residual_norm, shift, param, row, col_block, shape,
-    HAS_RESIDUAL_NORM: tl.constexpr, ACT: tl.constexpr, TILE: tl.constexpr, UNROLL: tl.constexpr,
+    TWO_NORMS: tl.constexpr, ACT: tl.constexpr, TILE: tl.constexpr, UNROLL: tl.constexpr,
     WHOLE: tl.constexpr, EVICTION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """y and the mask bits of a tile."""
@@ -173,11 +173,11 @@ def _apply_tile(
             residual_ptr, row, col_block, shape, TILE, UNROLL, WHOLE, ACC, EVICTION
         )
     z = (x - mean) * scale
-    if HAS_RESIDUAL_NORM:
+    if TWO_NORMS:
         residual_mean, _, residual_scale = residual_norm
         z += (residual - residual_mean) * residual_scale
     z += shift
-    if residual_ptr is not None and not HAS_RESIDUAL_NORM:
+    if residual_ptr is not None and not TWO_NORMS:
         z += residual
     store_tile(y_ptr, ACT(z, param), row, col_block, shape, TILE, UNROLL, WHOLE)
     if mask_ptr is not None:

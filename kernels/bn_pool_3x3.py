@@ -240,7 +240,7 @@ def _bn_max_pool_3x3_kernel(
 
 @triton.jit
 def _load_windows(dy_ptr, argmax_ptr, at, next_at, exists, has_next, TILE: tl.constexpr):
-    """dy and argmax of windows and of their right neighbours; argmax is 255 where there is none."""
+    """dy and argmax of each window and of its right neighbour. A missing window has argmax 255."""
     dy = tl.load(dy_ptr + at, mask=exists).to(tl.float32)
     argmax = tl.load(argmax_ptr + at, mask=exists, other=255).to(tl.int32)
     dy_next = tl.load(dy_ptr + next_at, mask=has_next).to(tl.float32)

@@ -69,7 +69,7 @@ def load_norms(
 ):  # fmt: skip
     """mean, rstd and rstd·weight of x's norm and of the residual's, and the sum of their biases.
 
-    Each is broadcastable to a tile. Those of a residual without a norm are not to be used.
+    Each is broadcastable to a tile. If the residual has no norm, its values are those of x's norm.
     """
     mean_ptr, rstd_ptr, var_ptr, weight_ptr, bias_ptr = norm_ptrs
     mean, rstd, scale = load_norm(mean_ptr, rstd_ptr, var_ptr, weight_ptr, eps, channel, mask, ACC)

@@ -25,8 +25,10 @@ CHANNELS, PLANES, GROUPS = 0, 1, 2
 NUM_WARPS = 4
 THREADS = 32 * NUM_WARPS
 VECTOR_BYTES = 16
-# Tensors with fewer elements are addressed by 32-bit offsets; a tile may extend beyond the tensor.
+# Tensors with fewer elements, filled up to whole tiles, are addressed by 32-bit offsets.
 NARROW_LIMIT = 2**31 - 2**24
+# A kernel that reads or writes the 1-bit mask has to unroll by this much: it is the mask's format.
+MASK_UNROLL = 4
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,8 @@ def tile_for(view: ChannelView, itemsize: int) -> Tile:
         vector=vector,
         aligned=aligned,
         even=even,
-        narrow=view.numel < NARROW_LIMIT,
+        # Each channel's last tile may be almost empty, and a mask has bytes for all of it.
+        narrow=view.numel + view.channels * MASK_UNROLL * THREADS * vector < NARROW_LIMIT,
         words=aligned,
     )
 
@@ -156,9 +159,6 @@ class LaunchConfig:
     splits: int
     rows_per_split: int
 
-
-# A kernel that reads or writes the 1-bit mask has to unroll by this much: it is the mask's format.
-MASK_UNROLL = 4
 
 # Turns of programs where there are more column blocks than programs at once.
 TURNS = 4

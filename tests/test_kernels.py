@@ -9,8 +9,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 from bnres.kernels import bn_backward, bn_forward, bn_pool, launch, reference
 from bnres.kernels.config import launch_config, tile_for, tile_rows
 from bnres.kernels.interpreter import check_versions
-from bnres.kernels.layout import ChannelView
+from bnres.kernels.layout import ChannelView, view_of
 from bnres.kernels.norm import Norm
+from bnres.kernels.outputs import empty_mask
 from bnres.kernels.tiles import divide, split_rows, tile_offsets
 from bnres.kernels.window import Window
 from bnres.operations.batch_norm_act import unpack_mask
@@ -240,6 +241,12 @@ def test_addresses_on_both_sides_of_2_to_31(view):
         view.channels, view.inner, tile,
     )  # fmt: skip
     assert out.item() == view.numel - 1
+
+
+def test_a_mask_beyond_2_to_31_has_wide_offsets():
+    x = torch.empty(1, 5_000_000, 8, dtype=torch.bfloat16, device="meta")
+    assert x.numel() < 2**31 < empty_mask(x).numel()
+    assert not tile_for(view_of(x.shape, True), x.itemsize).narrow
 
 
 @triton.jit

@@ -20,7 +20,7 @@ from tests.compiled import run_compiled
 def _copy_kernel(
     y_ptr, x_ptr, count, per_program, BLOCK: tl.constexpr, UNROLL: tl.constexpr
 ):  # fmt: skip
-    """Copies whole tiles, then what is left one block at a time, then writes its number."""
+    """Copies whole tiles, then the remaining rows one block at a time. Stores the program's id at the end."""
     start = tl.program_id(0) * per_program
     stop = tl.minimum(start + per_program, count)
     whole = start + (stop - start) // (UNROLL * BLOCK) * (UNROLL * BLOCK)

@@ -1,4 +1,4 @@
-"""What a launch executes and moves, and what is expected to bound its time: an estimate, not measured.
+"""Counts what a launch executes and moves, and estimates what limits its time. Nothing is measured.
 
 Times are multiples of the *byte time*, what the least bytes of the launch take at a copy's bandwidth.
 """
@@ -29,7 +29,7 @@ class Work:
         share: time to issue them, in byte times. An instruction of `HALF_RATE` takes two cycles, so it
             is at least twice the share of these.
         calls: of routines, in loops.
-        bound: what is expected to bound the launch.
+        bound: what limits the launch's time, by estimate.
     """
 
     per_element: float | None = None

@@ -169,7 +169,7 @@ def exceeded(found: Found, budget: Found, same_triton: bool) -> list[str]:
 
 
 def unwanted(rows: Iterable[Row]) -> list[str]:
-    """The kernels over a step's activations that exceed what is wanted of them, in words."""
+    """A sentence for each kernel of a step that exceeds `WANTED_SHARE` or `WANTED_CALLS`."""
     return [
         f"{kernel_key(row)}: share {row['share']:.2f}, {row['calls']} calls in loops"
         for row in rows

@@ -132,7 +132,7 @@ def instruction_table(rows: Sequence[budget.Row]) -> str:
 
     ``/elem`` is the instructions that threads execute for each element of the largest tensor, ``share``
     the time to issue them over the time to move the bytes, ``calls`` the calls inside loops, ``bound``
-    what is expected to bound the launch. Above a share of 1 no kernel reaches the bandwidth, above 0.5
+    an estimate of what limits the time. Above a share of 1 no kernel reaches the bandwidth, above 0.5
     it may not.
     """
     lines = [

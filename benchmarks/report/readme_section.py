@@ -180,7 +180,7 @@ def audited() -> str:
             "Compiled for sm_90 with no GPU, in bf16 and channels_last, the worst of each kernel's specialisations in a "
             "ResNet-18 step and in the convolutions of ResNet-18 and -50; "
             "`python -m benchmarks audit` compiles them anew, for sm_80, sm_100 and gfx942 too, and "
-            "fails where one falls behind its recorded budget.",
+            "fails where one exceeds its recorded budget.",
             markdown_table(["kernel", "registers", "spills", "occupancy", "matrix"], code),
         ]
     )
