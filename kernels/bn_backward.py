@@ -21,6 +21,7 @@ from bnres.kernels.tiles import (
     rows_exist,
     split_rows,
     store_tile,
+    tile_at,
     to_channels,
     unpack_bits,
     whole_rows,
@@ -29,9 +30,9 @@ from bnres.kernels.tiles import (
 
 @triton.jit
 def _load_sub_tile(
-    tensors, bits, means, scales, param, row, col_block, shape,
+    tensors, load_at, bits, means, scales, param,
     NEEDS_X: tl.constexpr, TWO_NORMS: tl.constexpr, ACT_GRAD: tl.constexpr, HAS_ACT: tl.constexpr,
-    TILE: tl.constexpr, WHOLE: tl.constexpr, EVICTION: tl.constexpr, ACC: tl.constexpr,
+    TILE: tl.constexpr, EVICTION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """dz = (dy + dy_skip)·act'(z), x − mean and the residual − its mean, of a sub-tile.
 
@@ -41,14 +42,14 @@ def _load_sub_tile(
     mean, residual_mean = means
     x_centred = mean
     if NEEDS_X:
-        x_centred = load_tile(x_ptr, row, col_block, shape, TILE, 1, WHOLE, ACC, EVICTION) - mean
+        x_centred = load_tile(x_ptr, load_at, TILE, EVICTION, ACC) - mean
     residual_centred = residual_mean
     if TWO_NORMS:
-        residual = load_tile(residual_ptr, row, col_block, shape, TILE, 1, WHOLE, ACC, EVICTION)
+        residual = load_tile(residual_ptr, load_at, TILE, EVICTION, ACC)
         residual_centred = residual - residual_mean
-    dz = load_tile(dy_ptr, row, col_block, shape, TILE, 1, WHOLE, ACC, EVICTION)
+    dz = load_tile(dy_ptr, load_at, TILE, EVICTION, ACC)
     if dy_skip_ptr is not None:
-        dz += load_tile(dy_skip_ptr, row, col_block, shape, TILE, 1, WHOLE, ACC, EVICTION)
+        dz += load_tile(dy_skip_ptr, load_at, TILE, EVICTION, ACC)
     if mask_ptr is not None:
         packed, u = bits
         dz = tl.where(unpack_bits(packed, u, TILE), dz, 0.0)
@@ -59,9 +60,8 @@ def _load_sub_tile(
             z += residual_centred * residual_scale
         z += shift
         if residual_ptr is not None and not TWO_NORMS:
-            z += load_tile(residual_ptr, row, col_block, shape, TILE, 1, WHOLE, ACC, EVICTION)
+            z += load_tile(residual_ptr, load_at, TILE, EVICTION, ACC)
         dz = ACT_GRAD(dz, z, param)
-    dz = tl.where(rows_exist(row, shape[0], TILE, 1, WHOLE), dz, 0.0)
     return dz, x_centred, residual_centred
 
 
@@ -72,12 +72,14 @@ def _reduce_sub_tile(
     WHOLE: tl.constexpr, EVICTION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Adds dz and, of each norm, dz·(x − mean) of a sub-tile to the sums; stores dz if asked."""
+    load_at, at = tile_at(row, col_block, shape, TILE, 1, WHOLE)
     dz, x_centred, residual_centred = _load_sub_tile(
-        tensors, bits, means, scales, param, row, col_block, shape, True, TWO_NORMS, ACT_GRAD,
-        HAS_ACT, TILE, WHOLE, EVICTION, ACC,
+        tensors, load_at, bits, means, scales, param, True, TWO_NORMS, ACT_GRAD, HAS_ACT, TILE,
+        EVICTION, ACC,
     )  # fmt: skip
+    dz = tl.where(rows_exist(row, shape[0], TILE, 1, WHOLE), dz, 0.0)
     if dz_ptr is not None:
-        store_tile(dz_ptr, dz, row, col_block, shape, TILE, 1, WHOLE)
+        store_tile(dz_ptr, dz, at)
     sum_dz, sum_dz_xmu, sum_dz_rmu = sums
     if TWO_NORMS:
         sum_dz_rmu += dz * residual_centred
@@ -170,23 +172,24 @@ def _dx_sub_tile(
     ACC: tl.constexpr,
 ):  # fmt: skip
     """Stores dx and, if asked, dresidual of a sub-tile."""
+    load_at, at = tile_at(row, col_block, shape, TILE, 1, WHOLE)
     dz, x_centred, residual_centred = _load_sub_tile(
-        tensors, bits, means, scales, param, row, col_block, shape, NEEDS_X, TWO_NORMS, ACT_GRAD,
-        HAS_ACT, TILE, WHOLE, EVICTION, ACC,
+        tensors, load_at, bits, means, scales, param, NEEDS_X, TWO_NORMS, ACT_GRAD, HAS_ACT, TILE,
+        EVICTION, ACC,
     )  # fmt: skip
     scale, residual_scale, _ = scales
     offset, slope, residual_offset, residual_slope = lines
     dx = dz * scale
     if HAS_SUMS:
         dx += x_centred * slope + offset
-    store_tile(dx_ptr, dx, row, col_block, shape, TILE, 1, WHOLE)
+    store_tile(dx_ptr, dx, at)
     if dresidual_ptr is not None:
         dresidual = dz
         if TWO_NORMS:
             dresidual = dz * residual_scale
             if HAS_SUMS:
                 dresidual += residual_centred * residual_slope + residual_offset
-        store_tile(dresidual_ptr, dresidual, row, col_block, shape, TILE, 1, WHOLE)
+        store_tile(dresidual_ptr, dresidual, at)
 
 
 @triton.jit

@@ -18,6 +18,7 @@ from bnres.kernels.tiles import (
     rows_exist,
     split_rows,
     store_tile,
+    tile_at,
     to_channels,
     to_columns,
     whole_rows,
@@ -60,7 +61,8 @@ def _add_sub_tile(
 ):  # fmt: skip
     """Adds x − pivot and its square of a sub-tile to the sums."""
     sum_d, sum_d2 = sums
-    d = load_tile(x_ptr, row, col_block, shape, TILE, 1, WHOLE, ACC, EVICTION) - pivot
+    load_at, _ = tile_at(row, col_block, shape, TILE, 1, WHOLE)
+    d = load_tile(x_ptr, load_at, TILE, EVICTION, ACC) - pivot
     d = tl.where(rows_exist(row, shape[0], TILE, 1, WHOLE), d, 0.0)
     return sum_d + d, sum_d2 + d * d
 
@@ -167,11 +169,10 @@ def _apply_tile(
 ):  # fmt: skip
     """y and the mask bits of a tile."""
     mean, _, scale = norm
-    x = load_tile(x_ptr, row, col_block, shape, TILE, UNROLL, WHOLE, ACC, EVICTION)
+    load_at, at = tile_at(row, col_block, shape, TILE, UNROLL, WHOLE)
+    x = load_tile(x_ptr, load_at, TILE, EVICTION, ACC)
     if residual_ptr is not None:
-        residual = load_tile(
-            residual_ptr, row, col_block, shape, TILE, UNROLL, WHOLE, ACC, EVICTION
-        )
+        residual = load_tile(residual_ptr, load_at, TILE, EVICTION, ACC)
     z = (x - mean) * scale
     if TWO_NORMS:
         residual_mean, _, residual_scale = residual_norm
@@ -179,7 +180,7 @@ def _apply_tile(
     z += shift
     if residual_ptr is not None and not TWO_NORMS:
         z += residual
-    store_tile(y_ptr, ACT(z, param), row, col_block, shape, TILE, UNROLL, WHOLE)
+    store_tile(y_ptr, ACT(z, param), at)
     if mask_ptr is not None:
         bit_offsets, bit_mask = mask_offsets(row, col_block, shape, TILE, UNROLL)
         # Not (z <= 0): NaN keeps its gradient, as in torch.

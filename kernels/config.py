@@ -109,7 +109,7 @@ def tile_for(view: ChannelView, itemsize: int) -> Tile:
         even=even,
         # Each channel's last tile may be almost empty, and a mask has bytes for all of it.
         narrow=view.numel + view.channels * MASK_UNROLL * THREADS * vector < NARROW_LIMIT,
-        words=aligned,
+        words=False,
     )
 
 

@@ -92,6 +92,7 @@ def _plan(
         view, tile = ChannelView(1, 1, view.numel), flat_tile(view.numel, dtype.itemsize)
     else:
         tile = tile_for(view, dtype.itemsize)
+        tile = replace(tile, words=tile.aligned and dtype == torch.bfloat16)
     config = launch_config(kernel, view, tile, sm_count)
     sizes = {"count": view.count, "C": view.channels, "splits": config.splits}
     blocks = {

@@ -31,11 +31,11 @@ def rows_exist(row_start, count, TILE: tl.constexpr, UNROLL: tl.constexpr, WHOLE
 @triton.jit
 def tile_offsets(
     row_start, col_block, shape,
-    TILE: tl.constexpr, UNROLL: tl.constexpr, WHOLE: tl.constexpr, WORD: tl.constexpr = 1,
+    TILE: tl.constexpr, UNROLL: tl.constexpr, WHOLE: tl.constexpr, WORD: tl.constexpr,
 ):  # fmt: skip
     """Offsets of a tile's elements and which exist: (UNROLL·sub_rows, block_cols).
 
-    WORD: the elements of a word, where offsets count words and not elements.
+    With WORD 2, offsets and columns count words of two elements.
     """
     count, C, L = shape
     INDEX: tl.constexpr = tl.int32 if TILE.narrow else tl.int64
@@ -88,29 +88,33 @@ def divide(a, b, TILE: tl.constexpr):
 
 
 @triton.jit
-def load_tile(
-    ptr, row_start, col_block, shape,
-    TILE: tl.constexpr, UNROLL: tl.constexpr, WHOLE: tl.constexpr, ACC: tl.constexpr,
-    EVICTION: tl.constexpr,
+def tile_at(
+    row_start, col_block, shape, TILE: tl.constexpr, UNROLL: tl.constexpr, WHOLE: tl.constexpr
 ):  # fmt: skip
+    """The `tile_offsets` for `load_tile`, which may count words, and those for `store_tile`."""
+    at = tile_offsets(row_start, col_block, shape, TILE, UNROLL, WHOLE, 1)
+    load_at = at
+    if TILE.words:
+        load_at = tile_offsets(row_start, col_block, shape, TILE, UNROLL, WHOLE, 2)
+    return load_at, at
+
+
+@triton.jit
+def load_tile(ptr, load_at, TILE: tl.constexpr, EVICTION: tl.constexpr, ACC: tl.constexpr):
     """A tile of a tensor in ACC; 0 where nothing exists."""
-    if TILE.words and ptr.dtype.element_ty == tl.bfloat16:
+    offsets, mask = load_at
+    if TILE.words:
         # One shift or mask makes fp32 of half a word; a conversion of 16 bits takes two instructions.
-        offsets, mask = tile_offsets(row_start, col_block, shape, TILE, UNROLL, WHOLE, 2)
         words = ptr.to(tl.pointer_type(tl.int32), bitcast=True) + offsets
         return bf16_pairs(tl.load(words, mask=mask, other=0, eviction_policy=EVICTION))
     else:
-        offsets, mask = tile_offsets(row_start, col_block, shape, TILE, UNROLL, WHOLE)
         return tl.load(ptr + offsets, mask=mask, other=0, eviction_policy=EVICTION).to(ACC)
 
 
 @triton.jit
-def store_tile(
-    ptr, value, row_start, col_block, shape,
-    TILE: tl.constexpr, UNROLL: tl.constexpr, WHOLE: tl.constexpr,
-):  # fmt: skip
+def store_tile(ptr, value, at):
     """Stores a tile, rounded to the tensor's dtype."""
-    offsets, mask = tile_offsets(row_start, col_block, shape, TILE, UNROLL, WHOLE)
+    offsets, mask = at
     tl.store(ptr + offsets, round_to(value, ptr.dtype.element_ty), mask=mask)
 
 

@@ -34,9 +34,13 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     from bnres.kernels.interpreter import is_interpreting
 
     try:
-        is_interpreting()
+        interpreting = is_interpreting()
     except ImportError as error:
         pytest.exit(str(error), returncode=pytest.ExitCode.USAGE_ERROR)
+    if interpreting:
+        from tests import fast_interpreter
+
+        fast_interpreter.patch_once()
     if session.config.getoption("--emulate-tf32"):
         if torch.cuda.is_available():
             raise pytest.UsageError("--emulate-tf32: the GPU here has TF32 itself")

@@ -212,7 +212,7 @@ def _last_offset_kernel(out_ptr, split, rows_per_split, col_block, count, C, L, 
     """The largest offset of a split's last tile."""
     start, stop = split_rows(split, rows_per_split, count, TILE)
     row = start + (stop - 1 - start) // TILE.sub_rows * TILE.sub_rows
-    offsets, mask = tile_offsets(row, col_block, (count, C, L), TILE, 1, False)
+    offsets, mask = tile_offsets(row, col_block, (count, C, L), TILE, 1, False, 1)
     tl.store(out_ptr, tl.max(tl.max(tl.where(mask, offsets.to(tl.int64), 0), 1), 0))
 
 
