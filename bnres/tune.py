@@ -161,7 +161,7 @@ def _operands(call: ConvCall, device: torch.device) -> tuple[Any, ...]:
         return torch.randn(shape, device=device, generator=generator)
 
     x = random(call.batch, call.channels, call.height, call.width)
-    size = (call.out_channels, call.channels, *call.shape.kernel_size)
+    size = (call.out_channels, call.channels, call.shape.kernel_h, call.shape.kernel_w)
     filter = random(*size) / (call.channels * call.shape.taps) ** 0.5
     channel = random(call.out_channels)
     statistics = RunningStatistics(channel * 0.1, channel.abs() + 0.5, EPS)

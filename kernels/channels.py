@@ -35,17 +35,6 @@ def load_biases(bias_ptr, residual_bias_ptr, channel, mask, ACC: tl.constexpr):
 
 
 @triton.jit
-def load_mean_grads(
-    sum_dy_ptr, sum_dy_xhat_ptr, rstd, count, channel, mask, ACC: tl.constexpr
-):  # fmt: skip
-    """sum_dy/count and sum_dy_xhat/count·rstd of channels."""
-    inv_n = (1 / tl.cast(count, tl.float64)).to(ACC)
-    mean_dy = tl.load(sum_dy_ptr + channel, mask=mask, other=0).to(ACC) * inv_n
-    slope = tl.load(sum_dy_xhat_ptr + channel, mask=mask, other=0).to(ACC) * inv_n * rstd
-    return mean_dy, slope
-
-
-@triton.jit
 def add_splits(
     ptr, splits, channel, mask, C,
     TRIPS: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,

@@ -15,10 +15,10 @@ The numbers here are derived from byte counts and from code compiled for sm_90; 
 measured on a GPU yet. `benchmarks.variants` times others beside them.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import gcd, prod
 
-from bnres.kernels.layout import ChannelView
+from bnres.kernels.layout import ChannelView, pooled_size
 
 CHANNELS, PLANES, GROUPS = 0, 1, 2
 
@@ -113,12 +113,6 @@ def tile_for(view: ChannelView, itemsize: int) -> Tile:
     )
 
 
-def flat_tile(numel: int, itemsize: int) -> Tile:
-    """A tile of vectors, whatever channels they belong to."""
-    tile = tile_for(ChannelView(1, 1, VECTOR_BYTES // itemsize), itemsize)
-    return replace(tile, narrow=numel < NARROW_LIMIT)
-
-
 def tile_rows(view: ChannelView, tile: Tile) -> int:
     """Rows of the whole tensor in one column block."""
     return -(-view.count // tile.vector) if tile.kind == PLANES else view.outer
@@ -172,14 +166,9 @@ TUNING = {
     "apply_two_norms": KernelTuning(unroll=2, num_stages=3, programs_per_sm=4),
     "reduce_two_norms": KernelTuning(unroll=2, num_stages=3, programs_per_sm=3),
     "dx_two_norms": KernelTuning(unroll=2, num_stages=3, programs_per_sm=3),
-    "pool": KernelTuning(unroll=1, num_stages=2, programs_per_sm=4),
-    "pool_dx": KernelTuning(unroll=1, num_stages=2, programs_per_sm=5),
-    "pool_3x3": KernelTuning(unroll=1, num_stages=2, programs_per_sm=5),
-    "pool_3x3_dx": KernelTuning(unroll=1, num_stages=2, programs_per_sm=3),
+    "pool": KernelTuning(unroll=1, num_stages=2, programs_per_sm=5),
+    "pool_dx": KernelTuning(unroll=1, num_stages=2, programs_per_sm=3),
 }
-
-# Over a contiguous tensor these walk over `flat_tile`, as a position's channel doesn't matter to them.
-FLAT_KERNELS = ("pool", "pool_dx")
 
 
 def launch_config(kernel: str, view: ChannelView, tile: Tile, sm_count: int) -> LaunchConfig:
@@ -223,17 +212,26 @@ class ColumnConfig:
     rows_per_program: int
 
 
+def has_pool_kernel(shape: tuple[int, ...], contiguous: bool, itemsize: int) -> bool:
+    """Whether `bn_max_pool` takes tensors of this shape: not fp64, and offsets have 32 bits."""
+    # A column of a plane is a vector of windows, which begin at two vectors of x.
+    whole_vectors = not contiguous or shape[3] % (2 * VECTOR_BYTES // itemsize) == 0
+    return itemsize < 8 and prod(shape) < NARROW_LIMIT and whole_vectors
+
+
 def column_config(
-    kernel: str, pooled: tuple[int, ...], contiguous: bool, itemsize: int, rows: int, sm_count: int
+    kernel: str, shape: tuple[int, ...], contiguous: bool, itemsize: int, rows: int, sm_count: int
 ) -> ColumnConfig:
-    """Split the ``rows`` of windows so that the chip is done as early as possible.
+    """Split the ``rows`` of the windows of a tensor so that the chip is done as early as possible.
 
     Programs that don't fit at once take turns, and each one reads a row more than it is given: the
     number of turns times the rows of a program is made as small as it can be.
     """
-    n, channels, _, width = pooled
+    n, channels, *size = shape
+    _, width = pooled_size(*size)
     if contiguous:
-        tile = flat_tile(prod(pooled), itemsize)
+        # Vectors, whatever channels they belong to.
+        tile = tile_for(ChannelView(1, 1, VECTOR_BYTES // itemsize), itemsize)
         columns, col_blocks = n * channels * (width // tile.vector), 1
     else:
         columns = n * width

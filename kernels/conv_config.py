@@ -6,10 +6,10 @@ on a GPU yet. `search_space` is what tuning tries.
 
 from dataclasses import dataclass
 from math import log2
+from typing import Any
 
 from bnres.kernels.config import next_power_of_2
 from bnres.kernels.fields import Numbers
-from bnres.kernels.window import Window
 
 # The least that the matrix instructions of every target take.
 MIN_BLOCK = 16
@@ -22,8 +22,37 @@ MAX_ROW_CHANNELS, MAX_ROW = 8, 64
 
 
 @dataclass(frozen=True)
-class ConvShape(Window):
-    """The window of a convolution."""
+class ConvShape(Numbers):
+    """The window of a convolution: kernel size, stride, padding and dilation, known at compile time."""
+
+    kernel_h: int
+    kernel_w: int
+    stride_h: int
+    stride_w: int
+    padding_h: int
+    padding_w: int
+    dilation_h: int
+    dilation_w: int
+
+    @property
+    def taps(self) -> int:
+        """Positions in a window."""
+        return self.kernel_h * self.kernel_w
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The arguments, but for kernel_size, of torch's functions."""
+        return {
+            "stride": (self.stride_h, self.stride_w),
+            "padding": (self.padding_h, self.padding_w),
+            "dilation": (self.dilation_h, self.dilation_w),
+        }
+
+    def output_size(self, height: int, width: int) -> tuple[int, int]:
+        """Windows down and across, as torch counts them."""
+        down = height + 2 * self.padding_h - self.dilation_h * (self.kernel_h - 1) - 1
+        across = width + 2 * self.padding_w - self.dilation_w * (self.kernel_w - 1) - 1
+        return down // self.stride_h + 1, across // self.stride_w + 1
 
     def by_rows(self, channels: int) -> bool:
         """Whether a filter's row is summed at once: with few channels a tap would fill no block."""

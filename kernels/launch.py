@@ -13,14 +13,12 @@ from torch import Tensor
 from triton.runtime.jit import JITFunction
 
 from bnres.kernels.config import (
-    FLAT_KERNELS,
     column_config,
-    flat_tile,
     launch_config,
     next_power_of_2,
     tile_for,
 )
-from bnres.kernels.layout import ChannelView, view_of
+from bnres.kernels.layout import pooled_size, view_of
 
 # A load of a word needs an address that is a multiple of this.
 WORD_BYTES = 4
@@ -73,14 +71,9 @@ def sm_count(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def plan(kernel: str, x: Tensor, contiguous: bool | None = None) -> TilePlan:
-    """How ``kernel``, a name in `config.TUNING`, is launched over a dense ``x``.
-
-    Where both layouts are one, as for planes of one element, ``contiguous`` says which is meant.
-    """
-    if contiguous is None:
-        contiguous = x.is_contiguous()
-    return _plan(kernel, x.shape, contiguous, x.dtype, sm_count(x.device))
+def plan(kernel: str, x: Tensor) -> TilePlan:
+    """How ``kernel``, a name in `config.TUNING`, is launched over a dense ``x``."""
+    return _plan(kernel, x.shape, x.is_contiguous(), x.dtype, sm_count(x.device))
 
 
 @lru_cache(PLANS)
@@ -88,11 +81,8 @@ def _plan(
     kernel: str, shape: torch.Size, contiguous: bool, dtype: torch.dtype, sm_count: int
 ) -> TilePlan:
     view = view_of(shape, contiguous)
-    if contiguous and kernel in FLAT_KERNELS:
-        view, tile = ChannelView(1, 1, view.numel), flat_tile(view.numel, dtype.itemsize)
-    else:
-        tile = tile_for(view, dtype.itemsize)
-        tile = replace(tile, words=tile.aligned and dtype == torch.bfloat16)
+    tile = tile_for(view, dtype.itemsize)
+    tile = replace(tile, words=tile.aligned and dtype == torch.bfloat16)
     config = launch_config(kernel, view, tile, sm_count)
     sizes = {"count": view.count, "C": view.channels, "splits": config.splits}
     blocks = {
@@ -117,22 +107,27 @@ def _plan(
     return TilePlan(grid, arguments, finalize, config.splits)
 
 
-def plan_columns(kernel: str, pooled: Tensor, contiguous: bool, rows: int) -> Plan:
-    """How ``kernel``, a name in `config.TUNING`, is launched over the columns of ``pooled``.
+def plan_columns(kernel: str, x: Tensor, rows: int) -> Plan:
+    """How ``kernel``, a name in `config.TUNING`, is launched over columns of the windows of ``x``.
 
     Each column is walked down ``rows`` rows of windows.
     """
-    return _plan_columns(
-        kernel, pooled.shape, contiguous, pooled.itemsize, rows, sm_count(pooled.device)
-    )
+    return _plan_columns(kernel, x.shape, x.is_contiguous(), x.itemsize, rows, sm_count(x.device))
 
 
 @lru_cache(PLANS)
 def _plan_columns(
-    kernel: str, pooled: torch.Size, contiguous: bool, itemsize: int, rows: int, sm_count: int
+    kernel: str, shape: torch.Size, contiguous: bool, itemsize: int, rows: int, sm_count: int
 ) -> Plan:
-    config = column_config(kernel, pooled, contiguous, itemsize, rows, sm_count)
+    config = column_config(kernel, shape, contiguous, itemsize, rows, sm_count)
+    _, channels, height, width = shape
+    out_height, out_width = pooled_size(height, width)
     arguments = {
+        "C": channels,
+        "H": height,
+        "W": width,
+        "OH": out_height,
+        "OW": out_width,
         "columns": config.columns,
         "rows_per_program": config.rows_per_program,
         "TILE": config.tile,

@@ -44,6 +44,11 @@ def view_of(shape: tuple[int, ...], contiguous: bool) -> ChannelView:
     return ChannelView(shape[0] * spatial, shape[1], 1)
 
 
+def pooled_size(height: int, width: int) -> tuple[int, int]:
+    """Windows of 3×3, with stride 2 and padding 1, down and across an image."""
+    return (height + 1) // 2, (width + 1) // 2
+
+
 def dense(x: Tensor) -> Tensor:
     """``x`` itself if it is contiguous or channels_last, else a copy in the nearer format."""
     if x.is_contiguous() or is_channels_last(x):

@@ -8,8 +8,7 @@ from torch import Tensor
 from bnres.kernels.config import CHANNELS, MASK_UNROLL, PLANES, tile_for, tile_rows
 from bnres.kernels.conv_config import ConvShape
 from bnres.kernels.dtypes import acc_type
-from bnres.kernels.layout import view_of
-from bnres.kernels.window import Window
+from bnres.kernels.layout import pooled_size, view_of
 
 # Greatest number of masks whose sizes are remembered.
 MASKS = 4096
@@ -48,11 +47,11 @@ def _mask_bytes(shape: torch.Size, contiguous: bool, itemsize: int) -> int:
     return blocks * tile.sub_rows * width
 
 
-def empty_pooled(x: Tensor, window: Window, ceil_mode: bool) -> Tensor:
-    """(N, C, OH, OW) in the dtype and memory format of ``x``."""
+def empty_pooled(x: Tensor) -> Tensor:
+    """(N, C, OH, OW) in the dtype and memory format of ``x``: see `pooled_size`."""
     layout = torch.contiguous_format if x.is_contiguous() else torch.channels_last
     # Sizes that are not in a tuple are read faster.
-    sizes = x.shape[0], x.shape[1], *window.output_size(x.shape[2], x.shape[3], ceil_mode)
+    sizes = x.shape[0], x.shape[1], *pooled_size(x.shape[2], x.shape[3])
     return torch.empty(*sizes, dtype=x.dtype, device=x.device, memory_format=layout)
 
 

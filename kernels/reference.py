@@ -15,7 +15,6 @@ from torch import Tensor
 from bnres.kernels.conv_config import ConvShape
 from bnres.kernels.dtypes import acc_type
 from bnres.kernels.norm import Norm, RunningStatistics, Statistics, Sums
-from bnres.kernels.window import Window
 
 # An activation of the pre-activation z; the second argument is leaky_relu's slope.
 ACTIVATION_FORMULAS: dict[str, Callable[[Tensor, float], Tensor]] = {
@@ -199,50 +198,34 @@ def _input_grad(dz: Tensor, x: Tensor, norm: Norm, sums: Sums | None, count: int
 
 
 def bn_max_pool_ref(
-    x: Tensor,
-    norm: Norm,
-    act: str,
-    act_param: float,
-    window: Window,
-    ceil_mode: bool,
-    *,
-    save: bool = False,
+    x: Tensor, norm: Norm, act: str, act_param: float, *, save: bool = False
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """y = max_pool2d(act(bn(x))); the position of each maximum in its window, and the x there."""
+    """max_pool2d(act(bn(x)), 3, stride=2, padding=1); each maximum's position in its window, and the x there."""
     values, _ = bn_apply_ref(x, norm, None, None, act, act_param)
-    y, flat = F.max_pool2d(
-        values, window.kernel_size, **window.options, ceil_mode=ceil_mode, return_indices=True
-    )
+    y, flat = F.max_pool2d(values, 3, stride=2, padding=1, return_indices=True)
     if not save:
         return y, None, None
-    down, across = window_starts(y, window)
-    kh = (flat // x.shape[3] - down) // window.dilation_h
-    kw = (flat % x.shape[3] - across) // window.dilation_w
-    return y, kh * window.kernel_w + kw, x.flatten(2).gather(2, flat.flatten(2)).view_as(y)
+    down, across = _window_starts(y)
+    argmax = 3 * (flat // x.shape[3] - down) + flat % x.shape[3] - across
+    return y, argmax, x.flatten(2).gather(2, flat.flatten(2)).view_as(y)
 
 
-def window_starts(y: Tensor, window: Window) -> tuple[Tensor, Tensor]:
+def _window_starts(y: Tensor) -> tuple[Tensor, Tensor]:
     """Row (OH, 1) and column (OW,) where each window of the pooled ``y`` starts."""
     oh, ow = (torch.arange(size, device=y.device) for size in y.shape[2:])
-    return (
-        (oh * window.stride_h - window.padding_h)[:, None],
-        ow * window.stride_w - window.padding_w,
-    )
+    return 2 * oh[:, None] - 1, 2 * ow - 1
 
 
-def pooled_offsets(argmax: Tensor, window: Window, width: int) -> Tensor:
-    """Where in a plane of this width each maximum lies, of its position in its window."""
-    down, across = window_starts(argmax, window)
+def pooled_offsets(argmax: Tensor, width: int) -> Tensor:
+    """The offset of each maximum in a plane of this width, of its position in its window."""
+    down, across = _window_starts(argmax)
     argmax = argmax.long()
-    h = down + argmax // window.kernel_w * window.dilation_h
-    return h * width + across + argmax % window.kernel_w * window.dilation_w
+    return (down + argmax // 3) * width + across + argmax % 3
 
 
-def bn_max_pool_at_ref(
-    x: Tensor, norm: Norm, act: str, act_param: float, window: Window, argmax: Tensor
-) -> Tensor:
-    """`bn_max_pool_ref` where the maxima are known to lie at ``argmax``: differentiable."""
-    flat = pooled_offsets(argmax, window, x.shape[3]).flatten(2)
+def bn_max_pool_at_ref(x: Tensor, norm: Norm, act: str, act_param: float, argmax: Tensor) -> Tensor:
+    """`bn_max_pool_ref` where the positions of the maxima are given: differentiable."""
+    flat = pooled_offsets(argmax, x.shape[3]).flatten(2)
     values, _ = bn_apply_ref(x, norm, None, None, act, act_param)
     return values.flatten(2).gather(2, flat).view(argmax.shape)
 
@@ -254,12 +237,11 @@ def bn_max_pool_backward_dx_ref(
     norm: Norm,
     act: str,
     act_param: float,
-    window: Window,
     sums: Sums | None,
     count: int,
 ) -> Tensor:
     """dx as `bn_backward_dx_ref`, of dy summed where the maxima lie."""
-    flat = pooled_offsets(argmax, window, x.shape[3]).flatten(2)
+    flat = pooled_offsets(argmax, x.shape[3]).flatten(2)
     scattered = torch.zeros(x.shape, dtype=acc_type(x), device=x.device).flatten(2)
     scattered = scattered.scatter_add(2, flat, dy.to(acc_type(x)).flatten(2)).view(x.shape)
     return bn_backward_dx_ref(scattered, x, norm, None, None, None, act, act_param, sums, count)[0]

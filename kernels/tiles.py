@@ -149,11 +149,17 @@ def channel_ids(col_block, C, TILE: tl.constexpr):
 
 @triton.jit
 def to_columns(v, TILE: tl.constexpr):
-    """A value for each channel (block_channels,) as one for each column, broadcastable to a tile."""
-    if TILE.kind == GROUPS:
-        channel = tl.arange(0, TILE.block_cols) // TILE.group_inner
-        v = tl.gather(v, tl.minimum(channel, TILE.block_channels - 1), 0)
-    return v[None, :]
+    """A value for each channel (block_channels,) as one for each column, broadcastable to a tile.
+
+    Values that are broadcastable to a tile already are returned as they are.
+    """
+    if len(v.shape) == 2:
+        return v
+    else:
+        if TILE.kind == GROUPS:
+            channel = tl.arange(0, TILE.block_cols) // TILE.group_inner
+            v = tl.gather(v, tl.minimum(channel, TILE.block_channels - 1), 0)
+        return v[None, :]
 
 
 @triton.jit

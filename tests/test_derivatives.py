@@ -155,7 +155,11 @@ def test_tangents_outside_of_grad_mode():
 
 
 def pooled(x, weight, bias):
-    return batch_norm_act_max_pool2d(x, None, None, weight, bias, kernel_size=2, training=True)
+    """In fp32, which the kernel takes."""
+    return batch_norm_act_max_pool2d(
+        x.float(), None, None, weight, bias, kernel_size=3, stride=2, padding=1,
+        training=True,
+    )  # fmt: skip
 
 
 def summed(x, weight, bias):
@@ -203,7 +207,7 @@ OPERATIONS = {
     ),
     "pooled": (
         pooled,
-        lambda x, w, b: torch.nn.functional.max_pool2d(normalized(x, w, b).relu(), 2),
+        lambda x, w, b: torch.nn.functional.max_pool2d(normalized(x, w, b).relu(), 3, 2, 1),
     ),
 }
 
@@ -216,8 +220,8 @@ def of_rows(make):
 def mapped_pullback(run, inputs):
     y, pullback = torch.func.vjp(run, *inputs)
     generator = torch.Generator(device=DEVICE).manual_seed(7)
-    dys = torch.randn(3, *y.shape, dtype=y.dtype, device=DEVICE, generator=generator)
-    return torch.func.vmap(pullback)(dys)
+    dys = torch.randn(3, *y.shape, device=DEVICE, generator=generator)
+    return torch.func.vmap(pullback)(dys.to(y.dtype))
 
 
 def linearized(run, inputs):
@@ -239,11 +243,12 @@ TRANSFORMS = {
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_transforms_of_torch_func(operation, transform):
     torch.manual_seed(6)
-    x = torch.randn(3, 2, 2, 2, dtype=torch.float64, device=DEVICE)
+    x = torch.randn(3, 2, 2, 8, dtype=torch.float64, device=DEVICE)
     weight, bias = torch.randn(2, 2, dtype=torch.float64, device=DEVICE)
+    dtype = torch.float32 if operation == "pooled" else torch.float64
     found = [TRANSFORMS[transform](run, (x, weight, bias)) for run in OPERATIONS[operation]]
     for actual, expected in zip(*map(tree_leaves, found), strict=True):
-        assert_close(actual, expected, torch.float64)
+        assert_close(actual, expected, dtype)
 
 
 @pytest.mark.parametrize("transform", ["jacrev", "jacfwd", "vmap of vjp"])

@@ -81,11 +81,11 @@ def two_norms(shape, dtype, layout, mode, act, affine, fork):
     return y if fork else (y,), tensors, (*bn.buffers, *second.buffers)
 
 
-def pooled(shape, dtype, layout, mode, act, affine, window):
+def pooled(shape, dtype, layout, mode, act, affine):
     x, bn = activation(shape, 0, dtype, layout), Norm(shape[1], 10, affine)
     y = batch_norm_act_max_pool2d(
-        x, *bn.tensors, **window, act=act[0], act_kwargs=act[1], training=mode == "training",
-        num_batches_tracked=bn.counter,
+        x, *bn.tensors, kernel_size=3, stride=2, padding=1, act=act[0], act_kwargs=act[1],
+        training=mode == "training", num_batches_tracked=bn.counter,
     )  # fmt: skip
     return (y,), (x, bn.weight, bn.bias), bn.buffers
 
@@ -117,10 +117,9 @@ def cases():
             options = {"dtype": (torch.float32, torch.bfloat16)[i % 2], "act": act}
             options |= {"affine": i != 2, "fork": i == 1 and mode != "inference"}
             yield f"two_norms-{name}-{i}", two_norms, {**common, **options}
-        windows = {"kernel_size": 3, "stride": 2, "padding": 1}, {"kernel_size": (1, 2)}
-        for i, window in enumerate(windows):
+        for i in range(2):
             options = {"dtype": (torch.float32, torch.float16)[i], "act": ACTS[i + 1]}
-            options |= {"affine": i == 0, "window": window}
+            options |= {"affine": i == 0}
             yield f"pooled-{name}-{i}", pooled, {**common, **options}
         if shape != "odd":
             options = {"dtype": torch.float32, "act": ACTS[1], "affine": True}

@@ -82,10 +82,11 @@ PATTERNS = {
         ["conv-bn-act-pool"],
     ),
     "pool without activation": (
-        lambda m, x: torch.max_pool2d(m.bn(x), 2),
+        lambda m, x: torch.max_pool2d(m.bn(x), 3, 2, 1),
         2,
         ["bn-pool"],
     ),
+    "another pool": (lambda m, x: F.max_pool2d(F.relu(m.bn(x)), 2), 2, ["bn-act"]),
     "counter read": (counter_read, 2, ["conv-bn-act"]),
     "before the convolution": (lambda m, x: m.conv(F.relu(m.bn(x))), 2, ["bn-act"]),
     "vectors": (lambda m, x: F.relu(m.bn(m.linear(x))), 0, ["bn-act"]),
@@ -323,7 +324,7 @@ def test_two_readers_get_a_tensor_each(monkeypatch):
         return run(gradients, *args, **kwargs)
 
     monkeypatch.setattr(batch_norm_act, "_run_backward", record)
-    stem = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2))
+    stem = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(3, 2, 1))
     block = torchvision.models.resnet.BasicBlock
     torch.manual_seed(0)
     stock = nn.Sequential(stem, block(4, 4), block(4, 4)).to(DEVICE).double()
@@ -332,7 +333,7 @@ def test_two_readers_get_a_tensor_each(monkeypatch):
     with use_backend("triton" if DEVICE == "cuda" else "triton-interpreter"):
         assert_same_steps(stock, fused, x)
         given.clear()
-        fused(x).sum().backward()
+        fused.float()(x.float()).sum().backward()  # the kernels pool fp32, and not fp64
     # Backward runs the last block's bn2 and bn1, the first block's bn2 and bn1, the stem.
     assert given == [False, False, True, False, True]
 

@@ -249,11 +249,11 @@ def counter_is_written_afterwards(self, x):
 
 
 def pooled_and_added(self, x):
-    return F.max_pool2d(F.relu(self.bn(x) + x), 2)
+    return F.max_pool2d(F.relu(self.bn(x) + x), 3, 2, 1)
 
 
 def pooled_indices(self, x):
-    y, indices = F.max_pool2d(F.relu(self.bn(x)), 2, return_indices=True)
+    y, indices = F.max_pool2d(F.relu(self.bn(x)), 3, 2, 1, return_indices=True)
     return y * indices
 
 
@@ -365,14 +365,16 @@ def counter_goes_up_by_two(self, x):
 
 def pooled_channels(self, x):
     """Batch norm reads dimension 1 of an unbatched image as channels, max-pool as rows."""
-    return F.max_pool2d(F.relu(F.batch_norm(x[0], None, None, None, None, True)), 2) + self.bn(x)
+    return F.max_pool2d(
+        F.relu(F.batch_norm(x[0], None, None, None, None, True)), 3, 2, 1
+    ).sum() + self.bn(x)
 
 
 def convolved_without_gradients(self, x):
     """The bias of a convolution under no_grad gets no gradient from the batch norm either."""
     with torch.no_grad():
         y = self.conv(x)
-    return F.max_pool2d(F.relu(self.bn(y)), 2) + self.bn2(x).mean()
+    return F.max_pool2d(F.relu(self.bn(y)), 3, 2, 1) + self.bn2(x).mean()
 
 
 def normalised_without_gradients(self, x):
@@ -501,7 +503,7 @@ def convs_weight_is_written_between(self, x):
 def convs_bias_is_written_between(self, x):
     y = self.conv(x)
     self.conv.bias.mul_(2)
-    return F.max_pool2d(F.relu(self.bn(y)), 2)
+    return F.max_pool2d(F.relu(self.bn(y)), 3, 2, 1)
 
 
 def residual_is_written_between(self, x):

@@ -6,14 +6,13 @@ import triton
 import triton.language as tl
 from torch.utils._pytree import tree_leaves, tree_map
 
-from bnres.kernels import bn_backward, bn_forward, bn_pool, launch, reference
+from bnres.kernels import bn_backward, bn_forward, bn_max_pool, launch, reference
 from bnres.kernels.config import launch_config, tile_for, tile_rows
 from bnres.kernels.interpreter import check_versions
 from bnres.kernels.layout import ChannelView, view_of
 from bnres.kernels.norm import Norm
 from bnres.kernels.outputs import empty_mask
 from bnres.kernels.tiles import divide, split_rows, tile_offsets
-from bnres.kernels.window import Window
 from bnres.operations.batch_norm_act import unpack_mask
 from tests.device import DEVICE
 from tests.tolerances import assert_close
@@ -102,20 +101,20 @@ def test_launchers_agree_with_their_references(shape, last, many_programs):
 
 @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
 def test_outputs_may_be_allocated_by_the_caller(last):
-    x, dy, residual, weight, bias = draw((3, 16, 6, 6), last)
+    x, dy, residual, weight, bias = draw((3, 16, 6, 8), last)
     norm = Norm(bn_forward.bn_stats(x, None, None, 0.1, 1e-5), weight, bias)
     other = Norm(bn_forward.bn_stats(residual, None, None, 0.1, 1e-5), bias)
-    window, pool = Window(3, 3, 2, 2, 1, 1, 1, 1), (norm, "relu", 0.0)
-    pooled = bn_pool.bn_max_pool(x, *pool, window, False, save=True)
+    pool = (norm, "relu", 0.0)
+    pooled = bn_max_pool.bn_max_pool(x, *pool, save=True)
     dy_pooled = torch.ones_like(pooled[0])
     plain, two_norms = (x, norm, residual, None), (x, norm, residual, other)
     count = x[:, 0].numel()
     calls = [
         lambda **out: bn_forward.bn_stats(x, None, None, 0.1, 1e-5, **out),
         lambda **out: bn_forward.bn_apply(*plain, "relu", 0.0, save_mask=True, **out),
-        lambda **out: bn_pool.bn_max_pool(x, *pool, window, False, save=True, **out),
-        lambda **out: bn_pool.bn_max_pool_backward_dx(
-            dy_pooled, pooled[1], x, *pool, window, None, 1, **out
+        lambda **out: bn_max_pool.bn_max_pool(x, *pool, save=True, **out),
+        lambda **out: bn_max_pool.bn_max_pool_backward_dx(
+            dy_pooled, pooled[1], x, *pool, None, 1, **out
         ),
     ]
     for tensors in (plain, two_norms):

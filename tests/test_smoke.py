@@ -9,13 +9,12 @@ from torch.utils._pytree import tree_map
 
 from bnres import augment, use_backend
 from bnres.kernels import augment as augment_kernels
-from bnres.kernels import bn_backward, bn_forward, bn_pool, conv, reference
+from bnres.kernels import bn_backward, bn_forward, bn_max_pool, conv, reference
 from bnres.kernels.config import CHANNELS, GROUPS, PLANES, tile_for
 from bnres.kernels.conv_config import ConvShape
 from bnres.kernels.dtypes import SUPPORTED_DTYPES, acc_type
 from bnres.kernels.layout import view_of
 from bnres.kernels.norm import Norm, RunningStatistics
-from bnres.kernels.window import Window
 from bnres.operations.batch_norm_act import unpack_mask
 from tests.device import DEVICE
 from tests.tolerances import assert_close
@@ -132,28 +131,23 @@ def check_two_norms(dtype, layout):
 
 
 def check_max_pool(dtype, layout):
-    for window in (Window(3, 3, 2, 2, 1, 1, 1, 1), Window(2, 3, 1, 2, 0, 1, 2, 1)):
-        check_window(dtype, layout, window)
-
-
-def check_window(dtype, layout, window):
     (x,) = draw(dtype, layout, 1)
     norm = Norm(bn_forward.bn_stats(x, None, None, 0.1, EPS), *affine(x))
-    y, index, x_max = bn_pool.bn_max_pool(x, norm, "silu", 0.0, window, False, save=True)
-    expected = reference.bn_max_pool_ref(*double(x, norm), "silu", 0.0, window, False)[0]
+    y, index, x_max = bn_max_pool.bn_max_pool(x, norm, "silu", 0.0, save=True)
+    expected = reference.bn_max_pool_ref(*double(x, norm), "silu", 0.0)[0]
     assert_close(y, expected, dtype)
     # Of values that are equal once rounded any may be the greatest of the exact ones.
-    at_index = reference.bn_max_pool_at_ref(*double(x, norm), "silu", 0.0, window, index)
+    at_index = reference.bn_max_pool_at_ref(*double(x, norm), "silu", 0.0, index)
     assert_close(y, at_index, dtype)
-    flat = reference.pooled_offsets(index, window, x.shape[3]).flatten(2)
+    flat = reference.pooled_offsets(index, x.shape[3]).flatten(2)
     assert torch.equal(x_max.flatten(2), x.flatten(2).gather(2, flat))
     dy = torch.randn(y.shape).to(DEVICE, dtype)
     dy = dy.contiguous(memory_format=LAYOUTS[layout][1])
     sums, _ = bn_backward.bn_backward_reduce(dy, x_max, norm, None, None, None, "silu", 0.0)
     count = x[:, 0].numel()
-    dx = bn_pool.bn_max_pool_backward_dx(dy, index, x, norm, "silu", 0.0, window, sums, count)
+    dx = bn_max_pool.bn_max_pool_backward_dx(dy, index, x, norm, "silu", 0.0, sums, count)
     expected = reference.bn_max_pool_backward_dx_ref(
-        dy.double(), index, *double(x, norm), "silu", 0.0, window, *double(sums), count
+        dy.double(), index, *double(x, norm), "silu", 0.0, *double(sums), count
     )
     assert dx.stride() == x.stride()
     assert_close(dx, expected, dtype)
@@ -206,7 +200,6 @@ def check_augment(dtype, memory_format):
 OPERATIONS = {
     "batch_norm_act": check_batch_norm_act,
     "two_norms": check_two_norms,
-    "max_pool": check_max_pool,
 }
 # The interpreter's tl.dot takes no bf16, and no type is wider than fp32 in the kernel.
 CONV_DTYPES = [torch.float16, torch.float32] + [torch.bfloat16] * (DEVICE == "cuda")
@@ -218,6 +211,12 @@ FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channel
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_batch_norms(operation, layout, dtype):
     OPERATIONS[operation](dtype, layout)
+
+
+@pytest.mark.parametrize("dtype", [d for d in SUPPORTED_DTYPES if d != torch.float64], ids=str)
+@pytest.mark.parametrize("layout", ["planes", "channels_last"])
+def test_max_pool(layout, dtype):
+    check_max_pool(dtype, layout)
 
 
 @pytest.mark.parametrize("dtype", CONV_DTYPES, ids=str)
@@ -240,7 +239,7 @@ def launched_by(path):
 def test_no_kernel_is_left_out(monkeypatch):
     """A new kernel needs a case here."""
     launched = set()
-    for module in (augment_kernels, bn_backward, bn_forward, bn_pool, conv):
+    for module in (augment_kernels, bn_backward, bn_forward, bn_max_pool, conv):
         original = module.launch
 
         def record(kernel, *arguments, original=original, **named):
@@ -250,6 +249,7 @@ def test_no_kernel_is_left_out(monkeypatch):
         monkeypatch.setattr(module, "launch", record)
     for check in OPERATIONS.values():
         check(torch.float32, "planes")
+    check_max_pool(torch.float32, "planes")
     check_conv(torch.float32)
     check_augment(torch.float32, torch.contiguous_format)
     named = set().union(*map(launched_by, KERNELS.glob("*.py")))

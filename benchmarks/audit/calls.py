@@ -43,8 +43,8 @@ HUGE_INPUTS = {
     "huge channels_last": ((2, 64, 4096, 4104), LAST),
 }
 WINDOW = ("kernel_size", "stride", "padding", "dilation")
-# Windows: few taps, overlapping; many taps; dilated.
-POOLINGS = ((3, 2, 1, 1), (5, 1, 2, 1), (3, 2, 0, 2))
+# The pooling of a ResNet's stem, the only one that has a kernel.
+POOLING = (3, 2, 1, 1)
 # Output channels and window.
 CONVOLUTIONS = ((64, (3, 1, 1, 1)), (24, (1, 2, 0, 1)), (5, (3, 2, 2, 2)))
 # Values that occur together with each value of the other options ...
@@ -53,19 +53,17 @@ VALUES: Axes = {
     # One whose gradient a bit mask gives, none, one whose gradient needs the pre-activation.
     "act": ("relu", "identity", "silu"),
     "dtype": (torch.bfloat16, torch.float32, torch.float64),
-    "kernel_size": POOLINGS,
+    "kernel_size": (POOLING,),
     "conv_weight": CONVOLUTIONS,
     "groups": (1,),  # torch does grouped convolutions
     "memory_format": (CONTIGUOUS, LAST),
-    # In this order the first values of all reach the kernels of the stem's window.
-    "ceil_mode": (False, True),
+    "ceil_mode": (False,),
     "height": (8, 64),  # one program holds an image of 8 × 8, several one of 64 × 64
 }
 # ... and those that occur in two calls: one with every optional argument, one with none.
 OTHERS: Axes = {
     "act": tuple(act for act in ACTIVATIONS if act not in VALUES["act"]),
     "dtype": (torch.float16,),
-    "kernel_size": ((17, 4, 8, 1),),  # more taps than a byte can number
 }
 # The case of `batch_norm_act` without residual and activation; and the type of an argument.
 SPECIAL_CASES = {"batch_norm", "BatchNormState"}

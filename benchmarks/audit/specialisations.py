@@ -39,7 +39,7 @@ from bnres.kernels.replay import Replay
 # Characters of an error that are reported.
 LINE_LENGTH = 300
 # Bytes that a thread may spill outside of a ResNet's step, which the audit's budget holds to none:
-# some registers of a pooling with dilation or 64-bit offsets; and where no access is wide, so that
+# some registers with 64-bit offsets; and where no access is wide, so that
 # each has an address of its own.
 STACK, RAGGED_STACK = 256, 512
 
@@ -112,11 +112,9 @@ UNREACHED: dict[tuple[str, str], set[Any]] = {
     # Pooling walks over vectors of planes, whatever their size.
     ("_bn_max_pool_kernel", "TILE"): {GROUPS},
     ("_bn_max_pool_bwd_dx_kernel", "TILE"): {GROUPS},
-    ("_bn_max_pool_3x3_kernel", "TILE"): {GROUPS},
-    ("_bn_max_pool_3x3_bwd_dx_kernel", "TILE"): {GROUPS},
-    # The kernels of every window take fp64.
-    ("_bn_max_pool_3x3_kernel", "x_ptr"): {torch.float64},
-    ("_bn_max_pool_3x3_bwd_dx_kernel", "x_ptr"): {torch.float64},
+    # In fp64 torch pools.
+    ("_bn_max_pool_kernel", "x_ptr"): {torch.float64},
+    ("_bn_max_pool_bwd_dx_kernel", "x_ptr"): {torch.float64},
     # A convolution's kernel is for evaluation.
     ("_conv_bn_act_kernel", "var_ptr"): {None},
     # torch's convolution takes fp64.

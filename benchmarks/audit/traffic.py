@@ -69,7 +69,7 @@ def our_operation(name: str, given: Mapping[str, Any]) -> tuple[str, str]:
     """The audit's name of a call of ``bnres::batch_norm_act_*``, and its step."""
     step = name.removeprefix("batch_norm_act_")
     fork = "_fork" if given.get("dy_skip") is not None else ""
-    if given["window"]:
+    if given["pools"]:
         return f"bn_relu_pool{fork}", step
     if given["has_residual_norm"]:
         return f"dual_bn_add_relu{fork}", step

@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
 from bnres.functional import batch_norm_act, batch_norm_act_max_pool2d, conv2d_batch_norm_act
+from bnres.operations.batch_norm_act_max_pool import is_stem
 
 ADDITIONS = ("add", "iadd")
 POOLING = ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
@@ -139,9 +140,11 @@ def activation(node: fx.Node | None) -> tuple[str, dict[str, Any] | None] | None
 
 
 def pooling(node: fx.Node | None) -> dict[str, Any] | None:
-    """The options of the max-pool that a node applies."""
+    """The options of the max-pool of a ResNet's stem that a node applies."""
     options = constants(node, POOLING) if torch_name(node) == "max_pool2d" else None
-    return None if options is None or options.pop("return_indices", False) else options
+    if options is None or options.pop("return_indices", False) or not is_stem(**options):
+        return None
+    return options
 
 
 def convolution(node: fx.Node) -> dict[str, Any] | None:

@@ -12,7 +12,6 @@ from bnres.operations.batch_norm_act import batch_norm_act
 from bnres.operations.batch_norm_act_max_pool import (
     Size,
     batch_norm_act_max_pool2d,
-    window_fields,
 )
 
 
@@ -125,7 +124,7 @@ class BatchNormActMaxPool2d(BatchNormAct2d):
     ``kernel_size``, are those of `BatchNormAct2d`; the rest are those of `torch.nn.MaxPool2d`.
 
     Raises:
-        ValueError: for an unknown activation or option, or a window that torch does not take.
+        ValueError: for an unknown activation or option.
     """
 
     def __init__(
@@ -139,7 +138,6 @@ class BatchNormActMaxPool2d(BatchNormAct2d):
         **options: Any,
     ) -> None:
         super().__init__(num_features, **options)
-        window_fields(kernel_size, stride, padding, dilation)
         self.kernel_size, self.padding, self.dilation = kernel_size, padding, dilation
         self.stride = kernel_size if stride is None else stride
         self.ceil_mode = ceil_mode

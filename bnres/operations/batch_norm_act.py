@@ -1,7 +1,6 @@
 """act(batch_norm(x) + residual), act(batch_norm(x) + batch_norm(residual)), max_pool2d(act(batch_norm(x)))."""
 
 from collections.abc import Sequence
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +19,6 @@ from bnres.kernels.reference import (
     bn_stats_ref,
 )
 from bnres.kernels.torch_internals import outside_of_transforms, unwrapped
-from bnres.kernels.window import Window
 from bnres.operations.arguments import as_dtype_of, check_residual, wants_grad
 from bnres.operations.aten import batch_norm_act_aten
 from bnres.operations.call import Operation, call
@@ -73,7 +71,7 @@ WRITTEN = tuple(name for name in Buffers._fields if not name.endswith("device_mo
 class Spec(NamedTuple):
     """Every argument of a call that is not a tensor, and whether backward reads the values of x.
 
-    ``window``, with the fields of `Window`, is empty without a max-pool. With one, there is no residual.
+    ``pools`` adds the max-pool of a ResNet's stem: 3×3, stride 2, padding 1. Then there is no residual.
     """
 
     act: str
@@ -86,8 +84,7 @@ class Spec(NamedTuple):
     has_residual_norm: bool
     residual_momentum: float
     residual_eps: float
-    window: tuple[int, ...]
-    ceil_mode: bool
+    pools: bool
 
 
 class Outputs(NamedTuple):
@@ -121,12 +118,6 @@ class Saved(NamedTuple):
     x_max: Maybe = None
 
 
-@cache
-def window_of(fields: tuple[int, ...]) -> Window:
-    """The window of a spec, made once: it takes as long as an allocation."""
-    return Window(*fields)
-
-
 def _saves_mask(inputs: Inputs, spec: Spec) -> bool:
     """Whether backward reads one bit per element instead of the residual or x."""
     added = inputs.residual is not None and not spec.has_residual_norm
@@ -136,14 +127,13 @@ def _saves_mask(inputs: Inputs, spec: Spec) -> bool:
 def _allocate(inputs: Inputs, buffers: Buffers, spec: Spec) -> Outputs:
     x = inputs.x
     statistics = empty_statistics(x, spec) if spec.needs_grad else None
-    if not spec.window:
+    if not spec.pools:
         mask = empty_mask(x) if _saves_mask(inputs, spec) else None
         return Outputs(torch.empty_like(x), statistics, mask)
-    window = window_of(spec.window)
-    y = empty_pooled(x, window, spec.ceil_mode)
+    y = empty_pooled(x)
     if not spec.needs_grad:
         return Outputs(y, None, None)
-    argmax = torch.empty_like(y, dtype=window.argmax_dtype)
+    argmax = torch.empty_like(y, dtype=torch.uint8)
     return Outputs(y, statistics, None, argmax, torch.empty_like(y))
 
 
@@ -165,7 +155,7 @@ def _norms(saved: Inputs | Saved, statistics: Any) -> tuple[Norm, Norm | None]:
 def _launch_forward(inputs: Inputs, buffers: Buffers, outputs: Outputs, spec: Spec) -> None:
     """Fills ``outputs``; statistics that are not kept are scratch, or the running ones."""
     from bnres.kernels.bn_forward import bn_apply
-    from bnres.kernels.bn_pool import bn_max_pool
+    from bnres.kernels.bn_max_pool import bn_max_pool
 
     y, kept, mask, argmax, x_max = outputs
     act = spec.act, spec.act_param
@@ -178,10 +168,8 @@ def _launch_forward(inputs: Inputs, buffers: Buffers, outputs: Outputs, spec: Sp
             for t, state, row in zip((inputs.x, inputs.residual), states, rows, strict=False)
         ],
     )
-    if spec.window:
-        bn_max_pool(
-            inputs.x, norm, *act, window_of(spec.window), spec.ceil_mode, out=(y, argmax, x_max)
-        )
+    if spec.pools:
+        bn_max_pool(inputs.x, norm, *act, out=(y, argmax, x_max))
     else:
         bn_apply(inputs.x, norm, inputs.residual, residual_norm, *act, out=(y, mask))
 
@@ -196,7 +184,7 @@ def _again(inputs: Inputs, kept: Sequence[Any], spec: Spec) -> Tensor:
 def _saved(inputs: Inputs, y: Tensor, kept: Sequence[Any], spec: Spec) -> Saved:
     # What is not kept is None, or empty if an operator returned it.
     statistics, mask, argmax, x_max = kept
-    if spec.window:
+    if spec.pools:
         return Saved(*inputs, statistics, None, argmax, x_max)
     if not _saves_mask(inputs, spec):
         mask = None
@@ -248,7 +236,7 @@ def _backward(
     gradients: Gradients, saved: Saved, spec: Spec, asked: Asked, recording: Recording
 ) -> Computed:
     computed = _allocate_backward(gradients, saved, spec, asked)
-    y = saved.x_max if spec.window else saved.x
+    y = saved.x_max if spec.pools else saved.x
     given = [
         dy if dy is None or dy.stride() == y.stride() else dense_like(dy, y) for dy in gradients
     ]
@@ -263,7 +251,7 @@ def _launch_backward(gradients: Gradients, saved: Saved, computed: Computed, spe
     dy_skip. With a max-pool the reduce pass is over the maxima only.
     """
     from bnres.kernels.bn_backward import bn_backward_dx, bn_backward_reduce
-    from bnres.kernels.bn_pool import bn_max_pool_backward_dx
+    from bnres.kernels.bn_max_pool import bn_max_pool_backward_dx
 
     x, residual, mask, act = saved.x, saved.residual, saved.mask, (spec.act, spec.act_param)
     dy, dy_skip = gradients
@@ -271,7 +259,7 @@ def _launch_backward(gradients: Gradients, saved: Saved, computed: Computed, spe
     norms = _norms(saved, rows_of(saved.statistics, x))
     if sums[0] is not None:
         dz, reduced = None if spec.has_residual_norm else dresidual, x
-        if spec.window:
+        if spec.pools:
             dz, reduced = None if dy_skip is None else torch.empty_like(saved.x_max), saved.x_max
         bn_backward_reduce(
             dy, reduced, norms[0], residual, norms[1], mask, *act, dy_skip=dy_skip,
@@ -284,9 +272,8 @@ def _launch_backward(gradients: Gradients, saved: Saved, computed: Computed, spe
         return
     found = Sums(*sums) if spec.training else None
     count = max(x.numel() // max(x.shape[1], 1), 1)
-    if spec.window:
-        window = window_of(spec.window)
-        bn_max_pool_backward_dx(dy, saved.argmax, x, norms[0], *act, window, found, count, out=dx)
+    if spec.pools:
+        bn_max_pool_backward_dx(dy, saved.argmax, x, norms[0], *act, found, count, out=dx)
     else:
         bn_backward_dx(
             dy, x, norms[0], residual, norms[1], mask, *act, found, count, dy_skip=dy_skip,
@@ -304,7 +291,7 @@ def _input_gradients(
 ) -> Sequence[Tensor | None]:
     if saved.x is None:
         saved = saved._replace(x=dense(dy))
-    is_sum = spec.act == "identity" and not (spec.has_residual_norm or spec.window)
+    is_sum = spec.act == "identity" and not (spec.has_residual_norm or spec.pools)
     if spec.has_residual_norm:
         dx = dresidual = bool(needed.x or needed.residual)  # one pass writes both
     else:
@@ -313,7 +300,7 @@ def _input_gradients(
     if not spec.training:
         sums = sums or needed.input_bias or needed.residual_input_bias
     asked = Asked(dx, dresidual, bool(sums))
-    if dy_skip is not None and (is_sum or (spec.window and not _reduces(spec, asked))):
+    if dy_skip is not None and (is_sum or (spec.pools and not _reduces(spec, asked))):
         dy, dy_skip = dy + dy_skip, None
     found = _run_backward(Gradients(dy, dy_skip), saved, spec, asked, recording=recording)
     residual = None
@@ -360,11 +347,10 @@ def _formula(saved: Saved, spec: Spec) -> Tensor:
         biases = saved.input_bias, saved.residual_input_bias
         statistics = list(map(of_input_bias, rows_of(saved.statistics, x), biases))
     norm, residual_norm = _norms(saved, statistics)
-    if spec.window:
-        window = window_of(spec.window)
+    if spec.pools:
         if saved.argmax is None:
-            return bn_max_pool_ref(x, norm, *act, window, spec.ceil_mode)[0]
-        return bn_max_pool_at_ref(x, norm, *act, window, saved.argmax)
+            return bn_max_pool_ref(x, norm, *act)[0]
+        return bn_max_pool_at_ref(x, norm, *act, saved.argmax)
     if saved.mask is None:
         return bn_apply_ref(x, norm, residual, residual_norm, *act)[0]
     z, _ = bn_apply_ref(x, norm, residual, None, "identity", 0.0)
@@ -388,12 +374,6 @@ def unpack_mask(mask: Tensor, x: Tensor) -> Tensor:
 
 def _check(inputs: Inputs, buffers: Buffers, spec: Spec) -> None:
     x, residual, training = inputs.x, inputs.residual, spec.training
-    if spec.window:
-        if x.dim() != 4:
-            raise ValueError(f"expected 4D input (got {x.dim()}D input)")
-        size = Window(*spec.window).output_size(x.shape[2], x.shape[3], spec.ceil_mode)
-        if min(size) < 1:
-            raise ValueError(f"input of {tuple(x.shape)} is too small: its pooled size is {size}")
     norm, *others = states_of(inputs, buffers, spec)
     check_batch_norm(x, norm, training)
     if residual is not None:
@@ -408,10 +388,7 @@ def _aten(inputs: Inputs, buffers: Buffers, spec: Spec) -> Tensor:
     for residual_norm in others:
         residual = batch_norm_act_aten(residual, residual_norm, training)
     y = batch_norm_act_aten(inputs.x, norm, training, residual, spec.act, spec.act_param)
-    if not spec.window:
-        return y
-    window = Window(*spec.window)
-    return F.max_pool2d(y, window.kernel_size, **window.options, ceil_mode=spec.ceil_mode)
+    return F.max_pool2d(y, 3, stride=2, padding=1) if spec.pools else y
 
 
 _run_backward = operator(
@@ -514,9 +491,7 @@ def batch_norm_act(
     depends_on_x = name not in ("identity", "relu") or wants_grad(weight)
     reads_x = training or norm is not None or depends_on_x
     needs_grad = wants_grad(*inputs)
-    spec = Spec(
-        name, param, training, needs_grad, reads_x, number, eps, *of_residual_norm, (), False
-    )
+    spec = Spec(name, param, training, needs_grad, reads_x, number, eps, *of_residual_norm, False)
     return call(BATCH_NORM_ACT, Inputs(*inputs), Buffers(*buffers), spec, fork)
 
 

@@ -1,16 +1,23 @@
-"""Batch norm, activation and max-pool with the window of a ResNet's stem: 3×3, stride 2, padding 1.
+"""Batch norm, activation and the max-pool of a ResNet's stem: 3×3, stride 2, padding 1.
+
+What is pooled is never written. Forward keeps each greatest value's position in its window and the x
+there; the reduce pass of backward is then `bn_backward.bn_backward_reduce` over these.
 
 A program owns columns of windows and walks down some of their rows, with no division in its loop.
 Forward normalises each row of x once, for the windows above and below it, and replaces a position
-outside of x by the neighbour inside, which is in the same window. Both kernels do what those of
-`bn_pool` do, for the sizes that `bn_pool.is_3x3` takes.
+outside of x by the neighbour inside, which is in the same window.
 """
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from bnres.kernels.channels import load_biases, load_mean_grads, load_norm
-from bnres.kernels.device import INTERPRETED, round_to
+from bnres.kernels.channels import load_biases, load_line, load_norm
+from bnres.kernels.device import ACTIVATIONS, INTERPRETED, round_to
+from bnres.kernels.launch import launch, plan_columns
+from bnres.kernels.norm import Norm, Sums
+from bnres.kernels.outputs import empty_pooled
 from bnres.kernels.tiles import CHANNELS
 
 
@@ -183,7 +190,7 @@ def _greatest_of_row(
 
 
 @triton.jit
-def _bn_max_pool_3x3_kernel(
+def _bn_max_pool_kernel(
     y_ptr, argmax_ptr, x_max_ptr, x_ptr,
     mean_ptr, rstd_ptr, var_ptr, weight_ptr, bias_ptr,
     columns, C, H, W, OH, OW, rows_per_program, act_param: tl.float64, eps: tl.float64,
@@ -272,7 +279,7 @@ def _dx(dy, x, mean, scale, bias, slope, offset, param, ACT_GRAD: tl.constexpr):
 
 
 @triton.jit
-def _bn_max_pool_3x3_bwd_dx_kernel(
+def _bn_max_pool_bwd_dx_kernel(
     dx_ptr, dy_ptr, argmax_ptr, x_ptr,
     mean_ptr, rstd_ptr, weight_ptr, bias_ptr,
     sum_dy_ptr, sum_dy_xhat_ptr,
@@ -291,12 +298,12 @@ def _bn_max_pool_3x3_bwd_dx_kernel(
         mean_ptr, rstd_ptr, None, weight_ptr, 0.0, channel, channel < C, tl.float32
     )
     bias = load_biases(bias_ptr, None, channel, channel < C, tl.float32)
-    slope, offset = None, None
+    offset, slope = None, None
     if sum_dy_ptr is not None:
-        mean_dy, slope = load_mean_grads(
-            sum_dy_ptr, sum_dy_xhat_ptr, rstd, stats_count, channel, channel < C, tl.float32
-        )
-        slope, offset = -slope * scale, -mean_dy * scale
+        offset, slope = load_line(
+            sum_dy_ptr, sum_dy_xhat_ptr, (mean, rstd, scale), stats_count, channel, channel < C, TILE,
+            tl.float32,
+        )  # fmt: skip
     param = tl.full((), act_param, tl.float32)
 
     x_at = (plane * (H * W) + 2 * ow) * step + local
@@ -346,3 +353,74 @@ def _bn_max_pool_3x3_bwd_dx_kernel(
             dx_ptr + row, step, x_at, dx, dx_right, exists & in_row, has_right & in_row, TILE
         )
         dy_up, dy_up_right = _row_grads(dy, argmax, dy_next, argmax_next, 6)
+
+
+def bn_max_pool(
+    x: Tensor,
+    norm: Norm,
+    act: str,
+    act_param: float,
+    *,
+    save: bool = False,
+    out: tuple[Tensor, Tensor | None, Tensor | None] | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """max_pool2d(act(norm(x)), 3, stride=2, padding=1) in the memory format of ``x``.
+
+    If asked, also each greatest value's position in its window, row by row (uint8), and the x there.
+    Ties, NaN and padding are as in `torch.nn.functional.max_pool2d`. ``x`` is one that
+    `config.has_pool_kernel` takes. ``out`` are the three results, allocated by the caller.
+    """
+    y, argmax, x_max = out or (empty_pooled(x), None, None)
+    if save and out is None:
+        argmax, x_max = torch.empty_like(y, dtype=torch.uint8), torch.empty_like(y)
+    if y.numel() == 0:
+        return y, argmax, x_max
+    launch(
+        _bn_max_pool_kernel,
+        plan_columns("pool", x, rows=y.shape[2]),
+        y_ptr=y,
+        argmax_ptr=argmax,
+        x_max_ptr=x_max,
+        x_ptr=x,
+        **norm.pointers(),
+        act_param=act_param,
+        ACT=ACTIVATIONS[act].forward,
+    )
+    return y, argmax, x_max
+
+
+def bn_max_pool_backward_dx(
+    dy: Tensor,
+    argmax: Tensor,
+    x: Tensor,
+    norm: Norm,
+    act: str,
+    act_param: float,
+    sums: Sums | None,
+    count: int,
+    *,
+    out: Tensor | None = None,
+) -> Tensor:
+    """dx; ``dy`` (of what was pooled) and ``argmax`` are stored in memory as ``x`` is.
+
+    ``sums`` are Σ dz and Σ dz·xhat of each channel, over ``count`` elements; None stands for eval
+    mode, where the statistics are constants.
+    """
+    dx = torch.empty_like(x) if out is None else out
+    if x.numel() == 0:
+        return dx
+    launch(
+        _bn_max_pool_bwd_dx_kernel,
+        plan_columns("pool_dx", x, rows=dy.shape[2] + 1),
+        dx_ptr=dx,
+        dy_ptr=dy,
+        argmax_ptr=argmax,
+        x_ptr=x,
+        **norm.pointers(),
+        sum_dy_ptr=None if sums is None else sums.dy,
+        sum_dy_xhat_ptr=None if sums is None else sums.dy_xhat,
+        act_param=act_param,
+        stats_count=count,
+        ACT_GRAD=ACTIVATIONS[act].grad,
+    )
+    return dx

@@ -7,14 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch.utils._pytree import tree_map
 
-from bnres.kernels import bn_forward, bn_pool, config, launch, reference
+from bnres.functional import batch_norm_act_max_pool2d
+from bnres.kernels import bn_forward, bn_max_pool, config, launch, reference
 from bnres.kernels.device import ACTIVATIONS
 from bnres.kernels.norm import Norm, RunningStatistics, Statistics, Sums
-from bnres.kernels.window import Window
 from tests.device import DEVICE
 from tests.tolerances import assert_close
 
-WINDOW = Window(3, 3, 2, 2, 1, 1, 1, 1)
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 # Odd and even sizes, one row, one column of windows; channels that fill vectors and blocks, or don't;
 # planes whose rows are whole vectors; more columns than a program has.
@@ -43,7 +42,7 @@ def split(monkeypatch):
 
     def split(programs):
         monkeypatch.setattr(launch, "sm_count", lambda device: 1)
-        for kernel in ("pool_3x3", "pool_3x3_dx"):
+        for kernel in ("pool", "pool_dx"):
             tuning = replace(config.TUNING[kernel], programs_per_sm=programs)
             monkeypatch.setitem(config.TUNING, kernel, tuning)
         launch._plan_columns.cache_clear()
@@ -78,14 +77,13 @@ def same_bits(found, expected):
 
 def check_forward(x, norm, act):
     """Ties go to the first, NaN to the last."""
-    y, argmax, x_max = bn_pool.bn_max_pool(x, norm, act, 0.1, WINDOW, False, save=True)
-    assert bn_pool.is_3x3(x, y, WINDOW)
+    y, argmax, x_max = bn_max_pool.bn_max_pool(x, norm, act, 0.1, save=True)
     values, _ = bn_forward.bn_apply(x, norm, None, None, act, 0.1)
     expected, flat = F.max_pool2d(values.float(), 3, 2, 1, return_indices=True)
     assert same_bits(y.float(), expected)
-    assert torch.equal(reference.pooled_offsets(argmax, WINDOW, x.shape[3]), flat)
+    assert torch.equal(reference.pooled_offsets(argmax, x.shape[3]), flat)
     assert same_bits(x_max, x.flatten(2).gather(2, flat.flatten(2)).view_as(y))
-    alone, *nothing = bn_pool.bn_max_pool(x, norm, act, 0.1, WINDOW, False)
+    alone, *nothing = bn_max_pool.bn_max_pool(x, norm, act, 0.1)
     assert same_bits(alone, y) and nothing == [None, None]
     assert y.stride() == argmax.stride() == x_max.stride()
 
@@ -108,11 +106,11 @@ def test_dx(shape, layout, dtype, programs, split):
     x, norm = draw(shape, layout, dtype)
     x = x.nan_to_num(1, 2, -2)
     for act, training in (("relu", True), ("silu", False)):
-        y, argmax, _ = bn_pool.bn_max_pool(x, norm, act, 0.1, WINDOW, False, save=True)
+        y, argmax, _ = bn_max_pool.bn_max_pool(x, norm, act, 0.1, save=True)
         dy = torch.randn_like(y)
         sums = Sums(*torch.randn(2, shape[1]).to(DEVICE)) if training else None
-        given = (dy, argmax, x, norm, act, 0.1, WINDOW, sums, 20)
-        dx = bn_pool.bn_max_pool_backward_dx(*given)
+        given = (dy, argmax, x, norm, act, 0.1, sums, 20)
+        dx = bn_max_pool.bn_max_pool_backward_dx(*given)
         wide = tree_map(
             lambda t: t.double() if isinstance(t, torch.Tensor) and t.is_floating_point() else t,
             given,
@@ -121,26 +119,53 @@ def test_dx(shape, layout, dtype, programs, split):
         assert_close(dx, reference.bn_max_pool_backward_dx_ref(*wide), dtype)
 
 
-def test_which_poolings_are_taken():
-    def taken(shape, layout="channels_last", dtype=torch.bfloat16, window=WINDOW, ceil_mode=False):
-        x = torch.empty(shape, dtype=dtype, memory_format=FORMATS[layout], device="meta")
-        size = window.output_size(*shape[2:], ceil_mode)
-        return bn_pool.is_3x3(x, x.new_empty((*shape[:2], *size)), window)
+def test_which_tensors_are_taken():
+    taken = config.has_pool_kernel
+    assert taken((2, 3, 7, 9), False, 2) and not taken((2, 3, 7, 9), False, 8)
+    assert not taken((2**15, 64, 32, 32), False, 2)
+    assert taken((2, 3, 7, 16), True, 2) and not taken((2, 3, 16, 8), True, 2)
+    assert taken((2, 3, 7, 8), True, 4)
 
-    assert taken((2, 3, 7, 9)) and taken((2, 3, 7, 9), ceil_mode=True)
-    assert not taken((2, 3, 8, 9), ceil_mode=True) and not taken((2, 3, 9, 8), ceil_mode=True)
-    assert not taken((2, 3, 7, 9), dtype=torch.float64)
-    assert not taken((2, 3, 7, 9), window=Window(3, 3, 2, 2, 0, 0, 1, 1))
-    assert not taken((2**15, 64, 32, 32))
-    assert taken((2, 3, 7, 16), "contiguous") and not taken((2, 3, 16, 8), "contiguous")
-    assert taken((2, 3, 7, 8), "contiguous", torch.float32)
+
+@pytest.mark.parametrize(
+    ("change", "dtype", "fuses"),
+    [
+        ({}, torch.float32, True),
+        ({"kernel_size": (3, 3), "stride": (2, 2), "padding": (1, 1)}, torch.float32, True),
+        ({}, torch.float64, False),
+        ({"kernel_size": 2}, torch.float32, False),
+        ({"stride": None}, torch.float32, False),
+        ({"padding": (1, 0)}, torch.float32, False),
+        ({"dilation": 2}, torch.float32, False),
+        ({"ceil_mode": True}, torch.float32, False),
+    ],
+    ids=str,
+)
+def test_which_windows_are_pooled_without_writing_the_activation(change, dtype, fuses):
+    x = torch.randn(2, 3, 6, 8, dtype=dtype, device=DEVICE, requires_grad=True)
+    pooling = {"kernel_size": 3, "stride": 2, "padding": 1} | change
+    y = batch_norm_act_max_pool2d(x, None, None, training=True, **pooling)
+    assert ("Fused" in y.grad_fn.name()) == fuses
+    normed = F.relu(F.batch_norm(x.double(), None, None, training=True))
+    assert_close(y, F.max_pool2d(normed, **pooling), dtype)
+
+
+def test_a_layout_that_is_both_counts_as_contiguous():
+    """A tensor of one channel is contiguous and channels_last; its rows are no whole vectors."""
+    x = torch.randn(2, 1, 6, 7, device=DEVICE).contiguous(memory_format=torch.channels_last)
+    for given in (x, torch.randn(2, 3, 6, 9, device=DEVICE)[:, :1, :, ::2]):
+        y = batch_norm_act_max_pool2d(
+            given, None, None, kernel_size=3, stride=2, padding=1, training=True
+        )
+        normed = F.relu(F.batch_norm(given.double(), None, None, training=True))
+        assert_close(y, F.max_pool2d(normed, 3, 2, 1), torch.float32)
 
 
 @pytest.mark.parametrize("contiguous", [True, False], ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize("batch", [1, 16, 32, 256, 1000])
 def test_rows_are_split_over_the_whole_chip(batch, contiguous):
     rows = 56
-    found = config.column_config("pool_3x3", (batch, 64, rows, 56), contiguous, 2, rows, 132)
+    found = config.column_config("pool", (batch, 64, 2 * rows, 112), contiguous, 2, rows, 132)
     blocks = -(-found.columns // found.tile.sub_rows)
     assert found.programs == blocks * -(-rows // found.rows_per_program)
     at_once = 132 * found.tuning.programs_per_sm
