@@ -163,10 +163,13 @@ def functional_calls(name: str) -> Iterator[Call]:
     others = {name: values for name, values in OTHERS.items() if name in axes}
     modes = [(True, "all"), (False, "all"), (False, "none")]
     if "kernel_size" in axes or "conv_weight" in axes:
-        # These kernels have one kind of tile for all planes, and an index of 32 or of 64 bits.
+        # These kernels have one kind of tile for all planes.
         axes["input"] = tuple(name for name in INPUTS if not name.endswith(" planes"))
-        others["input"] = tuple(HUGE_INPUTS)
+    if "kernel_size" in axes:
+        # In fp64 it is `batch_norm_act` followed by torch's pooling.
+        axes["dtype"] = tuple(dtype for dtype in axes["dtype"] if dtype != torch.float64)
     if "conv_weight" in axes:
+        others["input"] = tuple(HUGE_INPUTS)  # an index of 64 bits
         # Otherwise it is torch's convolution followed by `batch_norm_act`.
         modes = [(False, "none")]
         axes["dtype"] = tuple(dtype for dtype in axes["dtype"] if dtype in KERNEL_DTYPES)
