@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.environment import IDENTITY
+from bnres.files import write_text
 
 # The device of results that nobody measured.
 MADE_UP = "made-up timings"
@@ -42,7 +43,7 @@ class ResultStore:
             records = []
             self.environment = environment
             folder.mkdir(parents=True, exist_ok=True)
-            _write(folder / ENVIRONMENT, json.dumps(environment, indent=1) + "\n")
+            write_text(folder / ENVIRONMENT, json.dumps(environment, indent=1) + "\n")
         self.records = {record["id"]: record for record in records}
 
     def add(self, record: Record) -> None:
@@ -74,9 +75,3 @@ def _drop_torn_line(path: Path) -> None:
     content = path.read_bytes() if path.exists() else b""
     if content and not content.endswith(b"\n"):
         os.truncate(path, content.rfind(b"\n") + 1)
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".tmp")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)

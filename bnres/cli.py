@@ -2,8 +2,7 @@
 
 import math
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -12,45 +11,52 @@ from typing import TYPE_CHECKING, Annotated, Any
 try:
     import typer
     from rich.console import Console
+    from typer.core import TyperGroup
 except ModuleNotFoundError as error:
     sys.exit(f"bnres: {error.name} is missing; install it with: pip install 'bnres[train]'")
 
 import bnres
+from bnres.errors import report
 from bnres.train.options import with_config_options
-from bnres.train.outputs import LAST
+from bnres.train.outputs import LAST, WITHOUT_CHECKPOINT
 from bnres.train.presets import PRESETS
 
 if TYPE_CHECKING:
     from bnres.train.config import TrainConfig
 
-BAD_INPUT = 2
+TRACEBACK = "--traceback"
 INPUT_CHANNELS = {"resnet18-seed": 1, "lenet-seed": 1}
 
+
+class Commands(TyperGroup):
+    """Commands whose errors are one line, or with ``--traceback``, anywhere, a traceback."""
+
+    def main(self, args: Sequence[str] | None = None, *rest: Any, **options: Any) -> Any:
+        given = list(sys.argv[1:] if args is None else args)
+        try:
+            return super().main([a for a in given if a != TRACEBACK], *rest, **options)
+        except Exception as error:
+            if TRACEBACK in given:
+                raise
+            line, code = report(error)
+            typer.echo(line, err=True)
+            sys.exit(code)
+
+
 app = typer.Typer(
-    add_completion=False,
+    cls=Commands,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="Batch-normalised residual nets of fused layers.",
 )
 
 
-@contextmanager
-def bad_input_exits(
-    errors: tuple[type[Exception], ...] = (ValueError, ImportError),
-) -> Iterator[None]:
-    """Turns the error of wrong input into one line and exit code 2."""
-    try:
-        yield
-    except errors as error:
-        typer.echo(f"bnres: {error}", err=True)
-        raise typer.Exit(BAD_INPUT) from error
-
-
 def run_folder(out: Path | None, config: "TrainConfig") -> Path:
     """The folder of a run: ``out``, that of its last checkpoint, or a new one below ``runs``.
 
     Raises:
-        ValueError: if it lies in no folder, or is not empty.
+        ValueError: if ``out`` is in no folder, or contains more than a run leaves that ended before its
+            first checkpoint.
     """
     if out is None:
         if config.resume is not None and config.resume.name == LAST:
@@ -58,7 +64,9 @@ def run_folder(out: Path | None, config: "TrainConfig") -> Path:
         return Path("runs") / f"{config.dataset}-{config.model}-{datetime.now():%Y%m%d-%H%M%S}"
     if not out.parent.is_dir():
         raise ValueError(f"out: there is no folder {str(out.parent)!r}")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if out.exists() and not (
+        out.is_dir() and {p.name for p in out.iterdir()} <= WITHOUT_CHECKPOINT
+    ):
         raise ValueError(f"out: {str(out)!r} exists already; name a new folder")
     return out
 
@@ -73,6 +81,9 @@ def show_version(value: bool) -> None:
 def main(
     version: Annotated[
         bool, typer.Option("--version", callback=show_version, is_eager=True, help="Show versions.")
+    ] = False,
+    traceback: Annotated[
+        bool, typer.Option(TRACEBACK, help="Show the traceback of an error; after a command too.")
     ] = False,
 ) -> None:
     pass
@@ -102,57 +113,44 @@ def train(
     """Train a model; with no options, a ResNet-18 on 4,000 images of MNIST."""
     from dataclasses import replace
 
-    from bnres.data import CorruptImage
     from bnres.data.download import download_cifar10
     from bnres.train import distributed
     from bnres.train.compare import prepare_comparison, run_comparison
     from bnres.train.interrupt import Stopped
-    from bnres.train.loop import NonFiniteLoss
     from bnres.train.options import make_config
-    from bnres.train.run import NONFINITE, fit, prepare
+    from bnres.train.run import fit, prepare
 
     distributed.choose_gpu()
-    with bad_input_exits():
-        asked = make_config(options, preset, config)
-        if print_config:
-            typer.echo(asked.as_toml(), nl=False)
-            return
-        if download and (asked.dataset != "cifar10" or asked.data is None):
-            raise ValueError("download: it takes --dataset cifar10 and --data FOLDER")
-        world, device = distributed.join(asked.device)
+    asked = make_config(options, preset, config)
+    if print_config:
+        typer.echo(asked.as_toml(), nl=False)
+        return
+    if download and (asked.dataset != "cifar10" or asked.data is None):
+        raise ValueError("download: it takes --dataset cifar10 and --data FOLDER")
+    world, device = distributed.join(asked.device)
+    console = Console(quiet=not world.is_first)
+    try:
         if download and asked.data is not None:
             if world.is_first:
                 download_cifar10(asked.data)
             world.wait()
-        console = Console(quiet=not world.is_first)
-        if compare and (out is not None or not asked.fused or world.size > 1):
-            raise ValueError(
-                "compare writes no files and trains both in one process: no out, no-fused or "
-                "torchrun with it"
-            )
         if compare:
-            comparison = prepare_comparison(asked)
-        else:
-            # The others write nothing, and may come when the first has made the folder.
-            folder = run_folder(out, asked) if world.is_first else Path()
-            run = prepare(replace(asked, device=device), world)
-    if compare:
-        with bad_input_exits((CorruptImage, ImportError)):
-            run_comparison(comparison, console)
-        return
-    try:
-        with bad_input_exits((CorruptImage, ImportError)):
-            fit(run, folder, console)
+            if out is not None or not asked.fused or world.size > 1:
+                raise ValueError(
+                    "compare writes no files and trains both in one process: no out, no-fused or "
+                    "torchrun with it"
+                )
+            run_comparison(prepare_comparison(asked), console)
+            return
+        # The others write nothing, and may come when the first has made the folder.
+        folder = run_folder(out, asked) if world.is_first else Path()
+        fit(prepare(replace(asked, device=device), world), folder, console)
     except Stopped:
         console.print(
             f"stopped; it goes on with: bnres train --resume {folder / LAST}",
             highlight=False, soft_wrap=True,
         )  # fmt: skip
         raise typer.Exit(130) from None
-    except NonFiniteLoss as error:
-        if world.is_first:
-            typer.echo(f"bnres: {error}; what is known is in {folder / NONFINITE}", err=True)
-        raise typer.Exit(1) from error
     finally:
         distributed.leave()
 
@@ -177,8 +175,7 @@ def evaluate(
         changes["data"] = data
     if eval_flip is not None:
         changes["eval_flip"] = eval_flip
-    with bad_input_exits():
-        config, loss, accuracy = evaluate_checkpoint(checkpoint, **changes)
+    config, loss, accuracy = evaluate_checkpoint(checkpoint, **changes)
     typer.echo(f"{config.model} on {config.dataset}: loss {loss:.4f}, accuracy {accuracy:.2%}")
 
 
@@ -195,10 +192,9 @@ def export(
     from bnres.train.trained import export_checkpoint
 
     out = out or checkpoint.with_suffix(".pt2")
-    with bad_input_exits():
-        if not out.parent.is_dir():
-            raise ValueError(f"out: there is no folder {str(out.parent)!r}")
-        export_checkpoint(checkpoint, out, (size, size) if size else None, folded=folded)
+    if not out.parent.is_dir():
+        raise ValueError(f"out: there is no folder {str(out.parent)!r}")
+    export_checkpoint(checkpoint, out, (size, size) if size else None, folded=folded)
     typer.echo(out)
 
 
@@ -212,11 +208,10 @@ def summary(
     """Print the class and the output shape of each stage of a model."""
     from bnres.models import DEFAULT_INPUT_SHAPE, INPUT_SHAPES, create_model, summarize
 
-    with bad_input_exits():
-        shape = INPUT_SHAPES.get(model, DEFAULT_INPUT_SHAPE)
-        if input is not None:
-            shape = parse_shape(input)
-        stages = summarize(create_model(model, in_channels=shape[1]), shape)
+    shape = INPUT_SHAPES.get(model, DEFAULT_INPUT_SHAPE)
+    if input is not None:
+        shape = parse_shape(input)
+    stages = summarize(create_model(model, in_channels=shape[1]), shape)
     for stage in stages:
         typer.echo(f"{stage.cls:<20} output shape:  {'x'.join(map(str, stage.shape))}")
 
@@ -229,8 +224,7 @@ def explain(model: Annotated[str, typer.Argument(help="Model, of torch's own lay
     from bnres.models import DEFAULT_INPUT_SHAPE, INPUT_SHAPES, create_model
 
     _, *shape = INPUT_SHAPES.get(model, DEFAULT_INPUT_SHAPE)
-    with bad_input_exits():
-        net = create_model(model, in_channels=shape[0], fused=False)
+    net = create_model(model, in_channels=shape[0], fused=False)
     typer.echo(bnres.explain(net, torch.zeros(2, *shape)))
 
 
@@ -261,25 +255,24 @@ def tune(
     from bnres.tune import tune as tune_calls
 
     console = Console()
-    with bad_input_exits():
-        if dtype not in DTYPES:
-            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-        if not minutes > 0:
-            raise ValueError(f"minutes must be above 0, got {minutes}")
-        if out is not None and out.is_dir():
-            raise ValueError(f"out must be a file, got the folder {str(out)!r}")
-        if not torch.cuda.is_available():
-            raise ValueError("tune measures on a GPU, and there is none")
-        device = torch.device("cuda")
-        path = out or table_path(gpu_name(device))
-        read_table(path)
-        channels = INPUT_CHANNELS.get(model, 3)
-        net = create_model(model, in_channels=channels, fused=False)
-        calls = conv_calls(net, (batch_size, channels, size, size), DTYPES[dtype])
-        chosen = [call for call in calls if match in call.key]
-        if not chosen:
-            names = "\n".join(call.key for call in calls)
-            raise ValueError(f"match: {match!r} is in none of\n{names}")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    if not minutes > 0:
+        raise ValueError(f"minutes must be above 0, got {minutes}")
+    if out is not None and out.is_dir():
+        raise ValueError(f"out must be a file, got the folder {str(out)!r}")
+    if not torch.cuda.is_available():
+        raise ValueError("tune measures on a GPU, and there is none")
+    device = torch.device("cuda")
+    path = out or table_path(gpu_name(device))
+    read_table(path)
+    channels = INPUT_CHANNELS.get(model, 3)
+    net = create_model(model, in_channels=channels, fused=False)
+    calls = conv_calls(net, (batch_size, channels, size, size), DTYPES[dtype])
+    chosen = [call for call in calls if match in call.key]
+    if not chosen:
+        names = ", ".join(call.key for call in calls)
+        raise ValueError(f"match: {match!r} is in none of {names}")
     about = {
         "gpu": torch.cuda.get_device_name(),
         "torch": torch.__version__,
@@ -306,16 +299,15 @@ def augment(
     from bnres.data import PACKAGED
     from bnres.data.images import read_image
 
-    with bad_input_exits():
-        if not out.parent.is_dir():
-            raise ValueError(f"out: there is no folder {str(out.parent)!r}")
-        if image in PACKAGED:
-            picture = PACKAGED[image]().train_images[0]
-        elif Path(image).is_file():
-            picture = read_image(Path(image), LARGEST_SIDE)
-        else:
-            raise ValueError(f"image must be a file or one of {', '.join(PACKAGED)}, got {image!r}")
-        draw_grid(out, picture, seed)
+    if not out.parent.is_dir():
+        raise ValueError(f"out: there is no folder {str(out.parent)!r}")
+    if image in PACKAGED:
+        picture = PACKAGED[image]().train_images[0]
+    elif Path(image).is_file():
+        picture = read_image(Path(image), LARGEST_SIDE)
+    else:
+        raise ValueError(f"image must be a file or one of {', '.join(PACKAGED)}, got {image!r}")
+    draw_grid(out, picture, seed)
     typer.echo(out)
 
 

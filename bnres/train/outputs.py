@@ -3,11 +3,12 @@
 import csv
 import io
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from bnres.files import write_bytes, write_text
 
 COLUMNS = (
     "epoch",
@@ -23,6 +24,8 @@ COLUMNS = (
 )
 METRICS = "metrics"
 LAST, BEST, CONFIG, CURVES = "last.pt", "best.pt", "config.toml", "curves.png"
+# What a run leaves that ends before its first checkpoint.
+WITHOUT_CHECKPOINT = {CONFIG, CURVES, f"{METRICS}.csv", f"{METRICS}.jsonl"}
 
 
 def write_metrics(folder: Path, history: list[dict[str, float]]) -> None:
@@ -33,13 +36,6 @@ def write_metrics(folder: Path, history: list[dict[str, float]]) -> None:
     writer.writerows(history)
     write_text(folder / f"{METRICS}.csv", table.getvalue())
     write_text(folder / f"{METRICS}.jsonl", "".join(json.dumps(row) + "\n" for row in history))
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8", newline="")
-    os.replace(temporary, path)
 
 
 class TensorBoard:
@@ -67,26 +63,30 @@ def open_tensorboard(folder: Path) -> Iterator[TensorBoard]:
         yield TensorBoard(writer)
 
 
-def draw_curves(path: Path, history: list[dict[str, float]], title: str) -> None:
-    """Train loss, train accuracy and test accuracy over the epochs."""
+def draw_curves(
+    path: Path, history: list[dict[str, float]], title: str, label_smoothing: float
+) -> None:
+    """Loss and accuracy over the epochs, of training and of the held-out images, as a PNG."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
 
     epochs = [row["epoch"] for row in history]
-    figure = Figure(figsize=(6.4, 4), layout="constrained")
-    axes = figure.subplots()
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    figure.suptitle(title)
+    smoothing = f", label smoothing {label_smoothing:g}" if label_smoothing else ""
     # Colours of Okabe and Ito, told apart by the colour-blind; line styles for print.
-    for column, color, style in (
-        ("train_loss", "#0072B2", "-"),
-        ("train_accuracy", "#D55E00", "--"),
-        ("test_accuracy", "#009E73", "-."),
-    ):
-        values = [row[column] for row in history]
-        axes.plot(epochs, values, style, color=color, marker="o", label=column.replace("_", " "))
-    axes.set(title=title, xlabel="epoch", ylim=(0, None))
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.grid(alpha=0.3)
-    axes.legend()
-    temporary = path.with_name(path.name + ".tmp")
-    figure.savefig(temporary, format="png", dpi=150)
-    os.replace(temporary, path)
+    styles = {"train": ("#0072B2", "-"), "test": ("#009E73", "--")}
+    for axes, quantity in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
+        for part, (color, style) in styles.items():
+            note = smoothing if (part, quantity) == ("train", "loss") else ""
+            values = [row[f"{part}_{quantity}"] for row in history]
+            axes.plot(epochs, values, style, color=color, marker="o", label=f"{part}{note}")
+        axes.set(xlabel="epoch", ylabel=quantity, ylim=(0, None))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.3)
+        axes.legend()
+    axes.set_ylim(0, 1)
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=150)
+    write_bytes(path, content.getbuffer())

@@ -13,7 +13,6 @@ _IMAGENET: dict[str, Any] = {
     "lr": 0.1,
     "warmup_epochs": 5.0,
     "weight_decay": 1e-4,
-    "shift": 0,
     "flip": True,
     "crop_size": 224,
     "dtype": "bf16",

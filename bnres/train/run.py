@@ -1,9 +1,12 @@
 """A whole training run: epochs, lines on the screen, files in the run's folder."""
 
+import errno
 import importlib
 import json
+import shutil
 import time
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +17,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from bnres.backend import backend
 from bnres.data import EpochBatches, load_dataset
-from bnres.train.checkpoint import load_checkpoint, save_checkpoint
+from bnres.errors import describe as describe_error
+from bnres.files import write_text
+from bnres.train.checkpoint import checkpoint_bytes, load_checkpoint, save_checkpoint
 from bnres.train.config import TrainConfig
 from bnres.train.distributed import World
 from bnres.train.interrupt import Stop, Stopped, stop_on_signal
@@ -27,11 +32,14 @@ from bnres.train.outputs import (
     draw_curves,
     open_tensorboard,
     write_metrics,
-    write_text,
 )
 from bnres.train.state import TrainState, build_state
 
 NONFINITE = "nonfinite.json"
+
+
+class RunEnded(OSError):
+    """A file of the run could not be read or written; the message says what is kept."""
 
 
 @dataclass
@@ -188,7 +196,8 @@ def fit(run: Run, folder: Path, console: Console) -> None:
 
     Raises:
         Stopped: when a signal asked it to stop; the checkpoint is written.
-        NonFiniteLoss: when the loss is no number any more; what is known is in nonfinite.json.
+        NonFiniteLoss: when the loss is infinite or NaN; nonfinite.json has details.
+        RunEnded: when a file can't be written, or the checkpoints would not fit on the disk.
     """
     config, state = run.config, run.state
     console.print(
@@ -198,36 +207,71 @@ def fit(run: Run, folder: Path, console: Console) -> None:
         highlight=False,
     )
     first = state.world.is_first
-    if first:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / CONFIG, replace(config, resume=None).as_toml())
-    writer = open_tensorboard(folder) if config.tensorboard and first else nullcontext()
-    with progress_bar(console) as progress, stop_on_signal() as stop, writer as board:
-        while state.epoch < config.epochs:
-            try:
-                run_epoch(run, progress, folder=folder, stop=stop)
-            except NonFiniteLoss:
-                if first:
-                    write_text(folder / NONFINITE, json.dumps(facts(state), indent=1) + "\n")
-                raise
-            row = state.history[-1]
-            console.print(describe(row, config.epochs), highlight=False)
-            if board is not None:
-                board.add(row)
-            is_best = row["test_accuracy"] > state.best
-            state.best = max(state.best, row["test_accuracy"])
-            _write(folder, run, is_best)
-            if state.world.any(stop.asked) and state.epoch < config.epochs:
-                raise Stopped
+    with _says_what_is_kept(folder):
+        if first:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_text(folder / CONFIG, replace(config, resume=None).as_toml())
+            check_room(folder, checkpoint_bytes(state))
+        writer = open_tensorboard(folder) if config.tensorboard and first else nullcontext()
+        with progress_bar(console) as progress, stop_on_signal() as stop, writer as board:
+            while state.epoch < config.epochs:
+                try:
+                    run_epoch(run, progress, folder=folder, stop=stop)
+                except NonFiniteLoss as error:
+                    if first:
+                        write_text(folder / NONFINITE, json.dumps(facts(state), indent=1) + "\n")
+                    raise NonFiniteLoss(f"{error}; details are in {folder / NONFINITE}") from error
+                row = state.history[-1]
+                console.print(describe(row, config.epochs), highlight=False)
+                if board is not None:
+                    board.add(row)
+                is_best = row["test_accuracy"] > state.best
+                state.best = max(state.best, row["test_accuracy"])
+                _write(folder, run, is_best)
+                if state.world.any(stop.asked) and state.epoch < config.epochs:
+                    raise Stopped
     console.print(f"checkpoints, metrics and {CURVES} are in {folder}", highlight=False)
 
 
+def check_room(folder: Path, checkpoint: int) -> None:
+    """Raises an OSError if a file system has no room for last.pt, best.pt and the one being written.
+
+    Args:
+        folder: of the run.
+        checkpoint: bytes of one.
+    """
+    needed, free = 3 * checkpoint, shutil.disk_usage(folder).free
+    needed -= sum(
+        (folder / name).stat().st_size for name in (LAST, BEST) if (folder / name).exists()
+    )
+    if needed > free:
+        raise OSError(
+            errno.ENOSPC,
+            f"the checkpoints need {needed / 1e6:,.1f} MB, and {free / 1e6:,.1f} MB are free",
+            str(folder),
+        )
+
+
+@contextmanager
+def _says_what_is_kept(folder: Path) -> Iterator[None]:
+    """Adds to an OSError which checkpoint a run can go on from."""
+    try:
+        yield
+    except OSError as error:
+        kept = [folder / name for name in (LAST, BEST) if (folder / name).exists()]
+        advice = "there is no checkpoint yet"
+        if kept:
+            advice = f"the last good checkpoint is kept, go on with: bnres train --resume {kept[0]}"
+        raise RunEnded(f"{describe_error(error)}; {advice}") from error
+
+
 def _write(folder: Path, run: Run, is_best: bool) -> None:
-    """What a run leaves behind an epoch; the checkpoint that it goes on from last."""
+    """Writes the files of an epoch; the checkpoint that the run can go on from is the last."""
     config, state = run.config, run.state
     if state.world.is_first:
         write_metrics(folder, state.history)
-        draw_curves(folder / CURVES, state.history, f"{config.model} on {config.dataset}")
+        title = f"{config.model} on {config.dataset}"
+        draw_curves(folder / CURVES, state.history, title, config.label_smoothing)
     if is_best:
         save_checkpoint(folder / BEST, state, config)
     save_checkpoint(folder / LAST, state, config)

@@ -1,5 +1,6 @@
 """Nets out of checkpoints: evaluated, exported."""
 
+import io
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bnres.data import load_dataset
+from bnres.files import write_bytes
 from bnres.fusion import fold
 from bnres.train.checkpoint import read_checkpoint
 from bnres.train.config import TrainConfig, field_type
@@ -111,6 +113,6 @@ def export_checkpoint(
             )
     except RuntimeError as error:
         raise ValueError(f"size: the net takes no images of {size}: {error}") from error
-    temporary = out.with_name(out.name + ".tmp.pt2")
-    torch.export.save(program, temporary)
-    temporary.replace(out)
+    written = io.BytesIO()
+    torch.export.save(program, written)
+    write_bytes(out, written.getbuffer())

@@ -1,0 +1,236 @@
+"""Full disks, read-only folders, damaged files: one line, an exit code, and nothing lost."""
+
+import errno
+import os
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from bnres import cli, files, use_backend
+from bnres.errors import report
+from bnres.train import TrainConfig, build_state
+from bnres.train import run as training
+from bnres.train.checkpoint import checkpoint_bytes, read_checkpoint, save_checkpoint
+from bnres.train.config import read_config
+from tests.disks import read_only, small_disk
+
+MEGABYTE = 1 << 20
+# A small net on little data: a checkpoint is about 0.4 MB.
+TRAIN = ["train", "--model", "lenet-seed", "--batch-size", "8", "--shift", "0"]
+runner = CliRunner()
+
+
+@pytest.fixture(autouse=True)
+def aten():
+    """The subject here is files: the kernels have their own tests."""
+    with use_backend("aten"):
+        yield
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    from bnres.data.dataset import make_dataset
+
+    torch.manual_seed(0)
+    images, labels = torch.randint(0, 256, (32, 1, 28, 28), dtype=torch.uint8), torch.arange(32) % 2
+    dataset = make_dataset(
+        "tiny", ("a", "b"), (images[:24], labels[:24]), (images[24:], labels[24:])
+    )
+    for place in ("bnres.train.run", "bnres.train.trained"):
+        monkeypatch.setattr(f"{place}.load_dataset", lambda *where, **options: dataset)
+    return dataset
+
+
+@pytest.fixture
+def checkpoint(tiny, tmp_path):
+    config = TrainConfig(model="lenet-seed", epochs=3, batch_size=8)
+    path = tmp_path / "run" / "last.pt"
+    path.parent.mkdir()
+    state, _ = build_state(config, tiny)
+    save_checkpoint(path, state, config)
+    return path
+
+
+def run(*arguments, code=0):
+    result = runner.invoke(cli.app, [*map(str, arguments)])
+    assert result.exit_code == code, result.output
+    if code:
+        assert result.stderr.count("\n") == 1, result.stderr
+    return result.stderr if code else result.output
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "disk" / "file"
+    with small_disk(path.parent, MEGABYTE):
+        files.write_text(path, "first")
+        with pytest.raises(OSError, match="file") as raised:
+            files.write_bytes(path, bytes(2 * MEGABYTE))
+        assert raised.value.errno in (errno.ENOSPC, errno.EFBIG)
+        assert [p.name for p in path.parent.iterdir()] == ["file"] and path.read_text() == "first"
+
+
+def test_training_asks_for_room_before_it_starts(tiny, tmp_path):
+    disk = tmp_path / "disk"
+    with small_disk(disk, MEGABYTE // 4):
+        stderr = run(*TRAIN, "--epochs", 1, "--out", disk / "run", code=1)
+        assert "the checkpoints need 1." in stderr and "there is no checkpoint yet" in stderr
+        assert [p.name for p in (disk / "run").iterdir()] == ["config.toml"]
+    # The next start takes the folder.
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "config.toml").write_text("")
+    run(*TRAIN, "--epochs", 1, "--out", out)
+    assert read_checkpoint(out / "last.pt")["epoch"] == 1
+
+
+def test_failed_save_keeps_the_last_good_checkpoint(tiny, tmp_path, monkeypatch):
+    """The disk fills up in the second epoch."""
+    disk, draw = tmp_path / "disk", training.draw_curves
+    out = disk / "run"
+
+    def draw_and_fill(*arguments):
+        draw(*arguments)
+        if (out / "last.pt").exists():
+            with (disk / "others").open("wb") as file:
+                file.write(bytes(8 * MEGABYTE))
+
+    monkeypatch.setattr(training, "draw_curves", draw_and_fill)
+    with small_disk(disk, 4 * MEGABYTE):
+        stderr = run(*TRAIN, "--epochs", 3, "--out", out, code=1)
+        assert stderr.endswith(
+            f"the last good checkpoint is kept, go on with: bnres train --resume {out}/last.pt\n"
+        )
+        assert not list(out.glob("*.tmp*"))
+        assert read_checkpoint(out / "last.pt")["epoch"] == 1
+        (disk / "others").unlink()
+        monkeypatch.setattr(training, "draw_curves", draw)
+        run("train", "--resume", out / "last.pt")
+        assert read_checkpoint(out / "last.pt")["epoch"] == 3
+
+
+def test_resuming_on_a_full_disk_keeps_the_checkpoint(checkpoint, tmp_path):
+    disk = tmp_path / "disk"
+    with small_disk(disk, MEGABYTE):
+        kept = disk / "last.pt"
+        kept.write_bytes(checkpoint.read_bytes())
+        stderr = run("train", "--resume", kept, code=1)
+        assert "the last good checkpoint is kept" in stderr
+        assert kept.read_bytes() == checkpoint.read_bytes()
+
+
+@pytest.mark.parametrize("folded", ["--folded", "--no-folded"])
+def test_export_on_a_full_disk(checkpoint, tmp_path, folded):
+    disk = tmp_path / "disk"
+    with small_disk(disk, MEGABYTE // 64):
+        run("export", checkpoint, folded, "--out", disk / "net.pt2", code=1)
+        assert list(disk.iterdir()) == []
+
+
+def test_augment_on_a_full_disk(tmp_path):
+    Image.new("RGB", (64, 48), (200, 90, 30)).save(tmp_path / "picture.png")
+    disk = tmp_path / "disk"
+    with small_disk(disk, MEGABYTE // 128):
+        run("augment", tmp_path / "picture.png", "--out", disk / "grid.png", code=1)
+        assert list(disk.iterdir()) == []
+
+
+def test_read_only_folders(checkpoint, tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "picture.png")
+    locked = tmp_path / "locked"
+    locked.mkdir()
+    (locked / "last.pt").write_bytes(checkpoint.read_bytes())
+    with read_only(locked):
+        for arguments in (
+            [*TRAIN, "--epochs", 1, "--out", locked / "run"],
+            ["train", "--resume", locked / "last.pt"],
+            ["export", checkpoint, "--out", locked / "net.pt2"],
+            ["augment", tmp_path / "picture.png", "--out", locked / "grid.png"],
+        ):
+            stderr = run(*arguments, code=1)
+            assert "Read-only file system" in stderr or "Permission denied" in stderr
+            assert str(locked) in stderr
+    assert [p.name for p in locked.iterdir()] == ["last.pt"]
+
+
+def test_traceback_on_request(tmp_path):
+    result = runner.invoke(cli.app, ["eval", str(tmp_path / "missing.pt"), "--traceback"])
+    assert isinstance(result.exception, ValueError)
+
+
+@pytest.mark.parametrize("command", [["eval"], ["export"], ["train", "--resume"]], ids=" ".join)
+def test_missing_and_damaged_checkpoints(command, checkpoint, tmp_path):
+    missing = tmp_path / "missing.pt"
+    assert run(*command, missing, code=2).endswith(f"there is no file {str(missing)!r}\n")
+    data = bytearray(checkpoint.read_bytes())
+    data[len(data) // 2] ^= 1  # in the weights, whose checksum torch does not compare
+    checkpoint.write_bytes(data)
+    wanted = f"bnres: {checkpoint} is damaged, or not a checkpoint of bnres\n"
+    assert run(*command, checkpoint, code=2) == wanted
+
+
+def same(a, b):
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    return len(a) == len(b) and all(map(same, a, b)) if isinstance(a, list | tuple) else a == b
+
+
+def damaged(data: bytes, draw: random.Random) -> bytes:
+    """With a byte changed, or cut off."""
+    if draw.random() < 0.3:
+        return data[: draw.randrange(len(data))]
+    place = draw.randrange(len(data))
+    return data[:place] + bytes([data[place] ^ draw.randrange(1, 256)]) + data[place + 1 :]
+
+
+def test_damaged_files_load_right_or_end_in_one_line(checkpoint, tmp_path):
+    draw, path = random.Random(0), tmp_path / "damaged"
+    whole, expected = checkpoint.read_bytes(), read_checkpoint(checkpoint)
+    config = TrainConfig(lr=0.5, data=Path("images"), dataset="folder").as_toml().encode()
+    for _ in range(100):
+        path.write_bytes(damaged(whole, draw))
+        try:
+            assert same(read_checkpoint(path), expected)
+        except ValueError as error:
+            assert str(error) == f"{path} is damaged, or not a checkpoint of bnres"
+        path.write_bytes(damaged(config, draw))
+        try:
+            TrainConfig(**read_config(path))
+        except ValueError as error:
+            assert str(error).count("\n") == 0 and str(error)
+
+
+def test_size_of_a_checkpoint_is_known_beforehand(tiny, tmp_path):
+    for options in ({}, {"optimizer": "adamw"}, {"ema": 0.9}, {"optimizer": "adam", "ema": 0.9}):
+        config = TrainConfig(model="resnet18", stem="cifar", batch_size=8, epochs=1, **options)
+        run = training.prepare(config)
+        from bnres.train import train_epoch
+
+        train_epoch(run.state, run.batches, config)
+        path = tmp_path / "checkpoint.pt"
+        save_checkpoint(path, run.state, config)
+        assert path.stat().st_size == pytest.approx(checkpoint_bytes(run.state), rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("error", "line", "code"),
+    [
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "a/b"), "a/b: No space left on device", 1),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried"), "out of memory: CUDA out of memory. Tried; take a smaller batch or image size", 1),
+        (ModuleNotFoundError("No module named 'timm'", name="timm"), "timm is missing; install it with: pip install timm", 1),
+        (RuntimeError("worker 3 exited\nmore"), "worker 3 exited (--traceback shows where)", 1),
+        (ValueError("lr must be greater than 0"), "lr must be greater than 0", 2),
+        (AssertionError(), "AssertionError (--traceback shows where)", 1),
+    ],
+    ids=repr,
+)  # fmt: skip
+def test_lines(error, line, code, monkeypatch):
+    assert report(error) == (f"bnres: {line}", code)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    assert report(error) == (f"bnres, process 1: {line}", code)
