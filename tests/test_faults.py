@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from bnres import cli, files, use_backend
 from bnres.errors import report
-from bnres.train import TrainConfig, build_state
+from bnres.train import TrainConfig, build_state, train_epoch
 from bnres.train import run as training
 from bnres.train.checkpoint import checkpoint_bytes, read_checkpoint, save_checkpoint
 from bnres.train.config import read_config
@@ -89,16 +89,16 @@ def test_training_asks_for_room_before_it_starts(tiny, tmp_path):
 
 def test_failed_save_keeps_the_last_good_checkpoint(tiny, tmp_path, monkeypatch):
     """The disk fills up in the second epoch."""
-    disk, draw = tmp_path / "disk", training.draw_curves
+    disk, write = tmp_path / "disk", training.write_curves
     out = disk / "run"
 
-    def draw_and_fill(*arguments):
-        draw(*arguments)
+    def write_and_fill(*arguments):
+        write(*arguments)
         if (out / "last.pt").exists():
             with (disk / "others").open("wb") as file:
                 file.write(bytes(8 * MEGABYTE))
 
-    monkeypatch.setattr(training, "draw_curves", draw_and_fill)
+    monkeypatch.setattr(training, "write_curves", write_and_fill)
     with small_disk(disk, 4 * MEGABYTE):
         stderr = run(*TRAIN, "--epochs", 3, "--out", out, code=1)
         assert stderr.endswith(
@@ -107,7 +107,7 @@ def test_failed_save_keeps_the_last_good_checkpoint(tiny, tmp_path, monkeypatch)
         assert not list(out.glob("*.tmp*"))
         assert read_checkpoint(out / "last.pt")["epoch"] == 1
         (disk / "others").unlink()
-        monkeypatch.setattr(training, "draw_curves", draw)
+        monkeypatch.setattr(training, "write_curves", write)
         run("train", "--resume", out / "last.pt")
         assert read_checkpoint(out / "last.pt")["epoch"] == 3
 
@@ -132,6 +132,11 @@ def test_export_on_a_full_disk(checkpoint, tmp_path, folded):
 
 def test_augment_on_a_full_disk(tmp_path):
     Image.new("RGB", (64, 48), (200, 90, 30)).save(tmp_path / "picture.png")
+    run("augment", tmp_path / "picture.png", "--out", tmp_path / "grid.png")
+    with Image.open(tmp_path / "grid.png") as grid:
+        assert grid.mode == "RGB" and (200, 90, 30) in {
+            color for _, color in grid.getcolors(1 << 20)
+        }
     disk = tmp_path / "disk"
     with small_disk(disk, MEGABYTE // 128):
         run("augment", tmp_path / "picture.png", "--out", disk / "grid.png", code=1)
@@ -154,6 +159,20 @@ def test_read_only_folders(checkpoint, tmp_path):
             assert "Read-only file system" in stderr or "Permission denied" in stderr
             assert str(locked) in stderr
     assert [p.name for p in locked.iterdir()] == ["last.pt"]
+
+
+def test_a_dead_worker_ends_the_run_in_one_line(tmp_path, monkeypatch):
+    for name in ("train/a", "train/b", "val/a", "val/b"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for i in range(4):
+            picture = Image.new("RGB", (32, 32), (60 * i, 0, 0))
+            picture.save(tmp_path / "images" / name / f"{i}.png")
+    monkeypatch.setattr("bnres.data.folder.read_rgb", lambda *_: os.kill(os.getpid(), 9))
+    stderr = run(
+        *TRAIN[:1], "--dataset", "folder", "--data", tmp_path / "images", "--batch-size", 4,
+        "--crop-size", 16, "--stem", "cifar", "--workers", 1, "--out", tmp_path / "run", code=1,
+    )  # fmt: skip
+    assert "DataLoader worker" in stderr and stderr.endswith("(--traceback shows where)\n")
 
 
 def test_traceback_on_request(tmp_path):
@@ -209,8 +228,6 @@ def test_size_of_a_checkpoint_is_known_beforehand(tiny, tmp_path):
     for options in ({}, {"optimizer": "adamw"}, {"ema": 0.9}, {"optimizer": "adam", "ema": 0.9}):
         config = TrainConfig(model="resnet18", stem="cifar", batch_size=8, epochs=1, **options)
         run = training.prepare(config)
-        from bnres.train import train_epoch
-
         train_epoch(run.state, run.batches, config)
         path = tmp_path / "checkpoint.pt"
         save_checkpoint(path, run.state, config)

@@ -25,10 +25,11 @@ from bnres.train import TrainConfig, build_state, evaluate, train_epoch
 from bnres.train import run as training
 from bnres.train.augmentation import chains
 from bnres.train.checkpoint import load_checkpoint, read_checkpoint, save_checkpoint
-from bnres.train.config import DTYPES
+from bnres.train.config import DTYPES, GROUPS
 from bnres.train.distributed import World
 from bnres.train.optimization import make_optimizer, make_schedule
 from bnres.train.options import make_config
+from bnres.train.outputs import draw_curves
 from bnres.train.presets import PRESETS
 from bnres.train.state import make_batches
 from bnres.train.trained import config_of, load_trained
@@ -137,6 +138,7 @@ from rich.console import Console
 from bnres.train import run as training
 from bnres.train.checkpoint import read_checkpoint
 from bnres.train.options import make_config
+from bnres.train.outputs import draw_curves
 
 folder = Path(sys.argv[1])
 last = folder / "last.pt"
@@ -274,6 +276,38 @@ def test_train_command_writes_its_folder(tiny_command, tmp_path, monkeypatch):
     assert {p.name for p in (tmp_path / "run").iterdir()} == {
         "last.pt", "best.pt", "metrics.csv", "metrics.jsonl", "curves.png", "config.toml",
     }  # fmt: skip
+
+
+def test_curves_show_loss_and_accuracy():
+    names = ("train_loss", "test_loss", "train_accuracy", "test_accuracy")
+    history = [{"epoch": i, **{name: i + j for j, name in enumerate(names)}} for i in (1, 2, 3)]
+    loss, accuracy = draw_curves(history, "title", 0.1).axes
+    assert (loss.get_ylabel(), accuracy.get_ylabel()) == ("loss", "accuracy")
+    assert loss.get_xlabel() == accuracy.get_xlabel() == "epoch"
+    drawn = [{line.get_label(): [*line.get_ydata()] for line in a.lines} for a in (loss, accuracy)]
+    assert drawn[0] == {"train, label smoothing 0.1": [1, 2, 3], "test": [2, 3, 4]}
+    assert drawn[1] == {"train": [3, 4, 5], "test": [4, 5, 6]}
+    assert draw_curves(history, "title", 0.0).axes[0].lines[0].get_label() == "train"
+
+
+def test_help_groups_the_options_and_names_their_choices():
+    text = runner.invoke(cli.app, ["train", "--help"], env={"COLUMNS": "300"}).output
+    groups = [line.split()[1] for line in text.splitlines() if line.startswith("╭─")]
+    assert groups == ["Options", *GROUPS.values()]
+    for words in ("One of sgd, adam, adamw. Default: sgd.", "Default: 0.03.", "Default: off."):
+        assert words in text
+    completed = runner.invoke(
+        cli.app, [], prog_name="bnres",
+        env={"_BNRES_COMPLETE": "complete_bash", "COMP_WORDS": "bnres train --optimizer ", "COMP_CWORD": "3"},
+    )  # fmt: skip
+    assert completed.output.split() == ["sgd", "adam", "adamw"]
+
+
+def test_a_crop_takes_the_place_of_a_shift_that_was_not_asked_for():
+    assert make_config({"crop_size": 8}, None, None).shift == 0
+    assert make_config({"crop_size": 8}, "cifar10-fast", None).shift == 0
+    assert make_config({}, "cifar10-fast", None).shift == 4
+    assert make_config({}, None, None).shift == 2
 
 
 def test_command_line_over_file_over_preset(tmp_path):

@@ -42,11 +42,14 @@ def draw_grid(path: Path, image: Tensor, seed: int = 0) -> None:
     """Writes the picture: for each transform eight draws, in two rows.
 
     Args:
-        path: a PNG.
+        path: a PNG in true colour.
         image: uint8 (C, H, W).
         seed: of the draws.
     """
+    import numpy as np
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from PIL import Image
 
     _, height, width = image.shape
     generator = torch.Generator().manual_seed(seed)
@@ -66,6 +69,8 @@ def draw_grid(path: Path, image: Tensor, seed: int = 0) -> None:
         for axes, picture in zip(part.subplots(ROWS, COLUMNS).flat, pictures, strict=True):
             axes.set_axis_off()
             axes.imshow(picture.squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=1)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
     content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=100)
+    Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3]).save(content, "png")
     write_bytes(path, content.getbuffer())

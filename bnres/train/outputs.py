@@ -6,9 +6,12 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bnres.files import write_bytes, write_text
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 COLUMNS = (
     "epoch",
@@ -63,10 +66,8 @@ def open_tensorboard(folder: Path) -> Iterator[TensorBoard]:
         yield TensorBoard(writer)
 
 
-def draw_curves(
-    path: Path, history: list[dict[str, float]], title: str, label_smoothing: float
-) -> None:
-    """Loss and accuracy over the epochs, of training and of the held-out images, as a PNG."""
+def draw_curves(history: list[dict[str, float]], title: str, label_smoothing: float) -> "Figure":
+    """Loss and accuracy over the epochs, of training and of the held-out images."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator, PercentFormatter
 
@@ -87,6 +88,11 @@ def draw_curves(
         axes.legend()
     axes.set_ylim(0, 1)
     axes.yaxis.set_major_formatter(PercentFormatter(1))
+    return figure
+
+
+def write_curves(folder: Path, figure: "Figure") -> None:
+    """curves.png."""
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=150)
-    write_bytes(path, content.getbuffer())
+    write_bytes(folder / CURVES, content.getbuffer())

@@ -31,6 +31,7 @@ from bnres.train.outputs import (
     LAST,
     draw_curves,
     open_tensorboard,
+    write_curves,
     write_metrics,
 )
 from bnres.train.state import TrainState, build_state
@@ -271,7 +272,7 @@ def _write(folder: Path, run: Run, is_best: bool) -> None:
     if state.world.is_first:
         write_metrics(folder, state.history)
         title = f"{config.model} on {config.dataset}"
-        draw_curves(folder / CURVES, state.history, title, config.label_smoothing)
+        write_curves(folder, draw_curves(state.history, title, config.label_smoothing))
     if is_best:
         save_checkpoint(folder / BEST, state, config)
     save_checkpoint(folder / LAST, state, config)
