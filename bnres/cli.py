@@ -61,7 +61,8 @@ def run_folder(out: Path | None, config: "TrainConfig") -> Path:
     if out is None:
         if config.resume is not None and config.resume.name == LAST:
             return config.resume.parent
-        return Path("runs") / f"{config.dataset}-{config.model}-{datetime.now():%Y%m%d-%H%M%S}"
+        model = config.model.replace(":", "-")
+        return Path("runs") / f"{config.dataset}-{model}-{datetime.now():%Y%m%d-%H%M%S}"
     if not out.parent.is_dir():
         raise ValueError(f"out: there is no folder {str(out.parent)!r}")
     if out.exists() and not (

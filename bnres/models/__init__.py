@@ -1,7 +1,14 @@
 """Residual nets of fused layers."""
 
 from bnres.models.blocks import Residual
-from bnres.models.registry import DEFAULT_INPUT_SHAPE, INPUT_SHAPES, MODELS, create_model
+from bnres.models.factories import is_factory
+from bnres.models.registry import (
+    DEFAULT_INPUT_SHAPE,
+    INPUT_SHAPES,
+    MODELS,
+    check_model_name,
+    create_model,
+)
 from bnres.models.resnet import ResNet, resnet18, resnet34, resnet50, resnet101, resnet152
 from bnres.models.seed import lenet_seed, resnet18_seed
 from bnres.models.summary import Stage, summarize
@@ -13,7 +20,9 @@ __all__ = [
     "ResNet",
     "Residual",
     "Stage",
+    "check_model_name",
     "create_model",
+    "is_factory",
     "lenet_seed",
     "resnet18",
     "resnet18_seed",

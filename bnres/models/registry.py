@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import nn
 
+from bnres.fusion import fuse
+from bnres.models.factories import is_factory, make_model
 from bnres.models.resnet import resnet18, resnet34, resnet50, resnet101, resnet152
 from bnres.models.seed import lenet_seed, resnet18_seed, resnet18_seed_cifar
 
@@ -30,17 +32,35 @@ INPUT_SHAPES = {
 DEFAULT_INPUT_SHAPE = (1, 3, 224, 224)
 
 
-def create_model(name: str, **options: Any) -> nn.Module:
-    """Builds a model of `MODELS`.
+def check_model_name(name: str) -> None:
+    """Raises ValueError for a name that is none of `MODELS` and names no factory."""
+    if name not in MODELS and not is_factory(name):
+        raise ValueError(
+            f"model must be one of {', '.join(MODELS)}, or PACKAGE.MODULE:FACTORY, got {name!r}"
+        )
+
+
+def create_model(name: str, *, fused: bool = True, **options: Any) -> nn.Module:
+    """Builds a model of `MODELS`, or by the factory that ``PACKAGE.MODULE:FACTORY`` names.
+
+    Args:
+        name: of the model. ``torchvision:NAME`` and ``timm:NAME`` are models of theirs.
+        fused: of fused layers, or fused by `bnres.fuse` where a factory builds it.
+        options: the model's; a factory gets of ``num_classes`` and ``in_channels`` what its
+            signature names, and takes no others.
 
     Raises:
-        ValueError: for an unknown name, or an option that the model does not have.
+        ValueError: for an unknown name, an option that the model does not have, or as `make_model`.
     """
-    if name not in MODELS:
-        raise ValueError(f"model must be one of {', '.join(MODELS)}, got {name!r}")
+    check_model_name(name)
+    if is_factory(name):
+        for option in options.keys() - {"num_classes", "in_channels"}:
+            raise ValueError(f"{option}: only bnres's own models have it, not {name!r}")
+        model = make_model(name, **options)
+        return fuse(model, inplace=True) if fused else model
     build = MODELS[name]
     try:
-        inspect.signature(build).bind(**options)
+        inspect.signature(build).bind(fused=fused, **options)
     except TypeError as error:
         raise ValueError(f"model {name!r}: {error}") from error
-    return build(**options)
+    return build(fused=fused, **options)

@@ -13,7 +13,7 @@ import torch
 
 from bnres.data import DATASETS
 from bnres.kernels.reference import ACTIVATION_FORMULAS
-from bnres.models import MODELS
+from bnres.models import MODELS, check_model_name
 from bnres.models.resnet import STEMS
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -56,7 +56,11 @@ class TrainConfig:
     checksum: bool = _option(True, "Compare cifar10's files with their published checksums.")
     workers: int = _option(4, "Processes that decode a folder of images.")
 
-    model: str = _option("resnet18", "Model.", MODELS)
+    model: str = _option(
+        "resnet18",
+        "Model; torchvision:NAME, timm:NAME, or your own PACKAGE.MODULE:FACTORY.",
+        MODELS,
+    )
     fused: bool = _option(True, "Fused layers, or torch's own.")
     act: str | None = _option(None, "Activation of a ResNet, if not its own.", ACTIVATION_FORMULAS)
     stem: str | None = _option(None, "Stem of a ResNet, if not its own.", STEMS)
@@ -108,7 +112,9 @@ class TrainConfig:
             object.__setattr__(self, "shift", 2 if self.crop_size is None else 0)
         for option in fields(self):
             value, known = getattr(self, option.name), option.metadata["choices"]
-            if known and value not in (*known, option.default):
+            if option.name == "model":
+                check_model_name(value)
+            elif known and value not in (*known, option.default):
                 raise ValueError(f"{option.name} must be one of {', '.join(known)}, got {value!r}")
         for name, least in (
             ("epochs", 1), ("batch_size", 2), ("accumulate", 1), ("shift", 0), ("workers", 0),

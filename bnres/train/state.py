@@ -1,7 +1,7 @@
 """Everything a training run changes as it goes: what a checkpoint has to hold."""
 
 import os
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -10,12 +10,14 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from bnres.data import Batches, EpochBatches, FolderDataset, ImageDataset, StreamedBatches
-from bnres.models import create_model
+from bnres.fusion.backend import backend
+from bnres.models import create_model, is_factory
 from bnres.train.augmentation import chains
 from bnres.train.config import DTYPES, TrainConfig
 from bnres.train.distributed import World
 from bnres.train.optimization import make_optimizer, make_schedule, xavier_uniform
 from bnres.train.passes import GraphedPasses, Passes
+from bnres.train.shapes import check_shapes, initialize_lazy_modules
 
 
 @dataclass
@@ -90,7 +92,9 @@ def make_batches(
     return Batches(dataset, *place, shard)
 
 
-def build_model(config: TrainConfig, classes: int, channels: int) -> nn.Module:
+def build_model(
+    config: TrainConfig, classes: int, channels: int, size: tuple[int, int]
+) -> nn.Module:
     """The net at its start, on the device; the same weights for the same ``config.seed``."""
     torch.manual_seed(config.seed)
     options: dict[str, Any] = {
@@ -100,41 +104,11 @@ def build_model(config: TrainConfig, classes: int, channels: int) -> nn.Module:
         config.model, num_classes=classes, in_channels=channels,
         fused=config.fused and not config.sync_bn, **options,
     )  # fmt: skip
+    initialize_lazy_modules(model, config.model, (channels, *size))
     if config.init == "xavier":
         xavier_uniform(model)
     memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
     return model.to(config.device).to(memory_format=memory_format)  # type: ignore[call-overload]
-
-
-def check_bf16(config: TrainConfig, classes: int, channels: int, size: tuple[int, int]) -> None:
-    """Refuses a run whose weights torch's bf16 convolution on the CPU would fill with garbage.
-
-    With AVX512 it leaves the gradient of a filter's outer taps unwritten where a convolution with a
-    stride takes images one pixel wide, so that these taps see only padding (torch 2.11 to 2.14).
-
-    Raises:
-        ValueError: if there is such a layer.
-    """
-    capability = torch.backends.cpu.get_cpu_capability()
-    on_cpu = torch.device(config.device).type == "cpu"
-    if not on_cpu or config.dtype != "bf16" or not capability.startswith("AVX512"):
-        return
-    narrow: list[str] = []
-    with torch.device("meta"):
-        net = build_model(replace(config, device="meta", fused=False), classes, channels)
-        for name, module in net.named_modules():
-            if isinstance(module, nn.Conv2d) and module.stride[1] > 1 < module.kernel_size[1]:
-                module.register_forward_pre_hook(
-                    lambda conv, inputs, name=name: (
-                        narrow.append(name) if inputs[0].shape[3] == 1 else None
-                    )
-                )
-        net(torch.empty(2, channels, *size))
-    if narrow:
-        raise ValueError(
-            f"dtype: torch's bf16 convolution on the CPU gives wrong gradients for images one pixel "
-            f"wide, which {narrow[0]} gets of images of {size[0]}×{size[1]}: take fp32, or larger ones"
-        )
 
 
 def make_deterministic() -> None:
@@ -150,7 +124,7 @@ def build_state(
     """A run at its start.
 
     Raises:
-        ValueError: if the data or the number of processes does not fit.
+        ValueError: if the data, the model or the number of processes does not fit.
     """
     world = world or World()
     if config.cuda_graphs and world.size > 1:
@@ -159,9 +133,9 @@ def build_state(
         make_deterministic()
     device = torch.device(config.device)
     batches = make_batches(config, dataset, device, world)
-    size = dataset.size if config.crop_size is None else (config.crop_size,) * 2
-    check_bf16(config, dataset.classes, dataset.channels, size)
-    model = build_model(config, dataset.classes, dataset.channels)
+    size = dataset.size if config.crop_size is None else (config.crop_size, config.crop_size)
+    model = build_model(config, dataset.classes, dataset.channels, size)
+    check_shapes(config, model, config.model, (dataset.channels, *size), dataset.classes)
     if config.sync_bn:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     parallel: nn.Module = model
@@ -176,7 +150,12 @@ def build_state(
         )
         # torch asks for its value at each step: on a GPU the host would wait for it.
         average.n_averaged = average.n_averaged.cpu()
-    forward: Any = torch.compile(parallel) if config.compile else parallel
+    forward: Any = parallel
+    if config.compile:
+        # What is compiled runs without the fusing of bnres.fuse, so that is made part of it.
+        fuses = config.fused and is_factory(config.model)
+        through: dict[str, Any] = {"backend": backend, "options": {"inner": "inductor"}}
+        forward = torch.compile(parallel, **(through if fuses else {}))
     scaler = torch.amp.GradScaler(device.type, enabled=DTYPES[config.dtype] == torch.float16)
     if config.cuda_graphs:
         passes: Passes = GraphedPasses(model, forward, scaler, config)

@@ -44,7 +44,7 @@ def load_trained(content: dict[str, Any], config: TrainConfig) -> nn.Module:
             if name.startswith(AVERAGED)
         }
     classes, channels = content["classes"], content["channels"]
-    model = build_model(config, classes, channels)
+    model = build_model(config, classes, channels, tuple(content["size"]))
     model.load_state_dict(weights)
     return model.eval()
 

@@ -1,0 +1,34 @@
+"""Calls a model to see whether it takes an input."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def shape_text(shape: tuple[int, ...]) -> str:
+    """A shape as users write it, such as ``1x3x224x224``."""
+    return "x".join(map(str, shape))
+
+
+def try_call(call: Callable[[Tensor], Any], images: Tensor, name: str = "the model") -> Any:
+    """What a model returns for an input, without gradients.
+
+    Args:
+        call: the model.
+        images: the input.
+        name: what an error calls the model.
+
+    Raises:
+        ValueError: if the model does not take such an input; it names the input's shape.
+    """
+    try:
+        with torch.no_grad():
+            return call(images)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError, AssertionError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        shape = shape_text(tuple(images.shape))
+        raise ValueError(f"{name} takes no input of {shape}: {reason}") from error

@@ -1,0 +1,57 @@
+"""Factories of models, named on the command line as ``tests.own_models:NAME``."""
+
+import torch
+from torch import nn
+
+NUMBER = 3
+MODULE = nn.Linear(2, 2)
+
+
+class Net(nn.Module):
+    """A residual block between two convolutions, of any number of channels and classes."""
+
+    def __init__(self, num_classes: int, in_channels: int) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(
+            nn.Conv2d(in_channels, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()
+        )
+        self.conv = nn.Conv2d(8, 8, 3, padding=1)
+        self.norm = nn.BatchNorm2d(8)
+        self.head = nn.Linear(8, num_classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        x = torch.relu(self.norm(self.conv(x)) + x)
+        return self.head(x.mean((2, 3)))
+
+
+def gray(num_classes: int) -> nn.Module:
+    return Net(num_classes, 1)
+
+
+def by_chans(num_classes: int = 5, in_chans: int = 3) -> nn.Module:
+    return Net(num_classes, in_chans)
+
+
+def five() -> nn.Module:
+    return Net(5, 1)
+
+
+def lazy(num_classes: int) -> nn.Module:
+    return nn.Sequential(nn.LazyConv2d(4, 3), nn.Flatten(), nn.LazyLinear(num_classes))
+
+
+def deep(depth: int) -> nn.Module:
+    return Net(depth, 1)
+
+
+def text() -> str:
+    return "net"
+
+
+class TwoHeads(Net):
+    """In training it returns a second output too."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = super().forward(x)
+        return (y, y) if self.training else y  # type: ignore[return-value]
