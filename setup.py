@@ -29,6 +29,7 @@ TEST = [
     "hypothesis>=6.100",
     "pytest>=8",
     "pytest-xdist>=3.5",
+    "setuptools>=77",
     "timm>=1.0",
     "torchvision>=0.26",
 ]
@@ -47,14 +48,28 @@ PACKAGES = (
 
 setup(
     name="bnres",
-    version="0.1.0.dev0",
+    version="0.1.0",
     description="Fused batch norm for residual networks: Triton kernels and drop-in layers",
     long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
-    license="MIT",
+    license_expression="MIT",
+    license_files=["LICENSE"],
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3 :: Only",
+        *(f"Programming Language :: Python :: 3.{minor}" for minor in (11, 12, 13)),
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
     python_requires=">=3.11",
     packages=["bnres", *(f"bnres.{p}" for p in PACKAGES)],
-    package_dir={"bnres.kernels": "kernels"},
+    # Makes an editable install a path entry. Its other form, an import finder, comes after the folders
+    # of sys.path, and so finds nothing in the folder above a clone that is named bnres.
+    package_dir={"": "."},
+    package_data={"bnres": ["py.typed"]},
     entry_points={
         "console_scripts": ["bnres = bnres.cli:app"],
         "torch_dynamo_backends": ["bnres = bnres.fusion.backend:backend"],

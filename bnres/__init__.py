@@ -6,7 +6,7 @@ from bnres.fusion import FusionReport, explain, fold, fuse, inductor, unfuse
 from bnres.recipes import recompute
 from bnres.routes import use_conv_route
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"
 __all__ = [
     "FusionReport",
     "__version__",
