@@ -18,7 +18,6 @@ from bnres.kernels.tiles import (
     channel_ids,
     load_mask,
     load_tile,
-    rows_exist,
     split_rows,
     store_tile,
     tile_at,
@@ -35,6 +34,8 @@ def _load_sub_tile(
     TILE: tl.constexpr, EVICTION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """dz = (dy + dy_skip)·act'(z), x − mean and the residual − its mean, of a sub-tile.
+
+    dz is 0 where no row exists, as dy is.
 
     act'(z) comes from the mask if there is one, else from z computed as in forward.
     """
@@ -77,7 +78,6 @@ def _reduce_sub_tile(
         tensors, load_at, bits, means, scales, param, True, TWO_NORMS, ACT_GRAD, HAS_ACT, TILE,
         EVICTION, ACC,
     )  # fmt: skip
-    dz = tl.where(rows_exist(row, shape[0], TILE, 1, WHOLE), dz, 0.0)
     if dz_ptr is not None:
         store_tile(dz_ptr, dz, at)
     sum_dz, sum_dz_xmu, sum_dz_rmu = sums
