@@ -183,19 +183,26 @@ def evaluate(
 @app.command()
 def export(
     checkpoint: Checkpoint,
-    out: Annotated[Path | None, typer.Option(help="Default: the checkpoint's name, .pt2.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Default: the checkpoint's name, with the format's ending.")
+    ] = None,
     size: Annotated[
         int | None, typer.Option(help="Height and width of the images, if others.", min=1)
     ] = None,
-    folded: Annotated[bool, typer.Option(help="Batch norms folded into convolutions.")] = True,
+    folded: Annotated[
+        bool, typer.Option(help="Batch norms folded into convolutions; not in safetensors.")
+    ] = True,
+    format: Annotated[
+        str, typer.Option(help="pt2 (torch.export, needs torch only), onnx, or safetensors.")
+    ] = "pt2",
 ) -> None:
-    """Write a checkpoint's net as a torch.export archive, which needs torch alone."""
-    from bnres.train.trained import export_checkpoint
+    """Write a checkpoint's net, or its weights, for other programs."""
+    from bnres.train.export import export_checkpoint
 
-    out = out or checkpoint.with_suffix(".pt2")
+    out = out or checkpoint.with_suffix(f".{format}")
     if not out.parent.is_dir():
         raise ValueError(f"out: there is no folder {str(out.parent)!r}")
-    export_checkpoint(checkpoint, out, (size, size) if size else None, folded=folded)
+    export_checkpoint(checkpoint, out, (size, size) if size else None, folded=folded, format=format)
     typer.echo(out)
 
 
