@@ -12,6 +12,7 @@ TRAIN = [
     "pooch>=1.8",
     "requests>=2.31",
     "rich>=13",
+    "safetensors>=0.4",
     "scikit-learn>=1.4",
     "typer>=0.15",
 ]

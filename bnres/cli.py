@@ -183,50 +183,57 @@ def evaluate(
 @app.command()
 def export(
     checkpoint: Checkpoint,
-    out: Annotated[Path | None, typer.Option(help="Default: the checkpoint's name, .pt2.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Default: the checkpoint's name, with the format's ending.")
+    ] = None,
     size: Annotated[
         int | None, typer.Option(help="Height and width of the images, if others.", min=1)
     ] = None,
-    folded: Annotated[bool, typer.Option(help="Batch norms folded into convolutions.")] = True,
+    folded: Annotated[
+        bool, typer.Option(help="Batch norms folded into convolutions; not in safetensors.")
+    ] = True,
+    format: Annotated[
+        str, typer.Option(help="pt2 (torch.export, needs torch only), onnx, or safetensors.")
+    ] = "pt2",
 ) -> None:
-    """Write a checkpoint's net as a torch.export archive, which needs torch alone."""
-    from bnres.train.trained import export_checkpoint
+    """Write a checkpoint's net, or its weights, for other programs."""
+    from bnres.train.export import export_checkpoint
 
-    out = out or checkpoint.with_suffix(".pt2")
+    out = out or checkpoint.with_suffix(f".{format}")
     if not out.parent.is_dir():
         raise ValueError(f"out: there is no folder {str(out.parent)!r}")
-    export_checkpoint(checkpoint, out, (size, size) if size else None, folded=folded)
+    export_checkpoint(checkpoint, out, (size, size) if size else None, folded=folded, format=format)
     typer.echo(out)
 
 
-@app.command()
-def summary(
-    model: Annotated[str, typer.Argument(help="Model.")],
-    input: Annotated[
-        str | None, typer.Option(help="Shape of the input, such as 1x3x224x224.")
-    ] = None,
-) -> None:
-    """Print the class and the output shape of each stage of a model."""
-    from bnres.models import DEFAULT_INPUT_SHAPE, INPUT_SHAPES, create_model, summarize
-
-    shape = INPUT_SHAPES.get(model, DEFAULT_INPUT_SHAPE)
-    if input is not None:
-        shape = parse_shape(input)
-    stages = summarize(create_model(model, in_channels=shape[1]), shape)
-    for stage in stages:
-        typer.echo(f"{stage.cls:<20} output shape:  {'x'.join(map(str, stage.shape))}")
+Model = Annotated[
+    str, typer.Argument(help="Model, torchvision:NAME, timm:NAME, or PACKAGE.MODULE:FACTORY.")
+]
+Input = Annotated[str | None, typer.Option(help="Shape of the input, such as 1x3x224x224.")]
 
 
 @app.command()
-def explain(model: Annotated[str, typer.Argument(help="Model, of torch's own layers.")]) -> None:
+def summary(model: Model, input: Input = None) -> None:
+    """Print class, output shape and number of parameters of each stage of a model."""
+    from bnres.models import create_model, is_factory, summarize
+
+    shape = input_shape(model, input)
+    # The stages of a model that bnres.fuse has fused run unfused, so it would show the same.
+    net = create_model(model, in_channels=shape[1], fused=not is_factory(model))
+    typer.echo(summarize(net, shape))
+
+
+@app.command()
+def explain(model: Model, input: Input = None) -> None:
     """Print what bnres.fuse does to each batch norm of a model, and why not more."""
     import torch
 
-    from bnres.models import DEFAULT_INPUT_SHAPE, INPUT_SHAPES, create_model
+    from bnres.models import create_model, summarize
 
-    _, *shape = INPUT_SHAPES.get(model, DEFAULT_INPUT_SHAPE)
-    net = create_model(model, in_channels=shape[0], fused=False)
-    typer.echo(bnres.explain(net, torch.zeros(2, *shape)))
+    shape = input_shape(model, input, batch=2)
+    net = create_model(model, in_channels=shape[1], fused=False)
+    summarize(net, shape)  # refuses an input that the model does not take
+    typer.echo(bnres.explain(net, torch.zeros(shape)))
 
 
 @app.command()
@@ -310,6 +317,21 @@ def augment(
         raise ValueError(f"image must be a file or one of {', '.join(PACKAGED)}, got {image!r}")
     draw_grid(out, picture, seed)
     typer.echo(out)
+
+
+def input_shape(model: str, asked: str | None, batch: int = 1) -> tuple[int, int, int, int]:
+    """The shape that a command is asked for, or that of the images that a model is made for.
+
+    Raises:
+        ValueError: as `parse_shape`.
+    """
+    from bnres.models import DEFAULT_INPUT_SHAPE, INPUT_SHAPES
+
+    if asked is not None:
+        return parse_shape(asked)
+    _, *image = INPUT_SHAPES.get(model, DEFAULT_INPUT_SHAPE)
+    channels, height, width = image
+    return batch, channels, height, width
 
 
 def parse_shape(text: str) -> tuple[int, int, int, int]:

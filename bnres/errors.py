@@ -8,8 +8,9 @@ import torch
 BAD_INPUT, BAD_ENVIRONMENT = 2, 1
 # Where packages come from whose names are not what pip takes, or that an extra installs.
 EXTRAS = dict.fromkeys(
-    ("matplotlib", "mlxtend", "numpy", "PIL", "pooch", "requests", "sklearn"), "'bnres[train]'"
-) | {"tensorboard": "'bnres[tensorboard]'"}
+    ("matplotlib", "mlxtend", "numpy", "PIL", "pooch", "requests", "safetensors", "sklearn"),
+    "'bnres[train]'",
+) | {"onnx": "onnxscript", "tensorboard": "'bnres[tensorboard]'"}
 
 
 def describe(error: BaseException) -> str:

@@ -440,13 +440,36 @@ def test_every_site_of_resnet18_is_fused():
     report = str(bnres.explain(models.resnet18(fused=False), torch.randn(2, 3, 32, 32)))
     assert report.splitlines()[-1] == "20 fused sites of 20"
     assert report.splitlines()[0].split() == ["bn1", "conv-bn-act-pool"]
+    assert report.splitlines()[20:-1] == [
+        "",
+        "One operation runs all that a pattern names:",
+        "conv  the convolution before it; in a pattern with +bn or pool only its bias",
+        "bn    batch norm",
+        "+bn   the batch norm of what is added",
+        "add   addition",
+        "act   activation",
+        "pool  the max-pool of a ResNet's stem",
+        "",
+    ]
+
+
+def test_the_legend_explains_the_patterns_that_occur():
+    model = nn.Sequential(nn.BatchNorm2d(4), nn.ReLU(), nn.Sequential())
+    assert str(bnres.explain(model, batch().float())).splitlines() == [
+        "0  bn-act", "", "One operation runs all that a pattern names:", "bn    batch norm",
+        "act   activation", "", "1 fused sites of 1",
+    ]  # fmt: skip
+    assert str(bnres.explain(model)).splitlines() == [
+        "0  -  give explain an example of the model's inputs", "",
+        "-     not fused: the model's own batch norm runs", "", "0 fused sites of 1",
+    ]  # fmt: skip
+    assert str(bnres.explain(nn.ReLU(), batch().float())) == "0 fused sites of 0"
 
 
 def test_wrong_arguments():
-    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got str"):
-        bnres.fuse("resnet18")
-    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got str"):
-        bnres.explain("resnet18", batch())
+    for function in (bnres.fuse, bnres.unfuse, bnres.explain, bnres.fold):
+        with pytest.raises(TypeError, match=r"^model must be a torch\.nn\.Module, got str$"):
+            function("resnet18")
     with pytest.raises(ValueError, match="options must be among inner, got 'outer'"):
         backend(fx.symbolic_trace(nn.ReLU()), [], options={"outer": 1})
     with pytest.raises(

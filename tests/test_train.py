@@ -641,16 +641,3 @@ def test_compare_command(tiny_command, tmp_path, monkeypatch):
     for words in ("fused layers", "stock layers", "drift", "images/s"):
         assert words in result.output
     assert not list(tmp_path.iterdir())
-
-
-def test_summary_command():
-    result = runner.invoke(cli.app, ["summary", "resnet18-seed", "--input", "1x1x224x224"])
-    assert "Sequential" in result.output and "1x128x28x28" in result.output
-    assert runner.invoke(cli.app, ["summary", "lenet-seed"]).exit_code == 0
-    for arguments in (
-        ["vgg"],
-        ["resnet18", "--input", "3x224"],
-        ["lenet-seed", "--input", "1x1x9x9"],
-    ):
-        result = runner.invoke(cli.app, ["summary", *arguments])
-        assert result.exit_code == 2 and result.stderr.count("\n") == 1, result.output

@@ -23,7 +23,10 @@ def explain(model: nn.Module, *inputs: Any, **kwargs: Any) -> FusionReport:
         inputs, kwargs: an example of its arguments.
 
     Returns:
-        A report with a row for each batch norm.
+        A report with a row for each batch norm. Printed, it explains its patterns.
+
+    Raises:
+        TypeError: if ``model`` is not a module.
     """
     twin = unfuse(model)
     norms = {name: module for name, module in twin.named_modules() if is_norm(module)}

@@ -35,6 +35,7 @@ def fold(model: nn.Module, *inputs: Any, **kwargs: Any) -> nn.Module:
         inputs, kwargs: an example of its arguments. Without any, nothing is folded.
 
     Raises:
+        TypeError: if ``model`` is not a module.
         ValueError: if the model or one of its batch norms is in training mode, if Dynamo does not
             capture its forward as one graph, or if its forward changes when batch norms are folded.
     """

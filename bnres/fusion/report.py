@@ -2,6 +2,17 @@
 
 from dataclasses import dataclass
 
+# What the parts of a pattern stand for.
+MEANINGS = {
+    "conv": "the convolution before it; in a pattern with +bn or pool only its bias",
+    "bn": "batch norm",
+    "+bn": "the batch norm of what is added",
+    "add": "addition",
+    "act": "activation",
+    "pool": "the max-pool of a ResNet's stem",
+    "-": "not fused: the model's own batch norm runs",
+}
+
 
 @dataclass(frozen=True)
 class Site:
@@ -38,4 +49,17 @@ class FusionReport:
             f"{site.name:<{width}}  {site.pattern:<{depth}}  {site.reason}".rstrip()
             for site in self.sites
         ]
-        return "\n".join([*rows, f"{len(self.fused)} fused sites of {len(self.sites)}"])
+        legend = [
+            f"{part:<4}  {meaning}" for part, meaning in MEANINGS.items() if part in self._parts
+        ]
+        if self.fused:
+            legend.insert(0, "One operation runs all that a pattern names:")
+        count = f"{len(self.fused)} fused sites of {len(self.sites)}"
+        return "\n".join([*rows, "", *legend, "", count] if rows else [count])
+
+    @property
+    def _parts(self) -> set[str]:
+        """The parts of the patterns that occur."""
+        patterns = {site.pattern for site in self.sites}
+        parts = {p for pattern in patterns - {"-"} for p in pattern.replace("+", "-+").split("-")}
+        return parts | patterns & {"-"}

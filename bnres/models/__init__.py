@@ -11,7 +11,7 @@ from bnres.models.registry import (
 )
 from bnres.models.resnet import ResNet, resnet18, resnet34, resnet50, resnet101, resnet152
 from bnres.models.seed import lenet_seed, resnet18_seed
-from bnres.models.summary import Stage, summarize
+from bnres.models.summary import Stage, Summary, summarize
 
 __all__ = [
     "DEFAULT_INPUT_SHAPE",
@@ -20,6 +20,7 @@ __all__ = [
     "ResNet",
     "Residual",
     "Stage",
+    "Summary",
     "check_model_name",
     "create_model",
     "is_factory",

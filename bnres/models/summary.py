@@ -1,45 +1,135 @@
-"""The stages of a model and the shapes of their outputs."""
+"""The stages of a model, the shapes of their outputs and the number of their parameters."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from bnres.models.trial import shape_text, try_call
+
 
 @dataclass(frozen=True)
 class Stage:
-    """A direct child of a model: its name, its class, the shape of its output."""
+    """A direct child of a model.
+
+    Attributes:
+        name: of the child.
+        cls: its class.
+        shape: of its first output, or None if that is no tensor, or if it was not called.
+        parameters: how many numbers its parameters are.
+        note: what else there is to know, such as ``called 2 times``; may be empty.
+    """
 
     name: str
     cls: str
-    shape: tuple[int, ...]
+    shape: tuple[int, ...] | None
+    parameters: int
+    note: str = ""
 
 
-def summarize(model: nn.Module, shape: tuple[int, ...]) -> list[Stage]:
-    """The stages in the order in which an input of this shape passes them.
+@dataclass(frozen=True)
+class Summary:
+    """The stages of a model, and its own output and parameters, as in `Stage`.
+
+    Parameters that several stages share count once in the total.
+    """
+
+    stages: list[Stage]
+    total: Stage
+
+    def __str__(self) -> str:
+        rows = [
+            (
+                stage.name,
+                stage.cls,
+                "-" if stage.shape is None else shape_text(stage.shape),
+                f"{stage.parameters:,}",
+                stage.note,
+            )
+            for stage in (Stage("stage", "class", None, 0), *self.stages, self.total)
+        ]
+        rows[0] = ("stage", "class", "output", "parameters", "")
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        return "\n".join(
+            f"{name:<{widths[0]}}  {cls:<{widths[1]}}  {shape:<{widths[2]}}  "
+            f"{parameters:>{widths[3]}}  {note}".rstrip()
+            for name, cls, shape, parameters, note in rows
+        )
+
+
+def summarize(model: nn.Module, shape: tuple[int, ...]) -> Summary:
+    """The stages in the order in which an input of this shape passes them; then those not called.
 
     The model runs in eval mode on zeros; its modules' modes are restored.
 
     Raises:
         ValueError: if the model does not take such an input.
     """
-    stages: list[Stage] = []
-    handles = []
-    for name, child in model.named_children():
+    # With a child that has two names twice; `named_children` leaves out the second.
+    children = {name: child for name, child in model._modules.items() if child is not None}
+    outputs: dict[nn.Module, list[Any]] = {}
 
-        def record(module: nn.Module, _: object, output: Tensor, name: str = name) -> None:
-            stages.append(Stage(name, type(module).__name__, tuple(output.shape)))
+    def record(module: nn.Module, _: Any, output: Any) -> None:
+        outputs.setdefault(module, []).append(described(output))
 
-        handles.append(child.register_forward_hook(record))
+    handles = [child.register_forward_hook(record) for child in {*children.values()}]
     modes = [(module, module.training) for module in model.modules()]
     try:
-        with torch.no_grad():
-            model.eval()(torch.zeros(shape))
-    except RuntimeError as error:
-        raise ValueError(f"the model takes no input of {shape}: {error}") from error
+        output = try_call(model.eval(), torch.zeros(shape))
     finally:
         for module, training in modes:
             module.training = training
         for handle in handles:
             handle.remove()
-    return stages
+    order = {module: i for i, module in enumerate(outputs)}
+    called = sorted(children.items(), key=lambda item: order.get(item[1], len(order)))
+    return Summary(
+        stages=[*_stages(called, outputs), *_outside(model)],
+        total=_stage("total", model, [described(output)]),
+    )
+
+
+def described(output: Any) -> tuple[int, ...] | str:
+    """The shape of an output, or what it is if it is no tensor."""
+    if isinstance(output, Tensor):
+        return tuple(output.shape)
+    if isinstance(output, tuple | list):
+        parts = (shape_text(tuple(x.shape)) if isinstance(x, Tensor) else "-" for x in output)
+        return f"returns {type(output).__name__}: {', '.join(parts)}"
+    return f"returns {type(output).__name__}"
+
+
+def _stages(
+    called: list[tuple[str, nn.Module]], outputs: dict[nn.Module, list[Any]]
+) -> Iterator[Stage]:
+    first: dict[nn.Module, str] = {}
+    for name, child in called:
+        same = first.setdefault(child, name)
+        notes = () if same == name else (f"the same module as {same}",)
+        yield _stage(name, child, outputs.get(child, []), *notes)
+
+
+def _stage(name: str, module: nn.Module, outputs: list[Any], *notes: str) -> Stage:
+    said = list(notes)
+    shape = None
+    if not outputs:
+        said.append("not called")
+    elif isinstance(outputs[0], str):
+        said.append(outputs[0])
+    else:
+        shape = outputs[0]
+    if len(outputs) > 1:
+        others = {o if isinstance(o, str) else shape_text(o) for o in outputs}
+        different = f", outputs {', '.join(sorted(others))}" if len(others) > 1 else ""
+        said.append(f"called {len(outputs)} times{different}")
+    count = sum(p.numel() for p in module.parameters())
+    return Stage(name, type(module).__name__, shape, count, "; ".join(said))
+
+
+def _outside(model: nn.Module) -> Iterator[Stage]:
+    """A row for the parameters that are no child's, if there are any."""
+    count = sum(p.numel() for p in model.parameters(recurse=False))
+    if count:
+        yield Stage("-", type(model).__name__, None, count, "parameters outside of the stages")

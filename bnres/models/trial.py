@@ -9,7 +9,7 @@ from torch import Tensor
 
 def shape_text(shape: tuple[int, ...]) -> str:
     """A shape as users write it, such as ``1x3x224x224``."""
-    return "x".join(map(str, shape))
+    return "x".join(map(str, shape)) or "scalar"
 
 
 def try_call(call: Callable[[Tensor], Any], images: Tensor, name: str = "the model") -> Any:

@@ -15,6 +15,7 @@ from bnres.data import DATASETS
 from bnres.kernels.reference import ACTIVATION_FORMULAS
 from bnres.models import MODELS, check_model_name
 from bnres.models.resnet import STEMS
+from bnres.train.weights import SUFFIX, is_weights
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 OPTIMIZERS = ("sgd", "adam", "adamw")
@@ -64,7 +65,9 @@ class TrainConfig:
     fused: bool = _option(True, "Fused layers, or torch's own.")
     act: str | None = _option(None, "Activation of a ResNet, if not its own.", ACTIVATION_FORMULAS)
     stem: str | None = _option(None, "Stem of a ResNet, if not its own.", STEMS)
-    init: str = _option("he", "Initial weights; he keeps the model's own.", INITS)
+    init: str = _option(
+        "he", "Initial weights, or FILE.safetensors; he keeps the model's own.", INITS
+    )
 
     epochs: int = _option(5, "Passes over the training images.")
     batch_size: int = _option(64, "Images a batch, at least the two that batch norm needs.")
@@ -114,8 +117,13 @@ class TrainConfig:
             value, known = getattr(self, option.name), option.metadata["choices"]
             if option.name == "model":
                 check_model_name(value)
+            elif option.name == "init" and is_weights(value):
+                continue  # the file is read when training starts
             elif known and value not in (*known, option.default):
-                raise ValueError(f"{option.name} must be one of {', '.join(known)}, got {value!r}")
+                or_file = f" or FILE{SUFFIX}" if option.name == "init" else ""
+                raise ValueError(
+                    f"{option.name} must be one of {', '.join(known)}{or_file}, got {value!r}"
+                )
         for name, least in (
             ("epochs", 1), ("batch_size", 2), ("accumulate", 1), ("shift", 0), ("workers", 0),
             ("warmup_epochs", 0), ("weight_decay", 0), ("crop_size", 1), ("checkpoint_steps", 1),

@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from bnres.train.distributed import World
 from bnres.train.optimization import make_optimizer, make_schedule, xavier_uniform
 from bnres.train.passes import GraphedPasses, Passes
 from bnres.train.shapes import check_shapes, initialize_lazy_modules
+from bnres.train.weights import is_weights, load_weights
 
 
 @dataclass
@@ -124,7 +126,8 @@ def build_state(
     """A run at its start.
 
     Raises:
-        ValueError: if the data, the model or the number of processes does not fit.
+        ValueError: if the data, the model, its initial weights or the number of processes does not
+            fit.
     """
     world = world or World()
     if config.cuda_graphs and world.size > 1:
@@ -135,6 +138,8 @@ def build_state(
     batches = make_batches(config, dataset, device, world)
     size = dataset.size if config.crop_size is None else (config.crop_size, config.crop_size)
     model = build_model(config, dataset.classes, dataset.channels, size)
+    if is_weights(config.init) and config.resume is None:
+        load_weights(Path(config.init), model, config.model)
     check_shapes(config, model, config.model, (dataset.channels, *size), dataset.classes)
     if config.sync_bn:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)

@@ -1,6 +1,5 @@
-"""Nets out of checkpoints: evaluated, exported."""
+"""Nets out of checkpoints, and their accuracy."""
 
-import io
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -9,8 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from bnres.data import load_dataset
-from bnres.files import write_bytes
-from bnres.fusion import fold
 from bnres.train.checkpoint import read_checkpoint
 from bnres.train.config import TrainConfig, field_type
 from bnres.train.loop import evaluate
@@ -69,50 +66,3 @@ def evaluate_checkpoint(path: Path, **changes: Any) -> tuple[TrainConfig, float,
         )
     batches = make_batches(config, dataset, torch.device(config.device))
     return config, *evaluate(load_trained(content, config), batches, config)
-
-
-class _OneInput(nn.Module):
-    """A net with a forward of one named input, which is what export asks for."""
-
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__()
-        self.net = net
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.net(images)
-
-
-def export_checkpoint(
-    path: Path, out: Path, size: tuple[int, int] | None = None, *, folded: bool = True
-) -> None:
-    """Writes a net of torch's own operations, of any batch size, as a torch.export archive.
-
-    Args:
-        path: a checkpoint of ``bnres train``.
-        out: the archive; `torch.export.load` reads it, without bnres.
-        size: height and width of the images; by default those it was trained on.
-        folded: batch norms folded into the convolutions.
-
-    Raises:
-        ValueError: if it is no checkpoint, or the net does not take such images.
-    """
-    content = read_checkpoint(path)
-    size = size or tuple(content["size"])
-    config = config_of(
-        content, device="cpu", fused=False, sync_bn=False, cuda_graphs=False, channels_last=False
-    )
-    model = load_trained(content, config)
-    example = torch.zeros(2, content["channels"], *size)
-    batch = torch.export.Dim("batch")
-    try:
-        if folded:
-            model = fold(model, example)
-        with torch.no_grad():
-            program = torch.export.export(
-                _OneInput(model), (example,), dynamic_shapes={"images": {0: batch}}
-            )
-    except RuntimeError as error:
-        raise ValueError(f"size: the net takes no images of {size}: {error}") from error
-    written = io.BytesIO()
-    torch.export.save(program, written)
-    write_bytes(out, written.getbuffer())

@@ -1,0 +1,176 @@
+"""Weights that training starts from, and files that bnres export writes."""
+
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from typer.testing import CliRunner
+
+from bnres import cli, use_backend
+from bnres.data.dataset import make_dataset
+from bnres.models import create_model
+from bnres.train import TrainConfig, build_state, train_epoch
+from bnres.train.checkpoint import read_checkpoint, save_checkpoint
+from bnres.train.export import export_checkpoint
+from bnres.train.trained import config_of, load_trained
+from bnres.train.weights import as_safetensors, load_weights
+
+NET = "lenet-seed"
+runner = CliRunner()
+
+
+@pytest.fixture(autouse=True)
+def aten():
+    """The subject here is files: the kernels have their own tests."""
+    with use_backend("aten"):
+        yield
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    torch.manual_seed(0)
+    images, labels = torch.randint(0, 256, (32, 1, 28, 28), dtype=torch.uint8), torch.arange(32) % 2
+    found = make_dataset("tiny", ("a", "b"), (images[:24], labels[:24]), (images[24:], labels[24:]))
+    for place in ("bnres.train.run", "bnres.train.trained"):
+        monkeypatch.setattr(f"{place}.load_dataset", lambda *where, **options: found)
+    return found
+
+
+def config(**options):
+    return TrainConfig(**{"model": NET, "epochs": 3, "batch_size": 8, "shift": 0, **options})
+
+
+@pytest.fixture
+def checkpoint(tiny, tmp_path):
+    """Of a run that averages its weights, after an epoch."""
+    asked = config(ema=0.5)
+    state, batches = build_state(asked, tiny)
+    train_epoch(state, batches, asked)
+    path = tmp_path / "last.pt"
+    save_checkpoint(path, state, asked)
+    return path
+
+
+def run(*arguments, code=0):
+    result = runner.invoke(cli.app, [*map(str, arguments)])
+    assert result.exit_code == code, result.output
+    return result.stderr if code else result.output
+
+
+def test_training_starts_from_what_export_wrote(checkpoint, tiny):
+    out = checkpoint.with_suffix(".safetensors")
+    assert run("export", checkpoint, "--format", "safetensors") == f"{out}\n"
+    content, weights = read_checkpoint(checkpoint), load_file(out)
+    stock = create_model(NET, num_classes=2, fused=False).state_dict()
+    assert weights.keys() == stock.keys()
+    for key, value in weights.items():
+        assert torch.equal(value, content["average"][f"module.{key}"]), key
+    assert not torch.equal(weights["0.weight"], content["model"]["0.weight"])
+    state, _ = build_state(config(init=str(out), ema=0.9), tiny)
+    for key, value in weights.items():
+        assert torch.equal(state.model.state_dict()[key].cpu(), value), key
+        assert torch.equal(state.average.module.state_dict()[key].cpu(), value), key
+
+
+def test_a_run_goes_on_without_the_file_it_started_from(checkpoint, tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    first = tmp_path / "first.safetensors"
+    first.write_bytes(as_safetensors(create_model(NET, num_classes=2)))
+    asked = config(init=str(first), epochs=1)
+    state, _ = build_state(asked, tiny)
+    save_checkpoint(tmp_path / "last.pt", state, asked)
+    first.unlink()
+    run("train", "--resume", "last.pt")
+    run("eval", "last.pt")
+    run("export", "last.pt")
+
+
+def test_tied_and_channels_last_weights_are_stored():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+            self.a = self.b = nn.Linear(2, 2)
+
+    from safetensors.torch import load
+
+    model = Tied().to(memory_format=torch.channels_last)
+    found = load(as_safetensors(model))
+    for key, value in model.state_dict().items():
+        assert torch.equal(found[key], value), key
+
+
+def weights(**changes):
+    found = create_model(NET, num_classes=2).state_dict()
+    return {k: v for k, v in {**found, **changes}.items() if v is not None}
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"15.weight": torch.zeros(10, 84), "15.bias": torch.zeros(10)},
+         "init: '15.weight' is 10x84 in w.safetensors, but 2x84 in model 'lenet-seed'"),
+        ({"1.weight": None}, "init: w.safetensors has no '1.weight', which model 'lenet-seed' has"),
+        ({"more": torch.zeros(1)},
+         "init: w.safetensors has 'more', which model 'lenet-seed' does not have"),
+    ],
+    ids=["classifier", "missing", "extra"],
+)  # fmt: skip
+def test_weights_that_do_not_fit_are_one_line(changes, line, tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_file(weights(**changes), "w.safetensors")
+    found = run("train", "--model", NET, "--batch-size", 8, "--init", "w.safetensors", code=2)
+    assert found == f"bnres: {line}\n"
+    assert [p.name for p in tmp_path.iterdir()] == ["w.safetensors"]
+
+
+def test_files_that_are_no_weights(tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.safetensors").write_text("no weights")
+    model = create_model(NET, num_classes=2)
+    with pytest.raises(ValueError, match=r"^init: .*text.safetensors can't be read: .*header"):
+        load_weights(tmp_path / "text.safetensors", model, NET)
+    for init, line in (
+        ("missing.safetensors", "init: there is no file 'missing.safetensors'"),
+        ("he.pt", "init must be one of he, xavier or FILE.safetensors, got 'he.pt'"),
+    ):
+        found = run("train", "--model", NET, "--batch-size", 8, "--init", init, code=2)
+        assert found == f"bnres: {line}\n"
+
+
+def test_export_refuses(checkpoint, monkeypatch):
+    for arguments, line in (
+        (["--format", "tflite"], "format must be one of pt2, onnx, safetensors, got 'tflite'"),
+        (["--format", "safetensors", "--size", "32"],
+         "size: a file of safetensors has weights only, which fit any size"),
+        (["--size", "40"], "size: the net takes no input of 2x1x40x40: mat1 and mat2 shapes cannot "
+         "be multiplied (2x784 and 256x120)"),
+    ):  # fmt: skip
+        assert run("export", checkpoint, *arguments, code=2) == f"bnres: {line}\n"
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    found = run("export", checkpoint, "--format", "onnx", code=1)
+    assert found == "bnres: onnxscript is missing; install it with: pip install onnxscript\n"
+    assert [p.name for p in checkpoint.parent.iterdir()] == [checkpoint.name]
+
+
+@pytest.mark.parametrize("folded", [True, False], ids=["folded", "not folded"])
+@pytest.mark.parametrize("batch", [1, 5])
+def test_onnx_computes_what_torch_does(checkpoint, folded, batch):
+    onnxruntime = pytest.importorskip("onnxruntime", reason="it runs what is exported")
+    pytest.importorskip("onnxscript", reason="torch's exporter to ONNX needs it")
+    out = checkpoint.with_suffix(".onnx")
+    if folded:
+        assert run("export", checkpoint, "--format", "onnx") == f"{out}\n"
+    else:
+        export_checkpoint(checkpoint, out, folded=False, format="onnx")
+    content = read_checkpoint(checkpoint)
+    model = load_trained(content, config_of(content, device="cpu"))
+    x = torch.randn(batch, 1, 28, 28)
+    session = onnxruntime.InferenceSession(out.read_bytes(), providers=["CPUExecutionProvider"])
+    (images,) = session.get_inputs()
+    assert images.name == "images" and images.shape[1:] == [1, 28, 28]
+    (y,) = session.run(None, {"images": x.numpy()})
+    with torch.no_grad():
+        assert torch.allclose(torch.from_numpy(y), model(x), atol=1e-5)
