@@ -237,6 +237,19 @@ def explain(model: Model, input: Input = None) -> None:
 
 
 @app.command()
+def doctor(
+    model: Annotated[str | None, typer.Argument(help="Model, of torch's own layers.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
+) -> None:
+    """Print what is wrong here and how to fix it (exit code 1 then), and what fusing a model saves."""
+    from bnres.doctor import diagnose
+
+    found = diagnose(model)
+    typer.echo(found.as_json() if as_json else found)
+    raise typer.Exit(int(bool(found.findings)))
+
+
+@app.command()
 def tune(
     model: Annotated[str, typer.Option(help="Model whose convolutions are measured.")] = "resnet18",
     batch_size: Annotated[int, typer.Option(help="Images a call.")] = 256,

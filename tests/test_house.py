@@ -24,6 +24,8 @@ ROOMS = (
     "augment",
     "data",
     "train",
+    "savings",
+    "doctor",
     "cli",
 )
 

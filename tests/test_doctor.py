@@ -1,0 +1,296 @@
+"""`bnres doctor`: each finding is provoked; figures that are derived agree with the benchmarks'."""
+
+import json
+import os
+import shutil
+import stat
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+import torch
+import triton
+from torch import nn
+from typer.testing import CliRunner
+
+from benchmarks import byte_model
+from bnres import cli, doctor, savings, use_backend
+from bnres.doctor import Change, Finding
+from bnres.models import create_model
+from tests.disks import read_only
+
+ROOT = Path(__file__).parent.parent
+HEADERS = "install gcc and Python's headers (python3-dev), or set CC"
+no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU here works")
+
+
+@no_gpu
+def test_no_gpu(monkeypatch):
+    if torch.version.cuda is None:
+        assert doctor.check_gpu() == Finding(
+            f"torch {torch.__version__} is built for the CPU only",
+            "install a build of torch for your GPU",
+        )
+        monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert doctor.check_gpu() == Finding(
+        "torch finds no GPU", "see whether nvidia-smi lists one, and its driver"
+    )
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    assert doctor.check_gpu() == Finding("CUDA_VISIBLE_DEVICES='-1' hides the GPUs", "unset it")
+
+
+def test_a_gpu_is_no_finding(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert doctor.check_gpu() is None
+
+
+def test_triton(monkeypatch):
+    assert doctor.check_triton() is None
+    monkeypatch.setattr(triton, "__version__", "3.5.1")
+    fix = "pip install 'triton>=3.6'"
+    assert doctor.check_triton() == Finding("triton 3.5.1 is too old", fix)
+    monkeypatch.setitem(sys.modules, "triton", None)
+    assert doctor.check_triton() == Finding("triton is missing", fix)
+
+
+def test_triton_that_is_broken(tmp_path):
+    (tmp_path / "triton.py").write_text("raise ImportError('libtriton.so is damaged')")
+    code = "from bnres import doctor; print(doctor.check_triton().problem)"
+    found = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+    )  # fmt: skip
+    assert found.stdout == "triton can't be imported: libtriton.so is damaged\n", found.stderr
+
+
+class TestCompiler:
+    @pytest.fixture(autouse=True)
+    def no_cc(self, monkeypatch):
+        monkeypatch.delenv("CC", raising=False)
+
+    def test_here(self):
+        assert doctor.check_compiler() is None
+
+    def test_none(self, monkeypatch, tmp_path):
+        monkeypatch.setenv("PATH", str(tmp_path))
+        assert doctor.check_compiler() == Finding(
+            "there is no C compiler, which triton needs to launch kernels", HEADERS
+        )
+        assert doctor.facts()["C compiler"] == "none"
+
+    def test_cc_that_is_missing(self, monkeypatch):
+        monkeypatch.setenv("CC", "no-such-cc")
+        assert doctor.check_compiler() == Finding(
+            "CC='no-such-cc' is no program, which triton needs to launch kernels", HEADERS
+        )
+
+    def test_cc_that_fails(self, monkeypatch):
+        monkeypatch.setenv("CC", "false")
+        assert doctor.check_compiler() == Finding(
+            f"{shutil.which('false')} can't compile an extension of Python: exit code 1", HEADERS
+        )
+
+    def test_no_headers(self, monkeypatch, tmp_path):
+        monkeypatch.setattr(
+            doctor.sysconfig, "get_paths", lambda scheme: {"include": str(tmp_path)}
+        )
+        found = doctor.check_compiler()
+        assert "can't compile an extension of Python" in found.problem
+        assert "Python.h: No such file or directory" in found.problem
+
+    def test_clang_where_there_is_no_gcc(self, monkeypatch, tmp_path):
+        program = tmp_path / "clang"
+        program.write_text("#!/bin/sh\n")
+        program.chmod(program.stat().st_mode | stat.S_IXUSR)
+        monkeypatch.setenv("PATH", str(tmp_path))
+        assert doctor.find_compiler() == str(program)
+
+
+def test_numpy_too_new_for_the_interpreter(monkeypatch):
+    with use_backend("triton-interpreter"):
+        assert doctor.check_numpy() is None
+        versions = {"numpy": "2.4.6"}
+        monkeypatch.setattr(triton, "__version__", "3.6.0")
+        monkeypatch.setattr(metadata, "version", versions.__getitem__)
+        assert doctor.check_numpy() == Finding(
+            "triton 3.6.0's interpreter can't run with numpy 2.4.6",
+            "install numpy < 2.4, or triton >= 3.7",
+        )
+    with use_backend("aten"):
+        assert doctor.check_numpy() is None
+
+
+def test_numpy_is_missing(monkeypatch):
+    def version(package):
+        raise metadata.PackageNotFoundError(package)
+
+    monkeypatch.setattr(metadata, "version", version)
+    with use_backend("triton-interpreter"):
+        assert doctor.check_numpy() == Finding(
+            "numpy is missing, which triton's interpreter needs", "pip install numpy"
+        )
+
+
+@pytest.mark.parametrize("variable", ["TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"])
+def test_cache_folder(monkeypatch, tmp_path, variable):
+    folder = tmp_path / "cache"
+    folder.mkdir()
+    monkeypatch.setenv(variable, str(folder / "deeper" / "still"))
+    assert doctor.check_cache(variable) is None
+    assert list(folder.iterdir()) == []
+    with read_only(folder):
+        found = doctor.check_cache(variable)
+    assert found.problem.startswith(f"the cache folder {folder}/deeper/still is not writable: ")
+    assert found.fix == f"set {variable} to a folder that is"
+    monkeypatch.setenv(variable, str(tmp_path / "file"))
+    (tmp_path / "file").write_text("")
+    assert doctor.check_cache(variable).problem.endswith("not writable: Not a directory")
+
+
+def test_cache_folders_are_those_that_are_used(monkeypatch, tmp_path):
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    for variable in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"):
+        monkeypatch.setenv(variable, "")  # torch sets its own, which is to be undone
+        monkeypatch.delenv(variable)
+    monkeypatch.setenv("TRITON_HOME", str(tmp_path))
+    found = doctor.cache_folders()
+    assert found["TRITON_CACHE_DIR"] == Path(triton.knobs.cache.dir) == tmp_path / ".triton/cache"
+    assert found["TORCHINDUCTOR_CACHE_DIR"] == Path(cache_dir())
+
+
+def test_namespace_package(monkeypatch, tmp_path):
+    (tmp_path / "bnres").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert doctor.check_namespace() is None  # a package further down the path comes first
+    finder_only = [p for p in sys.path if not Path(p, "bnres").is_dir()]
+    monkeypatch.setattr(sys, "path", finder_only)
+    assert doctor.check_namespace() == Finding(
+        f"in this folder python imports the folder {tmp_path / 'bnres'} as an empty package bnres",
+        "go to another folder, or install bnres again: pip install -e FOLDER",
+    )
+
+
+@pytest.mark.parametrize(
+    ("pattern", "operation"),
+    [
+        ("bn", "bn"),
+        ("conv-bn-act", "bn_relu"),
+        ("bn-add-act", "bn_add_relu"),
+        ("conv-bn+bn-add-act", "dual_bn_add_relu"),
+        ("conv-bn-act-pool", "bn_relu_pool"),
+    ],
+)
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_bytes_are_those_of_the_benchmarks(pattern, operation, itemsize):
+    directions = ("forward", "backward")
+    expected = sum(byte_model.passes(operation, d, itemsize) for d in directions)
+    assert savings.fused_passes(pattern, itemsize) == expected
+
+
+@pytest.mark.parametrize(
+    ("pattern", "passes", "stock", "fused"),
+    [
+        ("bn", 8, 6, 6),
+        ("bn-act", 13, 8, 6),
+        ("conv-bn-add-act", 16, 9, 6),
+        ("bn+bn-add-act", 24, 15, 8),
+        ("bn-act-pool", 13 + 2 * (1.25 + 1), 10, 6),
+    ],
+)
+def test_stock_layers(pattern, passes, stock, fused):
+    assert savings.stock_passes(pattern, 2) == passes
+    assert savings.stock_launches(pattern) == stock
+    assert savings.fused_launches(pattern) == fused
+
+
+def test_launches_are_those_that_the_audit_counts():
+    budget = json.loads((ROOT / "benchmarks/audit/budget.json").read_text())
+    found = savings.derive(create_model("resnet18", fused=False), torch.zeros(2, 3, 32, 32))
+    assert found.fused_launches == budget["launches"]["fused, Triton"]
+    assert (found.norms, found.fused, found.reasons) == (20, 20, {})
+
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4), nn.ReLU(),
+        nn.Conv2d(4, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8),
+    )  # fmt: skip
+
+
+def test_figures_are_bytes_of_an_image():
+    found = savings.derive(net(), torch.zeros(2, 3, 10, 10))
+    stock = 4 * (13 * 400 + 8 * 800)
+    assert found == savings.Savings(
+        norms=2, fused=2, reasons={}, stock_bytes=stock, fused_bytes=4 * 8 * 1200,
+        half_bytes=2 * 8 * 1200, stock_launches=14, fused_launches=12, channels_last=False,
+        half=False,
+    )  # fmt: skip
+    assert doctor.changes(found) == [
+        Change("compute in bf16: with torch.autocast('cuda', torch.bfloat16):", 19200),
+        Change("fuse: model = bnres.fuse(model)", 8000),
+        Change("convert with model.to(memory_format=torch.channels_last), the input too", None),
+    ]
+
+
+def test_what_is_done_already_is_no_change():
+    model = net().to(memory_format=torch.channels_last)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = savings.derive(model, torch.zeros(2, 3, 10, 10))
+    assert found.channels_last and found.half and found.fused_bytes == found.half_bytes
+    assert [c.do for c in doctor.changes(found)] == ["fuse: model = bnres.fuse(model)"]
+
+
+def test_a_norm_that_is_not_fused_has_its_reason():
+    model = net()
+    model[1].unused = nn.BatchNorm2d(4)
+    found = savings.derive(model, torch.zeros(2, 3, 10, 10))
+    assert (found.norms, found.fused) == (3, 2)
+    assert found.reasons == {"1.unused": "not in a captured graph"}
+    text = str(doctor.Diagnosis({}, [], "a net", found, []))
+    assert "a net: 2 of 3 batch norms are fused\n  1.unused is not: not in a captured graph" in text
+
+
+runner = CliRunner()
+
+
+@no_gpu
+def test_command(monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", None)
+    with use_backend("aten"):
+        result = runner.invoke(cli.app, ["doctor", "lenet-seed"])
+    assert result.exit_code == 1
+    lines = result.output.splitlines()
+    assert lines[0] == "GPU:        none"
+    assert "backend:    aten" in lines
+    assert "route:      CPU tensors take ATen, the kernels don't run" in lines
+    assert f"wrong: torch {torch.__version__} is built for the CPU only" in lines
+    assert "  fix: install a build of torch for your GPU" in lines
+    assert "lenet-seed: 4 of 4 batch norms are fused" in lines
+    assert lines[-1] == "  convert with model.to(memory_format=torch.channels_last), the input too"
+
+
+@no_gpu
+def test_json_says_the_same():
+    result = runner.invoke(cli.app, ["doctor", "lenet-seed", "--json"])
+    assert result.exit_code == 1
+    found = json.loads(result.output)
+    assert found["facts"]["torch"] == torch.__version__
+    assert found["findings"][0]["problem"] == doctor.check_gpu().problem
+    assert found["savings"]["fused"] == 4 and found["model"] == "lenet-seed"
+    assert {c["do"].split(":")[0] for c in found["changes"][:2]} == {"fuse", "compute in bf16"}
+
+
+def test_nothing_is_wrong(monkeypatch):
+    monkeypatch.setattr(doctor, "CHECKS", (lambda: None,))
+    result = runner.invoke(cli.app, ["doctor"])
+    assert result.exit_code == 0 and result.output.splitlines()[-1] == "nothing is wrong"
+
+
+def test_unknown_model():
+    result = runner.invoke(cli.app, ["doctor", "resnet19"])
+    assert result.exit_code == 2 and "got 'resnet19'" in result.stderr
