@@ -2,7 +2,6 @@
 
 import math
 import sys
-from collections.abc import Sequence
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -11,37 +10,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 try:
     import typer
     from rich.console import Console
-    from typer.core import TyperGroup
 except ModuleNotFoundError as error:
     sys.exit(f"bnres: {error.name} is missing; install it with: pip install 'bnres[train]'")
 
 import bnres
-from bnres.errors import report
+from bnres.commands import TRACEBACK, Commands
 from bnres.train.options import with_config_options
 from bnres.train.outputs import LAST, WITHOUT_CHECKPOINT
 from bnres.train.presets import PRESETS
 
 if TYPE_CHECKING:
     from bnres.train.config import TrainConfig
-
-TRACEBACK = "--traceback"
-INPUT_CHANNELS = {"resnet18-seed": 1, "lenet-seed": 1}
-
-
-class Commands(TyperGroup):
-    """Commands whose errors are one line, or with ``--traceback``, anywhere, a traceback."""
-
-    def main(self, args: Sequence[str] | None = None, *rest: Any, **options: Any) -> Any:
-        given = list(sys.argv[1:] if args is None else args)
-        try:
-            return super().main([a for a in given if a != TRACEBACK], *rest, **options)
-        except Exception as error:
-            if TRACEBACK in given:
-                raise
-            line, code = report(error)
-            typer.echo(line, err=True)
-            sys.exit(code)
-
 
 app = typer.Typer(
     cls=Commands,
@@ -287,7 +266,7 @@ def tune(
     device = torch.device("cuda")
     path = out or table_path(gpu_name(device))
     read_table(path)
-    channels = INPUT_CHANNELS.get(model, 3)
+    channels = input_shape(model, None)[1]
     net = create_model(model, in_channels=channels, fused=False)
     calls = conv_calls(net, (batch_size, channels, size, size), DTYPES[dtype])
     chosen = [call for call in calls if match in call.key]

@@ -1,0 +1,27 @@
+"""Command lines whose errors are one line."""
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+from bnres.errors import report
+
+TRACEBACK = "--traceback"
+
+
+class Commands(TyperGroup):
+    """Commands whose errors are one line, or with ``--traceback``, anywhere, a traceback."""
+
+    def main(self, args: Sequence[str] | None = None, *rest: Any, **options: Any) -> Any:
+        given = list(sys.argv[1:] if args is None else args)
+        try:
+            return super().main([a for a in given if a != TRACEBACK], *rest, **options)
+        except Exception as error:
+            if TRACEBACK in given:
+                raise
+            line, code = report(error)
+            typer.echo(line, err=True)
+            sys.exit(code)
