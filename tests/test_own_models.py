@@ -13,7 +13,7 @@ from bnres import cli, use_backend
 from bnres.data.dataset import make_dataset
 from bnres.fusion import rewrite
 from bnres.models import create_model
-from bnres.train import TrainConfig, build_state, train_epoch
+from bnres.train import TrainConfig, build_state, evaluate, train_epoch
 from bnres.train.checkpoint import read_checkpoint
 from bnres.train.options import make_config
 from tests import own_models
@@ -185,6 +185,10 @@ def test_a_models_check_changes_nothing():
          "classes, but in evaluation it returned 2x5"),
         ([f"{OWN}:TwoHeads"], f"model '{OWN}:TwoHeads' must return 2x2 for 2x1x8x8, a number for "
          "each of 2 classes, but in training it returned tuple"),
+        ([f"{OWN}:TwoInputs"], f"model '{OWN}:TwoInputs' takes no input of 2x1x8x8: "
+         "TwoInputs.forward() missing 1 required positional argument: 'y'"),
+        ([f"{OWN}:NoImages"], f"model '{OWN}:NoImages' takes no input of 2x1x8x8: Dimension out of "
+         "range (expected to be in range of [-4, 3], but got 4)"),
         (["torchvision:resnet18"], "model 'torchvision:resnet18' takes no input of 2x1x8x8: Given "
          "groups=1, weight of size [64, 3, 7, 7], expected input[2, 1, 8, 8] to have 3 channels, "
          "but got 1 channels instead"),
@@ -220,6 +224,15 @@ def test_own_models_options_of_a_preset_go():
     asked = make_config({"model": f"{OWN}:Net"}, "cifar10-fast", None)
     assert (asked.stem, asked.model, asked.lr) == (None, f"{OWN}:Net", 0.4)
     assert make_config({"model": "resnet50"}, "cifar10-fast", None).stem == "cifar"
+
+
+def test_averaged_models_are_fused(graphs):
+    asked = config(f"{OWN}:Net", ema=0.5, device="cpu")
+    state, batches = build_state(asked, dataset())
+    loss = evaluate(state.evaluated, batches, asked)[0]
+    assert graphs
+    stock, batches = build_state(config(f"{OWN}:Net", fused=False, device="cpu"), dataset())
+    assert loss == pytest.approx(evaluate(stock.model, batches, asked)[0], abs=1e-5)
 
 
 def test_fuse_is_not_part_of_what_is_stored():

@@ -167,7 +167,9 @@ def build_state(
     device = torch.device(config.device)
     batches = make_batches(config, dataset, device, world)
     size = dataset.size if config.crop_size is None else (config.crop_size, config.crop_size)
-    name, users = name_of(config, model), model is not None or is_factory(config.model)
+    name = name_of(config, model)
+    # bnres.fuse fuses a net that is not one of ours.
+    fuses = config.fused and not config.sync_bn and (model is not None or is_factory(config.model))
     model = build_model(config, dataset.classes, dataset.channels, size, model)
     if is_weights(config.init) and config.resume is None:
         load_weights(Path(config.init), model, name)
@@ -186,10 +188,11 @@ def build_state(
         )
         # torch asks for its value at each step: on a GPU the host would wait for it.
         average.n_averaged = average.n_averaged.cpu()
+        if fuses:
+            fuse(average.module, inplace=True)  # copies are unfused
     forward: Any = parallel
     if config.compile:
         # What is compiled runs without the fusing of bnres.fuse, so that is made part of it.
-        fuses = config.fused and users
         through: dict[str, Any] = {"backend": backend, "options": {"inner": "inductor"}}
         forward = torch.compile(parallel, **(through if fuses else {}))
     scaler = torch.amp.GradScaler(device.type, enabled=DTYPES[config.dtype] == torch.float16)
