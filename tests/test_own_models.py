@@ -1,6 +1,7 @@
 """Models by the names of their factories: trained, evaluated, exported, and refused."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -115,7 +116,7 @@ def test_compiled_models_are_fused(graphs, monkeypatch):
 def test_commands(tiny, tmp_path, monkeypatch, graphs):
     """A module in the current folder is trained, evaluated and exported."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.path", ["/elsewhere", *__import__("sys").path])
+    monkeypatch.setattr("sys.path", ["/elsewhere", *sys.path])
     (tmp_path / "my_net.py").write_text(
         "from tests.own_models import Net\nclass Nets:\n    small = Net\n"
     )
@@ -218,6 +219,17 @@ def test_a_package_that_the_users_module_lacks(tiny, tmp_path, monkeypatch):
     assert found == (
         "bnres: missing_package is missing; install it with: pip install missing_package\n"
     )
+
+
+def test_random_numbers_of_an_import_do_not_change_the_weights(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", ["/elsewhere", *sys.path])
+    (tmp_path / "draws.py").write_text(
+        "import torch\nfrom tests.own_models import Net\ntorch.rand(3)\n"
+    )
+    found = [build_state(config("draws:Net", device="cpu"), dataset())[0] for _ in range(2)]
+    first, second = (state.model.state_dict() for state in found)
+    assert all(torch.equal(value, second[key]) for key, value in first.items())
 
 
 def test_own_models_options_of_a_preset_go():
