@@ -55,3 +55,17 @@ class TwoHeads(Net):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = super().forward(x)
         return (y, y) if self.training else y  # type: ignore[return-value]
+
+
+class TwoInputs(Net):
+    """It needs a second input."""
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return super().forward(x + y)
+
+
+class NoImages(Net):
+    """It takes a dimension that images don't have."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x.mean(4))

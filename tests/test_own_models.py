@@ -1,6 +1,7 @@
 """Models by the names of their factories: trained, evaluated, exported, and refused."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from bnres import cli, use_backend
 from bnres.data.dataset import make_dataset
 from bnres.fusion import rewrite
 from bnres.models import create_model
-from bnres.train import TrainConfig, build_state, train_epoch
+from bnres.train import TrainConfig, build_state, evaluate, train_epoch
 from bnres.train.checkpoint import read_checkpoint
 from bnres.train.options import make_config
 from tests import own_models
@@ -115,7 +116,7 @@ def test_compiled_models_are_fused(graphs, monkeypatch):
 def test_commands(tiny, tmp_path, monkeypatch, graphs):
     """A module in the current folder is trained, evaluated and exported."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.path", ["/elsewhere", *__import__("sys").path])
+    monkeypatch.setattr("sys.path", ["/elsewhere", *sys.path])
     (tmp_path / "my_net.py").write_text(
         "from tests.own_models import Net\nclass Nets:\n    small = Net\n"
     )
@@ -185,6 +186,10 @@ def test_a_models_check_changes_nothing():
          "classes, but in evaluation it returned 2x5"),
         ([f"{OWN}:TwoHeads"], f"model '{OWN}:TwoHeads' must return 2x2 for 2x1x8x8, a number for "
          "each of 2 classes, but in training it returned tuple"),
+        ([f"{OWN}:TwoInputs"], f"model '{OWN}:TwoInputs' takes no input of 2x1x8x8: "
+         "TwoInputs.forward() missing 1 required positional argument: 'y'"),
+        ([f"{OWN}:NoImages"], f"model '{OWN}:NoImages' takes no input of 2x1x8x8: Dimension out of "
+         "range (expected to be in range of [-4, 3], but got 4)"),
         (["torchvision:resnet18"], "model 'torchvision:resnet18' takes no input of 2x1x8x8: Given "
          "groups=1, weight of size [64, 3, 7, 7], expected input[2, 1, 8, 8] to have 3 channels, "
          "but got 1 channels instead"),
@@ -216,10 +221,30 @@ def test_a_package_that_the_users_module_lacks(tiny, tmp_path, monkeypatch):
     )
 
 
+def test_random_numbers_of_an_import_do_not_change_the_weights(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", ["/elsewhere", *sys.path])
+    (tmp_path / "draws.py").write_text(
+        "import torch\nfrom tests.own_models import Net\ntorch.rand(3)\n"
+    )
+    found = [build_state(config("draws:Net", device="cpu"), dataset())[0] for _ in range(2)]
+    first, second = (state.model.state_dict() for state in found)
+    assert all(torch.equal(value, second[key]) for key, value in first.items())
+
+
 def test_own_models_options_of_a_preset_go():
     asked = make_config({"model": f"{OWN}:Net"}, "cifar10-fast", None)
     assert (asked.stem, asked.model, asked.lr) == (None, f"{OWN}:Net", 0.4)
     assert make_config({"model": "resnet50"}, "cifar10-fast", None).stem == "cifar"
+
+
+def test_averaged_models_are_fused(graphs):
+    asked = config(f"{OWN}:Net", ema=0.5, device="cpu")
+    state, batches = build_state(asked, dataset())
+    loss = evaluate(state.evaluated, batches, asked)[0]
+    assert graphs
+    stock, batches = build_state(config(f"{OWN}:Net", fused=False, device="cpu"), dataset())
+    assert loss == pytest.approx(evaluate(stock.model, batches, asked)[0], abs=1e-5)
 
 
 def test_fuse_is_not_part_of_what_is_stored():

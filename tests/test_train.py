@@ -97,7 +97,8 @@ OPTIONS = {"ema": 0.9, "accumulate": 2, "clip_norm": 1.0, "flip": True, "drop_la
 
 
 @pytest.mark.parametrize("options", [{}, OPTIONS, {"optimizer": "adamw", "schedule": "cosine",
-                                                   "warmup_epochs": 1.0}], ids=str)  # fmt: skip
+                                                   "warmup_epochs": 1.0},
+                                     {"model": "tests.own_models:Net", "ema": 0.9}], ids=str)  # fmt: skip
 @pytest.mark.parametrize("after", [2, 4, 6])
 def test_resumed_run_is_the_uninterrupted_one(tiny, tmp_path, options, after):
     """From a checkpoint in the middle of an epoch, to the bit."""

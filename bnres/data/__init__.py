@@ -4,7 +4,7 @@ from pathlib import Path
 
 from bnres.data.batches import Batches
 from bnres.data.cifar10 import load_cifar10
-from bnres.data.dataset import ImageDataset
+from bnres.data.dataset import ImageDataset, make_dataset
 from bnres.data.digits import load_digits
 from bnres.data.epochs import EpochBatches
 from bnres.data.folder import FolderDataset, load_folder
@@ -63,4 +63,5 @@ __all__ = [
     "load_folder",
     "load_mnist5k",
     "load_synthetic",
+    "make_dataset",
 ]

@@ -49,7 +49,32 @@ def make_dataset(
     train: tuple[Tensor, Tensor],
     test: tuple[Tensor, Tensor],
 ) -> ImageDataset:
-    """A data set, its channels' statistics computed from the training images."""
+    """A data set, its channels' statistics computed from the training images.
+
+    Args:
+        name: of the set.
+        class_names: names of the labels, in their order.
+        train, test: images as uint8 (N, channels, height, width), labels as int64 (N,).
+
+    Raises:
+        ValueError: if images or labels are none such.
+    """
+    for part, (images, labels) in (("train", train), ("test", test)):
+        if images.dtype != torch.uint8 or images.dim() != 4:
+            raise ValueError(
+                f"{part}: images must be torch.uint8 of (N, channels, height, width), got "
+                f"{images.dtype} of {tuple(images.shape)}"
+            )
+        if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
+            raise ValueError(
+                f"{part}: labels must be torch.int64 of ({len(images)},), got {labels.dtype} of "
+                f"{tuple(labels.shape)}"
+            )
+        if len(labels) and not 0 <= labels.min() <= labels.max() < len(class_names):
+            raise ValueError(
+                f"{part}: labels must be from 0 to below the {len(class_names)} classes, got "
+                f"{labels.min()} to {labels.max()}"
+            )
     mean, std = channel_statistics(train[0])
     return ImageDataset(name, class_names, *train, *test, mean, std)
 

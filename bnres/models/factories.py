@@ -9,6 +9,7 @@ from operator import attrgetter
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import nn
 
 
@@ -82,7 +83,9 @@ def _import(path: str) -> ModuleType:
     if here not in sys.path and "" not in sys.path:
         sys.path.insert(0, here)
     try:
-        return importlib.import_module(path)
+        # What a module draws when it is imported, once a process, must not change the weights.
+        with torch.random.fork_rng([]):
+            return importlib.import_module(path)
     except ModuleNotFoundError as error:
         if not f"{path}.".startswith(f"{error.name}."):
             raise  # the user's module was found, and imports one that is missing

@@ -28,7 +28,7 @@ def try_call(call: Callable[[Tensor], Any], images: Tensor, name: str = "the mod
             return call(images)
     except torch.OutOfMemoryError:
         raise
-    except (RuntimeError, ValueError, AssertionError) as error:
+    except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         shape = shape_text(tuple(images.shape))
         raise ValueError(f"{name} takes no input of {shape}: {reason}") from error

@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from bnres.data import Batches, EpochBatches, FolderDataset, ImageDataset, StreamedBatches
-from bnres.fusion.backend import backend
+from bnres.fusion.backend import backend, fuse
 from bnres.models import create_model, is_factory
 from bnres.train.augmentation import chains
 from bnres.train.config import DTYPES, TrainConfig
@@ -95,22 +95,42 @@ def make_batches(
 
 
 def build_model(
-    config: TrainConfig, classes: int, channels: int, size: tuple[int, int]
+    config: TrainConfig,
+    classes: int,
+    channels: int,
+    size: tuple[int, int],
+    given: nn.Module | None = None,
 ) -> nn.Module:
-    """The net at its start, on the device; the same weights for the same ``config.seed``."""
+    """The net at its start, on the device; the same weights for the same ``config.seed``.
+
+    Args:
+        config: the run.
+        classes, channels, size: what it is trained on; the images' height and width.
+        given: a net to take instead of the one that ``config.model`` names; it is changed.
+    """
     torch.manual_seed(config.seed)
-    options: dict[str, Any] = {
-        name: getattr(config, name) for name in ("act", "stem") if getattr(config, name) is not None
-    }
-    model = create_model(
-        config.model, num_classes=classes, in_channels=channels,
-        fused=config.fused and not config.sync_bn, **options,
-    )  # fmt: skip
-    initialize_lazy_modules(model, config.model, (channels, *size))
+    fused = config.fused and not config.sync_bn
+    if given is None:
+        options: dict[str, Any] = {
+            name: getattr(config, name)
+            for name in ("act", "stem")
+            if getattr(config, name) is not None
+        }
+        model = create_model(
+            config.model, num_classes=classes, in_channels=channels, fused=fused, **options
+        )
+    else:
+        model = fuse(given, inplace=True) if fused else given
+    initialize_lazy_modules(model, name_of(config, given), (channels, *size))
     if config.init == "xavier":
         xavier_uniform(model)
     memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
     return model.to(config.device).to(memory_format=memory_format)  # type: ignore[call-overload]
+
+
+def name_of(config: TrainConfig, given: nn.Module | None) -> str:
+    """What errors call the net."""
+    return config.model if given is None else type(given).__name__
 
 
 def make_deterministic() -> None:
@@ -121,9 +141,19 @@ def make_deterministic() -> None:
 
 
 def build_state(
-    config: TrainConfig, dataset: ImageDataset | FolderDataset, world: World | None = None
+    config: TrainConfig,
+    dataset: ImageDataset | FolderDataset,
+    world: World | None = None,
+    *,
+    model: nn.Module | None = None,
 ) -> tuple[TrainState, EpochBatches]:
     """A run at its start.
+
+    Args:
+        config: the run.
+        dataset: the data.
+        world: the processes that train together; by default this one.
+        model: a net to train instead of the one that ``config.model`` names; it is changed.
 
     Raises:
         ValueError: if the data, the model, its initial weights or the number of processes does not
@@ -137,10 +167,13 @@ def build_state(
     device = torch.device(config.device)
     batches = make_batches(config, dataset, device, world)
     size = dataset.size if config.crop_size is None else (config.crop_size, config.crop_size)
-    model = build_model(config, dataset.classes, dataset.channels, size)
+    name = name_of(config, model)
+    # bnres.fuse fuses a net that is not one of ours.
+    fuses = config.fused and not config.sync_bn and (model is not None or is_factory(config.model))
+    model = build_model(config, dataset.classes, dataset.channels, size, model)
     if is_weights(config.init) and config.resume is None:
-        load_weights(Path(config.init), model, config.model)
-    check_shapes(config, model, config.model, (dataset.channels, *size), dataset.classes)
+        load_weights(Path(config.init), model, name)
+    check_shapes(config, model, name, (dataset.channels, *size), dataset.classes)
     if config.sync_bn:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     parallel: nn.Module = model
@@ -155,10 +188,11 @@ def build_state(
         )
         # torch asks for its value at each step: on a GPU the host would wait for it.
         average.n_averaged = average.n_averaged.cpu()
+        if fuses:
+            fuse(average.module, inplace=True)  # copies are unfused
     forward: Any = parallel
     if config.compile:
         # What is compiled runs without the fusing of bnres.fuse, so that is made part of it.
-        fuses = config.fused and is_factory(config.model)
         through: dict[str, Any] = {"backend": backend, "options": {"inner": "inductor"}}
         forward = torch.compile(parallel, **(through if fuses else {}))
     scaler = torch.amp.GradScaler(device.type, enabled=DTYPES[config.dtype] == torch.float16)

@@ -1,0 +1,106 @@
+"""Training a module from a program, and README's samples of code."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from bnres import use_backend
+from bnres.data import make_dataset
+from bnres.fusion import rewrite
+from bnres.train import TrainConfig, train_model
+from tests.own_models import Net
+from tests.test_own_models import dataset
+
+README = Path(__file__).parent.parent / "README.md"
+SAMPLES = re.findall(r"^```python\n(.*?)^```", README.read_text(encoding="utf-8"), re.M | re.S)
+
+
+@pytest.fixture(autouse=True)
+def aten():
+    """The subject here is training: the kernels have their own tests."""
+    with use_backend("aten"):
+        yield
+
+
+@pytest.mark.parametrize("sample", SAMPLES, ids=lambda text: text.split("\n\n")[0][-30:])
+def test_readmes_samples_run(sample):
+    exec(compile(sample, str(README), "exec"), {})
+
+
+def test_readme_has_the_samples():
+    assert len(SAMPLES) == 3
+
+
+def config(**options):
+    return TrainConfig(
+        **{"epochs": 3, "batch_size": 8, "shift": 0, "lr": 0.05, "device": "cpu", **options}
+    )
+
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 2)
+    )
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_module_learns_and_is_stock_again(fused, monkeypatch):
+    calls, original = [], rewrite.fuse_graph
+    monkeypatch.setattr(rewrite, "fuse_graph", lambda m: calls.append(m) or original(m))
+    model = net()
+    history = train_model(model, dataset(), config(fused=fused))
+    assert bool(calls) == fused
+    assert [row["epoch"] for row in history] == [1, 2, 3] and history[-1]["test_accuracy"] == 1
+    assert not model.training
+    calls.clear()
+    data = dataset()
+    mean, std = (torch.tensor(v)[:, None, None] for v in (data.mean, data.std))
+    with torch.no_grad():
+        y = model((data.test_images / 255 - mean) / std)
+    assert (y.argmax(1) == data.test_labels).all()
+    assert calls == []
+
+
+def test_averaged_weights_are_the_models():
+    plain, averaged = net(), net()
+    row = train_model(plain, dataset(), config(epochs=1))[-1]
+    other = train_model(averaged, dataset(), config(epochs=1, ema=0.9))[-1]
+    assert row["train_loss"] == pytest.approx(other["train_loss"])
+    assert row["test_loss"] != pytest.approx(other["test_loss"])
+    assert not torch.equal(plain[0].weight, averaged[0].weight)
+
+
+def test_wrong_arguments():
+    with pytest.raises(TypeError, match=r"^model must be a torch\.nn\.Module, got str$"):
+        train_model("net", dataset(), config())
+    model = Net(5, 1)
+    with pytest.raises(ValueError, match=r"^model 'Net' must return 2x2 for 2x1x8x8, a number"):
+        train_model(model, dataset(), config())
+    assert model._compiled_call_impl is None  # stock again
+    with pytest.raises(ValueError, match=r"^resume: only bnres train has it, not train_model$"):
+        train_model(net(), dataset(), config(resume=README))
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "message"),
+    [
+        (torch.zeros(4, 3, 8, 8), torch.zeros(4).long(), "train: images must be torch.uint8 of (N, "
+         "channels, height, width), got torch.float32 of (4, 3, 8, 8)"),
+        (torch.zeros(4, 8, 8).byte(), torch.zeros(4).long(), "train: images must be torch.uint8 of "
+         "(N, channels, height, width), got torch.uint8 of (4, 8, 8)"),
+        (torch.zeros(4, 3, 8, 8).byte(), torch.zeros(4), "train: labels must be torch.int64 of "
+         "(4,), got torch.float32 of (4,)"),
+        (torch.zeros(4, 3, 8, 8).byte(), torch.zeros(3).long(), "train: labels must be torch.int64 "
+         "of (4,), got torch.int64 of (3,)"),
+        (torch.zeros(4, 3, 8, 8).byte(), torch.arange(4), "train: labels must be from 0 to below "
+         "the 2 classes, got 0 to 3"),
+    ],
+    ids=["float", "3D", "float labels", "too few labels", "classes"],
+)  # fmt: skip
+def test_data_that_is_no_data_set(images, labels, message):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        make_dataset("x", ("a", "b"), (images, labels), (images, labels))
