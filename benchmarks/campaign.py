@@ -16,7 +16,7 @@ from rich.progress import (
 )
 
 from benchmarks import cost, environment
-from benchmarks.cases import Case, ModelCase, site_name
+from benchmarks.cases import Case, ModelCase, groups, site_name
 from benchmarks.child import Child, ChildFailed
 from benchmarks.measure import fields_of
 from benchmarks.store import ENVIRONMENT, Record, ResultStore
@@ -81,8 +81,9 @@ def run(
 ) -> int:
     """Measures the cases that the store lacks, in their order; returns how many it recorded.
 
-    A case is left out when its estimated cost is more than the time that is left; one that the
-    deadline cuts short is not recorded.
+    Cases of one subject are a group. A group is left out when it may cost more than the time that is left,
+    so that a short run measures few groups whole. A case of a group that has begun is left out when its
+    estimated cost is too much; one that the deadline cuts short is not recorded.
 
     Args:
         store: of results.
@@ -106,10 +107,8 @@ def run(
         console=console,
     ) as progress:  # fmt: skip
         task = progress.add_task("", total=len(waiting))
-        for case in waiting:
+        for case in costs.fitting(groups(waiting), lambda: deadline - time.monotonic()):
             left = deadline - time.monotonic()
-            if costs.seconds(case) > left:
-                continue
             progress.update(task, description=case.id)
             if (case.suite == "groups") != profiled:
                 child.stop()  # nothing is timed in a process that has used the profiler

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import groupby
 
 import torch
 
@@ -25,6 +26,9 @@ MODEL_PROVIDERS = (
     "bnres", "eager", "compile", "eager-fp16-cudnn", "bnres-recompute", "compile-max-autotune",
 )  # fmt: skip
 AUGMENT_PROVIDERS = ("bnres", "bnres-kernel", "torchvision-batch", "torchvision-image")
+BASELINE = "eager"
+# Measured first of a group: the others are compared with them.
+BASELINES = (BASELINE, "torchvision-batch")
 PROVIDERS = tuple(dict.fromkeys(OP_PROVIDERS + MODEL_PROVIDERS + AUGMENT_PROVIDERS))
 BATCH = 256
 SMOKE_BATCH = 4
@@ -246,7 +250,7 @@ def _ranked() -> list[tuple[int, int, Case]]:
     order = 0
     subjects: list[tuple[int, Case]] = [*_op_subjects(), *_model_subjects(), *_augment_subjects()]
     for rank, subject in subjects:
-        for provider in PROVIDERS_OF[type(subject)]:
+        for provider in sorted(PROVIDERS_OF[type(subject)], key=lambda p: p not in BASELINES):
             if provider == "bnres-conv-kernel" and not _is_conv(subject):
                 continue
             if subject.suite == "infer" and provider in TRAINING_ONLY:
@@ -265,6 +269,11 @@ def _ranked() -> list[tuple[int, int, Case]]:
 def all_cases() -> list[Case]:
     """Every case, in the order in which they are worth measuring."""
     return [case for _, _, case in _ranked()]
+
+
+def groups(cases: Iterable[Case]) -> list[list[Case]]:
+    """Cases that follow one another and measure the same thing, by several providers."""
+    return [list(group) for _, group in groupby(cases, key=lambda case: case.subject)]
 
 
 def telling_cases() -> list[Case]:

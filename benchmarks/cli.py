@@ -67,10 +67,12 @@ def run(
 ) -> None:
     """Measure the most telling cases first, then the rest until the time is up.
 
+    The cases of one subject are measured together, torch's own layers first, if there is time for all.
+
     They run in a child process: one that hangs or dies is recorded, and the next goes on in another
     child. Without a GPU every case is measured in small, on the CPU.
     """
-    from benchmarks import campaign, environment
+    from benchmarks import busy, campaign, environment
     from benchmarks.child import Child, ChildFailed
 
     console = Console()
@@ -88,6 +90,9 @@ def run(
         )
         if not cases:
             raise ValueError("no case has all of sites, providers, dtype and layout")
+    warning = busy.warning(busy.spread())
+    if warning is not None:
+        typer.echo(warning, err=True)
     try:
         with Child() as child, bad_input_exits():
             store = campaign.open_store(folder, device, child)

@@ -1,7 +1,7 @@
 """How long a case takes to measure: estimated first, then from the cases of its kind on record."""
 
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from benchmarks.cases import Case, ModelCase
 from benchmarks.measure import fields_of
@@ -26,6 +26,9 @@ COMPILES = {
 CACHED = 0.25
 # A ResNet-50 has about 2.5 times the layers of a ResNet-18.
 LARGE_NET = 2.5
+# What has no record of its kind is given this many times its estimate before its group is begun: on a busy
+# host the estimate is too low.
+MARGIN = 2.0
 # A case is given up after LIMIT_FACTOR times its estimate, but not before LEAST_LIMIT seconds.
 LIMIT_FACTOR, LEAST_LIMIT = 4.0, 45.0
 
@@ -74,6 +77,26 @@ class Costs:
         """The median of its kind, else the estimate."""
         seen = self._seen.get(kind(fields_of(case)))
         return statistics.median(seen) if seen else table_seconds(case)
+
+    def fitting(
+        self, groups: Iterable[Sequence[Case]], left: Callable[[], float]
+    ) -> Iterator[Case]:
+        """The cases for which there is time when they are asked for.
+
+        Args:
+            groups: of cases that are compared with each other; each is begun only if it fits whole.
+            left: seconds that are left.
+        """
+        for group in groups:
+            if self.most_seconds(group) <= left():
+                yield from (case for case in group if self.seconds(case) <= left())
+
+    def most_seconds(self, cases: Iterable[Case]) -> float:
+        """Seconds of some cases, with a margin for those of whose kind nothing is on record."""
+        return sum(
+            self.seconds(case) * (1.0 if kind(fields_of(case)) in self._seen else MARGIN)
+            for case in cases
+        )
 
 
 def limit(case: Case) -> float:

@@ -84,11 +84,12 @@ def check_compiler() -> Finding | None:
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "probe.c")
         source.write_text(PROGRAM)
-        result = subprocess.run(
-            [compiler, str(source), "-shared", "-fPIC", "-o", f"{folder}/probe.so",
-             f"-I{sysconfig.get_paths(scheme=scheme)['include']}"],
-            capture_output=True, text=True,
-        )  # fmt: skip
+        include = f"-I{sysconfig.get_paths(scheme=scheme)['include']}"
+        command = [compiler, str(source), "-shared", "-fPIC", "-o", f"{folder}/probe.so", include]
+        try:
+            result = subprocess.run(command, capture_output=True, text=True)
+        except OSError as error:
+            return Finding(f"{compiler} can't be run: {error.strerror}", mend)
     if result.returncode == 0:
         return None
     said = [line for line in result.stderr.splitlines() if "error" in line]

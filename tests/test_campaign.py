@@ -7,8 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 from rich.console import Console
+from torch import nn
 
-from benchmarks import campaign, cases, cost, environment, measure, standins
+from benchmarks import busy, campaign, cases, cost, environment, measure, standins
+from benchmarks.audit import host
 from benchmarks.child import Child, ChildFailed
 from benchmarks.store import ResultStore, load
 from tests.test_benchmarks import ABOUT, CASE, CEILINGS, CPU, SITE
@@ -95,7 +97,7 @@ class TestCampaign:
         assert [r["id"] for r in records[2:]] == [case.id for case in chosen[:1:-1]]
 
     def test_time_is_spent_on_what_fits(self, tmp_path, monkeypatch):
-        slow = replace(of(standins.FINE)[0], provider="compile")
+        slow = replace(of(standins.FINE, standins.FINE)[1], provider="compile")
         with Child() as child:
             assert self.run(tmp_path, of(standins.FINE), child, seconds=0) == 0
             assert child.pid is None
@@ -105,6 +107,32 @@ class TestCampaign:
             hung = of(standins.FINE, standins.HANGS)
             assert self.run(tmp_path, hung, child, seconds=1.5) == 0
         assert [r["id"] for r in load(tmp_path)[1]] == [hung[0].id]
+
+    def test_a_group_is_begun_only_if_it_fits_whole(self, tmp_path):
+        first, second, third = of(*[standins.FINE] * 3)
+        # By the estimates 19 s with the margin, 2 s, and 2 s more than there is time for.
+        large = [replace(first, provider=name) for name in ("eager", "bnres", "compile")]
+        small = [second, replace(second, provider="bnres-recompute")]
+        with Child() as child:
+            assert self.run(tmp_path, [*large, *small], child, seconds=10) == 2
+            assert [r["id"] for r in load(tmp_path)[1]] == [case.id for case in small]
+            assert self.run(tmp_path, [*large, third], child, seconds=30) == 4
+
+    def test_a_group_that_takes_longer_than_estimated_goes_on_with_what_fits(self):
+        first, second = of(standins.FINE, standins.FINE)
+        group = [replace(first, provider=name) for name in ("eager", "bnres", "compile", "apex")]
+        costs, found = cost.Costs([]), []
+        for case in costs.fitting([group, [second]], lambda: 25.0 - 10 * len(found)):
+            found.append(case.provider)
+        # 21 s with the margin; after 20 s the 6 s of compile are too much, the 1 s of the others is not.
+        assert found == ["eager", "bnres", "apex"]
+
+    def test_the_margin_is_for_what_is_not_on_record(self):
+        (eager,) = of(standins.FINE)
+        compiled = replace(eager, provider="compile")
+        assert cost.Costs([]).most_seconds([eager, compiled]) == 2 * (1.0 + 6.0)
+        seen = measure.fields_of(eager) | {"status": "measured", "wall_seconds": 3.0}
+        assert cost.Costs([seen]).most_seconds([eager, compiled]) == 3.0 + 2 * 6.0
 
     def test_nothing_is_timed_beside_a_profiler(self, tmp_path):
         step = cases.ModelCase(
@@ -155,6 +183,17 @@ class TestCampaign:
             chosen, store, cost.Costs(store.records.values())
         )
         assert campaign.left_out(chosen[-1:], store, cost.Costs([])) == "nothing was left out"
+
+    def test_a_busy_host_has_a_large_spread(self):
+        calls = iter(range(1 << 30))
+
+        def now_and_then():
+            if next(calls) % 100 == 50:
+                time.sleep(2e-3)
+
+        timed = host.Timed("", "forward", nn.Identity(), now_and_then)
+        assert busy.spread(timed, seconds=0.05) > 3
+        assert busy.spread(seconds=0.05) >= 1  # the ruler's
 
     def test_ceilings_are_measured_in_a_child(self, tmp_path):
         functions = campaign.Functions(measure_ceilings="benchmarks.standins:measure_ceilings")

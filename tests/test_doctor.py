@@ -93,6 +93,15 @@ class TestCompiler:
             f"{shutil.which('false')} can't compile an extension of Python: exit code 1", HEADERS
         )
 
+    def test_cc_that_is_damaged(self, monkeypatch, tmp_path):
+        program = tmp_path / "cc"
+        program.write_bytes(b"\x7fELF")
+        program.chmod(0o755)
+        monkeypatch.setenv("CC", str(program))
+        assert doctor.check_compiler() == Finding(
+            f"{program} can't be run: Exec format error", HEADERS
+        )
+
     def test_no_headers(self, monkeypatch, tmp_path):
         monkeypatch.setattr(
             doctor.sysconfig, "get_paths", lambda scheme: {"include": str(tmp_path)}

@@ -3,10 +3,9 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from benchmarks.cases import PROVIDERS
+from benchmarks.cases import BASELINE, PROVIDERS
 from benchmarks.store import Record
 
-BASELINE = "eager"
 OPERATION_TITLES = {
     "bn": "BN",
     "bn_relu": "BN+ReLU",
