@@ -2,8 +2,6 @@
 
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import date
 from enum import StrEnum
 from pathlib import Path
@@ -14,26 +12,29 @@ from rich.console import Console
 
 from benchmarks.cases import PROVIDERS, SUITES, default_cases, select
 from benchmarks.operations import DTYPES, LAYOUTS
+from bnres.commands import TRACEBACK, Commands
+from bnres.files import write_text
 
 app = typer.Typer(
+    cls=Commands,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     help="Measure bnres against torch's own layers, torch.compile and its peers.",
 )
 
+
+@app.callback()
+def main(
+    traceback: Annotated[
+        bool, typer.Option(TRACEBACK, help="Show the traceback of an error; after a command too.")
+    ] = False,
+) -> None:
+    pass
+
+
 Suite = StrEnum("Suite", [*SUITES, "all"])  # type: ignore[misc]
 Folders = Annotated[list[Path], typer.Argument(help="Folders of results.")]
-
-
-@contextmanager
-def bad_input_exits() -> Iterator[None]:
-    """A ValueError becomes its message and exit code 2."""
-    try:
-        yield
-    except ValueError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from error
 
 
 def names(option: str, text: str, known: list[str] | None = None) -> list[str]:
@@ -73,28 +74,27 @@ def run(
     child. Without a GPU every case is measured in small, on the CPU.
     """
     from benchmarks import busy, campaign, environment
-    from benchmarks.child import Child, ChildFailed
+    from benchmarks.child import Child
 
     console = Console()
     deadline = time.monotonic() + 60 * minutes
     device = environment.default_device()
     folder = out or default_folder()
-    with bad_input_exits():
-        cases = select(
-            default_cases(),
-            suite=str(suite),
-            sites=names("sites", sites),
-            providers=names("providers", providers, list(PROVIDERS)),
-            dtypes=names("dtype", dtype, list(DTYPES)),
-            layouts=names("layout", layout, list(LAYOUTS)),
-        )
-        if not cases:
-            raise ValueError("no case has all of sites, providers, dtype and layout")
+    cases = select(
+        default_cases(),
+        suite=str(suite),
+        sites=names("sites", sites),
+        providers=names("providers", providers, list(PROVIDERS)),
+        dtypes=names("dtype", dtype, list(DTYPES)),
+        layouts=names("layout", layout, list(LAYOUTS)),
+    )
+    if not cases:
+        raise ValueError("no case has all of sites, providers, dtype and layout")
     warning = busy.warning(busy.spread())
     if warning is not None:
         typer.echo(warning, err=True)
     try:
-        with Child() as child, bad_input_exits():
+        with Child() as child:
             store = campaign.open_store(folder, device, child)
             ceilings = store.environment["ceilings"]
             console.print(
@@ -106,9 +106,6 @@ def run(
     except KeyboardInterrupt:
         console.print(f"stopped; the same command with --out {folder} goes on", highlight=False)
         raise typer.Exit(130) from None
-    except ChildFailed as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from None
     left = sum(case.id not in store.records for case in cases)
     console.print(f"{done} cases measured, {left} left; in {folder}", highlight=False)
 
@@ -124,17 +121,16 @@ def report(
     from benchmarks.report import pictures, readme_section, tables
     from benchmarks.store import load
 
-    with bad_input_exits():
-        if not folders and not readme:
-            raise ValueError("folders: name at least one, or --readme")
-        for folder in folders or []:
-            about, records = load(folder)
-            drawn = pictures.draw(folder, about, records)
-            text = tables.report(about, records, drawn)
-            (folder / "report.md").write_text(text, encoding="utf-8")
-            typer.echo(folder / "report.md")
-        if readme:
-            typer.echo(readme_section.write())
+    if not folders and not readme:
+        raise ValueError("folders: name at least one, or --readme")
+    for folder in folders or []:
+        about, records = load(folder)
+        drawn = pictures.draw(folder, about, records)
+        text = tables.report(about, records, drawn)
+        write_text(folder / "report.md", text)
+        typer.echo(folder / "report.md")
+    if readme:
+        typer.echo(readme_section.write())
 
 
 @app.command()
@@ -146,8 +142,7 @@ def compare(
     from benchmarks.report import comparison
     from benchmarks.store import load
 
-    with bad_input_exits():
-        found = comparison.compare(load(old), load(new))
+    found = comparison.compare(load(old), load(new))
     typer.echo(found.table())
     raise typer.Exit(int(bool(found.regressions)))
 
@@ -169,20 +164,19 @@ def profile(
     from benchmarks.sites import NETS
 
     device = environment.default_device()
-    with bad_input_exits():
-        for option, value, known in (
-            ("net", net, NETS),
-            ("provider", provider, MODEL_PROVIDERS),
-            ("dtype", dtype, tuple(DTYPES)),
-            ("layout", layout, tuple(LAYOUTS)),
-        ):
-            if value not in known:
-                raise ValueError(f"{option} must be of {', '.join(known)}, got {value!r}")
-        case = ModelCase("step", net, image, batch, "eager", dtype, layout, provider)
-        try:
-            work = models.prepare(case, device)
-        except Unavailable as error:
-            raise ValueError(f"provider {provider!r} {error}") from error
+    for option, value, known in (
+        ("net", net, NETS),
+        ("provider", provider, MODEL_PROVIDERS),
+        ("dtype", dtype, tuple(DTYPES)),
+        ("layout", layout, tuple(LAYOUTS)),
+    ):
+        if value not in known:
+            raise ValueError(f"{option} must be of {', '.join(known)}, got {value!r}")
+    case = ModelCase("step", net, image, batch, "eager", dtype, layout, provider)
+    try:
+        work = models.prepare(case, device)
+    except Unavailable as error:
+        raise ValueError(f"provider {provider!r} {error}") from error
     found = profiling.profile(work.run, device, trace)
     typer.echo(profiling.format_profile(found, device))
 
@@ -198,8 +192,7 @@ def audit(
     """Count memory and read machine code, without a GPU; exit code 1 if it is over its budget."""
     from benchmarks.audit import command
 
-    with bad_input_exits():
-        sys.exit(command.run(gpu or [], json_path, record))
+    sys.exit(command.run(gpu or [], json_path, record))
 
 
 @app.command()
@@ -207,8 +200,7 @@ def host() -> None:
     """Time the host's part of a call, without a GPU; exit code 1 if it is over its limit."""
     from benchmarks.audit.host import run
 
-    with bad_input_exits():
-        over = run()
+    over = run()
     for message in over:
         typer.echo(f"error: {message}", err=True)
     raise typer.Exit(int(bool(over)))
@@ -272,8 +264,7 @@ def first_contact(
     """Check and measure everything on a new GPU, in stages; call it again to continue."""
     from benchmarks.first_contact import run
 
-    with bad_input_exits():
-        left = run(out, minutes, typer.echo, names("again", again))
+    left = run(out, minutes, typer.echo, names("again", again))
     typer.echo(f"{left} stages left: call it again" if left else f"all is done; in {out}")
 
 

@@ -89,7 +89,7 @@ def check_compiler() -> Finding | None:
         try:
             result = subprocess.run(command, capture_output=True, text=True)
         except OSError as error:
-            return Finding(f"{compiler} can't be run: {error.strerror}", mend)
+            return Finding(f"{compiler} can't be run: {error.strerror}", fix)
     if result.returncode == 0:
         return None
     said = [line for line in result.stderr.splitlines() if "error" in line]

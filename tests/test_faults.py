@@ -10,6 +10,8 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
+from benchmarks.environment import IDENTITY
+from benchmarks.store import ResultStore, load
 from bnres import cli, files, use_backend
 from bnres.errors import report
 from bnres.train import TrainConfig, build_state, train_epoch
@@ -143,6 +145,21 @@ def test_augment_on_a_full_disk(tmp_path):
         assert list(disk.iterdir()) == []
 
 
+def test_results_on_a_full_disk(tmp_path):
+    """The line that did not fit is left out; the next run goes on after the last whole one."""
+    disk, record = tmp_path / "disk", {"id": "0", "text": "x" * 1000}
+    with small_disk(disk, MEGABYTE // 32):
+        results = ResultStore(disk / "results", dict.fromkeys(IDENTITY, "this"))
+        with pytest.raises(OSError, match="No space left on device|File too large"):
+            for i in range(100):
+                results.add(record | {"id": str(i)})
+        whole = [*results.records.values()]
+        assert load(disk / "results")[1] == whole and len(whole) > 10
+        again = ResultStore(disk / "results", dict.fromkeys(IDENTITY, "this"))
+        assert [*again.records.values()] == whole
+        assert len((disk / "results" / "results.jsonl").read_text().splitlines()) == len(whole)
+
+
 def test_read_only_folders(checkpoint, tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "picture.png")
     locked = tmp_path / "locked"
@@ -158,6 +175,8 @@ def test_read_only_folders(checkpoint, tmp_path):
             stderr = run(*arguments, code=1)
             assert "Read-only file system" in stderr or "Permission denied" in stderr
             assert str(locked) in stderr
+        with pytest.raises(OSError, match="locked"):
+            ResultStore(locked / "results", dict.fromkeys(IDENTITY, "this"))
     assert [p.name for p in locked.iterdir()] == ["last.pt"]
 
 
