@@ -150,7 +150,7 @@ def test_results_on_a_full_disk(tmp_path):
     disk, record = tmp_path / "disk", {"id": "0", "text": "x" * 1000}
     with small_disk(disk, MEGABYTE // 32):
         results = ResultStore(disk / "results", dict.fromkeys(IDENTITY, "this"))
-        with pytest.raises(OSError, match="No space left on device|File too large"):
+        with pytest.raises(OSError, match=r"No space left on device|File too large"):
             for i in range(100):
                 results.add(record | {"id": str(i)})
         whole = [*results.records.values()]
