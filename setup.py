@@ -38,6 +38,7 @@ TEST = [
 PACKAGES = (
     "augment",
     "data",
+    "doctor",
     "functional",
     "fusion",
     "kernels",

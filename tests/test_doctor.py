@@ -16,8 +16,10 @@ from torch import nn
 from typer.testing import CliRunner
 
 from benchmarks import byte_model
-from bnres import cli, doctor, savings, use_backend
-from bnres.doctor import Change, Finding
+from bnres import cli, use_backend
+from bnres.doctor import checks, diagnosis, savings
+from bnres.doctor.checks import Finding
+from bnres.doctor.diagnosis import Change
 from bnres.models import create_model
 from tests.disks import read_only
 
@@ -29,36 +31,36 @@ no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU here work
 @no_gpu
 def test_no_gpu(monkeypatch):
     if torch.version.cuda is None:
-        assert doctor.check_gpu() == Finding(
+        assert checks.check_gpu() == Finding(
             f"torch {torch.__version__} is built for the CPU only",
             "install a build of torch for your GPU",
         )
         monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert doctor.check_gpu() == Finding(
+    assert checks.check_gpu() == Finding(
         "torch finds no GPU", "see whether nvidia-smi lists one, and its driver"
     )
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
-    assert doctor.check_gpu() == Finding("CUDA_VISIBLE_DEVICES='-1' hides the GPUs", "unset it")
+    assert checks.check_gpu() == Finding("CUDA_VISIBLE_DEVICES='-1' hides the GPUs", "unset it")
 
 
 def test_a_gpu_is_no_finding(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert doctor.check_gpu() is None
+    assert checks.check_gpu() is None
 
 
 def test_triton(monkeypatch):
-    assert doctor.check_triton() is None
+    assert checks.check_triton() is None
     monkeypatch.setattr(triton, "__version__", "3.5.1")
     fix = "pip install 'triton>=3.6'"
-    assert doctor.check_triton() == Finding("triton 3.5.1 is too old", fix)
+    assert checks.check_triton() == Finding("triton 3.5.1 is too old", fix)
     monkeypatch.setitem(sys.modules, "triton", None)
-    assert doctor.check_triton() == Finding("triton is missing", fix)
+    assert checks.check_triton() == Finding("triton is missing", fix)
 
 
 def test_triton_that_is_broken(tmp_path):
     (tmp_path / "triton.py").write_text("raise ImportError('libtriton.so is damaged')")
-    code = "from bnres import doctor; print(doctor.check_triton().problem)"
+    code = "from bnres.doctor import checks; print(checks.check_triton().problem)"
     found = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
         env=os.environ | {"PYTHONPATH": str(tmp_path)},
@@ -72,24 +74,24 @@ class TestCompiler:
         monkeypatch.delenv("CC", raising=False)
 
     def test_here(self):
-        assert doctor.check_compiler() is None
+        assert checks.check_compiler() is None
 
     def test_none(self, monkeypatch, tmp_path):
         monkeypatch.setenv("PATH", str(tmp_path))
-        assert doctor.check_compiler() == Finding(
+        assert checks.check_compiler() == Finding(
             "there is no C compiler, which triton needs to launch kernels", HEADERS
         )
-        assert doctor.facts()["C compiler"] == "none"
+        assert diagnosis.facts()["C compiler"] == "none"
 
     def test_cc_that_is_missing(self, monkeypatch):
         monkeypatch.setenv("CC", "no-such-cc")
-        assert doctor.check_compiler() == Finding(
+        assert checks.check_compiler() == Finding(
             "CC='no-such-cc' is no program, which triton needs to launch kernels", HEADERS
         )
 
     def test_cc_that_fails(self, monkeypatch):
         monkeypatch.setenv("CC", "false")
-        assert doctor.check_compiler() == Finding(
+        assert checks.check_compiler() == Finding(
             f"{shutil.which('false')} can't compile an extension of Python: exit code 1", HEADERS
         )
 
@@ -98,15 +100,15 @@ class TestCompiler:
         program.write_bytes(b"\x7fELF")
         program.chmod(0o755)
         monkeypatch.setenv("CC", str(program))
-        assert doctor.check_compiler() == Finding(
+        assert checks.check_compiler() == Finding(
             f"{program} can't be run: Exec format error", HEADERS
         )
 
     def test_no_headers(self, monkeypatch, tmp_path):
         monkeypatch.setattr(
-            doctor.sysconfig, "get_paths", lambda scheme: {"include": str(tmp_path)}
+            checks.sysconfig, "get_paths", lambda scheme: {"include": str(tmp_path)}
         )
-        found = doctor.check_compiler()
+        found = checks.check_compiler()
         assert "can't compile an extension of Python" in found.problem
         assert "Python.h: No such file or directory" in found.problem
 
@@ -115,21 +117,21 @@ class TestCompiler:
         program.write_text("#!/bin/sh\n")
         program.chmod(program.stat().st_mode | stat.S_IXUSR)
         monkeypatch.setenv("PATH", str(tmp_path))
-        assert doctor.find_compiler() == str(program)
+        assert checks.find_compiler() == str(program)
 
 
 def test_numpy_too_new_for_the_interpreter(monkeypatch):
     with use_backend("triton-interpreter"):
-        assert doctor.check_numpy() is None
+        assert checks.check_numpy() is None
         versions = {"numpy": "2.4.6"}
         monkeypatch.setattr(triton, "__version__", "3.6.0")
         monkeypatch.setattr(metadata, "version", versions.__getitem__)
-        assert doctor.check_numpy() == Finding(
+        assert checks.check_numpy() == Finding(
             "triton 3.6.0's interpreter can't run with numpy 2.4.6",
             "install numpy < 2.4, or triton >= 3.7",
         )
     with use_backend("aten"):
-        assert doctor.check_numpy() is None
+        assert checks.check_numpy() is None
 
 
 def test_numpy_is_missing(monkeypatch):
@@ -138,7 +140,7 @@ def test_numpy_is_missing(monkeypatch):
 
     monkeypatch.setattr(metadata, "version", version)
     with use_backend("triton-interpreter"):
-        assert doctor.check_numpy() == Finding(
+        assert checks.check_numpy() == Finding(
             "numpy is missing, which triton's interpreter needs", "pip install numpy"
         )
 
@@ -148,15 +150,15 @@ def test_cache_folder(monkeypatch, tmp_path, variable):
     folder = tmp_path / "cache"
     folder.mkdir()
     monkeypatch.setenv(variable, str(folder / "deeper" / "still"))
-    assert doctor.check_cache(variable) is None
+    assert checks.check_cache(variable) is None
     assert list(folder.iterdir()) == []
     with read_only(folder):
-        found = doctor.check_cache(variable)
+        found = checks.check_cache(variable)
     assert found.problem.startswith(f"the cache folder {folder}/deeper/still is not writable: ")
     assert found.fix == f"set {variable} to a folder that is"
     monkeypatch.setenv(variable, str(tmp_path / "file"))
     (tmp_path / "file").write_text("")
-    assert doctor.check_cache(variable).problem.endswith("not writable: Not a directory")
+    assert checks.check_cache(variable).problem.endswith("not writable: Not a directory")
 
 
 def test_cache_folders_are_those_that_are_used(monkeypatch, tmp_path):
@@ -166,7 +168,7 @@ def test_cache_folders_are_those_that_are_used(monkeypatch, tmp_path):
         monkeypatch.setenv(variable, "")  # torch sets its own, which is to be undone
         monkeypatch.delenv(variable)
     monkeypatch.setenv("TRITON_HOME", str(tmp_path))
-    found = doctor.cache_folders()
+    found = checks.cache_folders()
     assert found["TRITON_CACHE_DIR"] == Path(triton.knobs.cache.dir) == tmp_path / ".triton/cache"
     assert found["TORCHINDUCTOR_CACHE_DIR"] == Path(cache_dir())
 
@@ -174,10 +176,10 @@ def test_cache_folders_are_those_that_are_used(monkeypatch, tmp_path):
 def test_namespace_package(monkeypatch, tmp_path):
     (tmp_path / "bnres").mkdir()
     monkeypatch.chdir(tmp_path)
-    assert doctor.check_namespace() is None  # a package further down the path comes first
+    assert checks.check_namespace() is None  # a package further down the path comes first
     finder_only = [p for p in sys.path if not Path(p, "bnres").is_dir()]
     monkeypatch.setattr(sys, "path", finder_only)
-    assert doctor.check_namespace() == Finding(
+    assert checks.check_namespace() == Finding(
         f"in this folder python imports the folder {tmp_path / 'bnres'} as an empty package bnres",
         "go to another folder, or install bnres again: pip install -e FOLDER",
     )
@@ -239,7 +241,7 @@ def test_figures_are_bytes_of_an_image():
         half_bytes=2 * 8 * 1200, stock_launches=14, fused_launches=12, channels_last=False,
         half=False,
     )  # fmt: skip
-    assert doctor.changes(found) == [
+    assert diagnosis.changes(found) == [
         Change("compute in bf16: with torch.autocast('cuda', torch.bfloat16):", 19200),
         Change("fuse: model = bnres.fuse(model)", 8000),
         Change("convert with model.to(memory_format=torch.channels_last), the input too", None),
@@ -251,7 +253,7 @@ def test_what_is_done_already_is_no_change():
     with torch.autocast("cpu", torch.bfloat16):
         found = savings.derive(model, torch.zeros(2, 3, 10, 10))
     assert found.channels_last and found.half and found.fused_bytes == found.half_bytes
-    assert [c.do for c in doctor.changes(found)] == ["fuse: model = bnres.fuse(model)"]
+    assert [c.do for c in diagnosis.changes(found)] == ["fuse: model = bnres.fuse(model)"]
 
 
 def test_a_norm_that_is_not_fused_has_its_reason():
@@ -260,7 +262,7 @@ def test_a_norm_that_is_not_fused_has_its_reason():
     found = savings.derive(model, torch.zeros(2, 3, 10, 10))
     assert (found.norms, found.fused) == (3, 2)
     assert found.reasons == {"1.unused": "not in a captured graph"}
-    text = str(doctor.Diagnosis({}, [], "a net", found, []))
+    text = str(diagnosis.Diagnosis({}, [], "a net", found, []))
     assert "a net: 2 of 3 batch norms are fused\n  1.unused is not: not in a captured graph" in text
 
 
@@ -289,13 +291,13 @@ def test_json_says_the_same():
     assert result.exit_code == 1
     found = json.loads(result.output)
     assert found["facts"]["torch"] == torch.__version__
-    assert found["findings"][0]["problem"] == doctor.check_gpu().problem
+    assert found["findings"][0]["problem"] == checks.check_gpu().problem
     assert found["savings"]["fused"] == 4 and found["model"] == "lenet-seed"
     assert {c["do"].split(":")[0] for c in found["changes"][:2]} == {"fuse", "compute in bf16"}
 
 
 def test_nothing_is_wrong(monkeypatch):
-    monkeypatch.setattr(doctor, "CHECKS", (lambda: None,))
+    monkeypatch.setattr(diagnosis, "CHECKS", (lambda: None,))
     result = runner.invoke(cli.app, ["doctor"])
     assert result.exit_code == 0 and result.output.splitlines()[-1] == "nothing is wrong"
 

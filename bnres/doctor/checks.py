@@ -1,6 +1,5 @@
-"""`bnres doctor`: what bnres finds on this machine, what is wrong, and how to fix it."""
+"""What may be wrong on a machine, and how to fix it."""
 
-import json
 import os
 import shutil
 import subprocess
@@ -8,7 +7,7 @@ import sys
 import sysconfig
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib import metadata
 from importlib.machinery import PathFinder
 from pathlib import Path
@@ -16,13 +15,7 @@ from pathlib import Path
 import torch
 
 import bnres
-from bnres.savings import Savings, derive
 
-ROUTES = {
-    "triton": "GPU tensors take Triton kernels, CPU tensors take ATen",
-    "triton-interpreter": "all tensors take Triton's interpreter, which is slow",
-    "aten": "CPU tensors take ATen, the kernels don't run",
-}
 PROGRAM = "#include <Python.h>\nint nothing(void) { return 0; }\n"
 LEAST_TRITON = (3, 6)
 
@@ -170,133 +163,3 @@ CHECKS: tuple[Callable[[], Finding | None], ...] = (
     check_gpu, check_triton, check_compiler, check_numpy, _triton_cache, _inductor_cache,
     check_namespace,
 )  # fmt: skip
-
-
-def facts() -> dict[str, str]:
-    """What is on this machine, by name."""
-    on_gpu = torch.cuda.is_available()
-    return {
-        "GPU": torch.cuda.get_device_name() if on_gpu else "none",
-        "driver": _driver() or "none",
-        "torch": torch.__version__,
-        "triton": _version("triton"),
-        "numpy": _version("numpy"),
-        "bnres": f"{bnres.__version__}, {Path(bnres.__file__).parent}",
-        "C compiler": find_compiler() or "none",
-        "backend": bnres.backend(),
-        "route": ROUTES[bnres.backend()],
-    }
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "none"
-
-
-def _driver() -> str:
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        found = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
-    except (OSError, subprocess.SubprocessError):
-        return ""
-    return found.stdout.partition("\n")[0].strip()
-
-
-@dataclass(frozen=True)
-class Change:
-    """Something to change in a training script.
-
-    Attributes:
-        do: what.
-        saves: bytes for each image of a training step, derived; None where that is not known.
-    """
-
-    do: str
-    saves: int | None
-
-
-def changes(savings: Savings) -> list[Change]:
-    """What to change, what saves most first."""
-    found = [Change("fuse: model = bnres.fuse(model)", savings.stock_bytes - savings.fused_bytes)]
-    if not savings.half:
-        found.append(
-            Change(
-                "compute in bf16: with torch.autocast('cuda', torch.bfloat16):",
-                savings.fused_bytes - savings.half_bytes,
-            )
-        )
-    if not savings.channels_last:
-        found.append(
-            Change("convert with model.to(memory_format=torch.channels_last), the input too", None)
-        )
-    known = [change for change in found if change.saves]
-    unknown = [change for change in found if change.saves is None]
-    return sorted(known, key=lambda change: -(change.saves or 0)) + unknown
-
-
-@dataclass(frozen=True)
-class Diagnosis:
-    """What `bnres doctor` prints."""
-
-    facts: dict[str, str]
-    findings: list[Finding]
-    model: str | None = None
-    savings: Savings | None = None
-    changes: list[Change] | None = None
-
-    def as_json(self) -> str:
-        return json.dumps(asdict(self), indent=1)
-
-    def __str__(self) -> str:
-        lines = [f"{name + ':':<12}{fact}" for name, fact in self.facts.items()]
-        for finding in self.findings:
-            lines += [f"wrong: {finding.problem}", f"  fix: {finding.fix}"]
-        if not self.findings:
-            lines.append("nothing is wrong")
-        return "\n".join([*lines, *self._model_lines()])
-
-    def _model_lines(self) -> list[str]:
-        if self.savings is None:
-            return []
-        s = self.savings
-        lines = [f"{self.model}: {s.fused} of {s.norms} batch norms are fused"]
-        lines += [f"  {name} is not: {reason}" for name, reason in s.reasons.items()]
-        lines += [
-            "derived for a training step of the fused batch norms, not measured:",
-            f"  {_mb(s.stock_bytes)} an image with torch's own layers, {_mb(s.fused_bytes)} fused",
-            f"  {s.stock_launches} launches with torch's own layers, {s.fused_launches} fused",
-            f"channels_last: {_yes(s.channels_last)}; autocast or 16 bits: {_yes(s.half)}",
-        ]
-        for change in self.changes or []:
-            saves = "" if change.saves is None else f" (derived: {_mb(change.saves)} an image less)"
-            lines.append(f"  {change.do}{saves}")
-        return lines
-
-
-def _mb(count: int) -> str:
-    return f"{count / 1e6:.1f} MB"
-
-
-def _yes(value: bool) -> str:
-    return "yes" if value else "no"
-
-
-def diagnose(name: str | None = None) -> Diagnosis:
-    """Examines this machine and, with a name, that model.
-
-    Raises:
-        ValueError: for a name that is not in `bnres.models.MODELS`.
-    """
-    from bnres.models import DEFAULT_INPUT_SHAPE, INPUT_SHAPES, create_model
-
-    if name is None:
-        savings = None
-    else:
-        _, *shape = INPUT_SHAPES.get(name, DEFAULT_INPUT_SHAPE)
-        model = create_model(name, in_channels=shape[0], fused=False)
-        savings = derive(model, torch.zeros(2, *shape))
-    findings = [finding for check in CHECKS if (finding := check()) is not None]
-    steps = None if savings is None else changes(savings)
-    return Diagnosis(facts(), findings, name, savings, steps)
