@@ -115,7 +115,8 @@ def _stage(name: str, module: nn.Module, outputs: list[Any], *notes: str) -> Sta
     said = list(notes)
     shape = None
     if not outputs:
-        said.append("not called")
+        has_forward = type(module).forward is not nn.Module.forward  # nn.ModuleList has none
+        said.append("not called" if has_forward else "has no forward")
     elif isinstance(outputs[0], str):
         said.append(outputs[0])
     else:
