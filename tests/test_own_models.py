@@ -173,6 +173,8 @@ def test_a_models_check_changes_nothing():
          f"'{OWN}:MODULE' is a module, Linear"),
         ([f"{OWN}:text"], f"model must return a torch.nn.Module, but '{OWN}:text' returned str"),
         ([f"{OWN}:deep"], f"model '{OWN}:deep': missing a required argument: 'depth'"),
+        (["builtins:dict"],
+         "model 'builtins:dict': no signature found for builtin type <class 'dict'>"),
         ([f"{OWN}:"], f"model must be PACKAGE.MODULE:FACTORY, got '{OWN}:'"),
         ([":net"], "model must be PACKAGE.MODULE:FACTORY, got ':net'"),
         (["torchvision:resnet19"],

@@ -12,6 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
+# ImageNet's classes, which bnres's, torchvision's and timm's models have by default.
+NUM_CLASSES = 1000
+
 
 def is_factory(name: str) -> bool:
     """Whether the name of a model names a factory, ``PACKAGE.MODULE:FACTORY``."""
@@ -27,7 +30,8 @@ def make_model(
         name: ``PACKAGE.MODULE:FACTORY``; ``torchvision:NAME`` and ``timm:NAME`` are models of theirs.
             The current folder can be imported.
         num_classes, in_channels: what a factory is given if its signature names them. ``in_chans``
-            is another name of ``in_channels``.
+            is another name of ``in_channels``. A factory that needs ``num_classes`` gets 1000 by
+            default.
 
     Raises:
         ValueError: if there is no such factory, it needs other arguments, or returns no module.
@@ -40,11 +44,14 @@ def make_model(
         return _of_timm(factory, num_classes, in_channels)
     build = _factory(name)
     given = {"num_classes": num_classes, "in_channels": in_channels, "in_chans": in_channels}
-    signature = inspect.signature(build)
-    named = {k: v for k, v in given.items() if v is not None and k in signature.parameters}
     try:
+        signature = inspect.signature(build)
+        needed = signature.parameters.get("num_classes")
+        if num_classes is None and needed is not None and needed.default is needed.empty:
+            given["num_classes"] = NUM_CLASSES
+        named = {k: v for k, v in given.items() if v is not None and k in signature.parameters}
         signature.bind(**named)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise ValueError(f"model {name!r}: {error}") from error
     model = build(**named)
     if not isinstance(model, nn.Module):
