@@ -49,6 +49,14 @@ def text() -> str:
     return "net"
 
 
+def compiled(num_classes: int) -> nn.Module:
+    return torch.compile(Net(num_classes, 1), backend="eager")  # type: ignore[return-value]
+
+
+def traced(num_classes: int) -> nn.Module:
+    return torch.jit.trace(Net(num_classes, 1), torch.zeros(2, 1, 8, 8))  # type: ignore[no-any-return]
+
+
 class TwoHeads(Net):
     """In training it returns a second output too."""
 

@@ -172,6 +172,10 @@ def test_a_models_check_changes_nothing():
         ([f"{OWN}:MODULE"], "model must name a function that returns a new module, but "
          f"'{OWN}:MODULE' is a module, Linear"),
         ([f"{OWN}:text"], f"model must return a torch.nn.Module, but '{OWN}:text' returned str"),
+        ([f"{OWN}:compiled"], f"model must return a module that is not compiled, but "
+         f"'{OWN}:compiled' returned OptimizedModule; --compile compiles it"),
+        ([f"{OWN}:traced"], f"model must return a module that is not compiled, but "
+         f"'{OWN}:traced' returned TopLevelTracedModule; --compile compiles it"),
         ([f"{OWN}:deep"], f"model '{OWN}:deep': missing a required argument: 'depth'"),
         (["builtins:dict"],
          "model 'builtins:dict': no signature found for builtin type <class 'dict'>"),

@@ -31,6 +31,11 @@ def uncompiled_call(module: nn.Module) -> Callable[..., Any]:
     return module._call_impl
 
 
+def is_compiled(module: nn.Module) -> bool:
+    """Whether ``torch.compile`` returned this module, whose keys then begin with ``_orig_mod.``."""
+    return isinstance(module, torch._dynamo.OptimizedModule)
+
+
 def lookup_backend(name: Any) -> Callable[..., Any]:
     """The backend with this name; a backend is returned unchanged."""
     return torch._dynamo.lookup_backend(name)  # type: ignore[attr-defined, no-any-return]

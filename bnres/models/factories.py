@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from bnres.fusion.dynamo import is_compiled
+
 # ImageNet's classes, which bnres's, torchvision's and timm's models have by default.
 NUM_CLASSES = 1000
 
@@ -34,7 +36,8 @@ def make_model(
             default.
 
     Raises:
-        ValueError: if there is no such factory, it needs other arguments, or returns no module.
+        ValueError: if there is no such factory, it needs other arguments, or returns no module
+            or a compiled one.
         ModuleNotFoundError: if a package that the factory needs is missing.
     """
     module, _, factory = name.partition(":")
@@ -57,6 +60,11 @@ def make_model(
     if not isinstance(model, nn.Module):
         raise ValueError(
             f"model must return a torch.nn.Module, but {name!r} returned {type(model).__name__}"
+        )
+    if is_compiled(model) or isinstance(model, torch.jit.ScriptModule):
+        raise ValueError(
+            f"model must return a module that is not compiled, but {name!r} returned "
+            f"{type(model).__name__}; --compile compiles it"
         )
     return model
 
