@@ -40,6 +40,7 @@ class TestCampaign:
         deadline = time.monotonic() + seconds
         return campaign.run(store, chosen, deadline, device, console, child, functions, limit_of)
 
+    @pytest.mark.slow
     def test_whatever_happens_in_a_child_is_a_result(self, tmp_path):
         chosen = of(
             standins.FINE, standins.RAISES, standins.SKIPPED, standins.REFUSED, standins.FINE,

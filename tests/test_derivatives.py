@@ -18,9 +18,9 @@ from tests.tolerances import assert_close
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_gradients_of_gradients(act, has_residual, training):
     torch.manual_seed(2)
-    x, residual = (torch.randn(3, 2, 1, 1, dtype=torch.float64, device=DEVICE) for _ in range(2))
-    weight, bias, mean = (torch.randn(2, dtype=torch.float64, device=DEVICE) for _ in range(3))
-    var = torch.rand(2, dtype=torch.float64, device=DEVICE) + 0.5
+    x, residual = (torch.randn(3, 1, 1, 1, dtype=torch.float64, device=DEVICE) for _ in range(2))
+    weight, bias, mean = (torch.randn(1, dtype=torch.float64, device=DEVICE) for _ in range(3))
+    var = torch.rand(1, dtype=torch.float64, device=DEVICE) + 0.5
     inputs = (x, weight, bias, residual) if has_residual else (x, weight, bias)
 
     def run(x, weight, bias, residual=None):

@@ -156,6 +156,7 @@ def test_fifty_steps_in_fp64_are_the_stock_nets():
         assert (p - q).abs().max() <= 1e-8
 
 
+@pytest.mark.slow
 def test_each_of_twenty_steps_in_fp32_is_the_stock_nets():
     fused, stock = pair(torch.float32)
     optimizer = torch.optim.SGD(stock.parameters(), lr=0.05, momentum=0.9)
