@@ -6,8 +6,10 @@ import shutil
 import stat
 import subprocess
 import sys
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -66,6 +68,14 @@ def test_triton_that_is_broken(tmp_path):
         env=os.environ | {"PYTHONPATH": str(tmp_path)},
     )  # fmt: skip
     assert found.stdout == "triton can't be imported: libtriton.so is damaged\n", found.stderr
+
+
+def test_a_folder_in_place_of_triton(monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", ModuleType("triton"))
+    assert checks.check_triton() == Finding(
+        "triton can't be imported: module 'triton' has no attribute '__version__'",
+        "pip install 'triton>=3.6'",
+    )
 
 
 class TestCompiler:
@@ -159,6 +169,58 @@ def test_cache_folder(monkeypatch, tmp_path, variable):
     monkeypatch.setenv(variable, str(tmp_path / "file"))
     (tmp_path / "file").write_text("")
     assert checks.check_cache(variable).problem.endswith("not writable: Not a directory")
+
+
+@contextmanager
+def another_user():
+    """Inside, permissions count: root ignores them."""
+    root = os.geteuid() == 0
+    if root:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if root:
+            os.seteuid(0)
+
+
+@pytest.mark.parametrize("variable", ["TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"])
+def test_cache_folder_below_one_that_is_closed(monkeypatch, tmp_path, variable):
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0o000)
+    monkeypatch.setenv(variable, str(closed / "cache"))
+    with another_user():
+        assert checks.check_cache(variable) == Finding(
+            f"the cache folder {closed}/cache is not writable: Permission denied",
+            f"set {variable} to a folder that is",
+        )
+
+
+def test_a_user_without_a_home(monkeypatch):
+    """As in a container: no HOME, and a number that the list of users does not contain."""
+    monkeypatch.delenv("HOME")
+    monkeypatch.delenv("TRITON_HOME", raising=False)
+    monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
+    monkeypatch.setattr(os, "getuid", lambda: 54321)
+    assert checks.cache_folders()["TRITON_CACHE_DIR"] == Path("~/.triton/cache")
+
+
+def test_an_inductor_cache_that_can_not_be_made(tmp_path):
+    """In a process that has not imported Dynamo: its import makes the folder."""
+    folder = tmp_path / "file"
+    folder.write_text("")
+    result = subprocess.run(
+        [sys.executable, "-m", "bnres.cli", "doctor", "lenet-seed", "--json"],
+        cwd=ROOT, capture_output=True, text=True,
+        env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(folder)},
+    )  # fmt: skip
+    assert result.returncode == 1, result.stderr
+    found = json.loads(result.stdout)
+    assert {
+        "problem": f"the cache folder {folder} is not writable: Not a directory",
+        "fix": "set TORCHINDUCTOR_CACHE_DIR to a folder that is",
+    } in found["findings"]
+    assert (found["savings"]["norms"], found["savings"]["fused"]) == (4, 4)
 
 
 def test_cache_folders_are_those_that_are_used(monkeypatch, tmp_path):

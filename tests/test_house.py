@@ -24,7 +24,6 @@ ROOMS = (
     "augment",
     "data",
     "train",
-    "savings",
     "doctor",
     "cli",
 )

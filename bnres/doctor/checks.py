@@ -1,12 +1,14 @@
 """What may be wrong on a machine, and how to fix it."""
 
 import os
+import runpy
 import shutil
 import subprocess
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from importlib.machinery import PathFinder
@@ -18,6 +20,7 @@ import bnres
 
 PROGRAM = "#include <Python.h>\nint nothing(void) { return 0; }\n"
 LEAST_TRITON = (3, 6)
+INDUCTOR_CACHE = "TORCHINDUCTOR_CACHE_DIR"
 
 
 @dataclass(frozen=True)
@@ -47,14 +50,16 @@ def check_triton() -> Finding | None:
     """That triton can be imported, and is no older than bnres supports."""
     try:
         import triton
+
+        version = triton.__version__  # a folder of that name, imported in its place, has none
     except Exception as error:  # a broken build may raise anything
         problem = "triton is missing"
         if not isinstance(error, ModuleNotFoundError):
             problem = f"triton can't be imported: {error}"
         return Finding(problem, "pip install 'triton>=3.6'")
-    release = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    release = tuple(int(part) for part in version.split(".")[:2])
     if release < LEAST_TRITON:
-        return Finding(f"triton {triton.__version__} is too old", "pip install 'triton>=3.6'")
+        return Finding(f"triton {version} is too old", "pip install 'triton>=3.6'")
     return None
 
 
@@ -110,15 +115,19 @@ def check_numpy() -> Finding | None:
 
 def cache_folders() -> dict[str, Path]:
     """Where triton and torch's Inductor keep what they compile."""
-    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
-
-    home = Path(os.environ.get("TRITON_HOME") or Path.home())
+    # Without a home, triton writes to a folder named ~.
+    home = Path(os.environ.get("TRITON_HOME") or os.path.expanduser("~"))
     return {
         "TRITON_CACHE_DIR": Path(os.environ.get("TRITON_CACHE_DIR") or home / ".triton/cache"),
-        "TORCHINDUCTOR_CACHE_DIR": Path(
-            os.environ.get("TORCHINDUCTOR_CACHE_DIR") or default_cache_dir()
-        ),
+        INDUCTOR_CACHE: Path(os.environ.get(INDUCTOR_CACHE) or _default_inductor_cache()),
     }
+
+
+def _default_inductor_cache() -> str:
+    # The file is run, because importing its package makes the folder and fails if it can't.
+    utils = Path(torch.__file__).parent / "_inductor/runtime/cache_dir_utils.py"
+    folder: str = runpy.run_path(str(utils))["default_cache_dir"]()
+    return folder
 
 
 def check_cache(variable: str) -> Finding | None:
@@ -128,8 +137,8 @@ def check_cache(variable: str) -> Finding | None:
         variable: of the environment, which names the folder; a key of `cache_folders`.
     """
     folder = cache_folders()[variable]
-    there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     try:
+        there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
         with tempfile.TemporaryFile(dir=there):
             return None
     except OSError as error:
@@ -137,6 +146,23 @@ def check_cache(variable: str) -> Finding | None:
             f"the cache folder {folder} is not writable: {error.strerror}",
             f"set {variable} to a folder that is",
         )
+
+
+@contextmanager
+def usable_inductor_cache() -> Iterator[None]:
+    """Inside, Inductor has a folder to write to, which the import of Dynamo needs."""
+    if _inductor_cache() is None:
+        yield
+        return
+    asked = os.environ.get(INDUCTOR_CACHE)
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ[INDUCTOR_CACHE] = folder
+        try:
+            yield
+        finally:
+            del os.environ[INDUCTOR_CACHE]
+            if asked is not None:
+                os.environ[INDUCTOR_CACHE] = asked
 
 
 def check_namespace() -> Finding | None:
@@ -156,7 +182,7 @@ def _triton_cache() -> Finding | None:
 
 
 def _inductor_cache() -> Finding | None:
-    return check_cache("TORCHINDUCTOR_CACHE_DIR")
+    return check_cache(INDUCTOR_CACHE)
 
 
 CHECKS: tuple[Callable[[], Finding | None], ...] = (

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 import bnres
-from bnres.doctor.checks import CHECKS, Finding, find_compiler
+from bnres.doctor.checks import CHECKS, Finding, find_compiler, usable_inductor_cache
 from bnres.doctor.savings import Savings, derive
 
 ROUTES = {
@@ -134,16 +134,17 @@ def diagnose(name: str | None = None) -> Diagnosis:
     """Examines this machine and, with a name, that model.
 
     Raises:
-        ValueError: for a name that is not in `bnres.models.MODELS`.
+        ValueError: as `bnres.models.create_model`.
     """
     from bnres.models import DEFAULT_INPUT_SHAPE, INPUT_SHAPES, create_model
 
+    findings = [finding for check in CHECKS if (finding := check()) is not None]
     if name is None:
         savings = None
     else:
         _, *shape = INPUT_SHAPES.get(name, DEFAULT_INPUT_SHAPE)
         model = create_model(name, in_channels=shape[0], fused=False)
-        savings = derive(model, torch.zeros(2, *shape))
-    findings = [finding for check in CHECKS if (finding := check()) is not None]
+        with usable_inductor_cache():
+            savings = derive(model, torch.zeros(2, *shape))
     steps = None if savings is None else changes(savings)
     return Diagnosis(facts(), findings, name, savings, steps)
