@@ -12,6 +12,7 @@ def write_bytes(path: Path, data: Any) -> None:
     Raises:
         OSError: if it can't be written; it names ``path``, and the temporary file is removed.
     """
+    path = path.resolve()  # a link stays, and its target is written
     temporary = path.with_name(f"{path.name}.tmp")
     try:
         with temporary.open("wb") as file:

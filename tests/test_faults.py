@@ -73,6 +73,10 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
             files.write_bytes(path, bytes(2 * MEGABYTE))
         assert raised.value.errno in (errno.ENOSPC, errno.EFBIG)
         assert [p.name for p in path.parent.iterdir()] == ["file"] and path.read_text() == "first"
+    target, link = tmp_path / "target", tmp_path / "link"
+    link.symlink_to(target)
+    files.write_text(link, "through")
+    assert link.is_symlink() and target.read_text() == "through"
 
 
 def test_training_asks_for_room_before_it_starts(tiny, tmp_path):

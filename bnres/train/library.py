@@ -42,4 +42,5 @@ def train_model(
         unfuse(model, inplace=True)
     if state.average is not None:
         model.load_state_dict(state.average.module.state_dict())
+    model.eval()
     return state.history
