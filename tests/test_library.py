@@ -72,6 +72,7 @@ def test_averaged_weights_are_the_models():
     assert row["train_loss"] == pytest.approx(other["train_loss"])
     assert row["test_loss"] != pytest.approx(other["test_loss"])
     assert not torch.equal(plain[0].weight, averaged[0].weight)
+    assert not plain.training and not averaged.training
 
 
 def test_wrong_arguments():
