@@ -1,5 +1,6 @@
-"""Measures as many cases as the time allows, in a child process; each is on record before the next."""
+"""Measures as many cases as the time allows, in a child process, and records each at once."""
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -81,9 +82,9 @@ def run(
 ) -> int:
     """Measures the cases that the store lacks, in their order; returns how many it recorded.
 
-    Cases of one subject are a group. A group is left out when it may cost more than the time that is left,
-    so that a short run measures few groups whole. A case of a group that has begun is left out when its
-    estimated cost is too much; one that the deadline cuts short is not recorded.
+    The cases of one subject are a group. A group that may take longer than the remaining time is
+    skipped, so that a short run measures a few groups completely. Within a group, a case whose
+    estimate exceeds the remaining time is skipped; one that the deadline interrupts is not recorded.
 
     Args:
         store: of results.
@@ -165,24 +166,25 @@ def describe(record: Record) -> str:
 
 
 def left_out(cases: Sequence[Case], store: ResultStore, costs: cost.Costs) -> str:
-    """The cases that are not on record, by what and where, and how long they would take."""
-    groups: dict[str, list[Case]] = {}
-    for case in cases:
-        if case.id not in store.records:
-            name = f"{case.suite} {site_name(case).split('.')[0]}"
-            groups.setdefault(name, []).append(case)
-    if not groups:
+    """The cases that are not on record by suite and place, how long they take, and what --minutes."""
+    missing = [case for case in cases if case.id not in store.records]
+    if not missing:
         return "nothing was left out"
+    places: dict[str, list[Case]] = {}
+    for case in missing:
+        places.setdefault(f"{case.suite} {site_name(case).split('.')[0]}", []).append(case)
 
     def line(name: str, chosen: Sequence[Case]) -> str:
         seconds = sum(costs.seconds(case) for case in chosen)
         time = f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
         return f"{name}: {len(chosen)} cases, about {time}"
 
-    lines = [
-        line("left out (times are estimates)", [c for group in groups.values() for c in group])
-    ]
-    for name, group in groups.items():
-        providers = ", ".join(dict.fromkeys(case.provider for case in group))
-        lines.append(f"  {line(name, group)}: {providers}")
+    lines = [line("left out (times are estimates)", missing)]
+    for name, chosen in places.items():
+        providers = ", ".join(dict.fromkeys(case.provider for case in chosen))
+        lines.append(f"  {line(name, chosen)}: {providers}")
+    minutes = math.ceil(max(map(costs.most_seconds, groups(missing))) / 60)
+    lines.append(
+        f"  a group is measured whole or not at all; the largest needs --minutes {minutes}"
+    )
     return "\n".join(lines)

@@ -10,7 +10,7 @@ from benchmarks.store import Record
 # Estimated seconds, not measured ones. Of calls: inputs, checks, warm-up and rounds.
 CALLS = {"ops": 1.0, "step": 8.0, "infer": 5.0, "memory": 8.0, "groups": 10.0, "augment": 3.0}
 IMAGE_LOOP = 60.0  # of augmentation that loops over the images in Python
-# Of compiling: for an operation, and for a net.
+# Seconds to compile an operation, and a net.
 COMPILES = {
     "bnres": (1.5, 20.0),
     "bnres-recompute": (0.0, 20.0),
@@ -21,20 +21,20 @@ COMPILES = {
     "cudnn-frontend": (2.0, 0.0),
     "flag_gems": (3.0, 0.0),
 }
-# The share of compiling that is left once the compilers' caches on disk hold a net's kernels, after
-# its step inside a CUDA graph.
+# Share of a net's compile time that remains once its kernels are in the compilers' caches on disk,
+# because its step inside a CUDA graph was compiled before.
 CACHED = 0.25
 # A ResNet-50 has about 2.5 times the layers of a ResNet-18.
 LARGE_NET = 2.5
-# What has no record of its kind is given this many times its estimate before its group is begun: on a busy
-# host the estimate is too low.
+# Before a group is begun, cases without a record of their kind count this many times their estimate,
+# which is too low on a busy host.
 MARGIN = 2.0
 # A case is given up after LIMIT_FACTOR times its estimate, but not before LEAST_LIMIT seconds.
 LIMIT_FACTOR, LEAST_LIMIT = 4.0, 45.0
 
 
 def kind(fields: Mapping[str, object]) -> str:
-    """What cases of about the same cost share.
+    """A name that cases of about the same cost share.
 
     Args:
         fields: of a case (`benchmarks.measure.fields_of`), or a record.
@@ -45,7 +45,7 @@ def kind(fields: Mapping[str, object]) -> str:
 
 
 def table_seconds(case: Case) -> float:
-    """The estimate for a case of whose kind nothing is on record."""
+    """The estimate for a case without a record of its kind."""
     if case.provider == "torchvision-image":
         return IMAGE_LOOP
     compiles = COMPILES.get(case.provider, (0.0, 0.0))[isinstance(case, ModelCase)]
@@ -69,7 +69,7 @@ class Costs:
             self.note(record)
 
     def note(self, record: Record) -> None:
-        """Takes over how long a case has taken; a failed one says nothing about the others."""
+        """Notes how long a case took; failed ones are ignored."""
         if "wall_seconds" in record and record["status"] != "failed":
             self._seen.setdefault(kind(record), []).append(record["wall_seconds"])
 
@@ -81,10 +81,10 @@ class Costs:
     def fitting(
         self, groups: Iterable[Sequence[Case]], left: Callable[[], float]
     ) -> Iterator[Case]:
-        """The cases for which there is time when they are asked for.
+        """The cases for which there is time at the moment they are asked for.
 
         Args:
-            groups: of cases that are compared with each other; each is begun only if it fits whole.
+            groups: of cases that are compared with each other; a group is begun only if all of it fits.
             left: seconds that are left.
         """
         for group in groups:
@@ -92,7 +92,7 @@ class Costs:
                 yield from (case for case in group if self.seconds(case) <= left())
 
     def most_seconds(self, cases: Iterable[Case]) -> float:
-        """Seconds of some cases, with a margin for those of whose kind nothing is on record."""
+        """Seconds that some cases take, with a margin for those without a record of their kind."""
         return sum(
             self.seconds(case) * (1.0 if kind(fields_of(case)) in self._seen else MARGIN)
             for case in cases
