@@ -213,7 +213,10 @@ class ColumnConfig:
 
 
 def has_pool_kernel(shape: tuple[int, ...], contiguous: bool, itemsize: int) -> bool:
-    """Whether `bn_max_pool` takes tensors of this shape: not fp64, and offsets have 32 bits."""
+    """Whether `bn_max_pool` takes tensors of this shape.
+
+    It takes no fp64 and fewer than 2^31 - 2^24 elements, and contiguous rows must be a multiple of 32 bytes.
+    """
     # A column of a plane is a vector of windows, which begin at two vectors of x.
     whole_vectors = not contiguous or shape[3] % (2 * VECTOR_BYTES // itemsize) == 0
     return itemsize < 8 and prod(shape) < NARROW_LIMIT and whole_vectors

@@ -18,7 +18,7 @@ from bnres.operations.norms import split_momentum
 
 Size = int | tuple[int, int]
 
-# If the stem's output was made again, that of the first block, whose residual it is, would be kept.
+# The stem's output is not recomputed: it is a residual of the first block, which then would be stored.
 BATCH_NORM_ACT_MAX_POOL = replace(BATCH_NORM_ACT, again=None)
 
 
@@ -73,7 +73,7 @@ def batch_norm_act_max_pool2d(
     x = dense(input) if fuses else input
     if not fuses or not has_pool_kernel(x.shape, x.is_contiguous(), x.itemsize):
         y = batch_norm_act(
-            input, running_mean, running_var, weight, bias, input_bias=input_bias, act=act,
+            x, running_mean, running_var, weight, bias, input_bias=input_bias, act=act,
             act_kwargs=act_kwargs, training=training, momentum=momentum, eps=eps,
             num_batches_tracked=num_batches_tracked,
         )  # fmt: skip
@@ -85,8 +85,10 @@ def batch_norm_act_max_pool2d(
     counter = num_batches_tracked if training else None
     buffers = Buffers(running_mean, running_var, counter, device_momentum)
     spec = Spec(
-        name, param, training, wants_grad(*inputs), True, number, eps, False, 0.0, 0.0, True
-    )
+        act=name, act_param=param, training=training, needs_grad=wants_grad(*inputs), reads_x=True,
+        momentum=number, eps=eps, has_residual_norm=False, residual_momentum=0.0, residual_eps=0.0,
+        pools=True,
+    )  # fmt: skip
     return call(BATCH_NORM_ACT_MAX_POOL, inputs, buffers, spec, fork)
 
 
