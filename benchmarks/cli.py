@@ -13,7 +13,7 @@ from rich.console import Console
 from benchmarks.cases import PROVIDERS, SUITES, default_cases, select
 from benchmarks.operations import DTYPES, LAYOUTS
 from bnres.commands import TRACEBACK, Commands
-from bnres.files import write_text
+from bnres.files import check_out, write_text
 
 app = typer.Typer(
     cls=Commands,
@@ -38,7 +38,7 @@ Folders = Annotated[list[Path], typer.Argument(help="Folders of results.")]
 
 
 def names(option: str, text: str, known: list[str] | None = None) -> list[str]:
-    """A list of names with commas between.
+    """The names in a comma-separated list.
 
     Raises:
         ValueError: for one that is not known.
@@ -58,20 +58,20 @@ def default_folder() -> Path:
 def run(
     minutes: Annotated[float, typer.Option(help="Time to spend.", min=0.0)] = 9.0,
     out: Annotated[
-        Path | None, typer.Option(help="Folder of the results; one with results is gone on with.")
+        Path | None, typer.Option(help="Folder of the results; one with results is continued.")
     ] = None,
     suite: Annotated[Suite, typer.Option(help="What to measure.")] = Suite.all,  # type: ignore[attr-defined]
     sites: Annotated[str, typer.Option(help="Starts of names, such as resnet18.layer1.")] = "",
-    providers: Annotated[str, typer.Option(help="Names with commas between.")] = "",
+    providers: Annotated[str, typer.Option(help="Names, separated by commas.")] = "",
     dtype: Annotated[str, typer.Option(help="bf16, fp16, fp32.")] = "",
     layout: Annotated[str, typer.Option(help="channels_last, contiguous.")] = "",
 ) -> None:
-    """Measure the most telling cases first, then the rest until the time is up.
+    """Measure the most important cases first, then the others until the time is up.
 
     The cases of one subject are measured together, torch's own layers first, if there is time for all.
 
-    They run in a child process: one that hangs or dies is recorded, and the next goes on in another
-    child. Without a GPU every case is measured in small, on the CPU.
+    Cases run in a child process. If it hangs or dies, this is recorded and a new child continues.
+    Without a GPU every case runs on the CPU with a small input.
     """
     from benchmarks import busy, campaign, environment
     from benchmarks.child import Child
@@ -104,7 +104,7 @@ def run(
             )
             done = campaign.run(store, cases, deadline, device, console, child)
     except KeyboardInterrupt:
-        console.print(f"stopped; the same command with --out {folder} goes on", highlight=False)
+        console.print(f"stopped; continue by the same command with --out {folder}", highlight=False)
         raise typer.Exit(130) from None
     left = sum(case.id not in store.records for case in cases)
     console.print(f"{done} cases measured, {left} left; in {folder}", highlight=False)
@@ -150,8 +150,8 @@ def compare(
 @app.command()
 def profile(
     net: Annotated[str, typer.Option(help="resnet18 or resnet50.")] = "resnet18",
-    provider: Annotated[str, typer.Option(help="Whose layers.")] = "bnres",
-    batch: Annotated[int, typer.Option(help="Images a step.", min=2)] = 256,
+    provider: Annotated[str, typer.Option(help="Library whose layers are profiled.")] = "bnres",
+    batch: Annotated[int, typer.Option(help="Images in a step.", min=2)] = 256,
     image: Annotated[int, typer.Option(help="Height and width; up to 32 with CIFAR's stem.")] = 224,
     dtype: Annotated[str, typer.Option(help="bf16, fp16, fp32.")] = "bf16",
     layout: Annotated[str, typer.Option(help="channels_last, contiguous.")] = "channels_last",
@@ -163,6 +163,8 @@ def profile(
     from benchmarks.providers.base import Unavailable
     from benchmarks.sites import NETS
 
+    if trace is not None:
+        check_out(trace, "trace")
     device = environment.default_device()
     for option, value, known in (
         ("net", net, NETS),
@@ -187,11 +189,13 @@ def audit(
         list[str] | None, typer.Option(help="sm_80, sm_90, sm_100, gfx942; default: all.")
     ] = None,
     json_path: Annotated[Path | None, typer.Option("--json", help="File for the rows.")] = None,
-    record: Annotated[bool, typer.Option(help="Make what is found the budget.")] = False,
+    record: Annotated[bool, typer.Option(help="Store what is counted as the new budget.")] = False,
 ) -> None:
     """Count memory and read machine code, without a GPU; exit code 1 if it is over its budget."""
     from benchmarks.audit import command
 
+    if json_path is not None:
+        check_out(json_path, "json")
     sys.exit(command.run(gpu or [], json_path, record))
 
 
@@ -231,6 +235,8 @@ def models(
     """Tabulate what is fused in models of the other libraries that are installed."""
     from benchmarks.libraries import run
 
+    if out is not None:
+        check_out(out)
     run(out, typer.echo)
 
 
@@ -248,7 +254,7 @@ def variants(
 
 @app.command()
 def once() -> None:
-    """Run every fused operation of the stem and of layer1 once, for a profiler to count in."""
+    """Run every fused operation of the stem and of layer1 once, under a profiler."""
     from benchmarks import environment
     from benchmarks.once import run
 
@@ -259,7 +265,7 @@ def once() -> None:
 def first_contact(
     out: Annotated[Path, typer.Option(help="Folder of the results; one that exists is continued.")],
     minutes: Annotated[float, typer.Option(help="Time to spend in this call.", min=0.0)] = 9.0,
-    again: Annotated[str, typer.Option(help="Stages to run again, with commas between.")] = "",
+    again: Annotated[str, typer.Option(help="Stages to run again, separated by commas.")] = "",
 ) -> None:
     """Check and measure everything on a new GPU, in stages; call it again to continue."""
     from benchmarks.first_contact import run

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import bnres
+from bnres.files import write_text
 
 # A model's name, a function that builds it without weights, and example inputs.
 Model = tuple[str, Callable[[], nn.Module], tuple[Any, ...]]
@@ -151,8 +152,7 @@ def run(out: Path | None, say: Callable[[str], object]) -> None:
     if out is None:
         say(text)
     else:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(text, encoding="utf-8")
+        write_text(out, text)
 
 
 def table(say: Callable[[str], object]) -> str:

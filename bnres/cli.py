@@ -15,8 +15,9 @@ except ModuleNotFoundError as error:
 
 import bnres
 from bnres.commands import TRACEBACK, Commands
+from bnres.files import check_out
 from bnres.train.options import with_config_options
-from bnres.train.outputs import LAST, WITHOUT_CHECKPOINT
+from bnres.train.outputs import LAST, has_no_checkpoint
 from bnres.train.presets import PRESETS
 
 if TYPE_CHECKING:
@@ -31,11 +32,11 @@ app = typer.Typer(
 
 
 def run_folder(out: Path | None, config: "TrainConfig") -> Path:
-    """The folder of a run: ``out``, that of its last checkpoint, or a new one below ``runs``.
+    """The folder of a run: ``out``, the folder of the checkpoint it resumes from, or a new one in ``runs``.
 
     Raises:
-        ValueError: if ``out`` is in no folder, or contains more than a run leaves that ended before its
-            first checkpoint.
+        ValueError: if ``out`` is in a folder that does not exist, or exists and holds more than a run
+            leaves that ended before its first checkpoint.
     """
     if out is None:
         if config.resume is not None and config.resume.name == LAST:
@@ -44,9 +45,7 @@ def run_folder(out: Path | None, config: "TrainConfig") -> Path:
         return Path("runs") / f"{config.dataset}-{model}-{datetime.now():%Y%m%d-%H%M%S}"
     if not out.parent.is_dir():
         raise ValueError(f"out: there is no folder {str(out.parent)!r}")
-    if out.exists() and not (
-        out.is_dir() and {p.name for p in out.iterdir()} <= WITHOUT_CHECKPOINT
-    ):
+    if out.exists() and not (out.is_dir() and has_no_checkpoint(out)):
         raise ValueError(f"out: {str(out)!r} exists already; name a new folder")
     return out
 
@@ -81,7 +80,7 @@ def train(
     ] = False,
     out: Annotated[
         Path | None,
-        typer.Option(help="Folder of the run; default: runs/..., or that of a last.pt."),
+        typer.Option(help="Folder of the run; default: runs/..., or that of the resumed last.pt."),
     ] = None,
     download: Annotated[
         bool, typer.Option("--download", help="Download cifar10 into --data first.")
@@ -122,12 +121,11 @@ def train(
                 )
             run_comparison(prepare_comparison(asked), console)
             return
-        # The others write nothing, and may come when the first has made the folder.
-        folder = run_folder(out, asked) if world.is_first else Path()
+        folder = world.from_first(lambda: run_folder(out, asked))
         fit(prepare(replace(asked, device=device), world), folder, console)
     except Stopped:
         console.print(
-            f"stopped; it goes on with: bnres train --resume {folder / LAST}",
+            f"stopped; continue with: bnres train --resume {folder / LAST}",
             highlight=False, soft_wrap=True,
         )  # fmt: skip
         raise typer.Exit(130) from None
@@ -141,10 +139,10 @@ Checkpoint = Annotated[Path, typer.Argument(help="A checkpoint of bnres train.")
 @app.command("eval")
 def evaluate(
     checkpoint: Checkpoint,
-    data: Annotated[Path | None, typer.Option(help="Where the data lies, if elsewhere.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Folder of the data, if it was moved.")] = None,
     device: Annotated[str, typer.Option(help="Default: the GPU, if there is one.")] = "",
     eval_flip: Annotated[
-        bool | None, typer.Option(help="The mean over an image and its mirror image.")
+        bool | None, typer.Option(help="Average the outputs of an image and its mirror image.")
     ] = None,
 ) -> None:
     """Print loss and accuracy of a checkpoint on its held-out images."""
@@ -178,11 +176,8 @@ def export(
     """Write a checkpoint's net, or its weights, for other programs."""
     from bnres.train.export import export_checkpoint
 
-    out = out or checkpoint.with_suffix(f".{format}")
-    if not out.parent.is_dir():
-        raise ValueError(f"out: there is no folder {str(out.parent)!r}")
-    export_checkpoint(checkpoint, out, (size, size) if size else None, folded=folded, format=format)
-    typer.echo(out)
+    square = (size, size) if size else None
+    typer.echo(export_checkpoint(checkpoint, out, square, folded=folded, format=format))
 
 
 Model = Annotated[
@@ -207,23 +202,29 @@ def explain(model: Model, input: Input = None) -> None:
     """Print what bnres.fuse does to each batch norm of a model, and why not more."""
     import torch
 
-    from bnres.models import create_model, summarize
+    from bnres.models import create_model
+    from bnres.models.trial import try_call
 
     shape = input_shape(model, input, batch=2)
     net = create_model(model, in_channels=shape[1], fused=False)
-    summarize(net, shape)  # refuses an input that the model does not take
+    try_call(net, torch.zeros(shape))
     typer.echo(bnres.explain(net, torch.zeros(shape)))
 
 
 @app.command()
 def doctor(
-    model: Annotated[str | None, typer.Argument(help="Model, of torch's own layers.")] = None,
+    model: Annotated[
+        str | None, typer.Argument(help="Model whose savings are derived, named as for explain.")
+    ] = None,
+    input: Input = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
 ) -> None:
     """Print what is wrong here and how to fix it (exit code 1 then), and what fusing a model saves."""
     from bnres.doctor import diagnose
 
-    found = diagnose(model)
+    if model is None and input is not None:
+        raise ValueError("input: it goes with a model")
+    found = diagnose(model, None if model is None else input_shape(model, input, batch=2))
     typer.echo(found.as_json() if as_json else found)
     raise typer.Exit(int(bool(found.findings)))
 
@@ -231,7 +232,7 @@ def doctor(
 @app.command()
 def tune(
     model: Annotated[str, typer.Option(help="Model whose convolutions are measured.")] = "resnet18",
-    batch_size: Annotated[int, typer.Option(help="Images a call.")] = 256,
+    batch_size: Annotated[int, typer.Option(help="Images in a call.")] = 256,
     size: Annotated[int, typer.Option(help="Height and width of an image.")] = 224,
     dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "bf16",
     match: Annotated[
@@ -242,10 +243,11 @@ def tune(
         typer.Option(help="The table's file; default: $BNRES_ROUTES, or in the cache folder."),
     ] = None,
     minutes: Annotated[
-        float, typer.Option(help="Begin nothing after so long; the longest calls come first.")
+        float,
+        typer.Option(help="Start no measurement after this time; the longest calls come first."),
     ] = math.inf,
 ) -> None:
-    """Measure our convolution kernel against torch's on this GPU; the faster one is taken then."""
+    """Measure our convolution kernel against torch's on this GPU; from then on the faster one is used."""
     import torch
 
     from bnres.models import create_model
@@ -259,8 +261,8 @@ def tune(
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     if not minutes > 0:
         raise ValueError(f"minutes must be above 0, got {minutes}")
-    if out is not None and out.is_dir():
-        raise ValueError(f"out must be a file, got the folder {str(out)!r}")
+    if out is not None:
+        check_out(out)
     if not torch.cuda.is_available():
         raise ValueError("tune measures on a GPU, and there is none")
     device = torch.device("cuda")
@@ -278,7 +280,7 @@ def tune(
         "torch": torch.__version__,
         "date": f"{datetime.now():%Y-%m-%d}",
     }
-    torch.backends.cudnn.benchmark = True  # torch's side is as fast as a training script has it
+    torch.backends.cudnn.benchmark = True  # as a fast training script sets it
     tune_calls(
         chosen, path, about, device, device_timer(), minutes=minutes,
         say=partial(console.print, highlight=False, markup=False, soft_wrap=True),
@@ -292,15 +294,14 @@ def tune(
 def augment(
     image: Annotated[str, typer.Argument(help="A picture's file, or the name of a data set.")],
     out: Annotated[Path, typer.Option(help="The PNG to write.")] = Path("grid.png"),
-    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the random draws.", min=0, max=2**63 - 1)] = 0,
 ) -> None:
     """Draw what each augmentation does to a picture, eight times each."""
     from bnres.augment.grid import LARGEST_SIDE, draw_grid
     from bnres.data import PACKAGED
     from bnres.data.images import read_image
 
-    if not out.parent.is_dir():
-        raise ValueError(f"out: there is no folder {str(out.parent)!r}")
+    check_out(out)
     if image in PACKAGED:
         picture = PACKAGED[image]().train_images[0]
     elif Path(image).is_file():
@@ -333,7 +334,7 @@ def parse_shape(text: str) -> tuple[int, int, int, int]:
         ValueError: if it is not four positive numbers.
     """
     parts = text.split("x")
-    if len(parts) != 4 or not all(part.isdigit() and int(part) > 0 for part in parts):
+    if len(parts) != 4 or not all(part.isdecimal() and int(part) > 0 for part in parts):
         raise ValueError(f"input must be four sizes such as 1x3x224x224, got {text!r}")
     n, channels, height, width = map(int, parts)
     return n, channels, height, width

@@ -1,34 +1,47 @@
-"""What the command says of an error: one line, and an exit code."""
+"""One line for any error, and the command's exit code for it."""
 
 import os
 
 import torch
 
-# The user's input was wrong, or something in its environment: disk, memory, a package, a process.
+# Exit codes: the user's input is wrong; or the disk, memory, a package or a process failed.
 BAD_INPUT, BAD_ENVIRONMENT = 2, 1
-# Where packages come from whose names are not what pip takes, or that an extra installs.
+# What to install for a module whose package has another name or belongs to an extra.
 EXTRAS = dict.fromkeys(
     ("matplotlib", "mlxtend", "numpy", "PIL", "pooch", "requests", "safetensors", "sklearn"),
     "'bnres[train]'",
 ) | {"onnx": "onnxscript", "tensorboard": "'bnres[tensorboard]'"}
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a GPU or the CPU has too little memory; torch's CPU allocator has no class for it."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    )
+
+
 def describe(error: BaseException) -> str:
     """What went wrong in one line, and what to do if that is known."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return f"out of memory: {_first_line(error)}; take a smaller batch or image size"
+    if is_out_of_memory(error):
+        return f"out of memory: {first_line(error)}; take a smaller batch or image size"
     if isinstance(error, ModuleNotFoundError):
         name = (error.name or str(error)).split(".")[0]
         return f"{name} is missing; install it with: pip install {EXTRAS.get(name, name)}"
     if isinstance(error, OSError) and error.strerror:
         where = f"{error.filename}: " if error.filename else ""
         return f"{where}{error.strerror}"
-    return _first_line(error)
+    return first_line(error)
 
 
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, with the error's class if it is a single word."""
+    if type(error).__module__.startswith("torch._dynamo") and error.__cause__ is not None:
+        error = error.__cause__  # Dynamo's own first line says only where it met the error
+    lines = [line.strip() for line in str(error).strip().splitlines()]
+    if not lines:
+        return type(error).__name__
+    line = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    return line if " " in line else f"{type(error).__name__}: {line}"
 
 
 def report(error: Exception) -> tuple[str, int]:
@@ -37,6 +50,6 @@ def report(error: Exception) -> tuple[str, int]:
     who = "bnres" if rank is None else f"bnres, process {rank}"
     if isinstance(error, ValueError):
         return f"{who}: {describe(error)}", BAD_INPUT
-    known = isinstance(error, OSError | MemoryError | torch.OutOfMemoryError | ImportError)
+    known = isinstance(error, OSError | ImportError) or is_out_of_memory(error)
     hint = "" if known else " (--traceback shows where)"
     return f"{who}: {describe(error)}{hint}", BAD_ENVIRONMENT

@@ -2,9 +2,13 @@
 
 import os
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
+
+if TYPE_CHECKING:
+    from bnres.data import ImageDataset
 
 # Without a GPU the kernels run in Triton's interpreter.
 if not torch.cuda.is_available():
@@ -54,3 +58,25 @@ def not_deterministic() -> Iterator[None]:
     """A run that is to be deterministic sets it for the whole process."""
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def aten() -> Iterator[None]:
+    """For tests of files and commands: the kernels have their own tests."""
+    from bnres import use_backend
+
+    with use_backend("aten"):
+        yield
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> "ImageDataset":
+    """Little data, which the commands load in place of any other."""
+    from bnres.data.dataset import make_dataset
+
+    torch.manual_seed(0)
+    images, labels = torch.randint(0, 256, (32, 1, 28, 28), dtype=torch.uint8), torch.arange(32) % 2
+    found = make_dataset("tiny", ("a", "b"), (images[:24], labels[:24]), (images[24:], labels[24:]))
+    for place in ("bnres.train.run", "bnres.train.trained"):
+        monkeypatch.setattr(f"{place}.load_dataset", lambda *where, **options: found)
+    return found

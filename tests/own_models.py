@@ -45,6 +45,10 @@ def deep(depth: int) -> nn.Module:
     return Net(depth, 1)
 
 
+def frozen(num_classes: int) -> nn.Module:
+    return Net(num_classes, 1).requires_grad_(False)
+
+
 def text() -> str:
     return "net"
 

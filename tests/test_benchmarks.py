@@ -562,7 +562,7 @@ def test_table_of_models(monkeypatch, tmp_path):
         yield "net", lambda: nn.Sequential(*layers), libraries.images(4)
 
     monkeypatch.setattr(libraries, "LIBRARIES", {"torchvision": models, "not_installed": models})
-    file, said = tmp_path / "docs" / "models.md", []
+    file, said = tmp_path / "models.md", []
     libraries.run(file, said.append)
     text = file.read_text(encoding="utf-8")
     assert said == ["torchvision net"]

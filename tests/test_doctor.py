@@ -96,7 +96,7 @@ class TestCompiler:
     def test_cc_that_is_missing(self, monkeypatch):
         monkeypatch.setenv("CC", "no-such-cc")
         assert checks.check_compiler() == Finding(
-            "CC='no-such-cc' is no program, which triton needs to launch kernels", HEADERS
+            "CC='no-such-cc' is not a program, which triton needs to launch kernels", HEADERS
         )
 
     def test_cc_that_fails(self, monkeypatch):
@@ -364,6 +364,36 @@ def test_nothing_is_wrong(monkeypatch):
     assert result.exit_code == 0 and result.output.splitlines()[-1] == "nothing is wrong"
 
 
-def test_unknown_model():
-    result = runner.invoke(cli.app, ["doctor", "resnet19"])
-    assert result.exit_code == 2 and "got 'resnet19'" in result.stderr
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["resnet19"], "got 'resnet19'"),
+        (["lenet-seed", "--input", "2x1x40x40"], "the model takes no input of 2x1x40x40: mat1"),
+        (["lenet-seed", "--input", "1x1x28x28"], "Expected more than 1 value per channel"),
+    ],
+)
+def test_a_model_that_fails_is_a_finding(monkeypatch, arguments, problem):
+    monkeypatch.setattr(diagnosis, "CHECKS", (lambda: None,))
+    with use_backend("aten"):
+        result = runner.invoke(cli.app, ["doctor", *arguments])
+    assert result.exit_code == 1
+    assert result.output.startswith("GPU: ")
+    assert f"wrong: model {arguments[0]!r} can't be examined: " in result.output
+    assert problem in result.output
+
+
+def test_input_without_a_model():
+    result = runner.invoke(cli.app, ["doctor", "--input", "2x3x8x8"])
+    assert result.exit_code == 2 and result.stderr == "bnres: input: it goes with a model\n"
+
+
+def test_a_model_that_makes_tensors_in_its_forward():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm2d(3)
+
+        def forward(self, x):
+            return self.norm(x) + torch.ones(1)
+
+    assert savings.derive(Net(), torch.zeros(2, 3, 4, 4)).fused == 1

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from benchmarks.environment import IDENTITY
 from benchmarks.store import ResultStore, load
-from bnres import cli, files, use_backend
+from bnres import cli, files
 from bnres.errors import report
 from bnres.train import TrainConfig, build_state, train_epoch
 from bnres.train import run as training
@@ -24,27 +24,7 @@ MEGABYTE = 1 << 20
 # A small net on little data: a checkpoint is about 0.4 MB.
 TRAIN = ["train", "--model", "lenet-seed", "--batch-size", "8", "--shift", "0"]
 runner = CliRunner()
-
-
-@pytest.fixture(autouse=True)
-def aten():
-    """The subject here is files: the kernels have their own tests."""
-    with use_backend("aten"):
-        yield
-
-
-@pytest.fixture
-def tiny(monkeypatch):
-    from bnres.data.dataset import make_dataset
-
-    torch.manual_seed(0)
-    images, labels = torch.randint(0, 256, (32, 1, 28, 28), dtype=torch.uint8), torch.arange(32) % 2
-    dataset = make_dataset(
-        "tiny", ("a", "b"), (images[:24], labels[:24]), (images[24:], labels[24:])
-    )
-    for place in ("bnres.train.run", "bnres.train.trained"):
-        monkeypatch.setattr(f"{place}.load_dataset", lambda *where, **options: dataset)
-    return dataset
+pytestmark = pytest.mark.usefixtures("aten")
 
 
 @pytest.fixture
@@ -79,6 +59,25 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     assert link.is_symlink() and target.read_text() == "through"
 
 
+def test_what_writing_a_file_leaves_alone(tmp_path):
+    private, other = tmp_path / "private", tmp_path / "private.tmp"
+    for path in (private, other):
+        path.write_text("theirs")
+    private.chmod(0o600)
+    files.write_text(private, "new")
+    assert private.read_text() == "new" and private.stat().st_mode & 0o777 == 0o600
+    assert other.read_text() == "theirs"
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    files.write_text(pipe, "through")
+    assert os.read(reader, 100) == b"through" and pipe.is_fifo()
+    os.close(reader)
+    with pytest.raises(OSError, match="/dev/full") as raised:
+        files.write_text(Path("/dev/full"), "nothing")
+    assert raised.value.errno == errno.ENOSPC and Path("/dev/full").is_char_device()
+
+
 def test_training_asks_for_room_before_it_starts(tiny, tmp_path):
     disk = tmp_path / "disk"
     with small_disk(disk, MEGABYTE // 4):
@@ -88,7 +87,9 @@ def test_training_asks_for_room_before_it_starts(tiny, tmp_path):
     # The next start takes the folder.
     out = tmp_path / "run"
     out.mkdir()
-    (out / "config.toml").write_text("")
+    (out / "tensorboard").mkdir()
+    for name in ("config.toml", "nonfinite.json", f".last.pt{files.TEMPORARY}"):
+        (out / name).write_text("")
     run(*TRAIN, "--epochs", 1, "--out", out)
     assert read_checkpoint(out / "last.pt")["epoch"] == 1
 
@@ -108,7 +109,7 @@ def test_failed_save_keeps_the_last_good_checkpoint(tiny, tmp_path, monkeypatch)
     with small_disk(disk, 4 * MEGABYTE):
         stderr = run(*TRAIN, "--epochs", 3, "--out", out, code=1)
         assert stderr.endswith(
-            f"the last good checkpoint is kept, go on with: bnres train --resume {out}/last.pt\n"
+            f"the last good checkpoint is kept, continue with: bnres train --resume {out}/last.pt\n"
         )
         assert not list(out.glob("*.tmp*"))
         assert read_checkpoint(out / "last.pt")["epoch"] == 1
@@ -126,6 +127,9 @@ def test_resuming_on_a_full_disk_keeps_the_checkpoint(checkpoint, tmp_path):
         stderr = run("train", "--resume", kept, code=1)
         assert "the last good checkpoint is kept" in stderr
         assert kept.read_bytes() == checkpoint.read_bytes()
+        # It is kept in another folder than the run's.
+        stderr = run("train", "--resume", checkpoint, "--out", disk / "run", code=1)
+        assert stderr.endswith(f"continue with: bnres train --resume {checkpoint}\n")
 
 
 @pytest.mark.parametrize("folded", ["--folded", "--no-folded"])
@@ -214,6 +218,25 @@ def test_missing_and_damaged_checkpoints(command, checkpoint, tmp_path):
     assert run(*command, checkpoint, code=2) == wanted
 
 
+def test_checkpoint_of_a_model_that_has_changed(checkpoint):
+    """Nothing of the run is touched, and the line names the weight."""
+    content = torch.load(checkpoint, weights_only=True)
+    content["model"]["more"] = torch.zeros(1)
+    torch.save(content, checkpoint)
+    line = f"{checkpoint} has 'more', which model 'lenet-seed' does not have\n"
+    for command in (["eval"], ["export"]):
+        assert run(*command, checkpoint, code=2) == f"bnres: {line}"
+    assert run("train", "--resume", checkpoint, code=2) == f"bnres: resume: {line}"
+
+
+def test_no_memory_is_not_damage(checkpoint, monkeypatch):
+    def fail(*_, **__):
+        raise MemoryError
+
+    monkeypatch.setattr(torch, "load", fail)
+    assert "out of memory" in run("eval", checkpoint, code=1)
+
+
 def same(a, b):
     if isinstance(a, torch.Tensor):
         return torch.equal(a, b)
@@ -263,6 +286,10 @@ def test_size_of_a_checkpoint_is_known_beforehand(tiny, tmp_path):
         (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "a/b"), "a/b: No space left on device", 1),
         (torch.OutOfMemoryError("CUDA out of memory. Tried"), "out of memory: CUDA out of memory. Tried; take a smaller batch or image size", 1),
         (ModuleNotFoundError("No module named 'timm'", name="timm"), "timm is missing; install it with: pip install timm", 1),
+        (MemoryError(), "out of memory: MemoryError; take a smaller batch or image size", 1),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate"), "out of memory: [enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate; take a smaller batch or image size", 1),
+        (KeyError("x"), "KeyError: 'x' (--traceback shows where)", 1),
+        (RuntimeError("Error(s) in loading:\n\tMissing key\nmore"), "Error(s) in loading: Missing key (--traceback shows where)", 1),
         (RuntimeError("worker 3 exited\nmore"), "worker 3 exited (--traceback shows where)", 1),
         (ValueError("lr must be greater than 0"), "lr must be greater than 0", 2),
         (AssertionError(), "AssertionError (--traceback shows where)", 1),

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 import bnres
 from benchmarks.torchvision_import import torchvision
-from bnres import cli, use_backend
+from bnres import cli
 from bnres.data.dataset import make_dataset
 from bnres.fusion import rewrite
 from bnres.models import create_model
@@ -20,14 +20,8 @@ from bnres.train.options import make_config
 from tests import own_models
 
 runner = CliRunner()
+pytestmark = pytest.mark.usefixtures("aten")
 OWN = "tests.own_models"
-
-
-@pytest.fixture(autouse=True)
-def aten():
-    """The subject here is models: the kernels have their own tests."""
-    with use_backend("aten"):
-        yield
 
 
 def dataset(channels=1, size=8):
@@ -196,6 +190,7 @@ def test_a_models_check_changes_nothing():
          "TwoInputs.forward() missing 1 required positional argument: 'y'"),
         ([f"{OWN}:NoImages"], f"model '{OWN}:NoImages' takes no input of 2x1x8x8: Dimension out of "
          "range (expected to be in range of [-4, 3], but got 4)"),
+        ([f"{OWN}:frozen"], f"model '{OWN}:frozen' has no parameter that requires a gradient"),
         (["torchvision:resnet18"], "model 'torchvision:resnet18' takes no input of 2x1x8x8: Given "
          "groups=1, weight of size [64, 3, 7, 7], expected input[2, 1, 8, 8] to have 3 channels, "
          "but got 1 channels instead"),

@@ -145,6 +145,8 @@ def test_models_of_factories(command, name, sites, total):
     [
         (["resnet18", "--input", "3x224"],
          "input must be four sizes such as 1x3x224x224, got '3x224'"),
+        (["resnet18", "--input", "²x3x8x8"],
+         "input must be four sizes such as 1x3x224x224, got '²x3x8x8'"),
         (["lenet-seed", "--input", "2x1x40x40"], "the model takes no input of 2x1x40x40: mat1 and "
          "mat2 shapes cannot be multiplied (2x784 and 256x120)"),
         (["tests.own_models:missing"], "model: module 'tests.own_models' has no 'missing'"),

@@ -228,7 +228,9 @@ def test_killed_run_ends_with_the_same_bits(tmp_path):
         (["--config", "unknown.toml"], "sets 'epoch', which is no option"),
         (["--config", "resume.toml"], "sets resume, which only the command line may"),
         (["--lr", "inf"], "lr must be greater than 0 and finite, got inf"),
-        (["--config", "typed.toml"], "sets epochs to '5', no int"),
+        (["--config", "typed.toml"], "sets epochs to '5', expected int"),
+        (["--seed", str(1 << 64)], "seed must be from 0 to 9223372036854775807, got 1844674"),
+        (["--device", "meta"], "device 'meta' can't be used"),
         (["--optimizer", "lion"], "optimizer must be one of sgd, adam, adamw"),
         (["--schedule", "step"], "schedule must be one of one-cycle, cosine, constant"),
         (["--stem", "vit"], "stem must be one of imagenet, cifar"),
@@ -519,7 +521,7 @@ def test_eval_and_export(tiny, tiny_command, tmp_path, monkeypatch):
     assert f"accuracy {row['test_accuracy']:.2%}" in result.output, result.output
     content = read_checkpoint(tmp_path / "run" / "last.pt")
     asked = config_of(content, device="cpu")
-    model = load_trained(content, asked)
+    model = load_trained(tmp_path, content, asked)
     x = torch.randn(3, 1, 8, 8)
     for option in ("--folded", "--no-folded"):
         out = tmp_path / f"net{option}.pt2"

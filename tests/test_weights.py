@@ -8,8 +8,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from typer.testing import CliRunner
 
-from bnres import cli, use_backend
-from bnres.data.dataset import make_dataset
+from bnres import cli
 from bnres.models import create_model
 from bnres.train import TrainConfig, build_state, train_epoch
 from bnres.train.checkpoint import read_checkpoint, save_checkpoint
@@ -19,23 +18,7 @@ from bnres.train.weights import as_safetensors, load_weights
 
 NET = "lenet-seed"
 runner = CliRunner()
-
-
-@pytest.fixture(autouse=True)
-def aten():
-    """The subject here is files: the kernels have their own tests."""
-    with use_backend("aten"):
-        yield
-
-
-@pytest.fixture
-def tiny(monkeypatch):
-    torch.manual_seed(0)
-    images, labels = torch.randint(0, 256, (32, 1, 28, 28), dtype=torch.uint8), torch.arange(32) % 2
-    found = make_dataset("tiny", ("a", "b"), (images[:24], labels[:24]), (images[24:], labels[24:]))
-    for place in ("bnres.train.run", "bnres.train.trained"):
-        monkeypatch.setattr(f"{place}.load_dataset", lambda *where, **options: found)
-    return found
+pytestmark = pytest.mark.usefixtures("aten")
 
 
 def config(**options):
@@ -111,7 +94,7 @@ def weights(**changes):
     ("changes", "line"),
     [
         ({"15.weight": torch.zeros(10, 84), "15.bias": torch.zeros(10)},
-         "init: '15.weight' is 10x84 in w.safetensors, but 2x84 in model 'lenet-seed'"),
+         "init: w.safetensors has 10x84 in '15.weight', but model 'lenet-seed' has 2x84"),
         ({"1.weight": None}, "init: w.safetensors has no '1.weight', which model 'lenet-seed' has"),
         ({"more": torch.zeros(1)},
          "init: w.safetensors has 'more', which model 'lenet-seed' does not have"),
@@ -124,6 +107,18 @@ def test_weights_that_do_not_fit_are_one_line(changes, line, tiny, tmp_path, mon
     found = run("train", "--model", NET, "--batch-size", 8, "--init", "w.safetensors", code=2)
     assert found == f"bnres: {line}\n"
     assert [p.name for p in tmp_path.iterdir()] == ["w.safetensors"]
+
+
+def test_state_that_is_no_tensor():
+    class Counts(nn.Module):
+        def get_extra_state(self):
+            return {"calls": 3}
+
+        def set_extra_state(self, state):
+            pass
+
+    with pytest.raises(ValueError, match="keeps a dict in '_extra_state', and safetensors holds"):
+        as_safetensors(Counts())
 
 
 def test_files_that_are_no_weights(tiny, tmp_path, monkeypatch):
@@ -145,6 +140,8 @@ def test_export_refuses(checkpoint, monkeypatch):
         (["--format", "tflite"], "format must be one of pt2, onnx, safetensors, got 'tflite'"),
         (["--format", "safetensors", "--size", "32"],
          "size: a file of safetensors has weights only, which fit any size"),
+        (["--format", "x/y"], "format must be one of pt2, onnx, safetensors, got 'x/y'"),
+        (["--out", "."], "out must be a file, got the folder '.'"),
         (["--size", "40"], "size: the net takes no input of 2x1x40x40: mat1 and mat2 shapes cannot "
          "be multiplied (2x784 and 256x120)"),
     ):  # fmt: skip
@@ -166,7 +163,7 @@ def test_onnx_computes_what_torch_does(checkpoint, folded, batch):
     else:
         export_checkpoint(checkpoint, out, folded=False, format="onnx")
     content = read_checkpoint(checkpoint)
-    model = load_trained(content, config_of(content, device="cpu"))
+    model = load_trained(checkpoint, content, config_of(content, device="cpu"))
     x = torch.randn(batch, 1, 28, 28)
     session = onnxruntime.InferenceSession(out.read_bytes(), providers=["CPUExecutionProvider"])
     (images,) = session.get_inputs()

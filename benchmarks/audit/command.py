@@ -14,6 +14,7 @@ import triton
 
 from benchmarks.audit import budget
 from benchmarks.environment import ROOT
+from bnres.files import write_text
 from bnres.kernels.interpreter import check_versions
 
 # All of a step's launches for the first, one case for each kernel family for the others.
@@ -56,7 +57,7 @@ def run(gpus: Sequence[str], json_path: Path | None, record: bool) -> int:
     found = budget.Found(counted.pop("rows"), kernels=budget.worst(rows), **counted)
     if json_path is not None:
         content = found.as_json() | {"specialisations": rows}
-        json_path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        write_text(json_path, json.dumps(content, indent=1) + "\n")
     print(memory_table(found))
     print()
     print(kernel_table(found.kernels))

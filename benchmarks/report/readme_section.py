@@ -12,6 +12,7 @@ from benchmarks.report.slices import OPERATION_TITLES, main_setting, subjects
 from benchmarks.report.tables import markdown_table
 from benchmarks.sites import RESNET18_SITES
 from benchmarks.store import MADE_UP, Record, load
+from bnres.files import write_text
 
 README = ROOT / "README.md"
 RESULTS = Path(__file__).parent.parent / "results"
@@ -37,7 +38,7 @@ def write() -> Path:
     Raises:
         ValueError: if README lacks the markers.
     """
-    README.write_text(with_section(README.read_text(encoding="utf-8")), encoding="utf-8")
+    write_text(README, with_section(README.read_text(encoding="utf-8")))
     return README
 
 

@@ -1,10 +1,13 @@
 """The pictures' one style: told apart by the colour-blind, and by hatches in black and white."""
 
+import io
 from dataclasses import dataclass
 from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
+from bnres.files import write_bytes
 
 
 @dataclass(frozen=True)
@@ -48,5 +51,7 @@ def new_figure(width: float, height: float, rows: int = 1) -> tuple[Figure, list
 
 
 def save(figure: Figure, path: Path) -> Path:
-    figure.savefig(path, dpi=DPI)
+    content = io.BytesIO()
+    figure.savefig(content, format=path.suffix[1:], dpi=DPI)
+    write_bytes(path, content.getbuffer())
     return path

@@ -11,7 +11,7 @@ from bnres.data.seeds import generator_at
 
 
 class EpochBatches(ABC):
-    """Batches of an epoch, which hang on seed, epoch and batch alone.
+    """Batches of an epoch; they depend only on seed, epoch and batch.
 
     Args:
         name: of the data set, for errors.

@@ -1,4 +1,4 @@
-"""Generators of numbers that hang on a seed and on a place in a run, and on nothing before it."""
+"""Random generators that depend only on a seed and on a place in a run."""
 
 import hashlib
 

@@ -1,6 +1,7 @@
 """What may be wrong on a machine, and how to fix it."""
 
 import os
+import re
 import runpy
 import shutil
 import subprocess
@@ -32,7 +33,7 @@ class Finding:
 
 
 def check_gpu() -> Finding | None:
-    """That torch finds a GPU."""
+    """Checks that torch finds a GPU."""
     if torch.cuda.is_available():
         return None
     if torch.version.cuda is None and torch.version.hip is None:
@@ -47,36 +48,36 @@ def check_gpu() -> Finding | None:
 
 
 def check_triton() -> Finding | None:
-    """That triton can be imported, and is no older than bnres supports."""
+    """Checks that triton can be imported, and that bnres supports its version."""
     try:
         import triton
 
-        version = triton.__version__  # a folder of that name, imported in its place, has none
+        version = triton.__version__  # a folder named triton that is imported instead has none
     except Exception as error:  # a broken build may raise anything
         problem = "triton is missing"
         if not isinstance(error, ModuleNotFoundError):
             problem = f"triton can't be imported: {error}"
         return Finding(problem, "pip install 'triton>=3.6'")
-    release = tuple(int(part) for part in version.split(".")[:2])
-    if release < LEAST_TRITON:
+    release = re.match(r"(\d+)\.(\d+)", version)
+    if release and tuple(map(int, release.groups())) < LEAST_TRITON:
         return Finding(f"triton {version} is too old", "pip install 'triton>=3.6'")
     return None
 
 
 def find_compiler() -> str | None:
-    """The C compiler that triton takes, or None."""
+    """The C compiler that triton uses, or None."""
     if "CC" in os.environ:
         return shutil.which(os.environ["CC"])
     return shutil.which("gcc") or shutil.which("clang")
 
 
 def check_compiler() -> Finding | None:
-    """That a C compiler makes an extension of Python: triton launches kernels by one."""
+    """Checks that a C compiler can build an extension of Python; triton builds its launchers as such."""
     fix = "install gcc and Python's headers (python3-dev), or set CC"
     compiler = find_compiler()
     if compiler is None:
         named = os.environ.get("CC")
-        what = "there is no C compiler" if named is None else f"CC={named!r} is no program"
+        what = "there is no C compiler" if named is None else f"CC={named!r} is not a program"
         return Finding(f"{what}, which triton needs to launch kernels", fix)
     scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")
     with tempfile.TemporaryDirectory() as folder:
@@ -96,7 +97,7 @@ def check_compiler() -> Finding | None:
 
 
 def check_numpy() -> Finding | None:
-    """That triton's interpreter can run with the numpy here, where it is to run."""
+    """Checks that triton's interpreter works with the installed numpy, if kernels run in it."""
     if bnres.backend() != "triton-interpreter" or check_triton() is not None:
         return None
     import triton
@@ -131,7 +132,7 @@ def _default_inductor_cache() -> str:
 
 
 def check_cache(variable: str) -> Finding | None:
-    """That something can be written to a cache folder, or that it can be made.
+    """Checks that a cache folder is writable, or can be made.
 
     Args:
         variable: of the environment, which names the folder; a key of `cache_folders`.
@@ -166,7 +167,7 @@ def usable_inductor_cache() -> Iterator[None]:
 
 
 def check_namespace() -> Finding | None:
-    """That no folder named bnres is imported in place of bnres by a Python in this folder."""
+    """Checks that Python, started in this folder, imports bnres and not a folder of that name."""
     spec = PathFinder.find_spec("bnres", [os.getcwd(), *sys.path])
     if spec is None or spec.origin is not None:
         return None

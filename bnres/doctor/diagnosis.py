@@ -11,6 +11,7 @@ import torch
 import bnres
 from bnres.doctor.checks import CHECKS, Finding, find_compiler, usable_inductor_cache
 from bnres.doctor.savings import Savings, derive
+from bnres.errors import describe
 
 ROUTES = {
     "triton": "GPU tensors take Triton kernels, CPU tensors take ATen",
@@ -130,21 +131,32 @@ def _yes(value: bool) -> str:
     return "yes" if value else "no"
 
 
-def diagnose(name: str | None = None) -> Diagnosis:
+def diagnose(name: str | None = None, shape: tuple[int, ...] | None = None) -> Diagnosis:
     """Examines this machine and, with a name, that model.
 
-    Raises:
-        ValueError: as `bnres.models.create_model`.
+    Args:
+        name: of a model, as `bnres.models.create_model` takes it.
+        shape: of the model's input, with two images or more.
     """
-    from bnres.models import DEFAULT_INPUT_SHAPE, INPUT_SHAPES, create_model
 
     findings = [finding for check in CHECKS if (finding := check()) is not None]
-    if name is None:
-        savings = None
-    else:
-        _, *shape = INPUT_SHAPES.get(name, DEFAULT_INPUT_SHAPE)
-        model = create_model(name, in_channels=shape[0], fused=False)
-        with usable_inductor_cache():
-            savings = derive(model, torch.zeros(2, *shape))
+    savings = None
+    if name is not None and shape is not None:
+        try:
+            savings = _derive(name, shape)
+        except Exception as error:  # what was found on the machine is still told
+            problem = f"model {name!r} can't be examined: {describe(error)}"
+            findings.append(Finding(problem, "name another model, or give its --input"))
     steps = None if savings is None else changes(savings)
     return Diagnosis(facts(), findings, name, savings, steps)
+
+
+def _derive(name: str, shape: tuple[int, ...]) -> Savings:
+    from bnres.models import create_model
+    from bnres.models.trial import try_call
+
+    model = create_model(name, in_channels=shape[1], fused=False)
+    x = torch.zeros(shape)
+    try_call(model, x)
+    with usable_inductor_cache():
+        return derive(model, x)

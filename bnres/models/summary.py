@@ -60,7 +60,7 @@ class Summary:
 
 
 def summarize(model: nn.Module, shape: tuple[int, ...]) -> Summary:
-    """The stages in the order in which an input of this shape passes them; then those not called.
+    """The stages in the order in which an input of this shape runs through them; then those not called.
 
     The model runs in eval mode on zeros; its modules' modes are restored.
 

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bnres.errors import first_line, is_out_of_memory
+
 
 def shape_text(shape: tuple[int, ...]) -> str:
     """A shape as users write it, such as ``1x3x224x224``."""
@@ -26,9 +28,8 @@ def try_call(call: Callable[[Tensor], Any], images: Tensor, name: str = "the mod
     try:
         with torch.no_grad():
             return call(images)
-    except torch.OutOfMemoryError:
-        raise
     except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if is_out_of_memory(error):
+            raise
         shape = shape_text(tuple(images.shape))
-        raise ValueError(f"{name} takes no input of {shape}: {reason}") from error
+        raise ValueError(f"{name} takes no input of {shape}: {first_line(error)}") from error

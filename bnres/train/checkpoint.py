@@ -2,27 +2,26 @@
 
 import io
 import zipfile
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from bnres.errors import is_out_of_memory
 from bnres.files import write_bytes
 from bnres.train.config import TrainConfig
 from bnres.train.state import TrainState
+from bnres.train.weights import check_weights
 
 FORMAT = 3
-# What a run that goes on may do otherwise than the one that wrote its checkpoint; layers may be
-# fused or stock.
+# Options that may change when a run is resumed.
 FREE = (
     "fused", "device", "data", "checksum", "workers", "compile", "cuda_graphs", "deterministic",
     "eval_flip", "checkpoint_steps", "tensorboard", "resume",
 )  # fmt: skip
 STATEFUL = ("model", "optimizer", "scheduler", "scaler")
 
-
-# What the data of a run that goes on must be like.
+# What must be the same about the data when a run is resumed.
 OF_DATA = ("classes", "channels", "train_count")
 KEYS = (
     "config", "epoch", "batch", "losses", "correct", "best", "history", "torch_rng", "cuda_rng",
@@ -78,11 +77,11 @@ def checkpoint_bytes(state: TrainState) -> int:
 
 
 def load_checkpoint(path: Path, state: TrainState, config: TrainConfig) -> None:
-    """Sets ``state`` to what ``path`` holds.
+    """Sets ``state`` to that of a checkpoint.
 
     Raises:
-        ValueError: if the file is no checkpoint of bnres, is one of a run with other options than
-            ``config`` has, other data or another number of processes, or has no epoch left;
+        ValueError: if the file is not a checkpoint of bnres, or its run had other options than
+            ``config``, other data, another model or another number of processes, or is complete;
             ``state`` is untouched then.
     """
     content = read_checkpoint(path)
@@ -95,6 +94,7 @@ def load_checkpoint(path: Path, state: TrainState, config: TrainConfig) -> None:
         raise ValueError(
             f"resume: {path} is already complete ({config.epochs} of {config.epochs} epochs)"
         )
+    check_weights(content["model"], state.model, f"resume: {path}", config.model)
     # How the optimiser runs is this device's choice.
     for saved, own in zip(
         content["optimizer"]["param_groups"], state.optimizer.param_groups, strict=True
@@ -137,14 +137,18 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     data = io.BytesIO(path.read_bytes())
     content: Any = None
     # torch advises to load without weights_only, which would run the file's code.
-    with suppress(Exception), zipfile.ZipFile(data) as archive:
-        if archive.testzip() is None:  # torch does not compare the checksums
-            data.seek(0)
-            content = torch.load(data, map_location="cpu", weights_only=True)
+    try:
+        with zipfile.ZipFile(data) as archive:
+            if archive.testzip() is None:  # torch does not compare the checksums
+                data.seek(0)
+                content = torch.load(data, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file may raise anything
+        if is_out_of_memory(error):
+            raise
     if not isinstance(content, dict) or "format" not in content:
         raise ValueError(f"{path} is damaged, or not a checkpoint of bnres")
     if content["format"] != FORMAT:
         raise ValueError(f"{path} has format {content['format']!r}; this version reads {FORMAT}")
     if missing := [key for key in KEYS if key not in content]:
-        raise ValueError(f"{path} is no checkpoint of bnres: it has no {', '.join(missing)}")
+        raise ValueError(f"{path} is not a checkpoint of bnres: it has no {', '.join(missing)}")
     return content

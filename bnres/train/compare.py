@@ -8,7 +8,7 @@ from rich.table import Table
 
 from bnres.train.config import TrainConfig
 from bnres.train.loop import TrainResult
-from bnres.train.run import Run, describe, prepare, progress_bar, route, run_epoch
+from bnres.train.run import Run, epoch_line, prepare, progress_bar, route, run_epoch
 
 
 def other_threads() -> int:
@@ -66,7 +66,7 @@ def run_comparison(comparison: Comparison, console: Console) -> None:
                 finally:
                     torch.set_num_threads(threads)
                 console.print(
-                    f"{name}: {describe(run.state.history[-1], config.epochs)}", highlight=False
+                    f"{name}: {epoch_line(run.state.history[-1], config.epochs)}", highlight=False
                 )
     console.print(comparison_table(comparison, results))
     console.print(

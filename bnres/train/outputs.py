@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bnres.files import write_bytes, write_text
+from bnres.files import TEMPORARY, write_bytes, write_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -27,8 +27,14 @@ COLUMNS = (
 )
 METRICS = "metrics"
 LAST, BEST, CONFIG, CURVES = "last.pt", "best.pt", "config.toml", "curves.png"
-# What a run leaves that ends before its first checkpoint.
-WITHOUT_CHECKPOINT = {CONFIG, CURVES, f"{METRICS}.csv", f"{METRICS}.jsonl"}
+NONFINITE, TENSORBOARD = "nonfinite.json", "tensorboard"
+BEFORE_CHECKPOINT = {CONFIG, CURVES, NONFINITE, TENSORBOARD, f"{METRICS}.csv", f"{METRICS}.jsonl"}
+
+
+def has_no_checkpoint(folder: Path) -> bool:
+    """Whether a folder holds only what a run leaves that ends before its first checkpoint."""
+    names = {path.name for path in folder.iterdir() if not path.name.endswith(TEMPORARY)}
+    return names <= BEFORE_CHECKPOINT
 
 
 def write_metrics(folder: Path, history: list[dict[str, float]]) -> None:
@@ -62,7 +68,7 @@ def open_tensorboard(folder: Path) -> Iterator[TensorBoard]:
     """
     from torch.utils.tensorboard import SummaryWriter
 
-    with SummaryWriter(str(folder / "tensorboard")) as writer:
+    with SummaryWriter(str(folder / TENSORBOARD)) as writer:
         yield TensorBoard(writer)
 
 

@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from bnres.backend import backend
 from bnres.data import EpochBatches, load_dataset
-from bnres.errors import describe as describe_error
+from bnres.errors import describe
 from bnres.files import write_text
 from bnres.train.checkpoint import checkpoint_bytes, load_checkpoint, save_checkpoint
 from bnres.train.config import TrainConfig
@@ -29,14 +29,13 @@ from bnres.train.outputs import (
     CONFIG,
     CURVES,
     LAST,
+    NONFINITE,
     draw_curves,
     open_tensorboard,
     write_curves,
     write_metrics,
 )
 from bnres.train.state import TrainState, build_state
-
-NONFINITE = "nonfinite.json"
 
 
 class RunEnded(OSError):
@@ -57,7 +56,7 @@ def prepare(config: TrainConfig, world: World | None = None) -> Run:
 
     Args:
         config: the run.
-        world: the processes that train together; by default this one alone.
+        world: the processes that train together; by default only this one.
 
     Raises:
         ValueError: if the input does not fit; nothing has been written.
@@ -127,7 +126,7 @@ def run_epoch(
 
     def on_batch() -> None:
         nonlocal memory
-        # torch gathers a hundred figures to tell this one.
+        # torch collects about a hundred figures to tell this one.
         if state.batch % LOOK_EVERY == 0 or state.batch == len(run.batches):
             memory = _memory(config)
         images = (state.batch - first) * config.batch_size
@@ -139,7 +138,7 @@ def run_epoch(
         stops = state.world.any(stop is not None and stop.asked)
         due = every and (state.batch // config.accumulate) % every == 0
         if stops or due:
-            look(state)  # weights that are no numbers would take the place of good ones
+            look(state)  # weights that are infinite or NaN must not replace good ones
             save_checkpoint(folder / LAST, state, config)
         if stops:
             raise Stopped
@@ -183,8 +182,8 @@ def _memory(config: TrainConfig) -> str:
     return f", {_peak_memory(config) / 2**30:.1f} GiB" if _on_gpu(config) else ""
 
 
-def describe(row: dict[str, float], epochs: int) -> str:
-    """The line an epoch leaves on the screen."""
+def epoch_line(row: dict[str, float], epochs: int) -> str:
+    """What is printed after an epoch."""
     return (
         f"epoch {row['epoch']:.0f}/{epochs}  train loss {row['train_loss']:.4f}  "
         f"train acc {row['train_accuracy']:.2%}  test acc {row['test_accuracy']:.2%}  "
@@ -208,7 +207,7 @@ def fit(run: Run, folder: Path, console: Console) -> None:
         highlight=False,
     )
     first = state.world.is_first
-    with _says_what_is_kept(folder):
+    with _says_what_is_kept(folder, config.resume):
         if first:
             folder.mkdir(parents=True, exist_ok=True)
             write_text(folder / CONFIG, replace(config, resume=None).as_toml())
@@ -223,7 +222,7 @@ def fit(run: Run, folder: Path, console: Console) -> None:
                         write_text(folder / NONFINITE, json.dumps(facts(state), indent=1) + "\n")
                     raise NonFiniteLoss(f"{error}; details are in {folder / NONFINITE}") from error
                 row = state.history[-1]
-                console.print(describe(row, config.epochs), highlight=False)
+                console.print(epoch_line(row, config.epochs), highlight=False)
                 if board is not None:
                     board.add(row)
                 is_best = row["test_accuracy"] > state.best
@@ -254,20 +253,23 @@ def check_room(folder: Path, checkpoint: int) -> None:
 
 
 @contextmanager
-def _says_what_is_kept(folder: Path) -> Iterator[None]:
-    """Adds to an OSError which checkpoint a run can go on from."""
+def _says_what_is_kept(folder: Path, resumed: Path | None) -> Iterator[None]:
+    """Adds to an OSError which checkpoint the run can be continued from."""
     try:
         yield
     except OSError as error:
-        kept = [folder / name for name in (LAST, BEST) if (folder / name).exists()]
+        written = (folder / LAST, folder / BEST, *([] if resumed is None else [resumed]))
+        kept = [path for path in written if path.exists()]
         advice = "there is no checkpoint yet"
         if kept:
-            advice = f"the last good checkpoint is kept, go on with: bnres train --resume {kept[0]}"
-        raise RunEnded(f"{describe_error(error)}; {advice}") from error
+            advice = (
+                f"the last good checkpoint is kept, continue with: bnres train --resume {kept[0]}"
+            )
+        raise RunEnded(f"{describe(error)}; {advice}") from error
 
 
 def _write(folder: Path, run: Run, is_best: bool) -> None:
-    """Writes the files of an epoch; the checkpoint that the run can go on from is the last."""
+    """Writes the files of an epoch; last.pt, from which the run can be continued, comes last."""
     config, state = run.config, run.state
     if state.world.is_first:
         write_metrics(folder, state.history)
@@ -279,7 +281,7 @@ def _write(folder: Path, run: Run, is_best: bool) -> None:
 
 
 def facts(state: TrainState) -> dict[str, Any]:
-    """What is known of a state whose loss is no number any more."""
+    """What is known of a state whose loss is infinite or NaN."""
     parameters = [p.detach() for p in state.model.parameters()]
     gradients = [p.grad for p in state.model.parameters() if p.grad is not None]
     return {

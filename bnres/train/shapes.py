@@ -43,8 +43,11 @@ def check_shapes(
         classes: how many there are.
 
     Raises:
-        ValueError: if the net takes no such images or returns no (N, classes), or as `_bf16_checked`.
+        ValueError: if the net takes no such images, returns no (N, classes) or has no parameter to
+            train, or as `_bf16_checked`.
     """
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ValueError(f"model {name!r} has no parameter that requires a gradient")
     x = torch.zeros(2, *images, device=config.device)
 
     def in_training(images: Tensor) -> Any:

@@ -24,7 +24,7 @@ from bnres.train.weights import is_weights, load_weights
 
 @dataclass
 class TrainState:
-    """The state of a run; order and augmentation hang on its seed, epoch and batch alone.
+    """The state of a run; order and augmentation depend only on seed, epoch and batch.
 
     Attributes:
         model: the net.

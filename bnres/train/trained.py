@@ -12,6 +12,7 @@ from bnres.train.checkpoint import read_checkpoint
 from bnres.train.config import TrainConfig, field_type
 from bnres.train.loop import evaluate
 from bnres.train.state import build_model, make_batches
+from bnres.train.weights import check_weights
 
 AVERAGED = "module."
 
@@ -30,8 +31,12 @@ def config_of(content: dict[str, Any], **changes: Any) -> TrainConfig:
     return TrainConfig(**{**kept, "resume": None, **changes})
 
 
-def load_trained(content: dict[str, Any], config: TrainConfig) -> nn.Module:
-    """The net of a checkpoint in eval mode, on ``config.device``; averaged weights if it has such."""
+def load_trained(path: Path, content: dict[str, Any], config: TrainConfig) -> nn.Module:
+    """The net of a checkpoint in eval mode, on ``config.device``, with averaged weights if it has any.
+
+    Raises:
+        ValueError: if the model that ``config`` names has other weights.
+    """
     weights: dict[str, Tensor] = content["model"]
     average = content["average"]
     if average is not None:
@@ -42,6 +47,7 @@ def load_trained(content: dict[str, Any], config: TrainConfig) -> nn.Module:
         }
     classes, channels = content["classes"], content["channels"]
     model = build_model(config, classes, channels, tuple(content["size"]))
+    check_weights(weights, model, str(path), config.model)
     model.load_state_dict(weights)
     return model.eval()
 
@@ -54,7 +60,7 @@ def evaluate_checkpoint(path: Path, **changes: Any) -> tuple[TrainConfig, float,
         changes: options to evaluate with in place of its run's, such as ``data``.
 
     Raises:
-        ValueError: if it is no checkpoint, or the data does not fit.
+        ValueError: if it is not a checkpoint, or the data or the model does not fit.
     """
     content = read_checkpoint(path)
     config = config_of(content, sync_bn=False, cuda_graphs=False, **changes)
@@ -65,4 +71,4 @@ def evaluate_checkpoint(path: Path, **changes: Any) -> tuple[TrainConfig, float,
             f"{content['classes']}"
         )
     batches = make_batches(config, dataset, torch.device(config.device))
-    return config, *evaluate(load_trained(content, config), batches, config)
+    return config, *evaluate(load_trained(path, content, config), batches, config)

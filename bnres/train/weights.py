@@ -1,5 +1,6 @@
-"""Weights in files of safetensors: where training starts, and what it leaves."""
+"""Weights that a model is started from or restored from, and files of safetensors."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -13,6 +14,30 @@ SUFFIX = ".safetensors"
 def is_weights(init: str) -> bool:
     """Whether initial weights are a file's."""
     return init.endswith(SUFFIX)
+
+
+def check_weights(found: Mapping[str, object], model: nn.Module, source: str, name: str) -> None:
+    """Raises a ValueError unless weights have exactly the keys and shapes of a model.
+
+    Args:
+        found: the weights by key.
+        model: the model.
+        source: where they come from, for the error.
+        name: of the model, for the error.
+    """
+    own = model.state_dict()
+    for key, value in own.items():
+        if key not in found:
+            raise ValueError(f"{source} has no {key!r}, which model {name!r} has")
+        other = found[key]
+        if isinstance(value, Tensor) and isinstance(other, Tensor) and other.shape != value.shape:
+            raise ValueError(
+                f"{source} has {shape_text(other.shape)} in {key!r}, but model {name!r} has "
+                f"{shape_text(value.shape)}"
+            )
+    for key in found:
+        if key not in own:
+            raise ValueError(f"{source} has {key!r}, which model {name!r} does not have")
 
 
 def load_weights(path: Path, model: nn.Module, name: str) -> None:
@@ -36,18 +61,8 @@ def load_weights(path: Path, model: nn.Module, name: str) -> None:
         found = load(path.read_bytes())
     except SafetensorError as error:
         raise ValueError(f"init: {path} can't be read: {error}") from error
-    own = model.state_dict()
-    for key, value in own.items():
-        if key not in found:
-            raise ValueError(f"init: {path} has no {key!r}, which model {name!r} has")
-        if found[key].shape != value.shape:
-            raise ValueError(
-                f"init: {key!r} is {shape_text(found[key].shape)} in {path}, but "
-                f"{shape_text(value.shape)} in model {name!r}"
-            )
-    for key in found:
-        if key not in own:
-            raise ValueError(f"init: {path} has {key!r}, which model {name!r} does not have")
+    check_only_tensors(model, name)
+    check_weights(found, model, f"init: {path}", name)
     model.load_state_dict(found)
 
 
@@ -55,6 +70,7 @@ def as_safetensors(model: nn.Module) -> bytes:
     """A net's parameters and buffers as the content of such a file; shared ones are in it twice.
 
     Raises:
+        ValueError: if the net has state that is not a tensor, which such a file can't hold.
         ModuleNotFoundError: as `load_weights`.
     """
     from safetensors.torch import save
@@ -62,4 +78,15 @@ def as_safetensors(model: nn.Module) -> bytes:
     def copied(value: Tensor) -> Tensor:
         return value.detach().clone(memory_format=torch.contiguous_format)
 
+    check_only_tensors(model, type(model).__name__)
     return save({key: copied(value) for key, value in model.state_dict().items()})
+
+
+def check_only_tensors(model: nn.Module, name: str) -> None:
+    """Raises a ValueError if a model's state has more than tensors, as by ``get_extra_state``."""
+    for key, value in model.state_dict().items():
+        if not isinstance(value, Tensor):
+            raise ValueError(
+                f"model {name!r} keeps a {type(value).__name__} in {key!r}, and safetensors holds "
+                "tensors only"
+            )
