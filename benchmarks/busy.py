@@ -1,22 +1,22 @@
-"""Whether something else runs on the host, told by the ruler of ``python -m benchmarks host``."""
+"""Detects other programs that keep the host busy, by the ruler of ``python -m benchmarks host``."""
 
 import time
 
 import torch
 
-from benchmarks.audit.host import CALLS, Timed, ruler
+from benchmarks.audit.host import Timed, ruler
 
 SECONDS = 0.5
-# The mean of the ruler's spans over the shortest. With nine busy processes on two cores it was 1.6 to 2.2,
-# and by the thread's CPU time, which leaves out the waiting, 1.07 to 1.11.
+# With nine busy processes on two cores the spread was 1.6 to 2.2. By the thread's CPU time, which leaves
+# out the waiting, it was 1.07 to 1.11.
 MOST_SPREAD = 1.25
 
 
 def spread(timed: Timed | None = None, seconds: float = SECONDS) -> float:
-    """How many times as long as the shortest span the mean is, by the clock on the wall.
+    """The mean of the spans divided by the shortest, by wall time.
 
     Args:
-        timed: what is timed; the ruler's forward if None, which leaves the GPU alone.
+        timed: what is timed; by default the ruler's forward, which runs on the CPU.
         seconds: to spend.
     """
     if timed is None:
@@ -29,7 +29,7 @@ def spread(timed: Timed | None = None, seconds: float = SECONDS) -> float:
         spans = []
         end = time.perf_counter() + seconds
         while (start := time.perf_counter()) < end:
-            for _ in range(CALLS):
+            for _ in range(timed.calls):
                 timed.call()
             spans.append(time.perf_counter() - start)
     finally:
@@ -38,11 +38,11 @@ def spread(timed: Timed | None = None, seconds: float = SECONDS) -> float:
 
 
 def warning(found: float) -> str | None:
-    """What a user is told about a spread, or None."""
+    """The warning for a spread, or None if it is small."""
     if found <= MOST_SPREAD:
         return None
     return (
-        f"warning: the host is busy: calls of torch's batch norm take {found:.2f} times their shortest "
-        f"time on average, the limit is {MOST_SPREAD:.2f}; what the host does will be measured too "
-        "slow, so stop other programs and run it again in a new folder"
+        f"warning: the host is busy: on average, calls of torch's batch norm take {found:.2f} times "
+        f"their shortest time (the limit is {MOST_SPREAD:.2f}), so host times will be too long; stop "
+        "other programs and run it again in a new folder"
     )

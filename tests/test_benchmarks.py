@@ -471,9 +471,9 @@ class TestCommandLine:
         result = runner.invoke(app, ["run", "--minutes", "1", "--out", out, *self.CHOICE])
         assert result.exit_code == 0, result.output
         assert result.stderr == (
-            "warning: the host is busy: calls of torch's batch norm take 1.30 times their shortest time "
-            "on average, the limit is 1.25; what the host does will be measured too slow, so stop "
-            "other programs and run it again in a new folder\n"
+            "warning: the host is busy: on average, calls of torch's batch norm take 1.30 times their "
+            "shortest time (the limit is 1.25), so host times will be too long; stop other programs "
+            "and run it again in a new folder\n"
         )
         monkeypatch.setattr(busy, "spread", lambda: 1.25)
         about, records = load(tmp_path / "run")

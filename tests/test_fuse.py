@@ -1,6 +1,7 @@
 """fuse and explain: which patterns are fused and which not; results equal the stock model's."""
 
 import copy
+import pickle
 import re
 import subprocess
 import sys
@@ -138,6 +139,20 @@ def assert_same_steps(stock, fused, x, grad=True):
         for ours, theirs in zip(*results[::-1], strict=True):
             assert ours.dtype == theirs.dtype
             assert_close(ours, theirs.double(), torch.float64)
+
+
+def test_repr():
+    """A fused model says so; its copies and pickles are unfused, and load without bnres."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    stock, fused = repr(model), bnres.fuse(model)
+    assert repr(fused) == stock.replace("(\n", "(\n  fused by bnres\n", 1)
+    data = pickle.dumps(fused)
+    assert b"bnres" not in data
+    assert repr(copy.deepcopy(fused)) == repr(pickle.loads(data)) == stock
+    again = bnres.fuse(copy.deepcopy(fused), inplace=True)
+    assert repr(again) == repr(fused)
+    assert repr(bnres.unfuse(again, inplace=True)) == stock
+    assert repr(bnres.fuse(model[1])).startswith("BatchNorm2d(fused by bnres, 4, eps=1e-05")
 
 
 @pytest.mark.parametrize("backend", ["aten", "triton-interpreter"])

@@ -112,7 +112,8 @@ def fuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
         inplace: fuse ``model`` itself instead of a copy.
 
     Returns:
-        The fused model. Its class, parameters, keys and hooks are the stock model's. Copies and
+        The fused model; its repr says so. Its class, parameters, keys and hooks are the stock
+        model's. Copies and
         pickles of it are unfused; `torch.export` and `torch.jit.trace` treat it as a stock model.
 
     Raises:
@@ -126,7 +127,21 @@ def fuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
         return (stock if torch.jit.is_tracing() else fused)(*args, **kwargs)
 
     set_compiled_call(model, call)
+    model.extra_repr = _FusedRepr(model)  # type: ignore[method-assign]
     return model
+
+
+class _FusedRepr:
+    """The ``extra_repr`` of a fused model; its copies and pickles have that of their class."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.own = model, model.extra_repr
+
+    def __call__(self) -> str:
+        return ", ".join(filter(None, ("fused by bnres", self.own())))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (self.model, "extra_repr")
 
 
 def unfuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
@@ -145,4 +160,6 @@ def unfuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
         return copy.deepcopy(model)  # copies are unfused
     for module in model.modules():
         set_compiled_call(module, None)
+        if isinstance(module.__dict__.get("extra_repr"), _FusedRepr):
+            del module.extra_repr
     return model
