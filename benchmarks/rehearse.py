@@ -22,7 +22,7 @@ from benchmarks.audit import specialisations
 from benchmarks.cases import OpCase, telling_cases
 from benchmarks.child import Child
 from benchmarks.environment import ROOT
-from benchmarks.report import pictures, readme_section, tables
+from benchmarks.report import pictures, performance_page, tables
 from benchmarks.store import MADE_UP, load
 
 # Tests that convolve in fp32, without those of the same convolutions in larger nets.
@@ -79,7 +79,7 @@ def _draw(folder: Path) -> list[str]:
     if MADE_UP not in text:
         problems.append("the report does not say that its timings are made up")
     try:
-        readme_section.measured(folder, about, records)
+        performance_page.measured(folder, about, records)
         problems.append("README takes timings that are made up")
     except ValueError:
         pass

@@ -27,7 +27,7 @@ from benchmarks.operations import formula, make_inputs
 from benchmarks.profiling import group_of
 from benchmarks.providers import PROVIDERS
 from benchmarks.providers.base import Provider, by_autograd
-from benchmarks.report import comparison, pictures, readme_section, tables
+from benchmarks.report import comparison, pictures, performance_page, tables
 from benchmarks.report.slices import steps_with_groups, subjects
 from benchmarks.store import ResultStore, load
 from bnres import use_backend
@@ -393,18 +393,18 @@ class TestReport:
         assert [c.verdict for c in found.changes] == ["recast"] and not found.regressions
         assert "1 cases of the old run" in comparison.compare((ABOUT, [old]), (ABOUT, [])).table()
 
-    def test_readme_is_drawn_from_the_results(self):
-        text = readme_section.README.read_text(encoding="utf-8")
-        assert readme_section.with_section(text) == text, "run python -m benchmarks report --readme"
+    def test_page_shows_the_committed_results(self):
+        text = performance_page.PAGE.read_text(encoding="utf-8")
+        assert performance_page.with_section(text) == text, "run python -m benchmarks report --page"
         with pytest.raises(ValueError, match="must hold the lines"):
-            readme_section.with_section("no markers")
+            performance_page.with_section("no markers")
 
-    def test_readme_of_a_measured_run(self, tmp_path):
+    def test_page_of_a_measured_run(self, tmp_path):
         for date, median in (("2026-01-01", 9.0), ("2026-02-01", 2.0)):
             folder = tmp_path / "a-gpu" / date
             store = ResultStore(folder, ABOUT)
             store.add(record("stem", "bnres", median))
-        text = readme_section.section(tmp_path)
+        text = performance_page.section(tmp_path)
         assert "| resnet18.stem | 2.0 (60%) |" in text and "a device; torch 2.13" in text
         assert "no measured result" not in text and "9.0" not in text.split("Counted")[0]
 

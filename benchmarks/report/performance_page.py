@@ -1,5 +1,6 @@
-"""README's performance section: from the committed results, or without any from the audits."""
+"""The section of docs/performance.md: from the committed results, or without any from the audits."""
 
+import os
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from benchmarks.sites import RESNET18_SITES
 from benchmarks.store import MADE_UP, Record, load
 from bnres.files import write_text
 
-README = ROOT / "README.md"
+PAGE = ROOT / "docs" / "performance.md"
 RESULTS = Path(__file__).parent.parent / "results"
 BEGIN, END = "<!-- performance: begin -->", "<!-- performance: end -->"
 ITEMSIZE, BATCH = 2, 256
@@ -33,21 +34,21 @@ STEPS = (
 
 
 def write() -> Path:
-    """Puts the section between README's markers; returns README's path.
+    """Puts the section between the page's markers; returns the page's path.
 
     Raises:
-        ValueError: if README lacks the markers.
+        ValueError: if the page lacks the markers.
     """
-    write_text(README, with_section(README.read_text(encoding="utf-8")))
-    return README
+    write_text(PAGE, with_section(PAGE.read_text(encoding="utf-8")))
+    return PAGE
 
 
 def with_section(text: str) -> str:
-    """A README with the section as of today."""
+    """The page with the section as of today."""
     head, begin, rest = text.partition(BEGIN)
     _, end, tail = rest.partition(END)
     if not begin or not end:
-        raise ValueError(f"{README.name} must hold the lines {BEGIN} and {END}")
+        raise ValueError(f"{PAGE.name} must hold the lines {BEGIN} and {END}")
     return f"{head}{BEGIN}\n\n{section()}\n\n{END}{tail}"
 
 
@@ -59,7 +60,7 @@ def section(results: Path = RESULTS) -> str:
 
 
 def _wrapped(parts: Sequence[str]) -> list[str]:
-    """Paragraphs in lines of README's width; tables and titles as they are."""
+    """Paragraphs in lines of the page's width; tables and titles as they are."""
     return [p if p[0] in "|#!" else textwrap.fill(p, WIDTH, break_on_hyphens=False) for p in parts]
 
 
@@ -77,7 +78,7 @@ def measured(folder: Path, about: Record, records: Sequence[Record]) -> str:
         ValueError: if nobody measured it.
     """
     if about["device"] == MADE_UP:
-        raise ValueError(f"{folder} holds {MADE_UP}, and README only takes measured ones")
+        raise ValueError(f"{folder} holds {MADE_UP}, and the page only takes measured ones")
     parts = [tables.environment_line(about)]
     parts += [p for p in tables.nets(records) if not p.startswith("## ")]
     parts += [p for p in tables.memory(records) if not p.startswith("## ")]
@@ -89,7 +90,7 @@ def measured(folder: Path, about: Record, records: Sequence[Record]) -> str:
         parts += [p for p in tables.operations(chosen) if not p.startswith("## ")]
     for name in ("bandwidth", "step"):
         if (folder / f"{name}.png").exists():
-            parts.append(f"![{name}]({(folder / f'{name}.png').relative_to(ROOT)})")
+            parts.append(f"![{name}]({os.path.relpath(folder / f'{name}.png', PAGE.parent)})")
     return "\n\n".join(parts)
 
 
