@@ -118,7 +118,7 @@ def report(
     ] = False,
 ) -> None:
     """Write report.md and its pictures into each folder."""
-    from benchmarks.report import pictures, performance_page, tables
+    from benchmarks.report import performance_page, pictures, tables
     from benchmarks.store import load
 
     if not folders and not page:

@@ -22,7 +22,7 @@ from benchmarks.audit import specialisations
 from benchmarks.cases import OpCase, telling_cases
 from benchmarks.child import Child
 from benchmarks.environment import ROOT
-from benchmarks.report import pictures, performance_page, tables
+from benchmarks.report import performance_page, pictures, tables
 from benchmarks.store import MADE_UP, load
 
 # Tests that convolve in fp32, without those of the same convolutions in larger nets.

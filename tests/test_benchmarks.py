@@ -27,7 +27,7 @@ from benchmarks.operations import formula, make_inputs
 from benchmarks.profiling import group_of
 from benchmarks.providers import PROVIDERS
 from benchmarks.providers.base import Provider, by_autograd
-from benchmarks.report import comparison, pictures, performance_page, tables
+from benchmarks.report import comparison, performance_page, pictures, tables
 from benchmarks.report.slices import steps_with_groups, subjects
 from benchmarks.store import ResultStore, load
 from bnres import use_backend
