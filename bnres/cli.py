@@ -100,6 +100,8 @@ def train(
     from bnres.train.run import fit, prepare
 
     distributed.choose_gpu()
+    if distributed.may_be_restarted() and out is not None and (out / LAST).exists():
+        options, preset, config, out = {"resume": out / LAST}, None, None, None
     asked = make_config(options, preset, config)
     if print_config:
         typer.echo(asked.as_toml(), nl=False)

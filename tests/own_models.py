@@ -1,5 +1,8 @@
 """Factories of models, named on the command line as ``tests.own_models:NAME``."""
 
+import os
+import signal
+
 import torch
 from torch import nn
 
@@ -47,6 +50,22 @@ def deep(depth: int) -> nn.Module:
 
 def frozen(num_classes: int) -> nn.Module:
     return Net(num_classes, 1).requires_grad_(False)
+
+
+class Dies(Net):
+    """Kills its process, the second of a run, in the first batch of the second epoch."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(num_classes, 1)
+        self.batches = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training and torch.is_grad_enabled():
+            self.batches += 1
+            first = os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+            if first and self.batches == int(os.environ["DIES_AT"]):
+                os.kill(os.getpid(), signal.SIGKILL)
+        return super().forward(x)
 
 
 def text() -> str:

@@ -75,6 +75,14 @@ def choose_gpu() -> None:
         torch.cuda.set_device(rank)
 
 
+def may_be_restarted() -> bool:
+    """Whether ``torchrun --max-restarts`` starts the processes again after one of them has died.
+
+    Its counter of restarts does not tell: each machine counts only those that it caused.
+    """
+    return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0
+
+
 def join(device: str) -> tuple[World, str]:
     """The world that ``torchrun`` has set up, and this process's device.
 

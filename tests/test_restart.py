@@ -1,0 +1,49 @@
+"""A process of a run dies: the others end, and torchrun's restart continues from the checkpoint."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from bnres.train.checkpoint import read_checkpoint
+
+ROOT = Path(__file__).parent.parent
+BATCHES = 5  # of an epoch: scikit-learn's digits have 1,437 training images
+
+
+def train(out, *options, dies_at):
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    return subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+         *options, "-m", "bnres.cli", "train", "--dataset", "digits", "--no-fused",
+         "--model", "tests.own_models:Dies", "--epochs", "3", "--batch-size", "256",
+         "--device", "cpu", "--checkpoint-steps", "2", "--out", str(out)],
+        cwd=ROOT, env=environment | {
+            "OMP_NUM_THREADS": "1", "DIES_AT": str(dies_at),
+            # Without it a restarted process reads addresses of the first start (pytorch 135712).
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+        },
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_run_of_which_a_process_is_killed(tmp_path):
+    whole = train(tmp_path / "whole", dies_at=-1)
+    assert whole.returncode == 0, whole.stderr
+    # It dies in the fourth batch of the second epoch, two steps after that epoch's checkpoint.
+    start = time.monotonic()
+    killed = train(tmp_path / "killed", dies_at=BATCHES + 4)
+    assert killed.returncode != 0 and time.monotonic() - start < 120
+    restarted = train(tmp_path / "restarted", "--max-restarts", "1", dies_at=BATCHES + 4)
+    assert restarted.returncode == 0, restarted.stderr
+    expected, found = (read_checkpoint(tmp_path / n / "last.pt") for n in ("whole", "restarted"))
+    assert found["epoch"] == 3 and len(found["history"]) == 3
+    for key, value in expected["model"].items():
+        assert torch.equal(value, found["model"][key]), key
+    stopped = read_checkpoint(tmp_path / "killed" / "last.pt")
+    assert (stopped["epoch"], stopped["batch"]) == (1, 2)
