@@ -86,7 +86,7 @@ def dies_in(node: fx.Node, user: fx.Node) -> bool:
 
 
 def module_name(node: fx.Node) -> str:
-    """The name, as in `named_modules`, of the module whose forward made a node."""
+    """The name, as in `torch.nn.Module.named_modules`, of the module whose forward made a node."""
     stack = list((node.meta.get("nn_module_stack") or {}).values())
     return re.sub(r"^L\['\w+'\](\.__self__)?\.?", "", stack[-1][0]) if stack else node.name
 

@@ -16,7 +16,7 @@ from bnres.operations.batch_norm_act_max_pool import (
 
 
 class _FusedForward(Norm):
-    """The forward of torch's `_BatchNorm`, with a residual and an activation in one operation.
+    """The forward of `torch.nn.modules.batchnorm._BatchNorm`, with a residual and an activation in one operation.
 
     The mode, momentum and eps are read at each call.
     """
