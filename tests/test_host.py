@@ -56,7 +56,7 @@ def test_a_ratio_over_its_limit_is_an_error():
     result = run_compiled("-c", COMMAND.format('host.LIMITS["BN+ReLU"]["forward"] = 0.01'))
     assert result.returncode == 1
     assert re.fullmatch(
-        r"error: BN\+ReLU, forward: the ratio [\d.]+ is over its limit 0\.01\n", result.stderr
+        r"error: BN\+ReLU, forward: the ratio [\d.]+ exceeds its limit 0\.01\n", result.stderr
     )
 
 

@@ -1,1 +1,1 @@
-"""Tables and pictures of results; everything they say is read from the results' files."""
+"""Tables and pictures of results, which only contain what the files of results contain."""
