@@ -51,6 +51,17 @@ PACKAGES = (
     "train",
 )
 
+# What the samples of docs/recipes.md need.
+RECIPES = [
+    "accelerate>=1.1",
+    "lightning>=2.4",
+    "segmentation-models-pytorch>=0.4",
+    "timm>=1.0",
+    "transformers>=4.50",
+    "ultralytics>=8.3",
+]
+DOCS = ["mkdocs-material>=9.5", "mkdocstrings-python>=1.12"]
+
 setup(
     name="bnres",
     version="0.1.0",
@@ -85,6 +96,8 @@ setup(
         "tensorboard": ["tensorboard>=2.15"],
         "bench": BENCH,
         "test": TEST,
+        "docs": DOCS,
+        "recipes": RECIPES,
         "dev": [*TEST, *BENCH, "ruff>=0.17", "mypy>=2.0"],
     },
 )

@@ -123,24 +123,24 @@ def run(
 @app.command()
 def report(
     folders: Annotated[list[Path] | None, typer.Argument(help="Folders of results.")] = None,
-    readme: Annotated[
-        bool, typer.Option(help="Write README's section on performance from the committed results.")
+    page: Annotated[
+        bool, typer.Option(help="Write docs/performance.md from the committed results.")
     ] = False,
 ) -> None:
     """Write report.md and its pictures into each folder of results."""
-    from benchmarks.report import pictures, readme_section, tables
+    from benchmarks.report import performance_page, pictures, tables
     from benchmarks.store import load
 
-    if not folders and not readme:
-        raise ValueError("folders must name at least one folder unless --readme is given, got none")
+    if not folders and not page:
+        raise ValueError("folders must name at least one folder unless --page is given, got none")
     for folder in folders or []:
         about, records = load(folder)
         drawn = pictures.draw(folder, about, records)
         text = tables.report(about, records, drawn)
         write_text(folder / "report.md", text)
         typer.echo(folder / "report.md")
-    if readme:
-        typer.echo(readme_section.write())
+    if page:
+        typer.echo(performance_page.write())
 
 
 @app.command()

@@ -69,7 +69,8 @@ def _timm() -> Iterator[Model]:
 
     for name in (
         "efficientnet_b0", "efficientnetv2_rw_t", "mobilenetv4_conv_small", "regnety_008",
-        "darknet53", "cspresnet50", "resnet50d", "seresnet50", "skresnet18", "resnest14d", "res2net50_26w_4s",
+        "darknet53", "cspresnet50", "resnet50d", "seresnet50", "skresnet18", "resnest14d",
+        "res2net50_26w_4s",
         "hrnet_w18_small", "rexnet_100", "ghostnet_100", "dla34", "convmixer_768_32", "levit_128s",
         "repvgg_a0", "repvit_m0_9", "mobileone_s0", "fastvit_t8", "ese_vovnet19b_dw", "selecsls42",
         "xception41", "dpn48b", "tresnet_m", "starnet_s1", "mobilevit_xxs",

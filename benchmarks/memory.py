@@ -26,7 +26,11 @@ def measure(work: Work, device: torch.device) -> dict[str, int]:
 
 
 def allocated(call: Callable[[], object], device: torch.device) -> Grown:
-    """Returns the growth of allocated bytes after ``call``, while its result is alive, and its peak."""
+    """Returns by how many bytes the allocated memory grows during ``call``.
+
+    Returns:
+        The growth when ``call`` has returned and its result is alive, and the greatest growth.
+    """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)

@@ -1,4 +1,4 @@
-"""Defines the inputs of the operations that are timed, and their reference in torch's operations."""
+"""Defines the inputs of the operations that are timed, and their reference in torch."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace

@@ -22,7 +22,7 @@ from benchmarks.audit import specialisations
 from benchmarks.cases import OpCase, telling_cases
 from benchmarks.child import Child
 from benchmarks.environment import ROOT
-from benchmarks.report import pictures, readme_section, tables
+from benchmarks.report import performance_page, pictures, tables
 from benchmarks.store import MADE_UP, load
 
 # Tests with convolutions in fp32, except those that repeat these convolutions in larger nets.
@@ -49,7 +49,7 @@ def survived() -> Outcome:
     """Checks that a campaign continues after cases that raise, hang, abort, exit or lack memory.
 
     Also checks that the report of its made-up timings says that they are made up, and that they
-    can't be written into README.
+    can't be written into docs/performance.md.
     """
     telling = telling_cases()
     first = next(case for case in telling if isinstance(case, OpCase))
@@ -84,8 +84,8 @@ def _draw(folder: Path) -> list[str]:
     if MADE_UP not in text:
         problems.append("the report does not say that its timings are made up")
     try:
-        readme_section.measured(folder, about, records)
-        problems.append("README accepts timings that are made up")
+        performance_page.measured(folder, about, records)
+        problems.append("docs/performance.md accepts timings that are made up")
     except ValueError:
         pass
     return problems

@@ -27,7 +27,7 @@ from benchmarks.operations import formula, make_inputs
 from benchmarks.profiling import group_of
 from benchmarks.providers import PROVIDERS
 from benchmarks.providers.base import Provider, by_autograd
-from benchmarks.report import comparison, pictures, readme_section, tables
+from benchmarks.report import comparison, performance_page, pictures, tables
 from benchmarks.report.slices import steps_with_groups, subjects
 from benchmarks.store import ResultStore, load
 from bnres import use_backend
@@ -195,7 +195,7 @@ def test_other_dtype_or_layout_is_refused(monkeypatch, wrong):
         return (y.double() if wrong == "dtype" else y.contiguous(),)
 
     case = provide(monkeypatch, wrong, function)
-    with pytest.raises(WrongResult, match=r"is of torch.float64|is not channels_last"):
+    with pytest.raises(WrongResult, match=r"has dtype torch.float64|is not channels_last"):
         measure.measure(case, CPU, CEILINGS)
 
 
@@ -393,18 +393,18 @@ class TestReport:
         assert [c.verdict for c in found.changes] == ["recast"] and not found.regressions
         assert "1 cases of the old run" in comparison.compare((ABOUT, [old]), (ABOUT, [])).table()
 
-    def test_readme_is_drawn_from_the_results(self):
-        text = readme_section.README.read_text(encoding="utf-8")
-        assert readme_section.with_section(text) == text, "run python -m benchmarks report --readme"
-        with pytest.raises(ValueError, match="must hold the lines"):
-            readme_section.with_section("no markers")
+    def test_page_shows_the_committed_results(self):
+        text = performance_page.PAGE.read_text(encoding="utf-8")
+        assert performance_page.with_section(text) == text, "run python -m benchmarks report --page"
+        with pytest.raises(ValueError, match="must contain the lines"):
+            performance_page.with_section("no markers")
 
-    def test_readme_of_a_measured_run(self, tmp_path):
+    def test_page_of_a_measured_run(self, tmp_path):
         for date, median in (("2026-01-01", 9.0), ("2026-02-01", 2.0)):
             folder = tmp_path / "a-gpu" / date
             store = ResultStore(folder, ABOUT)
             store.add(record("stem", "bnres", median))
-        text = readme_section.section(tmp_path)
+        text = performance_page.section(tmp_path)
         assert "| resnet18.stem | 2.0 (60%) |" in text and "a device; torch 2.13" in text
         assert "no measured result" not in text and "9.0" not in text.split("Counted")[0]
 
@@ -457,7 +457,7 @@ class TestBudget:
             "bn eval x: 2.1000 S in sectors, budget 2.0000",
             "moved in a step, fused: 901 bytes, budget 900",
             "held for backward, fused: 101 bytes, budget 100",
-            "launches of a step, fused: 161, budget 160",
+            "launches in a step, fused: 161, budget 160",
         ]
 
 
@@ -471,9 +471,9 @@ class TestCommandLine:
         result = runner.invoke(app, ["run", "--minutes", "1", "--out", out, *self.CHOICE])
         assert result.exit_code == 0, result.output
         assert result.stderr == (
-            "warning: the host is busy: on average, calls of torch's batch norm take 1.30 times their "
-            "shortest time (the limit is 1.25), so host times will be too long; stop other programs "
-            "and run it again in a new folder\n"
+            "warning: the host is busy: on average, calls of torch's batch norm take 1.30 times "
+            "their shortest time (the limit is 1.25), so host times will be too long; stop other "
+            "programs and run this command again with a new folder\n"
         )
         monkeypatch.setattr(busy, "spread", lambda: 1.25)
         about, records = load(tmp_path / "run")
@@ -497,17 +497,17 @@ class TestCommandLine:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            (["run", "--providers", "eagre"], "providers must be of bnres, eager"),
-            (["run", "--dtype", "fp8"], "dtype must be of bf16, fp16, fp32, got 'fp8'"),
-            (["run", "--sites", "resnet19"], "no case has all of"),
-            (["report"], "folders: name at least one"),
-            (["report", "/nowhere"], "/nowhere is no folder of results"),
-            (["audit", "--gpu", "sm_70"], "gpu must be of sm_90"),
+            (["run", "--providers", "eagre"], "providers must be one of bnres, eager"),
+            (["run", "--dtype", "fp8"], "dtype must be one of bf16, fp16, fp32, got 'fp8'"),
+            (["run", "--sites", "resnet19"], "no case matches suite, sites"),
+            (["report"], "folders must name at least one folder"),
+            (["report", "/nowhere"], "/nowhere is not a folder of results"),
+            (["audit", "--gpu", "sm_70"], "gpu must be one of sm_90"),
             pytest.param(
                 ["host"], "unset TRITON_INTERPRET",
                 marks=pytest.mark.skipif(DEVICE == "cuda", reason="there is no interpreter then"),
             ),
-            (["profile", "--net", "vgg"], "net must be of resnet18, resnet50, got 'vgg'"),
+            (["profile", "--net", "vgg"], "net must be one of resnet18, resnet50, got 'vgg'"),
         ],
     )  # fmt: skip
     def test_bad_input(self, arguments, message):

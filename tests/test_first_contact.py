@@ -94,7 +94,7 @@ def test_a_stage_can_be_run_again(tmp_path):
     run(tmp_path, stage)
     assert run(tmp_path, stage, again=["prints"])[0] == 0
     assert statuses(tmp_path) == [("prints", "done"), ("prints", "again"), ("prints", "done")]
-    with pytest.raises(ValueError, match="again must be of prints, got 'x'"):
+    with pytest.raises(ValueError, match="again must be one of prints, got 'x'"):
         run(tmp_path, stage, again=["x"])
 
 

@@ -1,4 +1,4 @@
-"""Training a module from a program, and README's samples of code."""
+"""Training a module from a program."""
 
 import re
 from pathlib import Path
@@ -14,24 +14,12 @@ from bnres.train import TrainConfig, train_model
 from tests.own_models import Net
 from tests.test_own_models import dataset
 
-README = Path(__file__).parent.parent / "README.md"
-SAMPLES = re.findall(r"^```python\n(.*?)^```", README.read_text(encoding="utf-8"), re.M | re.S)
-
 
 @pytest.fixture(autouse=True)
 def aten():
     """The subject here is training: the kernels have their own tests."""
     with use_backend("aten"):
         yield
-
-
-@pytest.mark.parametrize("sample", SAMPLES, ids=lambda text: text.split("\n\n")[0][-30:])
-def test_readmes_samples_run(sample):
-    exec(compile(sample, str(README), "exec"), {})
-
-
-def test_readme_has_the_samples():
-    assert len(SAMPLES) == 3
 
 
 def config(**options):
@@ -83,7 +71,7 @@ def test_wrong_arguments():
         train_model(model, dataset(), config())
     assert model._compiled_call_impl is None  # stock again
     with pytest.raises(ValueError, match=r"^resume: only bnres train has it, not train_model$"):
-        train_model(net(), dataset(), config(resume=README))
+        train_model(net(), dataset(), config(resume=Path(__file__)))
 
 
 @pytest.mark.parametrize(

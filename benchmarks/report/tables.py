@@ -18,13 +18,13 @@ DIRECTION_TITLES = {
     "eval": "forward (evaluation)",
 }
 LEGEND = (
-    "Medians in microseconds. In brackets: the shortest possible time as a share of the median. The "
-    "shortest possible time is that of the fused operation's fewest bytes at the measured bandwidth "
-    "of a copy (for a convolution, the longer of this and the time of its FLOPs at the measured "
-    "speed of a matrix product). It assumes that nothing stays in the L2 cache, so small sites can "
-    "exceed 100%. The last columns: how many times as fast as torch's own layers (eager) and as "
-    "torch.compile bnres is, and how long a call of bnres occupies the host, which a CUDA graph or a "
-    "full queue hides."
+    "Medians in microseconds. In brackets: the shortest possible time as a share of the median. "
+    "The shortest possible time is that of the fused operation's fewest bytes at the measured "
+    "bandwidth of a copy (for a convolution, the longer of this and the time of its FLOPs at the "
+    "measured speed of a matrix product). It assumes that nothing stays in the L2 cache, so small "
+    "sites can exceed 100%. The last columns: how many times as fast as torch's own layers (eager) "
+    "and as torch.compile bnres is, and how long a call of bnres occupies the host, which a CUDA "
+    "graph or a full queue hides."
 )
 
 IDLE_NOTE = (

@@ -69,17 +69,7 @@ class BatchNorm3d(_FusedForward, nn.BatchNorm3d):
 
 
 class _BatchNormAct(_FusedForward):
-    """Batch norm, an optional residual and an activation in one operation.
-
-    ``forward(input, residual=None)`` is act(bn(input) + residual). With ``residual_norm``, another
-    batch norm module, it is act(bn(input) + residual_norm(residual)); with ``fork`` the result
-    comes as two tensors, see `bnres.functional.batch_norm_act`. The arguments are those of
-    timm's `BatchNormAct2d` without its inplace and drop_layer; ``act_layer`` is a name, a torch class,
-    or None for no activation.
-
-    Raises:
-        ValueError: for an unknown activation or option.
-    """
+    """What the modules for 1, 2 and 3 dimensions share; see `BatchNormAct2d`."""
 
     def __init__(
         self,
@@ -106,15 +96,25 @@ class _BatchNormAct(_FusedForward):
 
 
 class BatchNormAct1d(_BatchNormAct, nn.BatchNorm1d):
-    __doc__ = _BatchNormAct.__doc__
+    """`BatchNormAct2d` for inputs (N, C) or (N, C, L)."""
 
 
 class BatchNormAct2d(_BatchNormAct, nn.BatchNorm2d):
-    __doc__ = _BatchNormAct.__doc__
+    """Batch norm, an optional residual and an activation in one operation.
+
+    ``forward(input, residual=None)`` is act(bn(input) + residual). With ``residual_norm``, another
+    batch norm module, it is act(bn(input) + residual_norm(residual)); with ``fork`` the result
+    comes as two tensors, see `bnres.functional.batch_norm_act`. The arguments are those of
+    timm's `BatchNormAct2d` without its inplace and drop_layer; ``act_layer`` is a name, a torch class,
+    or None for no activation.
+
+    Raises:
+        ValueError: for an unknown activation or option.
+    """
 
 
 class BatchNormAct3d(_BatchNormAct, nn.BatchNorm3d):
-    __doc__ = _BatchNormAct.__doc__
+    """`BatchNormAct2d` for inputs (N, C, D, H, W)."""
 
 
 class BatchNormActMaxPool2d(BatchNormAct2d):

@@ -131,8 +131,8 @@ def conv2d_batch_norm_act(
         (N, K, OH, OW); with ``fork`` two of them.
 
     Raises:
-        ValueError: for an input that is not 4-D.
-        As `torch.nn.functional.conv2d` and `batch_norm_act` otherwise.
+        ValueError: for an input that is not 4-D, and as `batch_norm_act`.
+        RuntimeError: as `torch.nn.functional.conv2d` and `batch_norm_act`.
     """
     if input.dim() != 4:
         raise ValueError(f"expected 4D input (got {input.dim()}D input)")

@@ -1,5 +1,6 @@
-"""Writes README's section on performance, from the committed results if any, and the audits."""
+"""Writes the section of docs/performance.md from the committed results, if any, and the audits."""
 
+import os
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from benchmarks.sites import RESNET18_SITES
 from benchmarks.store import MADE_UP, Record, load
 from bnres.files import write_text
 
-README = ROOT / "README.md"
+PAGE = ROOT / "docs" / "performance.md"
 RESULTS = Path(__file__).parent.parent / "results"
 BEGIN, END = "<!-- performance: begin -->", "<!-- performance: end -->"
 ITEMSIZE, BATCH = 2, 256
@@ -34,17 +35,17 @@ STEPS = (
 
 
 def write() -> Path:
-    """Writes the section between README's markers; returns README's path.
+    """Writes the section between the page's markers; returns the page's path.
 
     Raises:
-        ValueError: if README lacks the markers.
+        ValueError: if the page lacks the markers.
     """
-    write_text(README, with_section(README.read_text(encoding="utf-8")))
-    return README
+    write_text(PAGE, with_section(PAGE.read_text(encoding="utf-8")))
+    return PAGE
 
 
 def with_section(text: str) -> str:
-    """Returns a README's text with the current section between its markers.
+    """Returns the page's text with the current section between its markers.
 
     Raises:
         ValueError: if the text lacks the markers.
@@ -52,7 +53,7 @@ def with_section(text: str) -> str:
     head, begin, rest = text.partition(BEGIN)
     _, end, tail = rest.partition(END)
     if not begin or not end:
-        raise ValueError(f"{README.name} must contain the lines {BEGIN} and {END}")
+        raise ValueError(f"{PAGE.name} must contain the lines {BEGIN} and {END}")
     return f"{head}{BEGIN}\n\n{section()}\n\n{END}{tail}"
 
 
@@ -64,7 +65,7 @@ def section(results: Path = RESULTS) -> str:
 
 
 def _wrapped(parts: Sequence[str]) -> list[str]:
-    """Wraps paragraphs at README's width, and leaves tables, titles and pictures as they are."""
+    """Wraps paragraphs at the page's width; leaves tables, titles and pictures as they are."""
     return [p if p[0] in "|#!" else textwrap.fill(p, WIDTH, break_on_hyphens=False) for p in parts]
 
 
@@ -94,12 +95,12 @@ def measured(folder: Path, about: Record, records: Sequence[Record]) -> str:
         parts += [p for p in tables.operations(chosen) if not p.startswith("## ")]
     for name in ("bandwidth", "step"):
         if (folder / f"{name}.png").exists():
-            parts.append(f"![{name}]({(folder / f'{name}.png').relative_to(ROOT)})")
+            parts.append(f"![{name}]({os.path.relpath(folder / f'{name}.png', PAGE.parent)})")
     return "\n\n".join(parts)
 
 
 def unmeasured() -> str:
-    """Formats derived times, for a README without measured results."""
+    """Formats derived times, for a page without measured results."""
     rows = []
     for site in RESNET18_SITES:
         if site.operation == "bn":
