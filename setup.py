@@ -82,9 +82,9 @@ setup(
     ],
     python_requires=">=3.11",
     packages=["bnres", *(f"bnres.{p}" for p in PACKAGES)],
-    # Makes an editable install add a path entry. Otherwise it would add an import finder, which comes
-    # after the folders on sys.path: in the parent folder of a clone named bnres, `import bnres` would
-    # then find the clone as a namespace package.
+    # Makes an editable install add a path entry. Otherwise it would add an import finder, which
+    # comes after the folders on sys.path: in the parent folder of a clone named bnres, `import
+    # bnres` would then find the clone as a namespace package.
     package_dir={"": "."},
     package_data={"bnres": ["py.typed"]},
     entry_points={
