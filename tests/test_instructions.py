@@ -71,14 +71,14 @@ module {
     %cst = arith.constant dense<0.0> : tensor<128xf32>
     %c512_i32 = arith.constant 512 : i32
     %0 = tt.get_program_id y : i32 loc(#loc2)
-    %start = arith.muli %0, %rows : i32
-    %1 = arith.addi %start, %rows overflow<nsw> : i32
+    %low = arith.muli %0, %rows : i32
+    %1 = arith.addi %low, %rows overflow<nsw> : i32
     %stop = arith.minsi %1, %count : i32
-    %2 = arith.subi %stop, %start : i32
+    %2 = arith.subi %stop, %low : i32
     %3 = arith.divsi %2, %c512_i32 : i32
     %4 = arith.muli %3, %c512_i32 : i32
-    %full = arith.addi %start, %4 : i32
-    %sum.1_4 = scf.for %row.2_1 = %start to %full step %c512_i32 iter_args(%s = %cst) -> (f32) : i32 {
+    %full = arith.addi %low, %4 : i32
+    %sum.1_4 = scf.for %row.2_1 = %low to %full step %c512_i32 iter_args(%s = %cst) -> (f32) : i32 {
       %5 = "tt.reduce"(%s) <{axis = 0 : i32}> ({
       }) : (tensor<128xf32>) -> f32
       %inner = scf.for %i = %c0_i32 to %rows step %c128_i32 iter_args(%t = %5) -> (f32) : i32 {
