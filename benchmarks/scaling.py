@@ -1,0 +1,285 @@
+"""A model of data-parallel training on many GPUs, with and without synchronised batch norm.
+
+The time of a step is that of one GPU plus the communication that backward does not hide. The time of
+a collective is NCCL's own cost model, latency per step plus bytes over bandwidth, with its constants
+(src/graph/tuning.cc at 01afd20). Nothing here is measured on GPUs. `measure` compares the same form
+with gloo on this machine's CPU.
+"""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+
+from bnres import models
+
+# Seconds of a step of 256 images on one GPU, and where they come from.
+STEPS = {
+    "resnet18": (6.75e-3, "derived for an H200"),
+    "resnet50": (256 / 7160, "published for an H100, MLPerf v4.0"),
+}
+BACKWARD = 2 / 3  # of a step
+FIRST_BUCKET, BUCKET = 1 << 20, 25 << 20  # bytes; DistributedDataParallel's defaults
+GPUS = (8, 16, 32, 64, 128, 256, 512, 1024)
+STATISTICS = 4  # bytes; the packed sums are fp32
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """A way in which NCCL sends, in seconds and bytes per second.
+
+    Attributes:
+        base: of a collective.
+        local, remote: of a step over NVLink, and of one over the network.
+        share: of the bandwidth that data has.
+    """
+
+    base: float
+    local: float
+    remote: float
+    share: float
+
+
+RING = (Protocol(3.6e-6, 0.47e-6, 2.7e-6, 1 / 4), Protocol(8.4e-6, 3.4e-6, 9.6e-6, 1.0))
+TREE = (Protocol(4.4e-6, 0.52e-6, 5.0e-6, 0.9 / 3.8), Protocol(0.0, 28e-6, 50e-6, 0.9))
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Nodes of GPUs.
+
+    Attributes:
+        gpus: of a node.
+        nvlink: bytes per second that a GPU sends to its node; an H100 has 450 GB/s in each direction
+            (NVIDIA's data sheet of the H100).
+        network: bytes per second that a node sends; eight InfiniBand NDR adapters have 50 GB/s each
+            (NVIDIA's data sheet of the ConnectX-7).
+    """
+
+    gpus: int = 8
+    nvlink: float = 450e9
+    network: float = 400e9
+
+    def nodes(self, gpus: int) -> int:
+        return max(gpus // self.gpus, 1)
+
+    def bandwidth(self, gpus: int) -> float:
+        """Bytes per second on the slowest link of a ring."""
+        return self.nvlink if gpus <= self.gpus else min(self.nvlink, self.network)
+
+    def all_reduce(self, size: int, gpus: int) -> float:
+        """Seconds to sum ``size`` bytes over GPUs, by the faster algorithm and protocol."""
+        nodes, local = self.nodes(gpus), min(gpus, self.gpus)
+        rate = self.bandwidth(gpus)
+        rings = (
+            p.base + 2 * ((gpus - nodes) * p.local + (nodes - 1) * p.remote)
+            + 2 * (gpus - 1) / gpus * size / (rate * p.share)
+            for p in RING
+        )  # fmt: skip
+        trees = (
+            p.base + 2 * ((local - 1) * p.local + math.log2(nodes) * p.remote)
+            + 2 * size / (rate * p.share)
+            for p in TREE
+        )  # fmt: skip
+        return min(*rings, *trees)
+
+    def all_gather(self, size: int, gpus: int) -> float:
+        """Seconds to give every GPU the ``size`` bytes of each; NCCL has only a ring for this."""
+        nodes = self.nodes(gpus)
+        return min(
+            p.base + (gpus - nodes) * p.local + (nodes - 1) * p.remote
+            + (gpus - 1) * size / (self.bandwidth(gpus) * p.share)
+            for p in RING
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What a net's step communicates.
+
+    Attributes:
+        gradients: bytes of all parameters' fp32 gradients.
+        sites: channels of each batch norm; the two of a down-sampling block are one site.
+    """
+
+    gradients: int
+    sites: tuple[int, ...]
+
+    @property
+    def forward(self) -> list[int]:
+        """Bytes of a process for each site: count, and mean and squares of each channel."""
+        return [STATISTICS * (1 + 2 * channels) for channels in self.sites]
+
+    @property
+    def backward(self) -> list[int]:
+        """Bytes of a process for each site: two sums of each channel."""
+        return [STATISTICS * 2 * channels for channels in self.sites]
+
+
+def traffic(net: str) -> Traffic:
+    """What a net of `bnres.models` communicates."""
+    with torch.device("meta"):
+        model = models.create_model(net, fused=False)
+    sites: list[int] = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.BatchNorm2d):
+            if "downsample" in name:
+                sites[-1] += module.num_features
+            else:
+                sites.append(module.num_features)
+    return Traffic(sum(p.numel() for p in model.parameters()) * 4, tuple(sites))
+
+
+def exposed(gradients: int, backward: float, reduce: Callable[[int], float]) -> float:
+    """Seconds of the gradients' collectives after backward has ended.
+
+    A bucket is sent when backward has made its share of the gradients, after the bucket before it.
+    """
+    end, done = 0.0, 0
+    while done < gradients:
+        size = min(BUCKET if done else FIRST_BUCKET, gradients - done)
+        done += size
+        end = max(end, backward * done / gradients) + reduce(size)
+    return max(end - backward, 0.0)
+
+
+def step(net: str, gpus: int, cluster: Cluster, sync: str = "") -> float:
+    """Seconds of a training step of 256 images for each GPU.
+
+    Args:
+        net: a key of ``STEPS``.
+        gpus: how many.
+        cluster: of which they are part.
+        sync: the collective of synchronised batch norm in forward, ``"all_gather"`` or
+            ``"all_reduce"``; empty for none. Backward's sums are always reduced.
+    """
+    found, (one, _) = traffic(net), STEPS[net]
+    total = one + exposed(
+        found.gradients, BACKWARD * one, lambda size: cluster.all_reduce(size, gpus)
+    )
+    if sync:
+        gather = getattr(cluster, sync)
+        total += sum(gather(size, gpus) for size in found.forward)
+        total += sum(cluster.all_reduce(size, gpus) for size in found.backward)
+    return total
+
+
+def efficiency(net: str, gpus: int, cluster: Cluster, sync: str = "") -> float:
+    """Images per second of each GPU, relative to one GPU."""
+    return STEPS[net][0] / step(net, gpus, cluster, sync)
+
+
+KINDS = {
+    "": "local batch norm",
+    "all_reduce": "synchronised, all-reduce",
+    "all_gather": "synchronised, all-gather",
+}
+
+
+def table(cluster: Cluster = Cluster()) -> str:
+    """The model's efficiency in Markdown, called a model."""
+    lines = []
+    for net, (seconds, source) in STEPS.items():
+        found = traffic(net)
+        lines += [
+            f"{net}: {found.gradients / 1e6:,.1f} MB of gradients, {len(found.sites)} sites of batch "
+            f"norm with {sum(found.forward) / 1e3:,.1f} kB forward and "
+            f"{sum(found.backward) / 1e3:,.1f} kB backward; a step of 256 images on one GPU takes "
+            f"{seconds * 1e3:.2f} ms ({source}). Modelled efficiency:",
+            "",
+            "| GPUs | " + " | ".join(KINDS.values()) + " |",
+            "|---:" * (1 + len(KINDS)) + "|",
+        ]
+        for gpus in GPUS:
+            cells = [f"{efficiency(net, gpus, cluster, kind):.1%}" for kind in KINDS]
+            lines.append(f"| {gpus} | {' | '.join(cells)} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def draw(path: Path, cluster: Cluster = Cluster()) -> None:
+    """Draws the model's efficiency over the number of GPUs."""
+    from benchmarks.report import style
+
+    figure, (axes,) = style.new_figure(7, 4)
+    colors = {"": "#999999", "all_reduce": "#0072B2", "all_gather": "#D55E00"}
+    for net, line in zip(STEPS, ("-", "--"), strict=True):
+        for kind, title in KINDS.items():
+            values = [efficiency(net, gpus, cluster, kind) for gpus in GPUS]
+            axes.plot(GPUS, values, line, color=colors[kind], marker="o", label=f"{net}, {title}")
+    axes.set_xscale("log", base=2)
+    axes.set(xlabel="GPUs", ylabel="modelled efficiency", ylim=(0, 1.05))
+    axes.set_xticks(GPUS, map(str, GPUS))
+    axes.legend(fontsize=8)
+    style.save(figure, path)
+
+
+# A measurement: of gloo, on the CPU.
+SIZES = (1 << 12, 1 << 16, 1 << 20, 1 << 24)
+REPEATS = 30
+
+
+def _time_all_reduce(rank: int, world: int, port: int, found: "mp.Queue[list[float]]") -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world
+    )
+    medians = []
+    for size in SIZES:
+        value = torch.zeros(size // 4)
+        seconds = []
+        for _ in range(REPEATS):
+            dist.barrier()
+            start = time.perf_counter()
+            dist.all_reduce(value)
+            seconds.append(time.perf_counter() - start)
+        medians.append(sorted(seconds)[REPEATS // 2])
+    if rank == 0:
+        found.put(medians)
+    dist.destroy_process_group()
+
+
+def measure(world: int) -> list[float]:
+    """Median seconds of gloo's all-reduce in ``world`` processes on this machine, for ``SIZES``."""
+    import socket
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    found: mp.Queue[list[float]] = mp.get_context("spawn").Queue()
+    mp.spawn(_time_all_reduce, (world, port, found), nprocs=world)
+    return found.get()
+
+
+def fit(medians: Sequence[float], world: int) -> tuple[float, float]:
+    """Seconds per step and bytes per second of a ring, from the smallest and the largest size."""
+    steps, moved = 2 * (world - 1), 2 * (world - 1) / world
+    rate = moved * (SIZES[-1] - SIZES[0]) / (medians[-1] - medians[0])
+    return (medians[0] - moved * SIZES[0] / rate) / steps, rate
+
+
+def ring(size: int, world: int, latency: float, rate: float) -> float:
+    """Seconds of a ring's all-reduce."""
+    return 2 * (world - 1) * latency + 2 * (world - 1) / world * size / rate
+
+
+def gloo_table() -> str:
+    """Gloo's all-reduce on this CPU, measured and predicted from two sizes in two processes."""
+    measured = {world: measure(world) for world in (2, 4)}
+    latency, rate = fit(measured[2], 2)
+    lines = ["| processes | bytes | measured, µs | predicted, µs | |", "|---:|---:|---:|---:|---|"]
+    for world, medians in measured.items():
+        for size, seconds in zip(SIZES, medians, strict=True):
+            fitted = world == 2 and size in (SIZES[0], SIZES[-1])
+            predicted = ring(size, world, latency, rate)
+            lines.append(
+                f"| {world} | {size:,} | {seconds * 1e6:,.0f} | {predicted * 1e6:,.0f} | "
+                f"{'fitted' if fitted else f'{predicted / seconds:.2f} of measured'} |"
+            )
+    return "\n".join(lines)
