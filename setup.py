@@ -51,7 +51,7 @@ PACKAGES = (
     "train",
 )
 
-# What the samples of docs/recipes.md need.
+# Packages that the samples of docs/recipes.md need.
 RECIPES = [
     "accelerate>=1.1",
     "lightning>=2.4",

@@ -66,7 +66,7 @@ def open_store(
     about = ask(functions.describe)
     if not (folder / ENVIRONMENT).exists():
         about["ceilings"] = ask(functions.measure_ceilings)
-        about["clocks"] = environment.clocks()  # right after work, not of an idle GPU
+        about["clocks"] = environment.clocks()  # the GPU is not idle at this point
     return ResultStore(folder, about)
 
 
@@ -168,9 +168,9 @@ def describe(record: Record) -> str:
 
 
 def left_out(cases: Sequence[Case], store: ResultStore, costs: cost.Costs) -> str:
-    """Lists the cases without a result by suite and site, with their times and a ``--minutes``.
+    """Lists the cases without a result by suite and net, with their estimated time.
 
-    The ``--minutes`` is what the largest remaining group needs.
+    The last line says which ``--minutes`` the largest of their groups needs.
     """
     missing = [case for case in cases if case.id not in store.records]
     if not missing:

@@ -14,8 +14,9 @@ TF32_TOLERANCE = 2**-9
 # about eps of the elements; for these the ReLU's gradient is wrong by its whole value, which makes
 # up to 2 sqrt(eps) of the norm.
 GRADIENT_TOLERANCE = {torch.bfloat16: 2**-2.5, torch.float16: 2**-4, torch.float32: 2**-10}
-# Greatest relative error of the parameters' gradients, which are sums. In 16 bits these elements
-# and the rounding of each addend make 4 eps; in fp32 it allows for another order of the sum.
+# Greatest relative error of the parameters' gradients, which are sums. In 16 bits it is 4 eps, for
+# the elements with a wrong sign and for the rounding of each addend. In fp32 it allows for another
+# order of the sum.
 SUM_TOLERANCE = {torch.bfloat16: 2**-5, torch.float16: 2**-8, torch.float32: 1e-4}
 
 

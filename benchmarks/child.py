@@ -171,7 +171,7 @@ def serve(descriptor: int) -> None:
     faulthandler.enable(all_threads=False)
     faulthandler.register(signal.SIGUSR1, all_threads=False)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core dump would contain the GPU's memory
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # even if the parent is killed
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # the child ends when the parent does
     os.set_inheritable(descriptor, False)
     connection = Connection(descriptor)
     import benchmarks.measure  # noqa: F401  # so that no call's time limit includes the import

@@ -18,8 +18,8 @@ Call = Callable[[], Any]
 # Calls shorter than this many seconds are replayed from a CUDA graph: two events are at least a few
 # microseconds apart, and gaps between the host's launches would count.
 GRAPH_BELOW = 100e-6
-# A graph holds several calls, so that its replay takes at least this many seconds, compared with
-# which its launch is negligible ...
+# A graph holds several calls, so that its replay takes at least this many seconds and its launch is
+# negligible ...
 LEAST_REPLAY = 500e-6
 # ... and so that it touches this many times the size of the L2 cache, which then holds nothing that
 # a later call reads. It holds at most MOST_COPIES calls.
@@ -35,7 +35,7 @@ SLEEP_CYCLES = 2e9
 
 
 class DeviceClock:
-    """A timer for pytest-benchmark, which returns ``seconds``; `Timed.round` advances it."""
+    """A timer for pytest-benchmark, which returns ``seconds``; ``Timed.round`` advances it."""
 
     def __init__(self) -> None:
         self.seconds = 0.0

@@ -13,9 +13,9 @@ def measure(work: Work, device: torch.device) -> dict[str, int]:
     """Measures by how many bytes the allocated memory grows during a step.
 
     Returns:
-        ``held_bytes``, the growth after the forward, which is what backward needs; and
-        ``peak_bytes``, the greatest growth during a step, which includes gradients and workspaces
-        but not the weights or the optimiser's state.
+        ``held_bytes``, which is the growth during the forward that is held for backward; and
+        ``peak_bytes``, the greatest growth during a step. Gradients and workspaces are included,
+        the weights and the optimiser's state are not.
     """
     work.run()
     work.run()

@@ -234,7 +234,7 @@ def test_augmentation(memory_format, dtype):
 
 
 def launched_by(path):
-    """Returns the names of the kernels that a file passes to `launch`."""
+    """Returns the names of the kernels that a file passes to ``launch``."""
     calls = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call)]
     return {c.args[0].id for c in calls if isinstance(c.func, ast.Name) and c.func.id == "launch"}
 

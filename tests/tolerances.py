@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-# Greatest error, divided by the largest value of the reference or by 1 if that is larger. It allows
+# Greatest error, as a share of the reference's largest value, or of 1 if that is larger. It allows
 # for a few roundings to the dtype, and for the error of sums over hundreds to thousands of
 # elements.
 TOLERANCE = {

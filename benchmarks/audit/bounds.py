@@ -27,8 +27,8 @@ class Work:
 
     Attributes:
         per_element: instructions that threads execute per element of the launch's largest tensor.
-        share: time to issue the instructions, in byte times. Instructions in `HALF_RATE` take two
-            cycles each, so the share is at least the time of these.
+        share: time to issue the instructions, in byte times: the longer of one cycle for each
+            instruction and two cycles for each instruction in `HALF_RATE`.
         calls: number of calls of routines inside loops.
         bound: estimate of what limits the launch's time.
     """

@@ -95,7 +95,7 @@ class Call:
 
 
 def pairs(axes: Axes) -> Iterator[Options]:
-    """Yields one value per axis, until each pair of values of two axes has occurred."""
+    """Yields choices of a value for each axis, until each pair of two axes' values has occurred."""
     names = list(axes)
     left = {
         frozenset(((a, i), (b, j)))
@@ -196,7 +196,7 @@ def with_others(axes: Axes, others: Axes) -> Iterator[Options]:
 
 
 def _consistent(options: Options) -> Options:
-    """Returns the options, changed if a call can't combine them."""
+    """Returns the options, with changes where a call does not support the combination."""
     fixed = dict(options)
     if fixed.get("residual_norm"):
         fixed["residual"] = True

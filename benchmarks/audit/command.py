@@ -45,7 +45,7 @@ def run(gpus: Sequence[str], json_path: Path | None, record: bool) -> int:
         raise ValueError(f"record needs all GPUs, got gpu {', '.join(gpus)}")
     try:
         check_versions(triton.__version__, version("numpy"))
-    except ImportError as error:  # the interpreter counts memory
+    except ImportError as error:  # memory is counted in the interpreter
         raise ValueError(str(error)) from error
     limits = None if record else budget.load()
     names = list(gpus) or list(GPUS)

@@ -142,7 +142,7 @@ def cases() -> Iterator[Timed]:
 
 @contextmanager
 def launches_do_nothing() -> Iterator[None]:
-    """Makes modules use our kernels, compiled for an absent GPU, with launches that do nothing."""
+    """Makes modules compile and launch our kernels for an absent GPU; the launches do nothing."""
     triton.runtime.driver.set_active(StandInDriver(SM90))
     with (
         patch.object(CompiledKernel, "_init_handles", lambda self: None),

@@ -1,8 +1,8 @@
 """Runs triton's own launcher with a stand-in for CUDA's driver library that launches nothing.
 
 Triton converts a call's arguments to a kernel's parameters in C: triton 3.6 in a module that gcc
-builds for each signature, later releases in one module for all signatures. Here either is built and
-called as on a GPU.
+builds for each signature, later releases in one module for all signatures. Both
+kinds are built and called here as on a GPU.
 """
 
 import ctypes

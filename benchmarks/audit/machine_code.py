@@ -201,8 +201,8 @@ def read_row(gpu: Gpu, case: Case, launch: Launch) -> Row:
 def read_conv(gpu: Gpu, call: ConvCall, launch: Launch) -> Row:
     """Reads a convolution, including whether it has matrix instructions and wide copies.
 
-    Its main loop should load its operands by TMA, or by asynchronous copies of 16 bytes each, or
-    fewer bytes if a position's channels have fewer.
+    Its main loop should load its operands by TMA or by asynchronous copies. A copy should have 16
+    bytes, or fewer if all channels of a position have fewer.
     """
     threads = launch.compiled.metadata.num_warps * gpu.target.warp_size
     if gpu.target.backend == "hip":
@@ -286,7 +286,7 @@ def _amd_row(gpu: Gpu, launch: Launch, case: str, layout: str, dtype: str, threa
 def audit(
     gpu: Gpu, cases: list[Case], convs: list[ConvCall], augments: list[AugmentCase]
 ) -> list[Row]:
-    """Returns a row for each specialisation that the cases launch, and each of its sizes."""
+    """Returns a row for each specialisation and each size that the cases launch."""
     rows: list[Row] = []
     seen: set[tuple[Any, ...]] = set()
 

@@ -1,8 +1,9 @@
 """Counts the memory that interpreted kernels touch, in S, the bytes of one activation.
 
-It counts the bytes of unmasked lanes, which miss unused bytes of a sector, and the distinct 32-byte
-sectors of a tensor that a launch touches, which miss repeated accesses. TRITON_INTERPRET=1 has to
-be set; ``python -m benchmarks audit`` runs this module in a separate process.
+It counts the bytes of unmasked lanes, and the distinct 32-byte sectors of a tensor that a launch
+touches. Both are needed: the lanes do not include a sector's unused bytes, and the sectors do not
+include repeated accesses. TRITON_INTERPRET=1 has to be set; ``python -m benchmarks audit`` runs
+this module in a separate process.
 """
 
 import json

@@ -54,7 +54,7 @@ class Resources:
     Attributes:
         registers: registers of a thread.
         stack: bytes of a thread's stack, which holds spilled registers.
-        shared_memory: bytes of static shared memory.
+        shared_memory: bytes of shared memory.
     """
 
     registers: int

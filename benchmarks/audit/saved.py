@@ -1,7 +1,7 @@
 """Counts the bytes that autograd holds between a model's forward and its backward.
 
-The model runs on meta tensors and interpreted kernels are not run, so any batch size fits into
-memory. TRITON_INTERPRET=1 has to be set.
+The model runs on meta tensors, and launches of interpreted kernels are skipped, so any batch size
+fits into memory. TRITON_INTERPRET=1 has to be set.
 """
 
 from collections.abc import Callable, Iterator

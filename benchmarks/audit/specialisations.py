@@ -61,7 +61,7 @@ class Specialisation:
 
 
 def _key(kernel: JITFunction, arguments: dict[str, Any]) -> tuple[Any, ...]:
-    """Returns a key that differs if triton compiles a kernel again for other arguments."""
+    """Returns a key: launches with equal keys use the same compiled kernel."""
     numbers = {p.name for p in kernel.params if not p.is_constexpr}
 
     def part(name: str, value: Any) -> Any:

@@ -1,8 +1,8 @@
 """Counts the bytes that a model's training step moves, except by convolutions, without running it.
 
-An operation of ATen reads its arguments and writes its results once, but torch's batch norm reads
-the tensors of its two passes twice. Our operations move the sectors that `benchmarks.audit.memory`
-counts. The model runs on meta tensors. TRITON_INTERPRET=1 has to be set.
+An operation of ATen reads its arguments and writes its results once, but torch's batch norm has two
+passes and reads its activations twice. Our operations move the sectors that
+`benchmarks.audit.memory` counts. The model runs on meta tensors. TRITON_INTERPRET=1 has to be set.
 """
 
 from collections.abc import Callable, Mapping

@@ -22,9 +22,9 @@ ITEMSIZE, BATCH = 2, 256
 WIDTH = 100
 # Bandwidth of the derived times, about that of a copy on an H200, in bytes/s.
 DERIVED_COPY = 4.3e12
-# MB that Inductor's code moves in the step of `benchmarks.audit.budget.Found.traffic`: the buffers
-# of each launch in the code that torch 2.15 generated for 132 multiprocessors without a GPU. The
-# second is with the older max-pool backward, which gathers.
+# MB that Inductor's code moves in the step of ``benchmarks.audit.budget.Found.traffic``: the
+# buffers of each launch in the code that torch 2.15 generated for 132 multiprocessors without a
+# GPU. The second is with the older max-pool backward, which gathers.
 INDUCTOR, INDUCTOR_GATHERS = 18_846, 15_353
 COLUMNS = ("bn_relu", "bn_add_relu", "bn_add_relu_fork", "dual_bn_add_relu", "bn_relu_pool")
 STEPS = (
@@ -159,9 +159,9 @@ def audited() -> str:
     ]  # fmt: skip
     return "\n\n".join(
         [
-            "Counted in the interpreter: the memory that an operation touches, counted in distinct "
-            "32-byte sectors, in units of S, the bytes of one activation (bf16, channels_last). In "
-            "brackets is the least that a fused operation with two passes can touch.",
+            "Counted in the interpreter: the memory that an operation touches, in distinct 32-byte "
+            "sectors. The unit is S, the bytes of one activation (bf16, channels_last). In brackets "
+            "is the least that a fused operation with two passes can touch.",
             markdown_table(["", *(OPERATION_TITLES[name] for name in COLUMNS)], rows),
             "Apart from its convolutions, a training step of ResNet-18 (batch 256, 224×224, bf16, "
             f"channels_last) moves {moved['fused']:,.0f} MB fused and {moved['stock']:,.0f} MB "

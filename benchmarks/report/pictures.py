@@ -70,7 +70,7 @@ def bandwidth(path: Path, about: Record, found: Sequence[Subject]) -> Path:
             f"copy {ceiling:,.0f} GB/s", (1, ceiling), xycoords=("axes fraction", "data"),
             ha="right", va="bottom", fontsize=8,
         )  # fmt: skip
-        axes.set_ylabel("least bytes / time, GB/s")
+        axes.set_ylabel("fewest bytes / time, GB/s")
     figure.legend(*all_axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
     return save(figure, path)
 

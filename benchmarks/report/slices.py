@@ -85,7 +85,7 @@ def setting(subject: Subject) -> tuple[str, str, int]:
 
 
 def main_setting(found: list[Subject]) -> list[Subject]:
-    """Returns the subjects of the setting that has the most of them."""
+    """Returns the subjects that have the most frequent setting."""
     settings = [setting(subject) for subject in found]
     best = max(settings, key=settings.count)
     return [subject for subject in found if setting(subject) == best]

@@ -110,7 +110,7 @@ def operations(records: Sequence[Record]) -> list[str]:
             ]
             for subject in group
         ]
-        headings = ["site", *providers, "to eager", "to compile", "host"]
+        headings = ["site", *providers, "vs. eager", "vs. compile", "host"]
         sections += [title, markdown_table(headings, rows)]
     return sections
 
@@ -165,7 +165,7 @@ def _nets_table(
         ]
         for subject in found
     ]
-    return markdown_table(["net", *providers, "to eager", "to compile"], rows)
+    return markdown_table(["net", *providers, "vs. eager", "vs. compile"], rows)
 
 
 def net_title(subject: Subject) -> str:
