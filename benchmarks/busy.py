@@ -13,7 +13,7 @@ MOST_SPREAD = 1.25
 
 
 def spread(timed: Timed | None = None, seconds: float = SECONDS) -> float:
-    """Returns the mean wall time of a group of calls divided by the shortest wall time.
+    """Times groups of calls; returns the mean wall time of a group divided by the shortest.
 
     Args:
         timed: calls to time; by default the forward of `benchmarks.audit.host.ruler`, torch's batch

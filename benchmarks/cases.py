@@ -88,7 +88,7 @@ class ModelCase:
     Attributes:
         suite: ``step``, ``infer``, ``memory`` or ``groups`` (a step's kernel time by group).
         net: ``resnet18`` or ``resnet50``.
-        image: height and width of the images; up to 32 the net has the stem for CIFAR.
+        image: height and width of the images; for images of up to 32 the net has CIFAR's stem.
         batch: number of images.
         launch: ``eager`` (the host launches each kernel) or ``graph`` (one CUDA graph).
         dtype: dtype of autocast in training, and of all tensors in inference.

@@ -81,13 +81,13 @@ class Child:
         return self._process.pid if self._process else None
 
     def call(self, function: str, *arguments: Any, limit: float) -> Answer:
-        """Calls a function in the child; the answer reports errors, crashes and timeouts too.
+        """Calls a function in the child; errors, crashes and timeouts are reported in the answer.
 
         Args:
             function: import path of the function, ``module:name``.
             arguments: arguments of the function; they and its result are pickled.
-            limit: time limit of the call in seconds, without the start of the child; a child that
-                exceeds it is killed.
+            limit: time limit of the call in seconds, which does not include the start of the child.
+                A child that exceeds it is killed.
 
         Raises:
             ChildFailed: if no child can be started.

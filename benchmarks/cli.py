@@ -163,7 +163,8 @@ def profile(
     provider: Annotated[str, typer.Option(help="Provider of the layers.")] = "bnres",
     batch: Annotated[int, typer.Option(help="Images per step.", min=2)] = 256,
     image: Annotated[
-        int, typer.Option(help="Height and width of the images; up to 32 uses the stem for CIFAR.")
+        int,
+        typer.Option(help="Height and width of the images; up to 32, the net has CIFAR's stem."),
     ] = 224,
     dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "bf16",
     layout: Annotated[str, typer.Option(help="channels_last or contiguous.")] = "channels_last",
@@ -217,7 +218,7 @@ def audit(
 
 @app.command()
 def host() -> None:
-    """Time the CPU's part of a call, without a GPU; exit code 1 if it exceeds its limit."""
+    """Time the CPU's part of a call, without a GPU; exit code 1 if a call exceeds its limit."""
     from benchmarks.audit.host import run
 
     over = run()

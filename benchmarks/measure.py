@@ -187,7 +187,8 @@ def verify(
     tolerance = OUTPUT_TOLERANCE[dtype]
     if is_conv:
         tolerance = max(tolerance, TF32_TOLERANCE)
-    # cuDNN has no batch norm in fp64, so it is disabled there; convolutions need it in fp32.
+    # The reference must not use TF32. cuDNN has convolutions in full fp32, but no batch norm in
+    # fp64.
     with torch.backends.cudnn.flags(enabled=is_conv, allow_tf32=False):
         expected = formula(case.site, case.direction != "eval")(exact)
     results = implementation.forward()

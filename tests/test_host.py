@@ -74,7 +74,7 @@ def test_a_convolution_that_computes_nothing_returns_the_same_layouts(
         inputs = [x, weight.requires_grad_(), *([torch.randn(6).requires_grad_()] if bias else [])]
         y = F.conv2d(*inputs, stride=stride, padding=padding, dilation=dilation)
         tensors = [y, *torch.autograd.grad(y, inputs, torch.ones_like(y))]
-        # Formats, because the strides of dimensions of size 1 are arbitrary.
+        # Compares formats instead of strides: strides of dimensions of size 1 are arbitrary.
         formats = [
             [
                 t.is_contiguous(memory_format=f)

@@ -45,9 +45,9 @@ class Found:
 def worst(rows: Iterable[Row]) -> list[Row]:
     """Returns a row with the worst values over all specialisations of a kernel.
 
-    There is a row for each GPU, kernel, layout and dtype. ``in_flight`` is the ratio of the row's
-    ``in_flight`` to its ``wanted`` bytes, or None if it is not known. ``per_element``, ``bound``
-    and ``at`` are those of the launch with the greatest ``share``. If no launch was counted,
+    There is a row for each GPU, kernel, layout and dtype. ``in_flight`` is the bytes in flight
+    divided by the wanted bytes, or None if they are not known. ``per_element``, ``bound`` and
+    ``at`` are those of the launch with the greatest ``share``. If no launch was counted,
     ``per_element`` is None, and ``bound`` and ``at`` are empty.
     """
     found: dict[tuple[str, ...], Row] = {}

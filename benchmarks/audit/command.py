@@ -113,8 +113,8 @@ def kernel_table(rows: Sequence[budget.Row]) -> str:
 
     ``narrow`` is the bytes of accesses of less than 16 bytes, divided by the bytes of accesses of
     16 bytes. ``flight`` is the bytes of loads in flight on a multiprocessor, as a share of the
-    wanted bytes. ``occup`` is the occupancy. ``idle`` is the share of the slots for programs, over
-    all waves, that stay empty in the last wave.
+    wanted bytes. ``occup`` is the occupancy. ``idle`` is the slots for programs that stay empty in
+    the last wave, as a share of all waves' slots.
     """
     lines = [
         f"{_names('gpu', 'kernel', 'layout', 'dtype')} {'n':>3} {'regs':>4} {'smem':>6} "

@@ -81,7 +81,7 @@ class Row:
         in_flight: bytes of loads that a multiprocessor has in flight; 0 if not known.
         wanted: least value of ``in_flight`` that hides the latency of memory.
         occupancy: resident threads divided by the maximum, assuming that the grid is large enough.
-        idle: share of the slots for programs, over all waves, that stay empty in the last wave.
+        idle: slots for programs that stay empty in the last wave, as a share of all waves' slots.
         matrix: matrix instruction of a convolution.
         missing: instructions that a convolution's main loop should have and does not.
         work: work of the launch, if it was counted.
@@ -136,7 +136,7 @@ def resident_programs(gpu: Gpu, registers: int, shared: int, threads: int) -> in
 
 
 def idle_share(flow: Flow, programs: int, room: int) -> float:
-    """Returns the share of slots for programs, over all waves, that stay empty in the last wave.
+    """Returns the empty slots for programs in the last wave, as a share of all waves' slots.
 
     It is 0 if the programs fit into one wave, or if their loops make a single trip.
 

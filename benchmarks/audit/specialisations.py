@@ -215,7 +215,7 @@ def one_of_each_kernel(found: Sequence[Specialisation]) -> list[Specialisation]:
 
 
 def compile_all(gpu: Gpu, found: Sequence[Specialisation]) -> Outcome:
-    """Compiles specialisations for a GPU; those that fail or spill too much are failures."""
+    """Compiles specialisations for a GPU; reports those that do not compile or spill too much."""
     outcome = Outcome()
 
     def check(launched: Launch) -> None:

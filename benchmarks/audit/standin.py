@@ -90,7 +90,7 @@ Run = Callable[..., Any]
 
 @contextmanager
 def replaced_launches(gpu: Gpu, run: Run) -> Iterator[None]:
-    """Makes triton believe that ``gpu`` is present, and replaces ``JITFunction.run`` by ``run``.
+    """Replaces triton's driver by a stand-in for ``gpu``, and ``JITFunction.run`` by ``run``.
 
     ``run`` has to return None, so that no launch is recorded for replay and each call reaches
     ``run``.

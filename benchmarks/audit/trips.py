@@ -96,7 +96,7 @@ def _loops(ttgir: str, grid: Sequence[int], arguments: Mapping[str, Any]) -> lis
     values: dict[str, Any] = {}
     found: list[LoopTrips] = []
     level = 0
-    around: list[int] = []  # the levels of the loops around a line
+    around: list[int] = []  # brace levels of the loops around the current line
     for line in ttgir.splitlines():
         text = line.strip()
         if text.startswith("tt.func"):

@@ -1,1 +1,1 @@
-"""Tables and pictures of results, which only contain what the files of results contain."""
+"""Tables and pictures of results, made only from the files of results."""

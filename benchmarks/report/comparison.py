@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from benchmarks.store import Record
 
 Run = tuple[Record, Sequence[Record]]
-# A difference of up to this share counts as noise, even if the quartiles suggest less.
+# A ratio that differs from 1 by at most this counts as noise, even if the quartiles suggest less.
 LEAST_NOISE = 0.03
 # Half the distance between the quartiles of a normal distribution is two thirds of its standard
 # deviation. Differences up to this many times it, combined over both runs, are noise; a median

@@ -160,8 +160,8 @@ def audited() -> str:
     return "\n\n".join(
         [
             "Counted in the interpreter: the memory that an operation touches, in distinct 32-byte "
-            "sectors. The unit is S, the bytes of one activation (bf16, channels_last). In brackets "
-            "is the least that a fused operation with two passes can touch.",
+            "sectors. The unit is S, the bytes of one activation (bf16, channels_last). In "
+            "brackets is the least that a fused operation with two passes can touch.",
             markdown_table(["", *(OPERATION_TITLES[name] for name in COLUMNS)], rows),
             "Apart from its convolutions, a training step of ResNet-18 (batch 256, 224×224, bf16, "
             f"channels_last) moves {moved['fused']:,.0f} MB fused and {moved['stock']:,.0f} MB "

@@ -36,7 +36,7 @@ class Subject:
         return next(iter(self.records.values()))
 
     def ratio(self, provider: str, other: str = BASELINE) -> float | None:
-        """Returns how many times as fast as ``other`` a provider is; None if either is missing."""
+        """Returns the speed-up of a provider over ``other``, or None if either has no record."""
         ours, theirs = self.records.get(provider), self.records.get(other)
         return theirs["median"] / ours["median"] if ours and theirs else None
 

@@ -22,9 +22,9 @@ LEGEND = (
     "The shortest possible time is that of the fused operation's fewest bytes at the measured "
     "bandwidth of a copy (for a convolution, the longer of this and the time of its FLOPs at the "
     "measured speed of a matrix product). It assumes that nothing stays in the L2 cache, so small "
-    "sites can exceed 100%. The last columns: how many times as fast as torch's own layers (eager) "
-    "and as torch.compile bnres is, and how long a call of bnres occupies the host, which a CUDA "
-    "graph or a full queue hides."
+    "sites can exceed 100%. The last columns: the speed-ups of bnres over torch's own layers "
+    "(eager) and over torch.compile, and the time that a call of bnres takes on the host, which a "
+    "CUDA graph or a full queue hides."
 )
 
 IDLE_NOTE = (
@@ -77,7 +77,7 @@ def environment_line(about: Record) -> str:
 
 
 def speedups(subject: Subject) -> list[str]:
-    """Formats how many times as fast as eager and as compile bnres is."""
+    """Formats the speed-ups of bnres over eager and over compile."""
     return [
         "-" if (ratio := subject.ratio("bnres", other)) is None else f"{ratio:.2f}×"
         for other in ("eager", "compile")
