@@ -75,10 +75,10 @@ def run(
 ) -> None:
     """Measure the most important cases first, then the others until the time is up.
 
-    Cases that are compared with each other are measured together, torch's own layers first, and
-    only if there is time for all of them.
+    Cases that are compared are measured together, torch's own layers first.
+    They are skipped unless there is time for all of them.
 
-    Cases run in a child process. If it hangs or dies, this is recorded and a new child continues.
+    Cases run in a child process. If it hangs or dies, a new child continues.
     Without a GPU every case runs on the CPU with a small input.
     """
     from benchmarks import busy, campaign, environment
