@@ -1,4 +1,4 @@
-"""Metadata of bnres; tools are configured in pyproject.toml."""
+"""Package metadata of bnres; pyproject.toml configures the tools."""
 
 from pathlib import Path
 
@@ -51,7 +51,7 @@ PACKAGES = (
     "train",
 )
 
-# What the samples of docs/recipes.md need.
+# Packages that the samples of docs/recipes.md need.
 RECIPES = [
     "accelerate>=1.1",
     "lightning>=2.4",
@@ -82,8 +82,9 @@ setup(
     ],
     python_requires=">=3.11",
     packages=["bnres", *(f"bnres.{p}" for p in PACKAGES)],
-    # Makes an editable install a path entry. Its other form, an import finder, comes after the folders
-    # of sys.path, and so finds nothing in the folder above a clone that is named bnres.
+    # Makes an editable install add a path entry. Otherwise it would add an import finder, which
+    # comes after the folders on sys.path: in the parent folder of a clone named bnres, `import
+    # bnres` would then find the clone as a namespace package.
     package_dir={"": "."},
     package_data={"bnres": ["py.typed"]},
     entry_points={

@@ -1,4 +1,4 @@
-"""A fused layer forward and backward on the CPU, against torch's; prints where bnres is."""
+"""Compares a fused layer's forward and backward on the CPU with torch's; prints bnres's path."""
 
 import torch
 from torch import nn

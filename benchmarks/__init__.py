@@ -2,5 +2,5 @@
 
 import os
 
-# Else torch's profiler writes two lines of its own for each profile.
+# By default torch's profiler logs two lines for each profile.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")

@@ -1,4 +1,4 @@
-"""``python -m benchmarks``."""
+"""Runs the command line of ``python -m benchmarks``."""
 
 from benchmarks.cli import app
 

@@ -1,4 +1,4 @@
-"""Chains of augmentations as the providers do them."""
+"""Builds each provider's chain of augmentations."""
 
 import importlib
 from collections.abc import Callable
@@ -15,19 +15,20 @@ from bnres import augment, use_backend
 from bnres.augment.segments import prepare_draws, segments
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-JITTER = (0.5, 0.2, 0.6, 0.4)  # the d2l.ai course's
-# Fused and batched differ in the order of sums, over the output's rounding to bf16.
+JITTER = (0.5, 0.2, 0.6, 0.4)  # as in the d2l.ai course
+# The kernel and ATen sum in different orders, and the outputs are rounded to bf16.
 TOLERANCE = 2**-7
 
 
 @dataclass(frozen=True)
 class Work:
-    """What is timed of a chain.
+    """A chain that is ready to be timed.
 
     Attributes:
-        run: one batch.
-        verify: raises `benchmarks.check.WrongResult` if it is not what it should be.
-        bytes_moved: one read of the images and one write of the result.
+        run: augments one batch.
+        verify: returns the relative error of the result; raises `benchmarks.check.WrongResult` if
+            the error exceeds the tolerance.
+        bytes_moved: bytes of one read of the images and one write of the result.
     """
 
     run: Callable[[], object]
@@ -36,10 +37,11 @@ class Work:
 
 
 def prepare(case: AugmentCase, device: torch.device) -> Work:
-    """Builds a chain.
+    """Builds the chain of a case.
 
     Raises:
-        Unavailable: if the provider is missing here.
+        Unavailable: if the provider's library can't be imported, or if it needs a GPU and
+            ``device`` is not one.
     """
     generator = torch.Generator(device).manual_seed(0)
     shape = (case.batch, 3, case.size, case.size)
@@ -87,7 +89,7 @@ def _peer(case: AugmentCase, images: Tensor) -> Calls:
         importlib.import_module("benchmarks.torchvision_import")
         v2 = importlib.import_module("torchvision.transforms.v2")
     except ImportError as error:
-        raise Unavailable(f"torchvision can't be used: {error}") from error
+        raise Unavailable(f"torchvision can't be imported: {error}") from error
     chain = v2.Compose(
         [
             v2.ToDtype(torch.float32, scale=True),
@@ -107,7 +109,7 @@ def _peer(case: AugmentCase, images: Tensor) -> Calls:
         return y.to(dtype).contiguous(memory_format=memory_format)
 
     def verify() -> float:
-        # It is what others are checked against.
+        # torchvision's random draws differ from ours, so there are no values to compare with.
         y = run()
         assert y.shape == (case.batch, 3, case.out, case.out) and y.isfinite().all()
         return 0.0

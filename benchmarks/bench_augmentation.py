@@ -1,4 +1,4 @@
-"""``pytest benchmarks``: chains of augmentations at CIFAR's and ImageNet's sizes."""
+"""pytest-benchmark cases: chains of augmentations at the image sizes of CIFAR and ImageNet."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""``pytest benchmarks``: training steps and inference of whole nets, and a step's memory."""
+"""pytest-benchmark cases: training steps and inference of whole nets, and the memory of a step."""
 
 import pytest
 

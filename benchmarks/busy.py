@@ -1,4 +1,4 @@
-"""Detects other programs that keep the host busy, by the ruler of ``python -m benchmarks host``."""
+"""Detects other programs that keep the host busy, by timing calls of torch's batch norm."""
 
 import time
 
@@ -7,23 +7,24 @@ import torch
 from benchmarks.audit.host import Timed, ruler
 
 SECONDS = 0.5
-# With nine busy processes on two cores the spread was 1.6 to 2.2. By the thread's CPU time, which leaves
-# out the waiting, it was 1.07 to 1.11.
+# With nine busy processes on two cores the spread was 1.6 to 2.2. In CPU time of the thread, which
+# excludes waiting, it was 1.07 to 1.11.
 MOST_SPREAD = 1.25
 
 
 def spread(timed: Timed | None = None, seconds: float = SECONDS) -> float:
-    """The mean of the spans divided by the shortest, by wall time.
+    """Times groups of calls; returns the mean wall time of a group divided by the shortest.
 
     Args:
-        timed: what is timed; by default the ruler's forward, which runs on the CPU.
-        seconds: to spend.
+        timed: calls to time; by default the forward of `benchmarks.audit.host.ruler`, torch's batch
+            norm and ReLU on the CPU.
+        seconds: time to spend, in seconds.
     """
     if timed is None:
         timed = next(one for one in ruler() if one.kind == "forward")
     timed.module.train()
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # of several, one may wait for the others in every call
+    torch.set_num_threads(1)  # with several threads, every call may wait for one of them
     try:
         timed.call()
         spans = []
@@ -38,11 +39,11 @@ def spread(timed: Timed | None = None, seconds: float = SECONDS) -> float:
 
 
 def warning(found: float) -> str | None:
-    """The warning for a spread, or None if it is small."""
+    """Returns the warning for a spread, or None if the spread is at most ``MOST_SPREAD``."""
     if found <= MOST_SPREAD:
         return None
     return (
-        f"warning: the host is busy: on average, calls of torch's batch norm take {found:.2f} times "
-        f"their shortest time (the limit is {MOST_SPREAD:.2f}), so host times will be too long; stop "
-        "other programs and run it again in a new folder"
+        "warning: the host is busy: on average, calls of torch's batch norm take "
+        f"{found:.2f} times their shortest time (the limit is {MOST_SPREAD:.2f}), so host times "
+        "will be too long; stop other programs and run this command again with a new folder"
     )

@@ -1,15 +1,20 @@
-"""The least that a fused operation moves, in S: the bytes of one activation tensor.
+"""The fewest bytes that a fused operation can move, in S, the bytes of one activation tensor.
 
-Forward reads its inputs twice (statistics, then apply) and writes its output; backward likewise.
-An addition in front of the ReLU keeps one bit of sign an element. Nothing is taken to stay in the L2
-cache between the two: a small tensor does, and its time can be less than its bytes would have it. ``benchmarks.audit`` counts what
-our kernels do move; every provider's bandwidth is reckoned with these same bytes, so that shares
-compare as times do.
+Forward reads its inputs twice (for the statistics, then for the output) and writes its output.
+Backward also reads its inputs twice. An operation that adds a residual before the ReLU also stores
+the sign of each element for its backward, in one bit.
+
+The model assumes that nothing stays in the L2 cache between the two passes. A small tensor does
+stay there, so it can take less time than its bytes take at the memory's bandwidth.
+
+``benchmarks.audit`` counts the bytes that our kernels actually move. Bandwidths are computed from
+the bytes of this model for every provider, so the ratio of two bandwidths is the ratio of the
+times.
 """
 
 from benchmarks.sites import ConvSite
 
-# Operation, direction -> (passes of whole tensors, one-bit tensors).
+# (operation, direction) -> reads and writes of a whole activation, and of one bit per element.
 PASSES = {
     ("bn", "forward"): (3, 0),
     ("bn", "backward"): (5, 0),
@@ -25,7 +30,8 @@ PASSES = {
     ("dual_bn_add_relu", "backward"): (8, 0),
     ("dual_bn_add_relu", "eval"): (3, 0),
     ("dual_bn_add_relu_fork", "backward"): (10, 0),
-    # Pooled 3×3 with stride 2: an output is S/4, a position S/8 in 16 bits, x at it S/4.
+    # 3×3 pooling with stride 2, in a 16-bit dtype: the output has S/4 bytes, the positions of the
+    # maxima have S/8, and the values of x at these positions have S/4.
     ("bn_relu_pool", "forward"): (2.5, 2),
     ("bn_relu_pool", "backward"): (2.75, 2),
     ("bn_relu_pool", "eval"): (1.25, 0),
@@ -34,18 +40,24 @@ PASSES = {
 
 
 def passes(operation: str, direction: str, itemsize: int) -> float:
-    """Passes over memory, in S."""
+    """Returns the bytes that an operation moves at least, in S.
+
+    Args:
+        operation: name of the operation, such as ``bn_relu``.
+        direction: ``forward``, ``backward`` or ``eval``.
+        itemsize: bytes of an element of the activation.
+    """
     whole, bits = PASSES[operation, direction]
     return whole + bits / (8 * itemsize)
 
 
 def moved_bytes(operation: str, direction: str, elements: int, itemsize: int) -> int:
-    """Bytes an operation of a batch norm's site moves at least."""
+    """Returns the bytes that an operation on an activation of ``elements`` moves at least."""
     return round(passes(operation, direction, itemsize) * elements * itemsize)
 
 
 def conv_bytes_and_flops(site: ConvSite, batch: int, itemsize: int) -> tuple[int, int]:
-    """Bytes that a convolution moves at least, and its floating-point operations."""
+    """Returns the bytes that a convolution moves at least, and its floating-point operations."""
     n, k, height, width = site.output_shape(batch)
     outputs = n * k * height * width
     inputs = batch * site.channels * site.size**2

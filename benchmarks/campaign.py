@@ -1,4 +1,4 @@
-"""Measures as many cases as the time allows, in a child process, and records each at once."""
+"""Measures as many cases as the time allows in a child process, and stores each result at once."""
 
 import math
 import time
@@ -22,20 +22,20 @@ from benchmarks.child import Child, ChildFailed
 from benchmarks.measure import fields_of
 from benchmarks.store import ENVIRONMENT, Record, ResultStore
 
-# Seconds for describing the device and for the ceilings.
+# Seconds for describing the device, and for measuring its ceilings.
 OPENING_LIMIT = 120.0
-# Seconds that a case may take after the campaign's time is up.
+# Seconds that a case may continue after the campaign's deadline.
 GRACE = 10.0
 
 
 @dataclass(frozen=True)
 class Functions:
-    """What a child is asked to do: import paths, ``module:name``.
+    """The functions that the child calls, as import paths of the form ``module:name``.
 
     Attributes:
-        describe: of a device, `benchmarks.environment.describe`.
-        measure_ceilings: of a device, `benchmarks.environment.measure_ceilings`.
-        measure: of a case, a device and the ceilings, `benchmarks.measure.measure`.
+        describe: takes a device, as `benchmarks.environment.describe` does.
+        measure_ceilings: takes a device, as `benchmarks.environment.measure_ceilings` does.
+        measure: takes a case, a device and the ceilings, as `benchmarks.measure.measure` does.
     """
 
     describe: str = "benchmarks.environment:describe"
@@ -49,10 +49,10 @@ FUNCTIONS = Functions()
 def open_store(
     folder: Path, device: torch.device, child: Child, functions: Functions = FUNCTIONS
 ) -> ResultStore:
-    """The folder's results; in a new one the ceilings are measured first.
+    """Opens a folder of results; measures the ceilings first if the folder has no results.
 
     Raises:
-        ValueError: as `ResultStore`.
+        ValueError: if the folder has results of another environment, or can't be read.
         ChildFailed: if the device can't be described, or its ceilings can't be measured.
     """
 
@@ -66,7 +66,7 @@ def open_store(
     about = ask(functions.describe)
     if not (folder / ENVIRONMENT).exists():
         about["ceilings"] = ask(functions.measure_ceilings)
-        about["clocks"] = environment.clocks()  # of a GPU at work
+        about["clocks"] = environment.clocks()  # the GPU is not idle at this point
     return ResultStore(folder, about)
 
 
@@ -80,21 +80,22 @@ def run(
     functions: Functions = FUNCTIONS,
     limit_of: Callable[[Case], float] = cost.limit,
 ) -> int:
-    """Measures the cases that the store lacks, in their order; returns how many it recorded.
+    """Measures the cases that have no result yet, in order; returns the number of new results.
 
-    The cases of one subject are a group. A group that may take longer than the remaining time is
-    skipped, so that a short run measures a few groups completely. Within a group, a case whose
-    estimate exceeds the remaining time is skipped; one that the deadline interrupts is not recorded.
+    Consecutive cases of one subject are a group. A group that may take longer than the remaining
+    time is skipped, so that a short run measures a few groups completely. Within a group, a case
+    whose estimate exceeds the remaining time is skipped, and a case that the deadline interrupts
+    gets no result.
 
     Args:
-        store: of results.
-        cases: to measure.
-        deadline: of `time.monotonic`.
-        device: to measure on; this process does not use it.
-        console: for progress, and for what was left out.
-        child: that measures.
-        functions: that it calls.
-        limit_of: seconds after which a case is given up.
+        store: folder that the results are added to.
+        cases: cases to measure.
+        deadline: time to stop, in seconds of `time.monotonic`.
+        device: device to measure on; this process does not use it.
+        console: prints the progress and the cases that were left out.
+        child: process that measures.
+        functions: functions that the child calls.
+        limit_of: returns the time limit of a case in seconds.
 
     Raises:
         ChildFailed: if no child can be started.
@@ -112,7 +113,7 @@ def run(
             left = deadline - time.monotonic()
             progress.update(task, description=case.id)
             if (case.suite == "groups") != profiled:
-                child.stop()  # nothing is timed in a process that has used the profiler
+                child.stop()  # a process that has used the profiler must not time anything
                 profiled = not profiled
             start = time.monotonic()
             limit = limit_of(case)
@@ -137,11 +138,12 @@ def run(
 
 
 def idle_share(case: Case, record: Record, store: ResultStore) -> Record:
-    """Which share of a step's loop the GPU waits for the host, if a graph of the step is on record.
+    """Returns the share of a step's time in which the GPU waits for the host, as ``idle``.
 
-    The graph replays the same kernels without the host, so its time stands for the kernels' time:
-    the share is 1 - replay / loop. The gaps between the kernels of a graph, about a microsecond each,
-    count as kernel time.
+    The share is 1 - replay / loop: a CUDA graph of the step replays the same kernels without the
+    host, so the time of its replay is taken as kernel time. This includes the gaps between the
+    kernels of a graph, about a microsecond each. The result is empty if the case is not a step
+    launched by the host, or if its graph has not been measured.
     """
     if not isinstance(case, ModelCase) or case.suite != "step" or record.get("method") != "loop":
         return {}
@@ -152,21 +154,24 @@ def idle_share(case: Case, record: Record, store: ResultStore) -> Record:
 
 
 def describe(record: Record) -> str:
-    """A record in one line."""
+    """Describes a record in one line."""
     if record["status"] != "measured":
         return f"{record['id']}: {record['status']}: {record['reason'].splitlines()[0]}"
     if "peak_bytes" in record:
-        return f"{record['id']}: {record['peak_bytes'] / 1e6:.1f} MB at its peak"
+        return f"{record['id']}: peak memory {record['peak_bytes'] / 1e6:.1f} MB"
     if "groups" in record and "median" not in record:
-        return f"{record['id']}: {sum(record['groups'].values()) * 1e6:.1f} us of kernels"
+        return f"{record['id']}: {sum(record['groups'].values()) * 1e6:.1f} us of kernel time"
     share = f", {record['share']:.0%} of the limit" if "share" in record else ""
-    idle = f", the GPU idle for {record['idle']:.0%}" if "idle" in record else ""
+    idle = f", GPU idle {record['idle']:.0%} of the time" if "idle" in record else ""
     note = f"; {record['note']}" if record.get("note") else ""
     return f"{record['id']}: {record['median'] * 1e6:.1f} us{share}{idle}{note}"
 
 
 def left_out(cases: Sequence[Case], store: ResultStore, costs: cost.Costs) -> str:
-    """The cases that are not on record by suite and place, how long they take, and what --minutes."""
+    """Lists the cases without a result by suite and net, with their estimated time.
+
+    The last line says which ``--minutes`` the largest of their groups needs.
+    """
     missing = [case for case in cases if case.id not in store.records]
     if not missing:
         return "nothing was left out"
@@ -185,6 +190,7 @@ def left_out(cases: Sequence[Case], store: ResultStore, costs: cost.Costs) -> st
         lines.append(f"  {line(name, chosen)}: {providers}")
     minutes = math.ceil(max(map(costs.most_seconds, groups(missing))) / 60)
     lines.append(
-        f"  a group is measured whole or not at all; the largest needs --minutes {minutes}"
+        f"  a group is measured only if there is time for all of it; the largest needs "
+        f"--minutes {minutes}"
     )
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""What can be measured: every case by name, the most telling ones first."""
+"""Lists every case that can be measured, the most important ones first."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -27,19 +27,19 @@ MODEL_PROVIDERS = (
 )  # fmt: skip
 AUGMENT_PROVIDERS = ("bnres", "bnres-kernel", "torchvision-batch", "torchvision-image")
 BASELINE = "eager"
-# Measured first of a group: the others are compared with them.
+# Measured first in their group, because the others are compared with them.
 BASELINES = (BASELINE, "torchvision-batch")
 PROVIDERS = tuple(dict.fromkeys(OP_PROVIDERS + MODEL_PROVIDERS + AUGMENT_PROVIDERS))
 BATCH = 256
 SMOKE_BATCH = 4
 SMOKE_IMAGES = {224: 64, 32: 16}
-# An operation or a direction of its own; the rest of a site's are timed after the telling ones.
+# At a large site, training cases of these operations come before the other operations.
 TELLING = ("bn_relu", "bn_add_relu", "bn_relu_pool")
-# The others of ResNet-18 fit into an L2 cache.
+# The activations of ResNet-18's other sites fit into the L2 cache.
 LARGE_SITES = ("stem", "layer1", "layer2")
-# Of the nets' providers, those whose steps are compared first.
+# Providers of whole nets that are measured first.
 HEADLINE = ("bnres", "eager", "compile")
-# Cases of a lower rank are worth a GPU's time in any run.
+# `telling_cases` returns the cases of a lower rank.
 TELLING_RANK = 4
 LAST_RANK = 12
 
@@ -49,13 +49,13 @@ class OpCase:
     """One operation at one site, by one provider.
 
     Attributes:
-        site: where; it names the operation.
+        site: site in the net, which also names the operation.
         direction: ``forward`` (training), ``backward`` or ``eval``.
         layout: ``channels_last`` or ``contiguous``.
-        dtype: ``bf16``, ``fp16`` or ``fp32``, of the activations.
-        batch: images.
-        provider: whose implementation.
-        smoke: a small tensor in place of the site's.
+        dtype: dtype of the activations: ``bf16``, ``fp16`` or ``fp32``.
+        batch: number of images.
+        provider: implementation that is measured, one of `OP_PROVIDERS`.
+        smoke: whether a small tensor replaces the site's.
     """
 
     site: Site | ConvSite
@@ -69,7 +69,7 @@ class OpCase:
 
     @property
     def subject(self) -> str:
-        """What is measured, whoever provides it."""
+        """The id without the provider: cases that are compared have the same subject."""
         size = "smoke" if self.smoke else f"b{self.batch}"
         return "/".join(
             (self.suite, self.site.operation, self.site.id, self.direction, self.layout,
@@ -83,18 +83,18 @@ class OpCase:
 
 @dataclass(frozen=True)
 class ModelCase:
-    """A whole net: a training step, inference, or a training step's memory or kernels.
+    """A training step or inference of a whole net, or the memory or kernel times of a step.
 
     Attributes:
         suite: ``step``, ``infer``, ``memory`` or ``groups`` (a step's kernel time by group).
         net: ``resnet18`` or ``resnet50``.
-        image: height and width; up to 32 with CIFAR's stem.
-        batch: images.
-        launch: ``eager`` (each kernel by the host) or ``graph`` (one CUDA graph).
-        dtype: of autocast in training, of all tensors in inference.
+        image: height and width of the images; for images of up to 32 the net has CIFAR's stem.
+        batch: number of images.
+        launch: ``eager`` (the host launches each kernel) or ``graph`` (one CUDA graph).
+        dtype: dtype of autocast in training, and of all tensors in inference.
         layout: ``channels_last`` or ``contiguous``.
-        provider: whose layers.
-        smoke: a small input in place of this one.
+        provider: layers that are measured, one of `MODEL_PROVIDERS`.
+        smoke: whether the input is small.
     """
 
     suite: str
@@ -109,7 +109,7 @@ class ModelCase:
 
     @property
     def subject(self) -> str:
-        """What is measured, whoever provides it."""
+        """The id without the provider: cases that are compared have the same subject."""
         size = "smoke" if self.smoke else f"b{self.batch}"
         return "/".join(
             (self.suite, self.net, f"{self.image}px", size, self.launch, self.layout, self.dtype)
@@ -122,18 +122,19 @@ class ModelCase:
 
 @dataclass(frozen=True)
 class AugmentCase:
-    """A chain of flip, resized crop, jitter and normalise on a batch of uint8 images.
+    """A chain of flip, resized crop, colour jitter and normalisation on a batch of uint8 images.
 
     Attributes:
-        name: whose sizes: ``cifar`` or ``imagenet``.
-        batch: images.
-        size: their height and width.
-        out: that of the output.
-        dtype: of the output.
-        layout: of the output.
-        provider: ``bnres`` (draws and all), ``bnres-kernel`` (what it launches, alone),
-            ``torchvision-batch`` (one draw for all images) or ``torchvision-image``.
-        smoke: a few images in place of the batch.
+        name: data set whose image sizes are used: ``cifar`` or ``imagenet``.
+        batch: number of images.
+        size: height and width of the images.
+        out: height and width of the output.
+        dtype: dtype of the output.
+        layout: layout of the output.
+        provider: ``bnres`` (the whole call, with its random draws), ``bnres-kernel`` (only the
+            kernel), ``torchvision-batch`` (one draw for all images) or ``torchvision-image`` (a
+            loop over the images).
+        smoke: whether the batch is small.
     """
 
     name: str
@@ -148,7 +149,7 @@ class AugmentCase:
 
     @property
     def subject(self) -> str:
-        """What is measured, whoever provides it."""
+        """The id without the provider: cases that are compared have the same subject."""
         size = "smoke" if self.smoke else f"b{self.batch}"
         return f"augment/{self.name}/{self.size}px-{self.out}px/{size}/{self.layout}/{self.dtype}"
 
@@ -161,7 +162,7 @@ Case = OpCase | ModelCase | AugmentCase
 
 
 def bn_sites(net: str) -> list[Site]:
-    """Every fused operation at every batch norm of a net, and plain batch norm."""
+    """Lists each fused operation at each batch norm of a net, then plain batch norms."""
     sites = RESNET18_SITES if net == "resnet18" else RESNET50_SITES
     plain = [site for site in sites if site.operation == "bn"]
     return [fused for site in sites for fused in operations_at(site)] + plain
@@ -174,7 +175,7 @@ def _directions(site: Site | ConvSite) -> tuple[str, ...]:
 
 
 def _op_subjects() -> Iterator[tuple[int, OpCase]]:
-    """Cases of the first provider, each with its rank; the lowest is measured first."""
+    """Yields (rank, case of the first provider); a lower rank is measured earlier."""
     for net in NETS:
         sites: list[Site | ConvSite] = [*bn_sites(net), *conv_sites(net)]
         for site in sites:
@@ -239,9 +240,9 @@ PROVIDERS_OF = {
     ModelCase: MODEL_PROVIDERS,
     AugmentCase: AUGMENT_PROVIDERS,
 }
-# In inference the norms of an fp16 net are in fp16, which torch does not send to cuDNN.
+# For inference in fp16 the parameters of a batch norm are in fp16; torch then does not use cuDNN.
 TRAINING_ONLY = ("bnres-recompute", "eager-fp16-cudnn")
-# Autotuning takes minutes a net, and a loop over the images in Python takes seconds a call.
+# Autotuning takes minutes per net; a loop over the images in Python takes seconds per call.
 LATE = {"compile-max-autotune": LAST_RANK, "torchvision-image": LAST_RANK}
 
 
@@ -267,17 +268,17 @@ def _ranked() -> list[tuple[int, int, Case]]:
 
 
 def all_cases() -> list[Case]:
-    """Every case, in the order in which they are worth measuring."""
+    """Lists every case, the most important ones first."""
     return [case for _, _, case in _ranked()]
 
 
 def groups(cases: Iterable[Case]) -> list[list[Case]]:
-    """Cases that follow one another and measure the same thing, by several providers."""
+    """Groups consecutive cases that have the same subject and differ in the provider."""
     return [list(group) for _, group in groupby(cases, key=lambda case: case.subject)]
 
 
 def telling_cases() -> list[Case]:
-    """Those of them that a GPU's time is spent on first."""
+    """Lists the most important cases, those of a rank below ``TELLING_RANK``."""
     return [case for rank, _, case in _ranked() if rank < TELLING_RANK]
 
 
@@ -286,7 +287,7 @@ def _is_conv(case: Case) -> bool:
 
 
 def smoke_cases() -> list[Case]:
-    """Every operation, direction, layout and provider once, and every kind of step, in small."""
+    """Lists small cases: each operation, direction, layout and provider, and each kind of step."""
     found: dict[str, Case] = {}
     for case in all_cases():
         if isinstance(case, OpCase):
@@ -309,7 +310,7 @@ def smoke_cases() -> list[Case]:
 
 
 def site_name(case: Case) -> str:
-    """Where a case measures: a site, a net, or whose images."""
+    """Returns the name of a case's site, net or data set."""
     if isinstance(case, OpCase):
         return case.site.id
     return case.net if isinstance(case, ModelCase) else case.name
@@ -324,14 +325,15 @@ def select(
     dtypes: Iterable[str] = (),
     layouts: Iterable[str] = (),
 ) -> list[Case]:
-    """The cases asked for; an empty choice is every one.
+    """Returns the cases that match every argument; an empty argument matches all cases.
 
     Args:
-        cases: to choose from.
+        cases: cases to choose from.
         suite: one of `SUITES`, or ``all``.
-        sites: starts of sites' names, such as ``resnet18`` or ``resnet50.layer1``; of a whole net,
-            its name; of augmentation, ``cifar`` or ``imagenet``.
-        providers, dtypes, layouts: names.
+        sites: prefixes of `site_name`, such as ``resnet18``, ``resnet50.layer1`` or ``cifar``.
+        providers: names of providers.
+        dtypes: names of dtypes.
+        layouts: names of layouts.
     """
     sites, providers = tuple(sites), tuple(providers)
     dtypes, layouts = tuple(dtypes), tuple(layouts)
@@ -347,5 +349,5 @@ def select(
 
 
 def default_cases() -> list[Case]:
-    """Every case on a GPU; without one those in small."""
+    """Lists all cases if there is a GPU, else the small ones."""
     return all_cases() if torch.cuda.is_available() else smoke_cases()

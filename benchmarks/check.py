@@ -1,29 +1,31 @@
-"""Refuses a provider whose results are not the formula's, before it is timed."""
+"""Compares a provider's results with the reference before the provider is timed."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-# Greatest relative error ||a - b|| / ||b|| of outputs and running statistics: two roundings to the
-# dtype, and in fp32 what statistics over millions of values lose; a convolution in fp32 may use
-# tf32, of 10 bits.
+# Greatest relative error ||a - b|| / ||b|| of outputs and running statistics. In 16 bits it allows
+# for two roundings to the dtype; in fp32, for the error of statistics over millions of values.
 OUTPUT_TOLERANCE = {torch.bfloat16: 2**-6, torch.float16: 2**-9, torch.float32: 1e-5}
+# A convolution in fp32 may use TF32, which has 10 bits of mantissa.
 TF32_TOLERANCE = 2**-9
-# Of gradients: where x + residual is rounded around zero, a share of about eps of the elements has
-# the other side of the ReLU, and an error of their own size: up to 2 sqrt(eps) of the norm.
+# Greatest relative error of gradients. Rounding changes the sign of x + residual in a share of
+# about eps of the elements; for these the ReLU's gradient is wrong by its whole value, which makes
+# up to 2 sqrt(eps) of the norm.
 GRADIENT_TOLERANCE = {torch.bfloat16: 2**-2.5, torch.float16: 2**-4, torch.float32: 2**-10}
-# In the parameters' sums that share counts once, and each addend's rounding: 4 eps, in fp32 what the
-# order of the sums loses.
+# Greatest relative error of the parameters' gradients, which are sums. In 16 bits it is 4 eps, for
+# the elements with a wrong sign and for the rounding of each addend. In fp32 it allows for another
+# order of the sum.
 SUM_TOLERANCE = {torch.bfloat16: 2**-5, torch.float16: 2**-8, torch.float32: 1e-4}
 
 
 class WrongResult(Exception):
-    """A provider computes something else."""
+    """A provider's result differs from the reference."""
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """||actual - expected|| / ||expected||; infinite for another shape."""
+    """Returns ||actual - expected|| / ||expected||, or infinity if the shapes differ."""
     if actual.shape != expected.shape:
         return float("inf")
     expected = expected.detach().double()
@@ -38,26 +40,27 @@ def check(
     tolerance: float,
     dtype: torch.dtype | None = None,
 ) -> float:
-    """The greatest relative error.
+    """Returns the greatest relative error of some results.
 
     Args:
-        name: of what is compared, for the error.
-        actual, expected: the results.
+        name: name of the results for error messages, in the singular.
+        actual: the provider's results.
+        expected: the reference's results.
         tolerance: the greatest relative error allowed.
-        dtype: that the results must have, if it matters.
+        dtype: dtype that the results must have; None allows any.
 
     Raises:
-        WrongResult: if it is over the tolerance, or a result is missing.
+        WrongResult: if an error exceeds the tolerance, or the number of results or a dtype differs.
     """
     if len(actual) != len(expected):
         raise WrongResult(f"{len(actual)} {name}s, expected {len(expected)}")
     for index, result in enumerate(actual):
         if dtype is not None and result.dtype != dtype:
-            raise WrongResult(f"{name} {index} is of {result.dtype}, expected {dtype}")
+            raise WrongResult(f"{name} {index} has dtype {result.dtype}, expected {dtype}")
     errors = [relative_error(a, e) for a, e in zip(actual, expected, strict=True)]
     for index, error in enumerate(errors):
         if not error <= tolerance:
             raise WrongResult(
-                f"{name} {index}: relative error {error:.2g}, at most {tolerance:.2g} is allowed"
+                f"{name} {index}: relative error {error:.2g}, expected at most {tolerance:.2g}"
             )
     return max(errors, default=0.0)

@@ -1,8 +1,8 @@
-"""Runs functions one after another in a child process, which may hang or die without the parent.
+"""Calls functions in a child process, so that the parent survives a call that hangs or crashes.
 
-A child imports torch and opens the GPU once, and serves calls until it dies, takes too long or has
-met an error after which its GPU can't be trusted; the next call then starts another child. The parent
-never uses the GPU.
+A child imports torch and opens the GPU once. It serves calls until one crashes it, exceeds its time
+limit or raises an error after which its GPU can't be trusted; the next call starts a new child. The
+parent never uses the GPU.
 """
 
 import ctypes
@@ -21,30 +21,30 @@ from contextlib import suppress
 from multiprocessing.connection import Connection, Pipe
 from typing import IO, Any, NamedTuple
 
-# Seconds until a child has to be ready; its imports are read from a cold disk the first time.
+# Seconds for a child to start; the first time it reads its imports from a cold disk.
 START_LIMIT = 180.0
-# Seconds for a child that takes too long to write where it is.
+# Seconds for a child that exceeded its time limit to print its traceback.
 DUMP_SECONDS = 1.0
-# Seconds for a killed child to end.
+# Seconds to wait for a killed child to exit.
 STOP_SECONDS = 30.0
-# A reason longer than this is a compiler's trace.
+# Reasons are cut to this many characters; a compiler's can be much longer.
 REASON_LENGTH = 500
 TRACE = "(most recent call first)"
-PR_SET_PDEATHSIG = 1  # of Linux's prctl
-# Messages after which the GPU is not used again: a failed kernel, or a failed capture of a graph.
+PR_SET_PDEATHSIG = 1  # an operation of Linux's prctl
+# Error messages of a failed kernel or graph capture, after which the process can't use its GPU.
 GPU_ERROR = re.compile(r"cuda|cudnn|cublas|captur|hip error", re.IGNORECASE)
 
 
 class Answer(NamedTuple):
-    """What became of a call.
+    """The outcome of a call.
 
     Attributes:
-        status: ``measured``, ``skipped`` (the provider is missing here), ``refused`` (it computes
-            something else) or ``failed``.
-        value: what the function returned.
-        reason: why it was not measured; the first line is short.
+        status: ``measured``, ``skipped`` (the provider is not available), ``refused`` (its result
+            is wrong) or ``failed``.
+        value: the function's return value.
+        reason: why the call was not measured; the first line is short.
         usable: whether the child can serve another call.
-        timed_out: whether the call took longer than its limit.
+        timed_out: whether the call exceeded its time limit.
     """
 
     status: str
@@ -55,13 +55,13 @@ class Answer(NamedTuple):
 
 
 class ChildFailed(Exception):
-    """A child did not start, or a call that nothing works without has failed."""
+    """A child did not start, or a call that the campaign needs has failed."""
 
 
 class Child:
-    """A process that serves calls, replaced when it can't serve another.
+    """A process that serves calls, and is replaced once it can't serve another.
 
-    Use it as a context: leaving it kills the process and all that it started.
+    Leaving it as a context manager kills the process and the processes that it started.
     """
 
     def __init__(self) -> None:
@@ -77,22 +77,23 @@ class Child:
 
     @property
     def pid(self) -> int | None:
-        """The process's id, if one is running."""
+        """The id of the process, or None if none is running."""
         return self._process.pid if self._process else None
 
     def call(self, function: str, *arguments: Any, limit: float) -> Answer:
-        """Calls a function in the child; whatever happens there is in the answer.
+        """Calls a function in the child; errors, crashes and timeouts are reported in the answer.
 
         Args:
-            function: its import path, ``module:name``.
-            arguments: for it; they and its result are pickled.
-            limit: seconds after which the child is killed; starting it does not count.
+            function: import path of the function, ``module:name``.
+            arguments: arguments of the function; they and its result are pickled.
+            limit: time limit of the call in seconds, which does not include the start of the child.
+                A child that exceeds it is killed.
 
         Raises:
             ChildFailed: if no child can be started.
         """
         connection = self._started()
-        with suppress(ConnectionError):  # it has died since its last answer
+        with suppress(ConnectionError):  # the child has died since its last answer
             connection.send((function, arguments))
         answer = self._received(connection, limit)
         if not answer.usable:
@@ -100,12 +101,12 @@ class Child:
         return answer
 
     def stop(self) -> None:
-        """Kills the child and all that it started, if there is one."""
+        """Kills the child, if one is running, and the processes that it started."""
         if self._process is None:
             return
-        with suppress(ProcessLookupError):  # all of them are gone
+        with suppress(ProcessLookupError):  # all of them have exited
             os.killpg(self._process.pid, signal.SIGKILL)
-        with suppress(subprocess.TimeoutExpired):  # a driver that hangs can keep it from ending
+        with suppress(subprocess.TimeoutExpired):  # a driver that hangs can keep it from exiting
             self._process.wait(STOP_SECONDS)
         for end in (self._connection, self._output):
             if end is not None:
@@ -124,7 +125,7 @@ class Child:
             stdin=subprocess.DEVNULL,
             stdout=self._output,
             stderr=subprocess.STDOUT,
-            process_group=0,  # a group to kill, which Ctrl-C does not reach
+            process_group=0,  # stop() kills the group; Ctrl-C does not reach it
         )
         theirs.close()
         answer = self._received(ours, START_LIMIT)
@@ -147,33 +148,33 @@ class Child:
                 else f"exited with code {code}"
             )
             return Answer("failed", reason=self._with_output(name), usable=False)
-        os.kill(self._process.pid, signal.SIGUSR1)  # it writes the lines that it is at
+        os.kill(self._process.pid, signal.SIGUSR1)  # faulthandler prints the child's traceback
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(DUMP_SECONDS)
         reason = self._with_output(f"timed out after {limit:.0f} s")
         return Answer("failed", reason=reason, usable=False, timed_out=True)
 
     def _with_output(self, reason: str) -> str:
-        """A reason, followed by the end of what the child wrote."""
+        """Appends the end of the child's output to a reason."""
         assert self._output is not None
         self._output.seek(0)
         text = self._output.read().decode(errors="replace")
         text = text.partition("\nExtension modules:")[0].strip()
-        # faulthandler's trace begins with the innermost call.
+        # faulthandler prints the innermost call first.
         trace = text.rfind(TRACE)
         end = text[-REASON_LENGTH:] if trace < 0 else text[max(trace - REASON_LENGTH // 2, 0) :]
         return f"{reason}\n{end[:REASON_LENGTH]}".strip()
 
 
 def serve(descriptor: int) -> None:
-    """The child: answers calls until the parent has closed the connection."""
+    """Runs in the child: answers calls until the parent closes the connection."""
     faulthandler.enable(all_threads=False)
     faulthandler.register(signal.SIGUSR1, all_threads=False)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # the GPU's memory would be in the dump
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # even if the parent is killed
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core dump would contain the GPU's memory
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # the child ends when the parent does
     os.set_inheritable(descriptor, False)
     connection = Connection(descriptor)
-    import benchmarks.measure  # noqa: F401  # before a limit begins
+    import benchmarks.measure  # noqa: F401  # so that no call's time limit includes the import
 
     connection.send(Answer("measured"))
     while True:
@@ -185,7 +186,7 @@ def serve(descriptor: int) -> None:
 
 
 def attempt(function: str, arguments: tuple[Any, ...]) -> Answer:
-    """Calls a function of this process, and frees the memory that it leaves."""
+    """Calls a function in this process, then frees the memory that torch caches."""
     from benchmarks.check import WrongResult
     from benchmarks.providers.base import Unavailable
 
@@ -196,7 +197,7 @@ def attempt(function: str, arguments: tuple[Any, ...]) -> Answer:
         answer = Answer("skipped", reason=str(error))
     except WrongResult as error:
         answer = Answer("refused", reason=str(error))
-    except Exception as error:  # a provider's failure is a result, and no reason to stop
+    except Exception as error:  # a provider's failure is a result
         reason = f"{type(error).__name__}: {error}"[:REASON_LENGTH]
         answer = Answer("failed", reason=reason, usable=not _spoils_gpu(error))
     if not answer.usable:
@@ -210,7 +211,7 @@ def attempt(function: str, arguments: tuple[Any, ...]) -> Answer:
 
 
 def _spoils_gpu(error: BaseException) -> bool:
-    """Whether an error, or one that led to it, may leave the GPU unusable in this process."""
+    """Whether an error, or one that caused it, may make the GPU unusable in this process."""
     import torch
 
     kinds = (torch.OutOfMemoryError, torch.AcceleratorError)

@@ -20,14 +20,17 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Measure bnres against torch's own layers, torch.compile and its peers.",
+    help="Compare bnres with torch's own layers, torch.compile and other libraries.",
 )
 
 
 @app.callback()
 def main(
     traceback: Annotated[
-        bool, typer.Option(TRACEBACK, help="Show the traceback of an error; after a command too.")
+        bool,
+        typer.Option(
+            TRACEBACK, help="Show the traceback of an error. Also allowed after a command."
+        ),
     ] = False,
 ) -> None:
     pass
@@ -38,15 +41,15 @@ Folders = Annotated[list[Path], typer.Argument(help="Folders of results.")]
 
 
 def names(option: str, text: str, known: list[str] | None = None) -> list[str]:
-    """The names in a comma-separated list.
+    """Returns the names in a comma-separated list.
 
     Raises:
-        ValueError: for one that is not known.
+        ValueError: if ``known`` is given and does not contain a name.
     """
     found = [name.strip() for name in text.split(",") if name.strip()]
     for name in found:
         if known is not None and name not in known:
-            raise ValueError(f"{option} must be of {', '.join(known)}, got {name!r}")
+            raise ValueError(f"{option} must be one of {', '.join(known)}, got {name!r}")
     return found
 
 
@@ -58,19 +61,24 @@ def default_folder() -> Path:
 def run(
     minutes: Annotated[float, typer.Option(help="Time to spend.", min=0.0)] = 9.0,
     out: Annotated[
-        Path | None, typer.Option(help="Folder of the results; one with results is continued.")
+        Path | None, typer.Option(help="Folder for the results. A run in it is continued.")
     ] = None,
-    suite: Annotated[Suite, typer.Option(help="What to measure.")] = Suite.all,  # type: ignore[attr-defined]
-    sites: Annotated[str, typer.Option(help="Starts of names, such as resnet18.layer1.")] = "",
-    providers: Annotated[str, typer.Option(help="Names, separated by commas.")] = "",
-    dtype: Annotated[str, typer.Option(help="bf16, fp16, fp32.")] = "",
-    layout: Annotated[str, typer.Option(help="channels_last, contiguous.")] = "",
+    suite: Annotated[Suite, typer.Option(help="Kind of cases to measure.")] = Suite.all,  # type: ignore[attr-defined]
+    sites: Annotated[
+        str, typer.Option(help="Prefixes of sites, such as resnet18.layer1, separated by commas.")
+    ] = "",
+    providers: Annotated[str, typer.Option(help="Providers, separated by commas.")] = "",
+    dtype: Annotated[str, typer.Option(help="Any of bf16, fp16, fp32, separated by commas.")] = "",
+    layout: Annotated[
+        str, typer.Option(help="channels_last or contiguous, or both, separated by commas.")
+    ] = "",
 ) -> None:
     """Measure the most important cases first, then the others until the time is up.
 
-    The cases of one subject are measured together, torch's own layers first, if there is time for all.
+    Cases that are compared are measured together, torch's own layers first.
+    They are skipped unless there is time for all of them.
 
-    Cases run in a child process. If it hangs or dies, this is recorded and a new child continues.
+    Cases run in a child process. If it hangs or dies, a new child continues.
     Without a GPU every case runs on the CPU with a small input.
     """
     from benchmarks import busy, campaign, environment
@@ -89,7 +97,7 @@ def run(
         layouts=names("layout", layout, list(LAYOUTS)),
     )
     if not cases:
-        raise ValueError("no case has all of sites, providers, dtype and layout")
+        raise ValueError("no case matches suite, sites, providers, dtype and layout together")
     warning = busy.warning(busy.spread())
     if warning is not None:
         typer.echo(warning, err=True)
@@ -104,7 +112,9 @@ def run(
             )
             done = campaign.run(store, cases, deadline, device, console, child)
     except KeyboardInterrupt:
-        console.print(f"stopped; continue by the same command with --out {folder}", highlight=False)
+        console.print(
+            f"stopped; to continue, run the same command with --out {folder}", highlight=False
+        )
         raise typer.Exit(130) from None
     left = sum(case.id not in store.records for case in cases)
     console.print(f"{done} cases measured, {left} left; in {folder}", highlight=False)
@@ -117,12 +127,12 @@ def report(
         bool, typer.Option(help="Write docs/performance.md from the committed results.")
     ] = False,
 ) -> None:
-    """Write report.md and its pictures into each folder."""
+    """Write report.md and its pictures into each folder of results."""
     from benchmarks.report import performance_page, pictures, tables
     from benchmarks.store import load
 
     if not folders and not page:
-        raise ValueError("folders: name at least one, or --page")
+        raise ValueError("folders must name at least one folder unless --page is given, got none")
     for folder in folders or []:
         about, records = load(folder)
         drawn = pictures.draw(folder, about, records)
@@ -138,7 +148,7 @@ def compare(
     old: Annotated[Path, typer.Argument(help="Folder of results.")],
     new: Annotated[Path, typer.Argument(help="Folder of results.")],
 ) -> None:
-    """Compare two runs case by case; exit code 1 if one got slower beyond noise."""
+    """Compare two runs case by case; exit code 1 if a case became slower by more than noise."""
     from benchmarks.report import comparison
     from benchmarks.store import load
 
@@ -150,14 +160,17 @@ def compare(
 @app.command()
 def profile(
     net: Annotated[str, typer.Option(help="resnet18 or resnet50.")] = "resnet18",
-    provider: Annotated[str, typer.Option(help="Library whose layers are profiled.")] = "bnres",
-    batch: Annotated[int, typer.Option(help="Images in a step.", min=2)] = 256,
-    image: Annotated[int, typer.Option(help="Height and width; up to 32 with CIFAR's stem.")] = 224,
-    dtype: Annotated[str, typer.Option(help="bf16, fp16, fp32.")] = "bf16",
-    layout: Annotated[str, typer.Option(help="channels_last, contiguous.")] = "channels_last",
+    provider: Annotated[str, typer.Option(help="Provider of the layers.")] = "bnres",
+    batch: Annotated[int, typer.Option(help="Images per step.", min=2)] = 256,
+    image: Annotated[
+        int,
+        typer.Option(help="Height and width of the images; up to 32, the net has CIFAR's stem."),
+    ] = 224,
+    dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "bf16",
+    layout: Annotated[str, typer.Option(help="channels_last or contiguous.")] = "channels_last",
     trace: Annotated[Path | None, typer.Option(help="File for a Chrome trace.")] = None,
 ) -> None:
-    """Print where a training step's time goes: kernels by group, launches, idle time."""
+    """Print the kernel time of a training step by group, its launches and its idle time."""
     from benchmarks import environment, models, profiling
     from benchmarks.cases import MODEL_PROVIDERS, ModelCase
     from benchmarks.providers.base import Unavailable
@@ -173,12 +186,12 @@ def profile(
         ("layout", layout, tuple(LAYOUTS)),
     ):
         if value not in known:
-            raise ValueError(f"{option} must be of {', '.join(known)}, got {value!r}")
+            raise ValueError(f"{option} must be one of {', '.join(known)}, got {value!r}")
     case = ModelCase("step", net, image, batch, "eager", dtype, layout, provider)
     try:
         work = models.prepare(case, device)
     except Unavailable as error:
-        raise ValueError(f"provider {provider!r} {error}") from error
+        raise ValueError(f"provider {provider!r}: {error}") from error
     found = profiling.profile(work.run, device, trace)
     typer.echo(profiling.format_profile(found, device))
 
@@ -186,12 +199,16 @@ def profile(
 @app.command()
 def audit(
     gpu: Annotated[
-        list[str] | None, typer.Option(help="sm_80, sm_90, sm_100, gfx942; default: all.")
+        list[str] | None,
+        typer.Option(help="sm_80, sm_90, sm_100 or gfx942; may be repeated; default: all."),
     ] = None,
     json_path: Annotated[Path | None, typer.Option("--json", help="File for the rows.")] = None,
-    record: Annotated[bool, typer.Option(help="Store what is counted as the new budget.")] = False,
+    record: Annotated[bool, typer.Option(help="Store the counts as the new budget.")] = False,
 ) -> None:
-    """Count memory and read machine code, without a GPU; exit code 1 if it is over its budget."""
+    """Count memory traffic and analyse machine code, without a GPU.
+
+    The exit code is 1 if a count exceeds its budget.
+    """
     from benchmarks.audit import command
 
     if json_path is not None:
@@ -201,7 +218,7 @@ def audit(
 
 @app.command()
 def host() -> None:
-    """Time the host's part of a call, without a GPU; exit code 1 if it is over its limit."""
+    """Time the CPU's part of a call, without a GPU; exit code 1 if a call exceeds its limit."""
     from benchmarks.audit.host import run
 
     over = run()
@@ -214,7 +231,7 @@ def host() -> None:
 def compile() -> None:
     """Compile every specialisation of the kernels into triton's cache, on all cores.
 
-    They are launched too where there is no GPU, up to a stand-in for its driver.
+    Without a GPU each is also launched, on a stand-in for CUDA's driver that runs nothing.
     """
     import os
 
@@ -230,9 +247,11 @@ def compile() -> None:
 
 @app.command()
 def models(
-    out: Annotated[Path | None, typer.Option(help="File of the table; without, print it.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="File for the table; by default it is printed.")
+    ] = None,
 ) -> None:
-    """Tabulate what is fused in models of the other libraries that are installed."""
+    """Tabulate what is fused in the models of other libraries that are installed."""
     from benchmarks.libraries import run
 
     if out is not None:
@@ -242,10 +261,12 @@ def models(
 
 @app.command()
 def variants(
-    out: Annotated[Path, typer.Option(help="File of the results; one that exists is continued.")],
+    out: Annotated[
+        Path, typer.Option(help="File for the results. A run recorded in it is continued.")
+    ],
     minutes: Annotated[float, typer.Option(help="Time to spend.", min=0.0)] = 3.0,
 ) -> None:
-    """Time launch configurations beside today's, one change at a time."""
+    """Time launch configurations that differ from the current one in one field."""
     from benchmarks import environment
     from benchmarks.variants import run
 
@@ -254,7 +275,7 @@ def variants(
 
 @app.command()
 def once() -> None:
-    """Run every fused operation of the stem and of layer1 once, under a profiler."""
+    """Run every fused operation of the stem and of layer1 once, for use under a profiler."""
     from benchmarks import environment
     from benchmarks.once import run
 
@@ -281,20 +302,24 @@ def scaling(
 
 @app.command(name="first-contact")
 def first_contact(
-    out: Annotated[Path, typer.Option(help="Folder of the results; one that exists is continued.")],
+    out: Annotated[Path, typer.Option(help="Folder for the results. A run in it is continued.")],
     minutes: Annotated[float, typer.Option(help="Time to spend in this call.", min=0.0)] = 9.0,
     again: Annotated[str, typer.Option(help="Stages to run again, separated by commas.")] = "",
 ) -> None:
-    """Check and measure everything on a new GPU, in stages; call it again to continue."""
+    """Test and measure everything on a new GPU, in stages; run it again to continue."""
     from benchmarks.first_contact import run
 
     left = run(out, minutes, typer.echo, names("again", again))
-    typer.echo(f"{left} stages left: call it again" if left else f"all is done; in {out}")
+    typer.echo(
+        f"{left} stages left: run this command again"
+        if left
+        else f"all stages are done; results in {out}"
+    )
 
 
 @app.command()
 def rehearse() -> None:
-    """Try without a GPU everything that first-contact needs; exit code 1 if something fails."""
+    """Check, without a GPU, what first-contact needs; exit code 1 if a check fails."""
     from benchmarks.rehearse import run
 
     raise typer.Exit(int(bool(run(typer.echo))))

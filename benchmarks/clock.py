@@ -1,8 +1,8 @@
-"""The timing core: a clock that advances by the time of what is timed, and by nothing else.
+"""The timing core: a clock that advances only by the time of the calls that are timed.
 
-It is the ``timer`` of pytest-benchmark, and `benchmarks.measure` reads it too. On a GPU it is the
-time between two events on the device, with a cold L2 cache; emptying the cache, queueing and waiting
-are not timed.
+It serves as the ``timer`` of pytest-benchmark, and `benchmarks.measure` uses it directly. On a GPU
+it advances by the time between two events on the device. The L2 cache is flushed first; flushing,
+queueing and waiting are not timed.
 """
 
 import time
@@ -15,25 +15,27 @@ import torch
 
 Call = Callable[[], Any]
 
-# Shorter ones are replayed from a CUDA graph, as the time between two events is no shorter than
-# some microseconds, and the host's gaps count among them.
+# Calls shorter than this many seconds are replayed from a CUDA graph: two events are at least a few
+# microseconds apart, and gaps between the host's launches would count.
 GRAPH_BELOW = 100e-6
-# A replay takes at least so long, so that its own launch does not count ...
+# A graph holds several calls, so that its replay takes at least this many seconds and its launch is
+# negligible ...
 LEAST_REPLAY = 500e-6
-# ... and touches so many times the L2 cache that it serves nobody twice, in at most so many calls.
+# ... and so that it touches this many times the size of the L2 cache, which then holds nothing that
+# a later call reads. It holds at most MOST_COPIES calls.
 COLD_FACTOR = 3
 MOST_COPIES = 64
-# Clocks rise while a GPU works, and caches fill: seconds and calls before anything is timed.
+# Warm-up before timing, at least this many seconds and calls: a GPU raises its clocks under load.
 WARMUP_SECONDS, WARMUP_CALLS = 0.15, 3
 HOST_CALLS = 10
-# A loop as a user runs it is timed over so long, and so many calls at most.
+# A loop of eager calls takes about this many seconds, with at most MOST_LOOPS calls.
 LOOP_SECONDS, MOST_LOOPS = 0.05, 20
-# A sleeping kernel is given this many cycles a second; clocks are lower than this, so it is longer.
+# Cycles of the sleeping kernel per second of sleep. Real clocks are lower, so it sleeps longer.
 SLEEP_CYCLES = 2e9
 
 
 class DeviceClock:
-    """Seconds that stand still unless something is timed; the type of pytest-benchmark's timer."""
+    """A timer for pytest-benchmark, which returns ``seconds``; ``Timed.round`` advances it."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
@@ -44,15 +46,16 @@ class DeviceClock:
 
 @dataclass(frozen=True)
 class Timed:
-    """Something ready to be timed.
+    """A call that is ready to be timed.
 
     Attributes:
-        round: does it, and advances the clock by the seconds of one call.
-        method: ``events``, ``loop`` (calls one behind the other, as the host launches them),
-            ``graph`` (CUDA graph) or ``wall`` (on the CPU).
-        host_seconds: time until a call returns, its work perhaps still queued.
-        calls: how many a round makes.
-        replayed: what the first call of a graph returned, written anew by each round.
+        round: makes ``calls`` calls, and advances the clock by the mean seconds of one.
+        method: ``events`` (one call between two events), ``loop`` (consecutive calls, launched by
+            the host), ``graph`` (replay of a CUDA graph) or ``wall`` (wall time on the CPU).
+        host_seconds: seconds until a call returns to the host; its kernels may still be queued.
+        calls: number of calls in a round.
+        replayed: result of the first call in the graph, which each round overwrites; None without a
+            graph.
     """
 
     round: Callable[[], None]
@@ -63,7 +66,13 @@ class Timed:
 
 
 def copies(touched_bytes: int, l2_bytes: int, seconds: float) -> int:
-    """Independent calls that a graph needs for its memory to be cold and its launch not to count."""
+    """Returns how many independent calls a graph needs: see `COLD_FACTOR` and `LEAST_REPLAY`.
+
+    Args:
+        touched_bytes: bytes that one call touches.
+        l2_bytes: size of the L2 cache in bytes.
+        seconds: time of one call.
+    """
     cold = -(-COLD_FACTOR * l2_bytes // max(touched_bytes, 1))
     long = -(-LEAST_REPLAY // seconds)
     return int(min(max(cold, long, 1), MOST_COPIES))
@@ -80,13 +89,14 @@ def prepare(
     """Warms a call up and makes it ready to be timed.
 
     Args:
-        clock: what advances.
-        make_call: makes a call with tensors of its own; several are needed in a graph.
-        device: where it works.
-        touched_bytes: memory that a call touches.
-        launch: ``auto`` (by the call's length, with the queue kept full, so that the host does
-            not count), ``graph`` or ``eager`` (as a user's loop launches it, host included; what
-            it touches is left in the cache).
+        clock: clock that the rounds advance.
+        make_call: returns a call with new tensors; a graph may contain several calls.
+        device: device on which the call runs.
+        touched_bytes: bytes of memory that a call touches.
+        launch: ``auto``, ``graph`` or ``eager``. ``auto`` times the device only: a short call in a
+            graph, a longer one between two events, with its launches queued before the first.
+            ``graph`` captures one call. ``eager`` times calls as a user's loop launches them,
+            including the host's time, and without flushing the cache between them.
     """
     if device.type != "cuda":
         return _on_cpu(clock, make_call())
@@ -95,7 +105,7 @@ def prepare(
 
 
 def durations(clock: DeviceClock, timed: Timed, rounds: int) -> list[float]:
-    """Seconds of each round."""
+    """Runs some rounds, and returns the seconds that each added to the clock."""
     found = []
     for _ in range(rounds):
         start = clock()
@@ -105,12 +115,12 @@ def durations(clock: DeviceClock, timed: Timed, rounds: int) -> list[float]:
 
 
 def rounds_for(seconds: float, budget: float, least: int = 5, most: int = 100) -> int:
-    """Rounds of ``seconds`` each that fit into ``budget`` seconds."""
+    """Returns how many rounds of ``seconds`` fit into ``budget``, from ``least`` to ``most``."""
     return int(min(max(budget / max(seconds, 1e-9), least), most))
 
 
 def timed_rounds(clock: DeviceClock, timed: Timed, budget: float) -> int:
-    """Rounds that fit into ``budget`` seconds, found from two of them."""
+    """Runs two rounds, and returns how many such rounds fit into ``budget`` seconds."""
     return rounds_for(timed.calls * durations(clock, timed, 2)[-1], budget)
 
 
@@ -130,11 +140,11 @@ def _on_cpu(clock: DeviceClock, call: Call) -> Timed:
 
 @contextmanager
 def side_stream(device: torch.device) -> Iterator[None]:
-    """Makes a stream other than the default one current; nothing changes without a GPU.
+    """Makes a new stream current if the default stream is; does nothing without a GPU.
 
-    A CUDA graph can't be captured on the default stream. Everything before the capture has to run
-    on the side stream too: autograd accumulates a parameter's gradient on the stream of the forward
-    that made the accumulating node, and a capture fails when that stream is not part of it.
+    A CUDA graph can't be captured on the default stream. The work before the capture has to run on
+    the side stream too: autograd accumulates a parameter's gradient on the stream of the forward
+    that created its ``AccumulateGrad`` node, and the capture fails if that is another stream.
     """
     if device.type != "cuda":
         yield
@@ -187,7 +197,16 @@ def _round(
     host_seconds: float,
     replayed: Sequence[Any] = (),
 ) -> Callable[[], None]:
-    """A round of some calls, or of a graph of some; the results of a graph are kept with it."""
+    """Returns a round that makes the ``queued`` calls, and adds the mean time of one to the clock.
+
+    Args:
+        clock: clock that the round advances.
+        queued: calls, or the replay of one graph.
+        stream: stream to launch them on.
+        flush: flushes the L2 cache before the round; None leaves it.
+        host_seconds: time that the host needs to queue the calls; 0 starts them at once.
+        replayed: results of the calls in the graph. The round keeps them alive.
+    """
     share = 1 / (len(replayed) or len(queued))
 
     def once() -> None:
@@ -197,10 +216,9 @@ def _round(
 
 
 def cache_flush() -> Call:
-    """A call that reads four times the size of the L2 cache, which evicts what was in it.
+    """Returns a call that reads four times the size of the L2 cache, which evicts all other data.
 
-    It reads, because lines that it had written would be in the cache afterwards, and would be
-    written back to memory while something else is timed.
+    It only reads: written lines would be written back to memory during the call that is timed.
     """
     size = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
     scratch = torch.zeros(size, dtype=torch.float32, device="cuda")
@@ -209,7 +227,7 @@ def cache_flush() -> Call:
 
 def _warm_up(call: Call, stream: torch.cuda.Stream) -> None:
     call()
-    stream.synchronize()  # what compiles at the first call does not count
+    stream.synchronize()  # the first call may compile, which does not count as warm-up
     start, calls = time.perf_counter(), 1
     while calls < WARMUP_CALLS or time.perf_counter() - start < WARMUP_SECONDS:
         call()
@@ -230,7 +248,7 @@ def _host_seconds(call: Call, stream: torch.cuda.Stream) -> float:
 def _between_events(
     calls: Sequence[Call], stream: torch.cuda.Stream, flush: Call | None, host_seconds: float
 ) -> float:
-    """Seconds of the calls; the device sleeps until the host has queued all of them."""
+    """Returns the seconds of the calls; the device sleeps until the host has queued all of them."""
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     with torch.cuda.stream(stream):
         if flush is not None:
@@ -248,10 +266,10 @@ def _between_events(
 def _captured(
     calls: Sequence[Call], stream: torch.cuda.Stream
 ) -> tuple[torch.cuda.CUDAGraph, list[Any]]:
-    """One CUDA graph of all calls, each with tensors of its own, and what they return."""
+    """Captures the calls in one CUDA graph; returns it and the result of each call."""
     graph = torch.cuda.CUDAGraph()
     results: list[Any] = []
     with torch.cuda.graph(graph, stream=stream):
-        # Kept until all are captured, or the next call would be given the same memory.
+        # Keeping all results gives each call its own memory.
         results.extend(call() for call in calls)
     return graph, results

@@ -1,4 +1,4 @@
-"""Without a GPU the kernels run in Triton's interpreter, chosen before they are imported."""
+"""Selects Triton's interpreter if there is no GPU, before the kernels are imported."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""How long a case takes to measure: estimated first, then from the cases of its kind on record."""
+"""Estimates how long a case takes to measure, from earlier cases of its kind or from a table."""
 
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -7,10 +7,12 @@ from benchmarks.cases import Case, ModelCase
 from benchmarks.measure import fields_of
 from benchmarks.store import Record
 
-# Estimated seconds, not measured ones. Of calls: inputs, checks, warm-up and rounds.
+# The seconds in this file are estimates, not measured.
+# Seconds for the inputs, checks, warm-up and rounds of a case.
 CALLS = {"ops": 1.0, "step": 8.0, "infer": 5.0, "memory": 8.0, "groups": 10.0, "augment": 3.0}
-IMAGE_LOOP = 60.0  # of augmentation that loops over the images in Python
-# Seconds to compile an operation, and a net.
+# Seconds for a case of augmentation that loops over the images in Python.
+IMAGE_LOOP = 60.0
+# Seconds to compile an operation, and to compile a net.
 COMPILES = {
     "bnres": (1.5, 20.0),
     "bnres-recompute": (0.0, 20.0),
@@ -21,23 +23,23 @@ COMPILES = {
     "cudnn-frontend": (2.0, 0.0),
     "flag_gems": (3.0, 0.0),
 }
-# Share of a net's compile time that remains once its kernels are in the compilers' caches on disk,
-# because its step inside a CUDA graph was compiled before.
+# Share of a net's compile time that remains if its kernels are in the compilers' caches on disk.
+# The case of the same step in a CUDA graph, which is measured earlier, puts them there.
 CACHED = 0.25
 # A ResNet-50 has about 2.5 times the layers of a ResNet-18.
 LARGE_NET = 2.5
-# Before a group is begun, cases without a record of their kind count this many times their estimate,
-# which is too low on a busy host.
+# Before a group is started, the estimate of a case without a record of its kind is multiplied by
+# this, because it is too low on a busy host.
 MARGIN = 2.0
-# A case is given up after LIMIT_FACTOR times its estimate, but not before LEAST_LIMIT seconds.
+# A case is stopped after LIMIT_FACTOR times its estimate, but not before LEAST_LIMIT seconds.
 LIMIT_FACTOR, LEAST_LIMIT = 4.0, 45.0
 
 
 def kind(fields: Mapping[str, object]) -> str:
-    """A name that cases of about the same cost share.
+    """Returns a key that is the same for cases that take about the same time to measure.
 
     Args:
-        fields: of a case (`benchmarks.measure.fields_of`), or a record.
+        fields: fields of a case (`benchmarks.measure.fields_of`), or its record.
     """
     what = fields.get("operation") or fields.get("net") or fields["name"]
     names = [fields["suite"], what, fields.get("launch", ""), fields["provider"]]
@@ -45,7 +47,7 @@ def kind(fields: Mapping[str, object]) -> str:
 
 
 def table_seconds(case: Case) -> float:
-    """The estimate for a case without a record of its kind."""
+    """Returns the estimated seconds of a case without a record of its kind."""
     if case.provider == "torchvision-image":
         return IMAGE_LOOP
     compiles = COMPILES.get(case.provider, (0.0, 0.0))[isinstance(case, ModelCase)]
@@ -57,10 +59,10 @@ def table_seconds(case: Case) -> float:
 
 
 class Costs:
-    """Seconds by kind of case.
+    """Estimates the time of cases, and learns from the cases that are measured.
 
     Args:
-        records: of cases that were measured before.
+        records: records of earlier cases.
     """
 
     def __init__(self, records: Iterable[Record]) -> None:
@@ -69,30 +71,30 @@ class Costs:
             self.note(record)
 
     def note(self, record: Record) -> None:
-        """Notes how long a case took; failed ones are ignored."""
+        """Learns from how long a case took; ignores failed cases."""
         if "wall_seconds" in record and record["status"] != "failed":
             self._seen.setdefault(kind(record), []).append(record["wall_seconds"])
 
     def seconds(self, case: Case) -> float:
-        """The median of its kind, else the estimate."""
+        """Returns the median seconds of the case's kind, or the estimate if there is no record."""
         seen = self._seen.get(kind(fields_of(case)))
         return statistics.median(seen) if seen else table_seconds(case)
 
     def fitting(
         self, groups: Iterable[Sequence[Case]], left: Callable[[], float]
     ) -> Iterator[Case]:
-        """The cases for which there is time at the moment they are asked for.
+        """Yields the cases for which enough time remains, checked when each is requested.
 
         Args:
-            groups: of cases that are compared with each other; a group is begun only if all of it fits.
-            left: seconds that are left.
+            groups: groups of cases; one is started only if enough time remains for all its cases.
+            left: returns the remaining seconds.
         """
         for group in groups:
             if self.most_seconds(group) <= left():
                 yield from (case for case in group if self.seconds(case) <= left())
 
     def most_seconds(self, cases: Iterable[Case]) -> float:
-        """Seconds that some cases take, with a margin for those without a record of their kind."""
+        """Returns the seconds that some cases take, with `MARGIN` for those of an unknown kind."""
         return sum(
             self.seconds(case) * (1.0 if kind(fields_of(case)) in self._seen else MARGIN)
             for case in cases
@@ -100,5 +102,5 @@ class Costs:
 
 
 def limit(case: Case) -> float:
-    """Seconds after which a case is given up."""
+    """Returns the time limit of a case in seconds."""
     return max(LIMIT_FACTOR * table_seconds(case), LEAST_LIMIT)

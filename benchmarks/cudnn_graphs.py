@@ -1,7 +1,7 @@
 """Validates the graphs of the cuDNN provider without cuDNN and without a GPU.
 
-The frontend asks cuDNN for its version and nothing else before a graph is built, so a stand-in library
-that has a version is enough. ``python -m benchmarks.cudnn_graphs`` prints what was validated.
+Until a graph is built, cuDNN's frontend only asks cuDNN for its version, so a stand-in library that
+returns a version is enough. ``python -m benchmarks.cudnn_graphs`` prints how many graphs are valid.
 """
 
 import os
@@ -16,7 +16,8 @@ import torch
 
 from benchmarks.environment import ROOT
 
-# The frontend's release that takes a number for a handle, and so needs no GPU to describe a graph.
+# This release of the frontend accepts a number as a handle, so it can describe a graph without a
+# GPU.
 PACKAGE = "nvidia-cudnn-frontend==1.18.0"
 SOURCE = """
 #include <stddef.h>
@@ -25,7 +26,12 @@ size_t cudnnGetVersion(void) { return 91500; }
 
 
 def run() -> tuple[bool | None, str]:
-    """Whether the graphs are valid, and what was printed; None if the frontend is not installed."""
+    """Validates the graphs in a new process with the stand-in library.
+
+    Returns:
+        Whether the graphs are valid, or None if the frontend is not installed; and the last line of
+        the process's output, or of its errors.
+    """
     if find_spec("cudnn") is None:
         return None, f"{PACKAGE} is not installed"
     with tempfile.TemporaryDirectory() as folder:
@@ -41,7 +47,7 @@ def run() -> tuple[bool | None, str]:
 
 
 def main() -> None:
-    """Validates forward and backward with and without an addition and a ReLU, in both dtypes."""
+    """Validates forward and backward of BN, BN+ReLU and BN+add+ReLU, in bf16 and fp16."""
     import cudnn
 
     from benchmarks.providers.cudnn_frontend import Builder

@@ -1,4 +1,7 @@
-"""What results were measured on: device, driver, versions, commit, and the device's two ceilings."""
+"""Describes the environment of a run: device, versions, commit, and the device's two ceilings.
+
+The ceilings are the bandwidth of a copy and the FLOP/s of a matrix product.
+"""
 
 import os
 import platform
@@ -14,7 +17,7 @@ import bnres
 from benchmarks import clock
 
 ROOT = Path(__file__).parent.parent
-# What two runs have to share for their results to lie in one folder.
+# Results can share a folder only if these fields of their environments are equal.
 IDENTITY = ("device", "torch", "triton", "bnres", "commit", "backend")
 GIB = 1 << 30
 MIB = 1 << 20
@@ -25,7 +28,7 @@ def default_device() -> torch.device:
 
 
 def describe(device: torch.device) -> dict[str, Any]:
-    """The record of a device and of the software on it."""
+    """Describes a device and the software that is installed."""
     found: dict[str, Any] = {
         "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "commit": _commit(),
@@ -52,16 +55,20 @@ def describe(device: torch.device) -> dict[str, Any]:
 
 
 def clocks() -> str:
-    """The GPU's clocks as they are now, and its power limit."""
+    """Returns the GPU's current clocks and its power limit, as nvidia-smi prints them."""
     return _output(
         "nvidia-smi", "--query-gpu=clocks.sm,clocks.mem,power.limit", "--format=csv,noheader"
     )
 
 
 def measure_ceilings(device: torch.device) -> dict[str, float]:
-    """Bytes/s of a device-to-device copy, read and written, and FLOP/s of a matrix product.
+    """Measures the bandwidth of a copy and the speed of a matrix product on random data.
 
-    On a GPU 2 GiB and 8192³ in bf16, on random data; on the CPU 32 MiB and 1024³ in fp32.
+    A GPU copies 2 GiB and multiplies 8192×8192 matrices in bf16; a CPU copies 32 MiB and multiplies
+    1024×1024 matrices in fp32.
+
+    Returns:
+        ``copy`` in bytes/s, counting bytes read and bytes written, and ``product`` in FLOP/s.
     """
     on_gpu = device.type == "cuda"
     size, edge = (2 * GIB, 8192) if on_gpu else (32 * MIB, 1024)
@@ -93,9 +100,9 @@ def _read(path: str) -> str:
 
 
 def _commit() -> str:
-    """The commit, with ``+changes`` behind it where the tree is not clean.
+    """Returns the commit, followed by ``+changes`` if tracked files were changed.
 
-    Where the tree has come without its history, ``BNRES_COMMIT`` says it.
+    The environment variable ``BNRES_COMMIT`` overrides it, for a tree without git's history.
     """
     if os.environ.get("BNRES_COMMIT"):
         return os.environ["BNRES_COMMIT"]
@@ -107,7 +114,7 @@ def _commit() -> str:
 
 
 def _output(*command: str) -> str:
-    """What a command prints; nothing if it is not there or fails."""
+    """Returns a command's output, or an empty string if it is not installed or fails."""
     try:
         return subprocess.run(
             command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=30

@@ -1,9 +1,9 @@
-"""Everything that the first minutes on a GPU are to show, in stages.
+"""Tests and measures everything on a new GPU, in stages, over several calls.
 
 ``python -m benchmarks first-contact --out FOLDER`` runs each stage in a process group with a time
-limit. What a stage printed is in ``log.txt``, how it ended in ``stages.jsonl``; a stage that failed does
-not stop the next. Called again, it goes on with the stages that have not ended. Without a GPU everything
-runs in small.
+limit. It appends the output of a stage to ``log.txt`` and its outcome to ``stages.jsonl``. If a
+stage fails, the next one still runs. Further calls continue with the stages that have not ended.
+Without a GPU every stage that can run uses small inputs.
 """
 
 import json
@@ -25,33 +25,39 @@ from benchmarks.environment import ROOT
 
 STAGES, LOG = "stages.jsonl", "log.txt"
 UNFINISHED, AGAIN = "unfinished", "again"
-# A stage that continues is not started with less time left.
+# No stage is started with less time left.
 LEAST_SECONDS = 10.0
-# Seconds for a stage to print its results after an interrupt; and, if it takes ``--minutes``, to end.
-INTERRUPTED, GRACE = 10.0, 25.0
+# Seconds for a stage to print its results after an interrupt.
+INTERRUPTED = 10.0
+# Seconds that a stage with ``--minutes`` may take longer than it was told.
+GRACE = 25.0
+# Characters of a stage's output that are stored with its outcome.
 TAIL = 4000
 PYTEST = ("-m", "pytest", "-q", "-ra", "--tb=short", "-p", "no:cacheprovider")
-# Of a kernel at work: share of the memory's bandwidth, share of issue slots in use, stalls by reason.
+# Metrics of ncu: a kernel's time, bytes and share of peak bandwidth, and the shares of busy issue
+# slots and of active warps. The section WarpStateStats adds the reasons of stalls.
 COUNTERS = (
     "gpu__time_duration.sum,dram__bytes.sum,dram__throughput.avg.pct_of_peak_sustained_elapsed,"
-    "sm__issue_active.avg.pct_of_peak_sustained_elapsed,sm__warps_active.avg.pct_of_peak_sustained_active"
+    "sm__issue_active.avg.pct_of_peak_sustained_elapsed,"
+    "sm__warps_active.avg.pct_of_peak_sustained_active"
 )
-# torch's allocator puts small tensors into large blocks, where an overrun is not noticed.
+# memcheck needs one allocation per tensor: in the large blocks of torch's allocator an overrun hits
+# other tensors instead of unallocated memory.
 UNCACHED = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One command.
+    """A command with a time limit.
 
     Attributes:
-        name: of the stage.
-        command: arguments of this Python, or of ``tool``.
-        minutes: the most it may take; of one that continues, in all calls together.
-        tool: a program that has to be installed.
-        needs_gpu: whether it says nothing without a GPU.
-        continues: whether it takes ``--minutes`` and goes on where it stopped.
-        environment: variables that are set for it.
+        name: name of the stage.
+        command: arguments of ``tool``, or of this Python interpreter if ``tool`` is None.
+        minutes: time limit; for a stage that continues, the limit of all its runs together.
+        tool: program to run; the stage is skipped if it is not installed.
+        needs_gpu: whether the stage is skipped without a GPU.
+        continues: whether the command takes ``--minutes`` and continues its earlier run.
+        environment: environment variables to set.
     """
 
     name: str
@@ -64,7 +70,12 @@ class Stage:
 
 
 def stages(folder: Path, small: bool) -> list[Stage]:
-    """All stages, the most telling ones first."""
+    """Lists the stages, the most important ones first.
+
+    Args:
+        folder: folder for the results.
+        small: whether the inputs are small, for a machine without a GPU.
+    """
     out = str(folder)
     bench = ("-m", "benchmarks")
     smoke = (*PYTEST, "tests/test_smoke.py")
@@ -88,9 +99,10 @@ def stages(folder: Path, small: bool) -> list[Stage]:
         Stage("profile", profile, 1),
         Stage("variants", (*bench, "variants", "--out", f"{out}/variants.jsonl"), variants_minutes,
               continues=True, environment=interpreter),
-        Stage("tune", ("-m", "bnres.cli", "tune", "--out", f"{out}/routes.json", "--minutes", "1.5"),
-              2, needs_gpu=True),
-        Stage("augmentation", (*bench, "run", "--suite", "augment", "--out", out), 1, continues=True),
+        Stage("tune", ("-m", "bnres.cli", "tune", "--out", f"{out}/routes.json",
+                       "--minutes", "1.5"), 2, needs_gpu=True),
+        Stage("augmentation", (*bench, "run", "--suite", "augment", "--out", out), 1,
+              continues=True),
         Stage("mnist", train, 1.5),
         Stage("memcheck", ("--tool", "memcheck", *sanitizer), 2, "compute-sanitizer", True,
               environment=UNCACHED),
@@ -110,18 +122,18 @@ def run(
 ) -> int:
     """Runs stages until the time is up; returns how many have not ended.
 
-    A stage is started if its limit fits into the rest of this call, or if it is the first stage of the
-    call; a stage that continues needs only ``LEAST_SECONDS``.
+    A stage is started if the remaining time is at least its limit, or if it is the first stage of
+    the call; a stage that continues only needs ``LEAST_SECONDS``.
 
     Args:
-        folder: of the results.
-        minutes: of this call.
-        echo: takes a line for each stage that was run.
-        again: stages that are run again though they have ended.
-        chosen: the stages; `stages` if None.
+        folder: folder for the results.
+        minutes: time limit of this call.
+        echo: called with a line for each stage that was run or skipped.
+        again: names of stages to run again although they have ended.
+        chosen: stages to run; those of `stages` if None.
 
     Raises:
-        ValueError: for a stage that does not exist.
+        ValueError: if a name in ``again`` is not that of a stage.
     """
     small = not torch.cuda.is_available()
     folder.mkdir(parents=True, exist_ok=True)
@@ -129,7 +141,7 @@ def run(
     chosen = stages(folder, small) if chosen is None else chosen
     for name in again:
         if name not in (names := [stage.name for stage in chosen]):
-            raise ValueError(f"again must be of {', '.join(names)}, got {name!r}")
+            raise ValueError(f"again must be one of {', '.join(names)}, got {name!r}")
         _append(folder / STAGES, {"stage": name, "status": AGAIN})
     is_first = True
     for stage in chosen:
@@ -161,7 +173,10 @@ def _unavailable(stage: Stage, small: bool) -> str | None:
 
 
 def _attempt(stage: Stage, folder: Path, seconds: float) -> dict[str, Any]:
-    """Runs a stage for at most ``seconds``; ``status`` is done, failed, timed out or unfinished."""
+    """Runs a stage for at most ``seconds``; returns its outcome.
+
+    The ``status`` of the outcome is ``done``, ``failed``, ``timed out`` or ``unfinished``.
+    """
     command = [stage.tool or sys.executable, *stage.command]
     if stage.continues:
         command += ["--minutes", f"{seconds / 60:.2f}"]
@@ -190,7 +205,10 @@ def _attempt(stage: Stage, folder: Path, seconds: float) -> dict[str, Any]:
 
 
 def _wait(process: "subprocess.Popen[bytes]", seconds: float) -> int | None:
-    """The exit code of a process, or None if it had to be interrupted, and killed if need be."""
+    """Returns a process's exit code, or None if it took longer than ``seconds``.
+
+    Such a process is interrupted, and killed if it does not exit within ``INTERRUPTED`` seconds.
+    """
     try:
         return process.wait(seconds)
     except subprocess.TimeoutExpired:
@@ -204,7 +222,10 @@ def _wait(process: "subprocess.Popen[bytes]", seconds: float) -> int | None:
 
 
 def _record(folder: Path, stage: Stage) -> tuple[float, bool]:
-    """Seconds that a stage has taken so far, and whether it has ended, or has used up its time."""
+    """Returns the seconds that a stage has taken so far, and whether it has ended.
+
+    A stage that continues has also ended when it has used up its time.
+    """
     path = folder / STAGES
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     spent, ended = 0.0, False

@@ -1,4 +1,4 @@
-"""What `bnres.fuse` fuses in the models of other libraries, as a table in Markdown."""
+"""Tabulates in Markdown what `bnres.fuse` fuses in the models of other libraries."""
 
 import platform
 import sys
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import bnres
 from bnres.files import write_text
 
-# A model's name, a function that builds it without weights, and example inputs.
+# A model's name, a function that builds it without pretrained weights, and example inputs.
 Model = tuple[str, Callable[[], nn.Module], tuple[Any, ...]]
 
 
@@ -49,7 +49,8 @@ def _torchvision() -> Iterator[Model]:
         backbone = detector.backbone_utils._resnet_fpn_extractor(resnet, 3)
         return detector.FasterRCNN(backbone, num_classes=3).backbone
 
-    # Without weights torchvision's builder uses BatchNorm2d; only the backbone has batch norms.
+    # torchvision's own builder uses BatchNorm2d where no weights are loaded. The rest of the
+    # detector has no batch norms.
     yield "backbone of fasterrcnn_resnet50_fpn", frozen, images(64)
     boxes = torch.tensor([[4.0, 4.0, 40.0, 40.0]])
     target = {"boxes": boxes, "labels": torch.ones(1, dtype=torch.int64)}
@@ -67,8 +68,9 @@ def _timm() -> Iterator[Model]:
     import timm
 
     for name in (
-        "efficientnet_b0", "efficientnetv2_rw_t", "mobilenetv4_conv_small", "regnety_008", "darknet53",
-        "cspresnet50", "resnet50d", "seresnet50", "skresnet18", "resnest14d", "res2net50_26w_4s",
+        "efficientnet_b0", "efficientnetv2_rw_t", "mobilenetv4_conv_small", "regnety_008",
+        "darknet53", "cspresnet50", "resnet50d", "seresnet50", "skresnet18", "resnest14d",
+        "res2net50_26w_4s",
         "hrnet_w18_small", "rexnet_100", "ghostnet_100", "dla34", "convmixer_768_32", "levit_128s",
         "repvgg_a0", "repvit_m0_9", "mobileone_s0", "fastvit_t8", "ese_vovnet19b_dw", "selecsls42",
         "xception41", "dpn48b", "tresnet_m", "starnet_s1", "mobilevit_xxs",
@@ -96,7 +98,7 @@ def _segmentation() -> Iterator[Model]:
 
 
 def _transformers() -> Iterator[Model]:
-    # transformers would import our folder kernels/ as the PyPI package of that name.
+    # Otherwise transformers would import our folder kernels/ instead of PyPI's package kernels.
     sys.modules["kernels"] = None  # type: ignore[assignment]
     import transformers as t
 
@@ -124,7 +126,8 @@ def _transformers() -> Iterator[Model]:
     yield "Wav2Vec2Conformer's encoder", conformer, (torch.randn(2, 20, 32),)
 
 
-# torchvision first: the others import it, and with some builds of torch it needs a special import.
+# torchvision comes first, because the others import it and some builds of torch need
+# `benchmarks.torchvision_import`.
 LIBRARIES: dict[str, Callable[[], Iterator[Model]]] = {
     "torchvision": _torchvision,
     "timm": _timm,
@@ -147,7 +150,7 @@ HEADER = "| model | batch norms | fused | patterns | reasons |\n|---|---:|---:|-
 
 
 def run(out: Path | None, say: Callable[[str], object]) -> None:
-    """Writes the table to ``out``, or says it."""
+    """Writes the table to ``out``, or passes it to ``say`` if ``out`` is None."""
     text = table(say if out is not None else lambda line: None)
     if out is None:
         say(text)
@@ -156,7 +159,7 @@ def run(out: Path | None, say: Callable[[str], object]) -> None:
 
 
 def table(say: Callable[[str], object]) -> str:
-    """The table of the installed libraries; calls ``say`` with the name of each model."""
+    """Returns the table for the installed libraries; calls ``say`` with the name of each model."""
     versions = [f"bnres {bnres.__version__}", f"torch {torch.__version__}"]
     versions.append(f"Python {platform.python_version()}")
     text, sites, skipped = "", [], []
@@ -181,7 +184,7 @@ def table(say: Callable[[str], object]) -> str:
 
 
 def row(name: str, sites: list[bnres.fusion.Site]) -> str:
-    """A row of the table."""
+    """Formats a row of the table."""
     fused = [site for site in sites if site.fused]
     cells = (
         name,
@@ -194,6 +197,6 @@ def row(name: str, sites: list[bnres.fusion.Site]) -> str:
 
 
 def counted(names: Iterable[str]) -> str:
-    """How often each name occurs, the most frequent first."""
+    """Formats how often each name occurs, the most frequent first."""
     found = Counter(name for name in names if name)
     return ", ".join(f"{count} × {name}" for name, count in found.most_common())

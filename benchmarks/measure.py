@@ -1,4 +1,4 @@
-"""Measures a case: builds it, checks it against the formula, times it."""
+"""Measures a case: builds it, checks it against the reference, and times it."""
 
 import statistics
 from collections.abc import Callable, Sequence
@@ -25,7 +25,7 @@ from benchmarks.providers import PROVIDERS
 from benchmarks.providers.base import Implementation
 from benchmarks.sites import ConvSite
 
-# Seconds of device time that a case's rounds may take.
+# Seconds of device time for the rounds of an operation or a chain, and of a whole net.
 BUDGET = 0.25
 STEP_BUDGET = 1.0
 
@@ -35,8 +35,8 @@ class Ready:
     """A case that was checked and warmed up.
 
     Attributes:
-        timed: what to time.
-        facts: what is known without timing it, for the record.
+        timed: the call to time.
+        facts: fields of the record that are known before timing.
     """
 
     timed: clock.Timed
@@ -47,8 +47,8 @@ def prepare(case: Case, device: torch.device, ticking: clock.DeviceClock) -> Rea
     """Builds and checks a case, and makes it ready to be timed.
 
     Raises:
-        Unavailable: if the provider is missing here.
-        WrongResult: if it computes something else.
+        Unavailable: if the provider is not installed, or does not support the device or the case.
+        WrongResult: if the provider's result differs from the reference.
     """
     with clock.side_stream(device):
         if isinstance(case, OpCase):
@@ -59,10 +59,11 @@ def prepare(case: Case, device: torch.device, ticking: clock.DeviceClock) -> Rea
 
 
 def measure(case: Case, device: torch.device, ceilings: dict[str, float]) -> dict[str, Any]:
-    """The record of a case: what `prepare` knows, and times in seconds.
+    """Measures a case; returns the fields of its record that do not name it. Times are in seconds.
 
     Raises:
-        As `prepare`.
+        Unavailable: if the provider is not installed, or does not support the device or the case.
+        WrongResult: if the provider's result differs from the reference.
     """
     if isinstance(case, ModelCase) and case.suite == "groups":
         return _kernel_groups(case, device)
@@ -76,7 +77,7 @@ def measure(case: Case, device: torch.device, ceilings: dict[str, float]) -> dic
 
 
 def summarize(seconds: list[float]) -> dict[str, Any]:
-    """Median and quartiles of some rounds."""
+    """Returns the median and the quartiles of the rounds' seconds, and the number of rounds."""
     quartiles = statistics.quantiles(seconds, n=4, method="inclusive")
     return {
         "median": statistics.median(seconds),
@@ -87,10 +88,13 @@ def summarize(seconds: list[float]) -> dict[str, Any]:
 
 
 def rates(record: dict[str, Any], ceilings: dict[str, float]) -> dict[str, float]:
-    """Bandwidth, and which share of the ceilings' limit the median reaches.
+    """Returns the bandwidth, and the shortest possible time as a share of the median.
+
+    The shortest possible time is that of the bytes or of the FLOPs at the device's ceilings,
+    whichever is longer. The result is empty if the record has no ``bytes``.
 
     Args:
-        record: with ``median``, ``bytes`` and ``flops``.
+        record: record with ``median`` in seconds, and perhaps ``bytes`` and ``flops``.
         ceilings: ``copy`` in bytes/s and ``product`` in FLOP/s.
     """
     seconds, moved, flops = record["median"], record.get("bytes"), record.get("flops", 0)
@@ -101,7 +105,7 @@ def rates(record: dict[str, Any], ceilings: dict[str, float]) -> dict[str, float
 
 
 def fields_of(case: Case) -> dict[str, Any]:
-    """What names a case, for its record."""
+    """Returns the fields of a record that name its case."""
     own = {k: v for k, v in asdict(case).items() if k != "site"}
     if isinstance(case, OpCase):
         own |= {"operation": case.site.operation, "site": case.site.id}
@@ -109,7 +113,7 @@ def fields_of(case: Case) -> dict[str, Any]:
 
 
 def _prepare_op(case: OpCase, device: torch.device, ticking: clock.DeviceClock) -> Ready:
-    torch.backends.cudnn.benchmark = True  # as training scripts set it, for every provider
+    torch.backends.cudnn.benchmark = True  # for every provider, as training scripts do
     provider = PROVIDERS[case.provider]
     if case.smoke:
         case = replace(case, site=smaller(case.site))
@@ -134,7 +138,7 @@ def _prepare_op(case: OpCase, device: torch.device, ticking: clock.DeviceClock) 
             case.direction != "eval",
         )
     if timed.replayed is not None:
-        # A launch that the capture missed would be fast.
+        # If the capture missed a launch, the replay would be too fast and its result wrong.
         timed.round()
         check("replayed result", timed.replayed, results, OUTPUT_TOLERANCE[dtype])
     return Ready(
@@ -148,7 +152,7 @@ def _prepare_op(case: OpCase, device: torch.device, ticking: clock.DeviceClock) 
 
 
 def _in_mode(timed: clock.Timed, grad: bool) -> clock.Timed:
-    """Rounds with autograd on or off, as the operation was prepared."""
+    """Returns rounds that run with autograd enabled or disabled."""
 
     def once() -> None:
         with torch.set_grad_enabled(grad):
@@ -160,12 +164,22 @@ def _in_mode(timed: clock.Timed, grad: bool) -> clock.Timed:
 def verify(
     case: OpCase, implementation: Implementation, inputs: Inputs
 ) -> tuple[float, Sequence[Tensor]]:
-    """The greatest error of an implementation to the formula in fp64, and what it returned.
+    """Compares an implementation with `benchmarks.operations.formula` in fp64.
 
-    Both have fresh inputs. A convolution is compared with fp32, as fp64 takes too long.
+    The reference for a convolution is in fp32, because fp64 takes too long.
+
+    Args:
+        case: the operation.
+        implementation: implementation that is bound to ``inputs``.
+        inputs: inputs that no call has used; their running statistics are checked too.
+
+    Returns:
+        The greatest relative error; and the implementation's gradients if the case's direction is
+        ``backward``, else its outputs.
 
     Raises:
-        WrongResult: if it is too great, or of another dtype or memory format.
+        WrongResult: if an error exceeds its tolerance, or a dtype, the memory format or the number
+            of results differs.
     """
     is_conv = isinstance(case.site, ConvSite)
     exact = inputs.to(torch.float32 if is_conv else torch.float64)
@@ -173,7 +187,8 @@ def verify(
     tolerance = OUTPUT_TOLERANCE[dtype]
     if is_conv:
         tolerance = max(tolerance, TF32_TOLERANCE)
-    # cuDNN has convolutions of fp32 without tf32, and no batch norm of fp64.
+    # The reference must not use TF32. cuDNN has convolutions in full fp32, but no batch norm in
+    # fp64.
     with torch.backends.cudnn.flags(enabled=is_conv, allow_tf32=False):
         expected = formula(case.site, case.direction != "eval")(exact)
     results = implementation.forward()
@@ -214,7 +229,10 @@ def _prepare_model(case: ModelCase, device: torch.device, ticking: clock.DeviceC
 
 
 def _kernel_groups(case: ModelCase, device: torch.device) -> dict[str, Any]:
-    """Kernel time of a step by group; a process that has used the profiler times nothing else."""
+    """Measures a step's kernel time by group, with the profiler.
+
+    A process that has used the profiler must not time anything.
+    """
     with clock.side_stream(device):
         work = models.prepare(case, device)
         error = work.verify()
@@ -224,7 +242,8 @@ def _kernel_groups(case: ModelCase, device: torch.device) -> dict[str, Any]:
 
 def _prepare_augment(case: AugmentCase, device: torch.device, ticking: clock.DeviceClock) -> Ready:
     work = augmentation.prepare(case, device)
-    # The kernel alone is the device's time, the rest what a user waits for.
+    # The kernel is timed on the device; the other providers include the host's time, as users see
+    # it.
     launch = "auto" if case.provider == "bnres-kernel" else "eager"
     timed = clock.prepare(
         ticking, lambda: augmentation.prepare(case, device).run, device,

@@ -1,4 +1,4 @@
-"""Memory of a training step."""
+"""Measures the memory of a training step."""
 
 from collections.abc import Callable
 
@@ -10,11 +10,12 @@ Grown = tuple[int, int]
 
 
 def measure(work: Work, device: torch.device) -> dict[str, int]:
-    """Bytes by which a step's allocations grow, on a GPU or in the CPU's allocator.
+    """Measures by how many bytes the allocated memory grows during a step.
 
     Returns:
-        ``held_bytes``: what a forward leaves alive for its backward; ``peak_bytes``: the greatest
-        growth during a step, gradients and work space included, weights and optimiser not.
+        ``held_bytes``, which is the growth during the forward that is held for backward; and
+        ``peak_bytes``, the greatest growth during a step. Gradients and workspaces are included,
+        the weights and the optimiser's state are not.
     """
     work.run()
     work.run()
@@ -25,7 +26,11 @@ def measure(work: Work, device: torch.device) -> dict[str, int]:
 
 
 def allocated(call: Callable[[], object], device: torch.device) -> Grown:
-    """Growth of what is allocated: when ``call`` has returned, its result alive, and at its peak."""
+    """Returns by how many bytes the allocated memory grows during ``call``.
+
+    Returns:
+        The growth when ``call`` has returned and its result is alive, and the greatest growth.
+    """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)

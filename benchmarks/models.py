@@ -1,4 +1,4 @@
-"""Whole nets as the providers build them: a training step, inference."""
+"""Builds whole nets by each provider, for training steps and inference."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -16,25 +16,29 @@ from benchmarks.providers.base import Unavailable
 
 CLASSES = 1000
 CIFAR_IMAGE = 32
+# Weight of each block's last batch norm, see `_stock`.
 LAST_WEIGHT = 0.2
-# Of the loss in fp16, whose gradients underflow without it. It is fixed, so that every step does the
-# same; with it, gradients up to 16 are below fp16's greatest number.
+# Scale of the loss in fp16, without which gradients underflow. It is constant, so that all steps do
+# the same work. Scaled gradients stay finite in fp16 up to about 16.
 LOSS_SCALE = 2.0**12
-# The least cosine between all gradients and those of fp32: roundings add up over the layers. Where
-# fp32 runs in tf32, or in another order, signs around zero change.
+# Least cosine between a provider's gradients and the reference's in fp32, over all parameters.
+# Rounding errors accumulate over the layers. Even in fp32, TF32 or another order of sums changes
+# the signs of values near zero.
 COSINE = {"bf16": 0.9, "fp16": 0.98, "fp32": 0.99}
-# Of the logits, relative to fp32, behind some 20 to 50 layers.
+# Greatest relative error of the logits, compared with fp32, after some 20 to 50 layers.
 LOGITS_TOLERANCE = {"bf16": 0.15, "fp16": 0.03, "fp32": 0.01}
 
 
 @dataclass(frozen=True)
 class Work:
-    """What is timed of a net.
+    """A net that is ready to be timed.
 
     Attributes:
-        run: one step, or one inference.
-        forward: a step's forward, up to the loss; the inference.
-        verify: raises `benchmarks.check.WrongResult` if it is not the stock net's; before ``run``.
+        run: runs one training step or one inference.
+        forward: runs a step's forward up to the loss, or one inference.
+        verify: returns the relative error of the logits; raises `benchmarks.check.WrongResult` if
+            the logits or the gradients differ from the stock net's. Call it before ``run``, which
+            changes the weights.
         model: the net.
     """
 
@@ -45,31 +49,32 @@ class Work:
 
 
 def dtype_of(case: ModelCase) -> str:
-    """The dtype that the case's provider is timed in."""
+    """Returns the dtype that the provider runs in: ``eager-fp16-cudnn`` runs bf16 cases in fp16."""
     return "fp16" if case.provider == "eager-fp16-cudnn" and case.dtype == "bf16" else case.dtype
 
 
 def prepare(case: ModelCase, device: torch.device) -> Work:
-    """Builds a net, the same weights for every provider.
+    """Builds a net with the same weights for every provider.
 
     Raises:
-        Unavailable: if this machine or this case lacks the provider.
+        Unavailable: if the provider does not support the device or the case.
     """
     if device.type != "cuda" and case.provider in ("eager-fp16-cudnn", "compile-max-autotune"):
         raise Unavailable("needs a GPU")
     if case.provider == "eager-fp16-cudnn" and case.dtype != "bf16":
-        raise Unavailable("stands for the 16-bit case in bf16's place")
+        raise Unavailable("runs in fp16, and only for the cases of bf16")
     torch._dynamo.reset()
-    torch.backends.cudnn.benchmark = True  # as training scripts set it, for every provider
+    torch.backends.cudnn.benchmark = True  # for every provider, as training scripts do
     work = _training if case.suite in ("step", "memory", "groups") else _inference
     return work(case, device)
 
 
 def _stock(case: ModelCase) -> nn.Module:
-    """The net at a start from which a step in 16 bits is near one in fp32.
+    """Builds the stock net with weights for which a step in 16 bits is close to one in fp32.
 
-    As initialised, a ResNet-50 makes so much of a rounding that no provider could be checked; small
-    weights in the last batch norm of a block, where zero_init_residual has zeros, keep it.
+    With torchvision's initial weights a ResNet-50 amplifies rounding errors so much that no
+    provider could be checked. Therefore each block's last batch norm, whose weights
+    ``zero_init_residual`` sets to zero, gets the small weight ``LAST_WEIGHT``.
     """
     torch.manual_seed(0)
     model = bnres.models.create_model(
@@ -106,7 +111,7 @@ def _of_provider(stock: nn.Module, case: ModelCase) -> nn.Module:
 def _compiled(model: nn.Module, case: ModelCase) -> Callable[[Tensor], Tensor]:
     if not case.provider.startswith("compile"):
         return model
-    # The timing core captures the graph, as it does everybody's.
+    # The timing core captures CUDA graphs, for every provider.
     mode = "max-autotune-no-cudagraphs" if case.provider.endswith("max-autotune") else None
     return torch.compile(model, dynamic=False, mode=mode)
 
@@ -124,7 +129,7 @@ def _training(case: ModelCase, device: torch.device) -> Work:
     )
 
     def loss_of(forward: Callable[[Tensor], Tensor], cast: bool) -> tuple[Tensor, Tensor]:
-        # Without a cache of cast weights, which a graph could not be captured with.
+        # A CUDA graph can't be captured with autocast's cache of cast weights.
         with torch.autocast(
             device.type, dtype if cast else torch.bfloat16,
             enabled=cast and dtype != torch.float32, cache_enabled=False,
@@ -145,7 +150,8 @@ def _training(case: ModelCase, device: torch.device) -> Work:
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
         if case.launch == "graph":
-            # The scaler's step asks the host whether a gradient overflowed, which can't be captured.
+            # scaler.step() reads on the host whether a gradient overflowed, which can't be
+            # captured.
             optimizer.step()
         else:
             scaler.step(optimizer)
@@ -178,7 +184,7 @@ def _inference(case: ModelCase, device: torch.device) -> Work:
     images = _images(case, device)
     stock = _placed(_stock(case), case, device)
     with torch.no_grad():
-        stock.train()(images[: min(case.batch, 32)])  # statistics that are not the initial ones
+        stock.train()(images[: min(case.batch, 32)])  # updates the running statistics
         expected = stock.eval()(images)
     model = _of_provider(stock, case).to(dtype).eval()
     forward, cast = _compiled(model, case), images.to(dtype)

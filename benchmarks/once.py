@@ -1,4 +1,4 @@
-"""Runs every fused operation of the stem and of layer1 once, so that a profiler can count in it."""
+"""Runs every fused operation of the stem and of layer1 once, for a profiler's hardware counters."""
 
 import itertools
 
@@ -14,9 +14,10 @@ STAGES = ("stem", "layer1")
 
 
 def run(device: torch.device) -> int:
-    """Runs forward and backward in bf16 in both layouts; returns the number of operations.
+    """Runs the operations in bf16 and both layouts; returns their number.
 
-    Without a GPU the tensors are small.
+    Batch norms run forward and backward. Convolutions run the forward of inference, in
+    channels_last on a GPU only. Without a GPU the tensors are small.
     """
     on_gpu = device.type == "cuda"
     done = 0
@@ -36,7 +37,7 @@ def run(device: torch.device) -> int:
         inputs = make_inputs(shape, direction, batch, layout, DTYPES["bf16"], device)
         operation = provider.prepare(case)(inputs)
         with torch.set_grad_enabled(direction == "backward"):
-            # Backward runs its forward.
+            # The backward callable runs the forward itself.
             (operation.backward if direction == "backward" else operation.forward)()
         done += 1
     return done

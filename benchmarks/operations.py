@@ -1,4 +1,4 @@
-"""The operations that are timed: their tensors, and their formula in torch's own operations."""
+"""Defines the inputs of the operations that are timed, and their reference in torch."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
@@ -19,7 +19,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 @dataclass
 class Norm:
-    """Parameters and buffers of a batch norm, each (C,) in fp32."""
+    """Parameters and running statistics of a batch norm, each of shape (C,) in fp32."""
 
     weight: Tensor
     bias: Tensor
@@ -33,15 +33,15 @@ class Norm:
 
 @dataclass
 class Inputs:
-    """What an operation reads.
+    """Inputs of an operation, and the gradients of its outputs.
 
     Attributes:
-        x: (N, C, H, W).
+        x: input of shape (N, C, H, W).
         norm: batch norm of ``x``, or of the convolution's output.
-        residual: of the output's shape, in operations that add one.
-        residual_norm: batch norm of the residual.
-        filter: (K, C, R, S), of a convolution.
-        gradients: of the outputs.
+        residual: residual of the output's shape, if the operation adds one.
+        residual_norm: batch norm of the residual, if the operation has one.
+        filter: weight of shape (K, C, R, S), if the operation has a convolution.
+        gradients: gradients of the outputs; empty unless the direction is ``backward``.
     """
 
     x: Tensor
@@ -53,7 +53,7 @@ class Inputs:
 
     @property
     def leaves(self) -> list[Tensor]:
-        """What backward computes gradients of, in this order."""
+        """The tensors whose gradients backward computes, in this order."""
         found = [self.x, self.norm.weight, self.norm.bias, self.residual]
         if self.residual_norm is not None:
             found += [self.residual_norm.weight, self.residual_norm.bias]
@@ -61,16 +61,16 @@ class Inputs:
 
     @property
     def buffers(self) -> list[Tensor]:
-        """Running statistics, which a training forward updates."""
+        """The running statistics, which a forward in training updates."""
         others = () if self.residual_norm is None else self.residual_norm.buffers
         return [*self.norm.buffers, *others]
 
     def to(self, dtype: torch.dtype) -> "Inputs":
-        """A copy, all of it in ``dtype``."""
+        """Returns a copy with all tensors in ``dtype``."""
 
         def copy(value: object) -> object:
             if isinstance(value, Tensor):
-                # Not by itself where the dtype is the same: the copy's buffers are its own.
+                # copy=True, because the copy must not share buffers even if the dtype is the same.
                 return value.detach().to(dtype, copy=True).requires_grad_(value.requires_grad)
             if isinstance(value, tuple):
                 return tuple(copy(v) for v in value)
@@ -82,7 +82,7 @@ class Inputs:
 
 
 def smaller(site: Site | ConvSite) -> Site | ConvSite:
-    """A site of the same kind that a CPU works through in no time."""
+    """Returns a site of the same kind with 8 channels of 8×8, which is fast on a CPU."""
     if isinstance(site, ConvSite):
         return replace(site, channels=8, size=8, out_channels=8)
     return replace(site, channels=8, size=8)
@@ -97,7 +97,7 @@ def make_inputs(
     device: torch.device,
     seed: int = 0,
 ) -> Inputs:
-    """Random tensors of a site; the channels' means and scales differ."""
+    """Makes random inputs of a site; each channel has its own parameters and running statistics."""
     generator = torch.Generator(device).manual_seed(seed)
 
     def random(*shape: int) -> Tensor:
@@ -107,7 +107,10 @@ def make_inputs(
         return random(*shape).to(dtype).contiguous(memory_format=LAYOUTS[layout])
 
     def gradient(shape: tuple[int, ...]) -> Tensor:
-        """Neither of mean zero nor independent of x: backward's two sums have to count."""
+        """Makes a gradient whose mean and correlation with x are not zero.
+
+        Otherwise the sums of dy and of dy * xhat would not contribute to dx.
+        """
         skewed = random(*shape) + 1
         if shape == tuple(x.shape):
             skewed += 0.5 * x.detach()
@@ -154,7 +157,10 @@ def _batch_norm(x: Tensor, norm: Norm, training: bool) -> Tensor:
 
 
 def formula(site: Site | ConvSite, training: bool) -> Callable[[Inputs], tuple[Tensor, ...]]:
-    """The operation as torch's own layers do it, a ReLU in place as in torchvision's ResNets."""
+    """Returns a site's operation in torch's own operations.
+
+    ReLU is in place, as in torchvision's ResNets.
+    """
     operation = site.operation
     if isinstance(site, ConvSite):
         window = site.window

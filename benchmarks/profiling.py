@@ -1,4 +1,4 @@
-"""Where a step's time goes: kernels by group, launches, and the device's idle time between them."""
+"""Profiles a training step: kernel time by group, launches, and the device's idle time."""
 
 import re
 from collections.abc import Callable
@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch.autograd import DeviceType
 
-# First match counts. Names of kernels on a GPU, of operators on the CPU.
+# Group and pattern of its names: kernels on a GPU, operators on the CPU. The first match counts.
 GROUPS = (
     ("batch norm", r"(?<!conv)_bn_|batch_?norm|bn_(fw|bw)|bnorm|bnres::"),
     ("pooling", r"pool"),
@@ -26,19 +26,19 @@ STEPS = 5
 
 
 def group_of(name: str) -> str:
-    """The group of a kernel or an operator."""
+    """Returns the group of a kernel or an operator."""
     return next((g for g, pattern in GROUPS if re.search(pattern, name, re.IGNORECASE)), OTHER)
 
 
 @dataclass
 class Profile:
-    """Means over the profiled steps, in seconds.
+    """Means over the profiled steps; times are in seconds.
 
     Attributes:
-        seconds: device time by kernel (on the CPU: own time by operator).
-        launches: kernels a step (on the CPU: operators).
-        span: from a step's first kernel to its last.
-        idle: of the span, when no kernel ran.
+        seconds: device time of each kernel; on the CPU, self time of each operator.
+        launches: launches of each kernel per step; on the CPU, calls of each operator.
+        span: time from the first kernel to the last, divided by the number of steps; 0 on the CPU.
+        idle: part of the span in which no kernel ran.
     """
 
     seconds: dict[str, float] = field(default_factory=dict)
@@ -47,14 +47,14 @@ class Profile:
     idle: float = 0.0
 
     def by_group(self) -> dict[str, float]:
-        """Seconds by group, each of `GROUP_NAMES`."""
+        """Returns the seconds of each group in `GROUP_NAMES`."""
         found = dict.fromkeys(GROUP_NAMES, 0.0)
         for name, seconds in self.seconds.items():
             found[group_of(name)] += seconds
         return found
 
     def launches_by_group(self) -> dict[str, float]:
-        """Launches by group, each of `GROUP_NAMES`."""
+        """Returns the launches of each group in `GROUP_NAMES`."""
         found = dict.fromkeys(GROUP_NAMES, 0.0)
         for name, count in self.launches.items():
             found[group_of(name)] += count
@@ -67,10 +67,10 @@ def profile(
     """Profiles some steps after a warm-up.
 
     Args:
-        run: a step.
-        device: where it runs.
+        run: runs one step.
+        device: device on which it runs.
         trace: file for a Chrome trace of the steps.
-        steps: how many.
+        steps: number of steps.
     """
     activities = [torch.profiler.ProfilerActivity.CPU]
     on_gpu = device.type == "cuda"
@@ -89,7 +89,7 @@ def profile(
     spans = []
     for event in profiler.events() or []:
         if on_gpu:
-            # An annotation spans the kernels beneath it, which are events of their own.
+            # An annotation spans kernels that have their own events.
             if event.device_type != DeviceType.CUDA or event.is_user_annotation:
                 continue
             microseconds = event.time_range.elapsed_us()
@@ -109,12 +109,12 @@ def profile(
 
 
 def kernel_groups(run: Callable[[], object], device: torch.device) -> dict[str, float]:
-    """Seconds of a step by group."""
+    """Returns a step's seconds by group."""
     return profile(run, device, steps=STEPS if device.type == "cuda" else 1).by_group()
 
 
 def format_profile(found: Profile, device: torch.device, top: int = 25) -> str:
-    """A table of the groups, and of the kernels that take longest."""
+    """Formats a table of the groups, followed by the ``top`` kernels that take longest."""
     total = sum(found.seconds.values())
     what = "launches" if device.type == "cuda" else "operators"
     lines = [f"{'group':14} {'ms':>9} {'share':>7} {what:>9}"]
@@ -126,7 +126,7 @@ def format_profile(found: Profile, device: torch.device, top: int = 25) -> str:
     lines.append(f"{'all':14} {total * 1e3:9.3f} {1:7.1%} {sum(launches.values()):9.0f}")
     if found.span:
         lines.append(
-            f"a step spans {found.span * 1e3:.3f} ms on the device, idle for "
+            f"a step takes {found.span * 1e3:.3f} ms on the device, which is idle for "
             f"{found.idle * 1e3:.3f} ms of it ({found.idle / found.span:.1%})"
         )
     lines += ["", f"{'ms':>9} {what:>9}  {'group':12} kernel"]

@@ -1,7 +1,7 @@
-"""``python -m benchmarks rehearse``: what `first_contact` needs of a GPU machine, tried without a GPU.
+"""Checks, without a GPU, that `benchmarks.first_contact` will run on a machine with one.
 
-What only a GPU can show stays open: times, and races of the memory system. Everything on the way there
-is run for real: the compiler, triton's launcher, the campaign's child processes, the report.
+``python -m benchmarks rehearse`` runs the real compiler, triton's launcher, the campaign's child
+processes and the report. Only a GPU can show times and races in memory.
 """
 
 import os
@@ -25,27 +25,31 @@ from benchmarks.environment import ROOT
 from benchmarks.report import performance_page, pictures, tables
 from benchmarks.store import MADE_UP, load
 
-# Tests that convolve in fp32, without those of the same convolutions in larger nets.
+# Tests with convolutions in fp32, except those that repeat these convolutions in larger nets.
 TF32_TESTS = (
     "tests/test_conv.py", "tests/test_fold.py", "tests/test_smoke.py",
     "-k", "not architectures and not derivatives and not batch_norms",
 )  # fmt: skip
-# Seconds of a stand-in, and of all of them.
+# Time limits in seconds: of one case with made-up timings, and of the whole campaign.
 CHILD_LIMIT, CAMPAIGN_LIMIT = 3.0, 600.0
 Outcome = tuple[bool | None, str]
 
 
 def compiled() -> Outcome:
-    """Every specialisation compiles, spills no more than is allowed, and reaches CUDA's driver."""
+    """Checks that every specialisation compiles, keeps to its limit of spills, and can be launched.
+
+    The launches call a stand-in for CUDA's driver.
+    """
     found = specialisations.run(os.cpu_count() or 1)
     counts = f"{found.compiled} compiled, {found.launched} launched"
     return not found.failures, "\n".join([counts, *found.failures])
 
 
 def survived() -> Outcome:
-    """A campaign goes on after cases that raise, hang, abort, exit or run out of memory.
+    """Checks that a campaign continues after cases that raise, hang, abort, exit or lack memory.
 
-    The report of its made-up timings says that they are made up, and README refuses them.
+    Also checks that the report of its made-up timings says that they are made up, and that they
+    can't be written into docs/performance.md.
     """
     telling = telling_cases()
     first = next(case for case in telling if isinstance(case, OpCase))
@@ -62,7 +66,8 @@ def survived() -> Outcome:
             functions, limit_of=lambda case: CHILD_LIMIT,
         )  # fmt: skip
         problems = [
-            f"{case.id} is {store.records[case.id]['status'] if case.id in store.records else 'lost'}"
+            f"{case.id} is "
+            f"{store.records[case.id]['status'] if case.id in store.records else 'lost'}"
             for case in cases
             if case.id not in store.records
             or store.records[case.id]["status"] != standins.OTHER_STATUS.get(case.batch, "failed")
@@ -72,7 +77,7 @@ def survived() -> Outcome:
 
 
 def _draw(folder: Path) -> list[str]:
-    """What is wrong with the report of a folder of made-up timings."""
+    """Reports a folder of made-up timings; returns what is wrong with the report."""
     about, records = load(folder)
     problems = []
     text = tables.report(about, records, pictures.draw(folder, about, records))
@@ -80,16 +85,17 @@ def _draw(folder: Path) -> list[str]:
         problems.append("the report does not say that its timings are made up")
     try:
         performance_page.measured(folder, about, records)
-        problems.append("README takes timings that are made up")
+        problems.append("docs/performance.md accepts timings that are made up")
     except ValueError:
         pass
     return problems
 
 
 def rounded() -> Outcome:
-    """The tests pass with operands rounded to TF32 wherever a GPU would round them."""
+    """Checks that tests pass with operands rounded to TF32 wherever a GPU would round them."""
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--emulate-tf32", *TF32_TESTS],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--emulate-tf32",
+         *TF32_TESTS],
         cwd=ROOT, capture_output=True, text=True,
     )  # fmt: skip
     lines = result.stdout.strip().splitlines()
@@ -106,7 +112,7 @@ CHECKS: dict[str, Callable[[], Outcome]] = {
 
 
 def run(echo: Callable[[str], object]) -> int:
-    """Runs the checks, two at a time since some of them wait; returns how many failed."""
+    """Runs the checks, two at a time because some mostly wait; returns how many failed."""
     failed = 0
     start = time.monotonic()
     with ThreadPoolExecutor(2) as pool:
@@ -118,7 +124,7 @@ def run(echo: Callable[[str], object]) -> int:
             echo(f"{name}: {word} after {time.monotonic() - start:.0f} s: {text}")
     minutes = sum(stage.minutes for stage in first_contact.stages(Path("FOLDER"), small=False))
     echo(
-        "On a GPU: python -m benchmarks first-contact --out FOLDER, again and again until it says that "
-        f"all is done; at most {minutes:.0f} minutes in all, 9 a call."
+        "On a GPU, repeat `python -m benchmarks first-contact --out FOLDER` until it says that all "
+        f"stages are done: at most {minutes:.0f} minutes in total, 9 minutes per call."
     )
     return failed

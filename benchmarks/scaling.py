@@ -1,9 +1,9 @@
 """A model of data-parallel training on many GPUs, with and without synchronised batch norm.
 
-The time of a step is that of one GPU plus the communication that backward does not hide. The time of
-a collective is NCCL's own cost model, latency per step plus bytes over bandwidth, with its constants
-(src/graph/tuning.cc at 01afd20). Nothing here is measured on GPUs. `measure` compares the same form
-with gloo on this machine's CPU.
+The time of a step is the step's time on one GPU plus the communication that backward does not hide.
+The time of a collective follows NCCL's cost model, latency per step plus bytes divided by
+bandwidth, with NCCL's constants (src/graph/tuning.cc at 01afd20). Nothing here is measured on GPUs.
+`gloo_table` compares a model of the same form with gloo on this machine's CPU.
 """
 
 import math
@@ -19,25 +19,26 @@ from torch import nn
 
 from bnres import models
 
-# Seconds of a step of 256 images on one GPU, and where they come from.
+# Seconds of a step of 256 images on one GPU, and their source.
 STEPS = {
     "resnet18": (6.75e-3, "derived for an H200"),
     "resnet50": (256 / 7160, "published for an H100, MLPerf v4.0"),
 }
-BACKWARD = 2 / 3  # of a step
+BACKWARD = 2 / 3  # share of a step's time
 FIRST_BUCKET, BUCKET = 1 << 20, 25 << 20  # bytes; DistributedDataParallel's defaults
 GPUS = (8, 16, 32, 64, 128, 256, 512, 1024)
-STATISTICS = 4  # bytes; the packed sums are fp32
+STATISTICS = 4  # bytes of a number in synchronised statistics, which are fp32
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """A way in which NCCL sends, in seconds and bytes per second.
+    """Costs of one of NCCL's protocols.
 
     Attributes:
-        base: of a collective.
-        local, remote: of a step over NVLink, and of one over the network.
-        share: of the bandwidth that data has.
+        base: seconds per collective.
+        local: seconds per step over NVLink.
+        remote: seconds per step over the network.
+        share: share of the bandwidth that is available to data.
     """
 
     base: float
@@ -52,12 +53,12 @@ TREE = (Protocol(4.4e-6, 0.52e-6, 5.0e-6, 0.9 / 3.8), Protocol(0.0, 28e-6, 50e-6
 
 @dataclass(frozen=True)
 class Cluster:
-    """Nodes of GPUs.
+    """A cluster of nodes with several GPUs each.
 
     Attributes:
-        gpus: of a node.
-        nvlink: bytes per second that a GPU sends to its node; an H100 has 450 GB/s in each direction
-            (NVIDIA's data sheet of the H100).
+        gpus: number of GPUs per node.
+        nvlink: bytes per second that a GPU sends inside its node; an H100 has 450 GB/s in each
+            direction (NVIDIA's data sheet of the H100).
         network: bytes per second that a node sends; eight InfiniBand NDR adapters have 50 GB/s each
             (NVIDIA's data sheet of the ConnectX-7).
     """
@@ -70,11 +71,11 @@ class Cluster:
         return max(gpus // self.gpus, 1)
 
     def bandwidth(self, gpus: int) -> float:
-        """Bytes per second on the slowest link of a ring."""
+        """Returns the bytes per second of a ring's slowest link."""
         return self.nvlink if gpus <= self.gpus else min(self.nvlink, self.network)
 
     def all_reduce(self, size: int, gpus: int) -> float:
-        """Seconds to sum ``size`` bytes over GPUs, by the faster algorithm and protocol."""
+        """Returns the seconds of an all-reduce of ``size`` bytes, by the fastest algorithm."""
         nodes, local = self.nodes(gpus), min(gpus, self.gpus)
         rate = self.bandwidth(gpus)
         rings = (
@@ -90,7 +91,10 @@ class Cluster:
         return min(*rings, *trees)
 
     def all_gather(self, size: int, gpus: int) -> float:
-        """Seconds to give every GPU the ``size`` bytes of each; NCCL has only a ring for this."""
+        """Returns the seconds to gather ``size`` bytes of each GPU on all GPUs.
+
+        NCCL only has a ring for this.
+        """
         nodes = self.nodes(gpus)
         return min(
             p.base + (gpus - nodes) * p.local + (nodes - 1) * p.remote
@@ -101,11 +105,11 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Traffic:
-    """What a net's step communicates.
+    """The communication of a net's training step.
 
     Attributes:
-        gradients: bytes of all parameters' fp32 gradients.
-        sites: channels of each batch norm; the two of a down-sampling block are one site.
+        gradients: bytes of all parameters' gradients in fp32.
+        sites: channels of each batch norm; the last two of a down-sampling block are one site.
     """
 
     gradients: int
@@ -113,17 +117,17 @@ class Traffic:
 
     @property
     def forward(self) -> list[int]:
-        """Bytes of a process for each site: count, and mean and squares of each channel."""
+        """Bytes that a process sends per site: a count, and each channel's mean and squares."""
         return [STATISTICS * (1 + 2 * channels) for channels in self.sites]
 
     @property
     def backward(self) -> list[int]:
-        """Bytes of a process for each site: two sums of each channel."""
+        """Bytes that a process sends per site: two sums per channel."""
         return [STATISTICS * 2 * channels for channels in self.sites]
 
 
 def traffic(net: str) -> Traffic:
-    """What a net of `bnres.models` communicates."""
+    """Returns the communication of a net of `bnres.models`."""
     with torch.device("meta"):
         model = models.create_model(net, fused=False)
     sites: list[int] = []
@@ -137,9 +141,14 @@ def traffic(net: str) -> Traffic:
 
 
 def exposed(gradients: int, backward: float, reduce: Callable[[int], float]) -> float:
-    """Seconds of the gradients' collectives after backward has ended.
+    """Returns the seconds from the end of backward to the end of the gradients' collectives.
 
-    A bucket is sent when backward has made its share of the gradients, after the bucket before it.
+    A bucket is sent once backward has computed its gradients and the previous bucket has been sent.
+
+    Args:
+        gradients: bytes of all gradients.
+        backward: seconds of backward.
+        reduce: returns the seconds of an all-reduce of that many bytes.
     """
     end, done = 0.0, 0
     while done < gradients:
@@ -150,14 +159,14 @@ def exposed(gradients: int, backward: float, reduce: Callable[[int], float]) -> 
 
 
 def step(net: str, gpus: int, cluster: Cluster, sync: str = "") -> float:
-    """Seconds of a training step of 256 images for each GPU.
+    """Returns the seconds of a training step with 256 images per GPU.
 
     Args:
-        net: a key of ``STEPS``.
-        gpus: how many.
-        cluster: of which they are part.
-        sync: the collective of synchronised batch norm in forward, ``"all_gather"`` or
-            ``"all_reduce"``; empty for none. Backward's sums are always reduced.
+        net: key of ``STEPS``.
+        gpus: number of GPUs.
+        cluster: cluster that the GPUs are part of.
+        sync: collective of synchronised batch norm in forward, ``"all_gather"`` or ``"all_reduce"``
+            (backward always uses an all-reduce); empty for local batch norm.
     """
     found, (one, _) = traffic(net), STEPS[net]
     total = one + exposed(
@@ -171,7 +180,7 @@ def step(net: str, gpus: int, cluster: Cluster, sync: str = "") -> float:
 
 
 def efficiency(net: str, gpus: int, cluster: Cluster, sync: str = "") -> float:
-    """Images per second of each GPU, relative to one GPU."""
+    """Returns the images per second and GPU, relative to training on one GPU."""
     return STEPS[net][0] / step(net, gpus, cluster, sync)
 
 
@@ -183,15 +192,15 @@ KINDS = {
 
 
 def table(cluster: Cluster = Cluster()) -> str:
-    """The model's efficiency in Markdown, called a model."""
+    """Formats the modelled efficiency in Markdown, with its assumptions."""
     lines = []
     for net, (seconds, source) in STEPS.items():
         found = traffic(net)
         lines += [
-            f"{net}: {found.gradients / 1e6:,.1f} MB of gradients, {len(found.sites)} sites of batch "
-            f"norm with {sum(found.forward) / 1e3:,.1f} kB forward and "
-            f"{sum(found.backward) / 1e3:,.1f} kB backward; a step of 256 images on one GPU takes "
-            f"{seconds * 1e3:.2f} ms ({source}). Modelled efficiency:",
+            f"{net}: {found.gradients / 1e6:,.1f} MB of gradients; synchronised batch norm at "
+            f"{len(found.sites)} sites sends {sum(found.forward) / 1e3:,.1f} kB in forward and "
+            f"{sum(found.backward) / 1e3:,.1f} kB in backward; a step of 256 images on one GPU "
+            f"takes {seconds * 1e3:.2f} ms ({source}). Modelled efficiency:",
             "",
             "| GPUs | " + " | ".join(KINDS.values()) + " |",
             "|---:" * (1 + len(KINDS)) + "|",
@@ -204,7 +213,7 @@ def table(cluster: Cluster = Cluster()) -> str:
 
 
 def draw(path: Path, cluster: Cluster = Cluster()) -> None:
-    """Draws the model's efficiency over the number of GPUs."""
+    """Draws the modelled efficiency over the number of GPUs."""
     from benchmarks.report import style
 
     figure, (axes,) = style.new_figure(7, 4)
@@ -220,7 +229,7 @@ def draw(path: Path, cluster: Cluster = Cluster()) -> None:
     style.save(figure, path)
 
 
-# A measurement: of gloo, on the CPU.
+# Sizes in bytes and repetitions of the measurement of gloo on the CPU.
 SIZES = (1 << 12, 1 << 16, 1 << 20, 1 << 24)
 REPEATS = 30
 
@@ -246,7 +255,7 @@ def _time_all_reduce(rank: int, world: int, port: int, found: "mp.Queue[list[flo
 
 
 def measure(world: int) -> list[float]:
-    """Median seconds of gloo's all-reduce in ``world`` processes on this machine, for ``SIZES``."""
+    """Measures gloo's all-reduce in ``world`` processes; returns the median seconds by size."""
     import socket
 
     with socket.socket() as free:
@@ -258,19 +267,22 @@ def measure(world: int) -> list[float]:
 
 
 def fit(medians: Sequence[float], world: int) -> tuple[float, float]:
-    """Seconds per step and bytes per second of a ring, from the smallest and the largest size."""
+    """Fits a ring's seconds per step and bytes per second to the smallest and largest size."""
     steps, moved = 2 * (world - 1), 2 * (world - 1) / world
     rate = moved * (SIZES[-1] - SIZES[0]) / (medians[-1] - medians[0])
     return (medians[0] - moved * SIZES[0] / rate) / steps, rate
 
 
 def ring(size: int, world: int, latency: float, rate: float) -> float:
-    """Seconds of a ring's all-reduce."""
+    """Returns the modelled seconds of a ring's all-reduce."""
     return 2 * (world - 1) * latency + 2 * (world - 1) / world * size / rate
 
 
 def gloo_table() -> str:
-    """Gloo's all-reduce on this CPU, measured and predicted from two sizes in two processes."""
+    """Formats gloo's all-reduce on this CPU, measured and predicted.
+
+    The prediction is fitted to the smallest and largest size in two processes.
+    """
     measured = {world: measure(world) for world in (2, 4)}
     latency, rate = fit(measured[2], 2)
     lines = ["| processes | bytes | measured, µs | predicted, µs | |", "|---:|---:|---:|---:|---|"]

@@ -1,4 +1,4 @@
-"""The batch norms and convolutions of ResNet-18 and ResNet-50 at 224×224, by name."""
+"""Names the batch norms and convolutions of ResNet-18 and ResNet-50 for images of 224×224."""
 
 from dataclasses import dataclass, replace
 from functools import cache
@@ -15,15 +15,17 @@ IMAGE = (256, 3, 224, 224)
 
 @dataclass(frozen=True)
 class Site:
-    """One kind of batch norm of a net.
+    """One kind of batch norm in a net.
 
     Attributes:
-        name: stage of the net; ``-entry`` is a batch norm in front of the stage's stride.
-        operation: ``bn``, ``bn_relu`` or ``bn_add_relu``, or another that takes its place.
-        channels: channels.
-        size: height and width.
-        count: how many of them there are.
-        net: net.
+        name: stage of the net; with ``-entry``, the batch norm before the stage's strided
+            convolution.
+        operation: operation of the stock net (``bn``, ``bn_relu`` or ``bn_add_relu``), or a fused
+            operation that replaces it.
+        channels: number of channels.
+        size: height and width of the activation.
+        count: number of such batch norms in the net.
+        net: name of the net.
     """
 
     name: str
@@ -75,7 +77,7 @@ RESNET50_SITES = _resnet50_sites()
 
 
 def operations_at(site: Site) -> list[Site]:
-    """The fused operations at a site of the stock net."""
+    """Lists the fused operations that can replace the operation of a stock net's site."""
     fused = {
         "bn": ["dual_bn_add_relu"],
         "bn_add_relu": ["bn_add_relu", "bn_add_relu_fork"],
@@ -86,7 +88,7 @@ def operations_at(site: Site) -> list[Site]:
 
 @dataclass(frozen=True)
 class ConvSite:
-    """One kind of convolution of a net, with batch norm, ReLU and perhaps a residual behind it."""
+    """One kind of convolution in a net, followed by batch norm, perhaps an addition, and ReLU."""
 
     net: str
     channels: int
@@ -117,10 +119,11 @@ class ConvSite:
 
 @cache
 def conv_sites(net: str) -> tuple[ConvSite, ...]:
-    """The convolutions of a net that our kernel takes, as their blocks use them."""
+    """Lists the convolutions of a net that our convolution kernel supports, without duplicates."""
     with torch.device("meta"):
         model = models.create_model(net, fused=False)
-    # The convolution that ends a block: 3×3 in a basic block, 1×1 in a bottleneck.
+    # A block's last convolution, the only one with a residual: 3×3 in a basic block, 1×1 in a
+    # bottleneck.
     taps = 9 if net == "resnet18" else 1
     found: dict[ConvSite, None] = {}
     for call in conv_calls(model, IMAGE, torch.bfloat16):

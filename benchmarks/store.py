@@ -1,6 +1,7 @@
-"""A folder of results: ``environment.json`` and ``results.jsonl``, a line a case.
+"""Reads and writes a folder of results, with ``environment.json`` and ``results.jsonl``.
 
-A line is on the disk before the next case begins, so a run that was stopped goes on where it was.
+``results.jsonl`` has a line for each case. A line is on disk before the next case starts, so an
+interrupted run can be continued.
 """
 
 import json
@@ -11,21 +12,21 @@ from typing import Any
 from benchmarks.environment import IDENTITY
 from bnres.files import write_text
 
-# The device of results that nobody measured.
+# Name of the device in results that were not measured.
 MADE_UP = "made-up timings"
 ENVIRONMENT, RESULTS = "environment.json", "results.jsonl"
 Record = dict[str, Any]
 
 
 class ResultStore:
-    """Results by the id of their case, in ``records``.
+    """A folder of results; ``records`` maps the id of a case to its record.
 
     Args:
-        folder: made if it is not there.
-        environment: what is being measured on.
+        folder: folder of the results; it is created if it does not exist.
+        environment: description of this environment, see `benchmarks.environment.describe`.
 
     Raises:
-        ValueError: if the folder holds results of another environment, or is not readable.
+        ValueError: if the folder has results of another environment, or can't be read.
     """
 
     def __init__(self, folder: Path, environment: Record) -> None:
@@ -35,7 +36,7 @@ class ResultStore:
             for name in IDENTITY:
                 if self.environment.get(name) != environment.get(name):
                     raise ValueError(
-                        f"{folder} holds results of {name} {self.environment.get(name)!r}, but "
+                        f"{folder} has results of {name} {self.environment.get(name)!r}, but "
                         f"this is {environment.get(name)!r}: choose another folder"
                     )
             _drop_torn_line(folder / RESULTS)
@@ -47,7 +48,7 @@ class ResultStore:
         self.records = {record["id"]: record for record in records}
 
     def add(self, record: Record) -> None:
-        """Appends a result."""
+        """Appends a record, and writes it to disk at once."""
         with (self.folder / RESULTS).open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
             file.flush()
@@ -56,10 +57,10 @@ class ResultStore:
 
 
 def load(folder: Path) -> tuple[Record, list[Record]]:
-    """Environment and results of a folder; a line that was cut off is left out.
+    """Returns the environment and the records of a folder; ignores an incomplete last line.
 
     Raises:
-        ValueError: if it is no folder of results.
+        ValueError: if the folder has no environment, or a file can't be parsed.
     """
     try:
         environment = json.loads((folder / ENVIRONMENT).read_text(encoding="utf-8"))
@@ -67,7 +68,7 @@ def load(folder: Path) -> tuple[Record, list[Record]]:
         text = path.read_text(encoding="utf-8") if path.exists() else ""
         records = [json.loads(line) for line in text.splitlines(True) if line.endswith("\n")]
     except (OSError, ValueError) as error:
-        raise ValueError(f"{folder} is no folder of results: {error}") from error
+        raise ValueError(f"{folder} is not a folder of results: {error}") from error
     return environment, records
 
 

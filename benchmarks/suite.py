@@ -1,4 +1,4 @@
-"""What the pytest-benchmark files share: the clock, the ceilings, and how a case is run."""
+"""Runs cases under pytest-benchmark; shared by the ``bench_*.py`` files."""
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -15,26 +15,26 @@ from benchmarks.providers.base import Unavailable
 from bnres import use_backend
 
 CLOCK = clock.DeviceClock()
-# In small the numbers mean nothing; they show that the benchmark runs.
+# Small cases only show that the benchmark runs; their numbers mean nothing.
 SMOKE_ROUNDS = 2
 
 
 def device_time() -> float:
-    """pytest-benchmark's timer: seconds that pass on the device while something is timed."""
+    """Returns the seconds of all calls timed so far, see `benchmarks.clock.DeviceClock`."""
     return CLOCK()
 
 
 @cache
 def about() -> dict[str, Any]:
-    """Environment and ceilings, measured once in the run."""
+    """Describes the environment and measures its ceilings, once per run."""
     device = environment.default_device()
     return environment.describe(device) | {"ceilings": environment.measure_ceilings(device)}
 
 
 def parametrize(suites: Sequence[str]) -> pytest.MarkDecorator:
-    """The cases of some suites, named as `python -m benchmarks run` names them.
+    """Parametrizes a test with the cases of some suites, under the ids of their records.
 
-    On a GPU the telling ones, without one all of them in small.
+    On a GPU these are the most important cases, without one the small ones.
     """
     chosen = telling_cases() if torch.cuda.is_available() else smoke_cases()
     cases = [case for suite in suites for case in select(chosen, suite=suite)]
@@ -42,13 +42,13 @@ def parametrize(suites: Sequence[str]) -> pytest.MarkDecorator:
 
 
 def run_case(benchmark: Any, case: Case) -> None:
-    """Checks a case, then times it; what is known of it goes into ``extra_info``."""
+    """Checks a case, then times it; stores the fields of its record in ``extra_info``."""
     with _route(case):
         _run_case(benchmark, case)
 
 
 def _route(case: Case) -> AbstractContextManager[None]:
-    """The interpreter takes minutes for a net or a picture: in small, they go to ATen."""
+    """Selects ATen for small nets and chains, which take minutes in Triton's interpreter."""
     slow = case.smoke and not isinstance(case, OpCase)
     return use_backend("aten") if slow else nullcontext()
 

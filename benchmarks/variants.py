@@ -1,7 +1,7 @@
-"""Times launch configurations beside those of `bnres.kernels.config.TUNING`, one change at a time.
+"""Times launch configurations that differ from `bnres.kernels.config.TUNING` in one field.
 
-Each kernel runs over the stem's and layer1's activations in both layouts. A variant is timed after its
-result agreed with that of today's configuration.
+Each kernel runs on the activations of the stem and of layer1, in both layouts. A variant is timed
+only if its result agrees with that of the current configuration.
 """
 
 import itertools
@@ -30,10 +30,11 @@ from bnres.kernels.norm import Norm
 
 BATCH, SMALL_BATCH, SMALL_SIZE = 256, 2, 8
 EPS = 1e-5
-# The order of the sums differs, and results are rounded to bf16.
+# Variants sum in different orders, and results are rounded to bf16.
 TOLERANCE = 2**-8
 ROUNDS, SMALL_ROUNDS = 20, 1
-# Of tensors: the L2 cache then serves no call what another one left there.
+# Number of sets of tensors that calls alternate between, so that none finds its inputs in the L2
+# cache.
 SETS = 3
 CHANGES: dict[str, tuple[Any, ...]] = {
     "num_stages": (1, 2, 3, 4),
@@ -47,7 +48,7 @@ Call = Callable[[], tuple[Tensor, ...]]
 
 
 def variants(kernel: str) -> Iterator[tuple[str, KernelTuning]]:
-    """Today's configuration of a kernel, then those that differ from it in one field, with names."""
+    """Yields the name and value of a kernel's current configuration, then of each variant of it."""
     today = config.TUNING[kernel]
     yield "today", today
     for field, values in CHANGES.items():
@@ -58,7 +59,7 @@ def variants(kernel: str) -> Iterator[tuple[str, KernelTuning]]:
 
 @contextmanager
 def tuned(kernel: str, tuning: KernelTuning) -> Iterator[None]:
-    """Inside, ``kernel`` is launched with another configuration."""
+    """Launches ``kernel`` with another configuration inside the context."""
     before = config.TUNING[kernel]
     config.TUNING[kernel] = tuning
     launch._plan.cache_clear()
@@ -70,7 +71,7 @@ def tuned(kernel: str, tuning: KernelTuning) -> Iterator[None]:
 
 
 def calls(shape: tuple[int, ...], layout: str, device: torch.device) -> dict[str, Call]:
-    """A call of each kernel's launcher on random bf16 tensors, as BN+ReLU makes them."""
+    """Returns a call of each kernel's launcher for BN+ReLU on random bf16 tensors."""
 
     def tensor() -> Tensor:
         x = torch.randn(shape, device=device).to(torch.bfloat16)
@@ -97,17 +98,17 @@ def measure(
     expected: tuple[Tensor, ...],
     moved: int,
 ) -> float:
-    """Seconds of a kernel with a configuration.
+    """Returns the median seconds of a kernel with a configuration.
 
     Args:
-        kernel: its name.
-        tuning: its configuration.
-        calls: of it, each with tensors of its own.
-        expected: the result of the first call.
-        moved: bytes that a call touches, about.
+        kernel: name of the kernel.
+        tuning: configuration of the kernel.
+        calls: calls of the kernel, each with other tensors.
+        expected: expected result of the first call.
+        moved: approximate number of bytes that a call touches.
 
     Raises:
-        WrongResult: if it computes something else.
+        WrongResult: if the result of the first call differs from ``expected``.
     """
     ticking = clock.DeviceClock()
     with tuned(kernel, tuning):
@@ -123,10 +124,11 @@ def measure(
 def run(out: Path, minutes: float, device: torch.device) -> int:
     """Appends a line for each variant to ``out`` until the time is up; returns how many are left.
 
-    What ``out`` holds already is not measured again. Without a GPU the tensors are small.
+    Variants that are already in ``out`` are not measured again. Without a GPU the tensors are
+    small.
 
     Raises:
-        torch.AcceleratorError: after a variant that has made the GPU unusable; it is on record.
+        torch.AcceleratorError: if a variant has made the GPU unusable; ``out`` has a line for it.
     """
     deadline = time.monotonic() + 60 * minutes
     lines = out.read_text(encoding="utf-8").splitlines() if out.exists() else []
@@ -152,7 +154,7 @@ def run(out: Path, minutes: float, device: torch.device) -> int:
                     row["seconds"] = measure(
                         kernel, tuning, [made[kernel] for made in sets], expected, moved
                     )
-                except Exception as error:  # a variant that fails is a result
+                except Exception as error:  # a variant's failure is a result
                     row["failed"] = f"{type(error).__name__}: {error}"[:300]
                     lost = error if isinstance(error, torch.AcceleratorError) else None
                 with out.open("a", encoding="utf-8") as file:

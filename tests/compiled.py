@@ -1,4 +1,7 @@
-"""Runs what compiles kernels, in a process of its own: the interpreter and the compiler can't share one."""
+"""Runs code that compiles kernels in a new process, without triton's interpreter.
+
+The interpreter and the compiler can't share a process.
+"""
 
 import os
 import subprocess
@@ -9,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def run_compiled(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """``python *arguments`` in the repository's root, without the interpreter."""
+    """Runs ``python *arguments`` in the repository's root, without the interpreter."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     return subprocess.run(
         [sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True

@@ -1,4 +1,4 @@
-"""Where and how exactly the tests compute: set before the kernels are imported."""
+"""Sets the backend and the precision of the tests, before the kernels are imported."""
 
 import os
 from collections.abc import Iterator
@@ -14,27 +14,28 @@ if TYPE_CHECKING:
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-# As many workers as cores share the machine.
+# pytest-xdist starts a worker for each core.
 torch.set_num_threads(1)
 
-# A GPU may round the operands of fp32 convolutions to TF32 and may sum in any order. These are the
-# older switches: torch's newer ones, `fp32_precision`, follow them, but not the other way round.
+# A GPU may round the operands of fp32 convolutions to TF32 and may sum in any order. These are
+# torch's older switches: setting them also sets the newer ones, ``fp32_precision``, but not vice
+# versa.
 torch.backends.cudnn.allow_tf32 = False
 torch.backends.cuda.matmul.allow_tf32 = False
 torch.backends.cudnn.deterministic = True
-# torch looks at it at its first matrix product, and in its deterministic mode insists on it.
+# torch reads it at its first matrix product, and requires it in its deterministic mode.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--emulate-tf32", action="store_true", help="without a GPU, round to TF32 where one may"
+        "--emulate-tf32", action="store_true", help="round to TF32 on the CPU where a GPU may"
     )
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
-    # Not while plugins are configured: one may still choose compiled kernels, and triton decides
-    # when it is imported.
+    # Not earlier: while pytest configures plugins, one may still select compiled kernels, and
+    # triton reads TRITON_INTERPRET when it is imported.
     from bnres.kernels.interpreter import is_interpreting
 
     try:
@@ -47,7 +48,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
         fast_interpreter.patch_once()
     if session.config.getoption("--emulate-tf32"):
         if torch.cuda.is_available():
-            raise pytest.UsageError("--emulate-tf32: the GPU here has TF32 itself")
+            raise pytest.UsageError("--emulate-tf32 must be used without a GPU, got one")
         from tests import tf32
 
         tf32.emulate()
@@ -55,14 +56,14 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 @pytest.fixture(autouse=True)
 def not_deterministic() -> Iterator[None]:
-    """A run that is to be deterministic sets it for the whole process."""
+    """Resets torch's deterministic mode, which a deterministic training run sets globally."""
     yield
     torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture
 def aten() -> Iterator[None]:
-    """For tests of files and commands: the kernels have their own tests."""
+    """Selects ATen, for tests that are not about kernels."""
     from bnres import use_backend
 
     with use_backend("aten"):
@@ -71,7 +72,7 @@ def aten() -> Iterator[None]:
 
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> "ImageDataset":
-    """Little data, which the commands load in place of any other."""
+    """Returns a tiny data set, which the commands load instead of any other."""
     from bnres.data.dataset import make_dataset
 
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""Where the tests run: on the GPU if there is one, else in the interpreter (see conftest.py)."""
+"""The device of the tests: the GPU if there is one, else the CPU (with the interpreter)."""
 
 import torch
 

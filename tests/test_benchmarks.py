@@ -1,4 +1,4 @@
-"""The benchmarks' own machinery: the clock, checks before timing, resumed runs, reports."""
+"""Tests of the benchmarks: the clock, checks before timing, cases, reports and the command line."""
 
 import json
 import time
@@ -49,14 +49,14 @@ runner = CliRunner()
 
 
 def provide(monkeypatch, name, function):
-    """Makes ``function`` a provider of every case."""
+    """Registers ``function`` as a provider; returns a case of this provider."""
     provider = Provider(name, lambda case: lambda inputs: by_autograd(function, inputs))
     monkeypatch.setitem(PROVIDERS, name, provider)
     return replace(CASE, provider=name)
 
 
 class TestClock:
-    def test_advances_by_the_timed_call_alone(self):
+    def test_advances_only_by_timed_calls(self):
         ticking = clock.DeviceClock()
         timed = clock.prepare(ticking, lambda: lambda: time.sleep(SLEEP), CPU)
         assert ticking() == 0 and timed.method == "wall"
@@ -66,7 +66,7 @@ class TestClock:
         assert all(SLEEP <= seconds < 5 * SLEEP for seconds in found)
         assert ticking() == pytest.approx(sum(found))
 
-    def test_slow_provider_shows_slow(self, monkeypatch):
+    def test_slow_provider_measures_slower(self, monkeypatch):
         plain = formula(SITE, True)
 
         def slow(inputs):
@@ -161,7 +161,7 @@ def test_provider_agrees_with_the_formula(provider, operation):
 
 
 class WithoutMeans(torch.autograd.Function):
-    """Batch norm whose backward leaves out what the statistics add to it."""
+    """Batch norm whose backward ignores that the statistics depend on the input."""
 
     @staticmethod
     def forward(ctx, x, norm):
@@ -176,7 +176,7 @@ class WithoutMeans(torch.autograd.Function):
         return dy * ctx.scale.view(1, -1, 1, 1), None
 
 
-def test_backward_without_its_sums_is_refused(monkeypatch):
+def test_backward_that_ignores_the_statistics_is_refused(monkeypatch):
     def function(inputs):
         y = WithoutMeans.apply(inputs.x, inputs.norm)
         plain = formula(replace(SITE, operation="bn"), True)(inputs.to(inputs.x.dtype))
@@ -189,19 +189,19 @@ def test_backward_without_its_sums_is_refused(monkeypatch):
 
 
 @pytest.mark.parametrize("wrong", ["dtype", "layout"])
-def test_other_dtype_or_layout_is_refused(monkeypatch, wrong):
+def test_wrong_dtype_or_layout_is_refused(monkeypatch, wrong):
     def function(inputs):
         (y,) = formula(SITE, True)(inputs)
         return (y.double() if wrong == "dtype" else y.contiguous(),)
 
     case = provide(monkeypatch, wrong, function)
-    with pytest.raises(WrongResult, match=r"is of torch.float64|is not channels_last"):
+    with pytest.raises(WrongResult, match=r"has dtype torch.float64|is not channels_last"):
         measure.measure(case, CPU, CEILINGS)
 
 
 @pytest.mark.parametrize("net", ["resnet18", "resnet50"])
 def test_step_in_bf16_is_near_fp32(net):
-    """What the check of a step allows has to be more than roundings make."""
+    """The tolerance for a step must exceed the error of correct rounding."""
     case = cases.ModelCase("step", net, 32, 8, "eager", "bf16", "channels_last", "bnres")
     with use_backend("aten"):
         assert models.prepare(case, CPU).verify() < models.LOGITS_TOLERANCE["bf16"] / 2
@@ -264,7 +264,7 @@ class TestCases:
 
         assert kinds(cases.smoke_cases()) == kinds(cases.all_cases())
 
-    def test_the_most_telling_come_first(self):
+    def test_the_most_important_cases_come_first(self):
         ordered = cases.all_cases()
         assert [(c.suite, c.net, c.batch, c.launch, c.provider) for c in ordered[:12]] == [
             ("step", "resnet18", batch, launch, provider)
@@ -288,7 +288,7 @@ class TestCases:
         begun = set()
         for group in found:
             (subject,) = {case.subject for case in group}
-            if subject not in begun:  # later groups are of providers that take long
+            if subject not in begun:  # later groups of a subject have the slow providers
                 assert group[0].provider in cases.BASELINES, group
                 assert "bnres" in [case.provider for case in group]
             begun.add(subject)
@@ -318,7 +318,7 @@ class TestCases:
 
 
 def record(subject, provider, median, **fields):
-    """A measured record of a site, times in microseconds."""
+    """Returns a measured record of a site; ``median`` is in microseconds."""
     case = replace(CASE, site=replace(SITE, name=subject), provider=provider, smoke=False)
     seconds = median * 1e-6
     known = {"status": "measured", "median": seconds, "q1": seconds, "q3": seconds, "bytes": 12000}
@@ -328,9 +328,11 @@ def record(subject, provider, median, **fields):
 class TestReport:
     def test_table_and_pictures(self, tmp_path):
         records = [
-            record("stem", "bnres", 2.0, host_seconds=7e-6), record("stem", "eager", 5.0, note="by Native", timed_dtype="fp32"),
+            record("stem", "bnres", 2.0, host_seconds=7e-6),
+            record("stem", "eager", 5.0, note="by Native", timed_dtype="fp32"),
             record("stem", "compile", 3.0), record("layer1", "bnres", 4.0, timed_dtype="fp16"),
-            measure.fields_of(replace(CASE, provider="apex")) | {"status": "skipped", "reason": "no"},
+            measure.fields_of(replace(CASE, provider="apex"))
+            | {"status": "skipped", "reason": "no"},
         ]  # fmt: skip
         for provider in ("bnres", "eager"):
             case = cases.ModelCase(
@@ -338,7 +340,7 @@ class TestReport:
             )
             groups = {"convolution": 1e-3, "batch norm": 1e-3, "pooling": 0.0, "other": 5e-4}
             times = {"median": 4e-3, "q1": 4e-3, "q3": 4e-3, "images": 8}
-            if provider == "bnres":  # as records had it before groups were cases of their own
+            if provider == "bnres":  # as in older records, before groups were a separate suite
                 times |= {"groups": groups}
             else:
                 times |= {"idle": 0.125}
@@ -368,7 +370,7 @@ class TestReport:
             {"convolution": 1e-3, "batch norm": 1e-3, "rest": 5e-4, "between kernels": 1.5e-3}
         )
 
-    def test_comparison_marks_what_is_beyond_noise(self):
+    def test_comparison_reports_changes_beyond_noise(self):
         old = [record(name, "bnres", 10.0) for name in ("a", "b", "c", "d")]
         noisy = {"q1": 8e-6, "q3": 12e-6}
         new = [
@@ -384,7 +386,7 @@ class TestReport:
             "lost"
         ]
 
-    def test_comparison_does_not_compare_clocks(self):
+    def test_comparison_skips_cases_timed_by_another_method(self):
         old, new = (
             record("a", "bnres", 10.0, method="events"),
             record("a", "bnres", 20.0, method="graph"),
@@ -396,7 +398,7 @@ class TestReport:
     def test_page_shows_the_committed_results(self):
         text = performance_page.PAGE.read_text(encoding="utf-8")
         assert performance_page.with_section(text) == text, "run python -m benchmarks report --page"
-        with pytest.raises(ValueError, match="must hold the lines"):
+        with pytest.raises(ValueError, match="must contain the lines"):
             performance_page.with_section("no markers")
 
     def test_page_of_a_measured_run(self, tmp_path):
@@ -414,7 +416,8 @@ class TestBudget:
         row = {
             "gpu": "sm_90", "kernel": "_bn_k", "case": "stem", "layout": "channels_last",
             "dtype": "bfloat16", "registers": 64, "shared_memory": 0, "spills": 0, "narrow": 0.0,
-            "in_flight": 50, "wanted": 100, "occupancy": 0.5, "idle": 0.0, "matrix": "", "missing": "",
+            "in_flight": 50, "wanted": 100, "occupancy": 0.5, "idle": 0.0, "matrix": "",
+            "missing": "",
         }  # fmt: skip
         work = {"per_element": 8.0, "share": 0.4, "calls": 0, "bound": "bandwidth"}
         counts = {name: changes.pop(name) for name in set(work) & set(changes)}
@@ -423,9 +426,10 @@ class TestBudget:
     @pytest.mark.parametrize(
         "change",
         [{"spills": 1}, {"narrow": 0.1}, {"in_flight": 40}, {"occupancy": 0.4}, {"idle": 0.2},
-         {"missing": "x"}, {"kernel": "unknown"}, {"layout": "contiguous"}, {"share": 0.45}, {"calls": 1}],
+         {"missing": "x"}, {"kernel": "unknown"}, {"layout": "contiguous"}, {"share": 0.45},
+         {"calls": 1}],
     )  # fmt: skip
-    def test_machine_code_that_falls_behind(self, change):
+    def test_machine_code_that_exceeds_its_budget(self, change):
         limits = budget.Found([], {}, {}, {}, budget.worst(self.rows()))
         found = budget.Found([], {}, {}, {}, budget.worst([*self.rows(), *self.rows(**change)]))
         assert len(budget.exceeded(found, limits, same_triton=True)) == 1
@@ -441,14 +445,14 @@ class TestBudget:
         assert (row["share"], row["per_element"], row["bound"]) == (0.6, 9.0, "instructions")
         assert (row["at"], row["calls"]) == ("layer1", 2)
 
-    def test_kernels_that_exceed_what_is_wanted_are_listed(self):
+    def test_kernels_that_miss_the_goals_are_listed(self):
         for change in ({"share": 0.51}, {"calls": 1}):
             assert len(budget.unwanted(budget.worst(self.rows(**change)))) == 1
         others = [{}, {"kernel": "_conv", "share": 3.0}, {"kernel": "_bn_finalize", "share": 3.0}]
         for change in others:
             assert budget.unwanted(budget.worst(self.rows(**change))) == []
 
-    def test_memory_that_falls_behind(self):
+    def test_memory_that_exceeds_its_budget(self):
         row = {"operation": "bn", "step": "eval", "layout": "x", "lanes": 2.0, "sectors": 2.0}
         limits = budget.Found([row], {"fused": 900}, {"fused": 100}, {"fused": 160}, [])
         wider = row | {"sectors": 2.1}
@@ -457,7 +461,7 @@ class TestBudget:
             "bn eval x: 2.1000 S in sectors, budget 2.0000",
             "moved in a step, fused: 901 bytes, budget 900",
             "held for backward, fused: 101 bytes, budget 100",
-            "launches of a step, fused: 161, budget 160",
+            "launches in a step, fused: 161, budget 160",
         ]
 
 
@@ -471,9 +475,9 @@ class TestCommandLine:
         result = runner.invoke(app, ["run", "--minutes", "1", "--out", out, *self.CHOICE])
         assert result.exit_code == 0, result.output
         assert result.stderr == (
-            "warning: the host is busy: on average, calls of torch's batch norm take 1.30 times their "
-            "shortest time (the limit is 1.25), so host times will be too long; stop other programs "
-            "and run it again in a new folder\n"
+            "warning: the host is busy: on average, calls of torch's batch norm take 1.30 times "
+            "their shortest time (the limit is 1.25), so host times will be too long; stop other "
+            "programs and run this command again with a new folder\n"
         )
         monkeypatch.setattr(busy, "spread", lambda: 1.25)
         about, records = load(tmp_path / "run")
@@ -497,17 +501,17 @@ class TestCommandLine:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            (["run", "--providers", "eagre"], "providers must be of bnres, eager"),
-            (["run", "--dtype", "fp8"], "dtype must be of bf16, fp16, fp32, got 'fp8'"),
-            (["run", "--sites", "resnet19"], "no case has all of"),
-            (["report"], "folders: name at least one"),
-            (["report", "/nowhere"], "/nowhere is no folder of results"),
-            (["audit", "--gpu", "sm_70"], "gpu must be of sm_90"),
+            (["run", "--providers", "eagre"], "providers must be one of bnres, eager"),
+            (["run", "--dtype", "fp8"], "dtype must be one of bf16, fp16, fp32, got 'fp8'"),
+            (["run", "--sites", "resnet19"], "no case matches suite, sites"),
+            (["report"], "folders must name at least one folder"),
+            (["report", "/nowhere"], "/nowhere is not a folder of results"),
+            (["audit", "--gpu", "sm_70"], "gpu must be one of sm_90"),
             pytest.param(
                 ["host"], "unset TRITON_INTERPRET",
                 marks=pytest.mark.skipif(DEVICE == "cuda", reason="there is no interpreter then"),
             ),
-            (["profile", "--net", "vgg"], "net must be of resnet18, resnet50, got 'vgg'"),
+            (["profile", "--net", "vgg"], "net must be one of resnet18, resnet50, got 'vgg'"),
         ],
     )  # fmt: skip
     def test_bad_input(self, arguments, message):

@@ -1,4 +1,4 @@
-"""A campaign: what happens in its child processes, how it is resumed, what it spends its time on."""
+"""Tests of campaigns: outcomes of child processes, continued runs, and the use of the time."""
 
 import os
 import time
@@ -17,7 +17,7 @@ from tests.test_benchmarks import ABOUT, CASE, CEILINGS, CPU, SITE
 
 
 def of(*deeds):
-    """A case for each of these keys of `benchmarks.standins.DEEDS`, each at another site."""
+    """Returns a case for each of these keys of `benchmarks.standins.DEEDS`, at different sites."""
     return [
         replace(CASE, site=replace(SITE, name=f"{place}"), batch=deed, smoke=False)
         for place, deed in enumerate(deeds)
@@ -41,7 +41,7 @@ class TestCampaign:
         return campaign.run(store, chosen, deadline, device, console, child, functions, limit_of)
 
     @pytest.mark.slow
-    def test_whatever_happens_in_a_child_is_a_result(self, tmp_path):
+    def test_every_outcome_of_a_child_is_recorded(self, tmp_path):
         chosen = of(
             standins.FINE, standins.RAISES, standins.SKIPPED, standins.REFUSED, standins.FINE,
             standins.HANGS, standins.ABORTS, standins.EXITS, standins.OUT_OF_MEMORY,
@@ -67,7 +67,7 @@ class TestCampaign:
         ]
         assert "in hang" in records[5]["reason"] and "Fatal Python error" in records[6]["reason"]
         assert records[0]["copy"] == CEILINGS["copy"]
-        # An error that has nothing to do with the GPU leaves the child in service.
+        # After an error that does not concern the GPU, the same child continues.
         assert records[0]["pid"] == records[4]["pid"] != records[-1]["pid"] == last
         assert not alive(records[0]["pid"])
         assert records[5]["wall_seconds"] > 2 and records[0]["wall_seconds"] < 60
@@ -97,21 +97,21 @@ class TestCampaign:
         assert records[:2] == first
         assert [r["id"] for r in records[2:]] == [case.id for case in chosen[:1:-1]]
 
-    def test_time_is_spent_on_what_fits(self, tmp_path, monkeypatch):
+    def test_only_cases_that_fit_are_measured(self, tmp_path, monkeypatch):
         slow = replace(of(standins.FINE, standins.FINE)[1], provider="compile")
         with Child() as child:
             assert self.run(tmp_path, of(standins.FINE), child, seconds=0) == 0
             assert child.pid is None
             assert self.run(tmp_path, [slow, *of(standins.FINE)], child, seconds=5) == 1
-            # The end of the campaign is no reason to give a case up for ever.
+            # A case that the campaign's deadline interrupts is not recorded, so it can run later.
             monkeypatch.setattr(campaign, "GRACE", 0.0)
             hung = of(standins.FINE, standins.HANGS)
             assert self.run(tmp_path, hung, child, seconds=1.5) == 0
         assert [r["id"] for r in load(tmp_path)[1]] == [hung[0].id]
 
-    def test_a_group_is_begun_only_if_it_fits_whole(self, tmp_path):
+    def test_a_group_is_started_only_if_all_of_it_fits(self, tmp_path):
         first, second, third = of(*[standins.FINE] * 3)
-        # By the estimates 19 s with the margin, 2 s, and 2 s more than there is time for.
+        # Estimates with the margin: 19 s for the large group, 4 s for the small one.
         large = [replace(first, provider=name) for name in ("eager", "bnres", "compile")]
         small = [second, replace(second, provider="bnres-recompute")]
         with Child() as child:
@@ -119,23 +119,24 @@ class TestCampaign:
             assert [r["id"] for r in load(tmp_path)[1]] == [case.id for case in small]
             assert self.run(tmp_path, [*large, third], child, seconds=30) == 4
 
-    def test_a_group_that_takes_longer_than_estimated_goes_on_with_what_fits(self):
+    def test_a_late_group_continues_with_the_cases_that_fit(self):
         first, second = of(standins.FINE, standins.FINE)
         group = [replace(first, provider=name) for name in ("eager", "bnres", "compile", "apex")]
         costs, found = cost.Costs([]), []
         for case in costs.fitting([group, [second]], lambda: 25.0 - 10 * len(found)):
             found.append(case.provider)
-        # 21 s with the margin; after 20 s the 6 s of compile are too much, the 1 s of the others is not.
+        # The group starts, because its estimate with the margin is 21 s. After 20 s there is time
+        # for a case of 1 s, but not for compile, which takes 6 s.
         assert found == ["eager", "bnres", "apex"]
 
-    def test_the_margin_is_for_what_is_not_on_record(self):
+    def test_the_margin_is_only_for_unknown_kinds(self):
         (eager,) = of(standins.FINE)
         compiled = replace(eager, provider="compile")
         assert cost.Costs([]).most_seconds([eager, compiled]) == 2 * (1.0 + 6.0)
         seen = measure.fields_of(eager) | {"status": "measured", "wall_seconds": 3.0}
         assert cost.Costs([seen]).most_seconds([eager, compiled]) == 3.0 + 2 * 6.0
 
-    def test_nothing_is_timed_beside_a_profiler(self, tmp_path):
+    def test_nothing_is_timed_in_a_process_that_used_the_profiler(self, tmp_path):
         step = cases.ModelCase(
             "step", "resnet18", 224, standins.FINE, "eager", "bf16", "channels_last", "eager"
         )
@@ -146,7 +147,7 @@ class TestCampaign:
         pids = [r["pid"] for r in load(tmp_path)[1]]
         assert pids[1] == pids[2] and len(set(pids)) == 3
 
-    def test_the_parent_leaves_the_gpu_alone(self, tmp_path, monkeypatch):
+    def test_the_parent_does_not_open_the_gpu(self, tmp_path, monkeypatch):
         def opened():
             pytest.fail("the parent has opened the GPU")
 
@@ -171,7 +172,7 @@ class TestCampaign:
         assert campaign.idle_share(loop, timed | {"median": 2e-3}, store) == {"idle": 0.0}
         assert campaign.idle_share(graph, timed | {"method": "graph"}, store) == {}
 
-    def test_what_is_left_out_is_named(self, tmp_path):
+    def test_left_out_cases_are_listed(self, tmp_path):
         store = ResultStore(tmp_path, ABOUT)
         chosen = [
             *of(standins.FINE),
@@ -194,7 +195,7 @@ class TestCampaign:
 
         timed = host.Timed("", "forward", nn.Identity(), now_and_then)
         assert busy.spread(timed, seconds=0.05) > 3
-        assert busy.spread(seconds=0.05) >= 1  # the ruler's
+        assert busy.spread(seconds=0.05) >= 1  # of torch's batch norm, the default
 
     def test_ceilings_are_measured_in_a_child(self, tmp_path):
         functions = campaign.Functions(measure_ceilings="benchmarks.standins:measure_ceilings")

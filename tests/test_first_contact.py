@@ -1,4 +1,4 @@
-"""The stages of a first contact: what fails does not stop the next, and a second call continues."""
+"""Tests of first-contact: later stages run after a failure, and further calls continue."""
 
 import json
 import time
@@ -32,7 +32,7 @@ def short(monkeypatch):
     monkeypatch.setattr(first_contact, "LEAST_SECONDS", 0.1)
 
 
-def test_every_end_of_a_stage_is_recorded_once(tmp_path):
+def test_every_outcome_of_a_stage_is_recorded_once(tmp_path):
     chosen = (
         Stage("prints", PRINT, 1),
         Stage("fails", ("-c", "raise SystemExit(3)"), 1),
@@ -59,7 +59,7 @@ def test_every_end_of_a_stage_is_recorded_once(tmp_path):
 
 
 def test_a_stage_that_continues_gets_its_time_in_several_calls(tmp_path):
-    stage = Stage("long", CONTINUES, 0.02, continues=True)  # 1.2 s in all
+    stage = Stage("long", CONTINUES, 0.02, continues=True)  # 1.2 s in total
     after = Stage("after", PRINT, 1)
     left, _ = run(tmp_path, stage, after, minutes=0.004)
     assert left == 2 and statuses(tmp_path) == [("long", "unfinished")]
@@ -74,7 +74,7 @@ def test_a_stage_that_does_not_fit_waits_for_the_next_call(tmp_path):
     first, long, short = Stage("first", PRINT, 1), Stage("long", PRINT, 5), Stage("short", PRINT, 1)
     left, _ = run(tmp_path, first, long, short, minutes=3)
     assert left == 1 and statuses(tmp_path) == [("first", "done"), ("short", "done")]
-    # The first stage of a call gets all of its time.
+    # The first stage of a call is started even if its limit exceeds the call's time.
     assert run(tmp_path, first, long, short, minutes=3)[0] == 0
     assert statuses(tmp_path)[-1] == ("long", "done")
 
@@ -94,7 +94,7 @@ def test_a_stage_can_be_run_again(tmp_path):
     run(tmp_path, stage)
     assert run(tmp_path, stage, again=["prints"])[0] == 0
     assert statuses(tmp_path) == [("prints", "done"), ("prints", "again"), ("prints", "done")]
-    with pytest.raises(ValueError, match="again must be of prints, got 'x'"):
+    with pytest.raises(ValueError, match="again must be one of prints, got 'x'"):
         run(tmp_path, stage, again=["x"])
 
 
@@ -117,17 +117,17 @@ def test_the_stages_name_options_that_exist(small, tmp_path):
             name, *options = stage.command[2:]
             options += ["--minutes", "1"] if stage.continues else []
             command = get_command(apps[module]).commands[name]
-            command.make_context(name, options)  # raises for an option that it does not have
+            command.make_context(name, options)  # raises for an unknown option
             parsed += 1
     assert parsed == 7
 
 
 @pytest.mark.parametrize("small", [True, False])
-def test_the_stages_themselves(small, tmp_path):
+def test_names_and_files_of_the_stages(small, tmp_path):
     found = stages(tmp_path, small)
     names = [stage.name for stage in found]
     assert names[:4] == ["environment", "smoke", "tests", "campaign"]
     assert len(set(names)) == len(names)
-    # A report's folder comes back only with few files.
+    # Copying the folder from a remote machine may be limited to a few files.
     files = {part for s in found for part in s.command if part.startswith(f"{tmp_path}/")}
     assert len(files | {"log.txt", "stages.jsonl", "environment.json", "results.jsonl"}) <= 8

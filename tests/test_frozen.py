@@ -1,8 +1,8 @@
-"""Every operation's outputs, gradients and buffers, to the bit, as recorded in frozen.json.
+"""Compares every operation's outputs, gradients and buffers bitwise with frozen.json.
 
-The inputs are small whole numbers and counts are powers of two, so sums are exact in any order and
-the bits don't depend on the machine. After a change that is meant to change bits, run
-``TRITON_INTERPRET=1 python -m tests.test_frozen`` and say in the commit why they changed.
+The inputs are small integers and counts are powers of two, so sums are exact in any order and the
+bits don't depend on the machine. After an intended change of bits, run ``TRITON_INTERPRET=1 python
+-m tests.test_frozen`` and say in the commit message why they changed.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ from tests.device import DEVICE
 
 RECORD = Path(__file__).with_name("frozen.json")
 LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
-# Exact in every dtype but fp64's larger mantissa: no transcendental function, no inexact product.
+# Activations without transcendental functions and inexact products.
 ACTS = [(None, {}), ("relu", {}), ("leaky_relu", {"negative_slope": 0.25}), ("relu6", {})]
 MODES = ("training", "frozen", "inference")
 SHAPES = {"planes": (4, 6, 4, 4), "groups": (4, 16, 1, 4), "odd": (2, 5, 1, 2)}
@@ -36,7 +36,7 @@ def whole(shape, seed, dtype, low=-8, high=9):
 
 
 class Norm:
-    """A batch norm's tensors; the affine ones want gradients."""
+    """The tensors of a batch norm; weight and bias require gradients."""
 
     def __init__(self, channels, seed, affine=True):
         acc = torch.float32
@@ -104,7 +104,7 @@ def convolved(shape, dtype, layout, mode, act, affine, residual, conv_bias):
 
 
 def cases():
-    """Each case's name and its arguments; every value of every option occurs in every mode."""
+    """Yields each case's name, function and options; each mode has all values of the options."""
     for shape, layout, mode in itertools.product(SHAPES, LAYOUTS, MODES):
         name = f"{shape}-{layout}-{mode}"
         common = {"shape": SHAPES[shape], "layout": layout, "mode": mode}
@@ -128,7 +128,7 @@ def cases():
 
 
 def bits(run, mode, **options):
-    """A short hash of what a case computes."""
+    """Returns a short hash of a case's outputs, buffers and gradients."""
     with torch.set_grad_enabled(mode != "inference"):
         outputs, inputs, buffers = run(mode=mode, **options)
     found = [*outputs, *buffers]
@@ -144,12 +144,12 @@ def bits(run, mode, **options):
 
 
 @pytest.mark.skipif(
-    DEVICE != "cpu", reason="a GPU contracts products and sums, the interpreter not"
+    DEVICE != "cpu", reason="a GPU fuses multiplication and addition, the interpreter does not"
 )
 @pytest.mark.parametrize(
     ("name", "run", "options"), list(cases()), ids=lambda v: v if isinstance(v, str) else ""
 )
-def test_bits_are_those_recorded(name, run, options):
+def test_bits_match_the_record(name, run, options):
     assert bits(run, **options) == json.loads(RECORD.read_text(encoding="utf-8"))[name]
 
 

@@ -1,4 +1,4 @@
-"""`python -m benchmarks host`: what it prints, its limits, the convolution that computes nothing."""
+"""Tests of ``python -m benchmarks host``: its table, limits and stand-in for convolutions."""
 
 import re
 
@@ -26,7 +26,7 @@ ROW = re.compile(
     r"^(.+?) +(inference|forward|backward|step) +(-?[\d.]+) +\((-?[\d.]+)\) +(-?[\d.]+) +(\S+)$",
     re.MULTILINE,
 )
-# Two rounds in place of sixty, and every limit out of reach but for one.
+# Two rounds instead of sixty, and limits that no ratio exceeds, except one that a test sets.
 COMMAND = """
 from benchmarks.audit import host
 from benchmarks.cli import app
@@ -56,7 +56,7 @@ def test_a_ratio_over_its_limit_is_an_error():
     result = run_compiled("-c", COMMAND.format('host.LIMITS["BN+ReLU"]["forward"] = 0.01'))
     assert result.returncode == 1
     assert re.fullmatch(
-        r"error: BN\+ReLU, forward: the ratio [\d.]+ is over its limit 0\.01\n", result.stderr
+        r"error: BN\+ReLU, forward: the ratio [\d.]+ exceeds its limit 0\.01\n", result.stderr
     )
 
 
@@ -74,7 +74,7 @@ def test_a_convolution_that_computes_nothing_returns_the_same_layouts(
         inputs = [x, weight.requires_grad_(), *([torch.randn(6).requires_grad_()] if bias else [])]
         y = F.conv2d(*inputs, stride=stride, padding=padding, dilation=dilation)
         tensors = [y, *torch.autograd.grad(y, inputs, torch.ones_like(y))]
-        # Not strides: those of sizes of 1 mean nothing.
+        # Compares formats instead of strides: strides of dimensions of size 1 are arbitrary.
         formats = [
             [
                 t.is_contiguous(memory_format=f)

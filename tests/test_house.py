@@ -1,4 +1,4 @@
-"""The house: direction of imports, what importing costs, the name of the kernels' folder."""
+"""Tests of the code's structure: direction of imports, private names, and the cost of an import."""
 
 import ast
 import subprocess
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-# Each room may import from the rooms below it, and no other.
+# Modules of bnres; each may import only itself and modules that come earlier in this list.
 ROOMS = (
     "kernels",
     "backend",
@@ -80,8 +80,8 @@ INTERNALS = ("torch_internals.py", "triton_internals.py")
 
 
 @pytest.mark.parametrize("path", [p for _, p in sources()], ids=lambda p: p.stem)
-def test_private_names_have_one_place(path):
-    """Of torch's C++ part, of functorch, of forward mode and of triton's driver."""
+def test_private_names_are_used_only_in_internals(path):
+    """Covers names of torch's C++ part, functorch, forward mode and triton's driver."""
     text = path.read_text(encoding="utf-8")
     private = (
         "torch._C",
@@ -106,7 +106,7 @@ def test_bare_kernels_name_is_refused():
     assert "its import name is 'bnres.kernels'" in result.stderr
 
 
-def test_import_is_light():
+def test_importing_bnres_loads_few_modules():
     code = """
 import sys, torch
 before = set(sys.modules)

@@ -1,4 +1,4 @@
-"""Executed instructions of machine code whose counts are known by hand."""
+"""Tests of the executed instructions of machine code, against counts by hand."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from benchmarks.audit.instructions import HALF_RATE, Flow, load_waits
 from benchmarks.audit.sass import parse_instructions
 from benchmarks.audit.trips import LoopTrips, loop_trips
 
-# A loop in a loop with a call in the outer one, a slow path before them, and the called routine.
+# A slow path, two nested loops with a call in the outer one, and the called routine.
 NESTED = """
 /*0000*/            MOV R1, c[0x0][0x28] ;
 /*0010*/            ISETP.GE.AND P0, PT, R2, 0x1, PT ;
@@ -32,7 +32,7 @@ NESTED = """
 /*0140*/            BRA 0x140;
 /*0150*/            NOP;
 """
-# A loop that is left by a call that is a jump, and one that is left by the exit inside it.
+# A loop that ends with a call used as a jump, and a loop that ends with an EXIT inside it.
 OTHER_ENDS = """
 /*0000*/            MOV R1, c[0x0][0x28] ;
 /*0010*/            FADD R8, R4, R8 ;
@@ -47,7 +47,7 @@ OTHER_ENDS = """
 /*00a0*/            BRA 0x70 ;
 /*00b0*/            BRA 0xb0;
 """
-# A loop of which four trips are in one, and the code of the trips that are left.
+# A loop that is unrolled by four, and the code for the remaining trips.
 UNROLLED = """
 /*0000*/       @!P0 BRA 0x70 ;
 /*0010*/            STG.E desc[UR4][R2.64], R8 ;
@@ -71,14 +71,14 @@ module {
     %cst = arith.constant dense<0.0> : tensor<128xf32>
     %c512_i32 = arith.constant 512 : i32
     %0 = tt.get_program_id y : i32 loc(#loc2)
-    %start = arith.muli %0, %rows : i32
-    %1 = arith.addi %start, %rows overflow<nsw> : i32
+    %low = arith.muli %0, %rows : i32
+    %1 = arith.addi %low, %rows overflow<nsw> : i32
     %stop = arith.minsi %1, %count : i32
-    %2 = arith.subi %stop, %start : i32
+    %2 = arith.subi %stop, %low : i32
     %3 = arith.divsi %2, %c512_i32 : i32
     %4 = arith.muli %3, %c512_i32 : i32
-    %whole = arith.addi %start, %4 : i32
-    %sum.1_4 = scf.for %row.2_1 = %start to %whole step %c512_i32 iter_args(%s = %cst) -> (f32) : i32 {
+    %full = arith.addi %low, %4 : i32
+    %sum.1_4 = scf.for %row.2_1 = %low to %full step %c512_i32 iter_args(%s = %cst) -> (f32) : i32 {
       %5 = "tt.reduce"(%s) <{axis = 0 : i32}> ({
       }) : (tensor<128xf32>) -> f32
       %inner = scf.for %i = %c0_i32 to %rows step %c128_i32 iter_args(%t = %5) -> (f32) : i32 {
@@ -86,7 +86,7 @@ module {
       }
       scf.yield %inner : f32
     }
-    %tail = scf.for %row = %whole to %stop step %c128_i32 iter_args(%s = %sum.1_4) -> (f32) : i32 {
+    %tail = scf.for %row = %full to %stop step %c128_i32 iter_args(%s = %sum.1_4) -> (f32) : i32 {
       scf.yield %s : f32
     }
     %6 = tt.load %x_ptr : !tt.ptr<i32>
@@ -108,15 +108,15 @@ def nested() -> Flow:
 
 def test_nested_loops_a_call_and_a_slow_path():
     flow = nested()
-    # 8 instructions run once; 5 of the outer loop and 2 of the routine twice; 3 of the inner loop
-    # (3·1 + 1·2 + 0·5 + 4·3) / 4 times; the slow path never.
+    # 8 instructions run once; 5 in the outer loop and 2 in the routine run twice; 3 in the inner
+    # loop run (3·1 + 1·2 + 0·5 + 4·3) / 4 times; the slow path never runs.
     assert sum(count for _, count in flow.executed) == 8 + (5 + 2) * 2 + 3 * 4.25
     assert {i.address for i, count in flow.executed if not count} == {0x40, 0x50}
     halved = sum(count for i, count in flow.executed if i.name in HALF_RATE)
     assert halved == 1 + 4.25 + 2 * 2
     assert flow.calls_in_loops == 1
     assert [i.address for i in flow.main_loop] == [0x90, 0xA0, 0xB0]
-    # The loads of a trip of the outer loop are waited for at the first use.
+    # The warp waits for the load of the outer loop at its first use, in the inner loop.
     assert load_waits(flow.executed, stages=1) == 4.25
 
 
@@ -132,16 +132,16 @@ def test_unrolled_loop():
     flow = Flow(parse_instructions(UNROLLED), [loop])
     assert flow.unrolled == [4]
     assert sum(count for i, count in flow.executed if i.name == "STG") == (11 + 4 + 1 + 2) / 4
-    # The loop's two other instructions run once for each four trips.
+    # The loop's two other instructions run once per four trips.
     assert sum(count for i, count in flow.executed if i.address in (0x50, 0x60)) == 2 * (2 + 1) / 4
 
 
-def test_loops_that_do_not_fit_are_refused():
+def test_loops_that_do_not_match_their_trips_are_refused():
     with pytest.raises(ValueError, match=r"depths \[0, 1\], expected \[0\]"):
         Flow(parse_instructions(NESTED), [trips(0, 3)]).executed  # noqa: B018
     loops = [trips(0, 3), LoopTrips(1, None)]
     flow = Flow(parse_instructions(NESTED), loops)
-    with pytest.raises(ValueError, match="depend on data"):
+    with pytest.raises(ValueError, match="got None for one that depends on data"):
         flow.executed  # noqa: B018
     # Without trips the main loop is the longest.
     assert [i.address for i in flow.main_loop] == list(range(0x80, 0x100, 0x10))
@@ -157,7 +157,8 @@ def test_trips_from_the_bounds_of_loops():
     found = loop_trips({"ttgir": TTGIR, "ptx": ""}, (2, 3), arguments)
     assert [loop.depth for loop in found] == [0, 1, 0, 0]
     main, inner, tail, by_data = (loop.trips for loop in found)
-    # Programs have 1200, 1200 and 100 rows; each along the first axis of the grid.
+    # Along the grid's second axis, programs have 1200, 1200 and 100 rows; its first axis has size
+    # 2.
     assert main.tolist() == [2, 2, 0] * 2
     assert inner.tolist() == [10] * 6
     assert tail.tolist() == [2, 2, 1] * 2

@@ -1,7 +1,7 @@
-"""Machine code of the kernels, compiled for a GPU that is not there, in a process of its own.
+"""Tests of the kernels' machine code, compiled in a new process without a GPU.
 
-The interpreter and the compiler can't share a process. `python -m benchmarks audit`, which `.ci/run`
-runs, compiles more of them, for more GPUs.
+The interpreter and the compiler can't share a process. ``python -m benchmarks audit``, which
+``.ci/run`` runs, compiles more specialisations for more GPUs.
 """
 
 import json
@@ -20,7 +20,7 @@ from tests.compiled import run_compiled
 def _copy_kernel(
     y_ptr, x_ptr, count, per_program, BLOCK: tl.constexpr, UNROLL: tl.constexpr
 ):  # fmt: skip
-    """Copies whole tiles, then the remaining rows one block at a time. Stores the program's id at the end."""
+    """Copies whole tiles, then the rest in blocks; stores the program's id at the end."""
     start = tl.program_id(0) * per_program
     stop = tl.minimum(start + per_program, count)
     whole = start + (stop - start) // (UNROLL * BLOCK) * (UNROLL * BLOCK)
@@ -36,8 +36,8 @@ def _copy_kernel(
 
 
 def check_copy():
-    """Compares what a copy is counted to execute and to move with the counts known by hand."""
-    block, count = 512, 10 * 512 * 3 + 2 * 512 + 256  # a block is one 16-byte load for each thread
+    """Compares the counted instructions and bytes of a copy with counts by hand."""
+    block, count = 512, 10 * 512 * 3 + 2 * 512 + 256  # a block is one 16-byte load per thread
     x, y = torch.empty(count), torch.empty(count)
     launches = []
     with compile_only(SM90, launches.append):
@@ -46,16 +46,16 @@ def check_copy():
         )
     (launch,) = launches
     flow = machine_code.flow_of(launch)
-    # Three programs copy ten blocks, two in each trip; the last one copies two, and half a block.
+    # Three programs copy ten blocks, two per trip; the last one copies two and a half blocks.
     assert [loop.trips.tolist() for loop in flow.trips] == [[5, 5, 5, 1], [0, 0, 0, 1]]
     loaded = sum(i.access_bytes * times for i, times in flow.executed if i.name == "LDG")
     assert loaded == 16 * (10 + 10 + 10 + 2 + 1) / 4
     work = work_of(SM90, launch, flow, room=8)
-    issued = sum(times for _, times in flow.executed) * 4 * 4  # of 4 warps in 4 programs
+    issued = sum(times for _, times in flow.executed) * 4 * 4  # 4 programs of 4 warps
     assert abs(work.per_element - issued * 32 / count) < 1e-9
     seconds = issued / (132 * 4 * 1.98e9)
     assert work.share >= seconds / (2 * 4 * count / 4.3e12) * (1 - 1e-9)
-    assert (work.calls, work.bound) == (0, "dependent loads")  # it is small
+    assert (work.calls, work.bound) == (0, "dependent loads")  # the copy is small
 
 
 def test_copy_whose_counts_are_known():

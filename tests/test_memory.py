@@ -1,4 +1,4 @@
-"""The memory that the kernels touch, counted in the interpreter (shared with the audit)."""
+"""Tests of the memory that the kernels touch, counted in the interpreter as in the audit."""
 
 import pytest
 import torch
@@ -13,9 +13,11 @@ if torch.cuda.is_available():
 from benchmarks.audit.memory import channel_buffer_share, operation_traffic
 
 OPERATIONS = ("bn", "bn_relu", "bn_add_relu", "bn_add_relu_fork", "dual_bn_add_relu")
-# In sectors, with what the windows at the rim leave out and read twice at these small sizes.
+# Greatest traffic of the stem in S, counted in sectors. At these small sizes it differs from the
+# byte model, because windows at the border skip some positions and read others twice.
 STEM_CEILINGS = {"eval": 1.27, "forward": 2.65, "backward": 2.9}
-# What the pivot's samples add at these small shapes: four elements a channel and program.
+# Traffic in S that the pivot's samples add at these small shapes: four elements per channel and
+# program.
 SLACK = 0.03
 H200_SM_COUNT = 132
 
@@ -25,7 +27,7 @@ H200_SM_COUNT = 132
 @pytest.mark.parametrize("shape", [(32, 64, 7, 7), (16, 32, 16, 16)], ids=str)
 def test_passes_over_the_activations(operation, layout, shape):
     if operation in ("bn", "bn_add_relu_fork"):
-        shape = (16, 64, 7, 7)  # the others' kernels: one shape does
+        shape = (16, 64, 7, 7)  # one shape suffices: other operations test the same kernels
     size = torch.Size(shape).numel() * torch.bfloat16.itemsize
     counts = operation_traffic(operation, shape, torch.bfloat16, LAYOUTS[layout])
     for step in ("eval", "forward", "backward"):

@@ -1,4 +1,4 @@
-"""The wheel: what it contains, and that it works outside the repository."""
+"""Tests of the wheel: its contents, and that it works outside the repository."""
 
 import os
 import shutil
@@ -24,7 +24,7 @@ def build(tree, out, what):
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    """Built from a copy: a build leaves files in its tree, and takes over those of an older one."""
+    """Builds the wheel from a copy: a build leaves files that a later build would include."""
     folder = tmp_path_factory.mktemp("packaging")
     ignored = shutil.ignore_patterns(".*", "__pycache__", "build", "dist", "*.egg-info", "runs")
     shutil.copytree(ROOT, folder / "bnres", symlinks=True, ignore=ignored)
@@ -33,7 +33,7 @@ def wheel(tmp_path_factory):
     return path
 
 
-def test_wheel_contains_the_package_only(wheel):
+def test_wheel_contains_only_the_package(wheel):
     with zipfile.ZipFile(wheel) as archive:
         found = Counter(i.filename for i in archive.infolist() if ".dist-info/" not in i.filename)
     sources = {p.relative_to(ROOT).as_posix() for p in (ROOT / "bnres").rglob("*.py")}
@@ -82,7 +82,7 @@ def test_wheel_works_outside_the_repository(wheel, tmp_path):
 
 
 def test_editable_install_is_a_path_entry(wheel, tmp_path):
-    """An import finder would come after the folder above a clone, where bnres is a namespace."""
+    """With an import finder, bnres would be a namespace package in the parent folder of a clone."""
     tree = wheel.parent / "bnres"
     build(tree, tmp_path, "editable")
     (path,) = tmp_path.glob("*.whl")

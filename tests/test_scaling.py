@@ -1,4 +1,4 @@
-"""The model of training on many GPUs: its traffic, its limits, and the form it shares with gloo."""
+"""Tests of the model of training on many GPUs, and of its comparison with gloo."""
 
 import pytest
 import torch
@@ -13,28 +13,29 @@ def test_traffic_of_resnet18():
     with torch.device("meta"):
         parameters = sum(p.numel() for p in models.resnet18().parameters())
     assert found.gradients == 4 * parameters == 46_758_048
-    # The three down-sampling blocks have two batch norms at their last site.
+    # In the three down-sampling blocks the last site has two batch norms.
     assert found.sites == (64,) * 5 + (128, 256, 128, 128, 256, 512, 256, 256, 512, 1024, 512, 512)
     assert found.forward[0] == 4 * (1 + 2 * 64) and found.backward[0] == 4 * 2 * 64
 
 
 def test_collectives_by_hand():
     cluster = Cluster(gpus=2, nvlink=1e9, network=5e8)
-    # A ring of two GPUs with its full bandwidth: two steps, and as many bytes as the tensor has.
+    # A ring of two GPUs with full bandwidth takes two steps and sends as many bytes as the tensor
+    # has.
     assert cluster.all_reduce(10**9, 2) == pytest.approx(8.4e-6 + 2 * 3.4e-6 + 1.0)
-    # Eight GPUs in four nodes gather 7 tensors over the network at a quarter of its bandwidth.
+    # Eight GPUs in four nodes gather 7 tensors over the network, at a quarter of its bandwidth.
     latency = 3.6e-6 + 4 * 0.47e-6 + 3 * 2.7e-6
     assert cluster.all_gather(100, 8) == pytest.approx(latency + 700 / (5e8 / 4))
 
 
 def test_gradients_are_hidden_by_a_backward_that_is_long_enough():
     size = scaling.FIRST_BUCKET + scaling.BUCKET
-    # The last bucket is never hidden; the first is, if its collective ends before backward.
+    # The last bucket is never hidden. The first is hidden if its collective ends before backward.
     assert exposed(size, 10.0, lambda _: 1.0) == pytest.approx(1.0)
     assert exposed(size, 0.0, lambda _: 1.0) == pytest.approx(2.0)
 
 
-def test_no_communication_is_the_time_of_one_gpu():
+def test_without_communication_a_step_takes_the_time_of_one_gpu():
     free = Cluster(nvlink=float("inf"), network=float("inf"))
     with pytest.MonkeyPatch.context() as patch:
         for name in ("RING", "TREE"):
@@ -49,5 +50,5 @@ def test_a_ring_is_fitted_from_two_sizes():
 
 
 @pytest.mark.slow
-def test_gloo_is_measured():
+def test_gloo_is_compared_with_the_model():
     assert scaling.gloo_table().count("of measured") == 6

@@ -1,4 +1,4 @@
-"""Every kernel once against its reference, in every type and layout: ``pytest -m smoke``."""
+"""Compares every kernel with its reference, in every dtype and layout (``pytest -m smoke``)."""
 
 import ast
 from pathlib import Path
@@ -22,7 +22,8 @@ from tests.tolerances import assert_close
 pytestmark = pytest.mark.smoke
 
 KERNELS = Path(bn_forward.__file__).parent
-# Shape, memory format and tiling. Channels and rows never fill whole tiles, so tails are tested.
+# Shape, memory format and kind of tile. Channels and rows never fill whole tiles, so masks are
+# tested.
 LAYOUTS = {
     "planes": ((3, 5, 9, 16), torch.contiguous_format, PLANES),
     "small odd planes": ((9, 16, 7, 7), torch.contiguous_format, GROUPS),
@@ -32,7 +33,7 @@ EPS = 1e-3
 
 
 def draw(dtype, layout, count):
-    """Tensors of one layout; the same numbers on every device."""
+    """Returns random tensors of one layout, with the same values on every device."""
     shape, memory_format, kind = LAYOUTS[layout]
     torch.manual_seed(0)
     found = [
@@ -50,7 +51,7 @@ def affine(x):
 
 
 def double(*values):
-    """Tensors in fp64, those in tuples too."""
+    """Returns the values with all tensors in fp64, including those in tuples."""
     return [tree_map(lambda v: v.double() if isinstance(v, torch.Tensor) else v, v) for v in values]
 
 
@@ -136,7 +137,8 @@ def check_max_pool(dtype, layout):
     y, index, x_max = bn_max_pool.bn_max_pool(x, norm, "silu", 0.0, save=True)
     expected = reference.bn_max_pool_ref(*double(x, norm), "silu", 0.0)[0]
     assert_close(y, expected, dtype)
-    # Of values that are equal once rounded any may be the greatest of the exact ones.
+    # If several values are equal after rounding, the index may differ from that of the exact
+    # maximum.
     at_index = reference.bn_max_pool_at_ref(*double(x, norm), "silu", 0.0, index)
     assert_close(y, at_index, dtype)
     flat = reference.pooled_offsets(index, x.shape[3]).flatten(2)
@@ -177,7 +179,7 @@ MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)
 
 
 def check_augment(dtype, memory_format):
-    """One chain whose images a program does whole, one whose mean gray is a kernel's own."""
+    """Tests images that one program handles, and larger ones, whose contrast has its own kernel."""
     jitter = augment.ColorJitter(0.5, 0.2, 0.6, 0.4)
     for size, crop in ((12, augment.RandomResizedCrop((9, 7))), (36, augment.RandomCrop(34, 2))):
         torch.manual_seed(0)
@@ -192,7 +194,8 @@ def check_augment(dtype, memory_format):
         exact = augment.Compose(chain.transforms)
         with use_backend("aten"):
             expected = exact.apply(x, draws)
-        # Colours are right to 1e-4, see test_augment, before they are divided and rounded.
+        # Before normalisation and rounding, colours have an error of at most 1e-4
+        # (test_augment.py).
         allowed = 1e-4 / min(STD) + torch.finfo(dtype).eps * expected.abs().max()
         assert (y.float() - expected).abs().max() <= allowed
 
@@ -201,7 +204,7 @@ OPERATIONS = {
     "batch_norm_act": check_batch_norm_act,
     "two_norms": check_two_norms,
 }
-# The interpreter's tl.dot takes no bf16, and no type is wider than fp32 in the kernel.
+# The interpreter's tl.dot does not support bf16, and the kernel does not support fp64.
 CONV_DTYPES = [torch.float16, torch.float32] + [torch.bfloat16] * (DEVICE == "cuda")
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
@@ -231,13 +234,13 @@ def test_augmentation(memory_format, dtype):
 
 
 def launched_by(path):
-    """Names of the kernels that a file hands to `launch`."""
+    """Returns the names of the kernels that a file passes to ``launch``."""
     calls = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call)]
     return {c.args[0].id for c in calls if isinstance(c.func, ast.Name) and c.func.id == "launch"}
 
 
 def test_no_kernel_is_left_out(monkeypatch):
-    """A new kernel needs a case here."""
+    """Fails if a kernel of `bnres.kernels` is not launched by the checks of this file."""
     launched = set()
     for module in (augment_kernels, bn_backward, bn_forward, bn_max_pool, conv):
         original = module.launch

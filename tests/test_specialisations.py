@@ -1,6 +1,6 @@
-"""The list of specialisations is complete, and what fails to compile or to launch is reported.
+"""Tests that the list of specialisations is complete, and that failures are reported.
 
-What compiles runs in a process of its own, as the interpreter and the compiler can't share one.
+Code that compiles runs in a new process, because the interpreter and the compiler can't share one.
 """
 
 import json
@@ -20,8 +20,8 @@ def check_that_gaps_are_noticed():
     for function in sorted({call.name for call in every}):
         lost[function] = missing(collect(call for call in every if call.name != function))
     for axis, value in (
-        ("input", "small planes"), ("dtype", "torch.float16"), ("act", "silu"), ("residual", "True"),
-        ("training", "False"), ("has_contrast", "True"),
+        ("input", "small planes"), ("dtype", "torch.float16"), ("act", "silu"),
+        ("residual", "True"), ("training", "False"), ("has_contrast", "True"),
     ):  # fmt: skip
         kept = [call for call in every if str(call.options.get(axis)) != value]
         assert len(kept) < len(every)
@@ -29,7 +29,7 @@ def check_that_gaps_are_noticed():
     print(json.dumps({"complete": complete, "lost": lost}))
 
 
-def test_a_case_that_is_left_out_is_noticed():
+def test_missing_calls_are_noticed():
     result = run_compiled("-c", CODE.format("check_that_gaps_are_noticed"))
     assert result.returncode == 0, result.stderr
     found = json.loads(result.stdout)
@@ -63,7 +63,7 @@ def check_faults():
 
     sound = Specialisation(fits, (1,), {"x_ptr": x, "scale": 2.0, "N": 16}, "sound")
     broken = Specialisation(grows, (1,), {"x_ptr": x, "N": 16}, "broken")
-    # Triton compiles for it, and its launcher takes no integer of more than 64 bits.
+    # Triton compiles this kernel, but its launcher rejects integers of more than 64 bits.
     misfit = Specialisation(fits, (1,), {"x_ptr": x, "scale": 2**70, "N": 16}, "misfit")
     compiled = compile_all(SM90, [sound, broken])
     launched = launch_all(SM90, [sound, misfit])

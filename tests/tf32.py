@@ -1,6 +1,6 @@
-"""TF32 without a GPU: fp32 operands are rounded to its 10 bits of mantissa wherever a GPU may do so.
+"""Emulates TF32 on the CPU: rounds fp32 operands to 10 bits of mantissa where a GPU may do so.
 
-A test that needs full fp32 and does not ask for it then fails here, not only on a GPU.
+A test that needs full fp32 and does not disable TF32 then also fails without a GPU.
 """
 
 from collections.abc import Callable
@@ -12,14 +12,15 @@ from torch.library import Library, get_kernel
 from triton._C.libtriton import ir
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-# A library takes its kernels away with it when it is freed.
+# Kept alive, because torch unregisters a library's kernels when the library is freed.
 _LIBRARY = Library("aten", "IMPL")
 
 
 def emulate() -> None:
-    """Rounds for torch's convolutions and matrix products on the CPU, and for interpreted ``tl.dot``.
+    """Starts rounding the operands of CPU convolutions and matrix products, and of ``tl.dot``.
 
-    From now on, in this process, where torch's own switches allow TF32 at the call.
+    ``tl.dot`` is rounded in the interpreter. Operands of torch's operations are rounded if torch's
+    switches allow TF32 at the call.
     """
     for name, operands, allowed in (
         ("convolution", (0, 1), _in_convolutions),
@@ -68,7 +69,7 @@ def _dot_of_rounded_operands(create_dot: Callable[..., Any]) -> Callable[..., An
 
 
 def _rounded(t: Tensor) -> Tensor:
-    """An fp32 ``t`` rounded to nearest, ties away from zero; any other as it is."""
+    """Rounds an fp32 tensor to nearest, ties away from zero; returns other dtypes unchanged."""
     if t.dtype != torch.float32:
         return t
     rounded = ((t.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)

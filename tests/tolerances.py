@@ -1,26 +1,35 @@
-"""How far a result may be from its fp64 reference, by dtype: the one table of the tests."""
+"""The tests' only table of tolerances: the allowed error against an fp64 reference, by dtype."""
 
 import torch
 from torch import Tensor
 
-# Error over the largest value of the reference (at least 1): a few rounding steps of the dtype,
-# and for what sums over some hundred to thousand elements add to them.
+# Greatest error, as a share of the reference's largest value, or of 1 if that is larger. It allows
+# for a few roundings to the dtype, and for the error of sums over hundreds to thousands of
+# elements.
 TOLERANCE = {
-    torch.float64: 1e-12,  # 2⁻⁵² ≈ 2.2e-16, sums of up to 10⁴ terms
-    torch.float32: 3e-6,  # 2⁻²³ ≈ 1.2e-7, sums of up to some hundred terms
-    torch.float16: 4e-3,  # 2⁻¹⁰ ≈ 9.8e-4, inputs and outputs rounded once each
-    torch.bfloat16: 3e-2,  # 2⁻⁷ ≈ 7.8e-3, likewise
+    torch.float64: 1e-12,  # eps is 2⁻⁵² ≈ 2.2e-16; sums of up to 10⁴ terms
+    torch.float32: 3e-6,  # eps is 2⁻²³ ≈ 1.2e-7; sums of up to some hundred terms
+    torch.float16: 4e-3,  # eps is 2⁻¹⁰ ≈ 9.8e-4; inputs and outputs are rounded once each
+    torch.bfloat16: 3e-2,  # eps is 2⁻⁷ ≈ 7.8e-3; inputs and outputs are rounded once each
 }
-# Of fp32 that is multiplied in TF32, which keeps 10 bits of the mantissa. Each of two operands is
-# rounded, by 2⁻¹¹ at most, or cut off, by 2⁻¹⁰: 2⁻⁹ ≈ 2e-3 of a product at most, and twice that, as a
-# sum of products can be smaller than they are. The interpreter multiplies in fp32.
+# The tolerance for fp32 that is multiplied in TF32, which keeps 10 bits of the mantissa. Each of
+# the two operands is rounded, by at most 2⁻¹¹, or truncated, by at most 2⁻¹⁰, so the error of a
+# product is at most 2⁻⁹ ≈ 2e-3. The tolerance is twice this, because a sum of products can be
+# smaller than the products. The interpreter multiplies in fp32.
 TF32_TOLERANCE = 4e-3
 
 
 def assert_close(
     actual: Tensor, expected: Tensor, dtype: torch.dtype, *, tf32: bool = False
 ) -> None:
-    """``actual`` is finite and as near to ``expected`` (fp64) as its dtype, or TF32, allows."""
+    """Asserts that ``actual`` is finite and within the tolerance of ``expected``.
+
+    Args:
+        actual: the result.
+        expected: the reference in fp64.
+        dtype: dtype whose tolerance is used.
+        tf32: whether to use the tolerance of TF32 instead.
+    """
     assert torch.isfinite(actual).all()
     error = (actual.double() - expected.double()).abs().max().item() if actual.numel() else 0.0
     scale = max(1.0, expected.abs().max().item()) if expected.numel() else 1.0

@@ -1,1 +1,1 @@
-"""What can be known of the kernels without a GPU: bytes touched and machine code."""
+"""Audits of the kernels that need no GPU: bytes touched, machine code and the host's time."""

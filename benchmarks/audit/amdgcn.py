@@ -1,4 +1,4 @@
-"""What a kernel's machine code for AMD says: registers, spills, access widths, matrix instructions."""
+"""Reads registers, spills, access widths and matrix instructions from a kernel's code for AMD."""
 
 import re
 from dataclasses import dataclass
@@ -10,7 +10,14 @@ MATRIX = re.compile(r"\bv_mfma_\w+")
 
 @dataclass(frozen=True)
 class AmdCode:
-    """Resources of a kernel, and which of its instructions matter."""
+    """Resources and some instructions of a kernel.
+
+    Attributes:
+        registers: vector registers of a thread.
+        spills: spilled registers, vector and scalar.
+        wide: ``load`` and ``store``, as far as the kernel has 16-byte accesses of these kinds.
+        matrix: whether the kernel has matrix instructions.
+    """
 
     registers: int
     spills: int
@@ -19,7 +26,7 @@ class AmdCode:
 
 
 def read(text: str) -> AmdCode:
-    """Reads a kernel's assembly; ``wide`` has ``load`` and ``store`` where 16-byte ones are."""
+    """Parses a kernel's assembly."""
     field = {name: int(value) for name, value in FIELD.findall(text)}
     return AmdCode(
         field["vgpr_count"],

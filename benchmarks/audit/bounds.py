@@ -1,6 +1,7 @@
-"""Counts what a launch executes and moves, and estimates what limits its time. Nothing is measured.
+"""Estimates what limits a launch's time, from the instructions it executes and the bytes it moves.
 
-Times are multiples of the *byte time*, what the least bytes of the launch take at a copy's bandwidth.
+Nothing is measured. Times are multiples of the *byte time*: the time that the fewest bytes the
+launch can move take at the bandwidth of a copy.
 """
 
 import re
@@ -13,23 +14,23 @@ from torch import Tensor
 from benchmarks.audit.instructions import HALF_RATE, Flow, load_waits
 from benchmarks.audit.standin import Gpu, Launch
 
-# H200: bytes/s of a copy, warp instructions a cycle and multiprocessor, cycles/s, seconds until a load
-# arrives, floating-point operations/s of a bf16 matrix product.
+# Rates of an H200: a copy in bytes/s, warp instructions issued per cycle and multiprocessor,
+# cycles/s, latency of a load in seconds, and FLOP/s of a matrix product in bf16.
 BANDWIDTH, ISSUE_WIDTH, CLOCK, LATENCY, MATRIX_RATE = 4.3e12, 4, 1.98e9, 0.8e-6, 788e12
-# What takes no more than this, in byte times, is not said to bound a launch.
+# A launch counts as bound by its bandwidth unless another time exceeds this many byte times.
 MARGIN = 1.1
 
 
 @dataclass(frozen=True)
 class Work:
-    """What a launch executes.
+    """The work of a launch; None means not counted.
 
     Attributes:
-        per_element: instructions that threads execute for each element of the launch's largest tensor.
-        share: time to issue them, in byte times. An instruction of `HALF_RATE` takes two cycles, so it
-            is at least twice the share of these.
-        calls: of routines, in loops.
-        bound: what limits the launch's time, by estimate.
+        per_element: instructions that threads execute per element of the launch's largest tensor.
+        share: time to issue the instructions, in byte times: the longer of one cycle for each
+            instruction and two cycles for each instruction in `HALF_RATE`.
+        calls: number of calls of routines inside loops.
+        bound: estimate of what limits the launch's time.
     """
 
     per_element: float | None = None
@@ -39,7 +40,7 @@ class Work:
 
 
 def used_tensors(launch: Launch) -> list[Tensor]:
-    """The tensors that a kernel reads or writes, of those that it is given."""
+    """Returns the tensor arguments that a kernel reads or writes."""
     _, _, body = launch.compiled.asm["ttgir"].partition("tt.func public")
     _, _, body = body.partition("\n")
     return [
@@ -52,14 +53,14 @@ def used_tensors(launch: Launch) -> list[Tensor]:
 def work_of(
     gpu: Gpu, launch: Launch, flow: Flow, room: int, others: Mapping[str, float] | None = None
 ) -> Work:
-    """What a launch executes, each byte of its tensors being moved once.
+    """Counts the work of a launch, assuming that each byte of its tensors is moved once.
 
     Args:
-        gpu: one whose rates are those above.
+        gpu: GPU with the rates above.
         launch: the launch.
-        flow: its machine code.
-        room: programs that a multiprocessor has room for.
-        others: other times that may bound it, in byte times.
+        flow: control flow of its machine code.
+        room: number of programs that fit on a multiprocessor at once.
+        others: other times that may limit the launch, by name, in byte times.
     """
     tensors = used_tensors(launch)
     byte_time = sum(t.numel() * t.element_size() for t in tensors) / BANDWIDTH

@@ -1,4 +1,4 @@
-"""What the audit found when its budget was last recorded, and what falls behind it."""
+"""Stores the audit's results as its budget, and lists what exceeds the budget."""
 
 import json
 from collections.abc import Iterable
@@ -12,24 +12,24 @@ from bnres.files import write_text
 
 PATH = Path(__file__).with_name("budget.json")
 Row = dict[str, Any]
-# Counts are exact; this is for decimal places.
+# Counts are exact; this only allows for the rounding of decimals.
 SLACK = 1e-3
-# By how much a share of instructions may exceed its budget, as a share of that.
+# A share of instructions may exceed its budget by this part of it.
 SHARE_SLACK = 0.02
-# What the kernels of a step are wanted to keep to, see `unwanted`.
+# Goals for the kernels of a step, see `unwanted`.
 WANTED_SHARE, WANTED_CALLS = 0.5, 0
 
 
 @dataclass(frozen=True)
 class Found:
-    """All that an audit reads.
+    """The results of an audit.
 
     Attributes:
-        memory: rows of `benchmarks.audit.memory`, or none.
-        traffic: bytes that a training step moves besides its convolutions, by kind of net.
+        memory: rows of `benchmarks.audit.memory`.
+        traffic: bytes that a training step moves apart from its convolutions, by kind of net.
         held: bytes held for backward, by kind of net.
-        launches: of a training step, by kind of net and of launch.
-        kernels: worst of each kernel's specialisations, see `worst`.
+        launches: launches of a training step, by kind of net and kind of launch.
+        kernels: rows of `worst`.
     """
 
     memory: list[Row]
@@ -43,11 +43,12 @@ class Found:
 
 
 def worst(rows: Iterable[Row]) -> list[Row]:
-    """One row for each GPU, kernel, layout and dtype: the worst of its specialisations.
+    """Returns a row with the worst values over all specialisations of a kernel.
 
-    ``in_flight`` is what is under way as a share of what is wanted, None where it is not read.
-    ``per_element``, ``bound`` and ``at`` are of the launch with the greatest ``share``, None and empty
-    where it is not counted.
+    There is a row for each GPU, kernel, layout and dtype. ``in_flight`` is the bytes in flight
+    divided by the wanted bytes, or None if they are not known. ``per_element``, ``bound`` and
+    ``at`` are those of the launch with the greatest ``share``. If no launch was counted,
+    ``per_element`` is None, and ``bound`` and ``at`` are empty.
     """
     found: dict[tuple[str, ...], Row] = {}
     for row in rows:
@@ -95,24 +96,24 @@ def _rounded(work: Row) -> Row:
 
 
 def load() -> Found:
-    """The recorded budget.
+    """Returns the recorded budget.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: if no budget is recorded.
     """
     if not PATH.exists():
-        raise ValueError(f"{PATH} is not there: run python -m benchmarks audit --record")
+        raise ValueError(f"{PATH} does not exist: run python -m benchmarks audit --record")
     content = json.loads(PATH.read_text(encoding="utf-8"))
     return Found(**{name: content[name] for name in Found.__dataclass_fields__})
 
 
 def recorded_triton() -> str:
-    """The version of triton that the budget's machine code came from."""
+    """Returns the version of triton that the budget was recorded with."""
     return str(json.loads(PATH.read_text(encoding="utf-8"))["triton"])
 
 
 def record(found: Found) -> None:
-    """Makes what was found the budget."""
+    """Stores the results of an audit as the budget."""
     text = json.dumps(found.as_json(), indent=1)
     write_text(PATH, text + "\n")
 
@@ -126,11 +127,16 @@ def memory_key(row: Row) -> str:
 
 
 def exceeded(found: Found, budget: Found, same_triton: bool) -> list[str]:
-    """What falls behind the budget, in words.
+    """Describes each result that is worse than its budget.
 
-    Occupancy, idle turns, the share of instructions, and the number of spills and calls where some
-    are allowed, depend on the compiler, so they are compared with a budget of the same version of
-    triton only.
+    Some results depend on the compiler, so they are compared only if the budget was recorded with
+    the same version of triton: occupancy, idle share, share of instructions, and the number of
+    spills or calls if the budget allows some.
+
+    Args:
+        found: the results.
+        budget: the budget.
+        same_triton: whether both come from the same version of triton.
     """
     problems = []
     allowed = {memory_key(row): row for row in budget.memory}
@@ -154,7 +160,7 @@ def exceeded(found: Found, budget: Found, same_triton: bool) -> list[str]:
         if size > allowed_bytes[kind]
     ]
     problems += [
-        f"launches of a step, {kind}: {count}, budget {budget.launches[kind]}"
+        f"launches in a step, {kind}: {count}, budget {budget.launches[kind]}"
         for kind, count in found.launches.items()
         if count > budget.launches[kind]
     ]
@@ -169,7 +175,7 @@ def exceeded(found: Found, budget: Found, same_triton: bool) -> list[str]:
 
 
 def unwanted(rows: Iterable[Row]) -> list[str]:
-    """A sentence for each kernel of a step that exceeds `WANTED_SHARE` or `WANTED_CALLS`."""
+    """Describes each kernel of a step that exceeds `WANTED_SHARE` or `WANTED_CALLS`."""
     return [
         f"{kernel_key(row)}: share {row['share']:.2f}, {row['calls']} calls in loops"
         for row in rows
@@ -187,20 +193,20 @@ def _behind(row: Row, limit: Row, same_triton: bool) -> list[str]:
     if row["spills"] > limit["spills"] and (same_triton or not limit["spills"]):
         found.append(f"{row['spills']} spills, budget {limit['spills']}")
     if row["narrow"] > limit["narrow"] + SLACK:
-        found.append(f"{row['narrow']:.3f} of narrow accesses, budget {limit['narrow']:.3f}")
+        found.append(f"share of narrow accesses {row['narrow']:.3f}, budget {limit['narrow']:.3f}")
     if limit["in_flight"] is not None and row["in_flight"] < limit["in_flight"] - SLACK:
         found.append(
-            f"{row['in_flight']:.0%} of the bytes wanted in flight, budget {limit['in_flight']:.0%}"
+            f"{row['in_flight']:.0%} of the wanted bytes in flight, budget {limit['in_flight']:.0%}"
         )
     if same_triton and row["occupancy"] < limit["occupancy"] - SLACK:
         found.append(f"occupancy {row['occupancy']:.0%}, budget {limit['occupancy']:.0%}")
     if same_triton and row["idle"] > limit["idle"] + SLACK:
-        found.append(f"{row['idle']:.0%} of its turns idle, budget {limit['idle']:.0%}")
+        found.append(f"idle share {row['idle']:.0%}, budget {limit['idle']:.0%}")
     if row["share"] is None or limit["share"] is None:
         return found
     if same_triton and row["share"] > limit["share"] * (1 + SHARE_SLACK):
         found.append(
-            f"instructions for {row['share']:.3f} of the byte time, budget {limit['share']:.3f}"
+            f"instructions take {row['share']:.3f} of the byte time, budget {limit['share']:.3f}"
         )
     if row["calls"] > limit["calls"] and (same_triton or not limit["calls"]):
         found.append(f"{row['calls']} calls in loops, budget {limit['calls']}")

@@ -1,7 +1,7 @@
-"""Public calls of the fused operations in which any two values of two options occur together.
+"""Generates calls of the fused operations in which each pair of values of two options occurs.
 
-The options come from the operations' own signatures: a parameter that is added to one of them is
-varied here too, or `axes_of` raises because it does not know which values it takes.
+The options are read from the operations' signatures, so a parameter that is added to an operation
+is varied here too, or `axes_of` raises because it does not know the parameter's values.
 """
 
 import itertools
@@ -28,7 +28,7 @@ Options = dict[str, Any]
 Axes = dict[str, Sequence[Any]]
 
 CONTIGUOUS, LAST = torch.contiguous_format, torch.channels_last
-# Inputs that make every kind of tile: whole and ragged vectors, of planes and of channels.
+# Shapes that use every kind of tile: vectors of planes and of channels, whole and ragged.
 INPUTS = {
     "planes": ((2, 8, 8, 16), CONTIGUOUS),
     "odd planes": ((2, 5, 7, 9), CONTIGUOUS),
@@ -37,49 +37,50 @@ INPUTS = {
     "some channels": ((2, 24, 8, 8), LAST),
     "odd channels": ((2, 5, 7, 9), LAST),
 }
-# Inputs whose offsets need 64 bits. Their memory is never touched.
+# Shapes that need 64-bit offsets. The memory of these tensors is never accessed.
 HUGE_INPUTS = {
     "huge planes": ((2, 64, 4096, 4104), CONTIGUOUS),
     "huge channels_last": ((2, 64, 4096, 4104), LAST),
 }
 WINDOW = ("kernel_size", "stride", "padding", "dilation")
-# The pooling of a ResNet's stem, the only one that has a kernel.
+# The pooling of a ResNet's stem, which is the only one with a kernel.
 POOLING = (3, 2, 1, 1)
-# Output channels and window.
+# Output channels, and values of WINDOW.
 CONVOLUTIONS = ((64, (3, 1, 1, 1)), (24, (1, 2, 0, 1)), (5, (3, 2, 2, 2)))
-# Values that occur together with each value of the other options ...
+# Values that are combined with each value of the other options ...
 VALUES: Axes = {
     "input": tuple(INPUTS),
-    # One whose gradient a bit mask gives, none, one whose gradient needs the pre-activation.
+    # The gradient of relu needs a bit mask, that of identity nothing, that of silu its input.
     "act": ("relu", "identity", "silu"),
     "dtype": (torch.bfloat16, torch.float32, torch.float64),
     "kernel_size": (POOLING,),
     "conv_weight": CONVOLUTIONS,
-    "groups": (1,),  # torch does grouped convolutions
+    "groups": (1,),  # grouped convolutions use torch's convolution
     "memory_format": (CONTIGUOUS, LAST),
     "ceil_mode": (False,),
-    "height": (8, 64),  # one program holds an image of 8 × 8, several one of 64 × 64
+    "height": (8, 64),  # an 8 × 8 image needs one program, a 64 × 64 image several
 }
-# ... and those that occur in two calls: one with every optional argument, one with none.
+# ... and values that occur in two calls: one with every optional argument, one with none.
 OTHERS: Axes = {
     "act": tuple(act for act in ACTIVATIONS if act not in VALUES["act"]),
     "dtype": (torch.float16,),
 }
-# The case of `batch_norm_act` without residual and activation; and the type of an argument.
+# Names in `bnres.functional` that are not called: batch_norm is batch_norm_act without a residual
+# and an activation, and BatchNormState is the type of an argument.
 SPECIAL_CASES = {"batch_norm", "BatchNormState"}
 PARAMETERS = ("input", "weight", "bias", "input_bias", "residual")
 OPTIONAL: tuple[set[Any], ...] = (
     {Tensor, NoneType}, {Tensor, float}, {tuple[float, ...], NoneType}, {BatchNormState, NoneType},
 )  # fmt: skip
-# What the fields of a residual's norm are called here.
+# Prefix of options that are fields of a residual's norm.
 RESIDUAL = "residual_"
-# Parameters that are the same in every call: no kernel is specialised on their values.
+# Parameters that are the same in every call, because no kernel is specialised on their values.
 FIXED = {"act_kwargs", "eps", "residual_eps", "stride", "padding", "dilation", "width", "return"}
 
 
 @dataclass(frozen=True)
 class Call:
-    """A call of a public function: forward and, where it has a gradient, backward."""
+    """A call of a public function, followed by its backward if the options ask for gradients."""
 
     name: str
     options: Options
@@ -94,7 +95,7 @@ class Call:
 
 
 def pairs(axes: Axes) -> Iterator[Options]:
-    """Choices from ``axes`` such that any two values of two axes occur together in one of them."""
+    """Yields choices of a value for each axis, until each pair of two axes' values has occurred."""
     names = list(axes)
     left = {
         frozenset(((a, i), (b, j)))
@@ -116,7 +117,7 @@ def pairs(axes: Axes) -> Iterator[Options]:
 
 
 def parameters_of(function: Callable[..., Any]) -> dict[str, Any]:
-    """Names and annotations of the parameters, and of the fields of a residual's norm."""
+    """Returns the annotations of a function's parameters and of its residual norm's fields."""
     found = {}
     for name, hint in get_type_hints(function).items():
         found[name] = hint
@@ -127,10 +128,10 @@ def parameters_of(function: Callable[..., Any]) -> dict[str, Any]:
 
 
 def axes_of(function: Callable[..., Any]) -> Axes:
-    """The values that the parameters of ``function`` take here, chosen by their annotations.
+    """Returns values for the parameters of ``function``, chosen by their names and annotations.
 
     Raises:
-        ValueError: for a parameter whose values are not known.
+        ValueError: if a parameter has neither values in ``VALUES`` nor a known annotation.
     """
     found: Axes = {"dtype": VALUES["dtype"]}
     for name, hint in parameters_of(function).items():
@@ -146,53 +147,56 @@ def axes_of(function: Callable[..., Any]) -> Axes:
         elif kinds in OPTIONAL:
             found[name] = (True, False)
         else:
-            raise ValueError(f"{name}: {hint} of {function.__name__} has no values in VALUES")
+            raise ValueError(
+                f"parameter {name} of {function.__name__} must have values in VALUES, or be a bool "
+                f"or a tensor, got {hint}"
+            )
     return found
 
 
 def all_calls() -> list[Call]:
-    """Calls of every public function of `bnres.functional`, and of the chain of augmentations."""
+    """Lists calls of each function in `bnres.functional`, and of the augmentation kernels."""
     names = sorted(set(functional.__all__) - SPECIAL_CASES)
     return [*itertools.chain(*map(functional_calls, names)), *augment_calls()]
 
 
 def functional_calls(name: str) -> Iterator[Call]:
-    """Calls of a function of `bnres.functional`."""
+    """Yields calls of a function in `bnres.functional`."""
     function = getattr(functional, name)
     axes = axes_of(function) | {"same_dtype": (True, False)}
     others = {name: values for name, values in OTHERS.items() if name in axes}
     modes = [(True, "all"), (False, "all"), (False, "none")]
     if "kernel_size" in axes or "conv_weight" in axes:
-        # These kernels have one kind of tile for all planes.
+        # These kernels use the same kind of tile for all planes.
         axes["input"] = tuple(name for name in INPUTS if not name.endswith(" planes"))
     if "kernel_size" in axes:
-        # In fp64 it is `batch_norm_act` followed by torch's pooling.
+        # In fp64 the function calls batch_norm_act and torch's pooling instead.
         axes["dtype"] = tuple(dtype for dtype in axes["dtype"] if dtype != torch.float64)
     if "conv_weight" in axes:
-        others["input"] = tuple(HUGE_INPUTS)  # an index of 64 bits
-        # Otherwise it is torch's convolution followed by `batch_norm_act`.
+        others["input"] = tuple(HUGE_INPUTS)  # needs 64-bit offsets
+        # In other modes and dtypes the function calls torch's convolution and batch_norm_act.
         modes = [(False, "none")]
         axes["dtype"] = tuple(dtype for dtype in axes["dtype"] if dtype in KERNEL_DTYPES)
     for training, grad in modes:
         mode = {"training": (training,), "grad": (grad,)}
         for options in with_others(axes | mode, others):
             yield Call(name, _consistent(options), partial(_run_functional, function))
-        others = {}  # the other modes do not repeat these
+        others = {}  # only in the first mode
 
 
 def with_others(axes: Axes, others: Axes) -> Iterator[Options]:
-    """`pairs` of ``axes``; then each of ``others`` with the first values, and with the last."""
+    """Yields `pairs` of ``axes``, then each value of ``others`` with the first and last values."""
     yield from pairs(axes)
     for name, values in others.items():
         for value, end in itertools.product(values, (0, -1)):
             options = {axis: known[end] for axis, known in axes.items()} | {name: value}
             if "fork" in options:
-                options["fork"] = False  # the sum of two gradients has gone through the activation
+                options["fork"] = False  # `pairs` covers fork with each kind of activation
             yield options
 
 
 def _consistent(options: Options) -> Options:
-    """The options, changed where a call can't have them together."""
+    """Returns the options, with changes where a call does not support the combination."""
     fixed = dict(options)
     if fixed.get("residual_norm"):
         fixed["residual"] = True
@@ -204,7 +208,7 @@ def _consistent(options: Options) -> Options:
     if fixed["input"] in HUGE_INPUTS:
         fixed["dtype"] = torch.bfloat16
         if "conv_weight" in fixed:
-            # In a layout that needs no copy.
+            # In this layout the convolution needs no copy.
             fixed["input"], fixed["conv_weight"] = "huge channels_last", CONVOLUTIONS[0]
     return fixed
 
@@ -269,17 +273,17 @@ def _run_functional(function: Callable[..., Any], options: Options) -> None:
 
 
 def _twice(values: Sequence[int]) -> Iterator[int]:
-    """Each value for both axes."""
+    """Yields each value twice, for height and width."""
     return (value for value in values for _ in range(2))
 
 
 def augment_calls() -> Iterator[Call]:
-    """Calls of the kernels behind a chain of augmentations."""
+    """Yields calls of the augmentation kernels."""
     axes: Axes = axes_of(AugmentPlan)
     axes |= {"channels": (3, 1), "source": (torch.uint8, torch.float32)}
     axes["dtype"] = OUTPUT_DTYPES
     others: Axes = {"source": SUPPORTED_DTYPES}
-    # Contrast of a large image has a kernel to itself.
+    # Contrast of a large image has its own kernel.
     for mode in ({}, {"has_contrast": (True,), "height": (64,)}):
         for options in with_others(axes | mode, others):
             yield Call("augment", options, _run_augment)

@@ -1,4 +1,4 @@
-"""``python -m benchmarks audit``: every check that needs no GPU, against the recorded budget."""
+"""Implements ``python -m benchmarks audit``, which compares all audits with the recorded budget."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from benchmarks.environment import ROOT
 from bnres.files import write_text
 from bnres.kernels.interpreter import check_versions
 
-# All of a step's launches for the first, one case for each kernel family for the others.
+# Arguments by GPU: sm_90 gets all launches of a step, the others one case for each kernel family.
 GPUS = {
     "sm_90": ["--gpu", "sm_90"],
     "sm_80": ["--gpu", "sm_80", "--families"],
@@ -27,22 +27,22 @@ GPUS = {
 
 
 def run(gpus: Sequence[str], json_path: Path | None, record: bool) -> int:
-    """Prints the tables; returns 1 if something falls behind its budget, else 0.
+    """Prints the tables; returns 1 if a result exceeds its budget, else 0.
 
     Args:
-        gpus: names of `GPUS`, all of them if empty; memory is counted in any case.
-        json_path: file for every row.
-        record: make what is found the budget.
+        gpus: names from `GPUS`; empty means all. Memory is counted for any choice.
+        json_path: file for the results, including a row for each specialisation.
+        record: whether to store the results as the new budget.
 
     Raises:
-        ValueError: for an unknown GPU, for ``record`` with some GPUs only, if no budget is recorded,
-            or if triton's interpreter can't run with this numpy.
+        ValueError: if a GPU is unknown, if ``record`` is given with a choice of GPUs, if no budget
+            is recorded, or if triton's interpreter does not support the installed numpy.
     """
     for name in gpus:
         if name not in GPUS:
-            raise ValueError(f"gpu must be of {', '.join(GPUS)}, got {name!r}")
+            raise ValueError(f"gpu must be one of {', '.join(GPUS)}, got {name!r}")
     if record and gpus:
-        raise ValueError("record: a budget is of all GPUs")
+        raise ValueError(f"record needs all GPUs, got gpu {', '.join(gpus)}")
     try:
         check_versions(triton.__version__, version("numpy"))
     except ImportError as error:  # memory is counted in the interpreter
@@ -68,12 +68,12 @@ def run(gpus: Sequence[str], json_path: Path | None, record: bool) -> int:
         print(f"\nrecorded in {budget.PATH}")
         return 0
     problems = budget.exceeded(found, limits, budget.recorded_triton() == triton.__version__)
-    print("\n" + "\n".join(problems or ["all within the recorded budget"]))
+    print("\n" + "\n".join(problems or ["all results are within the recorded budget"]))
     return int(bool(problems))
 
 
 def _worker(module: str, arguments: Sequence[str], **environment: str) -> Any:
-    """Runs an audit in a process of its own: the interpreter and the compiler can't share one."""
+    """Runs an audit in a new process, because the interpreter and the compiler can't share one."""
     inherited = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     result = subprocess.run(
         [sys.executable, "-m", f"benchmarks.audit.{module}", *arguments],
@@ -85,13 +85,14 @@ def _worker(module: str, arguments: Sequence[str], **environment: str) -> Any:
 
 
 def memory_table(found: budget.Found) -> str:
-    """Memory touched, in S; what a step moves, holds for backward and launches."""
+    """Formats the memory that operations touch in S, and a step's bytes and launches."""
     lines = [
-        f"{'operation':18} {'step':9} {'layout':14} {'lanes, S':>9} {'sectors, S':>11} {'floor, S':>9}"
+        f"{'operation':18} {'step':9} {'layout':14} "
+        f"{'lanes, S':>9} {'sectors, S':>11} {'floor, S':>9}"
     ]
     lines += [
-        f"{r['operation']:18} {r['step']:9} {r['layout']:14} {r['lanes']:9.3f} {r['sectors']:11.3f} "
-        f"{r['floor']:9.4g}"
+        f"{r['operation']:18} {r['step']:9} {r['layout']:14} "
+        f"{r['lanes']:9.3f} {r['sectors']:11.3f} {r['floor']:9.4g}"
         for r in found.memory
     ]
     moved, held = (
@@ -100,7 +101,7 @@ def memory_table(found: budget.Found) -> str:
     )
     launches = ", ".join(f"{kind} {count}" for kind, count in found.launches.items())
     lines += [
-        f"moved by a training step besides its convolutions, ResNet-18, batch 256, bf16: {moved}",
+        f"moved by a training step without its convolutions, ResNet-18, batch 256, bf16: {moved}",
         f"held for backward, ResNet-18, batch 256, bf16: {held}",
         f"launches of a training step, ResNet-18: {launches}",
     ]
@@ -108,15 +109,16 @@ def memory_table(found: budget.Found) -> str:
 
 
 def kernel_table(rows: Sequence[budget.Row]) -> str:
-    """Machine code; of each kernel the worst of its ``n`` specialisations.
+    """Formats the machine code's properties, for each kernel the worst of ``n`` specialisations.
 
-    ``narrow`` is the bytes in accesses of less than 16 bytes for each byte in accesses of 16, ``flight``
-    the share of the loads wanted that a multiprocessor has under way, ``occup`` the occupancy, ``idle``
-    the room that is empty in the last turn of programs, over all turns.
+    ``narrow`` is the bytes of accesses of less than 16 bytes, divided by the bytes of accesses of
+    16 bytes. ``flight`` is the bytes of loads in flight on a multiprocessor, as a share of the
+    wanted bytes. ``occup`` is the occupancy. ``idle`` is the slots for programs that stay empty in
+    the last wave, as a share of all waves' slots.
     """
     lines = [
-        f"{_names('gpu', 'kernel', 'layout', 'dtype')} {'n':>3} {'regs':>4} {'smem':>6} {'spills':>6} "
-        f"{'narrow':>7} {'flight':>6} {'occup':>5} {'idle':>4}  {'matrix':6} missing"
+        f"{_names('gpu', 'kernel', 'layout', 'dtype')} {'n':>3} {'regs':>4} {'smem':>6} "
+        f"{'spills':>6} {'narrow':>7} {'flight':>6} {'occup':>5} {'idle':>4}  {'matrix':6} missing"
     ]
     lines += [
         f"{_names_of(r)} {r['specialisations']:3} {r['registers']:4} {r['shared_memory']:6} "
@@ -129,12 +131,12 @@ def kernel_table(rows: Sequence[budget.Row]) -> str:
 
 
 def instruction_table(rows: Sequence[budget.Row]) -> str:
-    """Executed instructions at batch 256; of each kernel the launch with the greatest share.
+    """Formats the executed instructions at batch 256, for each kernel of its worst launch.
 
-    ``/elem`` is the instructions that threads execute for each element of the largest tensor, ``share``
-    the time to issue them over the time to move the bytes, ``calls`` the calls inside loops, ``bound``
-    an estimate of what limits the time. Above a share of 1 no kernel reaches the bandwidth, above 0.5
-    it may not.
+    ``/elem`` is the instructions that threads execute per element of the largest tensor. ``share``
+    is the time to issue them divided by the time to move the bytes: a kernel with more than 1 can't
+    reach the bandwidth, and one with more than 0.5 may not. ``calls`` is the number of calls inside
+    loops, ``bound`` an estimate of what limits the time, and ``at`` the launch.
     """
     lines = [
         f"{_names('gpu', 'kernel', 'layout', 'dtype')} {'/elem':>7} {'share':>6} {'calls':>5}  "
@@ -147,7 +149,7 @@ def instruction_table(rows: Sequence[budget.Row]) -> str:
         if r["share"] is not None
     ]
     lines += [
-        f"wanted: a share of at most {budget.WANTED_SHARE} and no calls in loops; exceeded by",
+        f"goal: a share of at most {budget.WANTED_SHARE} and no calls in loops; missed by",
         *(budget.unwanted(rows) or ["none"]),
     ]
     return "\n".join(lines)

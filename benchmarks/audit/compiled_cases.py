@@ -1,4 +1,4 @@
-"""What the machine-code audit compiles: a ResNet step, inference's convolutions, augmentation."""
+"""Cases of the machine-code audit: a ResNet step, convolutions in inference, and augmentation."""
 
 from dataclasses import dataclass
 
@@ -23,7 +23,7 @@ CONV_LAYOUT = AUGMENT_LAYOUT = "channels_last"
 
 @dataclass(frozen=True)
 class Case:
-    """The operations of one site, whose launches are compiled."""
+    """An operation at one site, whose launches are compiled."""
 
     site: Site
     batch: int
@@ -36,20 +36,20 @@ class Case:
 
 
 def empty(case: Case) -> Tensor:
-    """A tensor of the case's shape whose memory is never touched."""
+    """Returns a tensor of the case's shape, whose memory is never accessed."""
     return torch.empty(
         case.site.shape(case.batch), dtype=case.dtype, memory_format=LAYOUTS[case.layout]
     )
 
 
 def launch_step(case: Case) -> None:
-    """Forward in training, forward in evaluation and backward of a site."""
+    """Launches a case's forward in training, forward in evaluation and backward."""
     for step in steps(case.site.operation, lambda: empty(case)).values():
         step()
 
 
 def launch_conv(call: ConvCall) -> None:
-    """A convolution of a model, in evaluation."""
+    """Launches a convolution with batch norm and ReLU in evaluation."""
     dtype, last = getattr(torch, call.dtype), LAYOUTS[CONV_LAYOUT]
 
     def tensor(*shape: int) -> Tensor:
@@ -65,7 +65,7 @@ def launch_conv(call: ConvCall) -> None:
 
 
 def all_cases() -> list[Case]:
-    """Every operation at every site, and what another batch, layout or type makes of it."""
+    """Lists every operation at every site, in several batches, layouts and dtypes."""
     bf16, fp32 = DTYPES
     variants = (
         (256, "channels_last", bf16),
@@ -83,14 +83,14 @@ def all_cases() -> list[Case]:
 
 
 def family_cases() -> list[Case]:
-    """One case for each kernel family."""
+    """Lists one case for each kernel family."""
     sites = {fused.operation: fused for site in RESNET18_SITES for fused in operations_at(site)}
     names = ("bn_relu_pool", "bn_add_relu_fork", "dual_bn_add_relu")
     return [Case(sites[name], 256, "channels_last", torch.bfloat16) for name in names]
 
 
 def all_convs() -> list[ConvCall]:
-    """Every convolution of ResNet-18 and ResNet-50 that the kernel takes."""
+    """Lists the convolutions of ResNet-18 and ResNet-50 that our kernel supports."""
     return [
         call
         for name in ("resnet18", "resnet50")
@@ -100,7 +100,7 @@ def all_convs() -> list[ConvCall]:
 
 
 def family_convs() -> list[ConvCall]:
-    """The stem, and a 3×3 convolution of layer1 and one of layer4, with a residual, in bf16."""
+    """Lists the stem and a 3×3 convolution each of layer1 and layer4, with a residual, in bf16."""
     calls = [c for c in all_convs() if c.has_residual and c.dtype == "bfloat16"]
     return [
         next(c for c in calls if (c.channels, c.shape.taps) == sought)
@@ -110,7 +110,7 @@ def family_convs() -> list[ConvCall]:
 
 @dataclass(frozen=True)
 class AugmentCase:
-    """A chain of flip, crop, colours and normalise on ``batch`` uint8 images, to bf16."""
+    """A chain of flip, crop, colour jitter and normalisation of uint8 images to bf16."""
 
     batch: int
     size: int
@@ -123,7 +123,7 @@ class AugmentCase:
 
 
 def augment_cases() -> list[AugmentCase]:
-    """CIFAR's images, each one program's, and ImageNet's; both orders."""
+    """Lists chains on CIFAR's images, one program each, and on ImageNet's, in both orders."""
     return [
         AugmentCase(batch, size, out, color_first)
         for batch, size, out in ((1024, 32, 32), (256, 256, 224))
@@ -132,7 +132,7 @@ def augment_cases() -> list[AugmentCase]:
 
 
 def launch_augment(case: AugmentCase) -> None:
-    """The kernels of a chain."""
+    """Launches the kernels of a chain."""
     plan = AugmentPlan(
         case.out, case.out, resizes=True, has_color=True, has_contrast=True,
         color_first=case.color_first, mean=(0.5,) * 3, std=(0.2,) * 3, dtype=torch.bfloat16,

@@ -1,6 +1,7 @@
-"""A stand-in for torch's convolution on CPU tensors: the right shapes, strides and types, no values.
+"""A stand-in for torch's convolution on the CPU, whose results have no values.
 
-Only the computation is replaced: torch still checks arguments and records the operation for backward.
+Their shapes, strides and dtypes are right. Only the computation is replaced: torch still checks the
+arguments and records the operation for backward.
 """
 
 from collections.abc import Iterator, Sequence
@@ -40,7 +41,7 @@ def _convolution_backward(
 
 @contextmanager
 def convolutions_compute_nothing() -> Iterator[None]:
-    """Inside, 2d convolutions of CPU tensors and their backward return tensors that are not filled."""
+    """Makes 2-D convolutions on the CPU and their backward return uninitialised tensors."""
     with _scoped_library("aten", "IMPL") as library:
         library.impl("convolution", _convolution, "CPU")
         library.impl("convolution_backward", _convolution_backward, "CPU")

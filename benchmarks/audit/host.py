@@ -1,14 +1,14 @@
-"""Times the host's part of a call, without a GPU, and compares it with torch's own batch norm and ReLU.
+"""Times the CPU's part of a call, without a GPU, and compares it with torch's batch norm and ReLU.
 
 The CPU time of the calling thread is measured: Python, torch's dispatcher and autograd, the
 allocation of outputs, and each of our launches until triton would call the driver. Kernels are
-compiled for a GPU that is not there, and their launches do nothing. torch's own operations run on
-the CPU, on tensors so small that their arithmetic takes little time. Convolutions return tensors
-that are not filled, at the same cost in both ResNets.
-Not measured: the driver's time for each launch, ours or torch's, and the optimiser.
+compiled for an absent GPU, and launching them does nothing. torch's own operations run on the CPU,
+on tensors so small that their arithmetic takes little time. Convolutions return uninitialised
+tensors, at the same cost in both ResNets. The driver's time for each launch, ours or torch's, and
+the optimiser are not measured.
 
-The time of a call is the least of many short spans. The calls take turns, so that whatever else
-runs on the machine for a second affects a few spans of every call and not all spans of one. The
+The time of a call is the shortest of many short spans. The calls take turns, so that another
+program that runs for a second affects a few spans of every call instead of all spans of one. The
 ratio to torch's own layers in the same run depends little on the machine; `LIMITS` limits it.
 """
 
@@ -33,15 +33,16 @@ from bnres import fuse, use_backend
 from bnres.models import resnet18
 from bnres.nn import BatchNormAct2d, BatchNormActMaxPool2d
 
-# Rounds, spans in a round, calls in a span; the clock is read before and after each span.
+# Number of rounds, spans per round and calls per span. The clock is read before and after a span.
 ROUNDS, SPANS, CALLS = 60, 5, 10
 CHANNELS = 64
 RULER = "torch's BN, ReLU"
 LAYERS, FUSED, STOCK = "ResNet-18, fused layers", "ResNet-18, bnres.fuse", "ResNet-18, stock"
 
-# The largest ratio to the ruler that passes: 1.25 times what several runs gave, 1.4 times for the step.
-# In the worst of 16 runs, with both cores loaded, a ratio was 1.07 times its median, the step's 1.3
-# times: a step is longer than the time between two switches of threads. After a gain, lower the limit.
+# The greatest allowed ratio to `ruler`: 1.25 times the ratio of several runs, 1.4 times for a step.
+# In the worst of 16 runs, with both cores loaded, a ratio was 1.07 times its median, and that of a
+# step 1.3 times, because a step is longer than the time between two thread switches. Lower a limit
+# after a speed-up.
 LIMITS: dict[str, dict[str, float]] = {
     "BN+ReLU": {"inference": 1.6, "forward": 1.95, "backward": 1.4},
     "BN+add+ReLU": {"inference": 1.7, "forward": 2.2, "backward": 1.45},
@@ -59,10 +60,12 @@ class Timed:
 
     Attributes:
         row: name of the row in the table.
-        kind: ``inference``, ``forward`` (in training), ``backward``, or ``step``: the last two.
-        module: in training mode at the call, unless ``kind`` is ``inference``.
+        kind: ``inference``, ``forward`` (in training), ``backward``, or ``step`` (forward and
+            backward).
+        module: module that is put into training mode, or evaluation mode if ``kind`` is
+            ``inference``.
         call: the call.
-        calls: calls in a span.
+        calls: number of calls per span.
     """
 
     row: str
@@ -75,7 +78,7 @@ class Timed:
 def operation(
     row: str, module: nn.Module, call: Callable[[], Tensor], inputs: list[Tensor]
 ) -> Iterator[Timed]:
-    """Inference, forward and backward of ``call``, which calls ``module`` on ``inputs``."""
+    """Yields inference, forward and backward of ``call``, which calls ``module`` on ``inputs``."""
     y = call()
     dy, wanted = torch.ones_like(y), [*inputs, *module.parameters()]
 
@@ -92,7 +95,7 @@ def operation(
 
 
 def training_step(row: str, model: nn.Module) -> Timed:
-    """Forward, loss and backward of a ResNet-18."""
+    """Returns forward, loss and backward of a ResNet-18."""
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     x = torch.randn(2, 3, 8, 8).contiguous(memory_format=torch.channels_last)
     labels, parameters = torch.zeros(2, dtype=torch.long), list(model.parameters())
@@ -106,14 +109,14 @@ def training_step(row: str, model: nn.Module) -> Timed:
 
 
 def ruler() -> Iterator[Timed]:
-    """torch's own batch norm and ReLU."""
+    """Yields the calls that the others are compared with: torch's own batch norm and ReLU."""
     small = torch.randn(2, CHANNELS, 2, 2).requires_grad_()
     stock = nn.BatchNorm2d(CHANNELS)
     yield from operation(RULER, stock, lambda: torch.relu(stock(small)), [small])
 
 
 def cases() -> Iterator[Timed]:
-    """Everything that is timed, the ruler first."""
+    """Yields all calls, those of `ruler` first."""
     yield from ruler()
     x, residual = (
         torch.randn(2, CHANNELS, 8, 8, dtype=torch.bfloat16)
@@ -139,7 +142,7 @@ def cases() -> Iterator[Timed]:
 
 @contextmanager
 def launches_do_nothing() -> Iterator[None]:
-    """Inside, modules take our kernels, which are compiled for a GPU that is not there, and not run."""
+    """Makes modules compile and launch our kernels for an absent GPU; the launches do nothing."""
     triton.runtime.driver.set_active(StandInDriver(SM90))
     with (
         patch.object(CompiledKernel, "_init_handles", lambda self: None),
@@ -150,7 +153,7 @@ def launches_do_nothing() -> Iterator[None]:
 
 
 def avoid_noise() -> None:
-    """Limits the process to one thread, to one core where it can be pinned, and stops the collector."""
+    """Limits the process to one thread and, if possible, one core; stops garbage collection."""
     torch.set_num_threads(1)
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
@@ -159,13 +162,13 @@ def avoid_noise() -> None:
 
 
 def microseconds(timed: Sequence[Timed]) -> list[list[float]]:
-    """The CPU time of each call in each span."""
+    """Returns for each call the CPU time of a call in each span, in microseconds."""
     found: list[list[float]] = [[] for _ in timed]
     for _ in range(ROUNDS):
         for one, times in zip(timed, found, strict=True):
             one.module.train(one.kind != "inference")
             for _ in range(one.calls):
-                one.call()  # fills the caches; in the first round it compiles
+                one.call()  # warms the caches; in the first round it compiles
             for _ in range(SPANS):
                 start = time.thread_time_ns()
                 for _ in range(one.calls):
@@ -175,15 +178,15 @@ def microseconds(timed: Sequence[Timed]) -> list[list[float]]:
 
 
 def run() -> list[str]:
-    """Prints a table of all calls; returns a message for each ratio that is over its limit.
+    """Prints a table of all calls; returns a message for each ratio that exceeds its limit.
 
-    The process is of no other use afterwards: it has triton's driver replaced.
+    It replaces triton's driver, so the process can't run kernels afterwards.
 
     Raises:
-        ValueError: where triton interprets kernels.
+        ValueError: if TRITON_INTERPRET is set.
     """
     if triton.knobs.runtime.interpret:
-        raise ValueError("unset TRITON_INTERPRET: the interpreter compiles nothing to launch")
+        raise ValueError("unset TRITON_INTERPRET: triton's interpreter does not compile kernels")
     with launches_do_nothing(), convolutions_compute_nothing():
         timed = list(cases())
         avoid_noise()
@@ -205,5 +208,5 @@ def run() -> list[str]:
             f"{'-' if limit is None else format(limit, '.2f'):>7}"
         )
         if limit is not None and ratio > limit:
-            over.append(f"{row}, {kind}: the ratio {ratio:.2f} is over its limit {limit:.2f}")
+            over.append(f"{row}, {kind}: the ratio {ratio:.2f} exceeds its limit {limit:.2f}")
     return over

@@ -1,4 +1,4 @@
-"""How many instructions a kernel executes: those of its machine code, weighted by its loops' trips."""
+"""Counts the instructions that a kernel executes, from its machine code and its trip counts."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -12,18 +12,19 @@ from benchmarks.audit.trips import LoopTrips
 
 TARGET = re.compile(r"0x([0-9a-f]+)")
 GLOBAL_ACCESS = ("LDG", "STG", "LDGSTS")
-# What the ALU executes, which takes two cycles for a warp on Hopper: integer addition, logic and shifts,
-# comparison, selection, minimum and maximum, byte permutes, packing. (The vendor's manual; not measured.)
+# Instructions of the ALU, which take two cycles per warp on Hopper (according to the vendor's
+# manual; not measured): integer addition, logic, shifts, comparison, selection, minimum, maximum,
+# byte permutation and packing.
 HALF_RATE = frozenset({
-    "BMSK", "F2FP", "FMNMX", "FSEL", "FSET", "FSETP", "HMNMX2", "HSET2", "HSETP2", "IABS", "IADD", "IADD3",
-    "IMNMX", "ISETP", "LEA", "LOP3", "P2R", "PLOP3", "PRMT", "R2P", "SEL", "SGXT", "SHF", "SHL", "SHR",
-    "VABSDIFF", "VIADD", "VIADDMNMX", "VIMNMX", "VIMNMX3",
+    "BMSK", "F2FP", "FMNMX", "FSEL", "FSET", "FSETP", "HMNMX2", "HSET2", "HSETP2", "IABS", "IADD",
+    "IADD3", "IMNMX", "ISETP", "LEA", "LOP3", "P2R", "PLOP3", "PRMT", "R2P", "SEL", "SGXT", "SHF",
+    "SHL", "SHR", "VABSDIFF", "VIADD", "VIADDMNMX", "VIMNMX", "VIMNMX3",
 })  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Span:
-    """The addresses of some instructions: from ``start`` to before ``stop``."""
+    """A range of addresses, from ``start`` up to but not including ``stop``."""
 
     start: int
     stop: int
@@ -34,7 +35,13 @@ class Span:
 
 @dataclass(frozen=True)
 class Rest:
-    """The code of ``copies`` trips that an unrolled loop, the ``loop``-th, may leave."""
+    """Code after an unrolled loop that executes some of the remaining trips.
+
+    Attributes:
+        span: addresses of the code.
+        loop: index of the loop.
+        copies: number of trips that the code executes.
+    """
 
     span: Span
     loop: int
@@ -45,17 +52,17 @@ class Rest:
 class Flow:
     """The control flow of a kernel's machine code, and how often each instruction is executed.
 
-    It is read from addresses, as ptxas arranges a program in the order of its source: a loop goes from
-    the target of a backward branch to that branch; what a forward branch skips is conditional.
-    Conditional code is counted as executed, but for slow paths: these are conditional and call a routine
-    (of division or a square root, for operands that are denormal or too wide for the fast path).
-    ptxas unrolls small loops: four trips in one, then conditional code for two and for one that may be
-    left.
+    The control flow is derived from addresses, because ptxas keeps the order of the source: a loop
+    extends from the target of a backward branch to that branch, and code that a forward branch
+    skips is conditional. Conditional code counts as executed, except slow paths. A slow path is
+    conditional code that calls a routine of division or square root, for operands that are denormal
+    or too wide for the fast path. ptxas unrolls small loops by four, followed by conditional code
+    for two and for one remaining trip.
 
     Attributes:
-        instructions: all of them.
-        trips: of the loops, in the order in which they begin.
-        taken: how often conditional code is executed.
+        instructions: all instructions.
+        trips: trip counts of the loops, in the order of their starts.
+        taken: share of conditional code that is executed.
     """
 
     instructions: Sequence[Instruction]
@@ -64,7 +71,7 @@ class Flow:
 
     @cached_property
     def kernel(self) -> list[Instruction]:
-        """The instructions without routines and padding, which follow them."""
+        """The instructions, without the routines and the padding at the end."""
         ends = [_target(i) for i in self.instructions if self._calls_routine(i)]
         ends += [
             i.address for i in self.instructions if i.name == "BRA" and _target(i) == i.address
@@ -74,7 +81,7 @@ class Flow:
 
     @cached_property
     def loops(self) -> list[Span]:
-        """The loops, each before those inside it; branches back to one place are one loop."""
+        """The loops, outer before inner; backward branches to the same target are one loop."""
         ends: dict[int, int] = {}
         for i, target in self._branches():
             if target <= i.address:
@@ -83,19 +90,19 @@ class Flow:
 
     @cached_property
     def depths(self) -> list[int]:
-        """How many loops are around each."""
+        """The number of loops around each loop."""
         return [self._depth(loop.start) - 1 for loop in self.loops]
 
     @cached_property
     def conditional(self) -> list[Span]:
-        """What a branch inside one iteration of a loop skips, the shortest first."""
+        """The code that forward branches skip, except code that contains a loop; shortest first."""
         skipped = [Span(i.address + 1, target) for i, target in self._branches()]
         found = [s for s in skipped if not any(loop.start in s for loop in self.loops)]
         return sorted((s for s in found if s.start < s.stop), key=lambda s: s.stop - s.start)
 
     @cached_property
     def slow_paths(self) -> list[Span]:
-        """Of the conditional code that which calls a routine."""
+        """The conditional code that calls a routine."""
         around = (
             next((span for span in self.conditional if i.address in span), None)
             for i in self.kernel
@@ -105,12 +112,12 @@ class Flow:
 
     @cached_property
     def calls_in_loops(self) -> int:
-        """How many calls stand in loops, slow paths included."""
+        """The number of calls inside loops, including those on slow paths."""
         return sum(self._depth(i.address) > 0 for i in self.kernel if self._calls_routine(i))
 
     @cached_property
     def unrolled(self) -> list[int]:
-        """How many trips of each loop are one in the machine code: by its accesses of global memory."""
+        """By how much ptxas unrolled each loop, derived from its accesses to global memory."""
         return [
             max(self._accesses(span) // loop.accesses, 1) if loop.accesses else 1
             for span, loop in zip(self.loops, self.trips, strict=True)
@@ -118,7 +125,7 @@ class Flow:
 
     @cached_property
     def rests(self) -> list[Rest]:
-        """The code of the trips that are left by unrolled loops."""
+        """The code for the remaining trips of unrolled loops."""
         found = []
         for n, (loop, copies) in enumerate(zip(self.loops, self.unrolled, strict=True)):
             at = loop.stop
@@ -138,22 +145,25 @@ class Flow:
 
     @cached_property
     def executed(self) -> list[tuple[Instruction, float]]:
-        """Each instruction, and how often a warp executes it: the mean over the programs.
+        """Each instruction, and how often a warp executes it on average over the programs.
 
-        A called routine is executed from its first instruction to its return.
+        A called routine counts from its first instruction to its return.
 
         Raises:
-            ValueError: if the loops are not those of ``trips``, or one of those depends on data.
+            ValueError: if the loops do not match ``trips``, or if a trip count is unknown because
+                it depends on data.
         """
         expected = [loop.depth for loop in self.trips]
         if self.depths != expected:
             raise ValueError(
-                f"the machine code has loops of depths {self.depths}, "
+                f"the loops of the machine code have depths {self.depths}, "
                 f"expected {expected} as in triton's code"
             )
         trips = [loop.trips for loop in self.trips if loop.trips is not None]
         if len(trips) < len(self.trips):
-            raise ValueError("the trips of a loop depend on data: say how many they are")
+            raise ValueError(
+                "trips must be known for every loop, got None for one that depends on data"
+            )
         found = []
         times: dict[tuple[int, ...], float] = {}
         for i in self.kernel:
@@ -177,9 +187,9 @@ class Flow:
 
     @property
     def main_loop(self) -> list[Instruction]:
-        """The innermost loop with the most executed instructions; the whole kernel without a loop.
+        """The innermost loop that executes the most instructions; the kernel if it has no loop.
 
-        Where the loops are not those of ``trips``, it is the longest.
+        If the loops do not match ``trips``, it is the loop with the longest code.
         """
         if not self.loops:
             return self.kernel
@@ -205,18 +215,18 @@ class Flow:
         return sum(address in loop for loop in self.loops)
 
     def _branches(self) -> Iterator[tuple[Instruction, int]]:
-        """The kernel's branches to another place in it."""
+        """Yields the branches inside the kernel, with their targets."""
         for i in self.kernel:
             target = _target(i) if i.name == "BRA" else None
             if target is not None and target <= self.kernel[-1].address:
                 yield i, target
 
     def _calls_routine(self, i: Instruction) -> bool:
-        """Whether it is a call that returns; ptxas also writes calls that are jumps."""
+        """Whether an instruction is a call that returns; ptxas also uses calls as jumps."""
         return i.name == "CALL" and self._routine(i)[-1].name == "RET"
 
     def _routine(self, call: Instruction) -> list[Instruction]:
-        """The called instructions, up to the first that ends a routine or a kernel."""
+        """Returns the called instructions, up to the first RET or EXIT."""
         start = _target(call)
         found = [call]
         for i in self.instructions:
@@ -233,9 +243,10 @@ def _target(i: Instruction) -> int | None:
 
 
 def load_waits(executed: Sequence[tuple[Instruction, float]], stages: int) -> float:
-    """How often a warp waits for loads that it has asked for, one wait for all that it asked together.
+    """Returns how often a warp waits for loads; loads issued before the same wait count as one.
 
-    With a pipeline of ``stages`` a copy is waited for while those of later stages are under way.
+    In a pipeline of ``stages``, the copies of later stages are in flight during a wait, so a wait
+    counts 1 / (stages - 1).
     """
     pending: set[int] = set()
     waits = 0.0

@@ -1,7 +1,8 @@
-"""Triton's own launcher, with a stand-in for CUDA's driver library that launches nothing.
+"""Runs triton's own launcher with a stand-in for CUDA's driver library that launches nothing.
 
-Triton turns a call's arguments into a kernel's parameters in C: in 3.6 in a module that gcc builds for
-each signature, in later releases in one module for all. Both are built and called here as on a GPU.
+Triton converts a call's arguments to a kernel's parameters in C: triton 3.6 in a module that gcc
+builds for each signature, later releases in one module for all signatures. Both
+kinds are built and called here as on a GPU.
 """
 
 import ctypes
@@ -14,7 +15,8 @@ from triton.backends.nvidia import driver as nvidia
 
 from benchmarks.audit.standin import Gpu, StandInDriver
 
-# Every function of CUDA's driver that triton names succeeds and does nothing; launches are counted.
+# In the stand-in, each function of CUDA's driver that triton's sources name does nothing and
+# returns success; launches are counted.
 LAUNCH = "cuLaunchKernelEx"
 SOURCE = """
 static long launches;
@@ -25,7 +27,7 @@ int {launch}(void) {{ launches++; return 0; }}
 
 
 def build_driver_library(folder: Path) -> ctypes.CDLL:
-    """Builds the stand-in ``libcuda.so.1`` in ``folder``, loads it, and lets triton link against it."""
+    """Builds and loads a stand-in ``libcuda.so.1`` in ``folder``; makes triton link against it."""
     sources = Path(nvidia.__file__).parent.glob("driver.*")
     text = "".join(
         path.read_text(encoding="utf-8") for path in sources if path.suffix in (".c", ".py")
@@ -41,12 +43,12 @@ def build_driver_library(folder: Path) -> ctypes.CDLL:
 
 
 class _Utils:
-    """What a compiled kernel asks of the driver before its first launch."""
+    """The driver's functions that a compiled kernel calls before its first launch."""
 
     def __init__(self, gpu: Gpu) -> None:
         self.gpu = gpu
         cuda = nvidia.CudaUtils()
-        for name in ("launch", "build_signature_metadata"):  # of releases after 3.6
+        for name in ("launch", "build_signature_metadata"):  # in releases after 3.6
             if hasattr(cuda, name):
                 setattr(self, name, getattr(cuda, name))
 
@@ -54,11 +56,11 @@ class _Utils:
         return {"max_shared_mem": self.gpu.shared_memory - 1024}
 
     def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[int, ...]:
-        return 1, 1, 0, 0, 1024  # module, function, registers, spills, most threads
+        return 1, 1, 0, 0, 1024  # module, function, registers, spills, greatest number of threads
 
 
 class LaunchingDriver(StandInDriver):
-    """A `StandInDriver` whose launches go as far as CUDA's driver."""
+    """A `StandInDriver` whose launches call CUDA's driver library."""
 
     def __init__(self, gpu: Gpu) -> None:
         super().__init__(gpu)

@@ -1,7 +1,7 @@
-"""Counts what a model's training step launches, without running it.
+"""Counts the launches of a model's training step, without running its kernels.
 
-The model runs on tensors without memory, and the interpreted kernels' launches are counted in
-place of being run. TRITON_INTERPRET=1 has to be set.
+The model runs on meta tensors, and launches of interpreted kernels are counted instead of executed.
+TRITON_INTERPRET=1 has to be set.
 """
 
 from collections.abc import Callable
@@ -14,12 +14,12 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.interpreter import GridExecutor
 
-# Of ATen's operations these make no launch: they allocate.
+# Operations of ATen that only allocate, and so launch nothing.
 ALLOCATIONS = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided")
 
 
 class CountOperations(TorchDispatchMode):
-    """Counts ATen's operations that read or write memory; ours are left out."""
+    """Counts ATen's operations that read or write memory, without bnres's operations."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class CountOperations(TorchDispatchMode):
 
 
 def step_launches(build: Callable[[], nn.Module], shape: tuple[int, ...]) -> tuple[int, int]:
-    """Triton's launches and ATen's operations of a training step, the optimiser left out."""
+    """Counts Triton's launches and ATen's operations in a training step without the optimiser."""
     launched = 0
 
     def launch(self: GridExecutor, *arguments: Any, **named: Any) -> None:
@@ -48,7 +48,7 @@ def step_launches(build: Callable[[], nn.Module], shape: tuple[int, ...]) -> tup
     with patch.object(GridExecutor, "__call__", launch):
         F.cross_entropy(model(x), labels).backward()
     model.zero_grad()
-    # A mode is given our operators whole, so it does not see their launches.
+    # A dispatch mode sees our operators, but not their launches, so those are counted above.
     with patch.object(GridExecutor, "__call__", lambda *_, **__: None), CountOperations() as mode:
         F.cross_entropy(model(x), labels).backward()
     return launched, mode.count

@@ -1,7 +1,7 @@
-"""Compiles what a ResNet step launches, for a GPU that need not be there, and reads the code.
+"""Compiles the kernels of a ResNet step, without a GPU, and analyses their machine code.
 
-``python -m benchmarks audit`` runs it in processes of its own, as the interpreter and the compiler
-can't share one, and holds what it finds against the recorded budget.
+``python -m benchmarks audit`` runs it in separate processes, because the interpreter and the
+compiler can't share one, and compares the results with the recorded budget.
 """
 
 import argparse
@@ -43,44 +43,48 @@ from benchmarks.audit.standin import GPUS, SM90, Gpu, Launch, compile_only
 from benchmarks.audit.trips import loop_trips
 from bnres.routes import ConvCall
 
-# Bandwidth times latency, about 4.3 TB/s · 0.8 µs over 132 multiprocessors, and some to spare.
+# Bytes in flight that a multiprocessor needs: bandwidth times latency, about 4.3 TB/s · 0.8 µs,
+# divided by 132 multiprocessors and rounded up.
 BYTES_IN_FLIGHT = 32 * 1024
 WIDE = 16
-# What multiplies matrices, by architecture, with 16-bit and with tf32 operands.
+# Matrix instruction by architecture, for 16-bit and TF32 operands.
 MATRIX_INSTRUCTION = {80: "HMMA", 90: "HGMMA", 100: "UTC"}
 RESERVED_SHARED = 1024
 REGISTER_UNIT = 8
-# Instructions are counted at this batch size, for this GPU.
+# Instructions are only counted for this batch size and GPU.
 COUNTED_BATCH, COUNTED_GPU = 256, SM90
-# Taps along an axis of a resize that does not shrink the image: an augmentation's loops.
+# Trips of augmentation's loops, whose number depends on the draws: the taps along an axis of a
+# resize that does not shrink the image.
 RESIZE_TAPS = 4
-# Of an augmentation's conditional code: each of an image's four colour steps is one of four operations.
+# Share of augmentation's conditional code that is executed: each of an image's four colour steps
+# executes one of four operations.
 AUGMENT_TAKEN = 1 / 4
 NOT_COUNTED = Work()
 
 
 @dataclass(frozen=True)
 class Row:
-    """One compiled kernel.
+    """Properties of one compiled kernel.
 
     Attributes:
-        gpu: what it was compiled for.
-        kernel: its name.
-        case: a launch of it.
-        layout: of the activations in memory.
-        dtype: of the activations.
-        registers: of a thread.
-        shared_memory: bytes of a program.
-        spills: accesses to local memory (on AMD: spilled registers).
-        narrow: bytes moved in accesses of less than 16 bytes, for each one moved in such of 16;
-            loads and stores apart, the greater of both. On AMD 1 where there are no 16-byte ones.
-        in_flight: bytes of loads that a multiprocessor has under way (0: not read).
-        wanted: what ``in_flight`` has to be at least.
-        occupancy: resident threads as a share of the most, if the grid is large enough.
-        idle: share of a multiprocessor's room that is empty in the last turn, over all turns.
-        matrix: a convolution's matrix instruction.
-        missing: what a convolution's main loop lacks.
-        work: what a launch executes, where that is counted.
+        gpu: name of the GPU that it was compiled for.
+        kernel: name of the kernel.
+        case: description of a launch of the kernel.
+        layout: memory layout of the activations.
+        dtype: dtype of the activations.
+        registers: registers of a thread.
+        shared_memory: bytes of shared memory of a program.
+        spills: accesses to local memory; on AMD, spilled registers.
+        narrow: bytes moved by accesses of less than 16 bytes, divided by the bytes moved by
+            accesses of 16 bytes; the greater ratio of loads and of stores. On AMD it is 1 if
+            16-byte accesses are missing, else 0.
+        in_flight: bytes of loads that a multiprocessor has in flight; 0 if not known.
+        wanted: least value of ``in_flight`` that hides the latency of memory.
+        occupancy: resident threads divided by the maximum, assuming that the grid is large enough.
+        idle: slots for programs that stay empty in the last wave, as a share of all waves' slots.
+        matrix: matrix instruction of a convolution.
+        missing: instructions that a convolution's main loop should have and does not.
+        work: work of the launch, if it was counted.
     """
 
     gpu: str
@@ -102,19 +106,26 @@ class Row:
 
 
 def kernel_name(launch: Launch) -> str:
-    """The kernel's name, and whether it is compiled for two norms."""
+    """Returns the kernel's name, with ``(two norms)`` if the residual has a batch norm too."""
     pointers = ("residual_rstd_ptr", "residual_var_ptr")
     two = any(launch.arguments.get(name) is not None for name in pointers)
     return f"{launch.kernel} (two norms)" if two else launch.kernel
 
 
 def is_finalize(launch: Launch) -> bool:
-    """Whether a kernel handles per-channel buffers alone."""
+    """Whether a kernel only reads and writes per-channel buffers."""
     return "finalize" in launch.kernel
 
 
 def resident_programs(gpu: Gpu, registers: int, shared: int, threads: int) -> int:
-    """Programs that a multiprocessor has room for."""
+    """Returns how many programs fit on a multiprocessor at once.
+
+    Args:
+        gpu: the GPU.
+        registers: registers of a thread.
+        shared: bytes of shared memory of a program.
+        threads: threads of a program.
+    """
     units = -(-registers // REGISTER_UNIT) * REGISTER_UNIT
     return min(
         gpu.registers // (units * threads),
@@ -125,7 +136,15 @@ def resident_programs(gpu: Gpu, registers: int, shared: int, threads: int) -> in
 
 
 def idle_share(flow: Flow, programs: int, room: int) -> float:
-    """How much of all turns of ``room`` programs is empty, where each makes several trips."""
+    """Returns the empty slots for programs in the last wave, as a share of all waves' slots.
+
+    It is 0 if the programs fit into one wave, or if their loops make a single trip.
+
+    Args:
+        flow: control flow of the kernel.
+        programs: number of programs.
+        room: number of programs that fit on the GPU at once.
+    """
     trips = max((loop.trips.max() for loop in flow.trips if loop.trips is not None), default=1)
     if programs <= room or trips < 2:
         return 0.0
@@ -133,7 +152,7 @@ def idle_share(flow: Flow, programs: int, room: int) -> float:
 
 
 def flow_of(launch: Launch, taken: float = 1.0, data_trips: int | None = None) -> Flow:
-    """The control flow of a launch, where loops whose trips depend on data make ``data_trips``."""
+    """Returns the control flow of a launch; loops that depend on data make ``data_trips`` trips."""
     loops = loop_trips(launch.compiled.asm, launch.grid, launch.arguments)
     if data_trips is not None:
         trips = np.array([data_trips])
@@ -142,7 +161,7 @@ def flow_of(launch: Launch, taken: float = 1.0, data_trips: int | None = None) -
 
 
 def read_row(gpu: Gpu, case: Case, launch: Launch) -> Row:
-    """A kernel of a batch norm: wide accesses, and enough loads under way."""
+    """Reads a kernel of a batch norm, including its narrow accesses and its loads in flight."""
     threads = launch.compiled.metadata.num_warps * gpu.target.warp_size
     dtype = str(case.dtype).removeprefix("torch.")
     if gpu.target.backend == "hip":
@@ -160,7 +179,7 @@ def read_row(gpu: Gpu, case: Case, launch: Launch) -> Row:
             sum(count(loop, width) for width in (1, 2, 4, 8)) / max(count(loop, WIDE), 1)
             for count in counts
         )
-        # Copies of the next stages are under way while a stage is worked on.
+        # The copies of the next stages are in flight while a stage is processed.
         per_thread = bytes_before_first_use(loop)
         per_thread += async_bytes(loop) * (launch.arguments.get("STAGES", 1) - 1)
         programs = prod(launch.grid)
@@ -180,9 +199,10 @@ def read_row(gpu: Gpu, case: Case, launch: Launch) -> Row:
 
 
 def read_conv(gpu: Gpu, call: ConvCall, launch: Launch) -> Row:
-    """A convolution: matrix instructions fed by wide asynchronous copies, or by TMA.
+    """Reads a convolution, including whether it has matrix instructions and wide copies.
 
-    Wide are 16 bytes, or 8 where the input's few channels are no more.
+    Its main loop should load its operands by TMA or by asynchronous copies. A copy should have 16
+    bytes, or fewer if all channels of a position have fewer.
     """
     threads = launch.compiled.metadata.num_warps * gpu.target.warp_size
     if gpu.target.backend == "hip":
@@ -206,18 +226,18 @@ def read_conv(gpu: Gpu, call: ConvCall, launch: Launch) -> Row:
     work = NOT_COUNTED
     if gpu is COUNTED_GPU:
         operations = 2 * launch.arguments["y_ptr"].numel() * launch.arguments["C"] * call.shape.taps
-        rate = MATRIX_RATE * 2 / x.element_size()  # of TF32 half as many
+        rate = MATRIX_RATE * 2 / x.element_size()  # TF32 has half the rate of bf16
         byte_time = sum(t.numel() * t.element_size() for t in used_tensors(launch)) / BANDWIDTH
         work = work_of(gpu, launch, flow, room, {"matrix": operations / rate / byte_time})
     return Row(
         gpu.name, kernel_name(launch), call.key, CONV_LAYOUT, call.dtype, code.registers, shared,
-        code.spills, 0.0, 0, 0, room * threads / gpu.max_threads, 0.0, matrix, " and ".join(missing),
-        work,
+        code.spills, 0.0, 0, 0, room * threads / gpu.max_threads, 0.0, matrix,
+        " and ".join(missing), work,
     )  # fmt: skip
 
 
 def read_augment(gpu: Gpu, case: AugmentCase, launch: Launch) -> Row:
-    """Augmentation, which reads where each image's draws say, so never wide."""
+    """Reads a kernel of augmentation; its loads depend on random draws, so they are never wide."""
     threads = launch.compiled.metadata.num_warps * gpu.target.warp_size
     shared = launch.compiled.metadata.shared
     if gpu.target.backend == "hip":
@@ -231,13 +251,13 @@ def read_augment(gpu: Gpu, case: AugmentCase, launch: Launch) -> Row:
     if gpu is COUNTED_GPU:
         work = work_of(gpu, launch, flow_of(launch, AUGMENT_TAKEN, RESIZE_TAPS), room)
     return Row(
-        gpu.name, kernel_name(launch), str(case), AUGMENT_LAYOUT, "uint8", registers, shared, spills,
-        0.0, 0, 0, room * threads / gpu.max_threads, work=work,
+        gpu.name, kernel_name(launch), str(case), AUGMENT_LAYOUT, "uint8", registers, shared,
+        spills, 0.0, 0, 0, room * threads / gpu.max_threads, work=work,
     )  # fmt: skip
 
 
 def loaded_tensors(launch: Launch) -> int:
-    """Activation tensors that a kernel reads."""
+    """Counts the activation tensors that a kernel reads."""
     names = ("x_ptr", "dy_ptr", "dy_skip_ptr", "residual_ptr")
     return sum(launch.arguments.get(name) is not None for name in names)
 
@@ -249,7 +269,7 @@ def stores_tensor(launch: Launch) -> bool:
 
 
 def _amd_row(gpu: Gpu, launch: Launch, case: str, layout: str, dtype: str, threads: int) -> Row:
-    """Of AMD's code less is read: no loops, so no loads under way."""
+    """Reads a kernel for AMD; its loops are not analysed, so its loads in flight are not known."""
     code = amdgcn.read(launch.compiled.asm["amdgcn"])
     is_conv = "conv" in launch.kernel
     wide = {"load", "store"} if stores_tensor(launch) and not is_conv else {"load"}
@@ -266,7 +286,7 @@ def _amd_row(gpu: Gpu, launch: Launch, case: str, layout: str, dtype: str, threa
 def audit(
     gpu: Gpu, cases: list[Case], convs: list[ConvCall], augments: list[AugmentCase]
 ) -> list[Row]:
-    """A row for each specialisation that the cases launch."""
+    """Returns a row for each specialisation and each size that the cases launch."""
     rows: list[Row] = []
     seen: set[tuple[Any, ...]] = set()
 

@@ -1,8 +1,9 @@
-"""Counts the memory that interpreted kernels touch, in units of S, the bytes of one activation.
+"""Counts the memory that interpreted kernels touch, in S, the bytes of one activation.
 
-Two counts are kept, for neither alone is honest: the bytes of unmasked lanes, and the distinct
-32-byte sectors that a launch touches of a tensor. TRITON_INTERPRET=1 has to be set;
-``python -m benchmarks audit`` runs this in a process of its own.
+It counts the bytes of unmasked lanes, and the distinct 32-byte sectors of a tensor that a launch
+touches. Both are needed: the lanes do not include a sector's unused bytes, and the sectors do not
+include repeated accesses. TRITON_INTERPRET=1 has to be set; ``python -m benchmarks audit`` runs
+this module in a separate process.
 """
 
 import json
@@ -27,7 +28,7 @@ from bnres import models
 from bnres.kernels.config import launch_config, tile_for
 from bnres.kernels.layout import ChannelView
 
-# Small, as the interpreter is slow, and large enough for whole tiles.
+# Small, because the interpreter is slow, but large enough for whole tiles.
 SHAPE, POOLED_SHAPE = (16, 64, 7, 7), (2, 64, 16, 16)
 NET_INPUT = (256, 3, 224, 224)
 SECTOR_BYTES = 32
@@ -39,7 +40,12 @@ ACTIVATIONS = (
 
 @dataclass
 class Traffic:
-    """Bytes touched of the activation tensors: in unmasked lanes, and in distinct sectors."""
+    """Bytes of activation tensors that launches touch.
+
+    Attributes:
+        lanes: bytes of unmasked lanes.
+        sectors: bytes of distinct sectors.
+    """
 
     lanes: int = 0
     sectors: int = 0
@@ -47,7 +53,7 @@ class Traffic:
 
 @dataclass
 class _Range:
-    """Where a tensor lies, and which of its sectors a launch has read and written."""
+    """The address range of a tensor, and the sectors that a launch has read and written."""
 
     start: int
     stop: int
@@ -57,7 +63,7 @@ class _Range:
 
 @contextmanager
 def count_traffic() -> Iterator[Traffic]:
-    """Inside, every access of an interpreted launch to an activation tensor is counted."""
+    """Counts all accesses of interpreted launches to activation tensors inside the context."""
     total = Traffic()
     ranges: list[_Range] = []
     load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
@@ -110,7 +116,7 @@ def operation_traffic(
     dtype: torch.dtype,
     memory_format: torch.memory_format,
 ) -> dict[str, Traffic]:
-    """Traffic of an operation's ``eval``, ``forward`` (training) and ``backward``."""
+    """Counts the traffic of an operation's ``eval``, ``forward`` (training) and ``backward``."""
 
     def random() -> Tensor:
         return torch.randn(shape).to(dtype).contiguous(memory_format=memory_format)
@@ -126,9 +132,10 @@ def operation_traffic(
 def channel_buffer_share(
     site: Site, batch: int, channels_last: bool, itemsize: int, sm_count: int
 ) -> dict[str, float]:
-    """Bytes of per-channel buffers, reckoned from the launch grids, for each activation byte.
+    """Returns the bytes of per-channel buffers divided by the bytes of activations, by direction.
 
-    Every program reads its channels' parameters; partial sums are written and read once.
+    They are derived from the launch grids: every program reads the parameters of its channels, and
+    partial sums are written and read once.
     """
     n, channels, height, width = site.shape(batch)
     inner = height * width
@@ -156,7 +163,7 @@ def channel_buffer_share(
 
 @dataclass(frozen=True)
 class Row:
-    """What one step of an operation touches, in S, and the least that it could."""
+    """The memory that a step of an operation touches, and the least it could (``floor``), in S."""
 
     operation: str
     step: str
@@ -167,7 +174,7 @@ class Row:
 
 
 def audit() -> list[Row]:
-    """A row for each operation, step and layout, in bf16."""
+    """Returns a row for each operation, step and layout, in bf16."""
     rows = []
     for operation in OPERATIONS:
         shape = POOLED_SHAPE if "pool" in operation else SHAPE
@@ -186,7 +193,7 @@ def audit() -> list[Row]:
 
 
 def held() -> dict[str, int]:
-    """Bytes that a training forward of ResNet-18 holds for its backward, bf16, channels_last."""
+    """Counts the bytes that ResNet-18's forward holds for backward, in bf16 and channels_last."""
     return {
         "stock": saved_bytes(lambda: models.resnet18(fused=False), NET_INPUT),
         "fused": saved_bytes(models.resnet18, NET_INPUT),
@@ -195,7 +202,13 @@ def held() -> dict[str, int]:
 
 
 def traffic(rows: Sequence[Row]) -> dict[str, int]:
-    """Bytes that a training step of ResNet-18 moves besides its convolutions, bf16, channels_last."""
+    """Counts the bytes that a step of ResNet-18 moves, except by its convolutions.
+
+    The step is in bf16 and channels_last.
+
+    Args:
+        rows: rows of `audit`, which count the bytes of the fused operations.
+    """
     counts = {(r.operation, r.step): r.sectors for r in rows if r.layout == "channels_last"}
     return {
         "stock": step_bytes(lambda: models.resnet18(fused=False), NET_INPUT, counts),
@@ -204,7 +217,10 @@ def traffic(rows: Sequence[Row]) -> dict[str, int]:
 
 
 def launches() -> dict[str, int]:
-    """What a training step of ResNet-18 launches; an operation of ATen makes one or several."""
+    """Counts Triton's launches and ATen's operations in a training step of ResNet-18.
+
+    An operation of ATen makes one launch or several.
+    """
     _, stock = step_launches(lambda: models.resnet18(fused=False), NET_INPUT)
     triton, aten = step_launches(models.resnet18, NET_INPUT)
     return {"stock, ATen": stock, "fused, ATen": aten, "fused, Triton": triton}

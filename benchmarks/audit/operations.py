@@ -1,4 +1,4 @@
-"""The fused operations as the audits run them: evaluation, forward and backward."""
+"""Evaluation, forward and backward of the fused operations, as the audits run them."""
 
 from collections.abc import Callable
 from typing import Any
@@ -24,13 +24,13 @@ Step = Callable[[], object]
 
 
 def steps(operation: str, tensor: Callable[[], Tensor]) -> dict[str, Step]:
-    """``eval``, ``forward`` (training) and ``backward`` of an operation.
+    """Returns an operation's ``eval``, ``forward`` (training) and ``backward``.
 
-    Backward takes what a training forward kept, which is run here once.
+    ``backward`` uses the tensors saved by a training forward that is run here once.
 
     Args:
         operation: one of `OPERATIONS`.
-        tensor: makes an activation tensor.
+        tensor: returns a new activation tensor.
     """
     x = tensor().requires_grad_()
     residual = tensor().requires_grad_() if "add" in operation else None

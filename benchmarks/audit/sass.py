@@ -1,4 +1,4 @@
-"""What a kernel's machine code (NVIDIA's SASS) says: registers, spills, loads and when they are used."""
+"""Reads resources and instructions from a kernel's machine code for NVIDIA (SASS)."""
 
 import re
 import subprocess
@@ -17,7 +17,7 @@ BITS = {"U8": 8, "S8": 8, "U16": 16, "S16": 16, "64": 64, "128": 128}
 
 @dataclass(frozen=True)
 class Instruction:
-    """One instruction: where it lies, what it does, its operands."""
+    """One instruction of a disassembly."""
 
     address: int
     opcode: str
@@ -29,12 +29,12 @@ class Instruction:
 
     @property
     def access_bytes(self) -> int:
-        """Bytes that one thread moves."""
+        """Bytes that one thread moves, if the instruction is a load or a store."""
         return next((BITS[m] for m in reversed(self.opcode.split(".")) if m in BITS), 32) // 8
 
     @property
     def written(self) -> set[int]:
-        """Registers a load writes."""
+        """The registers that a load writes."""
         first = REGISTER.search(self.operands)
         if first is None:
             return set()
@@ -43,13 +43,19 @@ class Instruction:
 
     @property
     def named(self) -> set[int]:
-        """Registers that stand among the operands."""
+        """The registers among the operands."""
         return {int(r) for r in REGISTER.findall(self.operands)}
 
 
 @dataclass(frozen=True)
 class Resources:
-    """Registers of a thread, bytes of its stack (where spilled registers are), of shared memory."""
+    """Resources of a kernel.
+
+    Attributes:
+        registers: registers of a thread.
+        stack: bytes of a thread's stack, which holds spilled registers.
+        shared_memory: bytes of shared memory.
+    """
 
     registers: int
     stack: int
@@ -66,20 +72,20 @@ class MachineCode:
 
     @property
     def spills(self) -> int:
-        """Accesses to local memory."""
+        """Number of instructions that access local memory."""
         return sum(i.name in ("LDL", "STL") for i in self.instructions)
 
 
 @cache
 def disassemble(cubin: bytes) -> MachineCode:
-    """Reads a kernel's binary with the tools that triton's wheel carries."""
+    """Disassembles a kernel's binary with the tools in triton's wheel."""
     resources = read_resources(cubin)
     instructions = parse_instructions(_cuobjdump("-sass", cubin))
     return MachineCode(resources.registers, resources.shared_memory, instructions)
 
 
 def parse_instructions(text: str) -> list[Instruction]:
-    """The instructions of a disassembly."""
+    """Parses the instructions of a disassembly."""
     return [
         Instruction(int(address, 16), opcode, operands)
         for address, _, opcode, operands in INSTRUCTION.findall(text)
@@ -87,11 +93,15 @@ def parse_instructions(text: str) -> list[Instruction]:
 
 
 def read_resources(cubin: bytes) -> Resources:
-    """What a kernel's binary says of its resources, without its code."""
+    """Reads a kernel's resources from its binary, without disassembling it.
+
+    Raises:
+        ValueError: if cuobjdump does not print the resources.
+    """
     usage = _cuobjdump("-res-usage", cubin)
     found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)", usage)
     if found is None:
-        raise ValueError(f"cuobjdump does not name the registers: {usage!r}")
+        raise ValueError(f"cuobjdump must print REG, STACK and SHARED, got {usage!r}")
     return Resources(*map(int, found.groups()))
 
 
@@ -105,24 +115,24 @@ def _cuobjdump(option: str, cubin: bytes) -> str:
 
 
 def load_bytes(instructions: list[Instruction], width: int) -> int:
-    """Bytes a thread loads from global memory in accesses of ``width`` bytes."""
+    """Counts the bytes that a thread loads from global memory in accesses of ``width`` bytes."""
     return sum(
         width for i in instructions if i.name in ("LDG", "LDGSTS") and i.access_bytes == width
     )
 
 
 def store_bytes(instructions: list[Instruction], width: int) -> int:
-    """Bytes a thread stores to global memory in accesses of ``width`` bytes."""
+    """Counts the bytes that a thread stores to global memory in accesses of ``width`` bytes."""
     return sum(width for i in instructions if i.name == "STG" and i.access_bytes == width)
 
 
 def async_bytes(instructions: list[Instruction]) -> int:
-    """Bytes that a thread asks for by asynchronous copies."""
+    """Counts the bytes that a thread loads by asynchronous copies."""
     return sum(i.access_bytes for i in instructions if i.name == "LDGSTS")
 
 
 def bytes_before_first_use(instructions: list[Instruction]) -> int:
-    """Bytes that a thread has asked for by plain loads when it first needs one of them."""
+    """Counts the bytes of plain loads that a thread issues before it first uses one of them."""
     pending: set[int] = set()
     asked = 0
     for i in instructions:

@@ -1,7 +1,7 @@
 """Counts the bytes that autograd holds between a model's forward and its backward.
 
-The model runs on tensors without memory, and the interpreted kernels' launches are left out, so
-that any batch size fits. TRITON_INTERPRET=1 has to be set.
+The model runs on meta tensors, and launches of interpreted kernels are skipped, so any batch size
+fits into memory. TRITON_INTERPRET=1 has to be set.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,7 +17,7 @@ from bnres.recipes import Recipe, pack, recompute
 
 @contextmanager
 def no_launches() -> Iterator[None]:
-    """Inside, interpreted kernels are not run; their outputs have shapes and no values."""
+    """Skips launches of interpreted kernels inside the context, so outputs are uninitialised."""
     with patch.object(GridExecutor, "__call__", lambda self, *arguments, **named: None):
         yield
 
@@ -29,7 +29,14 @@ def saved_bytes(
     *,
     recomputes: bool = False,
 ) -> int:
-    """Bytes of the distinct storages that a training forward saves, parameters left out."""
+    """Counts the bytes that a training forward saves, except parameters and buffers.
+
+    Args:
+        build: returns the model.
+        shape: shape of the input.
+        dtype: dtype of the model and the input.
+        recomputes: whether the forward runs inside `bnres.recompute`.
+    """
     with torch.device("meta"):
         model = build().to(dtype=dtype)
         x = torch.empty(shape, dtype=dtype).contiguous(memory_format=torch.channels_last)

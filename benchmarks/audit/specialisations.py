@@ -1,7 +1,7 @@
-"""Compiles every specialisation that the calls of `benchmarks.audit.calls` reach, without a GPU.
+"""Compiles every specialisation that the calls in `benchmarks.audit.calls` launch, without a GPU.
 
-For sm_90 each is then launched twice by triton's own launcher, which hands it to a stand-in for CUDA's
-driver: once as triton finds it, once as `bnres.kernels.replay` launches it again. For other GPUs one
+For sm_90 each is then launched twice by triton's own launcher, with a stand-in for CUDA's driver:
+once through triton's dispatch, and once through `bnres.kernels.replay`. For other GPUs one
 specialisation of each kernel is compiled.
 """
 
@@ -36,17 +36,17 @@ from bnres.kernels.dtypes import SUPPORTED_DTYPES
 from bnres.kernels.launch import Plan, launch
 from bnres.kernels.replay import Replay
 
-# Characters of an error that are reported.
+# Number of an error's characters that are reported.
 LINE_LENGTH = 300
-# Bytes that a thread may spill outside of a ResNet's step, which the audit's budget holds to none:
-# some registers with 64-bit offsets; and where no access is wide, so that
-# each has an address of its own.
+# Greatest stack of a thread in bytes. The audit's budget forbids spills in the kernels of a
+# ResNet's step; other specialisations may spill some registers for 64-bit offsets. Ragged tiles may
+# spill more: they have no wide accesses, so each element needs its own address.
 STACK, RAGGED_STACK = 256, 512
 
 
 @dataclass(frozen=True)
 class Specialisation:
-    """A kernel with the arguments of a launch that it is compiled for, and the call it came from."""
+    """A kernel, with the grid and arguments of a launch, and the call that launched it."""
 
     kernel: JITFunction
     grid: tuple[int, ...]
@@ -61,7 +61,7 @@ class Specialisation:
 
 
 def _key(kernel: JITFunction, arguments: dict[str, Any]) -> tuple[Any, ...]:
-    """What triton compiles a kernel anew for."""
+    """Returns a key: launches with equal keys use the same compiled kernel."""
     numbers = {p.name for p in kernel.params if not p.is_constexpr}
 
     def part(name: str, value: Any) -> Any:
@@ -77,7 +77,7 @@ def _key(kernel: JITFunction, arguments: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def collect(calls: Iterable[Call]) -> list[Specialisation]:
-    """The specialisations that some calls launch, each once; nothing is compiled."""
+    """Returns the distinct specialisations that some calls launch, without compiling them."""
     found: dict[tuple[Any, ...], Specialisation] = {}
     call: Call
 
@@ -93,7 +93,7 @@ def collect(calls: Iterable[Call]) -> list[Specialisation]:
 
 
 def all_kernels() -> list[JITFunction]:
-    """Every kernel of `bnres.kernels`."""
+    """Lists the kernels of `bnres.kernels`."""
     modules = [
         importlib.import_module(f"{kernels.__name__}.{module.name}")
         for module in pkgutil.iter_modules(kernels.__path__)
@@ -107,26 +107,27 @@ def all_kernels() -> list[JITFunction]:
     return list(found.values())
 
 
-# Values that no public call reaches, with the reason.
+# Values of (kernel, parameter) that no public call passes, with the reason.
 UNREACHED: dict[tuple[str, str], set[Any]] = {
-    # Pooling walks over vectors of planes, whatever their size.
+    # Pooling uses vectors of planes for planes of every size.
     ("_bn_max_pool_kernel", "TILE"): {GROUPS},
     ("_bn_max_pool_bwd_dx_kernel", "TILE"): {GROUPS},
-    # In fp64 torch pools.
+    # Pooling in fp64 uses torch's operation.
     ("_bn_max_pool_kernel", "x_ptr"): {torch.float64},
     ("_bn_max_pool_bwd_dx_kernel", "x_ptr"): {torch.float64},
-    # A convolution's kernel is for evaluation.
+    # The convolution kernel only runs in evaluation.
     ("_conv_bn_act_kernel", "var_ptr"): {None},
-    # torch's convolution takes fp64.
+    # Convolution in fp64 uses torch's operation.
     ("_conv_bn_act_kernel", "x_ptr"): {torch.float64},
 }
 
 
 @cache
 def optional_pointers(function: JITFunction) -> set[str]:
-    """Pointers that a device function, or one that it calls, compares with None.
+    """Returns the pointers that a device function, or a function that it calls, compares with None.
 
-    They are parameters, or taken from a tuple under the name that they have in the kernel.
+    The names are those in the kernel: a pointer is a parameter, or unpacked from a tuple under the
+    kernel's name for it.
     """
     found = set()
     for node in ast.walk(function.parse()):
@@ -146,10 +147,10 @@ def optional_pointers(function: JITFunction) -> set[str]:
 
 
 def missing(found: Sequence[Specialisation]) -> list[str]:
-    """Values of kernels' parameters that no specialisation has, in words.
+    """Describes values of kernels' parameters that occur in no specialisation.
 
-    Of each kernel: both values of a flag, every activation, every kind of tile, every dtype, and of
-    each pointer that may be None both that and a tensor.
+    Each kernel should occur with both values of each flag, with every activation, kind of tile and
+    dtype, and with each optional pointer both None and a tensor.
     """
     problems = []
     forward = {a.forward for a in ACTIVATIONS.values()}
@@ -187,12 +188,12 @@ def _plain(value: Any) -> Any:
 
 @dataclass
 class Outcome:
-    """What came of some specialisations.
+    """The outcome of compiling and launching specialisations.
 
     Attributes:
-        compiled: how many compiled, and spill no more than is allowed.
-        launched: how many of those reached CUDA's driver, twice each.
-        failures: of the others what went wrong, each in a line.
+        compiled: number of specialisations that compiled within the limit of spills.
+        launched: number of specialisations of which both launches reached the driver.
+        failures: a line for each failure.
     """
 
     compiled: int = 0
@@ -206,7 +207,7 @@ class Outcome:
 
 
 def one_of_each_kernel(found: Sequence[Specialisation]) -> list[Specialisation]:
-    """The first specialisation of each kernel."""
+    """Returns the first specialisation of each kernel."""
     first: dict[str, Specialisation] = {}
     for specialisation in found:
         first.setdefault(specialisation.kernel.__name__, specialisation)
@@ -214,17 +215,20 @@ def one_of_each_kernel(found: Sequence[Specialisation]) -> list[Specialisation]:
 
 
 def compile_all(gpu: Gpu, found: Sequence[Specialisation]) -> Outcome:
-    """Compiles specialisations for a GPU, and names those that fail or spill registers."""
+    """Compiles specialisations for a GPU; reports those that do not compile or spill too much."""
     outcome = Outcome()
 
     def check(launched: Launch) -> None:
         if gpu.target.backend == "hip":
-            return  # the audit's budget holds its spills
+            return  # the audit's budget limits spills on AMD
         tile = launched.arguments.get("TILE")
         ragged = tile is not None and not tile.aligned
         stack = read_resources(launched.compiled.asm["cubin"]).stack
         if stack > (RAGGED_STACK if ragged else STACK):
-            raise ValueError(f"spills {stack} bytes")
+            raise ValueError(
+                f"a thread must have a stack of at most {RAGGED_STACK if ragged else STACK} bytes, "
+                f"got {stack}"
+            )
 
     with compile_only(gpu, check):
         for specialisation in found:
@@ -237,7 +241,10 @@ def compile_all(gpu: Gpu, found: Sequence[Specialisation]) -> Outcome:
 
 
 def launch_all(gpu: Gpu, found: Sequence[Specialisation]) -> Outcome:
-    """Launches specialisations twice by triton's own launcher, and names those that don't arrive."""
+    """Launches specialisations twice by triton's launcher.
+
+    A specialisation fails if it raises, or if a launch does not reach the driver.
+    """
     from benchmarks.audit.launcher import LaunchingDriver, build_driver_library
 
     outcome = Outcome()
@@ -255,7 +262,7 @@ def launch_all(gpu: Gpu, found: Sequence[Specialisation]) -> Outcome:
                     replay.run(specialisation.launch, [list(tensors.values())])
                 arrived = library.count_launches() - before
                 if arrived != 2:
-                    raise ValueError(f"{arrived} launches arrived of 2")
+                    raise ValueError(f"2 launches must reach the driver, got {arrived}")
                 outcome.launched += 1
             except Exception as error:  # whatever the launcher raises
                 outcome.failures.append(f"launch: {specialisation}: {_in_one_line(error)}")
@@ -263,12 +270,15 @@ def launch_all(gpu: Gpu, found: Sequence[Specialisation]) -> Outcome:
 
 
 def _in_one_line(error: Exception) -> str:
-    """Its end, as a compiler's error begins with the kernel's source."""
+    """Formats the end of an error in one line; a compiler's error starts with source code."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[-LINE_LENGTH:]}"
 
 
 def run(processes: int) -> Outcome:
-    """Compiles and launches everything in some processes at once; what compiled stays in triton's cache.
+    """Compiles and launches all specialisations in several processes; fills triton's cache.
+
+    Args:
+        processes: number of processes.
 
     Raises:
         RuntimeError: if a process fails.

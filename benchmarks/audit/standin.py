@@ -1,6 +1,6 @@
-"""A driver for a GPU that is not there: launches compile, nothing runs.
+"""A stand-in for triton's driver of an absent GPU: launches compile the kernel, and do not run it.
 
-The interpreter and the compiler can't share a process, so this one wants TRITON_INTERPRET unset.
+TRITON_INTERPRET must not be set, because the interpreter and the compiler can't share a process.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,9 +20,17 @@ from bnres.kernels import launch
 
 @dataclass(frozen=True)
 class Gpu:
-    """What the compiler and the occupancy sums need to know of a GPU (from vendors' manuals).
+    """Properties of a GPU for the compiler and for occupancy, from the vendors' manuals.
 
-    ``device`` is its device index; triton keeps the first target it sees of an index.
+    Attributes:
+        name: name of the architecture.
+        device: device index; each GPU has another, because triton caches the target of an index.
+        target: target for triton's compiler.
+        sm_count: number of multiprocessors.
+        registers: registers of a multiprocessor.
+        shared_memory: bytes of shared memory of a multiprocessor.
+        max_threads: greatest number of threads on a multiprocessor.
+        max_programs: greatest number of programs on a multiprocessor.
     """
 
     name: str
@@ -43,9 +51,9 @@ GPUS = {gpu.name: gpu for gpu in (SM80, SM90, SM100, GFX942)}
 
 
 class StandInDriver:
-    """Answers what `triton.runtime.jit` asks before it compiles."""
+    """Implements the driver's methods that ``triton.runtime.jit`` calls before it compiles."""
 
-    # A compiled kernel is given addresses, as by triton's own launcher.
+    # The real launcher, so that compiled kernels get addresses.
     launcher_cls = nvidia.CudaLauncher
 
     def __init__(self, gpu: Gpu) -> None:
@@ -69,7 +77,7 @@ class StandInDriver:
 
 @dataclass(frozen=True)
 class Launch:
-    """A launch that was compiled in place of being run."""
+    """A launch whose kernel was compiled and not run."""
 
     kernel: str
     grid: tuple[int, ...]
@@ -82,12 +90,16 @@ Run = Callable[..., Any]
 
 @contextmanager
 def replaced_launches(gpu: Gpu, run: Run) -> Iterator[None]:
-    """Inside, triton is told that ``gpu`` is there, and ``run`` takes the place of `JITFunction.run`.
+    """Replaces triton's driver by a stand-in for ``gpu``, and ``JITFunction.run`` by ``run``.
 
-    ``run`` returns None, so that no launch is recorded and each one arrives.
+    ``run`` has to return None, so that no launch is recorded for replay and each call reaches
+    ``run``.
+
+    Raises:
+        RuntimeError: if TRITON_INTERPRET is set.
     """
     if triton.knobs.runtime.interpret:
-        raise RuntimeError("unset TRITON_INTERPRET: the interpreter does not compile")
+        raise RuntimeError("unset TRITON_INTERPRET: triton's interpreter does not compile kernels")
     original_run, original_count = JITFunction.run, launch.sm_count
     original_driver = triton.runtime.driver._active
     JITFunction.run = run
@@ -102,7 +114,7 @@ def replaced_launches(gpu: Gpu, run: Run) -> Iterator[None]:
 
 @contextmanager
 def compile_only(gpu: Gpu, record: Callable[[Launch], None]) -> Iterator[None]:
-    """Inside, launches on CPU tensors compile for ``gpu`` and are handed to ``record``."""
+    """Makes launches on CPU tensors compile for ``gpu``, and passes each to ``record``."""
     original_run = JITFunction.run
 
     def run(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:

@@ -1,8 +1,8 @@
-"""Counts the bytes that a model's training step moves besides its convolutions, without running it.
+"""Counts the bytes that a model's training step moves, except by convolutions, without running it.
 
-An operation of ATen reads its arguments and writes its results once; torch's batch norm reads what it
-normalises twice, in two passes. Ours moves the sectors that `benchmarks.audit.memory` counts, in S. The
-model runs on tensors without memory. TRITON_INTERPRET=1 has to be set.
+An operation of ATen reads its arguments and writes its results once, but torch's batch norm has two
+passes and reads its activations twice. Our operations move the sectors that
+`benchmarks.audit.memory` counts. The model runs on meta tensors. TRITON_INTERPRET=1 has to be set.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,9 +17,9 @@ from torch.utils._pytree import tree_leaves
 from benchmarks.audit.launches import ALLOCATIONS
 from benchmarks.audit.saved import no_launches
 
-# Operation, step -> sectors, in S.
+# (operation, step) -> bytes of the sectors that it touches, in S.
 Counts = Mapping[tuple[str, str], float]
-# How many of the first arguments an operation of ATen reads a second time.
+# Number of leading arguments that an operation of ATen reads twice.
 TWICE = {"native_batch_norm": 1, "native_batch_norm_backward": 2}
 
 
@@ -27,7 +27,7 @@ def step_bytes(
     build: Callable[[], nn.Module], shape: tuple[int, ...], counts: Counts,
     dtype: torch.dtype = torch.bfloat16,
 ) -> int:  # fmt: skip
-    """Bytes of a training step in channels_last, the optimiser left out."""
+    """Counts the bytes of a training step in channels_last, without the optimiser."""
     with torch.device("meta"):
         model: Any = build()
         model = model.to(dtype=dtype, memory_format=torch.channels_last)
@@ -54,7 +54,7 @@ class CountBytes(TorchDispatchMode):
 
 
 def moved(op: Any, args: tuple[Any, ...], kwargs: Any, found: Any, counts: Counts) -> int:
-    """Bytes that one call of an operation moves; none for a convolution, a view or an allocation."""
+    """Returns the bytes that a call moves: 0 for a convolution, a view or an allocation."""
     name = op.overloadpacket.__name__
     if op.namespace == "bnres":
         given = dict(zip([a.name for a in op._schema.arguments], args, strict=False))
@@ -66,7 +66,7 @@ def moved(op: Any, args: tuple[Any, ...], kwargs: Any, found: Any, counts: Count
 
 
 def our_operation(name: str, given: Mapping[str, Any]) -> tuple[str, str]:
-    """The audit's name of a call of ``bnres::batch_norm_act_*``, and its step."""
+    """Returns the audit's name and step for a call of ``bnres::batch_norm_act_*``."""
     step = name.removeprefix("batch_norm_act_")
     fork = "_fork" if given.get("dy_skip") is not None else ""
     if given["pools"]:

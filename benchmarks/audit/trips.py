@@ -1,8 +1,8 @@
-"""How often the loops of a compiled kernel run: their bounds, computed as the kernel computes them.
+"""Computes the trip counts of a compiled kernel's loops.
 
-triton's last representation before LLVM (TTGIR) has a kernel's loops as they are executed, after
-pipelining, and the scalar arithmetic of their bounds. It is evaluated here with a launch's arguments,
-for all programs of the grid at once, so a kernel's loops can change without a change here.
+TTGIR, triton's last representation before LLVM, contains a kernel's loops as they are executed,
+after pipelining, and the scalar arithmetic of their bounds. This module evaluates that arithmetic
+with a launch's arguments, for all programs of the grid at once.
 """
 
 import re
@@ -28,7 +28,7 @@ COMPARISONS: dict[str, Callable[..., Any]] = {
 
 
 def _divide(a: Any, b: Any) -> Any:
-    """Rounds towards zero, as in C."""
+    """Divides integers and rounds towards zero, as in C."""
     return np.sign(a) * np.sign(b) * (np.abs(a) // np.abs(b))
 
 
@@ -36,7 +36,7 @@ def _remainder(a: Any, b: Any) -> Any:
     return a - b * _divide(a, b)
 
 
-# Unsigned operations get operands that are not negative.
+# Operands of unsigned operations are assumed not to be negative.
 OPERATIONS: dict[str, Callable[..., Any]] = {
     "addi": np.add, "subi": np.subtract, "muli": np.multiply, "divsi": _divide, "divui": _divide,
     "remsi": _remainder, "remui": _remainder, "minsi": np.minimum, "minui": np.minimum,
@@ -48,13 +48,14 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
 
 @dataclass(frozen=True)
 class LoopTrips:
-    """One loop.
+    """Trip counts of a loop.
 
     Attributes:
-        depth: how many loops are around it.
-        trips: for each program, how often its body is executed for each execution of the loop;
-            None if that depends on data.
-        accesses: of global memory, in its body in PTX; 0 if not known.
+        depth: number of loops around the loop.
+        trips: number of trips per execution of the loop, for each program; None if it depends on
+            data.
+        accesses: number of instructions in the loop's PTX that access global memory; 0 if not
+            known.
     """
 
     depth: int
@@ -65,7 +66,7 @@ class LoopTrips:
 def loop_trips(
     asm: Mapping[str, str], grid: Sequence[int], arguments: Mapping[str, Any]
 ) -> list[LoopTrips]:
-    """The loops of a kernel, in the order in which they begin, from its TTGIR and its PTX."""
+    """Returns the loops of a kernel in the order of their starts, from its TTGIR and its PTX."""
     loops = _loops(asm["ttgir"], grid, arguments)
     accesses = _accesses(asm["ptx"])
     if len(accesses) != len(loops):
@@ -74,7 +75,7 @@ def loop_trips(
 
 
 def _accesses(ptx: str) -> list[int]:
-    """Accesses of global memory in each loop of PTX."""
+    """Counts the instructions that access global memory in each loop of PTX."""
     lines = ptx.splitlines()
     labels = {found[1]: n for n, line in enumerate(lines) if (found := LABEL.match(line))}
     ends: dict[int, int] = {}
@@ -89,13 +90,13 @@ def _accesses(ptx: str) -> list[int]:
 
 
 def _loops(ttgir: str, grid: Sequence[int], arguments: Mapping[str, Any]) -> list[LoopTrips]:
-    """The loops of TTGIR."""
+    """Returns the loops of TTGIR."""
     sizes = (*grid, 1, 1)[:3]
     programs = np.indices(sizes).reshape(3, -1)
     values: dict[str, Any] = {}
     found: list[LoopTrips] = []
     level = 0
-    around: list[int] = []  # the levels of the loops around a line
+    around: list[int] = []  # brace levels of the loops around the current line
     for line in ttgir.splitlines():
         text = line.strip()
         if text.startswith("tt.func"):
@@ -123,7 +124,7 @@ def _loops(ttgir: str, grid: Sequence[int], arguments: Mapping[str, Any]) -> lis
 def _evaluate(
     kind: str, rest: str, values: dict[str, Any], programs: np.ndarray, sizes: Sequence[int]
 ) -> Any:
-    """The result of an operation on scalars, None if it is not known."""
+    """Evaluates an operation on scalars; returns None if its result is not known."""
     dialect, _, operation = kind.partition(".")
     if kind == "tt.get_program_id":
         return programs[AXES.index(rest[0])]

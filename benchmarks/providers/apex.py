@@ -1,6 +1,6 @@
-"""NVIDIA apex's fused batch norm of channels_last fp16 tensors (``apex.contrib.groupbn``).
+"""NVIDIA apex's fused batch norm for channels_last fp16 tensors (``apex.contrib.groupbn``).
 
-It has not run on a GPU yet; what it computes is checked there before it is timed.
+This provider has not run on a GPU yet. Its results are checked before it is timed.
 """
 
 import importlib
@@ -26,20 +26,22 @@ CHANNELS = 4
 def _prepare(case: OpCase) -> Bind:
     needs_training_norm(case)
     if case.dtype == "fp32" or case.layout != "channels_last":
-        raise Unavailable("takes fp16 channels_last tensors")
+        raise Unavailable("only supports fp16 channels_last tensors")
     if not torch.cuda.is_available():
         raise Unavailable("needs a GPU")
     try:
         module = importlib.import_module("apex.contrib.groupbn.batch_norm")
         kernels, layer = module.bnp, module.BatchNorm2d_NHWC
-    except Exception as error:  # PyPI has another package of this name
-        raise Unavailable(f"NVIDIA apex, built with APEX_BNP=1, can't be used: {error}") from error
+    except Exception as error:  # PyPI's apex is another package, whose import may raise anything
+        raise Unavailable(
+            f"NVIDIA apex, built with APEX_BNP=1, can't be imported: {error}"
+        ) from error
     has_relu = case.site.operation != "bn"
 
     def bind(inputs: Inputs) -> Implementation:
         channels = inputs.x.shape[1]
         if channels % CHANNELS:
-            raise Unavailable(f"takes multiples of {CHANNELS} channels")
+            raise Unavailable(f"only supports multiples of {CHANNELS} channels, got {channels}")
         plan = layer(channels, fuse_relu=has_relu, bn_group=1).to(inputs.x.device)
         if inputs.residual is None:
             return _norm(kernels, plan, inputs, has_relu)
@@ -68,7 +70,7 @@ def _state(plan: Any, inputs: Inputs) -> tuple[Tensor, ...]:
 
 
 def _norm(kernels: Any, plan: Any, inputs: Inputs, has_relu: bool) -> Implementation:
-    """Batch norm, with a ReLU or without."""
+    """Implements batch norm, followed by ReLU if ``has_relu``."""
     x, state = _nhwc(inputs.x), _state(plan, inputs)
     options = (plan.ret_cta, MOMENTUM, EPS, has_relu, None, None, None, None, 1, plan.magic)
     grid = (plan.fwd_occupancy, plan.fwd_grid_dim_x)
@@ -82,7 +84,7 @@ def _norm(kernels: Any, plan: Any, inputs: Inputs, has_relu: bool) -> Implementa
 
     def backward() -> Results:
         if not ran_forward:
-            forward()  # backward reads its statistics
+            forward()  # stores the statistics that backward reads
         dy = _nhwc(inputs.gradients[0])
         dx, dweight, dbias = kernels.bn_bwd_nhwc(x, dy, *state, *options, *backward_grid, False)
         return _nchw(dx), dweight, dbias
@@ -91,7 +93,7 @@ def _norm(kernels: Any, plan: Any, inputs: Inputs, has_relu: bool) -> Implementa
 
 
 def _norm_add_relu(kernels: Any, plan: Any, inputs: Inputs) -> Implementation:
-    """Batch norm, addition and ReLU, with one bit kept an element."""
+    """Implements batch norm, addition and ReLU; stores one bit per element for backward."""
     assert inputs.residual is not None
     x, residual = _nhwc(inputs.x), _nhwc(inputs.residual)
     words = (x.numel() + 31) // 32 * 2 * plan.grid_dim_y
@@ -109,7 +111,7 @@ def _norm_add_relu(kernels: Any, plan: Any, inputs: Inputs) -> Implementation:
 
     def backward() -> Results:
         if not ran_forward:
-            forward()  # backward reads its statistics and mask
+            forward()  # stores the statistics and the mask that backward reads
         dy = _nhwc(inputs.gradients[0])
         dx, dresidual, dweight, dbias = kernels.bn_addrelu_bwd_nhwc(
             x, dy, *arguments, *backward_grid, False

@@ -1,4 +1,4 @@
-"""What a provider of an operation is."""
+"""Defines what a provider of operations has to implement."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ Results = Sequence[Tensor]
 
 
 class Unavailable(Exception):
-    """A provider that this machine, or this case, does not have; says why."""
+    """A provider is not installed, or does not support this machine or this case."""
 
 
 @dataclass(frozen=True)
@@ -21,9 +21,9 @@ class Implementation:
     """An operation bound to its inputs.
 
     Attributes:
-        forward: the outputs; in training it updates the running statistics of the inputs.
-        backward: gradients in the order of `Inputs.leaves`.
-        note: what torch chose behind it, for the record.
+        forward: returns the outputs; in training it also updates the inputs' running statistics.
+        backward: returns the gradients in the order of `Inputs.leaves`.
+        note: backend or library that computes the operation, for the record.
     """
 
     forward: Callable[[], Results]
@@ -36,13 +36,13 @@ Bind = Callable[[Inputs], Implementation]
 
 @dataclass(frozen=True)
 class Provider:
-    """Somebody's implementation of the operations.
+    """A library's or a backend's implementation of the operations.
 
     Attributes:
-        name: as results have it.
-        prepare: compiles what a case needs, once, and returns what binds it to inputs; raises
-            `Unavailable`.
-        dtype: what it takes in place of bf16, or None.
+        name: name in the results.
+        prepare: prepares a case once, and returns a function that binds it to inputs; both raise
+            `Unavailable` if the provider can't run the case.
+        dtype: dtype that replaces bf16, or None if the provider supports bf16.
     """
 
     name: str
@@ -50,7 +50,7 @@ class Provider:
     dtype: str | None = None
 
     def dtype_of(self, case: OpCase) -> str:
-        """The dtype that this provider is timed in."""
+        """Returns the dtype that this provider runs a case in."""
         return self.dtype if self.dtype is not None and case.dtype == "bf16" else case.dtype
 
 
@@ -58,15 +58,18 @@ TRAINING_NORMS = ("bn", "bn_relu", "bn_add_relu")
 
 
 def needs_training_norm(case: OpCase) -> None:
-    """Raises `Unavailable` for what is no batch norm in training, perhaps with addition and ReLU."""
+    """Raises `Unavailable` unless the case is BN, BN+ReLU or BN+add+ReLU in training."""
     if case.site.operation not in TRAINING_NORMS or case.direction == "eval":
-        raise Unavailable(f"has no fused {case.site.operation}, {case.direction}")
+        raise Unavailable(f"has no fused {case.site.operation} ({case.direction})")
 
 
 def by_autograd(
     function: Callable[[Inputs], tuple[Tensor, ...]], inputs: Inputs, note: str = ""
 ) -> Implementation:
-    """A function that autograd differentiates."""
+    """Implements an operation by a function that autograd differentiates.
+
+    The first call of backward runs the forward, and further calls differentiate the same graph.
+    """
     outputs: list[tuple[Tensor, ...]] = []
 
     def backward() -> Results:

@@ -1,4 +1,4 @@
-"""bnres itself."""
+"""The operations of `bnres.functional`."""
 
 from collections.abc import Callable
 from typing import Any
@@ -69,9 +69,9 @@ def _bnres(case: OpCase) -> Bind:
 
 def _conv_kernel(case: OpCase) -> Bind:
     if not isinstance(case.site, ConvSite):
-        raise Unavailable("is a convolution's")
+        raise Unavailable("only supports convolutions")
     if not torch.cuda.is_available():
-        raise Unavailable("the convolution's kernel needs a GPU")
+        raise Unavailable("needs a GPU")
     function = _function(case)
 
     def forced(inputs: Inputs) -> tuple[Tensor, ...]:
@@ -79,7 +79,7 @@ def _conv_kernel(case: OpCase) -> Bind:
             return function(inputs)
 
     def bind(inputs: Inputs) -> Implementation:
-        return by_autograd(forced, inputs, "our kernel, whatever the table of routes says")
+        return by_autograd(forced, inputs, "our convolution kernel, regardless of the routes table")
 
     return bind
 

@@ -1,8 +1,9 @@
-"""cuDNN's own fused graphs, through NVIDIA's frontend: batch norm, addition and ReLU in one.
+"""cuDNN's fused graphs of batch norm, addition and ReLU, through NVIDIA's frontend.
 
-After the graphs of NVIDIA/cudnn-frontend's ``test/python/norm/graph/test_batchnorm_fusion.py``: the
-forward keeps one bit an element of the ReLU's side, the backward multiplies the gradient by it. It
-has not run on a GPU yet; what it computes is checked there before it is timed.
+The graphs follow ``test/python/norm/graph/test_batchnorm_fusion.py`` of NVIDIA/cudnn-frontend: the
+forward stores one bit per element, which says whether the ReLU's output is positive, and the
+backward multiplies the gradient by it. This provider has not run on a GPU yet. Its results are
+checked before it is timed.
 """
 
 from collections.abc import Callable
@@ -26,19 +27,19 @@ from benchmarks.providers.base import (
 
 LEAST_VERSION = 8904
 LEAST_CAPABILITY = (8, 0)
-# A byte of the mask holds the bits of eight channels.
+# One byte of the mask stores the bits of eight channels.
 CHANNELS = 8
 DTYPES = ("bf16", "fp16")
 
 
 @dataclass(frozen=True)
 class Graph:
-    """A built graph.
+    """A graph that has been built.
 
     Attributes:
-        graph: of cudnn.
-        tensors: its tensors by name.
-        workspace: bytes it needs.
+        graph: cuDNN's graph.
+        tensors: tensors of the graph by name.
+        workspace: bytes of workspace that the graph needs.
     """
 
     graph: Any
@@ -47,14 +48,14 @@ class Graph:
 
 
 class Builder:
-    """Builds the graphs of one shape.
+    """Builds the graphs for one shape and dtype.
 
     Args:
-        cudnn: the frontend's module.
-        x: a tensor of the shape and dtype.
-        has_residual: whether something is added.
-        has_relu: whether there is a ReLU.
-        handle: cuDNN's, of the device of ``x``.
+        cudnn: module of the frontend.
+        x: tensor of the shape (N, C, H, W) and the dtype.
+        has_residual: whether the operation adds a residual.
+        has_relu: whether the operation ends with ReLU.
+        handle: cuDNN's handle for the device of ``x``.
     """
 
     def __init__(
@@ -74,12 +75,16 @@ class Builder:
         self.handle = handle
 
     def bind_stream(self) -> None:
-        """Has cuDNN launch on torch's current stream."""
+        """Makes cuDNN launch on torch's current stream."""
         stream = torch.cuda.current_stream().cuda_stream
         self.cudnn.set_stream(handle=self.handle, stream=stream)
 
     def forward(self) -> Graph:
-        """The forward, with what never reaches memory in the activations' dtype, or in fp32."""
+        """Builds the forward.
+
+        Tensors between the fused operations have the activations' dtype, or fp32 if cuDNN does not
+        support that.
+        """
         try:
             return self._forward(self.io)
         except self.cudnn.cudnnGraphNotSupportedError:
@@ -114,7 +119,7 @@ class Builder:
         return self._finish(graph, t | {"y": y})
 
     def backward(self) -> Graph:
-        """The backward; the masked gradient is the residual's, and an output of its own."""
+        """Builds the backward; the gradient masked by ReLU is also the residual's gradient."""
         types, graph = self.cudnn.data_type, self._new()
         t = {
             name: graph.tensor(name=name, data_type=self.io, **self.activation)
@@ -153,7 +158,7 @@ class Builder:
         return Graph(graph, tensors, self._build(graph))
 
     def _build(self, graph: Any) -> int:
-        """Makes a graph ready to be run; returns the bytes of its workspace."""
+        """Builds a graph's execution plans; returns the bytes of its workspace."""
         graph.build_operation_graph()
         graph.create_execution_plans([self.cudnn.heur_mode.A, self.cudnn.heur_mode.FALLBACK])
         graph.check_support()
@@ -161,7 +166,7 @@ class Builder:
         return int(graph.get_workspace_size())
 
     def runner(self, graph: Graph, values: dict[str, Tensor]) -> Callable[[], None]:
-        """A call of the graph on these tensors."""
+        """Returns a function that runs the graph on these tensors."""
         pack = {tensor: values[name] for name, tensor in graph.tensors.items()}
         workspace = torch.empty(
             max(graph.workspace, 1), dtype=torch.uint8, device=values["x"].device
@@ -177,7 +182,7 @@ class Builder:
 def _module(case: OpCase, dtype: str) -> ModuleType:
     needs_training_norm(case)
     if dtype not in DTYPES or case.layout != "channels_last":
-        raise Unavailable("takes 16-bit channels_last tensors")
+        raise Unavailable("only supports 16-bit channels_last tensors")
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() < LEAST_CAPABILITY:
         raise Unavailable("needs a GPU of sm_80 or newer")
     try:
@@ -185,9 +190,9 @@ def _module(case: OpCase, dtype: str) -> ModuleType:
 
         version = cudnn.backend_version()
     except (ImportError, OSError, RuntimeError) as error:
-        raise Unavailable(f"nvidia-cudnn-frontend can't be used: {error}") from error
+        raise Unavailable(f"nvidia-cudnn-frontend can't be imported: {error}") from error
     if version < LEAST_VERSION:
-        raise Unavailable(f"cuDNN {version} is older than {LEAST_VERSION}")
+        raise Unavailable(f"needs cuDNN {LEAST_VERSION} or newer, got {version}")
     return cudnn
 
 
@@ -200,7 +205,7 @@ def _prepare(case: OpCase) -> Bind:
     def bind(inputs: Inputs) -> Implementation:
         x = inputs.x.detach()
         if x.shape[1] % CHANNELS:
-            raise Unavailable(f"takes multiples of {CHANNELS} channels")
+            raise Unavailable(f"only supports multiples of {CHANNELS} channels, got {x.shape[1]}")
         if not built:
             with torch.cuda.device(x.device):
                 handle = cudnn.create_handle()
@@ -209,7 +214,7 @@ def _prepare(case: OpCase) -> Bind:
             try:
                 built.append((builder, builder.forward(), builder.backward()))
             except cudnn.cudnnGraphNotSupportedError as error:
-                raise Unavailable(f"cuDNN has no engine: {error}") from error
+                raise Unavailable(f"cuDNN does not support this graph: {error}") from error
         return _bound(*built[0], inputs)
 
     return bind
@@ -229,7 +234,7 @@ def _bound(builder: Builder, forward: Graph, backward: Graph, inputs: Inputs) ->
         "dresidual": torch.empty_like(x),
         "new_running_mean": channels["running_mean"],
         "new_running_var": channels["running_var"],
-        # These three lie on the host and are passed by value.
+        # These three are CPU tensors, passed by value.
         "eps": torch.full((1, 1, 1, 1), EPS, dtype=torch.float64),
         "momentum": torch.full((1, 1, 1, 1), MOMENTUM, dtype=torch.float64),
         "zero": torch.zeros((1, 1, 1, 1), dtype=x.dtype),
@@ -259,7 +264,7 @@ def _bound(builder: Builder, forward: Graph, backward: Graph, inputs: Inputs) ->
     def backward_call() -> Results:
         assert run_backward is not None
         if not ran_forward:
-            forward_call()  # backward reads its statistics and mask
+            forward_call()  # stores the statistics and the mask that backward reads
         run_backward()
         found = [values["dx"], values["dweight"].view(c), values["dbias"].view(c)]
         return found if inputs.residual is None else [*found, values["dresidual"]]

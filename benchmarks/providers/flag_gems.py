@@ -1,6 +1,6 @@
-"""FlagGems' Triton batch norm, with torch's addition and ReLU behind it.
+"""FlagGems' batch norm in Triton, followed by torch's addition and ReLU.
 
-It has not run on a GPU yet; what it computes is checked there before it is timed.
+This provider has not run on a GPU yet. Its results are checked before it is timed.
 """
 
 import importlib
@@ -25,10 +25,10 @@ def _prepare(case: OpCase) -> Bind:
     if not torch.cuda.is_available():
         raise Unavailable("needs a GPU")
     try:
-        # By name: the package has functions of the modules' names.
+        # An import statement would find a function, which has the same name as the module.
         gems = importlib.import_module("flag_gems.ops.batch_norm")
-    except Exception as error:  # it asks the GPU and its tools at import, and any of it may fail
-        raise Unavailable(f"flag_gems can't be used: {error}") from error
+    except Exception as error:  # its import queries the GPU and tools, each of which may fail
+        raise Unavailable(f"flag_gems can't be imported: {error}") from error
     has_relu = case.site.operation != "bn"
 
     def bind(inputs: Inputs) -> Implementation:
@@ -58,7 +58,9 @@ def _prepare(case: OpCase) -> Bind:
             )
             return [*found] if inputs.residual is None else [*found, gradient]
 
-        return Implementation(forward, backward, "addition and ReLU are torch's")
+        return Implementation(
+            forward, backward, "batch norm by FlagGems, addition and ReLU by torch"
+        )
 
     return bind
 

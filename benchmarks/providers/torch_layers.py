@@ -1,4 +1,4 @@
-"""torch's own layers: eager, and compiled."""
+"""torch's own operations, eager and compiled."""
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from benchmarks.providers.base import Bind, Implementation, Provider, Unavailabl
 
 
 def chosen_backend(x: Tensor, training: bool) -> str:
-    """What torch's batch norm sends a tensor to: ``Native``, ``Cudnn`` or ``Miopen``."""
+    """Returns the backend that torch's batch norm selects: ``Native``, ``Cudnn`` or ``Miopen``."""
     channel = torch.ones(x.shape[1], device=x.device)
     return torch._C._select_batch_norm_backend(
         x, channel, channel, channel, channel, training, EPS
@@ -30,15 +30,15 @@ def _eager(case: OpCase) -> Bind:
 
 def _eager_fp16_cudnn(case: OpCase) -> Bind:
     if case.dtype != "bf16":
-        raise Unavailable("stands for the 16-bit case in bf16's place")
+        raise Unavailable("runs in fp16, and only for the cases of bf16")
     if not torch.cuda.is_available():
-        raise Unavailable("cuDNN needs a GPU")
+        raise Unavailable("needs a GPU")
     bind = _eager(case)
 
     def checked(inputs: Inputs) -> Implementation:
         implementation = bind(inputs)
         if "Cudnn" not in implementation.note:
-            raise Unavailable(f"torch does not choose cuDNN here: {implementation.note}")
+            raise Unavailable(f"torch does not select cuDNN: {implementation.note}")
         return implementation
 
     return checked
@@ -46,13 +46,14 @@ def _eager_fp16_cudnn(case: OpCase) -> Bind:
 
 def _compiled(case: OpCase, mode: str | None) -> Bind:
     if mode is not None and not torch.cuda.is_available():
-        raise Unavailable("autotunes kernels of a GPU")
+        raise Unavailable("needs a GPU")
     plain = formula(case.site, case.direction != "eval")
 
     def function(inputs: Inputs) -> tuple[Tensor, ...]:
         outputs = plain(inputs)
         if len(outputs) == 2:
-            # The same tensor twice would be summed outside the graph; a copy is summed in it.
+            # If both outputs were the same tensor, their gradients would be summed outside the
+            # graph.
             return outputs[0], outputs[1].clone()
         return outputs
 
@@ -66,7 +67,7 @@ def _compiled(case: OpCase, mode: str | None) -> Bind:
         if not first:
             return compiled(inputs)
         first = False
-        # Backward runs many times on what one forward kept.
+        # Backward runs many times after one forward, so its saved tensors must not be overwritten.
         with functorch_config.patch(donated_buffer=False):
             return compiled(inputs)
 
@@ -76,7 +77,7 @@ def _compiled(case: OpCase, mode: str | None) -> Bind:
 EAGER = Provider("eager", _eager)
 EAGER_FP16_CUDNN = Provider("eager-fp16-cudnn", _eager_fp16_cudnn, dtype="fp16")
 COMPILE = Provider("compile", lambda case: _compiled(case, None))
-# The timing core captures the graph, as it does everybody's.
+# The timing core captures CUDA graphs, for every provider.
 COMPILE_MAX_AUTOTUNE = Provider(
     "compile-max-autotune", lambda case: _compiled(case, "max-autotune-no-cudagraphs")
 )

@@ -1,1 +1,1 @@
-"""Tables and pictures of results; everything they say is read from the results' files."""
+"""Tables and pictures of results, made only from the files of results."""

@@ -1,4 +1,4 @@
-"""Two runs, case by case."""
+"""Compares two runs case by case."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,23 +6,24 @@ from dataclasses import dataclass
 from benchmarks.store import Record
 
 Run = tuple[Record, Sequence[Record]]
-# Two runs of the same code differ by less than this, whatever their quartiles say.
+# A ratio that differs from 1 by at most this counts as noise, even if the quartiles suggest less.
 LEAST_NOISE = 0.03
-# Half the quartiles' distance is two thirds of a round's standard deviation; so many of it, both
-# runs' together, are taken for noise, which is more than a median varies by.
+# Half the distance between the quartiles of a normal distribution is two thirds of its standard
+# deviation. Differences up to this many times it, combined over both runs, are noise; a median
+# varies by less.
 SPREADS = 3
 
 
 @dataclass(frozen=True)
 class Change:
-    """What became of a case.
+    """The change of one case.
 
     Attributes:
-        id: of the case.
-        verdict: ``slower``, ``faster``, ``same``, ``lost`` (no longer measured), ``new`` or
-            ``recast`` (timed in another way, so not compared).
-        ratio: new time over old, or 0.
-        noise: what the ratio may differ from 1 by.
+        id: id of the case.
+        verdict: ``slower``, ``faster``, ``same``, ``lost`` (not measured any more), ``new`` or
+            ``recast`` (timed by another method, so not compared).
+        ratio: new time divided by the old time, or 0 if they are not compared.
+        noise: difference of the ratio from 1 that counts as noise.
     """
 
     id: str
@@ -33,18 +34,18 @@ class Change:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Changes, and how the environments differ."""
+    """The changes of all cases, and the differences between the environments."""
 
     changes: list[Change]
     differences: list[str]
 
     @property
     def regressions(self) -> list[Change]:
-        """What got slower beyond noise, or is no longer measured."""
+        """The cases that became slower by more than noise, or are not measured any more."""
         return [c for c in self.changes if c.verdict in ("slower", "lost")]
 
     def table(self) -> str:
-        """Regressions first."""
+        """Formats the differences, the changes (regressions first), and counts of the verdicts."""
         lines = [f"{what}" for what in self.differences]
         order = ("lost", "slower", "faster", "same", "recast", "new")
         for change in sorted(self.changes, key=lambda c: (order.index(c.verdict), -c.ratio)):
@@ -55,9 +56,9 @@ class Comparison:
 
 
 def compare(old: Run, new: Run) -> Comparison:
-    """What changed from one run to another, in time, and for a step's memory in bytes."""
+    """Compares the medians of two runs; for the memory of a step, its peak bytes."""
     old_about, new_about = old[0], new[0]
-    # Kernel time by group says where a step's time went, and is taken with a profiler.
+    # Kernel times by group come from a profiler and only explain a step's time.
     old_records, new_records = ([r for r in run[1] if r["suite"] != "groups"] for run in (old, new))
     before = {r["id"]: r for r in old_records}
     changes = []

@@ -1,4 +1,4 @@
-"""The section of docs/performance.md: from the committed results, or without any from the audits."""
+"""Writes the section of docs/performance.md from the committed results, if any, and the audits."""
 
 import os
 import textwrap
@@ -20,10 +20,11 @@ RESULTS = Path(__file__).parent.parent / "results"
 BEGIN, END = "<!-- performance: begin -->", "<!-- performance: end -->"
 ITEMSIZE, BATCH = 2, 256
 WIDTH = 100
-# What the derived floors are reckoned with: an H200's copy bandwidth, in bytes/s.
+# Bandwidth of the derived times, about that of a copy on an H200, in bytes/s.
 DERIVED_COPY = 4.3e12
-# What Inductor moves in the step of `Found.traffic`, in MB: the buffers of each launch that torch 2.15
-# generated for 132 multiprocessors, without a GPU. The second is of its max-pool backward by gathering.
+# MB that Inductor's code moves in the step of ``benchmarks.audit.budget.Found.traffic``: the
+# buffers of each launch in the code that torch 2.15 generated for 132 multiprocessors without a
+# GPU. The second is with the older max-pool backward, which gathers.
 INDUCTOR, INDUCTOR_GATHERS = 18_846, 15_353
 COLUMNS = ("bn_relu", "bn_add_relu", "bn_add_relu_fork", "dual_bn_add_relu", "bn_relu_pool")
 STEPS = (
@@ -34,7 +35,7 @@ STEPS = (
 
 
 def write() -> Path:
-    """Puts the section between the page's markers; returns the page's path.
+    """Writes the section between the page's markers; returns the page's path.
 
     Raises:
         ValueError: if the page lacks the markers.
@@ -44,41 +45,45 @@ def write() -> Path:
 
 
 def with_section(text: str) -> str:
-    """The page with the section as of today."""
+    """Returns the page's text with the current section between its markers.
+
+    Raises:
+        ValueError: if the text lacks the markers.
+    """
     head, begin, rest = text.partition(BEGIN)
     _, end, tail = rest.partition(END)
     if not begin or not end:
-        raise ValueError(f"{PAGE.name} must hold the lines {BEGIN} and {END}")
+        raise ValueError(f"{PAGE.name} must contain the lines {BEGIN} and {END}")
     return f"{head}{BEGIN}\n\n{section()}\n\n{END}{tail}"
 
 
 def section(results: Path = RESULTS) -> str:
-    """The section without its markers."""
+    """Returns the section without its markers."""
     folders = latest(results)
     parts = [measured(folder, *load(folder)) for folder in folders] if folders else [unmeasured()]
     return "\n\n".join(_wrapped("\n\n".join([*parts, audited()]).split("\n\n")))
 
 
 def _wrapped(parts: Sequence[str]) -> list[str]:
-    """Paragraphs in lines of the page's width; tables and titles as they are."""
+    """Wraps paragraphs at the page's width; leaves tables, titles and pictures as they are."""
     return [p if p[0] in "|#!" else textwrap.fill(p, WIDTH, break_on_hyphens=False) for p in parts]
 
 
 def latest(results: Path) -> list[Path]:
-    """The newest folder of results of each GPU."""
+    """Returns the newest folder of results for each GPU."""
     gpus = sorted(p for p in results.iterdir() if p.is_dir()) if results.exists() else []
     dates = [sorted(path.parent for path in gpu.glob("*/environment.json")) for gpu in gpus]
     return [folders[-1] for folders in dates if folders]
 
 
 def measured(folder: Path, about: Record, records: Sequence[Record]) -> str:
-    """What one run found: nets, then the sites of its main setting.
+    """Formats the results of a run: nets, then the operations of its main setting.
 
     Raises:
-        ValueError: if nobody measured it.
+        ValueError: if the timings are made up.
     """
     if about["device"] == MADE_UP:
-        raise ValueError(f"{folder} holds {MADE_UP}, and the page only takes measured ones")
+        raise ValueError(f"{folder} must have measured timings, got {MADE_UP}")
     parts = [tables.environment_line(about)]
     parts += [p for p in tables.nets(records) if not p.startswith("## ")]
     parts += [p for p in tables.memory(records) if not p.startswith("## ")]
@@ -95,7 +100,7 @@ def measured(folder: Path, about: Record, records: Sequence[Record]) -> str:
 
 
 def unmeasured() -> str:
-    """Derived floors, called derived."""
+    """Formats derived times, for a page without measured results."""
     rows = []
     for site in RESNET18_SITES:
         if site.operation == "bn":
@@ -110,16 +115,16 @@ def unmeasured() -> str:
         [
             "There is no measured result yet: the kernels have not been run or timed on a GPU. "
             "`python -m benchmarks run` measures them on yours.",
-            "Derived, not measured: the time that the least bytes of an operation take at "
-            f"{DERIVED_COPY / 1e12} TB/s, about what a copy reaches on an H200; microseconds, "
-            "ResNet-18, batch 256, bf16.",
+            "Derived, not measured: the time in microseconds that the fewest bytes an operation "
+            f"can move take at {DERIVED_COPY / 1e12} TB/s, about the bandwidth of a copy on an "
+            "H200 (ResNet-18, batch 256, bf16).",
             markdown_table(["site", "forward, training", "backward"], rows),
         ]
     )
 
 
 def audited() -> str:
-    """What the audits counted, from the recorded budget."""
+    """Formats the results of the audits, from the recorded budget."""
     found = budget.load()
     counted = {
         (r["operation"], r["step"]): r["sectors"]
@@ -154,35 +159,36 @@ def audited() -> str:
     ]  # fmt: skip
     return "\n\n".join(
         [
-            "Counted in the interpreter: the memory that an operation touches in distinct 32-byte "
-            "sectors, in S, the bytes of one activation (bf16, channels_last); in brackets the "
-            "least that a fused operation of two passes can.",
+            "Counted in the interpreter: the memory that an operation touches, in distinct 32-byte "
+            "sectors. The unit is S, the bytes of one activation (bf16, channels_last). In "
+            "brackets is the least that a fused operation with two passes can touch.",
             markdown_table(["", *(OPERATION_TITLES[name] for name in COLUMNS)], rows),
-            "A training step of ResNet-18 at batch 256, 224×224, bf16, channels_last, moves besides its "
-            f"convolutions {moved['fused']:,.0f} MB fused and {moved['stock']:,.0f} MB with torch's own "
-            "layers, counted from the operations that run. The code that `torch.compile` generates for "
-            f"torch's layers moves {INDUCTOR:,} MB, {INDUCTOR_GATHERS:,} with Inductor's older max-pool "
-            "backward, counted from the buffers of its launches (torch 2.15, without a GPU).",
-            "What a training forward of ResNet-18 holds for its backward at batch 256, 224×224, "
-            "bf16, counted without running it: "
+            "Apart from its convolutions, a training step of ResNet-18 (batch 256, 224×224, bf16, "
+            f"channels_last) moves {moved['fused']:,.0f} MB fused and {moved['stock']:,.0f} MB "
+            "with torch's own layers, counted from the operations that run. The code that "
+            f"`torch.compile` generates for torch's layers moves {INDUCTOR:,} MB, or "
+            f"{INDUCTOR_GATHERS:,} MB with Inductor's older max-pool backward, counted from the "
+            "buffers of its launches (torch 2.15, without a GPU).",
+            "A training forward of ResNet-18 (batch 256, 224×224, bf16) holds for its backward, "
+            "counted without running it: "
             + ", ".join(
                 f"{size / 1e6:,.0f} MB {title} ({size / stock:.2f})"
                 for title, size in (
-                    ("of torch's own layers", stock),
+                    ("with torch's own layers", stock),
                     ("fused", found.held["fused"]),
-                    ("inside `bnres.recompute()`", found.held["recompute"]),
+                    ("fused inside `bnres.recompute()`", found.held["recompute"]),
                 )
             )
             + ".",
-            "A training step of ResNet-18, without the optimiser, is "
+            "Fused, a training step of ResNet-18 without the optimiser makes "
             f"{found.launches['fused, Triton']} launches of our kernels and "
-            f"{found.launches['fused, ATen']} operations of ATen; with torch's own layers it is "
-            f"{found.launches['stock, ATen']} of these, of which each of 40 batch norms, forward and "
-            "backward, makes several launches.",
-            "Compiled for sm_90 with no GPU, in bf16 and channels_last, the worst of each kernel's specialisations in a "
-            "ResNet-18 step and in the convolutions of ResNet-18 and -50; "
-            "`python -m benchmarks audit` compiles them anew, for sm_80, sm_100 and gfx942 too, and "
-            "fails where one exceeds its recorded budget.",
+            f"{found.launches['fused, ATen']} operations of ATen. With torch's own layers it makes "
+            f"{found.launches['stock, ATen']} operations of ATen; 40 of them are the forward and "
+            "backward of batch norms, and each of these makes several launches.",
+            "Compiled for sm_90 without a GPU, in bf16 and channels_last: the worst of each "
+            "kernel's specialisations in a step of ResNet-18 and in the convolutions of ResNet-18 "
+            "and -50. `python -m benchmarks audit` compiles these again, also for sm_80, sm_100 "
+            "and gfx942, and fails if one exceeds its recorded budget.",
             markdown_table(["kernel", "registers", "spills", "occupancy", "matrix"], code),
         ]
     )

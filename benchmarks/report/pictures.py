@@ -1,4 +1,4 @@
-"""A run's results as pictures."""
+"""Draws a run's results as pictures."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +18,7 @@ from benchmarks.report.style import GROUP_MARKS, PROVIDER_MARKS, new_figure, sav
 from benchmarks.report.tables import DIRECTION_TITLES
 from benchmarks.store import Record
 
-# A panel of more groups of bars than this is no longer read.
+# A panel with more groups of bars than this would be unreadable.
 MOST_SITES = 16
 SHORT_TITLES = {
     "bn": "BN",
@@ -30,13 +30,13 @@ SHORT_TITLES = {
     "conv_bn_relu": "+BN+ReLU",
     "conv_bn_add_relu": "+BN+add\n+ReLU",
 }
-# A fused batch norm holds what follows it, which for the others is of the rest.
+# A fused batch norm includes the addition and activation; other providers have these in "rest".
 GROUP_TITLES = {"batch norm": "batch norm and what is fused with it"}
 Panel = tuple[str, list[Subject]]
 
 
 def draw(folder: Path, about: Record, records: Sequence[Record]) -> list[Path]:
-    """Draws what the results have of bandwidth, speed-up, steps and memory."""
+    """Draws bandwidth, speed-up, step times and memory if there are results; returns the files."""
     drawn = []
     operations = subjects(records, "ops")
     norms = [s for s in operations if not _is_conv(s)]
@@ -55,7 +55,7 @@ def draw(folder: Path, about: Record, records: Sequence[Record]) -> list[Path]:
 
 
 def bandwidth(path: Path, about: Record, found: Sequence[Subject]) -> Path:
-    """Bandwidth of each site by provider, under the ceiling."""
+    """Draws each site's bandwidth by provider, with the ceiling as a line."""
     panels = _panels(main_setting(list(found)))
     ceiling = about["ceilings"]["copy"] / 1e9
     figure, all_axes = _site_figure("Bandwidth", about, panels)
@@ -70,13 +70,13 @@ def bandwidth(path: Path, about: Record, found: Sequence[Subject]) -> Path:
             f"copy {ceiling:,.0f} GB/s", (1, ceiling), xycoords=("axes fraction", "data"),
             ha="right", va="bottom", fontsize=8,
         )  # fmt: skip
-        axes.set_ylabel("least bytes / time, GB/s")
+        axes.set_ylabel("fewest bytes / time, GB/s")
     figure.legend(*all_axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
     return save(figure, path)
 
 
 def speedup(path: Path, about: Record, found: Sequence[Subject]) -> Path:
-    """How many times as fast as eager each site is by provider."""
+    """Draws each site's speed-up over eager by provider."""
     panels = _panels(main_setting(list(found)))
     figure, all_axes = _site_figure("Speed-up over eager", about, panels)
     providers = [p for p in providers_in(s for _, shown in panels for s in shown) if p != BASELINE]
@@ -96,7 +96,7 @@ def _is_conv(subject: Subject) -> bool:
 
 
 def _panels(found: Sequence[Subject]) -> list[Panel]:
-    """Subjects of one net by direction, convolutions apart."""
+    """Returns the first net's subjects by direction, and its convolutions in another panel."""
     nets = [_net_of(s) for s in found]
     shown = [s for s in found if _net_of(s) == nets[0]]
     panels = [
@@ -114,7 +114,7 @@ def _net_of(subject: Subject) -> str:
 def _site_figure(what: str, about: Record, panels: Sequence[Panel]) -> tuple[Figure, list[Axes]]:
     first = panels[0][1][0]
     record = first.any
-    small = ", in small" if record["smoke"] else f", batch {record['batch']}"
+    small = ", small inputs" if record["smoke"] else f", batch {record['batch']}"
     figure, all_axes = new_figure(11, 3.0 * len(panels) + 0.8, len(panels))
     figure.suptitle(
         f"{what}: {_net_of(first)}, {record['dtype']}, {record['layout']}{small}; "
@@ -126,14 +126,14 @@ def _site_figure(what: str, about: Record, panels: Sequence[Panel]) -> tuple[Fig
 
 
 def _site_label(subject: Subject) -> str:
-    """Place in the net and operation, in short lines."""
+    """Returns the site's stage and operation in short lines."""
     record = subject.any
     place = str(record["site"]).split(".", 1)[1].replace("-", "\n", 1)
     return f"{place}\n{SHORT_TITLES[record['operation']]}"
 
 
 def step_time(path: Path, about: Record, found: Sequence[Subject]) -> Path:
-    """A training step's time by provider: convolution, batch norm, the rest, and the gaps."""
+    """Draws a training step's time by provider, divided as in `step_parts`."""
     count = sum(len(s.records) for s in found)
     figure, (axes,) = new_figure(9, 0.28 * count + 0.42 * len(found) + 1.3)
     place = 0.0
@@ -152,7 +152,8 @@ def step_time(path: Path, about: Record, found: Sequence[Subject]) -> Path:
                 mark = GROUP_MARKS[group]
                 axes.barh(
                     -place, seconds * 1e3, left=left, color=mark.color, hatch=mark.hatch,
-                    edgecolor="black", linewidth=0.5, label=None if places else GROUP_TITLES.get(group, group),
+                    edgecolor="black", linewidth=0.5,
+                    label=None if places else GROUP_TITLES.get(group, group),
                 )  # fmt: skip
                 left += seconds * 1e3
             axes.annotate(
@@ -165,14 +166,14 @@ def step_time(path: Path, about: Record, found: Sequence[Subject]) -> Path:
     axes.margins(x=0.12)
     axes.grid(axis="x", alpha=0.3)
     axes.grid(axis="y", visible=False)
-    axes.set_xlabel("ms a step")
+    axes.set_xlabel("ms per step")
     axes.set_title(f"Training step; {about['device']}", loc="left", fontsize=11)
     figure.legend(loc="outside lower center", ncols=4)
     return save(figure, path)
 
 
 def step_parts(record: Record) -> dict[str, float]:
-    """Seconds of convolutions, batch norm and the rest; what is left of the step is gaps."""
+    """Returns seconds of convolution, batch norm, other kernels, and the gaps between kernels."""
     groups = record["groups"]
     parts = {name: groups[name] for name in ("convolution", "batch norm")}
     parts["rest"] = sum(groups.values()) - sum(parts.values())
@@ -180,7 +181,7 @@ def step_parts(record: Record) -> dict[str, float]:
 
 
 def step_memory(path: Path, about: Record, found: Sequence[Subject]) -> Path:
-    """Peak memory of a training step by provider, and what is held for backward."""
+    """Draws by provider the peak memory of a training step, and the memory held for backward."""
     providers = providers_in(found)
     figure, panels = new_figure(8, 5.6, 2)
     for axes, (key, title) in zip(
@@ -202,7 +203,7 @@ def step_memory(path: Path, about: Record, found: Sequence[Subject]) -> Path:
 def _bars(
     axes: Axes, providers: Sequence[str], labels: Sequence[str], rows: Sequence[Sequence[float]]
 ) -> None:
-    """Grouped bars: a group a label, in it a bar a provider."""
+    """Draws a group of bars for each label, with one bar for each provider."""
     width = 0.8 / max(len(providers), 1)
     for index, (provider, values) in enumerate(zip(providers, rows, strict=True)):
         mark = PROVIDER_MARKS[provider]

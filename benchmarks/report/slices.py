@@ -1,4 +1,4 @@
-"""Results arranged by what is compared with what."""
+"""Groups results into the sets that are compared with each other."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -20,11 +20,11 @@ OPERATION_TITLES = {
 
 @dataclass(frozen=True)
 class Subject:
-    """One thing measured, by several providers.
+    """Results of several providers for the same subject.
 
     Attributes:
-        name: `benchmarks.cases.OpCase.subject`.
-        records: by provider, measured ones.
+        name: the subject, see `benchmarks.cases.OpCase.subject`.
+        records: the measured records by provider.
     """
 
     name: str
@@ -32,17 +32,17 @@ class Subject:
 
     @property
     def any(self) -> Record:
-        """A record, for the fields that all share."""
+        """Any one of the records, for fields that are the same in all."""
         return next(iter(self.records.values()))
 
     def ratio(self, provider: str, other: str = BASELINE) -> float | None:
-        """How many times as fast as ``other`` a provider is."""
+        """Returns the speed-up of a provider over ``other``, or None if either has no record."""
         ours, theirs = self.records.get(provider), self.records.get(other)
         return theirs["median"] / ours["median"] if ours and theirs else None
 
 
 def subjects(records: Iterable[Record], suite: str) -> list[Subject]:
-    """The measured subjects of a suite, in the order of their first record."""
+    """Returns the measured subjects of a suite, in the order of their first record."""
     found: dict[str, dict[str, Record]] = {}
     for record in records:
         if record["suite"] == suite and record["status"] == "measured":
@@ -51,9 +51,10 @@ def subjects(records: Iterable[Record], suite: str) -> list[Subject]:
 
 
 def steps_with_groups(records: Iterable[Record]) -> list[Record]:
-    """Step records whose kernel time by group is known, with it as ``groups``.
+    """Returns the records of steps with their kernel time by group, as ``groups``.
 
-    It comes from the record of the suite ``groups``; records of older runs hold it themselves.
+    The kernel times come from the suite ``groups``; in older runs the record of a step has them.
+    Steps without kernel times are omitted.
     """
     shared = ("net", "image", "batch", "layout", "dtype", "provider", "smoke")
     records = [record for record in records if record["status"] == "measured"]
@@ -72,19 +73,19 @@ def steps_with_groups(records: Iterable[Record]) -> list[Record]:
 
 
 def providers_in(found: Iterable[Subject]) -> list[str]:
-    """Providers that measured something, in their usual order."""
+    """Returns the providers that have results, in the order of `PROVIDERS`."""
     present = {name for subject in found for name in subject.records}
     return [name for name in PROVIDERS if name in present]
 
 
 def setting(subject: Subject) -> tuple[str, str, int]:
-    """What operations of one table share."""
+    """Returns the layout, dtype and batch, which are the same for all operations of one table."""
     record = subject.any
     return record["layout"], record["dtype"], record["batch"]
 
 
 def main_setting(found: list[Subject]) -> list[Subject]:
-    """Those of the setting that has most subjects."""
+    """Returns the subjects that have the most frequent setting."""
     settings = [setting(subject) for subject in found]
     best = max(settings, key=settings.count)
     return [subject for subject in found if setting(subject) == best]

@@ -1,4 +1,4 @@
-"""The pictures' one style: told apart by the colour-blind, and by hatches in black and white."""
+"""The style of all pictures: colours that the colour-blind can distinguish, and hatches."""
 
 import io
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from bnres.files import write_bytes
 
 @dataclass(frozen=True)
 class Mark:
-    """Colour (of Okabe and Ito) and hatch."""
+    """A colour from Okabe and Ito's palette or a grey, and a hatch."""
 
     color: str
     hatch: str = ""
@@ -40,7 +40,7 @@ DPI = 150
 
 
 def new_figure(width: float, height: float, rows: int = 1) -> tuple[Figure, list[Axes]]:
-    """A figure of ``rows`` axes, one below the other."""
+    """Returns a figure and its ``rows`` axes, one below the other."""
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.subplots(rows, 1, squeeze=False)[:, 0]
     for each in axes:

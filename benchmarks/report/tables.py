@@ -1,4 +1,4 @@
-"""A run's results as Markdown."""
+"""Formats a run's results as Markdown."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,27 +18,35 @@ DIRECTION_TITLES = {
     "eval": "forward (evaluation)",
 }
 LEGEND = (
-    "Microseconds, medians; in brackets the share of the limit: the fused operation's least bytes "
-    "over the measured copy bandwidth (a convolution: or its operations over the measured product), "
-    "nothing staying in the L2 cache, so that small sites can pass 100%. "
-    "Behind: times as fast as torch's own layers (eager) and torch.compile; and how long a call of "
-    "bnres keeps the host, which a CUDA graph or a full queue hides."
+    "Medians in microseconds. In brackets: the shortest possible time as a share of the median. "
+    "The shortest possible time is that of the fused operation's fewest bytes at the measured "
+    "bandwidth of a copy (for a convolution, the longer of this and the time of its FLOPs at the "
+    "measured speed of a matrix product). It assumes that nothing stays in the L2 cache, so small "
+    "sites can exceed 100%. The last columns: the speed-ups of bnres over torch's own layers "
+    "(eager) and over torch.compile, and the time that a call of bnres takes on the host, which a "
+    "CUDA graph or a full queue hides."
 )
 
 IDLE_NOTE = (
-    " Idle: the share of a loop's time in which the GPU waits for the host, 1 - (time of the same step "
-    "replayed from a CUDA graph) / (time of the loop)."
+    " Idle: the share of a loop's time in which the GPU waits for the host: 1 - (time of the same "
+    "step replayed from a CUDA graph) / (time of the loop)."
 )
 
 
 def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns after the first are flush right."""
+    """Formats a table whose columns after the first are right-aligned."""
     lines = ["| " + " | ".join(headings) + " |", "|---" + "|---:" * (len(headings) - 1) + "|"]
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
 
 
 def report(about: Record, records: Sequence[Record], pictures: Sequence[Path]) -> str:
-    """The whole report."""
+    """Formats the whole report.
+
+    Args:
+        about: environment of the run.
+        records: records of the run.
+        pictures: files of pictures in the report's folder.
+    """
     sections = ["# Benchmarks", environment_line(about)]
     sections += [f"![{picture.stem}]({picture.name})" for picture in pictures]
     sections += operations(records)
@@ -51,7 +59,7 @@ def report(about: Record, records: Sequence[Record], pictures: Sequence[Path]) -
 
 
 def environment_line(about: Record) -> str:
-    """What the results were measured on."""
+    """Describes the environment of a run and its ceilings."""
     versions = ", ".join(
         f"{name} {about[key]}"
         for name, key in (
@@ -69,7 +77,7 @@ def environment_line(about: Record) -> str:
 
 
 def speedups(subject: Subject) -> list[str]:
-    """How many times as fast as eager and compile bnres is."""
+    """Formats the speed-ups of bnres over eager and over compile."""
     return [
         "-" if (ratio := subject.ratio("bnres", other)) is None else f"{ratio:.2f}×"
         for other in ("eager", "compile")
@@ -77,7 +85,7 @@ def speedups(subject: Subject) -> list[str]:
 
 
 def operations(records: Sequence[Record]) -> list[str]:
-    """A table for each operation, direction and setting."""
+    """Formats a table for each operation, direction and setting."""
     found = subjects(records, "ops")
     groups: dict[tuple[str, ...], list[Subject]] = {}
     for subject in found:
@@ -88,7 +96,7 @@ def operations(records: Sequence[Record]) -> list[str]:
     sections = ["## Operations", LEGEND] if groups else []
     for (operation, direction, *rest), group in groups.items():
         providers = providers_in(group)
-        smoke = ", in small" if group[0].any["smoke"] else ""
+        smoke = ", small inputs" if group[0].any["smoke"] else ""
         title = (
             f"### {OPERATION_TITLES[operation]}, {DIRECTION_TITLES[direction]}: "
             f"{', '.join(rest)}{smoke}"
@@ -102,7 +110,7 @@ def operations(records: Sequence[Record]) -> list[str]:
             ]
             for subject in group
         ]
-        headings = ["site", *providers, "to eager", "to compile", "host"]
+        headings = ["site", *providers, "vs. eager", "vs. compile", "host"]
         sections += [title, markdown_table(headings, rows)]
     return sections
 
@@ -125,18 +133,19 @@ def _host(subject: Subject) -> str:
 
 
 def nets(records: Sequence[Record]) -> list[str]:
-    """Training steps and inference."""
+    """Formats tables of training steps and inference."""
     sections = []
     for suite, title, note in (
         ("step", "Training step", ""),
-        ("infer", "Inference", " No provider has its batch norms folded into convolutions."),
+        ("infer", "Inference", " No provider folds batch norms into convolutions."),
     ):
         found = subjects(records, suite)
         if found:
             has_idle = any("idle" in r for s in found for r in s.records.values())
             sections += [
                 f"## {title}",
-                f"Milliseconds, medians; in brackets images/s.{note}{IDLE_NOTE if has_idle else ''}",
+                "Medians in milliseconds; in brackets images/s."
+                f"{note}{IDLE_NOTE if has_idle else ''}",
                 _nets_table(found, _milliseconds, speedups),
             ]
     return sections
@@ -156,11 +165,11 @@ def _nets_table(
         ]
         for subject in found
     ]
-    return markdown_table(["net", *providers, "to eager", "to compile"], rows)
+    return markdown_table(["net", *providers, "vs. eager", "vs. compile"], rows)
 
 
 def net_title(subject: Subject) -> str:
-    """A net, its input and how it is launched."""
+    """Formats a net, its input and its kind of launch."""
     record = subject.any
     launch = ", CUDA graph" if record["launch"] == "graph" else ""
     return (
@@ -175,7 +184,7 @@ def _milliseconds(record: Record) -> str:
 
 
 def memory(records: Sequence[Record]) -> list[str]:
-    """Memory of training steps."""
+    """Formats the memory of training steps."""
     found = subjects(records, "memory")
     if not found:
         return []
@@ -195,13 +204,13 @@ def memory(records: Sequence[Record]) -> list[str]:
             rows.append([f"{net_title(subject)}: {what}", *cells])
     return [
         "## Memory of a training step",
-        "MB by which a step's allocations grow; in brackets relative to eager.",
+        "Growth of the allocated memory during a step in MB; in brackets the ratio to eager.",
         markdown_table(["net", *providers], rows),
     ]
 
 
 def augmentation(records: Sequence[Record]) -> list[str]:
-    """Images/s of augmentation."""
+    """Formats the images/s of augmentation."""
     found = subjects(records, "augment")
     if not found:
         return []
@@ -222,14 +231,15 @@ def augmentation(records: Sequence[Record]) -> list[str]:
         rows.append([title, *cells])
     return [
         "## Augmentation",
-        "Images/s of flip, resized crop, jitter and normalise; in brackets the share of the limit, "
-        "one read and one write of an image. bnres-kernel: its kernels alone, without the draws.",
+        "Images/s of flip, resized crop, colour jitter and normalisation; in brackets the share of "
+        "the limit, which is one read and one write of each image. bnres-kernel is only the "
+        "kernel, without the random draws.",
         markdown_table(["images", *providers], rows),
     ]
 
 
 def notes(records: Sequence[Record]) -> list[str]:
-    """What ran behind the providers' names, such as the batch norm that torch chose."""
+    """Formats the providers' notes, such as the backend that torch selected for batch norm."""
     found: dict[tuple[str, str, str], int] = {}
     for record in records:
         if record["status"] == "measured" and record.get("note"):
@@ -243,7 +253,7 @@ def notes(records: Sequence[Record]) -> list[str]:
 
 
 def absent(records: Sequence[Record]) -> list[str]:
-    """Providers that were not measured, and why."""
+    """Formats the providers that were not measured, and why."""
     reasons: dict[tuple[str, str, str], int] = {}
     for record in records:
         if record["status"] != "measured":
