@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bnres.kernels.channels import add_splits, load_line, load_norms
+from bnres.kernels.channels import FINALIZE_CHANNELS, add_splits, load_line, load_norms
 from bnres.kernels.device import ACTIVATIONS
 from bnres.kernels.launch import launch, plan
 from bnres.kernels.norm import Norm, Sums, pointers
@@ -93,7 +93,7 @@ def _bn_bwd_reduce_kernel(
     residual_mean_ptr, residual_rstd_ptr, residual_weight_ptr, residual_bias_ptr,
     count, C, L, rows_per_split, act_param: tl.float64,
     ACT_GRAD: tl.constexpr, HAS_ACT: tl.constexpr, TILE: tl.constexpr, UNROLL: tl.constexpr,
-    STAGES: tl.constexpr, EVICTION: tl.constexpr, INNER_POW2: tl.constexpr, ACC: tl.constexpr,
+    STAGES: tl.constexpr, EVICTION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Sums of dz and, of each norm, dz·(x − mean) over a split's rows: partial is (2 or 3, splits, C)."""
     TWO_NORMS: tl.constexpr = residual_mean_ptr is not None
@@ -128,31 +128,28 @@ def _bn_bwd_reduce_kernel(
     sum_dz, sum_dz_xmu, sum_dz_rmu = sums
     out = partial_ptr + tl.cast(split, tl.int64) * C + offs_c
     plane = tl.cast(splits, tl.int64) * C
-    tl.store(out, to_channels(sum_dz, TILE, INNER_POW2), mask=mask_c)
-    tl.store(out + plane, to_channels(sum_dz_xmu, TILE, INNER_POW2), mask=mask_c)
+    tl.store(out, to_channels(sum_dz, TILE), mask=mask_c)
+    tl.store(out + plane, to_channels(sum_dz_xmu, TILE), mask=mask_c)
     if TWO_NORMS:
-        tl.store(out + 2 * plane, to_channels(sum_dz_rmu, TILE, INNER_POW2), mask=mask_c)
+        tl.store(out + 2 * plane, to_channels(sum_dz_rmu, TILE), mask=mask_c)
 
 
 @triton.jit
 def _bn_bwd_finalize_kernel(
     sum_dy_ptr, sum_dy_xhat_ptr, residual_sum_dy_ptr, residual_sum_dy_xhat_ptr,
-    partial_ptr, rstd_ptr, residual_rstd_ptr, C, splits,
-    TRIPS: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
+    partial_ptr, rstd_ptr, residual_rstd_ptr, C, splits, TRIPS: tl.constexpr,
 ):  # fmt: skip
     """sum_dy and sum_dy_xhat = rstd·sum(dz·(x − mean)) of each channel, for each norm: (C,)."""
-    offs_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    offs_c = tl.program_id(0) * FINALIZE_CHANNELS + tl.arange(0, FINALIZE_CHANNELS)
     mask_c = offs_c < C
     plane = tl.cast(splits, tl.int64) * C
     dtype: tl.constexpr = sum_dy_ptr.dtype.element_ty
     # All loads come before the first barrier, as in the forward's finalize kernel.
-    sum_dz = add_splits(partial_ptr, splits, offs_c, mask_c, C, TRIPS, BLOCK_S, BLOCK_C)
-    sum_dz_xmu = add_splits(partial_ptr + plane, splits, offs_c, mask_c, C, TRIPS, BLOCK_S, BLOCK_C)
+    sum_dz = add_splits(partial_ptr, splits, offs_c, mask_c, C, TRIPS)
+    sum_dz_xmu = add_splits(partial_ptr + plane, splits, offs_c, mask_c, C, TRIPS)
     rstd = tl.load(rstd_ptr + offs_c, mask=mask_c, other=0).to(tl.float64)
     if residual_rstd_ptr is not None:
-        sum_dz_rmu = add_splits(
-            partial_ptr + 2 * plane, splits, offs_c, mask_c, C, TRIPS, BLOCK_S, BLOCK_C
-        )
+        sum_dz_rmu = add_splits(partial_ptr + 2 * plane, splits, offs_c, mask_c, C, TRIPS)
         residual_rstd = tl.load(residual_rstd_ptr + offs_c, mask=mask_c, other=0).to(tl.float64)
     sum_dy = tl.sum(sum_dz, 0).to(dtype)
     tl.store(sum_dy_ptr + offs_c, sum_dy, mask=mask_c)

@@ -67,6 +67,11 @@ class Tile:
         """Columns in use in a `GROUPS` tile."""
         return self.block_channels * self.group_inner
 
+    @property
+    def inner_pow2(self) -> int:
+        """``group_inner``, up to a power of two."""
+        return next_power_of_2(self.group_inner)
+
 
 def next_power_of_2(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()

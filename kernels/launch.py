@@ -12,12 +12,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
-from bnres.kernels.config import (
-    column_config,
-    launch_config,
-    next_power_of_2,
-    tile_for,
-)
+from bnres.kernels.channels import FINALIZE_CHANNELS, FINALIZE_SPLITS
+from bnres.kernels.config import column_config, launch_config, tile_for
 from bnres.kernels.layout import pooled_size, view_of
 
 # A load of a word needs an address that is a multiple of this.
@@ -32,8 +28,8 @@ OPTIONS = ("num_warps", "num_stages")
 # Interpreted programs run one after another, so a few of them are enough.
 INTERPRETER_SM_COUNT = 1
 
-# Tile of the kernels that combine partial sums (splits, C).
-FINALIZE_SPLITS, FINALIZE_CHANNELS, FINALIZE_WARPS = 256, 8, 8
+# Of the kernels that combine partial sums.
+FINALIZE_WARPS = 8
 
 
 @dataclass(frozen=True)
@@ -85,13 +81,10 @@ def _plan(
     tile = replace(tile, words=tile.aligned and dtype == torch.bfloat16)
     config = launch_config(kernel, view, tile, sm_count)
     sizes = {"count": view.count, "C": view.channels, "splits": config.splits}
-    blocks = {
-        "TRIPS": -(-config.splits // FINALIZE_SPLITS),
-        "BLOCK_S": FINALIZE_SPLITS,
-        "BLOCK_C": FINALIZE_CHANNELS,
-    }
+    trips = -(-config.splits // FINALIZE_SPLITS.value)
     finalize = Plan(
-        (-(-view.channels // FINALIZE_CHANNELS),), sizes | blocks | {"num_warps": FINALIZE_WARPS}
+        (-(-view.channels // FINALIZE_CHANNELS.value),),
+        sizes | {"TRIPS": trips, "num_warps": FINALIZE_WARPS},
     )
     arguments = sizes | {
         "L": view.inner,
@@ -100,7 +93,6 @@ def _plan(
         "UNROLL": config.tuning.unroll,
         "STAGES": config.tuning.num_stages,
         "EVICTION": config.tuning.eviction,
-        "INNER_POW2": next_power_of_2(tile.group_inner),
         "ACC": tl.float64 if dtype == torch.float64 else tl.float32,
     }
     grid = config.col_blocks, config.splits

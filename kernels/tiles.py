@@ -163,7 +163,7 @@ def to_columns(v, TILE: tl.constexpr):
 
 
 @triton.jit
-def to_channels(acc, TILE: tl.constexpr, INNER_POW2: tl.constexpr):
+def to_channels(acc, TILE: tl.constexpr):
     """Sums of a sub-tile (sub_rows, block_cols) for each channel: (block_channels,)."""
     if TILE.kind == PLANES:
         # Each thread adds up its columns, so that threads exchange one value.
@@ -172,12 +172,12 @@ def to_channels(acc, TILE: tl.constexpr, INNER_POW2: tl.constexpr):
         sums = tl.sum(acc, 0)
     if TILE.kind == GROUPS:
         channel = tl.arange(0, TILE.block_channels)[:, None]
-        inner = tl.arange(0, INNER_POW2)[None, :]
+        inner = tl.arange(0, TILE.inner_pow2)[None, :]
         index = tl.reshape(
             channel * TILE.group_inner + tl.minimum(inner, TILE.group_inner - 1),
-            (TILE.block_channels * INNER_POW2,),
+            (TILE.block_channels * TILE.inner_pow2,),
         )
-        planes = tl.reshape(tl.gather(sums, index, 0), (TILE.block_channels, INNER_POW2))
+        planes = tl.reshape(tl.gather(sums, index, 0), (TILE.block_channels, TILE.inner_pow2))
         sums = tl.sum(tl.where(inner < TILE.group_inner, planes, 0.0), 1)
     return sums
 
