@@ -159,11 +159,12 @@ def _bn_stats_finalize_kernel(
 
 @triton.jit
 def _apply_tile(
-    y_ptr, mask_ptr, x_ptr, residual_ptr, norm, residual_norm, shift, param, row, col_block, shape,
+    y_ptr, mask_ptr, x_ptr, residual_ptr, norms, param, row, col_block, shape,
     TWO_NORMS: tl.constexpr, ACT: tl.constexpr, TILE: tl.constexpr, UNROLL: tl.constexpr,
     WHOLE: tl.constexpr, EVICTION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """y and the mask bits of a tile."""
+    norm, residual_norm, shift = norms
     mean, _, scale = norm
     load_at, at = tile_at(row, col_block, shape, TILE, UNROLL, WHOLE)
     x = load_tile(x_ptr, load_at, TILE, EVICTION, ACC)
@@ -199,7 +200,7 @@ def _bn_apply_kernel(
     """
     col_block, split = tl.program_id(0), tl.program_id(1)
     offs_c, mask_c = channel_ids(col_block, C, TILE)
-    norm, residual_norm, shift = load_norms(
+    norms = load_norms(
         (mean_ptr, rstd_ptr, var_ptr, weight_ptr, bias_ptr),
         (residual_mean_ptr, residual_rstd_ptr, residual_var_ptr, residual_weight_ptr, residual_bias_ptr),
         eps, residual_eps, offs_c, mask_c, TILE, ACC,
@@ -209,13 +210,13 @@ def _bn_apply_kernel(
     whole = whole_rows(start, stop, count, TILE, UNROLL)
     for row in tl.range(start, whole, UNROLL * TILE.sub_rows, num_stages=STAGES):
         _apply_tile(
-            y_ptr, mask_ptr, x_ptr, residual_ptr, norm, residual_norm, shift, param, row, col_block,
-            (count, C, L), residual_mean_ptr is not None, ACT, TILE, UNROLL, True, EVICTION, ACC,
+            y_ptr, mask_ptr, x_ptr, residual_ptr, norms, param, row, col_block, (count, C, L),
+            residual_mean_ptr is not None, ACT, TILE, UNROLL, True, EVICTION, ACC,
         )  # fmt: skip
     for row in tl.range(whole, stop, UNROLL * TILE.sub_rows, num_stages=1):
         _apply_tile(
-            y_ptr, mask_ptr, x_ptr, residual_ptr, norm, residual_norm, shift, param, row, col_block,
-            (count, C, L), residual_mean_ptr is not None, ACT, TILE, UNROLL, False, EVICTION, ACC,
+            y_ptr, mask_ptr, x_ptr, residual_ptr, norms, param, row, col_block, (count, C, L),
+            residual_mean_ptr is not None, ACT, TILE, UNROLL, False, EVICTION, ACC,
         )  # fmt: skip
 
 
