@@ -13,7 +13,7 @@ from torch import Tensor
 from triton.runtime.jit import JITFunction
 
 from bnres.kernels.channels import FINALIZE_CHANNELS, FINALIZE_SPLITS
-from bnres.kernels.config import column_config, launch_config, tile_for
+from bnres.kernels.config import TUNING, column_config, launch_config, tile_for
 from bnres.kernels.layout import pooled_size, view_of
 
 # A load of a word needs an address that is a multiple of this.
@@ -79,7 +79,7 @@ def _plan(
     view = view_of(shape, contiguous)
     tile = tile_for(view, dtype.itemsize)
     tile = replace(tile, words=tile.aligned and dtype == torch.bfloat16)
-    config = launch_config(kernel, view, tile, sm_count)
+    config, tuning = launch_config(kernel, view, tile, sm_count), TUNING[kernel]
     sizes = {"count": view.count, "C": view.channels, "splits": config.splits}
     trips = -(-config.splits // FINALIZE_SPLITS.value)
     finalize = Plan(
@@ -90,13 +90,12 @@ def _plan(
         "L": view.inner,
         "rows_per_split": config.rows_per_split,
         "TILE": tile,
-        "UNROLL": config.tuning.unroll,
-        "STAGES": config.tuning.num_stages,
-        "EVICTION": config.tuning.eviction,
+        "UNROLL": tuning.unroll,
+        "STAGES": tuning.num_stages,
+        "EVICTION": tuning.eviction,
         "ACC": tl.float64 if dtype == torch.float64 else tl.float32,
     }
-    grid = config.col_blocks, config.splits
-    return TilePlan(grid, arguments, finalize, config.splits)
+    return TilePlan((config.col_blocks, config.splits), arguments, finalize, config.splits)
 
 
 def plan_columns(kernel: str, x: Tensor, rows: int) -> Plan:
@@ -123,7 +122,7 @@ def _plan_columns(
         "columns": config.columns,
         "rows_per_program": config.rows_per_program,
         "TILE": config.tile,
-        "STAGES": config.tuning.num_stages,
+        "STAGES": TUNING[kernel].num_stages,
     }
     return Plan((config.programs,), arguments)
 
