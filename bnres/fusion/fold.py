@@ -69,12 +69,8 @@ def _capture(
 
     def record(module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         placeholders = module.graph.find_nodes(op="placeholder")
-
-        def call(*args: Any) -> Any:
-            found.append((module.graph, dict(zip(placeholders, args, strict=True))))
-            return module.forward(*args)
-
-        return call
+        found.append((module.graph, dict(zip(placeholders, example_inputs, strict=True))))
+        return module.forward
 
     try:
         with torch.no_grad():
