@@ -15,8 +15,6 @@ from bnres.fusion.match import norm_call
 from bnres.fusion.nodes import module_name, only_user
 from bnres.nn.hooks import hooked
 
-STOCK = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-
 
 def fold(model: nn.Module, *inputs: Any, **kwargs: Any) -> nn.Module:
     """A copy of a model in which batch norms are folded into the convolutions before them.
@@ -99,7 +97,7 @@ def _pairs(
         conv, bn = (modules.get(name) for name in names)
         if (
             type(conv) is nn.Conv2d
-            and type(bn) in STOCK
+            and type(bn) in (nn.BatchNorm2d, nn.SyncBatchNorm)
             and not hooked(conv, bn)
             and all(n is None or (n in tensors and only_user(n)) for n in read)
             and tensors[weight] is conv.weight
