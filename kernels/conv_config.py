@@ -4,18 +4,27 @@ The heuristic is derived from the sizes of tiles and of shared memory; none of i
 on a GPU yet. `search_space` is what tuning tries.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from math import log2
 from typing import Any
 
 from bnres.kernels.config import next_power_of_2
-from bnres.kernels.fields import Numbers
 
 # The least that the matrix instructions of every target take.
 MIN_BLOCK = 16
 STEP_BYTES = 128
 # With fewer channels most of a matrix instruction would be unused.
 MIN_CHANNELS = 8
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """A dataclass whose fields are whole numbers, which operators take as a tuple."""
+
+    def as_tuple(self) -> tuple[int, ...]:
+        """The fields in order."""
+        # torch.compile cannot trace dataclasses.astuple everywhere: it copies deeply.
+        return tuple([getattr(self, field.name) for field in fields(self)])
 
 
 @dataclass(frozen=True)

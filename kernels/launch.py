@@ -131,7 +131,7 @@ class Launch(NamedTuple):
     """A launch that was made: the compiled kernel and all its arguments, in order."""
 
     compiled: Any
-    grid: tuple[int, int, int]
+    grid: tuple[int, ...]
     arguments: list[Any]
 
 
@@ -191,5 +191,4 @@ def launch(kernel: Any, plan: Plan, **named: Any) -> None:
         compiled = kernel[plan.grid](**ordered, **options, enable_fp_fusion=True)
     launches = getattr(_recorder, "launches", None)
     if launches is not None:
-        x_size, y_size, z_size = (*plan.grid, 1, 1)[:3]
-        launches.append(Launch(compiled, (x_size, y_size, z_size), list(ordered.values())))
+        launches.append(Launch(compiled, (*plan.grid, 1, 1)[:3], list(ordered.values())))
