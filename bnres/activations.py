@@ -19,15 +19,7 @@ CLASSES: dict[type[nn.Module], str] = {
     nn.GELU: "gelu",
 }
 
-# Name and parameter of each, without options.
-_PLAIN: dict[Any, tuple[str, float]] = {
-    key: (name, DEFAULT_SLOPE if name == "leaky_relu" else 0.0)
-    for key, name in [
-        (None, "identity"),
-        *CLASSES.items(),
-        *((name, name) for name in ACTIVATION_FORMULAS),
-    ]
-}
+_NAMES: dict[Any, str] = {None: "identity", **CLASSES, **{n: n for n in ACTIVATION_FORMULAS}}
 
 
 def resolve(act: str | type[nn.Module] | None, kwargs: dict[str, Any] | None) -> tuple[str, float]:
@@ -41,13 +33,14 @@ def resolve(act: str | type[nn.Module] | None, kwargs: dict[str, Any] | None) ->
     Raises:
         ValueError: for an unknown activation or option.
     """
-    if act not in _PLAIN:
+    if act not in _NAMES:
         raise ValueError(
             f"act must be one of {', '.join(ACTIVATION_FORMULAS)} or None, got {act!r}"
         )
+    name = _NAMES[act]
+    param = DEFAULT_SLOPE if name == "leaky_relu" else 0.0
     if not kwargs:
-        return _PLAIN[act]
-    name, param = _PLAIN[act]
+        return name, param
     options = {option: value for option, value in kwargs.items() if option != "inplace"}
     if name == "leaky_relu":
         param = float(options.pop("negative_slope", param))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from bnres.functional import conv2d_batch_norm_act
-from bnres.kernels.conv_config import ConvConfig, ConvShape, search_space
+from bnres.kernels.conv_config import MIN_CHANNELS, ConvConfig, ConvShape, search_space
 from bnres.kernels.norm import Norm, RunningStatistics
 from bnres.routes import ConvCall, Measured, save_table, use_conv_route
 
@@ -48,11 +48,9 @@ def conv_calls(model: nn.Module, shape: tuple[int, ...], dtype: torch.dtype) -> 
     def note(conv: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         assert isinstance(conv, nn.Conv2d)
         n, channels, height, width = inputs[0].shape
-        if conv.groups != 1 or isinstance(conv.padding, str):
+        if conv.groups != 1 or isinstance(conv.padding, str) or channels < MIN_CHANNELS:
             return
         window = ConvShape(*conv.kernel_size, *conv.stride, *conv.padding, *conv.dilation)  # type: ignore[call-arg, misc]
-        if not window.has_kernel(channels):
-            return
         name = str(dtype).removeprefix("torch.")
         plain = ConvCall(name, n, channels, height, width, conv.out_channels, window, False)
         found[plain] = found[replace(plain, has_residual=True)] = None
@@ -135,8 +133,7 @@ def _measure(
         expected = _by_torch(operands, call)
         torch_ms = timer(partial(_by_torch, operands, call))
         rows, itemsize = expected.numel() // call.out_channels, expected.element_size()
-        depth = call.shape.depth(call.channels, itemsize)
-        for config in search_space(rows, depth, call.out_channels, itemsize):
+        for config in search_space(rows, call.channels, call.out_channels, itemsize):
             if not has_time():
                 left_out.append(config.name)
                 continue

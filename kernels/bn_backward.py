@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bnres.kernels.channels import add_splits, load_line, load_norms
-from bnres.kernels.device import ACTIVATIONS
+from bnres.kernels.channels import FINALIZE_CHANNELS, add_splits, load_line, load_norms
+from bnres.kernels.device import ACTIVATIONS, identity_grad
 from bnres.kernels.launch import launch, plan
 from bnres.kernels.norm import Norm, Sums, pointers
 from bnres.kernels.outputs import empty_channels
@@ -29,9 +29,9 @@ from bnres.kernels.tiles import (
 
 @triton.jit
 def _load_sub_tile(
-    tensors, load_at, bits, means, scales, param,
-    NEEDS_X: tl.constexpr, TWO_NORMS: tl.constexpr, ACT_GRAD: tl.constexpr, HAS_ACT: tl.constexpr,
-    TILE: tl.constexpr, EVICTION: tl.constexpr, ACC: tl.constexpr,
+    tensors, load_at, bits, norms, param,
+    NEEDS_X: tl.constexpr, TWO_NORMS: tl.constexpr, ACT_GRAD: tl.constexpr, TILE: tl.constexpr,
+    EVICTION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """dz = (dy + dy_skip)·act'(z), x − mean and the residual − its mean, of a sub-tile.
 
@@ -40,25 +40,23 @@ def _load_sub_tile(
     act'(z) comes from the mask if there is one, else from z computed as in forward.
     """
     dy_ptr, dy_skip_ptr, x_ptr, mask_ptr, residual_ptr = tensors
-    mean, residual_mean = means
-    x_centred = mean
+    norm, residual_norm, shift = norms
+    x_centred, residual_centred = norm[0], residual_norm[0]
     if NEEDS_X:
-        x_centred = load_tile(x_ptr, load_at, TILE, EVICTION, ACC) - mean
-    residual_centred = residual_mean
+        x_centred = load_tile(x_ptr, load_at, TILE, EVICTION, ACC) - norm[0]
     if TWO_NORMS:
         residual = load_tile(residual_ptr, load_at, TILE, EVICTION, ACC)
-        residual_centred = residual - residual_mean
+        residual_centred = residual - residual_norm[0]
     dz = load_tile(dy_ptr, load_at, TILE, EVICTION, ACC)
     if dy_skip_ptr is not None:
         dz += load_tile(dy_skip_ptr, load_at, TILE, EVICTION, ACC)
     if mask_ptr is not None:
         packed, u = bits
         dz = tl.where(unpack_bits(packed, u, TILE), dz, 0.0)
-    elif HAS_ACT:
-        scale, residual_scale, shift = scales
-        z = x_centred * scale
+    elif ACT_GRAD is not identity_grad:
+        z = x_centred * norm[2]
         if TWO_NORMS:
-            z += residual_centred * residual_scale
+            z += residual_centred * residual_norm[2]
         z += shift
         if residual_ptr is not None and not TWO_NORMS:
             z += load_tile(residual_ptr, load_at, TILE, EVICTION, ACC)
@@ -68,16 +66,15 @@ def _load_sub_tile(
 
 @triton.jit
 def _reduce_sub_tile(
-    sums, dz_ptr, tensors, bits, means, scales, param, row, col_block, shape,
-    TWO_NORMS: tl.constexpr, ACT_GRAD: tl.constexpr, HAS_ACT: tl.constexpr, TILE: tl.constexpr,
-    WHOLE: tl.constexpr, EVICTION: tl.constexpr, ACC: tl.constexpr,
+    sums, dz_ptr, tensors, bits, norms, param, row, col_block, shape,
+    TWO_NORMS: tl.constexpr, ACT_GRAD: tl.constexpr, TILE: tl.constexpr, WHOLE: tl.constexpr,
+    EVICTION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Adds dz and, of each norm, dz·(x − mean) of a sub-tile to the sums; stores dz if asked."""
     load_at, at = tile_at(row, col_block, shape, TILE, 1, WHOLE)
     dz, x_centred, residual_centred = _load_sub_tile(
-        tensors, load_at, bits, means, scales, param, True, TWO_NORMS, ACT_GRAD, HAS_ACT, TILE,
-        EVICTION, ACC,
-    )  # fmt: skip
+        tensors, load_at, bits, norms, param, True, TWO_NORMS, ACT_GRAD, TILE, EVICTION, ACC
+    )
     if dz_ptr is not None:
         store_tile(dz_ptr, dz, at)
     sum_dz, sum_dz_xmu, sum_dz_rmu = sums
@@ -92,8 +89,8 @@ def _bn_bwd_reduce_kernel(
     mean_ptr, rstd_ptr, weight_ptr, bias_ptr,
     residual_mean_ptr, residual_rstd_ptr, residual_weight_ptr, residual_bias_ptr,
     count, C, L, rows_per_split, act_param: tl.float64,
-    ACT_GRAD: tl.constexpr, HAS_ACT: tl.constexpr, TILE: tl.constexpr, UNROLL: tl.constexpr,
-    STAGES: tl.constexpr, EVICTION: tl.constexpr, INNER_POW2: tl.constexpr, ACC: tl.constexpr,
+    ACT_GRAD: tl.constexpr, TILE: tl.constexpr, UNROLL: tl.constexpr, STAGES: tl.constexpr,
+    EVICTION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Sums of dz and, of each norm, dz·(x − mean) over a split's rows: partial is (2 or 3, splits, C)."""
     TWO_NORMS: tl.constexpr = residual_mean_ptr is not None
@@ -101,12 +98,11 @@ def _bn_bwd_reduce_kernel(
     splits = tl.num_programs(1)
     tensors, shape = (dy_ptr, dy_skip_ptr, x_ptr, mask_ptr, residual_ptr), (count, C, L)
     offs_c, mask_c = channel_ids(col_block, C, TILE)
-    norm, residual_norm, shift = load_norms(
+    norms = load_norms(
         (mean_ptr, rstd_ptr, None, weight_ptr, bias_ptr),
         (residual_mean_ptr, residual_rstd_ptr, None, residual_weight_ptr, residual_bias_ptr),
         0.0, 0.0, offs_c, mask_c, TILE, ACC,
     )  # fmt: skip
-    means, scales = (norm[0], residual_norm[0]), (norm[2], residual_norm[2], shift)
     param = tl.full((), act_param, ACC)
     zeros = tl.full((TILE.sub_rows, TILE.block_cols), 0.0, ACC)
     sums = zeros, zeros, zeros
@@ -116,43 +112,40 @@ def _bn_bwd_reduce_kernel(
         packed = load_mask(mask_ptr, row, stop, col_block, shape, TILE, UNROLL)
         for u in tl.static_range(UNROLL):
             sums = _reduce_sub_tile(
-                sums, dz_ptr, tensors, (packed, u), means, scales, param, row + u * TILE.sub_rows,
-                col_block, shape, TWO_NORMS, ACT_GRAD, HAS_ACT, TILE, True, EVICTION, ACC,
+                sums, dz_ptr, tensors, (packed, u), norms, param, row + u * TILE.sub_rows,
+                col_block, shape, TWO_NORMS, ACT_GRAD, TILE, True, EVICTION, ACC,
             )  # fmt: skip
     packed = load_mask(mask_ptr, whole, stop, col_block, shape, TILE, UNROLL)
     for row in tl.range(whole, stop, TILE.sub_rows, num_stages=1):
         sums = _reduce_sub_tile(
-            sums, dz_ptr, tensors, (packed, (row - whole) // TILE.sub_rows), means, scales, param,
-            row, col_block, shape, TWO_NORMS, ACT_GRAD, HAS_ACT, TILE, False, EVICTION, ACC,
+            sums, dz_ptr, tensors, (packed, (row - whole) // TILE.sub_rows), norms, param, row,
+            col_block, shape, TWO_NORMS, ACT_GRAD, TILE, False, EVICTION, ACC,
         )  # fmt: skip
     sum_dz, sum_dz_xmu, sum_dz_rmu = sums
     out = partial_ptr + tl.cast(split, tl.int64) * C + offs_c
     plane = tl.cast(splits, tl.int64) * C
-    tl.store(out, to_channels(sum_dz, TILE, INNER_POW2), mask=mask_c)
-    tl.store(out + plane, to_channels(sum_dz_xmu, TILE, INNER_POW2), mask=mask_c)
+    tl.store(out, to_channels(sum_dz, TILE), mask=mask_c)
+    tl.store(out + plane, to_channels(sum_dz_xmu, TILE), mask=mask_c)
     if TWO_NORMS:
-        tl.store(out + 2 * plane, to_channels(sum_dz_rmu, TILE, INNER_POW2), mask=mask_c)
+        tl.store(out + 2 * plane, to_channels(sum_dz_rmu, TILE), mask=mask_c)
 
 
 @triton.jit
 def _bn_bwd_finalize_kernel(
     sum_dy_ptr, sum_dy_xhat_ptr, residual_sum_dy_ptr, residual_sum_dy_xhat_ptr,
-    partial_ptr, rstd_ptr, residual_rstd_ptr, C, splits,
-    TRIPS: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
+    partial_ptr, rstd_ptr, residual_rstd_ptr, C, splits, TRIPS: tl.constexpr,
 ):  # fmt: skip
     """sum_dy and sum_dy_xhat = rstd·sum(dz·(x − mean)) of each channel, for each norm: (C,)."""
-    offs_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    offs_c = tl.program_id(0) * FINALIZE_CHANNELS + tl.arange(0, FINALIZE_CHANNELS)
     mask_c = offs_c < C
     plane = tl.cast(splits, tl.int64) * C
     dtype: tl.constexpr = sum_dy_ptr.dtype.element_ty
     # All loads come before the first barrier, as in the forward's finalize kernel.
-    sum_dz = add_splits(partial_ptr, splits, offs_c, mask_c, C, TRIPS, BLOCK_S, BLOCK_C)
-    sum_dz_xmu = add_splits(partial_ptr + plane, splits, offs_c, mask_c, C, TRIPS, BLOCK_S, BLOCK_C)
+    sum_dz = add_splits(partial_ptr, splits, offs_c, mask_c, C, TRIPS)
+    sum_dz_xmu = add_splits(partial_ptr + plane, splits, offs_c, mask_c, C, TRIPS)
     rstd = tl.load(rstd_ptr + offs_c, mask=mask_c, other=0).to(tl.float64)
     if residual_rstd_ptr is not None:
-        sum_dz_rmu = add_splits(
-            partial_ptr + 2 * plane, splits, offs_c, mask_c, C, TRIPS, BLOCK_S, BLOCK_C
-        )
+        sum_dz_rmu = add_splits(partial_ptr + 2 * plane, splits, offs_c, mask_c, C, TRIPS)
         residual_rstd = tl.load(residual_rstd_ptr + offs_c, mask=mask_c, other=0).to(tl.float64)
     sum_dy = tl.sum(sum_dz, 0).to(dtype)
     tl.store(sum_dy_ptr + offs_c, sum_dy, mask=mask_c)
@@ -166,29 +159,27 @@ def _bn_bwd_finalize_kernel(
 
 @triton.jit
 def _dx_sub_tile(
-    dx_ptr, dresidual_ptr, tensors, bits, means, scales, lines, param, row, col_block, shape,
-    HAS_SUMS: tl.constexpr, NEEDS_X: tl.constexpr, TWO_NORMS: tl.constexpr, ACT_GRAD: tl.constexpr,
-    HAS_ACT: tl.constexpr, TILE: tl.constexpr, WHOLE: tl.constexpr, EVICTION: tl.constexpr,
-    ACC: tl.constexpr,
+    dx_ptr, dresidual_ptr, tensors, bits, norms, lines, param, row, col_block, shape,
+    NEEDS_X: tl.constexpr, TWO_NORMS: tl.constexpr, ACT_GRAD: tl.constexpr, TILE: tl.constexpr,
+    WHOLE: tl.constexpr, EVICTION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Stores dx and, if asked, dresidual of a sub-tile."""
     load_at, at = tile_at(row, col_block, shape, TILE, 1, WHOLE)
     dz, x_centred, residual_centred = _load_sub_tile(
-        tensors, load_at, bits, means, scales, param, NEEDS_X, TWO_NORMS, ACT_GRAD, HAS_ACT, TILE,
-        EVICTION, ACC,
-    )  # fmt: skip
-    scale, residual_scale, _ = scales
-    offset, slope, residual_offset, residual_slope = lines
-    dx = dz * scale
-    if HAS_SUMS:
-        dx += x_centred * slope + offset
+        tensors, load_at, bits, norms, param, NEEDS_X, TWO_NORMS, ACT_GRAD, TILE, EVICTION, ACC
+    )
+    norm, residual_norm, _ = norms
+    line, residual_line = lines
+    dx = dz * norm[2]
+    if line is not None:
+        dx += x_centred * line[1] + line[0]
     store_tile(dx_ptr, dx, at)
     if dresidual_ptr is not None:
         dresidual = dz
         if TWO_NORMS:
-            dresidual = dz * residual_scale
-            if HAS_SUMS:
-                dresidual += residual_centred * residual_slope + residual_offset
+            dresidual = dz * residual_norm[2]
+            if residual_line is not None:
+                dresidual += residual_centred * residual_line[1] + residual_line[0]
         store_tile(dresidual_ptr, dresidual, at)
 
 
@@ -199,8 +190,8 @@ def _bn_bwd_dx_kernel(
     residual_mean_ptr, residual_rstd_ptr, residual_weight_ptr, residual_bias_ptr,
     sum_dy_ptr, sum_dy_xhat_ptr, residual_sum_dy_xhat_ptr,
     count, C, L, rows_per_split, act_param: tl.float64, stats_count,
-    ACT_GRAD: tl.constexpr, HAS_ACT: tl.constexpr, TILE: tl.constexpr, UNROLL: tl.constexpr,
-    STAGES: tl.constexpr, EVICTION: tl.constexpr, ACC: tl.constexpr,
+    ACT_GRAD: tl.constexpr, TILE: tl.constexpr, UNROLL: tl.constexpr, STAGES: tl.constexpr,
+    EVICTION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """dx = (dz − (sum_dy + xhat·sum_dy_xhat)/count)·(rstd·weight); without sums dz·(rstd·weight).
 
@@ -208,29 +199,27 @@ def _bn_bwd_dx_kernel(
     residual has a norm.
     """
     TWO_NORMS: tl.constexpr = residual_mean_ptr is not None
-    HAS_SUMS: tl.constexpr = sum_dy_ptr is not None
-    NEEDS_X: tl.constexpr = sum_dy_ptr is not None or (HAS_ACT and mask_ptr is None)
+    NEEDS_X: tl.constexpr = sum_dy_ptr is not None or (
+        ACT_GRAD is not identity_grad and mask_ptr is None
+    )
     col_block, split = tl.program_id(0), tl.program_id(1)
     tensors, shape = (dy_ptr, dy_skip_ptr, x_ptr, mask_ptr, residual_ptr), (count, C, L)
     offs_c, mask_c = channel_ids(col_block, C, TILE)
-    norm, residual_norm, shift = load_norms(
+    norms = load_norms(
         (mean_ptr, rstd_ptr, None, weight_ptr, bias_ptr),
         (residual_mean_ptr, residual_rstd_ptr, None, residual_weight_ptr, residual_bias_ptr),
         0.0, 0.0, offs_c, mask_c, TILE, ACC,
     )  # fmt: skip
-    means, scales = (norm[0], residual_norm[0]), (norm[2], residual_norm[2], shift)
-    lines = norm[0], norm[0], norm[0], norm[0]
-    if HAS_SUMS:
-        offset, slope = load_line(
-            sum_dy_ptr, sum_dy_xhat_ptr, norm, stats_count, offs_c, mask_c, TILE, ACC
+    line: tl.constexpr = None
+    residual_line: tl.constexpr = None
+    if sum_dy_ptr is not None:
+        line = load_line(
+            sum_dy_ptr, sum_dy_xhat_ptr, norms[0], stats_count, offs_c, mask_c, TILE, ACC
         )
-        lines = offset, slope, offset, slope
-        if TWO_NORMS:
-            residual_offset, residual_slope = load_line(
-                sum_dy_ptr, residual_sum_dy_xhat_ptr, residual_norm, stats_count, offs_c, mask_c,
-                TILE, ACC,
-            )  # fmt: skip
-            lines = offset, slope, residual_offset, residual_slope
+    if residual_sum_dy_xhat_ptr is not None:
+        residual_line = load_line(
+            sum_dy_ptr, residual_sum_dy_xhat_ptr, norms[1], stats_count, offs_c, mask_c, TILE, ACC
+        )
     param = tl.full((), act_param, ACC)
     start, stop = split_rows(split, rows_per_split, count, TILE)
     whole = whole_rows(start, stop, count, TILE, UNROLL)
@@ -238,15 +227,15 @@ def _bn_bwd_dx_kernel(
         packed = load_mask(mask_ptr, row, stop, col_block, shape, TILE, UNROLL)
         for u in tl.static_range(UNROLL):
             _dx_sub_tile(
-                dx_ptr, dresidual_ptr, tensors, (packed, u), means, scales, lines, param,
-                row + u * TILE.sub_rows, col_block, shape, HAS_SUMS, NEEDS_X, TWO_NORMS, ACT_GRAD,
-                HAS_ACT, TILE, True, EVICTION, ACC,
+                dx_ptr, dresidual_ptr, tensors, (packed, u), norms, (line, residual_line), param,
+                row + u * TILE.sub_rows, col_block, shape, NEEDS_X, TWO_NORMS, ACT_GRAD, TILE, True,
+                EVICTION, ACC,
             )  # fmt: skip
     packed = load_mask(mask_ptr, whole, stop, col_block, shape, TILE, UNROLL)
     for row in tl.range(whole, stop, TILE.sub_rows, num_stages=1):
         _dx_sub_tile(
-            dx_ptr, dresidual_ptr, tensors, (packed, (row - whole) // TILE.sub_rows), means, scales,
-            lines, param, row, col_block, shape, HAS_SUMS, NEEDS_X, TWO_NORMS, ACT_GRAD, HAS_ACT, TILE,
+            dx_ptr, dresidual_ptr, tensors, (packed, (row - whole) // TILE.sub_rows), norms,
+            (line, residual_line), param, row, col_block, shape, NEEDS_X, TWO_NORMS, ACT_GRAD, TILE,
             False, EVICTION, ACC,
         )  # fmt: skip
 
@@ -296,7 +285,6 @@ def bn_backward_reduce(
         **norms,
         act_param=act_param,
         ACT_GRAD=ACTIVATIONS[act].grad,
-        HAS_ACT=act != "identity",
     )
     launch(
         _bn_bwd_finalize_kernel,
@@ -354,6 +342,5 @@ def bn_backward_dx(
         act_param=act_param,
         stats_count=count,
         ACT_GRAD=ACTIVATIONS[act].grad,
-        HAS_ACT=act != "identity",
     )
     return dx, dresidual

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bnres.kernels.channels import add_splits, load_norms
+from bnres.kernels.channels import FINALIZE_CHANNELS, add_splits, load_norms
 from bnres.kernels.device import ACTIVATIONS, round_to
 from bnres.kernels.launch import launch, plan
 from bnres.kernels.norm import Norm, Statistics, pointers
@@ -72,7 +72,7 @@ def _bn_stats_kernel(
     sums_ptr, x_ptr,
     count, C, L, rows_per_split,
     TILE: tl.constexpr, UNROLL: tl.constexpr, STAGES: tl.constexpr, EVICTION: tl.constexpr,
-    INNER_POW2: tl.constexpr, ACC: tl.constexpr,
+    ACC: tl.constexpr,
 ):  # fmt: skip
     """Σ(x − pivot) and its square over a split's rows, and the pivot: sums is (2·splits + 1, C)."""
     col_block, split = tl.program_id(0), tl.program_id(1)
@@ -97,10 +97,8 @@ def _bn_stats_kernel(
         sums = _add_sub_tile(sums, x_ptr, pivot, row, col_block, shape, TILE, False, EVICTION, ACC)
     sum_d, sum_d2 = sums
     out = sums_ptr + tl.cast(split, tl.int64) * C + offs_c
-    tl.store(out, to_channels(sum_d, TILE, INNER_POW2), mask=mask_c)
-    tl.store(
-        out + tl.cast(splits, tl.int64) * C, to_channels(sum_d2, TILE, INNER_POW2), mask=mask_c
-    )
+    tl.store(out, to_channels(sum_d, TILE), mask=mask_c)
+    tl.store(out + tl.cast(splits, tl.int64) * C, to_channels(sum_d2, TILE), mask=mask_c)
 
 
 @triton.jit
@@ -116,20 +114,18 @@ def _update_running(ptr, running, stat, factor, offs_c, mask_c):
 def _bn_stats_finalize_kernel(
     mean_ptr, rstd_ptr,
     running_mean_ptr, running_var_ptr, counter_ptr, sums_ptr, momentum_ptr, input_bias_ptr,
-    count, C, splits, momentum: tl.float64,
-    eps: tl.float64,
-    TRIPS: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
+    count, C, splits, momentum: tl.float64, eps: tl.float64, TRIPS: tl.constexpr,
 ):  # fmt: skip
     """mean, rstd = 1/sqrt(var + eps) of each channel (C,).
 
     Updates the running statistics, with the mean of x + input_bias, and counts the batch.
     """
-    offs_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    offs_c = tl.program_id(0) * FINALIZE_CHANNELS + tl.arange(0, FINALIZE_CHANNELS)
     mask_c = offs_c < C
     # All loads come before the first barrier, which is in `tl.sum`: a later load would wait for it.
     plane = tl.cast(splits, tl.int64) * C
-    sum_d = add_splits(sums_ptr, splits, offs_c, mask_c, C, TRIPS, BLOCK_S, BLOCK_C)
-    sum_d2 = add_splits(sums_ptr + plane, splits, offs_c, mask_c, C, TRIPS, BLOCK_S, BLOCK_C)
+    sum_d = add_splits(sums_ptr, splits, offs_c, mask_c, C, TRIPS)
+    sum_d2 = add_splits(sums_ptr + plane, splits, offs_c, mask_c, C, TRIPS)
     pivot = tl.load(sums_ptr + 2 * plane + offs_c, mask=mask_c, other=0).to(tl.float64)
     factor = tl.full((), momentum, tl.float64)
     if momentum_ptr is not None:
@@ -140,7 +136,7 @@ def _bn_stats_finalize_kernel(
         running_mean = tl.load(running_mean_ptr + offs_c, mask=mask_c, other=0)
     if running_var_ptr is not None:
         running_var = tl.load(running_var_ptr + offs_c, mask=mask_c, other=0)
-    input_bias = tl.zeros((BLOCK_C,), tl.float64)
+    input_bias = tl.zeros((FINALIZE_CHANNELS,), tl.float64)
     if input_bias_ptr is not None:
         input_bias = tl.load(input_bias_ptr + offs_c, mask=mask_c, other=0).to(tl.float64)
     if counter_ptr is not None and tl.program_id(0) == 0:
@@ -163,11 +159,12 @@ def _bn_stats_finalize_kernel(
 
 @triton.jit
 def _apply_tile(
-    y_ptr, mask_ptr, x_ptr, residual_ptr, norm, residual_norm, shift, param, row, col_block, shape,
+    y_ptr, mask_ptr, x_ptr, residual_ptr, norms, param, row, col_block, shape,
     TWO_NORMS: tl.constexpr, ACT: tl.constexpr, TILE: tl.constexpr, UNROLL: tl.constexpr,
     WHOLE: tl.constexpr, EVICTION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """y and the mask bits of a tile."""
+    norm, residual_norm, shift = norms
     mean, _, scale = norm
     load_at, at = tile_at(row, col_block, shape, TILE, UNROLL, WHOLE)
     x = load_tile(x_ptr, load_at, TILE, EVICTION, ACC)
@@ -203,7 +200,7 @@ def _bn_apply_kernel(
     """
     col_block, split = tl.program_id(0), tl.program_id(1)
     offs_c, mask_c = channel_ids(col_block, C, TILE)
-    norm, residual_norm, shift = load_norms(
+    norms = load_norms(
         (mean_ptr, rstd_ptr, var_ptr, weight_ptr, bias_ptr),
         (residual_mean_ptr, residual_rstd_ptr, residual_var_ptr, residual_weight_ptr, residual_bias_ptr),
         eps, residual_eps, offs_c, mask_c, TILE, ACC,
@@ -213,13 +210,13 @@ def _bn_apply_kernel(
     whole = whole_rows(start, stop, count, TILE, UNROLL)
     for row in tl.range(start, whole, UNROLL * TILE.sub_rows, num_stages=STAGES):
         _apply_tile(
-            y_ptr, mask_ptr, x_ptr, residual_ptr, norm, residual_norm, shift, param, row, col_block,
-            (count, C, L), residual_mean_ptr is not None, ACT, TILE, UNROLL, True, EVICTION, ACC,
+            y_ptr, mask_ptr, x_ptr, residual_ptr, norms, param, row, col_block, (count, C, L),
+            residual_mean_ptr is not None, ACT, TILE, UNROLL, True, EVICTION, ACC,
         )  # fmt: skip
     for row in tl.range(whole, stop, UNROLL * TILE.sub_rows, num_stages=1):
         _apply_tile(
-            y_ptr, mask_ptr, x_ptr, residual_ptr, norm, residual_norm, shift, param, row, col_block,
-            (count, C, L), residual_mean_ptr is not None, ACT, TILE, UNROLL, False, EVICTION, ACC,
+            y_ptr, mask_ptr, x_ptr, residual_ptr, norms, param, row, col_block, (count, C, L),
+            residual_mean_ptr is not None, ACT, TILE, UNROLL, False, EVICTION, ACC,
         )  # fmt: skip
 
 

@@ -269,12 +269,12 @@ def _row_grads(dy, argmax, dy_next, argmax_next, first):
 
 
 @triton.jit
-def _dx(dy, x, mean, scale, bias, slope, offset, param, ACT_GRAD: tl.constexpr):
+def _dx(dy, x, mean, scale, bias, line, param, ACT_GRAD: tl.constexpr):
     """act'(z)·dy·scale + x_centred·slope + offset, rounded."""
     x_centred = _widened(x) - mean
     dx = ACT_GRAD(dy, x_centred * scale + bias, param) * scale
-    if slope is not None:
-        dx += x_centred * slope + offset
+    if line is not None:
+        dx += x_centred * line[1] + line[0]
     return round_to(dx, x.dtype)
 
 
@@ -298,9 +298,9 @@ def _bn_max_pool_bwd_dx_kernel(
         mean_ptr, rstd_ptr, None, weight_ptr, 0.0, channel, channel < C, tl.float32
     )
     bias = load_biases(bias_ptr, None, channel, channel < C, tl.float32)
-    offset, slope = None, None
+    line = None
     if sum_dy_ptr is not None:
-        offset, slope = load_line(
+        line = load_line(
             sum_dy_ptr, sum_dy_xhat_ptr, (mean, rstd, scale), stats_count, channel, channel < C, TILE,
             tl.float32,
         )  # fmt: skip
@@ -339,16 +339,16 @@ def _bn_max_pool_bwd_dx_kernel(
         x, x_right = _load_two(x_ptr + row, step, x_at, exists & in_row, has_right & in_row, TILE)
 
         first, first_right = _row_grads(dy, argmax, dy_next, argmax_next, 0)
-        dx = _dx(dy_up + first, x_up, mean, scale, bias, slope, offset, param, ACT_GRAD)
+        dx = _dx(dy_up + first, x_up, mean, scale, bias, line, param, ACT_GRAD)
         dx_right = _dx(
-            dy_up_right + first_right, x_up_right, mean, scale, bias, slope, offset, param, ACT_GRAD
+            dy_up_right + first_right, x_up_right, mean, scale, bias, line, param, ACT_GRAD
         )
         _store_two(
             dx_ptr + up_row, step, x_at, dx, dx_right, exists & in_up, has_right & in_up, TILE
         )
         second, second_right = _row_grads(dy, argmax, dy_next, argmax_next, 3)
-        dx = _dx(second, x, mean, scale, bias, slope, offset, param, ACT_GRAD)
-        dx_right = _dx(second_right, x_right, mean, scale, bias, slope, offset, param, ACT_GRAD)
+        dx = _dx(second, x, mean, scale, bias, line, param, ACT_GRAD)
+        dx_right = _dx(second_right, x_right, mean, scale, bias, line, param, ACT_GRAD)
         _store_two(
             dx_ptr + row, step, x_at, dx, dx_right, exists & in_row, has_right & in_row, TILE
         )

@@ -5,6 +5,9 @@ import triton.language as tl
 
 from bnres.kernels.tiles import to_columns
 
+# Tile of the kernels that combine partial sums (splits, C).
+FINALIZE_SPLITS, FINALIZE_CHANNELS = tl.constexpr(256), tl.constexpr(8)
+
 
 @triton.jit
 def load_norm(
@@ -35,18 +38,15 @@ def load_biases(bias_ptr, residual_bias_ptr, channel, mask, ACC: tl.constexpr):
 
 
 @triton.jit
-def add_splits(
-    ptr, splits, channel, mask, C,
-    TRIPS: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """Sums of every BLOCK_S-th row of partials (splits, C), in fp64: (BLOCK_S, BLOCK_C).
+def add_splits(ptr, splits, channel, mask, C, TRIPS: tl.constexpr):
+    """Sums of some rows each of partials (splits, C), in fp64: (FINALIZE_SPLITS, FINALIZE_CHANNELS).
 
-    TRIPS·BLOCK_S is at least ``splits``. The caller adds the rows up after its last load, as the
-    barriers of `tl.sum` would hold back the loads after it.
+    TRIPS·FINALIZE_SPLITS is at least ``splits``. The caller adds the rows up after its last load, as
+    the barriers of `tl.sum` would hold back the loads after it.
     """
-    total = tl.zeros((BLOCK_S, BLOCK_C), tl.float64)
+    total = tl.zeros((FINALIZE_SPLITS, FINALIZE_CHANNELS), tl.float64)
     for trip in tl.static_range(TRIPS):
-        split = trip * BLOCK_S + tl.arange(0, BLOCK_S)
+        split = trip * FINALIZE_SPLITS + tl.arange(0, FINALIZE_SPLITS)
         exists = (split < splits)[:, None] & mask[None, :]
         total += tl.load(ptr + split[:, None] * C + channel[None, :], mask=exists, other=0)
     return total

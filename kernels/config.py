@@ -67,6 +67,11 @@ class Tile:
         """Columns in use in a `GROUPS` tile."""
         return self.block_channels * self.group_inner
 
+    @property
+    def inner_pow2(self) -> int:
+        """``group_inner``, up to a power of two."""
+        return next_power_of_2(self.group_inner)
+
 
 def next_power_of_2(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
@@ -142,13 +147,11 @@ class LaunchConfig:
     """How one kernel is launched over a tensor.
 
     Attributes:
-        tuning: the kernel's row in `TUNING`.
         col_blocks: column blocks, the first axis of the grid.
         splits: programs that share the rows of one column block, the second axis.
         rows_per_split: rows of each, a multiple of ``unroll * sub_rows``.
     """
 
-    tuning: KernelTuning
     col_blocks: int
     splits: int
     rows_per_split: int
@@ -185,12 +188,8 @@ def launch_config(kernel: str, view: ChannelView, tile: Tile, sm_count: int) -> 
     programs = tuning.programs_per_sm * sm_count
     wanted = programs // col_blocks or -(-TURNS * programs // col_blocks)
     blocks_per_split = 1 if 2 * row_blocks < 3 * wanted else -(-row_blocks // wanted)
-    return LaunchConfig(
-        tuning=tuning,
-        col_blocks=col_blocks,
-        splits=-(-row_blocks // blocks_per_split),
-        rows_per_split=blocks_per_split * block_rows,
-    )
+    splits = -(-row_blocks // blocks_per_split)
+    return LaunchConfig(col_blocks, splits, blocks_per_split * block_rows)
 
 
 @dataclass(frozen=True)
@@ -198,14 +197,12 @@ class ColumnConfig:
     """How a kernel is launched that walks down columns of pooling windows.
 
     Attributes:
-        tuning: the kernel's row in `TUNING`.
         tile: a row of it is one column: one ow of a sample (channels_last), or a vector of them of a plane.
         columns: columns in one block of channels.
         programs: programs in the whole grid.
         rows_per_program: rows of windows that a program walks down.
     """
 
-    tuning: KernelTuning
     tile: Tile
     columns: int
     programs: int
@@ -240,18 +237,11 @@ def column_config(
         columns = n * width
         tile = tile_for(ChannelView(columns, channels, 1), itemsize)
         col_blocks = -(-channels // tile.block_channels)
-    tuning = TUNING[kernel]
     blocks = -(-columns // tile.sub_rows) * col_blocks
-    programs = tuning.programs_per_sm * sm_count
+    programs = TUNING[kernel].programs_per_sm * sm_count
 
     def longest_walk(splits: int) -> int:
         return -(-blocks * splits // programs) * (-(-rows // splits) + 1)
 
     rows_per_program = -(-rows // min(range(1, rows + 1), key=longest_walk))
-    return ColumnConfig(
-        tuning=tuning,
-        tile=tile,
-        columns=columns,
-        programs=blocks * -(-rows // rows_per_program),
-        rows_per_program=rows_per_program,
-    )
+    return ColumnConfig(tile, columns, blocks * -(-rows // rows_per_program), rows_per_program)

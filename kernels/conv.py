@@ -7,7 +7,6 @@ channels, and the sum is over the filter's taps and the input's channels.
 from functools import lru_cache
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -25,22 +24,14 @@ def _conv_bn_act_kernel(
     y_ptr, x_ptr, filter_ptr, conv_bias_ptr, residual_ptr,
     mean_ptr, var_ptr, weight_ptr, bias_ptr,
     M, H, W, C, OH, OW, K_OUT, act_param: tl.float64, eps: tl.float64,
-    ACT: tl.constexpr, SHAPE: tl.constexpr, ROW_CHANNELS: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, ALIGNED_IN: tl.constexpr,
-    ALIGNED_OUT: tl.constexpr, EVEN_K: tl.constexpr, INDEX: tl.constexpr,
+    ACT: tl.constexpr, SHAPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, ALIGNED_IN: tl.constexpr, ALIGNED_OUT: tl.constexpr,
+    EVEN_K: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
-    """y = act((conv(x) + conv_bias − mean)·weight/sqrt(var + eps) + bias + residual): (M, K_OUT).
-
-    With few channels (ROW_CHANNELS, else 0) a step sums over a whole row of the filter, whose
-    kernel_w·C elements of x are adjacent in memory.
-    """
+    """y = act((conv(x) + conv_bias − mean)·weight/sqrt(var + eps) + bias + residual): (M, K_OUT)."""
     blocks_n = tl.cdiv(K_OUT, BLOCK_N)
     pid_m, pid_n = tl.program_id(0) // blocks_n, tl.program_id(0) % blocks_n
-    stride_c = C
-    if ALIGNED_IN > 1:
-        stride_c = (C // ALIGNED_IN) * ALIGNED_IN
-    if ROW_CHANNELS > 0:
-        stride_c = ROW_CHANNELS
+    stride_c = (C // ALIGNED_IN) * ALIGNED_IN
     offs_m = tl.cast(pid_m, INDEX) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = tl.cast(pid_n, INDEX) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K)
@@ -52,33 +43,24 @@ def _conv_bn_act_kernel(
     w0 = (rest - oh * OW) * SHAPE.stride_w - SHAPE.padding_w
     x_rows = ((n * H + h0) * W + w0) * stride_c
     filter_rows = offs_n * (stride_c * SHAPE.taps)
-    depth, steps = stride_c, SHAPE.taps
-    if ROW_CHANNELS > 0:
-        depth, steps = stride_c * SHAPE.kernel_w, SHAPE.kernel_h
-    blocks_k = tl.cdiv(depth, BLOCK_K)
+    blocks_k = tl.cdiv(stride_c, BLOCK_K)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for step in tl.range(0, steps * blocks_k):
+    for step in tl.range(0, SHAPE.taps * blocks_k):
         tap = step // blocks_k
         k = (step - tap * blocks_k) * BLOCK_K
-        if ROW_CHANNELS > 0:
-            h = h0 + tap * SHAPE.dilation_h
-            w = w0[:, None] + ((k + offs_k) // ROW_CHANNELS)[None, :]
-            mask_x = (mask_m & (h >= 0) & (h < H))[:, None] & (w >= 0) & (w < W)
-            shift = tap * SHAPE.dilation_h * W * stride_c
-        else:
-            r = tap // SHAPE.kernel_w
-            s = tap - r * SHAPE.kernel_w
-            h = h0 + r * SHAPE.dilation_h
-            w = w0 + s * SHAPE.dilation_w
-            mask_x = (mask_m & (h >= 0) & (h < H) & (w >= 0) & (w < W))[:, None]
-            shift = (r * SHAPE.dilation_h * W + s * SHAPE.dilation_w) * stride_c
+        r = tap // SHAPE.kernel_w
+        s = tap - r * SHAPE.kernel_w
+        h = h0 + r * SHAPE.dilation_h
+        w = w0 + s * SHAPE.dilation_w
+        mask_x = (mask_m & (h >= 0) & (h < H) & (w >= 0) & (w < W))[:, None]
+        shift = (r * SHAPE.dilation_h * W + s * SHAPE.dilation_w) * stride_c
         mask_filter = mask_n[None, :]
         if not EVEN_K:
-            mask_x = mask_x & (k + offs_k < depth)[None, :]
-            mask_filter = mask_filter & (k + offs_k < depth)[:, None]
+            mask_x = mask_x & (k + offs_k < stride_c)[None, :]
+            mask_filter = mask_filter & (k + offs_k < stride_c)[:, None]
         x = tl.load(x_ptr + ((x_rows + shift + k)[:, None] + offs_k[None, :]), mask=mask_x, other=0)
         filter = tl.load(
-            filter_ptr + ((filter_rows + (tap * depth + k))[None, :] + offs_k[:, None]),
+            filter_ptr + ((filter_rows + (tap * stride_c + k))[None, :] + offs_k[:, None]),
             mask=mask_filter,
             other=0,
         )
@@ -90,9 +72,7 @@ def _conv_bn_act_kernel(
     z = (z - mean[None, :]) * scale[None, :]
     if bias_ptr is not None:
         z += tl.load(bias_ptr + offs_n, mask=mask_n, other=0).to(tl.float32)[None, :]
-    stride_k = K_OUT
-    if ALIGNED_OUT > 1:
-        stride_k = (K_OUT // ALIGNED_OUT) * ALIGNED_OUT
+    stride_k = (K_OUT // ALIGNED_OUT) * ALIGNED_OUT
     offsets = (offs_m * stride_k)[:, None] + offs_n[None, :]
     mask = mask_m[:, None] & mask_n[None, :]
     if residual_ptr is not None:
@@ -117,8 +97,7 @@ def conv_bn_act(
     """``act(norm(conv2d(x) + conv_bias) + residual)`` with running statistics: (N, K, OH, OW).
 
     ``x`` (N, C, H, W), ``filter`` (K, C, R, S) and ``residual`` are channels_last in memory and of one
-    dtype: fp16, bf16, or fp32, whose operands are rounded to TF32. Sums are in fp32. ``x`` and
-    ``filter`` may have been padded by `pad_channels` before.
+    dtype: fp16, bf16, or fp32, whose operands are rounded to TF32. Sums are in fp32.
     """
     if not isinstance(norm.statistics, RunningStatistics):
         raise TypeError(f"norm must have RunningStatistics, got {type(norm.statistics).__name__}")
@@ -126,14 +105,12 @@ def conv_bn_act(
     y = empty_convolved(x, out_channels, shape) if out is None else out
     if y.numel() == 0:
         return y
-    plan = _plan(x.shape, out_channels, x.element_size(), shape, config)
-    channels = plan.arguments["C"]
     launch(
         _conv_bn_act_kernel,
-        plan,
+        _plan(x.shape, out_channels, x.element_size(), shape, config),
         y_ptr=y,
-        x_ptr=pad_channels(x, channels),
-        filter_ptr=pad_channels(filter, channels),
+        x_ptr=x,
+        filter_ptr=filter,
         conv_bias_ptr=conv_bias,
         residual_ptr=residual,
         **norm.pointers(),
@@ -147,12 +124,11 @@ def conv_bn_act(
 def _plan(
     size: torch.Size, out_channels: int, itemsize: int, shape: ConvShape, config: ConvConfig | None
 ) -> Plan:
-    """How the kernel is launched on an input of this size; ``C`` are its channels once padded."""
+    """How the kernel is launched on an input of this size."""
     n, channels, height, width = size
     out_height, out_width = shape.output_size(height, width)
-    rows, depth = n * out_height * out_width, shape.depth(channels, itemsize)
-    by_rows, channels = shape.by_rows(channels), shape.padded_channels(channels, itemsize)
-    config = config or conv_config(rows, depth, out_channels, itemsize)
+    rows = n * out_height * out_width
+    config = config or conv_config(rows, channels, out_channels, itemsize)
     vector = 16 // itemsize
     largest = max(
         n * channels * height * width, rows * out_channels, out_channels * channels * shape.taps
@@ -166,24 +142,15 @@ def _plan(
         "OW": out_width,
         "K_OUT": out_channels,
         "SHAPE": shape,
-        "ROW_CHANNELS": channels if by_rows else 0,
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "BLOCK_K": config.block_k,
         "ALIGNED_IN": vector if channels % vector == 0 else 1,
         "ALIGNED_OUT": vector if out_channels % vector == 0 else 1,
-        "EVEN_K": depth % config.block_k == 0,
+        "EVEN_K": channels % config.block_k == 0,
         "INDEX": tl.int32 if largest < 2**31 - 2**20 else tl.int64,
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
     }
     programs = -(-rows // config.block_m) * -(-out_channels // config.block_n)
     return Plan((programs,), arguments)
-
-
-def pad_channels(x: Tensor, channels: int) -> Tensor:
-    """A channels_last ``x`` padded with zeros to ``channels``, see `ConvShape.padded_channels`."""
-    if x.shape[1] == channels:
-        return x
-    padded = F.pad(x, (0, 0, 0, 0, 0, channels - x.shape[1]))
-    return padded.contiguous(memory_format=torch.channels_last)

@@ -4,21 +4,27 @@ The heuristic is derived from the sizes of tiles and of shared memory; none of i
 on a GPU yet. `search_space` is what tuning tries.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from math import log2
 from typing import Any
 
 from bnres.kernels.config import next_power_of_2
-from bnres.kernels.fields import Numbers
 
 # The least that the matrix instructions of every target take.
 MIN_BLOCK = 16
 STEP_BYTES = 128
+# With fewer channels most of a matrix instruction would be unused.
 MIN_CHANNELS = 8
-# The least that an asynchronous copy of part of a row takes at once, where it is worth one.
-ROW_VECTOR_BYTES = 8
-# Most channels, and most elements in a row of a filter, for which a row is a step or two.
-MAX_ROW_CHANNELS, MAX_ROW = 8, 64
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """A dataclass whose fields are whole numbers, which operators take as a tuple."""
+
+    def as_tuple(self) -> tuple[int, ...]:
+        """The fields in order."""
+        # torch.compile cannot trace dataclasses.astuple everywhere: it copies deeply.
+        return tuple([getattr(self, field.name) for field in fields(self)])
 
 
 @dataclass(frozen=True)
@@ -54,28 +60,6 @@ class ConvShape(Numbers):
         across = width + 2 * self.padding_w - self.dilation_w * (self.kernel_w - 1) - 1
         return down // self.stride_h + 1, across // self.stride_w + 1
 
-    def by_rows(self, channels: int) -> bool:
-        """Whether a filter's row is summed at once: with few channels a tap would fill no block."""
-        return (
-            channels <= MAX_ROW_CHANNELS
-            and self.dilation_w == 1
-            and self.kernel_w * channels <= MAX_ROW
-        )
-
-    def has_kernel(self, channels: int) -> bool:
-        """Whether our kernel takes it: with fewer channels most of a matrix instruction is unused."""
-        return channels >= MIN_CHANNELS or self.by_rows(channels)
-
-    def padded_channels(self, channels: int, itemsize: int) -> int:
-        """Channels as the kernel reads them: a row of few is filled up to whole vectors."""
-        vector = max(ROW_VECTOR_BYTES // itemsize, 1)
-        return -(-channels // vector) * vector if self.by_rows(channels) else channels
-
-    def depth(self, channels: int, itemsize: int) -> int:
-        """Elements of the sum that are adjacent in memory, in the input and in the filter."""
-        padded = self.padded_channels(channels, itemsize)
-        return padded * self.kernel_w if self.by_rows(channels) else padded
-
 
 @dataclass(frozen=True)
 class ConvConfig(Numbers):
@@ -96,25 +80,25 @@ class ConvConfig(Numbers):
         )
 
 
-def conv_config(rows: int, depth: int, out_channels: int, itemsize: int) -> ConvConfig:
+def conv_config(rows: int, channels: int, out_channels: int, itemsize: int) -> ConvConfig:
     """A tile of 128 positions and of all channels, at most 128 (64 in fp32); steps of 128 bytes.
 
     Args:
         rows: positions of the output.
-        depth: see `ConvShape.depth`.
+        channels: of the input.
         out_channels: of the output.
         itemsize: bytes of an element.
     """
     widest = 128 if itemsize == 2 else 64  # 128 spills in fp32, compiled for sm_90
     block_n = min(max(next_power_of_2(out_channels), MIN_BLOCK), widest)
-    block_k = min(max(next_power_of_2(depth), MIN_BLOCK), STEP_BYTES // itemsize)
+    block_k = min(max(next_power_of_2(channels), MIN_BLOCK), STEP_BYTES // itemsize)
     block_m = 128 if rows > 64 else 64
     return ConvConfig(block_m, block_n, block_k, num_warps=8 if block_n == 128 else 4, num_stages=3)
 
 
-def search_space(rows: int, depth: int, out_channels: int, itemsize: int) -> list[ConvConfig]:
+def search_space(rows: int, channels: int, out_channels: int, itemsize: int) -> list[ConvConfig]:
     """The heuristic's choice first, then others, those that differ least from it first."""
-    first = conv_config(rows, depth, out_channels, itemsize)
+    first = conv_config(rows, channels, out_channels, itemsize)
     found = [first]
     for block_m in (64, 128, 256):
         for block_n in (64, 128, 256):

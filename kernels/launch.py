@@ -12,12 +12,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
-from bnres.kernels.config import (
-    column_config,
-    launch_config,
-    next_power_of_2,
-    tile_for,
-)
+from bnres.kernels.channels import FINALIZE_CHANNELS, FINALIZE_SPLITS
+from bnres.kernels.config import TUNING, column_config, launch_config, tile_for
 from bnres.kernels.layout import pooled_size, view_of
 
 # A load of a word needs an address that is a multiple of this.
@@ -32,8 +28,8 @@ OPTIONS = ("num_warps", "num_stages")
 # Interpreted programs run one after another, so a few of them are enough.
 INTERPRETER_SM_COUNT = 1
 
-# Tile of the kernels that combine partial sums (splits, C).
-FINALIZE_SPLITS, FINALIZE_CHANNELS, FINALIZE_WARPS = 256, 8, 8
+# Of the kernels that combine partial sums.
+FINALIZE_WARPS = 8
 
 
 @dataclass(frozen=True)
@@ -83,28 +79,23 @@ def _plan(
     view = view_of(shape, contiguous)
     tile = tile_for(view, dtype.itemsize)
     tile = replace(tile, words=tile.aligned and dtype == torch.bfloat16)
-    config = launch_config(kernel, view, tile, sm_count)
+    config, tuning = launch_config(kernel, view, tile, sm_count), TUNING[kernel]
     sizes = {"count": view.count, "C": view.channels, "splits": config.splits}
-    blocks = {
-        "TRIPS": -(-config.splits // FINALIZE_SPLITS),
-        "BLOCK_S": FINALIZE_SPLITS,
-        "BLOCK_C": FINALIZE_CHANNELS,
-    }
+    trips = -(-config.splits // FINALIZE_SPLITS.value)
     finalize = Plan(
-        (-(-view.channels // FINALIZE_CHANNELS),), sizes | blocks | {"num_warps": FINALIZE_WARPS}
+        (-(-view.channels // FINALIZE_CHANNELS.value),),
+        sizes | {"TRIPS": trips, "num_warps": FINALIZE_WARPS},
     )
     arguments = sizes | {
         "L": view.inner,
         "rows_per_split": config.rows_per_split,
         "TILE": tile,
-        "UNROLL": config.tuning.unroll,
-        "STAGES": config.tuning.num_stages,
-        "EVICTION": config.tuning.eviction,
-        "INNER_POW2": next_power_of_2(tile.group_inner),
+        "UNROLL": tuning.unroll,
+        "STAGES": tuning.num_stages,
+        "EVICTION": tuning.eviction,
         "ACC": tl.float64 if dtype == torch.float64 else tl.float32,
     }
-    grid = config.col_blocks, config.splits
-    return TilePlan(grid, arguments, finalize, config.splits)
+    return TilePlan((config.col_blocks, config.splits), arguments, finalize, config.splits)
 
 
 def plan_columns(kernel: str, x: Tensor, rows: int) -> Plan:
@@ -131,7 +122,7 @@ def _plan_columns(
         "columns": config.columns,
         "rows_per_program": config.rows_per_program,
         "TILE": config.tile,
-        "STAGES": config.tuning.num_stages,
+        "STAGES": TUNING[kernel].num_stages,
     }
     return Plan((config.programs,), arguments)
 
@@ -140,7 +131,7 @@ class Launch(NamedTuple):
     """A launch that was made: the compiled kernel and all its arguments, in order."""
 
     compiled: Any
-    grid: tuple[int, int, int]
+    grid: tuple[int, ...]
     arguments: list[Any]
 
 
@@ -200,5 +191,4 @@ def launch(kernel: Any, plan: Plan, **named: Any) -> None:
         compiled = kernel[plan.grid](**ordered, **options, enable_fp_fusion=True)
     launches = getattr(_recorder, "launches", None)
     if launches is not None:
-        x_size, y_size, z_size = (*plan.grid, 1, 1)[:3]
-        launches.append(Launch(compiled, (x_size, y_size, z_size), list(ordered.values())))
+        launches.append(Launch(compiled, (*plan.grid, 1, 1)[:3], list(ordered.values())))

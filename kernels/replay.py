@@ -28,7 +28,7 @@ class _Replayed(NamedTuple):
     """A recorded launch: ``pick`` selects its pointers from a call's, ``numbers`` are its other arguments."""
 
     compiled: CompiledKernel
-    grid: tuple[int, int, int]
+    grid: tuple[int, ...]
     run: Callable[..., None]
     function: Any
     metadata: Any

@@ -56,22 +56,29 @@ def tile_offsets(
         skipped = (tl.cast(C, INDEX) - 1) * plane
         offsets = tl.cast(col_block, INDEX) * plane + (row * VECTOR + cols) + n * skipped
     else:
-        if TILE.kind == GROUPS:
-            width = TILE.group_cols // WORD
-            stride = (C // TILE.block_channels) * width
-        else:
-            width = TILE.block_cols // WORD
-            stride = C
-            if TILE.aligned:
-                stride = (C // TILE.vector) * VECTOR
-        start = tl.cast(row_start, INDEX) * stride + tl.cast(col_block, INDEX) * width
-        offsets = start + (local * stride + cols)
-        if not TILE.even:
-            if TILE.kind == GROUPS:
-                mask = mask & (cols < width)
-            else:
-                mask = mask & (cols < stride - col_block * width)
+        offsets, mask = _in_rows(row_start, local, col_block, cols, mask, C, TILE, WORD)
     return offsets, mask
+
+
+@triton.jit
+def _in_rows(row_start, local, col_block, cols, mask, C, TILE: tl.constexpr, WORD: tl.constexpr):
+    """Offsets and mask of a tile of whole rows, in words of WORD elements; not of `PLANES`."""
+    INDEX: tl.constexpr = tl.int32 if TILE.narrow else tl.int64
+    if TILE.kind == GROUPS:
+        width = TILE.group_cols // WORD
+        stride = (C // TILE.block_channels) * width
+    else:
+        width = TILE.block_cols // WORD
+        stride = (C + WORD - 1) // WORD
+        if TILE.aligned:
+            stride = (C // TILE.vector) * (TILE.vector // WORD)
+    start = tl.cast(row_start, INDEX) * stride + tl.cast(col_block, INDEX) * width
+    if not TILE.even:
+        if TILE.kind == GROUPS:
+            mask = mask & (cols < width)
+        else:
+            mask = mask & (cols < stride - col_block * width)
+    return start + (local * stride + cols), mask
 
 
 @triton.jit
@@ -163,7 +170,7 @@ def to_columns(v, TILE: tl.constexpr):
 
 
 @triton.jit
-def to_channels(acc, TILE: tl.constexpr, INNER_POW2: tl.constexpr):
+def to_channels(acc, TILE: tl.constexpr):
     """Sums of a sub-tile (sub_rows, block_cols) for each channel: (block_channels,)."""
     if TILE.kind == PLANES:
         # Each thread adds up its columns, so that threads exchange one value.
@@ -172,12 +179,12 @@ def to_channels(acc, TILE: tl.constexpr, INNER_POW2: tl.constexpr):
         sums = tl.sum(acc, 0)
     if TILE.kind == GROUPS:
         channel = tl.arange(0, TILE.block_channels)[:, None]
-        inner = tl.arange(0, INNER_POW2)[None, :]
+        inner = tl.arange(0, TILE.inner_pow2)[None, :]
         index = tl.reshape(
             channel * TILE.group_inner + tl.minimum(inner, TILE.group_inner - 1),
-            (TILE.block_channels * INNER_POW2,),
+            (TILE.block_channels * TILE.inner_pow2,),
         )
-        planes = tl.reshape(tl.gather(sums, index, 0), (TILE.block_channels, INNER_POW2))
+        planes = tl.reshape(tl.gather(sums, index, 0), (TILE.block_channels, TILE.inner_pow2))
         sums = tl.sum(tl.where(inner < TILE.group_inner, planes, 0.0), 1)
     return sums
 
@@ -194,29 +201,16 @@ def mask_offsets(row_start, col_block, shape, TILE: tl.constexpr, UNROLL: tl.con
     half: tl.constexpr = TILE.block_cols // 2
     local = tl.arange(0, TILE.sub_rows)[:, None]
     cols = tl.arange(0, half)[None, :]
-    row = tl.cast(row_start // UNROLL, INDEX)
-    mask = cols < half
+    row = row_start // UNROLL
+    mask = local < TILE.sub_rows  # all of them
     if TILE.kind == PLANES:
         tile_rows: tl.constexpr = UNROLL * TILE.sub_rows
         tiles = (count + tile_rows * TILE.vector - 1) // (tile_rows * TILE.vector)
         start = (tl.cast(col_block, INDEX) * (tiles * TILE.sub_rows) + row) * half
         offsets = start + (local * half + cols)
     else:
-        if TILE.kind == GROUPS:
-            width = TILE.group_cols // 2
-            stride = (C // TILE.block_channels) * width
-        else:
-            width = half
-            stride = (C + 1) // 2
-            if TILE.aligned:
-                stride = (C // TILE.vector) * (TILE.vector // 2)
-        offsets = row * stride + tl.cast(col_block, INDEX) * width + (local * stride + cols)
-        if not TILE.even:
-            if TILE.kind == GROUPS:
-                mask = cols < width
-            else:
-                mask = cols < stride - col_block * width
-    return offsets, mask & (local < TILE.sub_rows)
+        offsets, mask = _in_rows(row, local, col_block, cols, mask, C, TILE, 2)
+    return offsets, mask
 
 
 @triton.jit

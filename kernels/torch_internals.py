@@ -68,12 +68,7 @@ def dispatches(t: object) -> bool:
 
 def is_watched() -> bool:
     """Whether anything besides autograd is active: a transform, a mode, a trace, forward mode."""
-    return (
-        in_transform()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or forward_ad._current_level >= 0
-        or is_tracing()
-    )
+    return in_transform() or in_dispatch_mode() or in_forward_mode() or is_tracing()
 
 
 def apply_plainly(function: type[Function], *inputs: Any) -> Any:

@@ -168,7 +168,7 @@ def test_rows_are_split_over_the_whole_chip(batch, contiguous):
     found = config.column_config("pool", (batch, 64, 2 * rows, 112), contiguous, 2, rows, 132)
     blocks = -(-found.columns // found.tile.sub_rows)
     assert found.programs == blocks * -(-rows // found.rows_per_program)
-    at_once = 132 * found.tuning.programs_per_sm
+    at_once = 132 * config.TUNING["pool"].programs_per_sm
     turns = -(-found.programs // at_once)
     # The rows that there are, over those that the chip could walk down in that time.
     used = blocks * rows / (at_once * turns * found.rows_per_program)

@@ -15,8 +15,6 @@ from bnres.fusion.match import norm_call
 from bnres.fusion.nodes import module_name, only_user
 from bnres.nn.hooks import hooked
 
-STOCK = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-
 
 def fold(model: nn.Module, *inputs: Any, **kwargs: Any) -> nn.Module:
     """A copy of a model in which batch norms are folded into the convolutions before them.
@@ -69,12 +67,8 @@ def _capture(
 
     def record(module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         placeholders = module.graph.find_nodes(op="placeholder")
-
-        def call(*args: Any) -> Any:
-            found.append((module.graph, dict(zip(placeholders, args, strict=True))))
-            return module.forward(*args)
-
-        return call
+        found.append((module.graph, dict(zip(placeholders, example_inputs, strict=True))))
+        return module.forward
 
     try:
         with torch.no_grad():
@@ -103,7 +97,7 @@ def _pairs(
         conv, bn = (modules.get(name) for name in names)
         if (
             type(conv) is nn.Conv2d
-            and type(bn) in STOCK
+            and type(bn) in (nn.BatchNorm2d, nn.SyncBatchNorm)
             and not hooked(conv, bn)
             and all(n is None or (n in tensors and only_user(n)) for n in read)
             and tensors[weight] is conv.weight

@@ -1,5 +1,6 @@
 """What is fused, what is not, and why."""
 
+import re
 from dataclasses import dataclass
 
 # What the parts of a pattern stand for.
@@ -49,17 +50,9 @@ class FusionReport:
             f"{site.name:<{width}}  {site.pattern:<{depth}}  {site.reason}".rstrip()
             for site in self.sites
         ]
-        legend = [
-            f"{part:<4}  {meaning}" for part, meaning in MEANINGS.items() if part in self._parts
-        ]
+        found = {p for site in self.sites for p in re.findall(r"\+?\w+|^-$", site.pattern)}
+        legend = [f"{part:<4}  {meaning}" for part, meaning in MEANINGS.items() if part in found]
         if self.fused:
             legend.insert(0, "One operation runs all that a pattern names:")
         count = f"{len(self.fused)} fused sites of {len(self.sites)}"
         return "\n".join([*rows, "", *legend, "", count] if rows else [count])
-
-    @property
-    def _parts(self) -> set[str]:
-        """The parts of the patterns that occur."""
-        patterns = {site.pattern for site in self.sites}
-        parts = {p for pattern in patterns - {"-"} for p in pattern.replace("+", "-+").split("-")}
-        return parts | patterns & {"-"}

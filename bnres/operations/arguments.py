@@ -45,21 +45,18 @@ def check_norm(
             )
         if not tensor.is_floating_point():
             raise TypeError(f"{prefix}{name} must be of a floating dtype, got {tensor.dtype}")
-        if tensor.device != device:
-            raise RuntimeError(f"{prefix}{name} is on {tensor.device}, but input is on {device}")
-    momentum = norm.momentum
-    if isinstance(momentum, Tensor):
-        if momentum.numel() != 1:
-            raise ValueError(f"{prefix}momentum must have one element, got {momentum.numel()}")
-        if momentum.device != device:
-            raise RuntimeError(
-                f"{prefix}momentum is on {momentum.device}, but input is on {device}"
-            )
-    counter = norm.num_batches_tracked
-    if counter is not None and counter.numel() != 1:
-        raise ValueError(
-            f"{prefix}num_batches_tracked must have one element, got {counter.numel()}"
-        )
+        _check_device(f"{prefix}{name}", tensor, device)
+    for name in ("momentum", "num_batches_tracked"):
+        scalar = getattr(norm, name)
+        if isinstance(scalar, Tensor) and scalar.numel() != 1:
+            raise ValueError(f"{prefix}{name} must have one element, got {scalar.numel()}")
+    if isinstance(norm.momentum, Tensor):
+        _check_device(f"{prefix}momentum", norm.momentum, device)
+
+
+def _check_device(name: str, t: Tensor, device: torch.device, other: str = "input") -> None:
+    if t.device != device:
+        raise RuntimeError(f"{name} is on {t.device}, but {other} is on {device}")
 
 
 def check_mapped(x: Tensor, norm: Any) -> None:
@@ -75,8 +72,7 @@ def check_mapped(x: Tensor, norm: Any) -> None:
 def check_conv_bias(conv_weight: Tensor, conv_bias: Tensor | None) -> None:
     """Raises unless ``conv_weight`` is 4-D and ``conv_bias`` has an element for each output channel."""
     if conv_weight.dim() != 4:
-        dims = conv_weight.dim()
-        raise ValueError(f"expected 4D conv_weight (got {dims}D conv_weight)")
+        raise ValueError(f"expected 4D conv_weight (got {conv_weight.dim()}D conv_weight)")
     if conv_bias is None:
         return
     if conv_bias.shape != conv_weight.shape[:1]:
@@ -84,10 +80,7 @@ def check_conv_bias(conv_weight: Tensor, conv_bias: Tensor | None) -> None:
             f"conv_bias must have the shape {tuple(conv_weight.shape[:1])}, "
             f"got {tuple(conv_bias.shape)}"
         )
-    if conv_bias.device != conv_weight.device:
-        raise RuntimeError(
-            f"conv_bias is on {conv_bias.device}, but conv_weight is on {conv_weight.device}"
-        )
+    _check_device("conv_bias", conv_bias, conv_weight.device, "conv_weight")
 
 
 def check_residual(residual: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
@@ -96,8 +89,7 @@ def check_residual(residual: Tensor, shape: tuple[int, ...], device: torch.devic
         raise ValueError(
             f"residual must have the shape of input, {tuple(shape)}, got {tuple(residual.shape)}"
         )
-    if residual.device != device:
-        raise RuntimeError(f"residual is on {residual.device}, but input is on {device}")
+    _check_device("residual", residual, device)
 
 
 def wants_grad(*tensors: Tensor | None) -> bool:

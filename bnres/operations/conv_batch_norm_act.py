@@ -60,12 +60,7 @@ def _allocate(inputs: Inputs, spec: Spec) -> Outputs:
 
 
 def _forward(inputs: Inputs, spec: Spec, recording: Recording) -> Outputs:
-    from bnres.kernels.conv import pad_channels
-
     outputs = _allocate(inputs, spec)
-    x, filter = inputs.x, inputs.filter
-    channels = ConvShape(*spec.shape).padded_channels(x.shape[1], x.element_size())
-    inputs = inputs._replace(x=pad_channels(x, channels), filter=pad_channels(filter, channels))
     recording.forward.run(_launch_forward, (inputs, outputs), spec)
     return outputs
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from bnres.backend import uses_kernels
-from bnres.kernels.conv_config import ConvConfig, ConvShape, conv_config
+from bnres.kernels.conv_config import MIN_CHANNELS, ConvConfig, ConvShape, conv_config
 from bnres.operations.call import needs_aten
 from bnres.routes import ConvCall, kernel_config
 
@@ -52,7 +52,7 @@ def kernel_conv(
         return None
     batch, channels, height, width = input.shape
     output = shape.output_size(height, width)
-    if not shape.has_kernel(channels) or min(output) < 1:
+    if channels < MIN_CHANNELS or min(output) < 1:
         return None
     call = ConvCall(
         str(dtype).removeprefix("torch."), batch, channels, height, width, conv_weight.shape[0],
@@ -62,9 +62,8 @@ def kernel_conv(
     if not takes_kernel:
         return None
     if config is None:
-        depth = shape.depth(channels, dtype.itemsize)
         rows = batch * output[0] * output[1]
-        config = conv_config(rows, depth, conv_weight.shape[0], dtype.itemsize)
+        config = conv_config(rows, channels, conv_weight.shape[0], dtype.itemsize)
     return KernelConv(dtype, shape, config)
 
 
