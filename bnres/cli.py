@@ -190,7 +190,10 @@ def export(
 
 
 Model = Annotated[
-    str, typer.Argument(help="Model, torchvision:NAME, timm:NAME, or PACKAGE.MODULE:FACTORY.")
+    str,
+    typer.Argument(
+        help="Name of a model of bnres, torchvision:NAME, timm:NAME, or PACKAGE.MODULE:FACTORY."
+    ),
 ]
 Input = Annotated[str | None, typer.Option(help="Shape of the input, such as 1x3x224x224.")]
 
@@ -299,7 +302,7 @@ def tune(
         "torch": torch.__version__,
         "date": f"{datetime.now():%Y-%m-%d}",
     }
-    torch.backends.cudnn.benchmark = True  # as a fast training script sets it
+    torch.backends.cudnn.benchmark = True  # as in fast training scripts
     tune_calls(
         chosen, path, about, device, device_timer(), minutes=minutes,
         say=partial(console.print, highlight=False, markup=False, soft_wrap=True),
@@ -366,5 +369,5 @@ def parse_shape(text: str) -> tuple[int, int, int, int]:
     return n, channels, height, width
 
 
-if __name__ == "__main__":  # torchrun -m bnres.cli
+if __name__ == "__main__":  # for torchrun -m bnres.cli
     app()

@@ -98,12 +98,15 @@ def use_conv_route(route: str) -> Iterator[None]:
 
 
 def conv_route() -> str:
-    """The route that `use_conv_route` has set."""
+    """The route that `use_conv_route` has set, by default ``"auto"``."""
     return _override
 
 
 def kernel_config(call: ConvCall, device: torch.device) -> tuple[bool, ConvConfig | None]:
-    """Returns whether our kernel computes ``call``, and its configuration (None: the default)."""
+    """Returns whether our kernel computes ``call``, and with which configuration.
+
+    The configuration is None if the kernel's heuristic shall choose it.
+    """
     if _override != "auto":
         return _override == "kernel", None
     if device.type != "cuda" or torch.compiler.is_compiling():

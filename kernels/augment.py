@@ -58,7 +58,7 @@ def _axis(offs, scale, length):
     centre = scale * (offs.to(tl.float32) + 0.5)
     first = tl.maximum((centre - support + 0.5).to(tl.int32), 0)
     end = tl.minimum((centre + support + 0.5).to(tl.int32), length)
-    end = tl.where(scale == 1.0, first + 1, end)  # an axis that keeps its size is copied
+    end = tl.where(scale == 1.0, first + 1, end)  # copy an axis that keeps its size
     return centre, support, first, end
 
 
@@ -202,7 +202,10 @@ def _augment_kernel(
     HAS_CONTRAST: tl.constexpr, COLOR_FIRST: tl.constexpr, PARTS_POW2: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """y = (colours(flips(resize(crop(x)))) − mean)/std: (N, C, OH, OW)."""
+    """y = (colours(flips(resize(crop(x)))) − mean)/std, of shape (N, C, OH, OW).
+
+    With COLOR_FIRST the colour operations are applied to x instead.
+    """
     n = tl.program_id(0) // parts
     part = tl.program_id(0) - n * parts
     x_ptr += tl.cast(n, tl.int64) * stride_xn

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# The numbers of the colour operations. They index an image's factors, and make up its order.
+# The numbers of the colour operations. They index an image's factors; its order is a list of them.
 BRIGHTNESS, CONTRAST, SATURATION, HUE = 0, 1, 2, 3
 # Bits of each number in a packed order. The lowest bits hold the operation that is applied first.
 ORDER_BITS = 4

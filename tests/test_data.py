@@ -493,8 +493,15 @@ def tiff(values, bits, *, kind=1, black=1, order="<"):
         body = np.stack(packed, 1).astype(np.uint8).tobytes()
     else:
         body = values.astype(f"{order}{'_uif'[kind]}{bits // 8}").tobytes()
-    tags = [(256, width), (257, height), (258, bits), (259, 1), (262, black), (273, 8 + 2 + 120 + 4),
-            (277, 1), (278, height), (279, len(body)), (339, kind)]  # fmt: skip
+    tags = [
+        (256, width),
+        (257, height),
+        (258, bits),
+        (259, 1),
+        (262, black),
+        (273, 8 + 2 + 120 + 4),
+    ]
+    tags += [(277, 1), (278, height), (279, len(body)), (339, kind)]
     mark = {"<": b"II*\0", ">": b"MM\0*"}[order]
     entries = b"".join(struct.pack(f"{order}HHII", tag, 4, 1, value) for tag, value in tags)
     head = mark + struct.pack(f"{order}IH", 8, len(tags))

@@ -40,7 +40,7 @@ def test_no_gpu(monkeypatch):
         monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert checks.check_gpu() == Finding(
-        "torch finds no GPU", "see whether nvidia-smi lists one, and its driver"
+        "torch finds no GPU", "check that nvidia-smi lists the GPU and its driver"
     )
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
     assert checks.check_gpu() == Finding("CUDA_VISIBLE_DEVICES='-1' hides the GPUs", "unset it")
@@ -165,7 +165,7 @@ def test_cache_folder(monkeypatch, tmp_path, variable):
     with read_only(folder):
         found = checks.check_cache(variable)
     assert found.problem.startswith(f"the cache folder {folder}/deeper/still is not writable: ")
-    assert found.fix == f"set {variable} to a folder that is"
+    assert found.fix == f"set {variable} to a writable folder"
     monkeypatch.setenv(variable, str(tmp_path / "file"))
     (tmp_path / "file").write_text("")
     assert checks.check_cache(variable).problem.endswith("not writable: Not a directory")
@@ -192,7 +192,7 @@ def test_cache_folder_in_a_folder_without_permissions(monkeypatch, tmp_path, var
     with another_user():
         assert checks.check_cache(variable) == Finding(
             f"the cache folder {closed}/cache is not writable: Permission denied",
-            f"set {variable} to a folder that is",
+            f"set {variable} to a writable folder",
         )
 
 
@@ -218,7 +218,7 @@ def test_an_inductor_cache_that_can_not_be_created(tmp_path):
     found = json.loads(result.stdout)
     assert {
         "problem": f"the cache folder {folder} is not writable: Not a directory",
-        "fix": "set TORCHINDUCTOR_CACHE_DIR to a folder that is",
+        "fix": "set TORCHINDUCTOR_CACHE_DIR to a writable folder",
     } in found["findings"]
     assert (found["savings"]["norms"], found["savings"]["fused"]) == (4, 4)
 

@@ -1,4 +1,4 @@
-"""Training: data, loop, checkpoints, the command line and its errors."""
+"""Training: the loop, checkpoints, the command line and its errors."""
 
 import csv
 import json

@@ -19,7 +19,7 @@ TRIES = 10
 
 
 class Transform(ABC):
-    """A step of a chain. Calling it applies a chain of this step.
+    """A step of a chain. Calling a transform applies it as a chain of one step.
 
     ``transform(images, generator)`` takes images (N, C, H, W) with 1 or 3 channels, either uint8 or
     floating point from 0 to 1, and returns them in fp32; see `bnres.augment.Compose`.

@@ -46,8 +46,8 @@ class EpochBatches(ABC):
         parts = shard[1]
         if not 2 <= batch_size <= train_count:
             raise ValueError(
-                f"batch_size must be from 2 to {train_count} (the training images of {name}), got "
-                f"{batch_size}"
+                f"batch_size must be from 2 to {train_count}, the number of training images of "
+                f"{name}, got {batch_size}"
             )
         if parts > 1 and (batch_size % parts or batch_size < 2 * parts or not drop_last):
             raise ValueError(

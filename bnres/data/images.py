@@ -76,7 +76,7 @@ def in_eight_bits(image: "Image.Image") -> "Image.Image":
         raise ValueError(
             f"gray values of mode {image.mode} must be from 0 to {top}, got {low} to {high}"
         )
-    if tags.get(PHOTOMETRIC) == 0:  # WhiteIsZero
+    if tags.get(PHOTOMETRIC) == 0:  # WhiteIsZero: 0 is white
         values = top - values
     eight = np.rint(values * 255) if image.mode == "F" else values >> (bits - 8)
     return Image.fromarray(eight.astype(np.uint8))

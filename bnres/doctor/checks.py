@@ -44,7 +44,7 @@ def check_gpu() -> Finding | None:
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
     if hidden is not None and hidden.strip() in ("", "-1"):
         return Finding(f"CUDA_VISIBLE_DEVICES={hidden!r} hides the GPUs", "unset it")
-    return Finding("torch finds no GPU", "see whether nvidia-smi lists one, and its driver")
+    return Finding("torch finds no GPU", "check that nvidia-smi lists the GPU and its driver")
 
 
 def check_triton() -> Finding | None:
@@ -125,7 +125,7 @@ def cache_folders() -> dict[str, Path]:
 
 
 def _default_inductor_cache() -> str:
-    # Importing the package would create the folder and fail if it can't, so only this file is run.
+    # Run only this file: importing its package would create the folder, or fail to.
     utils = Path(torch.__file__).parent / "_inductor/runtime/cache_dir_utils.py"
     folder: str = runpy.run_path(str(utils))["default_cache_dir"]()
     return folder
@@ -145,7 +145,7 @@ def check_cache(variable: str) -> Finding | None:
     except OSError as error:
         return Finding(
             f"the cache folder {folder} is not writable: {error.strerror}",
-            f"set {variable} to a folder that is",
+            f"set {variable} to a writable folder",
         )
 
 

@@ -148,7 +148,7 @@ def diagnose(name: str | None = None, shape: tuple[int, ...] | None = None) -> D
             savings = _derive(name, shape)
         except Exception as error:  # the findings about the machine are still reported
             problem = f"model {name!r} can't be examined: {describe(error)}"
-            findings.append(Finding(problem, "name another model, or give its --input"))
+            findings.append(Finding(problem, "use another model or another --input"))
     steps = None if savings is None else changes(savings)
     return Diagnosis(facts(), findings, name, savings, steps)
 

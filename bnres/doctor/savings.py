@@ -1,7 +1,7 @@
 """Derives from shapes, without measuring, what fusing a model saves in a training step.
 
-Bytes are counted in passes over a batch norm's input, where a pass reads or writes a tensor of its
-size. For instance, the forward of a batch norm reads its input once for the statistics and once to
+Bytes are counted in passes: a pass reads or writes, once, a tensor of the size of the batch norm's
+input. For instance, the forward of a batch norm reads its input once for the statistics and once to
 apply them. Launches are those of ATen's kernels and of bnres's kernels.
 """
 
@@ -17,7 +17,7 @@ from bnres.fusion.explain import is_norm
 
 HALF, SINGLE = 2, 4
 INDEX_BYTES = 8  # bytes of the index that torch's max-pool writes for each output
-POOLED = 1 / 4  # outputs of a max-pool of stride 2 for each of its inputs
+POOLED = 1 / 4  # outputs per input of a max-pool of stride 2
 # torch's batch norm: num_batches_tracked, statistics, running statistics, output; in backward the
 # sums and dx.
 STOCK_NORM_LAUNCHES = 6

@@ -33,7 +33,7 @@ class Chain(nn.Sequential):
 
 def run(modules: Iterable[nn.Module], x: Any) -> Any:
     """Calls the modules one after another, starting with ``x``, and returns the last output."""
-    # An exported program or a graph of torch.fx shall show the plain call of each module.
+    # Exported programs and graphs of torch.fx contain plain calls of the modules.
     if is_exporting() or not isinstance(x, Tensor):
         for module in modules:
             x = module(x)

@@ -104,8 +104,8 @@ def _import(path: str) -> ModuleType:
     if here not in sys.path and "" not in sys.path:
         sys.path.insert(0, here)
     try:
-        # Random numbers that a module draws while it is imported must not change the weights,
-        # because it is imported only once in a process.
+        # The module may draw random numbers, but only at its first import in a process. Without
+        # fork_rng the weights would depend on whether this is the first import.
         with torch.random.fork_rng([]):
             return importlib.import_module(path)
     except ModuleNotFoundError as error:

@@ -79,25 +79,25 @@ class ResNet(nn.Module):
 
 
 def resnet18(num_classes: int = 1000, in_channels: int = 3, **options: Any) -> ResNet:
-    """ResNet-18; ``options`` are those of `ResNet`, ``fused=False`` takes torch's own layers."""
+    """ResNet-18; ``options`` are those of `ResNet`. ``fused=False`` uses torch's layers."""
     return ResNet(BasicBlock, (2, 2, 2, 2), num_classes, in_channels, **options)
 
 
 def resnet34(num_classes: int = 1000, in_channels: int = 3, **options: Any) -> ResNet:
-    """ResNet-34; ``options`` are those of `ResNet`, ``fused=False`` takes torch's own layers."""
+    """ResNet-34; ``options`` are those of `ResNet`. ``fused=False`` uses torch's layers."""
     return ResNet(BasicBlock, (3, 4, 6, 3), num_classes, in_channels, **options)
 
 
 def resnet50(num_classes: int = 1000, in_channels: int = 3, **options: Any) -> ResNet:
-    """ResNet-50; ``options`` are those of `ResNet`, ``fused=False`` takes torch's own layers."""
+    """ResNet-50; ``options`` are those of `ResNet`. ``fused=False`` uses torch's layers."""
     return ResNet(Bottleneck, (3, 4, 6, 3), num_classes, in_channels, **options)
 
 
 def resnet101(num_classes: int = 1000, in_channels: int = 3, **options: Any) -> ResNet:
-    """ResNet-101; ``options`` are those of `ResNet`, ``fused=False`` takes torch's own layers."""
+    """ResNet-101; ``options`` are those of `ResNet`. ``fused=False`` uses torch's layers."""
     return ResNet(Bottleneck, (3, 4, 23, 3), num_classes, in_channels, **options)
 
 
 def resnet152(num_classes: int = 1000, in_channels: int = 3, **options: Any) -> ResNet:
-    """ResNet-152; ``options`` are those of `ResNet`, ``fused=False`` takes torch's own layers."""
+    """ResNet-152; ``options`` are those of `ResNet`. ``fused=False`` uses torch's layers."""
     return ResNet(Bottleneck, (3, 8, 36, 3), num_classes, in_channels, **options)

@@ -32,8 +32,8 @@ def chains(config: TrainConfig, dataset: ImageDataset | FolderDataset) -> tuple[
     if config.crop_size is not None:
         if config.crop_size > min(dataset.size):
             raise ValueError(
-                f"crop_size must be at most {min(dataset.size)} (the images of {dataset.name}), "
-                f"got {config.crop_size}"
+                f"crop_size must be at most {min(dataset.size)}, the shorter side of the images of "
+                f"{dataset.name}, got {config.crop_size}"
             )
         crop = [RandomResizedCrop(config.crop_size, scale=(config.crop_scale, 1.0))]
         middle = [CenterCrop(config.crop_size)]

@@ -72,7 +72,7 @@ def checkpoint_bytes(state: TrainState) -> int:
         for tensors in (state.model.parameters(), state.model.buffers())
     )
     averaged = state.average is not None
-    moments = 2 if isinstance(state.optimizer, torch.optim.Adam) else 1  # AdamW is an Adam
+    moments = 2 if isinstance(state.optimizer, torch.optim.Adam) else 1  # AdamW is a subclass
     return (1 + moments + averaged) * weights + (1 + averaged) * buffers
 
 
@@ -97,7 +97,7 @@ def load_checkpoint(path: Path, state: TrainState, config: TrainConfig) -> None:
             f"resume: {path} is already complete ({config.epochs} of {config.epochs} epochs)"
         )
     check_weights(content["model"], state.model, f"resume: {path}", config.model)
-    # The optimiser's implementation is chosen for this run's device, not the saved run's.
+    # Keep this run's choice of a fused or foreach optimiser, which depends on its device.
     for saved, own in zip(
         content["optimizer"]["param_groups"], state.optimizer.param_groups, strict=True
     ):

@@ -62,7 +62,7 @@ def export_checkpoint(
     if format == "safetensors" and size is not None:
         raise ValueError("size: safetensors holds only weights, which do not depend on the size")
     if format == "onnx":
-        importlib.import_module("onnxscript")  # torch.onnx needs it; it depends on onnx
+        importlib.import_module("onnxscript")  # torch.onnx needs it, and it depends on onnx
     content = read_checkpoint(path)
     config = config_of(
         content, device="cpu", fused=False, sync_bn=False, cuda_graphs=False, channels_last=False

@@ -1,4 +1,4 @@
-"""One epoch of training, one pass of evaluation."""
+"""Trains for one epoch, and evaluates on the held-out set."""
 
 import time
 from collections.abc import Callable
