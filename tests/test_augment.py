@@ -269,7 +269,7 @@ class TestNotFinite:
 
     @pytest.mark.parametrize("side", [64, 65])
     def test_both_ways_to_resize(self, route, side):
-        """ATen multiplies by matrices up to size 64; larger images it resizes one by one."""
+        """With ATen, images up to size 64 are resized by matrix products, others one by one."""
         x = self.images(NAN, size=(side, side))
         draws = [bt.Crop(torch.tensor([[0, 2, side, 30]]).expand(len(x), 4), (6, 5), True)]
         y = self.check(route, draws, x, GEOMETRY)

@@ -3,6 +3,8 @@
 Bytes are counted in passes: a pass reads or writes, once, a tensor of the size of the batch norm's
 input. For instance, the forward of a batch norm reads its input once for the statistics and once to
 apply them. Launches are those of ATen's kernels and of bnres's kernels.
+
+A pattern names the fused layers as `explain` does, for instance ``conv-bn-add-act``.
 """
 
 import copy
@@ -18,11 +20,11 @@ from bnres.fusion.explain import is_norm
 HALF, SINGLE = 2, 4
 INDEX_BYTES = 8  # bytes of the index that torch's max-pool writes for each output
 POOLED = 1 / 4  # outputs per input of a max-pool of stride 2
-# torch's batch norm: num_batches_tracked, statistics, running statistics, output; in backward the
-# sums and dx.
+# torch's batch norm has four launches in forward (num_batches_tracked, statistics, running
+# statistics, output) and two in backward (sums, dx).
 STOCK_NORM_LAUNCHES = 6
-# Our batch norm: statistics and their combination (for each norm of an operation); the output; in
-# backward the sums, their combination and dx.
+# Our operation has two launches for each batch norm (partial statistics, and their combination) and
+# four others: the output; in backward the partial sums, their combination, and dx.
 STATISTICS_LAUNCHES, OTHER_LAUNCHES = 2, 4
 
 
@@ -31,7 +33,7 @@ def _parts(pattern: str) -> list[str]:
 
 
 def stock_passes(pattern: str, itemsize: int) -> float:
-    """Passes of torch's layers, forward and backward, for a pattern of `explain` (conv-bn-act)."""
+    """Passes of torch's layers for a pattern, forward and backward together."""
     parts = _parts(pattern)
     found = 8.0 * parts.count("bn") + 3 * ("add" in parts) + 5 * ("act" in parts)
     if "pool" in parts:
@@ -40,7 +42,7 @@ def stock_passes(pattern: str, itemsize: int) -> float:
 
 
 def fused_passes(pattern: str, itemsize: int) -> float:
-    """Passes of the fused operation, forward and backward, for a pattern of `explain`."""
+    """Passes of the fused operation for a pattern, forward and backward together."""
     parts = _parts(pattern)
     bit = 1 / (8 * itemsize)
     if "pool" in parts:
@@ -53,14 +55,14 @@ def fused_passes(pattern: str, itemsize: int) -> float:
 
 
 def stock_launches(pattern: str) -> int:
-    """Launches of torch's layers, forward and backward, for a pattern of `explain`."""
+    """Launches of torch's layers for a pattern, forward and backward together."""
     parts = _parts(pattern)
     others = ("add" in parts) + 2 * ("act" in parts) + 2 * ("pool" in parts)
     return STOCK_NORM_LAUNCHES * parts.count("bn") + others
 
 
 def fused_launches(pattern: str) -> int:
-    """Launches of the fused operation, forward and backward, for a pattern of `explain`."""
+    """Launches of the fused operation for a pattern, forward and backward together."""
     norms = _parts(pattern).count("bn")
     return STATISTICS_LAUNCHES * norms + OTHER_LAUNCHES
 

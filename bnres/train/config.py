@@ -69,7 +69,9 @@ class TrainConfig:
     )
     stem: str | None = _option(None, "Stem of a ResNet; by default the model's.", STEMS)
     init: str = _option(
-        "he", "Initial weights: a choice below or FILE.safetensors. he keeps the model's.", INITS
+        "he",
+        "Initial weights: a choice below or FILE.safetensors; he keeps the model's initialisation.",
+        INITS,
     )
 
     epochs: int = _option(5, "Passes over the training images.")
@@ -86,10 +88,10 @@ class TrainConfig:
     weight_decay: float = _option(5e-4, "Weight decay; biases and norms have none.")
     label_smoothing: float = _option(0.1, "Label smoothing of the training loss.")
     clip_norm: float | None = _option(
-        None, "Clip the gradients to this norm, taken over all parameters."
+        None, "Greatest norm of the gradients of all parameters; greater ones are scaled down."
     )
     ema: float | None = _option(
-        None, "Decay of the weights' moving average, which is then evaluated."
+        None, "Decay of a moving average of the weights; the averaged model is evaluated."
     )
     seed: int = _option(0, "Seed of the weights, the order and the augmentation.")
 
