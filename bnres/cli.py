@@ -32,11 +32,14 @@ app = typer.Typer(
 
 
 def run_folder(out: Path | None, config: "TrainConfig") -> Path:
-    """The folder of a run: ``out``, the folder of the checkpoint it resumes from, or a new one in ``runs``.
+    """Returns the folder of a run.
+
+    It is ``out`` if given, else the folder of the last.pt that is resumed, else a new folder in
+    ``runs``.
 
     Raises:
-        ValueError: if ``out`` is in a folder that does not exist, or exists and holds more than a run
-            leaves that ended before its first checkpoint.
+        ValueError: if ``out`` is in a folder that does not exist, or if it exists and holds other
+            files than a run writes before its first checkpoint.
     """
     if out is None:
         if config.resume is not None and config.resume.name == LAST:
@@ -46,7 +49,7 @@ def run_folder(out: Path | None, config: "TrainConfig") -> Path:
     if not out.parent.is_dir():
         raise ValueError(f"out: there is no folder {str(out.parent)!r}")
     if out.exists() and not (out.is_dir() and has_no_checkpoint(out)):
-        raise ValueError(f"out: {str(out)!r} exists already; name a new folder")
+        raise ValueError(f"out must be a new folder, but {str(out)!r} exists")
     return out
 
 
@@ -62,7 +65,8 @@ def main(
         bool, typer.Option("--version", callback=show_version, is_eager=True, help="Show versions.")
     ] = False,
     traceback: Annotated[
-        bool, typer.Option(TRACEBACK, help="Show the traceback of an error; after a command too.")
+        bool,
+        typer.Option(TRACEBACK, help="Show tracebacks of errors; may also follow a command."),
     ] = False,
 ) -> None:
     pass
@@ -74,22 +78,23 @@ def train(
     *,
     options: dict[str, Any],
     preset: Annotated[str | None, typer.Option(help=f"Recipe: {', '.join(PRESETS)}.")] = None,
-    config: Annotated[Path | None, typer.Option(help="TOML file of these options.")] = None,
+    config: Annotated[Path | None, typer.Option(help="TOML file that sets options.")] = None,
     print_config: Annotated[
-        bool, typer.Option("--print-config", help="Print the options as such a file, and end.")
+        bool, typer.Option("--print-config", help="Print the options as a TOML file and exit.")
     ] = False,
     out: Annotated[
         Path | None,
-        typer.Option(help="Folder of the run; default: runs/..., or that of the resumed last.pt."),
+        typer.Option(help="Folder of the run. Default: runs/..., or the resumed last.pt's folder."),
     ] = None,
     download: Annotated[
-        bool, typer.Option("--download", help="Download cifar10 into --data first.")
+        bool, typer.Option("--download", help="First download cifar10 into --data.")
     ] = False,
     compare: Annotated[
-        bool, typer.Option("--compare", help="Train fused and stock side by side; no files.")
+        bool,
+        typer.Option("--compare", help="Train fused and stock layers side by side; no files."),
     ] = False,
 ) -> None:
-    """Train a model; with no options, a ResNet-18 on 4,000 images of MNIST."""
+    """Train a model; by default a ResNet-18 on 4,000 images of MNIST."""
     from dataclasses import replace
 
     from bnres.data.download import download_cifar10
@@ -107,7 +112,7 @@ def train(
         typer.echo(asked.as_toml(), nl=False)
         return
     if download and (asked.dataset != "cifar10" or asked.data is None):
-        raise ValueError("download: it takes --dataset cifar10 and --data FOLDER")
+        raise ValueError("download needs --dataset cifar10 and --data FOLDER")
     world, device = distributed.join(asked.device)
     console = Console(quiet=not world.is_first)
     try:
@@ -118,8 +123,8 @@ def train(
         if compare:
             if out is not None or not asked.fused or world.size > 1:
                 raise ValueError(
-                    "compare writes no files and trains both in one process: no out, no-fused or "
-                    "torchrun with it"
+                    "compare writes no files, trains fused and stock layers, and runs in one "
+                    "process; it can't be combined with out, no-fused or torchrun"
                 )
             run_comparison(prepare_comparison(asked), console)
             return
@@ -141,13 +146,15 @@ Checkpoint = Annotated[Path, typer.Argument(help="A checkpoint of bnres train.")
 @app.command("eval")
 def evaluate(
     checkpoint: Checkpoint,
-    data: Annotated[Path | None, typer.Option(help="Folder of the data, if it was moved.")] = None,
-    device: Annotated[str, typer.Option(help="Default: the GPU, if there is one.")] = "",
+    data: Annotated[
+        Path | None, typer.Option(help="Folder of the data. Default: that of training.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="Default: the GPU if there is one.")] = "",
     eval_flip: Annotated[
         bool | None, typer.Option(help="Average the outputs of an image and its mirror image.")
     ] = None,
 ) -> None:
-    """Print loss and accuracy of a checkpoint on its held-out images."""
+    """Print loss and accuracy of a checkpoint on the held-out set."""
     from bnres.train.trained import evaluate_checkpoint
 
     changes: dict[str, Any] = {"device": device}
@@ -163,19 +170,21 @@ def evaluate(
 def export(
     checkpoint: Checkpoint,
     out: Annotated[
-        Path | None, typer.Option(help="Default: the checkpoint's name, with the format's ending.")
+        Path | None,
+        typer.Option(help="File to write. Default: the checkpoint's, with the format's suffix."),
     ] = None,
     size: Annotated[
-        int | None, typer.Option(help="Height and width of the images, if others.", min=1)
+        int | None,
+        typer.Option(help="Height and width of the images. Default: those of training.", min=1),
     ] = None,
     folded: Annotated[
-        bool, typer.Option(help="Batch norms folded into convolutions; not in safetensors.")
+        bool, typer.Option(help="Fold batch norms into convolutions; not for safetensors.")
     ] = True,
     format: Annotated[
-        str, typer.Option(help="pt2 (torch.export, needs torch only), onnx, or safetensors.")
+        str, typer.Option(help="pt2 (torch.export, loads with only torch), onnx, or safetensors.")
     ] = "pt2",
 ) -> None:
-    """Write a checkpoint's net, or its weights, for other programs."""
+    """Export the model or the weights of a checkpoint for other programs."""
     from bnres.train.export import export_checkpoint
 
     square = (size, size) if size else None
@@ -183,7 +192,10 @@ def export(
 
 
 Model = Annotated[
-    str, typer.Argument(help="Model, torchvision:NAME, timm:NAME, or PACKAGE.MODULE:FACTORY.")
+    str,
+    typer.Argument(
+        help="Name of a model of bnres, torchvision:NAME, timm:NAME, or PACKAGE.MODULE:FACTORY."
+    ),
 ]
 Input = Annotated[str | None, typer.Option(help="Shape of the input, such as 1x3x224x224.")]
 
@@ -194,14 +206,14 @@ def summary(model: Model, input: Input = None) -> None:
     from bnres.models import create_model, is_factory, summarize
 
     shape = input_shape(model, input)
-    # The stages of a model that bnres.fuse has fused run unfused, so it would show the same.
+    # A factory's model is not fused: a summary calls its stages, which would run unfused anyway.
     net = create_model(model, in_channels=shape[1], fused=not is_factory(model))
     typer.echo(summarize(net, shape))
 
 
 @app.command()
 def explain(model: Model, input: Input = None) -> None:
-    """Print what bnres.fuse does to each batch norm of a model, and why not more."""
+    """Print what bnres.fuse fuses with each batch norm of a model, or why it fuses nothing."""
     import torch
 
     from bnres.models import create_model
@@ -216,16 +228,19 @@ def explain(model: Model, input: Input = None) -> None:
 @app.command()
 def doctor(
     model: Annotated[
-        str | None, typer.Argument(help="Model whose savings are derived, named as for explain.")
+        str | None, typer.Argument(help="Model whose savings are derived; a name as for explain.")
     ] = None,
     input: Input = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Print what is wrong here and how to fix it (exit code 1 then), and what fusing a model saves."""
+    """Print what is wrong on this machine and how to fix it, and what fusing a model saves.
+
+    The exit code is 1 if anything is wrong.
+    """
     from bnres.doctor import diagnose
 
     if model is None and input is not None:
-        raise ValueError("input: it goes with a model")
+        raise ValueError("input can be given only with a model")
     found = diagnose(model, None if model is None else input_shape(model, input, batch=2))
     typer.echo(found.as_json() if as_json else found)
     raise typer.Exit(int(bool(found.findings)))
@@ -234,22 +249,29 @@ def doctor(
 @app.command()
 def tune(
     model: Annotated[str, typer.Option(help="Model whose convolutions are measured.")] = "resnet18",
-    batch_size: Annotated[int, typer.Option(help="Images in a call.")] = 256,
+    batch_size: Annotated[int, typer.Option(help="Number of images in a batch.")] = 256,
     size: Annotated[int, typer.Option(help="Height and width of an image.")] = 224,
     dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "bf16",
     match: Annotated[
-        str, typer.Option(help="Only calls whose name holds this, such as '3x3'.")
+        str, typer.Option(help="Measure only convolutions whose name contains this, e.g. '3x3'.")
     ] = "",
     out: Annotated[
         Path | None,
-        typer.Option(help="The table's file; default: $BNRES_ROUTES, or in the cache folder."),
+        typer.Option(
+            help="File of the table. Default: $BNRES_ROUTES, or a file in the cache folder."
+        ),
     ] = None,
     minutes: Annotated[
         float,
-        typer.Option(help="Start no measurement after this time; the longest calls come first."),
+        typer.Option(
+            help="Start no measurement after this time. The longest convolutions come first."
+        ),
     ] = math.inf,
 ) -> None:
-    """Measure our convolution kernel against torch's on this GPU; from then on the faster one is used."""
+    """Measure bnres's convolution kernel and torch's convolution on this GPU.
+
+    The result is a table; bnres then uses the faster one for each measured shape.
+    """
     import torch
 
     from bnres.models import create_model
@@ -266,7 +288,7 @@ def tune(
     if out is not None:
         check_out(out)
     if not torch.cuda.is_available():
-        raise ValueError("tune measures on a GPU, and there is none")
+        raise ValueError("tune needs a GPU, but torch finds none")
     device = torch.device("cuda")
     path = out or table_path(gpu_name(device))
     read_table(path)
@@ -276,29 +298,31 @@ def tune(
     chosen = [call for call in calls if match in call.key]
     if not chosen:
         names = ", ".join(call.key for call in calls)
-        raise ValueError(f"match: {match!r} is in none of {names}")
+        raise ValueError(f"match must be part of a name, got {match!r}; the names are {names}")
     about = {
         "gpu": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "date": f"{datetime.now():%Y-%m-%d}",
     }
-    torch.backends.cudnn.benchmark = True  # as a fast training script sets it
+    torch.backends.cudnn.benchmark = True  # as in fast training scripts
     tune_calls(
         chosen, path, about, device, device_timer(), minutes=minutes,
         say=partial(console.print, highlight=False, markup=False, soft_wrap=True),
     )  # fmt: skip
     console.print(f"the table is in {path}", highlight=False, soft_wrap=True)
     if out is not None:
-        console.print(f"it is used with BNRES_ROUTES={out}", highlight=False, soft_wrap=True)
+        console.print(f"set BNRES_ROUTES={out} to use it", highlight=False, soft_wrap=True)
 
 
 @app.command()
 def augment(
-    image: Annotated[str, typer.Argument(help="A picture's file, or the name of a data set.")],
-    out: Annotated[Path, typer.Option(help="The PNG to write.")] = Path("grid.png"),
-    seed: Annotated[int, typer.Option(help="Seed of the random draws.", min=0, max=2**63 - 1)] = 0,
+    image: Annotated[str, typer.Argument(help="An image file, or the name of a data set.")],
+    out: Annotated[Path, typer.Option(help="PNG file to write.")] = Path("grid.png"),
+    seed: Annotated[
+        int, typer.Option(help="Seed of the random parameters.", min=0, max=2**63 - 1)
+    ] = 0,
 ) -> None:
-    """Draw what each augmentation does to a picture, eight times each."""
+    """Draw what each augmentation does to an image, eight times each."""
     from bnres.augment.grid import LARGEST_SIDE, draw_grid
     from bnres.data import PACKAGED
     from bnres.data.images import read_image
@@ -315,7 +339,12 @@ def augment(
 
 
 def input_shape(model: str, asked: str | None, batch: int = 1) -> tuple[int, int, int, int]:
-    """The shape that a command is asked for, or that of the images that a model is made for.
+    """Returns the input shape that the user asked for, or by default the model's usual one.
+
+    Args:
+        model: name of the model.
+        asked: the shape as text, or None.
+        batch: number of images in the default shape.
 
     Raises:
         ValueError: as `parse_shape`.
@@ -330,10 +359,10 @@ def input_shape(model: str, asked: str | None, batch: int = 1) -> tuple[int, int
 
 
 def parse_shape(text: str) -> tuple[int, int, int, int]:
-    """``"1x3x224x224"`` as a tuple.
+    """Parses a shape such as ``"1x3x224x224"``.
 
     Raises:
-        ValueError: if it is not four positive numbers.
+        ValueError: if the text is not four positive integers separated by x.
     """
     parts = text.split("x")
     if len(parts) != 4 or not all(part.isdecimal() and int(part) > 0 for part in parts):
@@ -342,5 +371,5 @@ def parse_shape(text: str) -> tuple[int, int, int, int]:
     return n, channels, height, width
 
 
-if __name__ == "__main__":  # torchrun -m bnres.cli
+if __name__ == "__main__":  # for torchrun -m bnres.cli
     app()

@@ -1,4 +1,4 @@
-"""Command lines whose errors are one line."""
+"""Commands that print an error as one line."""
 
 import sys
 from collections.abc import Sequence
@@ -13,7 +13,10 @@ TRACEBACK = "--traceback"
 
 
 class Commands(TyperGroup):
-    """Commands whose errors are one line, or with ``--traceback``, anywhere, a traceback."""
+    """A group of commands that prints an error as one line and exits.
+
+    With ``--traceback``, anywhere on the command line, it raises the error instead.
+    """
 
     def main(self, args: Sequence[str] | None = None, *rest: Any, **options: Any) -> Any:
         given = list(sys.argv[1:] if args is None else args)

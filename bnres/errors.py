@@ -1,12 +1,13 @@
-"""One line for any error, and the command's exit code for it."""
+"""Describes any error in one line, and chooses the command's exit code."""
 
 import os
 
 import torch
 
-# Exit codes: the user's input is wrong; or the disk, memory, a package or a process failed.
+# Exit codes: 2 if the user's input is wrong, 1 for any other error (disk, memory, missing package).
 BAD_INPUT, BAD_ENVIRONMENT = 2, 1
-# What to install for a module whose package has another name or belongs to an extra.
+# What to install for a missing module, if it belongs to an extra of bnres or is better installed
+# through another package.
 EXTRAS = dict.fromkeys(
     ("matplotlib", "mlxtend", "numpy", "PIL", "pooch", "requests", "safetensors", "sklearn"),
     "'bnres[train]'",
@@ -14,16 +15,19 @@ EXTRAS = dict.fromkeys(
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a GPU or the CPU has too little memory; torch's CPU allocator has no class for it."""
+    """Whether an error means that the GPU or the CPU is out of memory.
+
+    torch's CPU allocator raises a plain RuntimeError, which is recognised by its message.
+    """
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
         isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
     )
 
 
 def describe(error: BaseException) -> str:
-    """What went wrong in one line, and what to do if that is known."""
+    """What went wrong, in one line, and how to fix it if that is known."""
     if is_out_of_memory(error):
-        return f"out of memory: {first_line(error)}; take a smaller batch or image size"
+        return f"out of memory: {first_line(error)}; use a smaller batch or image size"
     if isinstance(error, ModuleNotFoundError):
         name = (error.name or str(error)).split(".")[0]
         return f"{name} is missing; install it with: pip install {EXTRAS.get(name, name)}"
@@ -34,9 +38,9 @@ def describe(error: BaseException) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, with the error's class if it is a single word."""
+    """The first line of an error's message; a single word is preceded by the error's class."""
     if type(error).__module__.startswith("torch._dynamo") and error.__cause__ is not None:
-        error = error.__cause__  # Dynamo's own first line says only where it met the error
+        error = error.__cause__  # Dynamo's first line says only where the cause was raised
     lines = [line.strip() for line in str(error).strip().splitlines()]
     if not lines:
         return type(error).__name__
@@ -45,7 +49,7 @@ def first_line(error: BaseException) -> str:
 
 
 def report(error: Exception) -> tuple[str, int]:
-    """The line that the command prints for an error that ended it, and its exit code."""
+    """Returns the line that the command prints for an error, and its exit code."""
     rank = os.environ.get("RANK") if int(os.environ.get("WORLD_SIZE", "1")) > 1 else None
     who = "bnres" if rank is None else f"bnres, process {rank}"
     if isinstance(error, ValueError):

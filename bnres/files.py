@@ -5,17 +5,17 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-TEMPORARY = ".bnres-tmp"  # ending of a file that is being written
+TEMPORARY = ".bnres-tmp"  # suffix of a file that is being written
 
 
 def write_bytes(path: Path, data: Any) -> None:
-    """Replaces a file's content; after a failure or a kill it still has the old content.
+    """Replaces a file's content; if that fails or the process is killed, the old content is kept.
 
-    An existing file keeps its permissions, a link still points to its target, and a pipe or a
-    device is written directly.
+    An existing file keeps its permissions. A link is kept, and the content of its target is
+    replaced. A pipe or a device is written directly.
 
     Raises:
-        OSError: if it can't be written; it names ``path``.
+        OSError: if the file can't be written; the error names ``path``.
     """
     try:
         if path.exists() and not path.is_file():
@@ -43,12 +43,17 @@ def _replace(path: Path, data: Any) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replaces a file's content by text in UTF-8, as `write_bytes` does; newlines are kept."""
+    """Replaces a file's content by text in UTF-8, as `write_bytes`; newlines are not translated."""
     write_bytes(path, text.encode())
 
 
 def check_out(path: Path, name: str = "out") -> None:
-    """Raises a ValueError if a file can't be written at ``path``; it calls the argument ``name``."""
+    """Raises a ValueError if ``path`` is a folder, or is in a folder that does not exist.
+
+    Args:
+        path: the file to write.
+        name: name of the argument in the error.
+    """
     if path.is_dir():
         raise ValueError(f"{name} must be a file, got the folder {str(path)!r}")
     if not path.parent.is_dir():

@@ -1,9 +1,13 @@
-"""Which way a convolution with an epilogue takes: torch's convolution and our passes, or our kernel.
+"""Chooses how to compute a convolution followed by batch norm.
 
-A table for each GPU says for which shapes our kernel was measured to be faster, and with which
-configuration. `bnres tune` fills it; it is in the user's cache folder, or where ``BNRES_ROUTES`` says.
-torch's convolution takes what was not measured, what torch.compile captures, which cannot read a file,
-and fp32 where torch may not round it to TF32 (``torch.backends.cudnn.allow_tf32``).
+Either our kernel computes both, or torch's convolution is followed by our batch norm. ``bnres
+tune`` measures both ways on a GPU and saves the times, and our kernel's fastest configuration, in a
+table. Each GPU has its table, in the user's cache folder or in the file that ``BNRES_ROUTES``
+names.
+
+torch's convolution is used for shapes that were not measured; in graphs that torch.compile
+captures, because they can't read a file; and for fp32 if torch may not round it to TF32
+(``torch.backends.cudnn.allow_tf32``).
 """
 
 import json
@@ -27,7 +31,7 @@ _override = "auto"
 
 @dataclass(frozen=True)
 class ConvCall:
-    """What the measured time of a convolution depends on."""
+    """The properties of a convolution on which its time depends."""
 
     dtype: str
     batch: int
@@ -40,11 +44,12 @@ class ConvCall:
 
     @property
     def key(self) -> str:
-        """A name for tables."""
+        """The call's name in printed tables."""
         s = self.shape
         return (
             f"{self.dtype} {self.batch}x{self.channels}x{self.height}x{self.width} -> "
-            f"{self.out_channels} kernel {s.kernel_h}x{s.kernel_w} stride {s.stride_h}x{s.stride_w} "
+            f"{self.out_channels} kernel {s.kernel_h}x{s.kernel_w} "
+            f"stride {s.stride_h}x{s.stride_w} "
             f"padding {s.padding_h}x{s.padding_w} dilation {s.dilation_h}x{s.dilation_w}"
             f"{' residual' if self.has_residual else ''}"
         )
@@ -52,15 +57,15 @@ class ConvCall:
 
 @dataclass(frozen=True)
 class Measured:
-    """A row of a table: what was measured of one call.
+    """A row of a table: the measurements of one call.
 
     Attributes:
-        call: which.
+        call: the call.
         config: the fastest configuration of our kernel, or None if none worked.
-        kernel_ms: its time, or None.
-        torch_ms: that of torch's convolution and our apply.
-        failed: why a configuration does not count, by its name.
-        left_out: names of configurations for which there was no time.
+        kernel_ms: its time in milliseconds, or None.
+        torch_ms: time of torch's convolution followed by our batch norm, in milliseconds.
+        failed: for each configuration that failed, by its name, the reason.
+        left_out: names of the configurations that were not measured, for lack of time.
     """
 
     call: ConvCall
@@ -73,13 +78,14 @@ class Measured:
 
 @contextmanager
 def use_conv_route(route: str) -> Iterator[None]:
-    """Overrides the table inside a ``with`` block, for every thread.
+    """Overrides the table inside a ``with`` block, in all threads.
 
     Args:
-        route: ``"torch"``, ``"kernel"`` (wherever our kernel takes the input) or ``"auto"``.
+        route: ``"torch"`` for torch's convolution, ``"kernel"`` for our kernel wherever it supports
+            the input, or ``"auto"`` for the table.
 
     Raises:
-        ValueError: for another name.
+        ValueError: if ``route`` is another name.
     """
     global _override
     if route not in ROUTES:
@@ -92,12 +98,15 @@ def use_conv_route(route: str) -> Iterator[None]:
 
 
 def conv_route() -> str:
-    """The route that `use_conv_route` has set."""
+    """The route that `use_conv_route` has set, by default ``"auto"``."""
     return _override
 
 
 def kernel_config(call: ConvCall, device: torch.device) -> tuple[bool, ConvConfig | None]:
-    """Whether ``call`` goes to our kernel, and its configuration (None: the heuristic's)."""
+    """Returns whether our kernel computes ``call``, and with which configuration.
+
+    The configuration is None if the kernel's heuristic shall choose it.
+    """
     if _override != "auto":
         return _override == "kernel", None
     if device.type != "cuda" or torch.compiler.is_compiling():
@@ -108,12 +117,12 @@ def kernel_config(call: ConvCall, device: torch.device) -> tuple[bool, ConvConfi
 
 @cache
 def gpu_name(device: torch.device) -> str:
-    """The GPU's name as part of a file's."""
+    """The GPU's name in a form that is fit for a file name."""
     return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(device).lower()).strip("-")
 
 
 def table_path(gpu: str) -> Path:
-    """Where the table of a GPU lies."""
+    """The file of a GPU's table."""
     override = os.environ.get("BNRES_ROUTES")
     if override:
         return Path(override)
@@ -123,7 +132,9 @@ def table_path(gpu: str) -> Path:
 
 @cache
 def load_table(path: Path) -> dict[ConvCall, ConvConfig]:
-    """The calls for which our kernel is the faster, and its configurations; read once.
+    """Returns the calls for which our kernel is faster, with its configurations.
+
+    The file is read once, and again after `save_table`.
 
     Raises:
         ValueError: as `read_table`.
@@ -136,10 +147,10 @@ def load_table(path: Path) -> dict[ConvCall, ConvConfig]:
 
 
 def read_table(path: Path) -> list[Measured]:
-    """The rows of a table, none if there is no file.
+    """Returns the rows of a table; an empty list if the file does not exist.
 
     Raises:
-        ValueError: for a file that is not such a table.
+        ValueError: if the file is not a table of this version.
     """
     try:
         return [_measured(row) for row in json.loads(path.read_text(encoding="utf-8"))["routes"]]
@@ -159,12 +170,12 @@ def _measured(row: dict[str, Any]) -> Measured:
 
 
 def save_table(path: Path, rows: list[Measured], about: dict[str, str]) -> None:
-    """Writes measured rows, in place of older ones of the same calls; all or nothing.
+    """Adds rows to a table, where they replace earlier rows of the same calls.
 
     Args:
-        path: the table; other rows in it stay.
-        rows: what was measured.
-        about: what they were measured on.
+        path: file of the table.
+        rows: the rows.
+        about: facts about the measurement, which replace earlier ones.
 
     Raises:
         ValueError: as `read_table`.

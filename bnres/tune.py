@@ -1,4 +1,7 @@
-"""Measures, for a model's convolutions, our kernel against torch's convolution and our apply."""
+"""Measures a model's convolutions with batch norm, by our kernel and by torch's convolution.
+
+torch's convolution is followed by our batch norm in a separate kernel.
+"""
 
 import copy
 import math
@@ -17,31 +20,33 @@ from bnres.kernels.conv_config import MIN_CHANNELS, ConvConfig, ConvShape, searc
 from bnres.kernels.norm import Norm, RunningStatistics
 from bnres.routes import ConvCall, Measured, save_table, use_conv_route
 
-# Milliseconds of a call, its memory cold.
+# Returns the time of a call in milliseconds, with a cold L2 cache.
 Timer = Callable[[Callable[[], object]], float]
-# How far our kernel's output may be from torch's, over its largest value: two rounding steps.
+# Greatest permitted difference of our kernel's output from torch's, relative to the largest value:
+# two rounding steps.
 AGREEMENT = {torch.float16: 4e-3, torch.bfloat16: 3e-2, torch.float32: 5e-3}
 EPS = 1e-5
-# A GPU's products over its memory's bandwidth, of bf16 on an H200: 790 TFLOP/s over 4.3 TB/s.
+# Ratio of a GPU's throughput to its memory bandwidth: 790 TFLOP/s (bf16) to 4.3 TB/s on an H200.
 FLOPS_PER_BYTE = 184
 
 
 def device_timer() -> Timer:
-    """Medians of triton's benchmark, which flushes the L2 cache between calls."""
+    """Returns a timer that takes the median of triton's benchmark, which flushes the L2 cache."""
     from triton.testing import do_bench
 
     return lambda call: float(do_bench(call, return_mode="median"))
 
 
 def conv_calls(model: nn.Module, shape: tuple[int, ...], dtype: torch.dtype) -> list[ConvCall]:
-    """The different convolutions that a forward of ``model`` calls and our kernel takes.
+    """Returns the different convolutions of a model that our kernel supports.
 
-    Each comes with a residual and without.
+    Each is returned without a residual and with one.
 
     Args:
-        model: any module built from torch's layers; a copy runs in eval mode on the meta device.
-        shape: of its input, (N, C, H, W).
-        dtype: of the convolutions.
+        model: a module built from torch's layers. A copy of it is called in eval mode on the meta
+            device.
+        shape: shape of its input, (N, C, H, W).
+        dtype: dtype of the convolutions.
     """
     found: dict[ConvCall, None] = {}
 
@@ -75,18 +80,18 @@ def tune(
     clock: Callable[[], float] = time.monotonic,
     say: Callable[[str], object] = print,
 ) -> None:
-    """Measures ``calls``, the longest first, and saves each as a row of the table ``path``.
+    """Measures ``calls``, the longest first, and saves each as a row of the table in ``path``.
 
     Args:
-        calls: see `conv_calls`.
-        path: the table; other rows in it stay.
-        about: what it is measured on, for the table.
-        device: where.
-        timer: times a call.
-        minutes: nothing is begun after so long, compilation included; a call whose time runs out
-            is saved with what was measured of it.
-        clock: seconds.
-        say: takes a line for each call, and one for each that was left out.
+        calls: the convolutions, see `conv_calls`.
+        path: file of the table; its rows of other calls are kept.
+        about: facts about the measurement (GPU, torch, date), saved in the table.
+        device: the GPU.
+        timer: measures a call.
+        minutes: time after which no compilation or measurement starts. If it ends during a call,
+            what was measured of this call is saved.
+        clock: returns the time in seconds.
+        say: prints a line, for each call and for all that fails or is left out.
     """
     deadline = clock() + 60 * minutes
     calls = sorted(calls, key=_work, reverse=True)
@@ -106,7 +111,7 @@ def tune(
 
 
 def _work(call: ConvCall) -> float:
-    """FLOPs of a call, or its bytes in FLOPs of the same time, whichever is more."""
+    """Estimates a call's time in FLOPs: the greater of its FLOPs and its bytes × FLOPS_PER_BYTE."""
     height, width = call.shape.output_size(call.height, call.width)
     positions = call.batch * height * width
     depth = call.channels * call.shape.taps
@@ -122,7 +127,10 @@ def _work(call: ConvCall) -> float:
 def _measure(
     call: ConvCall, device: torch.device, timer: Timer, has_time: Callable[[], bool]
 ) -> Measured:
-    """Times a call both ways on random data, each configuration only after it agreed."""
+    """Measures a call on random data: torch's convolution, and our kernel in each configuration.
+
+    A configuration is measured only if its output agrees with torch's.
+    """
     from triton.errors import TritonError
 
     operands = _operands(call, device)
@@ -142,7 +150,7 @@ def _measure(
                 _check(by_kernel(), expected)
                 times[config] = timer(by_kernel)
             except (TritonError, RuntimeError) as error:
-                # No room on this GPU, a compiler that gives up, or another result than torch's.
+                # Too few resources on this GPU, a compiler error, or a result that is not torch's.
                 first_line = next(iter(str(error).strip().splitlines()), "")
                 failed[config.name] = f"{type(error).__name__}: {first_line}"
     best = min(times, key=times.__getitem__, default=None)
@@ -193,8 +201,8 @@ def _by_kernel(operands: tuple[Any, ...], call: ConvCall, config: ConvConfig) ->
 
 
 def _check(actual: Tensor, expected: Tensor) -> None:
-    """Raises RuntimeError if our kernel's output is not torch's."""
+    """Raises a RuntimeError unless our kernel's output agrees with torch's."""
     scale = max(1.0, expected.abs().max().item())
     error = (actual.float() - expected.float()).abs().max().item() / scale
     if not error <= AGREEMENT[actual.dtype]:
-        raise RuntimeError(f"the output is {error:.2g} from that of torch's convolution")
+        raise RuntimeError(f"the output differs by {error:.2g} from torch's convolution")

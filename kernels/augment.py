@@ -1,8 +1,11 @@
-"""A chain of augmentations of a batch of images in one kernel, each image with draws of its own.
+"""Applies a chain of augmentations to a batch of images in one kernel.
 
-Crop, antialiased resize, flips, the four colour operations in the image's own order, normalise and
-cast: one read and one write of an image. Contrast needs the mean gray of the image as it is then: a
-program that holds a whole image takes it there, else a pass before sums it.
+The chain is crop, antialiased resize, flips, four colour operations, normalisation and cast. The
+parameters, and the order of the colour operations, are drawn for each image. An image is read once
+and written once.
+
+Contrast needs the image's mean gray at the point where contrast is applied. A program that holds a
+whole image computes the mean itself. For larger images a kernel before it sums the grays.
 """
 
 from functools import cache
@@ -19,14 +22,18 @@ from bnres.kernels.config import next_power_of_2
 from bnres.kernels.device import round_to
 from bnres.kernels.launch import Plan, launch
 
-# An image of so many positions is one program's; of larger ones a program takes a part.
+# Greatest number of positions of an image that one program computes completely. Of larger images, a
+# program computes PART positions.
 WHOLE_IMAGE = 1024
 PART = 256
 
 
 @triton.jit
 def _pixel(x_ptr, row, col, H, W, stride_h, stride_w, stride_c, mask, CHANNELS: tl.constexpr):
-    """The channels at a position, on a scale from 0 to 1; zeros outside of the image."""
+    """Returns the channels at a position, scaled to 0 to 1, and whether it is inside the image.
+
+    Outside the image the channels are 0.
+    """
     mask = mask & (row >= 0) & (row < H) & (col >= 0) & (col < W)
     ptr = x_ptr + (row * stride_h + col * stride_w)
     r = tl.load(ptr, mask=mask, other=0)
@@ -42,15 +49,16 @@ def _pixel(x_ptr, row, col, H, W, stride_h, stride_w, stride_c, mask, CHANNELS: 
 
 @triton.jit
 def _axis(offs, scale, length):
-    """The antialiased triangle around each output position: centre, support, first tap, end of taps.
+    """Returns the triangle filter at each output position: centre, support, first tap, end of taps.
 
-    The taps are exactly those of torch's resize: a NaN counts even at a tap of weight 0.
+    The taps are exactly those of torch's antialiased resize, because even a tap of weight 0 makes
+    the output NaN if it reads NaN.
     """
     support = tl.maximum(scale, 1.0)
     centre = scale * (offs.to(tl.float32) + 0.5)
     first = tl.maximum((centre - support + 0.5).to(tl.int32), 0)
     end = tl.minimum((centre + support + 0.5).to(tl.int32), length)
-    end = tl.where(scale == 1.0, first + 1, end)  # an axis that keeps its size is copied
+    end = tl.where(scale == 1.0, first + 1, end)  # copy an axis that keeps its size
     return centre, support, first, end
 
 
@@ -61,9 +69,9 @@ def _resampled(
     order, stop, factors, gray_mean,
     CHANNELS: tl.constexpr, RESIZES: tl.constexpr, JITTERS: tl.constexpr,
 ):  # fmt: skip
-    """The box (top, left, height, width) at positions of the (OH, OW) that it is resized to.
+    """Resizes the box (top, left, height, width) to (OH, OW), and returns positions of the result.
 
-    With JITTERS the source's colours are changed before they are mixed.
+    With JITTERS, the colour operations are applied to the source before it is resampled.
     """
     if not RESIZES:
         r, g, b, inside = _pixel(
@@ -104,7 +112,7 @@ def _resampled(
 
 @triton.jit
 def _color_draws(order_ptr, factors_ptr, n):
-    """An image's order, the place of contrast in it, and its factors."""
+    """Loads an image's packed order, the position of contrast in it, and its factors."""
     factors = (
         tl.load(factors_ptr + 4 * n),
         tl.load(factors_ptr + 4 * n + 1),
@@ -120,7 +128,7 @@ def _cropped(
     n, offs, H, W, OH, OW, stride_h, stride_w, stride_c, order, factors, gray_mean,
     CHANNELS: tl.constexpr, RESIZES: tl.constexpr, JITTERS: tl.constexpr,
 ):  # fmt: skip
-    """Crop, resize and flips of image ``n`` at the output's positions ``offs``."""
+    """Crops, resizes and flips image ``n``; returns the output's positions ``offs``."""
     geometry_ptr += 6 * n
     top, left = tl.load(geometry_ptr), tl.load(geometry_ptr + 1)
     height, width = tl.load(geometry_ptr + 2), tl.load(geometry_ptr + 3)
@@ -142,7 +150,7 @@ def _gray_sum(
     n, part, order, contrast_at, factors, H, W, stride_h, stride_w, stride_c,
     CHANNELS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Sum of the source's grays as contrast finds them, over a part of its positions."""
+    """Sums the source's grays, as they are before contrast, over a part of its positions."""
     offs = part * BLOCK + tl.arange(0, BLOCK)
     row, mask = offs // W, offs < H * W
     r, g, b, _ = _pixel(
@@ -158,7 +166,10 @@ def _augment_gray_kernel(
     H, W, OH, OW, stride_xn, stride_xc, stride_xh, stride_xw, parts,
     CHANNELS: tl.constexpr, RESIZES: tl.constexpr, COLOR_FIRST: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """gray[n, part] = Σ gray(colours before contrast(image n)) over a part: (N, parts)."""
+    """gray[n, part] = Σ gray(operations before contrast(image n)) over a part's positions.
+
+    gray is fp32 (N, parts). The image is the source with COLOR_FIRST, else the cropped image.
+    """
     n = tl.program_id(0) // parts
     part = tl.program_id(0) - n * parts
     x_ptr += tl.cast(n, tl.int64) * stride_xn
@@ -191,7 +202,10 @@ def _augment_kernel(
     HAS_CONTRAST: tl.constexpr, COLOR_FIRST: tl.constexpr, PARTS_POW2: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """y = (colours(flips(resize(crop(x)))) − mean)/std: (N, C, OH, OW)."""
+    """y = (colours(flips(resize(crop(x)))) − mean)/std, of shape (N, C, OH, OW).
+
+    With COLOR_FIRST the colour operations are applied to x instead.
+    """
     n = tl.program_id(0) // parts
     part = tl.program_id(0) - n * parts
     x_ptr += tl.cast(n, tl.int64) * stride_xn
@@ -236,17 +250,17 @@ def _augment_kernel(
 
 @cache
 def _channel_values(values: tuple[float, ...] | None, device: torch.device) -> Tensor | None:
-    """A number for each channel on the device, copied there once."""
+    """Values of the channels as a tensor on the device, copied there once."""
     return None if values is None else torch.tensor(values, dtype=torch.float32, device=device)
 
 
 def augment(x: Tensor, draws: AugmentDraws, plan: AugmentPlan) -> Tensor:
-    """The chain of ``plan`` on a batch.
+    """Applies the chain of ``plan`` to a batch.
 
     Args:
-        x: (N, C, H, W), C 1 or 3, uint8 or floating; floats are on a scale from 0 to 1.
-        draws: on the device of ``x``.
-        plan: what to do.
+        x: (N, C, H, W) with 1 or 3 channels, uint8 or floating point from 0 to 1.
+        draws: the parameters of each image, on the device of ``x``.
+        plan: what the images have in common.
 
     Returns:
         (N, C, plan.height, plan.width) of ``plan.dtype``.
@@ -262,7 +276,7 @@ def augment(x: Tensor, draws: AugmentDraws, plan: AugmentPlan) -> Tensor:
         sum((size - 1) * stride for size, stride in zip(x.shape[1:], x.stride()[1:], strict=True))
         >= 2**31
     ):
-        x = x.contiguous()  # positions in an image are counted in 32 bits
+        x = x.contiguous()  # the kernel computes offsets within an image in 32 bits
     positions = plan.height * plan.width
     gray_positions = height * width if plan.color_first else positions
     read = max(positions, gray_positions) if plan.has_contrast else positions
@@ -305,7 +319,7 @@ def augment(x: Tensor, draws: AugmentDraws, plan: AugmentPlan) -> Tensor:
         std_ptr=std,
         stride_yn=y.stride(0),
         stride_yc=y.stride(1),
-        stride_yp=y.stride(3),  # rows follow each other without gaps
+        stride_yp=y.stride(3),  # there is no gap between rows
         parts=parts,
         gray_parts=gray_parts,
         HAS_COLOR=plan.has_color,

@@ -1,4 +1,4 @@
-"""What a fused chain of augmentations does to every image, and the numbers drawn for each one."""
+"""What a fused chain of augmentations does to all images, and the parameters drawn for each."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -6,26 +6,26 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# The colour operations' numbers: places of their factors, and of themselves in an image's order.
+# The numbers of the colour operations. They index an image's factors; its order is a list of them.
 BRIGHTNESS, CONTRAST, SATURATION, HUE = 0, 1, 2, 3
-# In a packed order a number has so many bits, the first operation the lowest.
+# Bits of each number in a packed order. The lowest bits hold the operation that is applied first.
 ORDER_BITS = 4
 NO_OPERATION = 15
 
 
 @dataclass(frozen=True)
 class AugmentPlan:
-    """The part of a chain that all images share: a crop and its resize, flips, colours, normalise.
+    """The properties of a chain that are the same for all images.
 
     Attributes:
-        height, width: of the output.
-        resizes: whether boxes have another size than the output.
+        height, width: size of the output.
+        resizes: whether boxes are resized to the size of the output.
         has_color: whether there are colour operations.
-        has_contrast: whether contrast, which needs each image's mean gray, is one of them.
-        color_first: colours before the crop, on the whole image.
-        mean, std: by which each channel is normalised at the end, or None.
-        dtype: of the output.
-        memory_format: of the output.
+        has_contrast: whether one of them is contrast, which needs each image's mean gray.
+        color_first: whether colour operations are applied to the whole image, before the crop.
+        mean, std: mean and std of each channel for the normalisation at the end, or None.
+        dtype: dtype of the output.
+        memory_format: memory format of the output.
     """
 
     height: int
@@ -41,13 +41,14 @@ class AugmentPlan:
 
 
 class AugmentDraws(NamedTuple):
-    """What was drawn for each image, on the images' device.
+    """The parameters drawn for each image, on the images' device.
 
     Attributes:
-        geometry: int32 (N, 6): top, left, height and width of the box in the source, which may lie
-            over the rim, where zeros are read; whether to flip vertically, horizontally, after it.
-        order: int32 (N, 2): the colour operations' packed order, and the place of contrast in it
-            (4: none).
+        geometry: int32 (N, 6): top, left, height and width of the box in the source; then whether
+            to flip the cropped image vertically and horizontally. The box may extend beyond the
+            image, where zeros are read.
+        order: int32 (N, 2): the packed order of the colour operations, and the position of contrast
+            in it, or 4 without contrast.
         factors: fp32 (N, 4): brightness, contrast, saturation, hue.
     """
 

@@ -1,7 +1,8 @@
-"""The fused augmentation in plain torch, batched; the CPU's own route as well.
+"""The fused augmentation in plain torch, also used on the CPU.
 
-A resize of small images along an axis is a product with a matrix of each image's weights, crop, flip
-and antialias included; large ones are resized one by one, whose cost is then no longer the calls.
+Small images are resized as a batch: along each axis by a product with a matrix for each image,
+whose weights include crop, flip and antialiasing. Large images are resized one by one; for them the
+time of a call is small compared to the computation.
 """
 
 import torch
@@ -19,14 +20,14 @@ from bnres.kernels.augment_plan import (
 )
 
 LUMA = (0.2989, 0.587, 0.114)
-# Height and width up to which products are the faster way on a CPU.
+# Greatest height and width at which matrix products are faster on a CPU.
 LARGEST_PRODUCT = 64
-# Images whose intermediate results stay in a core's cache.
+# Bytes of the images computed at once, so that intermediate results stay in a core's cache.
 CHUNK_BYTES = 1 << 22
 
 
 def augment_ref(x: Tensor, draws: AugmentDraws, plan: AugmentPlan) -> Tensor:
-    """`bnres.kernels.augment.augment`."""
+    """As `bnres.kernels.augment.augment`."""
     n, channels, height, width = x.shape
     y = x.new_empty((n, channels, plan.height, plan.width), dtype=plan.dtype)
     y = y.contiguous(memory_format=plan.memory_format)
@@ -53,7 +54,10 @@ def _augmented(x: Tensor, draws: AugmentDraws, plan: AugmentPlan) -> Tensor:
 
 
 def crop_resize_flip_ref(x: Tensor, geometry: Tensor, plan: AugmentPlan) -> Tensor:
-    """Each image's box, resized with antialias and flipped: (N, C, plan.height, plan.width)."""
+    """Crops each image's box, resizes it (antialiased) and flips it.
+
+    Returns (N, C, plan.height, plan.width).
+    """
     top, left, height, width, flip_h, flip_w = geometry.unbind(1)
     if not plan.resizes:
         return _cropped(x, top, left, flip_h, flip_w, plan)
@@ -61,9 +65,9 @@ def crop_resize_flip_ref(x: Tensor, geometry: Tensor, plan: AugmentPlan) -> Tens
         return _resized_one_by_one(x, geometry, plan)
     rows = axis_weights(top, height, flip_h, x.shape[2], plan.height)
     cols = axis_weights(left, width, flip_w, x.shape[3], plan.width)
-    # Along the rows first, then along the columns, as torch's own resize.
+    # Resize along the width first, then along the height, as torch does.
     y = torch.einsum("nij,ncjw->nciw", rows, torch.einsum("ncjk,nwk->ncjw", x, cols))
-    # 0 * NaN and 0 * inf are NaN, so a matrix product spreads them over whole rows.
+    # 0 * NaN and 0 * inf are NaN, so a matrix product spreads a NaN or inf over whole rows.
     spread = (~x.flatten(1).sum(1).isfinite()).nonzero()[:, 0]
     if len(spread):
         y[spread] = _resized_one_by_one(x[spread], geometry[spread], plan)
@@ -71,7 +75,7 @@ def crop_resize_flip_ref(x: Tensor, geometry: Tensor, plan: AugmentPlan) -> Tens
 
 
 def _resized_one_by_one(x: Tensor, geometry: Tensor, plan: AugmentPlan) -> Tensor:
-    """torch's resize, image by image."""
+    """Resizes one image after another with `torch.nn.functional.interpolate`."""
     size = (plan.height, plan.width)
     y = x.new_empty((*x.shape[:2], *size))
     for out, image, draw in zip(y, x, geometry.tolist(), strict=True):
@@ -86,7 +90,7 @@ def _resized_one_by_one(x: Tensor, geometry: Tensor, plan: AugmentPlan) -> Tenso
 def _cropped(
     x: Tensor, top: Tensor, left: Tensor, flip_h: Tensor, flip_w: Tensor, plan: AugmentPlan
 ) -> Tensor:
-    """Boxes of the output's own size, zeros outside of the image."""
+    """Crops boxes that have the output's size; positions outside the image are 0."""
     n, channels, height, width = x.shape
     rows = _positions(top, flip_h, plan.height)
     cols = _positions(left, flip_w, plan.width)
@@ -98,14 +102,21 @@ def _cropped(
 
 
 def _positions(start: Tensor, flip: Tensor, size: int) -> Tensor:
-    """Source positions (N, size) along an axis."""
+    """The source positions (N, size) of the output's positions along an axis."""
     steps = torch.arange(size, device=start.device)
     steps = torch.where(flip[:, None] != 0, size - 1 - steps, steps)
     return start[:, None].long() + steps
 
 
 def axis_weights(start: Tensor, length: Tensor, flip: Tensor, size: int, out: int) -> Tensor:
-    """Weights (N, out, size) of an antialiased resize of positions start to start + length."""
+    """Weights (N, out, size) of an antialiased resize along an axis.
+
+    Args:
+        start, length: int (N,): first position of each image's box, and its length.
+        flip: int (N,): whether to flip the output.
+        size: size of the source.
+        out: size of the output.
+    """
     scale = (length.float() / out)[:, None, None]
     support = scale.clamp_min(1.0)
     steps = torch.arange(out, device=start.device, dtype=torch.float32)[None, :, None]
@@ -120,7 +131,7 @@ def axis_weights(start: Tensor, length: Tensor, flip: Tensor, size: int, out: in
 
 
 def jitter_ref(x: Tensor, draws: AugmentDraws) -> Tensor:
-    """Each image's colour operations in its own order."""
+    """Applies each image's colour operations in the order drawn for it."""
     x = x.clone()
     operations = {BRIGHTNESS: _brightness, CONTRAST: _contrast, SATURATION: _saturation, HUE: _hue}
     for step in range(len(operations)):
@@ -134,7 +145,7 @@ def jitter_ref(x: Tensor, draws: AugmentDraws) -> Tensor:
 
 
 def grayscale_ref(x: Tensor) -> Tensor:
-    """Luma (N, 1, H, W); of one channel the channel."""
+    """The luma (N, 1, H, W) of ITU-R 601-2; images of one channel are returned unchanged."""
     if x.shape[1] == 1:
         return x
     r, g, b = x.unbind(1)
@@ -157,7 +168,10 @@ def _saturation(x: Tensor, factor: Tensor) -> Tensor:
 
 
 def _hue(x: Tensor, turn: Tensor) -> Tensor:
-    """Turns the hue; HSV is never written: v·s is the span of the channels, and v its upper end."""
+    """Shifts the hue by ``turn``, where 1 is a full turn.
+
+    Computes HSV's v and v·s directly: v is the greatest channel, v·s the greatest minus the least.
+    """
     if x.shape[1] == 1:
         return x
     r, g, b = x.unbind(1)

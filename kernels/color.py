@@ -1,4 +1,4 @@
-"""Pure device maths of colours in [0, 1]: torchvision's brightness, contrast, saturation and hue.
+"""Device functions of torchvision's brightness, contrast, saturation and hue, for values in [0, 1].
 
 A channel that is NaN stays NaN, as in torch.
 """
@@ -6,20 +6,20 @@ A channel that is NaN stays NaN, as in torch.
 import triton
 import triton.language as tl
 
-# As the numbers of `bnres.kernels.augment_plan`.
+# The same numbers as in `bnres.kernels.augment_plan`.
 BRIGHTNESS, CONTRAST, SATURATION, HUE = (tl.constexpr(number) for number in range(4))
 NAN = tl.constexpr(tl.PropagateNan.ALL)
 
 
 @triton.jit
 def least(a, b):
-    """The smaller one, NaN if either is NaN."""
+    """The smaller of two values, or NaN if either is NaN."""
     return tl.minimum(a, b, propagate_nan=NAN)
 
 
 @triton.jit
 def greatest(a, b):
-    """The greater one, NaN if either is NaN."""
+    """The greater of two values, or NaN if either is NaN."""
     return tl.maximum(a, b, propagate_nan=NAN)
 
 
@@ -30,7 +30,7 @@ def clamp_unit(v):
 
 @triton.jit
 def grayscale(r, g, b, CHANNELS: tl.constexpr):
-    """ITU-R 601-2 luma; of one channel the channel."""
+    """The luma of ITU-R 601-2; for images of one channel, the channel."""
     if CHANNELS == 3:
         return r * 0.2989 + g * 0.587 + b * 0.114
     return r
@@ -38,7 +38,7 @@ def grayscale(r, g, b, CHANNELS: tl.constexpr):
 
 @triton.jit
 def _hue_channel(v, span, h6, START: tl.constexpr):
-    """A channel of HSV's (h, s, v), by v·s = span and h on a scale to 6."""
+    """A channel of the colour (h, s, v), given v, span = v·s, and h6 = 6·h; START selects it."""
     k = h6 + START
     k -= 6.0 * tl.floor(k / 6.0)
     return v - span * clamp_unit(least(k, 4.0 - k))
@@ -46,7 +46,7 @@ def _hue_channel(v, span, h6, START: tl.constexpr):
 
 @triton.jit
 def adjust_hue(r, g, b, turn):
-    """RGB to HSV, the hue turned by ``turn`` (1: all the way round), and back."""
+    """Converts RGB to HSV, shifts the hue by ``turn`` (1 is a full turn), and converts back."""
     v = greatest(greatest(r, g), b)
     span = v - least(least(r, g), b)
     is_r, is_g = v == r, v == g
@@ -61,14 +61,18 @@ def adjust_hue(r, g, b, turn):
 
 @triton.jit
 def jitter(r, g, b, order, start, stop, factors, gray_mean, CHANNELS: tl.constexpr):
-    """Steps ``start`` to ``stop`` of an image's colour operations, in the order it has drawn.
+    """Applies steps ``start`` to ``stop - 1`` of an image's colour operations, in its order.
 
-    ``factors`` are its brightness, contrast, saturation and hue, ``gray_mean`` what contrast blends
-    with.
+    Args:
+        r, g, b: the channels.
+        order: the packed order, see `bnres.kernels.augment_plan`.
+        start, stop: the steps.
+        factors: the image's factors of brightness, contrast, saturation and hue.
+        gray_mean: the image's mean gray, with which contrast blends.
     """
     brightness, contrast, saturation, hue = factors
     for step in tl.static_range(4):
-        operation = (order >> (4 * step)) & 15  # ORDER_BITS of it
+        operation = (order >> (4 * step)) & 15  # 4 is ORDER_BITS
         active = (step >= start) & (step < stop)
         if active & (operation == BRIGHTNESS):
             r, g, b = (

@@ -1,4 +1,7 @@
-"""Folders that are full or read-only: file systems of their own where root may mount, else by limits."""
+"""Folders that are full or read-only: by mounts if the user may mount, else by limits.
+
+The limits are on the size of a file, and permissions.
+"""
 
 import resource
 import subprocess
@@ -9,7 +12,7 @@ from pathlib import Path
 
 @contextmanager
 def small_disk(folder: Path, size: int) -> Iterator[None]:
-    """Inside, ``folder`` has room for ``size`` bytes; without mounts only each file is limited."""
+    """Inside, ``folder`` has room for ``size`` bytes; without mounts, each file has."""
     folder.mkdir()
     if _mount("-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)):
         try:
@@ -27,7 +30,10 @@ def small_disk(folder: Path, size: int) -> Iterator[None]:
 
 @contextmanager
 def read_only(folder: Path) -> Iterator[None]:
-    """Inside, nothing can be written to ``folder``. Root ignores permissions, but not mounts."""
+    """Inside, nothing can be written to ``folder``.
+
+    Permissions do not restrict root, so a mount is tried first.
+    """
     if _mount("--bind", str(folder), str(folder)):
         subprocess.run(["mount", "-o", "remount,ro,bind", str(folder)], check=True)
         try:

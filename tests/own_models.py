@@ -11,7 +11,7 @@ MODULE = nn.Linear(2, 2)
 
 
 class Net(nn.Module):
-    """A residual block between two convolutions, of any number of channels and classes."""
+    """A convolution, a residual block and a classifier."""
 
     def __init__(self, num_classes: int, in_channels: int) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ def traced(num_classes: int) -> nn.Module:
 
 
 class TwoHeads(Net):
-    """In training it returns a second output too."""
+    """A model that returns two outputs in training mode."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = super().forward(x)
@@ -89,14 +89,14 @@ class TwoHeads(Net):
 
 
 class TwoInputs(Net):
-    """It needs a second input."""
+    """A model that needs a second input."""
 
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         return super().forward(x + y)
 
 
 class NoImages(Net):
-    """It takes a dimension that images don't have."""
+    """A model whose input needs five dimensions, one more than images have."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return super().forward(x.mean(4))

@@ -1,4 +1,4 @@
-"""Augmentation: torchvision's values for the same draws, its distributions, both routes."""
+"""Augmentation: values and distributions are torchvision's, with the kernels and with ATen."""
 
 import importlib
 import math
@@ -17,7 +17,7 @@ from tests.device import DEVICE
 v2 = importlib.import_module(f"{torchvision.__name__}.transforms.v2")
 F = v2.functional
 
-# torchvision computes in fp32 as we do; sums of taps and of gray values go in another order.
+# torchvision too computes in fp32, but sums taps and gray values in another order.
 GEOMETRY, COLOR = 1e-5, 1e-4
 ROUTES = ("aten", "kernels")
 
@@ -39,7 +39,7 @@ def images(n, channels, height, width, dtype=torch.float32, seed=0):
 
 
 def by_torchvision(x, draws):
-    """The chain, image by image and step by step, on float32."""
+    """Applies the chain with torchvision in fp32, one image and one step at a time."""
     found = []
     for index, image in enumerate(x.float() / 255 if x.dtype == torch.uint8 else x.float()):
         for draw in draws:
@@ -113,11 +113,11 @@ class TestValues:
         chain = [crop, JITTER] if order == "crop first" else [JITTER, crop]
         scale = augment.Normalize(MEAN[:channels], STD[:channels])
         x = images(8, channels, 28, 24)
-        # Normalising divides by as little as 0.2.
+        # Normalising divides by at least min(STD), which magnifies errors.
         self.check(route, [FLIPS[0], *chain, scale], x, COLOR / min(STD))
 
     @pytest.mark.parametrize("order", ["crop first", "color first"])
-    def test_images_of_several_programs(self, route, order):
+    def test_images_that_several_programs_share(self, route, order):
         chain = [JITTER, augment.RandomCrop(34, padding=2)]
         if order == "crop first":
             chain = chain[::-1]
@@ -130,7 +130,7 @@ class TestValues:
     def test_single_colours(self, route, amounts):
         x = images(6, 3, 8, 8)
         x[0] = 0.25  # gray has no hue
-        x[1, 1] = x[1, 0]  # two channels are the greatest at once
+        x[1, 1] = x[1, 0]  # two channels may both be the greatest
         self.check(route, [augment.ColorJitter(*amounts)], x, COLOR)
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -143,7 +143,7 @@ class TestValues:
         )  # fmt: skip
         assert y.is_contiguous(memory_format=memory_format)
 
-    def test_input_layout_is_kept_and_does_not_matter(self, route):
+    def test_input_layout_is_kept_and_does_not_change_values(self, route):
         chain = augment.Compose([*FLIPS, augment.RandomResizedCrop(8)])
         x = images(3, 3, 12, 12).to(route)
         draws = chain.draws(3, 12, 12, torch.Generator().manual_seed(0))
@@ -153,7 +153,7 @@ class TestValues:
         assert torch.equal(chain.apply(x, draws), last)
         assert torch.equal(chain.apply(strided, draws), last)
 
-    def test_two_kernels_where_one_does_not_do(self, route):
+    def test_a_chain_that_needs_several_kernels(self, route):
         chain = augment.Compose(
             [augment.RandomCrop(12), JITTER, augment.RandomCrop(8), augment.RandomHorizontalFlip(),
              augment.Normalize(MEAN, STD), augment.RandomVerticalFlip()]
@@ -166,7 +166,7 @@ class TestValues:
 
     def test_empty_batch_and_empty_chain(self, route):
         x = images(2, 3, 8, 8, torch.uint8).to(route)
-        # Compiled, the division is a product with 1/255.
+        # The compiled kernel multiplies by 1/255 instead of dividing.
         error = (augment.Compose([])(x).cpu() - x.cpu().float() / 255).abs().max()
         assert error <= 2**-23
         assert augment.Compose(FLIPS)(x[:0]).shape == (0, 3, 8, 8)
@@ -176,7 +176,7 @@ NAN, INF = float("nan"), float("inf")
 
 
 class TestNotFinite:
-    """NaN and infinity spread to the same pixels as in torchvision."""
+    """NaN and infinity reach the same pixels as in torchvision."""
 
     def check(self, route, draws, x, tolerance):
         actual = bt.apply_draws(x.to(route), draws).cpu()
@@ -186,7 +186,7 @@ class TestNotFinite:
         return actual
 
     def images(self, value, channels=3, size=(9, 9)):
-        """Images with ``value`` at one place of one channel; the last image has none."""
+        """Images with ``value`` at one position of one channel; the last image is finite."""
         places = [(0, 0), (4, 5), (size[0] - 1, size[1] - 1), (2, size[1] - 1)]
         x = images(len(places) + 1, channels, *size)
         for index, (row, col) in enumerate(places):
@@ -216,7 +216,7 @@ class TestNotFinite:
 
     @pytest.mark.parametrize("value", [INF, -INF])
     def test_hue_of_infinity_is_nan(self, route, value):
-        """torchvision makes one channel NaN, as it converts the undefined hue to an integer."""
+        """All channels become NaN; torchvision casts the undefined hue to int, so only one does."""
         x = self.images(value)
         y = augment.ColorJitter(hue=(0.2, 0.2))(x.to(route)).cpu()
         assert torch.equal(y.isnan(), x.isinf().any(1, keepdim=True).expand_as(x))
@@ -231,7 +231,7 @@ class TestNotFinite:
         draws = augment.Compose(chain).draws(*size_of(x), generator)
         y = self.check(route, draws, x, COLOR)
         assert y[-1].isfinite().all()
-        # Where the colours come first, contrast spreads the NaN before the crop removes its pixel.
+        # If colours come first, contrast spreads the NaN before the crop removes its pixel.
         assert y.isnan().any() or order == "crop first"
 
     @pytest.mark.parametrize("value", [NAN, INF])
@@ -239,8 +239,8 @@ class TestNotFinite:
         x = self.images(value)
         flips = [f.draw(*size_of(x), None) for f in (bt.RandomHorizontalFlip(1.0), *FLIPS)]
         pad = augment.RandomCrop(13, padding=2).draw(*size_of(x), None)
-        y = self.check(route, [*flips, pad, augment.Normalize(MEAN, STD).draw(*size_of(x), None)], x,
-                       1e-6)  # fmt: skip
+        scale = augment.Normalize(MEAN, STD).draw(*size_of(x), None)
+        y = self.check(route, [*flips, pad, scale], x, 1e-6)
         assert [int((~image.isfinite()).sum()) for image in y] == [1, 1, 1, 1, 0]
 
     @pytest.mark.parametrize("value", [NAN, INF])
@@ -269,14 +269,14 @@ class TestNotFinite:
 
     @pytest.mark.parametrize("side", [64, 65])
     def test_both_ways_to_resize(self, route, side):
-        """The ATen route multiplies by matrices up to size 64; above, it resizes image by image."""
+        """With ATen, images up to size 64 are resized by matrix products, others one by one."""
         x = self.images(NAN, size=(side, side))
         draws = [bt.Crop(torch.tensor([[0, 2, side, 30]]).expand(len(x), 4), (6, 5), True)]
         y = self.check(route, draws, x, GEOMETRY)
         assert [bool(image.isnan().any()) for image in y] == [False, True, False, False, False]
 
 
-@pytest.mark.skipif(DEVICE == "cuda", reason="counts what the interpreter touches")
+@pytest.mark.skipif(DEVICE == "cuda", reason="counts the memory that the interpreter touches")
 @pytest.mark.parametrize("order", ["crop first", "color first"])
 def test_an_image_is_read_once_and_written_once(order):
     from benchmarks.audit.memory import count_traffic
@@ -287,7 +287,7 @@ def test_an_image_is_read_once_and_written_once(order):
     x = images(4, 3, 16, 16, torch.uint8)
     with count_traffic() as traffic:
         y = compose(x)
-    # Contrast's mean of colours that come first is of the image before its crop.
+    # If colours come first, contrast's mean needs a read of the whole image before the crop.
     reads = 1 if order == "crop first" else 2
     assert traffic.lanes == reads * x.numel() + y.numel() * 2
     with count_traffic() as traffic:
@@ -319,13 +319,13 @@ def test_a_transform_is_a_chain_of_one():
 
 
 COUNT = 4000
-# The greatest distance of two empirical distributions of COUNT draws each that chance exceeds once
-# in a million: sqrt(-ln(1e-6 / 2) / COUNT), by Kolmogorov and Smirnov.
+# Two samples of COUNT draws from one distribution have a greater Kolmogorov-Smirnov distance than
+# this with probability 1e-6: sqrt(-ln(1e-6 / 2) / COUNT).
 DISTANCE = math.sqrt(-math.log(1e-6 / 2) / COUNT)
 
 
 def distance(a, b):
-    """Kolmogorov and Smirnov's, of two samples."""
+    """The Kolmogorov-Smirnov distance of two samples."""
     a, b = a.double().sort().values, b.double().sort().values
     at = torch.cat((a, b))
     below = [torch.searchsorted(s, at, right=True) / len(s) for s in (a, b)]
@@ -390,20 +390,20 @@ class TestDistributions:
     ("make", "message"),
     [
         (lambda: augment.RandomHorizontalFlip(1.5), "p must be from 0 to 1"),
-        (lambda: augment.RandomResizedCrop(0), "size must be one or two numbers from 1"),
+        (lambda: augment.RandomResizedCrop(0), "size must be one or two integers of at least 1"),
         (lambda: augment.RandomResizedCrop(8, scale=(1.0, 0.5)), "scale must be two numbers"),
-        (lambda: augment.RandomCrop(8, padding=-1), "padding must be 1, 2 or 4 numbers"),
-        (lambda: augment.ColorJitter(hue=0.6), "hue must lie within"),
-        (lambda: augment.ColorJitter(brightness=-1), "brightness must not be negative"),
-        (lambda: augment.Normalize((0.5,), (0.0,)), "std must not hold 0"),
-        (lambda: augment.Normalize((0.5,), (0.1, 0.2)), "mean and std must be of one length"),
+        (lambda: augment.RandomCrop(8, padding=-1), "padding must be 1, 2 or 4 integers"),
+        (lambda: augment.ColorJitter(hue=0.6), "hue must be within"),
+        (lambda: augment.ColorJitter(brightness=-1), "brightness must be at least 0, got -1"),
+        (lambda: augment.Normalize((0.5,), (0.0,)), "std must not contain 0"),
+        (lambda: augment.Normalize((0.5,), (0.1, 0.2)), "mean and std must have the same length"),
         (lambda: augment.Compose([], dtype=torch.float64), "dtype must be fp32, fp16 or bf16"),
-        (lambda: augment.RandomCrop(9)(images(1, 3, 8, 8)), "is larger than the images"),
-        (lambda: augment.CenterCrop(9)(images(1, 3, 8, 8)), "is larger than the images"),
+        (lambda: augment.RandomCrop(9)(images(1, 3, 8, 8)), "at most the size of the padded"),
+        (lambda: augment.CenterCrop(9)(images(1, 3, 8, 8)), "size must be at most the images'"),
         (lambda: augment.Compose([])(images(1, 2, 8, 8)), "with 1 or 3 channels"),
         (lambda: augment.Compose([])(torch.ones(3, 8, 8)), r"must be \(N, C, H, W\)"),
         (lambda: augment.Compose([])(torch.ones(1, 3, 8, 8).int()), "must be uint8 or floating"),
-        (lambda: augment.Normalize((0.5,), (1.0,))(images(1, 3, 8, 8)), "Normalize has 1 channels"),
+        (lambda: augment.Normalize((0.5,), (1.0,))(images(1, 3, 8, 8)), "must have 1 channels"),
     ],
 )  # fmt: skip
 def test_bad_input(make, message):
@@ -412,14 +412,14 @@ def test_bad_input(make, message):
 
 
 def test_other_steps_are_refused():
-    with pytest.raises(TypeError, match=r"transforms must be of .*augment, got ToTensor"):
+    with pytest.raises(TypeError, match=r"must be transforms of bnres.augment, got ToTensor"):
         augment.Compose([v2.ToTensor()])
 
 
 class TestPicture:
     @pytest.fixture(autouse=True)
     def aten(self):
-        """Pictures are drawn on the CPU, and the interpreter is slow at their size."""
+        """The command augments on the CPU, and the interpreter is slow at a picture's size."""
         with use_backend("aten"):
             yield
 

@@ -1,4 +1,4 @@
-"""Blocks that hand on two tensors: the same gradients, for those who look inside too."""
+"""Blocks that pass two tensors to the next block give the same gradients, also to hooks."""
 
 import copy
 from collections import Counter
@@ -21,7 +21,7 @@ if not torch.cuda.is_available():
 
 
 def net(dtype=torch.float64):
-    """A stem and every kind of block, in two sequences."""
+    """A model with a stem and every kind of block."""
     torch.manual_seed(0)
     stem = nn.Sequential(
         nn.Conv2d(2, 4, 3, padding=1), BatchNormActMaxPool2d(4, 3, 2, 1), nn.Identity()
@@ -41,7 +41,7 @@ def in_sequence(model):
 
 
 def forks(y):
-    """How often each operation before ``y`` returns two tensors."""
+    """The number of operations in the graph of ``y`` whose two outputs are both used."""
     found, seen, nodes = Counter(), set(), [y.grad_fn]
     while nodes:
         node = nodes.pop()
@@ -65,15 +65,15 @@ def assert_same(model, expected, x):
         assert_close(ours, theirs, x.dtype)
 
 
-def test_two_tensors_are_used():
-    model, x = net(torch.float32), images(torch.float32)  # in fp64 torch pools
+def test_blocks_pass_two_tensors():
+    model, x = net(torch.float32), images(torch.float32)  # in fp64 the pooling is torch's
     assert forks(model(x)) == 3
     assert forks(in_sequence(model)(x)) == 0
     assert_same(model, in_sequence(model), x)
 
 
 def traced(model, *, through=None):
-    """A compiled copy, and the list that its graphs are added to, forward before backward."""
+    """Returns a compiled copy, and a list that will hold its graphs: forward, then backward."""
     graphs = []
 
     def record(graph, example_inputs):
@@ -87,7 +87,7 @@ def traced(model, *, through=None):
     return torch.compile(copy.deepcopy(model), fullgraph=True, **options), graphs
 
 
-def test_compiled_gradients_are_the_eager_ones():
+def test_compiled_gradients_equal_eager_gradients():
     model, x = net(torch.float32), images(torch.float32)
     compiled, _ = traced(model)
     found = []
@@ -98,7 +98,7 @@ def test_compiled_gradients_are_the_eager_ones():
         assert torch.equal(eager, ours)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="leaves out the interpreter's launches")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="skips the interpreter's launches")
 @pytest.mark.parametrize(
     ("build", "through", "hooked", "count"),
     [
@@ -110,7 +110,7 @@ def test_compiled_gradients_are_the_eager_ones():
     ],
     ids=["layers", "graph", "block", "stage"],
 )
-def test_gradients_that_the_compiler_adds(build, through, hooked, count):
+def test_number_of_gradient_additions_outside_the_operations(build, through, hooked, count):
     model = build().to(memory_format=torch.channels_last)
     for name in hooked:
         model.get_submodule(name).register_forward_hook(lambda module, args, y: None)
@@ -131,7 +131,7 @@ def test_gradients_that_the_compiler_adds(build, through, hooked, count):
     ["0", "0.1", "0.2", "1", "1.0", "1.0.act2", "1.0.bn2", "1.0.downsample.0", "1.1.conv1",
      "1.1.bn2", "2", "2.0.bn3"],
 )  # fmt: skip
-def test_who_watches_a_tensor_gets_its_whole_gradient(name):
+def test_a_hooked_tensor_gets_its_whole_gradient(name):
     model, x = net(), images()
     found = []
     for m in (model, in_sequence(model)):
@@ -164,7 +164,7 @@ def test_hooks_that_replace_tensors(name):
 
 
 class Mine(BasicBlock):
-    """A user's block."""
+    """A user's subclass of a block that changes its input."""
 
     def forward(self, x):
         return super().forward(x.mul_(2))

@@ -1,4 +1,4 @@
-"""`bnres doctor`: each finding is provoked; figures that are derived agree with the benchmarks'."""
+"""`bnres doctor`: every finding occurs; derived figures agree with those of the benchmarks."""
 
 import json
 import os
@@ -27,7 +27,7 @@ from tests.disks import read_only
 
 ROOT = Path(__file__).parent.parent
 HEADERS = "install gcc and Python's headers (python3-dev), or set CC"
-no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU here works")
+no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 
 
 @no_gpu
@@ -40,7 +40,7 @@ def test_no_gpu(monkeypatch):
         monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert checks.check_gpu() == Finding(
-        "torch finds no GPU", "see whether nvidia-smi lists one, and its driver"
+        "torch finds no GPU", "check that nvidia-smi lists the GPU and its driver"
     )
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
     assert checks.check_gpu() == Finding("CUDA_VISIBLE_DEVICES='-1' hides the GPUs", "unset it")
@@ -70,7 +70,7 @@ def test_triton_that_is_broken(tmp_path):
     assert found.stdout == "triton can't be imported: libtriton.so is damaged\n", found.stderr
 
 
-def test_a_folder_in_place_of_triton(monkeypatch):
+def test_a_folder_named_triton(monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", ModuleType("triton"))
     assert checks.check_triton() == Finding(
         "triton can't be imported: module 'triton' has no attribute '__version__'",
@@ -83,10 +83,10 @@ class TestCompiler:
     def no_cc(self, monkeypatch):
         monkeypatch.delenv("CC", raising=False)
 
-    def test_here(self):
+    def test_a_working_compiler(self):
         assert checks.check_compiler() is None
 
-    def test_none(self, monkeypatch, tmp_path):
+    def test_no_compiler(self, monkeypatch, tmp_path):
         monkeypatch.setenv("PATH", str(tmp_path))
         assert checks.check_compiler() == Finding(
             "there is no C compiler, which triton needs to launch kernels", HEADERS
@@ -102,7 +102,7 @@ class TestCompiler:
     def test_cc_that_fails(self, monkeypatch):
         monkeypatch.setenv("CC", "false")
         assert checks.check_compiler() == Finding(
-            f"{shutil.which('false')} can't compile an extension of Python: exit code 1", HEADERS
+            f"{shutil.which('false')} can't compile a Python extension: exit code 1", HEADERS
         )
 
     def test_cc_that_is_damaged(self, monkeypatch, tmp_path):
@@ -119,10 +119,10 @@ class TestCompiler:
             checks.sysconfig, "get_paths", lambda scheme: {"include": str(tmp_path)}
         )
         found = checks.check_compiler()
-        assert "can't compile an extension of Python" in found.problem
+        assert "can't compile a Python extension" in found.problem
         assert "Python.h: No such file or directory" in found.problem
 
-    def test_clang_where_there_is_no_gcc(self, monkeypatch, tmp_path):
+    def test_clang_is_used_without_gcc(self, monkeypatch, tmp_path):
         program = tmp_path / "clang"
         program.write_text("#!/bin/sh\n")
         program.chmod(program.stat().st_mode | stat.S_IXUSR)
@@ -165,7 +165,7 @@ def test_cache_folder(monkeypatch, tmp_path, variable):
     with read_only(folder):
         found = checks.check_cache(variable)
     assert found.problem.startswith(f"the cache folder {folder}/deeper/still is not writable: ")
-    assert found.fix == f"set {variable} to a folder that is"
+    assert found.fix == f"set {variable} to a writable folder"
     monkeypatch.setenv(variable, str(tmp_path / "file"))
     (tmp_path / "file").write_text("")
     assert checks.check_cache(variable).problem.endswith("not writable: Not a directory")
@@ -173,7 +173,7 @@ def test_cache_folder(monkeypatch, tmp_path, variable):
 
 @contextmanager
 def another_user():
-    """Inside, permissions count: root ignores them."""
+    """Inside, permissions apply; they do not restrict root."""
     root = os.geteuid() == 0
     if root:
         os.seteuid(65534)
@@ -185,19 +185,19 @@ def another_user():
 
 
 @pytest.mark.parametrize("variable", ["TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"])
-def test_cache_folder_below_one_that_is_closed(monkeypatch, tmp_path, variable):
+def test_cache_folder_in_a_folder_without_permissions(monkeypatch, tmp_path, variable):
     closed = tmp_path / "closed"
     closed.mkdir(mode=0o000)
     monkeypatch.setenv(variable, str(closed / "cache"))
     with another_user():
         assert checks.check_cache(variable) == Finding(
             f"the cache folder {closed}/cache is not writable: Permission denied",
-            f"set {variable} to a folder that is",
+            f"set {variable} to a writable folder",
         )
 
 
 def test_a_user_without_a_home(monkeypatch):
-    """As in a container: no HOME, and a number that the list of users does not contain."""
+    """As in a container: HOME is not set, and the user id is not in /etc/passwd."""
     monkeypatch.delenv("HOME")
     monkeypatch.delenv("TRITON_HOME", raising=False)
     monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
@@ -205,8 +205,8 @@ def test_a_user_without_a_home(monkeypatch):
     assert checks.cache_folders()["TRITON_CACHE_DIR"] == Path("~/.triton/cache")
 
 
-def test_an_inductor_cache_that_can_not_be_made(tmp_path):
-    """In a process that has not imported Dynamo: its import makes the folder."""
+def test_an_inductor_cache_that_can_not_be_created(tmp_path):
+    """Runs in a new process, because the import of Dynamo creates the folder."""
     folder = tmp_path / "file"
     folder.write_text("")
     result = subprocess.run(
@@ -218,16 +218,16 @@ def test_an_inductor_cache_that_can_not_be_made(tmp_path):
     found = json.loads(result.stdout)
     assert {
         "problem": f"the cache folder {folder} is not writable: Not a directory",
-        "fix": "set TORCHINDUCTOR_CACHE_DIR to a folder that is",
+        "fix": "set TORCHINDUCTOR_CACHE_DIR to a writable folder",
     } in found["findings"]
     assert (found["savings"]["norms"], found["savings"]["fused"]) == (4, 4)
 
 
-def test_cache_folders_are_those_that_are_used(monkeypatch, tmp_path):
+def test_cache_folders_are_those_of_triton_and_inductor(monkeypatch, tmp_path):
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
     for variable in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"):
-        monkeypatch.setenv(variable, "")  # torch sets its own, which is to be undone
+        monkeypatch.setenv(variable, "")  # cache_dir sets a variable; monkeypatch restores it
         monkeypatch.delenv(variable)
     monkeypatch.setenv("TRITON_HOME", str(tmp_path))
     found = checks.cache_folders()
@@ -238,12 +238,13 @@ def test_cache_folders_are_those_that_are_used(monkeypatch, tmp_path):
 def test_namespace_package(monkeypatch, tmp_path):
     (tmp_path / "bnres").mkdir()
     monkeypatch.chdir(tmp_path)
-    assert checks.check_namespace() is None  # a package further down the path comes first
+    assert checks.check_namespace() is None  # a package later on the path precedes mere folders
     finder_only = [p for p in sys.path if not Path(p, "bnres").is_dir()]
     monkeypatch.setattr(sys, "path", finder_only)
     assert checks.check_namespace() == Finding(
-        f"in this folder python imports the folder {tmp_path / 'bnres'} as an empty package bnres",
-        "go to another folder, or install bnres again: pip install -e FOLDER",
+        f"in the current folder python imports the folder {tmp_path / 'bnres'} as an empty package "
+        "bnres",
+        "change to another folder, or install bnres again: pip install -e FOLDER",
     )
 
 
@@ -258,7 +259,7 @@ def test_namespace_package(monkeypatch, tmp_path):
     ],
 )
 @pytest.mark.parametrize("itemsize", [2, 4])
-def test_bytes_are_those_of_the_benchmarks(pattern, operation, itemsize):
+def test_bytes_equal_those_of_the_benchmarks(pattern, operation, itemsize):
     directions = ("forward", "backward")
     expected = sum(byte_model.passes(operation, d, itemsize) for d in directions)
     assert savings.fused_passes(pattern, itemsize) == expected
@@ -280,7 +281,7 @@ def test_stock_layers(pattern, passes, stock, fused):
     assert savings.fused_launches(pattern) == fused
 
 
-def test_launches_are_those_that_the_audit_counts():
+def test_launches_equal_those_that_the_audit_counts():
     budget = json.loads((ROOT / "benchmarks/audit/budget.json").read_text())
     found = savings.derive(create_model("resnet18", fused=False), torch.zeros(2, 3, 32, 32))
     assert found.fused_launches == budget["launches"]["fused, Triton"]
@@ -295,7 +296,7 @@ def net():
     )  # fmt: skip
 
 
-def test_figures_are_bytes_of_an_image():
+def test_bytes_are_per_image():
     found = savings.derive(net(), torch.zeros(2, 3, 10, 10))
     stock = 4 * (13 * 400 + 8 * 800)
     assert found == savings.Savings(
@@ -306,11 +307,11 @@ def test_figures_are_bytes_of_an_image():
     assert diagnosis.changes(found) == [
         Change("compute in bf16: with torch.autocast('cuda', torch.bfloat16):", 19200),
         Change("fuse: model = bnres.fuse(model)", 8000),
-        Change("convert with model.to(memory_format=torch.channels_last), the input too", None),
+        Change("convert model and input with .to(memory_format=torch.channels_last)", None),
     ]
 
 
-def test_what_is_done_already_is_no_change():
+def test_bf16_and_channels_last_are_not_suggested_if_already_used():
     model = net().to(memory_format=torch.channels_last)
     with torch.autocast("cpu", torch.bfloat16):
         found = savings.derive(model, torch.zeros(2, 3, 10, 10))
@@ -325,7 +326,8 @@ def test_a_norm_that_is_not_fused_has_its_reason():
     assert (found.norms, found.fused) == (3, 2)
     assert found.reasons == {"1.unused": "not in a captured graph"}
     text = str(diagnosis.Diagnosis({}, [], "a net", found, []))
-    assert "a net: 2 of 3 batch norms are fused\n  1.unused is not: not in a captured graph" in text
+    assert "a net: 2 of 3 batch norms are fused\n" in text
+    assert "\n  1.unused is not fused: not in a captured graph\n" in text
 
 
 runner = CliRunner()
@@ -340,15 +342,15 @@ def test_command(monkeypatch):
     lines = result.output.splitlines()
     assert lines[0] == "GPU:        none"
     assert "backend:    aten" in lines
-    assert "route:      CPU tensors take ATen, the kernels don't run" in lines
+    assert "route:      ATen for CPU tensors; the kernels don't run" in lines
     assert f"wrong: torch {torch.__version__} is built for the CPU only" in lines
     assert "  fix: install a build of torch for your GPU" in lines
     assert "lenet-seed: 4 of 4 batch norms are fused" in lines
-    assert lines[-1] == "  convert with model.to(memory_format=torch.channels_last), the input too"
+    assert lines[-1] == "  convert model and input with .to(memory_format=torch.channels_last)"
 
 
 @no_gpu
-def test_json_says_the_same():
+def test_json_holds_the_same_facts():
     result = runner.invoke(cli.app, ["doctor", "lenet-seed", "--json"])
     assert result.exit_code == 1
     found = json.loads(result.output)
@@ -368,7 +370,7 @@ def test_nothing_is_wrong(monkeypatch):
     ("arguments", "problem"),
     [
         (["resnet19"], "got 'resnet19'"),
-        (["lenet-seed", "--input", "2x1x40x40"], "the model takes no input of 2x1x40x40: mat1"),
+        (["lenet-seed", "--input", "2x1x40x40"], "does not accept inputs of 2x1x40x40: mat1"),
         (["lenet-seed", "--input", "1x1x28x28"], "Expected more than 1 value per channel"),
     ],
 )
@@ -384,7 +386,8 @@ def test_a_model_that_fails_is_a_finding(monkeypatch, arguments, problem):
 
 def test_input_without_a_model():
     result = runner.invoke(cli.app, ["doctor", "--input", "2x3x8x8"])
-    assert result.exit_code == 2 and result.stderr == "bnres: input: it goes with a model\n"
+    assert result.exit_code == 2
+    assert result.stderr == "bnres: input can be given only with a model\n"
 
 
 def test_a_model_that_makes_tensors_in_its_forward():

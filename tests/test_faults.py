@@ -1,4 +1,4 @@
-"""Full disks, read-only folders, damaged files: one line, an exit code, and nothing lost."""
+"""Full disks, read-only folders, damaged files: one line, an exit code, and no file is lost."""
 
 import errno
 import os
@@ -45,7 +45,7 @@ def run(*arguments, code=0):
     return result.stderr if code else result.output
 
 
-def test_a_file_is_written_whole_or_not_at_all(tmp_path):
+def test_a_file_is_written_completely_or_not_at_all(tmp_path):
     path = tmp_path / "disk" / "file"
     with small_disk(path.parent, MEGABYTE):
         files.write_text(path, "first")
@@ -59,7 +59,7 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     assert link.is_symlink() and target.read_text() == "through"
 
 
-def test_what_writing_a_file_leaves_alone(tmp_path):
+def test_writing_keeps_permissions_other_files_and_pipes(tmp_path):
     private, other = tmp_path / "private", tmp_path / "private.tmp"
     for path in (private, other):
         path.write_text("theirs")
@@ -78,13 +78,13 @@ def test_what_writing_a_file_leaves_alone(tmp_path):
     assert raised.value.errno == errno.ENOSPC and Path("/dev/full").is_char_device()
 
 
-def test_training_asks_for_room_before_it_starts(tiny, tmp_path):
+def test_training_checks_the_free_space_before_it_starts(tiny, tmp_path):
     disk = tmp_path / "disk"
     with small_disk(disk, MEGABYTE // 4):
         stderr = run(*TRAIN, "--epochs", 1, "--out", disk / "run", code=1)
         assert "the checkpoints need 1." in stderr and "there is no checkpoint yet" in stderr
         assert [p.name for p in (disk / "run").iterdir()] == ["config.toml"]
-    # The next start takes the folder.
+    # Another run accepts a folder with the files of a run that ended before its first checkpoint.
     out = tmp_path / "run"
     out.mkdir()
     (out / "tensorboard").mkdir()
@@ -109,7 +109,7 @@ def test_failed_save_keeps_the_last_good_checkpoint(tiny, tmp_path, monkeypatch)
     with small_disk(disk, 4 * MEGABYTE):
         stderr = run(*TRAIN, "--epochs", 3, "--out", out, code=1)
         assert stderr.endswith(
-            f"the last good checkpoint is kept, continue with: bnres train --resume {out}/last.pt\n"
+            f"the last good checkpoint is kept; continue with: bnres train --resume {out}/last.pt\n"
         )
         assert not list(out.glob("*.tmp*"))
         assert read_checkpoint(out / "last.pt")["epoch"] == 1
@@ -127,7 +127,7 @@ def test_resuming_on_a_full_disk_keeps_the_checkpoint(checkpoint, tmp_path):
         stderr = run("train", "--resume", kept, code=1)
         assert "the last good checkpoint is kept" in stderr
         assert kept.read_bytes() == checkpoint.read_bytes()
-        # It is kept in another folder than the run's.
+        # The checkpoint is in another folder than the run's.
         stderr = run("train", "--resume", checkpoint, "--out", disk / "run", code=1)
         assert stderr.endswith(f"continue with: bnres train --resume {checkpoint}\n")
 
@@ -154,7 +154,7 @@ def test_augment_on_a_full_disk(tmp_path):
 
 
 def test_results_on_a_full_disk(tmp_path):
-    """The line that did not fit is left out; the next run goes on after the last whole one."""
+    """A line that did not fit is dropped; the next run appends after the last complete line."""
     disk, record = tmp_path / "disk", {"id": "0", "text": "x" * 1000}
     with small_disk(disk, MEGABYTE // 32):
         results = ResultStore(disk / "results", dict.fromkeys(IDENTITY, "this"))
@@ -212,24 +212,24 @@ def test_missing_and_damaged_checkpoints(command, checkpoint, tmp_path):
     missing = tmp_path / "missing.pt"
     assert run(*command, missing, code=2).endswith(f"there is no file {str(missing)!r}\n")
     data = bytearray(checkpoint.read_bytes())
-    data[len(data) // 2] ^= 1  # in the weights, whose checksum torch does not compare
+    data[len(data) // 2] ^= 1  # in the weights, whose checksum torch does not verify
     checkpoint.write_bytes(data)
     wanted = f"bnres: {checkpoint} is damaged, or not a checkpoint of bnres\n"
     assert run(*command, checkpoint, code=2) == wanted
 
 
 def test_checkpoint_of_a_model_that_has_changed(checkpoint):
-    """Nothing of the run is touched, and the line names the weight."""
+    """The line names the weight."""
     content = torch.load(checkpoint, weights_only=True)
     content["model"]["more"] = torch.zeros(1)
     torch.save(content, checkpoint)
-    line = f"{checkpoint} has 'more', which model 'lenet-seed' does not have\n"
+    line = f"{checkpoint} has the key 'more', which model 'lenet-seed' does not have\n"
     for command in (["eval"], ["export"]):
         assert run(*command, checkpoint, code=2) == f"bnres: {line}"
     assert run("train", "--resume", checkpoint, code=2) == f"bnres: resume: {line}"
 
 
-def test_no_memory_is_not_damage(checkpoint, monkeypatch):
+def test_out_of_memory_is_not_reported_as_damage(checkpoint, monkeypatch):
     def fail(*_, **__):
         raise MemoryError
 
@@ -246,14 +246,14 @@ def same(a, b):
 
 
 def damaged(data: bytes, draw: random.Random) -> bytes:
-    """With a byte changed, or cut off."""
+    """The data with one byte changed, or truncated."""
     if draw.random() < 0.3:
         return data[: draw.randrange(len(data))]
     place = draw.randrange(len(data))
     return data[:place] + bytes([data[place] ^ draw.randrange(1, 256)]) + data[place + 1 :]
 
 
-def test_damaged_files_load_right_or_end_in_one_line(checkpoint, tmp_path):
+def test_damaged_files_load_correctly_or_give_one_line(checkpoint, tmp_path):
     draw, path = random.Random(0), tmp_path / "damaged"
     whole, expected = checkpoint.read_bytes(), read_checkpoint(checkpoint)
     config = TrainConfig(lr=0.5, data=Path("images"), dataset="folder").as_toml().encode()
@@ -270,7 +270,7 @@ def test_damaged_files_load_right_or_end_in_one_line(checkpoint, tmp_path):
             assert str(error).count("\n") == 0 and str(error)
 
 
-def test_size_of_a_checkpoint_is_known_beforehand(tiny, tmp_path):
+def test_checkpoint_bytes_is_the_size_of_a_checkpoint(tiny, tmp_path):
     for options in ({}, {"optimizer": "adamw"}, {"ema": 0.9}, {"optimizer": "adam", "ema": 0.9}):
         config = TrainConfig(model="resnet18", stem="cifar", batch_size=8, epochs=1, **options)
         run = training.prepare(config)
@@ -283,20 +283,26 @@ def test_size_of_a_checkpoint_is_known_beforehand(tiny, tmp_path):
 @pytest.mark.parametrize(
     ("error", "line", "code"),
     [
-        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "a/b"), "a/b: No space left on device", 1),
-        (torch.OutOfMemoryError("CUDA out of memory. Tried"), "out of memory: CUDA out of memory. Tried; take a smaller batch or image size", 1),
-        (ModuleNotFoundError("No module named 'timm'", name="timm"), "timm is missing; install it with: pip install timm", 1),
-        (MemoryError(), "out of memory: MemoryError; take a smaller batch or image size", 1),
-        (RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate"), "out of memory: [enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate; take a smaller batch or image size", 1),
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "a/b"),
+         "a/b: No space left on device", 1),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried"),
+         "out of memory: CUDA out of memory. Tried; use a smaller batch or image size", 1),
+        (ModuleNotFoundError("No module named 'timm'", name="timm"),
+         "timm is missing; install it with: pip install timm", 1),
+        (MemoryError(), "out of memory: MemoryError; use a smaller batch or image size", 1),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate"),
+         "out of memory: [enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate; "
+         "use a smaller batch or image size", 1),
         (KeyError("x"), "KeyError: 'x' (--traceback shows where)", 1),
-        (RuntimeError("Error(s) in loading:\n\tMissing key\nmore"), "Error(s) in loading: Missing key (--traceback shows where)", 1),
+        (RuntimeError("Error(s) in loading:\n\tMissing key\nmore"),
+         "Error(s) in loading: Missing key (--traceback shows where)", 1),
         (RuntimeError("worker 3 exited\nmore"), "worker 3 exited (--traceback shows where)", 1),
         (ValueError("lr must be greater than 0"), "lr must be greater than 0", 2),
         (AssertionError(), "AssertionError (--traceback shows where)", 1),
     ],
     ids=repr,
 )  # fmt: skip
-def test_lines(error, line, code, monkeypatch):
+def test_line_and_exit_code_of_an_error(error, line, code, monkeypatch):
     assert report(error) == (f"bnres: {line}", code)
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")

@@ -1,4 +1,4 @@
-"""Training a module from a program."""
+"""Training a module from Python."""
 
 import re
 from pathlib import Path
@@ -17,7 +17,7 @@ from tests.test_own_models import dataset
 
 @pytest.fixture(autouse=True)
 def aten():
-    """The subject here is training: the kernels have their own tests."""
+    """Avoids the slow interpreter; other tests cover the kernels."""
     with use_backend("aten"):
         yield
 
@@ -36,7 +36,7 @@ def net():
 
 
 @pytest.mark.parametrize("fused", [True, False])
-def test_a_module_learns_and_is_stock_again(fused, monkeypatch):
+def test_a_module_learns_and_is_unfused_afterwards(fused, monkeypatch):
     calls, original = [], rewrite.fuse_graph
     monkeypatch.setattr(rewrite, "fuse_graph", lambda m: calls.append(m) or original(m))
     model = net()
@@ -53,7 +53,7 @@ def test_a_module_learns_and_is_stock_again(fused, monkeypatch):
     assert calls == []
 
 
-def test_averaged_weights_are_the_models():
+def test_the_model_ends_with_the_averaged_weights():
     plain, averaged = net(), net()
     row = train_model(plain, dataset(), config(epochs=1))[-1]
     other = train_model(averaged, dataset(), config(epochs=1, ema=0.9))[-1]
@@ -67,29 +67,33 @@ def test_wrong_arguments():
     with pytest.raises(TypeError, match=r"^model must be a torch\.nn\.Module, got str$"):
         train_model("net", dataset(), config())
     model = Net(5, 1)
-    with pytest.raises(ValueError, match=r"^model 'Net' must return 2x2 for 2x1x8x8, a number"):
+    with pytest.raises(
+        ValueError, match=r"^model 'Net' must return 2x2 for an input of 2x1x8x8, a"
+    ):
         train_model(model, dataset(), config())
-    assert model._compiled_call_impl is None  # stock again
-    with pytest.raises(ValueError, match=r"^resume: only bnres train has it, not train_model$"):
+    assert model._compiled_call_impl is None  # the model is unfused
+    with pytest.raises(
+        ValueError, match=r"^resume works only with bnres train, not with train_model$"
+    ):
         train_model(net(), dataset(), config(resume=Path(__file__)))
 
 
 @pytest.mark.parametrize(
     ("images", "labels", "message"),
     [
-        (torch.zeros(4, 3, 8, 8), torch.zeros(4).long(), "train: images must be torch.uint8 of (N, "
-         "channels, height, width), got torch.float32 of (4, 3, 8, 8)"),
+        (torch.zeros(4, 3, 8, 8), torch.zeros(4).long(), "train: images must be torch.uint8 of "
+         "shape (N, channels, height, width), got torch.float32 of shape (4, 3, 8, 8)"),
         (torch.zeros(4, 8, 8).byte(), torch.zeros(4).long(), "train: images must be torch.uint8 of "
-         "(N, channels, height, width), got torch.uint8 of (4, 8, 8)"),
+         "shape (N, channels, height, width), got torch.uint8 of shape (4, 8, 8)"),
         (torch.zeros(4, 3, 8, 8).byte(), torch.zeros(4), "train: labels must be torch.int64 of "
-         "(4,), got torch.float32 of (4,)"),
+         "shape (4,), got torch.float32 of shape (4,)"),
         (torch.zeros(4, 3, 8, 8).byte(), torch.zeros(3).long(), "train: labels must be torch.int64 "
-         "of (4,), got torch.int64 of (3,)"),
-        (torch.zeros(4, 3, 8, 8).byte(), torch.arange(4), "train: labels must be from 0 to below "
-         "the 2 classes, got 0 to 3"),
+         "of shape (4,), got torch.int64 of shape (3,)"),
+        (torch.zeros(4, 3, 8, 8).byte(), torch.arange(4), "train: labels must be from 0 to 1, "
+         "because there are 2 classes, got 0 to 3"),
     ],
     ids=["float", "3D", "float labels", "too few labels", "classes"],
 )  # fmt: skip
-def test_data_that_is_no_data_set(images, labels, message):
+def test_images_and_labels_that_do_not_fit(images, labels, message):
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         make_dataset("x", ("a", "b"), (images, labels), (images, labels))

@@ -1,4 +1,4 @@
-"""Models: torchvision's keys and numbers, fused against stock, summaries."""
+"""Models: keys and results equal torchvision's, and fused models equal stock models."""
 
 import copy
 
@@ -17,7 +17,7 @@ from tests.device import DEVICE
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"])
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "stock"])
-def test_state_dict_is_torchvisions(name, fused):
+def test_state_dict_has_torchvisions_keys_and_shapes(name, fused):
     with torch.device("meta"):
         ours = getattr(models, name)(fused=fused).state_dict()
         theirs = getattr(torchvision.models, name)().state_dict()
@@ -26,7 +26,7 @@ def test_state_dict_is_torchvisions(name, fused):
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
-def test_logits_and_gradients_are_torchvisions(name):
+def test_logits_and_gradients_equal_torchvisions(name):
     torch.manual_seed(0)
     theirs = getattr(torchvision.models, name)(num_classes=10).to(DEVICE)
     ours = getattr(models, name)(num_classes=10).to(DEVICE)
@@ -43,7 +43,7 @@ def test_logits_and_gradients_are_torchvisions(name):
     assert (logits - expected).abs().max() <= 1e-5 * max(1.0, expected.abs().max().item())
 
 
-def test_interpreted_resnet18_gives_torchvisions_logits():
+def test_interpreted_resnet18_has_torchvisions_logits():
     torch.manual_seed(0)
     theirs = torchvision.models.resnet18(num_classes=10).to(DEVICE).eval()
     ours = models.resnet18(num_classes=10).to(DEVICE).eval()
@@ -55,14 +55,14 @@ def test_interpreted_resnet18_gives_torchvisions_logits():
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50", "resnet18-seed", "lenet-seed"])
-def test_fused_and_stock_start_alike(name):
+def test_fused_and_stock_models_start_with_the_same_weights(name):
     nets = []
     for fused in (True, False):
         torch.manual_seed(1)
         nets.append(models.create_model(name, num_classes=10, in_channels=1, fused=fused))
     for (k, p), (j, q) in zip(*(n.state_dict().items() for n in nets), strict=True):
         assert k == j and torch.equal(p, q)
-    # In fp64: with one position a channel the last norms magnify any rounding.
+    # In fp64, because the last norms, with one position per channel, magnify rounding errors.
     x = torch.randn(2, 1, 28, 28, dtype=torch.float64)
     with use_backend("aten"):
         ours, stock = (n.double()(x) for n in nets)
@@ -77,7 +77,7 @@ def test_every_activation_and_addition_is_fused():
     assert {type(m) for m in stock.modules() if isinstance(m, nn.BatchNorm2d)} == {nn.BatchNorm2d}
 
 
-def test_sites_of_the_audit_are_those_of_the_model():
+def test_sites_of_the_audit_match_the_model():
     found = []
     with torch.device("meta"):
         net = models.resnet18(fused=False).eval()
@@ -145,7 +145,7 @@ def batch(dtype):
 
 
 @pytest.mark.slow
-def test_fifty_steps_in_fp64_are_the_stock_nets():
+def test_fifty_steps_in_fp64_equal_the_stock_models():
     fused, stock = pair(torch.float64)
     optimizers = [torch.optim.SGD(n.parameters(), lr=0.05, momentum=0.9) for n in (fused, stock)]
     for _ in range(50):
@@ -157,7 +157,7 @@ def test_fifty_steps_in_fp64_are_the_stock_nets():
 
 
 @pytest.mark.slow
-def test_each_of_twenty_steps_in_fp32_is_the_stock_nets():
+def test_each_of_twenty_steps_in_fp32_equals_the_stock_models():
     fused, stock = pair(torch.float32)
     optimizer = torch.optim.SGD(stock.parameters(), lr=0.05, momentum=0.9)
     for _ in range(20):

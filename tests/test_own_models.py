@@ -1,4 +1,4 @@
-"""Models by the names of their factories: trained, evaluated, exported, and refused."""
+"""Models named by their factories: training, evaluation, export, and errors."""
 
 import json
 import sys
@@ -25,7 +25,7 @@ OWN = "tests.own_models"
 
 
 def dataset(channels=1, size=8):
-    """Two classes, bright left and bright right."""
+    """Images in two classes: the left half is bright, or the right half."""
     torch.manual_seed(0)
     labels = torch.arange(48) % 2
     images = torch.randint(0, 60, (48, channels, size, size), dtype=torch.uint8)
@@ -70,7 +70,7 @@ def test_factories_get_what_their_signatures_name(name):
     assert (model.stem[0].in_channels, model.head.out_features) == (1, 7)
 
 
-def test_libraries():
+def test_models_of_torchvision_and_timm():
     model = create_model("torchvision:resnet18", num_classes=7, in_channels=3)
     assert type(model) is torchvision.models.ResNet and model.fc.out_features == 7
     model = create_model("timm:resnet18d", num_classes=7, in_channels=1)
@@ -78,8 +78,8 @@ def test_libraries():
 
 
 @pytest.mark.parametrize("fused", [True, False])
-def test_training_is_the_stock_models(graphs, fused):
-    """bnres.fuse changes no key, and no result by more than rounding."""
+def test_training_equals_the_stock_models(graphs, fused):
+    """bnres.fuse keeps the keys, and changes results only by rounding."""
     found = []
     for each in (fused, False):
         asked = config(f"{OWN}:Net", fused=each, device="cpu")
@@ -92,7 +92,7 @@ def test_training_is_the_stock_models(graphs, fused):
 
 
 def test_compiled_models_are_fused(graphs, monkeypatch):
-    """Inductor needs a compiler for C++, so that torch's eager backend stands in for it here."""
+    """Inductor needs a C++ compiler, so the test replaces it by torch's backend aot_eager."""
     asked = config(f"{OWN}:Net", compile=True, device="cpu")
     original = torch.compile
 
@@ -139,14 +139,14 @@ def test_folder_of_a_run():
     assert folder.name.startswith(f"mnist5k-{OWN}-Net-")
 
 
-def test_lazy_modules_get_their_sizes():
+def test_lazy_modules_are_initialized():
     asked = config(f"{OWN}:lazy", device="cpu")
     state, batches = build_state(asked, dataset())
     assert state.model[2].weight.shape == (2, 4 * 6 * 6)
     train_epoch(state, batches, asked)
 
 
-def test_a_models_check_changes_nothing():
+def test_checking_a_model_changes_no_tensor():
     torch.manual_seed(0)
     expected = own_models.Net(2, 1)
     state, _ = build_state(config(f"{OWN}:Net", device="cpu"), dataset())
@@ -158,17 +158,18 @@ def test_a_models_check_changes_nothing():
     ("arguments", "line"),
     [
         (["missing_package:net"],
-         "model: there is no module 'missing_package', neither in the current folder nor installed"),
+         "model: module 'missing_package' is neither installed nor in the current folder"),
         (["tests.missing:net"],
-         "model: there is no module 'tests.missing', neither in the current folder nor installed"),
+         "model: module 'tests.missing' is neither installed nor in the current folder"),
         ([f"{OWN}:missing"], f"model: module '{OWN}' has no 'missing'"),
         ([f"{OWN}:NUMBER"], f"model must name a callable, but '{OWN}:NUMBER' is of type int"),
         ([f"{OWN}:MODULE"], "model must name a function that returns a new module, but "
-         f"'{OWN}:MODULE' is a module, Linear"),
-        ([f"{OWN}:text"], f"model must return a torch.nn.Module, but '{OWN}:text' returned str"),
-        ([f"{OWN}:compiled"], f"model must return a module that is not compiled, but "
+         f"'{OWN}:MODULE' is a module of type Linear"),
+        ([f"{OWN}:text"],
+         f"model must name a factory of a torch.nn.Module, but '{OWN}:text' returned str"),
+        ([f"{OWN}:compiled"], f"model must name a factory of a module that is not compiled, but "
          f"'{OWN}:compiled' returned OptimizedModule; --compile compiles it"),
-        ([f"{OWN}:traced"], f"model must return a module that is not compiled, but "
+        ([f"{OWN}:traced"], f"model must name a factory of a module that is not compiled, but "
          f"'{OWN}:traced' returned TopLevelTracedModule; --compile compiles it"),
         ([f"{OWN}:deep"], f"model '{OWN}:deep': missing a required argument: 'depth'"),
         (["builtins:dict"],
@@ -176,25 +177,25 @@ def test_a_models_check_changes_nothing():
         ([f"{OWN}:"], f"model must be PACKAGE.MODULE:FACTORY, got '{OWN}:'"),
         ([":net"], "model must be PACKAGE.MODULE:FACTORY, got ':net'"),
         (["torchvision:resnet19"],
-         "model: torchvision has no model 'resnet19' that classifies images"),
+         "model: torchvision has no image classification model 'resnet19'"),
         (["timm:resnet19"], "model: timm has no model 'resnet19'"),
         ([f"{OWN}:Net", "--act", "silu"],
-         f"act: only bnres's own models have it, not '{OWN}:Net'"),
+         f"act works only with models of bnres, got model '{OWN}:Net'"),
         ([f"{OWN}:Net", "--stem", "cifar"],
-         f"stem: only bnres's own models have it, not '{OWN}:Net'"),
-        ([f"{OWN}:five"], f"model '{OWN}:five' must return 2x2 for 2x1x8x8, a number for each of 2 "
-         "classes, but in evaluation it returned 2x5"),
-        ([f"{OWN}:TwoHeads"], f"model '{OWN}:TwoHeads' must return 2x2 for 2x1x8x8, a number for "
-         "each of 2 classes, but in training it returned tuple"),
-        ([f"{OWN}:TwoInputs"], f"model '{OWN}:TwoInputs' takes no input of 2x1x8x8: "
+         f"stem works only with models of bnres, got model '{OWN}:Net'"),
+        ([f"{OWN}:five"], f"model '{OWN}:five' must return 2x2 for an input of 2x1x8x8, a number "
+         "for each of 2 classes, but in evaluation it returned 2x5"),
+        ([f"{OWN}:TwoHeads"], f"model '{OWN}:TwoHeads' must return 2x2 for an input of 2x1x8x8, a "
+         "number for each of 2 classes, but in training it returned tuple"),
+        ([f"{OWN}:TwoInputs"], f"model '{OWN}:TwoInputs' does not accept inputs of 2x1x8x8: "
          "TwoInputs.forward() missing 1 required positional argument: 'y'"),
-        ([f"{OWN}:NoImages"], f"model '{OWN}:NoImages' takes no input of 2x1x8x8: Dimension out of "
-         "range (expected to be in range of [-4, 3], but got 4)"),
+        ([f"{OWN}:NoImages"], f"model '{OWN}:NoImages' does not accept inputs of 2x1x8x8: "
+         "Dimension out of range (expected to be in range of [-4, 3], but got 4)"),
         ([f"{OWN}:frozen"], f"model '{OWN}:frozen' has no parameter that requires a gradient"),
-        (["torchvision:resnet18"], "model 'torchvision:resnet18' takes no input of 2x1x8x8: Given "
-         "groups=1, weight of size [64, 3, 7, 7], expected input[2, 1, 8, 8] to have 3 channels, "
-         "but got 1 channels instead"),
-        (["lenet-seed"], "model 'lenet-seed' takes no input of 2x1x8x8: Calculated padded "
+        (["torchvision:resnet18"], "model 'torchvision:resnet18' does not accept inputs of "
+         "2x1x8x8: Given groups=1, weight of size [64, 3, 7, 7], expected input[2, 1, 8, 8] to "
+         "have 3 channels, but got 1 channels instead"),
+        (["lenet-seed"], "model 'lenet-seed' does not accept inputs of 2x1x8x8: Calculated padded "
          "input size per channel: (2 x 2). Kernel size: (5 x 5). Kernel size can't be greater than "
          "actual input size"),
     ],
@@ -208,12 +209,13 @@ def test_models_that_do_not_fit_are_one_line(arguments, line, tiny, tmp_path, mo
 
 
 def test_images_of_another_size():
-    with pytest.raises(ValueError, match=r"model 'lenet-seed' takes no input of 2x1x64x64: mat1 .*"
-                       r"\(2x2704 and 256x120\)"):  # fmt: skip
+    with pytest.raises(
+        ValueError, match=r"not accept inputs of 2x1x64x64: mat1 .*\(2x2704 and 256x120\)"
+    ):
         build_state(config("lenet-seed", device="cpu"), dataset(size=64))
 
 
-def test_a_package_that_the_users_module_lacks(tiny, tmp_path, monkeypatch):
+def test_a_package_that_the_users_module_imports_is_missing(tiny, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "imports_missing.py").write_text("import missing_package\n")
     found = run("train", "--batch-size", 8, "--model", "imports_missing:net", code=1)
@@ -233,7 +235,7 @@ def test_random_numbers_of_an_import_do_not_change_the_weights(tmp_path, monkeyp
     assert all(torch.equal(value, second[key]) for key, value in first.items())
 
 
-def test_own_models_options_of_a_preset_go():
+def test_a_factorys_model_drops_the_presets_stem():
     asked = make_config({"model": f"{OWN}:Net"}, "cifar10-fast", None)
     assert (asked.stem, asked.model, asked.lr) == (None, f"{OWN}:Net", 0.4)
     assert make_config({"model": "resnet50"}, "cifar10-fast", None).stem == "cifar"
@@ -248,7 +250,7 @@ def test_averaged_models_are_fused(graphs):
     assert loss == pytest.approx(evaluate(stock.model, batches, asked)[0], abs=1e-5)
 
 
-def test_fuse_is_not_part_of_what_is_stored():
+def test_fusing_keeps_keys_and_class():
     model = create_model(f"{OWN}:Net", num_classes=2, in_channels=1)
     assert list(model.state_dict()) == list(bnres.unfuse(model).state_dict())
     assert isinstance(model, nn.Module) and type(model) is own_models.Net

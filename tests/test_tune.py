@@ -1,4 +1,4 @@
-"""bnres tune: what it measures in which order, its time, its table, and who reads that."""
+"""bnres tune: the order and time of its measurements, its table, and the route taken from it."""
 
 import json
 from dataclasses import replace
@@ -23,7 +23,7 @@ LARGE = replace(SMALL, batch=2)
 
 
 class Time:
-    """A clock that only a timer moves, by a second for each call that it times."""
+    """A clock that advances by one second for each call that its timer measures."""
 
     def __init__(self, milliseconds=lambda count: 1.0):
         self.seconds, self.milliseconds = 0, milliseconds
@@ -55,7 +55,7 @@ def test_calls_of_a_model():
     assert len(calls) == 6  # three convolutions, with and without residual
 
 
-def test_search_begins_with_the_heuristic_and_its_neighbours():
+def test_search_starts_with_the_heuristics_configuration_and_its_neighbours():
     arguments = (10**6, 512, 256, 2)
     names = [config.name for config in search_space(*arguments)]
     assert names[0] == conv_config(*arguments).name == "128x128x64 warps 8 stages 3"
@@ -64,13 +64,13 @@ def test_search_begins_with_the_heuristic_and_its_neighbours():
         "128x64x64 warps 4 stages 3",
         "128x128x64 warps 8 stages 4",
     }
-    assert names[-1] == "64x64x64 warps 4 stages 4"  # each size halved and a stage more
+    assert names[-1] == "64x64x64 warps 4 stages 4"  # both sizes halved, and one more stage
 
 
-def test_the_faster_way_is_taken(tmp_path, monkeypatch):
+def test_the_faster_route_is_used(tmp_path, monkeypatch):
     path = tmp_path / "folder" / "routes.json"
     assert routes.load_table(path) == {}
-    # Later is slower: torch's way, timed first, wins.
+    # Each measurement is slower than the one before it, so torch, measured first, is fastest.
     (row,) = run([SMALL], path, Time(lambda count: float(count)))
     assert (row.call, row.config, row.torch_ms, row.kernel_ms) == (
         SMALL,
@@ -79,7 +79,8 @@ def test_the_faster_way_is_taken(tmp_path, monkeypatch):
         2,
     )
     assert routes.load_table(path) == {}
-    # Later is faster: the last configuration wins, and the row takes the older one's place.
+    # Each measurement is faster than the one before it, so the last configuration is fastest. Its
+    # row replaces the earlier one.
     run([SMALL], path, Time(lambda count: 100.0 - count))
     assert routes.load_table(path) == {SMALL: configs_of(SMALL)[-1]}
     run([LARGE], path, Time())
@@ -105,9 +106,9 @@ def test_a_configuration_that_fails_is_recorded_and_skipped(tmp_path, monkeypatc
     assert row.config == others[0]
     assert list(row.failed) == [first.name, second.name, third.name]
     wrong, too_large, not_a_number = row.failed.values()
-    assert "from that of torch's convolution" in wrong
+    assert "from torch's convolution" in wrong
     assert "OutOfResources: out of resource: shared memory, Required: 300000" in too_large
-    assert "the output is nan from" in not_a_number
+    assert "the output differs by nan from" in not_a_number
 
     def broken(operands, call, config):
         raise RuntimeError("PassManager::run failed\nand more")
@@ -122,8 +123,8 @@ def test_a_configuration_that_fails_is_recorded_and_skipped(tmp_path, monkeypatc
     assert f"  failed: {first.name}: RuntimeError: PassManager::run failed" in lines
 
 
-def test_time_is_spent_on_the_longest_first(tmp_path):
-    """Each is saved when it is measured; what there was no time for is named."""
+def test_the_longest_calls_are_measured_first(tmp_path):
+    """Each call is saved when it is measured; what is left out for lack of time is printed."""
     path = tmp_path / "routes.json"
     count = len(configs_of(LARGE))
     lines, saved = [], []
@@ -132,7 +133,8 @@ def test_time_is_spent_on_the_longest_first(tmp_path):
         lines.append(line)
         saved.append(len(routes.read_table(path)))
 
-    # Torch's way and all configurations of the larger call, of the next torch's and two.
+    # Time for torch and all configurations of the largest call; for the next call, for torch and
+    # two configurations.
     seconds = 1 + count + 3
     calls = [replace(SMALL, height=2), SMALL, LARGE]
     rows = run(calls, path, Time(), minutes=seconds / 60, say=say)
@@ -145,7 +147,7 @@ def test_time_is_spent_on_the_longest_first(tmp_path):
     assert lines[-1] == f"left out: {calls[0].key}"
 
 
-def test_a_call_that_moves_more_bytes_comes_before_one_of_more_products(tmp_path):
+def test_of_calls_with_equal_flops_the_one_with_more_bytes_is_first(tmp_path):
     residual = replace(SMALL, has_residual=True)
     rows = run([SMALL, residual], tmp_path / "routes.json", Time())
     assert [row.call for row in rows] == [residual, SMALL]
@@ -176,4 +178,4 @@ def test_command(tmp_path):
         assert result.exit_code == 2 and message in result.output
     if DEVICE == "cpu":
         result = CliRunner().invoke(app, ["tune", "--minutes", "1"])
-        assert result.exit_code == 2 and "tune measures on a GPU" in result.output
+        assert result.exit_code == 2 and "tune needs a GPU" in result.output

@@ -1,4 +1,4 @@
-"""Weights that training starts from, and files that bnres export writes."""
+"""Initial weights from files, and the files that bnres export writes."""
 
 import sys
 
@@ -27,7 +27,7 @@ def config(**options):
 
 @pytest.fixture
 def checkpoint(tiny, tmp_path):
-    """Of a run that averages its weights, after an epoch."""
+    """The path of a checkpoint of a run that averages its weights, after one epoch."""
     asked = config(ema=0.5)
     state, batches = build_state(asked, tiny)
     train_epoch(state, batches, asked)
@@ -42,7 +42,7 @@ def run(*arguments, code=0):
     return result.stderr if code else result.output
 
 
-def test_training_starts_from_what_export_wrote(checkpoint, tiny):
+def test_training_starts_from_exported_weights(checkpoint, tiny):
     out = checkpoint.with_suffix(".safetensors")
     assert run("export", checkpoint, "--format", "safetensors") == f"{out}\n"
     content, weights = read_checkpoint(checkpoint), load_file(out)
@@ -57,7 +57,9 @@ def test_training_starts_from_what_export_wrote(checkpoint, tiny):
         assert torch.equal(state.average.module.state_dict()[key].cpu(), value), key
 
 
-def test_a_run_goes_on_without_the_file_it_started_from(checkpoint, tiny, tmp_path, monkeypatch):
+def test_a_run_is_resumed_without_its_file_of_initial_weights(
+    checkpoint, tiny, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     first = tmp_path / "first.safetensors"
     first.write_bytes(as_safetensors(create_model(NET, num_classes=2)))
@@ -94,10 +96,11 @@ def weights(**changes):
     ("changes", "line"),
     [
         ({"15.weight": torch.zeros(10, 84), "15.bias": torch.zeros(10)},
-         "init: w.safetensors has 10x84 in '15.weight', but model 'lenet-seed' has 2x84"),
-        ({"1.weight": None}, "init: w.safetensors has no '1.weight', which model 'lenet-seed' has"),
+         "init: w.safetensors has shape 10x84 for '15.weight', but model 'lenet-seed' has 2x84"),
+        ({"1.weight": None},
+         "init: w.safetensors has no key '1.weight', which model 'lenet-seed' has"),
         ({"more": torch.zeros(1)},
-         "init: w.safetensors has 'more', which model 'lenet-seed' does not have"),
+         "init: w.safetensors has the key 'more', which model 'lenet-seed' does not have"),
     ],
     ids=["classifier", "missing", "extra"],
 )  # fmt: skip
@@ -109,7 +112,7 @@ def test_weights_that_do_not_fit_are_one_line(changes, line, tiny, tmp_path, mon
     assert [p.name for p in tmp_path.iterdir()] == ["w.safetensors"]
 
 
-def test_state_that_is_no_tensor():
+def test_state_that_is_not_a_tensor_is_refused():
     class Counts(nn.Module):
         def get_extra_state(self):
             return {"calls": 3}
@@ -117,11 +120,11 @@ def test_state_that_is_no_tensor():
         def set_extra_state(self, state):
             pass
 
-    with pytest.raises(ValueError, match="keeps a dict in '_extra_state', and safetensors holds"):
+    with pytest.raises(ValueError, match="has a dict in '_extra_state', but safetensors holds"):
         as_safetensors(Counts())
 
 
-def test_files_that_are_no_weights(tiny, tmp_path, monkeypatch):
+def test_files_without_weights_are_refused(tiny, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.safetensors").write_text("no weights")
     model = create_model(NET, num_classes=2)
@@ -139,11 +142,11 @@ def test_export_refuses(checkpoint, monkeypatch):
     for arguments, line in (
         (["--format", "tflite"], "format must be one of pt2, onnx, safetensors, got 'tflite'"),
         (["--format", "safetensors", "--size", "32"],
-         "size: a file of safetensors has weights only, which fit any size"),
+         "size: safetensors holds only weights, which do not depend on the size"),
         (["--format", "x/y"], "format must be one of pt2, onnx, safetensors, got 'x/y'"),
         (["--out", "."], "out must be a file, got the folder '.'"),
-        (["--size", "40"], "size: the net takes no input of 2x1x40x40: mat1 and mat2 shapes cannot "
-         "be multiplied (2x784 and 256x120)"),
+        (["--size", "40"], "size: the model does not accept inputs of 2x1x40x40: mat1 and mat2 "
+         "shapes cannot be multiplied (2x784 and 256x120)"),
     ):  # fmt: skip
         assert run("export", checkpoint, *arguments, code=2) == f"bnres: {line}\n"
     monkeypatch.setitem(sys.modules, "onnxscript", None)
@@ -154,9 +157,9 @@ def test_export_refuses(checkpoint, monkeypatch):
 
 @pytest.mark.parametrize("folded", [True, False], ids=["folded", "not folded"])
 @pytest.mark.parametrize("batch", [1, 5])
-def test_onnx_computes_what_torch_does(checkpoint, folded, batch):
-    onnxruntime = pytest.importorskip("onnxruntime", reason="it runs what is exported")
-    pytest.importorskip("onnxscript", reason="torch's exporter to ONNX needs it")
+def test_onnx_model_equals_torchs(checkpoint, folded, batch):
+    onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime runs the exported model")
+    pytest.importorskip("onnxscript", reason="torch's exporter to ONNX needs onnxscript")
     out = checkpoint.with_suffix(".onnx")
     if folded:
         assert run("export", checkpoint, "--format", "onnx") == f"{out}\n"

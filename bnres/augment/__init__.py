@@ -1,4 +1,4 @@
-"""Augmentation of batches, each image with draws of its own, fused into one kernel."""
+"""Random augmentation of batches in one kernel; the random parameters differ between images."""
 
 from bnres.augment.compose import Compose
 from bnres.augment.transforms import (

@@ -1,4 +1,4 @@
-"""Chains of transforms."""
+"""Composes transforms into a chain."""
 
 from collections.abc import Sequence
 
@@ -13,24 +13,25 @@ OUTPUT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 class Compose:
-    """A chain of transforms of a batch, each image with draws of its own.
+    """A chain of transforms of a batch, with random parameters for each image.
 
-    Flips, one crop, one `ColorJitter` and one `Normalize` at the end are one kernel, in any order:
-    colours before the crop see the whole image. A second crop or jitter begins a second kernel.
+    ``compose(images, generator)`` takes images (N, C, H, W) with 1 or 3 channels, either uint8 or
+    floating point from 0 to 1, and draws from ``generator``, a CPU generator (by default torch's
+    global one). Values follow `torchvision.transforms.v2` on float images. It has no gradient.
+
+    One kernel computes flips, one crop and one `ColorJitter`, in any order, followed by one
+    `Normalize`. A jitter before the crop sees the whole image, which matters for contrast. A second
+    crop or jitter, or a step after `Normalize`, needs a second kernel.
 
     Args:
-        transforms: the chain; a `Compose` in it stands for its steps.
-        dtype: of the output, fp32, fp16 or bf16; computation is in fp32.
-        memory_format: of the output; by default that of the input.
+        transforms: the steps of the chain; a `Compose` among them is replaced by its steps.
+        dtype: dtype of the output: fp32, fp16 or bf16. Computation is in fp32.
+        memory_format: memory format of the output; by default the input's.
 
     Raises:
-        TypeError: for a step that is none of `bnres.augment`'s.
-        ValueError: for another dtype; when called, as ``transforms`` and for input that is no
-            batch of images.
-
-    ``compose(images, generator)`` takes images (N, C, H, W), C 1 or 3, uint8 or floating on a scale
-    from 0 to 1, and draws from ``generator``, one on the CPU (by default torch's own). Values follow
-    `torchvision.transforms.v2` on float images; there are no gradients.
+        TypeError: if a step is not a transform of `bnres.augment`.
+        ValueError: if ``dtype`` is another dtype; when called, if the input is not a batch of
+            images or does not fit a step.
     """
 
     def __init__(
@@ -42,7 +43,9 @@ class Compose:
     ) -> None:
         for step in transforms:
             if not isinstance(step, Transform | Compose):
-                raise TypeError(f"transforms must be of bnres.augment, got {type(step).__name__}")
+                raise TypeError(
+                    f"transforms must be transforms of bnres.augment, got {type(step).__name__}"
+                )
         if dtype not in OUTPUT_DTYPES:
             raise ValueError(f"dtype must be fp32, fp16 or bf16, got {dtype}")
         self.transforms: list[Transform] = []
@@ -53,7 +56,7 @@ class Compose:
     def draws(
         self, count: int, height: int, width: int, generator: torch.Generator | None = None
     ) -> list[Draw]:
-        """What happens to each of ``count`` images of this size, step by step."""
+        """Draws the random parameters of each step for ``count`` images of this size."""
         found = []
         for step in self.transforms:
             found.append(step.draw(count, height, width, generator))
@@ -65,7 +68,7 @@ class Compose:
         return self.apply(images, self.draws(*size_of(images), generator))
 
     def apply(self, images: Tensor, draws: Sequence[Draw]) -> Tensor:
-        """The chain with what `draws` returned for a batch of this size."""
+        """Applies the chain with parameters that `draws` returned for a batch of this size."""
         return apply_draws(images, draws, self.dtype, self.memory_format)
 
     def __repr__(self) -> str:

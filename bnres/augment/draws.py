@@ -1,4 +1,4 @@
-"""What transforms draw for the images of a batch."""
+"""The parameters that transforms draw for the images of a batch."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Flip:
-    """Which images (N,) are flipped, along the height or the width."""
+    """Flips some images.
+
+    Attributes:
+        chosen: bool (N,): whether to flip each image.
+        vertical: whether to flip along the height instead of the width.
+    """
 
     chosen: Tensor
     vertical: bool
@@ -15,7 +20,14 @@ class Flip:
 
 @dataclass(frozen=True)
 class Crop:
-    """Boxes int64 (N, 4) of top, left, height and width, over the rim too, and what they become."""
+    """Crops each image.
+
+    Attributes:
+        boxes: int64 (N, 4): top, left, height and width. A box may extend beyond the image; the
+            outside reads as zeros.
+        size: height and width of the output.
+        resizes: whether boxes are resized to ``size``; otherwise they have this size.
+    """
 
     boxes: Tensor
     size: tuple[int, int]
@@ -24,7 +36,13 @@ class Crop:
 
 @dataclass(frozen=True)
 class Color:
-    """Operations' numbers (N, 4) in each image's order, and its factors (N, 4) by number."""
+    """Changes colours by four operations, numbered as in `bnres.kernels.augment_plan`.
+
+    Attributes:
+        numbers: int64 (N, 4): the numbers of the operations in the order in which they are applied
+            to each image; NO_OPERATION replaces an operation that is left out.
+        factors: fp64 (N, 4): each image's factors, indexed by the operation's number.
+    """
 
     numbers: Tensor
     factors: Tensor
@@ -32,7 +50,7 @@ class Color:
 
 @dataclass(frozen=True)
 class Scale:
-    """(x − mean)/std for each channel."""
+    """Computes (x − mean)/std with a mean and std for each channel."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]

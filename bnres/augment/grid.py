@@ -1,4 +1,4 @@
-"""A picture of what each transform does to one image, eight draws of each."""
+"""Draws a picture of what each transform does to one image, eight times each."""
 
 import io
 from pathlib import Path
@@ -17,14 +17,14 @@ from bnres.augment.transforms import (
 from bnres.files import write_bytes
 
 ROWS, COLUMNS = 2, 4
-# The course's settings: 200×200 of a 300 to 480 pixels' photo.
+# The course crops photos whose sides have 300 to 480 pixels to 200×200: about half a side.
 CROP_SHARE = 0.5
 LARGEST_SIDE = 400
 PICTURE_INCHES, TITLE_INCHES = 1.6, 0.35
 
 
 def course_transforms(height: int, width: int) -> dict[str, Compose]:
-    """The transforms of the d2l.ai course, and their composition, for an image of this size."""
+    """The transforms of the d2l.ai course and their composition, for an image of this size."""
     side = max(round(CROP_SHARE * min(height, width)), 1)
     crop = RandomResizedCrop(side, scale=(0.3, 0.8), ratio=(0.5, 2))
     jitter = ColorJitter(brightness=0.5, contrast=0.2, saturation=0.6, hue=0.4)
@@ -39,12 +39,12 @@ def course_transforms(height: int, width: int) -> dict[str, Compose]:
 
 
 def draw_grid(path: Path, image: Tensor, seed: int = 0) -> None:
-    """Writes the picture: for each transform eight draws, in two rows.
+    """Writes the picture: for each transform, eight random results in two rows.
 
     Args:
-        path: a PNG in true colour.
+        path: the PNG file to write, in RGB.
         image: uint8 (C, H, W).
-        seed: of the draws.
+        seed: seed of the random parameters.
     """
     import numpy as np
     from matplotlib.backends.backend_agg import FigureCanvasAgg

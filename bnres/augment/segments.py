@@ -1,4 +1,4 @@
-"""Does draws in as few fused kernels as their order allows, nearly always one."""
+"""Applies drawn parameters, in as few kernels as their order allows; usually one."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,7 +16,16 @@ CHANNELS = (1, 3)
 
 @dataclass
 class Segment:
-    """Draws that one kernel does: flips, at most one crop, one colour, one normalisation."""
+    """Draws that one kernel applies: flips, and at most one crop, colour change and normalisation.
+
+    Attributes:
+        flips_before: flips before the crop.
+        crop: the crop, or None.
+        flips_after: flips after the crop.
+        color: the colour operations, or None.
+        color_first: whether the colour operations come before the crop.
+        scale: the normalisation, which comes last, or None.
+    """
 
     flips_before: list[Flip] = field(default_factory=list)
     crop: Crop | None = None
@@ -26,7 +35,7 @@ class Segment:
     scale: Scale | None = None
 
     def takes(self, draw: Draw) -> bool:
-        """Whether this segment can hold a further draw."""
+        """Whether one kernel can still apply ``draw`` after this segment's draws."""
         if self.scale is not None:
             return False
         if isinstance(draw, Crop):
@@ -34,9 +43,9 @@ class Segment:
         return not isinstance(draw, Color) or self.color is None
 
     def add(self, draw: Draw) -> None:
-        """Takes a draw in."""
+        """Appends a draw, which `takes` must have accepted."""
         if isinstance(draw, Flip):
-            # A flip commutes with every colour operation.
+            # Only the order of flips and crop matters: a flip commutes with colour operations.
             (self.flips_before if self.crop is None else self.flips_after).append(draw)
         elif isinstance(draw, Crop):
             self.crop, self.color_first = draw, self.color is not None
@@ -47,7 +56,7 @@ class Segment:
 
 
 def segments(draws: Sequence[Draw]) -> list[Segment]:
-    """A chain's draws, cut where one kernel does not do."""
+    """Splits a chain's draws into segments, each of which one kernel can apply."""
     found: list[Segment] = []
     for draw in draws:
         if not found or not found[-1].takes(draw):
@@ -78,10 +87,16 @@ def apply_draws(
     dtype: torch.dtype = torch.float32,
     memory_format: torch.memory_format | None = None,
 ) -> Tensor:
-    """The images after what was drawn for them, in ``dtype`` and by default in their own format.
+    """Applies a chain's draws to a batch of images.
+
+    Args:
+        images: (N, C, H, W) with 1 or 3 channels, uint8 or floating point from 0 to 1.
+        draws: the draws of the chain's steps, in order.
+        dtype: dtype of the output.
+        memory_format: memory format of the output; by default the input's.
 
     Raises:
-        ValueError: if ``images`` is not a batch of images, and as `prepare_draws`.
+        ValueError: if ``images`` is not a batch of images, or as `prepare_draws`.
     """
     size_of(images)
     images = images.detach()
@@ -108,15 +123,15 @@ def _memory_format(images: Tensor) -> torch.memory_format:
 def prepare_draws(
     images: Tensor, part: Segment, dtype: torch.dtype, memory_format: torch.memory_format
 ) -> tuple[AugmentPlan, AugmentDraws]:
-    """What the kernel takes for a part of a chain, on the images' device.
+    """Returns the arguments with which the kernel applies a segment, on the images' device.
 
     Raises:
-        ValueError: for images of another number of channels than the normalisation has.
+        ValueError: if the normalisation has another number of channels than the images.
     """
     n, channels, height, width = images.shape
     if part.scale is not None and len(part.scale.mean) != channels:
         raise ValueError(
-            f"Normalize has {len(part.scale.mean)} channels, but images have {channels}"
+            f"images must have {len(part.scale.mean)} channels, as Normalize has, got {channels}"
         )
     geometry, size = geometry_of(part, n, height, width)
     order, factors = order_of(part, n)
@@ -143,7 +158,10 @@ def _to(t: Tensor, device: torch.device) -> Tensor:
 def geometry_of(
     part: Segment, count: int, height: int, width: int
 ) -> tuple[Tensor, tuple[int, int]]:
-    """Each image's box in the source and the flips after it, int32 (N, 6); the output's size."""
+    """Returns int32 (N, 6), each image's box in the source and its flips; and the output's size.
+
+    The columns are those of `AugmentDraws.geometry`. The box is cut out first, then flipped.
+    """
     flips = torch.zeros((count, 2), dtype=torch.bool)
     for flip in part.flips_before:
         flips[:, 0 if flip.vertical else 1] ^= flip.chosen
@@ -152,7 +170,7 @@ def geometry_of(
     if part.crop is not None:
         size = part.crop.size
         boxes = part.crop.boxes.clone()
-        # A box of the flipped image is the mirrored box of the image, flipped.
+        # To crop a flipped image, crop the mirrored box of the original image and flip the result.
         for axis, length in ((0, height), (1, width)):
             mirrored = length - boxes[:, 2 + axis] - boxes[:, axis]
             boxes[:, axis] = torch.where(flips[:, axis], mirrored, boxes[:, axis])
@@ -162,7 +180,7 @@ def geometry_of(
 
 
 def order_of(part: Segment, count: int) -> tuple[Tensor, Tensor]:
-    """Packed orders and places of contrast (4: none), int32 (N, 2); factors fp32 (N, 4)."""
+    """Returns `AugmentDraws.order`, int32 (N, 2), and `AugmentDraws.factors`, fp32 (N, 4)."""
     if part.color is None:
         return torch.full((count, 2), 4, dtype=torch.int32), torch.zeros((count, 4))
     numbers = part.color.numbers

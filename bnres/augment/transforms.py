@@ -1,7 +1,7 @@
-"""Torchvision's random transforms, drawn for each image of a batch.
+"""torchvision's random transforms, with random parameters for each image of a batch.
 
-Draws are made on the CPU from an explicit generator, so that every device draws the same. A
-transform says what it drew; `bnres.augment.segments` does what a chain drew.
+A transform only draws parameters; `bnres.augment.segments` applies those of a whole chain.
+Parameters are drawn on the CPU, so that they are the same for every device.
 """
 
 from abc import ABC, abstractmethod
@@ -19,15 +19,15 @@ TRIES = 10
 
 
 class Transform(ABC):
-    """A step of a chain; called, it is a chain of one.
+    """A step of a chain. Calling a transform applies it as a chain of one step.
 
-    ``transform(images, generator)`` takes (N, C, H, W), C 1 or 3, uint8 or floating on a scale from
-    0 to 1, and returns a float batch; see `bnres.augment.Compose`.
+    ``transform(images, generator)`` takes images (N, C, H, W) with 1 or 3 channels, either uint8 or
+    floating point from 0 to 1, and returns them in fp32; see `bnres.augment.Compose`.
     """
 
     @abstractmethod
     def draw(self, count: int, height: int, width: int, generator: torch.Generator | None) -> Draw:
-        """What happens to each of ``count`` images of this size."""
+        """Draws the parameters of this step for ``count`` images of this size."""
 
     def __call__(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         return apply_draws(images, [self.draw(*size_of(images), generator)])
@@ -40,21 +40,21 @@ def _uniform(
 
 
 def _integers(limits: Tensor, generator: torch.Generator | None) -> Tensor:
-    """One uniform integer from 0 to below each limit."""
+    """Draws, for each limit, a uniform integer from 0 to limit - 1."""
     return (_uniform(tuple(limits.shape), 0, 1, generator) * limits).long()
 
 
 def _size_pair(size: int | Sequence[int]) -> tuple[int, int]:
     pair = (size, size) if isinstance(size, int) else tuple(size)
     if len(pair) != 2 or not all(isinstance(v, int) and v >= 1 for v in pair):
-        raise ValueError(f"size must be one or two numbers from 1 on, got {size!r}")
+        raise ValueError(f"size must be one or two integers of at least 1, got {size!r}")
     return pair[0], pair[1]
 
 
 def _range(name: str, value: Sequence[float]) -> tuple[float, float]:
     pair = tuple(value) if isinstance(value, Sequence) else ()
     if len(pair) != 2 or not 0 < pair[0] <= pair[1]:
-        raise ValueError(f"{name} must be two numbers above 0, the smaller first, got {value!r}")
+        raise ValueError(f"{name} must be two numbers above 0 in ascending order, got {value!r}")
     return float(pair[0]), float(pair[1])
 
 
@@ -74,29 +74,30 @@ class _RandomFlip(Transform):
 
 
 class RandomHorizontalFlip(_RandomFlip):
-    """Flips left and right with probability ``p``; as `torchvision.transforms.v2`'s."""
+    """Flips left and right with probability ``p``, as torchvision's transform of this name."""
 
     vertical = False
 
 
 class RandomVerticalFlip(_RandomFlip):
-    """Flips top and bottom with probability ``p``; as `torchvision.transforms.v2`'s."""
+    """Flips top and bottom with probability ``p``, as torchvision's transform of this name."""
 
     vertical = True
 
 
 class RandomResizedCrop(Transform):
-    """A box of random area and shape, resized (bilinear, antialiased) to ``size``.
+    """Crops a box of random area and shape, and resizes it (bilinear, antialiased) to ``size``.
+
+    As `torchvision.transforms.v2.RandomResizedCrop`, including its ten tries and its fallback.
 
     Args:
-        size: of the output, one number for both or (height, width).
-        scale: least and greatest share of the image's area.
-        ratio: least and greatest width over height.
+        size: size of the output, one integer or (height, width).
+        scale: (least, greatest) area of the box, as a share of the image's area.
+        ratio: (least, greatest) ratio of the box's width to its height.
 
     Raises:
-        ValueError: for a size below 1, or a range that is none.
-
-    As `torchvision.transforms.v2.RandomResizedCrop`, its ten tries and its fallback included.
+        ValueError: if ``size`` is below 1, or ``scale`` or ``ratio`` is not two numbers above 0 in
+            ascending order.
     """
 
     def __init__(
@@ -112,7 +113,7 @@ class RandomResizedCrop(Transform):
         shape = (count, TRIES)
         area = height * width * _uniform(shape, *self.scale, generator)
         ratio = _uniform(shape, log(self.ratio[0]), log(self.ratio[1]), generator).exp()
-        # Both round to even at a half, as Python does.
+        # torchvision uses Python's round, which rounds halves to even, as torch.round does.
         w, h = (area * ratio).sqrt().round().long(), (area / ratio).sqrt().round().long()
         valid = (w > 0) & (w <= width) & (h > 0) & (h <= height)
         first = valid.int().argmax(1, keepdim=True)
@@ -126,7 +127,7 @@ class RandomResizedCrop(Transform):
         return Crop(torch.stack((top, left, h, w), 1), self.size, True)
 
     def _central(self, height: int, width: int) -> tuple[int, int]:
-        """The largest box of a permitted ratio."""
+        """The height and width of the largest box whose ratio is permitted."""
         low, high = self.ratio
         if width / height < low:
             return max(round(width / low), 1), width
@@ -139,18 +140,18 @@ class RandomResizedCrop(Transform):
 
 
 class RandomCrop(Transform):
-    """A box of ``size`` at a random place, of the image with zeros around it.
-
-    Args:
-        size: of the output, one number for both or (height, width).
-        padding: zeros on every side, or (left and right, top and bottom), or (left, top, right,
-            bottom).
-
-    Raises:
-        ValueError: for a size below 1 or a padding below 0; when called, for images that are
-            smaller than ``size``.
+    """Pads images with zeros, then crops a box of ``size`` at a random position.
 
     As `torchvision.transforms.v2.RandomCrop`.
+
+    Args:
+        size: size of the output, one integer or (height, width).
+        padding: number of zeros on each side: one integer for all sides, (left and right, top and
+            bottom), or (left, top, right, bottom).
+
+    Raises:
+        ValueError: if ``size`` is below 1 or ``padding`` below 0; when called, if the padded images
+            are smaller than ``size``.
     """
 
     def __init__(
@@ -159,7 +160,7 @@ class RandomCrop(Transform):
         self.size = _size_pair(size)
         sides = (padding or 0,) if isinstance(padding, int | None) else tuple(padding)
         if len(sides) not in (1, 2, 4) or not all(isinstance(v, int) and v >= 0 for v in sides):
-            raise ValueError(f"padding must be 1, 2 or 4 numbers from 0 on, got {padding!r}")
+            raise ValueError(f"padding must be 1, 2 or 4 integers of at least 0, got {padding!r}")
         self.padding = (sides * 4)[:4]
 
     def draw(self, count: int, height: int, width: int, generator: torch.Generator | None) -> Crop:
@@ -168,8 +169,8 @@ class RandomCrop(Transform):
         spare_w = width + left + right - self.size[1]
         if spare_h < 0 or spare_w < 0:
             raise ValueError(
-                f"size {self.size} is larger than the images of {(height, width)} with padding "
-                f"{self.padding}"
+                f"size must be at most the size of the padded images, got {self.size} for images "
+                f"of {(height, width)} with padding {self.padding}"
             )
         limits = torch.tensor([spare_h + 1, spare_w + 1]).expand(count, 2)
         offsets = _integers(limits, generator) - torch.tensor([top, left])
@@ -181,15 +182,16 @@ class RandomCrop(Transform):
 
 
 class CenterCrop(Transform):
-    """The middle of an image.
+    """Crops a box of ``size`` from the centre of an image.
+
+    As `torchvision.transforms.v2.CenterCrop`, except that it does not pad images smaller than
+    ``size``.
 
     Args:
-        size: of the output, one number for both or (height, width).
+        size: size of the output, one integer or (height, width).
 
     Raises:
-        ValueError: for a size below 1; when called, for images that are smaller.
-
-    As `torchvision.transforms.v2.CenterCrop` on images that are no smaller.
+        ValueError: if ``size`` is below 1; when called, if the images are smaller than ``size``.
     """
 
     def __init__(self, size: int | Sequence[int]) -> None:
@@ -197,8 +199,10 @@ class CenterCrop(Transform):
 
     def draw(self, count: int, height: int, width: int, generator: torch.Generator | None) -> Crop:
         if self.size[0] > height or self.size[1] > width:
-            raise ValueError(f"size {self.size} is larger than the images of {(height, width)}")
-        # Rounded to even at a half, as torchvision does.
+            raise ValueError(
+                f"size must be at most the images' size {(height, width)}, got {self.size}"
+            )
+        # Python's round rounds halves to even; torchvision uses it too.
         top, left = round((height - self.size[0]) / 2), round((width - self.size[1]) / 2)
         return Crop(torch.tensor([top, left, *self.size]).expand(count, 4), self.size, False)
 
@@ -210,18 +214,20 @@ Amount = float | Sequence[float] | None
 
 
 class ColorJitter(Transform):
-    """Brightness, contrast, saturation and hue by random factors, in a random order.
+    """Changes brightness, contrast, saturation and hue by random factors, in a random order.
+
+    As `torchvision.transforms.v2.ColorJitter` on float images. Saturation and hue do not change
+    images of one channel.
 
     Args:
-        brightness, contrast, saturation: factors from max(0, 1 - v) to 1 + v, or (least, greatest).
-        hue: a turn from -v to v, at most 0.5, or (least, greatest).
+        brightness, contrast, saturation: (least, greatest) factor; or a number v, which stands for
+            (max(0, 1 - v), 1 + v). By default unchanged.
+        hue: (least, greatest) shift of the hue, where 1 is a full turn, within -0.5 to 0.5; or a
+            number v, which stands for (-v, v). By default unchanged.
 
     Raises:
-        ValueError: for a negative number or a range that is none; when called, for images of other
-            than 1 or 3 channels.
-
-    As `torchvision.transforms.v2.ColorJitter` on float images. One channel has neither saturation
-    nor hue.
+        ValueError: if a number is negative, or a range is out of bounds or not ascending; when
+            called, if the images have neither 1 nor 3 channels.
     """
 
     def __init__(
@@ -264,32 +270,38 @@ def _jitter_range(
         return None
     if isinstance(value, int | float):
         if value < 0:
-            raise ValueError(f"{name} must not be negative, got {value!r}")
+            raise ValueError(f"{name} must be at least 0, got {value!r}")
         low, high = centre - value, centre + value
         low = max(low, 0.0) if centre else low
     elif len(value) == 2:
         low, high = float(value[0]), float(value[1])
     else:
-        raise ValueError(f"{name} must be a number or two, got {value!r}")
+        raise ValueError(f"{name} must be one or two numbers, got {value!r}")
     if not bound[0] <= low <= high <= bound[1]:
-        raise ValueError(f"{name} must lie within {bound} and rise, got {value!r}")
+        raise ValueError(f"{name} must be within {bound} and in ascending order, got {value!r}")
     return None if low == high == centre else (low, high)
 
 
 class Normalize(Transform):
-    """(x − mean)/std for each channel.
+    """Computes (x − mean)/std for each channel, as torchvision's transform of this name.
+
+    Args:
+        mean: mean of each channel, whose values are from 0 to 1.
+        std: standard deviation of each channel.
 
     Raises:
-        ValueError: for a std of 0, or lists of different lengths; when called, for images of
-            another number of channels.
+        ValueError: if a std is 0, or ``mean`` and ``std`` are empty or differ in length; when
+            called, if the images have another number of channels.
     """
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
         self.mean, self.std = tuple(map(float, mean)), tuple(map(float, std))
         if len(self.mean) != len(self.std) or not self.mean:
-            raise ValueError(f"mean and std must be of one length, got {mean!r} and {std!r}")
+            raise ValueError(
+                f"mean and std must have the same length of at least 1, got {mean!r} and {std!r}"
+            )
         if 0.0 in self.std:
-            raise ValueError(f"std must not hold 0, got {std!r}")
+            raise ValueError(f"std must not contain 0, got {std!r}")
 
     def draw(self, count: int, height: int, width: int, generator: torch.Generator | None) -> Scale:
         return Scale(self.mean, self.std)

@@ -1,4 +1,4 @@
-"""Data sets, and batches of them on a device."""
+"""Image data sets, and their batches on a device."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from bnres.data.mnist5k import load_mnist5k
 from bnres.data.streamed import StreamedBatches
 from bnres.data.synthetic import load_synthetic
 
-# Data sets by name; those that lie on the user's disk need to be told where.
+# Data sets by name. Those of ON_DISK need the path of the user's files.
 PACKAGED = {
     "mnist5k": load_mnist5k,
     "digits": load_digits,
@@ -30,22 +30,22 @@ def load_dataset(
     """Loads a data set of `DATASETS`.
 
     Args:
-        name: which.
-        data: where ``cifar10`` or ``folder`` lies.
-        checksum: compare CIFAR-10's files with their published checksums.
+        name: name of the data set.
+        data: path of the files of ``cifar10`` or ``folder``; None for the other data sets.
+        checksum: whether to compare CIFAR-10's files with their published checksums.
 
     Raises:
-        ValueError: for an unknown name, a place that is missing or not asked for, or as the data
-            set's own loader.
+        ValueError: if the name is unknown, ``data`` is missing, ``data`` is given for a data set
+            that does not need it, or as the data set's loader.
     """
     if name not in DATASETS:
         raise ValueError(f"dataset must be one of {', '.join(DATASETS)}, got {name!r}")
     if name in PACKAGED:
         if data is not None:
-            raise ValueError(f"data: {name} comes with a package, it takes no place")
+            raise ValueError(f"data must be None for {name}, which needs no files, got {data}")
         return PACKAGED[name]()
     if data is None:
-        raise ValueError(f"data: say where {name} lies")
+        raise ValueError(f"data must be the folder that holds {name}, got None")
     return load_folder(data) if name == "folder" else load_cifar10(data, checksum=checksum)
 
 

@@ -1,4 +1,4 @@
-"""Batches of a data set that lives on the device as uint8: shuffled and augmented there."""
+"""Batches of a data set that is stored on the device as uint8 and is augmented there."""
 
 from collections.abc import Iterator
 
@@ -11,11 +11,11 @@ from bnres.data.epochs import EpochBatches
 
 
 class Batches(EpochBatches):
-    """A data set on a device, handed out as float batches.
+    """Float batches of a data set, which is copied to the device once.
 
     Args:
         dataset: the images.
-        device: where they live.
+        device: where the images are stored and augmented.
         batch_size, train_augment, test_augment, seed, drop_last, shard: see `EpochBatches`.
     """
 

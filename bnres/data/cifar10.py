@@ -1,6 +1,6 @@
-"""CIFAR-10 (Krizhevsky, 2009) as published: the binary or the Python archive, packed or unpacked.
+"""Reads CIFAR-10 (Krizhevsky, 2009) as published: the binary or the Python version.
 
-Archives are read where they lie; nothing is extracted.
+Reads an archive directly, without extracting it, or the folder that it unpacks to.
 """
 
 import hashlib
@@ -36,23 +36,23 @@ CLASS_NAMES = (
 )  # fmt: skip
 IMAGE_SHAPE = (3, 32, 32)
 PIXELS = 3 * 32 * 32
-# No file of an archive is as large; one that is would fill the memory.
+# Bytes. The published files are smaller; a larger file in an archive might exhaust memory.
 LARGEST_FILE = 1 << 26
 
 Read = Callable[[str], bytes]
 
 
 def load_cifar10(path: Path, *, checksum: bool = True) -> ImageDataset:
-    """Reads CIFAR-10; of two files beside each other the binary one, which holds no pickle.
+    """Reads CIFAR-10. If both versions are present it reads the binary one, which has no pickles.
 
     Args:
         path: an archive, the folder that it unpacks to, or a folder that holds either.
-        checksum: compare archives and pickles with their published MD5, and the binary files with
-            their published length; without it files of the same format are taken too.
+        checksum: whether to compare archives and pickles with their published MD5, and binary files
+            with their published length. If False, other files of the same format are accepted.
 
     Raises:
-        ValueError: if there is no such data, or for a file that is cut off, has another checksum, is
-            a pickle that names more than arrays, or holds a label out of range; it names the file.
+        ValueError: if there is no such data, or a file is truncated, has the wrong checksum, holds
+            a label out of range, or is a pickle of anything but arrays. The error names the file.
     """
     source, read, names = _find(Path(path), checksum)
     train_names, test_name = BINARY if _is_binary(names) else PYTHON
@@ -67,12 +67,12 @@ def load_cifar10(path: Path, *, checksum: bool = True) -> ImageDataset:
 
 
 def _is_binary(names: Iterable[str]) -> bool:
-    """Whether files of these names are the binary format's."""
+    """Whether file names are those of the binary version."""
     return BINARY[1] in names
 
 
 def _find(path: Path, checksum: bool) -> tuple[Path, Read, set[str]]:
-    """Where the data is, what reads a file of it, and its files' names."""
+    """Returns the path of the data, a function that reads one of its files, and the file names."""
     if path.is_dir():
         for folder in (path, path / "cifar-10-batches-bin", path / "cifar-10-batches-py"):
             names = {p.name for p in folder.iterdir()} if folder.is_dir() else set()
@@ -82,8 +82,8 @@ def _find(path: Path, checksum: bool) -> tuple[Path, Read, set[str]]:
             if (path / name).is_file():
                 return _open_archive(path / name, checksum)
         raise ValueError(
-            f"data: {path} holds neither {BINARY_ARCHIVE} nor {PYTHON_ARCHIVE}, nor what they "
-            "unpack to"
+            f"data: {path} holds neither {BINARY_ARCHIVE} nor {PYTHON_ARCHIVE}, nor the files of "
+            "either"
         )
     if not path.is_file():
         raise ValueError(f"data: there is no file or folder {str(path)!r}")
@@ -100,7 +100,7 @@ def _open_archive(path: Path, checksum: bool) -> tuple[Path, Read, set[str]]:
             found = hashlib.file_digest(file, "md5").hexdigest()
         if found not in (MD5[BINARY_ARCHIVE], MD5[PYTHON_ARCHIVE]):
             raise ValueError(
-                f"{path} is no archive of CIFAR-10 as published, or is damaged: its MD5 is {found}"
+                f"{path} is damaged, or not a published archive of CIFAR-10: its MD5 is {found}"
             )
     wanted = {*BINARY[0], BINARY[1], *PYTHON[0], PYTHON[1]}
     contents: dict[str, bytes] = {}
@@ -110,7 +110,10 @@ def _open_archive(path: Path, checksum: bool) -> tuple[Path, Read, set[str]]:
                 name = PurePosixPath(member.name).name
                 if member.isfile() and name in wanted:
                     if member.size > LARGEST_FILE:
-                        raise ValueError(f"{path}: {member.name} has {member.size} bytes")
+                        raise ValueError(
+                            f"{path}: {member.name} must have at most {LARGEST_FILE} bytes, got "
+                            f"{member.size}"
+                        )
                     content = archive.extractfile(member)
                     assert content is not None
                     contents[name] = content.read()
@@ -122,12 +125,12 @@ def _open_archive(path: Path, checksum: bool) -> tuple[Path, Read, set[str]]:
 
 
 def _decode_binary(content: bytes, source: str, checksum: bool) -> tuple[Tensor, Tensor]:
-    """Records of a label and the planes red, green, blue."""
+    """Decodes records of a label (one byte) followed by the planes red, green and blue."""
     record, published = 1 + PIXELS, 10_000
     if not content or len(content) % record or (checksum and len(content) != published * record):
         raise ValueError(
             f"{source} is damaged: {len(content)} bytes, "
-            f"{f'not {published * record}' if checksum else f'no multiple of {record}'}"
+            f"{f'not {published * record}' if checksum else f'not a multiple of {record}'}"
         )
     table = torch.frombuffer(bytearray(content), dtype=torch.uint8).view(-1, record)
     return table[:, 1:].reshape(-1, *IMAGE_SHAPE), _labels(table[:, 0].long(), source)
@@ -144,10 +147,10 @@ def _decode_pickle(content: bytes, source: str, checksum: bool) -> tuple[Tensor,
         images = batch[b"data"].view(-1, *IMAGE_SHAPE)
         labels = torch.tensor(batch[b"labels"], dtype=torch.long)
     except (KeyError, IndexError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-        raise ValueError(f"{source} is no batch of CIFAR-10: {error!r}") from error
+        raise ValueError(f"{source} is not a batch of CIFAR-10: {error!r}") from error
     if labels.shape != images.shape[:1]:
         raise ValueError(
-            f"{source} is no batch of CIFAR-10: {len(images)} images and {labels.numel()} labels"
+            f"{source} is not a batch of CIFAR-10: {len(images)} images, {labels.numel()} labels"
         )
     return images, _labels(labels, source)
 
@@ -156,5 +159,7 @@ def _labels(labels: Tensor, source: str) -> Tensor:
     wrong = ((labels < 0) | (labels >= len(CLASS_NAMES))).nonzero()
     if len(wrong):
         index = int(wrong[0])
-        raise ValueError(f"{source}: label {int(labels[index])} of image {index} is not 0 to 9")
+        raise ValueError(
+            f"{source}: the label of image {index} must be from 0 to 9, got {int(labels[index])}"
+        )
     return labels

@@ -1,23 +1,26 @@
-"""An image data set that lives in memory."""
+"""An image data set that is stored in memory."""
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-# Images whose statistics are summed at once.
+# Number of images that are summed at once, which limits the memory of their fp64 copies.
 CHUNK = 4096
 SPLIT_SEED = 0
 
 
 @dataclass(frozen=True)
 class ImageDataset:
-    """Images as uint8 (N, channels, height, width), labels as int64 (N,).
+    """An image data set in memory.
 
     Attributes:
-        name: of the set.
-        class_names: names of the labels, in their order.
-        mean, std: of each channel of the training images, on a scale from 0 to 1.
+        name: name of the data set.
+        class_names: names of the classes; label i is the i-th name.
+        train_images, test_images: uint8 (N, channels, height, width).
+        train_labels, test_labels: int64 (N,).
+        mean, std: mean and standard deviation of each channel of the training images, whose values
+            are scaled to 0 to 1.
     """
 
     name: str
@@ -49,38 +52,38 @@ def make_dataset(
     train: tuple[Tensor, Tensor],
     test: tuple[Tensor, Tensor],
 ) -> ImageDataset:
-    """A data set, its channels' statistics computed from the training images.
+    """Returns a data set of the given images, and computes the training images' mean and std.
 
     Args:
-        name: of the set.
-        class_names: names of the labels, in their order.
-        train, test: images as uint8 (N, channels, height, width), labels as int64 (N,).
+        name: name of the data set.
+        class_names: names of the classes; label i is the i-th name.
+        train, test: images, uint8 (N, channels, height, width), and labels, int64 (N,).
 
     Raises:
-        ValueError: if images or labels are none such.
+        ValueError: if images or labels have another dtype or shape, or a label has no class name.
     """
     for part, (images, labels) in (("train", train), ("test", test)):
         if images.dtype != torch.uint8 or images.dim() != 4:
             raise ValueError(
-                f"{part}: images must be torch.uint8 of (N, channels, height, width), got "
-                f"{images.dtype} of {tuple(images.shape)}"
+                f"{part}: images must be torch.uint8 of shape (N, channels, height, width), got "
+                f"{images.dtype} of shape {tuple(images.shape)}"
             )
         if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
             raise ValueError(
-                f"{part}: labels must be torch.int64 of ({len(images)},), got {labels.dtype} of "
-                f"{tuple(labels.shape)}"
+                f"{part}: labels must be torch.int64 of shape ({len(images)},), got "
+                f"{labels.dtype} of shape {tuple(labels.shape)}"
             )
         if len(labels) and not 0 <= labels.min() <= labels.max() < len(class_names):
             raise ValueError(
-                f"{part}: labels must be from 0 to below the {len(class_names)} classes, got "
-                f"{labels.min()} to {labels.max()}"
+                f"{part}: labels must be from 0 to {len(class_names) - 1}, because there are "
+                f"{len(class_names)} classes, got {labels.min()} to {labels.max()}"
             )
     mean, std = channel_statistics(train[0])
     return ImageDataset(name, class_names, *train, *test, mean, std)
 
 
 def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of each channel of uint8 images, on a scale from 0 to 1."""
+    """Mean and standard deviation of each channel of uint8 images, scaled to 0 to 1."""
     channels = images.shape[1]
     total, squares = (torch.zeros(channels, dtype=torch.float64) for _ in range(2))
     for chunk in images.split(CHUNK):
@@ -96,7 +99,7 @@ def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, 
 def split_dataset(
     name: str, class_names: tuple[str, ...], images: Tensor, labels: Tensor, per_class: int
 ) -> ImageDataset:
-    """A data set that holds out ``per_class`` images of each class, the same in every run."""
+    """Returns a data set with ``per_class`` images of each class held out, always the same ones."""
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(SPLIT_SEED))
     members = [order[labels[order] == label] for label in labels.unique()]
     train = torch.cat([indices[per_class:] for indices in members])

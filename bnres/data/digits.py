@@ -1,4 +1,4 @@
-"""The 1,797 handwritten digits that scikit-learn carries (8×8, 17 shades)."""
+"""Loads the 1,797 handwritten digits of scikit-learn (8×8, 17 gray levels)."""
 
 import torch
 
@@ -10,10 +10,10 @@ SHADES = 16
 
 
 def load_digits() -> ImageDataset:
-    """A fifth of each class held out, the same in every run.
+    """Returns the digits, with 36 images of each class (a fifth) held out, the same in every run.
 
     Raises:
-        ModuleNotFoundError: if scikit-learn is not installed (it comes with ``bnres[train]``).
+        ModuleNotFoundError: if scikit-learn is missing; the extra ``bnres[train]`` installs it.
     """
     from sklearn import datasets
 

@@ -1,4 +1,4 @@
-"""Downloads, by pooch, that go on where they were broken off."""
+"""Downloads data with pooch, and resumes interrupted downloads."""
 
 from pathlib import Path
 
@@ -11,12 +11,15 @@ TIMEOUT_SECONDS = 30
 def download_cifar10(
     folder: Path, url: str = URL + BINARY_ARCHIVE, md5: str = MD5[BINARY_ARCHIVE]
 ) -> Path:
-    """The binary archive of CIFAR-10 (162 MB), in ``folder``; what is there already is kept.
+    """Downloads the binary archive of CIFAR-10 (162 MB) into ``folder``, and returns its path.
+
+    If ``folder`` already holds the archive, nothing is downloaded. If it holds part of the archive,
+    only the rest is downloaded.
 
     Raises:
-        ValueError: if it can't be downloaded, or its checksum is wrong.
-        ModuleNotFoundError: if pooch or requests is not installed (they come with
-            ``bnres[train]``).
+        ValueError: if the download fails or its checksum is wrong.
+        ModuleNotFoundError: if pooch or requests is missing; the extra ``bnres[train]`` installs
+            them.
     """
     import pooch
     import requests
@@ -26,9 +29,10 @@ def download_cifar10(
     partial = folder / f"{name}.partial"
 
     def resume(url: str, output_file: object, pooch: object) -> None:
-        """Asks for what ``partial`` lacks, then puts it where pooch wants it."""
+        """Downloads the bytes that ``partial`` lacks, then moves it to pooch's ``output_file``."""
         have = partial.stat().st_size if partial.exists() else 0
-        headers = {"Accept-Encoding": "identity"}  # or ranges and checksum were of something else
+        # A compressed response would have other byte ranges and another checksum than the file.
+        headers = {"Accept-Encoding": "identity"}
         if have:
             headers["Range"] = f"bytes={have}-"
         with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT_SECONDS) as response:

@@ -1,4 +1,4 @@
-"""What batches of any data set share: order, counts, shards, augmentation."""
+"""Base class of batches: their number, order, augmentation, and division among processes."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -11,24 +11,24 @@ from bnres.data.seeds import generator_at
 
 
 class EpochBatches(ABC):
-    """Batches of an epoch; they depend only on seed, epoch and batch.
+    """Batches of a data set; each depends only on the seed, its epoch and its number in the epoch.
 
     Args:
-        name: of the data set, for errors.
-        train_count: training images.
-        test_count: held-out images.
-        batch_size: images a batch.
-        train_augment: what becomes of training images.
-        test_augment: what becomes of held-out images.
-        seed: of order and augmentation.
-        drop_last: leave out a training epoch's last, smaller batch; one of a single image, which
-            batch norm does not take, is left out in any case.
-        shard: which of how many equal parts of each batch, and of the held-out images, is handed
-            out here.
+        name: name of the data set, for errors.
+        train_count: number of training images.
+        test_count: number of held-out images.
+        batch_size: number of images in a batch, over all processes.
+        train_augment: augmentation of training images.
+        test_augment: augmentation of held-out images.
+        seed: seed of the order and the augmentation.
+        drop_last: whether to leave out the last batch of a training epoch if it is smaller. A last
+            batch of one image is always left out, because batch norm does not accept it.
+        shard: (rank, number of processes); this process gets its part of each batch and of the
+            held-out images.
 
     Raises:
-        ValueError: for a batch that batch norm or the data set is too small for, or that several
-            processes can't have equal parts of.
+        ValueError: if ``batch_size`` is below 2 or above ``train_count``, or can't be divided
+            equally among several processes.
     """
 
     def __init__(
@@ -46,13 +46,14 @@ class EpochBatches(ABC):
         parts = shard[1]
         if not 2 <= batch_size <= train_count:
             raise ValueError(
-                f"batch_size must be from 2 to {train_count} (the training images of {name}), got "
-                f"{batch_size}"
+                f"batch_size must be from 2 to {train_count}, the number of training images of "
+                f"{name}, got {batch_size}"
             )
         if parts > 1 and (batch_size % parts or batch_size < 2 * parts or not drop_last):
             raise ValueError(
-                f"batch_size must be a multiple of the {parts} processes, two images each at least, "
-                f"and drop_last be set, got {batch_size} and {drop_last}"
+                f"with {parts} processes batch_size must be a multiple of {parts} and at least "
+                f"{2 * parts}, and drop_last must be True, got batch_size={batch_size}, "
+                f"drop_last={drop_last}"
             )
         self.train_count, self.test_count, self.batch_size = train_count, test_count, batch_size
         self.train_augment, self.test_augment = train_augment, test_augment
@@ -60,26 +61,26 @@ class EpochBatches(ABC):
 
     @abstractmethod
     def fetch(self, order: Tensor, rows: int, train: bool) -> Iterator[tuple[Tensor, Tensor]]:
-        """Images and labels on the device, ``rows`` at a time, in this order.
+        """Yields batches of images and labels on the device, in the given order.
 
         Args:
-            order: indices of training images, or of held-out ones.
-            rows: images a batch; the last has what is left.
-            train: which of the two.
+            order: int64 indices of the images.
+            rows: number of images in a batch; the last batch may be smaller.
+            train: whether the indices are of training images; otherwise of held-out images.
         """
 
     def __len__(self) -> int:
-        """Batches of a training epoch."""
+        """The number of batches in a training epoch."""
         rest = self.train_count % self.batch_size
         return self.train_count // self.batch_size + int(not self.drop_last and rest > 1)
 
     @property
     def images_per_epoch(self) -> int:
-        """Images of these batches."""
+        """The number of images in a training epoch."""
         return min(len(self) * self.batch_size, self.train_count)
 
     def train(self, epoch: int, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches of an epoch from batch ``first`` on, the same whenever they are asked for."""
+        """Yields the batches of an epoch, starting at batch ``first``; the same at every call."""
         generator = generator_at(self.seed, "order", epoch)
         order = torch.randperm(self.train_count, generator=generator)
         order = order[first * self.batch_size : self.images_per_epoch]
@@ -88,13 +89,13 @@ class EpochBatches(ABC):
             yield self.train_augment(images, generator), labels
 
     def test(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """The held-out images of this shard, in order."""
+        """Yields batches of this process's held-out images, in order."""
         for images, labels in self._fetch_shard(torch.arange(self.test_count), train=False):
             yield self.test_augment(images), labels
 
     def _fetch_shard(self, order: Tensor, train: bool) -> Iterator[tuple[Tensor, Tensor]]:
-        """Every so manyth image: a batch being a multiple of the shards, of each batch as many."""
+        """Yields this process's images. Taking every ``parts``-th image divides batches equally."""
         rank, parts = self.shard
         order = order[rank::parts]
-        # No images are no batch: splitting nothing would make an empty one.
+        # Splitting an empty order would yield one empty batch.
         return self.fetch(order, self.batch_size // parts, train) if len(order) else iter(())

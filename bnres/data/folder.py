@@ -1,4 +1,4 @@
-"""Images in folders, a folder a class: ``root/train/CLASS/*`` and ``root/val/CLASS/*``."""
+"""Images in one folder for each class: ``root/train/CLASS/*`` and ``root/val/CLASS/*``."""
 
 import os
 from dataclasses import dataclass
@@ -10,25 +10,25 @@ from torch.utils.data import Dataset
 
 from bnres.data.images import read_rgb
 
-# Those of torchvision's ImageFolder, in its order.
+# The suffixes that torchvision's ImageFolder accepts, in its order.
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-# ImageNet's, which nets are normalised by.
+# ImageNet's mean and standard deviation, by which images are usually normalised.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 TRAIN, TEST = "train", ("val", "test")
 
 
 class ImageFiles(Dataset[tuple[Tensor, int]]):
-    """Decoded images of one size: the shorter side resized, the middle cut out.
+    """Image files, decoded to uint8 (3, size, size); an item is an image and its label.
 
-    Item: uint8 (3, size, size) and a label. As in torchvision's loader, EXIF orientation is not
-    applied.
+    An image's shorter side is resized to ``size``, then its centre is cropped. As in torchvision's
+    loader, EXIF orientation is not applied.
 
     Args:
         files: paths and labels.
-        size: height and width.
+        size: height and width of the decoded images.
 
     Raises:
-        CorruptImage: when an item is read, as `bnres.data.images.read_rgb`.
+        CorruptImage: when an item is read, as `read_rgb`.
     """
 
     def __init__(self, files: list[tuple[Path, int]], size: int) -> None:
@@ -49,7 +49,15 @@ class ImageFiles(Dataset[tuple[Tensor, int]]):
 
 @dataclass(frozen=True)
 class FolderDataset:
-    """Images that are decoded as they are needed."""
+    """An image data set in folders, whose images are decoded when they are needed.
+
+    Attributes:
+        name: name of the data set.
+        class_names: names of the classes; label i is the i-th name.
+        train, test: the training images and the held-out images.
+        mean, std: mean and standard deviation of each channel, by default ImageNet's.
+        channels: number of channels.
+    """
 
     name: str
     class_names: tuple[str, ...]
@@ -74,11 +82,11 @@ def load_folder(root: Path, size: int = 256) -> FolderDataset:
 
     Args:
         root: the folder.
-        size: height and width that images are decoded to.
+        size: height and width to which images are decoded.
 
     Raises:
-        ValueError: for a missing folder, a class without images, or other classes in the two; it
-            names the folder.
+        ValueError: if a folder is missing, a class has no images, or the two folders have different
+            classes. The error names the folder.
     """
     root = Path(root)
     test = next((root / name for name in TEST if (root / name).is_dir()), None)
@@ -87,7 +95,10 @@ def load_folder(root: Path, size: int = 256) -> FolderDataset:
     names = _class_names(root / TRAIN)
     if _class_names(test) != names:
         differing = sorted(set(names) ^ set(_class_names(test)))
-        raise ValueError(f"data: {root / TRAIN} and {test} differ in the classes {differing[:5]}")
+        raise ValueError(
+            f"data: {root / TRAIN} and {test} must have the same classes, but only one has "
+            f"{', '.join(differing[:5])}"
+        )
     return FolderDataset(
         root.name,
         names,
@@ -99,7 +110,7 @@ def load_folder(root: Path, size: int = 256) -> FolderDataset:
 def _class_names(folder: Path) -> tuple[str, ...]:
     names = tuple(sorted(p.name for p in folder.iterdir() if p.is_dir()))
     if not names:
-        raise ValueError(f"data: {folder} holds no folder of a class")
+        raise ValueError(f"data: {folder} must hold a folder for each class, but holds no folder")
     return names
 
 
@@ -116,10 +127,11 @@ def _files(folder: Path, names: tuple[str, ...]) -> list[tuple[Path, int]]:
 def _images(top: Path) -> list[Path]:
     """The images in a folder and in all folders below it, in torchvision's order.
 
-    As in torchvision, links to folders are followed, except a link to a folder that contains it.
+    As in torchvision, links to folders are followed. A link to a folder that contains the link is
+    not followed, because that would never end.
 
     Raises:
-        ValueError: for a folder that can't be listed.
+        ValueError: if a folder can't be listed.
     """
 
     def refuse(error: OSError) -> None:

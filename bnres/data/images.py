@@ -9,24 +9,25 @@ from torch import Tensor
 if TYPE_CHECKING:
     from PIL import Image
 
-# Numbers of TIFF tags.
+# TIFF tags.
 BITS_PER_SAMPLE, PHOTOMETRIC = 258, 262
 
 
 class CorruptImage(ValueError):
-    """A file that can't be read as an image; the one-line message names it."""
+    """Raised when a file can't be read as an image; the message, one line, names the file."""
 
 
 def read_rgb(path: Path, size: tuple[int, int] | None = None) -> "Image.Image":
-    """The image in a file, with 8 bits each for red, green and blue.
+    """Reads an image file as RGB with 8 bits for each channel.
 
-    Gray of more than 8 bits is scaled down: integers of 12 and 16 bits, integers of 32 bits, which
-    must be from 0 to 65535, and floats, which must be from 0 to 1. As in torchvision's loader, EXIF
-    orientation is not applied.
+    Gray images of more than 8 bits are scaled down: integers of 12 and 16 bits; integers of 32
+    bits, which must be from 0 to 65535; floats, which must be from 0 to 1. As in torchvision's
+    loader, EXIF orientation is not applied.
 
     Args:
-        path: a file that pillow reads.
-        size: (width, height) that is large enough; a JPEG may then be decoded at a smaller scale.
+        path: a file of a format that pillow reads.
+        size: (width, height) that the caller needs. A larger JPEG may be decoded at a smaller
+            scale that still has this size, which is faster.
 
     Raises:
         CorruptImage: if pillow can't read the file, or its gray values are out of range.
@@ -46,7 +47,7 @@ def read_rgb(path: Path, size: tuple[int, int] | None = None) -> "Image.Image":
 
 
 def read_image(path: Path, largest_side: int) -> Tensor:
-    """The image in a file as uint8 (3, H, W); a larger one is made smaller.
+    """Reads an image file as uint8 (3, H, W), and shrinks it if a side exceeds ``largest_side``.
 
     Raises:
         CorruptImage: as `read_rgb`.
@@ -59,7 +60,7 @@ def read_image(path: Path, largest_side: int) -> Tensor:
 
 
 def in_eight_bits(image: "Image.Image") -> "Image.Image":
-    """A gray image of more than 8 bits, scaled to 8.
+    """Scales a gray image of more than 8 bits to 8 bits.
 
     Raises:
         ValueError: if a value is out of range.
@@ -72,8 +73,10 @@ def in_eight_bits(image: "Image.Image") -> "Image.Image":
     top = 1 if image.mode == "F" else 2**bits - 1
     low, high = values.min(), values.max()
     if not (low >= 0 and high <= top):
-        raise ValueError(f"gray of mode {image.mode} must be from 0 to {top}, got {low} to {high}")
-    if tags.get(PHOTOMETRIC) == 0:  # WhiteIsZero
+        raise ValueError(
+            f"gray values of mode {image.mode} must be from 0 to {top}, got {low} to {high}"
+        )
+    if tags.get(PHOTOMETRIC) == 0:  # WhiteIsZero: 0 is white
         values = top - values
     eight = np.rint(values * 255) if image.mode == "F" else values >> (bits - 8)
     return Image.fromarray(eight.astype(np.uint8))

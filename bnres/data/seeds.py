@@ -1,4 +1,4 @@
-"""Random generators that depend only on a seed and on a place in a run."""
+"""Random generators that depend only on a seed and a position in a run."""
 
 import hashlib
 
@@ -6,9 +6,9 @@ import torch
 
 
 def generator_at(seed: int, *place: int | str) -> torch.Generator:
-    """A generator on the CPU for a place, such as an epoch and a step of it.
+    """Returns a CPU generator for a position in a run, such as an epoch and a batch.
 
-    A run that goes on from a checkpoint draws what it would have drawn without the break.
+    A resumed run therefore draws the same numbers as an uninterrupted run.
     """
     text = "/".join(map(str, (seed, *place)))
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()

@@ -1,4 +1,4 @@
-"""Batches of images that workers decode while the device trains."""
+"""Batches of images that worker processes decode while the device trains."""
 
 import signal
 from collections.abc import Iterator
@@ -16,19 +16,22 @@ PREFETCH = 4
 
 
 def _leave_signals(worker: int) -> None:
-    """Ctrl-C goes to every process: the run ends its workers itself."""
+    """Makes a worker ignore Ctrl-C, which a terminal sends to all processes.
+
+    The main process stops its workers, with SIGTERM if it must.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 class StreamedBatches(EpochBatches):
-    """A folder of images, with pinned memory and batches ahead.
+    """Batches of a folder of images, decoded ahead by workers and copied through pinned memory.
 
     Args:
         dataset: the images.
-        device: where the batches go.
+        device: device of the batches, where images are augmented.
         batch_size, train_augment, test_augment, seed, drop_last, shard: see `EpochBatches`.
-        workers: processes that decode; 0 decodes in this one.
+        workers: number of processes that decode; with 0 this process decodes.
     """
 
     def __init__(
@@ -59,7 +62,8 @@ class StreamedBatches(EpochBatches):
             prefetch_factor=PREFETCH if self.workers else None,
             pin_memory=self.device.type == "cuda",
             worker_init_fn=_leave_signals,
-            generator=torch.Generator().manual_seed(self.seed),  # or it would draw from torch's own
+            # Without a generator, the loader would draw from torch's global one.
+            generator=torch.Generator().manual_seed(self.seed),
         )
         try:
             for images, labels in loader:
@@ -68,7 +72,7 @@ class StreamedBatches(EpochBatches):
                     labels.to(self.device, non_blocking=True),
                 )
         except CorruptImage as error:
-            # A worker's has its traceback in front.
+            # In an error from a worker, the message follows the worker's traceback.
             line = str(error).strip().splitlines()[-1]
             name = f"{CorruptImage.__module__}.{CorruptImage.__name__}: "
             raise CorruptImage(line.removeprefix(name)) from error

@@ -1,4 +1,4 @@
-"""Noise in the shape of a data set, to measure speed with."""
+"""Random images in the shape of a data set, for measuring speed."""
 
 import torch
 
@@ -9,12 +9,12 @@ SEED = 0
 
 
 def load_synthetic(classes: int, size: int, channels: int = 3) -> ImageDataset:
-    """Random images and labels, the same in every run.
+    """Returns random images and labels, the same in every run.
 
     Args:
-        classes: how many.
-        size: height and width.
-        channels: channels.
+        classes: number of classes.
+        size: height and width of the images.
+        channels: number of channels.
     """
     generator = torch.Generator().manual_seed(SEED)
 

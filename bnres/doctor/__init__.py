@@ -1,4 +1,4 @@
-"""`bnres doctor`: what bnres finds on this machine, what is wrong, and how to fix it."""
+"""The command ``bnres doctor``: what is wrong on this machine, and how to fix it."""
 
 from bnres.doctor.diagnosis import diagnose
 

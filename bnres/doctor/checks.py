@@ -1,4 +1,4 @@
-"""What may be wrong on a machine, and how to fix it."""
+"""Checks of a machine; each returns what is wrong and how to fix it, or None."""
 
 import os
 import re
@@ -26,7 +26,7 @@ INDUCTOR_CACHE = "TORCHINDUCTOR_CACHE_DIR"
 
 @dataclass(frozen=True)
 class Finding:
-    """Something that is wrong, and how to fix it."""
+    """A problem, and how to fix it."""
 
     problem: str
     fix: str
@@ -44,7 +44,7 @@ def check_gpu() -> Finding | None:
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
     if hidden is not None and hidden.strip() in ("", "-1"):
         return Finding(f"CUDA_VISIBLE_DEVICES={hidden!r} hides the GPUs", "unset it")
-    return Finding("torch finds no GPU", "see whether nvidia-smi lists one, and its driver")
+    return Finding("torch finds no GPU", "check that nvidia-smi lists the GPU and its driver")
 
 
 def check_triton() -> Finding | None:
@@ -52,7 +52,7 @@ def check_triton() -> Finding | None:
     try:
         import triton
 
-        version = triton.__version__  # a folder named triton that is imported instead has none
+        version = triton.__version__  # fails if a folder named triton was imported instead
     except Exception as error:  # a broken build may raise anything
         problem = "triton is missing"
         if not isinstance(error, ModuleNotFoundError):
@@ -72,7 +72,7 @@ def find_compiler() -> str | None:
 
 
 def check_compiler() -> Finding | None:
-    """Checks that a C compiler can build an extension of Python; triton builds its launchers as such."""
+    """Checks that a C compiler can build a Python extension, as triton does for its launchers."""
     fix = "install gcc and Python's headers (python3-dev), or set CC"
     compiler = find_compiler()
     if compiler is None:
@@ -93,11 +93,11 @@ def check_compiler() -> Finding | None:
         return None
     said = [line for line in result.stderr.splitlines() if "error" in line]
     reason = said[0] if said else f"exit code {result.returncode}"
-    return Finding(f"{compiler} can't compile an extension of Python: {reason}", fix)
+    return Finding(f"{compiler} can't compile a Python extension: {reason}", fix)
 
 
 def check_numpy() -> Finding | None:
-    """Checks that triton's interpreter works with the installed numpy, if kernels run in it."""
+    """If kernels run in triton's interpreter, checks that it works with the installed numpy."""
     if bnres.backend() != "triton-interpreter" or check_triton() is not None:
         return None
     import triton
@@ -115,8 +115,8 @@ def check_numpy() -> Finding | None:
 
 
 def cache_folders() -> dict[str, Path]:
-    """Where triton and torch's Inductor keep what they compile."""
-    # Without a home, triton writes to a folder named ~.
+    """The cache folders of triton and Inductor, by the environment variable that sets each."""
+    # expanduser leaves ~ unchanged if there is no home; triton then writes to a folder named ~.
     home = Path(os.environ.get("TRITON_HOME") or os.path.expanduser("~"))
     return {
         "TRITON_CACHE_DIR": Path(os.environ.get("TRITON_CACHE_DIR") or home / ".triton/cache"),
@@ -125,17 +125,17 @@ def cache_folders() -> dict[str, Path]:
 
 
 def _default_inductor_cache() -> str:
-    # The file is run, because importing its package makes the folder and fails if it can't.
+    # Run only this file: importing its package would create the folder, or fail to.
     utils = Path(torch.__file__).parent / "_inductor/runtime/cache_dir_utils.py"
     folder: str = runpy.run_path(str(utils))["default_cache_dir"]()
     return folder
 
 
 def check_cache(variable: str) -> Finding | None:
-    """Checks that a cache folder is writable, or can be made.
+    """Checks that a cache folder is writable or can be created.
 
     Args:
-        variable: of the environment, which names the folder; a key of `cache_folders`.
+        variable: the environment variable that sets the folder; a key of `cache_folders`.
     """
     folder = cache_folders()[variable]
     try:
@@ -145,13 +145,16 @@ def check_cache(variable: str) -> Finding | None:
     except OSError as error:
         return Finding(
             f"the cache folder {folder} is not writable: {error.strerror}",
-            f"set {variable} to a folder that is",
+            f"set {variable} to a writable folder",
         )
 
 
 @contextmanager
 def usable_inductor_cache() -> Iterator[None]:
-    """Inside, Inductor has a folder to write to, which the import of Dynamo needs."""
+    """Inside, Inductor has a writable cache folder, which the import of Dynamo needs.
+
+    If its cache folder is not writable, it gets a temporary one.
+    """
     if _inductor_cache() is None:
         yield
         return
@@ -167,14 +170,14 @@ def usable_inductor_cache() -> Iterator[None]:
 
 
 def check_namespace() -> Finding | None:
-    """Checks that Python, started in this folder, imports bnres and not a folder of that name."""
+    """Checks that Python, started in the current folder, does not import a mere folder as bnres."""
     spec = PathFinder.find_spec("bnres", [os.getcwd(), *sys.path])
     if spec is None or spec.origin is not None:
         return None
     (folder, *_) = list(spec.submodule_search_locations or [])
     return Finding(
-        f"in this folder python imports the folder {folder} as an empty package bnres",
-        "go to another folder, or install bnres again: pip install -e FOLDER",
+        f"in the current folder python imports the folder {folder} as an empty package bnres",
+        "change to another folder, or install bnres again: pip install -e FOLDER",
     )
 
 

@@ -1,4 +1,4 @@
-"""What bnres finds on this machine and in a model, what is wrong, and what would save most."""
+"""Examines a machine and a model: what is wrong, and which changes save memory traffic."""
 
 import json
 import subprocess
@@ -14,14 +14,14 @@ from bnres.doctor.savings import Savings, derive
 from bnres.errors import describe
 
 ROUTES = {
-    "triton": "GPU tensors take Triton kernels, CPU tensors take ATen",
-    "triton-interpreter": "all tensors take Triton's interpreter, which is slow",
-    "aten": "CPU tensors take ATen, the kernels don't run",
+    "triton": "Triton kernels for GPU tensors, ATen for CPU tensors",
+    "triton-interpreter": "Triton's interpreter for all tensors, which is slow",
+    "aten": "ATen for CPU tensors; the kernels don't run",
 }
 
 
 def facts() -> dict[str, str]:
-    """What is on this machine, by name."""
+    """Facts about this machine, by name."""
     on_gpu = torch.cuda.is_available()
     return {
         "GPU": torch.cuda.get_device_name() if on_gpu else "none",
@@ -54,11 +54,11 @@ def _driver() -> str:
 
 @dataclass(frozen=True)
 class Change:
-    """Something to change in a training script.
+    """A change to a training script.
 
     Attributes:
-        do: what.
-        saves: bytes for each image of a training step, derived; None where that is not known.
+        do: the change, in words.
+        saves: bytes that it saves for each image of a training step, derived; None if unknown.
     """
 
     do: str
@@ -66,7 +66,7 @@ class Change:
 
 
 def changes(savings: Savings) -> list[Change]:
-    """What to change, what saves most first."""
+    """The changes that save memory traffic; the one that saves most comes first."""
     found = [Change("fuse: model = bnres.fuse(model)", savings.stock_bytes - savings.fused_bytes)]
     if not savings.half:
         found.append(
@@ -77,7 +77,7 @@ def changes(savings: Savings) -> list[Change]:
         )
     if not savings.channels_last:
         found.append(
-            Change("convert with model.to(memory_format=torch.channels_last), the input too", None)
+            Change("convert model and input with .to(memory_format=torch.channels_last)", None)
         )
     known = [change for change in found if change.saves]
     unknown = [change for change in found if change.saves is None]
@@ -86,7 +86,7 @@ def changes(savings: Savings) -> list[Change]:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What `bnres doctor` prints."""
+    """What ``bnres doctor`` prints."""
 
     facts: dict[str, str]
     findings: list[Finding]
@@ -110,15 +110,17 @@ class Diagnosis:
             return []
         s = self.savings
         lines = [f"{self.model}: {s.fused} of {s.norms} batch norms are fused"]
-        lines += [f"  {name} is not: {reason}" for name, reason in s.reasons.items()]
+        lines += [f"  {name} is not fused: {reason}" for name, reason in s.reasons.items()]
         lines += [
-            "derived for a training step of the fused batch norms, not measured:",
-            f"  {_mb(s.stock_bytes)} an image with torch's own layers, {_mb(s.fused_bytes)} fused",
-            f"  {s.stock_launches} launches with torch's own layers, {s.fused_launches} fused",
+            "derived for the fused batch norms in a training step, not measured:",
+            f"  {_mb(s.stock_bytes)} per image with torch's layers, {_mb(s.fused_bytes)} fused",
+            f"  {s.stock_launches} launches with torch's layers, {s.fused_launches} fused",
             f"channels_last: {_yes(s.channels_last)}; autocast or 16 bits: {_yes(s.half)}",
         ]
         for change in self.changes or []:
-            saves = "" if change.saves is None else f" (derived: {_mb(change.saves)} an image less)"
+            saves = (
+                "" if change.saves is None else f" (derived: saves {_mb(change.saves)} per image)"
+            )
             lines.append(f"  {change.do}{saves}")
         return lines
 
@@ -132,11 +134,11 @@ def _yes(value: bool) -> str:
 
 
 def diagnose(name: str | None = None, shape: tuple[int, ...] | None = None) -> Diagnosis:
-    """Examines this machine and, with a name, that model.
+    """Examines this machine and, if a name is given, a model.
 
     Args:
-        name: of a model, as `bnres.models.create_model` takes it.
-        shape: of the model's input, with two images or more.
+        name: name of the model, see `bnres.models.create_model`.
+        shape: shape of the model's input, with at least two images.
     """
 
     findings = [finding for check in CHECKS if (finding := check()) is not None]
@@ -144,9 +146,9 @@ def diagnose(name: str | None = None, shape: tuple[int, ...] | None = None) -> D
     if name is not None and shape is not None:
         try:
             savings = _derive(name, shape)
-        except Exception as error:  # what was found on the machine is still told
+        except Exception as error:  # the findings about the machine are still reported
             problem = f"model {name!r} can't be examined: {describe(error)}"
-            findings.append(Finding(problem, "name another model, or give its --input"))
+            findings.append(Finding(problem, "use another model or another --input"))
     steps = None if savings is None else changes(savings)
     return Diagnosis(facts(), findings, name, savings, steps)
 

@@ -1,7 +1,10 @@
-"""What fusing a model saves in a training step, derived from shapes: nothing is measured.
+"""Derives from shapes, without measuring, what fusing a model saves in a training step.
 
-Bytes are counted in passes over the activation that a batch norm normalises: a batch norm reads it once
-for its statistics and once to apply them. Launches are those of ATen's own kernels against ours.
+Bytes are counted in passes: a pass reads or writes, once, a tensor of the size of the batch norm's
+input. For instance, the forward of a batch norm reads its input once for the statistics and once to
+apply them. Launches are those of ATen's kernels and of bnres's kernels.
+
+A pattern names the fused layers as `explain` does, for instance ``conv-bn-add-act``.
 """
 
 import copy
@@ -15,11 +18,13 @@ from bnres.fusion import explain
 from bnres.fusion.explain import is_norm
 
 HALF, SINGLE = 2, 4
-INDEX_BYTES = 8  # of torch's max-pool, for each output
-POOLED = 1 / 4  # outputs of a max-pool of stride 2 for each of its inputs
-# Each counts its batch, makes statistics, running statistics and output; and in backward sums and dx.
+INDEX_BYTES = 8  # bytes of the index that torch's max-pool writes for each output
+POOLED = 1 / 4  # outputs per input of a max-pool of stride 2
+# torch's batch norm has four launches in forward (num_batches_tracked, statistics, running
+# statistics, output) and two in backward (sums, dx).
 STOCK_NORM_LAUNCHES = 6
-# Of ours: statistics, their combination; the output; backward's sums, their combination; dx.
+# Our operation has two launches for each batch norm (partial statistics, and their combination) and
+# four others: the output; in backward the partial sums, their combination, and dx.
 STATISTICS_LAUNCHES, OTHER_LAUNCHES = 2, 4
 
 
@@ -28,7 +33,7 @@ def _parts(pattern: str) -> list[str]:
 
 
 def stock_passes(pattern: str, itemsize: int) -> float:
-    """Passes of torch's own layers, forward and backward, in place of a pattern of `explain`."""
+    """Passes of torch's layers for a pattern, forward and backward together."""
     parts = _parts(pattern)
     found = 8.0 * parts.count("bn") + 3 * ("add" in parts) + 5 * ("act" in parts)
     if "pool" in parts:
@@ -37,7 +42,7 @@ def stock_passes(pattern: str, itemsize: int) -> float:
 
 
 def fused_passes(pattern: str, itemsize: int) -> float:
-    """Passes of our operation, forward and backward."""
+    """Passes of the fused operation for a pattern, forward and backward together."""
     parts = _parts(pattern)
     bit = 1 / (8 * itemsize)
     if "pool" in parts:
@@ -50,31 +55,35 @@ def fused_passes(pattern: str, itemsize: int) -> float:
 
 
 def stock_launches(pattern: str) -> int:
-    """Launches of torch's own layers, forward and backward."""
+    """Launches of torch's layers for a pattern, forward and backward together."""
     parts = _parts(pattern)
     others = ("add" in parts) + 2 * ("act" in parts) + 2 * ("pool" in parts)
     return STOCK_NORM_LAUNCHES * parts.count("bn") + others
 
 
 def fused_launches(pattern: str) -> int:
-    """Launches of our operation, forward and backward."""
+    """Launches of the fused operation for a pattern, forward and backward together."""
     norms = _parts(pattern).count("bn")
     return STATISTICS_LAUNCHES * norms + OTHER_LAUNCHES
 
 
 @dataclass(frozen=True)
 class Savings:
-    """What is derived for a model, for a training step; bytes are for each image.
+    """What fusing a model saves in a training step. Bytes are per image.
+
+    A site is a batch norm with the layers that are fused with it. Bytes and launches count only the
+    sites that are fused.
 
     Attributes:
-        norms: batch norms of the model.
-        fused: those of them that our operations run.
-        reasons: why the others are not fused, by name.
-        stock_bytes, fused_bytes: moved by the fused sites, in the model's precision.
-        half_bytes: by the fused sites fused, in 16 bits.
-        stock_launches, fused_launches: of the fused sites.
+        norms: number of batch norms.
+        fused: number of batch norms that are fused.
+        reasons: why each other batch norm is not fused, by its name.
+        stock_bytes, fused_bytes: bytes moved by torch's layers and by the fused operations, in the
+            model's precision.
+        half_bytes: bytes moved by the fused operations in 16 bits.
+        stock_launches, fused_launches: launches of torch's layers and of the fused operations.
         channels_last: whether the convolutions' filters are in channels_last.
-        half: whether autocast is on, or the activations have 16 bits anyway.
+        half: whether autocast is on or the activations have 16 bits.
     """
 
     norms: int
@@ -90,11 +99,11 @@ class Savings:
 
 
 def derive(model: nn.Module, x: torch.Tensor) -> Savings:
-    """The savings of a model in the mode that it is in.
+    """Derives the savings of a model in its current mode.
 
     Args:
-        model: of torch's own layers.
-        x: an example of its input, of two images or more.
+        model: a model of torch's layers.
+        x: an example of its input, with at least two images.
     """
     report = explain(model, x)
     sizes = _elements(model, x)
@@ -103,7 +112,7 @@ def derive(model: nn.Module, x: torch.Tensor) -> Savings:
     stock = fused = small = 0.0
     launches = [0.0, 0.0]
     for site in report.fused:
-        # A site of two batch norms has two rows.
+        # A pattern of two batch norms has two sites in the report.
         share = 1 / _parts(site.pattern).count("bn")
         elements = sizes.get(site.name, 0) / x.shape[0] * share
         stock += stock_passes(site.pattern, itemsize) * itemsize * elements
@@ -112,7 +121,8 @@ def derive(model: nn.Module, x: torch.Tensor) -> Savings:
         launches[0] += stock_launches(site.pattern) * share
         launches[1] += fused_launches(site.pattern) * share
     return Savings(
-        norms=len(report.sites), fused=len(report.fused), reasons={s.name: s.reason for s in report.sites if not s.fused},
+        norms=len(report.sites), fused=len(report.fused),
+        reasons={s.name: s.reason for s in report.sites if not s.fused},
         stock_bytes=round(stock), fused_bytes=round(fused), half_bytes=round(small),
         stock_launches=round(launches[0]), fused_launches=round(launches[1]),
         channels_last=is_channels_last(model), half=half,
@@ -120,7 +130,7 @@ def derive(model: nn.Module, x: torch.Tensor) -> Savings:
 
 
 def _elements(model: nn.Module, x: torch.Tensor) -> dict[str, int]:
-    """Elements that each batch norm of a model normalises, by a call of a copy."""
+    """Number of elements that each batch norm normalises, by its name, from a call of a copy."""
     found: dict[str, int] = {}
     twin = copy.deepcopy(model)
     for name, module in twin.named_modules():
@@ -136,7 +146,10 @@ def _elements(model: nn.Module, x: torch.Tensor) -> dict[str, int]:
 
 
 def is_channels_last(model: nn.Module) -> bool:
-    """Whether every filter of a 2-d convolution that has more than one tap is in channels_last."""
+    """Whether all filters of 2-d convolutions are in channels_last.
+
+    Ignores filters of one tap or one input channel, whose memory is the same in both formats.
+    """
     filters = [m.weight for m in model.modules() if isinstance(m, nn.Conv2d)]
     return all(
         w.is_contiguous(memory_format=torch.channels_last)

@@ -1,4 +1,4 @@
-"""Residual nets of fused layers."""
+"""Residual networks of fused layers."""
 
 from bnres.models.blocks import Residual
 from bnres.models.factories import is_factory

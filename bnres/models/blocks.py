@@ -1,7 +1,8 @@
-"""Residual blocks of the layers they are given: torch's own or fused ones, under the same names.
+"""Residual blocks, built from torch's layers or from fused layers, with the same parameter names.
 
-``block(x, skip, fork=True)`` reads ``skip`` in the shortcut and returns its output as two tensors, see
-`bnres.models.chain`. ``readers`` lists the modules that read the block's input.
+In ``block(x, skip, fork=True)`` the shortcut reads ``skip`` instead of ``x``, and the output is
+returned as two tensors; see `bnres.models.chain`. ``readers()`` returns the modules that read the
+block's input.
 """
 
 from typing import Any, ClassVar
@@ -14,7 +15,7 @@ from bnres.nn.hooks import hooked
 
 
 def conv(in_channels: int, out_channels: int, kernel_size: int, stride: int = 1) -> nn.Conv2d:
-    """A convolution without bias that keeps the size (at stride 1)."""
+    """Returns a convolution without bias; at stride 1 it keeps height and width."""
     return nn.Conv2d(
         in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2, bias=False
     )
@@ -23,7 +24,7 @@ def conv(in_channels: int, out_channels: int, kernel_size: int, stride: int = 1)
 def projection(
     in_channels: int, out_channels: int, stride: int, norm_act: NormAct
 ) -> nn.Sequential | None:
-    """A shortcut's convolution and batch norm, None where the input has the output's shape."""
+    """Returns a shortcut's convolution and batch norm, or None if its shape does not change."""
     if stride == 1 and in_channels == out_channels:
         return None
     norm, _ = norm_act(out_channels, act=None)
@@ -40,7 +41,11 @@ def _end(
     *,
     fork: bool,
 ) -> Any:
-    """act(bn(conv(x)) + shortcut(skip)); with ``fork`` two of it, by one operation if it can."""
+    """act(bn(conv(x)) + shortcut(skip)); with ``fork`` a pair of it.
+
+    If ``act`` is an identity, because ``bn`` includes the activation, one operation returns the
+    pair. Otherwise the pair is one tensor twice.
+    """
     if fork and type(act) is nn.Identity and not hooked(act):
         return conv_and_norm(conv, bn, x, skip, shortcut, fork=True)
     y = act(conv_and_norm(conv, bn, x, skip, shortcut))
@@ -51,10 +56,11 @@ class BasicBlock(nn.Module):
     """3×3 convolution, BN, ReLU, 3×3 convolution, BN, add, ReLU (He et al., arXiv 1512.03385).
 
     Args:
-        in_channels: channels of the input.
-        channels: channels of the 3×3 convolutions; the output has ``expansion`` times as many.
+        in_channels: number of channels of the input.
+        channels: number of channels of the 3×3 convolutions. The output has ``expansion`` times as
+            many.
         stride: stride of the block.
-        norm_act: builds each batch norm and the activation after it, see `bnres.models.layers`.
+        norm_act: builds a batch norm and the activation after it, see `bnres.models.layers`.
     """
 
     expansion: ClassVar[int] = 1
@@ -79,9 +85,9 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1×1, 3×3 and 1×1 convolutions, each with BN; the stride is the 3×3's, as in torchvision.
+    """1×1, 3×3 and 1×1 convolution, each followed by BN; add; ReLU (He et al., arXiv 1512.03385).
 
-    The arguments are those of `BasicBlock`.
+    As in torchvision, the 3×3 convolution has the stride. The arguments are those of `BasicBlock`.
     """
 
     expansion: ClassVar[int] = 4
@@ -110,14 +116,17 @@ class Bottleneck(nn.Module):
 
 
 class Residual(nn.Module):
-    """The course's block: a `BasicBlock` with other names, all convolutions with bias.
+    """The residual block of the d2l.ai course.
+
+    It differs from `BasicBlock` in its names, in the bias of its convolutions, and in a shortcut
+    without batch norm.
 
     Args:
-        input_channels: channels of the input.
-        num_channels: channels of the output.
-        use_1x1conv: put a 1×1 convolution (without batch norm) into the shortcut.
-        strides: stride of the first convolution and of the shortcut's.
-        norm_act: builds each batch norm and the activation after it, see `bnres.models.layers`.
+        input_channels: number of channels of the input.
+        num_channels: number of channels of the output.
+        use_1x1conv: whether the shortcut has a 1×1 convolution.
+        strides: stride of the first convolution and of the shortcut's convolution.
+        norm_act: builds a batch norm and the activation after it, see `bnres.models.layers`.
     """
 
     def __init__(

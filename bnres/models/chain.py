@@ -1,9 +1,11 @@
-"""Runs modules in turn so that a residual block's two readers get a tensor each.
+"""Calls modules one after another, and passes each block's output to the next block as two tensors.
 
-A block's output has two readers, the next block's convolution and its shortcut. The operation that
-computes the output returns it twice (``fork=True``), so that its backward gets both gradients and
-autograd does not add them. No caller, hook or module but the two readers is given one of the two
-tensors: its gradient would be only a part of the output's.
+Two modules read a block's output: the next block's convolution and its shortcut. The operation that
+computes the output returns it as two tensors (``fork=True``), one for each reader. Its backward
+then gets both gradients and adds them itself, so autograd needs no extra pass to add them.
+
+Only these two readers may get one of the two tensors. The gradient of each tensor is only a part of
+the output's gradient, so a caller, a hook or another module would see a wrong gradient.
 """
 
 from collections.abc import Iterable
@@ -16,22 +18,22 @@ from bnres.models.blocks import BasicBlock, Bottleneck, Residual
 from bnres.nn import BatchNormAct2d, BatchNormActMaxPool2d
 from bnres.nn.hooks import hooked
 
-# Only these very classes: a subclass may do anything with what it is given.
+# Exactly these classes, because a subclass may use its inputs in other ways.
 BLOCKS = (BasicBlock, Bottleneck, Residual)
 READERS = (nn.Conv2d, BatchNormAct2d, nn.Sequential, type(None))
 STEMS = (BatchNormAct2d, BatchNormActMaxPool2d)
 
 
 class Chain(nn.Sequential):
-    """A `torch.nn.Sequential` whose residual blocks get the block before them as two tensors."""
+    """A `torch.nn.Sequential` that passes each block's output to the next block as two tensors."""
 
     def forward(self, x: Any) -> Any:
         return run(self, x)
 
 
 def run(modules: Iterable[nn.Module], x: Any) -> Any:
-    """What the modules, called in turn, make of ``x``."""
-    # Exported programs and torch.fx's graphs show each module's own call.
+    """Calls the modules one after another, starting with ``x``, and returns the last output."""
+    # Exported programs and graphs of torch.fx contain plain calls of the modules.
     if is_exporting() or not isinstance(x, Tensor):
         for module in modules:
             x = module(x)
@@ -51,7 +53,7 @@ def run(modules: Iterable[nn.Module], x: Any) -> Any:
 
 
 def _calls(modules: Iterable[Any]) -> list[nn.Module]:
-    """The modules to call: those inside of sequences, without identities."""
+    """Returns the modules to call: those inside sequences, without identities."""
     found = []
     for module in modules:
         if type(module) in (nn.Sequential, Chain) and not hooked(module):
@@ -62,7 +64,7 @@ def _calls(modules: Iterable[Any]) -> list[nn.Module]:
 
 
 def takes_two(module: Any) -> bool:
-    """Whether a module is a residual block, with nothing in it that may watch or change its input."""
+    """Whether a module is a residual block whose input no hook and no unknown module reads."""
     if type(module) not in BLOCKS:
         return False
     readers = module.readers()

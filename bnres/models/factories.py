@@ -1,4 +1,4 @@
-"""Models that are not bnres's own: a user's, torchvision's, timm's."""
+"""Models from outside bnres: the user's, torchvision's, timm's."""
 
 import importlib
 import inspect
@@ -14,30 +14,30 @@ from torch import nn
 
 from bnres.fusion.dynamo import is_compiled
 
-# ImageNet's classes, which bnres's, torchvision's and timm's models have by default.
+# The classes of ImageNet: the default of bnres's, torchvision's and timm's models.
 NUM_CLASSES = 1000
 
 
 def is_factory(name: str) -> bool:
-    """Whether the name of a model names a factory, ``PACKAGE.MODULE:FACTORY``."""
+    """Whether the name of a model has the form ``PACKAGE.MODULE:FACTORY``."""
     return ":" in name
 
 
 def make_model(
     name: str, num_classes: int | None = None, in_channels: int | None = None
 ) -> nn.Module:
-    """The model that a factory returns.
+    """Calls a factory and returns its model.
 
     Args:
-        name: ``PACKAGE.MODULE:FACTORY``; ``torchvision:NAME`` and ``timm:NAME`` are models of theirs.
-            The current folder can be imported.
-        num_classes, in_channels: what a factory is given if its signature names them. ``in_chans``
-            is another name of ``in_channels``. A factory that needs ``num_classes`` gets 1000 by
-            default.
+        name: ``PACKAGE.MODULE:FACTORY``, where the module may be in the current folder; or
+            ``torchvision:NAME`` or ``timm:NAME`` for a model of theirs.
+        num_classes: passed to a factory whose signature has it; 1000 by default if the factory
+            requires it.
+        in_channels: passed to a factory whose signature has it, also under the name ``in_chans``.
 
     Raises:
-        ValueError: if there is no such factory, it needs other arguments, or returns no module
-            or a compiled one.
+        ValueError: if there is no such factory, or it requires other arguments, or does not return
+            a module, or returns a compiled one.
         ModuleNotFoundError: if a package that the factory needs is missing.
     """
     module, _, factory = name.partition(":")
@@ -59,18 +59,24 @@ def make_model(
     model = build(**named)
     if not isinstance(model, nn.Module):
         raise ValueError(
-            f"model must return a torch.nn.Module, but {name!r} returned {type(model).__name__}"
+            f"model must name a factory of a torch.nn.Module, but {name!r} returned "
+            f"{type(model).__name__}"
         )
     if is_compiled(model) or isinstance(model, torch.jit.ScriptModule):
         raise ValueError(
-            f"model must return a module that is not compiled, but {name!r} returned "
+            f"model must name a factory of a module that is not compiled, but {name!r} returned "
             f"{type(model).__name__}; --compile compiles it"
         )
     return model
 
 
 def _factory(name: str) -> Callable[..., Any]:
-    """The object that a name stands for, once it is known to be a factory."""
+    """Imports the factory that a name refers to.
+
+    Raises:
+        ValueError: if the name has another form, or does not refer to a callable that is not a
+            module.
+    """
     path, _, attribute = name.partition(":")
     names = [*path.split("."), *attribute.split(".")]
     if not all(each.isidentifier() for each in names):
@@ -82,8 +88,8 @@ def _factory(name: str) -> Callable[..., Any]:
         raise ValueError(f"model: module {path!r} has no {attribute!r}") from error
     if isinstance(found, nn.Module):
         raise ValueError(
-            f"model must name a function that returns a new module, but {name!r} is a module, "
-            f"{type(found).__name__}"
+            f"model must name a function that returns a new module, but {name!r} is a module of "
+            f"type {type(found).__name__}"
         )
     if not callable(found):
         raise ValueError(
@@ -93,19 +99,20 @@ def _factory(name: str) -> Callable[..., Any]:
 
 
 def _import(path: str) -> ModuleType:
-    """A module, from the current folder too, as with ``python -m``."""
+    """Imports a module; as with ``python -m``, it may be in the current folder."""
     here = os.getcwd()
     if here not in sys.path and "" not in sys.path:
         sys.path.insert(0, here)
     try:
-        # What a module draws when it is imported, once a process, must not change the weights.
+        # The module may draw random numbers, but only at its first import in a process. Without
+        # fork_rng the weights would depend on whether this is the first import.
         with torch.random.fork_rng([]):
             return importlib.import_module(path)
     except ModuleNotFoundError as error:
         if not f"{path}.".startswith(f"{error.name}."):
-            raise  # the user's module was found, and imports one that is missing
+            raise  # the user's module was found, but imports a missing module
         raise ValueError(
-            f"model: there is no module {error.name!r}, neither in the current folder nor installed"
+            f"model: module {error.name!r} is neither installed nor in the current folder"
         ) from error
 
 
@@ -113,7 +120,7 @@ def _of_torchvision(name: str, num_classes: int | None) -> nn.Module:
     from torchvision import models
 
     if name not in models.list_models(module=models):
-        raise ValueError(f"model: torchvision has no model {name!r} that classifies images")
+        raise ValueError(f"model: torchvision has no image classification model {name!r}")
     options = {} if num_classes is None else {"num_classes": num_classes}
     return models.get_model(name, weights=None, **options)  # type: ignore[no-any-return]
 

@@ -1,4 +1,4 @@
-"""The layers that a net is given: each batch norm with the activation and the pooling after it."""
+"""Builds batch norm, activation and pooling, either from torch's layers or as one fused layer."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,16 +14,16 @@ NormAct = Callable[..., list[Any]]
 def stock_norm_act(
     channels: int, act: str | None = "relu", *, pool: nn.MaxPool2d | None = None, dims: int = 2
 ) -> list[Any]:
-    """Torch's own batch norm, activation and, if it is given, pooling.
+    """Returns torch's batch norm, the activation and, if given, the pooling.
 
     Args:
-        channels: channels of the input.
-        act: name of the activation, None for none.
+        channels: number of channels of the input.
+        act: name of the activation, or None for no activation.
         pool: a pooling after the activation, or None.
-        dims: dimensions of an image: 2, or 1 for (N, C).
+        dims: 2 for inputs (N, C, H, W), 1 for inputs (N, C).
 
     Raises:
-        ValueError: for an unknown activation.
+        ValueError: if the activation is unknown.
     """
     norm = nn.BatchNorm1d(channels) if dims == 1 else nn.BatchNorm2d(channels)
     return [norm, as_module(act), *([] if pool is None else [pool])]
@@ -32,7 +32,7 @@ def stock_norm_act(
 def fused_norm_act(
     channels: int, act: str | None = "relu", *, pool: nn.MaxPool2d | None = None, dims: int = 2
 ) -> list[Any]:
-    """As `stock_norm_act`, with everything in the batch norm; the activation and the pooling become an Identity each."""
+    """As `stock_norm_act`, but the first layer computes everything; the others are identities."""
     if pool is None:
         cls = BatchNormAct1d if dims == 1 else BatchNormAct2d
         return [cls(channels, act_layer=act), nn.Identity()]

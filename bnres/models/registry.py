@@ -23,7 +23,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 }
 
 
-# Inputs that the nets with a fixed size or number of channels are made for.
+# Input shapes of the models that need another input than DEFAULT_INPUT_SHAPE.
 INPUT_SHAPES = {
     "resnet18-seed": (1, 1, 224, 224),
     "resnet18-seed-cifar": (1, 3, 32, 32),
@@ -33,7 +33,7 @@ DEFAULT_INPUT_SHAPE = (1, 3, 224, 224)
 
 
 def check_model_name(name: str) -> None:
-    """Raises ValueError for a name that is none of `MODELS` and names no factory."""
+    """Raises a ValueError unless a name is in `MODELS` or has the form of a factory's name."""
     if name not in MODELS and not is_factory(name):
         raise ValueError(
             f"model must be one of {', '.join(MODELS)}, or PACKAGE.MODULE:FACTORY, got {name!r}"
@@ -41,21 +41,23 @@ def check_model_name(name: str) -> None:
 
 
 def create_model(name: str, *, fused: bool = True, **options: Any) -> nn.Module:
-    """Builds a model of `MODELS`, or by the factory that ``PACKAGE.MODULE:FACTORY`` names.
+    """Builds a model of `MODELS`, or calls a factory.
 
     Args:
-        name: of the model. ``torchvision:NAME`` and ``timm:NAME`` are models of theirs.
-        fused: of fused layers, or fused by `bnres.fuse` where a factory builds it.
-        options: the model's; a factory gets of ``num_classes`` and ``in_channels`` what its
-            signature names, and takes no others.
+        name: a name in `MODELS`; or ``torchvision:NAME``, ``timm:NAME`` or
+            ``PACKAGE.MODULE:FACTORY``, see `make_model`.
+        fused: whether to build the model from fused layers, or for a factory's model to fuse it
+            with `bnres.fuse`.
+        options: options of the model. A factory's model has only ``num_classes`` and
+            ``in_channels``.
 
     Raises:
-        ValueError: for an unknown name, an option that the model does not have, or as `make_model`.
+        ValueError: if the name is unknown, the model does not have an option, or as `make_model`.
     """
     check_model_name(name)
     if is_factory(name):
         for option in options.keys() - {"num_classes", "in_channels"}:
-            raise ValueError(f"{option}: only bnres's own models have it, not {name!r}")
+            raise ValueError(f"{option} works only with models of bnres, got model {name!r}")
         model = make_model(name, **options)
         return fuse(model, inplace=True) if fused else model
     build = MODELS[name]

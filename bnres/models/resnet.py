@@ -1,4 +1,4 @@
-"""ResNets with torchvision's parameter names and numerics, of fused or of stock layers."""
+"""ResNets of fused or stock layers, with torchvision's parameter names and numerics."""
 
 from functools import partial
 from typing import Any
@@ -13,20 +13,21 @@ STEMS = ("imagenet", "cifar")
 
 
 class ResNet(nn.Module):
-    """A ResNet (He et al., arXiv 1512.03385) on (N, in_channels, H, W), returning (N, num_classes).
+    """A ResNet (He et al., arXiv 1512.03385): maps (N, in_channels, H, W) to (N, num_classes).
 
     Args:
         block: class of the residual block.
-        depths: blocks in each of the four stages.
-        num_classes: size of the output.
-        in_channels: channels of the input.
-        fused: take fused layers; torch's own if False.
-        stem: ``"imagenet"`` (7×7, stride 2, max-pool) or ``"cifar"`` (3×3, stride 1, no pool).
+        depths: number of blocks in each of the four stages.
+        num_classes: number of classes.
+        in_channels: number of channels of the input.
+        fused: whether to use fused layers; otherwise torch's layers.
+        stem: ``"imagenet"`` (7×7 convolution of stride 2, max-pool) or ``"cifar"`` (3×3 convolution
+            of stride 1, no pooling).
         act: name of the activation.
-        zero_init_residual: start the last weight of each block's batch norms at zero.
+        zero_init_residual: whether to initialise the weight of each block's last batch norm to 0.
 
     Raises:
-        ValueError: for an unknown stem or activation.
+        ValueError: if the stem or the activation is unknown.
     """
 
     def __init__(
@@ -62,7 +63,7 @@ class ResNet(nn.Module):
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.flatten = nn.Flatten()
         self.fc = nn.Linear(width, num_classes)
-        # He's initialisation of the convolutions, torch's own of the rest.
+        # Convolutions get He's initialisation; the other layers keep torch's.
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -78,25 +79,25 @@ class ResNet(nn.Module):
 
 
 def resnet18(num_classes: int = 1000, in_channels: int = 3, **options: Any) -> ResNet:
-    """ResNet-18; ``options`` are those of `ResNet`, ``fused=False`` takes torch's own layers."""
+    """ResNet-18; ``options`` are those of `ResNet`. ``fused=False`` uses torch's layers."""
     return ResNet(BasicBlock, (2, 2, 2, 2), num_classes, in_channels, **options)
 
 
 def resnet34(num_classes: int = 1000, in_channels: int = 3, **options: Any) -> ResNet:
-    """ResNet-34; ``options`` are those of `ResNet`, ``fused=False`` takes torch's own layers."""
+    """ResNet-34; ``options`` are those of `ResNet`. ``fused=False`` uses torch's layers."""
     return ResNet(BasicBlock, (3, 4, 6, 3), num_classes, in_channels, **options)
 
 
 def resnet50(num_classes: int = 1000, in_channels: int = 3, **options: Any) -> ResNet:
-    """ResNet-50; ``options`` are those of `ResNet`, ``fused=False`` takes torch's own layers."""
+    """ResNet-50; ``options`` are those of `ResNet`. ``fused=False`` uses torch's layers."""
     return ResNet(Bottleneck, (3, 4, 6, 3), num_classes, in_channels, **options)
 
 
 def resnet101(num_classes: int = 1000, in_channels: int = 3, **options: Any) -> ResNet:
-    """ResNet-101; ``options`` are those of `ResNet`, ``fused=False`` takes torch's own layers."""
+    """ResNet-101; ``options`` are those of `ResNet`. ``fused=False`` uses torch's layers."""
     return ResNet(Bottleneck, (3, 4, 23, 3), num_classes, in_channels, **options)
 
 
 def resnet152(num_classes: int = 1000, in_channels: int = 3, **options: Any) -> ResNet:
-    """ResNet-152; ``options`` are those of `ResNet`, ``fused=False`` takes torch's own layers."""
+    """ResNet-152; ``options`` are those of `ResNet`. ``fused=False`` uses torch's layers."""
     return ResNet(Bottleneck, (3, 8, 36, 3), num_classes, in_channels, **options)

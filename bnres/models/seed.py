@@ -1,4 +1,4 @@
-"""The nets of the course the project starts from (d2l.ai: batch normalization, ResNet)."""
+"""The networks of the d2l.ai course's chapters on batch normalization and ResNet."""
 
 from functools import partial
 from itertools import pairwise
@@ -13,7 +13,7 @@ from bnres.models.layers import fused_norm_act, stock_norm_act
 def _resnet18(
     conv: nn.Conv2d, num_classes: int, fused: bool, pool: nn.MaxPool2d | None = None
 ) -> nn.Sequential:
-    """A stem that begins with ``conv``, four stages of two blocks each, and the classifier."""
+    """Returns a ResNet-18: a stem that starts with ``conv``, four stages of two blocks, a head."""
     norm_act = fused_norm_act if fused else stock_norm_act
     return Chain(
         nn.Sequential(conv, *norm_act(64, pool=pool)),
@@ -33,7 +33,7 @@ def _resnet18(
 def resnet18_seed(
     num_classes: int = 10, in_channels: int = 1, *, fused: bool = True
 ) -> nn.Sequential:
-    """The course's ResNet-18, on (N, 1, 224, 224): a `torch.nn.Sequential` of its stages."""
+    """Returns the course's ResNet-18 for inputs (N, 1, 224, 224), as a sequence of its stages."""
     conv = nn.Conv2d(in_channels, 64, kernel_size=7, stride=2, padding=3)
     return _resnet18(conv, num_classes, fused, nn.MaxPool2d(3, 2, 1))
 
@@ -41,13 +41,13 @@ def resnet18_seed(
 def resnet18_seed_cifar(
     num_classes: int = 10, in_channels: int = 3, *, fused: bool = True
 ) -> nn.Sequential:
-    """The ResNet-18 of the course's augmentation chapter, for small images: no pooling."""
+    """Returns the ResNet-18 of the course's augmentation chapter, which has no max-pool."""
     conv = nn.Conv2d(in_channels, 64, kernel_size=3, stride=1, padding=1)
     return _resnet18(conv, num_classes, fused)
 
 
 def lenet_seed(num_classes: int = 10, in_channels: int = 1, *, fused: bool = True) -> nn.Sequential:
-    """The course's LeNet with batch norm and sigmoids, on (N, 1, 28, 28)."""
+    """Returns the course's LeNet with batch norm and sigmoids, for inputs (N, 1, 28, 28)."""
     norm_act = partial(fused_norm_act if fused else stock_norm_act, act="sigmoid")
     return nn.Sequential(
         nn.Conv2d(in_channels, 6, kernel_size=5),

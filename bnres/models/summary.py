@@ -1,4 +1,4 @@
-"""The stages of a model, the shapes of their outputs and the number of their parameters."""
+"""Summarises a model: its stages, with their output shapes and numbers of parameters."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,11 +15,12 @@ class Stage:
     """A direct child of a model.
 
     Attributes:
-        name: of the child.
-        cls: its class.
-        shape: of its first output, or None if that is no tensor, or if it was not called.
-        parameters: how many numbers its parameters are.
-        note: what else there is to know, such as ``called 2 times``; may be empty.
+        name: name of the child.
+        cls: name of its class.
+        shape: shape of its first output; None if the output is not a tensor or the child was not
+            called.
+        parameters: number of elements of its parameters.
+        note: further facts, such as ``called 2 times``; may be empty.
     """
 
     name: str
@@ -31,9 +32,9 @@ class Stage:
 
 @dataclass(frozen=True)
 class Summary:
-    """The stages of a model, and its own output and parameters, as in `Stage`.
+    """The stages of a model, and a row for the whole model.
 
-    Parameters that several stages share count once in the total.
+    In the total, parameters that several stages share count once.
     """
 
     stages: list[Stage]
@@ -60,14 +61,19 @@ class Summary:
 
 
 def summarize(model: nn.Module, shape: tuple[int, ...]) -> Summary:
-    """The stages in the order in which an input of this shape runs through them; then those not called.
+    """Returns a summary of a model, with the stages in the order in which they are called.
 
-    The model runs in eval mode on zeros; its modules' modes are restored.
+    Stages that are not called come last. The model is called on zeros in eval mode; afterwards the
+    mode of each of its modules is restored.
+
+    Args:
+        model: the model.
+        shape: shape of the input.
 
     Raises:
-        ValueError: if the model does not take such an input.
+        ValueError: if the model does not accept such an input.
     """
-    # With a child that has two names twice; `named_children` leaves out the second.
+    # named_children would list a child with two names only once.
     children = {name: child for name, child in model._modules.items() if child is not None}
     outputs: dict[nn.Module, list[Any]] = {}
 
@@ -92,7 +98,7 @@ def summarize(model: nn.Module, shape: tuple[int, ...]) -> Summary:
 
 
 def described(output: Any) -> tuple[int, ...] | str:
-    """The shape of an output, or what it is if it is no tensor."""
+    """The shape of an output; or, if it is not a tensor, a text that describes it."""
     if isinstance(output, Tensor):
         return tuple(output.shape)
     if isinstance(output, tuple | list):
@@ -130,7 +136,7 @@ def _stage(name: str, module: nn.Module, outputs: list[Any], *notes: str) -> Sta
 
 
 def _outside(model: nn.Module) -> Iterator[Stage]:
-    """A row for the parameters that are no child's, if there are any."""
+    """Yields a row for the model's direct parameters, if it has any."""
     count = sum(p.numel() for p in model.parameters(recurse=False))
     if count:
         yield Stage("-", type(model).__name__, None, count, "parameters outside of the stages")

@@ -1,4 +1,4 @@
-"""Calls a model to see whether it takes an input."""
+"""Calls a model to check whether it accepts an input."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,20 +10,20 @@ from bnres.errors import first_line, is_out_of_memory
 
 
 def shape_text(shape: tuple[int, ...]) -> str:
-    """A shape as users write it, such as ``1x3x224x224``."""
+    """A shape in the form of the command line, such as ``1x3x224x224``."""
     return "x".join(map(str, shape)) or "scalar"
 
 
 def try_call(call: Callable[[Tensor], Any], images: Tensor, name: str = "the model") -> Any:
-    """What a model returns for an input, without gradients.
+    """Calls a model without gradients and returns its output.
 
     Args:
         call: the model.
         images: the input.
-        name: what an error calls the model.
+        name: name of the model in errors.
 
     Raises:
-        ValueError: if the model does not take such an input; it names the input's shape.
+        ValueError: if the model does not accept the input; the error names the input's shape.
     """
     try:
         with torch.no_grad():
@@ -32,4 +32,6 @@ def try_call(call: Callable[[Tensor], Any], images: Tensor, name: str = "the mod
         if is_out_of_memory(error):
             raise
         shape = shape_text(tuple(images.shape))
-        raise ValueError(f"{name} takes no input of {shape}: {first_line(error)}") from error
+        raise ValueError(
+            f"{name} does not accept inputs of {shape}: {first_line(error)}"
+        ) from error

@@ -1,4 +1,4 @@
-"""Training: config, state, loop, checkpoint, outputs, each a module of its own."""
+"""Training: one module each for the options, the state, the loop, checkpoints and output files."""
 
 from bnres.train.config import TrainConfig
 from bnres.train.library import train_model

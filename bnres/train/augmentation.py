@@ -1,4 +1,4 @@
-"""The augmentation of a run's images."""
+"""Builds the augmentation of a run's images."""
 
 from functools import partial
 
@@ -19,17 +19,21 @@ from bnres.train.config import DTYPES, TrainConfig
 
 
 def chains(config: TrainConfig, dataset: ImageDataset | FolderDataset) -> tuple[Compose, Compose]:
-    """The chains of training images and of held-out ones, which return the model's inputs.
+    """Returns the augmentation of training images, and that of held-out images.
 
-    They round to the dtype of mixed precision, which autocast would do in two more passes over memory.
+    Both output the dtype of mixed precision. Autocast would need two more passes over memory to
+    round to it.
+
+    Raises:
+        ValueError: if ``config.crop_size`` exceeds the images' height or width.
     """
     crop: list[Transform] = []
     middle: list[Transform] = []
     if config.crop_size is not None:
         if config.crop_size > min(dataset.size):
             raise ValueError(
-                f"crop_size must be at most {min(dataset.size)} (the images of {dataset.name}), "
-                f"got {config.crop_size}"
+                f"crop_size must be at most {min(dataset.size)}, the shorter side of the images of "
+                f"{dataset.name}, got {config.crop_size}"
             )
         crop = [RandomResizedCrop(config.crop_size, scale=(config.crop_scale, 1.0))]
         middle = [CenterCrop(config.crop_size)]

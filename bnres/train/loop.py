@@ -1,4 +1,4 @@
-"""One epoch of training, one pass of evaluation."""
+"""Trains for one epoch, and evaluates on the held-out set."""
 
 import time
 from collections.abc import Callable
@@ -16,22 +16,25 @@ from bnres.train.distributed import World
 from bnres.train.passes import autocast
 from bnres.train.state import TrainState
 
-# Batches between looks at the loss, which wait for the device.
+# Number of batches between checks of the loss. A check waits for the device.
 LOOK_EVERY = 50
 
 
 class NonFiniteLoss(RuntimeError):
-    """The loss is no number any more."""
+    """Raised when the training loss is infinite or NaN."""
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """Means over an epoch's batches and images, its times in seconds, and the loss of each batch.
+    """What training for one epoch gives.
 
     Attributes:
-        seconds: of the batches trained in this process.
-        wait_seconds: of these, the wait for the next batch.
-        images_per_second: the wait included.
+        loss: mean loss of the batches.
+        accuracy: share of the images that were classified correctly.
+        seconds: time since the epoch was started or resumed, in seconds.
+        wait_seconds: the part of ``seconds`` spent waiting for the next batch.
+        images_per_second: images divided by ``seconds``, over all processes.
+        step_losses: the loss of each batch of the epoch.
     """
 
     loss: float
@@ -52,19 +55,20 @@ def train_epoch(
     config: TrainConfig,
     on_batch: Callable[[], None] = lambda: None,
 ) -> TrainResult:
-    """Trains to the end of the epoch, from the batch that the state stands at.
+    """Trains from batch ``state.batch`` to the end of the epoch.
 
-    Losses stay on the device; every so often one is looked at.
+    Losses stay on the device and are checked every ``LOOK_EVERY`` batches, because each check waits
+    for the device.
 
     Args:
-        state: what is trained.
+        state: the state of the run; it is updated.
         batches: the data.
-        config: the run.
-        on_batch: called behind each batch, the state being one that can be saved if no gradients
-            are being added up.
+        config: the options of the run.
+        on_batch: called after each batch. The state can be saved then, unless the batch is one of
+            ``config.accumulate`` whose gradients are still being added.
 
     Raises:
-        NonFiniteLoss: if a loss is infinite or no number; the state is at the batch behind it.
+        NonFiniteLoss: as `look`.
     """
     state.forward.train()
     images_seen, waited = 0, 0.0
@@ -99,20 +103,20 @@ def train_epoch(
 def train_batch(
     state: TrainState, images: Tensor, labels: Tensor, config: TrainConfig, batches: int
 ) -> None:
-    """Forward and backward of a batch, and a step behind every ``config.accumulate`` of them.
+    """Runs forward and backward of a batch, and a step after every ``config.accumulate`` batches.
 
     Args:
-        state: what is trained.
+        state: the state of the run; it is updated.
         images, labels: the batch.
-        config: the run.
-        batches: how many an epoch has.
+        config: the options of the run.
+        batches: number of batches in an epoch.
     """
     if state.batch % config.accumulate == 0:
         state.optimizer.zero_grad(set_to_none=True)
     done = state.batch % config.accumulate
     group = min(config.accumulate, batches - state.batch + done)
     steps = done + 1 == group
-    # Processes exchange gradients once a step.
+    # Processes exchange gradients once per step, not once per batch.
     alone = state.world.size > 1 and not steps
     with state.forward.no_sync() if alone else nullcontext():
         loss, correct = state.passes(images, labels, group)
@@ -131,7 +135,10 @@ def train_batch(
 
 
 def look(state: TrainState) -> None:
-    """Raises `NonFiniteLoss` if one of the last losses, in any process, is no number."""
+    """Raises `NonFiniteLoss` if one of the last ``LOOK_EVERY`` losses is not finite.
+
+    Every process must call it; the losses are averaged over the processes.
+    """
     recent = state.world.sum(torch.stack(state.losses[-LOOK_EVERY:])) / state.world.size
     wrong = (~recent.isfinite()).nonzero()
     if len(wrong):
@@ -145,9 +152,9 @@ def look(state: TrainState) -> None:
 def evaluate(
     model: Any, batches: EpochBatches, config: TrainConfig, world: World | None = None
 ) -> tuple[float, float]:
-    """Mean loss and accuracy on the held-out images, in eval mode.
+    """Returns the mean loss and the accuracy on the held-out set; leaves the model in eval mode.
 
-    Several processes take a part each, of equal length or not, and add up.
+    Each process evaluates its part of the images, and the results are summed over the processes.
     """
     world = world or World()
     model.eval()

@@ -1,4 +1,4 @@
-"""torch's optimisers and schedules, as a run asks for them."""
+"""Builds a run's optimiser, learning-rate schedule and initial weights."""
 
 import torch
 from torch import nn
@@ -6,21 +6,22 @@ from torch.optim import lr_scheduler
 
 from bnres.train.config import TrainConfig
 
-# In a one-cycle schedule momentum falls by this while the learning rate rises, and comes back.
+# A one-cycle schedule lowers momentum by this while the learning rate rises, then raises it again.
 MOMENTUM_FALL = 0.1
-# Where a rising schedule begins, as a share of the greatest learning rate.
+# Learning rate at the start of a warm-up, as a share of the greatest learning rate.
 WARMUP_START = 0.01
 
 
 def make_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
-    """The optimiser; weights decay, biases and norms do not."""
+    """Returns the optimiser. Weight decay applies to weights, not to biases and norms."""
     groups = parameter_groups(model, config.weight_decay)
-    # One launch for many parameters.
+    # A fused optimiser updates many parameters in one launch.
     fused = torch.device(config.device).type == "cuda" or None
     if config.optimizer == "sgd":
         momentum = config.momentum
         if config.dtype == "fp16":
-            fused = None  # a first step that overflows would leave it momentum out of thin air
+            # If the first step overflows, fused SGD skips it, but keeps uninitialised momentum.
+            fused = None
         return torch.optim.SGD(
             groups, lr=config.lr, momentum=momentum, nesterov=momentum > 0, fused=fused
         )
@@ -31,7 +32,7 @@ def make_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimiz
 def make_schedule(
     config: TrainConfig, optimizer: torch.optim.Optimizer, steps_per_epoch: int
 ) -> lr_scheduler.LRScheduler:
-    """The schedule of the learning rate, by steps of the optimiser."""
+    """Returns the learning-rate schedule; it advances once per step of the optimiser."""
     steps = config.epochs * steps_per_epoch
     if config.schedule == "one-cycle":
         return lr_scheduler.OneCycleLR(
@@ -56,7 +57,7 @@ def make_schedule(
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    """Weights with decay; biases and norms, which have one dimension, without."""
+    """Groups a model's parameters; those of at most one dimension (biases, norms) do not decay."""
     parameters = list(model.parameters())
     return [
         {"params": [p for p in parameters if p.dim() > 1], "weight_decay": weight_decay},
@@ -65,7 +66,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, ob
 
 
 def xavier_uniform(model: nn.Module) -> None:
-    """The d2l.ai course's initial weights of convolutions and linear layers."""
+    """Initialises convolutions and linear layers as the d2l.ai course does: Xavier uniform."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
             nn.init.xavier_uniform_(module.weight)

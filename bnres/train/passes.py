@@ -1,4 +1,4 @@
-"""Forward and backward of a batch: launched operation by operation, or as a CUDA graph."""
+"""Forward and backward of a batch, launched one operation at a time or as one CUDA graph."""
 
 from typing import Any
 
@@ -8,35 +8,36 @@ from torch import Tensor, nn
 
 from bnres.train.config import DTYPES, TrainConfig
 
-# Batches that run as they are before one is captured: torch compiles, chooses and allocates in them.
+# Number of batches that run before one is captured. In them torch compiles code, selects algorithms
+# and allocates memory, which can't be captured.
 WARMUP_BATCHES = 3
 
 
 def autocast(config: TrainConfig) -> torch.autocast:
-    """Automatic mixed precision as a run asks for it."""
+    """Returns the autocast context of a run's dtype; it is disabled for fp32."""
     dtype = DTYPES[config.dtype]
     device_type = torch.device(config.device).type
     return torch.autocast(device_type, dtype, enabled=dtype != torch.float32)
 
 
 class Passes:
-    """Adds a batch's gradients to the model's.
+    """Runs forward and backward of a batch; adds the batch's gradients to the model's.
 
     Args:
-        forward: the net, compiled or parallel if that is asked for.
-        scaler: of the loss.
-        config: the run.
+        forward: the model, possibly compiled or wrapped in DistributedDataParallel.
+        scaler: scales the loss.
+        config: the options of the run.
     """
 
     def __init__(self, forward: Any, scaler: torch.amp.GradScaler, config: TrainConfig) -> None:
         self.forward, self.scaler, self.config = forward, scaler, config
 
     def __call__(self, images: Tensor, labels: Tensor, share: int = 1) -> tuple[Tensor, Tensor]:
-        """The loss, and how many images were classified right, on the device.
+        """Returns the loss and the number of correctly classified images, as tensors on the device.
 
         Args:
             images, labels: the batch.
-            share: batches that a step of the optimiser takes the mean of.
+            share: number of batches whose gradients a step of the optimiser averages.
         """
         with autocast(self.config):
             logits = self.forward(images)
@@ -46,16 +47,16 @@ class Passes:
 
 
 class GraphedPasses(Passes):
-    """The same, captured once in a CUDA graph and replayed: one launch from the host.
+    """Captures forward and backward once in a CUDA graph and replays it: one launch from the host.
 
-    The first whole batches run as they are; none is trained on twice. The smaller batch that an epoch
-    may end in always runs as it is. The step of the optimiser is not part of the graph, since torch's
-    SGD takes momentum as a number, which a one-cycle schedule changes from step to step; fused, it is
-    a few launches.
+    The first ``WARMUP_BATCHES`` full batches run without the graph, and so does an epoch's last
+    batch if it is smaller. No batch is trained on twice. The graph does not contain the optimiser's
+    step, because torch's SGD takes momentum as a Python number, which a one-cycle schedule changes
+    at each step. A fused optimiser needs only a few launches.
 
     Args:
-        model: whose gradients the graph writes. They have to be None at each call.
-        forward, scaler, config: as those of `Passes`.
+        model: the model whose gradients the graph writes. Its gradients must be None at each call.
+        forward, scaler, config: as in `Passes`.
     """
 
     def __init__(
@@ -78,7 +79,7 @@ class GraphedPasses(Passes):
         return self._replay(images, labels)
 
     def _warm_up(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """On a stream that is not the default one, as what is captured runs."""
+        """Runs a batch on the stream that is later captured, which is not the default stream."""
         current = torch.cuda.current_stream(images.device)
         self.stream.wait_stream(current)
         with torch.cuda.stream(self.stream):
@@ -89,7 +90,7 @@ class GraphedPasses(Passes):
     def _capture(self, images: Tensor, labels: Tensor) -> None:
         self.images, self.labels = images.clone(), labels.clone()
         graph = torch.cuda.CUDAGraph()
-        # Threads that bring batches may go on allocating.
+        # "thread_local" lets the threads that load batches allocate memory during the capture.
         with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
             self.results = super().__call__(self.images, self.labels)
         self.gradients = [p.grad for p in self.parameters]

@@ -1,10 +1,11 @@
-"""Training recipes by name: what they set, the rest being `TrainConfig`'s defaults."""
+"""Training recipes by name. Options that a recipe does not set have `TrainConfig`'s defaults."""
 
 from typing import Any
 
 _CIFAR = {"dataset": "cifar10", "model": "resnet18", "stem": "cifar"}
 _IMAGENET: dict[str, Any] = {
-    # After torchvision's reference: SGD, 0.1 for 256 images, 90 epochs; a cosine in place of steps.
+    # torchvision's reference (SGD, learning rate 0.1 for 256 images, 90 epochs), with a cosine
+    # schedule instead of its step schedule.
     "dataset": "folder",
     "epochs": 90,
     "batch_size": 256,
@@ -20,7 +21,7 @@ _IMAGENET: dict[str, Any] = {
 
 PRESETS: dict[str, dict[str, Any]] = {
     "mnist5k": {"dataset": "mnist5k"},
-    # The d2l.ai course's: Adam, Xavier, ten epochs, images flipped and not normalised.
+    # The d2l.ai course's run: Adam, Xavier, ten epochs, images flipped and not normalised.
     "seed-cifar10": {
         "dataset": "cifar10",
         "model": "resnet18-seed-cifar",
@@ -37,7 +38,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "flip": True,
         "normalize": False,
     },
-    # Aimed at 94%; with --epochs 60 at 96%.
+    # Aims at 94% accuracy, or with --epochs 60 at 96%; not measured yet.
     "cifar10-fast": {
         **_CIFAR,
         "epochs": 15,
@@ -54,10 +55,10 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def preset(name: str) -> dict[str, Any]:
-    """What a preset sets.
+    """Returns the options that a preset sets.
 
     Raises:
-        ValueError: for an unknown name.
+        ValueError: if the name is unknown.
     """
     if name not in PRESETS:
         raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")

@@ -1,4 +1,4 @@
-"""A whole training run: epochs, lines on the screen, files in the run's folder."""
+"""A training run: its epochs, what it prints, and the files in its folder."""
 
 import errno
 import importlib
@@ -39,12 +39,12 @@ from bnres.train.state import TrainState, build_state
 
 
 class RunEnded(OSError):
-    """A file of the run could not be read or written; the message says what is kept."""
+    """Raised when a file can't be read or written; the message says which checkpoint is kept."""
 
 
 @dataclass
 class Run:
-    """A run that is ready to train: everything that can be wrong with its input has been checked."""
+    """A run that is ready to train; its input has been checked."""
 
     config: TrainConfig
     state: TrainState
@@ -52,16 +52,18 @@ class Run:
 
 
 def prepare(config: TrainConfig, world: World | None = None) -> Run:
-    """Loads the data, builds the model, reads the checkpoint.
+    """Loads the data, builds the model and, for a resumed run, loads the checkpoint.
+
+    Writes no files.
 
     Args:
-        config: the run.
+        config: the options of the run.
         world: the processes that train together; by default only this one.
 
     Raises:
-        ValueError: if the input does not fit; nothing has been written.
-        ModuleNotFoundError: for TensorBoard's files without tensorboard, which comes with
-            ``bnres[tensorboard]``.
+        ValueError: if the data, the model, the options or the checkpoint do not fit each other.
+        ModuleNotFoundError: if ``config.tensorboard`` is set and tensorboard is missing; the extra
+            ``bnres[tensorboard]`` installs it.
     """
     if config.tensorboard:
         importlib.import_module("tensorboard")
@@ -73,7 +75,7 @@ def prepare(config: TrainConfig, world: World | None = None) -> Run:
 
 
 def route(config: TrainConfig) -> str:
-    """Which implementation the batch norms of a run take."""
+    """The implementation that computes a run's batch norms, in words."""
     if config.sync_bn:
         return "stock layers, SyncBatchNorm"
     if not config.fused:
@@ -87,7 +89,7 @@ def route(config: TrainConfig) -> str:
 
 
 def progress_bar(console: Console) -> Progress:
-    """A bar that vanishes when it is full, and never shows where there is no terminal."""
+    """Returns a progress bar, which is removed at the end and shown only on a terminal."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -107,12 +109,17 @@ def run_epoch(
     folder: Path | None = None,
     stop: Stop | None = None,
 ) -> TrainResult:
-    """Trains to the end of the epoch and evaluates, and adds a row to the history.
+    """Trains to the end of the epoch, evaluates, and adds a row to the history.
 
-    With a folder checkpoints are written there, and the run ends when it is asked to.
+    Args:
+        run: the run; its state is updated.
+        progress: the progress bar.
+        label: printed before the progress.
+        folder: where checkpoints are written during the epoch; None for no checkpoints.
+        stop: whether a signal asked the run to stop. It has no effect without ``folder``.
 
     Raises:
-        Stopped: when asked to, the checkpoint written.
+        Stopped: if ``stop`` is set before the last batch of the epoch; the checkpoint is written.
         NonFiniteLoss: as `train_epoch`.
     """
     state, config = run.state, run.config
@@ -126,7 +133,7 @@ def run_epoch(
 
     def on_batch() -> None:
         nonlocal memory
-        # torch collects about a hundred figures to tell this one.
+        # Not at each batch: torch collects about a hundred figures to report this one.
         if state.batch % LOOK_EVERY == 0 or state.batch == len(run.batches):
             memory = _memory(config)
         images = (state.batch - first) * config.batch_size
@@ -138,7 +145,7 @@ def run_epoch(
         stops = state.world.any(stop is not None and stop.asked)
         due = every and (state.batch // config.accumulate) % every == 0
         if stops or due:
-            look(state)  # weights that are infinite or NaN must not replace good ones
+            look(state)  # infinite or NaN weights must not replace a good checkpoint
             save_checkpoint(folder / LAST, state, config)
         if stops:
             raise Stopped
@@ -183,7 +190,7 @@ def _memory(config: TrainConfig) -> str:
 
 
 def epoch_line(row: dict[str, float], epochs: int) -> str:
-    """What is printed after an epoch."""
+    """The line that is printed after an epoch."""
     return (
         f"epoch {row['epoch']:.0f}/{epochs}  train loss {row['train_loss']:.4f}  "
         f"train acc {row['train_accuracy']:.2%}  test acc {row['test_accuracy']:.2%}  "
@@ -192,16 +199,16 @@ def epoch_line(row: dict[str, float], epochs: int) -> str:
 
 
 def fit(run: Run, folder: Path, console: Console) -> None:
-    """Trains to the end; ``folder`` holds checkpoints, metrics and curves after each epoch.
+    """Trains to the end; after each epoch, writes checkpoints, metrics and curves to ``folder``.
 
     Raises:
-        Stopped: when a signal asked it to stop; the checkpoint is written.
-        NonFiniteLoss: when the loss is infinite or NaN; nonfinite.json has details.
-        RunEnded: when a file can't be written, or the checkpoints would not fit on the disk.
+        Stopped: if a signal asked it to stop; the checkpoint is written.
+        NonFiniteLoss: if the loss is infinite or NaN; details are written to nonfinite.json.
+        RunEnded: if a file can't be written, or the disk has no room for the checkpoints.
     """
     config, state = run.config, run.state
     console.print(
-        f"{config.model} on {config.dataset}: {run.batches.train_count:,} images to train, "
+        f"{config.model} on {config.dataset}: {run.batches.train_count:,} training images, "
         f"{run.batches.test_count:,} held out; {config.device}, {config.dtype}, "
         f"{route(config)}",
         highlight=False,
@@ -234,11 +241,11 @@ def fit(run: Run, folder: Path, console: Console) -> None:
 
 
 def check_room(folder: Path, checkpoint: int) -> None:
-    """Raises an OSError if a file system has no room for last.pt, best.pt and the one being written.
+    """Raises an OSError unless the disk has room for last.pt, best.pt and a temporary checkpoint.
 
     Args:
-        folder: of the run.
-        checkpoint: bytes of one.
+        folder: the run's folder.
+        checkpoint: size of a checkpoint in bytes.
     """
     needed, free = 3 * checkpoint, shutil.disk_usage(folder).free
     needed -= sum(
@@ -254,7 +261,7 @@ def check_room(folder: Path, checkpoint: int) -> None:
 
 @contextmanager
 def _says_what_is_kept(folder: Path, resumed: Path | None) -> Iterator[None]:
-    """Adds to an OSError which checkpoint the run can be continued from."""
+    """Adds to an OSError the checkpoint from which the run can be resumed."""
     try:
         yield
     except OSError as error:
@@ -263,13 +270,13 @@ def _says_what_is_kept(folder: Path, resumed: Path | None) -> Iterator[None]:
         advice = "there is no checkpoint yet"
         if kept:
             advice = (
-                f"the last good checkpoint is kept, continue with: bnres train --resume {kept[0]}"
+                f"the last good checkpoint is kept; continue with: bnres train --resume {kept[0]}"
             )
         raise RunEnded(f"{describe(error)}; {advice}") from error
 
 
 def _write(folder: Path, run: Run, is_best: bool) -> None:
-    """Writes the files of an epoch; last.pt, from which the run can be continued, comes last."""
+    """Writes the files of an epoch; last.pt, from which a run is resumed, is written last."""
     config, state = run.config, run.state
     if state.world.is_first:
         write_metrics(folder, state.history)
@@ -281,7 +288,7 @@ def _write(folder: Path, run: Run, is_best: bool) -> None:
 
 
 def facts(state: TrainState) -> dict[str, Any]:
-    """What is known of a state whose loss is infinite or NaN."""
+    """Facts about a state whose loss is infinite or NaN, for nonfinite.json."""
     parameters = [p.detach() for p in state.model.parameters()]
     gradients = [p.grad for p in state.model.parameters() if p.grad is not None]
     return {

@@ -1,4 +1,4 @@
-"""Refuses a net that does not fit the images and classes, before it is trained."""
+"""Checks before training that a model fits the images and classes."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,15 +15,15 @@ from bnres.train.config import TrainConfig
 
 
 def initialize_lazy_modules(model: nn.Module, name: str, images: tuple[int, int, int]) -> None:
-    """Gives the parameters of `torch.nn.LazyLinear` and the like their sizes, by a call on zeros.
+    """Initialises lazy modules, such as `torch.nn.LazyLinear`, by a call of the model on zeros.
 
     Args:
-        model: the net, on the CPU.
-        name: of the net, for errors.
+        model: the model, on the CPU.
+        name: name of the model, for errors.
         images: channels, height and width of the images.
 
     Raises:
-        ValueError: if the net takes no such images.
+        ValueError: if the model does not accept such images.
     """
     if any(map(is_lazy, model.parameters())):
         with torch.compiler.set_stance("force_eager"):
@@ -33,18 +33,21 @@ def initialize_lazy_modules(model: nn.Module, name: str, images: tuple[int, int,
 def check_shapes(
     config: TrainConfig, model: nn.Module, name: str, images: tuple[int, int, int], classes: int
 ) -> None:
-    """Calls a net on two images, in evaluation and in training; it changes no tensor of the net.
+    """Checks that a model accepts the images and returns (N, classes), in both modes.
+
+    Calls the model on two images of zeros, in eval and in training mode. No tensor of the model is
+    changed.
 
     Args:
-        config: the run.
-        model: the net, on ``config.device``.
-        name: of the net, for errors.
+        config: the options of the run.
+        model: the model, on ``config.device``.
+        name: name of the model, for errors.
         images: channels, height and width of the images.
-        classes: how many there are.
+        classes: number of classes.
 
     Raises:
-        ValueError: if the net takes no such images, returns no (N, classes) or has no parameter to
-            train, or as `_bf16_checked`.
+        ValueError: if the model does not accept such images, does not return (N, classes) or has no
+            parameter that requires a gradient, or as `_bf16_checked`.
     """
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError(f"model {name!r} has no parameter that requires a gradient")
@@ -55,7 +58,7 @@ def check_shapes(
         return functional_call(model, {k: v.clone() for k, v in tensors}, (images,))
 
     devices = [config.device] if torch.device(config.device).type == "cuda" else []
-    # A net that bnres.fuse has fused is not captured for these calls.
+    # force_eager: these calls need no graph of a model that bnres.fuse has fused.
     with (
         torch.random.fork_rng(devices),
         torch.compiler.set_stance("force_eager"),
@@ -68,8 +71,9 @@ def check_shapes(
             got = shape_text(tuple(y.shape)) if isinstance(y, Tensor) else type(y).__name__
             if not isinstance(y, Tensor) or y.shape != expected:
                 raise ValueError(
-                    f"model {name!r} must return {shape_text(expected)} for {shape_text(x.shape)}, "
-                    f"a number for each of {classes} classes, but in {mode} it returned {got}"
+                    f"model {name!r} must return {shape_text(expected)} for an input of "
+                    f"{shape_text(x.shape)}, a number for each of {classes} classes, but in {mode} "
+                    f"it returned {got}"
                 )
 
 
@@ -77,13 +81,14 @@ def check_shapes(
 def _bf16_checked(
     config: TrainConfig, model: nn.Module, images: tuple[int, int, int]
 ) -> Iterator[None]:
-    """Refuses a run whose weights torch's bf16 convolution on the CPU would fill with garbage.
+    """Checks that calls inside avoid a fault of torch's bf16 convolution on a CPU with AVX512.
 
-    With AVX512 it leaves the gradient of a filter's outer taps unwritten where a convolution with a
-    stride takes images one pixel wide, so that these taps see only padding (torch 2.11 to 2.14).
+    If the input is one pixel wide and the convolution is strided, the filter's outer taps see only
+    padding. torch 2.11 to 2.14 then leave the gradient of these taps uninitialised.
 
     Raises:
-        ValueError: if the calls inside reach such a convolution.
+        ValueError: if the run is in bf16 on such a CPU and a call inside reaches such a
+            convolution.
     """
     capability = torch.backends.cpu.get_cpu_capability()
     on_cpu = torch.device(config.device).type == "cpu"
@@ -107,7 +112,7 @@ def _bf16_checked(
             handle.remove()
     if narrow:
         raise ValueError(
-            f"dtype: torch's bf16 convolution on the CPU gives wrong gradients for images one pixel "
-            f"wide, which {narrow[0]} gets of images of {images[1]}×{images[2]}: take fp32, or larger "
-            "ones"
+            f"dtype: torch's bf16 convolution on the CPU gives wrong gradients for inputs one "
+            f"pixel wide, such as {narrow[0]!r} gets for images of {images[1]}×{images[2]}; use "
+            "fp32 or larger images"
         )

@@ -1,4 +1,4 @@
-"""Everything a training run changes as it goes: what a checkpoint has to hold."""
+"""The state of a training run, which checkpoints hold, and how it is built."""
 
 import os
 from dataclasses import dataclass, field
@@ -24,20 +24,27 @@ from bnres.train.weights import is_weights, load_weights
 
 @dataclass
 class TrainState:
-    """The state of a run; order and augmentation depend only on seed, epoch and batch.
+    """The state of a training run.
+
+    It holds no state of the images' order and augmentation, which depend only on the seed, the
+    epoch and the batch.
 
     Attributes:
-        model: the net.
-        passes: forward and backward of a batch through the net, compiled if that is asked for.
-        optimizer, scheduler, scaler: torch's.
-        average: the averaged weights, or None.
-        epoch: epochs that are behind it.
-        batch: batches of the present epoch that are behind it.
-        losses, correct: of these batches, on the device.
+        model: the model.
+        passes: runs forward and backward of a batch.
+        optimizer: torch's optimiser.
+        scheduler: the learning-rate schedule.
+        scaler: the gradient scaler of fp16.
+        average: the model with averaged weights, or None.
+        epoch: number of completed epochs.
+        batch: number of completed batches in the current epoch.
+        losses, correct: loss and number of correctly classified images of each of these batches, as
+            tensors on the device.
         best: greatest test accuracy so far.
-        history: a row an epoch.
-        classes, channels, size: what the model is trained on; the images' height and width.
-        train_count: training images.
+        history: one row of metrics for each completed epoch.
+        classes, channels: number of classes, and of the images' channels.
+        size: height and width of the model's input.
+        train_count: number of training images.
         world: the processes that train together.
     """
 
@@ -61,14 +68,15 @@ class TrainState:
 
     @property
     def forward(self) -> Any:
-        """The net as batches go through it: compiled, or parallel."""
+        """The model that training calls, possibly compiled or in DistributedDataParallel."""
         return self.passes.forward
 
     @property
     def evaluated(self) -> Any:
-        """The net whose accuracy counts: of averaged weights, if there are such.
+        """The model to evaluate: the one with averaged weights, if the run averages them.
 
-        Among several processes the net itself, as the parallel one would exchange buffers.
+        With several processes it is not the DistributedDataParallel model, which would exchange
+        buffers at each call.
         """
         if self.average is not None:
             return self.average
@@ -81,10 +89,10 @@ def make_batches(
     device: torch.device,
     world: World | None = None,
 ) -> EpochBatches:
-    """Batches of a data set, augmented as the run asks for; this process's part of them.
+    """Returns this process's part of a data set's batches, augmented as ``config`` says.
 
     Raises:
-        ValueError: if the images are too small or too few for it.
+        ValueError: if the images are too small for the crop, or too few for the batch size.
     """
     train_augment, test_augment = chains(config, dataset)
     shard = (0, 1) if world is None else (world.rank, world.size)
@@ -101,12 +109,14 @@ def build_model(
     size: tuple[int, int],
     given: nn.Module | None = None,
 ) -> nn.Module:
-    """The net at its start, on the device; the same weights for the same ``config.seed``.
+    """Returns the untrained model on ``config.device``; its weights depend only on ``config.seed``.
 
     Args:
-        config: the run.
-        classes, channels, size: what it is trained on; the images' height and width.
-        given: a net to take instead of the one that ``config.model`` names; it is changed.
+        config: the options of the run.
+        classes, channels: number of classes, and of the images' channels.
+        size: height and width of the images.
+        given: a model to use instead of the one that ``config.model`` names; it is changed in
+            place.
     """
     torch.manual_seed(config.seed)
     fused = config.fused and not config.sync_bn
@@ -129,13 +139,13 @@ def build_model(
 
 
 def name_of(config: TrainConfig, given: nn.Module | None) -> str:
-    """What errors call the net."""
+    """The name of the model in errors."""
     return config.model if given is None else type(given).__name__
 
 
 def make_deterministic() -> None:
-    """Asks torch for the same bits from run to run, in this process."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
+    """Restricts torch to deterministic algorithms in this process."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS requires it
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False
 
@@ -147,28 +157,29 @@ def build_state(
     *,
     model: nn.Module | None = None,
 ) -> tuple[TrainState, EpochBatches]:
-    """A run at its start.
+    """Returns the state of a new run, and its batches.
 
     Args:
-        config: the run.
+        config: the options of the run.
         dataset: the data.
-        world: the processes that train together; by default this one.
-        model: a net to train instead of the one that ``config.model`` names; it is changed.
+        world: the processes that train together; by default only this one.
+        model: a model to train instead of the one that ``config.model`` names; it is changed in
+            place.
 
     Raises:
-        ValueError: if the data, the model, its initial weights or the number of processes does not
-            fit.
+        ValueError: if the model does not fit the data or its initial weights, the images are too
+            small or too few, or ``config.cuda_graphs`` is set with several processes.
     """
     world = world or World()
     if config.cuda_graphs and world.size > 1:
-        raise ValueError(f"cuda_graphs: one process captures its batches, not {world.size}")
+        raise ValueError(f"cuda_graphs works only with one process, got {world.size}")
     if config.deterministic:
         make_deterministic()
     device = torch.device(config.device)
     batches = make_batches(config, dataset, device, world)
     size = dataset.size if config.crop_size is None else (config.crop_size, config.crop_size)
     name = name_of(config, model)
-    # bnres.fuse fuses a net that is not one of ours.
+    # Models of bnres are built from fused layers; other models are fused by bnres.fuse.
     fuses = config.fused and not config.sync_bn and (model is not None or is_factory(config.model))
     model = build_model(config, dataset.classes, dataset.channels, size, model)
     if is_weights(config.init) and config.resume is None:
@@ -186,13 +197,13 @@ def build_state(
         average = AveragedModel(
             model, multi_avg_fn=get_ema_multi_avg_fn(config.ema), use_buffers=True
         )
-        # torch asks for its value at each step: on a GPU the host would wait for it.
+        # torch reads its value at each step. If it were on a GPU, the host would wait for the GPU.
         average.n_averaged = average.n_averaged.cpu()
         if fuses:
-            fuse(average.module, inplace=True)  # copies are unfused
+            fuse(average.module, inplace=True)  # AveragedModel makes a copy, and copies are unfused
     forward: Any = parallel
     if config.compile:
-        # What is compiled runs without the fusing of bnres.fuse, so that is made part of it.
+        # torch.compile ignores the fusion of bnres.fuse, so the backend fuses.
         through: dict[str, Any] = {"backend": backend, "options": {"inner": "inductor"}}
         forward = torch.compile(parallel, **(through if fuses else {}))
     scaler = torch.amp.GradScaler(device.type, enabled=DTYPES[config.dtype] == torch.float16)

@@ -1,4 +1,4 @@
-"""Nets out of checkpoints, and their accuracy."""
+"""Loads models from checkpoints and evaluates them."""
 
 from dataclasses import fields
 from pathlib import Path
@@ -18,10 +18,15 @@ AVERAGED = "module."
 
 
 def config_of(content: dict[str, Any], **changes: Any) -> TrainConfig:
-    """The options that a checkpoint's run had, some of them changed.
+    """Returns the options of a checkpoint's run.
+
+    Args:
+        content: the content of the checkpoint.
+        changes: options that replace the run's.
 
     Raises:
-        ValueError: for an option that this version does not have, or as `TrainConfig`.
+        ValueError: if the checkpoint has an option that this version does not have, or as
+            `TrainConfig`.
     """
     saved = content["config"]
     known = {f.name for f in fields(TrainConfig)}
@@ -32,10 +37,15 @@ def config_of(content: dict[str, Any], **changes: Any) -> TrainConfig:
 
 
 def load_trained(path: Path, content: dict[str, Any], config: TrainConfig) -> nn.Module:
-    """The net of a checkpoint in eval mode, on ``config.device``, with averaged weights if it has any.
+    """Returns the model of a checkpoint in eval mode, with averaged weights if it has them.
+
+    Args:
+        path: the checkpoint, for errors.
+        content: the content of the checkpoint.
+        config: the options; they name the model and the device.
 
     Raises:
-        ValueError: if the model that ``config`` names has other weights.
+        ValueError: if the weights do not fit the model that ``config`` names.
     """
     weights: dict[str, Tensor] = content["model"]
     average = content["average"]
@@ -53,14 +63,14 @@ def load_trained(path: Path, content: dict[str, Any], config: TrainConfig) -> nn
 
 
 def evaluate_checkpoint(path: Path, **changes: Any) -> tuple[TrainConfig, float, float]:
-    """Options, mean loss and accuracy of a checkpoint on held-out images.
+    """Returns the options, mean loss and accuracy of a checkpoint on its held-out set.
 
     Args:
         path: a checkpoint of ``bnres train``.
-        changes: options to evaluate with in place of its run's, such as ``data``.
+        changes: options that replace the run's, such as ``data``.
 
     Raises:
-        ValueError: if it is not a checkpoint, or the data or the model does not fit.
+        ValueError: if ``path`` is not a checkpoint, or the data or the model does not fit it.
     """
     content = read_checkpoint(path)
     config = config_of(content, sync_bn=False, cuda_graphs=False, **changes)

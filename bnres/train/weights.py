@@ -1,4 +1,4 @@
-"""Weights that a model is started from or restored from, and files of safetensors."""
+"""Checks that weights fit a model, and reads and writes them as safetensors."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +12,7 @@ SUFFIX = ".safetensors"
 
 
 def is_weights(init: str) -> bool:
-    """Whether initial weights are a file's."""
+    """Whether the option ``init`` names a file of weights."""
     return init.endswith(SUFFIX)
 
 
@@ -22,35 +22,36 @@ def check_weights(found: Mapping[str, object], model: nn.Module, source: str, na
     Args:
         found: the weights by key.
         model: the model.
-        source: where they come from, for the error.
-        name: of the model, for the error.
+        source: where the weights come from, for the error.
+        name: name of the model, for the error.
     """
     own = model.state_dict()
     for key, value in own.items():
         if key not in found:
-            raise ValueError(f"{source} has no {key!r}, which model {name!r} has")
+            raise ValueError(f"{source} has no key {key!r}, which model {name!r} has")
         other = found[key]
         if isinstance(value, Tensor) and isinstance(other, Tensor) and other.shape != value.shape:
             raise ValueError(
-                f"{source} has {shape_text(other.shape)} in {key!r}, but model {name!r} has "
+                f"{source} has shape {shape_text(other.shape)} for {key!r}, but model {name!r} has "
                 f"{shape_text(value.shape)}"
             )
     for key in found:
         if key not in own:
-            raise ValueError(f"{source} has {key!r}, which model {name!r} does not have")
+            raise ValueError(f"{source} has the key {key!r}, which model {name!r} does not have")
 
 
 def load_weights(path: Path, model: nn.Module, name: str) -> None:
-    """Sets a net's parameters and buffers to those in a file.
+    """Sets a model's parameters and buffers to those in a safetensors file.
 
     Args:
         path: the file.
-        model: the net.
-        name: of the net, for errors.
+        model: the model.
+        name: name of the model, for errors.
 
     Raises:
-        ValueError: if the file can't be read, or its keys and shapes are not the net's.
-        ModuleNotFoundError: if safetensors is missing, which comes with ``bnres[train]``.
+        ValueError: if the file can't be read, its keys or shapes are not the model's, or the model
+            has state that is not a tensor.
+        ModuleNotFoundError: if safetensors is missing; the extra ``bnres[train]`` installs it.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load
@@ -67,10 +68,12 @@ def load_weights(path: Path, model: nn.Module, name: str) -> None:
 
 
 def as_safetensors(model: nn.Module) -> bytes:
-    """A net's parameters and buffers as the content of such a file; shared ones are in it twice.
+    """Returns a model's parameters and buffers as the content of a safetensors file.
+
+    A tensor that has several keys is written once for each key.
 
     Raises:
-        ValueError: if the net has state that is not a tensor, which such a file can't hold.
+        ValueError: if the model has state that is not a tensor.
         ModuleNotFoundError: as `load_weights`.
     """
     from safetensors.torch import save
@@ -83,10 +86,10 @@ def as_safetensors(model: nn.Module) -> bytes:
 
 
 def check_only_tensors(model: nn.Module, name: str) -> None:
-    """Raises a ValueError if a model's state has more than tensors, as by ``get_extra_state``."""
+    """Raises a ValueError if a model has state that is not a tensor, as ``get_extra_state`` may."""
     for key, value in model.state_dict().items():
         if not isinstance(value, Tensor):
             raise ValueError(
-                f"model {name!r} keeps a {type(value).__name__} in {key!r}, and safetensors holds "
-                "tensors only"
+                f"model {name!r} has a {type(value).__name__} in {key!r}, but safetensors holds "
+                "only tensors"
             )
