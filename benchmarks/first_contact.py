@@ -188,6 +188,8 @@ def _attempt(stage: Stage, folder: Path, seconds: float) -> dict[str, Any]:
         process = subprocess.Popen(
             command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
             process_group=0, env={**os.environ, "PYTHONUNBUFFERED": "1", **stage.environment},
+            # A shell's background job ignores SIGINT, and so would the stage that it starts.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )  # fmt: skip
         try:
             code = _wait(process, seconds + (GRACE if stage.continues else 0))

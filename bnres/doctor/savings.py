@@ -17,7 +17,7 @@ from bnres.backend import use_backend
 from bnres.fusion import explain
 from bnres.fusion.explain import is_norm
 
-HALF, SINGLE = 2, 4
+HALF = 2
 INDEX_BYTES = 8  # bytes of the index that torch's max-pool writes for each output
 POOLED = 1 / 4  # outputs per input of a max-pool of stride 2
 # torch's batch norm has four launches in forward (num_batches_tracked, statistics, running

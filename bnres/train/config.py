@@ -156,6 +156,8 @@ class TrainConfig:
             number = getattr(self, name)
             if number is not None and not 0 <= number < 1:
                 raise ValueError(f"{name} must be at least 0 and below 1, got {number}")
+        if not 0 < self.crop_scale <= 1:
+            raise ValueError(f"crop_scale must be above 0 and at most 1, got {self.crop_scale}")
         if self.crop_size is not None and self.shift:
             raise ValueError(
                 f"shift must be 0 with crop_size, which crops at random positions, got {self.shift}"

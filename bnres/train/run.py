@@ -3,6 +3,7 @@
 import errno
 import importlib
 import json
+import math
 import shutil
 import time
 from collections.abc import Iterator
@@ -294,10 +295,15 @@ def facts(state: TrainState) -> dict[str, Any]:
     return {
         "epoch": state.epoch + 1,
         "batch": state.batch,
-        "losses": [float(loss) for loss in state.losses[-LOOK_EVERY:]],
+        "losses": [_number(float(loss)) for loss in state.losses[-LOOK_EVERY:]],
         "learning_rate": [float(lr) for lr in state.scheduler.get_last_lr()],
         "loss_scale": state.scaler.get_scale(),
         "parameters_finite": all(bool(p.isfinite().all()) for p in parameters),
-        "greatest_parameter": max(float(p.abs().max()) for p in parameters),
+        "greatest_parameter": _number(max(float(p.abs().max()) for p in parameters if p.numel())),
         "gradients_finite": all(bool(g.isfinite().all()) for g in gradients),
     }
+
+
+def _number(value: float) -> float | str:
+    """The value, or its name if it is infinite or NaN, for which JSON has no number."""
+    return value if math.isfinite(value) else str(value)
