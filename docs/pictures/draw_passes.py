@@ -61,32 +61,30 @@ DRAWINGS = {
         ],
     },
 }  # fmt: skip
-WIDTH, HEIGHT, GAP, LEFT = 200, 44, 12, 120
+WIDTH, HEIGHT, GAP, LEFT, COLUMNS = 200, 44, 12, 120, 4
 COLORS = {"torch": "#999999", "bnres": "#0072B2"}
 
 
 def draw(rows: dict[str, list[tuple[str, str]]]) -> str:
-    """The SVG of one operation."""
-    width = LEFT + max(len(kernels) for kernels in rows.values()) * (WIDTH + GAP)
-    parts = []
-    for i, (title, kernels) in enumerate(rows.items()):
-        y = i * (HEIGHT + GAP) + GAP
+    """The SVG of one operation; a long row is wrapped."""
+    parts, y = [], GAP
+    for title, kernels in rows.items():
         parts.append(f'<text x="4" y="{y + HEIGHT / 2 + 4}">{title}</text>')
         for j, (name, passes) in enumerate(kernels):
-            x, middle = LEFT + j * (WIDTH + GAP), LEFT + j * (WIDTH + GAP) + WIDTH / 2
+            x, top = LEFT + j % COLUMNS * (WIDTH + GAP), y + j // COLUMNS * (HEIGHT + GAP)
+            text = f'<text x="{x + WIDTH / 2}" text-anchor="middle"'
             parts += [
-                f'<rect x="{x}" y="{y}" width="{WIDTH}" height="{HEIGHT}" rx="5" '
-                f'fill="none" stroke="{COLORS[title.split(",")[0]]}" stroke-width="2"/>',
-                f'<text x="{middle}" y="{y + 18}" text-anchor="middle">{name}</text>',
-                f'<text x="{middle}" y="{y + 35}" text-anchor="middle" class="passes">{passes}</text>',
+                f'<rect x="{x}" y="{top}" width="{WIDTH}" height="{HEIGHT}" rx="5" fill="none" '
+                f'stroke="{COLORS[title.split(",")[0]]}" stroke-width="2"/>',
+                f'{text} y="{top + 18}">{name}</text>',
+                f'{text} y="{top + 35}" class="passes">{passes}</text>',
             ]
-    height = len(rows) * (HEIGHT + GAP) + GAP
-    style = (
-        "text{font:13px sans-serif;fill:#222}.passes{font-size:12px;fill:#555}svg{background:#fff}"
-    )
+        y += -(-len(kernels) // COLUMNS) * (HEIGHT + GAP)
+    width = LEFT + COLUMNS * (WIDTH + GAP)
+    style = "text{font:13px sans-serif;fill:#222}.passes{font-size:12px;fill:#555}"
     lines = "\n".join(parts)
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}">'
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {y}" width="{width}">'
         f"<style>{style}</style>\n<rect width='100%' height='100%' fill='#fff'/>\n{lines}\n</svg>\n"
     )
 
