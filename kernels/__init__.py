@@ -1,6 +1,6 @@
 """Triton kernels of bnres, imported as ``bnres.kernels``.
 
-The folder is not inside ``bnres/`` because it depends on nothing there: on torch and triton only.
+The folder is outside ``bnres/`` because it depends only on torch and triton, not on bnres.
 """
 
 if __name__ != "bnres.kernels":

@@ -1,7 +1,7 @@
 """Batch norm backward: reduce -> finalize -> dx, and their launchers.
 
-Both passes need dz = dy·act'(z), the gradient of the pre-activation. They take it from the mask if
-there is one, else from z made again; y is never read.
+The reduce and dx kernels need dz = dy·act'(z), the gradient of the pre-activation z. act'(z) comes
+from the mask if there is one, else from z, which is recomputed; y is never read.
 """
 
 import torch
@@ -33,11 +33,11 @@ def _load_sub_tile(
     NEEDS_X: tl.constexpr, TWO_NORMS: tl.constexpr, ACT_GRAD: tl.constexpr, TILE: tl.constexpr,
     EVICTION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """dz = (dy + dy_skip)·act'(z), x − mean and the residual − its mean, of a sub-tile.
+    """Returns dz = (dy + dy_skip)·act'(z), x − mean and residual − residual_mean of a sub-tile.
 
-    dz is 0 where no row exists, as dy is.
-
-    act'(z) comes from the mask if there is one, else from z computed as in forward.
+    act'(z) comes from the mask if there is one, else from z, computed as in forward. In rows that
+    don't exist dy is loaded as 0, so dz is 0. The second value is valid only with NEEDS_X, the
+    third only with TWO_NORMS.
     """
     dy_ptr, dy_skip_ptr, x_ptr, mask_ptr, residual_ptr = tensors
     norm, residual_norm, shift = norms
@@ -70,7 +70,10 @@ def _reduce_sub_tile(
     TWO_NORMS: tl.constexpr, ACT_GRAD: tl.constexpr, TILE: tl.constexpr, WHOLE: tl.constexpr,
     EVICTION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Adds dz and, of each norm, dz·(x − mean) of a sub-tile to the sums; stores dz if asked."""
+    """Adds dz and each norm's dz·(x − mean) of a sub-tile to the sums.
+
+    Also stores dz if dz_ptr is given.
+    """
     load_at, at = tile_at(row, col_block, shape, TILE, 1, WHOLE)
     dz, x_centred, residual_centred = _load_sub_tile(
         tensors, load_at, bits, norms, param, True, TWO_NORMS, ACT_GRAD, TILE, EVICTION, ACC
@@ -92,7 +95,10 @@ def _bn_bwd_reduce_kernel(
     ACT_GRAD: tl.constexpr, TILE: tl.constexpr, UNROLL: tl.constexpr, STAGES: tl.constexpr,
     EVICTION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Sums of dz and, of each norm, dz·(x − mean) over a split's rows: partial is (2 or 3, splits, C)."""
+    """Stores Σ dz and each norm's Σ dz·(x − mean) over a split's rows.
+
+    partial is (2 or 3, splits, C).
+    """
     TWO_NORMS: tl.constexpr = residual_mean_ptr is not None
     col_block, split = tl.program_id(0), tl.program_id(1)
     splits = tl.num_programs(1)
@@ -135,7 +141,7 @@ def _bn_bwd_finalize_kernel(
     sum_dy_ptr, sum_dy_xhat_ptr, residual_sum_dy_ptr, residual_sum_dy_xhat_ptr,
     partial_ptr, rstd_ptr, residual_rstd_ptr, C, splits, TRIPS: tl.constexpr,
 ):  # fmt: skip
-    """sum_dy and sum_dy_xhat = rstd·sum(dz·(x − mean)) of each channel, for each norm: (C,)."""
+    """Stores each norm's sum_dy = Σ dz and sum_dy_xhat = rstd·Σ dz·(x − mean): (C,)."""
     offs_c = tl.program_id(0) * FINALIZE_CHANNELS + tl.arange(0, FINALIZE_CHANNELS)
     mask_c = offs_c < C
     plane = tl.cast(splits, tl.int64) * C
@@ -153,7 +159,7 @@ def _bn_bwd_finalize_kernel(
     if residual_rstd_ptr is not None:
         sum_rhat = tl.sum(sum_dz_rmu, 0) * residual_rstd
         tl.store(residual_sum_dy_xhat_ptr + offs_c, sum_rhat.to(dtype), mask=mask_c)
-        # Twice, as each bias has a gradient of its own.
+        # Stored a second time, because each norm's bias has a separate gradient tensor.
         tl.store(residual_sum_dy_ptr + offs_c, sum_dy, mask=mask_c)
 
 
@@ -163,7 +169,7 @@ def _dx_sub_tile(
     NEEDS_X: tl.constexpr, TWO_NORMS: tl.constexpr, ACT_GRAD: tl.constexpr, TILE: tl.constexpr,
     WHOLE: tl.constexpr, EVICTION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Stores dx and, if asked, dresidual of a sub-tile."""
+    """Stores dx and, if dresidual_ptr is given, dresidual of a sub-tile."""
     load_at, at = tile_at(row, col_block, shape, TILE, 1, WHOLE)
     dz, x_centred, residual_centred = _load_sub_tile(
         tensors, load_at, bits, norms, param, NEEDS_X, TWO_NORMS, ACT_GRAD, TILE, EVICTION, ACC
@@ -193,10 +199,10 @@ def _bn_bwd_dx_kernel(
     ACT_GRAD: tl.constexpr, TILE: tl.constexpr, UNROLL: tl.constexpr, STAGES: tl.constexpr,
     EVICTION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """dx = (dz − (sum_dy + xhat·sum_dy_xhat)/count)·(rstd·weight); without sums dz·(rstd·weight).
+    """Stores dx = (dz − (sum_dy + xhat·sum_dy_xhat)/stats_count)·(rstd·weight) and dresidual.
 
-    It is computed as dz·scale + ((x − mean)·slope + offset). dresidual is dz, or as dx where the
-    residual has a norm.
+    Without sums, dx = dz·(rstd·weight). dx is computed as dz·scale + ((x − mean)·slope + offset),
+    see `load_line`. dresidual is dz or, if the residual has a norm, is computed like dx.
     """
     TWO_NORMS: tl.constexpr = residual_mean_ptr is not None
     NEEDS_X: tl.constexpr = sum_dy_ptr is not None or (
@@ -254,15 +260,17 @@ def bn_backward_reduce(
     write_dz: bool = False,
     out: tuple[Sums, Tensor | None] | None = None,
 ) -> tuple[Sums, Tensor | None]:
-    """Σ dz and, of each norm, Σ dz·xhat of each channel, (C,) in fp32 (or fp64); dz if asked.
+    """Returns each channel's Σ dz and each norm's Σ dz·xhat, and dz if ``write_dz``.
 
-    ``dy``, ``dy_skip`` and ``residual`` are stored in memory as ``x`` is. dz = (dy + dy_skip)·act'(z):
-    act'(z) comes from ``mask`` if there is one, else from z made again of ``x`` and ``residual``.
-    ``out`` is (sums, dz), allocated by the caller.
+    dz = (dy + dy_skip)·act'(z). act'(z) comes from ``mask`` if it is given, else from z, recomputed
+    from ``x`` and ``residual``. ``dy``, ``dy_skip`` and ``residual`` have the memory format of
+    ``x``. The sums are (C,) in fp32, or fp64 for fp64. ``out`` is (sums, dz), allocated by the
+    caller.
     """
     planes = 2 if residual_norm is None else 3
     sums, dz = out or (
-        Sums(*empty_channels(x, 2 if residual_norm is None else 4)), torch.empty_like(x) if write_dz else None
+        Sums(*empty_channels(x, 2 if residual_norm is None else 4)),
+        torch.empty_like(x) if write_dz else None,
     )  # fmt: skip
     if x.numel() == 0:
         for each in sums:
@@ -316,11 +324,11 @@ def bn_backward_dx(
     write_dresidual: bool = False,
     out: tuple[Tensor, Tensor | None] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """dx and, if asked, dresidual: dz, or with a ``residual_norm`` the gradient through that.
+    """Returns dx and, with ``write_dresidual``, dresidual.
 
-    ``sums`` are those of `bn_backward_reduce` over ``count`` elements a channel; None stands for
-    eval mode, where the statistics are constants. ``out`` is (dx, dresidual), allocated by the
-    caller.
+    dresidual is dz or, with a ``residual_norm``, the gradient through that norm. ``sums`` is the
+    result of `bn_backward_reduce` over ``count`` elements per channel; None means eval mode, where
+    the statistics are constants. ``out`` is (dx, dresidual), allocated by the caller.
     """
     dx, dresidual = out or (torch.empty_like(x), torch.empty_like(x) if write_dresidual else None)
     if x.numel() == 0:

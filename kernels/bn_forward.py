@@ -27,7 +27,7 @@ from bnres.kernels.tiles import (
 
 @triton.jit
 def _sample(x_ptr, index, offs_c, mask_c, shape, TILE: tl.constexpr, ACC: tl.constexpr):
-    """Element ``index`` of each channel."""
+    """Loads element ``index`` of each channel: (channels,)."""
     _, C, L = shape
     INDEX: tl.constexpr = tl.int32 if TILE.narrow else tl.int64
     n = index // L
@@ -37,10 +37,10 @@ def _sample(x_ptr, index, offs_c, mask_c, shape, TILE: tl.constexpr, ACC: tl.con
 
 @triton.jit
 def _adaptive_pivot(x_ptr, offs_c, mask_c, shape, TILE: tl.constexpr, ACC: tl.constexpr):
-    """A value near the data if they lie far from zero, else 0: (channels,).
+    """Returns a value near each channel's data if they are far from zero, else 0: (channels,).
 
-    The mean of the middle two of four samples, if it is large against their distance. Any finite
-    value gives right sums; a near one keeps them from cancelling.
+    The value is the mean of the middle two of four samples, if it exceeds twice their distance.
+    The sums are correct for any finite value; one near the data avoids cancellation.
     """
     count = shape[0]
     a = _sample(x_ptr, count // 8, offs_c, mask_c, shape, TILE, ACC)
@@ -59,7 +59,7 @@ def _add_sub_tile(
     sums, x_ptr, pivot, row, col_block, shape,
     TILE: tl.constexpr, WHOLE: tl.constexpr, EVICTION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Adds x − pivot and its square of a sub-tile to the sums."""
+    """Adds x − pivot and (x − pivot)² of a sub-tile to the sums."""
     sum_d, sum_d2 = sums
     load_at, _ = tile_at(row, col_block, shape, TILE, 1, WHOLE)
     d = load_tile(x_ptr, load_at, TILE, EVICTION, ACC) - pivot
@@ -74,7 +74,10 @@ def _bn_stats_kernel(
     TILE: tl.constexpr, UNROLL: tl.constexpr, STAGES: tl.constexpr, EVICTION: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
-    """Σ(x − pivot) and its square over a split's rows, and the pivot: sums is (2·splits + 1, C)."""
+    """Stores Σ(x − pivot) and Σ(x − pivot)² over a split's rows, and the pivot.
+
+    sums is (2·splits + 1, C); its last row is the pivot.
+    """
     col_block, split = tl.program_id(0), tl.program_id(1)
     splits = tl.num_programs(1)
     shape = count, C, L
@@ -103,7 +106,7 @@ def _bn_stats_kernel(
 
 @triton.jit
 def _update_running(ptr, running, stat, factor, offs_c, mask_c):
-    """running = (1 − factor)·running + factor·stat, computed in fp64, stored in the buffer's dtype."""
+    """Stores (1 − factor)·running + factor·stat, computed in fp64, in the buffer's dtype."""
     updated = (1 - factor) * running.to(tl.float64) + factor * stat
     if ptr.dtype.element_ty != tl.float64:
         updated = round_to(updated.to(tl.float32), ptr.dtype.element_ty)
@@ -116,9 +119,10 @@ def _bn_stats_finalize_kernel(
     running_mean_ptr, running_var_ptr, counter_ptr, sums_ptr, momentum_ptr, input_bias_ptr,
     count, C, splits, momentum: tl.float64, eps: tl.float64, TRIPS: tl.constexpr,
 ):  # fmt: skip
-    """mean, rstd = 1/sqrt(var + eps) of each channel (C,).
+    """Stores mean and rstd = 1/sqrt(var + eps) of each channel: (C,).
 
-    Updates the running statistics, with the mean of x + input_bias, and counts the batch.
+    Also updates the running mean with mean + input_bias and the running variance with the unbiased
+    variance, and adds 1 to the counter. Each of the three may be absent.
     """
     offs_c = tl.program_id(0) * FINALIZE_CHANNELS + tl.arange(0, FINALIZE_CHANNELS)
     mask_c = offs_c < C
@@ -130,8 +134,8 @@ def _bn_stats_finalize_kernel(
     factor = tl.full((), momentum, tl.float64)
     if momentum_ptr is not None:
         factor = tl.load(momentum_ptr).to(tl.float64)
-    # Several threads load an element and one of them stores it. No barrier is needed: the thread that
-    # stores uses its own load, and what the others load is not used.
+    # Several threads load an element, and one of them stores its new value. No barrier is needed:
+    # the thread that stores uses its own load, and the other threads' loads are not used.
     if running_mean_ptr is not None:
         running_mean = tl.load(running_mean_ptr + offs_c, mask=mask_c, other=0)
     if running_var_ptr is not None:
@@ -163,7 +167,7 @@ def _apply_tile(
     TWO_NORMS: tl.constexpr, ACT: tl.constexpr, TILE: tl.constexpr, UNROLL: tl.constexpr,
     WHOLE: tl.constexpr, EVICTION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """y and the mask bits of a tile."""
+    """Stores y and, if there is a mask, the mask bits of a tile."""
     norm, residual_norm, shift = norms
     mean, _, scale = norm
     load_at, at = tile_at(row, col_block, shape, TILE, UNROLL, WHOLE)
@@ -194,15 +198,18 @@ def _bn_apply_kernel(
     ACT: tl.constexpr, TILE: tl.constexpr, UNROLL: tl.constexpr, STAGES: tl.constexpr,
     EVICTION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """y = act((x − mean)·(rstd·weight) + bias + residual); mask = not z <= 0, 1 bit each.
+    """Stores y = act(z) and, if there is a mask, one bit per element: ``not z <= 0``.
 
-    The residual may have a norm too.
+    z = (x − mean)·(rstd·weight) + bias + residual. A residual with a norm is normalised like x.
     """
     col_block, split = tl.program_id(0), tl.program_id(1)
     offs_c, mask_c = channel_ids(col_block, C, TILE)
     norms = load_norms(
         (mean_ptr, rstd_ptr, var_ptr, weight_ptr, bias_ptr),
-        (residual_mean_ptr, residual_rstd_ptr, residual_var_ptr, residual_weight_ptr, residual_bias_ptr),
+        (
+            residual_mean_ptr, residual_rstd_ptr, residual_var_ptr, residual_weight_ptr,
+            residual_bias_ptr,
+        ),
         eps, residual_eps, offs_c, mask_c, TILE, ACC,
     )  # fmt: skip
     param = tl.full((), act_param, ACC)
@@ -231,11 +238,12 @@ def bn_stats(
     counter: Tensor | None = None,
     out: Statistics | None = None,
 ) -> Statistics:
-    """Batch mean and 1/sqrt(biased variance + eps) of each channel, each (C,) in fp32 (or fp64).
+    """Returns each channel's mean and 1/sqrt(biased variance + eps): (C,) in fp32 (fp64 for fp64).
 
     The running buffers are updated in place with the mean of ``x + input_bias`` and the unbiased
-    variance; ``counter``, one int64, goes up by one. ``momentum`` may be a one-element tensor on
-    the device. An empty ``x`` counts, but leaves the buffers as they are.
+    variance; ``counter``, one int64, is incremented. ``momentum`` may be a one-element tensor on
+    the device of ``x``. An empty ``x`` increments the counter, but doesn't change the running
+    buffers.
     """
     mean, rstd = out = out or Statistics(*empty_channels(x, 2))
     if x.numel() == 0:
@@ -245,7 +253,7 @@ def bn_stats(
         rstd.zero_()
         return out
     stats = plan("stats", x)
-    # Sums of x − pivot and of its square over splits, and the pivot.
+    # Each split's Σ(x − pivot), each split's Σ(x − pivot)², and the pivot.
     sums = torch.empty((2 * stats.splits + 1, x.shape[1]), dtype=mean.dtype, device=x.device)
     launch(_bn_stats_kernel, stats, sums_ptr=sums, x_ptr=x)
     on_device = isinstance(momentum, Tensor)
@@ -277,10 +285,10 @@ def bn_apply(
     save_mask: bool = False,
     out: tuple[Tensor, Tensor | None] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """``act(norm(x) + residual_norm(residual))`` and, if asked, the mask of ``not z <= 0``.
+    """Returns y = act(z) and, with ``save_mask``, the 1-bit mask of ``not z <= 0``.
 
-    ``residual`` is stored in memory as ``x`` is; without a ``residual_norm`` it is added as it is.
-    ``out`` is (y, mask), allocated by the caller.
+    z = norm(x) + residual_norm(residual). ``residual`` has the memory format of ``x``; without a
+    ``residual_norm`` it is added unchanged. ``out`` is (y, mask), allocated by the caller.
     """
     y, mask = out or (torch.empty_like(x), empty_mask(x) if save_mask else None)
     if x.numel() == 0:

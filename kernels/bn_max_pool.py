@@ -1,11 +1,13 @@
-"""Batch norm, activation and the max-pool of a ResNet's stem: 3×3, stride 2, padding 1.
+"""Batch norm, activation and 3×3 max-pooling with stride 2 and padding 1, as in a ResNet's stem.
 
-What is pooled is never written. Forward keeps each greatest value's position in its window and the x
-there; the reduce pass of backward is then `bn_backward.bn_backward_reduce` over these.
+The activation's output, which is pooled, is never written to memory. Forward stores each maximum's
+position in its window and the x at that position; backward's reduce pass is then
+`bn_backward.bn_backward_reduce` over these x.
 
-A program owns columns of windows and walks down some of their rows, with no division in its loop.
-Forward normalises each row of x once, for the windows above and below it, and replaces a position
-outside of x by the neighbour inside, which is in the same window.
+A program processes a block of columns of windows, one row of windows after another, so that its
+loop contains no division. In forward it normalises each row of x once, although a row may belong to
+the windows above and below it. A window position outside x is replaced by its neighbour inside x,
+which is in the same window, so the maximum doesn't change.
 """
 
 import torch
@@ -23,7 +25,7 @@ from bnres.kernels.tiles import CHANNELS
 
 @triton.jit
 def _program(C, OH, rows_per_program, TILE: tl.constexpr):
-    """A program's blocks of channels and of columns, its first row of windows and the end of its rows."""
+    """Returns a program's channel block, column block, first row of windows and end of its rows."""
     col_blocks = 1
     if TILE.kind == CHANNELS:
         col_blocks = tl.cdiv(C, TILE.block_cols)
@@ -36,7 +38,10 @@ def _program(C, OH, rows_per_program, TILE: tl.constexpr):
 
 @triton.jit
 def _sizes(C, W, OW, TILE: tl.constexpr):
-    """Distance of neighbouring positions; W and OW. The compiler learns which are multiples of a vector."""
+    """Returns the distance in elements between neighbouring positions, W and OW.
+
+    Multiples of the vector are written as a product, so that the compiler can use aligned loads.
+    """
     step = 1
     if TILE.kind == CHANNELS:
         step = C
@@ -50,10 +55,10 @@ def _sizes(C, W, OW, TILE: tl.constexpr):
 
 @triton.jit
 def _columns(col_block, block, columns, C, OW, TILE: tl.constexpr):
-    """Of each column: plane, ow of its first window, whether it exists, offsets inside it, channels.
+    """Returns each column's plane, ow of its first window, existence, local offsets and channels.
 
-    A column is a row of the tile: one ow of a sample, for which ``plane`` counts samples
-    (channels_last), or a vector of them of a plane.
+    Each row of the tile is one column of windows. In channels_last, a column is one ow of a sample,
+    and its plane is the sample; else it is a vector of adjacent ow of one plane.
     """
     column = block * TILE.sub_rows + tl.arange(0, TILE.sub_rows)[:, None]
     exists = column < columns
@@ -75,18 +80,18 @@ def _columns(col_block, block, columns, C, OW, TILE: tl.constexpr):
 
 @triton.jit
 def _load_two(ptr, step, at, exists, has_right, TILE: tl.constexpr):
-    """Two neighbouring positions, or the even and the odd ones of two vectors of a plane."""
+    """Loads two neighbouring positions; in a plane, the even and odd positions of two vectors."""
     if TILE.kind == CHANNELS:
         return tl.load(ptr + at, mask=exists), tl.load(ptr + step + at, mask=has_right)
     else:
-        # One load of both vectors would give a thread half of them: it is 16 bytes for each thread.
+        # A load gives each thread 16 bytes: one load of both vectors would split them over threads.
         v = tl.join(tl.load(ptr + at, mask=exists), tl.load(ptr + TILE.vector + at, mask=exists))
         return tl.split(tl.reshape(tl.permute(v, (0, 2, 1)), (TILE.sub_rows, TILE.vector, 2)))
 
 
 @triton.jit
 def _store_two(ptr, step, at, v, v_right, exists, has_right, TILE: tl.constexpr):
-    """Stores what `_load_two` loads."""
+    """Stores ``v`` and ``v_right`` at the positions that `_load_two` loads."""
     if TILE.kind == CHANNELS:
         tl.store(ptr + at, v, mask=exists)
         tl.store(ptr + step + at, v_right, mask=has_right)
@@ -99,7 +104,7 @@ def _store_two(ptr, step, at, v, v_right, exists, has_right, TILE: tl.constexpr)
 
 @triton.jit
 def _after(first, v):
-    """``first``, followed by all columns of ``v`` but the last; no instruction."""
+    """Returns ``first`` followed by all columns of ``v`` except the last; takes no instruction."""
     if v.shape[1] == 1:
         return first
     else:
@@ -109,7 +114,7 @@ def _after(first, v):
 
 @triton.jit
 def _before(v, last):
-    """All columns of ``v`` but the first, followed by ``last``; no instruction."""
+    """Returns all columns of ``v`` except the first, followed by ``last``; takes no instruction."""
     if v.shape[1] == 1:
         return last
     else:
@@ -119,7 +124,7 @@ def _before(v, last):
 
 @triton.jit
 def _widened(x):
-    """``x`` in fp32; bfloat16 is shifted as in `_tagged`, so that one shift serves both."""
+    """Returns ``x`` in fp32; bfloat16 is shifted as in `_tagged`, so that both share one shift."""
     if x.dtype == tl.bfloat16:
         return (x.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
     else:
@@ -128,7 +133,7 @@ def _widened(x):
 
 @triton.jit
 def _tagged(x, tap):
-    """The bits of x, followed by its position in the window, to be selected as one integer."""
+    """Packs the bits of x and its window position ``tap`` into one integer, for a single select."""
     if x.dtype.primitive_bitwidth == 16:
         return (x.to(tl.int16, bitcast=True).to(tl.int32) << 16) | tap
     else:
@@ -137,7 +142,7 @@ def _tagged(x, tap):
 
 @triton.jit
 def _untagged(tagged, DTYPE: tl.constexpr):
-    """The x and the position of `_tagged`."""
+    """Returns the x and the position that `_tagged` packed."""
     if DTYPE.primitive_bitwidth == 16:
         x = (tagged >> 16).to(tl.int16)
     else:
@@ -147,15 +152,18 @@ def _untagged(tagged, DTYPE: tl.constexpr):
 
 @triton.jit
 def _greater(best, tagged, y, y_tagged):
-    """Takes in a later position: the first greatest value stays, NaN takes over."""
-    stays = y <= tl.minimum(best, float("inf"))  # of inf and NaN: inf, so that only NaN takes over
+    """Returns the greater of ``best`` and ``y``, which comes from a later position, and its tag.
+
+    Of equal values the first is kept. NaN is the greatest value; of several NaN the last is kept.
+    """
+    stays = y <= tl.minimum(best, float("inf"))  # min(NaN, inf) is inf: only NaN replaces a NaN
     tagged = tl.where(stays, tagged, y_tagged)
     return tl.maximum(best, y, propagate_nan=tl.PropagateNan.ALL), tagged
 
 
 @triton.jit
 def _value(x, mean, scale, bias, param, ACT: tl.constexpr):
-    """act(bn(x)), rounded."""
+    """Returns act((x − mean)·scale + bias), rounded to the dtype of x."""
     y = round_to(ACT((_widened(x) - mean) * scale + bias, param), x.dtype)
     if INTERPRETED:
         y = y.to(tl.float32)  # the interpreter can't compare bfloat16
@@ -164,7 +172,11 @@ def _value(x, mean, scale, bias, param, ACT: tl.constexpr):
 
 @triton.jit
 def _load_row(row_ptr, left, middle, right, exists, TILE: tl.constexpr):
-    """x of each window's three positions in a row; in a plane, the left one of the first window only."""
+    """Loads x at each window's left, middle and right position in one row.
+
+    In a plane, only the first window's left position is loaded: the left position of each other
+    window is the right position of the window before it.
+    """
     x_left = tl.load(row_ptr + left, mask=exists)
     if TILE.kind == CHANNELS:
         return x_left, tl.load(row_ptr + middle, mask=exists), tl.load(row_ptr + right, mask=exists)
@@ -178,7 +190,10 @@ def _greatest_of_row(
     x_left, x, x_right, first, left_tap, right_tap, mean, scale, bias, param,
     ACT: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """The greatest value in a row of each window, and its tagged x; positions count from ``first``."""
+    """Returns the greatest value in one row of each window, and its tagged x.
+
+    The row's positions in the window are ``first``, ``first + 1`` and ``first + 2``.
+    """
     y_right = _value(x_right, mean, scale, bias, param, ACT)
     best = _value(x_left, mean, scale, bias, param, ACT)
     tagged = _tagged(x_left, first + left_tap)
@@ -196,7 +211,7 @@ def _bn_max_pool_kernel(
     columns, C, H, W, OH, OW, rows_per_program, act_param: tl.float64, eps: tl.float64,
     ACT: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """y = max over each window of act(bn(x)), rounded; its position in the window, and x there."""
+    """Stores each window's maximum y of act(bn(x)), rounded, and its position and x if asked."""
     col_block, block, start, stop = _program(C, OH, rows_per_program, TILE)
     step, W, OW = _sizes(C, W, OW, TILE)
     plane, ow, exists, local, channel = _columns(col_block, block, columns, C, OW, TILE)
@@ -219,8 +234,8 @@ def _bn_max_pool_kernel(
     row_ptr = x_ptr + tl.maximum(2 * start - 1, 0) * (W * step)
     x_left, x, x_right = _load_row(row_ptr, left, middle, right, exists, TILE)
     low, low_tagged = _greatest_of_row(
-        x_left, x, x_right, tl.where(start > 0, 0, 3), left_tap, right_tap, mean, scale, bias, param,
-        ACT, TILE,
+        x_left, x, x_right, tl.where(start > 0, 0, 3), left_tap, right_tap, mean, scale, bias,
+        param, ACT, TILE,
     )  # fmt: skip
     for oh in tl.range(start, stop, num_stages=STAGES):
         row_ptr = x_ptr + 2 * oh * (W * step)
@@ -232,7 +247,7 @@ def _bn_max_pool_kernel(
             x_left, x, x_right, 3, left_tap, right_tap, mean, scale, bias, param, ACT, TILE
         )
         y, tagged = _greater(low, low_tagged, y, tagged)
-        # The last row of these windows is the first one of the next windows.
+        # The last row of these windows is the first row of the windows below.
         low, low_tagged = _greatest_of_row(
             low_left, low_x, low_right, 0, left_tap, right_tap, mean, scale, bias, param, ACT, TILE
         )
@@ -247,7 +262,7 @@ def _bn_max_pool_kernel(
 
 @triton.jit
 def _load_windows(dy_ptr, argmax_ptr, at, next_at, exists, has_next, TILE: tl.constexpr):
-    """dy and argmax of each window and of its right neighbour. A missing window has argmax 255."""
+    """Loads dy and argmax of each window and its right neighbour; a missing one has argmax 255."""
     dy = tl.load(dy_ptr + at, mask=exists).to(tl.float32)
     argmax = tl.load(argmax_ptr + at, mask=exists, other=255).to(tl.int32)
     dy_next = tl.load(dy_ptr + next_at, mask=has_next).to(tl.float32)
@@ -259,9 +274,10 @@ def _load_windows(dy_ptr, argmax_ptr, at, next_at, exists, has_next, TILE: tl.co
 
 @triton.jit
 def _row_grads(dy, argmax, dy_next, argmax_next, first):
-    """dy for the middle and for the right end of one row of windows.
+    """Returns the gradients of the middle and right position of each window in one row.
 
-    The right end is the left end of the next windows; ``first`` is the position of the left end.
+    The right position is also the left position of the next window, whose gradient is added.
+    ``first`` is the left position's number in the window.
     """
     middle = tl.where(argmax == first + 1, dy, 0.0)
     right = tl.where(argmax == first + 2, dy, 0.0) + tl.where(argmax_next == first, dy_next, 0.0)
@@ -270,7 +286,7 @@ def _row_grads(dy, argmax, dy_next, argmax_next, first):
 
 @triton.jit
 def _dx(dy, x, mean, scale, bias, line, param, ACT_GRAD: tl.constexpr):
-    """act'(z)·dy·scale + x_centred·slope + offset, rounded."""
+    """Returns act'(z)·dy·scale + (x − mean)·slope + offset, rounded to the dtype of x."""
     x_centred = _widened(x) - mean
     dx = ACT_GRAD(dy, x_centred * scale + bias, param) * scale
     if line is not None:
@@ -286,10 +302,12 @@ def _bn_max_pool_bwd_dx_kernel(
     columns, C, H, W, OH, OW, rows_per_program, act_param: tl.float64, stats_count,
     ACT_GRAD: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """dx as in `_bn_bwd_dx_kernel`, dz = act'(z)·(the dy of all windows whose greatest this is).
+    """Stores dx as `_bn_bwd_dx_kernel` does, with dz = act'(z)·Σ dy.
 
-    A step of the walk makes the first and the second row of x in its windows. The third is the first
-    one of the windows below, so the walk takes one step more than there are rows of windows.
+    Σ dy is summed over all windows whose maximum is at this position of x.
+
+    Each step of the loop stores the first and second row of x in its windows. The third row is the
+    first row of the windows below, so there is one more step than there are rows of windows.
     """
     col_block, block, start, stop = _program(C, OH + 1, rows_per_program, TILE)
     step, W, OW = _sizes(C, W, OW, TILE)
@@ -301,8 +319,8 @@ def _bn_max_pool_bwd_dx_kernel(
     line = None
     if sum_dy_ptr is not None:
         line = load_line(
-            sum_dy_ptr, sum_dy_xhat_ptr, (mean, rstd, scale), stats_count, channel, channel < C, TILE,
-            tl.float32,
+            sum_dy_ptr, sum_dy_xhat_ptr, (mean, rstd, scale), stats_count, channel, channel < C,
+            TILE, tl.float32,
         )  # fmt: skip
     param = tl.full((), act_param, tl.float32)
 
@@ -316,7 +334,7 @@ def _bn_max_pool_bwd_dx_kernel(
     else:
         has_next = exists & (ow + TILE.vector < OW)
         next_at = window + TILE.vector
-    one = tl.arange(0, 1)[:, None]  # makes tensors of comparisons, as masks have to be
+    one = tl.arange(0, 1)[:, None]  # turns comparisons into tensors, which masks must be
 
     row = (start - 1) * (OW * step)
     in_row = start + one > 0
@@ -364,11 +382,13 @@ def bn_max_pool(
     save: bool = False,
     out: tuple[Tensor, Tensor | None, Tensor | None] | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """max_pool2d(act(norm(x)), 3, stride=2, padding=1) in the memory format of ``x``.
+    """Returns y = max_pool2d(act(norm(x)), 3, stride=2, padding=1), argmax and x_max.
 
-    If asked, also each greatest value's position in its window, row by row (uint8), and the x there.
-    Ties, NaN and padding are as in `torch.nn.functional.max_pool2d`. ``x`` is one that
-    `config.has_pool_kernel` takes. ``out`` are the three results, allocated by the caller.
+    argmax (uint8) is each maximum's position in its window, counted row by row; x_max is x at that
+    position. Both are computed only with ``save``, else None. All have the memory format of ``x``.
+    Ties, NaN and padding are handled as in `torch.nn.functional.max_pool2d`.
+    `config.has_pool_kernel` must accept ``x``. ``out`` contains the three results, allocated by the
+    caller.
     """
     y, argmax, x_max = out or (empty_pooled(x), None, None)
     if save and out is None:
@@ -401,9 +421,10 @@ def bn_max_pool_backward_dx(
     *,
     out: Tensor | None = None,
 ) -> Tensor:
-    """dx; ``dy`` (of what was pooled) and ``argmax`` are stored in memory as ``x`` is.
+    """Returns dx, the gradient with respect to the ``x`` of `bn_max_pool`.
 
-    ``sums`` are Σ dz and Σ dz·xhat of each channel, over ``count`` elements; None stands for eval
+    ``dy`` is the gradient of the pooled tensor; ``dy`` and ``argmax`` have the memory format of
+    ``x``. ``sums`` are Σ dz and Σ dz·xhat of each channel, over ``count`` elements; None means eval
     mode, where the statistics are constants.
     """
     dx = torch.empty_like(x) if out is None else out

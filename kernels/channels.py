@@ -1,4 +1,4 @@
-"""Device functions that load what belongs to channels, and sum it over splits."""
+"""Device functions that load per-channel values and add up the splits' partial sums."""
 
 import triton
 import triton.language as tl
@@ -13,7 +13,7 @@ FINALIZE_SPLITS, FINALIZE_CHANNELS = tl.constexpr(256), tl.constexpr(8)
 def load_norm(
     mean_ptr, rstd_ptr, var_ptr, weight_ptr, eps, channel, mask, ACC: tl.constexpr
 ):  # fmt: skip
-    """mean, rstd and rstd·weight of channels; rstd is stored, or made of a variance."""
+    """Loads mean, rstd and rstd·weight of channels; with var_ptr, rstd = 1/sqrt(var + eps)."""
     mean = tl.load(mean_ptr + channel, mask=mask, other=0).to(ACC)
     if var_ptr is not None:
         var = tl.load(var_ptr + channel, mask=mask, other=1).to(ACC)
@@ -28,7 +28,7 @@ def load_norm(
 
 @triton.jit
 def load_biases(bias_ptr, residual_bias_ptr, channel, mask, ACC: tl.constexpr):
-    """bias + residual_bias of channels."""
+    """Loads bias + residual_bias of channels; a bias that is None is 0."""
     shift = tl.full(channel.shape, 0.0, ACC)
     if bias_ptr is not None:
         shift += tl.load(bias_ptr + channel, mask=mask, other=0).to(ACC)
@@ -39,10 +39,10 @@ def load_biases(bias_ptr, residual_bias_ptr, channel, mask, ACC: tl.constexpr):
 
 @triton.jit
 def add_splits(ptr, splits, channel, mask, C, TRIPS: tl.constexpr):
-    """Sums of some rows each of partials (splits, C), in fp64: (FINALIZE_SPLITS, FINALIZE_CHANNELS).
+    """Adds up partial sums (splits, C) in fp64 to (FINALIZE_SPLITS, FINALIZE_CHANNELS).
 
-    TRIPS·FINALIZE_SPLITS is at least ``splits``. The caller adds the rows up after its last load, as
-    the barriers of `tl.sum` would hold back the loads after it.
+    TRIPS·FINALIZE_SPLITS is at least ``splits``. The caller adds up the resulting rows with
+    `tl.sum` after its last load, because the barriers of `tl.sum` would delay later loads.
     """
     total = tl.zeros((FINALIZE_SPLITS, FINALIZE_CHANNELS), tl.float64)
     for trip in tl.static_range(TRIPS):
@@ -54,9 +54,10 @@ def add_splits(ptr, splits, channel, mask, C, TRIPS: tl.constexpr):
 
 @triton.jit
 def load_norms(
-    norm_ptrs, residual_ptrs, eps, residual_eps, channel, mask, TILE: tl.constexpr, ACC: tl.constexpr
+    norm_ptrs, residual_ptrs, eps, residual_eps, channel, mask, TILE: tl.constexpr,
+    ACC: tl.constexpr,
 ):  # fmt: skip
-    """mean, rstd and rstd·weight of x's norm and of the residual's, and the sum of their biases.
+    """Loads mean, rstd and rstd·weight of x's and the residual's norm, and the sum of their biases.
 
     Each is broadcastable to a tile. If the residual has no norm, its values are those of x's norm.
     """
@@ -65,12 +66,13 @@ def load_norms(
     norm = to_columns(mean, TILE), to_columns(rstd, TILE), to_columns(scale, TILE)
     residual_norm = norm
     (
-        residual_mean_ptr, residual_rstd_ptr, residual_var_ptr, residual_weight_ptr, residual_bias_ptr,
+        residual_mean_ptr, residual_rstd_ptr, residual_var_ptr, residual_weight_ptr,
+        residual_bias_ptr,
     ) = residual_ptrs  # fmt: skip
     if residual_mean_ptr is not None:
         mean, rstd, scale = load_norm(
-            residual_mean_ptr, residual_rstd_ptr, residual_var_ptr, residual_weight_ptr, residual_eps,
-            channel, mask, ACC,
+            residual_mean_ptr, residual_rstd_ptr, residual_var_ptr, residual_weight_ptr,
+            residual_eps, channel, mask, ACC,
         )  # fmt: skip
         residual_norm = to_columns(mean, TILE), to_columns(rstd, TILE), to_columns(scale, TILE)
     shift = load_biases(bias_ptr, residual_bias_ptr, channel, mask, ACC)
@@ -81,7 +83,10 @@ def load_norms(
 def load_line(
     sum_dy_ptr, sum_dy_xhat_ptr, norm, count, channel, mask, TILE: tl.constexpr, ACC: tl.constexpr
 ):  # fmt: skip
-    """offset and slope of −(sum_dy + xhat·sum_dy_xhat)/count·scale = offset + slope·(x − mean)."""
+    """Loads the gradient through the statistics as a line in x − mean: its offset and slope.
+
+    offset + slope·(x − mean) = −(sum_dy + xhat·sum_dy_xhat)/count·scale.
+    """
     _, rstd, scale = norm
     inv_n = (1 / tl.cast(count, tl.float64)).to(ACC)
     sum_dy = to_columns(tl.load(sum_dy_ptr + channel, mask=mask, other=0).to(ACC), TILE)

@@ -1,18 +1,18 @@
 """Tile geometry and launch configurations: pure functions of a tensor's shape.
 
-A program owns a block of columns and walks down a range of rows:
+A program processes one block of columns over a range of rows:
 
-==========  ======================  =========================  =====================
+==========  ======================  =========================  ======================
 kind        used for                a row is                   a column is
-==========  ======================  =========================  =====================
+==========  ======================  =========================  ======================
 `CHANNELS`  channels_last           one position               one channel
-`PLANES`    contiguous              one vector of one channel  its elements
-`GROUPS`    contiguous, small odd   one sample                 one element of several
-            planes (7×7, 14×14)                                neighbouring channels
-==========  ======================  =========================  =====================
+`PLANES`    contiguous              one vector of one channel  one element of a vector
+`GROUPS`    contiguous, small odd   one sample                 one element of a group
+            planes (7×7, 14×14)                                of adjacent channels
+==========  ======================  =========================  ======================
 
 The numbers here are derived from byte counts and from code compiled for sm_90; none has been
-measured on a GPU yet. `benchmarks.variants` times others beside them.
+measured on a GPU yet. `benchmarks.variants` times alternatives.
 """
 
 from dataclasses import dataclass
@@ -25,9 +25,9 @@ CHANNELS, PLANES, GROUPS = 0, 1, 2
 NUM_WARPS = 4
 THREADS = 32 * NUM_WARPS
 VECTOR_BYTES = 16
-# Tensors with fewer elements, filled up to whole tiles, are addressed by 32-bit offsets.
+# Tensors that have fewer elements after padding to whole tiles are addressed by 32-bit offsets.
 NARROW_LIMIT = 2**31 - 2**24
-# A kernel that reads or writes the 1-bit mask has to unroll by this much: it is the mask's format.
+# Kernels that read or write the 1-bit mask must unroll by this factor, as its format depends on it.
 MASK_UNROLL = 4
 
 
@@ -35,8 +35,9 @@ MASK_UNROLL = 4
 class Tile:
     """Geometry of a tile, known at compile time.
 
-    It depends only on shape and dtype, so that forward and backward agree on it. One *sub-tile*
-    of ``sub_rows × block_cols`` is one 16-byte vector for each of a program's 128 threads.
+    It depends only on shape, memory format and dtype, so that forward and backward agree on it. A
+    *sub-tile* of ``sub_rows × block_cols`` is one 16-byte vector for each of the program's 128
+    threads.
 
     Attributes:
         kind: `CHANNELS`, `PLANES` or `GROUPS`.
@@ -44,11 +45,11 @@ class Tile:
         block_cols: columns of a tile, a power of two.
         block_channels: channels in a column block.
         group_inner: elements of a plane in a `GROUPS` tile, else 0.
-        vector: elements of 16 bytes.
-        aligned: rows start on a multiple of the vector.
-        even: no column is masked.
-        narrow: offsets have 32 bits, else 64.
-        words: two bfloat16 are loaded as one 32-bit word.
+        vector: elements per 16-byte vector.
+        aligned: whether every row starts at a multiple of the vector.
+        even: whether no column needs a mask.
+        narrow: whether offsets have 32 bits, not 64.
+        words: whether two bfloat16 are loaded as one 32-bit word.
     """
 
     kind: int
@@ -64,12 +65,12 @@ class Tile:
 
     @property
     def group_cols(self) -> int:
-        """Columns in use in a `GROUPS` tile."""
+        """Columns of a `GROUPS` tile that are used."""
         return self.block_channels * self.group_inner
 
     @property
     def inner_pow2(self) -> int:
-        """``group_inner``, up to a power of two."""
+        """``group_inner``, rounded up to a power of two."""
         return next_power_of_2(self.group_inner)
 
 
@@ -78,7 +79,10 @@ def next_power_of_2(n: int) -> int:
 
 
 def channels_per_group(view: ChannelView, vector: int) -> int:
-    """Channels whose planes make whole vectors and at most one row of threads; 0 if none do."""
+    """Returns the number of channels in a `GROUPS` tile, or 0 if no number fits.
+
+    Their planes in one sample fill whole vectors, and at most one vector per thread.
+    """
     size = vector // gcd(view.inner, vector)
     limit = THREADS * vector
     if view.channels % size or size * view.inner > limit:
@@ -89,7 +93,7 @@ def channels_per_group(view: ChannelView, vector: int) -> int:
 
 
 def tile_for(view: ChannelView, itemsize: int) -> Tile:
-    """The tile geometry of a tensor of this shape and item size."""
+    """Returns the tile geometry of a tensor with this view and ``itemsize`` bytes per element."""
     vector = VECTOR_BYTES // itemsize
     group = 0
     if view.inner == 1:
@@ -112,7 +116,7 @@ def tile_for(view: ChannelView, itemsize: int) -> Tile:
         vector=vector,
         aligned=aligned,
         even=even,
-        # Each channel's last tile may be almost empty, and a mask has bytes for all of it.
+        # Each channel's last tile may be almost empty, but the mask has bytes for the whole tile.
         narrow=view.numel + view.channels * MASK_UNROLL * THREADS * vector < NARROW_LIMIT,
         words=False,
     )
@@ -125,15 +129,14 @@ def tile_rows(view: ChannelView, tile: Tile) -> int:
 
 @dataclass(frozen=True)
 class KernelTuning:
-    """What a kernel asks of the chip.
+    """Launch parameters of a kernel.
 
     Attributes:
-        unroll: sub-tiles a thread holds at once (independent loads).
+        unroll: sub-tiles that a thread holds at once (independent loads).
         num_stages: depth of the software pipeline over tiles (1: none).
-        programs_per_sm: at most what has room at once, compiled for sm_90: further programs would
-            wait for the first ones to end, and leave most of the chip idle.
-        eviction: what the L2 cache is told of the tensors that are read: triton's
-            ``eviction_policy``.
+        programs_per_sm: programs per multiprocessor, at most those that fit at once when compiled
+            for sm_90: further programs would run after the first ones, with most of the chip idle.
+        eviction: the ``eviction_policy`` of triton's loads, a hint to the L2 cache.
     """
 
     unroll: int
@@ -149,7 +152,7 @@ class LaunchConfig:
     Attributes:
         col_blocks: column blocks, the first axis of the grid.
         splits: programs that share the rows of one column block, the second axis.
-        rows_per_split: rows of each, a multiple of ``unroll * sub_rows``.
+        rows_per_split: rows of each split, a multiple of ``unroll * sub_rows``.
     """
 
     col_blocks: int
@@ -157,7 +160,7 @@ class LaunchConfig:
     rows_per_split: int
 
 
-# Turns of programs where there are more column blocks than programs at once.
+# Waves of programs if there are more column blocks than programs that run at once.
 TURNS = 4
 
 TUNING = {
@@ -175,11 +178,13 @@ TUNING = {
 
 
 def launch_config(kernel: str, view: ChannelView, tile: Tile, sm_count: int) -> LaunchConfig:
-    """Split the rows so that every multiprocessor has work, whatever the number of channels.
+    """Splits the rows so that every multiprocessor has work for any number of channels.
 
-    There are no more programs than asked for, as one more would take a turn of its own; unless they
-    have one block of rows each, when turns are short and all loads are wanted, or there are more
-    columns than programs, when several turns make the last one short.
+    The grid has at most ``programs_per_sm * sm_count`` programs, because one more would need
+    another wave. There are two exceptions. With few rows each program gets one block of rows,
+    because waves are short then and more loads are in flight. With more column blocks than programs
+    that run at once, the grid has about `TURNS` waves, so that the last wave, which may be partly
+    idle, is short.
     """
     tuning = TUNING[kernel]
     block_rows = tuning.unroll * tile.sub_rows
@@ -194,13 +199,14 @@ def launch_config(kernel: str, view: ChannelView, tile: Tile, sm_count: int) -> 
 
 @dataclass(frozen=True)
 class ColumnConfig:
-    """How a kernel is launched that walks down columns of pooling windows.
+    """How a kernel over columns of pooling windows is launched.
 
     Attributes:
-        tile: a row of it is one column: one ow of a sample (channels_last), or a vector of them of a plane.
-        columns: columns in one block of channels.
+        tile: each row of it is one column of windows: one ow of a sample (channels_last), or a
+            vector of adjacent ow of a plane.
+        columns: columns of windows in one block of channels.
         programs: programs in the whole grid.
-        rows_per_program: rows of windows that a program walks down.
+        rows_per_program: rows of windows that a program processes.
     """
 
     tile: Tile
@@ -210,11 +216,12 @@ class ColumnConfig:
 
 
 def has_pool_kernel(shape: tuple[int, ...], contiguous: bool, itemsize: int) -> bool:
-    """Whether `bn_max_pool` takes tensors of this shape.
+    """Whether `bn_max_pool` accepts tensors of this shape, memory format and item size.
 
-    It takes no fp64 and fewer than 2^31 - 2^24 elements, and contiguous rows must be a multiple of 32 bytes.
+    Tensors must not be fp64 and must have fewer than 2^31 − 2^24 elements. Each row of a contiguous
+    tensor must be a multiple of 32 bytes.
     """
-    # A column of a plane is a vector of windows, which begin at two vectors of x.
+    # A column of a plane is a vector of windows, which covers two vectors of x.
     whole_vectors = not contiguous or shape[3] % (2 * VECTOR_BYTES // itemsize) == 0
     return itemsize < 8 and prod(shape) < NARROW_LIMIT and whole_vectors
 
@@ -222,15 +229,15 @@ def has_pool_kernel(shape: tuple[int, ...], contiguous: bool, itemsize: int) -> 
 def column_config(
     kernel: str, shape: tuple[int, ...], contiguous: bool, itemsize: int, rows: int, sm_count: int
 ) -> ColumnConfig:
-    """Split the ``rows`` of the windows of a tensor so that the chip is done as early as possible.
+    """Splits the ``rows`` of windows over programs so that the kernel ends as early as possible.
 
-    Programs that don't fit at once take turns, and each one reads a row more than it is given: the
-    number of turns times the rows of a program is made as small as it can be.
+    Programs that don't fit at once run in waves, and each program reads one row more than it
+    processes. The split minimises the number of waves times the rows that a program reads.
     """
     n, channels, *size = shape
     _, width = pooled_size(*size)
     if contiguous:
-        # Vectors, whatever channels they belong to.
+        # Each column is a vector, and a program's vectors may belong to different channels.
         tile = tile_for(ChannelView(1, 1, VECTOR_BYTES // itemsize), itemsize)
         columns, col_blocks = n * channels * (width // tile.vector), 1
     else:

@@ -1,7 +1,7 @@
 """Convolution with batch norm, residual and activation in its epilogue, for inference.
 
-It is a product of matrices over channels_last: rows are positions of the output, columns its
-channels, and the sum is over the filter's taps and the input's channels.
+The kernel is a matrix product over channels_last tensors: rows are output positions, columns are
+output channels, and the sum is over the filter's taps and the input channels.
 """
 
 from functools import lru_cache
@@ -28,7 +28,10 @@ def _conv_bn_act_kernel(
     BLOCK_K: tl.constexpr, ALIGNED_IN: tl.constexpr, ALIGNED_OUT: tl.constexpr,
     EVEN_K: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
-    """y = act((conv(x) + conv_bias − mean)·weight/sqrt(var + eps) + bias + residual): (M, K_OUT)."""
+    """Stores y = act((conv(x) + conv_bias − mean)·weight/sqrt(var + eps) + bias + residual).
+
+    y is (M, K_OUT): output positions × output channels.
+    """
     blocks_n = tl.cdiv(K_OUT, BLOCK_N)
     pid_m, pid_n = tl.program_id(0) // blocks_n, tl.program_id(0) % blocks_n
     stride_c = (C // ALIGNED_IN) * ALIGNED_IN
@@ -94,10 +97,15 @@ def conv_bn_act(
     config: ConvConfig | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """``act(norm(conv2d(x) + conv_bias) + residual)`` with running statistics: (N, K, OH, OW).
+    """Returns y = act(norm(conv2d(x) + conv_bias) + residual): (N, K, OH, OW), channels_last.
 
-    ``x`` (N, C, H, W), ``filter`` (K, C, R, S) and ``residual`` are channels_last in memory and of one
-    dtype: fp16, bf16, or fp32, whose operands are rounded to TF32. Sums are in fp32.
+    ``norm`` has `RunningStatistics`. ``x`` (N, C, H, W), ``filter`` (K, C, R, S) and ``residual``
+    are channels_last and have one dtype: fp16, bf16 or fp32. fp32 operands are rounded to TF32.
+    Sums are in fp32. ``config`` is `conv_config`'s by default; ``out`` is y, allocated by the
+    caller.
+
+    Raises:
+        TypeError: if the statistics of ``norm`` are not `RunningStatistics`.
     """
     if not isinstance(norm.statistics, RunningStatistics):
         raise TypeError(f"norm must have RunningStatistics, got {type(norm.statistics).__name__}")

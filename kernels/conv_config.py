@@ -1,7 +1,7 @@
 """Shapes of convolutions and launch configurations of their kernel.
 
 The heuristic is derived from the sizes of tiles and of shared memory; none of it has been measured
-on a GPU yet. `search_space` is what tuning tries.
+on a GPU yet. `search_space` lists the configurations that tuning tries.
 """
 
 from dataclasses import dataclass, fields
@@ -10,16 +10,16 @@ from typing import Any
 
 from bnres.kernels.config import next_power_of_2
 
-# The least that the matrix instructions of every target take.
+# Smallest block size that the matrix instructions of every target accept.
 MIN_BLOCK = 16
 STEP_BYTES = 128
-# With fewer channels most of a matrix instruction would be unused.
+# With fewer channels, most of a matrix instruction would be unused.
 MIN_CHANNELS = 8
 
 
 @dataclass(frozen=True)
 class Numbers:
-    """A dataclass whose fields are whole numbers, which operators take as a tuple."""
+    """Base of dataclasses whose fields are integers; torch operators take them as a tuple."""
 
     def as_tuple(self) -> tuple[int, ...]:
         """The fields in order."""
@@ -29,7 +29,7 @@ class Numbers:
 
 @dataclass(frozen=True)
 class ConvShape(Numbers):
-    """The window of a convolution: kernel size, stride, padding and dilation, known at compile time."""
+    """Kernel size, stride, padding and dilation of a convolution, known at compile time."""
 
     kernel_h: int
     kernel_w: int
@@ -47,7 +47,7 @@ class ConvShape(Numbers):
 
     @property
     def options(self) -> dict[str, Any]:
-        """The arguments, but for kernel_size, of torch's functions."""
+        """Stride, padding and dilation as keyword arguments of torch's convolutions."""
         return {
             "stride": (self.stride_h, self.stride_w),
             "padding": (self.padding_h, self.padding_w),
@@ -55,7 +55,7 @@ class ConvShape(Numbers):
         }
 
     def output_size(self, height: int, width: int) -> tuple[int, int]:
-        """Windows down and across, as torch counts them."""
+        """Returns the output's height and width, as in `torch.nn.Conv2d`."""
         down = height + 2 * self.padding_h - self.dilation_h * (self.kernel_h - 1) - 1
         across = width + 2 * self.padding_w - self.dilation_w * (self.kernel_w - 1) - 1
         return down // self.stride_h + 1, across // self.stride_w + 1
@@ -63,7 +63,11 @@ class ConvShape(Numbers):
 
 @dataclass(frozen=True)
 class ConvConfig(Numbers):
-    """Tile of a program (BLOCK_M positions × BLOCK_N channels, BLOCK_K a step) and its resources."""
+    """A program's tile and resources.
+
+    The tile is BLOCK_M output positions × BLOCK_N output channels; a step sums over BLOCK_K input
+    channels.
+    """
 
     block_m: int
     block_n: int
@@ -73,7 +77,7 @@ class ConvConfig(Numbers):
 
     @property
     def name(self) -> str:
-        """A name for tables."""
+        """Label for tables."""
         return (
             f"{self.block_m}x{self.block_n}x{self.block_k} warps {self.num_warps} "
             f"stages {self.num_stages}"
@@ -81,15 +85,18 @@ class ConvConfig(Numbers):
 
 
 def conv_config(rows: int, channels: int, out_channels: int, itemsize: int) -> ConvConfig:
-    """A tile of 128 positions and of all channels, at most 128 (64 in fp32); steps of 128 bytes.
+    """Returns the heuristic's configuration.
+
+    Its tile has 128 positions (64 if there are no more) and all output channels up to 128 (64 in
+    fp32). Each step sums over at most 128 bytes of input channels.
 
     Args:
-        rows: positions of the output.
-        channels: of the input.
-        out_channels: of the output.
-        itemsize: bytes of an element.
+        rows: number of output positions, N·OH·OW.
+        channels: number of input channels.
+        out_channels: number of output channels.
+        itemsize: bytes per element.
     """
-    widest = 128 if itemsize == 2 else 64  # 128 spills in fp32, compiled for sm_90
+    widest = 128 if itemsize == 2 else 64  # in fp32, 128 spills registers when compiled for sm_90
     block_n = min(max(next_power_of_2(out_channels), MIN_BLOCK), widest)
     block_k = min(max(next_power_of_2(channels), MIN_BLOCK), STEP_BYTES // itemsize)
     block_m = 128 if rows > 64 else 64
@@ -97,7 +104,7 @@ def conv_config(rows: int, channels: int, out_channels: int, itemsize: int) -> C
 
 
 def search_space(rows: int, channels: int, out_channels: int, itemsize: int) -> list[ConvConfig]:
-    """The heuristic's choice first, then others, those that differ least from it first."""
+    """Returns the configurations to try: the heuristic's first, then others by distance from it."""
     first = conv_config(rows, channels, out_channels, itemsize)
     found = [first]
     for block_m in (64, 128, 256):

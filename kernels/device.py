@@ -1,7 +1,7 @@
-"""Pure device maths, no loads and no stores: activations and their gradients, rounding.
+"""Device functions without loads or stores: activations, their gradients, and rounding.
 
 An activation maps the pre-activation ``z`` to ``act(z)``; its gradient maps ``(dy, z)`` to
-``dy * act'(z)``. ``param`` is the activation's one parameter (leaky_relu's slope) or unused.
+``dy * act'(z)``. ``param`` is leaky_relu's slope; the other activations don't use it.
 Comparisons are written so that NaN passes through, as in torch.
 """
 
@@ -105,7 +105,7 @@ def gelu_grad(dy, z, param):
 
 @triton.jit
 def gelu_tanh(z, param):
-    """0.5 z (1 + tanh(u)) = z sigmoid(2u), with u = sqrt(2/pi) (z + 0.044715 z³)."""
+    """Returns 0.5 z (1 + tanh(u)) = z sigmoid(2u), with u = sqrt(2/pi) (z + 0.044715 z³)."""
     return z * sigmoid((z + z * z * z * GELU_CUBIC) * SQRT_8_OVER_PI, param)
 
 
@@ -139,7 +139,10 @@ ACTIVATIONS = {
 
 @triton.jit
 def round_to(v, DTYPE: tl.constexpr):
-    """``v`` in another type, rounded to nearest even (the interpreter truncates to bfloat16)."""
+    """Returns ``v`` as DTYPE, rounded to nearest even.
+
+    Triton's interpreter truncates when it casts to bfloat16, so there the bits are rounded first.
+    """
     if INTERPRETED and tl.bfloat16 == DTYPE:
         bits = v.to(tl.float32).to(tl.uint32, bitcast=True)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
@@ -149,7 +152,7 @@ def round_to(v, DTYPE: tl.constexpr):
 
 @triton.jit
 def bf16_pairs(words):
-    """The two bfloat16 of each 32-bit word as neighbouring fp32 columns."""
+    """Returns the two bfloat16 of each 32-bit word as neighbouring fp32 columns."""
     low = (words << 16).to(tl.float32, bitcast=True)
     high = (words & -65536).to(tl.float32, bitcast=True)
     return tl.interleave(low, high)

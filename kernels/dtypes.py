@@ -1,4 +1,4 @@
-"""The types the kernels take and compute in."""
+"""The dtypes that the kernels accept and compute in."""
 
 import torch
 from torch import Tensor
@@ -7,5 +7,5 @@ SUPPORTED_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def acc_type(x: Tensor) -> torch.dtype:
-    """The type statistics and sums of ``x`` are kept in: fp64 for fp64, else fp32."""
+    """Returns the dtype of statistics and sums of ``x``: fp64 for fp64, else fp32."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32

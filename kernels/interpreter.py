@@ -1,4 +1,4 @@
-"""Whether kernels are interpreted, and whether triton's interpreter can run with the numpy here."""
+"""Whether kernels are interpreted, and whether triton's interpreter works with the installed numpy."""
 
 import re
 from importlib.metadata import version
@@ -7,10 +7,10 @@ import triton
 
 
 def is_interpreting() -> bool:
-    """Whether kernels that are defined now are interpreted.
+    """Whether triton interprets kernels that are defined now (``TRITON_INTERPRET=1``).
 
     Raises:
-        ImportError: if they are to be, but the interpreter can't run.
+        ImportError: if it does, and its interpreter can't run with the installed numpy.
     """
     if not triton.knobs.runtime.interpret:
         return False
@@ -19,9 +19,9 @@ def is_interpreting() -> bool:
 
 
 def check_versions(triton_version: str, numpy_version: str) -> None:
-    """Raises ImportError for a triton whose interpreter can't run with this numpy.
+    """Raises ImportError if this triton's interpreter can't run with this numpy.
 
-    Before triton 3.7 it asks for ``int(array)`` of one-dimensional arrays, which numpy 2.4 refuses.
+    Before triton 3.7 it calls ``int(array)`` on one-dimensional arrays, which numpy 2.4 refuses.
     """
     if _release(triton_version) < (3, 7) and _release(numpy_version) >= (2, 4):
         raise ImportError(
@@ -31,5 +31,5 @@ def check_versions(triton_version: str, numpy_version: str) -> None:
 
 
 def _release(version: str) -> tuple[int, ...]:
-    """``"3.6.0+git1"`` as ``(3, 6)``."""
+    """Returns the first two numbers of a version: ``(3, 6)`` for ``"3.6.0+git1"``."""
     return tuple(map(int, re.findall(r"\d+", version)[:2]))

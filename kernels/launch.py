@@ -1,4 +1,4 @@
-"""How kernels are launched: the plan for a tensor, and the launch itself."""
+"""Plans kernel launches from a tensor's shape and dtype, and makes them."""
 
 import threading
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ from bnres.kernels.channels import FINALIZE_CHANNELS, FINALIZE_SPLITS
 from bnres.kernels.config import TUNING, column_config, launch_config, tile_for
 from bnres.kernels.layout import pooled_size, view_of
 
-# A load of a word needs an address that is a multiple of this.
+# Loads of words need addresses that are multiples of this.
 WORD_BYTES = 4
 
 # Greatest number of plans that are cached.
@@ -28,7 +28,7 @@ OPTIONS = ("num_warps", "num_stages")
 # Interpreted programs run one after another, so a few of them are enough.
 INTERPRETER_SM_COUNT = 1
 
-# Of the kernels that combine partial sums.
+# num_warps of the kernels that combine partial sums.
 FINALIZE_WARPS = 8
 
 
@@ -38,8 +38,8 @@ class Plan:
 
     Attributes:
         grid: number of programs along up to three axes.
-        arguments: what follows from shapes and types, for the kernels that have it as a parameter;
-            and triton's ``num_warps`` and ``num_stages``, unless triton chooses them.
+        arguments: arguments that depend only on shapes and dtypes (a kernel gets those that are its
+            parameters), and ``num_warps`` and ``num_stages`` unless triton's defaults apply.
     """
 
     grid: tuple[int, ...]
@@ -51,7 +51,7 @@ class TilePlan(Plan):
     """How a kernel is launched over the tiles of a tensor.
 
     Attributes:
-        finalize: how the kernel is launched that combines the partial sums of the splits.
+        finalize: plan of the kernel that combines the splits' partial sums.
         splits: programs that share the rows of one column block.
     """
 
@@ -68,7 +68,7 @@ def sm_count(device: torch.device) -> int:
 
 
 def plan(kernel: str, x: Tensor) -> TilePlan:
-    """How ``kernel``, a name in `config.TUNING`, is launched over a dense ``x``."""
+    """Returns how ``kernel``, a key of `config.TUNING`, is launched over a dense ``x``."""
     return _plan(kernel, x.shape, x.is_contiguous(), x.dtype, sm_count(x.device))
 
 
@@ -99,9 +99,9 @@ def _plan(
 
 
 def plan_columns(kernel: str, x: Tensor, rows: int) -> Plan:
-    """How ``kernel``, a name in `config.TUNING`, is launched over columns of the windows of ``x``.
+    """Returns how ``kernel``, a key of `config.TUNING`, is launched over columns of windows of ``x``.
 
-    Each column is walked down ``rows`` rows of windows.
+    Each column has ``rows`` rows of windows.
     """
     return _plan_columns(kernel, x.shape, x.is_contiguous(), x.itemsize, rows, sm_count(x.device))
 
@@ -128,7 +128,7 @@ def _plan_columns(
 
 
 class Launch(NamedTuple):
-    """A launch that was made: the compiled kernel and all its arguments, in order."""
+    """A recorded launch: the compiled kernel, its grid and all its arguments in order."""
 
     compiled: Any
     grid: tuple[int, ...]
@@ -140,7 +140,7 @@ _recorder = threading.local()
 
 @contextmanager
 def recorded_launches() -> Iterator[list[Launch]]:
-    """Inside, this thread's launches are written to the list, but for interpreted ones."""
+    """Yields a list to which this thread's launches are appended, except interpreted ones."""
     before = getattr(_recorder, "launches", None)
     launches: list[Launch] = []
     _recorder.launches = launches
@@ -151,7 +151,7 @@ def recorded_launches() -> Iterator[list[Launch]]:
 
 
 def _starts_inside_word(argument: object) -> bool:
-    """Whether it is a bfloat16 tensor, such as a slice, whose address is not a multiple of a word."""
+    """Whether ``argument`` is a bfloat16 tensor (e.g. a slice) that is not aligned to words."""
     return (
         isinstance(argument, Tensor)
         and argument.dtype == torch.bfloat16
@@ -163,12 +163,13 @@ def launch(kernel: Any, plan: Plan, **named: Any) -> None:
     """Runs a kernel on the device of its first argument.
 
     Args:
-        kernel: a function decorated with `triton.jit`, the first of whose parameters is a tensor.
-        plan: the grid, and the arguments that are not named.
-        named: the kernel's own arguments. A pointer that is left out is None, an eps 0.
+        kernel: function decorated with `triton.jit`, whose first parameter is a tensor.
+        plan: the grid, and arguments that are not in ``named``.
+        named: the kernel's other arguments. A missing pointer is None, a missing eps is 0.
 
     Raises:
-        TypeError: for an argument that the kernel doesn't have, or that is missing.
+        TypeError: if ``named`` has an argument that the kernel doesn't have, or if an argument is
+            in neither ``plan`` nor ``named``.
     """
     names = kernel.arg_names
     absent = {n: None if n.endswith("_ptr") else 0.0 for n in names if n.endswith(("_ptr", "eps"))}
@@ -186,7 +187,7 @@ def launch(kernel: Any, plan: Plan, **named: Any) -> None:
         return
     options = {name: arguments[name] for name in OPTIONS if name in arguments}
     x = ordered[names[0]]
-    # A kernel is launched on the current device's stream.
+    # Triton launches kernels on the current device's stream.
     with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
         compiled = kernel[plan.grid](**ordered, **options, enable_fp_fusion=True)
     launches = getattr(_recorder, "launches", None)

@@ -1,4 +1,4 @@
-"""How a tensor lies in memory, seen by a per-channel operation.
+"""Memory formats of tensors, as per-channel operations see them.
 
 Every supported tensor is a dense array ``(outer, channel, inner)``: contiguous tensors have
 ``inner`` = the product of the spatial sizes, channels_last ones have ``inner`` = 1.
@@ -30,14 +30,14 @@ class ChannelView:
 
 
 def is_channels_last(x: Tensor) -> bool:
-    """Whether the channels of ``x`` (dimension 1) lie innermost, without gaps."""
+    """Whether ``x`` is dense and its channels (dimension 1) are innermost in memory."""
     if x.dim() == 4:
         return x.is_contiguous(memory_format=torch.channels_last)
     return x.movedim(1, -1).is_contiguous()
 
 
 def view_of(shape: tuple[int, ...], contiguous: bool) -> ChannelView:
-    """The view of a tensor of this shape that is contiguous, or else channels_last."""
+    """Returns the view of a tensor of this shape, channels_last unless ``contiguous``."""
     spatial = prod(shape[2:])
     if contiguous:
         return ChannelView(shape[0], shape[1], spatial)
@@ -45,12 +45,15 @@ def view_of(shape: tuple[int, ...], contiguous: bool) -> ChannelView:
 
 
 def pooled_size(height: int, width: int) -> tuple[int, int]:
-    """Windows of 3×3, with stride 2 and padding 1, down and across an image."""
+    """Returns height and width after 3×3 max-pooling with stride 2 and padding 1."""
     return (height + 1) // 2, (width + 1) // 2
 
 
 def dense(x: Tensor) -> Tensor:
-    """``x`` itself if it is contiguous or channels_last, else a copy in the nearer format."""
+    """Returns ``x`` if it is contiguous or channels_last, else a copy in one of these formats.
+
+    The copy is channels_last if the channels of ``x`` have its smallest stride, else contiguous.
+    """
     if x.is_contiguous() or is_channels_last(x):
         return x
     strides = [s for s, n in zip(x.stride(), x.shape, strict=True) if n > 1 and s > 0]
@@ -60,9 +63,9 @@ def dense(x: Tensor) -> Tensor:
 
 
 def dense_like(t: Tensor, x: Tensor) -> Tensor:
-    """``t`` itself if it lies in memory as the dense ``x`` does, else a copy that does.
+    """Returns ``t`` if it has the memory format of the dense ``x``, else a copy in that format.
 
-    An expanded gradient (stride 0) and one in another format are both copied here.
+    Gradients may be expanded (stride 0) or in another format; both kinds are copied.
     """
     if t.stride() == x.stride():
         return t

@@ -6,14 +6,14 @@ from torch import Tensor
 
 
 class Statistics(NamedTuple):
-    """Of a batch: mean and 1/sqrt(biased variance + eps), each (C,)."""
+    """Statistics of a batch: mean and 1/sqrt(biased variance + eps), each (C,)."""
 
     mean: Tensor
     rstd: Tensor
 
 
 class RunningStatistics(NamedTuple):
-    """What evaluation normalises with: mean and variance, each (C,), and eps."""
+    """Statistics used in evaluation: running mean and variance, each (C,), and eps."""
 
     mean: Tensor
     var: Tensor
@@ -21,14 +21,17 @@ class RunningStatistics(NamedTuple):
 
 
 class Norm(NamedTuple):
-    """What one batch norm does to its channels; ``weight`` and ``bias`` are (C,) or None."""
+    """Statistics and parameters of one batch norm; ``weight`` and ``bias`` are (C,) or None."""
 
     statistics: Statistics | RunningStatistics
     weight: Tensor | None = None
     bias: Tensor | None = None
 
     def pointers(self, prefix: str = "") -> dict[str, Any]:
-        """The kernels' arguments for it, by name; those that it has no value for are left out."""
+        """Returns the kernels' arguments for this norm by name, each name after ``prefix``.
+
+        Arguments for the other kind of statistics are left out.
+        """
         names = ("mean_ptr", "rstd_ptr")
         if isinstance(self.statistics, RunningStatistics):
             names = ("mean_ptr", "var_ptr", "eps")  # type: ignore[assignment]
@@ -38,13 +41,13 @@ class Norm(NamedTuple):
 
 
 def pointers(norm: Norm, residual_norm: Norm | None) -> dict[str, Any]:
-    """The kernels' arguments for a norm, and for the residual's norm if there is one."""
+    """Returns the kernels' arguments for a norm, and for the residual's norm if there is one."""
     other = {} if residual_norm is None else residual_norm.pointers("residual_")
     return norm.pointers() | other
 
 
 class Sums(NamedTuple):
-    """What backward sums for each channel, (C,): Σ dz and Σ dz·xhat of x and of a residual with a norm."""
+    """Each channel's Σ dz and Σ dz·xhat, (C,), of x and of a residual that has a norm."""
 
     dy: Tensor
     dy_xhat: Tensor

@@ -1,4 +1,4 @@
-"""Allocates what the launchers write, for them and for callers that allocate it beforehand."""
+"""Allocates the launchers' outputs, also for callers that pass them as ``out``."""
 
 from functools import lru_cache
 
@@ -10,18 +10,18 @@ from bnres.kernels.conv_config import ConvShape
 from bnres.kernels.dtypes import acc_type
 from bnres.kernels.layout import pooled_size, view_of
 
-# Greatest number of masks whose sizes are remembered.
+# Greatest number of mask sizes that are cached.
 MASKS = 4096
 
 
 def empty_channels(x: Tensor, count: int) -> list[Tensor]:
-    """Some tensors of a value for each channel, in fp32 (or fp64)."""
+    """Returns ``count`` uninitialised tensors, each (C,) in fp32 (fp64 for fp64)."""
     channels, dtype = x.shape[1], acc_type(x)
     return [x.new_empty(channels, dtype=dtype) for _ in range(count)]
 
 
 def empty_mask(x: Tensor) -> Tensor:
-    """The 1-bit mask of a dense ``x``."""
+    """Returns an uninitialised 1-bit mask (uint8) for a dense ``x``."""
     given = x.shape, x.is_contiguous(), x.itemsize
     try:
         size = _mask_bytes(*given)
@@ -32,8 +32,8 @@ def empty_mask(x: Tensor) -> Tensor:
 
 @lru_cache(MASKS)
 def _mask_bytes(shape: torch.Size, contiguous: bool, itemsize: int) -> int:
-    """Size of a mask, whose format belongs to `tiles.mask_offsets`."""
-    if 0 in shape:  # numel would make symbolic sizes constants
+    """Returns the size in bytes of a mask in the format of `tiles.mask_offsets`."""
+    if 0 in shape:  # numel would turn symbolic sizes into constants
         return 0
     view = view_of(shape, contiguous)
     tile = tile_for(view, itemsize)
@@ -48,14 +48,14 @@ def _mask_bytes(shape: torch.Size, contiguous: bool, itemsize: int) -> int:
 
 
 def empty_pooled(x: Tensor) -> Tensor:
-    """(N, C, OH, OW) in the dtype and memory format of ``x``: see `pooled_size`."""
+    """Returns an uninitialised (N, C, OH, OW), see `pooled_size`, in the memory format of ``x``."""
     layout = torch.contiguous_format if x.is_contiguous() else torch.channels_last
-    # Sizes that are not in a tuple are read faster.
+    # torch.empty parses separate sizes faster than a tuple.
     sizes = x.shape[0], x.shape[1], *pooled_size(x.shape[2], x.shape[3])
     return torch.empty(*sizes, dtype=x.dtype, device=x.device, memory_format=layout)
 
 
 def empty_convolved(x: Tensor, out_channels: int, shape: ConvShape) -> Tensor:
-    """(N, K, OH, OW), channels_last."""
+    """Returns an uninitialised (N, K, OH, OW), channels_last, in the dtype of ``x``."""
     sizes = x.shape[0], out_channels, *shape.output_size(x.shape[2], x.shape[3])
     return torch.empty(sizes, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
