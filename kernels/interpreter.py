@@ -1,4 +1,4 @@
-"""Whether kernels are interpreted, and whether triton's interpreter works with the installed numpy."""
+"""Whether kernels are interpreted, and whether the interpreter works with the installed numpy."""
 
 import re
 from importlib.metadata import version

@@ -99,9 +99,9 @@ def _plan(
 
 
 def plan_columns(kernel: str, x: Tensor, rows: int) -> Plan:
-    """Returns how ``kernel``, a key of `config.TUNING`, is launched over columns of windows of ``x``.
+    """Returns how ``kernel``, a key of `config.TUNING`, is launched over pooling windows of ``x``.
 
-    Each column has ``rows`` rows of windows.
+    Each column of windows has ``rows`` rows.
     """
     return _plan_columns(kernel, x.shape, x.is_contiguous(), x.itemsize, rows, sm_count(x.device))
 

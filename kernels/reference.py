@@ -1,8 +1,7 @@
-"""The launchers' signatures in plain, differentiable torch, written from the formulas.
+"""Reference versions of the launchers, with their signatures, in plain and differentiable torch.
 
-Tests hold the kernels against them; the double backward and forward-mode derivatives differentiate
-them. The one difference in form: where a kernel keeps one bit an element, ``mask`` is a tensor of
-booleans here.
+Tests compare the kernels with these functions; double backward and forward-mode derivatives
+differentiate them. Here ``mask`` is a tensor of booleans; the kernels use one bit per element.
 """
 
 from collections.abc import Callable
@@ -31,12 +30,12 @@ ACTIVATION_FORMULAS: dict[str, Callable[[Tensor, float], Tensor]] = {
 
 
 def reduced_dims(x: Tensor) -> list[int]:
-    """Every dimension but the channels'."""
+    """Returns every dimension except the channels'."""
     return [0, *range(2, x.dim())]
 
 
 def per_channel(v: Tensor, x: Tensor) -> Tensor:
-    """``v`` (C,) in the type of the statistics, broadcastable to ``x`` (N, C, *)."""
+    """Returns ``v`` (C,) in the `acc_type` of ``x`` (N, C, *), broadcastable to ``x``."""
     return v.to(acc_type(x)).view(1, -1, *[1] * (x.dim() - 2))
 
 
@@ -50,7 +49,7 @@ def bn_stats_ref(
     input_bias: Tensor | None = None,
     counter: Tensor | None = None,
 ) -> Statistics:
-    """mean = E[x], rstd = 1/sqrt(E[(x − mean)²] + eps).
+    """Returns mean = E[x] and rstd = 1/sqrt(E[(x − mean)²] + eps) of each channel: (C,).
 
     The running buffers are updated with E[x + input_bias] and the unbiased variance.
     """
@@ -93,7 +92,7 @@ def _normalised(x: Tensor, norm: Norm) -> Tensor:
 def _pre_activation(
     x: Tensor, norm: Norm, residual: Tensor | None, residual_norm: Norm | None
 ) -> Tensor:
-    """z = norm(x) + residual_norm(residual); a residual without a norm is added as it is."""
+    """z = norm(x) + residual_norm(residual); a residual without a norm is added unchanged."""
     z = _normalised(x, norm)
     if residual is None:
         return z
@@ -110,7 +109,7 @@ def bn_apply_ref(
     *,
     save_mask: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """y = act(z), and the mask of ``not z <= 0``."""
+    """Returns y = act(z) and, with ``save_mask``, the mask of ``not z <= 0``."""
     z = _pre_activation(x, norm, residual, residual_norm)
     y = ACTIVATION_FORMULAS[act](z, act_param).to(x.dtype)
     return y, ~(z <= 0) if save_mask else None
@@ -119,7 +118,7 @@ def bn_apply_ref(
 def _pre_activation_grad(
     dy: Tensor, dy_skip: Tensor | None, mask: Tensor | None, act: str, param: float, *inputs: Any
 ) -> Tensor:
-    """dz = (dy + dy_skip)·act'(z), or that sum where ``mask`` is set; ``inputs`` are those of z."""
+    """dz = (dy + dy_skip)·act'(z); act'(z) is ``mask`` if given. z is computed from ``inputs``."""
     dy = dy.to(acc_type(inputs[0]))
     if dy_skip is not None:
         dy = dy + dy_skip
@@ -145,7 +144,7 @@ def bn_backward_reduce_ref(
     dy_skip: Tensor | None = None,
     write_dz: bool = False,
 ) -> tuple[Sums, Tensor | None]:
-    """Σ dz and, of each norm, Σ dz·xhat of each channel; and dz itself if asked."""
+    """Returns each channel's Σ dz and each norm's Σ dz·xhat, and dz if ``write_dz``."""
     inputs = x, norm, residual, residual_norm
     dz = _pre_activation_grad(dy, dy_skip, mask, act, act_param, *inputs)
     dims = reduced_dims(x)
@@ -171,7 +170,7 @@ def bn_backward_dx_ref(
     dy_skip: Tensor | None = None,
     write_dresidual: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """dx and, if asked, dresidual: dz, or the gradient through the ``residual_norm``."""
+    """Returns dx and, with ``write_dresidual``, dresidual: dz, or the gradient through its norm."""
     inputs = x, norm, residual, residual_norm
     dz = _pre_activation_grad(dy, dy_skip, mask, act, act_param, *inputs)
     dx = _input_grad(dz, x, norm, sums, count)
@@ -186,7 +185,7 @@ def bn_backward_dx_ref(
 
 
 def _input_grad(dz: Tensor, x: Tensor, norm: Norm, sums: Sums | None, count: int) -> Tensor:
-    """(dz − (sum_dy + xhat·sum_dy_xhat)/count)·rstd·weight; with no ``sums`` dz·rstd·weight."""
+    """(dz − (sum_dy + xhat·sum_dy_xhat)/count)·rstd·weight; without ``sums``, dz·rstd·weight."""
     dx = dz
     if sums is not None:
         sum_dy, sum_dy_xhat = (per_channel(s, x) for s in sums[:2])
@@ -200,7 +199,11 @@ def _input_grad(dz: Tensor, x: Tensor, norm: Norm, sums: Sums | None, count: int
 def bn_max_pool_ref(
     x: Tensor, norm: Norm, act: str, act_param: float, *, save: bool = False
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """max_pool2d(act(bn(x)), 3, stride=2, padding=1); each maximum's position in its window, and the x there."""
+    """Returns max_pool2d(act(bn(x)), 3, stride=2, padding=1), argmax and x_max.
+
+    With ``save``, argmax is each maximum's position in its window and x_max the x at that position;
+    else both are None.
+    """
     values, _ = bn_apply_ref(x, norm, None, None, act, act_param)
     y, flat = F.max_pool2d(values, 3, stride=2, padding=1, return_indices=True)
     if not save:
@@ -211,20 +214,20 @@ def bn_max_pool_ref(
 
 
 def _window_starts(y: Tensor) -> tuple[Tensor, Tensor]:
-    """Row (OH, 1) and column (OW,) where each window of the pooled ``y`` starts."""
+    """Returns the row (OH, 1) and column (OW,) where each window of the pooled ``y`` starts."""
     oh, ow = (torch.arange(size, device=y.device) for size in y.shape[2:])
     return 2 * oh[:, None] - 1, 2 * ow - 1
 
 
 def pooled_offsets(argmax: Tensor, width: int) -> Tensor:
-    """The offset of each maximum in a plane of this width, of its position in its window."""
+    """Returns each maximum's offset in its plane of ``width`` columns, from its window position."""
     down, across = _window_starts(argmax)
     argmax = argmax.long()
     return (down + argmax // 3) * width + across + argmax % 3
 
 
 def bn_max_pool_at_ref(x: Tensor, norm: Norm, act: str, act_param: float, argmax: Tensor) -> Tensor:
-    """`bn_max_pool_ref` where the positions of the maxima are given: differentiable."""
+    """Returns `bn_max_pool_ref`'s y, differentiably, for given positions of the maxima."""
     flat = pooled_offsets(argmax, x.shape[3]).flatten(2)
     values, _ = bn_apply_ref(x, norm, None, None, act, act_param)
     return values.flatten(2).gather(2, flat).view(argmax.shape)
@@ -240,7 +243,7 @@ def bn_max_pool_backward_dx_ref(
     sums: Sums | None,
     count: int,
 ) -> Tensor:
-    """dx as `bn_backward_dx_ref`, of dy summed where the maxima lie."""
+    """Returns `bn_backward_dx_ref`'s dx for ``dy`` summed at the positions of the maxima."""
     flat = pooled_offsets(argmax, x.shape[3]).flatten(2)
     scattered = torch.zeros(x.shape, dtype=acc_type(x), device=x.device).flatten(2)
     scattered = scattered.scatter_add(2, flat, dy.to(acc_type(x)).flatten(2)).view(x.shape)
@@ -257,7 +260,7 @@ def conv_bn_act_ref(
     act_param: float,
     shape: ConvShape,
 ) -> Tensor:
-    """y = act(norm(conv2d(x) + conv_bias) + residual)."""
+    """Returns y = act(norm(conv2d(x) + conv_bias) + residual)."""
     y = F.conv2d(
         x.to(acc_type(x)),
         filter.to(acc_type(x)),

@@ -1,8 +1,8 @@
-"""Records the launches of a call's first run, and repeats them without triton's checks later.
+"""Records the launches of a call's first run, and repeats them later without triton's checks.
 
-Triton's own launch works out each time which specialisation of a kernel the arguments need. Calls of
-one kind (the same shapes, strides, dtypes, device and options, the same tensors given) launch the same
-kernels with the same numbers: only the addresses change.
+Triton's own launch determines each time which specialisation of a kernel the arguments need. Calls
+of one kind (same shapes, strides, dtypes, device and options; the same tensors are None) launch the
+same kernels with the same numbers: only the addresses differ.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,7 +16,7 @@ from triton.compiler import CompiledKernel
 from bnres.kernels import triton_internals
 from bnres.kernels.launch import Launch, recorded_launches
 
-# Triton compiles one kernel for pointers that are multiples of this, and others for the rest.
+# Triton compiles a separate kernel for pointers that are not multiples of this.
 POINTER_ALIGNMENT = 16
 # Each scratch tensor starts at a multiple of this.
 SCRATCH_ALIGNMENT = 128
@@ -25,7 +25,10 @@ Groups = Sequence[Sequence[Tensor | None]]
 
 
 class _Replayed(NamedTuple):
-    """A recorded launch: ``pick`` selects its pointers from a call's, ``numbers`` are its other arguments."""
+    """A recorded launch.
+
+    ``pick`` selects its pointers from those of a call; ``numbers`` are its other arguments.
+    """
 
     compiled: CompiledKernel
     grid: tuple[int, ...]
@@ -37,7 +40,7 @@ class _Replayed(NamedTuple):
 
 
 class _Derived(NamedTuple):
-    """A pointer ``distance`` bytes from another one of the call's, and what it points to."""
+    """A pointer ``distance`` bytes after the call's pointer ``base``, and its tensor's type."""
 
     base: int
     distance: int
@@ -48,9 +51,10 @@ class _Derived(NamedTuple):
 class Replay:
     """The launches of one kind of call.
 
-    Launches are recorded for aligned tensors, and no tensor is kept. Each pointer of a launch is that of
-    one of the call's tensors, or points into one, or into scratch memory: whatever else the call allocated.
-    Scratch that is no longer read when an output is first written uses that output's memory.
+    Launches are recorded only for aligned tensors, and no tensor is kept alive. Each pointer of a
+    launch points to the start of one of the call's tensors, into one, or into scratch memory, which
+    stands for the tensors that the recorded call allocated. Scratch memory is part of the output if
+    the output is first written after the last read of scratch.
     """
 
     __slots__ = ("_derived", "_launches", "_ran", "_scratch", "_takes_addresses")
@@ -63,17 +67,17 @@ class Replay:
         self._ran: set[bool] = set()
 
     def run(self, call: Callable[..., object], groups: Groups, *options: object) -> None:
-        """Makes the launches of ``call(*groups, *options)``, which launches and does nothing else.
+        """Makes the launches of ``call(*groups, *options)``.
 
         Args:
-            call: what to record.
-            groups: all tensors that it reads and writes, in the same order at each call of this kind.
-                The first one of all is not None; the first one of the last group, or None, is an output.
-            options: all else that it depends on, the same at each call of this kind.
+            call: function that only allocates tensors and launches kernels.
+            groups: all tensors that it reads and writes, in the same order at each call of this
+                kind. ``groups[0][0]`` is not None; ``groups[-1][0]`` is an output or None.
+            options: all other values that it depends on, equal at each call of this kind.
 
         Raises:
-            RuntimeError: if such a call runs for the first time while a CUDA graph is captured: the
-                driver can't load kernels then.
+            RuntimeError: if the first call of this kind runs while a CUDA graph is captured, when
+                the driver can't load kernels.
         """
         pointers: list[Any] = []
         bits = 0
@@ -123,8 +127,8 @@ class Replay:
         assert x is not None
         if aligned not in self._ran and x.is_cuda and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
-                "a fused operation runs for the first time with such tensors while a CUDA graph is "
-                "captured, and its kernels can't be loaded then: run the same call once before the "
+                "this is a fused operation's first call with such tensors, and its kernels can't "
+                "be loaded while a CUDA graph is captured: run the same call once before the "
                 "capture"
             )
         with recorded_launches() as launches:
@@ -132,9 +136,9 @@ class Replay:
         self._ran.add(aligned)
         given = [id(t) for group in groups for t in group if t is not None]
         if (
-            launches  # which interpreted ones are not
+            launches  # empty if interpreted
             and aligned
-            and len(set(given)) == len(given)  # else a pointer's place is not known
+            and len(set(given)) == len(given)  # else a pointer's tensor is ambiguous
             and all(isinstance(launch.compiled, CompiledKernel) for launch in launches)
         ):
             self._record(launches, [t for group in groups for t in group], groups[-1][0])
@@ -142,7 +146,7 @@ class Replay:
     def _record(
         self, launches: list[Launch], tensors: list[Tensor | None], output: Tensor | None
     ) -> None:
-        """Finds out where each pointer of the launches comes from."""
+        """Determines which tensor or scratch memory each pointer of the launches points into."""
         pointers = [[a for a in launch.arguments if _is_pointer(a)] for launch in launches]
         places = {id(t): i for i, t in enumerate(tensors) if t is not None}
         null, scratch_base = len(tensors), len(tensors) + 1
@@ -152,7 +156,7 @@ class Replay:
         insides = {key: _inside(t, tensors) for key, t in others.items()}
         scratch = {key for key, inside in insides.items() if inside is None}
         size = sum(_room_for(others[key]) for key in scratch)
-        # In the output's memory, if that is large enough and not written before scratch is read.
+        # Scratch uses the output's memory if it fits and is last read before the output is written.
         readers = [i for i, row in enumerate(pointers) if any(id(t) in scratch for t in row)]
         writers = [i for i, row in enumerate(pointers) if any(t is output for t in row)]
         if output is not None and output.nbytes >= size and max(readers, default=0) < min(writers):
@@ -183,22 +187,22 @@ class Replay:
 
 
 def _picker(places: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
-    """A function that returns the items at some places."""
+    """Returns a function that selects the items at ``places``, as a tuple."""
     return itemgetter(*places) if len(places) > 1 else lambda items: (items[places[0]],)
 
 
 def _is_pointer(argument: object) -> bool:
-    """Whether a kernel's argument is a tensor, or None in its place; these come before all others."""
+    """Whether a kernel's argument is a tensor or None; such arguments precede all others."""
     return argument is None or isinstance(argument, Tensor)
 
 
 def _room_for(t: Tensor) -> int:
-    """Bytes of scratch memory for a tensor."""
+    """Returns the bytes of scratch memory that a tensor takes."""
     return -(-t.nbytes // SCRATCH_ALIGNMENT) * SCRATCH_ALIGNMENT
 
 
 def _inside(t: Tensor, tensors: Sequence[Tensor | None]) -> tuple[int, int] | None:
-    """Position of the tensor whose memory ``t`` is a part of, and how far in; None if there is none."""
+    """Returns the index of the tensor that contains ``t`` and the offset in bytes, or None."""
     for i, whole in enumerate(tensors):
         if whole is not None and 0 <= t.data_ptr() - whole.data_ptr() < whole.nbytes:
             return i, t.data_ptr() - whole.data_ptr()
@@ -206,7 +210,7 @@ def _inside(t: Tensor, tensors: Sequence[Tensor | None]) -> tuple[int, int] | No
 
 
 def _view(base: Tensor, derived: _Derived) -> Tensor:
-    """What a derived pointer points to, for a launcher that wants tensors."""
+    """Returns the tensor at a derived pointer, for launchers that don't accept addresses."""
     storage = base.untyped_storage()
     start = (base.data_ptr() - storage.data_ptr() + derived.distance) // derived.dtype.itemsize
     view = torch.empty(0, dtype=derived.dtype, device=base.device)

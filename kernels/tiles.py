@@ -1,4 +1,4 @@
-"""Device functions that address a `config.Tile`: offsets, channels to and from columns, bits."""
+"""Device functions for a `config.Tile`: offsets, loads, stores, channel columns and mask bits."""
 
 import triton
 import triton.language as tl
@@ -13,7 +13,10 @@ GROUPS = tl.constexpr(config.GROUPS)
 
 @triton.jit
 def rows_exist(row_start, count, TILE: tl.constexpr, UNROLL: tl.constexpr, WHOLE: tl.constexpr):
-    """Which elements of a tile's rows exist, broadcastable to the tile. WHOLE: all of them do."""
+    """Returns which elements of a tile exist, broadcastable to the tile; with WHOLE, all exist.
+
+    Columns beyond the last channel are not considered.
+    """
     row = row_start + tl.arange(0, UNROLL * TILE.sub_rows)[:, None]
     if WHOLE:
         mask = tl.full((UNROLL * TILE.sub_rows, 1), True, tl.int1)
@@ -33,7 +36,7 @@ def tile_offsets(
     row_start, col_block, shape,
     TILE: tl.constexpr, UNROLL: tl.constexpr, WHOLE: tl.constexpr, WORD: tl.constexpr,
 ):  # fmt: skip
-    """Offsets of a tile's elements and which exist: (UNROLL·sub_rows, block_cols).
+    """Returns offsets of a tile's elements and which exist: (UNROLL·sub_rows, block_cols).
 
     With WORD 2, offsets and columns count words of two elements.
     """
@@ -52,7 +55,7 @@ def tile_offsets(
         else:
             plane = L
             n = divide(row * VECTOR + cols, L, TILE)
-        # A sample's planes are adjacent, so from one sample to the next the other channels' planes are skipped.
+        # Between a channel's planes in two samples are the planes of all other channels.
         skipped = (tl.cast(C, INDEX) - 1) * plane
         offsets = tl.cast(col_block, INDEX) * plane + (row * VECTOR + cols) + n * skipped
     else:
@@ -62,7 +65,7 @@ def tile_offsets(
 
 @triton.jit
 def _in_rows(row_start, local, col_block, cols, mask, C, TILE: tl.constexpr, WORD: tl.constexpr):
-    """Offsets and mask of a tile of whole rows, in words of WORD elements; not of `PLANES`."""
+    """Returns offsets and mask of a `CHANNELS` or `GROUPS` tile, in words of WORD elements."""
     INDEX: tl.constexpr = tl.int32 if TILE.narrow else tl.int64
     if TILE.kind == GROUPS:
         width = TILE.group_cols // WORD
@@ -83,9 +86,9 @@ def _in_rows(row_start, local, col_block, cols, mask, C, TILE: tl.constexpr, WOR
 
 @triton.jit
 def divide(a, b, TILE: tl.constexpr):
-    """a // b of numbers that are not negative."""
+    """Returns a // b for integers that are not negative."""
     if TILE.narrow:
-        # A loop computes the reciprocal once. The product is the quotient, or 1 less.
+        # In a loop the reciprocal is computed once. The product is the quotient or 1 less.
         a, b = a.to(tl.uint32), tl.cast(b, tl.uint32)
         quotient = tl.umulhi(a, tl.full((), 0xFFFFFFFF, tl.uint32) // b)
         quotient += (a - quotient * b >= b).to(tl.uint32)
@@ -98,7 +101,7 @@ def divide(a, b, TILE: tl.constexpr):
 def tile_at(
     row_start, col_block, shape, TILE: tl.constexpr, UNROLL: tl.constexpr, WHOLE: tl.constexpr
 ):  # fmt: skip
-    """The `tile_offsets` for `load_tile`, which may count words, and those for `store_tile`."""
+    """Returns `tile_offsets` for `load_tile`, in words if TILE.words, and for `store_tile`."""
     at = tile_offsets(row_start, col_block, shape, TILE, UNROLL, WHOLE, 1)
     load_at = at
     if TILE.words:
@@ -108,10 +111,10 @@ def tile_at(
 
 @triton.jit
 def load_tile(ptr, load_at, TILE: tl.constexpr, EVICTION: tl.constexpr, ACC: tl.constexpr):
-    """A tile of a tensor in ACC; 0 where nothing exists."""
+    """Loads a tile and casts it to ACC; elements that don't exist are 0."""
     offsets, mask = load_at
     if TILE.words:
-        # One shift or mask makes fp32 of half a word; a conversion of 16 bits takes two instructions.
+        # One shift or mask turns half a word into fp32; converting 16 bits takes two instructions.
         words = ptr.to(tl.pointer_type(tl.int32), bitcast=True) + offsets
         return bf16_pairs(tl.load(words, mask=mask, other=0, eviction_policy=EVICTION))
     else:
@@ -127,7 +130,7 @@ def store_tile(ptr, value, at):
 
 @triton.jit
 def split_rows(split, rows_per_split, count, TILE: tl.constexpr):
-    """The first row of a split, and the row after its last one."""
+    """Returns the first row of a split and the row after its last one."""
     INDEX: tl.constexpr = tl.int32 if TILE.narrow else tl.int64
     rows = tl.cast(count, INDEX)
     if TILE.kind == PLANES:
@@ -140,7 +143,7 @@ def split_rows(split, rows_per_split, count, TILE: tl.constexpr):
 
 @triton.jit
 def whole_rows(start, stop, count, TILE: tl.constexpr, UNROLL: tl.constexpr):
-    """The row after the last of a split's tiles whose elements all exist."""
+    """Returns the row after the last tile of a split whose elements all exist."""
     ROWS: tl.constexpr = UNROLL * TILE.sub_rows
     if TILE.kind == PLANES:
         stop = tl.minimum(stop, count // TILE.vector)
@@ -149,16 +152,16 @@ def whole_rows(start, stop, count, TILE: tl.constexpr, UNROLL: tl.constexpr):
 
 @triton.jit
 def channel_ids(col_block, C, TILE: tl.constexpr):
-    """The channels of a column block, and which exist: (block_channels,)."""
+    """Returns the channels of a column block and which exist: (block_channels,)."""
     offs_c = col_block * TILE.block_channels + tl.arange(0, TILE.block_channels)
     return offs_c, offs_c < C
 
 
 @triton.jit
 def to_columns(v, TILE: tl.constexpr):
-    """A value for each channel (block_channels,) as one for each column, broadcastable to a tile.
+    """Expands per-channel values (block_channels,) to columns, broadcastable to a tile.
 
-    Values that are broadcastable to a tile already are returned as they are.
+    Two-dimensional values, which are broadcastable already, are returned unchanged.
     """
     if len(v.shape) == 2:
         return v
@@ -171,9 +174,9 @@ def to_columns(v, TILE: tl.constexpr):
 
 @triton.jit
 def to_channels(acc, TILE: tl.constexpr):
-    """Sums of a sub-tile (sub_rows, block_cols) for each channel: (block_channels,)."""
+    """Sums each channel's elements of a sub-tile (sub_rows, block_cols): (block_channels,)."""
     if TILE.kind == PLANES:
-        # Each thread adds up its columns, so that threads exchange one value.
+        # Each thread first adds up its columns, so that threads exchange only one value each.
         sums = tl.sum(tl.sum(acc, 1)[:, None], 0)
     else:
         sums = tl.sum(acc, 0)
@@ -191,10 +194,11 @@ def to_channels(acc, TILE: tl.constexpr):
 
 @triton.jit
 def mask_offsets(row_start, col_block, shape, TILE: tl.constexpr, UNROLL: tl.constexpr):
-    """Offsets of a tile's mask bytes and which exist: (sub_rows, block_cols / 2).
+    """Returns offsets of a tile's mask bytes and which exist: (sub_rows, block_cols / 2).
 
-    A byte holds UNROLL (4) sub-tiles × 2 neighbouring columns: bit ``2u + p`` is row
-    ``u·sub_rows + r``, column ``2c + p`` of the tile, so that a thread packs what it holds.
+    Byte (r, c) holds bits of UNROLL (4) sub-tiles × 2 neighbouring columns: bit ``2u + p`` is for
+    row ``u·sub_rows + r`` and column ``2c + p`` of the tile. A thread has all values that a byte
+    packs.
     """
     count, C, _ = shape
     INDEX: tl.constexpr = tl.int32 if TILE.narrow else tl.int64
@@ -202,7 +206,7 @@ def mask_offsets(row_start, col_block, shape, TILE: tl.constexpr, UNROLL: tl.con
     local = tl.arange(0, TILE.sub_rows)[:, None]
     cols = tl.arange(0, half)[None, :]
     row = row_start // UNROLL
-    mask = local < TILE.sub_rows  # all of them
+    mask = local < TILE.sub_rows  # all True
     if TILE.kind == PLANES:
         tile_rows: tl.constexpr = UNROLL * TILE.sub_rows
         tiles = (count + tile_rows * TILE.vector - 1) // (tile_rows * TILE.vector)
@@ -217,7 +221,7 @@ def mask_offsets(row_start, col_block, shape, TILE: tl.constexpr, UNROLL: tl.con
 def load_mask(
     mask_ptr, row_start, stop, col_block, shape, TILE: tl.constexpr, UNROLL: tl.constexpr
 ):
-    """The mask bytes of a tile, 0 if it starts at ``stop``; 0 without a mask."""
+    """Loads the mask bytes of a tile: 0 if the tile starts at ``stop`` or there is no mask."""
     packed = 0
     if mask_ptr is not None:
         offsets, mask = mask_offsets(row_start, col_block, shape, TILE, UNROLL)
@@ -228,7 +232,7 @@ def load_mask(
 
 @triton.jit
 def pack_bits(bits, TILE: tl.constexpr, UNROLL: tl.constexpr):
-    """Booleans of a tile as the bytes of `mask_offsets`."""
+    """Packs the booleans of a tile into the bytes of `mask_offsets`."""
     sub = tl.reshape(bits.to(tl.int32), (UNROLL, TILE.sub_rows, TILE.block_cols))
     nibbles = tl.sum(sub << (2 * tl.arange(0, UNROLL))[:, None, None], 0)
     pairs = tl.reshape(nibbles, (TILE.sub_rows, TILE.block_cols // 2, 2))
@@ -237,7 +241,7 @@ def pack_bits(bits, TILE: tl.constexpr, UNROLL: tl.constexpr):
 
 @triton.jit
 def unpack_bits(packed, u, TILE: tl.constexpr):
-    """Bytes of `mask_offsets` as the booleans of sub-tile ``u``."""
+    """Unpacks the booleans of sub-tile ``u`` from the bytes of `mask_offsets`."""
     bit = tl.full((), 1, tl.int32) << (2 * u + tl.arange(0, 2)[None, None, :])
     bits = packed.to(tl.int32)[:, :, None] & bit
     return tl.reshape(bits, (TILE.sub_rows, TILE.block_cols)) != 0

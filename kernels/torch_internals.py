@@ -1,4 +1,4 @@
-"""What bnres uses of torch that is not public, read in 2.11, 2.13 and 2.14."""
+"""Private parts of torch that bnres uses, checked in the sources of torch 2.11, 2.13 and 2.14."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,14 +19,14 @@ is_tracing = torch._C._is_tracing
 
 
 def unwrapped(t: Tensor | None) -> Tensor | None:
-    """The tensor inside torch.func's wrappers, without what they know of derivatives."""
+    """Returns the tensor inside torch.func's wrappers, without their information on derivatives."""
     while t is not None and is_wrapped(t):
         t = _functorch.get_unwrapped(t)
     return t
 
 
 def mapped_levels(t: Tensor | None) -> set[int]:
-    """The levels of nested `torch.vmap` calls that map over a dimension of ``t``."""
+    """Returns the levels of nested `torch.vmap` calls that map over a dimension of ``t``."""
     levels = set()
     while t is not None and is_wrapped(t):
         if _functorch.is_batchedtensor(t):
@@ -45,36 +45,36 @@ def is_exporting() -> bool:
 
 @contextmanager
 def outside_of_transforms() -> Iterator[None]:
-    """Inside, no torch.func transform, dispatch mode or tape notices what is done."""
+    """Context in which torch.func transforms, dispatch modes and autograd don't see operations."""
     with torch._C._DisableFuncTorch(), torch.no_grad(), _disable_current_modes():
         yield
 
 
 def in_forward_mode() -> bool:
-    """Whether a tensor may have a tangent."""
+    """Whether forward-mode differentiation is active, so that tensors may have tangents."""
     return forward_ad._current_level >= 0
 
 
 def in_dispatch_mode() -> bool:
-    """Whether a mode wants to see every operator."""
+    """Whether a ``TorchDispatchMode``, which intercepts every operator, is active."""
     return torch._C._len_torch_dispatch_stack() > 0
 
 
 def dispatches(t: object) -> bool:
-    """Whether ``t`` is of a subclass of tensors that wants to see every operator: fake, distributed."""
+    """Whether ``t`` is of a tensor subclass that intercepts every operator, e.g. a fake tensor."""
     dispatch = getattr(type(t), "__torch_dispatch__", None)
     return dispatch not in (None, torch._C._disabled_torch_dispatch_impl)
 
 
 def is_watched() -> bool:
-    """Whether anything besides autograd is active: a transform, a mode, a trace, forward mode."""
+    """Whether a torch.func transform, dispatch mode, forward mode or trace is active."""
     return in_transform() or in_dispatch_mode() or in_forward_mode() or is_tracing()
 
 
 def apply_plainly(function: type[Function], *inputs: Any) -> Any:
-    """``function.apply(*inputs)``, outside of any transform and for tensors that left none.
+    """Returns ``function.apply(*inputs)`` without its checks for torch.func transforms.
 
-    torch's own ``apply`` looks for both first.
+    No transform may be active, and no input may be wrapped by a transform that has ended.
     """
     return super(Function, function).apply(*inputs)  # type: ignore[misc]
 
@@ -82,11 +82,11 @@ def apply_plainly(function: type[Function], *inputs: Any) -> Any:
 def note_writes(tensors: Sequence[Tensor | None]) -> None:
     """Tells autograd that tensors were written to.
 
-    `torch.autograd.graph.increment_version` does the same with checks, at four times the cost.
+    `torch.autograd.graph.increment_version` does the same with checks and takes four times as long.
     """
     torch._C._increment_version([t for t in tensors if t is not None])
 
 
 def saves_through_hooks() -> bool:
-    """Whether tensors that autograd saves now go through `torch.autograd.graph.saved_tensors_hooks`."""
+    """Whether `torch.autograd.graph.saved_tensors_hooks` apply to tensors that are saved now."""
     return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
