@@ -84,15 +84,8 @@ def _plan(
     tile = tile_for(view, dtype.itemsize)
     tile = replace(tile, words=tile.aligned and dtype == torch.bfloat16)
     config = launch_config(kernel, view, tile, sm_count)
-    sizes = {"count": view.count, "C": view.channels, "splits": config.splits}
-    blocks = {
-        "TRIPS": -(-config.splits // FINALIZE_SPLITS),
-        "BLOCK_S": FINALIZE_SPLITS,
-        "BLOCK_C": FINALIZE_CHANNELS,
-    }
-    finalize = Plan(
-        (-(-view.channels // FINALIZE_CHANNELS),), sizes | blocks | {"num_warps": FINALIZE_WARPS}
-    )
+    sizes = {"count": view.count, "C": view.channels, "splits": config.splits, "rank_stride": 0}
+    finalize = _finalize_plan(sizes)
     arguments = sizes | {
         "L": view.inner,
         "rows_per_split": config.rows_per_split,
@@ -105,6 +98,21 @@ def _plan(
     }
     grid = config.col_blocks, config.splits
     return TilePlan(grid, arguments, finalize, config.splits)
+
+
+def plan_ranks(ranks: int, channels: int) -> Plan:
+    """How the kernel is launched that combines what several ranks have of each channel."""
+    return _finalize_plan({"count": 0, "C": channels, "splits": ranks})
+
+
+def _finalize_plan(sizes: dict[str, int]) -> Plan:
+    blocks = {
+        "TRIPS": -(-sizes["splits"] // FINALIZE_SPLITS),
+        "BLOCK_S": FINALIZE_SPLITS,
+        "BLOCK_C": FINALIZE_CHANNELS,
+        "num_warps": FINALIZE_WARPS,
+    }
+    return Plan((-(-sizes["C"] // FINALIZE_CHANNELS),), sizes | blocks)
 
 
 def plan_columns(kernel: str, x: Tensor, rows: int) -> Plan:

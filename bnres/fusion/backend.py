@@ -17,6 +17,7 @@ from bnres.fusion.dynamo import (
     uncompiled_call,
 )
 from bnres.fusion.nodes import value
+from bnres.nn.sync import CapturedSyncBatchNorm, make_nodes
 
 
 def backend(
@@ -119,6 +120,7 @@ def fuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
         TypeError: if ``model`` is not a module.
     """
     model = unfuse(model, inplace=inplace)
+    make_nodes(model)
     stock = uncompiled_call(model)
     fused = compiled(stock, backend)
 
@@ -145,4 +147,6 @@ def unfuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
         return copy.deepcopy(model)  # copies are unfused
     for module in model.modules():
         set_compiled_call(module, None)
+        if type(module) is CapturedSyncBatchNorm:
+            module.__class__ = nn.SyncBatchNorm  # type: ignore[assignment]
     return model
