@@ -235,7 +235,10 @@ def test_killed_run_ends_with_the_same_bits(tmp_path):
         (["--ema", "1"], "ema must be from 0 to below 1"),
         (["--crop-size", "9", "--shift", "0", "--batch-size", "8"], "crop_size must be at most 8"),
         (["--crop-size", "8", "--shift", "1"], "takes the place of shift"),
-        (["--sync-bn", "--device", "cpu"], "torch's SyncBatchNorm needs GPUs"),
+        (
+            ["--sync-bn", "--no-fused", "--device", "cpu"],
+            "SyncBatchNorm, which needs GPUs, but device",
+        ),
         (["--cuda-graphs", "--device", "cpu"], "cuda_graphs: they need a GPU, but device is 'cpu'"),
         (["--download"], "it takes --dataset cifar10"),
         (
@@ -572,7 +575,9 @@ def test_two_runs_have_the_same_bits(tiny, tmp_path):
     assert same_weights(*found)
 
 
-@pytest.mark.parametrize("options", [["--accumulate", "3"], ["--ema", "0.5"]], ids=str)
+@pytest.mark.parametrize(
+    "options", [["--accumulate", "3"], ["--ema", "0.5"], ["--sync-bn"]], ids=str
+)
 def test_two_processes(tmp_path, options):
     """They train one net, each on its part, and evaluate all images between them."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
@@ -589,6 +594,7 @@ def test_two_processes(tmp_path, options):
     alone = runner.invoke(cli.app, ["eval", str(out / "last.pt"), "--device", "cpu"])
     found = f"loss {row['test_loss']:.4f}, accuracy {row['test_accuracy']:.2%}"
     assert found in alone.output, (row, alone.output)
+    assert ("synchronised fused" in " ".join(result.stdout.split())) is ("--sync-bn" in options)
 
 
 @pytest.mark.skipif(

@@ -99,7 +99,7 @@ class TrainConfig:
     dtype: str = _option("fp32", "bf16 and fp16 are automatic mixed precision.", DTYPES)
     device: str = _option("", "torch's name of a device; by default the GPU, if there is one.")
     channels_last: bool = _option(True, "Memory format of images and convolutions.")
-    sync_bn: bool = _option(False, "Statistics over all processes, by torch's SyncBatchNorm.")
+    sync_bn: bool = _option(False, "Batch norms take the statistics of all processes.")
     compile: bool = _option(False, "Compile the model with torch.compile.")
     cuda_graphs: bool = _option(False, "Capture forward and backward in a CUDA graph.")
     deterministic: bool = _option(False, "Ask torch for the same bits from run to run.")
@@ -148,8 +148,11 @@ class TrainConfig:
         except (RuntimeError, AssertionError) as error:
             reason = str(error).splitlines()[0]
             raise ValueError(f"device {self.device!r} can't be used: {reason}") from error
-        if self.sync_bn and torch.device(self.device).type != "cuda":
-            raise ValueError("sync_bn: torch's SyncBatchNorm needs GPUs")
+        if self.sync_bn and not self.fused and torch.device(self.device).type != "cuda":
+            raise ValueError(
+                f"sync_bn: without fused it is torch's SyncBatchNorm, which needs GPUs, but device is "
+                f"{self.device!r}"
+            )
         if self.cuda_graphs and torch.device(self.device).type != "cuda":
             raise ValueError(f"cuda_graphs: they need a GPU, but device is {self.device!r}")
         if self.cuda_graphs and self.accumulate > 1:
