@@ -155,7 +155,11 @@ class Replay:
         # In the output's memory, if that is large enough and not written before scratch is read.
         readers = [i for i, row in enumerate(pointers) if any(id(t) in scratch for t in row)]
         writers = [i for i, row in enumerate(pointers) if any(t is output for t in row)]
-        if output is not None and output.nbytes >= size and max(readers, default=0) < min(writers):
+        if (
+            output is not None
+            and output.nbytes >= size
+            and max(readers, default=0) < min(writers, default=-1)
+        ):
             scratch_base, self._scratch = places[id(output)], 0
         else:
             self._scratch = size
