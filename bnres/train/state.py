@@ -190,7 +190,9 @@ def build_state(
         model = convert_sync_batchnorm(model) if config.fused else convert(model)
     parallel: nn.Module = model
     if world.size > 1:
-        parallel = DistributedDataParallel(model, [device] if device.type == "cuda" else None)
+        devices = [device] if device.type == "cuda" else None
+        # Gradients in the buckets' memory need no copy to them.
+        parallel = DistributedDataParallel(model, devices, gradient_as_bucket_view=True)
     optimizer = make_optimizer(config, model)
     steps_per_epoch = -(-len(batches) // config.accumulate)
     average = None
