@@ -165,17 +165,16 @@ def step(net: str, gpus: int, cluster: Cluster, sync: str = "") -> float:
         net: key of ``STEPS``.
         gpus: number of GPUs.
         cluster: cluster that the GPUs are part of.
-        sync: collective of synchronised batch norm in forward, ``"all_gather"`` or ``"all_reduce"``
-            (backward always uses an all-reduce); empty for local batch norm.
+        sync: key of ``KINDS``: how batch norm synchronises.
     """
     found, (one, _) = traffic(net), STEPS[net]
     total = one + exposed(
         found.gradients, BACKWARD * one, lambda size: cluster.all_reduce(size, gpus)
     )
     if sync:
-        gather = getattr(cluster, sync)
-        total += sum(gather(size, gpus) for size in found.forward)
-        total += sum(cluster.all_reduce(size, gpus) for size in found.backward)
+        collective = cluster.all_reduce if sync == "all_reduce" else cluster.all_gather
+        ranks = min(gpus, cluster.gpus) if sync == "node" else gpus
+        total += sum(collective(size, ranks) for size in (*found.forward, *found.backward))
     return total
 
 
@@ -184,10 +183,12 @@ def efficiency(net: str, gpus: int, cluster: Cluster, sync: str = "") -> float:
     return STEPS[net][0] / step(net, gpus, cluster, sync)
 
 
+# bnres synchronises by all-gather, among all GPUs or those of a process group.
 KINDS = {
     "": "local batch norm",
-    "all_reduce": "synchronised, all-reduce",
-    "all_gather": "synchronised, all-gather",
+    "node": "synchronised in each node",
+    "all_gather": "synchronised",
+    "all_reduce": "synchronised by all-reduce",
 }
 
 
@@ -217,7 +218,7 @@ def draw(path: Path, cluster: Cluster = Cluster()) -> None:
     from benchmarks.report import style
 
     figure, (axes,) = style.new_figure(7, 4)
-    colors = {"": "#999999", "all_reduce": "#0072B2", "all_gather": "#D55E00"}
+    colors = dict(zip(KINDS, ("#999999", "#009E73", "#0072B2", "#D55E00"), strict=True))
     for net, line in zip(STEPS, ("-", "--"), strict=True):
         for kind, title in KINDS.items():
             values = [efficiency(net, gpus, cluster, kind) for gpus in GPUS]

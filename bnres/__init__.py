@@ -3,6 +3,7 @@
 from bnres import augment, functional, models, nn
 from bnres.backend import backend, use_backend
 from bnres.fusion import FusionReport, explain, fold, fuse, inductor, unfuse
+from bnres.nn.sync import convert_sync_batchnorm, revert_sync_batchnorm
 from bnres.recipes import recompute
 from bnres.routes import use_conv_route
 
@@ -12,6 +13,7 @@ __all__ = [
     "__version__",
     "augment",
     "backend",
+    "convert_sync_batchnorm",
     "explain",
     "fold",
     "functional",
@@ -20,6 +22,7 @@ __all__ = [
     "models",
     "nn",
     "recompute",
+    "revert_sync_batchnorm",
     "unfuse",
     "use_backend",
     "use_conv_route",

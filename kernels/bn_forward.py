@@ -5,11 +5,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bnres.kernels.channels import FINALIZE_CHANNELS, add_splits, load_norms
+from bnres.kernels.channels import FINALIZE_CHANNELS, add_ranks, add_splits, load_norms
 from bnres.kernels.device import ACTIVATIONS, round_to
-from bnres.kernels.launch import launch, plan
+from bnres.kernels.launch import launch, plan, plan_ranks
 from bnres.kernels.norm import Norm, Statistics, pointers
-from bnres.kernels.outputs import empty_channels, empty_mask
+from bnres.kernels.outputs import empty_channels, empty_mask, empty_moments
 from bnres.kernels.tiles import (
     channel_ids,
     load_tile,
@@ -115,22 +115,30 @@ def _update_running(ptr, running, stat, factor, offs_c, mask_c):
 
 @triton.jit
 def _bn_stats_finalize_kernel(
-    mean_ptr, rstd_ptr,
-    running_mean_ptr, running_var_ptr, counter_ptr, sums_ptr, momentum_ptr, input_bias_ptr,
-    count, C, splits, momentum: tl.float64, eps: tl.float64, TRIPS: tl.constexpr,
+    mean_ptr, rstd_ptr, m2_ptr, total_ptr,
+    running_mean_ptr, running_var_ptr, counter_ptr, sums_ptr, ranks_ptr, momentum_ptr,
+    input_bias_ptr,
+    count, C, splits, rank_stride, momentum: tl.float64, eps: tl.float64, TRIPS: tl.constexpr,
 ):  # fmt: skip
-    """Stores mean and rstd = 1/sqrt(var + eps) of each channel: (C,).
+    """Stores each channel's mean, and rstd = 1/sqrt(var + eps) or M2 = Σ(x − mean)²: (C,).
 
-    Also updates the running mean with mean + input_bias and the running variance with the unbiased
-    variance, and adds 1 to the counter. Each of the three may be absent.
+    They come from the sums of one tensor's splits, or, with ranks_ptr, from count, mean and M2 of
+    ``splits`` ranks; then the sum of the counts is stored as ``total``. Also updates the running
+    mean with mean + input_bias and the running variance with the unbiased variance, unless ``total``
+    is 0, and adds 1 to the counter. Each of the three may be absent.
     """
     offs_c = tl.program_id(0) * FINALIZE_CHANNELS + tl.arange(0, FINALIZE_CHANNELS)
     mask_c = offs_c < C
     # All loads come before the first barrier, which is in `tl.sum`: a later load would wait for it.
     plane = tl.cast(splits, tl.int64) * C
-    sum_d = add_splits(sums_ptr, splits, offs_c, mask_c, C, TRIPS)
-    sum_d2 = add_splits(sums_ptr + plane, splits, offs_c, mask_c, C, TRIPS)
-    pivot = tl.load(sums_ptr + 2 * plane + offs_c, mask=mask_c, other=0).to(tl.float64)
+    if ranks_ptr is not None:
+        counts, sum_d, sum_d2, pivot = add_ranks(
+            ranks_ptr, splits, rank_stride, offs_c, mask_c, C, TRIPS
+        )
+    else:
+        sum_d = add_splits(sums_ptr, splits, offs_c, mask_c, C, TRIPS)
+        sum_d2 = add_splits(sums_ptr + plane, splits, offs_c, mask_c, C, TRIPS)
+        pivot = tl.load(sums_ptr + 2 * plane + offs_c, mask=mask_c, other=0).to(tl.float64)
     factor = tl.full((), momentum, tl.float64)
     if momentum_ptr is not None:
         factor = tl.load(momentum_ptr).to(tl.float64)
@@ -146,19 +154,33 @@ def _bn_stats_finalize_kernel(
     if counter_ptr is not None and tl.program_id(0) == 0:
         tl.store(counter_ptr, tl.load(counter_ptr) + 1)
     n = tl.cast(count, tl.float64)
+    more = n - 1
+    if ranks_ptr is not None:
+        total = tl.sum(counts, 0)
+        if tl.program_id(0) == 0:
+            tl.store(total_ptr + offs_c, total, mask=offs_c == 0)
+        n = tl.maximum(total, 1.0)
+        more = tl.maximum(total - 1, 1.0)
+        mask_running = mask_c & (total > 0)
+    else:
+        mask_running = mask_c
     shift = tl.sum(sum_d, 0) / n
     square = tl.sum(sum_d2, 0) / n
     mean = pivot + shift
     var = square - shift * shift
     var = tl.where(var < 0, 0.0, var)
-    rstd = 1 / tl.sqrt(var + tl.full((), eps, tl.float64))
     tl.store(mean_ptr + offs_c, mean.to(mean_ptr.dtype.element_ty), mask=mask_c)
-    tl.store(rstd_ptr + offs_c, rstd.to(rstd_ptr.dtype.element_ty), mask=mask_c)
+    if m2_ptr is not None:
+        tl.store(m2_ptr + offs_c, (var * n).to(m2_ptr.dtype.element_ty), mask=mask_c)
+    if rstd_ptr is not None:
+        rstd = 1 / tl.sqrt(var + tl.full((), eps, tl.float64))
+        tl.store(rstd_ptr + offs_c, rstd.to(rstd_ptr.dtype.element_ty), mask=mask_c)
     if running_mean_ptr is not None:
-        _update_running(running_mean_ptr, running_mean, mean + input_bias, factor, offs_c, mask_c)
+        mean += input_bias
+        _update_running(running_mean_ptr, running_mean, mean, factor, offs_c, mask_running)
     if running_var_ptr is not None:
-        unbiased = var * (n / (n - 1))
-        _update_running(running_var_ptr, running_var, unbiased, factor, offs_c, mask_c)
+        unbiased = var * (n / more)
+        _update_running(running_var_ptr, running_var, unbiased, factor, offs_c, mask_running)
 
 
 @triton.jit
@@ -268,6 +290,67 @@ def bn_stats(
         sums_ptr=sums,
         momentum_ptr=momentum if on_device else None,
         input_bias_ptr=input_bias,
+        momentum=0.0 if on_device else momentum,
+        eps=eps,
+    )
+    return out
+
+
+def bn_moments(x: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """count, mean and M2 = Σ(x − mean)² of each channel, (3, C) in fp32 (or fp64); 0 of an empty ``x``.
+
+    The count of ``out``, allocated by the caller, is already written.
+    """
+    if out is None:
+        out = empty_moments(x)
+    if x.numel():
+        stats = plan("stats", x)
+        sums = torch.empty((2 * stats.splits + 1, x.shape[1]), dtype=out.dtype, device=x.device)
+        launch(_bn_stats_kernel, stats, sums_ptr=sums, x_ptr=x)
+        launch(
+            _bn_stats_finalize_kernel,
+            stats.finalize,
+            mean_ptr=out[1],
+            m2_ptr=out[2],
+            sums_ptr=sums,
+            momentum=0.0,
+        )
+    return out
+
+
+def bn_combine(
+    moments: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    momentum: float | Tensor,
+    eps: float,
+    *,
+    counter: Tensor | None = None,
+    out: tuple[Statistics, Tensor] | None = None,
+) -> tuple[Statistics, Tensor]:
+    """The statistics of `bn_stats` over all ranks, and the total count (1,) in fp64.
+
+    ``moments`` (ranks, 3, C) are those of `bn_moments` on each rank; they are added in this order, so
+    every rank gets the same bits (Chan et al.'s parallel variance). If the total is 0, the running buffers
+    stay as they are. The other arguments are those of `bn_stats`.
+    """
+    if out is None:
+        rows = [torch.empty_like(moments[0, 0]) for _ in range(2)]
+        out = Statistics(*rows), moments.new_empty(1, dtype=torch.float64)
+    (mean, rstd), total = out
+    on_device = isinstance(momentum, Tensor)
+    launch(
+        _bn_stats_finalize_kernel,
+        plan_ranks(*moments.shape[::2]),
+        mean_ptr=mean,
+        rstd_ptr=rstd,
+        total_ptr=total,
+        running_mean_ptr=running_mean,
+        running_var_ptr=running_var,
+        counter_ptr=counter,
+        ranks_ptr=moments,
+        rank_stride=moments.stride(0),
+        momentum_ptr=momentum if on_device else None,
         momentum=0.0 if on_device else momentum,
         eps=eps,
     )

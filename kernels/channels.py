@@ -53,6 +53,29 @@ def add_splits(ptr, splits, channel, mask, C, TRIPS: tl.constexpr):
 
 
 @triton.jit
+def add_ranks(ptr, ranks, rank_stride, channel, mask, C, TRIPS: tl.constexpr):
+    """count, Σ(x − pivot) and its square of some ranks each, and the pivot, all in fp64.
+
+    The sums are (FINALIZE_SPLITS, FINALIZE_CHANNELS). Each rank has count, mean and M2 = Σ(x − mean)², (3, C); the pivot
+    is the first rank's mean. A rank without elements adds 0.
+    """
+    pivot = tl.load(ptr + C + channel, mask=mask, other=0).to(tl.float64)
+    count = tl.zeros((FINALIZE_SPLITS, FINALIZE_CHANNELS), tl.float64)
+    sum_d, sum_d2 = count, count
+    for trip in tl.static_range(TRIPS):
+        rank = trip * FINALIZE_SPLITS + tl.arange(0, FINALIZE_SPLITS)
+        exists = (rank < ranks)[:, None] & mask[None, :]
+        at = ptr + rank[:, None] * tl.cast(rank_stride, tl.int64) + channel[None, :]
+        n = tl.load(at, mask=exists, other=0).to(tl.float64)
+        d = tl.load(at + C, mask=exists, other=0).to(tl.float64) - pivot[None, :]
+        m2 = tl.load(at + 2 * C, mask=exists, other=0).to(tl.float64)
+        count += n
+        sum_d += n * d
+        sum_d2 += m2 + n * d * d
+    return count, sum_d, sum_d2, pivot
+
+
+@triton.jit
 def load_norms(
     norm_ptrs, residual_ptrs, eps, residual_eps, channel, mask, TILE: tl.constexpr,
     ACC: tl.constexpr,

@@ -80,12 +80,8 @@ def _plan(
     tile = tile_for(view, dtype.itemsize)
     tile = replace(tile, words=tile.aligned and dtype == torch.bfloat16)
     config, tuning = launch_config(kernel, view, tile, sm_count), TUNING[kernel]
-    sizes = {"count": view.count, "C": view.channels, "splits": config.splits}
-    trips = -(-config.splits // FINALIZE_SPLITS.value)
-    finalize = Plan(
-        (-(-view.channels // FINALIZE_CHANNELS.value),),
-        sizes | {"TRIPS": trips, "num_warps": FINALIZE_WARPS},
-    )
+    sizes = {"count": view.count, "C": view.channels, "splits": config.splits, "rank_stride": 0}
+    finalize = _finalize_plan(sizes)
     arguments = sizes | {
         "L": view.inner,
         "rows_per_split": config.rows_per_split,
@@ -96,6 +92,19 @@ def _plan(
         "ACC": tl.float64 if dtype == torch.float64 else tl.float32,
     }
     return TilePlan((config.col_blocks, config.splits), arguments, finalize, config.splits)
+
+
+def plan_ranks(ranks: int, channels: int) -> Plan:
+    """How the kernel is launched that combines what several ranks have of each channel."""
+    return _finalize_plan({"count": 0, "C": channels, "splits": ranks})
+
+
+def _finalize_plan(sizes: dict[str, int]) -> Plan:
+    trips = -(-sizes["splits"] // FINALIZE_SPLITS.value)
+    return Plan(
+        (-(-sizes["C"] // FINALIZE_CHANNELS.value),),
+        sizes | {"TRIPS": trips, "num_warps": FINALIZE_WARPS},
+    )
 
 
 def plan_columns(kernel: str, x: Tensor, rows: int) -> Plan:

@@ -20,6 +20,12 @@ def empty_channels(x: Tensor, count: int) -> list[Tensor]:
     return [x.new_empty(channels, dtype=dtype) for _ in range(count)]
 
 
+def empty_moments(x: Tensor, norms: int = 1) -> Tensor:
+    """(3·norms, C) in fp32 (or fp64) for count, mean and M2 of each channel; the count is already there."""
+    # Of an empty x all three are 0.
+    return x.new_full((3 * norms, x.shape[1]), x.numel() // x.shape[1], dtype=acc_type(x))
+
+
 def empty_mask(x: Tensor) -> Tensor:
     """Returns an uninitialised 1-bit mask (uint8) for a dense ``x``."""
     given = x.shape, x.is_contiguous(), x.itemsize

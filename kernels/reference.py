@@ -66,6 +66,44 @@ def bn_stats_ref(
     return Statistics(mean, 1 / (var + eps).sqrt())
 
 
+def bn_moments_ref(x: Tensor) -> Tensor:
+    """count, mean and Σ(x − mean)² of each channel, (3, C); 0 of an empty ``x``."""
+    dims, count = reduced_dims(x), x[:, :1].numel()
+    wide = x.to(acc_type(x))
+    mean = wide.sum(dims) / max(count, 1)
+    m2 = (wide - per_channel(mean, x)).square().sum(dims)
+    return torch.stack((torch.full_like(mean, count), mean, m2))
+
+
+def bn_combine_ref(
+    moments: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    momentum: float | Tensor,
+    eps: float,
+    *,
+    counter: Tensor | None = None,
+) -> tuple[Statistics, Tensor]:
+    """mean = Σ n·mean / N and var = Σ (M2 + n·(mean_r − mean)²) / N over ranks of n elements, and N.
+
+    If N is 0, the running buffers stay as they are.
+    """
+    count, means, m2 = moments.double().unbind(1)
+    total = count.sum(0)
+    n = total.clamp(min=1)
+    mean = (count * means).sum(0) / n
+    sum_d2 = (m2 + count * (means - mean).square()).sum(0)
+    unbiased = sum_d2 / (total - 1).clamp(min=1)
+    for buffer, stat in ((running_mean, mean), (running_var, unbiased)):
+        if buffer is not None:
+            updated = (1 - momentum) * buffer + momentum * stat.detach()
+            buffer.copy_(torch.where(total > 0, updated, buffer))
+    if counter is not None:
+        counter.add_(1)
+    rstd = 1 / (sum_d2 / n + eps).sqrt()
+    return Statistics(mean.to(moments.dtype), rstd.to(moments.dtype)), total[:1]
+
+
 def _rstd(x: Tensor, norm: Norm) -> Tensor:
     """1/sqrt(var + eps), broadcastable to ``x``."""
     statistics = norm.statistics

@@ -159,7 +159,11 @@ class Replay:
         # Scratch uses the output's memory if it fits and is last read before the output is written.
         readers = [i for i, row in enumerate(pointers) if any(id(t) in scratch for t in row)]
         writers = [i for i, row in enumerate(pointers) if any(t is output for t in row)]
-        if output is not None and output.nbytes >= size and max(readers, default=0) < min(writers):
+        if (
+            output is not None
+            and output.nbytes >= size
+            and max(readers, default=0) < min(writers, default=-1)
+        ):
             scratch_base, self._scratch = places[id(output)], 0
         else:
             self._scratch = size

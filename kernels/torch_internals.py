@@ -1,12 +1,13 @@
 """Private parts of torch that bnres uses, checked in the sources of torch 2.11, 2.13 and 2.14."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Function, forward_ad
+from torch.distributed import distributed_c10d
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -16,6 +17,24 @@ is_wrapped = _functorch.is_functorch_wrapped_tensor
 has_global_hooks = _has_any_global_hook
 is_batched = _functorch.is_legacy_batchedtensor
 is_tracing = torch._C._is_tracing
+
+
+process_group_named: Callable[[Any], Any] = distributed_c10d._resolve_process_group
+
+
+def all_gather(t: Tensor, group: Any) -> Tensor:
+    """``t`` of every rank of the group with this name, one after another: (ranks, *)."""
+    t = t.contiguous()
+    ranks = distributed_c10d._get_group_size_by_name(group)
+    gathered = torch.ops._c10d_functional.all_gather_into_tensor(t, ranks, group)
+    return torch.ops._c10d_functional.wait_tensor(gathered).view(ranks, *t.shape)
+
+
+def reduce_scatter(t: Tensor, group: Any) -> Tensor:
+    """The sum over all ranks of what each has at this rank's place in ``t`` (ranks, *)."""
+    t = t.contiguous()
+    scattered = torch.ops._c10d_functional.reduce_scatter_tensor(t, "sum", len(t), group)
+    return torch.ops._c10d_functional.wait_tensor(scattered)[0]
 
 
 def unwrapped(t: Tensor | None) -> Tensor | None:

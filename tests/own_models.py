@@ -62,7 +62,9 @@ class Dies(Net):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.training and torch.is_grad_enabled():
             self.batches += 1
-            first = os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+            first = (
+                os.environ.get("RANK") == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+            )
             if first and self.batches == int(os.environ["DIES_AT"]):
                 os.kill(os.getpid(), signal.SIGKILL)
         return super().forward(x)

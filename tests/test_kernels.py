@@ -270,3 +270,31 @@ def test_an_interpreter_that_can_not_run_says_so():
         check_versions(*versions)
     with pytest.raises(ImportError, match=r"triton 3\.6\.0's interpreter .* needs numpy < 2\.4"):
         check_versions("3.6.0", "2.5.0")
+
+
+@pytest.mark.parametrize("momentum", [0.3, torch.tensor([0.3])], ids=type)
+def test_moments_of_parts_make_the_statistics_of_the_whole(momentum):
+    """As ranks gather them: the first one has an empty batch, and another one a single value."""
+    x = torch.randn(9, 5, 3, generator=torch.Generator().manual_seed(0)) + 100
+    parts = [x[:0], x[:8], x[8:, :, :1].contiguous(), x[8:, :, 1:].contiguous()]
+    moments = torch.stack([bn_forward.bn_moments(part).cpu() for part in parts])
+    wide = torch.stack([reference.bn_moments_ref(part.double()) for part in parts])
+    assert_close(moments, wide, torch.float32)
+    found, expected = (
+        (torch.zeros(5, dtype=t.dtype), torch.ones(5, dtype=t.dtype), torch.tensor(0))
+        for t in (x, wide)
+    )
+    statistics, total = bn_forward.bn_combine(moments, *found[:2], momentum, 1e-3, counter=found[2])
+    wide_statistics, _ = reference.bn_combine_ref(
+        wide, *expected[:2], momentum, 1e-3, counter=expected[2]
+    )
+    whole = reference.bn_stats_ref(x.double(), None, None, 0.0, 1e-3)
+    for a, b, c in zip(statistics, wide_statistics, whole, strict=True):
+        assert_close(a, b, torch.float32)
+        assert_close(b, c, torch.float64)
+    for a, b in zip(found, expected, strict=True):
+        assert_close(a, b, torch.float32)
+    assert total == 27
+    nothing, before = torch.zeros_like(moments), [t.clone() for t in found]
+    assert bn_forward.bn_combine(nothing, *found[:2], momentum, 1e-3, counter=found[2])[1] == 0
+    assert all(map(torch.equal, found[:2], before[:2])) and found[2] == before[2] + 1

@@ -130,6 +130,47 @@ def test_a_second_call_makes_the_same_launches_on_its_own_tensors():
     assert result.stdout == "checked\n", result.stderr
 
 
+def check_synchronised():
+    """Two ranks, of which only one exists: nothing is sent."""
+    import torch.distributed as dist
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    from bnres.functional import sync_batch_norm_act
+
+    dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    calls = [Call() for _ in range(3)]
+    kernels = [*FORWARD[:2], *FORWARD[1:], *BACKWARD]
+    with launches_written_down() as (launches, looked_up):
+        for call in calls:
+            call.run = lambda *given, training, **options: sync_batch_norm_act(*given, **options)
+            launches[:] = []
+            call.step()
+            assert looked_up == kernels  # nothing more from the second call on
+    stats, moments, combine, apply, reduce, sums, dx = (named for *_, named in launches)
+    s, row = calls[-1], 8 * 4
+    for arguments, name, expected in (
+        (stats, "x_ptr", s.x.data_ptr()), (moments, "sums_ptr", stats["sums_ptr"]),
+        (moments, "m2_ptr", moments["mean_ptr"] + row), (moments, "rstd_ptr", 0),
+        (combine, "running_mean_ptr", s.mean.data_ptr()), (combine, "sums_ptr", 0),
+        (combine, "counter_ptr", s.counter.data_ptr()), (combine, "rank_stride", 3 * 8),
+        (combine, "mean_ptr", apply["mean_ptr"]), (combine, "rstd_ptr", dx["rstd_ptr"]),
+        (apply, "y_ptr", s.y.data_ptr()), (apply, "mask_ptr", reduce["mask_ptr"]),
+        (reduce, "dz_ptr", s.gradients[1].data_ptr()), (sums, "partial_ptr", reduce["partial_ptr"]),
+        (sums, "sum_dy_ptr", s.gradients[3].data_ptr()), (dx, "dx_ptr", s.gradients[0].data_ptr()),
+        (sums, "sum_dy_xhat_ptr", s.gradients[2].data_ptr()),
+        (dx, "dy_ptr", s.gradients[1].data_ptr()), (dx, "stats_count", 1),
+    ):  # fmt: skip
+        assert (arguments[name] or 0) == expected, name
+    assert combine["ranks_ptr"] != moments["mean_ptr"] - row
+    assert 0 != dx["sum_dy_ptr"] != sums["sum_dy_ptr"]  # of all ranks, not of this one
+    print("checked")
+
+
+def test_synchronised_calls_make_the_same_launches_too():
+    result = run_compiled("-c", "from tests.test_launch import *; check_synchronised()")
+    assert result.stdout == "checked\n", result.stderr
+
+
 def check_kinds():
     with launches_written_down() as (launches, looked_up):
         Call().step()

@@ -47,3 +47,10 @@ def test_a_run_of_which_a_process_is_killed(tmp_path):
         assert torch.equal(value, found["model"][key]), key
     stopped = read_checkpoint(tmp_path / "killed" / "last.pt")
     assert (stopped["epoch"], stopped["batch"]) == (1, 2)
+    # One process continues what two have begun.
+    resumed = subprocess.run(
+        [sys.executable, "-m", "bnres.cli", "train", "--resume", str(tmp_path / "killed/last.pt")],
+        cwd=ROOT, env=os.environ | {"DIES_AT": "-1"}, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert resumed.returncode == 0, resumed.stderr
+    assert read_checkpoint(tmp_path / "killed" / "last.pt")["epoch"] == 3

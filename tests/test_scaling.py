@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from benchmarks import scaling
+from benchmarks.environment import ROOT
 from benchmarks.scaling import Cluster, Protocol, exposed, fit, ring, step, traffic
 from bnres import models
 
@@ -47,6 +48,12 @@ def test_without_communication_a_step_takes_the_time_of_one_gpu():
 def test_a_ring_is_fitted_from_two_sizes():
     medians = [ring(size, 2, 3e-6, 2e9) for size in scaling.SIZES]
     assert fit(medians, 2) == pytest.approx((3e-6, 2e9))
+
+
+def test_the_page_shows_the_model():
+    page = (ROOT / "docs" / "several-gpus.md").read_text(encoding="utf-8")
+    shown = page.partition("<!-- scaling: begin -->")[2].partition("<!-- scaling: end -->")[0]
+    assert shown.strip() == scaling.table().strip()
 
 
 @pytest.mark.slow

@@ -245,7 +245,10 @@ def test_killed_run_equals_an_uninterrupted_run(tmp_path):
         (["--ema", "1"], "ema must be at least 0 and below 1, got 1"),
         (["--crop-size", "9", "--shift", "0", "--batch-size", "8"], "crop_size must be at most 8"),
         (["--crop-size", "8", "--shift", "1"], "shift must be 0 with crop_size"),
-        (["--sync-bn", "--device", "cpu"], "torch's SyncBatchNorm needs GPUs, but device is 'cpu'"),
+        (
+            ["--sync-bn", "--no-fused", "--device", "cpu"],
+            "SyncBatchNorm, which needs GPUs, but device",
+        ),
         (["--cuda-graphs", "--device", "cpu"], "cuda_graphs needs a GPU, but device is 'cpu'"),
         (["--download"], "download needs --dataset cifar10"),
         (
@@ -588,7 +591,9 @@ def test_two_deterministic_runs_are_bitwise_equal(tiny, tmp_path):
     assert same_weights(*found)
 
 
-@pytest.mark.parametrize("options", [["--accumulate", "3"], ["--ema", "0.5"]], ids=str)
+@pytest.mark.parametrize(
+    "options", [["--accumulate", "3"], ["--ema", "0.5"], ["--sync-bn"]], ids=str
+)
 def test_two_processes(tmp_path, options):
     """Together the processes evaluate all held-out images, each a part of them."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
@@ -605,6 +610,7 @@ def test_two_processes(tmp_path, options):
     alone = runner.invoke(cli.app, ["eval", str(out / "last.pt"), "--device", "cpu"])
     found = f"loss {row['test_loss']:.4f}, accuracy {row['test_accuracy']:.2%}"
     assert found in alone.output, (row, alone.output)
+    assert ("synchronised fused" in " ".join(result.stdout.split())) is ("--sync-bn" in options)
 
 
 @pytest.mark.skipif(

@@ -12,7 +12,9 @@ from types import NoneType
 from typing import Any, get_args, get_type_hints
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from bnres import functional, use_backend, use_conv_route
 from bnres.augment.compose import OUTPUT_DTYPES
@@ -75,7 +77,10 @@ OPTIONAL: tuple[set[Any], ...] = (
 # Prefix of options that are fields of a residual's norm.
 RESIDUAL = "residual_"
 # Parameters that are the same in every call, because no kernel is specialised on their values.
-FIXED = {"act_kwargs", "eps", "residual_eps", "stride", "padding", "dilation", "width", "return"}
+FIXED = {
+    "act_kwargs", "eps", "residual_eps", "stride", "padding", "dilation", "width", "return",
+    "process_group",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -177,6 +182,9 @@ def functional_calls(name: str) -> Iterator[Call]:
         # In other modes and dtypes the function calls torch's convolution and batch_norm_act.
         modes = [(False, "none")]
         axes["dtype"] = tuple(dtype for dtype in axes["dtype"] if dtype in KERNEL_DTYPES)
+    if "process_group" in parameters_of(function):
+        modes = [(True, "all"), (True, "none")]
+        axes["residual_input_bias"] = (False,)
     for training, grad in modes:
         mode = {"training": (training,), "grad": (grad,)}
         for options in with_others(axes | mode, others):
@@ -214,6 +222,9 @@ def _consistent(options: Options) -> Options:
 
 
 def _run_functional(function: Callable[..., Any], options: Options) -> None:
+    if "process_group" in parameters_of(function) and not dist.is_initialized():
+        # Two ranks, of which only one exists: nothing is sent.
+        dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
     shape, memory_format = (INPUTS | HUGE_INPUTS)[options["input"]]
     dtype = options["dtype"]
     parameter_dtype = dtype if options["same_dtype"] else acc_type(torch.empty(0, dtype=dtype))

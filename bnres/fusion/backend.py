@@ -17,6 +17,7 @@ from bnres.fusion.dynamo import (
     uncompiled_call,
 )
 from bnres.fusion.nodes import value
+from bnres.nn.sync import CapturedSyncBatchNorm, make_nodes
 
 
 def backend(
@@ -120,6 +121,7 @@ def fuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
         TypeError: if ``model`` is not a module.
     """
     model = unfuse(model, inplace=inplace)
+    make_nodes(model)
     stock = uncompiled_call(model)
     fused = compiled(stock, backend)
 
@@ -162,4 +164,6 @@ def unfuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
         set_compiled_call(module, None)
         if isinstance(module.__dict__.get("extra_repr"), _FusedRepr):
             del module.extra_repr
+        if type(module) is CapturedSyncBatchNorm:
+            module.__class__ = nn.SyncBatchNorm  # type: ignore[assignment]
     return model

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from bnres.operations.sync_batch_norm_act import sync_batch_norm
+
 
 def compiled(function: Callable[..., Any], backend: Any, **options: Any) -> Callable[..., Any]:
     """``torch.compile`` of a function, with a cache of graphs that no other function shares.
@@ -18,6 +20,8 @@ def compiled(function: Callable[..., Any], backend: Any, **options: Any) -> Call
         return function(*args, **kwargs)
 
     call.__code__ = call.__code__.replace()
+    # Otherwise Dynamo would capture the operations in it.
+    torch._dynamo.allow_in_graph(sync_batch_norm)
     return torch.compile(call, backend=backend, **options)
 
 

@@ -11,6 +11,7 @@ from bnres.backend import use_backend
 from bnres.fusion.backend import run_eagerly, unfuse
 from bnres.fusion.dynamo import compiled, graph_breaks
 from bnres.fusion.report import FusionReport, Site
+from bnres.nn.sync import make_nodes
 
 
 def explain(model: nn.Module, *inputs: Any, **kwargs: Any) -> FusionReport:
@@ -29,6 +30,7 @@ def explain(model: nn.Module, *inputs: Any, **kwargs: Any) -> FusionReport:
         TypeError: if ``model`` is not a module.
     """
     twin = unfuse(model)
+    make_nodes(twin)
     norms = {name: module for name, module in twin.named_modules() if is_norm(module)}
     names = {id(t): name for name, m in norms.items() for t in (*m.parameters(), *m.buffers())}
     found: dict[str, Site] = {}

@@ -14,6 +14,7 @@ from bnres.fusion.explain import is_norm
 from bnres.fusion.match import norm_call
 from bnres.fusion.nodes import module_name, only_user
 from bnres.nn.hooks import hooked
+from bnres.nn.sync import revert_sync_batchnorm
 
 
 def fold(model: nn.Module, *inputs: Any, **kwargs: Any) -> nn.Module:
@@ -37,7 +38,7 @@ def fold(model: nn.Module, *inputs: Any, **kwargs: Any) -> nn.Module:
         ValueError: if the model or one of its batch norms is in training mode, if Dynamo does not
             capture its forward as one graph, or if its forward changes when batch norms are folded.
     """
-    folded = unfuse(model)
+    folded = revert_sync_batchnorm(unfuse(model))
     for name, module in folded.named_modules():
         if module.training and (not name or is_norm(module)):
             raise ValueError(

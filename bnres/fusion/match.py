@@ -7,7 +7,12 @@ from typing import Any
 import torch.nn.functional as F
 from torch import fx
 
-from bnres.functional import batch_norm_act, batch_norm_act_max_pool2d, conv2d_batch_norm_act
+from bnres.functional import (
+    batch_norm_act,
+    batch_norm_act_max_pool2d,
+    conv2d_batch_norm_act,
+    sync_batch_norm_act,
+)
 from bnres.fusion.nodes import (
     activation,
     addition,
@@ -22,8 +27,9 @@ from bnres.fusion.nodes import (
 )
 from bnres.kernels.dtypes import SUPPORTED_DTYPES
 from bnres.operations.norms import BatchNormState
+from bnres.operations.sync_batch_norm_act import sync_batch_norm
 
-SIGNATURE = inspect.signature(F.batch_norm)
+SIGNATURES = {norm: inspect.signature(norm) for norm in (F.batch_norm, sync_batch_norm)}
 
 
 @dataclass
@@ -38,6 +44,7 @@ class NormCall:
             bias of the convolution.
         training: whether it normalises with the statistics of the batch.
         conv: the arguments of the convolution whose output only this call reads, or None.
+        group: the name of the process group that it takes its statistics from; may be empty.
     """
 
     node: fx.Node
@@ -46,6 +53,12 @@ class NormCall:
     state: Any
     training: bool
     conv: dict[str, Any] | None
+    group: str
+
+    @property
+    def operation(self) -> Any:
+        """The function that normalises and activates."""
+        return sync_batch_norm_act if self.group else batch_norm_act
 
     @property
     def buffers(self) -> set[int | None]:
@@ -88,21 +101,25 @@ class Match:
 
 def norm_call(node: fx.Node) -> NormCall | None:
     """The batch norm that a node calls, if our operations support it."""
-    if node.target is not F.batch_norm:
+    if node.target not in SIGNATURES:
         return None
-    bound = SIGNATURE.bind(*node.args, **node.kwargs)
+    bound = SIGNATURES[node.target].bind(*node.args, **node.kwargs)  # type: ignore[index]
     bound.apply_defaults()
     options = bound.arguments
     input, training = options.pop("input"), options.pop("training")
     x = value(input)
     if x is None or not 2 <= x.dim() <= 5 or x.dtype not in SUPPORTED_DTYPES:
         return None
-    counter = _counter(node) if training else None
-    calls = {node} if counter is None else {node, node.prev}
-    conv = convolution(input) if only_user(input) is not None else None
+    group: Any = options.pop("group", "")
+    calls, counter = {node}, options.pop("num_batches_tracked", None)
+    if node.target is F.batch_norm and training:
+        counter = _counter(node)
+        calls |= set() if counter is None else {node.prev}
+    # A rank's part of the batch has a gradient for the convolution's bias: only their sum is 0.
+    conv = convolution(input) if only_user(input) is not None and not group else None
     bias = None if conv is None else conv.get("bias")
     state = BatchNormState(**options, num_batches_tracked=counter, input_bias=bias)
-    return NormCall(node, calls, input, state, training, conv)
+    return NormCall(node, calls, input, state, training, conv, group)
 
 
 def _counter(node: fx.Node) -> Any:
@@ -117,9 +134,10 @@ def _counter(node: fx.Node) -> Any:
 
 def shortest(norm: NormCall) -> Match:
     """A batch norm with the convolution before it."""
-    options = {"training": norm.training, "act": None}
+    where = {"process_group": norm.group} if norm.group else {"training": norm.training}
+    options = {**where, "act": None}
     if norm.conv is None:
-        return Match(batch_norm_act, [norm], set(norm.calls), "bn", options)
+        return Match(norm.operation, [norm], set(norm.calls), "bn", options)
     return Match(conv2d_batch_norm_act, [norm], set(norm.calls), "conv-bn", options)
 
 
@@ -138,7 +156,7 @@ def longest(norm: NormCall) -> Match:
             return match
         second = _residual_norm(norm, other)
         if second is not None:
-            match.operation = batch_norm_act
+            match.operation = norm.operation
             match.norms.append(second)
             match.add(second.calls, "+bn", residual_norm=second.state)
         elif terms[0] is other and writes(user) and not dies_in(other, user):
@@ -151,7 +169,7 @@ def longest(norm: NormCall) -> Match:
         match.add({user}, "-act", act=act[0], act_kwargs=act[1])
         user = only_user(user)
     pool = pooling(user) if "residual" not in match.options else None
-    if pool is not None and getattr(value(norm.node), "ndim", 0) == 4:
+    if pool is not None and not norm.group and getattr(value(norm.node), "ndim", 0) == 4:
         match.operation = batch_norm_act_max_pool2d
         match.add({user}, "-pool", **pool)
     return match
@@ -160,7 +178,9 @@ def longest(norm: NormCall) -> Match:
 def _residual_norm(norm: NormCall, other: fx.Node) -> NormCall | None:
     """The batch norm of the residual, if one operation can run both."""
     second = norm_call(other) if only_user(other) is not None else None
-    if second is None or second.training != norm.training or second.buffers & norm.buffers:
+    if second is None or second.buffers & norm.buffers:
+        return None
+    if (second.training, second.group) != (norm.training, norm.group):
         return None
     # One operation of two fixed norms keeps both inputs for backward; two operations keep neither.
     weights = (value(norm.state.weight), value(second.state.weight))

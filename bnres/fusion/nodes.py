@@ -11,8 +11,14 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
-from bnres.functional import batch_norm_act, batch_norm_act_max_pool2d, conv2d_batch_norm_act
+from bnres.functional import (
+    batch_norm_act,
+    batch_norm_act_max_pool2d,
+    conv2d_batch_norm_act,
+    sync_batch_norm_act,
+)
 from bnres.operations.batch_norm_act_max_pool import is_stem
+from bnres.operations.sync_batch_norm_act import sync_batch_norm
 
 ADDITIONS = ("add", "iadd")
 POOLING = ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
@@ -38,6 +44,7 @@ IN_PLACE = re.compile(
 # These write only to running statistics. Other norms of torch may write to any of their arguments.
 NORMS = (
     F.batch_norm, F.instance_norm, batch_norm_act, batch_norm_act_max_pool2d, conv2d_batch_norm_act,
+    sync_batch_norm, sync_batch_norm_act,
 )  # fmt: skip
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 NORMS_IN_PLACE = re.compile("(batch|instance)_norm")

@@ -3,12 +3,11 @@
 import operator
 from typing import Any
 
-import torch.nn.functional as F
 from torch import fx
 
 from bnres.functional import conv2d_batch_norm_act
 from bnres.fusion.frozen import as_batch_norm
-from bnres.fusion.match import Match, find
+from bnres.fusion.match import SIGNATURES, Match, find
 from bnres.fusion.nodes import module_name, replace, storage, writes
 from bnres.fusion.report import Site
 
@@ -28,7 +27,8 @@ def fuse_graph(module: fx.GraphModule) -> list[Found]:
     as_batch_norm(graph)
     calls: list[fx.Node] = []
     replaced: set[fx.Node] = set()
-    for node in graph.find_nodes(op="call_function", target=F.batch_norm):
+    norms = [graph.find_nodes(op="call_function", target=norm) for norm in SIGNATURES]
+    for node in sorted(node for nodes in norms for node in nodes):
         if node in replaced:
             continue
         match = find(node)
@@ -53,6 +53,8 @@ def _arguments(match: Match) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments of the fused call. Removes the bias of a convolution that stays in the graph."""
     norm = match.norms[0]
     options = match.options | norm.state._asdict()
+    if norm.group:
+        del options["input_bias"]
     if norm.conv is not None and match.operation is conv2d_batch_norm_act:
         del options["input_bias"]
         conv: dict[str, Any] = {"bias": None, **norm.conv}

@@ -15,13 +15,18 @@ from torch import Tensor, nn
 
 from bnres.kernels.torch_internals import is_exporting
 from bnres.models.blocks import BasicBlock, Bottleneck, Residual
-from bnres.nn import BatchNormAct2d, BatchNormActMaxPool2d
+from bnres.nn import (
+    BatchNormAct2d,
+    BatchNormActMaxPool2d,
+    SyncBatchNormAct,
+    SyncBatchNormActMaxPool2d,
+)
 from bnres.nn.hooks import hooked
 
 # Exactly these classes, because a subclass may use its inputs in other ways.
 BLOCKS = (BasicBlock, Bottleneck, Residual)
-READERS = (nn.Conv2d, BatchNormAct2d, nn.Sequential, type(None))
-STEMS = (BatchNormAct2d, BatchNormActMaxPool2d)
+READERS = (nn.Conv2d, BatchNormAct2d, SyncBatchNormAct, nn.Sequential, type(None))
+STEMS = (BatchNormAct2d, BatchNormActMaxPool2d, SyncBatchNormAct, SyncBatchNormActMaxPool2d)
 
 
 class Chain(nn.Sequential):

@@ -10,6 +10,7 @@ from bnres.nn.batchnorm import (
     BatchNormActMaxPool2d,
 )
 from bnres.nn.conv import ConvBatchNormAct2d
+from bnres.nn.sync import SyncBatchNorm, SyncBatchNormAct, SyncBatchNormActMaxPool2d
 
 __all__ = [
     "BatchNorm1d",
@@ -20,4 +21,7 @@ __all__ = [
     "BatchNormAct3d",
     "BatchNormActMaxPool2d",
     "ConvBatchNormAct2d",
+    "SyncBatchNorm",
+    "SyncBatchNormAct",
+    "SyncBatchNormActMaxPool2d",
 ]

@@ -1,5 +1,7 @@
 """Batch norm modules: torch's own classes with a forward through the fused operations."""
 
+import sys
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -7,12 +9,20 @@ from torch import Tensor, nn
 
 from bnres.activations import resolve
 from bnres.nn.hooks import make_leaf
-from bnres.nn.state import Norm, next_state, normalizes_by_batch
+from bnres.nn.state import Norm, group_of, next_state, normalizes_by_batch
 from bnres.operations.batch_norm_act import batch_norm_act
 from bnres.operations.batch_norm_act_max_pool import (
     Size,
     batch_norm_act_max_pool2d,
 )
+from bnres.operations.sync_batch_norm_act import sync_batch_norm_act
+
+
+def _in_group(group: Any, training: bool, *args: Any, **options: Any) -> Any:
+    """`batch_norm_act`, or in a process group `sync_batch_norm_act`."""
+    if group is None:
+        return batch_norm_act(*args, training=training, **options)
+    return sync_batch_norm_act(*args, process_group=group, **options)
 
 
 class _FusedForward(Norm):
@@ -23,10 +33,21 @@ class _FusedForward(Norm):
 
     act: str | type[nn.Module] | None = None
     act_kwargs: dict[str, Any] | None = None
+    synchronises = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         make_leaf(self)
+
+    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
+        # torch's, timm's and apex's converters call it on each batch norm that they have replaced
+        # by a SyncBatchNorm without activation and residual.
+        if sys._getframe(1).f_code.co_name.startswith("convert_sync"):
+            raise TypeError(
+                f"module contains a {type(self).__name__}, whose activation and residual would be "
+                "lost: convert it with bnres.convert_sync_batchnorm"
+            )
+        return super().named_children()
 
     def forward(
         self,
@@ -37,21 +58,21 @@ class _FusedForward(Norm):
         fork: bool = False,
     ) -> Any:
         self._check_input_dim(input)
-        training, other = normalizes_by_batch(self), None
+        training, group, other = normalizes_by_batch(self), group_of(self), None
         if residual_norm is not None:
             if residual is not None:
                 residual_norm._check_input_dim(residual)
             other = next_state(residual_norm)
-            if residual is not None and normalizes_by_batch(residual_norm) != training:
-                # One of them is frozen: they need different passes.
-                residual = batch_norm_act(
-                    residual, act=None, training=not training, **other._asdict()
-                )
+            its_training, its_group = normalizes_by_batch(residual_norm), group_of(residual_norm)
+            apart = its_training != training or its_group is not group
+            if residual is not None and apart:
+                # One of them is frozen, or synchronised: they need different passes.
+                residual = _in_group(its_group, its_training, residual, act=None, **other._asdict())
                 other = None
         s = next_state(self)
-        return batch_norm_act(
-            input, s.running_mean, s.running_var, s.weight, s.bias, residual=residual,
-            residual_norm=other, act=self.act, act_kwargs=self.act_kwargs, training=training,
+        return _in_group(
+            group, training, input, s.running_mean, s.running_var, s.weight, s.bias,
+            residual=residual, residual_norm=other, act=self.act, act_kwargs=self.act_kwargs,
             momentum=s.momentum, eps=s.eps, num_batches_tracked=s.num_batches_tracked, fork=fork,
         )  # fmt: skip
 

@@ -5,10 +5,12 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from bnres.nn.batchnorm import BatchNormAct2d, _FusedForward
 from bnres.nn.hooks import hooked, make_leaf
-from bnres.nn.state import next_state, normalizes_by_batch
+from bnres.nn.state import group_of, next_state, normalizes_by_batch
+from bnres.nn.sync import SyncBatchNorm
 from bnres.operations.conv_batch_norm_act import conv2d_batch_norm_act
 
 
@@ -63,7 +65,9 @@ def conv_and_norm(
     Such a ``bn`` makes one operation of it, unless one of the modules has a hook.
     ``shortcut`` is a convolution and a batch norm.
     """
-    if not isinstance(bn, _FusedForward):
+    # What bnres.fuse captures has the modules' own calls.
+    captured = isinstance(bn, SyncBatchNorm) and is_compiling()
+    if captured or not isinstance(bn, _FusedForward):
         y = bn(conv(input))
         if residual is not None:
             y = y + (residual if shortcut is None else shortcut(residual))
@@ -74,6 +78,8 @@ def conv_and_norm(
             residual_conv, residual_norm = shortcut
             y, residual = conv(input), residual_conv(residual)
             return bn(y, residual, residual_norm=residual_norm, fork=fork)
+        if group_of(bn) is not None:
+            return bn(conv(input), residual, fork=fork)
         bn._check_input_dim(input)
         padding: Any = conv.padding
         if conv.padding_mode != "zeros":

@@ -3,9 +3,11 @@
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from bnres.operations.norms import BatchNormState
+from bnres.operations.sync_batch_norm_act import group_named
 
 Norm = nn.modules.batchnorm._BatchNorm
 
@@ -43,3 +45,15 @@ def normalizes_by_batch(bn: Norm) -> bool:
         _read(bn, bn._buffers, "running_mean") is None
         and _read(bn, bn._buffers, "running_var") is None
     )
+
+
+def group_of(bn: Norm) -> Any:
+    """The process group over whose ranks a call of ``bn`` takes its statistics; None for this one only.
+
+    As in `torch.nn.SyncBatchNorm`, that needs training mode, an initialised group and several ranks.
+    """
+    synchronises = getattr(type(bn), "synchronises", isinstance(bn, nn.SyncBatchNorm))
+    if not (synchronises and bn.training and dist.is_available() and dist.is_initialized()):
+        return None
+    group = group_named(bn.process_group)
+    return group if dist.get_world_size(group) > 1 else None

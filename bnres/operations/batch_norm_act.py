@@ -1,6 +1,6 @@
 """act(batch_norm(x) + residual), act(batch_norm(x) + batch_norm(residual)), max_pool2d(act(batch_norm(x)))."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -72,6 +72,7 @@ class Spec(NamedTuple):
     """Every argument of a call that is not a tensor, and whether backward reads the values of x.
 
     ``pools`` adds the max-pool of a ResNet's stem: 3×3, stride 2, padding 1. Then there is no residual.
+    ``group`` names the process group of `sync_batch_norm_act`.
     """
 
     act: str
@@ -85,6 +86,7 @@ class Spec(NamedTuple):
     residual_momentum: float
     residual_eps: float
     pools: bool
+    group: str = ""
 
 
 class Outputs(NamedTuple):
@@ -288,6 +290,7 @@ def _input_gradients(
     spec: Spec,
     needed: Inputs,
     recording: Recording | None,
+    run: Callable[..., Computed] | None = None,
 ) -> Sequence[Tensor | None]:
     if saved.x is None:
         saved = saved._replace(x=dense(dy))
@@ -302,7 +305,8 @@ def _input_gradients(
     asked = Asked(dx, dresidual, bool(sums))
     if dy_skip is not None and (is_sum or (spec.pools and not _reduces(spec, asked))):
         dy, dy_skip = dy + dy_skip, None
-    found = _run_backward(Gradients(dy, dy_skip), saved, spec, asked, recording=recording)
+    run = run or _run_backward
+    found = run(Gradients(dy, dy_skip), saved, spec, asked, recording=recording)
     residual = None
     if needed.residual:
         residual = dy.view_as(dy) if is_sum else found.dresidual
@@ -338,7 +342,7 @@ def _parameter_gradients(
 
 
 def _formula(saved: Saved, spec: Spec) -> Tensor:
-    x, residual, act = saved.x, saved.residual, (spec.act, spec.act_param)
+    x, residual = saved.x, saved.residual
     if spec.training:
         statistics = [bn_stats_ref(x, None, None, 0.0, spec.eps)]
         if spec.has_residual_norm:
@@ -346,6 +350,11 @@ def _formula(saved: Saved, spec: Spec) -> Tensor:
     else:
         biases = saved.input_bias, saved.residual_input_bias
         statistics = list(map(of_input_bias, rows_of(saved.statistics, x), biases))
+    return _formula_of(statistics, saved, spec)
+
+
+def _formula_of(statistics: Sequence[Statistics], saved: Saved, spec: Spec) -> Tensor:
+    x, residual, act = saved.x, saved.residual, (spec.act, spec.act_param)
     norm, residual_norm = _norms(saved, statistics)
     if spec.pools:
         if saved.argmax is None:
@@ -413,6 +422,50 @@ BATCH_NORM_ACT = Operation(
 )  # fmt: skip
 
 
+def as_call(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    input_bias: Tensor | None,
+    residual: Tensor | None,
+    residual_norm: BatchNormState | None,
+    act: str | type[torch.nn.Module] | None,
+    act_kwargs: dict[str, Any] | None,
+    training: bool,
+    momentum: float | Tensor,
+    eps: float,
+    num_batches_tracked: Tensor | None,
+    group: str = "",
+) -> tuple[Inputs, Buffers, Spec]:
+    """The arguments of `batch_norm_act` as the operation takes them."""
+    name, param = resolve(act, act_kwargs)
+    counter = num_batches_tracked if training else None
+    device_momentum, number = split_momentum(momentum)
+    inputs: Any = (input, weight, bias, input_bias, residual)
+    buffers: Any = (running_mean, running_var, counter, device_momentum)
+    # Not defaults of the fields: torch.compile would make symbols of the numbers.
+    of_residual_norm = (False, 0.0, 0.0)
+    norm = residual_norm
+    if norm is not None:
+        if residual is None:
+            raise ValueError("residual must be given with residual_norm, got None")
+        counter = norm.num_batches_tracked if training else None
+        device_momentum, residual_number = split_momentum(norm.momentum)
+        inputs += (norm.weight, norm.bias, norm.input_bias)
+        buffers += (norm.running_mean, norm.running_var, counter, device_momentum)
+        of_residual_norm = (True, residual_number, norm.eps)
+    # With fixed statistics, only the weight's gradient and an activation's derivative depend on x.
+    depends_on_x = name not in ("identity", "relu") or wants_grad(weight)
+    reads_x = training or norm is not None or depends_on_x
+    needs_grad = wants_grad(*inputs)
+    spec = Spec(
+        name, param, training, needs_grad, reads_x, number, eps, *of_residual_norm, False, group
+    )
+    return Inputs(*inputs), Buffers(*buffers), spec
+
+
 def batch_norm_act(
     input: Tensor,
     running_mean: Tensor | None,
@@ -471,28 +524,11 @@ def batch_norm_act(
 
     Follows `torch.nn.functional.batch_norm` (Ioffe and Szegedy, arXiv 1502.03167).
     """
-    name, param = resolve(act, act_kwargs)
-    counter = num_batches_tracked if training else None
-    device_momentum, number = split_momentum(momentum)
-    inputs: Any = (input, weight, bias, input_bias, residual)
-    buffers: Any = (running_mean, running_var, counter, device_momentum)
-    # Not defaults of the fields: torch.compile would make symbols of the numbers.
-    of_residual_norm = (False, 0.0, 0.0)
-    norm = residual_norm
-    if norm is not None:
-        if residual is None:
-            raise ValueError("residual must be given with residual_norm, got None")
-        counter = norm.num_batches_tracked if training else None
-        device_momentum, residual_number = split_momentum(norm.momentum)
-        inputs += (norm.weight, norm.bias, norm.input_bias)
-        buffers += (norm.running_mean, norm.running_var, counter, device_momentum)
-        of_residual_norm = (True, residual_number, norm.eps)
-    # With fixed statistics, only the weight's gradient and an activation's derivative depend on x.
-    depends_on_x = name not in ("identity", "relu") or wants_grad(weight)
-    reads_x = training or norm is not None or depends_on_x
-    needs_grad = wants_grad(*inputs)
-    spec = Spec(name, param, training, needs_grad, reads_x, number, eps, *of_residual_norm, False)
-    return call(BATCH_NORM_ACT, Inputs(*inputs), Buffers(*buffers), spec, fork)
+    arguments = as_call(
+        input, running_mean, running_var, weight, bias, input_bias, residual, residual_norm, act,
+        act_kwargs, training, momentum, eps, num_batches_tracked,
+    )  # fmt: skip
+    return call(BATCH_NORM_ACT, *arguments, fork)
 
 
 def batch_norm(

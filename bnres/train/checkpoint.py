@@ -25,7 +25,7 @@ STATEFUL = ("model", "optimizer", "scheduler", "scaler")
 OF_DATA = ("classes", "channels", "train_count")
 KEYS = (
     "config", "epoch", "batch", "losses", "correct", "best", "history", "torch_rng", "cuda_rng",
-    "average", "size", "processes", *OF_DATA, *STATEFUL,
+    "average", "size", *OF_DATA, *STATEFUL,
 )  # fmt: skip
 
 
@@ -51,7 +51,6 @@ def save_checkpoint(path: Path, state: TrainState, config: TrainConfig) -> None:
         "correct": correct,
         "best": state.best,
         "size": state.size,
-        "processes": state.world.size,
         **{name: getattr(state, name) for name in OF_DATA},
         "history": state.history,
         "torch_rng": torch.get_rng_state(),
@@ -81,14 +80,13 @@ def load_checkpoint(path: Path, state: TrainState, config: TrainConfig) -> None:
 
     Raises:
         ValueError: if the file is not a checkpoint of bnres; if its run differs from this one in an
-            option that may not change (see ``FREE``), in its data, model or number of processes; or
-            if its run is complete. ``state`` is unchanged then.
+            option that may not change (see ``FREE``), in its data or its model; or if its run is
+            complete. ``state`` is unchanged then.
     """
     content = read_checkpoint(path)
     check_same_run(path, content["config"], config.as_dict())
-    found = {name: getattr(state, name) for name in OF_DATA} | {"processes": state.world.size}
-    for name, value in found.items():
-        if content[name] != value:
+    for name in OF_DATA:
+        if content[name] != (value := getattr(state, name)):
             raise ValueError(
                 f"resume: {path} was trained with {name}={content[name]}, but now {name} is {value}"
             )

@@ -114,7 +114,7 @@ class TrainConfig:
     dtype: str = _option("fp32", "bf16 and fp16 are automatic mixed precision.", DTYPES)
     device: str = _option("", "torch's name of the device; by default the GPU if there is one.")
     channels_last: bool = _option(True, "Store images and convolutions in channels_last.")
-    sync_bn: bool = _option(False, "Batch statistics over all processes, by torch's SyncBatchNorm.")
+    sync_bn: bool = _option(False, "Batch norms use the statistics of all processes.")
     compile: bool = _option(False, "Compile the model with torch.compile.")
     cuda_graphs: bool = _option(False, "Capture forward and backward in a CUDA graph.")
     deterministic: bool = _option(False, "Use only torch's deterministic algorithms.")
@@ -167,9 +167,10 @@ class TrainConfig:
         except (RuntimeError, AssertionError) as error:
             reason = str(error).splitlines()[0]
             raise ValueError(f"device {self.device!r} can't be used: {reason}") from error
-        if self.sync_bn and torch.device(self.device).type != "cuda":
+        if self.sync_bn and not self.fused and torch.device(self.device).type != "cuda":
             raise ValueError(
-                f"sync_bn: torch's SyncBatchNorm needs GPUs, but device is {self.device!r}"
+                "sync_bn: with no-fused it is torch's SyncBatchNorm, which needs GPUs, but device is "
+                f"{self.device!r}"
             )
         if self.cuda_graphs and torch.device(self.device).type != "cuda":
             raise ValueError(f"cuda_graphs needs a GPU, but device is {self.device!r}")

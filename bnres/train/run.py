@@ -77,16 +77,15 @@ def prepare(config: TrainConfig, world: World | None = None) -> Run:
 
 def route(config: TrainConfig) -> str:
     """The implementation that computes a run's batch norms, in words."""
-    if config.sync_bn:
-        return "stock layers, SyncBatchNorm"
+    synchronised = "synchronised " if config.sync_bn else ""
     if not config.fused:
-        return "stock layers"
+        return f"{synchronised}stock layers"
     names = {
         "triton": "fused layers, Triton kernels",
         "triton-interpreter": "fused layers, interpreted Triton kernels",
         "aten": "fused layers, ATen",
     }
-    return names[backend(config.device)]
+    return synchronised + names[backend(config.device)]
 
 
 def progress_bar(console: Console) -> Progress:

@@ -13,6 +13,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from bnres.data import Batches, EpochBatches, FolderDataset, ImageDataset, StreamedBatches
 from bnres.fusion.backend import backend, fuse
 from bnres.models import create_model, is_factory
+from bnres.nn.sync import convert_sync_batchnorm
 from bnres.train.augmentation import chains
 from bnres.train.config import DTYPES, TrainConfig
 from bnres.train.distributed import World
@@ -119,7 +120,6 @@ def build_model(
             place.
     """
     torch.manual_seed(config.seed)
-    fused = config.fused and not config.sync_bn
     if given is None:
         options: dict[str, Any] = {
             name: getattr(config, name)
@@ -127,10 +127,10 @@ def build_model(
             if getattr(config, name) is not None
         }
         model = create_model(
-            config.model, num_classes=classes, in_channels=channels, fused=fused, **options
+            config.model, num_classes=classes, in_channels=channels, fused=config.fused, **options
         )
     else:
-        model = fuse(given, inplace=True) if fused else given
+        model = fuse(given, inplace=True) if config.fused else given
     initialize_lazy_modules(model, name_of(config, given), (channels, *size))
     if config.init == "xavier":
         xavier_uniform(model)
@@ -180,16 +180,19 @@ def build_state(
     size = dataset.size if config.crop_size is None else (config.crop_size, config.crop_size)
     name = name_of(config, model)
     # Models of bnres are built from fused layers; other models are fused by bnres.fuse.
-    fuses = config.fused and not config.sync_bn and (model is not None or is_factory(config.model))
+    fuses = config.fused and (model is not None or is_factory(config.model))
     model = build_model(config, dataset.classes, dataset.channels, size, model)
     if is_weights(config.init) and config.resume is None:
         load_weights(Path(config.init), model, name)
     check_shapes(config, model, name, (dataset.channels, *size), dataset.classes)
     if config.sync_bn:
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        convert = nn.SyncBatchNorm.convert_sync_batchnorm
+        model = convert_sync_batchnorm(model) if config.fused else convert(model)
     parallel: nn.Module = model
     if world.size > 1:
-        parallel = DistributedDataParallel(model, [device] if device.type == "cuda" else None)
+        devices = [device] if device.type == "cuda" else None
+        # Gradients in the buckets' memory need no copy to them.
+        parallel = DistributedDataParallel(model, devices, gradient_as_bucket_view=True)
     optimizer = make_optimizer(config, model)
     steps_per_epoch = -(-len(batches) // config.accumulate)
     average = None

@@ -1,0 +1,289 @@
+"""Batch norm modules that take the statistics of all ranks of a process group, and their conversion."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.compiler import is_compiling
+from torch.nn.modules.lazy import LazyModuleMixin
+
+from bnres.activations import CLASSES
+from bnres.kernels.torch_internals import process_group_named
+from bnres.nn.batchnorm import (
+    BatchNorm1d,
+    BatchNorm2d,
+    BatchNorm3d,
+    BatchNormAct1d,
+    BatchNormAct2d,
+    BatchNormAct3d,
+    BatchNormActMaxPool2d,
+    _BatchNormAct,
+    _FusedForward,
+)
+from bnres.nn.hooks import hooked, make_leaf
+from bnres.nn.state import Norm, group_of, next_state, normalizes_by_batch
+from bnres.operations.sync_batch_norm_act import group_named, sync_batch_norm
+
+
+# Not subclasses of torch.nn.SyncBatchNorm, as DistributedDataParallel refuses that on a CPU.
+class _Synchronised(_FusedForward):
+    """Statistics over the ranks of ``process_group``, see `SyncBatchNorm`."""
+
+    synchronises = True
+    process_group: Any = None
+    # What `revert_sync_batchnorm` makes of it, and the children that it gives back.
+    local_class: type[Norm]
+    local_children: dict[str, nn.Module | None] | None = None
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        """Any number of dimensions that `sync_batch_norm_act` takes, as in torch."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A process group can be neither copied nor pickled, but has a name.
+        group = self.process_group
+        return self.__dict__ | {"process_group": None if group is None else group.group_name}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self.process_group is not None:
+            self.process_group = process_group_named(self.process_group)
+
+
+class SyncBatchNorm(_Synchronised):
+    """`torch.nn.SyncBatchNorm` through the fused kernels, on the CPU too: see `sync_batch_norm_act`.
+
+    In training, y = (x − mean) / sqrt(var + eps) · weight + bias with the mean and variance of the batches
+    of all ranks together. In eval mode, with one rank, and where `torch.distributed` is not initialised,
+    it is the plain batch norm, as torch's is. Unlike torch's, it takes empty batches without a
+    host synchronisation, is captured by ``torch.compile(fullgraph=True)``, and allows several forwards
+    before a backward while DistributedDataParallel broadcasts its buffers in between.
+
+    ``forward(input, residual=None, *, residual_norm=None, fork=False)`` is that of `BatchNormAct2d`
+    without an activation. A ``residual_norm`` that is synchronised over the same group shares the
+    collectives.
+
+    Args:
+        num_features, eps, momentum, affine, track_running_stats, device, dtype: as in `torch.nn.BatchNorm2d`.
+        process_group: the ranks that take part; by default all.
+
+    Shapes: (N, C) to (N, C, D, H, W), fp16, bf16, fp32 or fp64, contiguous or channels_last.
+
+    Raises:
+        TypeError: for a ``process_group`` that is none, or that this process is not in.
+    """
+
+    local_class = BatchNorm2d
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        process_group: Any = None,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype
+        )
+        self.process_group = process_group and group_named(process_group)
+
+    def forward(
+        self,
+        input: Tensor,
+        residual: Tensor | None = None,
+        *,
+        residual_norm: Norm | None = None,
+        fork: bool = False,
+    ) -> Any:
+        if is_compiling() and residual is None and not fork:
+            return as_node(self, input)
+        return super().forward(input, residual, residual_norm=residual_norm, fork=fork)
+
+
+def as_node(bn: Norm, input: Tensor) -> Tensor:
+    """A call of ``bn`` that `bnres.fuse` finds in the captured graph."""
+    s, group = next_state(bn), group_of(bn)
+    return sync_batch_norm(
+        input, s.running_mean, s.running_var, s.weight, s.bias, normalizes_by_batch(bn), s.momentum,
+        s.eps, s.num_batches_tracked, "" if group is None else group.group_name,
+    )  # fmt: skip
+
+
+class CapturedSyncBatchNorm(nn.SyncBatchNorm):
+    """torch's SyncBatchNorm inside a model that `bnres.fuse` has fused, where it is not called by itself.
+
+    Its copies and pickles are torch's.
+    """
+
+    __module__ = nn.SyncBatchNorm.__module__  # torch.fx traces a call as one node
+
+    def forward(self, input: Tensor) -> Tensor:
+        return as_node(self, input)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        reduced: Any = super().__reduce_ex__(protocol)
+        make, (_, *others), *state = reduced
+        return make, (nn.SyncBatchNorm, *others), *state
+
+
+def make_nodes(model: nn.Module) -> None:
+    """Makes the SyncBatchNorms of torch in a model captured ones."""
+    for module in model.modules():
+        if type(module) is nn.SyncBatchNorm:
+            module.__class__ = CapturedSyncBatchNorm
+
+
+class SyncBatchNormAct(_Synchronised, _BatchNormAct):
+    """`SyncBatchNorm`, an optional residual and an activation in one operation.
+
+    ``forward(input, residual=None, *, residual_norm=None, fork=False)`` is act(bn(input) + residual), as
+    in `BatchNormAct2d`, whose arguments it takes as ``options``.
+
+    Raises:
+        ValueError: for an unknown activation or option.
+        TypeError: for a ``process_group`` that is none, or that this process is not in.
+    """
+
+    local_class = BatchNormAct2d
+
+    def __init__(self, num_features: int, *, process_group: Any = None, **options: Any) -> None:
+        super().__init__(num_features, **options)
+        self.process_group = process_group and group_named(process_group)
+
+
+class SyncBatchNormActMaxPool2d(_Synchronised, BatchNormActMaxPool2d):
+    """`SyncBatchNormAct` followed by max-pool, the stem of a ResNet; the arguments of `BatchNormActMaxPool2d`.
+
+    Raises:
+        ValueError: for an unknown activation or option.
+        TypeError: for a ``process_group`` that is none, or that this process is not in.
+    """
+
+    local_class = BatchNormActMaxPool2d
+
+    def __init__(
+        self, num_features: int, *args: Any, process_group: Any = None, **options: Any
+    ) -> None:
+        super().__init__(num_features, *args, **options)
+        self.process_group = process_group and group_named(process_group)
+
+    def forward(self, input: Tensor, *, fork: bool = False) -> Any:  # type: ignore[override]
+        if group_of(self) is None:
+            return BatchNormActMaxPool2d.forward(self, input, fork=fork)
+        y = _FusedForward.forward(self, input)
+        y = F.max_pool2d(
+            y, self.kernel_size, self.stride, self.padding, self.dilation, self.ceil_mode
+        )
+        return (y, y) if fork else y
+
+
+class _SyncBatchNormThenAct(SyncBatchNorm):
+    """`SyncBatchNorm` followed by the children of timm's `BatchNormAct2d` that can't be fused."""
+
+    def forward(self, input: Tensor) -> Any:  # type: ignore[override]
+        return self._modules["act"](self._modules["drop"](super().forward(input)))  # type: ignore[misc]
+
+
+CONVERTED: dict[type[Norm], type[_Synchronised]] = {
+    **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d), SyncBatchNorm),
+    nn.SyncBatchNorm: SyncBatchNorm,
+    **dict.fromkeys((BatchNorm1d, BatchNorm2d, BatchNorm3d), SyncBatchNorm),
+    **dict.fromkeys((BatchNormAct1d, BatchNormAct2d, BatchNormAct3d), SyncBatchNormAct),
+    BatchNormActMaxPool2d: SyncBatchNormActMaxPool2d,
+}
+OF_TIMM = ("BatchNormAct2d", "SyncBatchNormAct")
+
+
+def convert_sync_batchnorm(module: nn.Module, process_group: Any = None) -> nn.Module:
+    """``module`` itself, whose batch norms now take the statistics of all ranks, see `SyncBatchNorm`.
+
+    Those of torch (its SyncBatchNorm too), of timm and of `bnres.nn` are converted in place: only their
+    class changes. Parameters, buffers, keys, modes and hooks stay, and so do activations, residuals and
+    pooling. `revert_sync_batchnorm` is the way back. It is called as
+    `torch.nn.SyncBatchNorm.convert_sync_batchnorm`, before or after `bnres.fuse`.
+
+    Args:
+        module: a model or a batch norm.
+        process_group: the ranks that take part; by default all, or for a synchronised batch norm its own.
+
+    Raises:
+        TypeError: for a ``module`` or a ``process_group`` that is none, and for a batch norm whose forward
+            is another than that of these classes; nothing has been changed.
+    """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
+    group = process_group and group_named(process_group)
+    norms: dict[str, Any] = {n: m for n, m in module.named_modules() if isinstance(m, Norm)}
+    for norm, cls in [(norm, _converted(name, norm)) for name, norm in norms.items()]:
+        if not isinstance(norm, _Synchronised):
+            _become(norm, cls)
+        norm.process_group = group or norm.process_group
+    return module
+
+
+def _converted(name: str, norm: Norm) -> type[_Synchronised]:
+    """The class that a batch norm is converted to."""
+    cls = type(norm)
+    if "forward" not in vars(norm) and not isinstance(norm, LazyModuleMixin):
+        if isinstance(norm, _Synchronised):
+            return cls  # type: ignore[return-value]
+        for base in cls.__mro__:
+            if base in CONVERTED and cls.forward is base.forward:  # type: ignore[attr-defined]
+                return CONVERTED[base]
+        if cls.__module__.startswith("timm.") and cls.__name__ in OF_TIMM:
+            drop, act = norm._modules["drop"], norm._modules["act"]
+            fuses = type(drop) is nn.Identity and type(act) in CLASSES and not hooked(drop, act)
+            return SyncBatchNormAct if fuses else _SyncBatchNormThenAct
+    raise TypeError(
+        f"module contains {name or 'itself'}, a {cls.__name__}: its forward is not that of a batch "
+        "norm of torch, timm or bnres.nn, so it can't be converted"
+    )
+
+
+def _become(norm: Any, cls: type[_Synchronised]) -> None:
+    """Changes the class of a batch norm."""
+    local_class, act = type(norm), norm._modules.get("act")
+    norm.__class__ = cls
+    make_leaf(norm)
+    norm.local_class = local_class
+    if act is not None and cls is SyncBatchNormAct:
+        # They have no parameters, and the operation has their activation.
+        norm.local_children = dict(norm._modules)
+        norm._modules.clear()
+        options = ("negative_slope", "approximate")
+        norm.act, norm.act_kwargs = (
+            type(act),
+            {k: getattr(act, k) for k in options if hasattr(act, k)},
+        )
+
+
+def revert_sync_batchnorm(module: nn.Module) -> nn.Module:
+    """``module`` itself, with the classes that its batch norms had before `convert_sync_batchnorm`.
+
+    One that was made as `bnres.nn.SyncBatchNorm` becomes a `bnres.nn.BatchNorm2d`, and those with an
+    activation become the `bnres.nn` class for images too.
+
+    Raises:
+        TypeError: if ``module`` is not a module.
+    """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
+    for norm in module.modules():
+        if not isinstance(norm, _Synchronised):
+            continue
+        cls, children, own = norm.local_class, norm.local_children, vars(norm)
+        for name in ("local_class", "local_children"):
+            own.pop(name, None)
+        if children:
+            del own["act"], own["act_kwargs"]
+            norm._modules.update(children)
+        if not issubclass(cls, _FusedForward):
+            del own["__module__"]
+        if not issubclass(cls, nn.SyncBatchNorm):
+            del own["process_group"]
+        norm.__class__ = cls  # type: ignore[assignment]
+    return module

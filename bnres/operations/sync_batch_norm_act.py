@@ -1,0 +1,472 @@
+"""act(batch_norm(x) + residual) with the statistics of all ranks of a process group.
+
+Forward: moments of x -> all_gather -> statistics and apply. Backward: sums -> all_gather -> dx.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd import Function
+from torch.compiler import is_compiling
+
+from bnres.kernels.dtypes import acc_type
+from bnres.kernels.layout import dense_like
+from bnres.kernels.norm import Statistics, Sums
+from bnres.kernels.outputs import empty_mask, empty_moments
+from bnres.kernels.reference import bn_combine_ref, bn_moments_ref
+from bnres.kernels.torch_internals import all_gather, process_group_named, reduce_scatter
+from bnres.operations.arguments import as_kernels_take, check_input, check_norm, check_residual
+from bnres.operations.batch_norm_act import (
+    BATCH_NORM_ACT,
+    WRITTEN,
+    Asked,
+    Buffers,
+    Computed,
+    Inputs,
+    Spec,
+    _again,
+    _formula_of,
+    _input_gradients,
+    _norms,
+    _reduces,
+    _saves_mask,
+    as_call,
+    batch_norm_act,
+)
+from bnres.operations.call import Operation, call
+from bnres.operations.norms import BatchNormState, empty_statistics, rows_of, states_of
+from bnres.operations.operator import Gradients, Maybe, Recording, operator
+
+
+class Normalised(NamedTuple):
+    """The tensors with statistics: x, and the residual if it has a norm."""
+
+    x: Tensor
+    residual: Maybe
+
+
+class Moments(NamedTuple):
+    """count, mean and M2 of each channel for each norm, (3·norms, C); gathered, (ranks, 3·norms, C)."""
+
+    moments: Tensor
+
+
+class Outputs(NamedTuple):
+    """y and what backward reads; ``total`` (1,) is the count over all ranks."""
+
+    y: Tensor
+    statistics: Maybe
+    mask: Maybe
+    total: Maybe
+
+
+class Saved(NamedTuple):
+    """What backward reads."""
+
+    x: Tensor
+    weight: Maybe
+    bias: Maybe
+    input_bias: Maybe
+    residual: Maybe
+    residual_weight: Maybe
+    residual_bias: Maybe
+    residual_input_bias: Maybe
+    statistics: Maybe
+    mask: Maybe = None
+    total: Maybe = None
+
+
+def _normalised(inputs: Inputs | Saved, spec: Spec) -> Normalised:
+    return Normalised(inputs.x, inputs.residual if spec.has_residual_norm else None)
+
+
+def _allocate_moments(given: Normalised) -> Moments:
+    return Moments(empty_moments(given.x, 1 if given.residual is None else 2))
+
+
+def _moments(given: Normalised, recording: Recording) -> Moments:
+    found = _allocate_moments(given)
+    recording.forward.run(_launch_moments, (given, found))
+    return found
+
+
+def _launch_moments(given: Normalised, found: Moments) -> None:
+    from bnres.kernels.bn_forward import bn_moments
+
+    for i, t in enumerate(given):
+        if t is not None:
+            bn_moments(t, out=found.moments[3 * i : 3 * i + 3])
+
+
+def _allocate(inputs: Inputs, buffers: Buffers, gathered: Moments, spec: Spec) -> Outputs:
+    x, y = inputs.x, torch.empty_like(inputs.x)
+    if not spec.needs_grad:
+        return Outputs(y, None, None, None)
+    mask = empty_mask(x) if _saves_mask(inputs, spec) else None
+    return Outputs(y, empty_statistics(x, spec), mask, x.new_empty(1, dtype=torch.float64))
+
+
+def _apply(
+    inputs: Inputs, buffers: Buffers, gathered: Moments, spec: Spec, recording: Recording
+) -> Outputs:
+    outputs = _allocate(inputs, buffers, gathered, spec)
+    recording.forward.run(_launch_apply, (inputs, buffers, gathered, outputs), spec)
+    return outputs
+
+
+def _launch_apply(
+    inputs: Inputs, buffers: Buffers, gathered: Moments, outputs: Outputs, spec: Spec
+) -> None:
+    """Fills ``outputs``; statistics that are not kept are scratch."""
+    from bnres.kernels.bn_forward import bn_apply, bn_combine
+
+    y, kept, mask, total = outputs
+    rows: Any = None if kept is None else rows_of(kept, inputs.x)
+    statistics = []
+    for i, state in enumerate(states_of(inputs, buffers, spec)):
+        found, _ = bn_combine(
+            gathered.moments[:, 3 * i : 3 * i + 3], state.running_mean, state.running_var,
+            state.momentum, state.eps, counter=state.num_batches_tracked,
+            out=None if rows is None else (rows[i], total),
+        )  # fmt: skip
+        statistics.append(found)
+    norms = _norms(inputs, statistics)
+    bn_apply(inputs.x, norms[0], inputs.residual, norms[1], spec.act, spec.act_param, out=(y, mask))
+
+
+def _forward(inputs: Inputs, buffers: Buffers, spec: Spec, recording: Recording | None) -> Outputs:
+    (moments,) = _run_moments(_normalised(inputs, spec), recording=None)
+    gathered = Moments(all_gather(moments, spec.group))
+    return _run_apply(inputs, buffers, gathered, spec, recording=None)  # type: ignore[no-any-return]
+
+
+def _saved(inputs: Inputs, y: Tensor, kept: Sequence[Any], spec: Spec) -> Saved:
+    statistics, mask, total = kept
+    if not _saves_mask(inputs, spec):
+        mask = None
+    if mask is not None or (spec.act == "identity" and not spec.has_residual_norm):
+        inputs = inputs._replace(residual=None)
+    return Saved(*inputs, statistics, mask, total)
+
+
+class Reduced(NamedTuple):
+    """The sums of this rank, a row for each field of `Sums`, (2 or 4, C), and dz if it is asked for."""
+
+    sums: Tensor
+    dz: Maybe
+
+
+class Totals(NamedTuple):
+    """The sums of all ranks over the total count, (2 or 4, C)."""
+
+    sums: Tensor
+
+
+class InputGradients(NamedTuple):
+    """The gradients of x and of a residual with a norm."""
+
+    dx: Tensor
+    dresidual: Maybe
+
+
+def _writes_dz(spec: Spec, asked: Asked) -> bool:
+    """Whether the reduce pass writes dz, the gradient of a residual without a norm."""
+    return asked.dresidual and not spec.has_residual_norm
+
+
+def _stored_as(x: Tensor, gradients: Gradients) -> Gradients:
+    """The gradients in the memory format of x."""
+    dy, dy_skip = gradients
+    return Gradients(dense_like(dy, x), None if dy_skip is None else dense_like(dy_skip, x))
+
+
+def _allocate_reduced(gradients: Gradients, saved: Saved, spec: Spec, asked: Asked) -> Reduced:
+    x, rows = saved.x, 4 if spec.has_residual_norm else 2
+    dz = torch.empty_like(x) if _writes_dz(spec, asked) else None
+    return Reduced(x.new_empty(rows, x.shape[1], dtype=acc_type(x)), dz)
+
+
+def _reduce(
+    gradients: Gradients, saved: Saved, spec: Spec, asked: Asked, recording: Recording
+) -> Reduced:
+    found = _allocate_reduced(gradients, saved, spec, asked)
+    given = _stored_as(saved.x, gradients)
+    recording.forward.run(_launch_reduce, (given, saved, (None, *found)), spec)
+    return found
+
+
+def _launch_reduce(gradients: Gradients, saved: Any, found: Sequence[Any], spec: Spec) -> None:
+    from bnres.kernels.bn_backward import bn_backward_reduce
+
+    dy, dy_skip = gradients
+    _, sums, dz = found
+    norms = _norms(saved, rows_of(saved.statistics, saved.x))
+    bn_backward_reduce(
+        dy, saved.x, norms[0], saved.residual, norms[1], saved.mask, spec.act, spec.act_param,
+        dy_skip=dy_skip, out=(Sums(*sums.unbind()), dz),
+    )  # fmt: skip
+
+
+def _allocate_dx(gradients: Gradients, saved: Saved, totals: Totals, spec: Spec) -> InputGradients:
+    dresidual = torch.empty_like(saved.x) if spec.has_residual_norm else None
+    return InputGradients(torch.empty_like(saved.x), dresidual)
+
+
+def _dx(
+    gradients: Gradients, saved: Saved, totals: Totals, spec: Spec, recording: Recording
+) -> InputGradients:
+    found = _allocate_dx(gradients, saved, totals, spec)
+    given = _stored_as(saved.x, gradients)
+    recording.forward.run(_launch_dx, (given, saved, totals, found), spec)
+    return found
+
+
+def _launch_dx(
+    gradients: Gradients, saved: Any, totals: Totals, found: InputGradients, spec: Spec
+) -> None:
+    from bnres.kernels.bn_backward import bn_backward_dx
+
+    dy, dy_skip = gradients
+    norms = _norms(saved, rows_of(saved.statistics, saved.x))
+    # The sums have been divided by the total count, which is on the device.
+    bn_backward_dx(
+        dy, saved.x, norms[0], saved.residual, norms[1], saved.mask, spec.act, spec.act_param,
+        Sums(*totals.sums.unbind()), 1, dy_skip=dy_skip, out=tuple(found),
+    )  # fmt: skip
+
+
+def _backward(
+    gradients: Gradients, saved: Saved, spec: Spec, asked: Asked, recording: Recording | None
+) -> Computed:
+    """dx with the sums of all ranks; the sums that are returned are this rank's."""
+    if not _reduces(spec, asked):
+        return Computed(None, None, None, None)
+    sums, dz = _run_reduce(gradients, saved, spec, asked, recording=None)
+    dx, dresidual = None, dz if _writes_dz(spec, asked) else None
+    if asked.dx:
+        totals = Totals(all_gather(sums, spec.group).sum(0, dtype=torch.float64) / saved.total)
+        if dresidual is not None:  # it has the activation's derivative and both gradients in it
+            gradients, spec = Gradients(dz, None), spec._replace(act="identity", act_param=0.0)
+            saved = saved._replace(residual=None, mask=None)
+        dx, of_norm = _run_dx(gradients, saved, totals, spec, recording=None)
+        dresidual = of_norm if spec.has_residual_norm else dresidual
+    return Computed(dx, dresidual, *sums.unbind())
+
+
+class _Exchange(Function):
+    """`all_gather` or its adjoint `reduce_scatter`: each is the other's derivative."""
+
+    @staticmethod
+    def forward(t, group, gathers):
+        return all_gather(t, group) if gathers else reduce_scatter(t, group)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, ctx.group, ctx.gathers = inputs
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _Exchange.apply(grad, ctx.group, not ctx.gathers), None, None
+
+
+def _statistics(
+    inputs: Inputs | Saved, states: Sequence[BatchNormState], spec: Spec
+) -> list[Statistics]:
+    """The statistics of each norm by torch's operations; updates what buffers the states have."""
+    given = [t for t in _normalised(inputs, spec) if t is not None]
+    moments = torch.cat([bn_moments_ref(t) for t in given])
+    gathered = _Exchange.apply(moments, spec.group, True)
+    return [
+        bn_combine_ref(
+            gathered[:, 3 * i : 3 * i + 3], state.running_mean, state.running_var, state.momentum,
+            state.eps, counter=state.num_batches_tracked,
+        )[0]
+        for i, state in enumerate(states)
+    ]  # fmt: skip
+
+
+def _formula(saved: Any, spec: Spec) -> Tensor:
+    states = states_of(saved, Buffers(*[None] * len(Buffers._fields)), spec)
+    return _formula_of(_statistics(saved, states, spec), saved, spec)
+
+
+def _aten(inputs: Inputs, buffers: Buffers, spec: Spec) -> Tensor:
+    inputs = as_kernels_take(inputs)
+    statistics = _statistics(inputs, states_of(inputs, buffers, spec), spec)
+    saved: Any = Saved(*inputs, None)
+    return _formula_of(statistics, saved, spec)
+
+
+def _check(inputs: Inputs, buffers: Buffers, spec: Spec) -> None:
+    x, residual = inputs.x, inputs.residual
+    # Other ranks may have more values for a channel.
+    check_input(x, training=False)
+    if x.shape[1] == 0:
+        raise ValueError(f"input must have channels, got input size {x.size()}")
+    if residual is not None:
+        check_residual(residual, x.shape, x.device)
+    for state, prefix in zip(states_of(inputs, buffers, spec), ("", "residual_"), strict=False):
+        check_norm(state, x.shape[1], x.device, True, prefix)
+        if state.input_bias is not None:
+            raise ValueError(
+                f"{prefix}input_bias must be None: no synchronised batch norm takes one"
+            )
+
+
+_run_moments = operator(
+    "sync_batch_norm_moments", _moments, _allocate_moments,
+    tensors=(Normalised,), options=(), outputs=Moments,
+)  # fmt: skip
+_run_apply = operator(
+    "sync_batch_norm_act_forward", _apply, _allocate,
+    tensors=(Inputs, Buffers, Moments), options=(Spec,), outputs=Outputs, writes=WRITTEN,
+)  # fmt: skip
+_run_reduce = operator(
+    "sync_batch_norm_act_reduce", _reduce, _allocate_reduced,
+    tensors=(Gradients, Saved), options=(Spec, Asked), outputs=Reduced,
+)  # fmt: skip
+_run_dx = operator(
+    "sync_batch_norm_act_backward", _dx, _allocate_dx,
+    tensors=(Gradients, Saved, Totals), options=(Spec,), outputs=InputGradients,
+)  # fmt: skip
+
+SYNC_BATCH_NORM_ACT = Operation(
+    Inputs=Inputs,
+    Saved=Saved,
+    writes=WRITTEN,
+    check=_check,
+    aten=_aten,
+    forward=_forward,
+    saved=_saved,
+    backward=partial(_input_gradients, run=_backward),
+    formula=_formula,
+    again=_again,
+)
+
+
+def group_named(process_group: Any = None) -> Any:
+    """The process group that an argument stands for: None is the default group, a string a name.
+
+    Raises:
+        RuntimeError: without a default group.
+        TypeError: for anything but a process group that this process is in.
+    """
+    if process_group is None:
+        if not (dist.is_available() and dist.is_initialized()):
+            raise RuntimeError(
+                "process_group: there is no default group, "
+                "call torch.distributed.init_process_group first"
+            )
+        return dist.group.WORLD
+    if isinstance(process_group, str):
+        return process_group_named(process_group)
+    if not isinstance(process_group, dist.ProcessGroup):
+        raise TypeError(
+            "process_group must be a torch.distributed.ProcessGroup that this process is in, "
+            f"got {process_group!r}"
+        )
+    return process_group
+
+
+def _check_ranks(mine: tuple[int, str, bool], group: Any) -> None:
+    """Raises if another rank has other channels, statistics or norms: its tensors would not fit."""
+    ranks = dist.get_process_group_ranks(group)
+    every: list[Any] = [None] * len(ranks)
+    dist.all_gather_object(every, mine, group)
+    texts = ["{} channels, statistics in {}, residual_norm {}".format(*each) for each in every]
+    for rank, text in zip(ranks, texts, strict=True):
+        if text != texts[0]:
+            raise ValueError(
+                f"input must be alike on all ranks, but rank {rank} has {text}; "
+                f"rank {ranks[0]} has {texts[0]}"
+            )
+
+
+def sync_batch_norm_act(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    residual: Tensor | None = None,
+    residual_norm: BatchNormState | None = None,
+    act: str | type[torch.nn.Module] | None = "relu",
+    act_kwargs: dict[str, Any] | None = None,
+    momentum: float | Tensor = 0.1,
+    eps: float = 1e-5,
+    num_batches_tracked: Tensor | None = None,
+    fork: bool = False,
+    process_group: Any = None,
+) -> Any:
+    """`batch_norm_act` in training, with the statistics of the batches of all ranks together.
+
+    Of ranks r with n_r values a channel, N of them in all, mean = Σ n_r·mean_r / N and
+    var = Σ (M2_r + n_r·(mean_r − mean)²) / N, where M2_r = Σ (x − mean_r)². They are added in rank order in
+    fp64, so all ranks have the same bits in every run. Each direction has one collective, an all_gather
+    of 3·C values (2·C in backward), which the second norm of a ``residual_norm`` shares. The host never
+    waits for the device. With one rank it is `batch_norm_act`.
+
+    Every rank of the group must make the call and its backward, with the same channels and dtype.
+    Batches may have different sizes and may be empty: the gradients of an empty rank are zeros. If all
+    are empty, the running statistics stay as they are. With ``TORCH_DISTRIBUTED_DEBUG=DETAIL`` each call
+    first compares the ranks, which waits for the device; without it, gloo and NCCL may abort or hang where
+    they differ.
+
+    Args:
+        input, running_mean, running_var, weight, bias, residual, residual_norm, act, act_kwargs,
+            momentum, eps, num_batches_tracked, fork: as in `batch_norm_act`.
+            The gradients of the parameters are this rank's own, which DistributedDataParallel averages.
+        process_group: the ranks that take part, or the name of their group; by default all.
+
+    Returns:
+        A tensor as `batch_norm_act` returns it; with ``fork`` two of them.
+
+    Raises:
+        RuntimeError: without a default group, and as `batch_norm_act`.
+        TypeError: for a ``process_group`` that is none, or that this process is not in.
+        ValueError: for a CPU tensor in a group of NCCL, an input without channels, ranks that the debug
+            level finds to differ, and as `batch_norm_act`, but not for one value per channel.
+
+    Follows `torch.nn.SyncBatchNorm`; the variance is that of Chan, Golub and LeVeque (1979).
+    """
+    group = group_named(process_group)
+    is_alone = dist.get_world_size(group) == 1
+    arguments = as_call(
+        input, running_mean, running_var, weight, bias, None, residual, residual_norm, act, act_kwargs,
+        True, momentum, eps, num_batches_tracked, "" if is_alone else group.group_name,
+    )  # fmt: skip
+    if is_alone:
+        return call(BATCH_NORM_ACT, *arguments, fork)
+    if input.device.type == "cpu" and dist.get_backend(group) == "nccl":
+        raise ValueError("process_group: its backend, nccl, takes no CPU tensors, but input is one")
+    if not is_compiling() and dist.get_debug_level() == dist.DebugLevel.DETAIL:
+        _check_ranks((input.shape[1], str(acc_type(input)), residual_norm is not None), group)
+    return call(SYNC_BATCH_NORM_ACT, *arguments, fork)
+
+
+def sync_batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float | Tensor,
+    eps: float,
+    num_batches_tracked: Tensor | None,
+    group: str,
+) -> Tensor:
+    """A synchronised batch norm, or a local one if ``group`` is empty: a node in the graphs that bnres fuses."""
+    function: Any = batch_norm_act
+    options: dict[str, Any] = {"training": training}
+    if group:
+        function, options = sync_batch_norm_act, {"process_group": group}
+    return function(  # type: ignore[no-any-return]
+        input, running_mean, running_var, weight, bias, act=None, momentum=momentum, eps=eps,
+        num_batches_tracked=num_batches_tracked, **options,
+    )  # fmt: skip
