@@ -124,8 +124,8 @@ def _bn_stats_finalize_kernel(
 
     They come from the sums of one tensor's splits, or, with ranks_ptr, from count, mean and M2 of
     ``splits`` ranks; then the sum of the counts is stored as ``total``. Also updates the running
-    mean with mean + input_bias and the running variance with the unbiased variance, unless ``total``
-    is 0, and adds 1 to the counter. Each of the three may be absent.
+    mean with mean + input_bias and the running variance with the unbiased variance, unless
+    ``total`` is 0, and adds 1 to the counter. Each of the three may be absent.
     """
     offs_c = tl.program_id(0) * FINALIZE_CHANNELS + tl.arange(0, FINALIZE_CHANNELS)
     mask_c = offs_c < C
@@ -297,9 +297,10 @@ def bn_stats(
 
 
 def bn_moments(x: Tensor, *, out: Tensor | None = None) -> Tensor:
-    """count, mean and M2 = Σ(x − mean)² of each channel, (3, C) in fp32 (or fp64); 0 of an empty ``x``.
+    """Returns count, mean and M2 = Σ(x − mean)² of each channel: (3, C) in fp32 (fp64 for fp64).
 
-    The count of ``out``, allocated by the caller, is already written.
+    All three are 0 for an empty ``x``. ``out`` is the result, allocated by the caller with
+    `empty_moments`, which writes the count.
     """
     if out is None:
         out = empty_moments(x)
@@ -328,11 +329,11 @@ def bn_combine(
     counter: Tensor | None = None,
     out: tuple[Statistics, Tensor] | None = None,
 ) -> tuple[Statistics, Tensor]:
-    """The statistics of `bn_stats` over all ranks, and the total count (1,) in fp64.
+    """Returns the statistics of `bn_stats` over all ranks, and the total count (1,) in fp64.
 
-    ``moments`` (ranks, 3, C) are those of `bn_moments` on each rank; they are added in this order, so
-    every rank gets the same bits (Chan et al.'s parallel variance). If the total is 0, the running buffers
-    stay as they are. The other arguments are those of `bn_stats`.
+    ``moments`` (ranks, 3, C) has each rank's `bn_moments`. They are added in this order, so that
+    every rank gets the same bits (Chan et al.'s parallel variance). If the total count is 0, the
+    running buffers don't change. The other arguments are those of `bn_stats`.
     """
     if out is None:
         rows = [torch.empty_like(moments[0, 0]) for _ in range(2)]

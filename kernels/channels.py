@@ -54,10 +54,11 @@ def add_splits(ptr, splits, channel, mask, C, TRIPS: tl.constexpr):
 
 @triton.jit
 def add_ranks(ptr, ranks, rank_stride, channel, mask, C, TRIPS: tl.constexpr):
-    """count, Σ(x − pivot) and its square of some ranks each, and the pivot, all in fp64.
+    """Adds up the ranks' counts, Σ(x − pivot) and Σ(x − pivot)², and returns them and the pivot.
 
-    The sums are (FINALIZE_SPLITS, FINALIZE_CHANNELS). Each rank has count, mean and M2 = Σ(x − mean)², (3, C); the pivot
-    is the first rank's mean. A rank without elements adds 0.
+    Everything is in fp64; the sums are (FINALIZE_SPLITS, FINALIZE_CHANNELS), as in `add_splits`.
+    Each rank has count, mean and M2 = Σ(x − mean)², (3, C); the pivot is the first rank's mean. A
+    rank without elements adds 0.
     """
     pivot = tl.load(ptr + C + channel, mask=mask, other=0).to(tl.float64)
     count = tl.zeros((FINALIZE_SPLITS, FINALIZE_CHANNELS), tl.float64)

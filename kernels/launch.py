@@ -95,7 +95,7 @@ def _plan(
 
 
 def plan_ranks(ranks: int, channels: int) -> Plan:
-    """How the kernel is launched that combines what several ranks have of each channel."""
+    """Returns how the kernel that combines the ranks' moments of each channel is launched."""
     return _finalize_plan({"count": 0, "C": channels, "splits": ranks})
 
 

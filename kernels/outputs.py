@@ -21,8 +21,11 @@ def empty_channels(x: Tensor, count: int) -> list[Tensor]:
 
 
 def empty_moments(x: Tensor, norms: int = 1) -> Tensor:
-    """(3·norms, C) in fp32 (or fp64) for count, mean and M2 of each channel; the count is already there."""
-    # Of an empty x all three are 0.
+    """Returns (3·norms, C) in fp32 (fp64 for fp64) for each norm's count, mean and M2.
+
+    Every element is set to the count, so that only mean and M2 remain to be written.
+    """
+    # For an empty x all three are 0, and no kernel runs.
     return x.new_full((3 * norms, x.shape[1]), x.numel() // x.shape[1], dtype=acc_type(x))
 
 

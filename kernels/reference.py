@@ -67,7 +67,7 @@ def bn_stats_ref(
 
 
 def bn_moments_ref(x: Tensor) -> Tensor:
-    """count, mean and Σ(x − mean)² of each channel, (3, C); 0 of an empty ``x``."""
+    """Returns each channel's count, mean and Σ(x − mean)², (3, C); all are 0 for an empty ``x``."""
     dims, count = reduced_dims(x), x[:, :1].numel()
     wide = x.to(acc_type(x))
     mean = wide.sum(dims) / max(count, 1)
@@ -84,9 +84,10 @@ def bn_combine_ref(
     *,
     counter: Tensor | None = None,
 ) -> tuple[Statistics, Tensor]:
-    """mean = Σ n·mean / N and var = Σ (M2 + n·(mean_r − mean)²) / N over ranks of n elements, and N.
+    """Returns the statistics over ranks of n elements each, and N = Σ n.
 
-    If N is 0, the running buffers stay as they are.
+    mean = Σ n·mean_r / N and var = Σ (M2_r + n·(mean_r − mean)²) / N. If N is 0, the running
+    buffers don't change.
     """
     count, means, m2 = moments.double().unbind(1)
     total = count.sum(0)

@@ -23,7 +23,7 @@ process_group_named: Callable[[Any], Any] = distributed_c10d._resolve_process_gr
 
 
 def all_gather(t: Tensor, group: Any) -> Tensor:
-    """``t`` of every rank of the group with this name, one after another: (ranks, *)."""
+    """Returns ``t`` of every rank in the group with the name ``group``, stacked: (ranks, *)."""
     t = t.contiguous()
     ranks = distributed_c10d._get_group_size_by_name(group)
     gathered = torch.ops._c10d_functional.all_gather_into_tensor(t, ranks, group)
@@ -31,7 +31,7 @@ def all_gather(t: Tensor, group: Any) -> Tensor:
 
 
 def reduce_scatter(t: Tensor, group: Any) -> Tensor:
-    """The sum over all ranks of what each has at this rank's place in ``t`` (ranks, *)."""
+    """Returns the sum over all ranks of ``t[this rank]``; ``t`` is (ranks, *)."""
     t = t.contiguous()
     scattered = torch.ops._c10d_functional.reduce_scatter_tensor(t, "sum", len(t), group)
     return torch.ops._c10d_functional.wait_tensor(scattered)[0]
