@@ -1,4 +1,4 @@
-"""The module contract of torch.nn.BatchNorm*, and bugs that bit its replacements."""
+"""Tests that modules behave like torch.nn.BatchNorm*, including bugs seen in its replacements."""
 
 from contextlib import nullcontext
 
@@ -28,7 +28,7 @@ def test_empty_batch_keeps_statistics_and_counts():
     assert bn.num_batches_tracked == 1
 
 
-def test_eval_gradient_outlives_a_later_training_step():
+def test_later_training_step_does_not_change_the_eval_gradient():
     torch.manual_seed(0)
     bn = BatchNorm2d(3).to(DEVICE)
     x = torch.randn(2, 3, 4, 4, device=DEVICE)
@@ -43,7 +43,7 @@ def test_eval_gradient_outlives_a_later_training_step():
     torch.testing.assert_close(evaluated.grad, expected, rtol=1e-6, atol=0)
 
 
-def test_training_without_running_statistics_leaves_the_input_alone():
+def test_training_without_running_statistics_does_not_change_the_input():
     bn = BatchNorm2d(3, track_running_stats=False).to(DEVICE)
     x = torch.randn(2, 3, 4, 4, device=DEVICE)
     before = x.clone()
@@ -53,7 +53,7 @@ def test_training_without_running_statistics_leaves_the_input_alone():
     assert list(bn.state_dict()) == ["weight", "bias"]
 
 
-def test_one_nan_channel_stays_alone():
+def test_nan_stays_in_its_channel():
     x = torch.randn(2, 5, 3, 3, device=DEVICE)
     x[1, 2, 0, 0] = float("nan")
     y = BatchNormAct2d(5).to(DEVICE)(x)
@@ -70,7 +70,7 @@ def test_one_nan_channel_stays_alone():
         (BatchNorm2d, (1, 3, 1, 1), "Expected more than 1 value per channel when training"),
     ],
 )
-def test_errors_are_torchs(module, shape, words):
+def test_errors_are_the_same_as_in_torch(module, shape, words):
     with pytest.raises(ValueError, match=words):
         module(3).to(DEVICE)(torch.zeros(shape, device=DEVICE))
 
@@ -156,7 +156,7 @@ def test_saved_tensors_may_come_back_in_another_layout():
     assert all(map(torch.equal, *grads))
 
 
-def test_strided_input_gives_the_nearer_layout():
+def test_strided_input():
     x = torch.randn(2, 6, 5, 4, device=DEVICE)
     bn = BatchNorm2d(6).to(DEVICE)
     for view in (x.transpose(2, 3), x.permute(0, 3, 2, 1)[:, :, :, ::2], x[:, :, ::2]):
@@ -165,7 +165,7 @@ def test_strided_input_gives_the_nearer_layout():
         torch.testing.assert_close(layer(view), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_statistics_untracked_after_the_fact():
+def test_tracking_turned_off_after_construction():
     bn, stock = BatchNorm2d(3).to(DEVICE), torch.nn.BatchNorm2d(3).to(DEVICE)
     x = torch.randn(4, 3, 2, 2, device=DEVICE)
     for layer in (bn, stock):
@@ -210,7 +210,7 @@ def test_any_shape_stride_and_option(shape, layout, residual, affine, act, seed)
     )  # fmt: skip
     z = z if r is None else z + r
     expected = ACTIVATION_FORMULAS[act or "identity"](z, 0.0)
-    # A few equal values in a channel make rstd large, and errors with it.
+    # If a channel's few values are nearly equal, rstd is large, and so are the errors.
     scale = (
         1 + x.detach().var([0, *range(2, len(shape))], correction=0).rsqrt().clamp(max=316).max()
     )
@@ -237,7 +237,7 @@ def test_strided_parameters_and_buffers():
 
 @pytest.mark.parametrize("momentum", [0.1, None])
 @pytest.mark.parametrize("name", ["residual shape", "no residual", "residual norm"])
-def test_a_call_that_raises_counts_nothing(momentum, name):
+def test_call_that_raises_changes_no_buffer(momentum, name):
     x = torch.randn(3, 4, 5, 2, device=DEVICE)
     bn, residual_norm = (BatchNormAct2d(4, momentum=momentum).to(DEVICE) for _ in "ab")
     arguments = {
@@ -317,7 +317,7 @@ ONLY_4D = ("pool", "dilated pool", "conv", "conv bias")
 @pytest.mark.parametrize("needs_grad", [False, True])
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("name", CALLS)
-def test_another_number_of_dimensions_is_named(backend, name, training, needs_grad):
+def test_wrong_number_of_input_dimensions(backend, name, training, needs_grad):
     for shape in [(), (0,), (3,), (0, 3), (3, 3, 3), (2, 3, 2, 2, 2), (2, 3, 2, 2, 2, 2)]:
         dims, expected = len(shape), "4D" if name in ONLY_4D else "2D to 5D"
         if 2 <= dims <= 5 and name not in ONLY_4D:
@@ -330,7 +330,7 @@ def test_another_number_of_dimensions_is_named(backend, name, training, needs_gr
 
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("shape", [(), (0,), (3, 3), (3, 3, 1), (3, 3, 1, 1, 1)])
-def test_a_filter_of_another_number_of_dimensions_is_named(backend, shape, training):
+def test_wrong_number_of_filter_dimensions(backend, shape, training):
     x, filter = (torch.zeros(s, device=DEVICE) for s in ((2, 3, 2, 2), shape))
     words = rf"expected 4D conv_weight \(got {len(shape)}D conv_weight\)"
     for bias in (None, torch.zeros(3, device=DEVICE)):
@@ -340,8 +340,8 @@ def test_a_filter_of_another_number_of_dimensions_is_named(backend, shape, train
 
 @pytest.mark.parametrize("of_residual", [False, True])
 @pytest.mark.parametrize("shape", [(0,), (2,), (1, 3)])
-def test_a_counter_of_several_elements_is_refused(backend, shape, of_residual):
-    """Kernels would write outside the counter's memory."""
+def test_counter_must_have_one_element(backend, shape, of_residual):
+    """Kernels would write outside the memory of an empty counter."""
     x, counter = torch.randn(2, 3, 2, 2, device=DEVICE), torch.ones(shape, device=DEVICE).long()
     norm, residual_norm = norm_of(3), norm_of(3)
     prefix, name = "residual_" if of_residual else "", "num_batches_tracked"

@@ -1,4 +1,4 @@
-"""Convolution with an epilogue: the kernel, the folded bias and the routes."""
+"""Tests convolution with batch norm: the kernel, a bias before the norm, and the routes."""
 
 import copy
 import re
@@ -24,7 +24,7 @@ from tests.device import DEVICE
 from tests.tolerances import assert_close
 
 LAST = torch.channels_last
-# N, C, H, W, K and the window; tails in every dimension.
+# N, C, H, W, K and the window; every dimension has partial blocks in some case.
 CASES = [
     (2, 16, 9, 8, 24, ConvShape(3, 3, 1, 1, 1, 1, 1, 1)),
     (3, 17, 11, 10, 37, ConvShape(3, 2, 2, 1, 1, 0, 1, 2)),
@@ -41,19 +41,19 @@ def random(*shape, dtype=torch.float32):
 
 
 def plain_norm(channels):
-    """A batch norm that changes nothing."""
+    """Returns a batch norm that is the identity."""
     zeros = torch.zeros(channels, device=DEVICE)
     return Norm(RunningStatistics(zeros, zeros + 1, 0.0))
 
 
 def double(*values):
-    """Tensors in fp64, those in tuples too."""
+    """Returns the values with all tensors in fp64, including those inside tuples."""
     return [tree_map(lambda v: v.double() if isinstance(v, torch.Tensor) else v, v) for v in values]
 
 
 @pytest.fixture
 def called(monkeypatch):
-    """Counts the calls of the kernel's operator."""
+    """Returns a list with the number of calls of the kernel's operator."""
     counts, forward = [0], operation._run_forward
 
     def count(*arguments, **named):
@@ -89,7 +89,7 @@ def test_kernel_agrees_with_its_reference(case, dtype):
 
 
 @pytest.mark.parametrize("config", search_space(162, 16, 24, 4)[:3], ids=str)
-def test_every_configuration_gives_the_same(config):
+def test_kernel_agrees_in_every_configuration(config):
     torch.manual_seed(0)
     n, c, h, w, k, shape = CASES[0]
     x, filter = random(n, c, h, w), random(k, c, 3, 3)
@@ -131,7 +131,7 @@ def layer(**options):
 @pytest.mark.parametrize("momentum", [0.1, None])
 @pytest.mark.parametrize("padding_mode", ["zeros", "reflect"])
 def test_bias_before_a_batch_norm(momentum, padding_mode):
-    """It cancels: zeros as gradient, the running mean moves, no addition to the tensor."""
+    """In training, the norm cancels the bias: its gradient is 0, and it moves the running mean."""
     ours, conv, bn = layer(bias=True, momentum=momentum, padding_mode=padding_mode)
     x = torch.randn(3, 8, 4, 4, dtype=torch.float64, device=DEVICE)
     residual = torch.randn(3, 16, 4, 4, dtype=torch.float64, device=DEVICE)
@@ -178,7 +178,7 @@ def test_routes_agree(groups, route, called, monkeypatch):
         bnres.use_conv_route("x").__enter__()
 
 
-def test_fp32_that_may_not_be_rounded_to_tf32_goes_to_torch(called, monkeypatch):
+def test_fp32_takes_the_kernel_only_if_tf32_is_allowed(called, monkeypatch):
     torch.manual_seed(0)
     layer = ConvBatchNormAct2d(8, 16, 3, padding=1).to(DEVICE, memory_format=LAST).eval()
     half = copy.deepcopy(layer).half()
@@ -195,7 +195,7 @@ def test_fp32_that_may_not_be_rounded_to_tf32_goes_to_torch(called, monkeypatch)
                 assert torch.equal(y, layer.bn(layer.conv(x)))
 
 
-def test_autocast_is_that_of_conv2d():
+def test_autocast_works_as_for_conv2d():
     layer = ConvBatchNormAct2d(8, 8, 1).to(DEVICE).eval()
     x = torch.randn(2, 8, 4, 4, device=DEVICE)
     # The interpreter's tl.dot takes no bf16, and autocast on the CPU takes fp16 as well.
@@ -218,8 +218,8 @@ def test_autocast_is_that_of_conv2d():
     ],
     ids=str,
 )
-def test_arguments_are_torchs(options, called):
-    """What torch takes works, and what it refuses it refuses."""
+def test_arguments_are_handled_as_in_torch(options, called):
+    """Arguments that torch accepts work; those that it refuses raise its error."""
     x, filter = random(2, 8, 5, 5).half(), random(4, 8, 3, 3).half()
     try:
         expected = F.relu(F.conv2d(*double(x, filter), None, **options))
@@ -240,7 +240,7 @@ def test_arguments_are_torchs(options, called):
 
 
 def test_operands_are_cast_once():
-    """Whether our kernel is taken is asked before anything is cast."""
+    """The route is chosen before any operand is cast."""
     casts = []
 
     class Count(TorchDispatchMode):
@@ -255,7 +255,7 @@ def test_operands_are_cast_once():
 
 
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "biased"])
-def test_compiled_layer_is_the_eager_one(bias):
+def test_compiled_layer_equals_the_eager_one(bias):
     torch.manual_seed(0)
     layer = ConvBatchNormAct2d(8, 8, 3, padding=1, bias=bias).to(DEVICE, memory_format=LAST)
     other = copy.deepcopy(layer)
@@ -301,7 +301,7 @@ def test_errors(route, monkeypatch):
 @pytest.mark.skipif(DEVICE == "cuda", reason="counts what the interpreter touches")
 @pytest.mark.parametrize("has_residual", [False, True], ids=["plain", "residual"])
 def test_memory_touched(has_residual):
-    """Each tensor's sectors once: x and the residual read, y written."""
+    """The activation sectors that the kernel touches are those of x, the residual and y."""
     from benchmarks.audit.memory import count_traffic
 
     x, filter = random(2, 16, 8, 8, dtype=torch.float16), random(16, 16, 3, 3, dtype=torch.float16)
@@ -312,7 +312,7 @@ def test_memory_touched(has_residual):
     assert traffic.sectors == (2 + has_residual) * x.numel() * x.element_size()
 
 
-def test_activations_are_those_of_the_reference():
+def test_activations_agree_with_the_reference():
     torch.manual_seed(0)
     x, filter = random(1, 8, 2, 3), random(8, 8, 1, 1)
     shape = ConvShape(1, 1, 1, 1, 0, 0, 1, 1)

@@ -1,4 +1,4 @@
-"""Each launcher against the reference of the same signature, and its launch geometry."""
+"""Compares each launcher with its reference, and tests launch geometry and addressing."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ from bnres.operations.batch_norm_act import unpack_mask
 from tests.device import DEVICE
 from tests.tolerances import assert_close
 
-# Channels of 1, 3, 63, 65, 130; prime counts; one spatial element; every tiling.
+# 1, 3, 63, 65 and 130 channels; prime sizes; one spatial element; every kind of tile.
 SHAPES = [
     (3, 1, 5, 7),
     (5, 3, 1, 1),
@@ -31,7 +31,7 @@ SHAPES = [
 
 @pytest.fixture
 def many_programs(monkeypatch):
-    """Splits as ragged as on a big chip, for small tensors."""
+    """Makes launchers split small tensors among many programs, as on a GPU."""
     if DEVICE == "cpu":
         monkeypatch.setattr(launch, "sm_count", lambda device: 5)
 
@@ -46,7 +46,7 @@ def draw(shape, last):
 
 
 def double(*values):
-    """Tensors in fp64, those in tuples too."""
+    """Returns the values with all tensors in fp64, including those inside tuples."""
     return [tree_map(lambda v: v.double() if isinstance(v, torch.Tensor) else v, v) for v in values]
 
 
@@ -135,13 +135,13 @@ def test_outputs_may_be_allocated_by_the_caller(last):
         for ours, given, wanted in zip(*map(tree_leaves, (found, out, expected)), strict=True):
             assert ours is given
             assert ours is None or torch.equal(ours, wanted)
-    # What is not asked for is not written, and the rest is the same.
+    # Without write_dresidual there is no dresidual, and dx is the same.
     both = bn_backward.bn_backward_dx(*backward, sums, count, write_dresidual=True)
     dx, dresidual = bn_backward.bn_backward_dx(*backward, sums, count)
     assert dresidual is None and torch.equal(dx, both[0])
 
 
-def test_a_launch_has_exactly_the_kernels_arguments():
+def test_launch_refuses_unknown_and_missing_arguments():
     x = torch.ones(2, 3, 4, 4, device=DEVICE)
     kernel, plan = bn_forward._bn_stats_kernel, launch.plan("stats", x)
     with pytest.raises(TypeError, match=r"_bn_stats_kernel: unknown arguments \['y_ptr'\]"):
@@ -150,8 +150,8 @@ def test_a_launch_has_exactly_the_kernels_arguments():
         launch.launch(kernel, launch.Plan((1, 1), {"ACC": tl.float32}), sums_ptr=x, x_ptr=x)
 
 
-def test_poisoned_memory_does_not_show(many_programs, monkeypatch):
-    """Nothing is read before it is written, and all of every output is."""
+def test_initial_contents_of_memory_do_not_matter(many_programs, monkeypatch):
+    """No element is read before it is written, and every element of each output is written."""
     empty, empty_like = torch.empty, torch.empty_like
 
     def poison(t):
@@ -208,7 +208,7 @@ def test_bfloat16_tensors_may_start_inside_a_word(shape, last):
 
 @triton.jit
 def _last_offset_kernel(out_ptr, split, rows_per_split, col_block, count, C, L, TILE: tl.constexpr):
-    """The largest offset of a split's last tile."""
+    """Stores the largest offset of a split's last tile."""
     start, stop = split_rows(split, rows_per_split, count, TILE)
     row = start + (stop - 1 - start) // TILE.sub_rows * TILE.sub_rows
     offsets, mask = tile_offsets(row, col_block, (count, C, L), TILE, 1, False, 1)
@@ -242,7 +242,7 @@ def test_addresses_on_both_sides_of_2_to_31(view):
     assert out.item() == view.numel - 1
 
 
-def test_a_mask_beyond_2_to_31_has_wide_offsets():
+def test_mask_of_more_than_2_to_31_bytes_has_64_bit_offsets():
     x = torch.empty(1, 5_000_000, 8, dtype=torch.bfloat16, device="meta")
     assert x.numel() < 2**31 < empty_mask(x).numel()
     assert not tile_for(view_of(x.shape, True), x.itemsize).narrow
@@ -265,7 +265,7 @@ def test_division_by_a_reciprocal(b):
     assert torch.equal(out, a // b)
 
 
-def test_an_interpreter_that_can_not_run_says_so():
+def test_versions_whose_interpreter_fails_are_refused():
     for versions in (("3.6.0", "2.3.5"), ("3.7.0", "2.4.0"), ("3.10.1+git1", "3.0")):
         check_versions(*versions)
     with pytest.raises(ImportError, match=r"triton 3\.6\.0's interpreter .* needs numpy < 2\.4"):
@@ -273,8 +273,8 @@ def test_an_interpreter_that_can_not_run_says_so():
 
 
 @pytest.mark.parametrize("momentum", [0.3, torch.tensor([0.3])], ids=type)
-def test_moments_of_parts_make_the_statistics_of_the_whole(momentum):
-    """As ranks gather them: the first one has an empty batch, and another one a single value."""
+def test_combined_moments_of_parts_are_the_statistics_of_the_whole(momentum):
+    """The parts are like the batches of ranks: the first is empty, another has one value."""
     x = torch.randn(9, 5, 3, generator=torch.Generator().manual_seed(0)) + 100
     parts = [x[:0], x[:8], x[8:, :, :1].contiguous(), x[8:, :, 1:].contiguous()]
     moments = torch.stack([bn_forward.bn_moments(part).cpu() for part in parts])

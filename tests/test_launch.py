@@ -1,7 +1,7 @@
-"""Launches that are recorded and made again: the same kernels, with the addresses of other tensors.
+"""Tests that replayed launches run the same kernels, with the addresses of other tensors.
 
-The interpreter records nothing, and without a GPU nothing runs: kernels are compiled for one that is
-not there, in a process of its own, and what their launcher is handed is written down.
+Interpreted launches are not recorded. So the tests compile kernels for a GPU in a subprocess, with
+a stand-in driver that runs nothing, and check the arguments that launchers receive.
 """
 
 import weakref
@@ -15,7 +15,10 @@ from tests.compiled import run_compiled
 
 @contextmanager
 def launches_written_down():
-    """What launchers are handed, as (kernel's name, arguments by name); and what triton looked up."""
+    """Yields two lists: all launches, and the kernels that were launched through triton's own code.
+
+    A launch is (kernel, grid, arguments by name), with the arguments that the launcher received.
+    """
     import triton
     from triton.compiler import CompiledKernel
     from triton.runtime.jit import JITFunction
@@ -59,7 +62,7 @@ def address(value):
 
 
 class Call:
-    """A training step of a batch norm, with all that it reads and writes."""
+    """A batch norm's training step, with all tensors that it reads and writes."""
 
     def __init__(self, shape=(4, 8, 6, 6), dtype=torch.float32, **options):
         from bnres.functional import batch_norm_act
@@ -94,7 +97,7 @@ def check_replays():
         assert looked_up == FORWARD + BACKWARD
         recorded, launches[:] = list(launches), []
         second.step()
-        assert looked_up == FORWARD + BACKWARD  # nothing more
+        assert looked_up == FORWARD + BACKWARD  # the second step adds none
     assert [kernel for kernel, *_ in launches] == [kernel for kernel, *_ in recorded]
     for (_, grid, arguments), (_, other_grid, others) in zip(launches, recorded, strict=True):
         assert grid == other_grid
@@ -116,7 +119,7 @@ def check_replays():
         (dx, "sum_dy_ptr", s.gradients[3]), (dx, "weight_ptr", s.weight),
     ):  # fmt: skip
         assert arguments[name] == tensor.data_ptr(), name
-    # What forward keeps is what backward reads; partial sums are in memory that is written later.
+    # Backward reads the tensors that forward saved. Partial sums use memory of a later output.
     for name in ("mean_ptr", "rstd_ptr"):
         assert finalize[name] == apply[name] == dx[name] != 0
     assert finalize["rstd_ptr"] > finalize["mean_ptr"] and apply["mask_ptr"] == reduce["mask_ptr"]
@@ -125,13 +128,13 @@ def check_replays():
     print("checked")
 
 
-def test_a_second_call_makes_the_same_launches_on_its_own_tensors():
+def test_second_call_makes_the_same_launches_on_other_tensors():
     result = run_compiled("-c", "from tests.test_launch import *; check_replays()")
     assert result.stdout == "checked\n", result.stderr
 
 
 def check_synchronised():
-    """Two ranks, of which only one exists: nothing is sent."""
+    """Checks the launches of one of two ranks, whose fake process group sends nothing."""
     import torch.distributed as dist
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -145,7 +148,7 @@ def check_synchronised():
             call.run = lambda *given, training, **options: sync_batch_norm_act(*given, **options)
             launches[:] = []
             call.step()
-            assert looked_up == kernels  # nothing more from the second call on
+            assert looked_up == kernels  # later calls add none
     stats, moments, combine, apply, reduce, sums, dx = (named for *_, named in launches)
     s, row = calls[-1], 8 * 4
     for arguments, name, expected in (
@@ -162,11 +165,11 @@ def check_synchronised():
     ):  # fmt: skip
         assert (arguments[name] or 0) == expected, name
     assert combine["ranks_ptr"] != moments["mean_ptr"] - row
-    assert 0 != dx["sum_dy_ptr"] != sums["sum_dy_ptr"]  # of all ranks, not of this one
+    assert 0 != dx["sum_dy_ptr"] != sums["sum_dy_ptr"]  # the first is summed over all ranks
     print("checked")
 
 
-def test_synchronised_calls_make_the_same_launches_too():
+def test_launches_of_synchronised_calls():
     result = run_compiled("-c", "from tests.test_launch import *; check_synchronised()")
     assert result.stdout == "checked\n", result.stderr
 
@@ -174,7 +177,7 @@ def test_synchronised_calls_make_the_same_launches_too():
 def check_kinds():
     with launches_written_down() as (launches, looked_up):
         Call().step()
-        # Everything that triton would compile another kernel for, or that another number depends on.
+        # Options for which triton compiles another kernel or a launch has other numbers.
         others = [
             {"shape": (5, 8, 6, 6)}, {"dtype": torch.bfloat16}, {"act": "silu"}, {"residual": None},
             {"training": False}, {"eps": 0.5}, {"momentum": 0.5}, {"momentum": torch.tensor(0.5)},
@@ -193,7 +196,7 @@ def check_kinds():
             before = len(looked_up)
             unaligned.forward()
             assert len(looked_up) == before + 3
-        # Two arguments that are one tensor may be two at the next call.
+        # One tensor passed as two arguments may be two tensors in the next call.
         both = Call()
         y, fork = both.run(both.x, both.mean, both.var, training=True, fork=True)
         same = torch.ones_like(y)
@@ -202,7 +205,8 @@ def check_kinds():
         torch.autograd.grad((y, fork), both.x, (same, torch.ones_like(y)))
         _, _, reduce = launches[0]
         assert address(reduce["dy_ptr"]) != address(reduce["dy_skip_ptr"])
-        # Statistics that nobody keeps are read by the launch that fills y: they are not in its memory.
+        # Without grad, the statistics are scratch memory. The launch that writes y reads them, so
+        # they must not be in y's memory.
         plain = Call()
         with torch.no_grad():
             for _ in range(2):
@@ -216,7 +220,7 @@ def check_kinds():
     print("checked")
 
 
-def test_what_differs_is_another_recording():
+def test_calls_with_other_options_are_recorded_separately():
     result = run_compiled("-c", "from tests.test_launch import *; check_kinds()")
     assert result.stdout == "checked\n", result.stderr
 
@@ -225,7 +229,7 @@ def check_simulator():
     from benchmarks.audit.standin import StandInDriver
 
     with launches_written_down() as (launches, looked_up):
-        with patch.object(StandInDriver, "launcher_cls", Call):  # of another module than triton's
+        with patch.object(StandInDriver, "launcher_cls", Call):  # its module is not triton's
             Call().step()
             count, launches[:] = len(looked_up), []
             call = Call()
@@ -244,7 +248,7 @@ def check_simulator():
     print("checked")
 
 
-def test_a_simulator_is_handed_tensors():
+def test_simulators_receive_tensors():
     result = run_compiled("-c", "from tests.test_launch import *; check_simulator()")
     assert result.stdout == "checked\n", result.stderr
 
@@ -267,7 +271,7 @@ def check_hooks_and_memory():
     print("checked")
 
 
-def test_a_recording_serves_profilers_and_keeps_no_tensor():
+def test_replays_call_launch_hooks_and_keep_no_tensor():
     result = run_compiled("-c", "from tests.test_launch import *; check_hooks_and_memory()")
     assert result.stdout == "checked\n", result.stderr
 
@@ -276,7 +280,7 @@ def check_capture():
     from bnres.kernels.replay import Replay
 
     class OnGpu(torch.Tensor):
-        """A tensor that says it is on a GPU."""
+        """A CPU tensor whose ``is_cuda`` is true."""
 
         is_cuda = True
 
@@ -293,11 +297,11 @@ def check_capture():
         capturing.return_value = False
         replay.run(calls.append, [(x,)])
         capturing.return_value = True
-        replay.run(calls.append, [(x,)])  # it ran, so its kernels are loaded
+        replay.run(calls.append, [(x,)])  # the kernels are loaded by now
         assert len(calls) == 2
     print("checked")
 
 
-def test_the_first_launch_is_not_captured():
+def test_first_call_is_refused_during_capture():
     result = run_compiled("-c", "from tests.test_launch import *; check_capture()")
     assert result.stdout == "checked\n", result.stderr

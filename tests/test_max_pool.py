@@ -1,4 +1,4 @@
-"""The pooling of a ResNet's stem: bit-equal to torch's pooling of what the unfused layers write."""
+"""Tests that fused pooling is bit-equal to torch's max_pool2d of the unfused layers' output."""
 
 from dataclasses import replace
 
@@ -15,8 +15,8 @@ from tests.device import DEVICE
 from tests.tolerances import assert_close
 
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
-# Odd and even sizes, one row, one column of windows; channels that fill vectors and blocks, or don't;
-# planes whose rows are whole vectors; more columns than a program has.
+# Odd and even sizes; one row or one column of windows; channels that fill vectors and blocks, or
+# don't; planes whose rows are whole vectors; more columns than a program processes.
 SHAPES = [
     ((2, 8, 5, 7), "channels_last"),
     ((1, 24, 6, 9), "channels_last"),
@@ -28,7 +28,8 @@ SHAPES = [
     ((1, 3, 10, 48), "contiguous"),
     ((3, 65, 1, 32), "contiguous"),
 ]
-# And a dtype, and programs: one walks down all rows, or each has one row. Two layouts in each dtype.
+# Shape, layout, dtype, and programs that run at once: with 1, a program processes all rows, with 64
+# one row. Every dtype has both layouts.
 CASES = [
     *((*case, torch.bfloat16, 1) for case in SHAPES),
     *((*SHAPES[i], dtype, 1) for i in (0, 6) for dtype in (torch.float16, torch.float32)),
@@ -38,7 +39,7 @@ CASES = [
 
 @pytest.fixture
 def split(monkeypatch):
-    """Sets how many programs there may be at once."""
+    """Returns a function that sets the number of programs that run at once."""
 
     def split(programs):
         monkeypatch.setattr(launch, "sm_count", lambda device: 1)
@@ -52,7 +53,7 @@ def split(monkeypatch):
 
 
 def draw(shape, layout, dtype, statistics=Statistics):
-    """x with ties, NaN and infinities, and a norm that scales channels by numbers of both signs and 0."""
+    """Returns x with ties, NaN and infinities, and a norm with weights of both signs and 0."""
     torch.manual_seed(0)
     x = torch.randn(shape)
     for share, value in (
@@ -76,7 +77,7 @@ def same_bits(found, expected):
 
 
 def check_forward(x, norm, act):
-    """Ties go to the first, NaN to the last."""
+    """Compares with max_pool2d, which takes the first of equal maxima and the last NaN."""
     y, argmax, x_max = bn_max_pool.bn_max_pool(x, norm, act, 0.1, save=True)
     values, _ = bn_forward.bn_apply(x, norm, None, None, act, 0.1)
     expected, flat = F.max_pool2d(values.float(), 3, 2, 1, return_indices=True)
@@ -119,7 +120,7 @@ def test_dx(shape, layout, dtype, programs, split):
         assert_close(dx, reference.bn_max_pool_backward_dx_ref(*wide), dtype)
 
 
-def test_which_tensors_are_taken():
+def test_has_pool_kernel():
     taken = config.has_pool_kernel
     assert taken((2, 3, 7, 9), False, 2) and not taken((2, 3, 7, 9), False, 8)
     assert not taken((2**15, 64, 32, 32), False, 2)
@@ -141,7 +142,7 @@ def test_which_tensors_are_taken():
     ],
     ids=str,
 )
-def test_which_windows_are_pooled_without_writing_the_activation(change, dtype, fuses):
+def test_which_poolings_are_fused(change, dtype, fuses):
     x = torch.randn(2, 3, 6, 8, dtype=dtype, device=DEVICE, requires_grad=True)
     pooling = {"kernel_size": 3, "stride": 2, "padding": 1} | change
     y = batch_norm_act_max_pool2d(x, None, None, training=True, **pooling)
@@ -150,8 +151,8 @@ def test_which_windows_are_pooled_without_writing_the_activation(change, dtype, 
     assert_close(y, F.max_pool2d(normed, **pooling), dtype)
 
 
-def test_a_layout_that_is_both_counts_as_contiguous():
-    """A tensor of one channel is contiguous and channels_last; its rows are no whole vectors."""
+def test_tensor_that_is_contiguous_and_channels_last():
+    """A tensor with one channel has both formats; here its rows are not whole vectors."""
     x = torch.randn(2, 1, 6, 7, device=DEVICE).contiguous(memory_format=torch.channels_last)
     for given in (x, torch.randn(2, 3, 6, 9, device=DEVICE)[:, :1, :, ::2]):
         y = batch_norm_act_max_pool2d(
@@ -170,6 +171,6 @@ def test_rows_are_split_over_the_whole_chip(batch, contiguous):
     assert found.programs == blocks * -(-rows // found.rows_per_program)
     at_once = 132 * config.TUNING["pool"].programs_per_sm
     turns = -(-found.programs // at_once)
-    # The rows that there are, over those that the chip could walk down in that time.
+    # The number of rows, divided by the number that the chip could process in the same time.
     used = blocks * rows / (at_once * turns * found.rows_per_program)
     assert found.programs >= 132 and used >= (0.75 if batch >= 16 else 0.25)

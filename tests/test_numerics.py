@@ -1,4 +1,4 @@
-"""Hard inputs: the error against fp64 is no larger than ATen's own on the same input and layout."""
+"""Tests hard inputs: the error against fp64 is at most 1.5 times ATen's or that of rounding."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from tests.device import DEVICE
 from tests.tolerances import TOLERANCE
 
 N, C, SIZE = 8, 6, 14
-# fp32's own rounding of a normalised value (some 4 in size) and of a mean.
+# Each dtype's machine epsilon.
 EPSILON = {torch.float32: 2.0**-23, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
 
 
@@ -35,14 +35,17 @@ CASES += [("large", torch.float16), ("large", torch.bfloat16), ("mean 100", torc
 
 
 def dtype_floor(name, dtype, want, x):
-    """What rounding in the dtype costs however the sums are ordered (ATen's CPU code sums in fp64)."""
+    """Returns the error that rounding in ``dtype`` causes for any order of summation.
+
+    It is a lower limit of the bound, because ATen's CPU code sums in fp64.
+    """
     epsilon, fp32 = EPSILON[dtype], EPSILON[torch.float32]
     largest = max(want.abs().max().item(), 1e-30)
-    if name == "running_mean":  # a few roundings of each term, weighted with the momentum
+    if name == "running_mean":  # a few roundings of each term, times the momentum
         return 4 * fp32 * 0.1 * x.abs().mean((0, 2, 3)).max().item()
     if name in ("running_var", "dweight", "dbias"):  # random roundings of a sum's terms
         return epsilon * (N * SIZE * SIZE) ** 0.5 * largest
-    # Values of the size of y or dx; the mean in fp32 shifts them by its own rounding over std.
+    # Values of y or dx are rounded, and shifted by the rounding error of the fp32 mean over std.
     shift = (x.mean((0, 2, 3)).abs() * (x.var((0, 2, 3)) + 1e-5).rsqrt()).max().item()
     return epsilon * 4 * largest + fp32 / 2 * shift * largest / 4
 
