@@ -39,8 +39,8 @@ def _sample(x_ptr, index, offs_c, mask_c, shape, TILE: tl.constexpr, ACC: tl.con
 def _adaptive_pivot(x_ptr, offs_c, mask_c, shape, TILE: tl.constexpr, ACC: tl.constexpr):
     """Returns a value near each channel's data if they are far from zero, else 0: (channels,).
 
-    The value is the mean of the middle two of four samples, if it exceeds twice their distance.
-    The sums are correct for any finite value; one near the data avoids cancellation.
+    The value is the mean of the middle two of four samples, if its magnitude exceeds twice their
+    difference. The sums are correct for any finite value; one near the data avoids cancellation.
     """
     count = shape[0]
     a = _sample(x_ptr, count // 8, offs_c, mask_c, shape, TILE, ACC)

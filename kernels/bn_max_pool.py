@@ -55,7 +55,7 @@ def _sizes(C, W, OW, TILE: tl.constexpr):
 
 @triton.jit
 def _columns(col_block, block, columns, C, OW, TILE: tl.constexpr):
-    """Returns each column's plane, ow of its first window, existence, local offsets and channels.
+    """Returns each column's plane, first ow, whether it exists, its local offsets and channels.
 
     Each row of the tile is one column of windows. In channels_last, a column is one ow of a sample,
     and its plane is the sample; else it is a vector of adjacent ow of one plane.
@@ -152,7 +152,7 @@ def _untagged(tagged, DTYPE: tl.constexpr):
 
 @triton.jit
 def _greater(best, tagged, y, y_tagged):
-    """Returns the greater of ``best`` and ``y``, which comes from a later position, and its tag.
+    """Returns the greater of ``best`` and ``y`` with its tag; ``y`` comes from a later position.
 
     Of equal values the first is kept. NaN is the greatest value; of several NaN the last is kept.
     """
@@ -211,7 +211,7 @@ def _bn_max_pool_kernel(
     columns, C, H, W, OH, OW, rows_per_program, act_param: tl.float64, eps: tl.float64,
     ACT: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Stores each window's maximum y of act(bn(x)), rounded, and its position and x if asked."""
+    """Stores y = max of act(bn(x)) over each window and, if asked, its position and the x there."""
     col_block, block, start, stop = _program(C, OH, rows_per_program, TILE)
     step, W, OW = _sizes(C, W, OW, TILE)
     plane, ow, exists, local, channel = _columns(col_block, block, columns, C, OW, TILE)
@@ -304,7 +304,7 @@ def _bn_max_pool_bwd_dx_kernel(
 ):  # fmt: skip
     """Stores dx as `_bn_bwd_dx_kernel` does, with dz = act'(z)·Σ dy.
 
-    Σ dy is summed over all windows whose maximum is at this position of x.
+    Σ dy adds up dy of all windows whose maximum is at this position of x.
 
     Each step of the loop stores the first and second row of x in its windows. The third row is the
     first row of the windows below, so there is one more step than there are rows of windows.

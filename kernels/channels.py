@@ -39,10 +39,11 @@ def load_biases(bias_ptr, residual_bias_ptr, channel, mask, ACC: tl.constexpr):
 
 @triton.jit
 def add_splits(ptr, splits, channel, mask, C, TRIPS: tl.constexpr):
-    """Adds up partial sums (splits, C) in fp64 to (FINALIZE_SPLITS, FINALIZE_CHANNELS).
+    """Adds up partial sums (splits, C) in fp64 until FINALIZE_SPLITS rows remain.
 
-    TRIPS·FINALIZE_SPLITS is at least ``splits``. The caller adds up the resulting rows with
-    `tl.sum` after its last load, because the barriers of `tl.sum` would delay later loads.
+    The result is (FINALIZE_SPLITS, FINALIZE_CHANNELS); TRIPS·FINALIZE_SPLITS is at least
+    ``splits``. The caller adds up these rows with `tl.sum` after its last load, because the
+    barriers of `tl.sum` would delay later loads.
     """
     total = tl.zeros((FINALIZE_SPLITS, FINALIZE_CHANNELS), tl.float64)
     for trip in tl.static_range(TRIPS):

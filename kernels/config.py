@@ -65,7 +65,7 @@ class Tile:
 
     @property
     def group_cols(self) -> int:
-        """Columns of a `GROUPS` tile that are used."""
+        """Number of columns that a `GROUPS` tile uses, at most ``block_cols``."""
         return self.block_channels * self.group_inner
 
     @property

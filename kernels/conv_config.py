@@ -13,7 +13,7 @@ from bnres.kernels.config import next_power_of_2
 # Smallest block size that the matrix instructions of every target accept.
 MIN_BLOCK = 16
 STEP_BYTES = 128
-# With fewer channels, most of a matrix instruction would be unused.
+# Fewest channels for which the kernel is chosen. Fewer would use little of a matrix instruction.
 MIN_CHANNELS = 8
 
 
@@ -87,8 +87,8 @@ class ConvConfig(Numbers):
 def conv_config(rows: int, channels: int, out_channels: int, itemsize: int) -> ConvConfig:
     """Returns the heuristic's configuration.
 
-    Its tile has 128 positions (64 if there are no more) and all output channels up to 128 (64 in
-    fp32). Each step sums over at most 128 bytes of input channels.
+    Its tile has 128 positions (64 if the output has at most 64) and all output channels up to 128
+    (64 in fp32). Each step sums over at most 128 bytes of input channels.
 
     Args:
         rows: number of output positions, N·OH·OW.

@@ -160,7 +160,10 @@ def recorded_launches() -> Iterator[list[Launch]]:
 
 
 def _starts_inside_word(argument: object) -> bool:
-    """Whether ``argument`` is a bfloat16 tensor (e.g. a slice) that is not aligned to words."""
+    """Whether ``argument`` is a bfloat16 tensor at an address that is not a multiple of a word.
+
+    Slices of a tensor may start at such an address.
+    """
     return (
         isinstance(argument, Tensor)
         and argument.dtype == torch.bfloat16

@@ -57,7 +57,10 @@ def _mask_bytes(shape: torch.Size, contiguous: bool, itemsize: int) -> int:
 
 
 def empty_pooled(x: Tensor) -> Tensor:
-    """Returns an uninitialised (N, C, OH, OW), see `pooled_size`, in the memory format of ``x``."""
+    """Returns an uninitialised (N, C, OH, OW) in the dtype and memory format of ``x``.
+
+    OH and OW are those of `pooled_size`.
+    """
     layout = torch.contiguous_format if x.is_contiguous() else torch.channels_last
     # torch.empty parses separate sizes faster than a tuple.
     sizes = x.shape[0], x.shape[1], *pooled_size(x.shape[2], x.shape[3])

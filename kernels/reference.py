@@ -1,4 +1,4 @@
-"""Reference versions of the launchers, with their signatures, in plain and differentiable torch.
+"""References of the launchers in plain, differentiable torch, with their signatures except ``out``.
 
 Tests compare the kernels with these functions; double backward and forward-mode derivatives
 differentiate them. Here ``mask`` is a tensor of booleans; the kernels use one bit per element.

@@ -40,7 +40,7 @@ class _Replayed(NamedTuple):
 
 
 class _Derived(NamedTuple):
-    """A pointer ``distance`` bytes after the call's pointer ``base``, and its tensor's type."""
+    """A pointer ``distance`` bytes after the call's pointer ``base``, with its dtype and size."""
 
     base: int
     distance: int

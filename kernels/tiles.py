@@ -15,7 +15,7 @@ GROUPS = tl.constexpr(config.GROUPS)
 def rows_exist(row_start, count, TILE: tl.constexpr, UNROLL: tl.constexpr, WHOLE: tl.constexpr):
     """Returns which elements of a tile exist, broadcastable to the tile; with WHOLE, all exist.
 
-    Columns beyond the last channel are not considered.
+    Columns of channels that don't exist are not excluded.
     """
     row = row_start + tl.arange(0, UNROLL * TILE.sub_rows)[:, None]
     if WHOLE:

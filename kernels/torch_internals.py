@@ -80,7 +80,7 @@ def in_dispatch_mode() -> bool:
 
 
 def dispatches(t: object) -> bool:
-    """Whether ``t`` is of a tensor subclass that intercepts every operator, e.g. a fake tensor."""
+    """Whether ``t``'s class intercepts operators, as fake and distributed tensors do."""
     dispatch = getattr(type(t), "__torch_dispatch__", None)
     return dispatch not in (None, torch._C._disabled_torch_dispatch_impl)
 

@@ -134,7 +134,7 @@ def test_second_call_makes_the_same_launches_on_other_tensors():
 
 
 def check_synchronised():
-    """Checks the launches of one of two ranks, whose fake process group sends nothing."""
+    """Checks the launches of rank 0 of 2; the fake process group sends nothing."""
     import torch.distributed as dist
     from torch.testing._internal.distributed.fake_pg import FakeStore
 

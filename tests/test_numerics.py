@@ -41,9 +41,9 @@ def dtype_floor(name, dtype, want, x):
     """
     epsilon, fp32 = EPSILON[dtype], EPSILON[torch.float32]
     largest = max(want.abs().max().item(), 1e-30)
-    if name == "running_mean":  # a few roundings of each term, times the momentum
+    if name == "running_mean":  # each term is rounded a few times, then times momentum
         return 4 * fp32 * 0.1 * x.abs().mean((0, 2, 3)).max().item()
-    if name in ("running_var", "dweight", "dbias"):  # random roundings of a sum's terms
+    if name in ("running_var", "dweight", "dbias"):  # the terms' rounding errors add up at random
         return epsilon * (N * SIZE * SIZE) ** 0.5 * largest
     # Values of y or dx are rounded, and shifted by the rounding error of the fp32 mean over std.
     shift = (x.mean((0, 2, 3)).abs() * (x.var((0, 2, 3)) + 1e-5).rsqrt()).max().item()
