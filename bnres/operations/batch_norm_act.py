@@ -498,7 +498,7 @@ def batch_norm_act(
 ) -> Any:
     """Fused ``act(batch_norm(input + input_bias) + residual)``.
 
-    With ``residual_norm`` it returns ``act(batch_norm(input + input_bias) + batch_norm(residual))``.
+    With ``residual_norm`` it is ``act(batch_norm(input + input_bias) + batch_norm(residual))``.
 
     Args:
         input: (N, C, *) with 2 to 5 dimensions, fp16, bf16, fp32 or fp64, contiguous or

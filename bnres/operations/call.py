@@ -279,8 +279,8 @@ def _laid_out(t: Tensor | None, layout: Any) -> Tensor | None:
 def _gradients(operation: Any, spec: Any, needed: Any) -> tuple[Callable[..., Any], ...]:
     """Two functions of dy, dy_skip and the saved tensors that return the ``needed`` gradients.
 
-    The first computes them by the kernels. The second differentiates the operation's formula, so its
-    results can be differentiated again.
+    The first computes them by the kernels. The second differentiates the operation's formula, so
+    its results can be differentiated again.
     """
 
     def by_kernels(dy: Tensor, dy_skip: Tensor | None, *saved: Tensor | None) -> Gradients:

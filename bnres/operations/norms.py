@@ -107,8 +107,8 @@ def launch_statistics(
     """The statistics that ``x`` is normalised with.
 
     In training they are the statistics of the batch, which are written to ``kept``, or to scratch
-    memory if it is None. In evaluation ``kept``, if not None, already contains the running statistics, and
-    the input bias has been subtracted from the running mean.
+    memory if it is None. In evaluation ``kept``, if not None, already contains the running
+    statistics, and the input bias has been subtracted from the running mean.
     """
     from bnres.kernels.bn_forward import bn_stats
 

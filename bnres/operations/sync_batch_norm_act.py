@@ -447,14 +447,14 @@ def sync_batch_norm_act(
     group = group_named(process_group)
     is_alone = dist.get_world_size(group) == 1
     arguments = as_call(
-        input, running_mean, running_var, weight, bias, None, residual, residual_norm, act, act_kwargs,
-        True, momentum, eps, num_batches_tracked, "" if is_alone else group.group_name,
+        input, running_mean, running_var, weight, bias, None, residual, residual_norm, act,
+        act_kwargs, True, momentum, eps, num_batches_tracked, "" if is_alone else group.group_name,
     )  # fmt: skip
     if is_alone:
         return call(BATCH_NORM_ACT, *arguments, fork)
     if input.device.type == "cpu" and dist.get_backend(group) == "nccl":
         raise ValueError(
-            "process_group has the backend nccl, which does not support CPU tensors, got a CPU input"
+            "process_group has the backend nccl, which takes no CPU tensors, got a CPU input"
         )
     if not is_compiling() and dist.get_debug_level() == dist.DebugLevel.DETAIL:
         _check_ranks((input.shape[1], str(acc_type(input)), residual_norm is not None), group)
