@@ -1,4 +1,4 @@
-"""The activations a fused layer can end in: names, torch classes and options."""
+"""The activations that can be fused: names, torch classes and options."""
 
 from typing import Any
 
@@ -23,12 +23,12 @@ _NAMES: dict[Any, str] = {None: "identity", **CLASSES, **{n: n for n in ACTIVATI
 
 
 def resolve(act: str | type[nn.Module] | None, kwargs: dict[str, Any] | None) -> tuple[str, float]:
-    """The kernel's name and parameter of an activation.
+    """The kernels' name of an activation, and its parameter.
 
     Args:
         act: a name, a torch class or None for no activation.
         kwargs: the activation's options: ``negative_slope`` of leaky_relu, ``approximate`` of
-            gelu; ``inplace`` is accepted and means nothing here.
+            gelu; ``inplace`` is ignored.
 
     Raises:
         ValueError: for an unknown activation or option.
@@ -55,7 +55,7 @@ def resolve(act: str | type[nn.Module] | None, kwargs: dict[str, Any] | None) ->
 
 
 def as_module(act: str | None) -> nn.Module:
-    """Torch's own module of an activation.
+    """A torch module that applies an activation.
 
     Raises:
         ValueError: for an unknown activation.

@@ -1,4 +1,4 @@
-"""Which implementation runs: Triton kernels, interpreted Triton kernels, or ATen."""
+"""Selects the implementation: Triton kernels, interpreted Triton kernels, or ATen."""
 
 import os
 from collections.abc import Iterator
@@ -9,15 +9,15 @@ from torch import Tensor
 
 BACKENDS = ("triton", "triton-interpreter", "aten")
 
-# Triton asks the same when a kernel is defined; a later change would split the two.
+# Read once: Triton reads the variable when a kernel is defined, and both must agree.
 _INTERPRETING = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 
-# Plain, not a ContextVar: torch.compile guards on it.
+# A global, not a ContextVar, so that torch.compile guards on it.
 _override: str | None = None
 
 
 def backend(device: torch.device | str | None = None) -> str:
-    """The implementation that tensors on ``device`` take.
+    """The implementation that runs for tensors on ``device``.
 
     Args:
         device: a device; by default the GPU if there is one, else the CPU.
@@ -37,7 +37,7 @@ def backend(device: torch.device | str | None = None) -> str:
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Overrides `backend` inside a ``with`` block, for every thread; for tests and comparisons.
+    """Overrides `backend` inside a ``with`` block, in all threads; for tests and comparisons.
 
     Raises:
         ValueError: for a name that is not one of ``BACKENDS``.
@@ -53,7 +53,7 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def uses_kernels(x: Tensor) -> bool:
-    """Whether ``x`` goes to our kernels."""
+    """Whether our kernels run for ``x``, interpreted or not."""
     if _override is not None:
         return _override != "aten"
     return _INTERPRETING or x.is_cuda

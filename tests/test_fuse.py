@@ -226,11 +226,11 @@ def writes_to_another(m, x):
 NOT_FUSED = {
     "used twice": (lambda m, x: (y := m.bn(x)).relu() + y, "bn", "used more than once"),
     "broadcast": (lambda m, x: F.relu(m.bn(x) + x.mean((2, 3), True)), "bn", "another shape"),
-    "residual written": (residual_written, "bn", "one of its inputs is written in place"),
+    "residual written": (residual_written, "bn", "one of the inputs is written in place"),
     "written through a view": (written_through_a_view, "conv-bn", "is written in place"),
     "bias written": (bias_written, "conv-bn", "is written in place"),
     "written afterwards": (written_afterwards, "conv-bn", "written in place afterwards"),
-    "another mode between": (another_mode_between, "conv-bn", "may change anything"),
+    "another mode between": (another_mode_between, "conv-bn", "may have any side effect"),
     "statistics between": (statistics_between, "conv-bn", "its statistics are used"),
     "norm called twice": (norm_called_twice, "conv-bn", "its statistics are used"),
     "one norm for both": (
@@ -457,10 +457,10 @@ def test_every_site_of_resnet18_is_fused():
     assert report.splitlines()[0].split() == ["bn1", "conv-bn-act-pool"]
     assert report.splitlines()[20:-1] == [
         "",
-        "One operation runs all that a pattern names:",
-        "conv  the convolution before it; in a pattern with +bn or pool only its bias",
+        "One operation computes everything in a pattern:",
+        "conv  the convolution before it; with +bn or pool in the pattern, only its bias",
         "bn    batch norm",
-        "+bn   the batch norm of what is added",
+        "+bn   batch norm of the residual",
         "add   addition",
         "act   activation",
         "pool  the max-pool of a ResNet's stem",
@@ -471,11 +471,11 @@ def test_every_site_of_resnet18_is_fused():
 def test_the_legend_explains_the_patterns_that_occur():
     model = nn.Sequential(nn.BatchNorm2d(4), nn.ReLU(), nn.Sequential())
     assert str(bnres.explain(model, batch().float())).splitlines() == [
-        "0  bn-act", "", "One operation runs all that a pattern names:", "bn    batch norm",
+        "0  bn-act", "", "One operation computes everything in a pattern:", "bn    batch norm",
         "act   activation", "", "1 fused sites of 1",
     ]  # fmt: skip
     assert str(bnres.explain(model)).splitlines() == [
-        "0  -  give explain an example of the model's inputs", "",
+        "0  -  explain needs example inputs: explain(model, *inputs)", "",
         "-     not fused: the model's own batch norm runs", "", "0 fused sites of 1",
     ]  # fmt: skip
     assert str(bnres.explain(nn.ReLU(), batch().float())) == "0 fused sites of 0"
@@ -485,7 +485,7 @@ def test_wrong_arguments():
     for function in (bnres.fuse, bnres.unfuse, bnres.explain, bnres.fold):
         with pytest.raises(TypeError, match=r"^model must be a torch\.nn\.Module, got str$"):
             function("resnet18")
-    with pytest.raises(ValueError, match="options must be among inner, got 'outer'"):
+    with pytest.raises(ValueError, match="options may only contain 'inner', got 'outer'"):
         backend(fx.symbolic_trace(nn.ReLU()), [], options={"outer": 1})
     with pytest.raises(
         ValueError, match=r"options\['inner'\] must be a backend or its name, got 3"

@@ -113,7 +113,7 @@ def test_a_bias_that_is_written_afterwards():
             self.bn.bias += 1
         return y
 
-    check(forward, ["-", "bn-add-act"], "its bias is written in place afterwards")
+    check(forward, ["-", "bn-add-act"], "the bias of the batch norm is written in place afterwards")
 
 
 def test_two_batch_norms_of_one_tensor_between_each_others_ends():
@@ -802,7 +802,7 @@ def test_a_convolution_in_autocast():
         return F.relu(F.batch_norm(y, None, None, None, None, True)).double()
 
     with torch.no_grad():
-        check(forward, ["bn"], "may change anything", tolerance=0.05)
+        check(forward, ["bn"], "may have any side effect", tolerance=0.05)
 
 
 def returned_with_a_view(self, x):

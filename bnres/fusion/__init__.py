@@ -1,4 +1,4 @@
-"""Fuses users' models: `fuse`, `fold` for export, `explain` to see what is fused and why."""
+"""Fuses users' models: `fuse`, `fold` for export, `explain` to show what is fused and why."""
 
 from bnres.fusion.backend import fuse, inductor, unfuse
 from bnres.fusion.explain import explain

@@ -23,23 +23,23 @@ from bnres.nn.sync import CapturedSyncBatchNorm, make_nodes
 def backend(
     module: fx.GraphModule, example_inputs: Sequence[Any], *, options: dict[str, Any] | None = None
 ) -> Callable[..., Any]:
-    """A captured graph with fused operations: the backend of ``torch.compile(backend="bnres")``.
+    """Fuses a captured graph and compiles it: the backend of ``torch.compile(backend="bnres")``.
 
     Args:
         module: the graph that Dynamo captured; it is rewritten.
         example_inputs: the graph's inputs.
-        options: ``{"inner": ...}`` names the backend that compiles the rewritten graph, such as
-            ``"inductor"``; without it the graph runs eagerly.
+        options: ``{"inner": ...}``, the backend that compiles the rewritten graph or its name, such
+            as ``"inductor"``; by default the graph runs eagerly.
 
     Raises:
-        ValueError: for an unknown option, or an ``inner`` that is no backend.
+        ValueError: for an unknown option, or if ``inner`` is neither a string nor callable.
     """
     from bnres.fusion.rewrite import fuse_graphs
 
     others = dict(options or {})
     inner = others.pop("inner", "eager")
     if others:
-        raise ValueError(f"options must be among inner, got {min(others)!r}")
+        raise ValueError(f"options may only contain 'inner', got {min(others)!r}")
     if not (isinstance(inner, str) or callable(inner)):
         raise ValueError(f"options['inner'] must be a backend or its name, got {inner!r}")
     fuse_graphs(module)
@@ -49,7 +49,7 @@ def backend(
 
 
 def run_eagerly(module: fx.GraphModule) -> Callable[..., Any]:
-    """A captured graph as a function.
+    """A function that runs a captured graph without a compiler.
 
     torch's operator for checkpoints needs a compiler, so `_checkpointed` replaces it.
     """
@@ -66,10 +66,10 @@ def run_eagerly(module: fx.GraphModule) -> Callable[..., Any]:
 def _checkpointed(
     body: fx.GraphModule, *args: Any, of_module: Sequence[bool], **options: Any
 ) -> Any:
-    """Checkpoints a body.
+    """The outputs of ``body``, run in a checkpoint.
 
     Dynamo turned modules' tensors into arguments. They are not passed to `checkpoint`, because
-    backward raises if an argument was written to. The user's call did not pass them either.
+    backward raises if an argument was written to, and the user's call did not pass them.
     """
     options["use_reentrant"] = False
     if "_checkpoint_context_fn" in body.meta:
@@ -85,11 +85,12 @@ def _checkpointed(
 
 @contextmanager
 def inductor() -> Iterator[None]:
-    """A context in which Inductor fuses the graphs that it compiles, before autograd sees them.
+    """A context in which Inductor fuses the graphs that it compiles, before autograd traces them.
 
-    ``torch.compile`` compiles when the compiled function is first called: make that call inside.
-    The pass runs after those in ``torch._inductor.config.pre_grad_custom_pass``. AOTAutograd's
-    cache works; with the backend ``"bnres"`` and ``options={"inner": "inductor"}`` it does not.
+    ``torch.compile`` compiles when the compiled function is first called, so make that call inside
+    the context. The pass runs after those in ``torch._inductor.config.pre_grad_custom_pass``.
+    AOTAutograd's cache works here, but not with the backend ``"bnres"`` and
+    ``options={"inner": "inductor"}``.
     """
     from torch._inductor import config
 
@@ -100,12 +101,12 @@ def inductor() -> Iterator[None]:
 
 
 def fuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
-    """The same model, whose calls run fused operations: ``model.compile(backend="bnres")``.
+    """The same model with calls that run fused operations, as ``model.compile(backend="bnres")``.
 
     Dynamo captures the graph of a call and guards the Python state that it depends on. Batch norms
-    in the graph are fused with the operations next to them; `explain` lists which. The rules of
-    ``torch.compile`` apply: a forward or backward hook that is added after the first call does not
-    run; a submodule that is called directly runs unfused; after
+    in the graph are fused with the operations next to them; `bnres.explain` lists which. The rules
+    of ``torch.compile`` apply: a forward or backward hook that is added after the first call does
+    not run; a submodule that is called directly runs unfused; after
     ``torch._dynamo.config.recompile_limit`` graphs, calls that match none of them run unfused.
 
     Args:
@@ -113,9 +114,9 @@ def fuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
         inplace: fuse ``model`` itself instead of a copy.
 
     Returns:
-        The fused model; its repr says so. Its class, parameters, keys and hooks are the stock
-        model's. Copies and
-        pickles of it are unfused; `torch.export` and `torch.jit.trace` treat it as a stock model.
+        The fused model. Its repr contains "fused by bnres"; its class, parameters, keys and hooks
+        are the stock model's. Copies and pickles of it are unfused; `torch.export` and
+        `torch.jit.trace` treat it as a stock model.
 
     Raises:
         TypeError: if ``model`` is not a module.
@@ -134,7 +135,7 @@ def fuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
 
 
 class _FusedRepr:
-    """The ``extra_repr`` of a fused model; its copies and pickles have that of their class."""
+    """The ``extra_repr`` of a fused model. Copies and pickles get the method of their class."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model, self.own = model, model.extra_repr
@@ -147,7 +148,7 @@ class _FusedRepr:
 
 
 def unfuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
-    """The stock model that `fuse` was given.
+    """The stock model from which `fuse` made ``model``.
 
     Args:
         model: any module, fused or not.

@@ -1,4 +1,4 @@
-"""The private parts of torch.compile that fusion uses, as they are in torch 2.11, 2.13 and 2.14."""
+"""The private parts of torch.compile that fusion uses; they fit torch 2.11, 2.13 and 2.14."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +10,7 @@ from bnres.operations.sync_batch_norm_act import sync_batch_norm
 
 
 def compiled(function: Callable[..., Any], backend: Any, **options: Any) -> Callable[..., Any]:
-    """``torch.compile`` of a function, with a cache of graphs that no other function shares.
+    """``torch.compile`` of a function, with a separate cache of graphs.
 
     torch stores the graphs per code object, at most ``torch._dynamo.config.recompile_limit``, and
     the ``__call__`` of all modules has the same code object.
@@ -20,18 +20,21 @@ def compiled(function: Callable[..., Any], backend: Any, **options: Any) -> Call
         return function(*args, **kwargs)
 
     call.__code__ = call.__code__.replace()
-    # Otherwise Dynamo would capture the operations in it.
+    # One node in the graph; otherwise Dynamo would capture the operations inside the function.
     torch._dynamo.allow_in_graph(sync_batch_norm)
     return torch.compile(call, backend=backend, **options)
 
 
 def set_compiled_call(module: nn.Module, call: Callable[..., Any] | None) -> None:
-    """Sets what a call of the module runs, like `torch.nn.Module.compile`; copies don't keep it."""
+    """Sets the function that calls of the module run, like `torch.nn.Module.compile`.
+
+    Copies of the module don't keep it.
+    """
     module._compiled_call_impl = call
 
 
 def uncompiled_call(module: nn.Module) -> Callable[..., Any]:
-    """The module's call with its hooks, as it runs without `torch.nn.Module.compile`."""
+    """The module's call, including its hooks, without `torch.nn.Module.compile`."""
     return module._call_impl
 
 
@@ -48,7 +51,7 @@ def lookup_backend(name: Any) -> Callable[..., Any]:
 def module_tensors(graph: fx.Graph) -> set[int]:
     """The ids of the fake tensors of a graph's inputs that are attributes of modules.
 
-    Nested graphs have the same fake tensors, but not the inputs' sources.
+    The inputs of nested graphs have the same fake tensors but no sources.
     """
     found = set()
     for node in graph.find_nodes(op="placeholder"):
@@ -66,7 +69,7 @@ def graph_breaks() -> dict[str, int]:
 
 
 def not_captured() -> type[Exception]:
-    """The error of ``torch.compile(fullgraph=True)`` for a function that is not one graph."""
+    """The error that ``torch.compile(fullgraph=True)`` raises at a graph break."""
     from torch._dynamo.exc import Unsupported
 
     return Unsupported

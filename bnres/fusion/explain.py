@@ -15,16 +15,16 @@ from bnres.nn.sync import make_nodes
 
 
 def explain(model: nn.Module, *inputs: Any, **kwargs: Any) -> FusionReport:
-    """What `fuse` does to a model when it is called with these inputs.
+    """A report of what `bnres.fuse` does to a model that is called with these inputs.
 
-    A copy of the model runs once, in the mode that the model is in.
+    A copy of the model runs once, in the model's mode.
 
     Args:
         model: any module.
-        inputs, kwargs: an example of its arguments.
+        inputs, kwargs: example arguments of the model.
 
     Returns:
-        A report with a row for each batch norm. Printed, it explains its patterns.
+        A report with a row for each batch norm. Its text includes a legend of the patterns.
 
     Raises:
         TypeError: if ``model`` is not a module.
@@ -41,7 +41,7 @@ def explain(model: nn.Module, *inputs: Any, **kwargs: Any) -> FusionReport:
         placeholders = module.graph.find_nodes(op="placeholder")
         rows, run = fuse_graphs(module), run_eagerly(module)
 
-        # Modules of one class may share a graph; its arguments tell which module it runs for.
+        # Modules of one class may share a graph; its arguments show which module it runs for.
         def call(*args: Any) -> Any:
             tensors = dict(zip(placeholders, args, strict=True))
             for site, nodes in rows:
@@ -52,10 +52,10 @@ def explain(model: nn.Module, *inputs: Any, **kwargs: Any) -> FusionReport:
 
         return call
 
-    reason = "give explain an example of the model's inputs"
+    reason = "explain needs example inputs: explain(model, *inputs)"
     if inputs or kwargs:
         before = graph_breaks()
-        # With ATen no kernel has to be compiled.
+        # On the ATen route no kernel has to be compiled.
         devices = range(torch.cuda.device_count())
         with use_backend("aten"), torch.random.fork_rng(devices=devices):
             compiled(twin, record)(*inputs, **kwargs)
@@ -67,6 +67,9 @@ def explain(model: nn.Module, *inputs: Any, **kwargs: Any) -> FusionReport:
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether a module is a batch norm, by its buffers: FrozenBatchNorm2d is no class of torch."""
+    """Whether a module is a batch norm.
+
+    Decided by its buffers, because FrozenBatchNorm2d is not a class of torch.
+    """
     instance_norm = nn.modules.instancenorm._InstanceNorm
     return "running_var" in module._buffers and not isinstance(module, instance_norm)

@@ -20,18 +20,18 @@ from bnres.nn.sync import revert_sync_batchnorm
 def fold(model: nn.Module, *inputs: Any, **kwargs: Any) -> nn.Module:
     """A copy of a model in which batch norms are folded into the convolutions before them.
 
-    A folded batch norm becomes an `nn.Identity`, without its keys; nothing else changes. The copy
-    of a stock model loads and exports without bnres. On a GPU ``bnres.fuse(model).eval()`` moves
-    less memory.
+    ``weight / sqrt(var + eps)`` scales the convolution's filters. A folded batch norm becomes an
+    `nn.Identity`, without its keys; nothing else changes. The copy of a stock model loads and
+    exports without bnres. On a GPU ``bnres.fuse(model).eval()`` moves less memory.
 
     The graph of a call with ``inputs`` shows which convolution each batch norm follows. The result
-    is valid as long as the model's forward does the same: fold again after a change of
+    is valid as long as the model's forward runs the same operations: fold again after changing its
     configuration. A batch norm is not folded if a tensor of the two modules is used elsewhere, if
-    one of them is called more than once or has a hook, or if it is not one of torch's own classes.
+    one of them is called more than once or has a hook, or if one is not of torch's own classes.
 
     Args:
         model: any module in eval mode, fused or not; it is not changed.
-        inputs, kwargs: an example of its arguments. Without any, nothing is folded.
+        inputs, kwargs: example arguments of the model. Without any, nothing is folded.
 
     Raises:
         TypeError: if ``model`` is not a module.
@@ -46,7 +46,10 @@ def fold(model: nn.Module, *inputs: Any, **kwargs: Any) -> nn.Module:
                 "call model.eval() first"
             )
     if not (inputs or kwargs):
-        warnings.warn("nothing is folded without an example of the model's inputs", stacklevel=2)
+        warnings.warn(
+            "fold was called without an example of the model's inputs: nothing is folded",
+            stacklevel=2,
+        )
         return folded
     graph, tensors = _capture(folded, inputs, kwargs)
     pairs = _pairs(graph, tensors, folded)
@@ -63,7 +66,7 @@ def fold(model: nn.Module, *inputs: Any, **kwargs: Any) -> nn.Module:
 def _capture(
     model: nn.Module, inputs: Sequence[Any], kwargs: dict[str, Any]
 ) -> tuple[fx.Graph, dict[fx.Node, Any]]:
-    """The graph of a call, and the tensor of each placeholder."""
+    """The graph of a call of the model, and the tensor of each placeholder."""
     found: list[tuple[fx.Graph, dict[fx.Node, Any]]] = []
 
     def record(module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -79,14 +82,14 @@ def _capture(
             model(*inputs, **kwargs)  # raises the model's own error, if it has one
         line = str(error).splitlines()[0]
         raise ValueError(f"model can't be folded: its forward is not one graph: {line}") from error
-    # Popped, as torch keeps every backend, and `record` keeps the list.
+    # Popped, because torch keeps every backend, so `record` and its list stay in memory.
     return found.pop() if found else (fx.Graph(), {})
 
 
 def _pairs(
     graph: fx.Graph, tensors: dict[fx.Node, Any], model: nn.Module
 ) -> dict[fx.Node, tuple[str, str]]:
-    """The names of each convolution and batch norm to fold, by the node that calls the batch norm."""
+    """The names of the convolution and batch norm to fold, by the node of the batch norm."""
     modules, found = dict(model.named_modules(remove_duplicate=False)), {}
     for node in graph.nodes:
         call = norm_call(node)

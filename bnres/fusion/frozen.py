@@ -1,4 +1,4 @@
-"""Recognises batch norm with fixed statistics that is written as arithmetic."""
+"""Recognises batch norms with fixed statistics that are written as arithmetic."""
 
 from typing import Any
 
@@ -26,7 +26,7 @@ def _detectron2(x: Any, mean: Any, var: Any, weight: Any, bias: Any) -> Any:
     return x * scale.reshape(1, -1, 1, 1).to(torch.float32) + shift.to(torch.float32)
 
 
-# Literals, such as eps, may differ from the pattern's.
+# Literals such as eps may differ from those in the pattern.
 MATCHERS = [
     SubgraphMatcher(fx.symbolic_trace(pattern).graph, ignore_literals=True)
     for pattern in (_torchvision, _detectron2)
@@ -34,7 +34,7 @@ MATCHERS = [
 
 
 def as_batch_norm(graph: fx.Graph) -> None:
-    """Replaces such arithmetic in a captured graph by calls of `F.batch_norm`."""
+    """Replaces the arithmetic of frozen batch norms in a captured graph by `F.batch_norm`."""
     for matcher in MATCHERS:
         for match in matcher.match(graph):
             found: Any = {n.name: m for n, m in match.nodes_map.items() if n.op != "output"}
@@ -42,7 +42,9 @@ def as_batch_norm(graph: fx.Graph) -> None:
             del found["x"]
             own, eps = set(found.values()), found["rsqrt"].args[0].args[1]
             (end,) = match.returning_nodes
-            x: Any = end.all_input_nodes[0].args[0]  # not the match's, which may be replaced by now
+            x: Any = end.all_input_nodes[0].args[
+                0
+            ]  # read here: the node in `match` may have been replaced
             if _is_batch_norm(x, eps, end, vectors) and not obstacle(own, set()):
                 replace(own, F.batch_norm, (x, *vectors, False, 0.0, eps), {})
 
@@ -55,6 +57,6 @@ def _is_batch_norm(x: fx.Node, eps: Any, end: Any, vectors: list[fx.Node]) -> bo
         return False
     channels = out.shape[1]
     shapes = [getattr(other, "shape", None) for other in others]
-    # F.batch_norm gives the mean and the variance no gradients.
+    # F.batch_norm computes no gradients of the mean and the variance.
     fixed = not any(getattr(value(n), "requires_grad", True) for n in vectors[:2])
     return shapes == [(1, channels, 1, 1)] * 2 + [(channels,)] * 4 and fixed

@@ -1,4 +1,4 @@
-"""Fusing as a pass of Inductor."""
+"""The Inductor pass that fuses batch norms."""
 
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from bnres.routes import conv_route
 
 
 class FusePass(CustomGraphPass):
-    """A ``pre_grad_custom_pass`` that fuses batch norms, after the passes that were set before it."""
+    """A ``pre_grad_custom_pass`` that runs the passes set before it, then fuses batch norms."""
 
     def __init__(self, before: Any) -> None:
         self.before = before if isinstance(before, list | tuple) else [before] if before else []
@@ -24,7 +24,10 @@ class FusePass(CustomGraphPass):
         fuse_graph(graph.owning_module)  # type: ignore[arg-type]
 
     def uuid(self) -> Any:
-        """A key of all that compiled code depends on, for torch's caches; None disables them."""
+        """The key for torch's caches of everything that compiled code depends on.
+
+        None, which disables the caches, if one of the other passes has no key.
+        """
         others = [each.uuid() if hasattr(each, "uuid") else None for each in self.before]
         if None in others:
             return None

@@ -38,13 +38,14 @@ class NormCall:
 
     Attributes:
         node: the call.
-        calls: the call and, if there is one, the addition that counts the batch.
-        input: the node that it normalises.
-        state: its tensors, as nodes, and options, in a `BatchNormState`. Its ``input_bias`` is the
-            bias of the convolution.
-        training: whether it normalises with the statistics of the batch.
+        calls: the call and, if there is one, the addition that increments its
+            ``num_batches_tracked``.
+        input: the node that the call normalises.
+        state: a `BatchNormState` of its tensors, as nodes, and its options. The ``input_bias`` is
+            the bias of the convolution.
+        training: whether the call normalises with the statistics of the batch.
         conv: the arguments of the convolution whose output only this call reads, or None.
-        group: the name of the process group that it takes its statistics from; may be empty.
+        group: the name of the process group if the batch norm is synchronised, otherwise empty.
     """
 
     node: fx.Node
@@ -57,7 +58,7 @@ class NormCall:
 
     @property
     def operation(self) -> Any:
-        """The function that normalises and activates."""
+        """The fused function for batch norm, residual and activation."""
         return sync_batch_norm_act if self.group else batch_norm_act
 
     @property
@@ -68,14 +69,14 @@ class NormCall:
 
 @dataclass
 class Match:
-    """Nodes that one fused call replaces.
+    """The nodes that one fused call replaces.
 
     Attributes:
-        operation: the function that the fused call calls.
-        norms: one or two calls of batch norm.
-        nodes: the nodes, without the convolution.
-        pattern: what they do, such as ``conv-bn-act``.
-        options: the arguments of the fused call that are not of the first batch norm.
+        operation: the function of the fused call.
+        norms: one or two calls of batch norm; the second normalises the residual.
+        nodes: the replaced nodes, without the convolution.
+        pattern: the operations of the nodes, such as ``conv-bn-act``.
+        options: the arguments of the fused call other than those of the first batch norm.
         reason: why nothing more is fused; may be empty.
     """
 
@@ -88,19 +89,19 @@ class Match:
 
     @property
     def replaced(self) -> set[fx.Node]:
-        """All nodes that are no longer needed. (A convolution that stays only gives up its bias.)"""
+        """The nodes to remove; they include the convolution only if the fused call computes it."""
         takes_conv = self.operation is conv2d_batch_norm_act
         return self.nodes | {self.norms[0].input} if takes_conv else self.nodes
 
     def add(self, nodes: set[fx.Node], pattern: str, **options: Any) -> None:
-        """Adds nodes, what they do, and the arguments that stand for them."""
+        """Adds nodes, their part of the pattern, and their arguments in the fused call."""
         self.nodes |= nodes
         self.pattern += pattern
         self.options |= options
 
 
 def norm_call(node: fx.Node) -> NormCall | None:
-    """The batch norm that a node calls, if our operations support it."""
+    """The batch norm that a node calls; None if it calls none, or one that we do not support."""
     if node.target not in SIGNATURES:
         return None
     bound = SIGNATURES[node.target].bind(*node.args, **node.kwargs)  # type: ignore[index]
@@ -115,7 +116,7 @@ def norm_call(node: fx.Node) -> NormCall | None:
     if node.target is F.batch_norm and training:
         counter = _counter(node)
         calls |= set() if counter is None else {node.prev}
-    # A rank's part of the batch has a gradient for the convolution's bias: only their sum is 0.
+    # In a group, the gradient of the convolution's bias is 0 only when summed over all ranks.
     conv = convolution(input) if only_user(input) is not None and not group else None
     bias = None if conv is None else conv.get("bias")
     state = BatchNormState(**options, num_batches_tracked=counter, input_bias=bias)
@@ -123,7 +124,7 @@ def norm_call(node: fx.Node) -> NormCall | None:
 
 
 def _counter(node: fx.Node) -> Any:
-    """The ``num_batches_tracked`` that the module of a call of batch norm adds 1 to before it."""
+    """The ``num_batches_tracked`` that the node before a batch norm increments, or None."""
     before = node.prev
     if before.target != "add_" or before.args[1:] != (1,) or before.kwargs or before.users:
         return None
@@ -133,7 +134,7 @@ def _counter(node: fx.Node) -> Any:
 
 
 def shortest(norm: NormCall) -> Match:
-    """A batch norm with the convolution before it."""
+    """A match of a batch norm and the convolution before it."""
     where = {"process_group": norm.group} if norm.group else {"training": norm.training}
     options = {**where, "act": None}
     if norm.conv is None:
@@ -142,7 +143,10 @@ def shortest(norm: NormCall) -> Match:
 
 
 def longest(norm: NormCall) -> Match:
-    """A batch norm with all that can be fused with it, before `hazard` checks the other nodes."""
+    """A match of a batch norm and everything that can be fused with it.
+
+    `hazard` then checks the other nodes of the graph.
+    """
     match = shortest(norm)
     user: Any = only_user(norm.node)
     if user is None:
@@ -176,13 +180,13 @@ def longest(norm: NormCall) -> Match:
 
 
 def _residual_norm(norm: NormCall, other: fx.Node) -> NormCall | None:
-    """The batch norm of the residual, if one operation can run both."""
+    """The batch norm of the residual, if one operation can run both; otherwise None."""
     second = norm_call(other) if only_user(other) is not None else None
     if second is None or second.buffers & norm.buffers:
         return None
     if (second.training, second.group) != (norm.training, norm.group):
         return None
-    # One operation of two fixed norms keeps both inputs for backward; two operations keep neither.
+    # One operation of two fixed norms keeps both inputs for backward; two operations keep none.
     weights = (value(norm.state.weight), value(second.state.weight))
     fixed = not norm.training and not any(getattr(w, "requires_grad", False) for w in weights)
     return None if fixed and getattr(value(norm.node), "requires_grad", False) else second
@@ -196,23 +200,28 @@ def hazard(match: Match) -> str:
     found = obstacle(match.replaced | convs, buffers)
     if found:
         return found
-    # Our backward may read these; torch's own does not. In an in-place addition later writes are to
-    # the sum. The fused sum is a new tensor, so they do not change the residual.
+    # Our backward may read these tensors; torch's does not. After an in-place addition to the
+    # residual, later writes go to the sum. The fused sum is a new tensor, so they do not change
+    # the residual.
     residual = match.options.get("residual") if len(match.norms) == 1 else None
     becomes_sum = residual in [w for n in match.nodes for w in writes(n) or []]
     read = [norm.state.bias for norm in match.norms] + ([] if becomes_sum else [residual])
     kept, end = {storage(n) for n in read if isinstance(n, fx.Node)}, max(match.nodes)
     later = [w for n in end.graph.nodes if n > end for w in writes(n) or []]
     written = any(storage(w) in kept for w in later)
-    return "the added tensor or its bias is written in place afterwards" if written else ""
+    return (
+        "the added tensor or the bias of the batch norm is written in place afterwards"
+        if written
+        else ""
+    )
 
 
 def obstacle(own: set[fx.Node], buffers: set[int | None]) -> str:
-    """Why some nodes can't all move to the place of the last of them; empty if they can.
+    """Why nodes can't all move to the position of the last one; empty if they can.
 
     Args:
         own: the nodes to move.
-        buffers: the storages that they write to.
+        buffers: the storages that these nodes write to.
     """
     first, last = min(own), max(own)
     inputs = {n for m in own for n in m.all_input_nodes}
@@ -221,18 +230,18 @@ def obstacle(own: set[fx.Node], buffers: set[int | None]) -> str:
             continue
         written = writes(node)
         if written is None:
-            return f"between it and the next operations, {node.target} may change anything"
+            return f"{node.target} runs between the operations to fuse and may have any side effect"
         if any(storage(n) in buffers for n in node.all_input_nodes):
-            return "between it and the next operations, its statistics are used"
-        # Only writes after an input was computed can change it.
+            return "its statistics are used between the operations to fuse"
+        # A write changes an input only if the input was computed before it.
         earlier = {storage(n) for n in inputs if n < node}
         if any(storage(w) in (None, *earlier) for w in written):
-            return "between it and the next operations, one of its inputs is written in place"
+            return "one of the inputs is written in place between the operations to fuse"
     return ""
 
 
 def find(node: fx.Node) -> Match | str:
-    """What can be fused with a node's batch norm, or why it can't run as our operation."""
+    """The match of a node's batch norm, or the reason why it can't run as our operation."""
     norm = norm_call(node)
     if norm is None:
         return "bnres does not support the dtype or the number of dimensions of its input"

@@ -1,4 +1,4 @@
-"""Tells what the nodes of a captured graph are and which tensors they write to."""
+"""Identifies the nodes of a captured graph and the tensors that they write to."""
 
 import inspect
 import operator
@@ -41,7 +41,7 @@ RELU6 = ({"min_val": 0, "max_val": 6}, {"min": 0, "max": 6})
 IN_PLACE = re.compile(
     r".*[^_]_|_*i(add|sub|mul|truediv|floordiv|matmul|pow|and|or|xor)_*|setitem|__set.*"
 )
-# These write only to running statistics. Other norms of torch may write to any of their arguments.
+# These write only to running statistics. Other norms of torch may write to any argument.
 NORMS = (
     F.batch_norm, F.instance_norm, batch_norm_act, batch_norm_act_max_pool2d, conv2d_batch_norm_act,
     sync_batch_norm, sync_batch_norm_act,
@@ -66,7 +66,7 @@ def storage(node: fx.Node) -> int | None:
 
 
 def alike(a: Any, b: Any) -> bool:
-    """Whether two nodes are tensors of the same shape and dtype, whatever the dynamic sizes are."""
+    """Whether two nodes are tensors of the same shape and dtype for all values of dynamic sizes."""
     from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq  # imports sympy
 
     x, y = value(a), value(b)
@@ -76,7 +76,7 @@ def alike(a: Any, b: Any) -> bool:
 
 
 def only_user(node: fx.Node) -> fx.Node | None:
-    """The node that reads ``node``, if there is exactly one."""
+    """The node that reads ``node`` if there is exactly one, otherwise None."""
     return next(iter(node.users)) if len(node.users) == 1 else None
 
 
@@ -99,7 +99,7 @@ def module_name(node: fx.Node) -> str:
 
 
 def torch_name(node: fx.Node | None) -> str:
-    """The name of the method, or of torch's or Python's function, that a node calls; else empty."""
+    """The name of the method, or the torch or Python function, that a node calls; or empty."""
     if node is None or node.op not in ("call_function", "call_method"):
         return ""
     if isinstance(node.target, str):
@@ -111,13 +111,16 @@ def torch_name(node: fx.Node | None) -> str:
 
 
 def arguments(node: fx.Node, names: tuple[str, ...]) -> dict[str, Any] | None:
-    """A call's arguments by name; None if it has arguments with other names."""
+    """A call's arguments by name; None if it has arguments that are not in ``names``."""
     found = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
     return found if len(node.args) <= len(names) and set(found) <= set(names) else None
 
 
 def constants(node: Any, names: tuple[str, ...]) -> dict[str, Any] | None:
-    """The arguments after a call's input by name; None if there are others, or one is a node."""
+    """The arguments after a call's input by name.
+
+    None if there are arguments that are not in ``names``, or if one of them is a node.
+    """
     found = arguments(node, ("input", *names)) or {}
     if [name for name, v in found.items() if isinstance(v, fx.Node)] != ["input"]:
         return None
@@ -126,14 +129,14 @@ def constants(node: Any, names: tuple[str, ...]) -> dict[str, Any] | None:
 
 
 def addition(node: fx.Node) -> tuple[Any, Any] | None:
-    """The two terms that a node adds."""
+    """The two terms that a node adds; None if it is not an addition."""
     added = torch_name(node).rstrip("_") in ADDITIONS
     found = arguments(node, ("input", "other")) if added else None
     return None if found is None else (found["input"], found["other"])
 
 
 def activation(node: fx.Node | None) -> tuple[str, dict[str, Any] | None] | None:
-    """The name and the options of the activation that a node applies."""
+    """The name and the options of the activation that a node applies; None if there is none."""
     name = torch_name(node).rstrip("_")
     options = constants(node, ACTIVATIONS[name]) if name in ACTIVATIONS else None
     if options is None:
@@ -141,13 +144,13 @@ def activation(node: fx.Node | None) -> tuple[str, dict[str, Any] | None] | None
     options.pop("inplace", None)
     if name not in ("hardtanh", "clamp", "clip"):
         return name, options or None
-    # With gradients a clamp is not relu6: at its bounds its gradient is 1, that of relu6 is 0.
+    # With gradients a clamp is not relu6: at the bounds the gradient of clamp is 1, of relu6 0.
     same = name == "hardtanh" or not getattr(value(node), "requires_grad", True)
     return ("relu6", None) if same and options in RELU6 else None
 
 
 def pooling(node: fx.Node | None) -> dict[str, Any] | None:
-    """The options of the max-pool of a ResNet's stem that a node applies."""
+    """The options of a node that applies the max-pool of a ResNet's stem; otherwise None."""
     options = constants(node, POOLING) if torch_name(node) == "max_pool2d" else None
     if options is None or options.pop("return_indices", False) or not is_stem(**options):
         return None
@@ -155,7 +158,7 @@ def pooling(node: fx.Node | None) -> dict[str, Any] | None:
 
 
 def convolution(node: fx.Node) -> dict[str, Any] | None:
-    """The arguments of the 2-D convolution of a batch of images that a node calls."""
+    """The arguments of a node that calls the 2-D convolution of a 4-D input; otherwise None."""
     found = arguments(node, CONVOLUTION) if torch_name(node) == "conv2d" else None
     x = None if found is None else value(found.get("input"))
     return found if x is not None and x.dim() == 4 else None
@@ -170,7 +173,7 @@ def _statistics(node: fx.Node) -> list[fx.Node]:
 
 
 def writes(node: fx.Node) -> list[fx.Node] | None:
-    """The nodes whose tensors a node, or a user of its outputs, may write to; None if not known."""
+    """The nodes whose tensors a node, or a user of its outputs, may write to; None if unknown."""
     if node.op in ("placeholder", "get_attr"):
         return []
     target: Any = node.target
@@ -187,7 +190,7 @@ def writes(node: fx.Node) -> list[fx.Node] | None:
     first = [n for n in given if isinstance(n, fx.Node)]
     if IN_PLACE.fullmatch(name):
         return first
-    # Not torch's, or called for a side effect such as switching gradients off.
+    # Not a function of torch, or called for a side effect such as disabling gradients.
     if node.op != "call_method" and (not name or node.meta.get("example_value") is None):
         return None
     asked = node.kwargs.get("inplace") or any(a is True for a in node.args)
@@ -195,7 +198,7 @@ def writes(node: fx.Node) -> list[fx.Node] | None:
 
 
 def replace(nodes: set[fx.Node], target: Any, args: tuple[Any, ...], kwargs: Any) -> fx.Node:
-    """Replaces nodes by one call, at the place of the last of them."""
+    """Replaces nodes by one call, at the position of the last one; returns the call."""
     end = max(nodes)
     with end.graph.inserting_before(end):
         call = end.graph.call_function(target, args, kwargs)

@@ -1,13 +1,13 @@
-"""What is fused, what is not, and why."""
+"""The report of what is fused, what is not, and why."""
 
 import re
 from dataclasses import dataclass
 
-# What the parts of a pattern stand for.
+# The meaning of each part of a pattern.
 MEANINGS = {
-    "conv": "the convolution before it; in a pattern with +bn or pool only its bias",
+    "conv": "the convolution before it; with +bn or pool in the pattern, only its bias",
     "bn": "batch norm",
-    "+bn": "the batch norm of what is added",
+    "+bn": "batch norm of the residual",
     "add": "addition",
     "act": "activation",
     "pool": "the max-pool of a ResNet's stem",
@@ -20,10 +20,10 @@ class Site:
     """One batch norm of a model.
 
     Attributes:
-        name: its qualified name.
-        pattern: what it is fused with, such as ``conv-bn-act``; ``bn`` runs as our operation with
-            nothing else in it.
-        reason: why it is not fused, or not with more; may be empty.
+        name: the qualified name of its module.
+        pattern: the operations fused with it, such as ``conv-bn-act``; ``bn`` is our operation for
+            the batch norm only, and ``-`` is not fused.
+        reason: why it is not fused, or not with more operations; may be empty.
         fused: whether one of our operations runs it.
     """
 
@@ -53,6 +53,6 @@ class FusionReport:
         found = {p for site in self.sites for p in re.findall(r"\+?\w+|^-$", site.pattern)}
         legend = [f"{part:<4}  {meaning}" for part, meaning in MEANINGS.items() if part in found]
         if self.fused:
-            legend.insert(0, "One operation runs all that a pattern names:")
+            legend.insert(0, "One operation computes everything in a pattern:")
         count = f"{len(self.fused)} fused sites of {len(self.sites)}"
         return "\n".join([*rows, "", *legend, "", count] if rows else [count])

@@ -11,18 +11,18 @@ from bnres.fusion.match import SIGNATURES, Match, find
 from bnres.fusion.nodes import module_name, replace, storage, writes
 from bnres.fusion.report import Site
 
-# What happened to a call of batch norm, and the nodes of the norm's tensors.
+# How a call of batch norm was fused, and the nodes of its tensors.
 Found = tuple[Site, list[fx.Node]]
 
 
 def fuse_graphs(module: fx.GraphModule) -> list[Found]:
-    """Rewrites a captured graph and those nested in it; returns each batch norm's outcome."""
+    """Fuses a captured graph and the graphs nested in it; returns a row for each batch norm."""
     graphs = [m for m in module.modules() if isinstance(m, fx.GraphModule)]
     return [found for graph in graphs for found in fuse_graph(graph)]
 
 
 def fuse_graph(module: fx.GraphModule) -> list[Found]:
-    """Rewrites one captured graph; returns each batch norm's outcome."""
+    """Fuses one captured graph; returns a row for each batch norm."""
     graph, rows = module.graph, []
     as_batch_norm(graph)
     calls: list[fx.Node] = []
@@ -50,7 +50,10 @@ def _row(node: fx.Node, pattern: str, reason: str, fused: bool = True) -> Found:
 
 
 def _arguments(match: Match) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of the fused call. Removes the bias of a convolution that stays in the graph."""
+    """The arguments of the fused call.
+
+    Removes the bias of a convolution that stays in the graph, because the fused call adds it.
+    """
     norm = match.norms[0]
     options = match.options | norm.state._asdict()
     if norm.group:

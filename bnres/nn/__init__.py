@@ -1,4 +1,4 @@
-"""Drop-in modules."""
+"""Drop-in replacements for batch norm modules, with fused residual, activation and pooling."""
 
 from bnres.nn.batchnorm import (
     BatchNorm1d,

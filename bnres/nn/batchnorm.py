@@ -1,4 +1,4 @@
-"""Batch norm modules: torch's own classes with a forward through the fused operations."""
+"""Batch norm modules: torch's classes with a forward that calls the fused operations."""
 
 import sys
 from collections.abc import Iterator
@@ -19,14 +19,14 @@ from bnres.operations.sync_batch_norm_act import sync_batch_norm_act
 
 
 def _in_group(group: Any, training: bool, *args: Any, **options: Any) -> Any:
-    """`batch_norm_act`, or in a process group `sync_batch_norm_act`."""
+    """`sync_batch_norm_act` if ``group`` is a process group; otherwise `batch_norm_act`."""
     if group is None:
         return batch_norm_act(*args, training=training, **options)
     return sync_batch_norm_act(*args, process_group=group, **options)
 
 
 class _FusedForward(Norm):
-    """The forward of `torch.nn.modules.batchnorm._BatchNorm`, with a residual and an activation in one operation.
+    """`torch.nn.modules.batchnorm._BatchNorm` with a residual and an activation in one operation.
 
     The mode, momentum and eps are read at each call.
     """
@@ -40,8 +40,8 @@ class _FusedForward(Norm):
         make_leaf(self)
 
     def named_children(self) -> Iterator[tuple[str, nn.Module]]:
-        # torch's, timm's and apex's converters call it on each batch norm that they have replaced
-        # by a SyncBatchNorm without activation and residual.
+        # The converters of torch, timm and apex call this on each batch norm that they have
+        # replaced by a SyncBatchNorm without activation and residual.
         if sys._getframe(1).f_code.co_name.startswith("convert_sync"):
             raise TypeError(
                 f"module contains a {type(self).__name__}, whose activation and residual would be "
@@ -66,7 +66,7 @@ class _FusedForward(Norm):
             its_training, its_group = normalizes_by_batch(residual_norm), group_of(residual_norm)
             apart = its_training != training or its_group is not group
             if residual is not None and apart:
-                # One of them is frozen, or synchronised: they need different passes.
+                # They need separate passes: only one norm is frozen, or their groups differ.
                 residual = _in_group(its_group, its_training, residual, act=None, **other._asdict())
                 other = None
         s = next_state(self)
@@ -78,19 +78,28 @@ class _FusedForward(Norm):
 
 
 class BatchNorm1d(_FusedForward, nn.BatchNorm1d):
-    """`torch.nn.BatchNorm1d` on (N, C) or (N, C, L), through the fused kernels."""
+    """(x - mean) / sqrt(var + eps) * weight + bias on (N, C) or (N, C, L), by the fused kernels.
+
+    Follows `torch.nn.BatchNorm1d` (Ioffe and Szegedy, arXiv 1502.03167).
+    """
 
 
 class BatchNorm2d(_FusedForward, nn.BatchNorm2d):
-    """`torch.nn.BatchNorm2d` on (N, C, H, W), through the fused kernels."""
+    """(x - mean) / sqrt(var + eps) * weight + bias on (N, C, H, W), by the fused kernels.
+
+    Follows `torch.nn.BatchNorm2d` (Ioffe and Szegedy, arXiv 1502.03167).
+    """
 
 
 class BatchNorm3d(_FusedForward, nn.BatchNorm3d):
-    """`torch.nn.BatchNorm3d` on (N, C, D, H, W), through the fused kernels."""
+    """(x - mean) / sqrt(var + eps) * weight + bias on (N, C, D, H, W), by the fused kernels.
+
+    Follows `torch.nn.BatchNorm3d` (Ioffe and Szegedy, arXiv 1502.03167).
+    """
 
 
 class _BatchNormAct(_FusedForward):
-    """What the modules for 1, 2 and 3 dimensions share; see `BatchNormAct2d`."""
+    """The base class of the modules for 1, 2 and 3 dimensions; see `BatchNormAct2d`."""
 
     def __init__(
         self,
@@ -117,35 +126,46 @@ class _BatchNormAct(_FusedForward):
 
 
 class BatchNormAct1d(_BatchNormAct, nn.BatchNorm1d):
-    """`BatchNormAct2d` for inputs (N, C) or (N, C, L)."""
+    """act(bn(input) + residual) on (N, C) or (N, C, L); see `BatchNormAct2d`.
+
+    Follows `torch.nn.BatchNorm1d` (Ioffe and Szegedy, arXiv 1502.03167).
+    """
 
 
 class BatchNormAct2d(_BatchNormAct, nn.BatchNorm2d):
-    """Batch norm, an optional residual and an activation in one operation.
+    """act(bn(input) + residual) on (N, C, H, W), in one operation; the residual is optional.
 
-    ``forward(input, residual=None)`` is act(bn(input) + residual). With ``residual_norm``, another
-    batch norm module, it is act(bn(input) + residual_norm(residual)); with ``fork`` the result
-    comes as two tensors, see `bnres.functional.batch_norm_act`. The arguments are those of
-    timm's `BatchNormAct2d` without its inplace and drop_layer; ``act_layer`` is a name, a torch class,
-    or None for no activation.
+    The call is ``forward(input, residual=None, *, residual_norm=None, fork=False)``. With
+    ``residual_norm``, another batch norm module, it is act(bn(input) + residual_norm(residual));
+    with ``fork`` the result is two tensors, see `bnres.functional.batch_norm_act`. The arguments of
+    the constructor are those of timm's class of this name without inplace and drop_layer;
+    ``act_layer`` is a name, a torch class, or None for no activation.
 
     Raises:
         ValueError: for an unknown activation or option.
+
+    Follows `torch.nn.BatchNorm2d` (Ioffe and Szegedy, arXiv 1502.03167).
     """
 
 
 class BatchNormAct3d(_BatchNormAct, nn.BatchNorm3d):
-    """`BatchNormAct2d` for inputs (N, C, D, H, W)."""
+    """act(bn(input) + residual) on (N, C, D, H, W); see `BatchNormAct2d`.
+
+    Follows `torch.nn.BatchNorm3d` (Ioffe and Szegedy, arXiv 1502.03167).
+    """
 
 
 class BatchNormActMaxPool2d(BatchNormAct2d):
-    """Batch norm, an activation and max-pool in one operation, the stem of a ResNet.
+    """max_pool2d(act(bn(input))) on (N, C, H, W), the stem of a ResNet, in one operation.
 
-    ``forward(input)`` is max_pool2d(act(bn(input))); with ``fork`` two tensors of it. Keys, and the arguments before
-    ``kernel_size``, are those of `BatchNormAct2d`; the rest are those of `torch.nn.MaxPool2d`.
+    With ``fork``, ``forward`` returns the result as two tensors. ``options`` and the keys are those
+    of `BatchNormAct2d`; ``kernel_size`` to ``ceil_mode`` are those of `torch.nn.MaxPool2d`.
 
     Raises:
         ValueError: for an unknown activation or option.
+
+    Follows `torch.nn.BatchNorm2d` (Ioffe and Szegedy, arXiv 1502.03167) and `torch.nn.MaxPool2d`;
+    the stem is from He et al., arXiv 1512.03385.
     """
 
     def __init__(

@@ -15,13 +15,15 @@ from bnres.operations.conv_batch_norm_act import conv2d_batch_norm_act
 
 
 class ConvBatchNormAct2d(nn.Module):
-    """Convolution, batch norm, an optional residual and an activation; keys ``conv.*``, ``bn.*``.
+    """act(bn(conv(input)) + residual) on (N, C, H, W); the residual is optional.
 
-    ``forward(input, residual=None)`` is act(bn(conv(input)) + residual). The arguments are those of
-    `torch.nn.Conv2d` (``bias`` is off unless asked for); ``options`` are those of `BatchNormAct2d`.
+    The arguments are those of `torch.nn.Conv2d`, with ``bias`` False by default; ``options`` are
+    those of `BatchNormAct2d`. The keys are ``conv.*`` and ``bn.*``.
 
     Raises:
         ValueError: for an unknown activation or option, and as `torch.nn.Conv2d`.
+
+    Follows `torch.nn.Conv2d` and `torch.nn.BatchNorm2d` (Ioffe and Szegedy, arXiv 1502.03167).
     """
 
     def __init__(
@@ -60,19 +62,19 @@ def conv_and_norm(
     *,
     fork: bool = False,
 ) -> Any:
-    """bn(conv(input)) + shortcut(residual), with the activation of ``bn`` if it is of `bnres.nn`.
+    """bn(conv(input)) + shortcut(residual), followed by the activation of a ``bn`` of `bnres.nn`.
 
-    Such a ``bn`` makes one operation of it, unless one of the modules has a hook.
-    ``shortcut`` is a convolution and a batch norm.
+    With such a ``bn`` one fused operation runs, unless one of the modules has a hook.
+    ``shortcut`` is a convolution followed by a batch norm.
     """
-    # What bnres.fuse captures has the modules' own calls.
+    # A graph captured by bnres.fuse must contain the modules' own calls.
     captured = isinstance(bn, SyncBatchNorm) and is_compiling()
     if captured or not isinstance(bn, _FusedForward):
         y = bn(conv(input))
         if residual is not None:
             y = y + (residual if shortcut is None else shortcut(residual))
         return (y, y) if fork else y
-    # torch.fx traces with proxies, not tensors: its graph gets the modules' own calls.
+    # torch.fx traces with proxies, not tensors; its graph must contain the modules' own calls.
     if isinstance(input, Tensor) and not hooked(conv, bn, shortcut, *(shortcut or ())):
         if shortcut is not None:
             residual_conv, residual_norm = shortcut

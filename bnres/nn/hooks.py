@@ -1,10 +1,10 @@
-"""What a call of a module involves besides its forward: hooks and torch.fx's traces."""
+"""Detects hooks on modules, and makes torch.fx trace a module as one node."""
 
 from torch import nn
 
 from bnres.kernels.torch_internals import has_global_hooks
 
-# A module's own fields that change its call: `Module.compile` sets the second.
+# Instance attributes that change a module's call; `Module.compile` sets the second.
 CHANGES = (
     "forward", "_compiled_call_impl",
     "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks",
@@ -21,9 +21,9 @@ def make_leaf(module: nn.Module) -> None:
 
 
 def hooked(*modules: nn.Module | None) -> bool:
-    """Whether one of the modules has a hook, or is called in another way than its class is.
+    """Whether one of the modules has a hook, or an instance attribute that replaces its call.
 
-    A fused call would not run it.
+    A fused call would run neither.
     """
     return has_global_hooks() or any(
         module is not None and any(map(vars(module).get, CHANGES)) for module in modules

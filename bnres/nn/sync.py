@@ -1,4 +1,4 @@
-"""Batch norm modules that take the statistics of all ranks of a process group, and their conversion."""
+"""Synchronised batch norm modules, and the conversion of a model to and from them."""
 
 from typing import Any
 
@@ -26,21 +26,21 @@ from bnres.nn.state import Norm, group_of, next_state, normalizes_by_batch
 from bnres.operations.sync_batch_norm_act import group_named, sync_batch_norm
 
 
-# Not subclasses of torch.nn.SyncBatchNorm, as DistributedDataParallel refuses that on a CPU.
+# Not a subclass of torch.nn.SyncBatchNorm, which DistributedDataParallel refuses on a CPU.
 class _Synchronised(_FusedForward):
-    """Statistics over the ranks of ``process_group``, see `SyncBatchNorm`."""
+    """The base class of the synchronised modules; see `SyncBatchNorm`."""
 
     synchronises = True
     process_group: Any = None
-    # What `revert_sync_batchnorm` makes of it, and the children that it gives back.
+    # The class and the children that `revert_sync_batchnorm` restores.
     local_class: type[Norm]
     local_children: dict[str, nn.Module | None] | None = None
 
     def _check_input_dim(self, input: Tensor) -> None:
-        """Any number of dimensions that `sync_batch_norm_act` takes, as in torch."""
+        """Accepts all numbers of dimensions; the operation checks them."""
 
     def __getstate__(self) -> dict[str, Any]:
-        # A process group can be neither copied nor pickled, but has a name.
+        # A process group can be neither copied nor pickled, so its name is stored instead.
         group = self.process_group
         return self.__dict__ | {"process_group": None if group is None else group.group_name}
 
@@ -51,26 +51,29 @@ class _Synchronised(_FusedForward):
 
 
 class SyncBatchNorm(_Synchronised):
-    """`torch.nn.SyncBatchNorm` through the fused kernels, on the CPU too: see `sync_batch_norm_act`.
+    """y = (x − mean) / sqrt(var + eps) · weight + bias, with the statistics of all ranks' batches.
 
-    In training, y = (x − mean) / sqrt(var + eps) · weight + bias with the mean and variance of the batches
-    of all ranks together. In eval mode, with one rank, and where `torch.distributed` is not initialised,
-    it is the plain batch norm, as torch's is. Unlike torch's, it takes empty batches without a
-    host synchronisation, is captured by ``torch.compile(fullgraph=True)``, and allows several forwards
-    before a backward while DistributedDataParallel broadcasts its buffers in between.
+    `bnres.functional.sync_batch_norm_act` computes it, on GPUs and CPUs. In eval mode, with one
+    rank, and if `torch.distributed` is not initialised, it is an ordinary batch norm, as in torch.
+    Unlike torch's, it accepts empty batches without a host synchronisation, is captured by
+    ``torch.compile(fullgraph=True)``, and allows several forwards before a backward while
+    DistributedDataParallel broadcasts the buffers in between.
 
-    ``forward(input, residual=None, *, residual_norm=None, fork=False)`` is that of `BatchNormAct2d`
+    ``forward(input, residual=None, *, residual_norm=None, fork=False)`` is as in `BatchNormAct2d`,
     without an activation. A ``residual_norm`` that is synchronised over the same group shares the
     collectives.
 
     Args:
-        num_features, eps, momentum, affine, track_running_stats, device, dtype: as in `torch.nn.BatchNorm2d`.
-        process_group: the ranks that take part; by default all.
+        num_features, eps, momentum, affine, track_running_stats, device, dtype: as in
+            `torch.nn.BatchNorm2d`.
+        process_group: the participating ranks; by default all ranks.
 
     Shapes: (N, C) to (N, C, D, H, W), fp16, bf16, fp32 or fp64, contiguous or channels_last.
 
     Raises:
-        TypeError: for a ``process_group`` that is none, or that this process is not in.
+        TypeError: if ``process_group`` is not a process group that this process belongs to.
+
+    Follows `torch.nn.SyncBatchNorm` (Ioffe and Szegedy, arXiv 1502.03167).
     """
 
     local_class = BatchNorm2d
@@ -105,7 +108,7 @@ class SyncBatchNorm(_Synchronised):
 
 
 def as_node(bn: Norm, input: Tensor) -> Tensor:
-    """A call of ``bn`` that `bnres.fuse` finds in the captured graph."""
+    """Calls ``bn`` as one node, which `bnres.fuse` finds in the captured graph."""
     s, group = next_state(bn), group_of(bn)
     return sync_batch_norm(
         input, s.running_mean, s.running_var, s.weight, s.bias, normalizes_by_batch(bn), s.momentum,
@@ -114,9 +117,9 @@ def as_node(bn: Norm, input: Tensor) -> Tensor:
 
 
 class CapturedSyncBatchNorm(nn.SyncBatchNorm):
-    """torch's SyncBatchNorm inside a model that `bnres.fuse` has fused, where it is not called by itself.
+    """The class of a torch SyncBatchNorm inside a model that `bnres.fuse` has fused.
 
-    Its copies and pickles are torch's.
+    Its copies and pickles are of torch's class.
     """
 
     __module__ = nn.SyncBatchNorm.__module__  # torch.fx traces a call as one node
@@ -131,21 +134,23 @@ class CapturedSyncBatchNorm(nn.SyncBatchNorm):
 
 
 def make_nodes(model: nn.Module) -> None:
-    """Makes the SyncBatchNorms of torch in a model captured ones."""
+    """Changes the class of torch's SyncBatchNorms in a model to `CapturedSyncBatchNorm`."""
     for module in model.modules():
         if type(module) is nn.SyncBatchNorm:
             module.__class__ = CapturedSyncBatchNorm
 
 
 class SyncBatchNormAct(_Synchronised, _BatchNormAct):
-    """`SyncBatchNorm`, an optional residual and an activation in one operation.
+    """act(bn(input) + residual) with the statistics of all ranks, where bn is `SyncBatchNorm`.
 
-    ``forward(input, residual=None, *, residual_norm=None, fork=False)`` is act(bn(input) + residual), as
-    in `BatchNormAct2d`, whose arguments it takes as ``options``.
+    ``forward(input, residual=None, *, residual_norm=None, fork=False)`` and ``options`` are as in
+    `BatchNormAct2d`.
 
     Raises:
         ValueError: for an unknown activation or option.
-        TypeError: for a ``process_group`` that is none, or that this process is not in.
+        TypeError: if ``process_group`` is not a process group that this process belongs to.
+
+    Follows `torch.nn.SyncBatchNorm` (Ioffe and Szegedy, arXiv 1502.03167).
     """
 
     local_class = BatchNormAct2d
@@ -156,11 +161,15 @@ class SyncBatchNormAct(_Synchronised, _BatchNormAct):
 
 
 class SyncBatchNormActMaxPool2d(_Synchronised, BatchNormActMaxPool2d):
-    """`SyncBatchNormAct` followed by max-pool, the stem of a ResNet; the arguments of `BatchNormActMaxPool2d`.
+    """max_pool2d(act(bn(input))) with the statistics of all ranks, the stem of a ResNet.
+
+    The arguments are those of `BatchNormActMaxPool2d`.
 
     Raises:
         ValueError: for an unknown activation or option.
-        TypeError: for a ``process_group`` that is none, or that this process is not in.
+        TypeError: if ``process_group`` is not a process group that this process belongs to.
+
+    Follows `torch.nn.SyncBatchNorm` (Ioffe and Szegedy, arXiv 1502.03167) and `torch.nn.MaxPool2d`.
     """
 
     local_class = BatchNormActMaxPool2d
@@ -199,20 +208,24 @@ OF_TIMM = ("BatchNormAct2d", "SyncBatchNormAct")
 
 
 def convert_sync_batchnorm(module: nn.Module, process_group: Any = None) -> nn.Module:
-    """``module`` itself, whose batch norms now take the statistics of all ranks, see `SyncBatchNorm`.
+    """Makes the batch norms of ``module`` use the statistics of all ranks; returns ``module``.
 
-    Those of torch (its SyncBatchNorm too), of timm and of `bnres.nn` are converted in place: only their
-    class changes. Parameters, buffers, keys, modes and hooks stay, and so do activations, residuals and
-    pooling. `revert_sync_batchnorm` is the way back. It is called as
-    `torch.nn.SyncBatchNorm.convert_sync_batchnorm`, before or after `bnres.fuse`.
+    The batch norms of torch (including its SyncBatchNorm), of timm and of `bnres.nn` are converted
+    in place: only their class changes; see `SyncBatchNorm`. Parameters, buffers, keys, modes and
+    hooks stay, and so do activations, residuals and pooling. `revert_sync_batchnorm` undoes it. It
+    can be called before or after `bnres.fuse`.
 
     Args:
         module: a model or a batch norm.
-        process_group: the ranks that take part; by default all, or for a synchronised batch norm its own.
+        process_group: the participating ranks; by default all ranks, or the group of a batch norm
+            that is already synchronised.
 
     Raises:
-        TypeError: for a ``module`` or a ``process_group`` that is none, and for a batch norm whose forward
-            is another than that of these classes; nothing has been changed.
+        TypeError: if ``module`` is not a module, if ``process_group`` is not a process group that
+            this process belongs to, or if a batch norm's forward is not the one of these classes.
+            Nothing has been changed then.
+
+    Follows `torch.nn.SyncBatchNorm.convert_sync_batchnorm`.
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
@@ -245,13 +258,13 @@ def _converted(name: str, norm: Norm) -> type[_Synchronised]:
 
 
 def _become(norm: Any, cls: type[_Synchronised]) -> None:
-    """Changes the class of a batch norm."""
+    """Changes the class of a batch norm, and moves its activation module into the operation."""
     local_class, act = type(norm), norm._modules.get("act")
     norm.__class__ = cls
     make_leaf(norm)
     norm.local_class = local_class
     if act is not None and cls is SyncBatchNormAct:
-        # They have no parameters, and the operation has their activation.
+        # The children have no parameters, and the operation applies their activation.
         norm.local_children = dict(norm._modules)
         norm._modules.clear()
         options = ("negative_slope", "approximate")
@@ -262,10 +275,11 @@ def _become(norm: Any, cls: type[_Synchronised]) -> None:
 
 
 def revert_sync_batchnorm(module: nn.Module) -> nn.Module:
-    """``module`` itself, with the classes that its batch norms had before `convert_sync_batchnorm`.
+    """Undoes `convert_sync_batchnorm`: restores the classes of batch norms; returns ``module``.
 
-    One that was made as `bnres.nn.SyncBatchNorm` becomes a `bnres.nn.BatchNorm2d`, and those with an
-    activation become the `bnres.nn` class for images too.
+    A batch norm that was created as `bnres.nn.SyncBatchNorm` becomes a `bnres.nn.BatchNorm2d`, a
+    `bnres.nn.SyncBatchNormAct` becomes a `bnres.nn.BatchNormAct2d`, and a
+    `bnres.nn.SyncBatchNormActMaxPool2d` becomes a `bnres.nn.BatchNormActMaxPool2d`.
 
     Raises:
         TypeError: if ``module`` is not a module.

@@ -1,4 +1,4 @@
-"""Checks of an operation's arguments, and their conversion to what the kernels take."""
+"""Checks an operation's arguments and converts them to what the kernels accept."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,7 +14,11 @@ from bnres.kernels.torch_internals import mapped_levels
 
 
 def check_input(input: Tensor, training: bool, name: str = "input") -> None:
-    """Raises for a tensor that no batch norm takes, with the words of torch's own."""
+    """Raises torch's own errors unless ``input`` is a valid input of a batch norm.
+
+    It must be of 2 to 5 dimensions and of a supported dtype, with several values per channel in
+    training.
+    """
     if not 2 <= input.dim() <= 5:
         raise ValueError(f"expected 2D to 5D {name} (got {input.dim()}D {name})")
     if input.dtype not in SUPPORTED_DTYPES:
@@ -29,9 +33,10 @@ def check_input(input: Tensor, training: bool, name: str = "input") -> None:
 def check_norm(
     norm: Any, channels: int, device: torch.device, training: bool, prefix: str = ""
 ) -> None:
-    """Raises for buffers and parameters that do not fit an input of ``channels`` on ``device``.
+    """Raises unless buffers and parameters fit an input with ``channels`` channels on ``device``.
 
-    ``norm`` is a `BatchNormState`; ``prefix`` begins the names of its tensors in an error.
+    ``norm`` is a `bnres.operations.norms.BatchNormState`; error messages put ``prefix`` before the
+    names of its tensors.
     """
     for name in ("running_mean", "running_var", "weight", "bias", "input_bias"):
         tensor = getattr(norm, name)
@@ -60,7 +65,7 @@ def _check_device(name: str, t: Tensor, device: torch.device, other: str = "inpu
 
 
 def check_mapped(x: Tensor, norm: Any) -> None:
-    """Raises if `torch.vmap` maps over ``x`` but not over the statistics that training updates."""
+    """Raises if `torch.vmap` maps ``x`` but not the running statistics that training updates."""
     if is_compiling() or not (levels := mapped_levels(x)):
         return
     for buffer in (norm.running_mean, norm.running_var):
@@ -70,7 +75,7 @@ def check_mapped(x: Tensor, norm: Any) -> None:
 
 
 def check_conv_bias(conv_weight: Tensor, conv_bias: Tensor | None) -> None:
-    """Raises unless ``conv_weight`` is 4-D and ``conv_bias`` has an element for each output channel."""
+    """Raises unless ``conv_weight`` is 4-D and ``conv_bias`` is None or (output channels,)."""
     if conv_weight.dim() != 4:
         raise ValueError(f"expected 4D conv_weight (got {conv_weight.dim()}D conv_weight)")
     if conv_bias is None:
@@ -84,7 +89,7 @@ def check_conv_bias(conv_weight: Tensor, conv_bias: Tensor | None) -> None:
 
 
 def check_residual(residual: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
-    """Raises unless ``residual`` has the shape and the device of what it is added to."""
+    """Raises unless ``residual`` has this shape and is on this device."""
     if residual.shape != shape:
         raise ValueError(
             f"residual must have the shape of input, {tuple(shape)}, got {tuple(residual.shape)}"
@@ -93,7 +98,7 @@ def check_residual(residual: Tensor, shape: tuple[int, ...], device: torch.devic
 
 
 def wants_grad(*tensors: Tensor | None) -> bool:
-    """Whether a backward can follow."""
+    """Whether autograd records gradients for one of these tensors."""
     if torch.is_grad_enabled():
         for t in tensors:
             if t is not None and t.requires_grad:
@@ -102,15 +107,18 @@ def wants_grad(*tensors: Tensor | None) -> bool:
 
 
 def as_kernels_take(inputs: Any) -> Any:
-    """An operation's inputs: x and a residual dense, of one dtype and layout, the others packed."""
+    """The inputs as the kernels accept them, copied where necessary.
+
+    x and the residual become dense, with the same dtype and layout; the other tensors are packed.
+    """
     x, residual = inputs.x, inputs.residual
     if residual is not None and residual.dtype != x.dtype:
-        # The dtype of x + residual; autocast gives such pairs.
+        # The dtype of x + residual. Autocast can produce such a pair.
         dtype = torch.promote_types(x.dtype, residual.dtype)
         x, residual = x.to(dtype), residual.to(dtype)
     x = dense(x)
     if residual is not None:
-        # torch.compile takes no tensor twice.
+        # torch.compile does not accept the same tensor twice.
         residual = x.view_as(x) if residual is x else dense_like(residual, x)
     others = {
         name: packed(t) for name, t in inputs._asdict().items() if name not in ("x", "residual")
@@ -119,14 +127,14 @@ def as_kernels_take(inputs: Any) -> Any:
 
 
 def packed(t: Tensor | None) -> Tensor | None:
-    """A tensor of a value for each channel as one dimension without gaps."""
+    """A tensor of one value per channel, as a contiguous 1-D tensor."""
     if t is None or (t.dim() == 1 and t.is_contiguous()):
         return t
     return t.reshape(-1).contiguous()
 
 
 def counted(counter: Tensor | None, x: Tensor) -> Tensor | None:
-    """The counter for the kernels, or None: one that they can't write to is counted here."""
+    """``counter`` if the kernels can increment it; otherwise increments it and returns None."""
     if counter is None or (counter.dtype == torch.int64 and counter.device == x.device):
         return counter
     counter.add_(1)
@@ -134,7 +142,7 @@ def counted(counter: Tensor | None, x: Tensor) -> Tensor | None:
 
 
 def packed_buffers(buffers: Any, x: Tensor) -> Any:
-    """An operation's buffers without gaps; batches are counted here where the kernels can't."""
+    """The buffers, made contiguous. Increments the counters that the kernels can't."""
     return type(buffers)(
         *(
             counted(t, x) if name.endswith("counter") else None if t is None else t.contiguous()
@@ -144,7 +152,7 @@ def packed_buffers(buffers: Any, x: Tensor) -> Any:
 
 
 def copy_back(buffers: Any, packed: Any, names: Sequence[str]) -> None:
-    """Writes what training wrote to copies of some buffers to the buffers themselves."""
+    """Copies the named buffers back where training wrote to a packed copy of them."""
     for name in names:
         buffer, copy = getattr(buffers, name), getattr(packed, name)
         if buffer is not None and copy is not None and copy is not buffer:
@@ -152,5 +160,5 @@ def copy_back(buffers: Any, packed: Any, names: Sequence[str]) -> None:
 
 
 def as_dtype_of(t: Tensor, computed: Tensor) -> Tensor:
-    """``computed`` in the dtype of ``t``. (`torch.Tensor.to` is slow even where there is nothing to do.)"""
+    """``computed`` in the dtype of ``t``. (`torch.Tensor.to` is slow even if nothing changes.)"""
     return computed if computed.dtype == t.dtype else computed.to(t.dtype)

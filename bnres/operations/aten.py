@@ -1,4 +1,4 @@
-"""Batch norm, residual and activation by ATen's operations, for CPU tensors."""
+"""Batch norm, residual and activation computed by ATen, for CPU tensors."""
 
 from typing import Any
 
@@ -21,7 +21,7 @@ def batch_norm_act_aten(
     act: str = "identity",
     param: float = 0.0,
 ) -> Tensor:
-    """`batch_norm_act`."""
+    """act(batch_norm(input + input_bias) + residual), as `bnres.functional.batch_norm_act`."""
     mean, var, weight, bias, momentum, eps, counter, input_bias = norm
     if input_bias is not None:
         input = input + input_bias.to(input.dtype).view(-1, *[1] * (input.dim() - 2))
@@ -38,8 +38,8 @@ def batch_norm_act_aten(
         y = _fixed(input, mean, var, weight, bias, eps)
     else:
         y = F.batch_norm(input, mean, var, weight, bias, training, momentum, eps)
-    # Nothing else reads the batch norm's result, so it can be overwritten. Not under `torch.vmap`,
-    # which can't write a mapped tensor into one that is not mapped.
+    # Nothing else reads the batch norm's result, so it can be overwritten, except under
+    # `torch.vmap`, which can't write a mapped tensor into an unmapped one.
     if residual is not None:
         in_place = not (torch.is_grad_enabled() or is_compiling() or in_transform())
         in_place = in_place and residual.dtype == y.dtype
@@ -48,7 +48,7 @@ def batch_norm_act_aten(
 
 
 def _fixed(x: Tensor, mean: Any, var: Any, weight: Any, bias: Any, eps: float) -> Tensor:
-    """Batch norm with fixed statistics and weight; its backward does not keep ``x``."""
+    """Batch norm with fixed statistics and weight, computed without saving ``x`` for backward."""
     acc = torch.promote_types(x.dtype, var.dtype)
     scale = (var.to(acc) + eps).rsqrt() if weight is None else weight * (var.to(acc) + eps).rsqrt()
     shift = -mean * scale if bias is None else bias - mean * scale

@@ -1,4 +1,8 @@
-"""act(batch_norm(x) + residual), act(batch_norm(x) + batch_norm(residual)), max_pool2d(act(batch_norm(x)))."""
+"""Fused batch norm with an activation, and optionally a residual or a max-pool.
+
+act(batch_norm(x) + residual), act(batch_norm(x) + batch_norm(residual)) or
+max_pool2d(act(batch_norm(x))).
+"""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -50,7 +54,7 @@ class Inputs(NamedTuple):
 
 
 class Buffers(NamedTuple):
-    """The tensors without gradients. A device_momentum is a momentum that is a tensor."""
+    """The tensors without gradients. A momentum given as a tensor is a device_momentum."""
 
     running_mean: Maybe
     running_var: Maybe
@@ -62,17 +66,17 @@ class Buffers(NamedTuple):
     residual_device_momentum: Maybe = None
 
 
-# In inputs and buffers each norm has four fields, and the residual's follow in the order of x's.
+# In `Inputs`, after x, and in `Buffers` each norm has fields in the same order; see `states_of`.
 
 # The buffers that training writes to.
 WRITTEN = tuple(name for name in Buffers._fields if not name.endswith("device_momentum"))
 
 
 class Spec(NamedTuple):
-    """Every argument of a call that is not a tensor, and whether backward reads the values of x.
+    """The arguments of a call that are not tensors, and whether backward reads the values of x.
 
-    ``pools`` adds the max-pool of a ResNet's stem: 3×3, stride 2, padding 1. Then there is no residual.
-    ``group`` names the process group of `sync_batch_norm_act`.
+    ``pools`` adds the max-pool of a ResNet's stem (3×3, stride 2, padding 1), which excludes a
+    residual. ``group`` is the name of the process group if the batch norm is synchronised.
     """
 
     act: str
@@ -90,10 +94,10 @@ class Spec(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """y and what backward reads.
+    """y and the tensors kept for backward.
 
-    This is the statistics of each norm, and where relu lets gradients pass or, with a max-pool, each
-    maximum's position in its window, and x there.
+    They are the statistics of each norm and a mask of where relu passes gradients. With a max-pool
+    they are the statistics, the position of each maximum in its window, and x at that position.
     """
 
     y: Tensor
@@ -104,7 +108,7 @@ class Outputs(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What backward reads. Where the values of x are not read, ``x`` is y or None."""
+    """What backward reads. If it does not read the values of x, ``x`` is y or None."""
 
     x: Maybe
     weight: Maybe
@@ -148,14 +152,18 @@ def _forward(inputs: Inputs, buffers: Buffers, spec: Spec, recording: Recording)
 
 
 def _norms(saved: Inputs | Saved, statistics: Any) -> tuple[Norm, Norm | None]:
-    """The norm of x and that of the residual, of the statistics of each."""
+    """The norm of x and the norm of the residual or None, from the statistics of each."""
     norm, *others = statistics
     residual_norm = Norm(others[0], saved.residual_weight, saved.residual_bias) if others else None
     return Norm(norm, saved.weight, saved.bias), residual_norm
 
 
 def _launch_forward(inputs: Inputs, buffers: Buffers, outputs: Outputs, spec: Spec) -> None:
-    """Fills ``outputs``; statistics that are not kept are scratch, or the running ones."""
+    """Fills ``outputs``.
+
+    If it keeps no statistics, training computes them in scratch memory, and evaluation uses the
+    running statistics.
+    """
     from bnres.kernels.bn_forward import bn_apply
     from bnres.kernels.bn_max_pool import bn_max_pool
 
@@ -184,7 +192,7 @@ def _again(inputs: Inputs, kept: Sequence[Any], spec: Spec) -> Tensor:
 
 
 def _saved(inputs: Inputs, y: Tensor, kept: Sequence[Any], spec: Spec) -> Saved:
-    # What is not kept is None, or empty if an operator returned it.
+    # A tensor that is not kept is None, or empty if an operator returned it.
     statistics, mask, argmax, x_max = kept
     if spec.pools:
         return Saved(*inputs, statistics, None, argmax, x_max)
@@ -199,7 +207,7 @@ def _saved(inputs: Inputs, y: Tensor, kept: Sequence[Any], spec: Spec) -> Saved:
 
 
 class Asked(NamedTuple):
-    """What backward is to compute."""
+    """Which results backward must compute."""
 
     dx: bool
     dresidual: bool
@@ -207,7 +215,10 @@ class Asked(NamedTuple):
 
 
 class Computed(NamedTuple):
-    """What it computes; dresidual is dz where the residual has no norm."""
+    """The results of backward.
+
+    Without a residual norm ``dresidual`` is dz, the gradient of the activation's input.
+    """
 
     dx: Maybe
     dresidual: Maybe
@@ -218,7 +229,7 @@ class Computed(NamedTuple):
 
 
 def _reduces(spec: Spec, asked: Asked) -> bool:
-    """Whether backward has a reduce pass. In eval mode dx and dz come without one."""
+    """Whether backward needs a reduce pass. In evaluation dx and dz do not need one."""
     if spec.has_residual_norm:
         return spec.training or asked.sums
     return asked.sums or (spec.training and asked.dx) or (asked.dresidual and not asked.dx)
@@ -249,8 +260,8 @@ def _backward(
 def _launch_backward(gradients: Gradients, saved: Saved, computed: Computed, spec: Spec) -> None:
     """Fills ``computed``.
 
-    Without a residual norm the reduce pass may write dz, which the dx pass then reads in place of dy and
-    dy_skip. With a max-pool the reduce pass is over the maxima only.
+    Without a residual norm the reduce pass may write dz, which the dx pass then reads instead of dy
+    and dy_skip. With a max-pool the reduce pass reads only the maxima.
     """
     from bnres.kernels.bn_backward import bn_backward_dx, bn_backward_reduce
     from bnres.kernels.bn_max_pool import bn_max_pool_backward_dx
@@ -330,7 +341,7 @@ def _parameter_gradients(
     sum_dy, sum_dy_xhat = found[2 * index + 2 : 2 * index + 4]
     gradient = None
     if needs_input_bias and spec.training:
-        gradient = torch.zeros_like(input_bias)  # the batch's mean cancels the bias
+        gradient = torch.zeros_like(input_bias)  # subtracting the batch's mean cancels it
     elif needs_input_bias:
         gradient = sum_dy * rows_of(saved.statistics, saved.x)[index].rstd
         gradient = as_dtype_of(input_bias, gradient if weight is None else gradient * weight)
@@ -367,13 +378,13 @@ def _formula_of(statistics: Sequence[Statistics], saved: Saved, spec: Spec) -> T
 
 
 def unpack_mask(mask: Tensor, x: Tensor) -> Tensor:
-    """The 1-bit mask of a dense ``x`` as booleans of its shape."""
+    """The 1-bit mask of a dense ``x``, unpacked to booleans in its shape."""
     from bnres.kernels.bn_backward import bn_backward_dx
 
     with outside_of_transforms():
         ones = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).fill_(1)
         unit = torch.ones(x.shape[1], dtype=acc_type(x), device=x.device)
-        # In eval mode, with unit statistics, dx is dy where the mask is set.
+        # In evaluation with mean and rstd of 1, dx is dy where the mask is set and 0 elsewhere.
         norm = Norm(Statistics(unit, unit))
         passed, _ = bn_backward_dx(
             ones, ones, norm, None, None, unwrapped(mask), "relu", 0.0, None, 1
@@ -439,13 +450,13 @@ def as_call(
     num_batches_tracked: Tensor | None,
     group: str = "",
 ) -> tuple[Inputs, Buffers, Spec]:
-    """The arguments of `batch_norm_act` as the operation takes them."""
+    """The arguments of `batch_norm_act` as inputs, buffers and spec of its `Operation`."""
     name, param = resolve(act, act_kwargs)
     counter = num_batches_tracked if training else None
     device_momentum, number = split_momentum(momentum)
     inputs: Any = (input, weight, bias, input_bias, residual)
     buffers: Any = (running_mean, running_var, counter, device_momentum)
-    # Not defaults of the fields: torch.compile would make symbols of the numbers.
+    # Passed explicitly: torch.compile would turn numbers that are defaults into symbols.
     of_residual_norm = (False, 0.0, 0.0)
     norm = residual_norm
     if norm is not None:
@@ -456,7 +467,8 @@ def as_call(
         inputs += (norm.weight, norm.bias, norm.input_bias)
         buffers += (norm.running_mean, norm.running_var, counter, device_momentum)
         of_residual_norm = (True, residual_number, norm.eps)
-    # With fixed statistics, only the weight's gradient and an activation's derivative depend on x.
+    # With fixed statistics, only the weight's gradient and the activation's derivative read x.
+    # The derivatives of identity and relu don't.
     depends_on_x = name not in ("identity", "relu") or wants_grad(weight)
     reads_x = training or norm is not None or depends_on_x
     needs_grad = wants_grad(*inputs)
@@ -489,38 +501,42 @@ def batch_norm_act(
     With ``residual_norm`` it is ``act(batch_norm(input + input_bias) + batch_norm(residual))``.
 
     Args:
-        input: (N, C, *) of 2 to 5 dimensions, fp16, bf16, fp32 or fp64, contiguous or
-            channels_last; other strides are copied into the nearer of the two.
-        running_mean: (C,) of any floating dtype (on the ATen route, of one that ATen takes) or
+        input: (N, C, *) with 2 to 5 dimensions, fp16, bf16, fp32 or fp64, contiguous or
+            channels_last; a tensor with other strides is copied into the nearer of the two.
+        running_mean: (C,) of any floating dtype (on the ATen route, of one that ATen accepts) or
             None; updated in place in training.
-        running_var: (C,), as ``running_mean``; it takes the unbiased variance.
+        running_var: (C,), as ``running_mean``; updated with the unbiased variance.
         weight: (C,) or None for 1.
         bias: (C,) or None for 0.
-        input_bias: (C,) or None for 0; added to ``input``: the bias of a convolution that ran
-            without it. In training it only changes the running mean, at no cost.
-        residual: of the shape of ``input``, added before the activation; another dtype promotes
-            the result as addition does.
-        residual_norm: the residual's own batch norm, as at the end of a down-sampling block;
-            ``training`` is for both.
-        act: name or torch class of the activation, None for none.
+        input_bias: (C,) or None for 0; added to ``input``, for example the bias of a convolution
+            that ran without it. In training it only changes the running mean, at no cost.
+        residual: has the shape of ``input``; added before the activation. If its dtype differs,
+            the result has the promoted dtype, as after an addition.
+        residual_norm: the batch norm applied to the residual, as at the end of a down-sampling
+            block; ``training`` applies to both norms.
+        act: name or torch class of the activation; None for no activation.
         act_kwargs: options of the activation (``negative_slope``, ``approximate``).
-        training: normalise with the statistics of the batch instead of the running ones.
-        momentum: weight of the batch in the running statistics; a one-element tensor stays on
-            its device.
+        training: normalise with the statistics of the batch instead of the running statistics.
+        momentum: weight of the batch in the running statistics; a one-element tensor is not
+            read on the host.
         eps: added to the variance.
-        num_batches_tracked: one integer or None; goes up by one in training.
+        num_batches_tracked: one-element integer tensor or None; incremented in training.
         fork: return the result as two tensors that share their memory, one for each of two
-            consumers. Backward takes both gradients unsummed, which saves autograd's own addition.
+            consumers. The backward kernels then sum the two gradients, which saves autograd's
+            addition.
 
     Returns:
-        A tensor of the shape and memory format of ``input``, and of its dtype but for a
-        residual of another; with ``fork`` two of them.
+        A tensor with the shape and memory format of ``input``, in the dtype of ``input``, or in the
+        promoted dtype of ``input`` and ``residual``; with ``fork`` two such tensors.
 
     Raises:
-        ValueError: for one value per channel in training, a residual of another shape, a
-            ``residual_norm`` without a residual, an unknown activation or option.
+        ValueError: for an ``input`` that is not 2-D to 5-D or that has one value per channel in
+            training, a ``residual`` of another shape, a ``residual_norm`` without a ``residual``,
+            a ``momentum`` or ``num_batches_tracked`` tensor that does not have one element, or an
+            unknown activation or option.
         TypeError: for a dtype that is not supported.
-        RuntimeError: for parameters or buffers of the wrong size, or on another device.
+        RuntimeError: for parameters or buffers of the wrong size, tensors on different devices,
+            and missing running statistics in evaluation.
 
     Follows `torch.nn.functional.batch_norm` (Ioffe and Szegedy, arXiv 1502.03167).
     """
@@ -541,9 +557,11 @@ def batch_norm(
     momentum: float | Tensor = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    """Batch normalisation with the signature of `torch.nn.functional.batch_norm`.
+    """``(input - mean) / sqrt(var + eps) * weight + bias``, computed by the fused kernels.
 
-    See `batch_norm_act`, of which this is the case without residual and activation.
+    It is `batch_norm_act` without residual and activation; the arguments are described there.
+
+    Signature of `torch.nn.functional.batch_norm` (Ioffe and Szegedy, arXiv 1502.03167).
     """
     return batch_norm_act(
         input, running_mean, running_var, weight, bias, act=None, training=training,

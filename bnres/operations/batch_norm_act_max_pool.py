@@ -18,7 +18,8 @@ from bnres.operations.norms import split_momentum
 
 Size = int | tuple[int, int]
 
-# The stem's output is not recomputed: it is a residual of the first block, which then would be stored.
+# The stem's output is not recomputed: it is the residual of the first block, and an output whose
+# residual is recomputed is stored (see `bnres.recompute`).
 BATCH_NORM_ACT_MAX_POOL = replace(BATCH_NORM_ACT, again=None)
 
 
@@ -45,11 +46,11 @@ def batch_norm_act_max_pool2d(
 ) -> Any:
     """Fused ``max_pool2d(act(batch_norm(input + input_bias)))``, the stem of a ResNet.
 
-    With a 3×3 window, stride 2 and padding 1, the activation is pooled without being written to memory.
-    The values compared are those rounded to the dtype of ``input``; the first of equal ones wins and NaN
-    propagates, as in `torch.nn.functional.max_pool2d`. With any other window, in fp64, for 2^31 elements
-    or more, and for contiguous rows that are not a multiple of 32 bytes, `batch_norm_act` is followed by
-    torch's pooling.
+    With a 3×3 window, stride 2 and padding 1, the activation is pooled without being written to
+    memory. Values are rounded to the dtype of ``input`` before they are compared; of equal values
+    the first is taken, and NaN propagates, as in `torch.nn.functional.max_pool2d`. With any other
+    window, in fp64, for 2^31 elements or more, and for contiguous rows that are not a multiple of
+    32 bytes, `batch_norm_act` runs, followed by torch's pooling.
 
     Args:
         input: (N, C, H, W), fp16, bf16, fp32 or fp64, contiguous or channels_last.
@@ -60,11 +61,15 @@ def batch_norm_act_max_pool2d(
             `batch_norm_act`.
 
     Returns:
-        (N, C, OH, OW) in the dtype and memory format of ``input``; with ``fork`` two of them.
+        (N, C, OH, OW) in the dtype and memory format of ``input``; with ``fork`` two such tensors.
 
     Raises:
         ValueError: for an input that is not 4-D, and as `batch_norm_act`.
-        RuntimeError: for a window that torch does not take, or that does not fit.
+        RuntimeError: for a window that `torch.nn.functional.max_pool2d` rejects, and as
+            `batch_norm_act`.
+
+    Follows `torch.nn.functional.batch_norm` (Ioffe and Szegedy, arXiv 1502.03167) and
+    `torch.nn.functional.max_pool2d`; the stem is from He et al., arXiv 1512.03385.
     """
     if input.dim() != 4:
         raise ValueError(f"expected 4D input (got {input.dim()}D input)")
@@ -99,7 +104,7 @@ def is_stem(
     dilation: Size = 1,
     ceil_mode: bool = False,
 ) -> bool:
-    """Whether a max-pool is that of a ResNet's stem: 3×3, stride 2, padding 1."""
+    """Whether a max-pool has the window of a ResNet's stem: 3×3, stride 2, padding 1."""
     sizes = (kernel_size, kernel_size if stride is None else stride, padding, dilation)
     pairs = [(size, size) if isinstance(size, int) else tuple(size) for size in sizes]
     return pairs == [(3, 3), (2, 2), (1, 1), (1, 1)] and not ceil_mode

@@ -1,7 +1,7 @@
-"""How every fused operation is called and differentiated.
+"""Calls and differentiates the fused operations.
 
-A call goes to ATen, to the operation's Function or operator, or to its formula. Kernels compute the first
-derivatives. Higher derivatives differentiate the formula.
+A call runs ATen, the operation's Function or custom operator, or its formula. Kernels compute first
+derivatives. Higher derivatives come from differentiating the formula.
 """
 
 from collections.abc import Callable, Sequence
@@ -37,31 +37,33 @@ from bnres.recipes import has_recipe, leave_recipe, recomputes
 
 Gradients = tuple[Tensor | None, ...]
 
-# Subclasses of tensors may override what operations do.
+# Other subclasses of Tensor may override operations.
 PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
 
 @dataclass(frozen=True, eq=False)
 class Operation:
-    """What one fused operation consists of.
+    """The functions that make up one fused operation.
 
-    Its functions take and return named tuples. Inputs are the tensors that may need gradients; ``x`` is
-    the first. Buffers are all other tensors. A spec holds every argument that is not a tensor, and
-    ``training`` and ``needs_grad``. The forward pass returns y and the tensors it keeps for backward.
-    The fields of ``Saved`` are those of the inputs, followed by one for each tensor that is kept, the
-    first of which are the statistics.
+    They take and return named tuples. Inputs are the tensors that may need gradients; ``x`` is the
+    first. Buffers are all other tensors. A spec holds every argument that is not a tensor, and
+    ``training`` and ``needs_grad``. The forward pass returns y and the tensors kept for backward.
+    ``Saved`` has the fields of ``Inputs``, followed by a field for each kept tensor; the first of
+    these is the statistics.
 
     Attributes:
         Inputs, Saved: types of the named tuples.
         writes: names of the buffers that training writes to.
-        check: (inputs, buffers, spec) -> None; raises for arguments that do not fit.
-        aten: (inputs, buffers, spec) -> y, by torch's own operations.
+        check: (inputs, buffers, spec) -> None; raises for invalid arguments.
+        aten: (inputs, buffers, spec) -> y, computed by torch's own operations.
         forward: (inputs, buffers, spec, recording=) -> y, followed by the kept tensors.
         saved: (inputs, y, kept, spec) -> saved.
-        backward: (dy, dy_skip, saved, spec, needed, recording) -> a gradient for each input, None where
-            it is not needed. dy_skip is the gradient of a second y, or None.
-        formula: (saved, spec) -> y, by torch's operations, so that it can be differentiated.
-        again: (inputs, kept, spec) -> the same y, to the bit; None if `bnres.recompute` does not apply.
+        backward: (dy, dy_skip, saved, spec, needed, recording) -> a gradient for each input, None
+            if it is not needed. dy_skip is the gradient of a second y, or None.
+        formula: (saved, spec) -> y, computed by torch's operations, so that it can be
+            differentiated.
+        again: (inputs, kept, spec) -> y recomputed, bit-equal; None if `bnres.recompute` does not
+            apply.
     """
 
     Inputs: Any
@@ -77,7 +79,7 @@ class Operation:
 
 
 def call(operation: Operation, inputs: Any, buffers: Any, spec: Any, fork: bool = False) -> Any:
-    """y; with ``fork`` two tensors of y that share their memory, one for each of two consumers."""
+    """y, or with ``fork`` two tensors of y that share their memory, one per consumer."""
     y: Any
     if not uses_kernels(inputs.x):
         return _by_aten(operation, inputs, buffers, spec, fork)
@@ -100,7 +102,10 @@ def call(operation: Operation, inputs: Any, buffers: Any, spec: Any, fork: bool 
 
 
 def _call_carefully(operation: Operation, inputs: Any, buffers: Any, spec: Any, fork: bool) -> Any:
-    """`call` under transforms, modes, torch.compile and `bnres.recompute`, and for other tensor types."""
+    """`call` for all other cases.
+
+    These are transforms, modes, torch.compile, `bnres.recompute` and subclasses of Tensor.
+    """
     if needs_aten(*inputs, *buffers):
         return _by_aten(operation, inputs, buffers, spec, fork)
     operation.check(inputs, buffers, spec)
@@ -139,8 +144,8 @@ def needs_aten(*tensors: Tensor | None) -> bool:
 
 
 def _by_aten(operation: Operation, inputs: Any, buffers: Any, spec: Any, fork: bool) -> Any:
-    """`call` through torch's own operations."""
-    # In a trace, each read of a size would warn.
+    """`call` by torch's own operations."""
+    # While tracing, torch warns whenever Python code reads a size.
     if not is_tracing():
         operation.check(inputs, buffers, spec)
     y = operation.aten(inputs, buffers, spec)
@@ -148,7 +153,7 @@ def _by_aten(operation: Operation, inputs: Any, buffers: Any, spec: Any, fork: b
 
 
 def _is_plain(inputs: Any) -> bool:
-    """Whether only autograd takes part, and all inputs are ordinary tensors."""
+    """Whether all inputs are ordinary tensors and no transform, mode or compiler is active."""
     if is_compiling() or is_watched():
         return False
     for t in inputs:
@@ -159,7 +164,7 @@ def _is_plain(inputs: Any) -> bool:
 
 
 def _by_formula(operation: Operation, inputs: Any, buffers: Any, spec: Any) -> Tensor:
-    """y of inputs that may have tangents; in training it updates the buffers too."""
+    """y computed by the formula, for inputs with tangents; in training it also updates buffers."""
     if spec.training and any(getattr(buffers, name) is not None for name in operation.writes):
         with outside_of_transforms():
             plain = type(buffers)(*map(unwrapped, buffers))
@@ -172,15 +177,15 @@ def _by_formula(operation: Operation, inputs: Any, buffers: Any, spec: Any) -> T
     return operation.formula(operation.Saved(*inputs, statistics), spec)
 
 
-# Of the inputs of `Fused` before the operation's: operation, spec, buffers, recording, fork.
+# The gradients of `Fused`'s first inputs: operation, spec, buffers, recording, fork.
 NO_GRADIENTS = (None,) * 5
 
 
 class Fused(Function):
-    """y of an operation, y again or None, and what the operation keeps for backward.
+    """Returns y of an operation, a second y or None, and the tensors kept for backward.
 
-    With ``fork``, y is returned as two tensors that share their memory, one for each of two consumers:
-    backward takes both gradients, and the kernels sum them.
+    With ``fork``, the second y shares the memory of the first: there is one for each of two
+    consumers. Backward takes both gradients, and the kernels sum them.
     """
 
     @staticmethod
@@ -188,7 +193,7 @@ class Fused(Function):
         y, *kept = operation.forward(operation.Inputs(*inputs), buffers, spec, recording=recording)
         if spec.training and not is_compiling():
             note_writes([getattr(buffers, name) for name in operation.writes])
-        # Detached, as a view would keep y alive in a way that the garbage collector can't see.
+        # Detached: a view would keep y alive by a reference that the garbage collector can't see.
         return y, y.detach() if fork else None, *kept
 
     @staticmethod
@@ -211,7 +216,7 @@ class Fused(Function):
             saved = operation.Saved(*map(_laid_out, saved, ctx.layouts))
         if is_compiling():
             return *NO_GRADIENTS, *operation.backward(dy, dy_skip, saved, spec, needed, None)
-        # By is_grads_batched, several gradients at once.
+        # torch.autograd.grad(is_grads_batched=True) passes several gradients at once.
         batched = is_batched(dy) or (dy_skip is not None and is_batched(dy_skip))
         by_formula = batched or in_forward_mode()
         if not (by_formula or torch.is_grad_enabled() or in_transform()):
@@ -226,10 +231,10 @@ class Fused(Function):
 
 
 class FusedEagerly(Function):
-    """`Fused` outside of torch.func and torch.compile, without what is kept.
+    """`Fused` for eager mode; returns only y, or y twice with ``fork``.
 
-    For a Function with ``setup_context`` torch binds the inputs to forward's signature, for defaults,
-    which takes five times as long as all else that it does.
+    For a Function with ``setup_context`` torch binds the inputs to the signature of ``forward`` to
+    fill in defaults, which takes five times as long as the rest of its work.
     """
 
     @staticmethod
@@ -250,7 +255,7 @@ def _set_up(
     y: Tensor,
     kept: Sequence[Any],
 ) -> None:
-    """Saves on ``ctx`` what backward needs."""
+    """Stores on ``ctx`` what backward needs."""
     ctx.set_materialize_grads(False)
     saved = operation.saved(operation.Inputs(*inputs), y, kept, spec)
     ctx.save_for_backward(*saved)
@@ -261,7 +266,10 @@ def _set_up(
 
 
 def _laid_out(t: Tensor | None, layout: Any) -> Tensor | None:
-    """A saved tensor with the strides and dtype it was saved with; hooks may bring back others."""
+    """A saved tensor in the strides and dtype that it was saved with.
+
+    Saved-tensor hooks may return it in others.
+    """
     if t is None or (t.stride(), t.dtype) == layout:
         return t
     strides, dtype = layout
@@ -269,10 +277,10 @@ def _laid_out(t: Tensor | None, layout: Any) -> Tensor | None:
 
 
 def _gradients(operation: Any, spec: Any, needed: Any) -> tuple[Callable[..., Any], ...]:
-    """Two functions of dy, dy_skip and what is saved: the ``needed`` gradients of the inputs.
+    """Two functions of dy, dy_skip and the saved tensors that return the ``needed`` gradients.
 
-    One has them from the kernels, the other from the operation's formula, so that they can be
-    differentiated again.
+    The first computes them by the kernels. The second differentiates the operation's formula, so
+    its results can be differentiated again.
     """
 
     def by_kernels(dy: Tensor, dy_skip: Tensor | None, *saved: Tensor | None) -> Gradients:
@@ -288,7 +296,7 @@ def _gradients(operation: Any, spec: Any, needed: Any) -> tuple[Callable[..., An
         def y(*inputs: Tensor) -> Tensor:
             return operation.formula(kept._replace(**dict(zip(names, inputs, strict=True))), spec)
 
-        # An input that was not saved does not affect the gradients: zeros do as well.
+        # An input that was not saved does not affect the gradients, so zeros can replace it.
         inputs = [torch.zeros_like(kept.x) if (t := getattr(kept, n)) is None else t for n in names]
         return torch.func.vjp(y, *inputs)[1](dy if dy_skip is None else dy + dy_skip)
 

@@ -1,4 +1,7 @@
-"""act(batch_norm(conv2d(x)) + residual): by one kernel in inference, else torch's convolution first."""
+"""act(batch_norm(conv2d(x)) + residual).
+
+One kernel computes it in inference; otherwise torch's convolution runs, then our batch norm.
+"""
 
 from typing import Any, NamedTuple
 
@@ -39,7 +42,10 @@ class Inputs(NamedTuple):
 
 
 class Spec(NamedTuple):
-    """Every argument that is not a tensor; the tuples have the fields of `ConvShape`, `ConvConfig`."""
+    """The arguments that are not tensors.
+
+    ``shape`` and ``config`` have the fields of `ConvShape` and `ConvConfig`.
+    """
 
     act: str
     act_param: float
@@ -106,28 +112,31 @@ def conv2d_batch_norm_act(
 ) -> Any:
     """Fused ``act(batch_norm(conv2d(input)) + residual)``.
 
-    In training, or where gradients are asked for, it is torch's convolution and our batch norm.
-    Without gradients, in evaluation, one kernel does all of it where that was measured to be
-    faster on this GPU (see `bnres.routes`); in fp32 only if ``torch.backends.cudnn.allow_tf32`` is
-    set, as it is by default. In training the kernels do not add the ``conv_bias``, because
-    subtracting the batch's mean cancels it: it only changes the running mean, and its gradient is
-    zero.
+    In training, or if gradients are needed, torch's convolution is followed by `batch_norm_act`.
+    In evaluation without gradients one kernel computes everything, if it was measured to be faster
+    on this GPU (see `bnres.routes`); in fp32 it also needs ``torch.backends.cudnn.allow_tf32``,
+    which is set by default. In training the kernels do not add ``conv_bias``, because subtracting
+    the batch's mean cancels it: it only changes the running mean, and its gradient is zero.
 
     Args:
-        input: (N, C, H, W); in autocast it is cast as `torch.nn.functional.conv2d` casts it.
-        conv_weight, conv_bias: (K, C / groups, R, S) and (K,) or None.
+        input: (N, C, H, W); under autocast it is cast as in `torch.nn.functional.conv2d`.
+        conv_weight: (K, C / groups, R, S).
+        conv_bias: (K,) or None.
         running_mean, running_var, weight, bias: (K,) or None, as in `batch_norm_act`.
         stride, padding, dilation, groups: as in `torch.nn.functional.conv2d`.
-        residual: of the output's shape (N, K, OH, OW), added before the activation.
+        residual: (N, K, OH, OW), the shape of the output; added before the activation.
         act, act_kwargs, training, momentum, eps, num_batches_tracked, fork: as in
             `batch_norm_act`.
 
     Returns:
-        (N, K, OH, OW); with ``fork`` two of them.
+        (N, K, OH, OW); with ``fork`` two such tensors.
 
     Raises:
         ValueError: for an input that is not 4-D, and as `batch_norm_act`.
         RuntimeError: as `torch.nn.functional.conv2d` and `batch_norm_act`.
+
+    Follows `torch.nn.functional.conv2d` and `torch.nn.functional.batch_norm` (Ioffe and Szegedy,
+    arXiv 1502.03167).
     """
     if input.dim() != 4:
         raise ValueError(f"expected 4D input (got {input.dim()}D input)")
@@ -156,7 +165,7 @@ def _by_kernel(
     eps: float,
     window: tuple[Size, Size | str, Size, int],
 ) -> Tensor | None:
-    """The output by our kernel, or None where torch's convolution is to do it."""
+    """The output computed by our kernel, or None if torch's convolution must run."""
     x, filter, residual = inputs.x, inputs.filter, inputs.residual
     if wants_grad(*inputs):
         return None

@@ -1,4 +1,4 @@
-"""Whether a convolution goes to our kernels, and how."""
+"""Decides whether our kernel runs a convolution, and with which configuration."""
 
 from typing import NamedTuple
 
@@ -15,7 +15,7 @@ KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 class KernelConv(NamedTuple):
-    """How our kernel does a convolution: operands of this type, window, configuration."""
+    """The operands' dtype, the window and the configuration of our kernel for a convolution."""
 
     dtype: torch.dtype
     shape: ConvShape
@@ -31,9 +31,10 @@ def kernel_conv(
     groups: int,
     has_residual: bool,
 ) -> KernelConv | None:
-    """How our kernel does it where it was measured to be faster, or is asked for; else None.
+    """How our kernel runs a convolution; None if torch's convolution must run.
 
-    None, too, where it does not take the operands, or torch has to say what is wrong with them.
+    Our kernel runs if it was measured to be faster or was requested (see `bnres.routes`), and if it
+    supports the operands. Torch's convolution raises the errors for invalid operands.
     """
     if (
         not uses_kernels(input)
@@ -70,7 +71,7 @@ def kernel_conv(
 def _allows_tf32() -> bool:
     """Whether torch's own convolution may round fp32 to TF32, as our kernel does.
 
-    torch.compile cannot read the setting, so what it captures does not.
+    torch.compile cannot read the setting, so the answer is False while it captures a graph.
     """
     if torch.compiler.is_compiling():
         return False
@@ -79,7 +80,7 @@ def _allows_tf32() -> bool:
 
 
 def _common_dtype(input: Tensor, conv_weight: Tensor) -> torch.dtype | None:
-    """The type that both operands are multiplied in, autocast's if that is on."""
+    """The dtype to multiply in, which is autocast's if enabled; None if the operands' differ."""
     device = input.device.type
     if torch.is_autocast_enabled(device) and torch.float64 not in (input.dtype, conv_weight.dtype):
         return torch.get_autocast_dtype(device)
@@ -89,7 +90,7 @@ def _common_dtype(input: Tensor, conv_weight: Tensor) -> torch.dtype | None:
 def _conv_shape(
     conv_weight: Tensor, stride: Size, padding: Size | str, dilation: Size
 ) -> ConvShape | None:
-    """The window, or None if it is none that our kernels take."""
+    """The window, or None if our kernels do not support it."""
     if isinstance(padding, str):
         return None
     pairs = [_pair(value) for value in (stride, padding, dilation)]
@@ -101,6 +102,6 @@ def _conv_shape(
 
 
 def _pair(value: Size) -> tuple[int, ...]:
-    """A number, or a sequence of one, for both axes."""
+    """``value`` for both axes; a number or a sequence of one applies to both."""
     values = (value,) if isinstance(value, int) else tuple(value)
     return values * 2 if len(values) == 1 else values

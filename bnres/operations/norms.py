@@ -1,6 +1,7 @@
 """A batch norm's tensors and options, and the statistics that it normalises with.
 
-Those kept for backward are one tensor, with a row for the mean and one for rstd of each norm.
+The statistics kept for backward are one tensor, with a row for the mean and a row for the rstd of
+each norm.
 """
 
 from typing import Any, NamedTuple
@@ -13,7 +14,7 @@ from bnres.operations.arguments import check_input, check_mapped, check_norm
 
 
 class BatchNormState(NamedTuple):
-    """A batch norm's tensors and options, under the names of `batch_norm_act`'s arguments."""
+    """A batch norm's tensors and options, named as in `bnres.functional.batch_norm_act`."""
 
     running_mean: Tensor | None
     running_var: Tensor | None
@@ -26,7 +27,7 @@ class BatchNormState(NamedTuple):
 
 
 def states_of(inputs: Any, buffers: Any, spec: Any) -> list[BatchNormState]:
-    """The batch norm of x and, if it has one, that of the residual."""
+    """The batch norm of x, followed by the batch norm of the residual if it has one."""
     states = []
     options = ((spec.momentum, spec.eps), (spec.residual_momentum, spec.residual_eps))
     for i in range(1 + spec.has_residual_norm):
@@ -40,7 +41,7 @@ def states_of(inputs: Any, buffers: Any, spec: Any) -> list[BatchNormState]:
 
 
 def check_batch_norm(x: Tensor, norm: BatchNormState, training: bool, name: str = "input") -> None:
-    """Raises for an input that no batch norm takes, and for a state that does not fit it."""
+    """Raises unless ``x`` is a valid input of a batch norm and ``norm`` fits it."""
     check_input(x, training, name)
     check_norm(norm, x.shape[1], x.device, training, "" if name == "input" else f"{name}_")
     if training:
@@ -48,32 +49,35 @@ def check_batch_norm(x: Tensor, norm: BatchNormState, training: bool, name: str 
 
 
 def split_momentum(momentum: float | Tensor) -> tuple[Tensor | None, float]:
-    """A momentum as a device_momentum, which is a tensor or None, and a number."""
+    """A momentum as a tensor or None, and a number, which is 0 if there is a tensor."""
     return (momentum, 0.0) if isinstance(momentum, Tensor) else (None, float(momentum))
 
 
-# Rows start at a multiple of it, where kernels can load vectors.
+# Each row starts at a multiple of this many bytes, so that kernels can use vector loads.
 ROW_BYTES = 128
 
 
 def empty_statistics(x: Tensor, spec: Any) -> Tensor:
-    """Rows for the norms of a call, (2·norms, C and padding), in fp32 (fp64 for fp64)."""
+    """Uninitialised statistics for the norms of a call, in fp32 (fp64 if x is fp64).
+
+    The shape is (2·norms, C rounded up to a multiple of ``ROW_BYTES``).
+    """
     acc, rows = acc_type(x), 4 if spec.has_residual_norm else 2
     step = ROW_BYTES // acc.itemsize
-    # Sizes that are not in a tuple are read faster.
+    # torch parses separate sizes faster than a tuple.
     return x.new_empty(rows, -(-x.shape[1] // step) * step, dtype=acc)
 
 
 def rows_of(statistics: Tensor, x: Tensor) -> list[Statistics]:
-    """The statistics of each norm, (C,)."""
+    """The mean and rstd of each norm, (C,), as views of ``statistics``."""
     rows = statistics[:, : x.shape[1]].unbind()
     return [Statistics(*pair) for pair in zip(rows[::2], rows[1::2], strict=True)]
 
 
 def prepare_evaluation(inputs: Any, buffers: Any, spec: Any, statistics: Tensor | None) -> Any:
-    """The buffers for evaluation: with the running means of inputs to which no bias is added.
+    """The buffers for evaluation, with the input biases subtracted from the running means.
 
-    ``statistics``, if given, are filled from them, as the buffers may change before backward.
+    Fills ``statistics``, if given, from them, because the buffers may change before backward.
     """
     x = inputs.x
     if inputs.input_bias is not None:
@@ -91,7 +95,7 @@ def prepare_evaluation(inputs: Any, buffers: Any, spec: Any, statistics: Tensor 
 
 
 def of_input_bias(statistics: Statistics, input_bias: Tensor | None) -> Statistics:
-    """Statistics for evaluation; their mean is a differentiable function of ``input_bias``."""
+    """Statistics for evaluation whose mean is a differentiable function of ``input_bias``."""
     if input_bias is None:
         return statistics
     return statistics._replace(mean=statistics.mean - (input_bias - input_bias.detach()))
@@ -100,11 +104,11 @@ def of_input_bias(statistics: Statistics, input_bias: Tensor | None) -> Statisti
 def launch_statistics(
     x: Tensor, norm: BatchNormState, training: bool, kept: Statistics | None
 ) -> Statistics | RunningStatistics:
-    """What ``x`` is normalised with.
+    """The statistics that ``x`` is normalised with.
 
-    In training these are the statistics of the batch, which are written to ``kept``, or to scratch
-    memory if that is None. In evaluation ``kept`` already contains the running statistics, and
-    the input bias has been subtracted from the running mean.
+    In training they are the statistics of the batch, which are written to ``kept``, or to scratch
+    memory if it is None. In evaluation ``kept``, if not None, already contains the running
+    statistics, and the input bias has been subtracted from the running mean.
     """
     from bnres.kernels.bn_forward import bn_stats
 

@@ -1,4 +1,4 @@
-"""Custom operators of functions of named tuples, and what is remembered of each kind of call."""
+"""Makes custom operators from functions of named tuples, and records the launches of calls."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -10,17 +10,19 @@ from torch.compiler import is_compiling
 
 from bnres.kernels.torch_internals import dispatches, in_dispatch_mode
 
-# Greatest number of kinds that are remembered.
+# Maximum number of recordings.
 KINDS = 4096
 
 _recordings: dict[Any, "Recording"] = {}
 
 
 class Recording:
-    """Calls of one kind: their input is checked, needs no copies, and launches the same kernels.
+    """The kernel launches of calls of one kind.
+
+    Their arguments have passed the checks, need no copies, and launch the same kernels.
 
     Attributes:
-        forward: the launches.
+        forward: the launches of forward.
     """
 
     __slots__ = ("_backward", "forward")
@@ -32,15 +34,15 @@ class Recording:
         self._backward: dict[Any, Replay] = defaultdict(Replay)
 
     def backward(self, asked: object, gradients: Sequence[Tensor | None]) -> Any:
-        """The launches of backward, which depend on what is asked for and on the gradients' dtypes.
+        """The launches of backward for these requested results and dtypes of the gradients.
 
-        The gradients are stored in memory as the output is.
+        The gradients must have the strides of the output.
         """
         return self._backward[asked, *[None if dy is None else dy.dtype for dy in gradients]]
 
 
 def kind_of(called: object, options: object, *groups: Sequence[Tensor | None]) -> Any:
-    """All that the checks and the launches of an operation depend on, as a key."""
+    """A key of everything that the checks and launches of an operation depend on."""
     return (
         called, options,
         *[
@@ -51,12 +53,12 @@ def kind_of(called: object, options: object, *groups: Sequence[Tensor | None]) -
     )  # fmt: skip
 
 
-# What is known of calls of a kind, or None for the first one.
+# The recording of calls of a kind, or None before the first one.
 find_recording = _recordings.get
 
 
 def recording_of(kind: Any) -> Recording:
-    """What is known of calls of a kind; an empty recording for the first one."""
+    """The recording of calls of a kind; empty for the first one."""
     if kind not in _recordings:
         if len(_recordings) >= KINDS:
             _recordings.clear()
@@ -64,12 +66,12 @@ def recording_of(kind: Any) -> Recording:
     return _recordings[kind]
 
 
-# A field that is a tensor, or None where the options say so.
+# The type of a field that is a tensor or None, which depends on the options.
 Maybe = Any
 
 
 class Gradients(NamedTuple):
-    """What backward operators take first: the gradients of y, which may have been returned twice."""
+    """The gradient of y, and that of the second y if ``fork`` returned two."""
 
     dy: Tensor
     dy_skip: Maybe
@@ -96,20 +98,25 @@ def operator(
     outputs: Any,
     writes: Sequence[str] = (),
 ) -> Callable[..., Any]:
-    """``run`` itself in eager mode; a custom operator of it for torch.compile and `dispatches`.
+    """A function that calls ``run`` in eager mode, and otherwise a custom operator that wraps it.
+
+    The operator is called under torch.compile, in dispatch modes, and for tensors for which
+    `dispatches` is true.
 
     Args:
         name: name of the operator.
-        run: a function of named tuples, those of ``tensors`` before those of ``options``, and a recording.
-        allocate: a function of the same named tuples that returns outputs without values: the fake.
+        run: a function of named tuples, those of ``tensors`` before those of ``options``, and a
+            recording.
+        allocate: a function of the same named tuples that returns uninitialised outputs; it is the
+            fake implementation of the operator.
         tensors: the types of the named tuples of tensors and None.
         options: the types of the named tuples of plain values.
-        outputs: the type that ``run`` returns, of tensors and None. The operator returns an empty
-            tensor in place of None.
+        outputs: the type of the named tuple of tensors and None that ``run`` returns. The operator
+            returns an empty tensor instead of None.
         writes: the fields that ``run`` writes to.
 
     Returns:
-        A function of what ``run`` takes. With a recording it is ``run``; the recording may be None.
+        A function with the arguments of ``run``. If the recording is not None, it calls ``run``.
     """
     groups = (*tensors, *options)
     fields = [field for group in groups for field in get_type_hints(group).items()]

@@ -50,7 +50,10 @@ class Normalised(NamedTuple):
 
 
 class Moments(NamedTuple):
-    """count, mean and M2 of each channel for each norm, (3·norms, C); gathered, (ranks, 3·norms, C)."""
+    """Count, mean and M2 of each channel for each norm, (3·norms, C).
+
+    After the all_gather the shape is (ranks, 3·norms, C).
+    """
 
     moments: Tensor
 
@@ -121,7 +124,7 @@ def _apply(
 def _launch_apply(
     inputs: Inputs, buffers: Buffers, gathered: Moments, outputs: Outputs, spec: Spec
 ) -> None:
-    """Fills ``outputs``; statistics that are not kept are scratch."""
+    """Fills ``outputs``. Statistics that are not kept are written to scratch memory."""
     from bnres.kernels.bn_forward import bn_apply, bn_combine
 
     y, kept, mask, total = outputs
@@ -154,20 +157,20 @@ def _saved(inputs: Inputs, y: Tensor, kept: Sequence[Any], spec: Spec) -> Saved:
 
 
 class Reduced(NamedTuple):
-    """The sums of this rank, a row for each field of `Sums`, (2 or 4, C), and dz if it is asked for."""
+    """The sums of this rank, (2 or 4, C) with a row for each field of `Sums`, and dz if needed."""
 
     sums: Tensor
     dz: Maybe
 
 
 class Totals(NamedTuple):
-    """The sums of all ranks over the total count, (2 or 4, C)."""
+    """The sums over all ranks divided by the total count, (2 or 4, C)."""
 
     sums: Tensor
 
 
 class InputGradients(NamedTuple):
-    """The gradients of x and of a residual with a norm."""
+    """The gradients of x and, if the residual has a norm, of the residual."""
 
     dx: Tensor
     dresidual: Maybe
@@ -242,14 +245,14 @@ def _launch_dx(
 def _backward(
     gradients: Gradients, saved: Saved, spec: Spec, asked: Asked, recording: Recording | None
 ) -> Computed:
-    """dx with the sums of all ranks; the sums that are returned are this rank's."""
+    """dx, computed with the sums of all ranks. The returned sums are those of this rank."""
     if not _reduces(spec, asked):
         return Computed(None, None, None, None)
     sums, dz = _run_reduce(gradients, saved, spec, asked, recording=None)
     dx, dresidual = None, dz if _writes_dz(spec, asked) else None
     if asked.dx:
         totals = Totals(all_gather(sums, spec.group).sum(0, dtype=torch.float64) / saved.total)
-        if dresidual is not None:  # it has the activation's derivative and both gradients in it
+        if dresidual is not None:  # dz already combines both gradients and the activation
             gradients, spec = Gradients(dz, None), spec._replace(act="identity", act_param=0.0)
             saved = saved._replace(residual=None, mask=None)
         dx, of_norm = _run_dx(gradients, saved, totals, spec, recording=None)
@@ -276,7 +279,7 @@ class _Exchange(Function):
 def _statistics(
     inputs: Inputs | Saved, states: Sequence[BatchNormState], spec: Spec
 ) -> list[Statistics]:
-    """The statistics of each norm by torch's operations; updates what buffers the states have."""
+    """The statistics of each norm, by torch's operations. Updates the buffers in ``states``."""
     given = [t for t in _normalised(inputs, spec) if t is not None]
     moments = torch.cat([bn_moments_ref(t) for t in given])
     gathered = _Exchange.apply(moments, spec.group, True)
@@ -313,7 +316,7 @@ def _check(inputs: Inputs, buffers: Buffers, spec: Spec) -> None:
         check_norm(state, x.shape[1], x.device, True, prefix)
         if state.input_bias is not None:
             raise ValueError(
-                f"{prefix}input_bias must be None: no synchronised batch norm takes one"
+                f"{prefix}input_bias must be None: synchronised batch norm does not support it"
             )
 
 
@@ -349,11 +352,11 @@ SYNC_BATCH_NORM_ACT = Operation(
 
 
 def group_named(process_group: Any = None) -> Any:
-    """The process group that an argument stands for: None is the default group, a string a name.
+    """The process group given by an argument: None is the default group, a string a group's name.
 
     Raises:
-        RuntimeError: without a default group.
-        TypeError: for anything but a process group that this process is in.
+        RuntimeError: if ``process_group`` is None and there is no default group.
+        TypeError: if ``process_group`` is not a process group that this process belongs to.
     """
     if process_group is None:
         if not (dist.is_available() and dist.is_initialized()):
@@ -373,7 +376,7 @@ def group_named(process_group: Any = None) -> Any:
 
 
 def _check_ranks(mine: tuple[int, str, bool], group: Any) -> None:
-    """Raises if another rank has other channels, statistics or norms: its tensors would not fit."""
+    """Raises unless all ranks have the same channels, statistics dtype and number of norms."""
     ranks = dist.get_process_group_ranks(group)
     every: list[Any] = [None] * len(ranks)
     dist.all_gather_object(every, mine, group)
@@ -381,7 +384,7 @@ def _check_ranks(mine: tuple[int, str, bool], group: Any) -> None:
     for rank, text in zip(ranks, texts, strict=True):
         if text != texts[0]:
             raise ValueError(
-                f"input must be alike on all ranks, but rank {rank} has {text}; "
+                f"input and residual_norm must match on all ranks, but rank {rank} has {text}; "
                 f"rank {ranks[0]} has {texts[0]}"
             )
 
@@ -403,47 +406,56 @@ def sync_batch_norm_act(
     fork: bool = False,
     process_group: Any = None,
 ) -> Any:
-    """`batch_norm_act` in training, with the statistics of the batches of all ranks together.
+    """Fused ``act(batch_norm(input) + residual)`` with the statistics of all ranks' batches.
 
-    Of ranks r with n_r values a channel, N of them in all, mean = Σ n_r·mean_r / N and
-    var = Σ (M2_r + n_r·(mean_r − mean)²) / N, where M2_r = Σ (x − mean_r)². They are added in rank order in
-    fp64, so all ranks have the same bits in every run. Each direction has one collective, an all_gather
-    of 3·C values (2·C in backward), which the second norm of a ``residual_norm`` shares. The host never
-    waits for the device. With one rank it is `batch_norm_act`.
+    It is `batch_norm_act` in training. If rank r has n_r values per channel and all ranks together
+    have N, then mean = Σ n_r·mean_r / N and var = Σ (M2_r + n_r·(mean_r − mean)²) / N, where
+    M2_r = Σ (x − mean_r)². The sums are taken in rank order in fp64, so all ranks get the same bits
+    in every run. Each direction has one collective, an all_gather of 3·C values (2·C in backward)
+    per norm; a ``residual_norm`` shares the collective. The host never waits for the device. With
+    one rank it is `batch_norm_act`.
 
     Every rank of the group must make the call and its backward, with the same channels and dtype.
-    Batches may have different sizes and may be empty: the gradients of an empty rank are zeros. If all
-    are empty, the running statistics stay as they are. With ``TORCH_DISTRIBUTED_DEBUG=DETAIL`` each call
-    first compares the ranks, which waits for the device; without it, gloo and NCCL may abort or hang where
-    they differ.
+    Batches may have different sizes and may be empty: the gradients of an empty rank are zeros. If
+    all batches are empty, the running statistics do not change. With
+    ``TORCH_DISTRIBUTED_DEBUG=DETAIL`` each call first compares the ranks, which waits for the
+    device; without it, gloo and NCCL may abort or hang if the ranks differ.
 
     Args:
         input, running_mean, running_var, weight, bias, residual, residual_norm, act, act_kwargs,
-            momentum, eps, num_batches_tracked, fork: as in `batch_norm_act`.
-            The gradients of the parameters are this rank's own, which DistributedDataParallel averages.
-        process_group: the ranks that take part, or the name of their group; by default all.
+            momentum, eps, num_batches_tracked, fork: as in `batch_norm_act`. Each rank gets only
+            its part of the parameters' gradients, which DistributedDataParallel averages.
+        process_group: the participating ranks, as a process group or its name; by default all
+            ranks.
 
     Returns:
-        A tensor as `batch_norm_act` returns it; with ``fork`` two of them.
+        A tensor as `batch_norm_act` returns it; with ``fork`` two such tensors.
 
     Raises:
-        RuntimeError: without a default group, and as `batch_norm_act`.
-        TypeError: for a ``process_group`` that is none, or that this process is not in.
-        ValueError: for a CPU tensor in a group of NCCL, an input without channels, ranks that the debug
-            level finds to differ, and as `batch_norm_act`, but not for one value per channel.
+        RuntimeError: if ``process_group`` is None and there is no default group, and as
+            `batch_norm_act`.
+        TypeError: if ``process_group`` is not a process group that this process belongs to, and as
+            `batch_norm_act`.
+        ValueError: for a CPU tensor in an NCCL group, an ``input`` without channels, an
+            ``input_bias`` in ``residual_norm``, ranks that differ (with
+            ``TORCH_DISTRIBUTED_DEBUG=DETAIL``), and as `batch_norm_act`, except that one value per
+            channel is allowed.
 
-    Follows `torch.nn.SyncBatchNorm`; the variance is that of Chan, Golub and LeVeque (1979).
+    Follows `torch.nn.SyncBatchNorm` (Ioffe and Szegedy, arXiv 1502.03167); the variance is combined
+    as in Chan, Golub and LeVeque (1979).
     """
     group = group_named(process_group)
     is_alone = dist.get_world_size(group) == 1
     arguments = as_call(
-        input, running_mean, running_var, weight, bias, None, residual, residual_norm, act, act_kwargs,
-        True, momentum, eps, num_batches_tracked, "" if is_alone else group.group_name,
+        input, running_mean, running_var, weight, bias, None, residual, residual_norm, act,
+        act_kwargs, True, momentum, eps, num_batches_tracked, "" if is_alone else group.group_name,
     )  # fmt: skip
     if is_alone:
         return call(BATCH_NORM_ACT, *arguments, fork)
     if input.device.type == "cpu" and dist.get_backend(group) == "nccl":
-        raise ValueError("process_group: its backend, nccl, takes no CPU tensors, but input is one")
+        raise ValueError(
+            "process_group has the backend nccl, which takes no CPU tensors, got a CPU input"
+        )
     if not is_compiling() and dist.get_debug_level() == dist.DebugLevel.DETAIL:
         _check_ranks((input.shape[1], str(acc_type(input)), residual_norm is not None), group)
     return call(SYNC_BATCH_NORM_ACT, *arguments, fork)
@@ -461,7 +473,10 @@ def sync_batch_norm(
     num_batches_tracked: Tensor | None,
     group: str,
 ) -> Tensor:
-    """A synchronised batch norm, or a local one if ``group`` is empty: a node in the graphs that bnres fuses."""
+    """Batch norm over the ranks of the group named ``group``, or over this rank if it is empty.
+
+    It is a node in the graphs that `bnres.fuse` captures.
+    """
     function: Any = batch_norm_act
     options: dict[str, Any] = {"training": training}
     if group:
