@@ -1,4 +1,4 @@
-"""Processes of a gloo group that run functions of the tests: one pool of them for a whole test file."""
+"""A pool of gloo processes that run functions of the tests, shared by a test file."""
 
 import multiprocessing
 import os

@@ -143,5 +143,5 @@ def test_one_capture(cuda_graphs, dataset, batch_size, expected):
 def test_several_processes_are_refused(cuda_graphs, dataset, monkeypatch):
     config = make_config()
     object.__setattr__(config, "cuda_graphs", True)
-    with pytest.raises(ValueError, match="cuda_graphs: one process captures its batches, not 2"):
+    with pytest.raises(ValueError, match="cuda_graphs works only with one process, got 2"):
         build_state(config, dataset, World(0, 2))

@@ -389,7 +389,7 @@ def test_resnet18(four, route):
 
 
 def check_two_forwards(route):
-    """DistributedDataParallel broadcasts the buffers before each forward; backward does not read them."""
+    """DistributedDataParallel broadcasts buffers before each forward; backward reads none."""
     torch.manual_seed(0)
     stock = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).double()
     ours = bnres.convert_sync_batchnorm(copy.deepcopy(stock))

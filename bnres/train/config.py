@@ -169,8 +169,8 @@ class TrainConfig:
             raise ValueError(f"device {self.device!r} can't be used: {reason}") from error
         if self.sync_bn and not self.fused and torch.device(self.device).type != "cuda":
             raise ValueError(
-                "sync_bn: with no-fused it is torch's SyncBatchNorm, which needs GPUs, but device is "
-                f"{self.device!r}"
+                "sync_bn: with no-fused it is torch's SyncBatchNorm, which needs GPUs, but device "
+                f"is {self.device!r}"
             )
         if self.cuda_graphs and torch.device(self.device).type != "cuda":
             raise ValueError(f"cuda_graphs needs a GPU, but device is {self.device!r}")
