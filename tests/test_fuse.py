@@ -123,7 +123,7 @@ def batch(dims=2, seed=1):
 
 
 def assert_same_steps(stock, fused, x, grad=True):
-    """Outputs, gradients and buffers of both are equal, in training and in evaluation."""
+    """Checks that both have equal outputs, gradients and buffers, in training and in evaluation."""
     for training in (True, False):
         results = []
         for model in (stock, fused):

@@ -84,13 +84,13 @@ WHOLE = [
 
 
 def assert_same(actual, expected, tolerance=DEEP):
-    """The tolerance is relative to the largest expected value."""
+    """Checks equality, with a tolerance relative to the largest expected value."""
     scale = max(1.0, expected.abs().max().item())
     assert (actual - expected).abs().max().item() <= tolerance * scale
 
 
 def assert_same_state(fused, stock, tolerance=DEEP):
-    """Parameters, gradients, running statistics and counters."""
+    """Checks that parameters, gradients and running statistics are equal."""
     for p, q in zip(fused.parameters(), stock.parameters(), strict=True):
         assert_same(p, q, tolerance)
         assert (p.grad is None) == (q.grad is None)
@@ -142,7 +142,7 @@ def assert_architecture(stock, x, norms):
 
 @pytest.fixture(autouse=True)
 def few_graphs():
-    """Drops the graphs of other tests. On the CPU uses ATen, as the interpreter is slow."""
+    """Drops the graphs of other tests. On the CPU uses ATen, because the interpreter is slow."""
     torch._dynamo.reset()
     with use_backend("triton" if DEVICE == "cuda" else "aten"):
         yield

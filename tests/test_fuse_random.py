@@ -208,7 +208,7 @@ def run(seed: int, fuse: Callable[[nn.Module], nn.Module] = bnres.fuse) -> Count
                     f"{wrong}\n\nseed {seed}, {route}, {dtype}:\n{source}\n{script}"
                 )
             if "forward error" in results[0] or "backward error" in results[1]:
-                break  # the two may have stopped at different places
+                break  # the two modules may have stopped at different places
     return seen + Counter(site.pattern for site in sites)
 
 

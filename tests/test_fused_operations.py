@@ -43,7 +43,7 @@ def fused_twin(bn, cls=BatchNormAct2d, **options):
 
 
 def assert_steps_agree(ours, theirs, inputs, norms, wide_norms, dtype):
-    """Outputs, the gradients of inputs and parameters, and buffers, against fp64."""
+    """Compares outputs, buffers and gradients of inputs and parameters with fp64 references."""
     wide = [x.detach().double().requires_grad_() for x in inputs]
     y, expected = ours(*inputs), theirs(*wide)
     assert y.dtype == dtype

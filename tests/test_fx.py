@@ -35,7 +35,7 @@ def route(request):
 
 
 def assert_same(traced, model, x, modes=(True, False)):
-    """Outputs, gradients and buffers of both models are equal, in training and in evaluation."""
+    """Checks that both models have equal outputs, gradients and buffers in both modes."""
     for training in modes:
         found = []
         for m in (traced, model):
