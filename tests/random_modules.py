@@ -1,4 +1,4 @@
-"""Writes the source of random modules: what users write, and stranger code."""
+"""Writes the source of random modules, with code as users write it and stranger code."""
 
 import random
 from collections.abc import Callable
@@ -36,16 +36,17 @@ ADDITIONS = [
     "{x} + {x}", "{x} + {y}.mean(0, keepdim=True)", "{x} + {y}[:1]", "{x}.add_({y}.mean(0))",
     "{x} + 1", "{x} * 0.5 + {y}", "{x} - {y}",
 ]  # fmt: skip
-# Views and aliases: of the input's shape, then of other shapes.
+# Views and aliases; VIEWS have the input's shape, PARTS other shapes.
 VIEWS = ["{x}.detach()", "{x}.view({x}.shape)", "{x}[:]", "{x}.expand_as({x})", "{x}.contiguous()"]
 PARTS = ["{x}[:, :2]", "{x}[0]", "{x}.chunk(2, 1)[0]", "{x}.transpose(0, 1)", "{x}.flatten(1)"]
 WRITES = [
     "{x}.mul_(0.5)", "{x} += 1", "{x}.add_(1)", "{x}[0] = 0", "{x}[:1] *= 2", "{x}.relu_()",
     "{x}.copy_({x}.flip(0))", "{x}.detach().mul_(2)", "F.relu({x}, inplace=True)",
-    "F.dropout({x}, 0.5, True, True)", "torch.sub({x}, 1, out={x})", "torch._foreach_mul_([{x}], 2.0)",
+    "F.dropout({x}, 0.5, True, True)", "torch.sub({x}, 1, out={x})",
+    "torch._foreach_mul_([{x}], 2.0)",
     "{x}.masked_fill_({x} > 1, 0.5)", "{x}.clamp_(-2, 2)",
 ]  # fmt: skip
-# Statements with a norm's tensors: its statistics (read, then written), its affine parameters.
+# Statements that read a norm's statistics, write them, or use its affine parameters.
 READS = [
     "{new} = {x} * {norm}.running_var.mean()", "{new} = {x} + {norm}.running_mean.sum()",
     "{new} = {x} + {norm}.num_batches_tracked", "{new} = {x} * float({norm}.running_var[0])",
@@ -64,7 +65,8 @@ BREAKS = [
     "torch._dynamo.graph_break()", "print(end='')", "{new} = {x} * (1 + abs({x}.mean().item()))"
 ]  # fmt: skip
 OTHERS = [
-    "{new} = {x} * 2", "{new} = torch.exp(-{x}.square())", "{new} = F.dropout({x}, 0.3, self.training)",
+    "{new} = {x} * 2", "{new} = torch.exp(-{x}.square())",
+    "{new} = F.dropout({x}, 0.3, self.training)",
     "{x}.register_hook(lambda g: g * 2) if {x}.requires_grad else None", "{new} = {x}.clone()",
 ]  # fmt: skip
 CONDITIONS = ["self.flag", "self.training", "x.shape[0] > 3", "x.requires_grad", "self.scale > 1"]
@@ -75,7 +77,7 @@ REGIONS = [
 
 
 class Writer:
-    """Writes one class. Variables in ``names`` have the input's shape, in ``parts`` another."""
+    """Writes one class. Variables in ``names`` have the input's shape, those in ``parts`` don't."""
 
     def __init__(self, rng: random.Random, name: str = "Net", dims: int = 0) -> None:
         self.rng, self.name = rng, name
@@ -108,14 +110,14 @@ class Writer:
         return ", ".join(found) + ","
 
     def some(self, of: list) -> list:
-        """None, one or two of them; both may be the same."""
+        """Zero, one or two random items, possibly the same item twice."""
         return self.rng.choices(of, k=self.rng.choice((0, 0, 0, 1, 1, 2))) if of else []
 
     def emit(self, line: str) -> None:
         self.lines.append("    " * self.indent + line)
 
     def pick(self) -> str:
-        """A variable of the input's shape, often the last."""
+        """A random variable of the input's shape, often the last one."""
         return self.rng.choice([*self.names, *self.names[-2:] * 2])
 
     def new(self) -> str:
@@ -217,7 +219,7 @@ class Writer:
             self.disturb()
 
     def disturb(self) -> None:
-        """Something that may keep a batch norm from being fused."""
+        """Writes a statement that may prevent a batch norm from being fused."""
         kind = self.rng.choice(("view", "part", "write", "write", "other", "break", "norm", "norm"))
         if kind == "view":
             self.assign(self.rng.choice(VIEWS).format(x=self.pick()))

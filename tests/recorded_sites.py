@@ -1,4 +1,4 @@
-"""Records what is fused while a test runs."""
+"""Records which batch norms are fused while a test runs."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -27,7 +27,7 @@ def channels_last(t):
     return t.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
-# Every pair of two of these options stands in some row, not every product.
+# Each pair of options occurs in some case, but not every combination.
 CASES = [
     (dtype, SHAPES[(i + 2 * j + k) % len(SHAPES)], last, residual, training)
     for i, dtype in enumerate(TOLERANCE)
@@ -113,7 +113,7 @@ NOT_FINITE = {
     "gelu": ([INF, NAN, NAN], [NAN, NAN, NAN]),
     "gelu_tanh": ([INF, NAN, NAN], [NAN, NAN, NAN]),
 }
-# In torch the derivative of these at NaN depends on whether the element is vectorised.
+# In torch their derivative at NaN depends on whether the element is vectorised.
 TORN = ("relu6", "hardswish")
 
 
@@ -125,7 +125,8 @@ def test_infinity_and_nan(act, dtype):
     same = partial(torch.testing.assert_close, rtol=0, atol=0, equal_nan=True)
 
     leaf = z.clone().requires_grad_()
-    # On the CPU oneDNN's gelu of inf is NaN. Single elements run torch's own gelu, which gives inf.
+    # On the CPU oneDNN computes NaN for gelu(inf). For single elements torch runs its own gelu,
+    # which computes inf.
     y = torch.cat([ACTIVATION_FORMULAS[act](single, 0.25) for single in leaf.split(1)])
     (slope,) = torch.autograd.grad(y, leaf, torch.ones_like(y))
     same(y, values)

@@ -1,4 +1,4 @@
-"""torch.compile captures the layers whole: our operators in the graph, no batch norm of ATen's."""
+"""torch.compile captures layers as our operators, without graph breaks or ATen batch norms."""
 
 import copy
 
@@ -45,7 +45,7 @@ def names(graphs):
     )
 
 
-def test_training_step_is_captured_whole():
+def test_training_step_is_one_graph():
     torch.manual_seed(0)
     graphs = []
 
@@ -110,7 +110,7 @@ def test_dynamic_sizes_in_training():
 
 
 def test_operators_pass_opcheck():
-    """Every operator that calls reach, on the arguments that it is called with."""
+    """Checks each of our operators with the arguments of real calls."""
     calls = []
 
     class Record(TorchDispatchMode):
@@ -149,7 +149,7 @@ def test_fake_tensors_outside_of_their_mode():
 
 
 def capture_on_fake_gpu():
-    """A ResNet-18 of fake CUDA tensors, captured whole; prints the operators of its graph."""
+    """Captures a ResNet-18 of fake CUDA tensors as one graph, and prints its operators."""
     graphs = []
 
     def record(graph, example_inputs):
@@ -178,7 +178,7 @@ def capture_on_fake_gpu():
     print(names(graphs))
 
 
-def test_fake_gpu_model_is_captured_whole():
+def test_fake_gpu_model_is_one_graph():
     result = run_compiled("-c", "from tests.test_compile import *; capture_on_fake_gpu()")
     assert result.stdout.count("bnres.") == 17, result.stderr
     assert "batch_norm.default" not in result.stdout

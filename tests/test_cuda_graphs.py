@@ -1,4 +1,4 @@
-"""Forward and backward replayed from a CUDA graph: the same training as without."""
+"""Training with forward and backward replayed from a CUDA graph equals training without."""
 
 from contextlib import contextmanager, nullcontext
 
@@ -15,9 +15,10 @@ from tests.device import DEVICE
 
 
 class RecordedGraph(TorchDispatchMode):
-    """What a CUDA graph does, on the CPU: the same operations again, on the same memory.
+    """A CPU stand-in for a CUDA graph: replays the same operations on the same memory.
 
-    A capture runs nothing, while this does; its first replay does nothing in turn.
+    Unlike the capture of a CUDA graph, recording also runs the operations, so the first replay
+    does nothing.
     """
 
     def __init__(self):
@@ -44,7 +45,7 @@ class RecordedGraph(TorchDispatchMode):
 
 @pytest.fixture
 def cuda_graphs(monkeypatch):
-    """The real ones on a GPU; without, torch's interface of them over `RecordedGraph`."""
+    """CUDA graphs on a GPU; on a CPU, replaces torch's interface to them by `RecordedGraph`."""
     if DEVICE == "cuda":
         return
 
@@ -81,7 +82,7 @@ def make_config(**options):
 
 
 def graphed(config, dataset):
-    """A run whose passes are graphed, on whatever device the tests run."""
+    """A run whose passes use CUDA graphs, on the device of the tests."""
     state, batches = build_state(config, dataset)
     passes = state.passes
     state.passes = GraphedPasses(state.model, passes.forward, passes.scaler, config)
@@ -92,16 +93,16 @@ def graphed(config, dataset):
     "options",
     [
         {},
-        # The smaller stem leaves an image more than one pixel wide where a stride meets it: of one
-        # pixel torch's bf16 convolution on the CPU leaves gradients unwritten.
+        # With the smaller stem, images are wider than one pixel at every strided convolution. For
+        # one pixel torch's bf16 convolution on the CPU leaves gradients unwritten.
         {"dtype": "bf16", "stem": "cifar", "clip_norm": 1.0, "ema": 0.9, "flip": True},
-        # And no max-pool, of which torch does not promise the same bits on a GPU.
+        # It has no max-pool either, whose results torch does not promise to be bit-equal on a GPU.
         {"stem": "cifar", "optimizer": "adamw", "schedule": "cosine", "fused": False},
     ],
     ids=str,
 )
-def test_the_same_bits(cuda_graphs, dataset, options):
-    """Two epochs of five batches and a smaller last one, which runs as it is."""
+def test_training_is_bit_equal(cuda_graphs, dataset, options):
+    """Trains two epochs of five batches and a smaller last one, which runs without the graph."""
     config = make_config(deterministic=DEVICE == "cuda", **options)
     with use_backend("triton" if DEVICE == "cuda" else "aten"):
         expected, batches = build_state(config, dataset)
@@ -121,12 +122,12 @@ def test_the_same_bits(cuda_graphs, dataset, options):
 
 @pytest.mark.parametrize(
     ("batch_size", "expected"),
-    # 5 whole batches and one of 4, or 2 and one of 12: it is neither warm-up nor captured.
+    # 5 full batches and one of 4, or 2 and one of 12; the last is neither warm-up nor captured.
     [(8, [8, 8, 8, 8, 4, 4]), (16, [16, 16, 12, 16, 16, 12])],
     ids=str,
 )
 def test_one_capture(cuda_graphs, dataset, batch_size, expected):
-    """Behind the warm-up each whole batch is a replay, and no other is."""
+    """After the warm-up, full batches are replays and other batches are not."""
     config = make_config(batch_size=batch_size)
     with use_backend("triton" if DEVICE == "cuda" else "aten"):
         state, batches = graphed(config, dataset)

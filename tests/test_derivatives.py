@@ -74,7 +74,7 @@ def fused(stats, act, training):
 
 
 def formula(stats, act, training):
-    """In torch's elementary operations: the third derivative of its own batch norm is wrong."""
+    """Batch norm in elementary operations: the third derivative of torch's batch norm is wrong."""
 
     def run(x, weight, bias, residual):
         mean, var = stats
@@ -124,8 +124,8 @@ def test_forward_over_reverse():
     assert_close(products[0], products[1], torch.float64)
 
 
-def test_tensor_that_left_a_transform():
-    """What leaks out of torch.func is unwrapped, with gradients recorded and without."""
+def test_tensor_returned_out_of_a_transform():
+    """A tensor that leaks out of torch.func is unwrapped, with and without recorded gradients."""
     (x, *others), stats = inputs()
     leaked = []
     torch.func.grad(lambda x: (leaked.append(x), x.sum())[1])(x)
@@ -137,7 +137,7 @@ def test_tensor_that_left_a_transform():
 
 
 def test_tangents_outside_of_grad_mode():
-    """Of the output inside no_grad, and of a gradient that no graph is made of."""
+    """Checks tangents of an output inside no_grad, and of a gradient without a graph."""
     (x, *others), stats = inputs()
     direction = torch.randn_like(x)
     found = []
@@ -155,7 +155,7 @@ def test_tangents_outside_of_grad_mode():
 
 
 def pooled(x, weight, bias):
-    """In fp32, which the kernel takes."""
+    """The pooled operation in fp32, which the kernel supports."""
     return batch_norm_act_max_pool2d(
         x.float(), None, None, weight, bias, kernel_size=3, stride=2, padding=1,
         training=True,
@@ -171,7 +171,7 @@ def summed(x, weight, bias):
 
 @pytest.mark.parametrize("run", [pooled, summed])
 def test_tangents_of_a_dual_level_are_those_of_jvp(run):
-    """Of the output, and of the gradient."""
+    """Compares the tangents of the output and of the gradient."""
     (*primals, _), _ = inputs()
     tangents = [torch.randn_like(p) for p in primals]
     primals[0].requires_grad_()
@@ -198,7 +198,7 @@ def added(x, weight, bias):
     return batch_norm_act(x, None, None, weight, bias, residual=x.sin(), act="silu", training=True)
 
 
-# Ours and the same in torch's elementary operations.
+# Our operation, and the same in torch's elementary operations.
 OPERATIONS = {
     "added": (added, lambda x, w, b: torch.nn.functional.silu(normalized(x, w, b) + x.sin())),
     "two norms": (
@@ -213,7 +213,7 @@ OPERATIONS = {
 
 
 def of_rows(make):
-    """A transform of torch.func as a function of an operation, by x, weight and bias."""
+    """A transform of torch.func, applied to an operation of x, weight and bias."""
     return lambda run, inputs: make(run)(*inputs)
 
 
@@ -253,7 +253,10 @@ def test_transforms_of_torch_func(operation, transform):
 
 @pytest.mark.parametrize("transform", ["jacrev", "jacfwd", "vmap of vjp"])
 def test_transforms_update_statistics_once(transform):
-    """As they do torch's own; `torch.func.linearize` calls its function twice, and updates twice."""
+    """A transform updates the running statistics once, as with torch's batch norm.
+
+    `torch.func.linearize` calls its function twice, so it updates them twice.
+    """
     x = inputs()[0][0]
     weight, bias = torch.ones(2, 3, dtype=torch.float64, device=DEVICE)
     mean, var = torch.zeros(3, device=DEVICE), torch.ones(3, device=DEVICE)
@@ -271,7 +274,7 @@ def test_transforms_update_statistics_once(transform):
 
 
 def test_forward_mode_under_vmap():
-    """Each mapped batch has its tangent; running statistics that are not mapped are refused."""
+    """Checks the tangent of each mapped batch. Unmapped running statistics are refused."""
     torch.manual_seed(8)
     x = torch.randn(4, 3, 2, 2, 2, dtype=torch.float64, device=DEVICE)
     weight, bias = torch.randn(2, 2, dtype=torch.float64, device=DEVICE)

@@ -18,7 +18,7 @@ IMAGES = (3, 2, 4, 4)
 
 
 class TwoNorms(torch.nn.Module):
-    """A residual with its own batch norm, and a fork."""
+    """A model with a batch norm on the residual, and a forked output."""
 
     def __init__(self):
         super().__init__()
@@ -103,7 +103,7 @@ def test_trace(name, training):
 
 
 @pytest.mark.parametrize("name", ["BatchNormAct2d", "BatchNormActMaxPool2d", "block"])
-def test_trace_warns_of_nothing(name):
+def test_trace_does_not_warn(name):
     model, x = model_of(name)
     with warnings.catch_warnings():
         warnings.simplefilter("error", torch.jit.TracerWarning)
@@ -139,7 +139,8 @@ def test_onnx(name, dynamo, tmp_path):
     runtime = pytest.importorskip("onnxruntime", reason="runs the exported file")
     pytest.importorskip("onnxscript", reason="torch.onnx needs it to export")
     model, x = model_of(name)
-    # In a Sequential: the older exporter passes a root's keyword-only arguments by position.
+    # In a Sequential, because the older exporter passes the root module's keyword-only arguments
+    # by position.
     model, x = torch.nn.Sequential(model).eval().float().cpu(), x.float().cpu()
     path = str(tmp_path / "model.onnx")
     torch.onnx.export(model, (x,), path, dynamo=dynamo, input_names=["x"], verbose=False)

@@ -1,4 +1,4 @@
-"""fold: the same outputs without the batch norms that follow convolutions."""
+"""fold: outputs are unchanged when batch norms are folded into the convolutions before them."""
 
 import copy
 import gc
@@ -19,12 +19,12 @@ from tests.device import DEVICE
 from tests.tolerances import assert_close
 
 ATEN = "triton" if DEVICE == "cuda" else "aten"
-# How many batch norms are kept: they follow no convolution, or are only called in training.
+# Number of batch norms that are kept: no convolution precedes them, or only training calls them.
 KEPT = {"resnet18": 0, "densenet121": 62, "mobilenet_v2": 0, "googlenet": 2, "regnet_y_400mf": 0}
 
 
 def with_statistics(model):
-    """Running statistics and parameters as training leaves them, not as it finds them."""
+    """``model`` with random running statistics and parameters, as after training."""
     torch.manual_seed(1)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -79,7 +79,7 @@ def test_residual_block_through_the_kernels(route, monkeypatch):
         assert_close(bnres.fuse(stock)(x), expected, torch.float32, tf32=True)
 
 
-def test_what_can_not_be_folded():
+def test_batch_norms_that_can_not_be_folded():
     shared = nn.Conv2d(3, 3, 1)
     hooked = nn.Conv2d(3, 3, 1)
     hooked.register_forward_hook(lambda module, inputs, output: None)
@@ -101,7 +101,7 @@ def test_what_can_not_be_folded():
 
 
 class Shares(nn.Module):
-    """Convolutions and batch norms that are called more than once."""
+    """A model that calls convolutions and batch norms more than once."""
 
     def __init__(self):
         super().__init__()
@@ -113,7 +113,7 @@ class Shares(nn.Module):
         return self.conv(y) + self.b(self.other(y))
 
 
-def test_what_is_called_more_than_once_is_kept():
+def test_modules_called_more_than_once_are_kept():
     model = with_statistics(Shares().to(DEVICE)).double()
     x = batch(2, 3, 4, 4)
     folded = bnres.fold(model, x)
@@ -122,7 +122,7 @@ def test_what_is_called_more_than_once_is_kept():
 
 
 class ReadsElsewhere(nn.Module):
-    """A forward that also reads a tensor of the convolution or of the batch norm."""
+    """A model whose forward also reads a tensor of the convolution or of the batch norm."""
 
     READS = (
         lambda m, x, y: y + F.conv2d(x, m.conv.weight, padding=1),
@@ -174,7 +174,7 @@ def test_forwards_that_can_not_be_folded_are_refused():
         bnres.fold(Prints(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)).to(DEVICE).eval(), x)
 
 
-def test_folded_models_are_of_torchs_own_modules():
+def test_folded_models_contain_only_modules_of_torch():
     stock = nn.Sequential(nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8), nn.ReLU())
     stock = with_statistics(stock.to(DEVICE))
     x = torch.randn(2, 8, 3, 3, device=DEVICE)
@@ -222,7 +222,7 @@ def test_no_tensor_of_a_model_outlives_it():
     assert weight() is None
 
 
-def test_the_error_of_a_forward():
+def test_an_error_in_the_forward_is_raised():
     class Refuses(nn.Sequential):
         def forward(self, x):
             raise KeyError("mine")

@@ -1,4 +1,4 @@
-"""fuse and explain: which patterns are fused and which not; results equal the stock model's."""
+"""fuse and explain: which patterns are fused, and that results equal the stock model's."""
 
 import copy
 import pickle
@@ -123,7 +123,7 @@ def batch(dims=2, seed=1):
 
 
 def assert_same_steps(stock, fused, x, grad=True):
-    """Outputs, gradients and buffers of both are equal, in training and in evaluation."""
+    """Checks that both have equal outputs, gradients and buffers, in training and in evaluation."""
     for training in (True, False):
         results = []
         for model in (stock, fused):
@@ -142,7 +142,7 @@ def assert_same_steps(stock, fused, x, grad=True):
 
 
 def test_repr():
-    """A fused model says so; its copies and pickles are unfused, and load without bnres."""
+    """The repr shows that a model is fused. Copies and pickles are unfused and need no bnres."""
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
     stock, fused = repr(model), bnres.fuse(model)
     assert repr(fused) == stock.replace("(\n", "(\n  fused by bnres\n", 1)
@@ -297,7 +297,7 @@ def test_frozen_norms(cls, backend):
     with use_backend("triton" if DEVICE == "cuda" else backend):
         assert_same_steps(stock, fused, batch())
         x = torch.randn(3, 4, 16, 16, dtype=torch.float64, device=DEVICE, requires_grad=True)
-        # More only by the statistics and, with kernels, one bit per element.
+        # It saves more only by the statistics and, with kernels, one bit per element.
         assert held_bytes(fused, x) < 1.05 * held_bytes(stock, x)
 
 
@@ -328,8 +328,8 @@ def test_scaling_over_another_dimension_is_not_a_frozen_norm():
     assert_same_steps(stock, bnres.fuse(stock), batch()[..., :4])
 
 
-def test_two_readers_get_a_tensor_each(monkeypatch):
-    """Where two layers read a block's output, the block's backward sums their gradients."""
+def test_two_readers_get_separate_tensors(monkeypatch):
+    """If two layers read a block's output, the block's backward sums their gradients."""
     from bnres.operations import batch_norm_act
 
     given, run = [], batch_norm_act._run_backward
@@ -348,7 +348,7 @@ def test_two_readers_get_a_tensor_each(monkeypatch):
     with use_backend("triton" if DEVICE == "cuda" else "triton-interpreter"):
         assert_same_steps(stock, fused, x)
         given.clear()
-        fused.float()(x.float()).sum().backward()  # the kernels pool fp32, and not fp64
+        fused.float()(x.float()).sum().backward()  # the kernels pool fp32 but not fp64
     # Backward runs the last block's bn2 and bn1, the first block's bn2 and bn1, the stem.
     assert given == [False, False, True, False, True]
 
@@ -360,14 +360,14 @@ def written_through_a_readers_view(m, x):
     return torch.cat([view, F.relu(m.bn2(x) + y)], 1)
 
 
-def test_a_reader_that_writes():
+def test_a_reader_that_writes_in_place():
     stock = stock_net(written_through_a_readers_view)
     with use_backend("triton" if DEVICE == "cuda" else "triton-interpreter"):
         assert_same_steps(stock, bnres.fuse(stock), batch())
 
 
 class Fade(nn.Module):
-    """Its output depends on buffers, a list and a mode, which change after the first call."""
+    """A model that depends on buffers, a list and a mode, which change after the first call."""
 
     def __init__(self):
         super().__init__()
@@ -382,7 +382,7 @@ class Fade(nn.Module):
         return (y * 2 if self.on else y) * sum(self.factors)
 
 
-def test_what_a_forward_depends_on_may_change():
+def test_state_that_a_forward_reads_may_change():
     stock = Fade().to(DEVICE).double()
     fused = bnres.fuse(stock)
     for change in (
@@ -437,7 +437,7 @@ def test_explain_names_norms_of_broken_graphs():
         ("0.bn", "bn-act"), ("0.bn2", "bn"), ("0.unused", "-"),
         ("1.bn", "bn-act"), ("1.bn2", "bn"), ("1.unused", "-"), ("2", "-"),
     ]  # fmt: skip
-    # Dynamo captures no frame of torch.nn: after a break the rest of a Sequential runs as it is.
+    # Dynamo captures no frame of torch.nn: after a break the rest of a Sequential runs unfused.
     assert report.sites[6].reason == report.sites[2].reason
     assert report.sites[2].reason.startswith("not in a captured graph: ")
     assert str(report).splitlines()[-1] == "4 fused sites of 7"
@@ -448,7 +448,7 @@ def test_explain_names_norms_of_broken_graphs():
 
 def test_explain_without_inputs():
     (site,) = bnres.explain(nn.Sequential(nn.BatchNorm2d(4))).sites
-    assert not site.fused and "example of the model's inputs" in site.reason
+    assert not site.fused and "needs example inputs" in site.reason
 
 
 def test_every_site_of_resnet18_is_fused():
@@ -506,7 +506,7 @@ assert "bnres" in sys.modules
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_many_fused_models_do_not_share_a_limit_of_graphs(monkeypatch):
+def test_fused_models_do_not_share_the_limit_of_graphs(monkeypatch):
     """torch stores at most 8 graphs per code object; all modules share that of ``__call__``."""
     from bnres.fusion import rewrite
 

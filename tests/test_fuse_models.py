@@ -69,7 +69,7 @@ SMALL = {
     "timm-efficientnet": (partial(of_timm, "test_efficientnet"), 13),
     "timm-byobnet": (partial(of_timm, "test_byobnet"), 14),
 }
-# The others take ten seconds and more each.
+# The others take at least ten seconds each.
 QUICK = ("mobilenet_v2", "densenet", "lenet-seed", "timm-resnet", "timm-efficientnet")
 # Name, image size, number of batch norms.
 WHOLE = [
@@ -84,13 +84,13 @@ WHOLE = [
 
 
 def assert_same(actual, expected, tolerance=DEEP):
-    """The tolerance is relative to the largest expected value."""
+    """Checks equality, with a tolerance relative to the largest expected value."""
     scale = max(1.0, expected.abs().max().item())
     assert (actual - expected).abs().max().item() <= tolerance * scale
 
 
 def assert_same_state(fused, stock, tolerance=DEEP):
-    """Parameters, gradients, running statistics and counters."""
+    """Checks that parameters, gradients and running statistics are equal."""
     for p, q in zip(fused.parameters(), stock.parameters(), strict=True):
         assert_same(p, q, tolerance)
         assert (p.grad is None) == (q.grad is None)
@@ -116,7 +116,7 @@ def step(model, x, rate=0.01):
 
 
 def assert_trains_alike(fused, stock, x, tolerance=DEEP):
-    """Training, evaluation, training again, a smaller last batch."""
+    """Compares training, evaluation, training again, and a smaller last batch."""
     for batch in (x, None, x, x[:-1]):
         outputs = []
         for model in (fused, stock):
@@ -142,7 +142,7 @@ def assert_architecture(stock, x, norms):
 
 @pytest.fixture(autouse=True)
 def few_graphs():
-    """Drops the graphs of other tests. On the CPU uses ATen, as the interpreter is slow."""
+    """Drops the graphs of other tests. On the CPU uses ATen, because the interpreter is slow."""
     torch._dynamo.reset()
     with use_backend("triton" if DEVICE == "cuda" else "aten"):
         yield
@@ -174,7 +174,7 @@ def test_whole_architectures(name, size, norms):
 
 
 def small():
-    """A stem with a max-pool, a block that adds two batch norms, one that adds its input."""
+    """A stem with a max-pool, a block that adds two batch norms, and one that adds its input."""
     torch.manual_seed(0)
     shortcut = nn.Sequential(nn.Conv2d(4, 6, 1, stride=2, bias=False), nn.BatchNorm2d(6))
     model = nn.Sequential(
@@ -219,7 +219,7 @@ def test_interpreted_kernels():
 
 
 class Additions(nn.Module):
-    """In-place additions to tensors that nothing reads afterwards, and to others."""
+    """A model with in-place additions to tensors that are read afterwards, and that are not."""
 
     def __init__(self):
         super().__init__()
@@ -508,7 +508,7 @@ def test_data_parallel(pair):
     assert_same_state(*pair)
 
 
-def test_an_output_is_freed(pair):
+def test_the_memory_of_an_output_is_freed(pair):
     output = weakref.ref(pair[0](batch()))
     gc.collect()
     assert output() is None
@@ -517,7 +517,7 @@ def test_an_output_is_freed(pair):
 @pytest.mark.parametrize(
     "inner", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
 )
-def test_the_backend_and_what_compiles_its_graph(inner):
+def test_the_backend_and_its_inner_compiler(inner):
     stock = small()
     model = torch.compile(copy.deepcopy(stock), backend=backend, options={"inner": inner})
     for _ in range(2):
@@ -556,7 +556,7 @@ def test_inductor(inductor_cache):
 
 
 @pytest.mark.slow
-def test_inductor_with_a_pass_of_the_users(inductor_cache):
+def test_inductor_with_a_user_pass(inductor_cache):
     from torch._inductor import config
 
     seen = []
@@ -574,7 +574,7 @@ def test_inductor_with_a_pass_of_the_users(inductor_cache):
     assert (before, norms(graph)) == (6, 0)
 
 
-def test_what_inductors_code_depends_on():
+def test_inductor_cache_key():
     from bnres.fusion.inductor import FusePass
 
     first = FusePass(None)

@@ -82,7 +82,7 @@ def nested(self, x):
 
 
 def test_checkpoints_in_a_checkpoint():
-    """In backward their batch norms run, and count, again."""
+    """In backward their batch norms run again, and increment their counters again."""
 
     def forward(self, x):
         return checkpoint(lambda x: nested(self, x) + self.bn2(x), x, use_reentrant=False)
@@ -105,7 +105,7 @@ def test_an_argument_of_a_checkpoint_that_is_written_afterwards():
 
 
 def test_a_bias_that_is_written_afterwards():
-    """Our backward reads it; torch's own does not."""
+    """Our backward reads the bias; torch's does not."""
 
     def forward(self, x):
         y = F.relu(F.relu(self.bn(x)) + self.bn2(x))
@@ -116,7 +116,7 @@ def test_a_bias_that_is_written_afterwards():
     check(forward, ["-", "bn-add-act"], "the bias of the batch norm is written in place afterwards")
 
 
-def test_two_batch_norms_of_one_tensor_between_each_others_ends():
+def test_two_interleaved_batch_norms_of_one_tensor():
     def forward(self, x):
         y, z = self.bn(x), self.bn2(x)
         return F.silu(y), F.silu(z)
@@ -318,7 +318,7 @@ def conv_of_one_image(self, x):
 
 
 def counter_of_another(self, x):
-    """bn2's counter goes up right before a call of batch norm that has no counter."""
+    """bn2's counter is incremented right before a call of a batch norm without a counter."""
     self.bn2.num_batches_tracked.add_(1)
     mean, var = self.bn.running_mean, self.bn.running_var
     y = F.batch_norm(x, mean, var, None, None, True)
@@ -400,7 +400,7 @@ def residual_is_the_statistics_of_torchs_own_norm(self, x):
 
 
 def residual_is_the_statistics_of_an_operator(self, x):
-    """The operator's schema does not tell that it writes to them."""
+    """The operator writes to the statistics, but its schema does not declare it."""
     bn = self.bn2
     y = self.bn(x) + bn.running_mean.view(1, 4, 1, 1).expand_as(x)
     z, *_ = torch.ops.aten.native_batch_norm.default(
@@ -720,7 +720,7 @@ ARITHMETIC = [
 
 
 @pytest.mark.parametrize("forward", ARITHMETIC, ids=lambda forward: forward.__name__)
-def test_arithmetic_that_is_no_batch_norm(forward):
+def test_arithmetic_that_is_not_a_batch_norm(forward):
     check(forward, [])
 
 
@@ -739,7 +739,7 @@ def test_frozen_statistics_that_need_gradients():
     check(lambda self, x: arithmetic(x, self.bn), ["bn"])
 
 
-def test_numbers_that_depend_on_the_batch_size():
+def test_a_slope_that_depends_on_the_batch_size():
     def forward(self, x):
         n, bn = x.shape[0], self.bn
         y = F.batch_norm(x, bn.running_mean, bn.running_var, None, None, True, n / 10, n / 100)

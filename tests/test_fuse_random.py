@@ -1,4 +1,4 @@
-"""fuse on random modules: the fused module gives the stock module's results or raises its error.
+"""fuse on random modules: the fused module returns the stock module's results or raises its error.
 
 ``python -m tests.test_fuse_random SEED [COUNT]`` runs COUNT seeds, one by default, and prints the
 modules that fail.
@@ -65,15 +65,15 @@ def changes(rng: random.Random, model: nn.Module) -> list[tuple[str, str]]:
     return rng.choice(
         [
             "model.flag = not model.flag", "model.scale += 1", "model.eval()", "model.train()",
-            f"{norm}.train(not {norm}.training)", f"{norm}.momentum = 0.7", f"{norm}.momentum = None",
-            f"{norm}.eps = 0.01", f"{norm}.requires_grad_(False)", "model.requires_grad_(False)",
-            "model.requires_grad_(True)", "pass", "pass",
+            f"{norm}.train(not {norm}.training)", f"{norm}.momentum = 0.7",
+            f"{norm}.momentum = None", f"{norm}.eps = 0.01", f"{norm}.requires_grad_(False)",
+            "model.requires_grad_(False)", "model.requires_grad_(True)", "pass", "pass",
         ]
     )  # fmt: skip
 
 
 def step(model: nn.Module, x: torch.Tensor, seed: int, leaf: bool, grad: bool) -> dict:
-    """The results of a call and its backward, and all that they change."""
+    """The results of a call and its backward, and everything that they change."""
     found: dict = {}
     torch.manual_seed(seed)
     model.zero_grad()
@@ -119,7 +119,8 @@ def difference(found: dict, expected: dict, tolerance: float) -> str:
         same = None not in errors and isinstance(errors[0], type(errors[1]))
         return "" if same else f"forward: {errors[0]!r:.600}, stock {errors[1]!r:.300}"
     if "backward error" in expected:
-        # Ours saves fewer tensors, so it may succeed where one that stock saves is overwritten.
+        # Ours saves fewer tensors, so it may succeed if a tensor that the stock module saves is
+        # overwritten.
         for name in ("gradients", "buffers after"):
             found.pop(name), expected.pop(name)
         found["backward error"] = expected["backward error"]
@@ -141,16 +142,16 @@ def difference(found: dict, expected: dict, tolerance: float) -> str:
 
 
 def with_torchs_backend(model: nn.Module) -> nn.Module:
-    """A copy that Dynamo captures and nothing rewrites."""
+    """A copy that Dynamo captures without rewriting the graph."""
     twin = copy.deepcopy(model)
     twin.compile(backend="eager")
     return twin
 
 
 def check(seed: int) -> Counter:
-    """As `run`, but passes a module that torch's own "eager" backend runs wrong too.
+    """`run`, except that a module passes if torch's "eager" backend runs it incorrectly too.
 
-    Dynamo loses a hook on an input that is written in place, for example.
+    For example, Dynamo loses a hook on an input that is written in place.
     """
     try:
         return run(seed)
@@ -172,7 +173,7 @@ def run(seed: int, fuse: Callable[[nn.Module], nn.Module] = bnres.fuse) -> Count
     rng = random.Random(-1 - seed)
     source, shape = write_module(seed)
     interpreted = seed % 10 == 9
-    # In fp64 autocast rounds nothing; in bf16 a rounding decides which of two values a pooling takes.
+    # In fp64 autocast rounds nothing. In bf16 a rounding decides which of two values pooling takes.
     narrow = seed % 20 in (7, 19) and "autocast" not in source
     dtype = torch.float32 if narrow else torch.float64
     tolerance = 1e-3 if narrow else 1e-7
@@ -207,21 +208,21 @@ def run(seed: int, fuse: Callable[[nn.Module], nn.Module] = bnres.fuse) -> Count
                     f"{wrong}\n\nseed {seed}, {route}, {dtype}:\n{source}\n{script}"
                 )
             if "forward error" in results[0] or "backward error" in results[1]:
-                break  # the two may have stopped at different places
+                break  # the two modules may have stopped at different places
     return seen + Counter(site.pattern for site in sites)
 
 
 def overwritten(found: dict, expected: dict) -> bool:
     """Whether only the fused backward raises because a tensor that it reads was written to.
 
-    It may read the bias. A write in another graph can't be seen when a graph is rewritten.
+    It may read the bias, and a pass over one graph can't see a write in another graph.
     """
     error = str(found.get("backward error", ""))
     return "backward error" not in expected and "modified by an inplace operation" in error
 
 
 def run_many(seeds: range) -> None:
-    """Runs some seeds; an error shows the module and its seed."""
+    """Runs seeds; an error contains the module and its seed."""
     total = sum(map(check, seeds), Counter())
     fused = sum(n for name, n in total.items() if name.startswith(("bn-", "bn+", "conv-bn")))
     assert fused >= len(seeds), total  # otherwise hardly anything was fused

@@ -1,4 +1,4 @@
-"""Two batch norms, pooled batch norm, forked outputs: against stock layers."""
+"""Two batch norms, pooled batch norm and forked outputs, compared with stock layers."""
 
 import copy
 
@@ -43,7 +43,7 @@ def fused_twin(bn, cls=BatchNormAct2d, **options):
 
 
 def assert_steps_agree(ours, theirs, inputs, norms, wide_norms, dtype):
-    """Outputs, the gradients of inputs and parameters, and buffers, against fp64."""
+    """Compares outputs, buffers and gradients of inputs and parameters with fp64 references."""
     wide = [x.detach().double().requires_grad_() for x in inputs]
     y, expected = ours(*inputs), theirs(*wide)
     assert y.dtype == dtype
@@ -114,7 +114,7 @@ def test_each_norm_of_two_has_its_own_eps(training):
     main, other = (fused_twin(bn, eps=bn.eps) for bn in stock)
     expected = F.relu(stock[0](x) + stock[1](r))
     assert_close(main(x, r, residual_norm=other), expected, torch.float64)
-    with torch.no_grad():  # which takes the variances as they are
+    with torch.no_grad():  # evaluation uses the running variances
         main, other = (fused_twin(bn, eps=bn.eps) for bn in stock)
         assert_close(main(x, r, residual_norm=other), expected, torch.float64)
 
@@ -160,7 +160,7 @@ def test_pooled(pooling, layout):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_pooled_values_are_compared_as_rounded(dtype, layout):
-    """Ties go to the first, NaN takes over: bit-equal to pooling what the unfused layers write."""
+    """Of equal values the first is taken, and NaN propagates: bit-equal to the unfused layers."""
     x = draw((2, 16, 9, 16), dtype, layout).detach()
     x[0, 3, 4, 4] = float("nan")
     x[1, 5] = 1.5
@@ -200,7 +200,7 @@ def test_forked(act, has_residual, training):
     )
     y, skip = ours(*inputs, fork=True)
     assert y.data_ptr() == skip.data_ptr()
-    (one,) = torch.autograd.grad(skip.sum(), inputs[0])  # one consumer alone
+    (one,) = torch.autograd.grad(skip.sum(), inputs[0])  # only one of the two outputs is used
     (other,) = torch.autograd.grad(ours(*inputs).sum(), inputs[0])
     assert_close(one, other, torch.float64)
 
@@ -346,7 +346,10 @@ def test_empty_batches():
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_no_window_outside_the_tensor_is_read(layout):
-    """What lies in memory before and behind looks like maxima of windows beyond the rim."""
+    """The memory before and after dy and the indices holds values that must not reach dx.
+
+    They are NaN gradients, and indices of maxima that would fall into the tensor.
+    """
     x, pooled = (draw((1, 4, *size), torch.float32, layout).detach() for size in ((5, 8), (3, 4)))
     ones = torch.ones(4, device=DEVICE)
     size, margin = pooled.numel(), 64
@@ -359,7 +362,7 @@ def test_no_window_outside_the_tensor_is_read(layout):
     found = []
     for tap in (0, 1, 3, 5, 7, 8):
         dy = surrounded(1.0, float("nan"), torch.float32)
-        index = surrounded(4, tap, torch.uint8)  # each window's own middle
+        index = surrounded(4, tap, torch.uint8)  # the centre of each window
         norm_of = Norm(Statistics(ones * 0, ones))
         found.append(bn_max_pool_backward_dx(dy, index, x, norm_of, "identity", 0.0, None, 1))
     expected = torch.zeros_like(x)

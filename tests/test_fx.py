@@ -1,4 +1,4 @@
-"""In torch.fx's traces our layers are nodes of the graph, like torch's own."""
+"""torch.fx traces each of our layers as one node, like torch's layers."""
 
 import copy
 import pickle
@@ -35,7 +35,7 @@ def route(request):
 
 
 def assert_same(traced, model, x, modes=(True, False)):
-    """Outputs, gradients and buffers of both models are equal, in training and in evaluation."""
+    """Checks that both models have equal outputs, gradients and buffers in both modes."""
     for training in modes:
         found = []
         for m in (traced, model):
@@ -70,7 +70,7 @@ def test_hook_runs_once_a_call():
     assert torch.equal(traced(x), layer(x))
 
 
-def test_residual_and_what_a_copy_keeps():
+def test_residual_is_an_argument_and_copies_are_leaves():
     """The residual is an argument of the layer's node; pickled or copied layers are leaves too."""
 
     class Net(torch.nn.Module):
@@ -90,7 +90,7 @@ def test_residual_and_what_a_copy_keeps():
 
 
 def test_chain():
-    """Blocks of a chain return two tensors; those of its trace return one."""
+    """Blocks of a chain return two tensors; in its trace they return one."""
     torch.manual_seed(0)
     model = Chain(BasicBlock(2, 4, 2), BasicBlock(4, 4)).to(DEVICE, torch.float64)
     x = torch.randn(3, 2, 4, 4, dtype=torch.float64, device=DEVICE)

@@ -1,4 +1,4 @@
-"""A convolution's bias that the batch norm after it adds."""
+"""``input_bias``: the batch norm adds the bias of the convolution before it."""
 
 import copy
 from contextlib import nullcontext
@@ -23,19 +23,19 @@ from tests.device import DEVICE
 from tests.tolerances import assert_close
 
 ROUTES = {"kernels": nullcontext, "aten": lambda: bnres.use_backend("aten")}
-# Few with kernels, as the interpreter is slow.
+# Few cases with kernels, because the interpreter is slow.
 STEPS = {"kernels": 4, "aten": 30}
 route = pytest.mark.parametrize("route", ROUTES)
 training_or_not = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 
 
 def state(conv, bn):
-    """The arguments that ``bn`` gives to a fused call, and the convolution's bias."""
+    """The arguments that ``bn`` passes to a fused call, and the convolution's bias."""
     return next_state(bn)._replace(input_bias=conv.bias)._asdict()
 
 
 class Net(nn.Module):
-    """Convolutions with biases of about 5, and batch norms."""
+    """A model of convolutions with biases of about 5, and batch norms."""
 
     def __init__(self, momentum=0.1):
         super().__init__()
@@ -74,8 +74,8 @@ class Pooled(Net):
 
     def fused(self, x):
         return batch_norm_act_max_pool2d(
-            F.conv2d(x, self.conv.weight), kernel_size=3, stride=2, padding=1, training=self.training,
-            **state(self.conv, self.bn),
+            F.conv2d(x, self.conv.weight), kernel_size=3, stride=2, padding=1,
+            training=self.training, **state(self.conv, self.bn),
         )  # fmt: skip
 
 
@@ -83,7 +83,7 @@ NETS = (OneNorm, TwoNorms, Pooled)
 
 
 def pair(make, **options):
-    """A copy of a net whose forward is fused, and the net with the stock forward."""
+    """A copy of a net with the fused forward, and the net with the stock forward."""
     torch.manual_seed(0)
     stock = make(**options).to(DEVICE)
     ours = copy.deepcopy(stock)
@@ -162,7 +162,7 @@ def test_compiled(make, training, route):
 
 @route
 @pytest.mark.parametrize("momentum", [0.3, torch.tensor(0.3, dtype=torch.float64)], ids=str)
-def test_each_call_of_a_norm_is_one_update(momentum, route):
+def test_each_call_of_a_norm_updates_once(momentum, route):
     torch.manual_seed(0)
     a, b = torch.randn(2, 4, 3, 2, 2, dtype=torch.float64, device=DEVICE)
     biases = torch.randn(2, 3, dtype=torch.float64, device=DEVICE) * 5
@@ -204,7 +204,7 @@ def double(x, residual, weight, bias, input_bias, other_bias, stats, training, *
 
 
 def pooled(x, residual, weight, bias, input_bias, other_bias, stats, training, **options):
-    """In fp32, which the kernel takes."""
+    """The pooled operation in fp32, which the kernel supports."""
     return batch_norm_act_max_pool2d(
         x.float(), *stats, weight, bias, input_bias=input_bias, kernel_size=3,
         stride=2, padding=1, training=training, **options,
@@ -212,7 +212,7 @@ def pooled(x, residual, weight, bias, input_bias, other_bias, stats, training, *
 
 
 def pooled_by_torch(x, *others, **options):
-    """With another window `batch_norm_act` and torch's pooling run."""
+    """The pooled operation with another window: `batch_norm_act` and torch's pooling run."""
     return batch_norm_act_max_pool2d(
         x, *others[5], *others[1:3], input_bias=others[3], kernel_size=2, stride=1, padding=1,
         dilation=2, training=others[6], **options,
@@ -294,7 +294,7 @@ def test_values_and_gradients(operation, name, training, route):
 
 @training_or_not
 @operation
-def test_the_bias_by_itself_wants_a_gradient(operation, training):
+def test_only_the_bias_needs_a_gradient(operation, training):
     ours, formula = OPERATIONS[operation]
     inputs, stats = draw()
     *given, input_bias, other = [t.detach() for t in inputs]
@@ -321,7 +321,7 @@ def test_gradients_of_gradients(operation, training):
         return ours(*inputs, stats, training, act="silu")
 
     inputs = [t.detach() for t in (x, residual, *(t[:1] for t in inputs[2:]))]
-    for i in (0, 2, 4, 5):  # all but the residual and the batch norm's own bias
+    for i in (0, 2, 4, 5):  # all inputs except the residual and the batch norm's bias
         inputs[i].requires_grad_()
     assert torch.autograd.gradcheck(run, inputs)
     assert torch.autograd.gradgradcheck(run, inputs)

@@ -1,4 +1,4 @@
-"""recompute: less is held for backward, and the gradients are the same to the bit."""
+"""recompute: fewer bytes are saved for backward, and the gradients are bit-equal."""
 
 import copy
 
@@ -27,7 +27,7 @@ def gradients(net, x):
     return [p.grad for p in net.parameters()]
 
 
-def test_gradients_are_the_same_to_the_bit(net, monkeypatch):
+def test_gradients_are_bit_equal(net, monkeypatch):
     from bnres.kernels import bn_forward
 
     x = torch.randn(3, 4, 6, 6, device=DEVICE, requires_grad=True)
@@ -46,12 +46,12 @@ def test_gradients_are_the_same_to_the_bit(net, monkeypatch):
     forward = len(made)
     y.backward()
     assert all(torch.equal(p.grad, g) for p, g in zip(twin.parameters(), expected, strict=True))
-    # The first norms of all blocks, the first and the third block's output; the second's has the
-    # first's as residual, and is kept.
+    # Recomputed: the first norm of each block, and the outputs of the first and third block. The
+    # second block's output is stored, because its residual, the first's output, is recomputed.
     assert sorted(made[forward:]) == ["one norm"] * 4 + ["two norms"]
 
 
-def test_changed_ingredients_are_noticed(net):
+def test_in_place_writes_to_saved_tensors_raise(net):
     x = torch.randn(3, 4, 6, 6, device=DEVICE)
     with bnres.recompute():
         loss = net(x).sum()
@@ -63,7 +63,7 @@ def test_changed_ingredients_are_noticed(net):
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="counts what interpreted launches would save")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_bytes_held_for_a_resnet18_step(dtype):
+def test_bytes_saved_for_a_resnet18_step(dtype):
     from benchmarks.audit.saved import saved_bytes
 
     eager = saved_bytes(lambda: models.resnet18(fused=False), SHAPE, dtype)

@@ -99,7 +99,7 @@ class BatchNorm3d(_FusedForward, nn.BatchNorm3d):
 
 
 class _BatchNormAct(_FusedForward):
-    """The base class of the modules for 1, 2 and 3 dimensions; see `BatchNormAct2d`."""
+    """The base class of the 1-D, 2-D and 3-D modules; see `BatchNormAct2d`."""
 
     def __init__(
         self,

@@ -53,12 +53,12 @@ def kind_of(called: object, options: object, *groups: Sequence[Tensor | None]) -
     )  # fmt: skip
 
 
-# The recording of calls of a kind, or None before the first one.
+# The recording for calls of a kind, or None before the first call.
 find_recording = _recordings.get
 
 
 def recording_of(kind: Any) -> Recording:
-    """The recording of calls of a kind; empty for the first one."""
+    """The recording for calls of this kind, created empty by the first call."""
     if kind not in _recordings:
         if len(_recordings) >= KINDS:
             _recordings.clear()

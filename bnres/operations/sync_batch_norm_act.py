@@ -376,7 +376,7 @@ def group_named(process_group: Any = None) -> Any:
 
 
 def _check_ranks(mine: tuple[int, str, bool], group: Any) -> None:
-    """Raises unless all ranks have the same channels, statistics dtype and number of norms."""
+    """Raises unless all ranks have the same channels, dtype of statistics and number of norms."""
     ranks = dist.get_process_group_ranks(group)
     every: list[Any] = [None] * len(ranks)
     dist.all_gather_object(every, mine, group)
