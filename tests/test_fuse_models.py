@@ -90,14 +90,17 @@ def assert_same(actual, expected, tolerance=DEEP):
 
 
 def assert_same_state(fused, stock, tolerance=DEEP):
-    """Checks that parameters, gradients and running statistics are equal."""
+    """Checks that parameters, gradients and buffers are equal."""
     for p, q in zip(fused.parameters(), stock.parameters(), strict=True):
         assert_same(p, q, tolerance)
         assert (p.grad is None) == (q.grad is None)
         if p.grad is not None:
             assert_same(p.grad, q.grad, 100 * tolerance)
     for b, c in zip(fused.buffers(), stock.buffers(), strict=True):
-        assert_same(b, c, tolerance) if b.is_floating_point() else torch.equal(b, c)
+        if b.is_floating_point():
+            assert_same(b, c, tolerance)
+        else:
+            assert torch.equal(b, c)
 
 
 def logits(out):

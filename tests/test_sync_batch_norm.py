@@ -514,6 +514,8 @@ def check_bad_use():
     bn, x = bnres.nn.SyncBatchNormAct(3), torch.randn(2, 3, 4, 4)
     with pytest.raises(ValueError, match=r"residual must have the shape of input"):
         bn(x, x[:1])
+    with pytest.raises(ValueError, match=r"expected 4D input \(got 3D input\)"):
+        bnres.nn.SyncBatchNormActMaxPool2d(3, 3, 2, 1)(x[0])
     with pytest.raises(ValueError, match=r"input must have channels, got input size"):
         sync_batch_norm_act(x[:, :0], None, None)
     with pytest.raises(RuntimeError, match=r"weight should contain 3 elements not 2"):

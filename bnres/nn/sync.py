@@ -173,6 +173,7 @@ class SyncBatchNormActMaxPool2d(_Synchronised, BatchNormActMaxPool2d):
     """
 
     local_class = BatchNormActMaxPool2d
+    _check_input_dim = nn.BatchNorm2d._check_input_dim
 
     def __init__(
         self, num_features: int, *args: Any, process_group: Any = None, **options: Any
