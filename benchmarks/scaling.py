@@ -127,7 +127,7 @@ class Traffic:
 
 
 def traffic(net: str) -> Traffic:
-    """Returns the communication of a net of `bnres.models`."""
+    """Returns the bytes of a net's gradients and the channels at each batch norm site."""
     with torch.device("meta"):
         model = models.create_model(net, fused=False)
     sites: list[int] = []
@@ -198,10 +198,12 @@ def table(cluster: Cluster = Cluster()) -> str:
     for net, (seconds, source) in STEPS.items():
         found = traffic(net)
         lines += [
-            f"{net}: {found.gradients / 1e6:,.1f} MB of gradients; synchronised batch norm at "
-            f"{len(found.sites)} sites sends {sum(found.forward) / 1e3:,.1f} kB in forward and "
-            f"{sum(found.backward) / 1e3:,.1f} kB in backward; a step of 256 images on one GPU "
-            f"takes {seconds * 1e3:.2f} ms ({source}). Modelled efficiency:",
+            f"{net} sends {found.gradients / 1e6:,.1f} MB of gradients in a step. Synchronised, "
+            f"its batch norms have {len(found.sites)} collectives in each direction, because those "
+            f"of a down-sampling block share one. A process sends "
+            f"{sum(found.forward) / 1e3:,.1f} kB in forward and {sum(found.backward) / 1e3:,.1f} kB in backward. Assumed time of a step "
+            f"with 256 images on one GPU: {seconds * 1e3:.2f} ms ({source}). Efficiency is the "
+            "throughput of each GPU, relative to training on one GPU:",
             "",
             "| GPUs | " + " | ".join(KINDS.values()) + " |",
             "|---:" * (1 + len(KINDS)) + "|",

@@ -78,7 +78,7 @@ class Measured:
 
 @contextmanager
 def use_conv_route(route: str) -> Iterator[None]:
-    """Overrides the table inside a ``with`` block, in all threads.
+    """Chooses the convolution inside a ``with`` block, in all threads, instead of the tuned table.
 
     Args:
         route: ``"torch"`` for torch's convolution, ``"kernel"`` for our kernel wherever it supports

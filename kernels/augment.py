@@ -319,7 +319,7 @@ def augment(x: Tensor, draws: AugmentDraws, plan: AugmentPlan) -> Tensor:
         std_ptr=std,
         stride_yn=y.stride(0),
         stride_yc=y.stride(1),
-        stride_yp=y.stride(3),  # there is no gap between rows
+        stride_yp=y.stride(3),  # of a flattened position: rows are dense
         parts=parts,
         gray_parts=gray_parts,
         HAS_COLOR=plan.has_color,

@@ -51,8 +51,9 @@ class TilePlan(Plan):
     """How a kernel is launched over the tiles of a tensor.
 
     Attributes:
-        finalize: plan of the kernel that combines the splits' partial sums.
-        splits: programs that share the rows of one column block.
+        splits: number of programs that the rows of a column block are divided among; each computes
+            partial sums.
+        finalize: plan of the kernel that adds these partial sums.
     """
 
     finalize: Plan

@@ -1,7 +1,8 @@
 """Compiles every specialisation that the calls in `benchmarks.audit.calls` launch, without a GPU.
 
-For sm_90 each is then launched twice by triton's own launcher, with a stand-in for CUDA's driver:
-once through triton's dispatch, and once through `bnres.kernels.replay`. For other GPUs one
+Those for sm_90 are then launched twice, with a stand-in for CUDA's driver: once as triton
+dispatches a call, and once by `bnres.kernels.replay`. Both use triton's compiled launcher. For
+other GPUs one
 specialisation of each kernel is compiled.
 """
 

@@ -54,7 +54,7 @@ class CountBytes(TorchDispatchMode):
 
 
 def moved(op: Any, args: tuple[Any, ...], kwargs: Any, found: Any, counts: Counts) -> int:
-    """Returns the bytes that a call moves: 0 for a convolution, a view or an allocation."""
+    """Returns the bytes that a call moves; convolutions are not counted, and views move nothing."""
     name = op.overloadpacket.__name__
     if op.namespace == "bnres":
         given = dict(zip([a.name for a in op._schema.arguments], args, strict=False))

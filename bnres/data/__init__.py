@@ -35,8 +35,8 @@ def load_dataset(
         checksum: whether to compare CIFAR-10's files with their published checksums.
 
     Raises:
-        ValueError: if the name is unknown, ``data`` is missing, ``data`` is given for a data set
-            that does not need it, or as the data set's loader.
+        ValueError: if the name is unknown, if ``data`` is missing or given for a data set that does
+            not need it, or if the data set's loader rejects the files.
     """
     if name not in DATASETS:
         raise ValueError(f"dataset must be one of {', '.join(DATASETS)}, got {name!r}")

@@ -24,7 +24,7 @@ class _Dtype:
 
 
 class _Array:
-    """Replaces ``numpy.ndarray``; ``tensor`` is its content."""
+    """Stands in for ``numpy.ndarray`` in a pickle; ``tensor`` holds the array's content."""
 
     tensor: Tensor
 

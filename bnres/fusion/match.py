@@ -186,7 +186,8 @@ def _residual_norm(norm: NormCall, other: fx.Node) -> NormCall | None:
         return None
     if (second.training, second.group) != (norm.training, norm.group):
         return None
-    # One operation of two fixed norms keeps both inputs for backward; two operations keep none.
+    # If both norms have fixed statistics and weights, one operation would keep both inputs for
+    # backward, and two operations keep neither: they are not fused.
     weights = (value(norm.state.weight), value(second.state.weight))
     fixed = not norm.training and not any(getattr(w, "requires_grad", False) for w in weights)
     return None if fixed and getattr(value(norm.node), "requires_grad", False) else second

@@ -352,7 +352,9 @@ SYNC_BATCH_NORM_ACT = Operation(
 
 
 def group_named(process_group: Any = None) -> Any:
-    """The process group given by an argument: None is the default group, a string a group's name.
+    """Returns the process group that an argument stands for.
+
+    None stands for the default group, a string for the group of that name, a group for itself.
 
     Raises:
         RuntimeError: if ``process_group`` is None and there is no default group.
