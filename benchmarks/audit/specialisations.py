@@ -2,8 +2,7 @@
 
 Those for sm_90 are then launched twice, with a stand-in for CUDA's driver: once as triton
 dispatches a call, and once by `bnres.kernels.replay`. Both use triton's compiled launcher. For
-other GPUs one
-specialisation of each kernel is compiled.
+other GPUs one specialisation of each kernel is compiled.
 """
 
 import argparse
