@@ -197,14 +197,14 @@ def table(cluster: Cluster = Cluster()) -> str:
     lines = []
     for net, (seconds, source) in STEPS.items():
         found = traffic(net)
+        forward, backward = sum(found.forward) / 1e3, sum(found.backward) / 1e3
         lines += [
             f"{net} sends {found.gradients / 1e6:,.1f} MB of gradients in a step. Synchronised, "
             f"its batch norms have {len(found.sites)} collectives in each direction, because those "
-            f"of a down-sampling block share one. A process sends "
-            f"{sum(found.forward) / 1e3:,.1f} kB in forward and {sum(found.backward) / 1e3:,.1f} kB "
-            f"in backward. Assumed time of a step with 256 images on one GPU: {seconds * 1e3:.2f} ms "
-            f"({source}). Efficiency is the "
-            "throughput of each GPU, relative to training on one GPU:",
+            f"of a down-sampling block share one. A process sends {forward:,.1f} kB in forward and "
+            f"{backward:,.1f} kB in backward. Assumed time of a step with 256 images on one GPU: "
+            f"{seconds * 1e3:.2f} ms ({source}). Efficiency is the throughput of each GPU, relative "
+            "to training on one GPU:",
             "",
             "| GPUs | " + " | ".join(KINDS.values()) + " |",
             "|---:" * (1 + len(KINDS)) + "|",
