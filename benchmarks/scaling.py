@@ -202,8 +202,8 @@ def table(cluster: Cluster = Cluster()) -> str:
             f"{net} sends {found.gradients / 1e6:,.1f} MB of gradients in a step. Synchronised, "
             f"its batch norms have {len(found.sites)} collectives in each direction, because those "
             f"of a down-sampling block share one. A process sends {forward:,.1f} kB in forward and "
-            f"{backward:,.1f} kB in backward. Assumed time of a step with 256 images on one GPU: "
-            f"{seconds * 1e3:.2f} ms ({source}). Efficiency is the throughput of each GPU, relative "
+            f"{backward:,.1f} kB in backward. Assumed time of a step of 256 images on a GPU: "
+            f"{seconds * 1e3:.2f} ms ({source}). Efficiency is the throughput of a GPU, relative "
             "to training on one GPU:",
             "",
             "| GPUs | " + " | ".join(KINDS.values()) + " |",

@@ -76,6 +76,7 @@ def test_training_step_is_one_graph():
     assert "aten._native_batch_norm" not in found
 
 
+@pytest.mark.slow
 def test_dynamic_batch_and_inductor():
     torch.manual_seed(0)
     net = Net().to(DEVICE)
@@ -86,6 +87,7 @@ def test_dynamic_batch_and_inductor():
         assert torch.allclose(compiled(x), net(x), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_dynamic_sizes_in_training():
     torch.manual_seed(0)
     graphs = []

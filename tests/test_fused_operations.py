@@ -249,6 +249,7 @@ def tensors(*shapes):
     return [torch.randn(s, dtype=torch.float64, device=DEVICE, requires_grad=True) for s in shapes]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_derivatives_of_derivatives(training):
     stats = (None, None)

@@ -43,6 +43,7 @@ def test_logits_and_gradients_equal_torchvisions(name):
     assert (logits - expected).abs().max() <= 1e-5 * max(1.0, expected.abs().max().item())
 
 
+@pytest.mark.slow
 def test_interpreted_resnet18_has_torchvisions_logits():
     torch.manual_seed(0)
     theirs = torchvision.models.resnet18(num_classes=10).to(DEVICE).eval()

@@ -592,7 +592,13 @@ def test_two_deterministic_runs_are_bitwise_equal(tiny, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "options", [["--accumulate", "3"], ["--ema", "0.5"], ["--sync-bn"]], ids=str
+    "options",
+    [
+        pytest.param(["--accumulate", "3"], marks=pytest.mark.slow),
+        pytest.param(["--ema", "0.5"], marks=pytest.mark.slow),
+        ["--sync-bn"],
+    ],
+    ids=str,
 )
 def test_two_processes(tmp_path, options):
     """Together the processes evaluate all held-out images, each a part of them."""
