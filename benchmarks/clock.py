@@ -185,7 +185,7 @@ def _on_gpu(
         stream.synchronize()
         graph, results = _captured(calls, stream)
         replay_host = _host_seconds(graph.replay, stream)
-        once = _round(clock, [graph.replay], stream, flush, replay_host, results)
+        once = _round(clock, [graph.replay], stream, flush, replay_host, results, calls)
         return Timed(once, "graph", host_seconds, count, results[0])
 
 
@@ -196,6 +196,7 @@ def _round(
     flush: Call | None,
     host_seconds: float,
     replayed: Sequence[Any] = (),
+    captured: Sequence[Call] = (),
 ) -> Callable[[], None]:
     """Returns a round that makes the ``queued`` calls, and adds the mean time of one to the clock.
 
@@ -205,11 +206,13 @@ def _round(
         stream: stream to launch them on.
         flush: flushes the L2 cache before the round; None leaves it.
         host_seconds: time that the host needs to queue the calls; 0 starts them at once.
-        replayed: results of the calls in the graph. The round keeps them alive.
+        replayed: results of the calls in the graph.
+        captured: the calls in the graph. A graph reads and writes the addresses of their tensors,
+            so the round keeps the calls and their results alive.
     """
     share = 1 / (len(replayed) or len(queued))
 
-    def once() -> None:
+    def once(kept: Any = (replayed, captured)) -> None:
         clock.seconds += share * _between_events(queued, stream, flush, host_seconds)
 
     return once

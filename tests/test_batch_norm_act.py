@@ -10,7 +10,7 @@ from bnres.functional import batch_norm_act
 from bnres.kernels.reference import ACTIVATION_FORMULAS
 from bnres.nn import BatchNorm2d, BatchNormAct2d
 from tests.device import DEVICE
-from tests.tolerances import TOLERANCE, assert_close
+from tests.tolerances import TOLERANCE, assert_close, formula_dtype
 
 SHAPES = [
     (2, 3, 5, 5),
@@ -93,7 +93,7 @@ def test_activations(act, has_residual):
     )
     z = F.batch_norm(x, None, None, training=True)
     expected = ACTIVATION_FORMULAS[act or "identity"](z + residual if has_residual else z, 0.01)
-    assert_close(y, expected, torch.float64)
+    assert_close(y, expected, formula_dtype(act))
     used = 2 if has_residual else 1
     grads = torch.autograd.grad(y, inputs[:used], dy)
     for grad, want in zip(grads, torch.autograd.grad(expected, inputs[:used], dy), strict=True):

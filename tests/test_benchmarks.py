@@ -1,6 +1,7 @@
 """Tests of the benchmarks: the clock, checks before timing, cases, reports and the command line."""
 
 import json
+import os
 import time
 from dataclasses import replace
 
@@ -93,6 +94,7 @@ class TestClock:
         assert clock.copies(10**9, 50, 1e-4) == 5 and clock.copies(10**9, 50, 1e-3) == 1
 
     @needs_gpu
+    @pytest.mark.skipif("PYTEST_XDIST_WORKER" in os.environ, reason="other tests use the GPU too")
     def test_events_and_graph_agree(self):
         source = torch.rand(1 << 27, device="cuda")
 
@@ -106,6 +108,18 @@ class TestClock:
             timed = clock.prepare(ticking, make, source.device, launch=launch)
             found[timed.method] = min(clock.durations(ticking, timed, 20))
         assert found["events"] == pytest.approx(found["graph"], rel=0.1)
+
+    @needs_gpu
+    def test_a_graph_keeps_the_memory_of_its_calls(self):
+        def make():
+            source = torch.arange(1024, device="cuda")
+            return lambda: source + 1
+
+        timed = clock.prepare(clock.DeviceClock(), make, torch.device("cuda"))
+        others = [torch.zeros(1024, dtype=torch.long, device="cuda") for _ in range(64)]
+        timed.round()
+        assert timed.method == "graph" and not any(map(torch.any, others))
+        assert torch.equal(timed.replayed, torch.arange(1, 1025, device="cuda"))
 
     @needs_gpu
     def test_the_host_is_not_timed(self):

@@ -132,10 +132,11 @@ class TestCompiler:
 
 def test_numpy_too_new_for_the_interpreter(monkeypatch):
     with use_backend("triton-interpreter"):
-        assert checks.check_numpy() is None
-        versions = {"numpy": "2.4.6"}
+        versions = {"numpy": "2.3.5"}
         monkeypatch.setattr(triton, "__version__", "3.6.0")
         monkeypatch.setattr(metadata, "version", versions.__getitem__)
+        assert checks.check_numpy() is None
+        versions["numpy"] = "2.4.6"
         assert checks.check_numpy() == Finding(
             "triton 3.6.0's interpreter can't run with numpy 2.4.6",
             "install numpy < 2.4, or triton >= 3.7",

@@ -16,7 +16,7 @@ from benchmarks.torchvision_import import torchvision
 from bnres import models, use_backend
 from bnres.fusion.backend import backend
 from tests.device import DEVICE
-from tests.tolerances import assert_close
+from tests.tolerances import assert_close, formula_dtype
 
 
 class Net(nn.Module):
@@ -122,7 +122,7 @@ def batch(dims=2, seed=1):
     return torch.randn(SIZES[dims], generator=generator, device=DEVICE, dtype=torch.float64)
 
 
-def assert_same_steps(stock, fused, x, grad=True):
+def assert_same_steps(stock, fused, x, grad=True, dtype=torch.float64):
     """Checks that both have equal outputs, gradients and buffers, in training and in evaluation."""
     for training in (True, False):
         results = []
@@ -138,7 +138,7 @@ def assert_same_steps(stock, fused, x, grad=True):
             results.append([y, *grads, *(b.clone() for b in model.buffers())])
         for ours, theirs in zip(*results[::-1], strict=True):
             assert ours.dtype == theirs.dtype
-            assert_close(ours, theirs.double(), torch.float64)
+            assert_close(ours, theirs.double(), dtype)
 
 
 def test_repr():
@@ -165,7 +165,7 @@ def test_patterns(name, backend):
     assert not any(site.fused for site in sites[len(patterns) :])
     fused = bnres.fuse(stock)
     with use_backend("triton" if DEVICE == "cuda" else backend):
-        assert_same_steps(stock, fused, x)
+        assert_same_steps(stock, fused, x, dtype=formula_dtype(name))
 
 
 def residual_written(m, x):
@@ -430,7 +430,7 @@ def test_explain_names_norms_of_broken_graphs():
             print(end="")
             return self.bn2(x)
 
-    model = nn.Sequential(Block(), Block(), nn.BatchNorm2d(4))
+    model = nn.Sequential(Block(), Block(), nn.BatchNorm2d(4)).to(DEVICE)
     state, random = copy.deepcopy(model.state_dict()), torch.get_rng_state()
     report = bnres.explain(model, batch().float())
     assert [(site.name, site.pattern) for site in report.sites] == [
@@ -469,7 +469,7 @@ def test_every_site_of_resnet18_is_fused():
 
 
 def test_the_legend_explains_the_patterns_that_occur():
-    model = nn.Sequential(nn.BatchNorm2d(4), nn.ReLU(), nn.Sequential())
+    model = nn.Sequential(nn.BatchNorm2d(4), nn.ReLU(), nn.Sequential()).to(DEVICE)
     assert str(bnres.explain(model, batch().float())).splitlines() == [
         "0  bn-act", "", "One operation computes everything in a pattern:", "bn    batch norm",
         "act   activation", "", "1 fused sites of 1",

@@ -660,6 +660,8 @@ WITHOUT = {
 
 @pytest.mark.parametrize("forward", WITH, ids=lambda forward: forward.__name__)
 def test_with_gradients(forward):
+    if DEVICE == "cuda" and forward is six_dimensions:
+        pytest.skip("cuDNN's batch norm takes at most five dimensions")
     check(forward, WITH[forward])
 
 

@@ -13,7 +13,7 @@ from bnres.kernels.norm import Norm, Statistics
 from bnres.kernels.reference import ACTIVATION_FORMULAS
 from bnres.nn import BatchNorm1d, BatchNormAct1d, BatchNormAct2d, BatchNormActMaxPool2d
 from tests.device import DEVICE
-from tests.tolerances import assert_close
+from tests.tolerances import assert_close, formula_dtype
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
@@ -42,12 +42,15 @@ def fused_twin(bn, cls=BatchNormAct2d, **options):
     return twin.train(bn.training)
 
 
-def assert_steps_agree(ours, theirs, inputs, norms, wide_norms, dtype):
-    """Compares outputs, buffers and gradients of inputs and parameters with fp64 references."""
+def assert_steps_agree(ours, theirs, inputs, norms, wide_norms, dtype, of_outputs=None):
+    """Compares outputs, buffers and gradients of inputs and parameters with fp64 references.
+
+    ``of_outputs`` is the dtype whose tolerance the outputs have, by default ``dtype``.
+    """
     wide = [x.detach().double().requires_grad_() for x in inputs]
     y, expected = ours(*inputs), theirs(*wide)
     assert y.dtype == dtype
-    assert_close(y, expected, dtype)
+    assert_close(y, expected, of_outputs or dtype)
     torch.manual_seed(5)
     dy = torch.randn_like(expected).to(dtype)
     y.backward(dy)
@@ -91,7 +94,7 @@ def test_two_norms_with_every_activation(act):
 
     assert_steps_agree(
         lambda a, b: main(a, b, residual_norm=other), theirs, inputs, (main, other), stock,
-        torch.float64,
+        torch.float64, formula_dtype(act),
     )  # fmt: skip
 
 

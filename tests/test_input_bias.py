@@ -157,7 +157,12 @@ def test_compiled(make, training, route):
             y.square().sum().backward()
             gradients = [p.grad for p in net.parameters() if p.grad is not None]
             found.append([y, *gradients, *net.buffers()])
-    assert all(map(torch.equal, *found))
+    if route == "aten" and DEVICE == "cuda":
+        # Compiled and eager calls choose different batch norms of torch.
+        for compiled, eager in zip(*found, strict=True):
+            assert_close(compiled, eager.double(), torch.float32)
+    else:
+        assert all(map(torch.equal, *found))
 
 
 @route

@@ -275,13 +275,13 @@ def test_versions_whose_interpreter_fails_are_refused():
 @pytest.mark.parametrize("momentum", [0.3, torch.tensor([0.3])], ids=type)
 def test_combined_moments_of_parts_are_the_statistics_of_the_whole(momentum):
     """The parts are like the batches of ranks: the first is empty, another has one value."""
-    x = torch.randn(9, 5, 3, generator=torch.Generator().manual_seed(0)) + 100
+    x = torch.randn(9, 5, 3, generator=torch.Generator().manual_seed(0)).to(DEVICE) + 100
     parts = [x[:0], x[:8], x[8:, :, :1].contiguous(), x[8:, :, 1:].contiguous()]
-    moments = torch.stack([bn_forward.bn_moments(part).cpu() for part in parts])
+    moments = torch.stack([bn_forward.bn_moments(part) for part in parts])
     wide = torch.stack([reference.bn_moments_ref(part.double()) for part in parts])
     assert_close(moments, wide, torch.float32)
     found, expected = (
-        (torch.zeros(5, dtype=t.dtype), torch.ones(5, dtype=t.dtype), torch.tensor(0))
+        (*(torch.full((5,), v).to(t) for v in (0, 1)), torch.tensor(0, device=DEVICE))
         for t in (x, wide)
     )
     statistics, total = bn_forward.bn_combine(moments, *found[:2], momentum, 1e-3, counter=found[2])

@@ -28,19 +28,19 @@ def test_state_dict_has_torchvisions_keys_and_shapes(name, fused):
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
 def test_logits_and_gradients_equal_torchvisions(name):
     torch.manual_seed(0)
-    theirs = getattr(torchvision.models, name)(num_classes=10).to(DEVICE)
-    ours = getattr(models, name)(num_classes=10).to(DEVICE)
+    theirs = getattr(torchvision.models, name)(num_classes=10).to(DEVICE, torch.float64)
+    ours = getattr(models, name)(num_classes=10).to(DEVICE, torch.float64)
     ours.load_state_dict(theirs.state_dict(), strict=True)
-    x = torch.randn(4, 3, 64, 64, device=DEVICE)
+    x = torch.randn(4, 3, 64, 64, device=DEVICE, dtype=torch.float64)
     with use_backend("triton" if DEVICE == "cuda" else "aten"):
         for model in (ours, theirs):
             F.cross_entropy(model(x), torch.arange(4, device=DEVICE)).backward()
         for (key, p), q in zip(ours.named_parameters(), theirs.parameters(), strict=True):
             scale = max(q.grad.abs().max().item(), 1.0)
-            assert (p.grad - q.grad).abs().max() <= 1e-4 * scale, key
+            assert (p.grad - q.grad).abs().max() <= 1e-10 * scale, key
         with torch.no_grad():
             logits, expected = ours.eval()(x), theirs.eval()(x)
-    assert (logits - expected).abs().max() <= 1e-5 * max(1.0, expected.abs().max().item())
+    assert (logits - expected).abs().max() <= 1e-12 * max(1.0, expected.abs().max().item())
 
 
 @pytest.mark.slow
@@ -52,7 +52,7 @@ def test_interpreted_resnet18_has_torchvisions_logits():
     x = torch.randn(2, 3, 32, 32, device=DEVICE)
     with torch.no_grad():
         logits, expected = ours(x), theirs(x)
-    assert (logits - expected).abs().max() <= 1e-5 * max(1.0, expected.abs().max().item())
+    assert (logits - expected).abs().max() <= 1e-12 * max(1.0, expected.abs().max().item())
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50", "resnet18-seed", "lenet-seed"])

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from tests.device import DEVICE
+
 # Greatest error, as a share of the reference's largest value, or of 1 if that is larger. It allows
 # for a few roundings to the dtype, and for the error of sums over hundreds to thousands of
 # elements.
@@ -17,6 +19,14 @@ TOLERANCE = {
 # product is at most 2⁻⁹ ≈ 2e-3. The tolerance is twice this, because a sum of products can be
 # smaller than the products. The interpreter multiplies in fp32.
 TF32_TOLERANCE = 4e-3
+
+
+def formula_dtype(act: str | None) -> torch.dtype:
+    """Returns the dtype of `TOLERANCE` for torch's formula of an activation in fp64.
+
+    On a GPU torch's hardswish multiplies by 1/6 in fp32.
+    """
+    return torch.float32 if act == "hardswish" and DEVICE == "cuda" else torch.float64
 
 
 def assert_close(
