@@ -18,6 +18,7 @@ from bnres.functional import (
     sync_batch_norm_act,
 )
 from bnres.operations.batch_norm_act_max_pool import is_stem
+from bnres.operations.stem_conv import KERNEL, PADDING, STRIDE
 from bnres.operations.sync_batch_norm_act import sync_batch_norm
 
 ADDITIONS = ("add", "iadd")
@@ -162,6 +163,19 @@ def convolution(node: fx.Node) -> dict[str, Any] | None:
     found = arguments(node, CONVOLUTION) if torch_name(node) == "conv2d" else None
     x = None if found is None else value(found.get("input"))
     return found if x is not None and x.dim() == 4 else None
+
+
+def stem_convolution(node: fx.Node) -> tuple[Any, ...] | None:
+    """The input, weight and bias of a node that calls the convolution of `stem_conv2d`, or None."""
+    found = convolution(node)
+    weight = None if found is None else value(found["weight"])
+    if found is None or weight is None or weight.shape[2:] != (KERNEL, KERNEL):
+        return None
+    tensors = found.pop("input"), found.pop("weight"), found.pop("bias", None)
+    options = {name: pytree.tree_leaves(given) for name, given in found.items()}
+    wanted = {"stride": {STRIDE}, "padding": {PADDING}, "dilation": {1}, "groups": {1}}
+    same = all(set(options.get(name, [1])) == values for name, values in wanted.items())
+    return tensors if same else None
 
 
 def _statistics(node: fx.Node) -> list[fx.Node]:

@@ -5,10 +5,10 @@ from typing import Any
 
 from torch import fx
 
-from bnres.functional import conv2d_batch_norm_act
+from bnres.functional import conv2d_batch_norm_act, stem_conv2d
 from bnres.fusion.frozen import as_batch_norm
 from bnres.fusion.match import SIGNATURES, Match, find
-from bnres.fusion.nodes import module_name, replace, storage, writes
+from bnres.fusion.nodes import module_name, replace, stem_convolution, storage, writes
 from bnres.fusion.report import Site
 
 # How a call of batch norm was fused, and the nodes of its tensors.
@@ -40,6 +40,8 @@ def fuse_graph(module: fx.GraphModule) -> list[Found]:
         calls.append(replace(match.replaced, match.operation, *_arguments(match)))
     for call in calls:
         _fork(graph, call)
+    for node in graph.nodes:
+        _use_stem_conv(node)
     graph.lint()
     module.recompile()
     return rows
@@ -67,6 +69,13 @@ def _arguments(match: Match) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if each.conv is not None and each.state.input_bias is not None:
             each.input.args, each.input.kwargs = (), {**each.conv, "bias": None}
     return (norm.input,), options
+
+
+def _use_stem_conv(node: fx.Node) -> None:
+    """Makes a node that calls the first convolution of a ResNet call `stem_conv2d`."""
+    tensors = stem_convolution(node)
+    if tensors is not None:
+        node.op, node.target, node.args, node.kwargs = "call_function", stem_conv2d, tensors, {}
 
 
 def _fork(graph: fx.Graph, call: fx.Node) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from bnres.models.blocks import BasicBlock, Bottleneck
 from bnres.models.chain import Chain, run
 from bnres.models.layers import fused_norm_act, stock_norm_act
+from bnres.nn import StemConv2d
 
 STEMS = ("imagenet", "cifar")
 
@@ -47,7 +48,10 @@ class ResNet(nn.Module):
             raise ValueError(f"stem must be one of {', '.join(STEMS)}, got {stem!r}")
         norm_act = partial(fused_norm_act if fused else stock_norm_act, act=act)
         if stem == "imagenet":
-            self.conv1 = nn.Conv2d(in_channels, 64, 7, stride=2, padding=3, bias=False)
+            if fused:
+                self.conv1: nn.Conv2d = StemConv2d(in_channels, 64)
+            else:
+                self.conv1 = nn.Conv2d(in_channels, 64, 7, stride=2, padding=3, bias=False)
             self.bn1, self.relu, self.maxpool = norm_act(64, pool=nn.MaxPool2d(3, 2, padding=1))
         else:
             self.conv1 = nn.Conv2d(in_channels, 64, 3, padding=1, bias=False)

@@ -9,7 +9,7 @@ from bnres.nn.batchnorm import (
     BatchNormAct3d,
     BatchNormActMaxPool2d,
 )
-from bnres.nn.conv import ConvBatchNormAct2d
+from bnres.nn.conv import ConvBatchNormAct2d, StemConv2d
 from bnres.nn.sync import SyncBatchNorm, SyncBatchNormAct, SyncBatchNormActMaxPool2d
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "BatchNormAct3d",
     "BatchNormActMaxPool2d",
     "ConvBatchNormAct2d",
+    "StemConv2d",
     "SyncBatchNorm",
     "SyncBatchNormAct",
     "SyncBatchNormActMaxPool2d",

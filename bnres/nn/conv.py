@@ -12,6 +12,7 @@ from bnres.nn.hooks import hooked, make_leaf
 from bnres.nn.state import group_of, next_state, normalizes_by_batch
 from bnres.nn.sync import SyncBatchNorm
 from bnres.operations.conv_batch_norm_act import conv2d_batch_norm_act
+from bnres.operations.stem_conv import KERNEL, PADDING, STRIDE, stem_conv2d
 
 
 class ConvBatchNormAct2d(nn.Module):
@@ -51,6 +52,37 @@ class ConvBatchNormAct2d(nn.Module):
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         return conv_and_norm(self.conv, self.bn, input, residual)
+
+
+class StemConv2d(nn.Conv2d):
+    """The first convolution of a ResNet: 7×7 with stride 2 and padding 3, by `stem_conv2d`.
+
+    Args:
+        in_channels, out_channels, bias, device, dtype: as in `torch.nn.Conv2d`, with ``bias`` False
+            by default.
+
+    Raises:
+        ValueError: as `torch.nn.Conv2d`.
+
+    Follows `torch.nn.Conv2d`.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        bias: bool = False,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            in_channels, out_channels, KERNEL, STRIDE, PADDING, bias=bias, device=device,
+            dtype=dtype,
+        )  # fmt: skip
+        make_leaf(self)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return stem_conv2d(input, self.weight, self.bias)
 
 
 def conv_and_norm(

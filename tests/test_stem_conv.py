@@ -1,0 +1,139 @@
+"""The first convolution of a ResNet, over a space-to-depth input, against torch's convolution."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import bnres
+from benchmarks.torchvision_import import torchvision
+from bnres.functional import stem_conv2d
+from bnres.nn import StemConv2d
+from bnres.operations import stem_conv
+from tests.device import DEVICE
+from tests.tolerances import assert_close
+
+CL = torch.channels_last
+
+
+@pytest.fixture
+def over_blocks(monkeypatch):
+    """Always runs over blocks; the fixture is the list of inputs that it ran on."""
+    inputs = []
+    monkeypatch.setattr(stem_conv, "takes_blocks", lambda x, w: inputs.append(x) is None)
+    return inputs
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+@pytest.mark.parametrize("layout", [CL, torch.contiguous_format])
+def test_equals_torchs_convolution(channels, layout, over_blocks):
+    torch.manual_seed(0)
+    x = torch.randn(3, channels, 10, 14, dtype=torch.float64, device=DEVICE)
+    x = x.contiguous(memory_format=layout)
+    conv = StemConv2d(channels, 5, bias=True, device=DEVICE, dtype=torch.float64)
+    y, expected = conv(x), F.conv2d(x, conv.weight, conv.bias, 2, 3)
+    assert len(over_blocks) == 1
+    assert_close(y, expected, torch.float64)
+    assert y.is_contiguous(memory_format=CL)
+    dy = torch.randn_like(expected)
+    parameters = [conv.weight, conv.bias]
+    for got, want in zip(
+        torch.autograd.grad(y, parameters, dy), torch.autograd.grad(expected, parameters, dy),
+        strict=True,
+    ):  # fmt: skip
+        assert_close(got, want, torch.float64)
+
+
+def test_second_derivatives(over_blocks):
+    torch.manual_seed(0)
+    x = torch.randn(1, 1, 4, 4, dtype=torch.float64, device=DEVICE)
+    weight = torch.randn(1, 1, 7, 7, dtype=torch.float64, device=DEVICE, requires_grad=True)
+    assert torch.autograd.gradgradcheck(lambda w: stem_conv2d(x, w).sin(), (weight,))
+
+
+def test_bfloat16(over_blocks):
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 16, 16, device=DEVICE).contiguous(memory_format=CL)
+    conv = StemConv2d(3, 8, device=DEVICE)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        y = conv(x)
+    rounded = conv.weight.bfloat16().double()
+    assert y.dtype == torch.bfloat16
+    assert_close(y, F.conv2d(x.bfloat16().double(), rounded, None, 2, 3), torch.bfloat16)
+
+
+def draw(shape=(2, 3, 8, 8), dtype=torch.bfloat16, layout=CL, **options):
+    return torch.ones(shape, dtype=dtype, **options).contiguous(memory_format=layout)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, True),
+        ({"shape": (2, 4, 8, 8)}, True),
+        ({"shape": (2, 5, 8, 8)}, False),
+        ({"shape": (2, 3, 7, 8)}, False),
+        ({"shape": (2, 3, 8, 7)}, False),
+        ({"dtype": torch.float16}, False),
+        ({"dtype": torch.float32}, False),
+        ({"layout": torch.contiguous_format}, False),
+        ({"requires_grad": True}, False),
+    ],
+    ids=str,
+)
+def test_choice(options, expected, monkeypatch):
+    x = draw(**options)
+    weight = draw((4, x.shape[1], 7, 7), x.dtype)
+    assert not stem_conv.takes_blocks(x, weight)  # on the CPU
+    monkeypatch.setattr(stem_conv, "_on_gpu", lambda input: True)
+    assert stem_conv.takes_blocks(x, weight) is expected
+    with torch.no_grad():
+        assert stem_conv.takes_blocks(x, weight) is (expected or "requires_grad" in options)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert stem_conv.takes_blocks(x, weight.float()) is (expected or "dtype" in options)
+    assert not stem_conv.takes_blocks(x, weight.double())
+    assert not stem_conv.takes_blocks(x, draw((4, x.shape[1], 3, 3)))
+    assert not torch.vmap(lambda t: torch.tensor(stem_conv.takes_blocks(t, weight)))(x[None]).any()
+
+
+def test_models(over_blocks):
+    """Our layers and fused models use it; stock and exported models do not."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 32, 32, device=DEVICE)
+    stock = torchvision.models.resnet18(num_classes=3).to(DEVICE).eval()
+    ours = bnres.models.resnet18(num_classes=3).to(DEVICE).eval()
+    ours.load_state_dict(stock.state_dict())
+    expected = stock(x)
+    assert not over_blocks
+    with bnres.use_backend("aten"):
+        assert_close(ours(x), expected.double(), torch.float32)
+        assert len(over_blocks) == 1
+        assert_close(bnres.fuse(stock)(x), expected.double(), torch.float32)
+        assert len(over_blocks) == 2
+
+
+@pytest.mark.parametrize(
+    "conv",
+    [
+        nn.Conv2d(3, 4, 7, 2, 3), nn.Conv2d(3, 4, 7, 2, 2), nn.Conv2d(3, 4, 7, 1, 3),
+        nn.Conv2d(3, 3, 7, 2, 3, groups=3), nn.Conv2d(3, 4, 7, 2, 3, dilation=2),
+        nn.Conv2d(3, 4, 5, 2, 3), nn.Conv2d(3, 4, 7, 2, "valid"), nn.Conv2d(3, 4, 7, (2, 1), 3),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_only_the_stems_convolution_is_replaced(conv, over_blocks):
+    model = nn.Sequential(conv, nn.BatchNorm2d(conv.out_channels), nn.ReLU(), nn.Sigmoid())
+    x = torch.randn(2, 3, 16, 16)
+    # Without a gradient of the input; a max-pool keeps the convolution out of the fused operation.
+    model.insert(3, nn.MaxPool2d(3, 2, 1))
+    with bnres.use_backend("aten"):
+        assert_close(bnres.fuse(model)(x), model(x).double(), torch.float32)
+    is_first = conv.stride == (2, 2) and conv.padding == (3, 3) and conv.kernel_size == (7, 7)
+    assert len(over_blocks) == (is_first and conv.groups == conv.dilation[0] == 1)
+
+
+def test_repr_and_keys():
+    conv = StemConv2d(3, 64)
+    text = "StemConv2d(3, 64, kernel_size=(7, 7), stride=(2, 2), padding=(3, 3), bias=False)"
+    assert repr(conv) == text
+    assert list(conv.state_dict()) == ["weight"]
