@@ -164,16 +164,16 @@ class LaunchConfig:
 TURNS = 4
 
 TUNING = {
-    "stats": KernelTuning(unroll=4, num_stages=2, programs_per_sm=5),
-    "apply": KernelTuning(unroll=MASK_UNROLL, num_stages=1, programs_per_sm=6),
-    "apply_residual": KernelTuning(unroll=MASK_UNROLL, num_stages=2, programs_per_sm=4),
-    "reduce": KernelTuning(unroll=MASK_UNROLL, num_stages=2, programs_per_sm=5),
-    "dx": KernelTuning(unroll=MASK_UNROLL, num_stages=2, programs_per_sm=6),
-    "apply_two_norms": KernelTuning(unroll=2, num_stages=3, programs_per_sm=4),
+    "stats": KernelTuning(unroll=4, num_stages=4, programs_per_sm=2),
+    "apply": KernelTuning(unroll=MASK_UNROLL, num_stages=4, programs_per_sm=24),
+    "apply_residual": KernelTuning(unroll=MASK_UNROLL, num_stages=3, programs_per_sm=20),
+    "reduce": KernelTuning(unroll=MASK_UNROLL, num_stages=3, programs_per_sm=2),
+    "dx": KernelTuning(unroll=MASK_UNROLL, num_stages=3, programs_per_sm=16),
+    "apply_two_norms": KernelTuning(unroll=2, num_stages=3, programs_per_sm=3),
     "reduce_two_norms": KernelTuning(unroll=2, num_stages=3, programs_per_sm=3),
-    "dx_two_norms": KernelTuning(unroll=2, num_stages=3, programs_per_sm=3),
-    "pool": KernelTuning(unroll=1, num_stages=2, programs_per_sm=5),
-    "pool_dx": KernelTuning(unroll=1, num_stages=2, programs_per_sm=3),
+    "dx_two_norms": KernelTuning(unroll=2, num_stages=3, programs_per_sm=12),
+    "pool": KernelTuning(unroll=1, num_stages=4, programs_per_sm=6),
+    "pool_dx": KernelTuning(unroll=1, num_stages=4, programs_per_sm=6),
 }
 
 

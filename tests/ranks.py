@@ -11,8 +11,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from tests.device import DEVICE
-
 SECONDS = 60  # after which a rank that waits for another one gives up
 
 
@@ -44,16 +42,12 @@ def _serve(rank: int, size: int, port: int, pipe: Any) -> None:
 class Ranks:
     """``size`` processes with a default group.
 
-    They are forked from a process that has imported torch and bnres once. A forked process can't
-    use a GPU, so with one each process starts anew.
+    They are forked from a process that has imported torch and bnres once.
     """
 
     def __init__(self, size: int) -> None:
-        if DEVICE == "cuda":
-            context: Any = multiprocessing.get_context("spawn")
-        else:
-            context = multiprocessing.get_context("forkserver")
-            context.set_forkserver_preload(["tests.ranks", "bnres", "bnres.kernels.bn_backward"])
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["tests.ranks", "bnres", "bnres.kernels.bn_backward"])
         port, self.pipes, self.processes = free_port(), [], []
         for rank in range(size):
             ours, theirs = context.Pipe()

@@ -25,8 +25,10 @@ from bnres.train.loop import train_batch
 from tests.device import DEVICE
 from tests.ranks import Ranks
 
-KERNELS = "triton" if DEVICE == "cuda" else "triton-interpreter"
-ROUTES = ("aten", KERNELS)
+# With a GPU no kernel is interpreted. tests/test_nccl.py then tests the kernels.
+without_gpu = pytest.mark.skipif(DEVICE == "cuda", reason="there is a GPU")
+INTERPRETED = pytest.param("triton-interpreter", marks=without_gpu)
+ROUTES = ("aten", INTERPRETED)
 # Error over the largest value (at least 1) of the fp64 reference.
 TOLERANCE = 2e-6
 
@@ -63,10 +65,10 @@ class Case:
     """
 
     def __init__(self, shape, kind, act, layout, dtypes=(torch.float32, torch.float32)):
-        g = torch.Generator(DEVICE).manual_seed(len(kind))
+        g = torch.Generator().manual_seed(len(kind))
         self.kind, self.act, self.layout, self.dtypes = kind, act, layout, dtypes
-        self.tensors = [torch.randn(shape, generator=g, device=DEVICE) * 2 + 3 for _ in range(4)]
-        self.vectors = [torch.rand(shape[1], generator=g, device=DEVICE) + 0.5 for _ in range(4)]
+        self.tensors = [torch.randn(shape, generator=g) * 2 + 3 for _ in range(4)]
+        self.vectors = [torch.rand(shape[1], generator=g) + 0.5 for _ in range(4)]
 
     def run(self, function, part, dtypes=None, dense=False, **options):
         """y, the gradients of x and the residual; those of the parameters; the buffers."""
@@ -84,7 +86,7 @@ class Case:
             leaf.requires_grad_()
         wide = torch.float64 if x_dtype == torch.float64 else torch.float32
         buffers = [torch.full_like(self.vectors[0], i % 2, dtype=wide) for i in range(count)]
-        counters = [torch.tensor(0, device=DEVICE) for _ in range(2)]
+        counters = [torch.tensor(0), torch.tensor(0)]
         if self.kind != "plain":
             options["residual"] = residual
         if self.kind == "two_norms":
@@ -120,7 +122,7 @@ def check_case(case, sizes, route, tolerance=TOLERANCE, group=None):
     for actual, whole in zip(found[2], expected[2], strict=True):
         assert_near(actual, whole, tolerance)
     # The same bits on every rank.
-    return [b.cpu().numpy().tobytes() for b in found[2]]
+    return [b.numpy().tobytes() for b in found[2]]
 
 
 def check_cases(cases, sizes, route, dtypes, tolerance):
@@ -175,9 +177,9 @@ def check_in_a_group(route):
     pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
     group, first = pairs[dist.get_rank() // 2], dist.get_rank() // 2 * 4
     torch.manual_seed(0)
-    x, half = torch.randn(8, 3, 4, 4, device=DEVICE), slice(first, first + 4)
-    ours = bnres.nn.SyncBatchNorm(3, process_group=group, device=DEVICE)
-    stock = nn.BatchNorm2d(3, device=DEVICE)
+    x, half = torch.randn(8, 3, 4, 4), slice(first, first + 4)
+    ours = bnres.nn.SyncBatchNorm(3, process_group=group)
+    stock = nn.BatchNorm2d(3)
     with bnres.use_backend(route):
         y = ours(x[parts((2, 2, 2, 2))])
         copies = copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))
@@ -198,11 +200,11 @@ def test_process_group(four, route):
 
 def check_module(route, options):
     torch.manual_seed(0)
-    stock = nn.BatchNorm1d(5, **options).to(DEVICE, torch.float64)
+    stock = nn.BatchNorm1d(5, **options).double()
     ours = bnres.convert_sync_batchnorm(copy.deepcopy(stock).float())
     with bnres.use_backend(route):
         for step in range(3):
-            part, x = parts((2, 0, 1, 3)), torch.randn(6, 5, 7, device=DEVICE)
+            part, x = parts((2, 0, 1, 3)), torch.randn(6, 5, 7)
             if step == 2:
                 stock.eval(), ours.eval()
             # Evaluation without running statistics takes those of this rank's batch, as torch does.
@@ -213,7 +215,7 @@ def check_module(route, options):
         if stock.running_mean is not None:
             ours.train()
             before = copy.deepcopy(ours.state_dict())
-            assert ours(torch.empty(0, 5, 7, device=DEVICE)).shape == (0, 5, 7)
+            assert ours(torch.empty(0, 5, 7)).shape == (0, 5, 7)
             assert ours.num_batches_tracked == before["num_batches_tracked"] + 1
             assert torch.equal(ours.running_var, before["running_var"])
 
@@ -240,9 +242,9 @@ def count_exchanges(route):
         nn.Conv2d(3, 4, 1), bnres.nn.BatchNormActMaxPool2d(4, 3, 2, 1),
         blocks.BasicBlock(4, 8, 2), bnres.nn.ConvBatchNormAct2d(8, 8, 1),
     )  # fmt: skip
-    bnres.convert_sync_batchnorm(net.to(DEVICE))
+    bnres.convert_sync_batchnorm(net)
     with bnres.use_backend(route):
-        x = torch.randn(2, 3, 8, 8, device=DEVICE)
+        x = torch.randn(2, 3, 8, 8)
         forward, kept = [], []
         forward = exchanges(lambda: kept.append(net(x)))
         backward = exchanges(lambda: kept[0].sum().backward())
@@ -272,9 +274,9 @@ class TwoNorms(nn.Module):
 def check_compiled(route, backend):
     """Captured as one graph, forward and backward, a step is that of the eager mode."""
     torch.manual_seed(0)
-    block = TwoNorms().to(DEVICE)
+    block = TwoNorms()
     twin = copy.deepcopy(block)
-    x = torch.randn(8, 3, 4, 4, device=DEVICE)[parts((2, 2, 2, 2))].requires_grad_()
+    x = torch.randn(8, 3, 4, 4)[parts((2, 2, 2, 2))].requires_grad_()
     graphs = []
 
     def record(module, inputs):
@@ -296,8 +298,9 @@ def check_compiled(route, backend):
         assert_near(a, b.double())
 
 
+@without_gpu
 def test_is_captured_as_one_graph(four):
-    four.run(check_compiled, KERNELS, "aot_eager")
+    four.run(check_compiled, "triton-interpreter", "aot_eager")
 
 
 @pytest.mark.slow
@@ -308,7 +311,7 @@ def test_inductor(four, route):
 
 def check_second_derivatives(route):
     torch.manual_seed(0)
-    x, w = torch.randn(6, 3, 4, device=DEVICE).double(), torch.rand(3, device=DEVICE).double()
+    x, w = torch.randn(6, 3, 4).double(), torch.rand(3).double()
 
     def penalty(function, x, w, **options):
         y = function(x, None, None, w, act="silu", **options).square().sum()
@@ -353,19 +356,15 @@ def resnet18(fused):
 def check_step(make, route, wrap, sizes=(2, 2, 2, 2)):
     """A step of a net on a part of the batch, against that of the stock net on all of it."""
     torch.manual_seed(0)
-    x, labels, part = (
-        torch.randn(8, 3, 8, 8, device=DEVICE).double(),
-        torch.arange(8, device=DEVICE) % 5,
-        parts(sizes),
-    )
-    stock, ours = (make(f).to(DEVICE, torch.float64) for f in (False, True))
+    x, labels, part = torch.randn(8, 3, 8, 8).double(), torch.arange(8) % 5, parts(sizes)
+    stock, ours = make(False).double(), make(True).double()
     ours.load_state_dict(stock.state_dict())
     assert bnres.convert_sync_batchnorm(ours) is ours
     net = ours
     if wrap == "ddp":
         net = DistributedDataParallel(ours)
     if wrap == "fsdp":
-        mesh = init_device_mesh(DEVICE, (4,))
+        mesh = init_device_mesh("cpu", (4,))
         fully_shard(net[4], mesh=mesh)
         net = fully_shard(ours, mesh=mesh)
     expected = stock(x)
@@ -389,7 +388,10 @@ def test_parallel_nets(four, wrap, sizes):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("make", "route"), [(resnet18, "aten"), (small_net, KERNELS)])
+@pytest.mark.parametrize(
+    ("make", "route"),
+    [(resnet18, "aten"), pytest.param(small_net, "triton-interpreter", marks=without_gpu)],
+)
 def test_nets_under_ddp(four, make, route):
     # A ResNet-18 in the interpreter takes four processes several minutes on two cores.
     four.run(check_step, make, route, "ddp")
@@ -398,9 +400,9 @@ def test_nets_under_ddp(four, make, route):
 def check_two_forwards(route):
     """DistributedDataParallel broadcasts buffers before each forward; backward reads none."""
     torch.manual_seed(0)
-    stock = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).to(DEVICE, torch.float64)
+    stock = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).double()
     ours = bnres.convert_sync_batchnorm(copy.deepcopy(stock))
-    net, x = DistributedDataParallel(ours), torch.randn(2, 4, 3, device=DEVICE).double()
+    net, x = DistributedDataParallel(ours), torch.randn(2, 4, 3).double()
     with bnres.use_backend(route):
         mine = [each[parts((1, 1, 1, 1))] for each in x]
         (net(mine[0]).sin().sum() + net(mine[1]).cos().sum()).backward()
@@ -416,12 +418,12 @@ def test_two_forwards_before_a_backward(four, route):
 
 def check_recomputed():
     torch.manual_seed(0)
-    bn = bnres.nn.SyncBatchNormAct(3, device=DEVICE)
-    x = torch.randn(8, 3, 4, 4, device=DEVICE)[parts((2, 2, 2, 2))]
+    bn = bnres.nn.SyncBatchNormAct(3)
+    x = torch.randn(8, 3, 4, 4)[parts((2, 2, 2, 2))]
     found = []
     for context in (nullcontext, bnres.recompute):
         bn.zero_grad()
-        with bnres.use_backend(KERNELS):
+        with bnres.use_backend("triton-interpreter"):
             with context():
                 y = bn(x.clone().requires_grad_(), x).square()
             y.sum().backward()
@@ -429,6 +431,7 @@ def check_recomputed():
     assert all(map(torch.equal, *found))
 
 
+@without_gpu
 def test_recompute(four):
     four.run(check_recomputed)
 
@@ -440,9 +443,9 @@ def check_fused(route, convert):
     stock = nn.Sequential(
         nn.Conv2d(3, 4, 3), *norm_act(4, pool=nn.MaxPool2d(3, 2, 1)),
         blocks.BasicBlock(4, 4, norm_act=norm_act), blocks.BasicBlock(4, 6, norm_act=norm_act),
-    ).to(DEVICE)  # fmt: skip
+    )  # fmt: skip
     ours = bnres.convert_sync_batchnorm(copy.deepcopy(stock))
-    x = torch.randn(8, 3, 8, 8, device=DEVICE)[parts((2, 2, 2, 2))]
+    x = torch.randn(8, 3, 8, 8)[parts((2, 2, 2, 2))]
     model = convert(stock)
     found = []
     with bnres.use_backend(route):
@@ -461,7 +464,9 @@ def check_fused(route, convert):
     "convert", [bnres.convert_sync_batchnorm, nn.SyncBatchNorm.convert_sync_batchnorm],
     ids=["ours", "torchs"],
 )  # fmt: skip
-@pytest.mark.parametrize("route", ["aten", pytest.param(KERNELS, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "route", ["aten", pytest.param("triton-interpreter", marks=[pytest.mark.slow, without_gpu])]
+)
 def test_fused_models(four, route, convert):
     four.run(check_fused, route, convert)
 
@@ -493,16 +498,13 @@ def test_trainer(four):
 def check_fifty_steps():
     """In fp64 rounding does not grow that much: fifty steps have the same losses."""
     torch.manual_seed(0)
-    stock, ours = (small_net(f).to(DEVICE, torch.float64) for f in (False, True))
+    stock, ours = small_net(False).double(), small_net(True).double()
     ours.load_state_dict(stock.state_dict())
     net, part = DistributedDataParallel(bnres.convert_sync_batchnorm(ours)), parts((2, 2, 2, 2))
     optimizers = [torch.optim.SGD(m.parameters(), 0.01, 0.9) for m in (stock, ours)]
     with bnres.use_backend("aten"):
         for _ in range(50):
-            x, labels = (
-                torch.randn(8, 3, 8, 8, device=DEVICE).double(),
-                torch.randint(5, (8,), device=DEVICE),
-            )
+            x, labels = torch.randn(8, 3, 8, 8).double(), torch.randint(5, (8,))
             losses = F.cross_entropy(stock(x), labels), F.cross_entropy(net(x[part]), labels[part])
             for optimizer, loss in zip(optimizers, losses, strict=True):
                 optimizer.zero_grad()
@@ -519,7 +521,7 @@ def test_fifty_steps(four):
 
 
 def check_bad_use():
-    bn, x = bnres.nn.SyncBatchNormAct(3, device=DEVICE), torch.randn(2, 3, 4, 4, device=DEVICE)
+    bn, x = bnres.nn.SyncBatchNormAct(3), torch.randn(2, 3, 4, 4)
     with pytest.raises(ValueError, match=r"residual must have the shape of input"):
         bn(x, x[:1])
     with pytest.raises(ValueError, match=r"expected 4D input \(got 3D input\)"):
@@ -527,11 +529,11 @@ def check_bad_use():
     with pytest.raises(ValueError, match=r"input must have channels, got input size"):
         sync_batch_norm_act(x[:, :0], None, None)
     with pytest.raises(RuntimeError, match=r"weight should contain 3 elements not 2"):
-        sync_batch_norm_act(x, None, None, torch.ones(2, device=DEVICE))
-    with pytest.raises(RuntimeError, match=rf"running_mean is on meta, but input is on {DEVICE}"):
-        sync_batch_norm_act(x, torch.zeros(3, device="meta"), torch.ones(3, device=DEVICE))
+        sync_batch_norm_act(x, None, None, torch.ones(2))
+    with pytest.raises(RuntimeError, match=r"running_mean is on meta, but input is on cpu"):
+        sync_batch_norm_act(x, torch.zeros(3, device="meta"), torch.ones(3))
     with pytest.raises(ValueError, match="residual_input_bias must be None"):
-        norm = BatchNormState(None, None, input_bias=torch.ones(3, device=DEVICE))
+        norm = BatchNormState(None, None, input_bias=torch.ones(3))
         sync_batch_norm_act(x, None, None, residual=x, residual_norm=norm)
 
     dist.set_debug_level(dist.DebugLevel.DETAIL)

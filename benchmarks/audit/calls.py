@@ -68,8 +68,9 @@ OTHERS: Axes = {
     "dtype": (torch.float16,),
 }
 # Names in `bnres.functional` that are not called: batch_norm is batch_norm_act without a residual
-# and an activation, and BatchNormState is the type of an argument.
-SPECIAL_CASES = {"batch_norm", "BatchNormState"}
+# and an activation, BatchNormState is the type of an argument, and stem_conv2d launches none of our
+# kernels.
+SPECIAL_CASES = {"batch_norm", "BatchNormState", "stem_conv2d"}
 PARAMETERS = ("input", "weight", "bias", "input_bias", "residual")
 OPTIONAL: tuple[set[Any], ...] = (
     {Tensor, NoneType}, {Tensor, float}, {tuple[float, ...], NoneType}, {BatchNormState, NoneType},
