@@ -275,6 +275,8 @@ def test_versions_whose_interpreter_fails_are_refused():
 @pytest.mark.parametrize("momentum", [0.3, torch.tensor([0.3])], ids=type)
 def test_combined_moments_of_parts_are_the_statistics_of_the_whole(momentum):
     """The parts are like the batches of ranks: the first is empty, another has one value."""
+    if isinstance(momentum, torch.Tensor):
+        momentum = momentum.to(DEVICE)
     x = torch.randn(9, 5, 3, generator=torch.Generator().manual_seed(0)).to(DEVICE) + 100
     parts = [x[:0], x[:8], x[8:, :, :1].contiguous(), x[8:, :, 1:].contiguous()]
     moments = torch.stack([bn_forward.bn_moments(part) for part in parts])
