@@ -124,7 +124,8 @@ def run(
 def report(
     folders: Annotated[list[Path] | None, typer.Argument(help="Folders of results.")] = None,
     page: Annotated[
-        bool, typer.Option(help="Write docs/performance.md from the committed results.")
+        bool,
+        typer.Option(help="Write docs/performance.md and README.md from the committed results."),
     ] = False,
 ) -> None:
     """Write report.md and its pictures into each folder of results."""
@@ -140,7 +141,8 @@ def report(
         write_text(folder / "report.md", text)
         typer.echo(folder / "report.md")
     if page:
-        typer.echo(performance_page.write())
+        for path in performance_page.write():
+            typer.echo(path)
 
 
 @app.command()
@@ -266,7 +268,7 @@ def variants(
     ],
     minutes: Annotated[float, typer.Option(help="Time to spend.", min=0.0)] = 3.0,
 ) -> None:
-    """Time launch configurations that differ from the current one in one field."""
+    """Time the kernels with other launch configurations than the current ones."""
     from benchmarks import environment
     from benchmarks.variants import run
 

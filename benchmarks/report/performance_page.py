@@ -1,27 +1,25 @@
-"""Writes the section of docs/performance.md from the committed results, if any, and the audits."""
+"""Writes the measured figures of docs/performance.md and README.md, from the committed results."""
 
-import os
+import shutil
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.audit import budget
-from benchmarks.byte_model import moved_bytes, passes
+from benchmarks.byte_model import passes
 from benchmarks.environment import ROOT
 from benchmarks.report import tables
 from benchmarks.report.slices import OPERATION_TITLES, main_setting, subjects
-from benchmarks.report.tables import markdown_table
-from benchmarks.sites import RESNET18_SITES
+from benchmarks.report.tables import markdown_table, speedups
 from benchmarks.store import MADE_UP, Record, load
 from bnres.files import write_text
 
-PAGE = ROOT / "docs" / "performance.md"
+PAGE, README = ROOT / "docs" / "performance.md", ROOT / "README.md"
+PICTURES = ROOT / "docs" / "pictures"
 RESULTS = Path(__file__).parent.parent / "results"
 BEGIN, END = "<!-- performance: begin -->", "<!-- performance: end -->"
-ITEMSIZE, BATCH = 2, 256
+ITEMSIZE = 2
 WIDTH = 100
-# Bandwidth of the derived times, about that of a copy on an H200, in bytes/s.
-DERIVED_COPY = 4.3e12
 # MB that Inductor's code moves in the step of ``benchmarks.audit.budget.Found.traffic``: the
 # buffers of each launch in the code that torch 2.15 generated for 132 multiprocessors without a
 # GPU. The second is with the older max-pool backward, which gathers.
@@ -34,18 +32,23 @@ STEPS = (
 )
 
 
-def write() -> Path:
-    """Writes the section between the page's markers; returns the page's path.
+def write() -> list[Path]:
+    """Writes the sections of both pages and copies the pictures; returns the pages' paths.
 
     Raises:
-        ValueError: if the page lacks the markers.
+        ValueError: if a page lacks the markers.
     """
-    write_text(PAGE, with_section(PAGE.read_text(encoding="utf-8")))
-    return PAGE
+    pages = {PAGE: section(), README: headline()}
+    for page, text in pages.items():
+        write_text(page, with_section(page.read_text(encoding="utf-8"), text))
+    for folder in latest(RESULTS):
+        for picture in pictures_of(folder):
+            shutil.copyfile(picture, PICTURES / _copy_of(picture))
+    return list(pages)
 
 
-def with_section(text: str) -> str:
-    """Returns the page's text with the current section between its markers.
+def with_section(text: str, section: str) -> str:
+    """Returns a page's text with ``section`` between its markers.
 
     Raises:
         ValueError: if the text lacks the markers.
@@ -53,14 +56,13 @@ def with_section(text: str) -> str:
     head, begin, rest = text.partition(BEGIN)
     _, end, tail = rest.partition(END)
     if not begin or not end:
-        raise ValueError(f"{PAGE.name} must contain the lines {BEGIN} and {END}")
-    return f"{head}{BEGIN}\n\n{section()}\n\n{END}{tail}"
+        raise ValueError(f"a page must contain the lines {BEGIN} and {END}")
+    return f"{head}{BEGIN}\n\n{section}\n\n{END}{tail}"
 
 
 def section(results: Path = RESULTS) -> str:
-    """Returns the section without its markers."""
-    folders = latest(results)
-    parts = [measured(folder, *load(folder)) for folder in folders] if folders else [unmeasured()]
+    """Returns the section of docs/performance.md, without its markers."""
+    parts = [measured(folder, *load(folder)) for folder in latest(results)]
     return "\n\n".join(_wrapped("\n\n".join([*parts, audited()]).split("\n\n")))
 
 
@@ -93,34 +95,36 @@ def measured(folder: Path, about: Record, records: Sequence[Record]) -> str:
         shown = {subject.name for subject in main_setting(operations)}
         chosen = [r for r in records if r["suite"] == "ops" and r["subject"] in shown]
         parts += [p for p in tables.operations(chosen) if not p.startswith("## ")]
-    for name in ("bandwidth", "step"):
-        if (folder / f"{name}.png").exists():
-            parts.append(f"![{name}]({os.path.relpath(folder / f'{name}.png', PAGE.parent)})")
+    parts += [f"![{p.stem}]({PICTURES.name}/{_copy_of(p)})" for p in pictures_of(folder)]
     return "\n\n".join(parts)
 
 
-def unmeasured() -> str:
-    """Formats derived times, for a page without measured results."""
+def pictures_of(folder: Path) -> list[Path]:
+    """Returns the pictures of a folder of results that the page shows."""
+    paths = (folder / f"{name}.png" for name in ("speedup", "bandwidth"))
+    return [path for path in paths if path.exists()]
+
+
+def _copy_of(picture: Path) -> str:
+    """The file name of a picture's copy among the documentation's pictures."""
+    return f"{picture.parent.parent.name}-{picture.name}"
+
+
+def headline(results: Path = RESULTS) -> str:
+    """Returns the README's section: ResNet-18's training step on each GPU."""
     rows = []
-    for site in RESNET18_SITES:
-        if site.operation == "bn":
-            continue
-        elements = BATCH * site.channels * site.size**2
-        cells = [
-            f"{moved_bytes(site.operation, step, elements, ITEMSIZE) / DERIVED_COPY * 1e6:.0f}"
-            for step in ("forward", "backward")
-        ]
-        rows.append([f"{site.name}, {OPERATION_TITLES[site.operation]}", *cells])
-    return "\n\n".join(
-        [
-            "There is no measured result yet: the kernels have not been run or timed on a GPU. "
-            "`python -m benchmarks run` measures them on yours.",
-            "Derived, not measured: the time in microseconds that the fewest bytes an operation "
-            f"can move take at {DERIVED_COPY / 1e12} TB/s, about the bandwidth of a copy on an "
-            "H200 (ResNet-18, batch 256, bf16).",
-            markdown_table(["site", "forward, training", "backward"], rows),
-        ]
-    )
+    for folder in latest(results):
+        about, records = load(folder)
+        for subject in subjects(records, "step"):
+            record = subject.any
+            if (record["net"], record["image"], record["launch"]) == ("resnet18", 224, "graph"):
+                times = [
+                    f"{subject.records[name]['median'] * 1e3:.2f} ms"
+                    for name in ("eager", "compile", "bnres")
+                ]
+                rows.append([about["device"], str(record["batch"]), *times, *speedups(subject)])
+    titles = ["GPU", "batch", "torch", "torch.compile", "bnres", "vs. torch", "vs. torch.compile"]
+    return markdown_table(titles, rows)
 
 
 def audited() -> str:
