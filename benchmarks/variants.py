@@ -1,7 +1,6 @@
-"""Times launch configurations that differ from `bnres.kernels.config.TUNING` in one field.
+"""Times the kernels with other launch configurations than those in `bnres.kernels.config.TUNING`.
 
-Each kernel runs on the activations of the stem and of layer1, in both layouts. A variant is timed
-only if its result agrees with that of the current configuration.
+Each kernel runs in bfloat16 on the activations of every stage of ResNet-18, in both layouts.
 """
 
 import itertools
@@ -9,157 +8,198 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import astuple, replace
 from math import prod
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks import clock
 from benchmarks.check import check
 from benchmarks.operations import LAYOUTS
 from benchmarks.sites import RESNET18_SITES
 from bnres.kernels import config, launch
 from bnres.kernels.bn_backward import bn_backward_dx, bn_backward_reduce
 from bnres.kernels.bn_forward import bn_apply, bn_stats
+from bnres.kernels.bn_max_pool import bn_max_pool, bn_max_pool_backward_dx
 from bnres.kernels.config import KernelTuning
-from bnres.kernels.norm import Norm
+from bnres.kernels.norm import Norm, Statistics
+from bnres.kernels.outputs import empty_mask
 
-BATCH, SMALL_BATCH, SMALL_SIZE = 256, 2, 8
+BATCH, SMALL_BATCH, SMALL_SIZE = 256, 2, 16
 EPS = 1e-5
-# Variants sum in different orders, and results are rounded to bf16.
+# Configurations sum in different orders, and results are rounded to bf16.
 TOLERANCE = 2**-8
-ROUNDS, SMALL_ROUNDS = 20, 1
-# Number of sets of tensors that calls alternate between, so that none finds its inputs in the L2
-# cache.
-SETS = 3
-CHANGES: dict[str, tuple[Any, ...]] = {
-    "num_stages": (1, 2, 3, 4),
-    "unroll": (1, 2, 4, 8),
-    "programs_per_sm": (2, 3, 4, 5, 6, 8),
-    "eviction": ("", "evict_first", "evict_last"),
+# A replayed graph contains this many calls of a kernel, or more if there are more sets of tensors.
+CALLS, REPLAYS = 16, 5
+# The sets of tensors that calls alternate between are this many times as large as the L2 cache, so
+# that no call finds its inputs there.
+COLD_FACTOR = 3
+STAGES = (1, 2, 3, 4, 5)
+# Values of unroll and of programs_per_sm.
+GRIDS: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
+    "stats": ((4, 8), (1, 2, 3, 4, 5)),
+    "apply": ((4,), (6, 8, 12, 16, 20, 24, 32)),
+    "apply_residual": ((4,), (4, 8, 12, 16, 20, 24)),
+    "apply_two_norms": ((2, 4), (3, 4, 6, 8, 12)),
+    "reduce": ((4,), (1, 2, 3, 4, 5)),
+    "reduce_two_norms": ((2,), (1, 2, 3, 4)),
+    "dx": ((4,), (4, 6, 8, 12, 16, 20)),
+    "dx_two_norms": ((2,), (3, 4, 6, 8, 12)),
+    "pool": ((1,), (3, 4, 5, 6, 8, 10)),
+    "pool_dx": ((1,), (3, 4, 6, 8, 10)),
 }
-KERNELS = ("stats", "reduce", "dx", "apply")
 
-Call = Callable[[], tuple[Tensor, ...]]
+Call = Callable[[], Sequence[Tensor | None]]
 
 
-def variants(kernel: str) -> Iterator[tuple[str, KernelTuning]]:
-    """Yields the name and value of a kernel's current configuration, then of each variant of it."""
+def variants(kernel: str) -> Iterator[KernelTuning]:
+    """Yields a kernel's current configuration, then the others of its grid."""
     today = config.TUNING[kernel]
-    yield "today", today
-    for field, values in CHANGES.items():
-        for value in values:
-            if value != getattr(today, field):
-                yield f"{field}={value}", replace(today, **{field: value})
+    yield today
+    for stages, unroll, programs in itertools.product(STAGES, *GRIDS[kernel]):
+        tuning = replace(today, num_stages=stages, unroll=unroll, programs_per_sm=programs)
+        if tuning != today:
+            yield tuning
 
 
 @contextmanager
 def tuned(kernel: str, tuning: KernelTuning) -> Iterator[None]:
     """Launches ``kernel`` with another configuration inside the context."""
     before = config.TUNING[kernel]
+    plans = launch._plan, launch._plan_columns
     config.TUNING[kernel] = tuning
-    launch._plan.cache_clear()
+    for plan in plans:
+        plan.cache_clear()
     try:
         yield
     finally:
         config.TUNING[kernel] = before
-        launch._plan.cache_clear()
+        for plan in plans:
+            plan.cache_clear()
 
 
 def calls(shape: tuple[int, ...], layout: str, device: torch.device) -> dict[str, Call]:
-    """Returns a call of each kernel's launcher for BN+ReLU on random bf16 tensors."""
+    """Returns a call of each kernel's launcher on random bf16 tensors; its outputs are allocated.
 
-    def tensor() -> Tensor:
+    A call returns the tensors that it writes. ``reduce`` and ``dx`` are those of BN+ReLU.
+    """
+
+    def tensor(shape: Sequence[int] = shape) -> Tensor:
         x = torch.randn(shape, device=device).to(torch.bfloat16)
         return x.contiguous(memory_format=LAYOUTS[layout])
 
-    x, dy = tensor(), tensor()
+    x, residual, dy = tensor(), tensor(), tensor()
+    y, dx, mask = torch.empty_like(x), torch.empty_like(x), empty_mask(x)
     weight, bias = torch.rand(2, shape[1], device=device) + 0.5
-    norm = Norm(bn_stats(x, None, None, 0.1, EPS), weight, bias)
-    backward = (dy, x, norm, None, None, None, "relu", 0.0)
+    statistics = Statistics(*torch.empty(2, shape[1], device=device))
+    norm, other = (Norm(bn_stats(t, None, None, 0.1, EPS), weight, bias) for t in (x, residual))
+    plain = (dy, x, norm, None, None, None, "relu", 0.0)
+    two = (dy, x, norm, residual, other, None, "relu", 0.0)
     count = x.numel() // shape[1]
-    sums, _ = bn_backward_reduce(*backward)
+    sums, two_sums = (bn_backward_reduce(*given)[0] for given in (plain, two))
+    pooled, argmax, x_max = bn_max_pool(x, norm, "relu", 0.0, save=True)
+    assert argmax is not None
+    dpooled = tensor(pooled.shape)
+    act = ("relu", 0.0)
     return {
-        "stats": lambda: bn_stats(x, None, None, 0.1, EPS),
-        "reduce": lambda: bn_backward_reduce(*backward)[0][:2],
-        "dx": lambda: bn_backward_dx(*backward, sums, count)[:1],
-        "apply": lambda: bn_apply(x, norm, None, None, "relu", 0.0)[:1],
+        "stats": lambda: bn_stats(x, None, None, 0.1, EPS, out=statistics),
+        "apply": lambda: bn_apply(x, norm, None, None, *act, out=(y, None)),
+        "apply_residual": lambda: bn_apply(x, norm, residual, None, *act, out=(y, mask))[:1],
+        "apply_two_norms": lambda: bn_apply(x, norm, residual, other, *act, out=(y, None)),
+        "reduce": lambda: bn_backward_reduce(*plain)[0],
+        "reduce_two_norms": lambda: bn_backward_reduce(*two)[0],
+        "dx": lambda: bn_backward_dx(*plain, sums, count, out=(dx, None)),
+        "dx_two_norms": lambda: bn_backward_dx(*two, two_sums, count, out=(dx, y)),
+        "pool": lambda: bn_max_pool(x, norm, *act, out=(pooled, argmax, x_max))[:1],
+        "pool_dx": lambda: [
+            bn_max_pool_backward_dx(dpooled, argmax, x, norm, *act, sums, count, out=dx)
+        ],
     }
 
 
-def measure(
-    kernel: str,
-    tuning: KernelTuning,
-    calls: Sequence[Call],
-    expected: tuple[Tensor, ...],
-    moved: int,
-) -> float:
-    """Returns the median seconds of a kernel with a configuration.
+def seconds(calls: Sequence[Call]) -> float:
+    """Returns the least mean seconds of the calls in a CUDA graph, or of one call on the CPU."""
+    if not torch.cuda.is_available():
+        start = time.perf_counter()
+        calls[0]()
+        return time.perf_counter() - start
+    torch.cuda.synchronize()
+    graph, found = torch.cuda.CUDAGraph(), []
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    for _ in range(REPLAYS + 1):  # the first one is a warm-up
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        found.append(begin.elapsed_time(end) / 1e3 / len(calls))
+    return min(found[1:])
 
-    Args:
-        kernel: name of the kernel.
-        tuning: configuration of the kernel.
-        calls: calls of the kernel, each with other tensors.
-        expected: expected result of the first call.
-        moved: approximate number of bytes that a call touches.
+
+def measure(kernel: str, sets: Sequence[dict[str, Call]], tuning: KernelTuning) -> float:
+    """Returns the seconds of a kernel with a configuration, see `seconds`.
 
     Raises:
-        WrongResult: if the result of the first call differs from ``expected``.
+        WrongResult: if its result differs from that of the current configuration.
     """
-    ticking = clock.DeviceClock()
+    call = sets[0][kernel]
+    expected = [t.clone() for t in call() if t is not None]
     with tuned(kernel, tuning):
-        check(kernel, calls[0](), expected, TOLERANCE)
-        turns = itertools.cycle(calls)
-        device = expected[0].device
-        timed = clock.prepare(ticking, lambda: next(turns), device, touched_bytes=moved)
-        return median(
-            clock.durations(ticking, timed, ROUNDS if expected[0].is_cuda else SMALL_ROUNDS)
-        )
+        check(kernel, [t for t in call() if t is not None], expected, TOLERANCE)
+        turns = itertools.cycle(made[kernel] for made in sets)
+        return seconds([next(turns) for _ in range(max(CALLS, len(sets)))])
 
 
 def run(out: Path, minutes: float, device: torch.device) -> int:
-    """Appends a line for each variant to ``out`` until the time is up; returns how many are left.
+    """Appends a line for each configuration to ``out`` until the time is up.
 
-    Variants that are already in ``out`` are not measured again. Without a GPU the tensors are
-    small.
+    Configurations that are already in ``out`` are not measured again. Without a GPU the tensors are
+    small. Returns how many configurations are left.
 
     Raises:
-        torch.AcceleratorError: if a variant has made the GPU unusable; ``out`` has a line for it.
+        torch.AcceleratorError: if a configuration has made the GPU unusable; ``out`` has a line for
+            it.
     """
     deadline = time.monotonic() + 60 * minutes
     lines = out.read_text(encoding="utf-8").splitlines() if out.exists() else []
     done = {json.loads(line)["id"] for line in lines}
     left = 0
-    for layout, site in itertools.product(LAYOUTS, RESNET18_SITES[:2]):
-        shape = site.shape(BATCH)
-        if device.type != "cuda":
+    # The first site of each stage: the other ones have the same size.
+    sites = {site.name: site for site in reversed(RESNET18_SITES)}
+    for layout, (name, site) in itertools.product(LAYOUTS, reversed(sites.items())):
+        shape, count = site.shape(BATCH), 1
+        if device.type == "cuda":
+            l2 = torch.cuda.get_device_properties(device).L2_cache_size
+            count = max(2, -(-COLD_FACTOR * l2 // (2 * prod(shape))))
+        else:
             shape = (SMALL_BATCH, 8, SMALL_SIZE, SMALL_SIZE)
-        sets, moved = [calls(shape, layout, device) for _ in range(SETS)], 2 * prod(shape)
-        for kernel in KERNELS:
-            expected = sets[0][kernel]()
-            for name, tuning in variants(kernel):
-                id = f"{site.name} {layout} {kernel} {name}"
-                if id in done:
+        sets = [calls(shape, layout, device) for _ in range(count)]
+        for kernel in GRIDS:
+            if kernel.startswith("pool") and name != "stem":
+                continue
+            for tuning in variants(kernel):
+                row: dict[str, Any] = {
+                    "id": f"{name} {layout} {kernel} {' '.join(map(str, astuple(tuning)))}",
+                    "current": tuning == config.TUNING[kernel],
+                }
+                if row["id"] in done:
                     continue
                 if time.monotonic() >= deadline:
                     left += 1
                     continue
-                row: dict[str, Any] = {"id": id, "kernel": kernel, "variant": name}
                 lost = None
                 try:
-                    row["seconds"] = measure(
-                        kernel, tuning, [made[kernel] for made in sets], expected, moved
-                    )
-                except Exception as error:  # a variant's failure is a result
+                    row["seconds"] = measure(kernel, sets, tuning)
+                except Exception as error:  # a configuration's failure is a result
                     row["failed"] = f"{type(error).__name__}: {error}"[:300]
                     lost = error if isinstance(error, torch.AcceleratorError) else None
                 with out.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(row) + "\n")
-                print(id, row.get("failed") or f"{row['seconds'] * 1e6:.1f} us", flush=True)
+                print(row["id"], row.get("failed") or f"{row['seconds'] * 1e6:.1f} us", flush=True)
                 if lost is not None:
                     raise lost  # this process can't use the GPU any more
     return left

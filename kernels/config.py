@@ -11,8 +11,9 @@ kind        used for                a row is                   a column is
             planes (7×7, 14×14)                                of adjacent channels
 ==========  ======================  =========================  ======================
 
-The numbers here are derived from byte counts and from code compiled for sm_90; none has been
-measured on a GPU yet. `benchmarks.variants` times alternatives.
+The geometry of tiles is derived from byte counts and from code compiled for sm_90. `TUNING` was
+measured on an H200 at the sizes of ResNet-18, in bfloat16 (`benchmarks/NOTES.md`, section 8).
+`python -m benchmarks variants` times alternatives.
 """
 
 from dataclasses import dataclass
@@ -134,8 +135,8 @@ class KernelTuning:
     Attributes:
         unroll: sub-tiles that a thread holds at once (independent loads).
         num_stages: depth of the software pipeline over tiles (1: none).
-        programs_per_sm: programs per multiprocessor, at most those that fit at once when compiled
-            for sm_90: further programs would run after the first ones, with most of the chip idle.
+        programs_per_sm: programs per multiprocessor. Programs that don't fit at once start when
+            others end.
         eviction: the ``eviction_policy`` of triton's loads, a hint to the L2 cache.
     """
 
@@ -160,7 +161,7 @@ class LaunchConfig:
     rows_per_split: int
 
 
-# Waves of programs if there are more column blocks than programs that run at once.
+# Programs per wanted program if there are more column blocks than wanted programs.
 TURNS = 4
 
 TUNING = {
@@ -180,11 +181,10 @@ TUNING = {
 def launch_config(kernel: str, view: ChannelView, tile: Tile, sm_count: int) -> LaunchConfig:
     """Splits the rows so that every multiprocessor has work for any number of channels.
 
-    The grid has at most ``programs_per_sm * sm_count`` programs, because one more would need
-    another wave. There are two exceptions. With few rows each program gets one block of rows,
-    because waves are short then and more loads are in flight. With more column blocks than programs
-    that run at once, the grid has about `TURNS` waves, so that the last wave, which may be partly
-    idle, is short.
+    The grid has at most ``programs_per_sm * sm_count`` programs, with two exceptions. With few rows
+    each program gets one block of rows, so that more loads are in flight. With more column blocks
+    than programs, the grid has about `TURNS` times as many programs, so that all multiprocessors
+    end at about the same time.
     """
     tuning = TUNING[kernel]
     block_rows = tuning.unroll * tile.sub_rows
@@ -231,8 +231,9 @@ def column_config(
 ) -> ColumnConfig:
     """Splits the ``rows`` of windows over programs so that the kernel ends as early as possible.
 
-    Programs that don't fit at once run in waves, and each program reads one row more than it
-    processes. The split minimises the number of waves times the rows that a program reads.
+    The grid is divided by ``programs_per_sm * sm_count`` and rounded up to whole turns. A program
+    reads one row more than it processes. The split minimises the number of turns times the rows
+    that a program reads.
     """
     n, channels, *size = shape
     _, width = pooled_size(*size)

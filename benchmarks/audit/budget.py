@@ -67,7 +67,6 @@ def worst(rows: Iterable[Row]) -> list[Row]:
             "narrow": round(row["narrow"], 4),
             "in_flight": flight,
             "occupancy": round(row["occupancy"], 4),
-            "idle": round(row["idle"], 4),
             "matrix": row["matrix"],
             "missing": row["missing"],
             **_rounded(row["work"]),
@@ -79,7 +78,7 @@ def worst(rows: Iterable[Row]) -> list[Row]:
             continue
         kept = found[key]
         kept["specialisations"] += 1
-        for name in ("registers", "shared_memory", "spills", "narrow", "idle", "missing"):
+        for name in ("registers", "shared_memory", "spills", "narrow", "missing"):
             kept[name] = max(kept[name], fresh[name])
         kept["occupancy"] = min(kept["occupancy"], fresh["occupancy"])
         read = [v for v in (kept["in_flight"], flight) if v is not None]
@@ -130,7 +129,7 @@ def exceeded(found: Found, budget: Found, same_triton: bool) -> list[str]:
     """Describes each result that is worse than its budget.
 
     Some results depend on the compiler, so they are compared only if the budget was recorded with
-    the same version of triton: occupancy, idle share, share of instructions, and the number of
+    the same version of triton: occupancy, share of instructions, and the number of
     spills or calls if the budget allows some.
 
     Args:
@@ -200,8 +199,6 @@ def _behind(row: Row, limit: Row, same_triton: bool) -> list[str]:
         )
     if same_triton and row["occupancy"] < limit["occupancy"] - SLACK:
         found.append(f"occupancy {row['occupancy']:.0%}, budget {limit['occupancy']:.0%}")
-    if same_triton and row["idle"] > limit["idle"] + SLACK:
-        found.append(f"idle share {row['idle']:.0%}, budget {limit['idle']:.0%}")
     if row["share"] is None or limit["share"] is None:
         return found
     if same_triton and row["share"] > limit["share"] * (1 + SHARE_SLACK):

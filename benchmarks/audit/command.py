@@ -113,18 +113,17 @@ def kernel_table(rows: Sequence[budget.Row]) -> str:
 
     ``narrow`` is the bytes of accesses of less than 16 bytes, divided by the bytes of accesses of
     16 bytes. ``flight`` is the bytes of loads in flight on a multiprocessor, as a share of the
-    wanted bytes. ``occup`` is the occupancy. ``idle`` is the slots for programs that stay empty in
-    the last wave, as a share of all waves' slots.
+    wanted bytes. ``occup`` is the occupancy.
     """
     lines = [
         f"{_names('gpu', 'kernel', 'layout', 'dtype')} {'n':>3} {'regs':>4} {'smem':>6} "
-        f"{'spills':>6} {'narrow':>7} {'flight':>6} {'occup':>5} {'idle':>4}  {'matrix':6} missing"
+        f"{'spills':>6} {'narrow':>7} {'flight':>6} {'occup':>5}  {'matrix':6} missing"
     ]
     lines += [
         f"{_names_of(r)} {r['specialisations']:3} {r['registers']:4} {r['shared_memory']:6} "
         f"{r['spills']:6} {r['narrow']:7.3f} "
         f"{'-' if r['in_flight'] is None else format(r['in_flight'], '.0%'):>6} "
-        f"{r['occupancy']:5.0%} {r['idle']:4.0%}  {r['matrix']:6} {r['missing']}"
+        f"{r['occupancy']:5.0%}  {r['matrix']:6} {r['missing']}"
         for r in rows
     ]
     return "\n".join(lines)

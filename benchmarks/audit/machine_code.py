@@ -81,7 +81,6 @@ class Row:
         in_flight: bytes of loads that a multiprocessor has in flight; 0 if not known.
         wanted: least value of ``in_flight`` that hides the latency of memory.
         occupancy: resident threads divided by the maximum, assuming that the grid is large enough.
-        idle: slots for programs that stay empty in the last wave, as a share of all waves' slots.
         matrix: matrix instruction of a convolution.
         missing: instructions that a convolution's main loop should have and does not.
         work: work of the launch, if it was counted.
@@ -99,7 +98,6 @@ class Row:
     in_flight: int
     wanted: int
     occupancy: float
-    idle: float = 0.0
     matrix: str = ""
     missing: str = ""
     work: Work = NOT_COUNTED
@@ -135,22 +133,6 @@ def resident_programs(gpu: Gpu, registers: int, shared: int, threads: int) -> in
     )
 
 
-def idle_share(flow: Flow, programs: int, room: int) -> float:
-    """Returns the empty slots for programs in the last wave, as a share of all waves' slots.
-
-    It is 0 if the programs fit into one wave, or if their loops make a single trip.
-
-    Args:
-        flow: control flow of the kernel.
-        programs: number of programs.
-        room: number of programs that fit on the GPU at once.
-    """
-    trips = max((loop.trips.max() for loop in flow.trips if loop.trips is not None), default=1)
-    if programs <= room or trips < 2:
-        return 0.0
-    return 1 - programs / (-(-programs // room) * room)
-
-
 def flow_of(launch: Launch, taken: float = 1.0, data_trips: int | None = None) -> Flow:
     """Returns the control flow of a launch; loops that depend on data make ``data_trips`` trips."""
     loops = loop_trips(launch.compiled.asm, launch.grid, launch.arguments)
@@ -170,7 +152,7 @@ def read_row(gpu: Gpu, case: Case, launch: Launch) -> Row:
     flow = flow_of(launch)
     shared = launch.compiled.metadata.shared + RESERVED_SHARED
     room = resident_programs(gpu, code.registers, shared, threads)
-    narrow, in_flight, wanted, idle = 0.0, 0, 0, 0.0
+    narrow, in_flight, wanted = 0.0, 0, 0
     others = {}
     if not is_finalize(launch):
         loop = flow.main_loop
@@ -183,18 +165,17 @@ def read_row(gpu: Gpu, case: Case, launch: Launch) -> Row:
         per_thread = bytes_before_first_use(loop)
         per_thread += async_bytes(loop) * (launch.arguments.get("STAGES", 1) - 1)
         programs = prod(launch.grid)
-        idle = idle_share(flow, programs, room * gpu.sm_count)
         in_flight = min(room, -(-programs // gpu.sm_count)) * threads * per_thread
         tensors = 1 if launch.kernel == "_bn_stats_kernel" else loaded_tensors(launch)
         share = tensors * case.site.channels * case.site.size**2 * case.batch
         wanted = min(BYTES_IN_FLIGHT, share * case.dtype.itemsize // gpu.sm_count)
-        others = {"bytes in flight": wanted / max(in_flight, 1), "tail of a wave": 1 / (1 - idle)}
+        others = {"bytes in flight": wanted / max(in_flight, 1)}
     work = NOT_COUNTED
     if gpu is COUNTED_GPU and case.batch == COUNTED_BATCH:
         work = work_of(gpu, launch, flow, room, others)
     return Row(
         gpu.name, kernel_name(launch), str(case), case.layout, dtype, code.registers, shared,
-        code.spills, narrow, in_flight, wanted, room * threads / gpu.max_threads, idle, work=work,
+        code.spills, narrow, in_flight, wanted, room * threads / gpu.max_threads, work=work,
     )  # fmt: skip
 
 
@@ -231,7 +212,7 @@ def read_conv(gpu: Gpu, call: ConvCall, launch: Launch) -> Row:
         work = work_of(gpu, launch, flow, room, {"matrix": operations / rate / byte_time})
     return Row(
         gpu.name, kernel_name(launch), call.key, CONV_LAYOUT, call.dtype, code.registers, shared,
-        code.spills, 0.0, 0, 0, room * threads / gpu.max_threads, 0.0, matrix,
+        code.spills, 0.0, 0, 0, room * threads / gpu.max_threads, matrix,
         " and ".join(missing), work,
     )  # fmt: skip
 
@@ -278,7 +259,7 @@ def _amd_row(gpu: Gpu, launch: Launch, case: str, layout: str, dtype: str, threa
     return Row(
         gpu.name, kernel_name(launch), case, layout, dtype, code.registers, shared, code.spills,
         0.0 if is_finalize(launch) or code.wide >= wide else 1.0, 0, 0,
-        room * threads / gpu.max_threads, 0.0, "MFMA" if code.matrix else "",
+        room * threads / gpu.max_threads, "MFMA" if code.matrix else "",
         "matrix instructions" if is_conv and not code.matrix else "",
     )  # fmt: skip
 
