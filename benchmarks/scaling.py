@@ -2,7 +2,8 @@
 
 The time of a step is the step's time on one GPU plus the communication that backward does not hide.
 The time of a collective follows NCCL's cost model, latency per step plus bytes divided by
-bandwidth, with NCCL's constants (src/graph/tuning.cc at 01afd20). Nothing here is measured on GPUs.
+bandwidth, with NCCL's constants (src/graph/tuning.cc at 01afd20). Only the step
+of ResNet-18 was measured on a GPU.
 `gloo_table` compares a model of the same form with gloo on this machine's CPU.
 """
 
@@ -21,7 +22,7 @@ from bnres import models
 
 # Seconds of a step of 256 images on one GPU, and their source.
 STEPS = {
-    "resnet18": (6.75e-3, "derived for an H200"),
+    "resnet18": (9.04e-3, "measured on an H200"),
     "resnet50": (256 / 7160, "published for an H100, MLPerf v4.0"),
 }
 BACKWARD = 2 / 3  # share of a step's time

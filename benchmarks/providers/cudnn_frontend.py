@@ -2,8 +2,7 @@
 
 The graphs follow ``test/python/norm/graph/test_batchnorm_fusion.py`` of NVIDIA/cudnn-frontend: the
 forward stores one bit per element, which says whether the ReLU's output is positive, and the
-backward multiplies the gradient by it. This provider has not run on a GPU yet. Its results are
-checked before it is timed.
+backward multiplies the gradient by it.
 """
 
 from collections.abc import Callable
