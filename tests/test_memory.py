@@ -53,6 +53,7 @@ def test_stem(layout):
 @pytest.mark.parametrize("channels_last", [True, False], ids=["channels_last", "contiguous"])
 @pytest.mark.parametrize("itemsize", [2, 4])
 def test_channel_buffers_are_small(site, channels_last, itemsize):
-    limit = 0.10 if site.name == "layer4" else 0.02
+    # These bytes are read from the L2 cache, by every program.
+    limit = 0.10 if site.name == "layer4" else 0.05
     shares = channel_buffer_share(site, 256, channels_last, itemsize, H200_SM_COUNT)
     assert all(0 < share <= limit for share in shares.values()), shares

@@ -24,7 +24,7 @@ def over_blocks(monkeypatch):
     return inputs
 
 
-@pytest.mark.parametrize("channels", [1, 3, 4])
+@pytest.mark.parametrize("channels", [2, 3, 4])
 @pytest.mark.parametrize("layout", [CL, torch.contiguous_format])
 def test_equals_torchs_convolution(channels, layout, over_blocks):
     torch.manual_seed(0)
@@ -50,6 +50,57 @@ def test_second_derivatives(over_blocks):
     assert torch.autograd.gradgradcheck(lambda w: stem_conv2d(x, w).sin(), (weight,))
 
 
+def test_transforms(monkeypatch):
+    """The derivative along a tangent of the input, and the gradient of the input, are torch's."""
+    monkeypatch.setattr(stem_conv, "_on_gpu", lambda input: True)
+    monkeypatch.setattr(stem_conv, "_dtype", lambda x, w: torch.bfloat16)
+    ran = []
+    monkeypatch.setattr(
+        stem_conv, "conv_over_blocks",
+        lambda *tensors, over=stem_conv.conv_over_blocks: ran.append(1) or over(*tensors),
+    )  # fmt: skip
+    torch.manual_seed(0)
+    x, tangent = (torch.randn(2, 3, 8, 8).to(memory_format=CL).bfloat16() for _ in range(2))
+    weight = torch.randn(4, 3, 7, 7).bfloat16()
+    found = torch.func.jvp(lambda t: stem_conv2d(t, weight), (x,), (tangent,))
+    assert ran
+    for actual, given in zip(found, (x, tangent), strict=True):
+        assert_close(actual, F.conv2d(given.double(), weight.double(), None, 2, 3), torch.bfloat16)
+    ran.clear()
+    gradient = torch.func.grad(lambda t: stem_conv2d(t, weight).sum())(x)
+    wide = torch.func.grad(lambda t: F.conv2d(t, weight.double(), None, 2, 3).sum())(x.double())
+    assert not ran
+    assert_close(gradient, wide, torch.bfloat16)
+
+
+@pytest.mark.parametrize("inner", [None, "aot_eager"])
+def test_fused_model_under_autocast(inner, monkeypatch):
+    monkeypatch.setattr(stem_conv, "_on_gpu", lambda input: True)
+    calls = []
+    monkeypatch.setattr(
+        stem_conv, "conv_over_blocks",
+        lambda *tensors, over=stem_conv.conv_over_blocks: calls.append(1) or over(*tensors),
+    )  # fmt: skip
+    torch.manual_seed(0)
+    # Smooth, so that rounding does not choose between two gradients.
+    stock = nn.Sequential(nn.Conv2d(3, 8, 7, 2, 3), nn.Sigmoid(), nn.BatchNorm2d(8), nn.SiLU())
+    x = torch.randn(2, 3, 16, 16).contiguous(memory_format=CL)
+    options = {} if inner is None else {"options": {"inner": inner}}
+    fused = torch.compile(stock, backend="bnres", **options)
+    steps = []
+    with bnres.use_backend("aten"):
+        for model in (fused, stock):
+            stock.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16):
+                y = model(x)
+            y.float().square().sum().backward()
+            steps.append([y.detach().float(), stock[0].weight.grad.clone()])
+    assert calls
+    for actual, expected in zip(*steps, strict=True):
+        scale = expected.abs().max()
+        assert_close(actual / scale, expected.double() / scale, torch.bfloat16)
+
+
 def test_bfloat16(over_blocks):
     torch.manual_seed(0)
     x = torch.randn(2, 3, 16, 16, device=DEVICE).contiguous(memory_format=CL)
@@ -71,6 +122,8 @@ def draw(shape=(2, 3, 8, 8), dtype=torch.bfloat16, layout=CL, **options):
         ({}, True),
         ({"shape": (2, 4, 8, 8)}, True),
         ({"shape": (2, 5, 8, 8)}, False),
+        ({"shape": (2, 1, 8, 8)}, False),
+        ({"dtype": torch.float64}, False),
         ({"shape": (2, 3, 7, 8)}, False),
         ({"shape": (2, 3, 8, 7)}, False),
         ({"dtype": torch.float16}, False),
@@ -89,7 +142,8 @@ def test_choice(options, expected, monkeypatch):
     with torch.no_grad():
         assert stem_conv.takes_blocks(x, weight) is (expected or "requires_grad" in options)
     with torch.autocast("cpu", torch.bfloat16):
-        assert stem_conv.takes_blocks(x, weight.float()) is (expected or "dtype" in options)
+        mixed = expected or options.get("dtype") in (torch.float16, torch.float32)
+        assert stem_conv.takes_blocks(x, weight.float()) is mixed
     assert not stem_conv.takes_blocks(x, weight.double())
     assert not stem_conv.takes_blocks(x, draw((4, x.shape[1], 3, 3)))
     assert not torch.vmap(lambda t: torch.tensor(stem_conv.takes_blocks(t, weight)))(x[None]).any()

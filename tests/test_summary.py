@@ -29,7 +29,7 @@ def test_resnet18(monkeypatch):
     assert result.exit_code == 0, result.output
     assert lines(result.output) == [
         ["stage", "class", "output", "parameters"],
-        ["conv1", "Conv2d", "2x64x32x32", "9,408"],
+        ["conv1", "StemConv2d", "2x64x32x32", "9,408"],
         ["bn1", "BatchNormActMaxPool2d", "2x64x16x16", "128"],
         ["relu", "Identity", "2x64x16x16", "0"],
         ["maxpool", "Identity", "2x64x16x16", "0"],

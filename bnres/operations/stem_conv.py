@@ -8,12 +8,17 @@ stride 1 over an input whose 2×2 blocks of positions became channels ("space to
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.compiler import is_compiling
 
 from bnres.backend import uses_kernels
+from bnres.kernels.torch_internals import dispatches
 from bnres.operations.call import needs_aten
 
 KERNEL, STRIDE, PADDING = 7, 2, 3
-MAX_CHANNELS = 4
+# Of one channel, torch can't tell whether it is channels_last.
+CHANNELS = 2, 3, 4
 # Channels of the blocks, padded to a multiple of 16 for the tensor cores.
 BLOCK_CHANNELS = 16
 
@@ -22,7 +27,7 @@ def stem_conv2d(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
     """``conv2d(input, weight, bias, stride=2, padding=3)`` for 7×7 filters, a ResNet's first layer.
 
     On a GPU it runs over a space-to-depth input if it computes in bfloat16 (also under autocast),
-    ``input`` is channels_last, has at most 4 channels and an even height and width, and needs no
+    ``input`` is channels_last, has 2 to 4 channels and an even height and width, and needs no
     gradient. Only the order of the sums differs. In all other cases torch's convolution runs.
 
     Args:
@@ -49,9 +54,10 @@ def takes_blocks(input: Tensor, weight: Tensor) -> bool:
     return (
         _on_gpu(input)
         and not needs_aten(input, weight)
+        and (is_compiling() or not any(map(_is_distributed, (input, weight))))
         and not (input.requires_grad and torch.is_grad_enabled())
         and input.dim() == 4
-        and input.shape[1] <= MAX_CHANNELS
+        and input.shape[1] in CHANNELS
         and weight.shape[1:] == (input.shape[1], KERNEL, KERNEL)
         and input.shape[2] % 2 == input.shape[3] % 2 == 0
         and input.is_contiguous(memory_format=torch.channels_last)
@@ -63,9 +69,15 @@ def _on_gpu(input: Tensor) -> bool:
     return input.is_cuda and uses_kernels(input)
 
 
+def _is_distributed(t: Tensor) -> bool:
+    """Whether ``t``'s class replaces operators, as DTensor does, and is not a compiler's."""
+    return dispatches(t) and not isinstance(t, FakeTensor | FunctionalTensor)
+
+
 def _dtype(input: Tensor, weight: Tensor) -> torch.dtype | None:
     """The dtype that the convolution computes in, or None if the operands' dtypes differ."""
-    if torch.is_autocast_enabled(input.device.type):
+    is_wide = torch.float64 in (input.dtype, weight.dtype)  # autocast leaves it as it is
+    if torch.is_autocast_enabled(input.device.type) and not is_wide:
         return torch.get_autocast_dtype(input.device.type)
     return input.dtype if input.dtype == weight.dtype else None
 
@@ -81,7 +93,7 @@ def conv_over_blocks(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tens
     shape = n, height // 2 + 3, width // 2 + 3, BLOCK_CHANNELS
     blocks = input.new_zeros(shape, dtype=_dtype(input, weight))
     inside = blocks[:, 2:-1, 2:-1, : 4 * channels].unflatten(3, (2, 2, channels))
-    rows = input.detach().permute(0, 2, 3, 1).unflatten(1, (-1, 2)).unflatten(3, (-1, 2))
+    rows = input.permute(0, 2, 3, 1).unflatten(1, (-1, 2)).unflatten(3, (-1, 2))
     inside.copy_(rows.permute(0, 1, 3, 2, 4, 5))
     filters = F.pad(weight, (1, 0, 1, 0)).unflatten(3, (4, 2)).unflatten(2, (4, 2))
     filters = filters.permute(0, 3, 5, 1, 2, 4).flatten(1, 3)
