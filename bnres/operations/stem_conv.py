@@ -1,8 +1,9 @@
 """The first convolution of a ResNet: 7×7 with stride 2.
 
-cuDNN has no fast bfloat16 kernel for three input channels. The same sums are a 4×4 convolution of
-stride 1 over an input whose 2×2 blocks of positions became channels ("space to depth"), with the
-7×7 filters padded to 8×8.
+cuDNN has no fast bfloat16 kernel for three input channels. The convolution is therefore rewritten:
+each 2×2 block of positions becomes one position with four times as many channels ("space to
+depth"), and the 7×7 filters, padded to 8×8, become 4×4 filters with stride 1. The sums are the
+same.
 """
 
 import torch
@@ -14,16 +15,18 @@ from bnres.operations.call import needs_aten
 
 KERNEL, STRIDE, PADDING = 7, 2, 3
 MAX_CHANNELS = 4
-# Channels of the blocks, padded to a multiple of 16 for the tensor cores.
+# Channels of the rewritten input: 4 times MAX_CHANNELS, a multiple of 16 as tensor cores need.
 BLOCK_CHANNELS = 16
 
 
 def stem_conv2d(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``conv2d(input, weight, bias, stride=2, padding=3)`` for 7×7 filters, a ResNet's first layer.
 
-    On a GPU it runs over a space-to-depth input if it computes in bfloat16 (also under autocast),
-    ``input`` is channels_last, has at most 4 channels and an even height and width, and needs no
-    gradient. Only the order of the sums differs. In all other cases torch's convolution runs.
+    Torch's convolution runs, but on a GPU its input may be rewritten by space to depth, which turns
+    each 2×2 block of positions into one position. The input is rewritten if the convolution
+    computes in bfloat16 (also under autocast), and if ``input`` is channels_last, has at most 4
+    channels, has an even height and width, and needs no gradient. Only the order of additions then
+    differs.
 
     Args:
         input: (N, C, H, W).
@@ -73,11 +76,11 @@ def _dtype(input: Tensor, weight: Tensor) -> torch.dtype | None:
 def conv_over_blocks(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`stem_conv2d` over a space-to-depth input. ``input`` gets no gradient.
 
-    Output i reads rows 2i − 3 to 2i + 3. A leading zero in the filter adds row 2i − 4, so that the
-    rows are those of blocks i − 2 to i + 1.
+    Output row i depends on input rows 2i − 3 to 2i + 3. With a zero before the filter's first row,
+    it reads rows 2i − 4 to 2i + 3, which are exactly the block rows i − 2 to i + 1.
     """
     n, channels, height, width = input.shape
-    # Three blocks of zeros are the padding: two before the image and one after it.
+    # The padding is three blocks of zeros along each axis: two before the image and one after it.
     shape = n, height // 2 + 3, width // 2 + 3, BLOCK_CHANNELS
     blocks = input.new_zeros(shape, dtype=_dtype(input, weight))
     inside = blocks[:, 2:-1, 2:-1, : 4 * channels].unflatten(3, (2, 2, channels))
