@@ -41,10 +41,10 @@ def _program(C, OH, rows_per_program, TILE: tl.constexpr):
 
 @triton.jit
 def _sizes(C, W, OW, TILE: tl.constexpr):
-    """Returns W, OW and before them the distance in elements between neighbouring positions.
+    """Returns the step, W and OW; the step is the distance between neighbouring positions.
 
-    A value that is a multiple of the vector size is written as a product with it, so that the
-    compiler can use aligned loads.
+    A value that is a multiple of the vector size is written as a product with the vector size, so
+    that the compiler can use aligned loads.
     """
     step = 1
     if TILE.kind == CHANNELS:

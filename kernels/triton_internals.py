@@ -14,7 +14,7 @@ def launch_parts(compiled: CompiledKernel) -> tuple[Any, Any, Any]:
 def takes_addresses() -> bool:
     """Whether the active launcher accepts addresses instead of tensors.
 
-    Triton's launchers do; a simulator's may not.
+    Triton's launchers accept addresses, but the launcher of a simulator may not.
     """
     launcher = triton.runtime.driver.active.launcher_cls
     return getattr(launcher, "__module__", "").startswith("triton.backends.")
