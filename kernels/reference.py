@@ -70,7 +70,7 @@ def bn_stats_ref(
 
 
 def bn_moments_ref(x: Tensor) -> Tensor:
-    """Returns each channel's count, mean and M2 = Σ(x − mean)²: (3, C). All are 0 for an empty x."""
+    """Returns each channel's count, mean and M2 = Σ(x − mean)²: (3, C). An empty x gives zeros."""
     dims, count = reduced_dims(x), x[:, :1].numel()
     wide = x.to(acc_type(x))
     mean = wide.sum(dims) / max(count, 1)

@@ -208,9 +208,10 @@ def to_channels(acc, TILE: tl.constexpr):
 def mask_offsets(row_start, col_block, shape, TILE: tl.constexpr, UNROLL: tl.constexpr):
     """Returns the offsets of a tile's mask bytes, and which bytes exist.
 
-    Both are (sub_rows, block_cols / 2). A byte has the bits of 4 sub-tiles (UNROLL is 4) and of 2 neighbouring columns. Bit ``2u + p``
-    of byte (r, c) is for row ``u·sub_rows + r`` and column ``2c + p`` of the tile. The elements of
-    a byte all belong to one thread, so threads exchange nothing.
+    Both are (sub_rows, block_cols / 2). A byte has the bits of 4 sub-tiles (UNROLL is 4) and of 2
+    neighbouring columns. Bit ``2u + p`` of byte (r, c) is for row ``u·sub_rows + r`` and column
+    ``2c + p`` of the tile. All elements of a byte belong to one thread, so threads exchange
+    nothing.
     """
     count, C, _ = shape
     INDEX: tl.constexpr = tl.int32 if TILE.narrow else tl.int64
