@@ -348,7 +348,7 @@ def input_shape(model: str, asked: str | None, batch: int = 1) -> tuple[int, int
         batch: number of images in the default shape.
 
     Raises:
-        ValueError: as `parse_shape`.
+        ValueError: if `parse_shape` raises it.
     """
     from bnres.models import DEFAULT_INPUT_SHAPE, INPUT_SHAPES
 

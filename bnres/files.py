@@ -45,7 +45,7 @@ def _replace(path: Path, data: Any) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replaces a file's content by text in UTF-8, with `write_bytes`; keeps newlines as they are."""
+    """Replaces a file's content by text in UTF-8; see `write_bytes`. Newlines stay as they are."""
     write_bytes(path, text.encode())
 
 

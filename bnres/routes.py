@@ -137,7 +137,7 @@ def load_table(path: Path) -> dict[ConvCall, ConvConfig]:
     The result is cached: the file is only read again after `save_table`.
 
     Raises:
-        ValueError: as `read_table`.
+        ValueError: if `read_table` raises it.
     """
     return {
         row.call: row.config
@@ -178,7 +178,7 @@ def save_table(path: Path, rows: list[Measured], about: dict[str, str]) -> None:
         about: facts about the measurement, which replace the facts in the table.
 
     Raises:
-        ValueError: as `read_table`.
+        ValueError: if `read_table` raises it.
     """
     measured = [row.call for row in rows]
     kept = [row for row in read_table(path) if row.call not in measured]

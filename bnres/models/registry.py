@@ -52,8 +52,8 @@ def create_model(name: str, *, fused: bool = True, **options: Any) -> nn.Module:
             ``in_channels``.
 
     Raises:
-        ValueError: if the name is unknown, if the model does not have one of the options, or as
-            `make_model`.
+        ValueError: if the name is unknown, if the model does not have one of the options, or if
+            `make_model` raises it.
     """
     check_model_name(name)
     if is_factory(name):

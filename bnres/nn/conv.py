@@ -22,7 +22,7 @@ class ConvBatchNormAct2d(nn.Module):
     arguments of `BatchNormAct2d`. The keys of the state dict are ``conv.*`` and ``bn.*``.
 
     Raises:
-        ValueError: for an unknown activation or option, and as `torch.nn.Conv2d`.
+        ValueError: for an unknown activation or option, or if `torch.nn.Conv2d` raises it.
 
     Follows `torch.nn.Conv2d` and `torch.nn.BatchNorm2d` (Ioffe and Szegedy, arXiv 1502.03167).
     """
@@ -62,7 +62,7 @@ class StemConv2d(nn.Conv2d):
             False by default.
 
     Raises:
-        ValueError: as `torch.nn.Conv2d`.
+        ValueError: if `torch.nn.Conv2d` raises it.
 
     Follows `torch.nn.Conv2d`.
     """

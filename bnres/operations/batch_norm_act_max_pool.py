@@ -46,8 +46,8 @@ def batch_norm_act_max_pool2d(
 ) -> Any:
     """Fused ``max_pool2d(act(batch_norm(input + input_bias)))``, the stem of a ResNet.
 
-    With a 3×3 window, stride 2 and padding 1, one kernel computes everything and does not write the
-    activation's output to memory. Values are rounded to the dtype of ``input`` before they are
+    With a 3×3 window, stride 2 and padding 1, one kernel normalises, applies the activation and
+    pools, and does not write the activation's output to memory. Values are rounded to the dtype of ``input`` before they are
     compared. Of equal values the first is the maximum, and NaN propagates, as in
     `torch.nn.functional.max_pool2d`.
 
@@ -67,9 +67,9 @@ def batch_norm_act_max_pool2d(
         (N, C, OH, OW) in the dtype and memory format of ``input``; with ``fork`` two such tensors.
 
     Raises:
-        ValueError: for an input that is not 4-D, and as `batch_norm_act`.
-        RuntimeError: for a window that `torch.nn.functional.max_pool2d` rejects, and as
-            `batch_norm_act`.
+        ValueError: for an input that is not 4-D, or if `batch_norm_act` raises it.
+        RuntimeError: for a window that `torch.nn.functional.max_pool2d` rejects, or if
+            `batch_norm_act` raises it.
 
     Follows `torch.nn.functional.batch_norm` (Ioffe and Szegedy, arXiv 1502.03167) and
     `torch.nn.functional.max_pool2d`; the stem is from He et al., arXiv 1512.03385.

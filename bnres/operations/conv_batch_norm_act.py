@@ -135,8 +135,8 @@ def conv2d_batch_norm_act(
         (N, K, OH, OW); with ``fork`` two such tensors.
 
     Raises:
-        ValueError: for an input that is not 4-D, and as `batch_norm_act`.
-        RuntimeError: as `torch.nn.functional.conv2d` and `batch_norm_act`.
+        ValueError: for an input that is not 4-D, or if `batch_norm_act` raises it.
+        RuntimeError: if `torch.nn.functional.conv2d` or `batch_norm_act` raises it.
 
     Follows `torch.nn.functional.conv2d` and `torch.nn.functional.batch_norm` (Ioffe and Szegedy,
     arXiv 1502.03167).

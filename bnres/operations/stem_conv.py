@@ -37,7 +37,7 @@ def stem_conv2d(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
         (N, K, OH, OW), with OH = (H + 1) // 2 and OW = (W + 1) // 2.
 
     Raises:
-        RuntimeError: as `torch.nn.functional.conv2d`.
+        RuntimeError: if `torch.nn.functional.conv2d` raises it.
 
     Follows `torch.nn.functional.conv2d`. Space to depth is described by Ying et al.,
     arXiv 1811.06992.

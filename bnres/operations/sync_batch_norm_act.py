@@ -451,14 +451,14 @@ def sync_batch_norm_act(
         A tensor as `batch_norm_act` returns it; with ``fork`` two such tensors.
 
     Raises:
-        RuntimeError: if ``process_group`` is None and there is no default group, and as
-            `batch_norm_act`.
-        TypeError: if ``process_group`` is not a process group that this process belongs to, and as
-            `batch_norm_act`.
+        RuntimeError: if ``process_group`` is None and there is no default group, or if
+            `batch_norm_act` raises it.
+        TypeError: if ``process_group`` is not a process group that this process belongs to, or if
+            `batch_norm_act` raises it.
         ValueError: for a CPU tensor in an NCCL group, for an ``input`` without channels, for an
             ``input_bias`` in ``residual_norm``, if ``TORCH_DISTRIBUTED_DEBUG`` is ``DETAIL`` and
-            the ranks' arguments differ, and as `batch_norm_act`. Unlike there, an ``input`` with
-            one value per channel is valid.
+            the ranks' arguments differ, or if `batch_norm_act` raises it, except that here an
+            ``input`` with one value per channel is valid.
 
     Follows `torch.nn.SyncBatchNorm` (Ioffe and Szegedy, arXiv 1502.03167); the variance is combined
     as in Chan, Golub and LeVeque (1979).
