@@ -271,7 +271,7 @@ def tune(
 ) -> None:
     """Measure bnres's convolution kernel and torch's convolution on this GPU.
 
-    The result is a table; bnres then uses the faster one for each measured shape.
+    The times are saved in a table. For each measured shape bnres then uses the faster of the two.
     """
     import torch
 

@@ -57,7 +57,7 @@ def has_recipe(t: Tensor | None) -> bool:
 def leave_recipe(
     make: Callable[..., Tensor], tensors: Sequence[Tensor | None], *ys: Tensor
 ) -> None:
-    """Attaches a recipe to ``ys``: an operation's output, or two tensors that share its memory."""
+    """Attaches a recipe to an operation's output, which is one tensor or two that share memory."""
     recipe = Recipe(make, tensors)
     for y in ys:
         setattr(y, _RECIPE, recipe)

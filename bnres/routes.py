@@ -5,9 +5,9 @@ convolution runs, followed by our batch norm. ``bnres tune`` measures both route
 saves the times and our kernel's fastest configuration in a table. Each GPU model has a separate
 table in the user's cache folder, unless the environment variable ``BNRES_ROUTES`` names a file.
 
-The route is "torch" in three other cases: for shapes that were not measured, in graphs that
-torch.compile captures, because they can't read a file, and for fp32 if torch may not round it to
-TF32 (``torch.backends.cudnn.allow_tf32``).
+The route is always "torch" for shapes that were not measured, and for fp32 if torch may not round
+fp32 to TF32 (``torch.backends.cudnn.allow_tf32``). It is also "torch" in graphs that torch.compile
+captures, because a graph can't read the table's file.
 """
 
 import json
@@ -31,7 +31,7 @@ _override = "auto"
 
 @dataclass(frozen=True)
 class ConvCall:
-    """The properties of a convolution on which its time depends."""
+    """A convolution followed by batch norm: the properties that determine how long it takes."""
 
     dtype: str
     batch: int

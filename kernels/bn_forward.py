@@ -200,7 +200,7 @@ def _apply_tile(
     TWO_NORMS: tl.constexpr, ACT: tl.constexpr, TILE: tl.constexpr, UNROLL: tl.constexpr,
     WHOLE: tl.constexpr, EVICTION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Stores y and, if there is a mask, the mask bits of a tile."""
+    """Stores y and, with mask_ptr, the mask bits of a tile."""
     norm, residual_norm, shift = norms
     mean, _, scale = norm
     load_at, at = tile_at(row, col_block, shape, TILE, UNROLL, WHOLE)
@@ -231,7 +231,7 @@ def _bn_apply_kernel(
     ACT: tl.constexpr, TILE: tl.constexpr, UNROLL: tl.constexpr, STAGES: tl.constexpr,
     EVICTION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Stores y = act(z) and, if there is a mask, one bit per element: ``not z <= 0``.
+    """Stores y = act(z) and, with mask_ptr, a mask whose bits are set where ``not z <= 0``.
 
     z = (x − mean)·(rstd·weight) + bias + residual. A residual with a batch norm is normalised like
     x before the addition.
@@ -341,11 +341,11 @@ def bn_combine(
     counter: Tensor | None = None,
     out: tuple[Statistics, Tensor] | None = None,
 ) -> tuple[Statistics, Tensor]:
-    """Returns the statistics of `bn_stats` over all ranks, and the total count (1,) in fp64.
+    """Returns statistics like `bn_stats`, but over all ranks, and the total count (1,) in fp64.
 
-    ``moments`` (ranks, 3, C) has the result of `bn_moments` from each rank, which is a process.
-    They are combined in this order by Chan et al.'s formula for parallel variances, so every rank
-    gets the same bits. If the total count is 0, the running statistics don't change. The other
+    ``moments`` (ranks, 3, C) has the result of `bn_moments` from each rank, which is a process. The
+    moments are combined in this order by Chan et al.'s formula for parallel variances, so every
+    rank gets the same bits. If the total count is 0, the running statistics don't change. The other
     arguments are those of `bn_stats`.
     """
     if out is None:
@@ -382,8 +382,9 @@ def bn_apply(
     save_mask: bool = False,
     out: tuple[Tensor, Tensor | None] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Returns y = act(z) and, with ``save_mask``, the 1-bit mask of ``not z <= 0``.
+    """Returns y = act(z) and a 1-bit mask, whose bits are set where ``not z <= 0``.
 
+    Without ``save_mask`` the mask is None.
     z = norm(x) + residual_norm(residual). ``residual`` has the memory format of ``x``; if
     ``residual_norm`` is None, the residual is added unchanged. ``out`` is (y, mask), allocated by
     the caller.

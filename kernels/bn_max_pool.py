@@ -59,11 +59,12 @@ def _sizes(C, W, OW, TILE: tl.constexpr):
 
 @triton.jit
 def _columns(col_block, block, columns, C, OW, TILE: tl.constexpr):
-    """Returns each column's plane, first ow, whether it exists, its local offsets and channels.
+    """Returns the plane, the first ow, whether it exists, offsets and channels of each column.
 
-    ow is an output column, and each row of the tile is one column of windows. In channels_last, a
-    column is one ow of a sample, and its plane is the sample. In contiguous tensors, a column is a
-    vector of adjacent ow in the plane of one channel of a sample.
+    ow is a column of the output, and each row of the tile is one column of windows. In
+    channels_last, a column of windows is one ow of a sample, its plane is the sample, and the
+    offsets are its channels. In contiguous tensors, a column of windows is a vector of adjacent ow
+    in the plane of one channel of a sample, and the offsets are within this vector.
     """
     column = block * TILE.sub_rows + tl.arange(0, TILE.sub_rows)[:, None]
     exists = column < columns

@@ -9,7 +9,7 @@ import triton.language as tl
 
 from bnres.kernels.tiles import to_columns
 
-# Tile of the kernels that combine partial sums (splits, C).
+# The kernels that combine partial sums (splits, C) process tiles of this many splits and channels.
 FINALIZE_SPLITS, FINALIZE_CHANNELS = tl.constexpr(256), tl.constexpr(8)
 
 

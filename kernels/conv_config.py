@@ -22,7 +22,7 @@ MIN_CHANNELS = 8
 
 @dataclass(frozen=True)
 class Numbers:
-    """Base of dataclasses whose fields are integers; torch operators take them as a tuple."""
+    """Base class of dataclasses with integer fields, which torch's operators take as a tuple."""
 
     def as_tuple(self) -> tuple[int, ...]:
         """The fields in order."""

@@ -25,8 +25,8 @@ PLANS = 4096
 # Arguments of a plan that are options of triton's compiler.
 OPTIONS = ("num_warps", "num_stages")
 
-# Triton's interpreter runs programs one after another. Plans for a single multiprocessor have few
-# programs.
+# Triton's interpreter runs programs one after another, so it needs few programs. Plans for a single
+# multiprocessor have few programs.
 INTERPRETER_SM_COUNT = 1
 
 # num_warps of the kernels that combine partial sums.

@@ -52,7 +52,8 @@ def pooled_size(height: int, width: int) -> tuple[int, int]:
 def dense(x: Tensor) -> Tensor:
     """Returns ``x`` if it is contiguous or channels_last, else a copy in one of these formats.
 
-    The copy is channels_last if the channels of ``x`` have its smallest stride, else contiguous.
+    The copy is channels_last if the smallest stride of ``x`` is the channels' stride, otherwise
+    contiguous.
     """
     if x.is_contiguous() or is_channels_last(x):
         return x

@@ -152,7 +152,10 @@ def bn_apply_ref(
     *,
     save_mask: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """Returns y = act(z) and, with ``save_mask``, the mask of ``not z <= 0``."""
+    """Returns y = act(z) and a mask, which is true where ``not z <= 0``.
+
+    Without ``save_mask`` the mask is None.
+    """
     z = _pre_activation(x, norm, residual, residual_norm)
     y = ACTIVATION_FORMULAS[act](z, act_param).to(x.dtype)
     return y, ~(z <= 0) if save_mask else None
@@ -276,7 +279,10 @@ def _window_starts(y: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def pooled_offsets(argmax: Tensor, width: int) -> Tensor:
-    """Returns each maximum's offset in its plane of ``width`` columns, from its window position."""
+    """Returns each maximum's offset in its plane of ``width`` columns.
+
+    ``argmax`` has each maximum's position in its window.
+    """
     down, across = _window_starts(argmax)
     argmax = argmax.long()
     return (down + argmax // 3) * width + across + argmax % 3

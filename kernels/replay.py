@@ -2,8 +2,8 @@
 
 Triton's own launch determines at each launch which specialisation of a kernel the arguments need.
 This is not necessary for calls of the same kind, which have the same shapes, strides, dtypes,
-device and options, and None for the same tensors. They launch the same kernels with the same
-numbers, and only the addresses of the tensors differ.
+device and options, and None for the same tensors. Calls of the same kind launch the same kernels
+with the same numbers, and only the addresses of the tensors differ.
 """
 
 from collections.abc import Callable, Sequence

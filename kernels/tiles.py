@@ -20,7 +20,8 @@ GROUPS = tl.constexpr(config.GROUPS)
 def rows_exist(row_start, count, TILE: tl.constexpr, UNROLL: tl.constexpr, WHOLE: tl.constexpr):
     """Returns which rows or elements of a tile exist, broadcastable to the tile.
 
-    With WHOLE, all exist. Columns of channels that don't exist are not excluded here.
+    With WHOLE, the caller knows that all exist. Columns of channels that don't exist are not
+    excluded here.
     """
     row = row_start + tl.arange(0, UNROLL * TILE.sub_rows)[:, None]
     if WHOLE:
@@ -141,7 +142,7 @@ def store_tile(ptr, value, at):
 
 @triton.jit
 def split_rows(split, rows_per_split, count, TILE: tl.constexpr):
-    """Returns the first row of a split and the row after its last one."""
+    """Returns the first row of a split, and the row after the split's last row."""
     INDEX: tl.constexpr = tl.int32 if TILE.narrow else tl.int64
     rows = tl.cast(count, INDEX)
     if TILE.kind == PLANES:

@@ -58,9 +58,10 @@ def mapped_levels(t: Tensor | None) -> set[int]:
 
 
 def is_exporting() -> bool:
-    """Whether `torch.export` is capturing.
+    """Whether `torch.export` is capturing a program.
 
-    In torch 2.11 `torch.compiler.is_exporting` is also true inside torch.compile.
+    `torch.compiler.is_exporting` does not tell, because in torch 2.11 it is also true inside
+    torch.compile.
     """
     return torch.compiler._is_exporting_flag
 
@@ -94,7 +95,7 @@ def is_watched() -> bool:
 
 
 def apply_plainly(function: type[Function], *inputs: Any) -> Any:
-    """Returns ``function.apply(*inputs)`` without its checks for torch.func transforms.
+    """Returns ``function.apply(*inputs)``, without torch's checks for torch.func transforms.
 
     No transform may be active, and no input may be wrapped by a transform that has ended.
     """

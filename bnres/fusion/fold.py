@@ -85,8 +85,8 @@ def _capture(
             model(*inputs, **kwargs)  # if this call fails, its error is raised instead
         line = str(error).splitlines()[0]
         raise ValueError(f"model can't be folded: its forward is not one graph: {line}") from error
-    # The graph is popped from the list to free it later: torch keeps every backend, and so keeps
-    # `record` and its list in memory.
+    # Popped from the list, so that the graph can be freed: torch keeps every backend, and therefore
+    # keeps `record` and this list in memory.
     return found.pop() if found else (fx.Graph(), {})
 
 

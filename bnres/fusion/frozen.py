@@ -1,4 +1,4 @@
-"""Recognises frozen batch norms, whose forward computes with fixed statistics by arithmetic."""
+"""Recognises batch norms with fixed statistics ("frozen") that are written as plain arithmetic."""
 
 from typing import Any
 

@@ -41,8 +41,8 @@ class NormCall:
         calls: the call and, if there is one, the addition that increments its
             ``num_batches_tracked``.
         input: the node that the call normalises.
-        state: a `BatchNormState` of its tensors, as nodes, and its options. The ``input_bias`` is
-            the bias of the convolution.
+        state: a `BatchNormState` with the nodes of the call's tensors, and with the call's options.
+            ``input_bias`` is the bias of the convolution before the call, or None.
         training: whether the call normalises with the statistics of the batch.
         conv: the arguments of the convolution whose output only this call reads, or None.
         group: the name of the process group if the batch norm is synchronised, otherwise empty.
@@ -195,7 +195,7 @@ def _residual_norm(norm: NormCall, other: fx.Node) -> NormCall | None:
 
 
 def hazard(match: Match) -> str:
-    """Why the calls of a match can't move to its last node; empty if they can."""
+    """Why the calls of a match can't all run at its last node's position; empty if they can."""
     # A convolution that stays in the graph runs without its bias, which the fused call adds.
     convs = {norm.input for norm in match.norms if norm.state.input_bias is not None}
     buffers = {b for norm in match.norms for b in norm.buffers}
@@ -219,7 +219,7 @@ def hazard(match: Match) -> str:
 
 
 def obstacle(own: set[fx.Node], buffers: set[int | None]) -> str:
-    """Why nodes can't all move to the position of the last one; empty if they can.
+    """Why nodes can't all move to the position of the last of these nodes; empty if they can.
 
     Args:
         own: the nodes to move.
@@ -235,7 +235,7 @@ def obstacle(own: set[fx.Node], buffers: set[int | None]) -> str:
             return f"{node.target} runs between the operations to fuse and may have any side effect"
         if any(storage(n) in buffers for n in node.all_input_nodes):
             return "its statistics are used between the operations to fuse"
-        # A write changes an input only if the input was computed before it.
+        # A write can only change inputs that were computed before the write.
         earlier = {storage(n) for n in inputs if n < node}
         if any(storage(w) in (None, *earlier) for w in written):
             return "one of the inputs is written in place between the operations to fuse"
@@ -243,7 +243,7 @@ def obstacle(own: set[fx.Node], buffers: set[int | None]) -> str:
 
 
 def find(node: fx.Node) -> Match | str:
-    """The match of a node's batch norm, or the reason why the batch norm can't be fused."""
+    """The match of a node's batch norm, or the reason why our operation can't compute it."""
     norm = norm_call(node)
     if norm is None:
         return "bnres does not support the dtype or the number of dimensions of its input"

@@ -100,7 +100,7 @@ def _factory(name: str) -> Callable[..., Any]:
 
 
 def _import(path: str) -> ModuleType:
-    """Imports a module; as with ``python -m``, it may be in the current folder."""
+    """Imports a module, which may be in the current folder, as with ``python -m``."""
     here = os.getcwd()
     if here not in sys.path and "" not in sys.path:
         sys.path.insert(0, here)

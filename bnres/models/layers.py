@@ -14,7 +14,7 @@ NormAct = Callable[..., list[Any]]
 def stock_norm_act(
     channels: int, act: str | None = "relu", *, pool: nn.MaxPool2d | None = None, dims: int = 2
 ) -> list[Any]:
-    """Returns torch's batch norm, the activation and, if given, the pooling.
+    """Returns torch's layers for batch norm and activation, followed by ``pool`` if given.
 
     Args:
         channels: number of channels of the input.

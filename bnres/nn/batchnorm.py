@@ -28,7 +28,7 @@ def _in_group(group: Any, training: bool, *args: Any, **options: Any) -> Any:
 class _FusedForward(Norm):
     """`torch.nn.modules.batchnorm._BatchNorm` with a residual and an activation in one operation.
 
-    The mode, momentum and eps are read at each call.
+    The training mode, momentum and eps are read at each call, so they may change between calls.
     """
 
     act: str | type[nn.Module] | None = None

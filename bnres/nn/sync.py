@@ -30,7 +30,8 @@ from bnres.nn.state import Norm, group_of, next_state, normalizes_by_batch
 from bnres.operations.sync_batch_norm_act import group_named, sync_batch_norm
 
 
-# Not a subclass of torch.nn.SyncBatchNorm, which DistributedDataParallel refuses on a CPU.
+# Not a subclass of torch.nn.SyncBatchNorm, because DistributedDataParallel refuses subclasses of
+# that class on a CPU.
 class _Synchronised(_FusedForward):
     """The base class of the synchronised modules; see `SyncBatchNorm`."""
 
@@ -128,7 +129,7 @@ class CapturedSyncBatchNorm(nn.SyncBatchNorm):
     Copies and pickles of the module have torch's class.
     """
 
-    __module__ = nn.SyncBatchNorm.__module__  # torch.fx traces a call as one node
+    __module__ = nn.SyncBatchNorm.__module__  # makes torch.fx trace a call as one node
 
     def forward(self, input: Tensor) -> Tensor:
         return as_node(self, input)
@@ -249,7 +250,11 @@ def convert_sync_batchnorm(module: nn.Module, process_group: Any = None) -> nn.M
 
 
 def _converted(name: str, norm: Norm) -> type[_Synchronised]:
-    """The class that a batch norm is converted to."""
+    """The class that a batch norm is converted to.
+
+    Raises:
+        TypeError: if the batch norm's forward is not one that can be converted.
+    """
     cls = type(norm)
     if "forward" not in vars(norm) and not isinstance(norm, LazyModuleMixin):
         if isinstance(norm, _Synchronised):

@@ -21,7 +21,7 @@ def batch_norm_act_aten(
     act: str = "identity",
     param: float = 0.0,
 ) -> Tensor:
-    """act(batch_norm(input + input_bias) + residual), as `bnres.functional.batch_norm_act`."""
+    """Computes what `bnres.functional.batch_norm_act` computes, by torch's own operations."""
     mean, var, weight, bias, momentum, eps, counter, input_bias = norm
     if input_bias is not None:
         input = input + input_bias.to(input.dtype).view(-1, *[1] * (input.dim() - 2))

@@ -212,7 +212,8 @@ def _saved(inputs: Inputs, y: Tensor, kept: Sequence[Any], spec: Spec) -> Saved:
     if not _saves_mask(inputs, spec):
         mask = None
     if not spec.reads_x:
-        # The mask has y's layout. The next layer usually saves y too, so this costs no memory.
+        # To read the mask, backward needs a tensor with y's shape and strides. The next layer
+        # usually saves y anyway, so saving y here costs no memory.
         inputs = inputs._replace(x=None if mask is None else y)  # type: ignore[arg-type]
     if mask is not None or (spec.act == "identity" and not spec.has_residual_norm):
         inputs = inputs._replace(residual=None)
@@ -326,7 +327,7 @@ def _input_gradients(
         saved = saved._replace(x=dense(dy))
     is_sum = spec.act == "identity" and not (spec.has_residual_norm or spec.pools)
     if spec.has_residual_norm:
-        dx = dresidual = bool(needed.x or needed.residual)  # one pass writes both
+        dx = dresidual = bool(needed.x or needed.residual)  # one dx pass writes both
     else:
         dx, dresidual = bool(needed.x), bool(needed.residual) and not is_sum
     sums = needed.weight or needed.bias or needed.residual_weight or needed.residual_bias

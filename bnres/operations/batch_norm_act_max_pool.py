@@ -47,9 +47,9 @@ def batch_norm_act_max_pool2d(
     """Fused ``max_pool2d(act(batch_norm(input + input_bias)))``, the stem of a ResNet.
 
     With a 3×3 window, stride 2 and padding 1, one kernel normalises, applies the activation and
-    pools, and does not write the activation's output to memory. Values are rounded to the dtype of ``input`` before they are
-    compared. Of equal values the first is the maximum, and NaN propagates, as in
-    `torch.nn.functional.max_pool2d`.
+    pools, and does not write the activation's output to memory. Values are rounded to the dtype of
+    ``input`` before they are compared. Of equal values the first is the maximum, and NaN
+    propagates, as in `torch.nn.functional.max_pool2d`.
 
     `batch_norm_act` followed by torch's pooling runs in all other cases: with another window, in
     fp64, for 2^31 elements or more, and if ``input`` is contiguous and its rows are not a multiple

@@ -159,7 +159,7 @@ def _is_plain(inputs: Any) -> bool:
     if is_compiling() or is_watched():
         return False
     for t in inputs:
-        # A tensor that was returned out of a transform is still wrapped.
+        # A tensor may also be wrapped outside of transforms, if a transform has returned it.
         if t is not None and (t.__class__ not in PLAIN_TYPES or is_wrapped(t)):
             return False
     return True
@@ -223,7 +223,8 @@ class Fused(Function):
             saved = operation.Saved(*map(_laid_out, saved, ctx.layouts))
         if is_compiling():
             return *NO_GRADIENTS, *operation.backward(dy, dy_skip, saved, spec, needed, None)
-        # torch.autograd.grad(is_grads_batched=True) passes several gradients at once.
+        # torch.autograd.grad(is_grads_batched=True) passes several gradients as one batched tensor,
+        # which the kernels can't read.
         batched = is_batched(dy) or (dy_skip is not None and is_batched(dy_skip))
         by_formula = batched or in_forward_mode()
         if not (by_formula or torch.is_grad_enabled() or in_transform()):

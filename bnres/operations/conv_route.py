@@ -110,6 +110,6 @@ def _conv_shape(
 
 
 def _pair(value: Size) -> tuple[int, ...]:
-    """``value`` for both axes; a number or a sequence of one applies to both."""
+    """``value`` for both axes; a number, or the only item of a sequence, applies to both."""
     values = (value,) if isinstance(value, int) else tuple(value)
     return values * 2 if len(values) == 1 else values

@@ -58,7 +58,7 @@ def kind_of(called: object, options: object, *groups: Sequence[Tensor | None]) -
     )  # fmt: skip
 
 
-# The recording for calls of a kind, or None before the first call.
+# Returns the recording for calls of a kind, or None if there is none yet.
 find_recording = _recordings.get
 
 
@@ -71,7 +71,7 @@ def recording_of(kind: Any) -> Recording:
     return _recordings[kind]
 
 
-# The type of a field that is a tensor or None, which depends on the options.
+# The type of a field that is a tensor for some options and None for others.
 Maybe = Any
 
 
