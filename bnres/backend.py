@@ -24,9 +24,9 @@ def backend(device: torch.device | str | None = None) -> str:
         device: a device; by default the GPU if there is one, else the CPU.
 
     Returns:
-        ``"triton"`` for our kernels on a GPU; ``"triton-interpreter"`` for our kernels, interpreted
-        on a CPU, if ``TRITON_INTERPRET=1`` was set in the environment when bnres was imported; or
-        ``"aten"`` for torch's own operations, on a CPU.
+        ``"triton-interpreter"`` for our kernels in Triton's interpreter, if ``TRITON_INTERPRET=1``
+        was set in the environment when bnres was imported. Otherwise ``"triton"`` for our kernels
+        on a GPU, or ``"aten"`` for torch's own operations on a CPU.
     """
     if _override is not None:
         return _override

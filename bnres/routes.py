@@ -122,7 +122,7 @@ def gpu_name(device: torch.device) -> str:
 
 
 def table_path(gpu: str) -> Path:
-    """The file of a GPU's table."""
+    """The file of a GPU's table, which is ``BNRES_ROUTES`` if this environment variable is set."""
     override = os.environ.get("BNRES_ROUTES")
     if override:
         return Path(override)

@@ -59,7 +59,7 @@ def _sizes(C, W, OW, TILE: tl.constexpr):
 
 @triton.jit
 def _columns(col_block, block, columns, C, OW, TILE: tl.constexpr):
-    """Returns the plane, the first ow, whether it exists, offsets and channels of each column.
+    """Returns each column's plane and first ow, a mask of existing columns, offsets and channels.
 
     ow is a column of the output, and each row of the tile is one column of windows. In
     channels_last, a column of windows is one ow of a sample, its plane is the sample, and the
@@ -334,7 +334,9 @@ def _bn_max_pool_bwd_dx_kernel(
 ):  # fmt: skip
     """Stores dx = (dz − (sum_dy + xhat·sum_dy_xhat)/stats_count)·(rstd·weight).
 
-    dz = act'(z)·Σ dy, where Σ dy adds up dy of all windows whose maximum is at this position of x.
+    dz = act'(z)·Σ dy, where Σ dy adds up dy of all windows whose maximum is at this position of x,
+    and xhat = (x − mean)·rstd.
+
     Each step of the loop stores the first and second row of x in one row of windows. The third row
     of x is the first row of the windows below, so the loop has one more step than there are rows of
     windows.

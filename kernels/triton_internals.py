@@ -7,7 +7,7 @@ from triton.compiler import CompiledKernel
 
 
 def launch_parts(compiled: CompiledKernel) -> tuple[Any, Any, Any]:
-    """Returns a compiled kernel's launcher and the two arguments that follow the stream."""
+    """Returns a compiled kernel's launcher, and two of its arguments: those after the stream."""
     return compiled.run, compiled.function, compiled.packed_metadata
 
 

@@ -42,7 +42,7 @@ RELU6 = ({"min_val": 0, "max_val": 6}, {"min": 0, "max": 6})
 IN_PLACE = re.compile(
     r".*[^_]_|_*i(add|sub|mul|truediv|floordiv|matmul|pow|and|or|xor)_*|setitem|__set.*"
 )
-# These write only to running statistics. Other norms of torch may write to any argument.
+# These functions write only to running statistics. Other norms of torch may write to any argument.
 NORMS = (
     F.batch_norm, F.instance_norm, batch_norm_act, batch_norm_act_max_pool2d, conv2d_batch_norm_act,
     sync_batch_norm, sync_batch_norm_act,
@@ -71,7 +71,8 @@ def storage(node: fx.Node) -> int | None:
 
 def alike(a: Any, b: Any) -> bool:
     """Whether two nodes are tensors of the same shape and dtype for all values of dynamic sizes."""
-    from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq  # imports sympy
+    # Imported only here, because this module imports sympy.
+    from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 
     x, y = value(a), value(b)
     if x is None or y is None or x.dtype != y.dtype:

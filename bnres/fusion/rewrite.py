@@ -16,13 +16,13 @@ Found = tuple[Site, list[fx.Node]]
 
 
 def fuse_graphs(module: fx.GraphModule) -> list[Found]:
-    """Fuses a captured graph and the graphs nested in it; returns a row for each batch norm."""
+    """Fuses a captured graph and its nested graphs; returns a report's row for each batch norm."""
     graphs = [m for m in module.modules() if isinstance(m, fx.GraphModule)]
     return [found for graph in graphs for found in fuse_graph(graph)]
 
 
 def fuse_graph(module: fx.GraphModule) -> list[Found]:
-    """Fuses one captured graph; returns a row for each batch norm."""
+    """Fuses one captured graph; returns a report's row for each batch norm."""
     graph, rows = module.graph, []
     as_batch_norm(graph)
     calls: list[fx.Node] = []

@@ -19,7 +19,7 @@ from bnres.operations.sync_batch_norm_act import sync_batch_norm_act
 
 
 def _in_group(group: Any, training: bool, *args: Any, **options: Any) -> Any:
-    """`sync_batch_norm_act` if ``group`` is a process group; otherwise `batch_norm_act`."""
+    """Calls `sync_batch_norm_act` if ``group`` is a process group, otherwise `batch_norm_act`."""
     if group is None:
         return batch_norm_act(*args, training=training, **options)
     return sync_batch_norm_act(*args, process_group=group, **options)

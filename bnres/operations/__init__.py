@@ -1,5 +1,5 @@
 """The fused operations.
 
-Each operation has a file, with everything from its public function to the calls of the launchers of
-its kernels.
+Each public operation has a file, with everything from the public function to the calls of the
+functions that launch kernels.
 """

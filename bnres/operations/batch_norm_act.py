@@ -402,7 +402,7 @@ def _formula_of(statistics: Sequence[Statistics], saved: Saved, spec: Spec) -> T
 
 
 def unpack_mask(mask: Tensor, x: Tensor) -> Tensor:
-    """The 1-bit mask of a dense ``x``, unpacked to booleans in the shape of ``x``."""
+    """The 1-bit mask of a contiguous or channels_last ``x``, unpacked to booleans in its shape."""
     from bnres.kernels.bn_backward import bn_backward_dx
 
     with outside_of_transforms():

@@ -23,8 +23,8 @@ _recordings: dict[Any, "Recording"] = {}
 class Recording:
     """The kernel launches of calls of one kind.
 
-    A call that has a recording needs no checks and no copies of its arguments, because an equal
-    call has passed the checks.
+    A call that has a recording needs no checks and no copies of its arguments, because an earlier
+    call of the same kind has passed the checks.
 
     Attributes:
         forward: the launches of forward.

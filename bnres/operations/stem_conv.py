@@ -76,9 +76,9 @@ def _dtype(input: Tensor, weight: Tensor) -> torch.dtype | None:
 def conv_over_blocks(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`stem_conv2d` over a space-to-depth input. ``input`` gets no gradient.
 
-    For output row i the 7 rows of a filter read input rows 2i − 3 to 2i + 3. A row of zeros is added
-    before them, so that the 8 rows read input rows 2i − 4 to 2i + 3. These are exactly the rows of
-    blocks i − 2 to i + 1.
+    For output row i the 7 rows of a filter read input rows 2i − 3 to 2i + 3. A row of zeros is
+    added before them, so that the filter's 8 rows read input rows 2i − 4 to 2i + 3. These input
+    rows are exactly the rows of blocks i − 2 to i + 1.
     """
     n, channels, height, width = input.shape
     # The padding is three blocks of zeros along each axis: two before the image and one after it.
