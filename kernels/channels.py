@@ -119,8 +119,8 @@ def load_line(
     """Returns offset and slope of dx's part that flows through the mean and the variance.
 
     This part is linear in x − mean:
-    offset + slope·(x − mean) = −(sum_dy + xhat·sum_dy_xhat)/count·scale, where scale is
-    rstd·weight.
+    offset + slope·(x − mean) = −(sum_dy + xhat·sum_dy_xhat)/count·scale,
+    where xhat = (x − mean)·rstd and scale = rstd·weight.
     """
     _, rstd, scale = norm
     inv_n = (1 / tl.cast(count, tl.float64)).to(ACC)

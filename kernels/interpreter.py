@@ -1,4 +1,4 @@
-"""Whether kernels are interpreted, and whether the interpreter works with the installed numpy."""
+"""Finds out whether kernels are interpreted, and whether the interpreter works with this numpy."""
 
 import re
 from importlib.metadata import version

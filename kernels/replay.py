@@ -17,7 +17,8 @@ from triton.compiler import CompiledKernel
 from bnres.kernels import triton_internals
 from bnres.kernels.launch import Launch, recorded_launches
 
-# Triton compiles a separate kernel for pointers that are not multiples of this many bytes.
+# Triton compiles a separate kernel for pointers that are not multiples of this many bytes, so only
+# launches with multiples are recorded and repeated.
 POINTER_ALIGNMENT = 16
 # Each tensor in scratch memory starts at a multiple of this many bytes.
 SCRATCH_ALIGNMENT = 128

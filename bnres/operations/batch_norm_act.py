@@ -408,7 +408,8 @@ def unpack_mask(mask: Tensor, x: Tensor) -> Tensor:
     with outside_of_transforms():
         ones = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).fill_(1)
         unit = torch.ones(x.shape[1], dtype=acc_type(x), device=x.device)
-        # In evaluation with mean and rstd of 1, dx is dy where the mask is set and 0 elsewhere.
+        # The dx pass of evaluation unpacks the mask: with dy, mean and rstd of 1, dx is 1 where the
+        # mask is set and 0 elsewhere.
         norm = Norm(Statistics(unit, unit))
         passed, _ = bn_backward_dx(
             ones, ones, norm, None, None, unwrapped(mask), "relu", 0.0, None, 1
