@@ -93,7 +93,7 @@ def _capture(
 def _pairs(
     graph: fx.Graph, tensors: dict[fx.Node, Any], model: nn.Module
 ) -> dict[fx.Node, tuple[str, str]]:
-    """The nodes of the batch norms to fold, each with the names of its convolution and batch norm."""
+    """The nodes of the batch norms to fold, with the names of each convolution and batch norm."""
     modules, found = dict(model.named_modules(remove_duplicate=False)), {}
     for node in graph.nodes:
         call = norm_call(node)
