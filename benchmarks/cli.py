@@ -75,10 +75,10 @@ def run(
 ) -> None:
     """Measure the most important cases first, then the others until the time is up.
 
-    Cases that are compared are measured together, torch's own layers first.
-    They are skipped unless there is time for all of them.
+    Cases that are compared with each other are a group. A group is measured one case after the
+    other, torch's own layers first. A group is skipped if there is not enough time for all of it.
 
-    Cases run in a child process. If it hangs or dies, a new child continues.
+    Cases run in a child process. If the child hangs or dies, a new child continues.
     Without a GPU every case runs on the CPU with a small input.
     """
     from benchmarks import busy, campaign, environment
@@ -231,7 +231,8 @@ def host() -> None:
 def compile() -> None:
     """Compile every specialisation of the kernels into triton's cache, on all cores.
 
-    Without a GPU each is also launched, on a stand-in for CUDA's driver that runs nothing.
+    Without a GPU each specialisation is also launched, but a stand-in replaces CUDA's driver, so
+    no kernel runs.
     """
     import os
 

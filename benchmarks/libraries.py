@@ -49,8 +49,8 @@ def _torchvision() -> Iterator[Model]:
         backbone = detector.backbone_utils._resnet_fpn_extractor(resnet, 3)
         return detector.FasterRCNN(backbone, num_classes=3).backbone
 
-    # torchvision's own builder uses BatchNorm2d where no weights are loaded. The rest of the
-    # detector has no batch norms.
+    # The detector is built here because torchvision's builder uses BatchNorm2d instead of frozen
+    # batch norm if no weights are loaded. Only the detector's backbone has batch norms.
     yield "backbone of fasterrcnn_resnet50_fpn", frozen, images(64)
     boxes = torch.tensor([[4.0, 4.0, 40.0, 40.0]])
     target = {"boxes": boxes, "labels": torch.ones(1, dtype=torch.int64)}
@@ -98,7 +98,8 @@ def _segmentation() -> Iterator[Model]:
 
 
 def _transformers() -> Iterator[Model]:
-    # Otherwise transformers would import our folder kernels/ instead of PyPI's package kernels.
+    # transformers imports PyPI's package ``kernels`` if it finds it. Without this line it would
+    # find our folder kernels/ instead.
     sys.modules["kernels"] = None  # type: ignore[assignment]
     import transformers as t
 
