@@ -48,7 +48,7 @@ def step_launches(build: Callable[[], nn.Module], shape: tuple[int, ...]) -> tup
     with patch.object(GridExecutor, "__call__", launch):
         F.cross_entropy(model(x), labels).backward()
     model.zero_grad()
-    # A dispatch mode does not see the launches of our operators, so ``count`` above counts them.
+    # A dispatch mode does not see the launches of our operators, so they were counted above.
     with patch.object(GridExecutor, "__call__", lambda *_, **__: None), CountOperations() as mode:
         F.cross_entropy(model(x), labels).backward()
     return launched, mode.count
