@@ -140,11 +140,12 @@ LIBRARIES: dict[str, Callable[[], Iterator[Model]]] = {
 
 ABOUT = """# Models of other libraries
 
-What `bnres.fuse` fuses in each model, in training mode: the number of batch norms, how many of them
-run as fused operations, and their patterns. In a pattern, `bn` is the batch norm, `conv` the 2-D
-convolution before it, `add` an addition (`+bn` of another batch norm), `act` an activation and
-`pool` the max-pool of a ResNet's stem. The last column says why a batch norm is not fused, or not
-with more; it is empty where no operation follows that could be fused. Made by
+This page lists what `bnres.fuse` fuses in each model in training mode: the number of batch norms,
+how many of them run as fused operations, and the patterns of these operations. In a pattern, `bn`
+is the batch norm, `conv` is the 2-D convolution before it, `add` is an addition, `+bn` is another
+batch norm whose output is added, `act` is an activation, and `pool` is the max-pool of a ResNet's
+stem. The last column says why a batch norm is not fused, or why a following operation is not fused
+with it. The column is empty if there is no such operation. The page was made by
 `python -m benchmarks models --out docs/models.md`, with
 """
 HEADER = "| model | batch norms | fused | patterns | reasons |\n|---|---:|---:|---|---|\n"

@@ -92,9 +92,7 @@ def make_config(options: dict[str, Any], preset_name: str | None, file: Path | N
         base = preset(preset_name) if preset_name is not None else {}
         for layer in (base, read_config(file) if file else {}, options):
             if layer.get("crop_size") is not None:
-                asked.pop(
-                    "shift", None
-                )  # a crop replaces the shift that the preset or the file sets
+                asked.pop("shift", None)  # a crop replaces the preset's or the file's shift
             if is_factory(layer.get("model", "")):
                 for name in ("act", "stem"):  # set by the preset or the file for a model of bnres
                     asked.pop(name, None)
