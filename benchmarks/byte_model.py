@@ -15,8 +15,8 @@ the inverse ratio of the times.
 
 from benchmarks.sites import ConvSite
 
-# (operation, direction) -> how often a whole activation is read or written, and how often one bit
-# per element is.
+# (operation, direction) -> two numbers: how often all elements of an activation are read or
+# written, and how often one bit per element is read or written.
 PASSES = {
     ("bn", "forward"): (3, 0),
     ("bn", "backward"): (5, 0),

@@ -9,7 +9,7 @@ from torch import Tensor
 # 16-bit dtypes allow for two roundings to the dtype. The tolerance of fp32 allows for the error of
 # statistics over millions of values.
 OUTPUT_TOLERANCE = {torch.bfloat16: 2**-6, torch.float16: 2**-9, torch.float32: 1e-5}
-# A convolution in fp32 may use TF32, which has 10 bits of mantissa.
+# Greatest relative error of a convolution in fp32, which may use TF32 with 10 bits of mantissa.
 TF32_TOLERANCE = 2**-9
 # Greatest relative error of gradients. Rounding changes the sign of x + residual in about the
 # fraction eps of all elements. The ReLU's gradient of such an element is wrong by its whole value,

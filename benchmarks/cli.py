@@ -61,7 +61,7 @@ def default_folder() -> Path:
 def run(
     minutes: Annotated[float, typer.Option(help="Time to spend.", min=0.0)] = 9.0,
     out: Annotated[
-        Path | None, typer.Option(help="Folder for the results. A run in it is continued.")
+        Path | None, typer.Option(help="Folder for the results. An earlier run is continued.")
     ] = None,
     suite: Annotated[Suite, typer.Option(help="Kind of cases to measure.")] = Suite.all,  # type: ignore[attr-defined]
     sites: Annotated[
@@ -262,9 +262,7 @@ def models(
 
 @app.command()
 def variants(
-    out: Annotated[
-        Path, typer.Option(help="File for the results. A run recorded in it is continued.")
-    ],
+    out: Annotated[Path, typer.Option(help="File for the results. An earlier run is continued.")],
     minutes: Annotated[float, typer.Option(help="Time to spend.", min=0.0)] = 3.0,
 ) -> None:
     """Time launch configurations that differ from the current one in one field."""
@@ -303,7 +301,7 @@ def scaling(
 
 @app.command(name="first-contact")
 def first_contact(
-    out: Annotated[Path, typer.Option(help="Folder for the results. A run in it is continued.")],
+    out: Annotated[Path, typer.Option(help="Folder for the results. An earlier run is continued.")],
     minutes: Annotated[float, typer.Option(help="Time to spend in this call.", min=0.0)] = 9.0,
     again: Annotated[str, typer.Option(help="Stages to run again, separated by commas.")] = "",
 ) -> None:

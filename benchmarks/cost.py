@@ -84,7 +84,9 @@ class Costs:
     def fitting(
         self, groups: Iterable[Sequence[Case]], left: Callable[[], float]
     ) -> Iterator[Case]:
-        """Yields the cases for which enough time remains, checked when each is requested.
+        """Yields the cases for which enough time remains.
+
+        The remaining time is checked when the next case is requested.
 
         Args:
             groups: groups of cases. A group is skipped unless the time is enough for all its cases.

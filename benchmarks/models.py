@@ -74,9 +74,9 @@ def _stock(case: ModelCase) -> nn.Module:
     """Builds the stock net with weights for which a step in 16 bits is close to one in fp32.
 
     With torchvision's initial weights a ResNet-50 amplifies rounding errors so much that the
-    results of correct implementations differ. Therefore the weights of the last batch norm of each
-    residual block are set to the small value ``LAST_WEIGHT``. With ``zero_init_residual`` they
-    would be 0.
+    results of correct implementations differ too much to be compared. Therefore the weights of the
+    last batch norm of each residual block are set to the small value ``LAST_WEIGHT``. With
+    ``zero_init_residual`` they would be 0.
     """
     torch.manual_seed(0)
     model = bnres.models.create_model(
@@ -113,7 +113,7 @@ def _of_provider(stock: nn.Module, case: ModelCase) -> nn.Module:
 def _compiled(model: nn.Module, case: ModelCase) -> Callable[[Tensor], Tensor]:
     if not case.provider.startswith("compile"):
         return model
-    # `benchmarks.clock` captures the CUDA graph itself, as for every provider.
+    # Without inductor's CUDA graphs, because `benchmarks.clock` captures the graph itself.
     mode = "max-autotune-no-cudagraphs" if case.provider.endswith("max-autotune") else None
     return torch.compile(model, dynamic=False, mode=mode)
 

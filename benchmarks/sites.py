@@ -1,6 +1,7 @@
 """Lists the batch norms and convolutions of ResNet-18 and ResNet-50 for images of 224×224.
 
-A *site* is a batch norm or a convolution of a net. Those of the same shape and kind are one site.
+A *site* is a batch norm or a convolution of a net. Several of the same shape and kind
+count as one site.
 """
 
 from dataclasses import dataclass, replace

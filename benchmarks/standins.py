@@ -1,4 +1,4 @@
-"""Functions that a campaign's child calls instead of measuring, in tests and rehearsals.
+"""Functions that replace the measurements of `benchmarks.campaign` in tests and rehearsals.
 
 The batch size of a case selects what happens, by the table `DEEDS`. The timings are made up.
 """

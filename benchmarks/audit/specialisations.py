@@ -41,8 +41,8 @@ from bnres.kernels.replay import Replay
 LINE_LENGTH = 300
 # Greatest stack of a thread in bytes. The stack holds spilled registers. Kernels of a ResNet's step
 # must not spill, which the audit's budget checks. Other specialisations may spill some registers
-# for 64-bit offsets. RAGGED_STACK is the limit for tiles whose size is not a multiple of the vector
-# width: these need an address for each element, so more registers.
+# for 64-bit offsets. RAGGED_STACK is the limit for tiles whose rows do not start at a multiple
+# of the vector width: these tiles need an address for each element, so more registers.
 STACK, RAGGED_STACK = 256, 512
 
 

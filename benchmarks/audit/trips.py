@@ -36,7 +36,8 @@ def _remainder(a: Any, b: Any) -> Any:
     return a - b * _divide(a, b)
 
 
-# Operands of unsigned operations are assumed not to be negative.
+# Functions that compute TTGIR's operations on integers. Unsigned operations use the same functions
+# as signed ones, because their operands are assumed not to be negative.
 OPERATIONS: dict[str, Callable[..., Any]] = {
     "addi": np.add, "subi": np.subtract, "muli": np.multiply, "divsi": _divide, "divui": _divide,
     "remsi": _remainder, "remui": _remainder, "minsi": np.minimum, "minui": np.minimum,

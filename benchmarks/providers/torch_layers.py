@@ -67,7 +67,8 @@ def _compiled(case: OpCase, mode: str | None) -> Bind:
         if not first:
             return compiled(inputs)
         first = False
-        # Backward runs many times after one forward, so it must not overwrite the saved tensors.
+        # Backward runs many times after one forward. With donated buffers it would overwrite the
+        # saved tensors.
         with functorch_config.patch(donated_buffer=False):
             return compiled(inputs)
 
@@ -77,7 +78,7 @@ def _compiled(case: OpCase, mode: str | None) -> Bind:
 EAGER = Provider("eager", _eager)
 EAGER_FP16_CUDNN = Provider("eager-fp16-cudnn", _eager_fp16_cudnn, dtype="fp16")
 COMPILE = Provider("compile", lambda case: _compiled(case, None))
-# `benchmarks.clock` captures CUDA graphs itself, as for every provider.
+# Without inductor's CUDA graphs, because `benchmarks.clock` captures the graph itself.
 COMPILE_MAX_AUTOTUNE = Provider(
     "compile-max-autotune", lambda case: _compiled(case, "max-autotune-no-cudagraphs")
 )

@@ -53,8 +53,8 @@ def _encode(text: str, encoding: str = "latin1") -> bytes:
     return text.encode("latin1")
 
 
-# (module, name) of what pickles of CIFAR-10 refer to, and our replacement. The modules have other
-# names in numpy 1 than in numpy 2.
+# Replacements for the classes and functions that pickles of CIFAR-10 refer to, by module and name.
+# _reconstruct occurs twice, because its module has other names in numpy 1 and numpy 2.
 STAND_INS = {
     ("numpy", "ndarray"): _Array,
     ("numpy", "dtype"): _Dtype,

@@ -18,7 +18,7 @@ PREFETCH = 4
 def _leave_signals(worker: int) -> None:
     """Makes a worker ignore Ctrl-C, which a terminal sends to all processes.
 
-    The main process stops its workers itself. If a worker does not stop, it sends SIGTERM.
+    The main process stops its workers itself. It sends SIGTERM to a worker that does not stop.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

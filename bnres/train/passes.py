@@ -37,8 +37,8 @@ class Passes:
 
         Args:
             images, labels: the batch.
-            share: number of batches per step of the optimiser. The loss is divided by it before
-                backward, so that the step uses the mean gradient.
+            share: number of batches per step of the optimiser. The loss is divided by this
+                number before backward, so that the step uses the mean gradient.
         """
         with autocast(self.config):
             logits = self.forward(images)

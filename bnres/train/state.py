@@ -192,8 +192,8 @@ def build_state(
     parallel: nn.Module = model
     if world.size > 1:
         devices = [device] if device.type == "cuda" else None
-        # DDP sends gradients in buckets. If a gradient is a view of a bucket, it is not copied into
-        # the bucket.
+        # DDP sends gradients in buckets. With this option gradients are views of the buckets, so
+        # they need not be copied into the buckets.
         parallel = DistributedDataParallel(model, devices, gradient_as_bucket_view=True)
     optimizer = make_optimizer(config, model)
     steps_per_epoch = -(-len(batches) // config.accumulate)
