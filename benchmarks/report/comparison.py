@@ -21,9 +21,9 @@ class Change:
 
     Attributes:
         id: id of the case.
-        verdict: ``slower``, ``faster``, ``same``, ``lost`` (only the old run measured the case),
-            ``new`` (only the new run measured the case) or ``recast`` (the two runs used different
-            methods, so the times are not compared).
+        verdict: ``slower``, ``faster``, ``same``, ``lost`` (measured in the old run; failed,
+            refused or skipped in the new run), ``new`` (only the new run measured the case) or
+            ``recast`` (the two runs used different methods, so the times are not compared).
         ratio: new time divided by the old time, or 0 if the times are not compared.
         noise: greatest difference of the ratio from 1 that counts as noise.
     """

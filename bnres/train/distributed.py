@@ -17,7 +17,7 @@ class World:
     """The processes that train together; by default only this one.
 
     Attributes:
-        rank: the rank of this process.
+        rank: the number of this process, from 0 to ``size`` - 1.
         size: the number of processes.
         flags: a process group on the CPU. Exchanging a flag through it does not wait for a GPU.
     """
