@@ -218,6 +218,7 @@ def _round(
     """
     share = 1 / (len(replayed) or len(queued))
 
+    # The default keeps the tensors alive.
     def once(kept: Any = (replayed, captured)) -> None:
         clock.seconds += share * _between_events(queued, stream, flush, host_seconds)
 

@@ -1,7 +1,7 @@
 """Shapes of convolutions and launch configurations of their kernel.
 
-`conv_config` chooses a configuration by a heuristic. The heuristic is derived from the sizes of
-tiles and of shared memory, and has not been measured on a GPU yet. `search_space` lists the
+`conv_config` chooses a configuration by a heuristic that is derived from the sizes of tiles and of
+shared memory. Its choices have not been compared on a GPU yet. `search_space` lists the
 configurations that ``bnres tune`` measures.
 """
 

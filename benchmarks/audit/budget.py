@@ -130,8 +130,9 @@ def memory_key(row: Row) -> str:
 def exceeded(found: Found, budget: Found, same_triton: bool) -> list[str]:
     """Describes each result that is worse than its budget.
 
-    Occupancy and the time to issue instructions depend on the compiler, so they are compared only if the budget was recorded with the same version of triton. The same applies to
-    numbers of spills and calls, except that a budget of 0 is always compared.
+    Occupancy and the time to issue instructions depend on the compiler, so they are compared only
+    if the budget was recorded with the same version of triton. The same applies to numbers of
+    spills and calls, except that a budget of 0 is always compared.
 
     Args:
         found: the results.
