@@ -1,4 +1,4 @@
-"""Benchmarks and audits; run from the repository's root, not installed."""
+"""Benchmarks and audits. They are run from the repository's root and are not installed."""
 
 import os
 

@@ -16,7 +16,8 @@ from bnres.augment.segments import prepare_draws, segments
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 JITTER = (0.5, 0.2, 0.6, 0.4)  # as in the d2l.ai course
-# The kernel and ATen sum in different orders, and the outputs are rounded to bf16.
+# Relative error allowed: the kernel and ATen add numbers in different orders, and the outputs are
+# rounded to bf16.
 TOLERANCE = 2**-7
 
 

@@ -1,4 +1,4 @@
-"""pytest-benchmark cases: the operations at the sites of ResNet-18 and ResNet-50."""
+"""pytest-benchmark cases: the operations on the tensors of ResNet-18 and ResNet-50."""
 
 import pytest
 

@@ -7,24 +7,24 @@ import torch
 from benchmarks.audit.host import Timed, ruler
 
 SECONDS = 0.5
-# With nine busy processes on two cores the spread was 1.6 to 2.2. In CPU time of the thread, which
-# excludes waiting, it was 1.07 to 1.11.
+# Greatest value of `spread` on a host that counts as free. With nine busy processes on two cores
+# the spread was 1.6 to 2.2. The same ratio of the thread's CPU time was only 1.07 to 1.11, because
+# CPU time does not include the time that a thread waits for a core. Hence wall time is compared.
 MOST_SPREAD = 1.25
 
 
 def spread(timed: Timed | None = None, seconds: float = SECONDS) -> float:
-    """Times groups of calls; returns the mean wall time of a group divided by the shortest.
+    """Times groups of calls; returns a group's mean wall time divided by the shortest group's.
 
     Args:
-        timed: calls to time; by default the forward of `benchmarks.audit.host.ruler`, torch's batch
-            norm and ReLU on the CPU.
+        timed: calls to time; by default the forward of torch's batch norm and ReLU on the CPU.
         seconds: time to spend, in seconds.
     """
     if timed is None:
         timed = next(one for one in ruler() if one.kind == "forward")
     timed.module.train()
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # with several threads, every call may wait for one of them
+    torch.set_num_threads(1)  # otherwise a call waits until its slowest thread gets a core
     try:
         timed.call()
         spans = []

@@ -1,20 +1,22 @@
-"""The fewest bytes that a fused operation can move, in S, the bytes of one activation tensor.
+"""The fewest bytes that a fused operation can move, in units of S.
 
-Forward reads its inputs twice (for the statistics, then for the output) and writes its output.
-Backward also reads its inputs twice. An operation that adds a residual before the ReLU also stores
-the sign of each element for its backward, in one bit.
+S is the size of one activation tensor in bytes. A forward in training reads its input twice (once
+for the statistics, once for the output) and writes its output. A backward also reads its inputs
+twice. An operation that adds a residual before the ReLU also stores one bit per element, the sign
+of the ReLU's input, for its backward.
 
 The model assumes that nothing stays in the L2 cache between the two passes. A small tensor does
-stay there, so it can take less time than its bytes take at the memory's bandwidth.
+stay in the cache, so an operation on a small tensor can be faster than this model allows.
 
-``benchmarks.audit`` counts the bytes that our kernels actually move. Bandwidths are computed from
-the bytes of this model for every provider, so the ratio of two bandwidths is the ratio of the
-times.
+``benchmarks.audit`` counts the bytes that our kernels actually move. Benchmarks compute the
+bandwidth of every implementation from the bytes of this model, so the ratio of two bandwidths is
+the inverse ratio of the times.
 """
 
 from benchmarks.sites import ConvSite
 
-# (operation, direction) -> reads and writes of a whole activation, and of one bit per element.
+# (operation, direction) -> two numbers: how often all elements of an activation are read or
+# written, and how often one bit per element is read or written.
 PASSES = {
     ("bn", "forward"): (3, 0),
     ("bn", "backward"): (5, 0),
@@ -30,8 +32,9 @@ PASSES = {
     ("dual_bn_add_relu", "backward"): (8, 0),
     ("dual_bn_add_relu", "eval"): (3, 0),
     ("dual_bn_add_relu_fork", "backward"): (10, 0),
-    # 3×3 pooling with stride 2, in a 16-bit dtype: the output has S/4 bytes, the positions of the
-    # maxima have S/8, and the values of x at these positions have S/4.
+    # 3×3 pooling with stride 2 of a 16-bit activation: the output has S/4 bytes. For backward, the
+    # positions of the maxima are stored in S/8 bytes, and the values of x at these positions in
+    # S/4.
     ("bn_relu_pool", "forward"): (2.5, 2),
     ("bn_relu_pool", "backward"): (2.75, 2),
     ("bn_relu_pool", "eval"): (1.25, 0),
@@ -40,7 +43,7 @@ PASSES = {
 
 
 def passes(operation: str, direction: str, itemsize: int) -> float:
-    """Returns the bytes that an operation moves at least, in S.
+    """Returns the fewest bytes that an operation can move, in units of S.
 
     Args:
         operation: name of the operation, such as ``bn_relu``.
@@ -52,12 +55,12 @@ def passes(operation: str, direction: str, itemsize: int) -> float:
 
 
 def moved_bytes(operation: str, direction: str, elements: int, itemsize: int) -> int:
-    """Returns the bytes that an operation on an activation of ``elements`` moves at least."""
+    """Returns the fewest bytes that an operation on ``elements`` elements can move."""
     return round(passes(operation, direction, itemsize) * elements * itemsize)
 
 
 def conv_bytes_and_flops(site: ConvSite, batch: int, itemsize: int) -> tuple[int, int]:
-    """Returns the bytes that a convolution moves at least, and its floating-point operations."""
+    """Returns the fewest bytes that a convolution can move, and its floating-point operations."""
     n, k, height, width = site.output_shape(batch)
     outputs = n * k * height * width
     inputs = batch * site.channels * site.size**2

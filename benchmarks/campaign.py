@@ -22,7 +22,7 @@ from benchmarks.child import Child, ChildFailed
 from benchmarks.measure import fields_of
 from benchmarks.store import ENVIRONMENT, Record, ResultStore
 
-# Seconds for describing the device, and for measuring its ceilings.
+# Time limit in seconds for describing the device, and for measuring its bandwidth and FLOP/s.
 OPENING_LIMIT = 120.0
 # Seconds that a case may continue after the campaign's deadline.
 GRACE = 10.0
@@ -30,7 +30,7 @@ GRACE = 10.0
 
 @dataclass(frozen=True)
 class Functions:
-    """The functions that the child calls, as import paths of the form ``module:name``.
+    """The functions that the child process calls, as import paths of the form ``module:name``.
 
     Attributes:
         describe: takes a device, as `benchmarks.environment.describe` does.
@@ -49,7 +49,9 @@ FUNCTIONS = Functions()
 def open_store(
     folder: Path, device: torch.device, child: Child, functions: Functions = FUNCTIONS
 ) -> ResultStore:
-    """Opens a folder of results; measures the ceilings first if the folder has no results.
+    """Opens a folder of results; measures the device's ceilings if the folder is new.
+
+    The ceilings are the bandwidth of a copy and the FLOP/s of a matrix product.
 
     Raises:
         ValueError: if the folder has results of another environment, or can't be read.
@@ -82,10 +84,10 @@ def run(
 ) -> int:
     """Measures the cases that have no result yet, in order; returns the number of new results.
 
-    Consecutive cases of one subject are a group. A group that may take longer than the remaining
-    time is skipped, so that a short run measures a few groups completely. Within a group, a case
-    whose estimate exceeds the remaining time is skipped, and a case that the deadline interrupts
-    gets no result.
+    Consecutive cases that differ only in their provider are a group. A group that may take longer
+    than the remaining time is skipped, so that a short run measures a few groups completely. Within
+    a group, a case is skipped if its estimated time exceeds the remaining time. A case that the
+    deadline interrupts gets no result.
 
     Args:
         store: folder that the results are added to.
@@ -140,10 +142,10 @@ def run(
 def idle_share(case: Case, record: Record, store: ResultStore) -> Record:
     """Returns the share of a step's time in which the GPU waits for the host, as ``idle``.
 
-    The share is 1 - replay / loop: a CUDA graph of the step replays the same kernels without the
-    host, so the time of its replay is taken as kernel time. This includes the gaps between the
-    kernels of a graph, about a microsecond each. The result is empty if the case is not a step
-    launched by the host, or if its graph has not been measured.
+    The share is 1 - replay / loop. ``loop`` is the time of the step when the host launches each
+    kernel. ``replay`` is the time of the same step as a CUDA graph, which runs the same kernels
+    without the host; it includes gaps of about a microsecond between the kernels. The result is
+    empty if the case is not a step launched by the host, or if the graph has not been measured.
     """
     if not isinstance(case, ModelCase) or case.suite != "step" or record.get("method") != "loop":
         return {}
@@ -170,7 +172,7 @@ def describe(record: Record) -> str:
 def left_out(cases: Sequence[Case], store: ResultStore, costs: cost.Costs) -> str:
     """Lists the cases without a result by suite and net, with their estimated time.
 
-    The last line says which ``--minutes`` the largest of their groups needs.
+    The last line says which value of ``--minutes`` is enough for the longest group of these cases.
     """
     missing = [case for case in cases if case.id not in store.records]
     if not missing:

@@ -1,4 +1,9 @@
-"""Lists every case that can be measured, the most important ones first."""
+"""Lists every case that can be measured, the most important ones first.
+
+A case is one operation, net or augmentation chain, run by one provider. Providers are the
+implementations that are compared, such as bnres and torch's own layers (``eager``). Each case has a
+priority, called its rank: cases with a lower rank are measured first.
+"""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -27,35 +32,35 @@ MODEL_PROVIDERS = (
 )  # fmt: skip
 AUGMENT_PROVIDERS = ("bnres", "bnres-kernel", "torchvision-batch", "torchvision-image")
 BASELINE = "eager"
-# Measured first in their group, because the others are compared with them.
+# Providers that are measured before the others, because the others are compared with them.
 BASELINES = (BASELINE, "torchvision-batch")
 PROVIDERS = tuple(dict.fromkeys(OP_PROVIDERS + MODEL_PROVIDERS + AUGMENT_PROVIDERS))
 BATCH = 256
 SMOKE_BATCH = 4
 SMOKE_IMAGES = {224: 64, 32: 16}
-# At a large site, training cases of these operations come before the other operations.
+# Training cases of these operations are measured early if they are in ``LARGE_SITES``.
 TELLING = ("bn_relu", "bn_add_relu", "bn_relu_pool")
-# The activations of ResNet-18's other sites fit into the L2 cache.
+# Stages of ResNet-18 whose activations are larger than the L2 cache.
 LARGE_SITES = ("stem", "layer1", "layer2")
 # Providers of whole nets that are measured first.
 HEADLINE = ("bnres", "eager", "compile")
-# `telling_cases` returns the cases of a lower rank.
+# `telling_cases` returns the cases whose rank is lower than this number.
 TELLING_RANK = 4
 LAST_RANK = 12
 
 
 @dataclass(frozen=True)
 class OpCase:
-    """One operation at one site, by one provider.
+    """One operation on the tensors of one place in a net, run by one provider.
 
     Attributes:
-        site: site in the net, which also names the operation.
+        site: batch norm or convolution of a net. It gives the operation and the shapes.
         direction: ``forward`` (training), ``backward`` or ``eval``.
         layout: ``channels_last`` or ``contiguous``.
         dtype: dtype of the activations: ``bf16``, ``fp16`` or ``fp32``.
         batch: number of images.
         provider: implementation that is measured, one of `OP_PROVIDERS`.
-        smoke: whether a small tensor replaces the site's.
+        smoke: whether a small tensor is used instead, to test the benchmark.
     """
 
     site: Site | ConvSite
@@ -69,7 +74,7 @@ class OpCase:
 
     @property
     def subject(self) -> str:
-        """The id without the provider: cases that are compared have the same subject."""
+        """The id without the provider: cases that are compared with each other share it."""
         size = "smoke" if self.smoke else f"b{self.batch}"
         return "/".join(
             (self.suite, self.site.operation, self.site.id, self.direction, self.layout,
@@ -86,15 +91,17 @@ class ModelCase:
     """A training step or inference of a whole net, or the memory or kernel times of a step.
 
     Attributes:
-        suite: ``step``, ``infer``, ``memory`` or ``groups`` (a step's kernel time by group).
+        suite: ``step``, ``infer``, ``memory`` or ``groups``. The cases of ``groups`` measure the
+            kernel time of a step by group of kernels (convolution, batch norm, ...).
         net: ``resnet18`` or ``resnet50``.
-        image: height and width of the images; for images of up to 32 the net has CIFAR's stem.
+        image: height and width of the images. For images of up to 32 the net starts with a 3×3
+            convolution, as is usual for CIFAR.
         batch: number of images.
         launch: ``eager`` (the host launches each kernel) or ``graph`` (one CUDA graph).
-        dtype: dtype of autocast in training, and of all tensors in inference.
+        dtype: in training, the dtype of autocast; in inference, the dtype of all tensors.
         layout: ``channels_last`` or ``contiguous``.
         provider: layers that are measured, one of `MODEL_PROVIDERS`.
-        smoke: whether the input is small.
+        smoke: whether the input is small, to test the benchmark.
     """
 
     suite: str
@@ -109,7 +116,7 @@ class ModelCase:
 
     @property
     def subject(self) -> str:
-        """The id without the provider: cases that are compared have the same subject."""
+        """The id without the provider: cases that are compared with each other share it."""
         size = "smoke" if self.smoke else f"b{self.batch}"
         return "/".join(
             (self.suite, self.net, f"{self.image}px", size, self.launch, self.layout, self.dtype)
@@ -131,10 +138,10 @@ class AugmentCase:
         out: height and width of the output.
         dtype: dtype of the output.
         layout: layout of the output.
-        provider: ``bnres`` (the whole call, with its random draws), ``bnres-kernel`` (only the
-            kernel), ``torchvision-batch`` (one draw for all images) or ``torchvision-image`` (a
-            loop over the images).
-        smoke: whether the batch is small.
+        provider: ``bnres`` (random draws and kernels), ``bnres-kernel`` (only the kernels),
+            ``torchvision-batch`` (the same random values for all images) or ``torchvision-image``
+            (a loop over the images).
+        smoke: whether the batch is small, to test the benchmark.
     """
 
     name: str
@@ -149,7 +156,7 @@ class AugmentCase:
 
     @property
     def subject(self) -> str:
-        """The id without the provider: cases that are compared have the same subject."""
+        """The id without the provider: cases that are compared with each other share it."""
         size = "smoke" if self.smoke else f"b{self.batch}"
         return f"augment/{self.name}/{self.size}px-{self.out}px/{size}/{self.layout}/{self.dtype}"
 
@@ -162,7 +169,7 @@ Case = OpCase | ModelCase | AugmentCase
 
 
 def bn_sites(net: str) -> list[Site]:
-    """Lists each fused operation at each batch norm of a net, then plain batch norms."""
+    """Lists a net's batch norms with each fused operation that fits, then without fusion."""
     sites = RESNET18_SITES if net == "resnet18" else RESNET50_SITES
     plain = [site for site in sites if site.operation == "bn"]
     return [fused for site in sites for fused in operations_at(site)] + plain
@@ -175,7 +182,7 @@ def _directions(site: Site | ConvSite) -> tuple[str, ...]:
 
 
 def _op_subjects() -> Iterator[tuple[int, OpCase]]:
-    """Yields (rank, case of the first provider); a lower rank is measured earlier."""
+    """Yields a rank and a case of the first provider for each operation that is measured."""
     for net in NETS:
         sites: list[Site | ConvSite] = [*bn_sites(net), *conv_sites(net)]
         for site in sites:
@@ -203,7 +210,7 @@ def _model_subjects() -> Iterator[tuple[int, ModelCase]]:
     for net in NETS:
         later = 4 if net == "resnet50" else 0
         for suite, image, batch, launch, rank in (
-            ("step", 224, 256, "graph", 0),  # measures kernels, not Python
+            ("step", 224, 256, "graph", 0),  # a graph's time does not include Python
             ("step", 224, 32, "graph", 0),
             ("step", 224, 256, "eager", 1),
             ("step", 224, 32, "eager", 1),
@@ -240,9 +247,11 @@ PROVIDERS_OF = {
     ModelCase: MODEL_PROVIDERS,
     AugmentCase: AUGMENT_PROVIDERS,
 }
-# For inference in fp16 the parameters of a batch norm are in fp16; torch then does not use cuDNN.
+# Providers without inference. ``bnres-recompute`` only changes training. With ``eager-fp16-cudnn``
+# the parameters of a batch norm would be in fp16, for which torch does not use cuDNN.
 TRAINING_ONLY = ("bnres-recompute", "eager-fp16-cudnn")
-# Autotuning takes minutes per net; a loop over the images in Python takes seconds per call.
+# Providers that are measured last: autotuning takes minutes per net, and a Python loop over the
+# images takes seconds per call.
 LATE = {"compile-max-autotune": LAST_RANK, "torchvision-image": LAST_RANK}
 
 
@@ -273,12 +282,12 @@ def all_cases() -> list[Case]:
 
 
 def groups(cases: Iterable[Case]) -> list[list[Case]]:
-    """Groups consecutive cases that have the same subject and differ in the provider."""
+    """Groups consecutive cases that differ only in the provider."""
     return [list(group) for _, group in groupby(cases, key=lambda case: case.subject)]
 
 
 def telling_cases() -> list[Case]:
-    """Lists the most important cases, those of a rank below ``TELLING_RANK``."""
+    """Lists the most important cases: those whose rank is below ``TELLING_RANK``."""
     return [case for rank, _, case in _ranked() if rank < TELLING_RANK]
 
 
@@ -287,7 +296,11 @@ def _is_conv(case: Case) -> bool:
 
 
 def smoke_cases() -> list[Case]:
-    """Lists small cases: each operation, direction, layout and provider, and each kind of step."""
+    """Lists cases with small inputs.
+
+    There is one for each combination of operation, direction, layout and provider, and for each
+    kind of step of a net.
+    """
     found: dict[str, Case] = {}
     for case in all_cases():
         if isinstance(case, OpCase):
@@ -349,5 +362,5 @@ def select(
 
 
 def default_cases() -> list[Case]:
-    """Lists all cases if there is a GPU, else the small ones."""
+    """Lists all cases if there is a GPU, else the cases with small inputs."""
     return all_cases() if torch.cuda.is_available() else smoke_cases()

@@ -5,18 +5,19 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-# Greatest relative error ||a - b|| / ||b|| of outputs and running statistics. In 16 bits it allows
-# for two roundings to the dtype; in fp32, for the error of statistics over millions of values.
+# Greatest relative error ||a - b|| / ||b|| of outputs and running statistics. The tolerances of the
+# 16-bit dtypes allow for two roundings to the dtype. The tolerance of fp32 allows for the error of
+# statistics over millions of values.
 OUTPUT_TOLERANCE = {torch.bfloat16: 2**-6, torch.float16: 2**-9, torch.float32: 1e-5}
-# A convolution in fp32 may use TF32, which has 10 bits of mantissa.
+# Greatest relative error of a convolution in fp32, which may use TF32 with 10 bits of mantissa.
 TF32_TOLERANCE = 2**-9
-# Greatest relative error of gradients. Rounding changes the sign of x + residual in a share of
-# about eps of the elements; for these the ReLU's gradient is wrong by its whole value, which makes
-# up to 2 sqrt(eps) of the norm.
+# Greatest relative error of gradients. Rounding changes the sign of x + residual in about the
+# fraction eps of all elements. The ReLU's gradient of such an element is wrong by its whole value,
+# so the relative error of the gradient can be up to 2 sqrt(eps).
 GRADIENT_TOLERANCE = {torch.bfloat16: 2**-2.5, torch.float16: 2**-4, torch.float32: 2**-10}
-# Greatest relative error of the parameters' gradients, which are sums. In 16 bits it is 4 eps, for
-# the elements with a wrong sign and for the rounding of each addend. In fp32 it allows for another
-# order of the sum.
+# Greatest relative error of the parameters' gradients, which are sums over all elements. In 16 bits
+# the tolerance is 4 eps, because some elements have a wrong sign and each addend is rounded. In
+# fp32 it allows for sums in another order.
 SUM_TOLERANCE = {torch.bfloat16: 2**-5, torch.float16: 2**-8, torch.float32: 1e-4}
 
 
@@ -43,7 +44,7 @@ def check(
     """Returns the greatest relative error of some results.
 
     Args:
-        name: name of the results for error messages, in the singular.
+        name: what the results are, in the singular, for error messages, such as ``gradient``.
         actual: the provider's results.
         expected: the reference's results.
         tolerance: the greatest relative error allowed.

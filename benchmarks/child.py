@@ -1,8 +1,8 @@
 """Calls functions in a child process, so that the parent survives a call that hangs or crashes.
 
-A child imports torch and opens the GPU once. It serves calls until one crashes it, exceeds its time
-limit or raises an error after which its GPU can't be trusted; the next call starts a new child. The
-parent never uses the GPU.
+A child imports torch and opens the GPU once, then serves one call after the other. If a call
+crashes the child, exceeds its time limit or raises an error of the GPU, the child is not used any
+more, and the next call starts a new child. The parent never uses the GPU.
 """
 
 import ctypes
@@ -21,17 +21,18 @@ from contextlib import suppress
 from multiprocessing.connection import Connection, Pipe
 from typing import IO, Any, NamedTuple
 
-# Seconds for a child to start; the first time it reads its imports from a cold disk.
+# Time limit in seconds for a child to start. The first child reads torch from disk, which is slow.
 START_LIMIT = 180.0
-# Seconds for a child that exceeded its time limit to print its traceback.
+# Seconds that a child which exceeded its time limit gets to print its traceback.
 DUMP_SECONDS = 1.0
 # Seconds to wait for a killed child to exit.
 STOP_SECONDS = 30.0
-# Reasons are cut to this many characters; a compiler's can be much longer.
+# Greatest number of characters of a stored error message; a compiler's message can be very long.
 REASON_LENGTH = 500
 TRACE = "(most recent call first)"
 PR_SET_PDEATHSIG = 1  # an operation of Linux's prctl
-# Error messages of a failed kernel or graph capture, after which the process can't use its GPU.
+# Matches error messages of a failed kernel or a failed graph capture. After such an error a process
+# can't use its GPU.
 GPU_ERROR = re.compile(r"cuda|cudnn|cublas|captur|hip error", re.IGNORECASE)
 
 
@@ -42,7 +43,7 @@ class Answer(NamedTuple):
         status: ``measured``, ``skipped`` (the provider is not available), ``refused`` (its result
             is wrong) or ``failed``.
         value: the function's return value.
-        reason: why the call was not measured; the first line is short.
+        reason: why the call was not measured. The first line is short enough for a table.
         usable: whether the child can serve another call.
         timed_out: whether the call exceeded its time limit.
     """
@@ -55,13 +56,13 @@ class Answer(NamedTuple):
 
 
 class ChildFailed(Exception):
-    """A child did not start, or a call that the campaign needs has failed."""
+    """A child did not start, or a call without which no case can be measured has failed."""
 
 
 class Child:
-    """A process that serves calls, and is replaced once it can't serve another.
+    """A process that serves calls. A new process replaces it when it can't serve further calls.
 
-    Leaving it as a context manager kills the process and the processes that it started.
+    At the end of a ``with`` block, the process and the processes that it started are killed.
     """
 
     def __init__(self) -> None:
@@ -86,8 +87,8 @@ class Child:
         Args:
             function: import path of the function, ``module:name``.
             arguments: arguments of the function; they and its result are pickled.
-            limit: time limit of the call in seconds, which does not include the start of the child.
-                A child that exceeds it is killed.
+            limit: time limit of the call in seconds, not including the start of the child. A child
+                whose call exceeds the limit is killed.
 
         Raises:
             ChildFailed: if no child can be started.
@@ -104,9 +105,9 @@ class Child:
         """Kills the child, if one is running, and the processes that it started."""
         if self._process is None:
             return
-        with suppress(ProcessLookupError):  # all of them have exited
+        with suppress(ProcessLookupError):  # the processes have already exited
             os.killpg(self._process.pid, signal.SIGKILL)
-        with suppress(subprocess.TimeoutExpired):  # a driver that hangs can keep it from exiting
+        with suppress(subprocess.TimeoutExpired):  # it can't exit while the driver hangs
             self._process.wait(STOP_SECONDS)
         for end in (self._connection, self._output):
             if end is not None:
@@ -125,7 +126,7 @@ class Child:
             stdin=subprocess.DEVNULL,
             stdout=self._output,
             stderr=subprocess.STDOUT,
-            process_group=0,  # stop() kills the group; Ctrl-C does not reach it
+            process_group=0,  # so that stop() can kill all its processes, and Ctrl-C does not
         )
         theirs.close()
         answer = self._received(ours, START_LIMIT)
@@ -155,7 +156,7 @@ class Child:
         return Answer("failed", reason=reason, usable=False, timed_out=True)
 
     def _with_output(self, reason: str) -> str:
-        """Appends the end of the child's output to a reason."""
+        """Appends the end of the child's output to an error message."""
         assert self._output is not None
         self._output.seek(0)
         text = self._output.read().decode(errors="replace")
@@ -197,7 +198,7 @@ def attempt(function: str, arguments: tuple[Any, ...]) -> Answer:
         answer = Answer("skipped", reason=str(error))
     except WrongResult as error:
         answer = Answer("refused", reason=str(error))
-    except Exception as error:  # a provider's failure is a result
+    except Exception as error:  # the failure of an implementation is recorded as a result
         reason = f"{type(error).__name__}: {error}"[:REASON_LENGTH]
         answer = Answer("failed", reason=reason, usable=not _spoils_gpu(error))
     if not answer.usable:

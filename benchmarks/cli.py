@@ -61,7 +61,7 @@ def default_folder() -> Path:
 def run(
     minutes: Annotated[float, typer.Option(help="Time to spend.", min=0.0)] = 9.0,
     out: Annotated[
-        Path | None, typer.Option(help="Folder for the results. A run in it is continued.")
+        Path | None, typer.Option(help="Folder for the results. An earlier run is continued.")
     ] = None,
     suite: Annotated[Suite, typer.Option(help="Kind of cases to measure.")] = Suite.all,  # type: ignore[attr-defined]
     sites: Annotated[
@@ -75,10 +75,10 @@ def run(
 ) -> None:
     """Measure the most important cases first, then the others until the time is up.
 
-    Cases that are compared are measured together, torch's own layers first.
-    They are skipped unless there is time for all of them.
+    Cases that are compared with each other are a group. A group is measured one case after the
+    other, torch's own layers first. A group is skipped if there is not enough time for all of it.
 
-    Cases run in a child process. If it hangs or dies, a new child continues.
+    Cases run in a child process. If the child hangs or dies, a new child continues.
     Without a GPU every case runs on the CPU with a small input.
     """
     from benchmarks import busy, campaign, environment
@@ -233,7 +233,8 @@ def host() -> None:
 def compile() -> None:
     """Compile every specialisation of the kernels into triton's cache, on all cores.
 
-    Without a GPU each is also launched, on a stand-in for CUDA's driver that runs nothing.
+    Without a GPU each specialisation is also launched, but a stand-in replaces CUDA's driver, so
+    no kernel runs.
     """
     import os
 
@@ -263,9 +264,7 @@ def models(
 
 @app.command()
 def variants(
-    out: Annotated[
-        Path, typer.Option(help="File for the results. A run recorded in it is continued.")
-    ],
+    out: Annotated[Path, typer.Option(help="File for the results. An earlier run is continued.")],
     minutes: Annotated[float, typer.Option(help="Time to spend.", min=0.0)] = 3.0,
 ) -> None:
     """Time the kernels with other launch configurations than the current ones."""
@@ -304,7 +303,7 @@ def scaling(
 
 @app.command(name="first-contact")
 def first_contact(
-    out: Annotated[Path, typer.Option(help="Folder for the results. A run in it is continued.")],
+    out: Annotated[Path, typer.Option(help="Folder for the results. An earlier run is continued.")],
     minutes: Annotated[float, typer.Option(help="Time to spend in this call.", min=0.0)] = 9.0,
     again: Annotated[str, typer.Option(help="Stages to run again, separated by commas.")] = "",
 ) -> None:

@@ -1,8 +1,8 @@
 """The timing core: a clock that advances only by the time of the calls that are timed.
 
-It serves as the ``timer`` of pytest-benchmark, and `benchmarks.measure` uses it directly. On a GPU
-it advances by the time between two events on the device. The L2 cache is flushed first; flushing,
-queueing and waiting are not timed.
+The clock is the ``timer`` of pytest-benchmark, and `benchmarks.measure` uses it directly. On a GPU
+the clock advances by the time between two events on the device. Before the first event the L2 cache
+is flushed and the host queues the launches, so these are not timed.
 """
 
 import time
@@ -15,27 +15,29 @@ import torch
 
 Call = Callable[[], Any]
 
-# Calls shorter than this many seconds are replayed from a CUDA graph: two events are at least a few
-# microseconds apart, and gaps between the host's launches would count.
+# Calls shorter than this many seconds are replayed from a CUDA graph, because two events are at
+# least a few microseconds apart, and because gaps between the host's launches would be timed.
 GRAPH_BELOW = 100e-6
-# A graph holds several calls, so that its replay takes at least this many seconds and its launch is
-# negligible ...
+# A graph contains several calls, so that its replay takes at least this many seconds. The time to
+# launch the graph is then negligible.
 LEAST_REPLAY = 500e-6
-# ... and so that it touches this many times the size of the L2 cache, which then holds nothing that
-# a later call reads. It holds at most MOST_COPIES calls.
+# The calls of a graph together touch at least this many times the size of the L2 cache, so that a
+# call does not find its tensors in the cache. A graph contains at most MOST_COPIES calls.
 COLD_FACTOR = 3
 MOST_COPIES = 64
-# Warm-up before timing, at least this many seconds and calls: a GPU raises its clocks under load.
+# The warm-up takes at least this many seconds and calls, because a GPU raises its clock rate only
+# under load.
 WARMUP_SECONDS, WARMUP_CALLS = 0.15, 3
 HOST_CALLS = 10
 # A loop of eager calls takes about this many seconds, with at most MOST_LOOPS calls.
 LOOP_SECONDS, MOST_LOOPS = 0.05, 20
-# Cycles of the sleeping kernel per second of sleep. Real clocks are lower, so it sleeps longer.
+# Cycles per second of the kernel that sleeps while the host queues launches. Real clock rates are
+# lower, so the kernel sleeps longer than asked.
 SLEEP_CYCLES = 2e9
 
 
 class DeviceClock:
-    """A timer for pytest-benchmark, which returns ``seconds``; ``Timed.round`` advances it."""
+    """A timer for pytest-benchmark: returns ``seconds``, which ``Timed.round`` advances."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
@@ -49,13 +51,13 @@ class Timed:
     """A call that is ready to be timed.
 
     Attributes:
-        round: makes ``calls`` calls, and advances the clock by the mean seconds of one.
+        round: makes ``calls`` calls, and advances the clock by the mean seconds of a call.
         method: ``events`` (one call between two events), ``loop`` (consecutive calls, launched by
             the host), ``graph`` (replay of a CUDA graph) or ``wall`` (wall time on the CPU).
-        host_seconds: seconds until a call returns to the host; its kernels may still be queued.
+        host_seconds: seconds until a call returns. Its kernels may not have run by then.
         calls: number of calls in a round.
-        replayed: result of the first call in the graph, which each round overwrites; None without a
-            graph.
+        replayed: result of the first call in the graph, overwritten by each round; None if the
+            method is not ``graph``.
     """
 
     round: Callable[[], None]
@@ -66,7 +68,9 @@ class Timed:
 
 
 def copies(touched_bytes: int, l2_bytes: int, seconds: float) -> int:
-    """Returns how many independent calls a graph needs: see `COLD_FACTOR` and `LEAST_REPLAY`.
+    """Returns how many calls, each with its own tensors, a graph should contain.
+
+    The number follows from `COLD_FACTOR` and `LEAST_REPLAY`, and is at most `MOST_COPIES`.
 
     Args:
         touched_bytes: bytes that one call touches.
@@ -93,10 +97,11 @@ def prepare(
         make_call: returns a call with new tensors; a graph may contain several calls.
         device: device on which the call runs.
         touched_bytes: bytes of memory that a call touches.
-        launch: ``auto``, ``graph`` or ``eager``. ``auto`` times the device only: a short call in a
-            graph, a longer one between two events, with its launches queued before the first.
-            ``graph`` captures one call. ``eager`` times calls as a user's loop launches them,
-            including the host's time, and without flushing the cache between them.
+        launch: ``auto``, ``graph`` or ``eager``. ``auto`` times only the device: a short call is
+            timed in a CUDA graph of several calls, and a longer call between two events, after the
+            host has queued its launches. ``graph`` times a CUDA graph of one call. ``eager`` times
+            a loop of calls as in a user's program: this includes the host's time, and the cache is
+            not flushed.
     """
     if device.type != "cuda":
         return _on_cpu(clock, make_call())
@@ -140,11 +145,11 @@ def _on_cpu(clock: DeviceClock, call: Call) -> Timed:
 
 @contextmanager
 def side_stream(device: torch.device) -> Iterator[None]:
-    """Makes a new stream current if the default stream is; does nothing without a GPU.
+    """Makes a new stream current if the current stream is the default stream of a GPU.
 
     A CUDA graph can't be captured on the default stream. The work before the capture has to run on
-    the side stream too: autograd accumulates a parameter's gradient on the stream of the forward
-    that created its ``AccumulateGrad`` node, and the capture fails if that is another stream.
+    the new stream too: autograd accumulates a parameter's gradient on the stream of the first
+    forward that used the parameter, and the capture fails if that is another stream.
     """
     if device.type != "cuda":
         yield
@@ -198,20 +203,22 @@ def _round(
     replayed: Sequence[Any] = (),
     captured: Sequence[Call] = (),
 ) -> Callable[[], None]:
-    """Returns a round that makes the ``queued`` calls, and adds the mean time of one to the clock.
+    """Returns a function that makes the calls, and advances the clock by the mean time of a call.
 
     Args:
         clock: clock that the round advances.
-        queued: calls, or the replay of one graph.
+        queued: the calls, or a call that replays a graph.
         stream: stream to launch them on.
-        flush: flushes the L2 cache before the round; None leaves it.
-        host_seconds: time that the host needs to queue the calls; 0 starts them at once.
-        replayed: results of the calls in the graph.
-        captured: the calls in the graph. A graph reads and writes the addresses of their tensors,
-            so the round keeps the calls and their results alive.
+        flush: flushes the L2 cache before the calls; None does not flush it.
+        host_seconds: time that the host needs to queue the calls. The device sleeps
+            longer than that before the first call; with 0 it does not sleep.
+        replayed: results of the calls in the graph; empty without a graph.
+        captured: the calls in the graph; empty without a graph. A graph accesses the addresses of
+            the calls' tensors, so the returned function keeps the calls and results alive.
     """
     share = 1 / (len(replayed) or len(queued))
 
+    # The default keeps the tensors alive.
     def once(kept: Any = (replayed, captured)) -> None:
         clock.seconds += share * _between_events(queued, stream, flush, host_seconds)
 
@@ -221,7 +228,8 @@ def _round(
 def cache_flush() -> Call:
     """Returns a call that reads four times the size of the L2 cache, which evicts all other data.
 
-    It only reads: written lines would be written back to memory during the call that is timed.
+    The call only reads. If it also wrote, the cache would write the data back to memory during the
+    call that is timed.
     """
     size = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
     scratch = torch.zeros(size, dtype=torch.float32, device="cuda")
@@ -269,10 +277,10 @@ def _between_events(
 def _captured(
     calls: Sequence[Call], stream: torch.cuda.Stream
 ) -> tuple[torch.cuda.CUDAGraph, list[Any]]:
-    """Captures the calls in one CUDA graph; returns it and the result of each call."""
+    """Captures the calls in one CUDA graph; returns the graph and the result of each call."""
     graph = torch.cuda.CUDAGraph()
     results: list[Any] = []
     with torch.cuda.graph(graph, stream=stream):
-        # Keeping all results gives each call its own memory.
+        # All results stay alive, so that each call writes to other memory.
         results.extend(call() for call in calls)
     return graph, results

@@ -1,4 +1,4 @@
-"""Estimates how long a case takes to measure, from earlier cases of its kind or from a table."""
+"""Estimates how long a case takes to measure, from earlier similar cases or from a table."""
 
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -12,7 +12,7 @@ from benchmarks.store import Record
 CALLS = {"ops": 1.0, "step": 8.0, "infer": 5.0, "memory": 8.0, "groups": 10.0, "augment": 3.0}
 # Seconds for a case of augmentation that loops over the images in Python.
 IMAGE_LOOP = 60.0
-# Seconds to compile an operation, and to compile a net.
+# Seconds to compile an operation, and to compile a net, by provider.
 COMPILES = {
     "bnres": (1.5, 20.0),
     "bnres-recompute": (0.0, 20.0),
@@ -23,13 +23,14 @@ COMPILES = {
     "cudnn-frontend": (2.0, 0.0),
     "flag_gems": (3.0, 0.0),
 }
-# Share of a net's compile time that remains if its kernels are in the compilers' caches on disk.
-# The case of the same step in a CUDA graph, which is measured earlier, puts them there.
+# Fraction of a net's compile time that remains if its kernels are in the compilers' caches on disk.
+# They are in the caches for an eager step, because the same step in a CUDA graph is measured
+# earlier.
 CACHED = 0.25
 # A ResNet-50 has about 2.5 times the layers of a ResNet-18.
 LARGE_NET = 2.5
-# Before a group is started, the estimate of a case without a record of its kind is multiplied by
-# this, because it is too low on a busy host.
+# The estimates of the table are too low on a busy host, so they are multiplied by this factor when
+# it is decided whether there is time for a group of cases.
 MARGIN = 2.0
 # A case is stopped after LIMIT_FACTOR times its estimate, but not before LEAST_LIMIT seconds.
 LIMIT_FACTOR, LEAST_LIMIT = 4.0, 45.0
@@ -47,7 +48,7 @@ def kind(fields: Mapping[str, object]) -> str:
 
 
 def table_seconds(case: Case) -> float:
-    """Returns the estimated seconds of a case without a record of its kind."""
+    """Returns the estimated seconds of a case, without regard to earlier measurements."""
     if case.provider == "torchvision-image":
         return IMAGE_LOOP
     compiles = COMPILES.get(case.provider, (0.0, 0.0))[isinstance(case, ModelCase)]
@@ -76,17 +77,19 @@ class Costs:
             self._seen.setdefault(kind(record), []).append(record["wall_seconds"])
 
     def seconds(self, case: Case) -> float:
-        """Returns the median seconds of the case's kind, or the estimate if there is no record."""
+        """Returns the median seconds of earlier cases of the same `kind`, else `table_seconds`."""
         seen = self._seen.get(kind(fields_of(case)))
         return statistics.median(seen) if seen else table_seconds(case)
 
     def fitting(
         self, groups: Iterable[Sequence[Case]], left: Callable[[], float]
     ) -> Iterator[Case]:
-        """Yields the cases for which enough time remains, checked when each is requested.
+        """Yields the cases for which enough time remains.
+
+        The remaining time is checked when the next case is requested.
 
         Args:
-            groups: groups of cases; one is started only if enough time remains for all its cases.
+            groups: groups of cases. A group is skipped unless the time is enough for all its cases.
             left: returns the remaining seconds.
         """
         for group in groups:
@@ -94,7 +97,7 @@ class Costs:
                 yield from (case for case in group if self.seconds(case) <= left())
 
     def most_seconds(self, cases: Iterable[Case]) -> float:
-        """Returns the seconds that some cases take, with `MARGIN` for those of an unknown kind."""
+        """Returns the estimated seconds of some cases, with `MARGIN` for `table_seconds`."""
         return sum(
             self.seconds(case) * (1.0 if kind(fields_of(case)) in self._seen else MARGIN)
             for case in cases

@@ -1,7 +1,8 @@
 """Validates the graphs of the cuDNN provider without cuDNN and without a GPU.
 
-Until a graph is built, cuDNN's frontend only asks cuDNN for its version, so a stand-in library that
-returns a version is enough. ``python -m benchmarks.cudnn_graphs`` prints how many graphs are valid.
+Before a graph is built, cuDNN's frontend calls only one function of cuDNN, which returns the
+version. Therefore a stand-in library that returns a version is enough to validate graphs.
+``python -m benchmarks.cudnn_graphs`` prints how many graphs are valid.
 """
 
 import os

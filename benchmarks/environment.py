@@ -1,4 +1,4 @@
-"""Describes the environment of a run: device, versions, commit, and the device's two ceilings.
+"""Describes the environment of a run: device, versions and commit; measures the device's ceilings.
 
 The ceilings are the bandwidth of a copy and the FLOP/s of a matrix product.
 """
@@ -102,7 +102,8 @@ def _read(path: str) -> str:
 def _commit() -> str:
     """Returns the commit, followed by ``+changes`` if tracked files were changed.
 
-    The environment variable ``BNRES_COMMIT`` overrides it, for a tree without git's history.
+    If the environment variable ``BNRES_COMMIT`` is set, its value is returned instead. It is for
+    copies of the project without git's history.
     """
     if os.environ.get("BNRES_COMMIT"):
         return os.environ["BNRES_COMMIT"]

@@ -2,8 +2,9 @@
 
 ``python -m benchmarks first-contact --out FOLDER`` runs each stage in a process group with a time
 limit. It appends the output of a stage to ``log.txt`` and its outcome to ``stages.jsonl``. If a
-stage fails, the next one still runs. Further calls continue with the stages that have not ended.
-Without a GPU every stage that can run uses small inputs.
+stage fails, the next stage still runs. If the command is run again, it continues with the stages
+that have not ended. Without a GPU, stages that need one are skipped and the others use small
+inputs.
 """
 
 import json
@@ -25,11 +26,11 @@ from benchmarks.environment import ROOT
 
 STAGES, LOG = "stages.jsonl", "log.txt"
 UNFINISHED, AGAIN = "unfinished", "again"
-# No stage is started with less time left.
+# No stage is started if less time remains.
 LEAST_SECONDS = 10.0
-# Seconds for a stage to print its results after an interrupt.
+# Seconds that a stage gets to print its results after it was interrupted.
 INTERRUPTED = 10.0
-# Seconds that a stage with ``--minutes`` may take longer than it was told.
+# Seconds that a stage may take longer than its argument ``--minutes`` says.
 GRACE = 25.0
 # Characters of a stage's output that are stored with its outcome.
 TAIL = 4000
@@ -41,8 +42,9 @@ COUNTERS = (
     "sm__issue_active.avg.pct_of_peak_sustained_elapsed,"
     "sm__warps_active.avg.pct_of_peak_sustained_active"
 )
-# memcheck needs one allocation per tensor: in the large blocks of torch's allocator an overrun hits
-# other tensors instead of unallocated memory.
+# memcheck reports accesses to unallocated memory. torch's allocator places tensors next to each
+# other in large blocks, so an access beyond a tensor's end would not be reported. With this
+# variable each tensor is a separate allocation.
 UNCACHED = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 
 
@@ -53,10 +55,10 @@ class Stage:
     Attributes:
         name: name of the stage.
         command: arguments of ``tool``, or of this Python interpreter if ``tool`` is None.
-        minutes: time limit; for a stage that continues, the limit of all its runs together.
+        minutes: time limit; if ``continues`` is true, the limit of all runs of the stage together.
         tool: program to run; the stage is skipped if it is not installed.
         needs_gpu: whether the stage is skipped without a GPU.
-        continues: whether the command takes ``--minutes`` and continues its earlier run.
+        continues: whether the command accepts ``--minutes`` and continues an earlier run.
         environment: environment variables to set.
     """
 
@@ -122,18 +124,18 @@ def run(
 ) -> int:
     """Runs stages until the time is up; returns how many have not ended.
 
-    A stage is started if the remaining time is at least its limit, or if it is the first stage of
-    the call; a stage that continues only needs ``LEAST_SECONDS``.
+    The first stage of the call, and every stage that can be continued later, is started if at least
+    ``LEAST_SECONDS`` remain. Any other stage is started if its whole time limit remains.
 
     Args:
         folder: folder for the results.
         minutes: time limit of this call.
         echo: called with a line for each stage that was run or skipped.
         again: names of stages to run again although they have ended.
-        chosen: stages to run; those of `stages` if None.
+        chosen: stages to run; by default the result of `stages`.
 
     Raises:
-        ValueError: if a name in ``again`` is not that of a stage.
+        ValueError: if a name in ``again`` is not the name of a stage.
     """
     small = not torch.cuda.is_available()
     folder.mkdir(parents=True, exist_ok=True)
@@ -188,7 +190,7 @@ def _attempt(stage: Stage, folder: Path, seconds: float) -> dict[str, Any]:
         process = subprocess.Popen(
             command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
             process_group=0, env={**os.environ, "PYTHONUNBUFFERED": "1", **stage.environment},
-            # A shell's background job ignores SIGINT, and so would the stage that it starts.
+            # A background job of a shell ignores SIGINT, and child processes inherit this.
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )  # fmt: skip
         try:
@@ -209,7 +211,8 @@ def _attempt(stage: Stage, folder: Path, seconds: float) -> dict[str, Any]:
 def _wait(process: "subprocess.Popen[bytes]", seconds: float) -> int | None:
     """Returns a process's exit code, or None if it took longer than ``seconds``.
 
-    Such a process is interrupted, and killed if it does not exit within ``INTERRUPTED`` seconds.
+    A process that takes longer is interrupted, and killed if it does not exit within
+    ``INTERRUPTED`` seconds.
     """
     try:
         return process.wait(seconds)
@@ -226,7 +229,7 @@ def _wait(process: "subprocess.Popen[bytes]", seconds: float) -> int | None:
 def _record(folder: Path, stage: Stage) -> tuple[float, bool]:
     """Returns the seconds that a stage has taken so far, and whether it has ended.
 
-    A stage that continues has also ended when it has used up its time.
+    A stage that can be continued has also ended if its runs have together reached its time limit.
     """
     path = folder / STAGES
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []

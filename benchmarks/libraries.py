@@ -49,8 +49,8 @@ def _torchvision() -> Iterator[Model]:
         backbone = detector.backbone_utils._resnet_fpn_extractor(resnet, 3)
         return detector.FasterRCNN(backbone, num_classes=3).backbone
 
-    # torchvision's own builder uses BatchNorm2d where no weights are loaded. The rest of the
-    # detector has no batch norms.
+    # The detector is built here because torchvision's builder uses BatchNorm2d instead of frozen
+    # batch norm if no weights are loaded. Only the detector's backbone has batch norms.
     yield "backbone of fasterrcnn_resnet50_fpn", frozen, images(64)
     boxes = torch.tensor([[4.0, 4.0, 40.0, 40.0]])
     target = {"boxes": boxes, "labels": torch.ones(1, dtype=torch.int64)}
@@ -98,7 +98,8 @@ def _segmentation() -> Iterator[Model]:
 
 
 def _transformers() -> Iterator[Model]:
-    # Otherwise transformers would import our folder kernels/ instead of PyPI's package kernels.
+    # transformers imports PyPI's package ``kernels`` if it finds it. Without this line it would
+    # find our folder kernels/ instead.
     sys.modules["kernels"] = None  # type: ignore[assignment]
     import transformers as t
 
@@ -139,11 +140,12 @@ LIBRARIES: dict[str, Callable[[], Iterator[Model]]] = {
 
 ABOUT = """# Models of other libraries
 
-What `bnres.fuse` fuses in each model, in training mode: the number of batch norms, how many of them
-run as fused operations, and their patterns. In a pattern, `bn` is the batch norm, `conv` the 2-D
-convolution before it, `add` an addition (`+bn` of another batch norm), `act` an activation and
-`pool` the max-pool of a ResNet's stem. The last column says why a batch norm is not fused, or not
-with more; it is empty where no operation follows that could be fused. Made by
+This page lists what `bnres.fuse` fuses in each model in training mode: the number of batch norms,
+how many of them run as fused operations, and the patterns of these operations. In a pattern, `bn`
+is the batch norm, `conv` is the 2-D convolution before it, `add` is an addition, `+bn` is another
+batch norm whose output is added, `act` is an activation, and `pool` is the max-pool of a ResNet's
+stem. The last column says why a batch norm is not fused, or why a following operation is not fused
+with it. The column is empty if there is no such operation. The page was made by
 `python -m benchmarks models --out docs/models.md`, with
 """
 HEADER = "| model | batch norms | fused | patterns | reasons |\n|---|---:|---:|---|---|\n"

@@ -1,4 +1,4 @@
-"""Measures a case: builds it, checks it against the reference, and times it."""
+"""Measures a case: builds it, compares its results with a reference, and times it."""
 
 import statistics
 from collections.abc import Callable, Sequence
@@ -25,7 +25,8 @@ from benchmarks.providers import PROVIDERS
 from benchmarks.providers.base import Implementation
 from benchmarks.sites import ConvSite
 
-# Seconds of device time for the rounds of an operation or a chain, and of a whole net.
+# Seconds of device time in which a call is repeated: an operation or an augmentation (BUDGET), and
+# a whole net (STEP_BUDGET).
 BUDGET = 0.25
 STEP_BUDGET = 1.0
 
@@ -59,7 +60,9 @@ def prepare(case: Case, device: torch.device, ticking: clock.DeviceClock) -> Rea
 
 
 def measure(case: Case, device: torch.device, ceilings: dict[str, float]) -> dict[str, Any]:
-    """Measures a case; returns the fields of its record that do not name it. Times are in seconds.
+    """Measures a case; returns the measured fields of its record. Times are in seconds.
+
+    `fields_of` returns the other fields of the record, which identify the case.
 
     Raises:
         Unavailable: if the provider is not installed, or does not support the device or the case.
@@ -88,13 +91,14 @@ def summarize(seconds: list[float]) -> dict[str, Any]:
 
 
 def rates(record: dict[str, Any], ceilings: dict[str, float]) -> dict[str, float]:
-    """Returns the bandwidth, and the shortest possible time as a share of the median.
+    """Returns the bandwidth, and the shortest possible time divided by the median time.
 
-    The shortest possible time is that of the bytes or of the FLOPs at the device's ceilings,
-    whichever is longer. The result is empty if the record has no ``bytes``.
+    The shortest possible time is the time to move the bytes at the bandwidth of a copy, or the time
+    of the FLOPs at the rate of a matrix product, whichever is longer. The result is empty if the
+    record has no ``bytes``.
 
     Args:
-        record: record with ``median`` in seconds, and perhaps ``bytes`` and ``flops``.
+        record: record with ``median`` in seconds, and optionally ``bytes`` and ``flops``.
         ceilings: ``copy`` in bytes/s and ``product`` in FLOP/s.
     """
     seconds, moved, flops = record["median"], record.get("bytes"), record.get("flops", 0)
@@ -105,7 +109,7 @@ def rates(record: dict[str, Any], ceilings: dict[str, float]) -> dict[str, float
 
 
 def fields_of(case: Case) -> dict[str, Any]:
-    """Returns the fields of a record that name its case."""
+    """Returns the fields of a record that identify its case."""
     own = {k: v for k, v in asdict(case).items() if k != "site"}
     if isinstance(case, OpCase):
         own |= {"operation": case.site.operation, "site": case.site.id}
@@ -138,7 +142,7 @@ def _prepare_op(case: OpCase, device: torch.device, ticking: clock.DeviceClock) 
             case.direction != "eval",
         )
     if timed.replayed is not None:
-        # If the capture missed a launch, the replay would be too fast and its result wrong.
+        # If a launch was not captured, the replay is too fast, and its result is wrong.
         timed.round()
         check("replayed result", timed.replayed, results, OUTPUT_TOLERANCE[dtype])
     return Ready(
@@ -152,7 +156,7 @@ def _prepare_op(case: OpCase, device: torch.device, ticking: clock.DeviceClock) 
 
 
 def _in_mode(timed: clock.Timed, grad: bool) -> clock.Timed:
-    """Returns rounds that run with autograd enabled or disabled."""
+    """Returns a copy of ``timed`` whose rounds run with autograd enabled or disabled."""
 
     def once() -> None:
         with torch.set_grad_enabled(grad):
@@ -171,7 +175,8 @@ def verify(
     Args:
         case: the operation.
         implementation: implementation that is bound to ``inputs``.
-        inputs: inputs that no call has used; their running statistics are checked too.
+        inputs: inputs that no call has used yet, because their running statistics, which a call
+            updates, are compared too.
 
     Returns:
         The greatest relative error; and the implementation's gradients if the case's direction is
@@ -187,8 +192,8 @@ def verify(
     tolerance = OUTPUT_TOLERANCE[dtype]
     if is_conv:
         tolerance = max(tolerance, TF32_TOLERANCE)
-    # The reference must not use TF32. cuDNN has convolutions in full fp32, but no batch norm in
-    # fp64.
+    # The reference must not use TF32. cuDNN is enabled for a convolution in fp32, which it can
+    # compute without TF32, and disabled for batch norm in fp64, which it does not support.
     with torch.backends.cudnn.flags(enabled=is_conv, allow_tf32=False):
         expected = formula(case.site, case.direction != "eval")(exact)
     results = implementation.forward()
@@ -242,8 +247,8 @@ def _kernel_groups(case: ModelCase, device: torch.device) -> dict[str, Any]:
 
 def _prepare_augment(case: AugmentCase, device: torch.device, ticking: clock.DeviceClock) -> Ready:
     work = augmentation.prepare(case, device)
-    # The kernel is timed on the device; the other providers include the host's time, as users see
-    # it.
+    # ``bnres-kernel`` is the time of the kernels on the device. The time of the other providers
+    # includes the host's time, because users wait for the host too.
     launch = "auto" if case.provider == "bnres-kernel" else "eager"
     timed = clock.prepare(
         ticking, lambda: augmentation.prepare(case, device).run, device,

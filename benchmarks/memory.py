@@ -10,12 +10,12 @@ Grown = tuple[int, int]
 
 
 def measure(work: Work, device: torch.device) -> dict[str, int]:
-    """Measures by how many bytes the allocated memory grows during a step.
+    """Measures by how many bytes the allocated memory grows during a training step.
 
     Returns:
-        ``held_bytes``, which is the growth during the forward that is held for backward; and
-        ``peak_bytes``, the greatest growth during a step. Gradients and workspaces are included,
-        the weights and the optimiser's state are not.
+        ``held_bytes``, the growth at the end of the forward, which is held for backward; and
+        ``peak_bytes``, the greatest growth at any time of the step. Gradients and workspaces are
+        included. Weights and the optimiser's state are not, because they exist before the step.
     """
     work.run()
     work.run()
@@ -29,7 +29,8 @@ def allocated(call: Callable[[], object], device: torch.device) -> Grown:
     """Returns by how many bytes the allocated memory grows during ``call``.
 
     Returns:
-        The growth when ``call`` has returned and its result is alive, and the greatest growth.
+        The growth at the end of ``call``, while its result is still alive; and the greatest growth
+        at any time during ``call``.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -16,16 +16,17 @@ from benchmarks.providers.base import Unavailable
 
 CLASSES = 1000
 CIFAR_IMAGE = 32
-# Weight of each block's last batch norm, see `_stock`.
+# Weight of the last batch norm of each residual block. `_stock` says why it is small.
 LAST_WEIGHT = 0.2
-# Scale of the loss in fp16, without which gradients underflow. It is constant, so that all steps do
-# the same work. Scaled gradients stay finite in fp16 up to about 16.
+# Factor of the loss in fp16, without which gradients underflow. The factor is constant, so that all
+# steps do the same work. fp16 can represent scaled gradients if the gradients are at most about 16.
 LOSS_SCALE = 2.0**12
-# Least cosine between a provider's gradients and the reference's in fp32, over all parameters.
-# Rounding errors accumulate over the layers. Even in fp32, TF32 or another order of sums changes
-# the signs of values near zero.
+# Least cosine between a provider's gradients of all parameters and the stock net's gradients in
+# fp32. It is below 1 because rounding errors accumulate over the layers. Even with fp32 tensors,
+# TF32 or another order of sums changes the signs of values near zero, and so the gradients of ReLU.
 COSINE = {"bf16": 0.9, "fp16": 0.98, "fp32": 0.99}
-# Greatest relative error of the logits, compared with fp32, after some 20 to 50 layers.
+# Greatest relative error of the logits, compared with the stock net in fp32. The errors of 20 to 50
+# layers add up.
 LOGITS_TOLERANCE = {"bf16": 0.15, "fp16": 0.03, "fp32": 0.01}
 
 
@@ -35,10 +36,10 @@ class Work:
 
     Attributes:
         run: runs one training step or one inference.
-        forward: runs a step's forward up to the loss, or one inference.
+        forward: runs the forward of a training step including the loss, or one inference.
         verify: returns the relative error of the logits; raises `benchmarks.check.WrongResult` if
-            the logits or the gradients differ from the stock net's. Call it before ``run``, which
-            changes the weights.
+            the logits or the gradients differ from the stock net's. Call ``verify`` before
+            ``run``, because ``run`` changes the weights.
         model: the net.
     """
 
@@ -49,7 +50,7 @@ class Work:
 
 
 def dtype_of(case: ModelCase) -> str:
-    """Returns the dtype that the provider runs in: ``eager-fp16-cudnn`` runs bf16 cases in fp16."""
+    """Returns the dtype of a case's run: ``eager-fp16-cudnn`` runs bf16 cases in fp16."""
     return "fp16" if case.provider == "eager-fp16-cudnn" and case.dtype == "bf16" else case.dtype
 
 
@@ -72,9 +73,10 @@ def prepare(case: ModelCase, device: torch.device) -> Work:
 def _stock(case: ModelCase) -> nn.Module:
     """Builds the stock net with weights for which a step in 16 bits is close to one in fp32.
 
-    With torchvision's initial weights a ResNet-50 amplifies rounding errors so much that no
-    provider could be checked. Therefore each block's last batch norm, whose weights
-    ``zero_init_residual`` sets to zero, gets the small weight ``LAST_WEIGHT``.
+    With torchvision's initial weights a ResNet-50 amplifies rounding errors so much that the
+    results of correct implementations differ too much to be compared. Therefore the weights of the
+    last batch norm of each residual block are set to the small value ``LAST_WEIGHT``. With
+    ``zero_init_residual`` they would be 0.
     """
     torch.manual_seed(0)
     model = bnres.models.create_model(
@@ -111,7 +113,7 @@ def _of_provider(stock: nn.Module, case: ModelCase) -> nn.Module:
 def _compiled(model: nn.Module, case: ModelCase) -> Callable[[Tensor], Tensor]:
     if not case.provider.startswith("compile"):
         return model
-    # The timing core captures CUDA graphs, for every provider.
+    # Without inductor's CUDA graphs, because `benchmarks.clock` captures the graph itself.
     mode = "max-autotune-no-cudagraphs" if case.provider.endswith("max-autotune") else None
     return torch.compile(model, dynamic=False, mode=mode)
 
@@ -129,7 +131,8 @@ def _training(case: ModelCase, device: torch.device) -> Work:
     )
 
     def loss_of(forward: Callable[[Tensor], Tensor], cast: bool) -> tuple[Tensor, Tensor]:
-        # A CUDA graph can't be captured with autocast's cache of cast weights.
+        # Autocast's cache of cast weights is disabled, because it makes the capture of a CUDA graph
+        # fail.
         with torch.autocast(
             device.type, dtype if cast else torch.bfloat16,
             enabled=cast and dtype != torch.float32, cache_enabled=False,
@@ -150,8 +153,8 @@ def _training(case: ModelCase, device: torch.device) -> Work:
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
         if case.launch == "graph":
-            # scaler.step() reads on the host whether a gradient overflowed, which can't be
-            # captured.
+            # Not scaler.step(): it reads on the host whether a gradient overflowed, which can't be
+            # captured in a CUDA graph.
             optimizer.step()
         else:
             scaler.step(optimizer)

@@ -1,4 +1,4 @@
-"""Runs every fused operation of the stem and of layer1 once, for a profiler's hardware counters."""
+"""Runs every fused operation of ResNet-18's stem and layer1 once, for a hardware profiler."""
 
 import itertools
 
@@ -16,8 +16,8 @@ STAGES = ("stem", "layer1")
 def run(device: torch.device) -> int:
     """Runs the operations in bf16 and both layouts; returns their number.
 
-    Batch norms run forward and backward. Convolutions run the forward of inference, in
-    channels_last on a GPU only. Without a GPU the tensors are small.
+    Batch norms run forward and backward. Convolutions run the forward of inference, only on
+    a GPU and only in channels_last. Without a GPU the tensors are small.
     """
     on_gpu = device.type == "cuda"
     done = 0

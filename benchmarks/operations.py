@@ -1,4 +1,4 @@
-"""Defines the inputs of the operations that are timed, and their reference in torch."""
+"""Makes the inputs of the operations that are timed, and computes their results with torch."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
@@ -53,7 +53,7 @@ class Inputs:
 
     @property
     def leaves(self) -> list[Tensor]:
-        """The tensors whose gradients backward computes, in this order."""
+        """The tensors whose gradients backward computes, in the order of the gradients."""
         found = [self.x, self.norm.weight, self.norm.bias, self.residual]
         if self.residual_norm is not None:
             found += [self.residual_norm.weight, self.residual_norm.bias]
@@ -61,7 +61,7 @@ class Inputs:
 
     @property
     def buffers(self) -> list[Tensor]:
-        """The running statistics, which a forward in training updates."""
+        """The running statistics. A forward in training updates them."""
         others = () if self.residual_norm is None else self.residual_norm.buffers
         return [*self.norm.buffers, *others]
 
@@ -70,7 +70,8 @@ class Inputs:
 
         def copy(value: object) -> object:
             if isinstance(value, Tensor):
-                # copy=True, because the copy must not share buffers even if the dtype is the same.
+                # copy=True, because the copies must have separate memory even if the dtype is the
+                # same.
                 return value.detach().to(dtype, copy=True).requires_grad_(value.requires_grad)
             if isinstance(value, tuple):
                 return tuple(copy(v) for v in value)
@@ -82,7 +83,7 @@ class Inputs:
 
 
 def smaller(site: Site | ConvSite) -> Site | ConvSite:
-    """Returns a site of the same kind with 8 channels of 8×8, which is fast on a CPU."""
+    """Returns the same operation on 8 channels of 8×8 elements, which is fast on a CPU."""
     if isinstance(site, ConvSite):
         return replace(site, channels=8, size=8, out_channels=8)
     return replace(site, channels=8, size=8)
@@ -97,7 +98,10 @@ def make_inputs(
     device: torch.device,
     seed: int = 0,
 ) -> Inputs:
-    """Makes random inputs of a site; each channel has its own parameters and running statistics."""
+    """Makes random inputs of a batch norm or convolution of a net.
+
+    The parameters and running statistics differ from channel to channel.
+    """
     generator = torch.Generator(device).manual_seed(seed)
 
     def random(*shape: int) -> Tensor:
@@ -109,7 +113,8 @@ def make_inputs(
     def gradient(shape: tuple[int, ...]) -> Tensor:
         """Makes a gradient whose mean and correlation with x are not zero.
 
-        Otherwise the sums of dy and of dy * xhat would not contribute to dx.
+        dx depends on the sums of dy and of dy * xhat. They must not be close to zero, or an error
+        in them would not be noticed.
         """
         skewed = random(*shape) + 1
         if shape == tuple(x.shape):
@@ -157,7 +162,7 @@ def _batch_norm(x: Tensor, norm: Norm, training: bool) -> Tensor:
 
 
 def formula(site: Site | ConvSite, training: bool) -> Callable[[Inputs], tuple[Tensor, ...]]:
-    """Returns a site's operation in torch's own operations.
+    """Returns a function that computes the operation with torch's own operations.
 
     ReLU is in place, as in torchvision's ResNets.
     """

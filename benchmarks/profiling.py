@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from torch.autograd import DeviceType
 
-# Group and pattern of its names: kernels on a GPU, operators on the CPU. The first match counts.
+# Groups, each with a pattern of the names of its kernels (on a GPU) or operators (on the CPU). A
+# name belongs to the first group whose pattern matches.
 GROUPS = (
     ("batch norm", r"(?<!conv)_bn_|batch_?norm|bn_(fw|bw)|bnorm|bnres::"),
     ("pooling", r"pool"),
@@ -32,10 +33,11 @@ def group_of(name: str) -> str:
 
 @dataclass
 class Profile:
-    """Means over the profiled steps; times are in seconds.
+    """Means over the profiled steps. Times are in seconds.
 
     Attributes:
-        seconds: device time of each kernel; on the CPU, self time of each operator.
+        seconds: time of each kernel; on the CPU, time of each operator without the operators that
+            it calls.
         launches: launches of each kernel per step; on the CPU, calls of each operator.
         span: time from the first kernel to the last, divided by the number of steps; 0 on the CPU.
         idle: part of the span in which no kernel ran.
@@ -68,7 +70,7 @@ def profile(
 
     Args:
         run: runs one step.
-        device: device on which it runs.
+        device: device on which the step runs.
         trace: file for a Chrome trace of the steps.
         steps: number of steps.
     """
@@ -89,7 +91,7 @@ def profile(
     spans = []
     for event in profiler.events() or []:
         if on_gpu:
-            # An annotation spans kernels that have their own events.
+            # Annotations are left out, because they cover kernels that have events themselves.
             if event.device_type != DeviceType.CUDA or event.is_user_annotation:
                 continue
             microseconds = event.time_range.elapsed_us()

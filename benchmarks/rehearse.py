@@ -1,7 +1,7 @@
 """Checks, without a GPU, that `benchmarks.first_contact` will run on a machine with one.
 
-``python -m benchmarks rehearse`` runs the real compiler, triton's launcher, the campaign's child
-processes and the report. Only a GPU can show times and races in memory.
+``python -m benchmarks rehearse`` runs the real compiler, triton's launcher, the child processes of
+`benchmarks.campaign` and the report. It can't find slow kernels or data races.
 """
 
 import os
@@ -25,20 +25,20 @@ from benchmarks.environment import ROOT
 from benchmarks.report import performance_page, pictures, tables
 from benchmarks.store import MADE_UP, load
 
-# Tests with convolutions in fp32, except those that repeat these convolutions in larger nets.
+# Tests that run convolutions in fp32. Tests of larger nets with the same convolutions are left out.
 TF32_TESTS = (
     "tests/test_conv.py", "tests/test_fold.py", "tests/test_smoke.py",
     "-k", "not architectures and not derivatives and not batch_norms",
 )  # fmt: skip
-# Time limits in seconds: of one case with made-up timings, and of the whole campaign.
+# Time limits in seconds of one case with made-up timings, and of all these cases together.
 CHILD_LIMIT, CAMPAIGN_LIMIT = 3.0, 600.0
 Outcome = tuple[bool | None, str]
 
 
 def compiled() -> Outcome:
-    """Checks that every specialisation compiles, keeps to its limit of spills, and can be launched.
+    """Checks that every kernel compiles, does not spill too many registers, and can be launched.
 
-    The launches call a stand-in for CUDA's driver.
+    All specialisations of the kernels are checked. The launches call a stand-in for CUDA's driver.
     """
     found = specialisations.run(os.cpu_count() or 1)
     counts = f"{found.compiled} compiled, {found.launched} launched"
@@ -48,8 +48,8 @@ def compiled() -> Outcome:
 def survived() -> Outcome:
     """Checks that a campaign continues after cases that raise, hang, abort, exit or lack memory.
 
-    Also checks that the report of its made-up timings says that they are made up, and that they
-    can't be written into docs/performance.md.
+    The cases return made-up timings. The check also fails unless the report says that the timings
+    are made up, and unless docs/performance.md can't be written from them.
     """
     telling = telling_cases()
     first = next(case for case in telling if isinstance(case, OpCase))
@@ -77,7 +77,7 @@ def survived() -> Outcome:
 
 
 def _draw(folder: Path) -> list[str]:
-    """Reports a folder of made-up timings; returns what is wrong with the report."""
+    """Writes the report of a folder of made-up timings; returns what is wrong with the report."""
     about, records = load(folder)
     problems = []
     text = tables.report(about, records, pictures.draw(folder, about, records))
@@ -92,7 +92,7 @@ def _draw(folder: Path) -> list[str]:
 
 
 def rounded() -> Outcome:
-    """Checks that tests pass with operands rounded to TF32 wherever a GPU would round them."""
+    """Checks that tests pass if operands are rounded to TF32 wherever a GPU would round them."""
     result = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--emulate-tf32",
          *TF32_TESTS],
@@ -112,7 +112,7 @@ CHECKS: dict[str, Callable[[], Outcome]] = {
 
 
 def run(echo: Callable[[str], object]) -> int:
-    """Runs the checks, two at a time because some mostly wait; returns how many failed."""
+    """Runs two checks at a time, because some of them mostly wait; returns how many failed."""
     failed = 0
     start = time.monotonic()
     with ThreadPoolExecutor(2) as pool:

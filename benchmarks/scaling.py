@@ -1,10 +1,10 @@
 """A model of data-parallel training on many GPUs, with and without synchronised batch norm.
 
-The time of a step is the step's time on one GPU plus the communication that backward does not hide.
-The time of a collective follows NCCL's cost model, latency per step plus bytes divided by
-bandwidth, with NCCL's constants (src/graph/tuning.cc at 01afd20). Only the step
-of ResNet-18 was measured on a GPU.
-`gloo_table` compares a model of the same form with gloo on this machine's CPU.
+The time of a training step is the step's time on one GPU plus the time of the communication that
+does not overlap with backward. The time of a collective is NCCL's cost model: a latency for each of
+its steps, plus bytes divided by bandwidth. The constants are NCCL's (src/graph/tuning.cc at
+01afd20). Only the step of ResNet-18 was measured on a GPU. `gloo_table` compares the same formula
+with measured times of gloo on this machine's CPU.
 """
 
 import math
@@ -20,15 +20,15 @@ from torch import nn
 
 from bnres import models
 
-# Seconds of a step of 256 images on one GPU, and their source.
+# Seconds of a step of 256 images on one GPU, and where the number comes from.
 STEPS = {
     "resnet18": (9.04e-3, "measured on an H200"),
     "resnet50": (256 / 7160, "published for an H100, MLPerf v4.0"),
 }
-BACKWARD = 2 / 3  # share of a step's time
-FIRST_BUCKET, BUCKET = 1 << 20, 25 << 20  # bytes; DistributedDataParallel's defaults
+BACKWARD = 2 / 3  # fraction of a step's time that backward takes
+FIRST_BUCKET, BUCKET = 1 << 20, 25 << 20  # bytes of gradients per all-reduce, by default in DDP
 GPUS = (8, 16, 32, 64, 128, 256, 512, 1024)
-STATISTICS = 4  # bytes of a number in synchronised statistics, which are fp32
+STATISTICS = 4  # bytes of a number in synchronised statistics, which is fp32
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Protocol:
         base: seconds per collective.
         local: seconds per step over NVLink.
         remote: seconds per step over the network.
-        share: share of the bandwidth that is available to data.
+        share: fraction of the bandwidth that remains for data.
     """
 
     base: float
@@ -58,9 +58,9 @@ class Cluster:
 
     Attributes:
         gpus: number of GPUs per node.
-        nvlink: bytes per second that a GPU sends inside its node; an H100 has 450 GB/s in each
+        nvlink: bytes per second that a GPU sends inside its node. An H100 sends 450 GB/s in each
             direction (NVIDIA's data sheet of the H100).
-        network: bytes per second that a node sends; eight InfiniBand NDR adapters have 50 GB/s each
+        network: bytes per second that a node sends. Eight InfiniBand NDR adapters send 50 GB/s each
             (NVIDIA's data sheet of the ConnectX-7).
     """
 
@@ -94,7 +94,7 @@ class Cluster:
     def all_gather(self, size: int, gpus: int) -> float:
         """Returns the seconds to gather ``size`` bytes of each GPU on all GPUs.
 
-        NCCL only has a ring for this.
+        NCCL always uses a ring to gather.
         """
         nodes = self.nodes(gpus)
         return min(
@@ -110,7 +110,8 @@ class Traffic:
 
     Attributes:
         gradients: bytes of all parameters' gradients in fp32.
-        sites: channels of each batch norm; the last two of a down-sampling block are one site.
+        sites: number of channels of each synchronisation. There is one per batch norm, but the two
+            batch norms at the end of a down-sampling block are synchronised together.
     """
 
     gradients: int
@@ -118,17 +119,20 @@ class Traffic:
 
     @property
     def forward(self) -> list[int]:
-        """Bytes that a process sends per site: a count, and each channel's mean and squares."""
+        """Bytes that a process sends per synchronisation: a count, and two numbers per channel.
+
+        The two numbers are the mean and the sum of squared deviations.
+        """
         return [STATISTICS * (1 + 2 * channels) for channels in self.sites]
 
     @property
     def backward(self) -> list[int]:
-        """Bytes that a process sends per site: two sums per channel."""
+        """Bytes that a process sends per synchronisation: two sums per channel."""
         return [STATISTICS * 2 * channels for channels in self.sites]
 
 
 def traffic(net: str) -> Traffic:
-    """Returns the bytes of a net's gradients and the channels at each batch norm site."""
+    """Returns the bytes of a net's gradients and the channels of its synchronisations."""
     with torch.device("meta"):
         model = models.create_model(net, fused=False)
     sites: list[int] = []
@@ -142,14 +146,15 @@ def traffic(net: str) -> Traffic:
 
 
 def exposed(gradients: int, backward: float, reduce: Callable[[int], float]) -> float:
-    """Returns the seconds from the end of backward to the end of the gradients' collectives.
+    """Returns the seconds from the end of backward to the end of the gradients' all-reduces.
 
-    A bucket is sent once backward has computed its gradients and the previous bucket has been sent.
+    Gradients are sent in buckets. A bucket is sent when backward has computed all its gradients and
+    the previous bucket has been sent.
 
     Args:
         gradients: bytes of all gradients.
         backward: seconds of backward.
-        reduce: returns the seconds of an all-reduce of that many bytes.
+        reduce: takes a number of bytes, and returns the seconds of their all-reduce.
     """
     end, done = 0.0, 0
     while done < gradients:
@@ -166,7 +171,7 @@ def step(net: str, gpus: int, cluster: Cluster, sync: str = "") -> float:
         net: key of ``STEPS``.
         gpus: number of GPUs.
         cluster: cluster that the GPUs are part of.
-        sync: key of ``KINDS``: how batch norm synchronises.
+        sync: how batch norm is synchronised, a key of ``KINDS``.
     """
     found, (one, _) = traffic(net), STEPS[net]
     total = one + exposed(
@@ -180,11 +185,12 @@ def step(net: str, gpus: int, cluster: Cluster, sync: str = "") -> float:
 
 
 def efficiency(net: str, gpus: int, cluster: Cluster, sync: str = "") -> float:
-    """Returns the images per second and GPU, relative to training on one GPU."""
+    """Returns the images per second of a GPU, divided by those of training on one GPU."""
     return STEPS[net][0] / step(net, gpus, cluster, sync)
 
 
-# bnres synchronises by all-gather, among all GPUs or those of a process group.
+# How batch norm is synchronised. bnres uses an all-gather, among all GPUs or inside each process
+# group.
 KINDS = {
     "": "local batch norm",
     "node": "synchronised in each node",
@@ -272,7 +278,10 @@ def measure(world: int) -> list[float]:
 
 
 def fit(medians: Sequence[float], world: int) -> tuple[float, float]:
-    """Fits a ring's seconds per step and bytes per second to the smallest and largest size."""
+    """Returns a ring's seconds per step and bytes per second, fitted to two measured sizes.
+
+    The two sizes are the smallest and the largest of ``SIZES``.
+    """
     steps, moved = 2 * (world - 1), 2 * (world - 1) / world
     rate = moved * (SIZES[-1] - SIZES[0]) / (medians[-1] - medians[0])
     return (medians[0] - moved * SIZES[0] / rate) / steps, rate
@@ -284,9 +293,10 @@ def ring(size: int, world: int, latency: float, rate: float) -> float:
 
 
 def gloo_table() -> str:
-    """Formats gloo's all-reduce on this CPU, measured and predicted.
+    """Formats the measured and predicted times of gloo's all-reduce on this CPU.
 
-    The prediction is fitted to the smallest and largest size in two processes.
+    The predictions for all sizes, in two and four processes, are fitted to the smallest and the
+    largest size in two processes.
     """
     measured = {world: measure(world) for world in (2, 4)}
     latency, rate = fit(measured[2], 2)

@@ -1,4 +1,8 @@
-"""Names the batch norms and convolutions of ResNet-18 and ResNet-50 for images of 224×224."""
+"""Lists the batch norms and convolutions of ResNet-18 and ResNet-50 for images of 224×224.
+
+A *site* is a batch norm or a convolution of a net. Several of the same shape and kind
+count as one site.
+"""
 
 from dataclasses import dataclass, replace
 from functools import cache
@@ -15,16 +19,16 @@ IMAGE = (256, 3, 224, 224)
 
 @dataclass(frozen=True)
 class Site:
-    """One kind of batch norm in a net.
+    """The batch norms of a net that have the same shape and are followed by the same operations.
 
     Attributes:
-        name: stage of the net; with ``-entry``, the batch norm before the stage's strided
-            convolution.
-        operation: operation of the stock net (``bn``, ``bn_relu`` or ``bn_add_relu``), or a fused
-            operation that replaces it.
+        name: stage of the net. A name that ends in ``-entry`` is the batch norm before the stage's
+            strided convolution.
+        operation: operation that the stock net computes (``bn``, ``bn_relu`` or ``bn_add_relu``),
+            or a fused operation that can replace it.
         channels: number of channels.
         size: height and width of the activation.
-        count: number of such batch norms in the net.
+        count: number of these batch norms in the net.
         net: name of the net.
     """
 
@@ -77,7 +81,7 @@ RESNET50_SITES = _resnet50_sites()
 
 
 def operations_at(site: Site) -> list[Site]:
-    """Lists the fused operations that can replace the operation of a stock net's site."""
+    """Lists copies of a site, each with a fused operation that can replace the site's operation."""
     fused = {
         "bn": ["dual_bn_add_relu"],
         "bn_add_relu": ["bn_add_relu", "bn_add_relu_fork"],
@@ -88,7 +92,10 @@ def operations_at(site: Site) -> list[Site]:
 
 @dataclass(frozen=True)
 class ConvSite:
-    """One kind of convolution in a net, followed by batch norm, perhaps an addition, and ReLU."""
+    """The convolutions of a net that have the same shape, each followed by batch norm and ReLU.
+
+    If ``has_residual`` is true, a residual is added before the ReLU.
+    """
 
     net: str
     channels: int
@@ -122,8 +129,8 @@ def conv_sites(net: str) -> tuple[ConvSite, ...]:
     """Lists the convolutions of a net that our convolution kernel supports, without duplicates."""
     with torch.device("meta"):
         model = models.create_model(net, fused=False)
-    # A block's last convolution, the only one with a residual: 3×3 in a basic block, 1×1 in a
-    # bottleneck.
+    # Only the last convolution of a block is followed by an addition. It is 3×3 in ResNet-18's
+    # blocks and 1×1 in ResNet-50's.
     taps = 9 if net == "resnet18" else 1
     found: dict[ConvSite, None] = {}
     for call in conv_calls(model, IMAGE, torch.bfloat16):

@@ -1,6 +1,6 @@
-"""Functions that a campaign's child calls instead of measuring, in tests and rehearsals.
+"""Functions that replace the measurements of `benchmarks.campaign` in tests and rehearsals.
 
-A case's batch selects what happens, see `DEEDS`. The timings are made up.
+The batch size of a case selects what happens, by the table `DEEDS`. The timings are made up.
 """
 
 import os
@@ -16,7 +16,7 @@ from benchmarks.providers.base import Unavailable
 from benchmarks.store import MADE_UP
 
 FINE, RAISES, HANGS, ABORTS, EXITS, OUT_OF_MEMORY, CAPTURES, SKIPPED, REFUSED = range(2, 11)
-# Expected status by batch; it is ``failed`` for all others.
+# Expected status by batch size. For all other batch sizes it is ``failed``.
 OTHER_STATUS = {FINE: "measured", SKIPPED: "skipped", REFUSED: "refused"}
 
 
@@ -51,7 +51,7 @@ def measure_ceilings(device: torch.device) -> dict[str, float]:
 
 
 def measure(case: Case, device: torch.device, ceilings: dict[str, float]) -> dict[str, Any]:
-    """Does what the case's batch selects; returns the fields that the report reads."""
+    """Does what the case's batch size selects; returns made-up values of the fields of a record."""
     DEEDS[case.batch]()
     if case.suite == "groups":
         groups = {"convolution": 0.5, "batch norm": 0.3, "pooling": 0.1, "other": 0.1}

@@ -1,7 +1,7 @@
 """Reads and writes a folder of results, with ``environment.json`` and ``results.jsonl``.
 
-``results.jsonl`` has a line for each case. A line is on disk before the next case starts, so an
-interrupted run can be continued.
+``results.jsonl`` contains a line for each measured case. A line is on disk before the next case
+starts, so an interrupted run can be continued.
 """
 
 import json
@@ -12,7 +12,7 @@ from typing import Any
 from benchmarks.environment import IDENTITY
 from bnres.files import write_text
 
-# Name of the device in results that were not measured.
+# Name of the device in results whose timings were not measured.
 MADE_UP = "made-up timings"
 ENVIRONMENT, RESULTS = "environment.json", "results.jsonl"
 Record = dict[str, Any]

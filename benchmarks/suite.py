@@ -15,7 +15,7 @@ from benchmarks.providers.base import Unavailable
 from bnres import use_backend
 
 CLOCK = clock.DeviceClock()
-# Small cases only show that the benchmark runs; their numbers mean nothing.
+# Rounds of small cases. These only show that the benchmark runs; their times mean nothing.
 SMOKE_ROUNDS = 2
 
 
@@ -26,15 +26,15 @@ def device_time() -> float:
 
 @cache
 def about() -> dict[str, Any]:
-    """Describes the environment and measures its ceilings, once per run."""
+    """Describes the environment and measures the device's bandwidth and FLOP/s, once per run."""
     device = environment.default_device()
     return environment.describe(device) | {"ceilings": environment.measure_ceilings(device)}
 
 
 def parametrize(suites: Sequence[str]) -> pytest.MarkDecorator:
-    """Parametrizes a test with the cases of some suites, under the ids of their records.
+    """Parametrizes a test with the cases of some suites; the test's ids are those of the cases.
 
-    On a GPU these are the most important cases, without one the small ones.
+    On a GPU the most important cases are used, without a GPU the cases with small inputs.
     """
     chosen = telling_cases() if torch.cuda.is_available() else smoke_cases()
     cases = [case for suite in suites for case in select(chosen, suite=suite)]
@@ -42,13 +42,16 @@ def parametrize(suites: Sequence[str]) -> pytest.MarkDecorator:
 
 
 def run_case(benchmark: Any, case: Case) -> None:
-    """Checks a case, then times it; stores the fields of its record in ``extra_info``."""
+    """Checks a case, then times it; stores the fields of its record in ``benchmark.extra_info``."""
     with _route(case):
         _run_case(benchmark, case)
 
 
 def _route(case: Case) -> AbstractContextManager[None]:
-    """Selects ATen for small nets and chains, which take minutes in Triton's interpreter."""
+    """Selects ATen instead of Triton for small nets and augmentations.
+
+    They would take minutes in Triton's interpreter.
+    """
     slow = case.smoke and not isinstance(case, OpCase)
     return use_backend("aten") if slow else nullcontext()
 

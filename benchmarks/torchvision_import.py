@@ -1,11 +1,11 @@
-"""Imports torchvision even if its compiled operators are missing, as with some builds of torch."""
+"""Imports torchvision even if its compiled operators don't match torch and are missing."""
 
 import torch
 
 try:
     import torchvision
 except RuntimeError:
-    # torchvision's Python code only needs these operators to have a schema.
+    # torchvision can be imported if these operators are declared; they are never called.
     _library = torch.library.Library("torchvision", "FRAGMENT")
     _library.define("nms(Tensor boxes, Tensor scores, float threshold) -> Tensor")
     _library.define("qnms(Tensor boxes, Tensor scores, float threshold) -> Tensor")

@@ -26,9 +26,9 @@ def resolve(act: str | type[nn.Module] | None, kwargs: dict[str, Any] | None) ->
     """The kernels' name of an activation, and its parameter.
 
     Args:
-        act: a name, a torch class or None for no activation.
-        kwargs: the activation's options: ``negative_slope`` of leaky_relu, ``approximate`` of
-            gelu; ``inplace`` is ignored.
+        act: a name or a torch class; None means no activation.
+        kwargs: the activation's options: ``negative_slope`` of leaky_relu and ``approximate`` of
+            gelu. The option ``inplace`` is ignored.
 
     Raises:
         ValueError: for an unknown activation or option.

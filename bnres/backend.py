@@ -9,10 +9,11 @@ from torch import Tensor
 
 BACKENDS = ("triton", "triton-interpreter", "aten")
 
-# Read once: Triton reads the variable when a kernel is defined, and both must agree.
+# The variable is read only once, at import. Triton reads it when a kernel is defined, so a later
+# change must not have an effect here either.
 _INTERPRETING = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 
-# A global, not a ContextVar, so that torch.compile guards on it.
+# A global, not a ContextVar, because torch.compile notices a change only of a global.
 _override: str | None = None
 
 
@@ -23,8 +24,9 @@ def backend(device: torch.device | str | None = None) -> str:
         device: a device; by default the GPU if there is one, else the CPU.
 
     Returns:
-        ``"triton"`` (GPU), ``"triton-interpreter"`` (``TRITON_INTERPRET=1`` in the environment
-        when bnres is imported) or ``"aten"`` (CPU).
+        ``"triton-interpreter"`` for our kernels in Triton's interpreter, if ``TRITON_INTERPRET=1``
+        was set in the environment when bnres was imported. Otherwise ``"triton"`` for our kernels
+        on a GPU, or ``"aten"`` for torch's own operations on a CPU.
     """
     if _override is not None:
         return _override
@@ -37,7 +39,9 @@ def backend(device: torch.device | str | None = None) -> str:
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Overrides `backend` inside a ``with`` block, in all threads; for tests and comparisons.
+    """Overrides the result of `backend` inside a ``with`` block, in all threads.
+
+    This is meant for tests and comparisons.
 
     Raises:
         ValueError: for a name that is not one of ``BACKENDS``.

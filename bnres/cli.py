@@ -34,12 +34,12 @@ app = typer.Typer(
 def run_folder(out: Path | None, config: "TrainConfig") -> Path:
     """Returns the folder of a run.
 
-    It is ``out`` if given, else the folder of the last.pt that is resumed, else a new folder in
-    ``runs``.
+    The folder is ``out`` if it is given. Otherwise it is the folder of the checkpoint last.pt that
+    is resumed, or a new folder in ``runs`` if no last.pt is resumed.
 
     Raises:
-        ValueError: if ``out`` is in a folder that does not exist, or if it exists and holds other
-            files than a run writes before its first checkpoint.
+        ValueError: if ``out`` is in a folder that does not exist, or if ``out`` exists and contains
+            other files than those that a run writes before its first checkpoint.
     """
     if out is None:
         if config.resume is not None and config.resume.name == LAST:
@@ -206,7 +206,8 @@ def summary(model: Model, input: Input = None) -> None:
     from bnres.models import create_model, is_factory, summarize
 
     shape = input_shape(model, input)
-    # A factory's model is not fused: a summary calls its stages, which would run unfused anyway.
+    # A factory's model is not fused, because the summary calls the model's stages, and bnres.fuse
+    # fuses only calls of the whole model.
     net = create_model(model, in_channels=shape[1], fused=not is_factory(model))
     typer.echo(summarize(net, shape))
 
@@ -270,7 +271,7 @@ def tune(
 ) -> None:
     """Measure bnres's convolution kernel and torch's convolution on this GPU.
 
-    The result is a table; bnres then uses the faster one for each measured shape.
+    The times are saved in a table. For each measured shape bnres then uses the faster of the two.
     """
     import torch
 
@@ -339,7 +340,7 @@ def augment(
 
 
 def input_shape(model: str, asked: str | None, batch: int = 1) -> tuple[int, int, int, int]:
-    """Returns the input shape that the user asked for, or by default the model's usual one.
+    """Returns the input shape that the user asked for, or by default the model's usual input shape.
 
     Args:
         model: name of the model.
@@ -347,7 +348,7 @@ def input_shape(model: str, asked: str | None, batch: int = 1) -> tuple[int, int
         batch: number of images in the default shape.
 
     Raises:
-        ValueError: as `parse_shape`.
+        ValueError: if `parse_shape` raises it.
     """
     from bnres.models import DEFAULT_INPUT_SHAPE, INPUT_SHAPES
 

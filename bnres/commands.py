@@ -15,7 +15,7 @@ TRACEBACK = "--traceback"
 class Commands(TyperGroup):
     """A group of commands that prints an error as one line and exits.
 
-    With ``--traceback``, anywhere on the command line, it raises the error instead.
+    If ``--traceback`` is anywhere on the command line, the error is raised instead.
     """
 
     def main(self, args: Sequence[str] | None = None, *rest: Any, **options: Any) -> Any:

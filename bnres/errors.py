@@ -6,8 +6,8 @@ import torch
 
 # Exit codes: 2 if the user's input is wrong, 1 for any other error (disk, memory, missing package).
 BAD_INPUT, BAD_ENVIRONMENT = 2, 1
-# What to install for a missing module, if it belongs to an extra of bnres or is better installed
-# through another package.
+# The package to install if a module is missing: an extra of bnres, or another package that includes
+# the module.
 EXTRAS = dict.fromkeys(
     ("matplotlib", "mlxtend", "numpy", "PIL", "pooch", "requests", "safetensors", "sklearn"),
     "'bnres[train]'",
@@ -38,9 +38,13 @@ def describe(error: BaseException) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message; a single word is preceded by the error's class."""
+    """The first line of an error's message.
+
+    If the line is a single word, the name of the error's class precedes it.
+    """
     if type(error).__module__.startswith("torch._dynamo") and error.__cause__ is not None:
-        error = error.__cause__  # Dynamo's first line says only where the cause was raised
+        # The first line of Dynamo's error only says where the original error was raised.
+        error = error.__cause__
     lines = [line.strip() for line in str(error).strip().splitlines()]
     if not lines:
         return type(error).__name__

@@ -9,9 +9,10 @@ TEMPORARY = ".bnres-tmp"  # suffix of a file that is being written
 
 
 def write_bytes(path: Path, data: Any) -> None:
-    """Replaces a file's content; if that fails or the process is killed, the old content is kept.
+    """Replaces a file's content completely or not at all.
 
-    An existing file keeps its permissions. A link is kept, and the content of its target is
+    If the file can't be written or the process is killed, the file keeps the old content. An
+    existing file keeps its permissions. If ``path`` is a link, the content of the link's target is
     replaced. A pipe or a device is written directly.
 
     Raises:
@@ -37,13 +38,14 @@ def _replace(path: Path, data: Any) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
-        with suppress(OSError):  # on a read-only file system, unlinking a missing file fails too
+        # On a read-only file system, unlink raises an error even if the file is missing.
+        with suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replaces a file's content by text in UTF-8, as `write_bytes`; newlines are not translated."""
+    """Replaces a file's content by text in UTF-8; see `write_bytes`. Newlines stay as they are."""
     write_bytes(path, text.encode())
 
 

@@ -1,4 +1,7 @@
-"""Saves how to recompute a fused operation's output for backward, instead of the output."""
+"""Saves a recipe for backward instead of a fused operation's output.
+
+A recipe is a function and its arguments, which compute the output a second time.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,11 +16,11 @@ _RECIPE = "_bnres_recipe"
 
 
 class Recipe:
-    """Recomputes a fused operation's output, bit-equal.
+    """Recomputes a fused operation's output, with the same bits.
 
     Args:
         make: a function of ``tensors`` that returns the output.
-        tensors: the inputs and kept statistics of the operation.
+        tensors: the operation's inputs, and the statistics that it keeps for backward.
     """
 
     def __init__(self, make: Callable[..., Tensor], tensors: Sequence[Tensor | None]) -> None:
@@ -30,7 +33,7 @@ class Recipe:
         """The recomputed output.
 
         Raises:
-            RuntimeError: if one of the tensors has been written in place since.
+            RuntimeError: if one of the tensors has been written in place since the recipe was made.
         """
         if self.versions != [None if t is None else t._version for t in self.tensors]:
             raise RuntimeError(
@@ -54,14 +57,17 @@ def has_recipe(t: Tensor | None) -> bool:
 def leave_recipe(
     make: Callable[..., Tensor], tensors: Sequence[Tensor | None], *ys: Tensor
 ) -> None:
-    """Attaches a recipe to the outputs ``ys``, which are one tensor, returned once or twice."""
+    """Attaches a recipe to an operation's output, which is one tensor or two that share memory."""
     recipe = Recipe(make, tensors)
     for y in ys:
         setattr(y, _RECIPE, recipe)
 
 
 def pack(t: Tensor) -> Tensor | Recipe:
-    """The recipe of a saved tensor, or the tensor if it has no recipe or was written in place."""
+    """The recipe of a tensor that autograd saves.
+
+    A tensor that has no recipe, or that was written in place, is returned itself.
+    """
     recipe = t.__dict__.get(_RECIPE)
     return t if recipe is None or t._version else recipe
 
@@ -75,13 +81,14 @@ def unpack(packed: Tensor | Recipe) -> Tensor:
 def recompute() -> Iterator[None]:
     """Recomputes the outputs of fused operations in backward instead of storing them.
 
-    Run the forward pass inside the ``with`` block. A layer that saves the output of a fused
-    operation for backward, such as a convolution, then saves the operation's inputs and statistics
-    instead, which are stored anyway. Backward recomputes the output by the same kernel, which costs
-    one more pass over memory per output; the gradients are bit-equal. An output whose residual is
-    recomputed is stored, so recomputing never needs another recomputation.
+    Run the forward pass inside the ``with`` block. A layer such as a convolution saves its input
+    for backward. If this input is the output of a fused operation, the fused operation's inputs and
+    statistics are saved instead, which are in memory anyway. Backward runs the same kernel again to
+    recompute the output. This costs one more pass over memory for each output, and the gradients
+    have the same bits. If an operation's residual will be recomputed, the operation's output is
+    stored, so that a recomputation never needs another recomputation.
 
-    It applies to tensors for which our kernels run, and does nothing inside torch.compile.
+    Only outputs of our kernels are recomputed. Inside torch.compile the context has no effect.
     """
     global _active
     _active += 1

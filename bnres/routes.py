@@ -1,13 +1,13 @@
-"""Chooses how to compute a convolution followed by batch norm.
+"""Chooses how to compute a convolution followed by batch norm: the route.
 
-Either our kernel computes both, or torch's convolution is followed by our batch norm. ``bnres
-tune`` measures both ways on a GPU and saves the times, and our kernel's fastest configuration, in a
-table. Each GPU has its table, in the user's cache folder or in the file that ``BNRES_ROUTES``
-names.
+With the route "kernel", one of our kernels computes both. With the route "torch", torch's
+convolution runs, followed by our batch norm. ``bnres tune`` measures both routes on a GPU, and
+saves the times and our kernel's fastest configuration in a table. Each GPU model has a separate
+table in the user's cache folder, unless the environment variable ``BNRES_ROUTES`` names a file.
 
-torch's convolution is used for shapes that were not measured; in graphs that torch.compile
-captures, because they can't read a file; and for fp32 if torch may not round it to TF32
-(``torch.backends.cudnn.allow_tf32``).
+The route is always "torch" for shapes that were not measured, and for fp32 if torch may not round
+fp32 to TF32 (``torch.backends.cudnn.allow_tf32``). It is also "torch" in graphs that torch.compile
+captures, because a graph can't read the table's file.
 """
 
 import json
@@ -31,7 +31,7 @@ _override = "auto"
 
 @dataclass(frozen=True)
 class ConvCall:
-    """The properties of a convolution on which its time depends."""
+    """A convolution followed by batch norm: the properties that determine how long it takes."""
 
     dtype: str
     batch: int
@@ -62,9 +62,9 @@ class Measured:
     Attributes:
         call: the call.
         config: the fastest configuration of our kernel, or None if none worked.
-        kernel_ms: its time in milliseconds, or None.
+        kernel_ms: time of our kernel with ``config`` in milliseconds, or None if none worked.
         torch_ms: time of torch's convolution followed by our batch norm, in milliseconds.
-        failed: for each configuration that failed, by its name, the reason.
+        failed: the reason for each configuration that failed, by the configuration's name.
         left_out: names of the configurations that were not measured, for lack of time.
     """
 
@@ -78,11 +78,11 @@ class Measured:
 
 @contextmanager
 def use_conv_route(route: str) -> Iterator[None]:
-    """Chooses the convolution inside a ``with`` block, in all threads, instead of the tuned table.
+    """Sets the route inside a ``with`` block, in all threads.
 
     Args:
         route: ``"torch"`` for torch's convolution, ``"kernel"`` for our kernel wherever it supports
-            the input, or ``"auto"`` for the table.
+            the input, or ``"auto"`` to choose by the table, as without this context.
 
     Raises:
         ValueError: if ``route`` is another name.
@@ -105,7 +105,7 @@ def conv_route() -> str:
 def kernel_config(call: ConvCall, device: torch.device) -> tuple[bool, ConvConfig | None]:
     """Returns whether our kernel computes ``call``, and with which configuration.
 
-    The configuration is None if the kernel's heuristic shall choose it.
+    If the configuration is None, the caller chooses it by the kernel's heuristic.
     """
     if _override != "auto":
         return _override == "kernel", None
@@ -117,12 +117,12 @@ def kernel_config(call: ConvCall, device: torch.device) -> tuple[bool, ConvConfi
 
 @cache
 def gpu_name(device: torch.device) -> str:
-    """The GPU's name in a form that is fit for a file name."""
+    """The GPU's name as a part of a file name: lower-case letters, digits and hyphens."""
     return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(device).lower()).strip("-")
 
 
 def table_path(gpu: str) -> Path:
-    """The file of a GPU's table."""
+    """The file of a GPU's table, which is ``BNRES_ROUTES`` if this environment variable is set."""
     override = os.environ.get("BNRES_ROUTES")
     if override:
         return Path(override)
@@ -134,10 +134,10 @@ def table_path(gpu: str) -> Path:
 def load_table(path: Path) -> dict[ConvCall, ConvConfig]:
     """Returns the calls for which our kernel is faster, with its configurations.
 
-    The file is read once, and again after `save_table`.
+    The result is cached: the file is only read again after `save_table`.
 
     Raises:
-        ValueError: as `read_table`.
+        ValueError: if `read_table` raises it.
     """
     return {
         row.call: row.config
@@ -170,15 +170,15 @@ def _measured(row: dict[str, Any]) -> Measured:
 
 
 def save_table(path: Path, rows: list[Measured], about: dict[str, str]) -> None:
-    """Adds rows to a table, where they replace earlier rows of the same calls.
+    """Adds rows to a table; a row replaces an earlier row of the same call.
 
     Args:
         path: file of the table.
         rows: the rows.
-        about: facts about the measurement, which replace earlier ones.
+        about: facts about the measurement, which replace the facts in the table.
 
     Raises:
-        ValueError: as `read_table`.
+        ValueError: if `read_table` raises it.
     """
     measured = [row.call for row in rows]
     kept = [row for row in read_table(path) if row.call not in measured]

@@ -1,6 +1,7 @@
-"""Measures a model's convolutions with batch norm, by our kernel and by torch's convolution.
+"""Measures each of a model's convolutions, followed by batch norm, in two ways.
 
-torch's convolution is followed by our batch norm in a separate kernel.
+Either our kernel computes both, or torch's convolution runs, followed by our batch norm in a
+separate kernel.
 """
 
 import copy
@@ -20,13 +21,14 @@ from bnres.kernels.conv_config import MIN_CHANNELS, ConvConfig, ConvShape, searc
 from bnres.kernels.norm import Norm, RunningStatistics
 from bnres.routes import ConvCall, Measured, save_table, use_conv_route
 
-# Returns the time of a call in milliseconds, with a cold L2 cache.
+# A function that returns the time of a call in milliseconds, with a cold L2 cache.
 Timer = Callable[[Callable[[], object]], float]
-# Greatest permitted difference of our kernel's output from torch's, relative to the largest value:
-# two rounding steps.
+# Greatest permitted difference between our kernel's output and torch's, relative to the largest
+# value in torch's output. It is about two rounding steps; in fp32 the kernel rounds to TF32.
 AGREEMENT = {torch.float16: 4e-3, torch.bfloat16: 3e-2, torch.float32: 5e-3}
 EPS = 1e-5
-# Ratio of a GPU's throughput to its memory bandwidth: 790 TFLOP/s (bf16) to 4.3 TB/s on an H200.
+# FLOPs that a GPU computes in the time in which it moves one byte. On an H200 these are 790 TFLOP/s
+# in bf16, divided by 4.3 TB/s.
 FLOPS_PER_BYTE = 184
 
 
@@ -40,7 +42,7 @@ def device_timer() -> Timer:
 def conv_calls(model: nn.Module, shape: tuple[int, ...], dtype: torch.dtype) -> list[ConvCall]:
     """Returns the different convolutions of a model that our kernel supports.
 
-    Each is returned without a residual and with one.
+    Each convolution is returned twice: without a residual and with a residual.
 
     Args:
         model: a module built from torch's layers. A copy of it is called in eval mode on the meta
@@ -88,10 +90,10 @@ def tune(
         about: facts about the measurement (GPU, torch, date), saved in the table.
         device: the GPU.
         timer: measures a call.
-        minutes: time after which no compilation or measurement starts. If it ends during a call,
-            what was measured of this call is saved.
+        minutes: no compilation or measurement starts after this time. If the time ends while a
+            call's configurations are being measured, the measurements so far are saved.
         clock: returns the time in seconds.
-        say: prints a line, for each call and for all that fails or is left out.
+        say: prints a line for each call, and for each configuration that fails or is left out.
     """
     deadline = clock() + 60 * minutes
     calls = sorted(calls, key=_work, reverse=True)
@@ -111,7 +113,7 @@ def tune(
 
 
 def _work(call: ConvCall) -> float:
-    """Estimates a call's time in FLOPs: the greater of its FLOPs and its bytes × FLOPS_PER_BYTE."""
+    """Estimates a call's time, in FLOPs, as the greater of its FLOPs and bytes × FLOPS_PER_BYTE."""
     height, width = call.shape.output_size(call.height, call.width)
     positions = call.batch * height * width
     depth = call.channels * call.shape.taps
@@ -150,7 +152,8 @@ def _measure(
                 _check(by_kernel(), expected)
                 times[config] = timer(by_kernel)
             except (TritonError, RuntimeError) as error:
-                # Too few resources on this GPU, a compiler error, or a result that is not torch's.
+                # The GPU has too few resources, the compiler fails, or the result differs from
+                # torch's.
                 first_line = next(iter(str(error).strip().splitlines()), "")
                 failed[config.name] = f"{type(error).__name__}: {first_line}"
     best = min(times, key=times.__getitem__, default=None)

@@ -4,8 +4,9 @@ The chain is crop, antialiased resize, flips, four colour operations, normalisat
 parameters, and the order of the colour operations, are drawn for each image. An image is read once
 and written once.
 
-Contrast needs the image's mean gray at the point where contrast is applied. A program that holds a
-whole image computes the mean itself. For larger images a kernel before it sums the grays.
+The contrast operation needs the mean gray of the image as it is just before contrast is applied. If
+one program computes a whole image, it also computes this mean. For larger images a separate kernel,
+`_augment_gray_kernel`, first sums the grays.
 """
 
 from functools import cache
@@ -22,8 +23,8 @@ from bnres.kernels.config import next_power_of_2
 from bnres.kernels.device import round_to
 from bnres.kernels.launch import Plan, launch
 
-# Greatest number of positions of an image that one program computes completely. Of larger images, a
-# program computes PART positions.
+# One program computes a whole image of at most WHOLE_IMAGE positions, or PART positions of a larger
+# image.
 WHOLE_IMAGE = 1024
 PART = 256
 
@@ -49,16 +50,17 @@ def _pixel(x_ptr, row, col, H, W, stride_h, stride_w, stride_c, mask, CHANNELS: 
 
 @triton.jit
 def _axis(offs, scale, length):
-    """Returns the triangle filter at each output position: centre, support, first tap, end of taps.
+    """Returns the triangle filter of each output position along an axis.
 
-    The taps are exactly those of torch's antialiased resize, because even a tap of weight 0 makes
-    the output NaN if it reads NaN.
+    The filter is returned as its centre, its half width, the first source position that it reads
+    and the position after the last. It reads exactly the positions that torch's antialiased resize
+    reads, because even a NaN with weight 0 makes the output NaN.
     """
     support = tl.maximum(scale, 1.0)
     centre = scale * (offs.to(tl.float32) + 0.5)
     first = tl.maximum((centre - support + 0.5).to(tl.int32), 0)
     end = tl.minimum((centre + support + 0.5).to(tl.int32), length)
-    end = tl.where(scale == 1.0, first + 1, end)  # copy an axis that keeps its size
+    end = tl.where(scale == 1.0, first + 1, end)  # an axis that keeps its size is copied
     return centre, support, first, end
 
 
@@ -69,9 +71,10 @@ def _resampled(
     order, stop, factors, gray_mean,
     CHANNELS: tl.constexpr, RESIZES: tl.constexpr, JITTERS: tl.constexpr,
 ):  # fmt: skip
-    """Resizes the box (top, left, height, width) to (OH, OW), and returns positions of the result.
+    """Resizes the box (top, left, height, width) to (OH, OW); returns the result's positions.
 
-    With JITTERS, the colour operations are applied to the source before it is resampled.
+    The positions are (offs_h, offs_w). With JITTERS, the colour operations are applied to the
+    source before the resize.
     """
     if not RESIZES:
         r, g, b, inside = _pixel(
@@ -112,7 +115,7 @@ def _resampled(
 
 @triton.jit
 def _color_draws(order_ptr, factors_ptr, n):
-    """Loads an image's packed order, the position of contrast in it, and its factors."""
+    """Loads the packed order of an image's colour operations, contrast's position, the factors."""
     factors = (
         tl.load(factors_ptr + 4 * n),
         tl.load(factors_ptr + 4 * n + 1),
@@ -128,7 +131,7 @@ def _cropped(
     n, offs, H, W, OH, OW, stride_h, stride_w, stride_c, order, factors, gray_mean,
     CHANNELS: tl.constexpr, RESIZES: tl.constexpr, JITTERS: tl.constexpr,
 ):  # fmt: skip
-    """Crops, resizes and flips image ``n``; returns the output's positions ``offs``."""
+    """Crops, resizes and flips image ``n``; returns the result at the positions ``offs``."""
     geometry_ptr += 6 * n
     top, left = tl.load(geometry_ptr), tl.load(geometry_ptr + 1)
     height, width = tl.load(geometry_ptr + 2), tl.load(geometry_ptr + 3)
@@ -150,7 +153,10 @@ def _gray_sum(
     n, part, order, contrast_at, factors, H, W, stride_h, stride_w, stride_c,
     CHANNELS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Sums the source's grays, as they are before contrast, over a part of its positions."""
+    """Sums the source's grays over a part of its positions.
+
+    The colour operations before contrast are applied first.
+    """
     offs = part * BLOCK + tl.arange(0, BLOCK)
     row, mask = offs // W, offs < H * W
     r, g, b, _ = _pixel(
@@ -166,9 +172,10 @@ def _augment_gray_kernel(
     H, W, OH, OW, stride_xn, stride_xc, stride_xh, stride_xw, parts,
     CHANNELS: tl.constexpr, RESIZES: tl.constexpr, COLOR_FIRST: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """gray[n, part] = Σ gray(operations before contrast(image n)) over a part's positions.
+    """Stores gray[n, part], the sum of image n's grays over a part of its positions: (N, parts).
 
-    gray is fp32 (N, parts). The image is the source with COLOR_FIRST, else the cropped image.
+    The colour operations before contrast are applied first. With COLOR_FIRST the image is the
+    source, otherwise the cropped and resized image.
     """
     n = tl.program_id(0) // parts
     part = tl.program_id(0) - n * parts
@@ -202,9 +209,9 @@ def _augment_kernel(
     HAS_CONTRAST: tl.constexpr, COLOR_FIRST: tl.constexpr, PARTS_POW2: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """y = (colours(flips(resize(crop(x)))) − mean)/std, of shape (N, C, OH, OW).
+    """Stores y = (colours(flips(resize(crop(x)))) − mean)/std, of shape (N, C, OH, OW).
 
-    With COLOR_FIRST the colour operations are applied to x instead.
+    With COLOR_FIRST the colour operations are applied to x, before the crop.
     """
     n = tl.program_id(0) // parts
     part = tl.program_id(0) - n * parts
@@ -250,7 +257,7 @@ def _augment_kernel(
 
 @cache
 def _channel_values(values: tuple[float, ...] | None, device: torch.device) -> Tensor | None:
-    """Values of the channels as a tensor on the device, copied there once."""
+    """Values of the channels as a tensor on the device; later calls return the same tensor."""
     return None if values is None else torch.tensor(values, dtype=torch.float32, device=device)
 
 
@@ -260,7 +267,7 @@ def augment(x: Tensor, draws: AugmentDraws, plan: AugmentPlan) -> Tensor:
     Args:
         x: (N, C, H, W) with 1 or 3 channels, uint8 or floating point from 0 to 1.
         draws: the parameters of each image, on the device of ``x``.
-        plan: what the images have in common.
+        plan: the properties of the chain that are the same for all images.
 
     Returns:
         (N, C, plan.height, plan.width) of ``plan.dtype``.
@@ -319,7 +326,7 @@ def augment(x: Tensor, draws: AugmentDraws, plan: AugmentPlan) -> Tensor:
         std_ptr=std,
         stride_yn=y.stride(0),
         stride_yc=y.stride(1),
-        stride_yp=y.stride(3),  # of a flattened position: rows are dense
+        stride_yp=y.stride(3),  # stride of flattened positions, because rows are dense
         parts=parts,
         gray_parts=gray_parts,
         HAS_COLOR=plan.has_color,

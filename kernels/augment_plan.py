@@ -6,9 +6,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# The numbers of the colour operations. They index an image's factors; its order is a list of them.
+# The numbers of the colour operations. A number is the operation's index in `AugmentDraws.factors`,
+# and `AugmentDraws.order` lists the numbers.
 BRIGHTNESS, CONTRAST, SATURATION, HUE = 0, 1, 2, 3
-# Bits of each number in a packed order. The lowest bits hold the operation that is applied first.
+# A packed order is one integer with ORDER_BITS bits for each number. The lowest bits hold the
+# operation that is applied first.
 ORDER_BITS = 4
 NO_OPERATION = 15
 
@@ -44,12 +46,13 @@ class AugmentDraws(NamedTuple):
     """The parameters drawn for each image, on the images' device.
 
     Attributes:
-        geometry: int32 (N, 6): top, left, height and width of the box in the source; then whether
-            to flip the cropped image vertically and horizontally. The box may extend beyond the
-            image, where zeros are read.
+        geometry: int32 (N, 6): top, left, height and width of the box that is cropped from the
+            source; then 0 or 1 for a vertical flip and for a horizontal flip. The box may extend
+            beyond the image; its positions outside the image are 0.
         order: int32 (N, 2): the packed order of the colour operations, and the position of contrast
             in it, or 4 without contrast.
-        factors: fp32 (N, 4): brightness, contrast, saturation, hue.
+        factors: fp32 (N, 4): the factors of brightness, contrast and saturation, and the turn of
+            the hue.
     """
 
     geometry: Tensor

@@ -1,8 +1,8 @@
 """The fused augmentation in plain torch, also used on the CPU.
 
-Small images are resized as a batch: along each axis by a product with a matrix for each image,
-whose weights include crop, flip and antialiasing. Large images are resized one by one; for them the
-time of a call is small compared to the computation.
+Small images are resized as a batch, by a product with one matrix per image along each axis; the
+weights in this matrix include crop, flip and antialiasing. Large images are resized one by one,
+because the overhead of a call for each image is then small compared to the computation.
 """
 
 import torch
@@ -20,14 +20,15 @@ from bnres.kernels.augment_plan import (
 )
 
 LUMA = (0.2989, 0.587, 0.114)
-# Greatest height and width at which matrix products are faster on a CPU.
+# On a CPU, matrix products are faster for images of at most this height and width.
 LARGEST_PRODUCT = 64
-# Bytes of the images computed at once, so that intermediate results stay in a core's cache.
+# Images of this many bytes are computed at once, so that intermediate results stay in a core's
+# cache.
 CHUNK_BYTES = 1 << 22
 
 
 def augment_ref(x: Tensor, draws: AugmentDraws, plan: AugmentPlan) -> Tensor:
-    """As `bnres.kernels.augment.augment`."""
+    """Returns the result of `bnres.kernels.augment.augment` for the same arguments."""
     n, channels, height, width = x.shape
     y = x.new_empty((n, channels, plan.height, plan.width), dtype=plan.dtype)
     y = y.contiguous(memory_format=plan.memory_format)
@@ -67,7 +68,8 @@ def crop_resize_flip_ref(x: Tensor, geometry: Tensor, plan: AugmentPlan) -> Tens
     cols = axis_weights(left, width, flip_w, x.shape[3], plan.width)
     # Resize along the width first, then along the height, as torch does.
     y = torch.einsum("nij,ncjw->nciw", rows, torch.einsum("ncjk,nwk->ncjw", x, cols))
-    # 0 * NaN and 0 * inf are NaN, so a matrix product spreads a NaN or inf over whole rows.
+    # 0 * NaN and 0 * inf are NaN, so a matrix product spreads a NaN or inf over whole rows. Images
+    # with such values are resized without a product.
     spread = (~x.flatten(1).sum(1).isfinite()).nonzero()[:, 0]
     if len(spread):
         y[spread] = _resized_one_by_one(x[spread], geometry[spread], plan)

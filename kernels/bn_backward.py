@@ -1,7 +1,12 @@
-"""Batch norm backward: reduce -> finalize -> dx, and their launchers.
+"""The three kernels of batch norm's backward pass, and their launchers.
 
-The reduce and dx kernels need dz = dy·act'(z), the gradient of the pre-activation z. act'(z) comes
-from the mask if there is one, else from z, which is recomputed; y is never read.
+The rows of a tensor are divided among programs, and each program's part is a split. The reduce
+kernel computes each split's sums, the finalize kernel adds the sums of all splits, and the dx
+kernel computes the gradients of x and of the residual.
+
+The reduce and dx kernels need dz = dy·act'(z), the gradient of the pre-activation z. The derivative
+act'(z) comes from the 1-bit mask that forward saved; without a mask, z is recomputed from x. The
+kernels never read y.
 """
 
 import torch
@@ -35,9 +40,9 @@ def _load_sub_tile(
 ):  # fmt: skip
     """Returns dz = (dy + dy_skip)·act'(z), x − mean and residual − residual_mean of a sub-tile.
 
-    act'(z) comes from the mask if there is one, else from z, computed as in forward. In rows that
-    don't exist dy is loaded as 0, so dz is 0. The second value is valid only with NEEDS_X, the
-    third only with TWO_NORMS.
+    act'(z) comes from the mask; without a mask, z is computed as in forward. In rows that don't
+    exist dy is loaded as 0, so dz is 0. x − mean is valid only with NEEDS_X, and
+    residual − residual_mean only with TWO_NORMS (if the residual has a batch norm).
     """
     dy_ptr, dy_skip_ptr, x_ptr, mask_ptr, residual_ptr = tensors
     norm, residual_norm, shift = norms
@@ -72,7 +77,8 @@ def _reduce_sub_tile(
 ):  # fmt: skip
     """Adds dz and each norm's dz·(x − mean) of a sub-tile to the sums.
 
-    Also stores dz if dz_ptr is given.
+    Also stores dz if dz_ptr is given. The norms are the batch norm of x and, with TWO_NORMS, the
+    batch norm of the residual.
     """
     load_at, at = tile_at(row, col_block, shape, TILE, 1, WHOLE)
     dz, x_centred, residual_centred = _load_sub_tile(
@@ -97,7 +103,7 @@ def _bn_bwd_reduce_kernel(
 ):  # fmt: skip
     """Stores Σ dz and each norm's Σ dz·(x − mean) over a split's rows.
 
-    partial is (2 or 3, splits, C).
+    partial is (2, splits, C), or (3, splits, C) if the residual has a norm.
     """
     TWO_NORMS: tl.constexpr = residual_mean_ptr is not None
     col_block, split = tl.program_id(0), tl.program_id(1)
@@ -146,7 +152,7 @@ def _bn_bwd_finalize_kernel(
     mask_c = offs_c < C
     plane = tl.cast(splits, tl.int64) * C
     dtype: tl.constexpr = sum_dy_ptr.dtype.element_ty
-    # All loads come before the first barrier, as in the forward's finalize kernel.
+    # All loads come before the first `tl.sum`, because its barrier would delay later loads.
     sum_dz = add_splits(partial_ptr, splits, offs_c, mask_c, C, TRIPS)
     sum_dz_xmu = add_splits(partial_ptr + plane, splits, offs_c, mask_c, C, TRIPS)
     rstd = tl.load(rstd_ptr + offs_c, mask=mask_c, other=0).to(tl.float64)
@@ -159,7 +165,7 @@ def _bn_bwd_finalize_kernel(
     if residual_rstd_ptr is not None:
         sum_rhat = tl.sum(sum_dz_rmu, 0) * residual_rstd
         tl.store(residual_sum_dy_xhat_ptr + offs_c, sum_rhat.to(dtype), mask=mask_c)
-        # Stored a second time, because each norm's bias has a separate gradient tensor.
+        # sum_dy is stored a second time, because each norm's bias has a separate gradient tensor.
         tl.store(residual_sum_dy_ptr + offs_c, sum_dy, mask=mask_c)
 
 
@@ -201,8 +207,9 @@ def _bn_bwd_dx_kernel(
 ):  # fmt: skip
     """Stores dx = (dz − (sum_dy + xhat·sum_dy_xhat)/stats_count)·(rstd·weight) and dresidual.
 
-    Without sums, dx = dz·(rstd·weight). dx is computed as dz·scale + ((x − mean)·slope + offset),
-    see `load_line`. dresidual is dz or, if the residual has a norm, is computed like dx.
+    Without sums, dx = dz·(rstd·weight). The kernel computes dx as
+    dz·scale + ((x − mean)·slope + offset), with slope and offset from `load_line`. dresidual is dz,
+    or if the residual has a norm, the gradient through that norm, computed like dx.
     """
     TWO_NORMS: tl.constexpr = residual_mean_ptr is not None
     NEEDS_X: tl.constexpr = sum_dy_ptr is not None or (
@@ -260,12 +267,12 @@ def bn_backward_reduce(
     write_dz: bool = False,
     out: tuple[Sums, Tensor | None] | None = None,
 ) -> tuple[Sums, Tensor | None]:
-    """Returns each channel's Σ dz and each norm's Σ dz·xhat, and dz if ``write_dz``.
+    """Returns each channel's Σ dz and each norm's Σ dz·xhat, and dz (None without ``write_dz``).
 
-    dz = (dy + dy_skip)·act'(z). act'(z) comes from ``mask`` if it is given, else from z, recomputed
-    from ``x`` and ``residual``. ``dy``, ``dy_skip`` and ``residual`` have the memory format of
-    ``x``. The sums are (C,) in fp32, or fp64 for fp64. ``out`` is (sums, dz), allocated by the
-    caller.
+    dz = (dy + dy_skip)·act'(z) and xhat = (x − mean)·rstd. act'(z) comes from ``mask``; without a
+    ``mask``, z is recomputed from ``x`` and ``residual``. ``dy``, ``dy_skip`` and ``residual`` have
+    the memory format of ``x``. The sums are (C,), in fp64 if ``x`` is fp64, otherwise in fp32.
+    ``out`` is (sums, dz), allocated by the caller.
     """
     planes = 2 if residual_norm is None else 3
     sums, dz = out or (
@@ -324,11 +331,11 @@ def bn_backward_dx(
     write_dresidual: bool = False,
     out: tuple[Tensor, Tensor | None] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Returns dx and, with ``write_dresidual``, dresidual.
+    """Returns dx and dresidual, the gradients of ``x`` and ``residual``.
 
-    dresidual is dz or, with a ``residual_norm``, the gradient through that norm. ``sums`` is the
-    result of `bn_backward_reduce` over ``count`` elements per channel; None means eval mode, where
-    the statistics are constants. ``out`` is (dx, dresidual), allocated by the caller.
+    dresidual is None without ``write_dresidual``. ``sums`` is the result of `bn_backward_reduce`
+    over ``count`` elements per channel; in evaluation ``sums`` is None, because the statistics are
+    constants. ``out`` is (dx, dresidual), allocated by the caller.
     """
     dx, dresidual = out or (torch.empty_like(x), torch.empty_like(x) if write_dresidual else None)
     if x.numel() == 0:

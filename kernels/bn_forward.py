@@ -1,4 +1,9 @@
-"""Batch norm forward: statistics -> finalize -> apply, and their launchers."""
+"""The three kernels of batch norm's forward pass, and their launchers.
+
+The rows of a tensor are divided among programs, and each program's part is a split. The statistics
+kernel computes each split's sums, the finalize kernel computes each channel's statistics from the
+sums of all splits, and the apply kernel computes y.
+"""
 
 import torch
 import triton
@@ -37,10 +42,11 @@ def _sample(x_ptr, index, offs_c, mask_c, shape, TILE: tl.constexpr, ACC: tl.con
 
 @triton.jit
 def _adaptive_pivot(x_ptr, offs_c, mask_c, shape, TILE: tl.constexpr, ACC: tl.constexpr):
-    """Returns a value near each channel's data if they are far from zero, else 0: (channels,).
+    """Returns the pivot, which is subtracted from x before its sums are taken: (channels,).
 
-    The value is the mean of the middle two of four samples, if its magnitude exceeds twice their
-    difference. The sums are correct for any finite value; one near the data avoids cancellation.
+    The pivot is the mean of the middle two of four samples of a channel if its magnitude exceeds
+    twice their difference, otherwise 0. The sums are correct for any finite pivot, but a pivot near
+    the data avoids cancellation where the data are far from zero.
     """
     count = shape[0]
     a = _sample(x_ptr, count // 8, offs_c, mask_c, shape, TILE, ACC)
@@ -76,7 +82,8 @@ def _bn_stats_kernel(
 ):  # fmt: skip
     """Stores Σ(x − pivot) and Σ(x − pivot)² over a split's rows, and the pivot.
 
-    sums is (2·splits + 1, C); its last row is the pivot.
+    sums is (2·splits + 1, C): a row per split for each of the two sums, and a last row for the
+    pivot.
     """
     col_block, split = tl.program_id(0), tl.program_id(1)
     splits = tl.num_programs(1)
@@ -122,14 +129,17 @@ def _bn_stats_finalize_kernel(
 ):  # fmt: skip
     """Stores each channel's mean, and rstd = 1/sqrt(var + eps) or M2 = Σ(x − mean)²: (C,).
 
-    They come from the sums of one tensor's splits, or, with ranks_ptr, from count, mean and M2 of
-    ``splits`` ranks; then the sum of the counts is stored as ``total``. Also updates the running
-    mean with mean + input_bias and the running variance with the unbiased variance, unless
-    ``total`` is 0, and adds 1 to the counter. Each of the three may be absent.
+    Without ranks_ptr, the kernel combines the sums of one tensor's splits. With ranks_ptr, it
+    combines count, mean and M2 of ``splits`` ranks (processes), and stores the sum of the counts as
+    ``total``.
+
+    The kernel also updates the running mean with mean + input_bias and the running variance with
+    the unbiased variance, unless ``total`` is 0, and adds 1 to the counter. The running mean, the
+    running variance and the counter may each be absent.
     """
     offs_c = tl.program_id(0) * FINALIZE_CHANNELS + tl.arange(0, FINALIZE_CHANNELS)
     mask_c = offs_c < C
-    # All loads come before the first barrier, which is in `tl.sum`: a later load would wait for it.
+    # All loads come before the first `tl.sum`, because its barrier would delay later loads.
     plane = tl.cast(splits, tl.int64) * C
     if ranks_ptr is not None:
         counts, sum_d, sum_d2, pivot = add_ranks(
@@ -142,8 +152,9 @@ def _bn_stats_finalize_kernel(
     factor = tl.full((), momentum, tl.float64)
     if momentum_ptr is not None:
         factor = tl.load(momentum_ptr).to(tl.float64)
-    # Several threads load an element, and one of them stores its new value. No barrier is needed:
-    # the thread that stores uses its own load, and the other threads' loads are not used.
+    # Several threads load an element of the running statistics, and one of them stores its new
+    # value. No barrier is needed, because the storing thread uses the value that it loaded itself,
+    # and the values that the other threads loaded are not used.
     if running_mean_ptr is not None:
         running_mean = tl.load(running_mean_ptr + offs_c, mask=mask_c, other=0)
     if running_var_ptr is not None:
@@ -189,7 +200,7 @@ def _apply_tile(
     TWO_NORMS: tl.constexpr, ACT: tl.constexpr, TILE: tl.constexpr, UNROLL: tl.constexpr,
     WHOLE: tl.constexpr, EVICTION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Stores y and, if there is a mask, the mask bits of a tile."""
+    """Stores y and, with mask_ptr, the mask bits of a tile."""
     norm, residual_norm, shift = norms
     mean, _, scale = norm
     load_at, at = tile_at(row, col_block, shape, TILE, UNROLL, WHOLE)
@@ -206,7 +217,7 @@ def _apply_tile(
     store_tile(y_ptr, ACT(z, param), at)
     if mask_ptr is not None:
         bit_offsets, bit_mask = mask_offsets(row, col_block, shape, TILE, UNROLL)
-        # Not (z <= 0): NaN keeps its gradient, as in torch.
+        # ``not z <= 0`` instead of ``z > 0``, so that NaN passes the gradient, as in torch.
         bits = pack_bits(tl.where(z <= 0, 0, 1), TILE, UNROLL)
         tl.store(mask_ptr + bit_offsets, bits, mask=bit_mask)
 
@@ -220,9 +231,10 @@ def _bn_apply_kernel(
     ACT: tl.constexpr, TILE: tl.constexpr, UNROLL: tl.constexpr, STAGES: tl.constexpr,
     EVICTION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Stores y = act(z) and, if there is a mask, one bit per element: ``not z <= 0``.
+    """Stores y = act(z) and, with mask_ptr, a mask whose bits are set where ``not z <= 0``.
 
-    z = (x − mean)·(rstd·weight) + bias + residual. A residual with a norm is normalised like x.
+    z = (x − mean)·(rstd·weight) + bias + residual. A residual with a batch norm is normalised like
+    x before the addition.
     """
     col_block, split = tl.program_id(0), tl.program_id(1)
     offs_c, mask_c = channel_ids(col_block, C, TILE)
@@ -260,12 +272,12 @@ def bn_stats(
     counter: Tensor | None = None,
     out: Statistics | None = None,
 ) -> Statistics:
-    """Returns each channel's mean and 1/sqrt(biased variance + eps): (C,) in fp32 (fp64 for fp64).
+    """Returns each channel's mean and 1/sqrt(biased variance + eps): (C,).
 
-    The running buffers are updated in place with the mean of ``x + input_bias`` and the unbiased
-    variance; ``counter``, one int64, is incremented. ``momentum`` may be a one-element tensor on
-    the device of ``x``. An empty ``x`` increments the counter, but doesn't change the running
-    buffers.
+    The statistics are in fp64 if ``x`` is fp64, otherwise in fp32. ``running_mean`` is updated in
+    place with the mean of ``x + input_bias``, and ``running_var`` with the unbiased variance.
+    ``counter``, one int64, is incremented. ``momentum`` may be a one-element tensor on the device
+    of ``x``. An empty ``x`` increments the counter, but doesn't change the running statistics.
     """
     mean, rstd = out = out or Statistics(*empty_channels(x, 2))
     if x.numel() == 0:
@@ -275,7 +287,7 @@ def bn_stats(
         rstd.zero_()
         return out
     stats = plan("stats", x)
-    # Each split's Σ(x − pivot), each split's Σ(x − pivot)², and the pivot.
+    # Rows: each split's Σ(x − pivot), each split's Σ(x − pivot)², and the pivot.
     sums = torch.empty((2 * stats.splits + 1, x.shape[1]), dtype=mean.dtype, device=x.device)
     launch(_bn_stats_kernel, stats, sums_ptr=sums, x_ptr=x)
     on_device = isinstance(momentum, Tensor)
@@ -297,10 +309,10 @@ def bn_stats(
 
 
 def bn_moments(x: Tensor, *, out: Tensor | None = None) -> Tensor:
-    """Returns count, mean and M2 = Σ(x − mean)² of each channel: (3, C) in fp32 (fp64 for fp64).
+    """Returns count, mean and M2 = Σ(x − mean)² of each channel: (3, C).
 
-    All three are 0 for an empty ``x``. ``out`` is the result, allocated by the caller with
-    `empty_moments`, which writes the count.
+    The dtype is fp64 if ``x`` is fp64, otherwise fp32. All three are 0 for an empty ``x``. ``out``
+    is the result, allocated by the caller with `empty_moments`, which writes the count.
     """
     if out is None:
         out = empty_moments(x)
@@ -329,11 +341,12 @@ def bn_combine(
     counter: Tensor | None = None,
     out: tuple[Statistics, Tensor] | None = None,
 ) -> tuple[Statistics, Tensor]:
-    """Returns the statistics of `bn_stats` over all ranks, and the total count (1,) in fp64.
+    """Returns statistics like `bn_stats`, but over all ranks, and the total count (1,) in fp64.
 
-    ``moments`` (ranks, 3, C) has each rank's `bn_moments`. They are added in this order, so that
-    every rank gets the same bits (Chan et al.'s parallel variance). If the total count is 0, the
-    running buffers don't change. The other arguments are those of `bn_stats`.
+    ``moments`` (ranks, 3, C) has the result of `bn_moments` from each rank, which is a process. The
+    moments are combined in this order by Chan et al.'s formula for parallel variances, so every
+    rank gets the same bits. If the total count is 0, the running statistics don't change. The other
+    arguments are those of `bn_stats`.
     """
     if out is None:
         rows = [torch.empty_like(moments[0, 0]) for _ in range(2)]
@@ -369,10 +382,12 @@ def bn_apply(
     save_mask: bool = False,
     out: tuple[Tensor, Tensor | None] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Returns y = act(z) and, with ``save_mask``, the 1-bit mask of ``not z <= 0``.
+    """Returns y = act(z) and a 1-bit mask, whose bits are set where ``not z <= 0``.
 
-    z = norm(x) + residual_norm(residual). ``residual`` has the memory format of ``x``; without a
-    ``residual_norm`` it is added unchanged. ``out`` is (y, mask), allocated by the caller.
+    Without ``save_mask`` the mask is None.
+    z = norm(x) + residual_norm(residual). ``residual`` has the memory format of ``x``; if
+    ``residual_norm`` is None, the residual is added unchanged. ``out`` is (y, mask), allocated by
+    the caller.
     """
     y, mask = out or (torch.empty_like(x), empty_mask(x) if save_mask else None)
     if x.numel() == 0:

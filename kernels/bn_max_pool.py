@@ -1,13 +1,13 @@
 """Batch norm, activation and 3×3 max-pooling with stride 2 and padding 1, as in a ResNet's stem.
 
-The activation's output, which is pooled, is never written to memory. Forward stores each maximum's
-position in its window and the x at that position; backward's reduce pass is then
-`bn_backward.bn_backward_reduce` over these x.
+The activation's output is pooled without being written to memory. Forward stores each maximum's
+position in its window, and x_max, the x at this position. In backward only these x get gradients,
+so `bn_backward.bn_backward_reduce` computes the sums from x_max.
 
 A program processes a block of columns of windows, one row of windows after another, so that its
-loop contains no division. In forward it normalises each row of x once, although a row may belong to
-the windows above and below it. A window position outside x is replaced by its neighbour inside x,
-which is in the same window, so the maximum doesn't change.
+loop contains no division. In forward a program normalises each row of x once, although two rows of
+windows overlap in one row of x. A window position outside x is replaced by its neighbour inside x.
+The neighbour is in the same window, so the maximum doesn't change.
 """
 
 import torch
@@ -25,7 +25,10 @@ from bnres.kernels.tiles import CHANNELS
 
 @triton.jit
 def _program(C, OH, rows_per_program, TILE: tl.constexpr):
-    """Returns a program's channel block, column block, first row of windows and end of its rows."""
+    """Returns a program's channel block, column block, first row of windows and row after its last.
+
+    Rows are rows of pooling windows.
+    """
     col_blocks = 1
     if TILE.kind == CHANNELS:
         col_blocks = tl.cdiv(C, TILE.block_cols)
@@ -38,9 +41,10 @@ def _program(C, OH, rows_per_program, TILE: tl.constexpr):
 
 @triton.jit
 def _sizes(C, W, OW, TILE: tl.constexpr):
-    """Returns the distance in elements between neighbouring positions, W and OW.
+    """Returns the step, W and OW; the step is the distance between neighbouring positions.
 
-    Multiples of the vector are written as a product, so that the compiler can use aligned loads.
+    A value that is a multiple of the vector size is written as a product with the vector size, so
+    that the compiler can use aligned loads.
     """
     step = 1
     if TILE.kind == CHANNELS:
@@ -55,10 +59,12 @@ def _sizes(C, W, OW, TILE: tl.constexpr):
 
 @triton.jit
 def _columns(col_block, block, columns, C, OW, TILE: tl.constexpr):
-    """Returns each column's plane, first ow, whether it exists, its local offsets and channels.
+    """Returns each column's plane and first ow, a mask of existing columns, offsets and channels.
 
-    Each row of the tile is one column of windows. In channels_last, a column is one ow of a sample,
-    and its plane is the sample; else it is a vector of adjacent ow of one plane.
+    ow is a column of the output, and each row of the tile is one column of windows. In
+    channels_last, a column of windows is one ow of a sample, its plane is the sample, and the
+    offsets are its channels. In contiguous tensors, a column of windows is a vector of adjacent ow
+    in the plane of one channel of a sample, and the offsets are within this vector.
     """
     column = block * TILE.sub_rows + tl.arange(0, TILE.sub_rows)[:, None]
     exists = column < columns
@@ -80,11 +86,15 @@ def _columns(col_block, block, columns, C, OW, TILE: tl.constexpr):
 
 @triton.jit
 def _load_two(ptr, step, at, exists, has_right, TILE: tl.constexpr):
-    """Loads two neighbouring positions; in a plane, the even and odd positions of two vectors."""
+    """Loads two neighbouring positions of each window.
+
+    In contiguous tensors these are the even and the odd positions of two adjacent vectors.
+    """
     if TILE.kind == CHANNELS:
         return tl.load(ptr + at, mask=exists), tl.load(ptr + step + at, mask=has_right)
     else:
-        # A load gives each thread 16 bytes: one load of both vectors would split them over threads.
+        # Two loads, because a load gives each thread 16 bytes, which is one vector. A single load
+        # of both vectors would give them to different threads.
         v = tl.join(tl.load(ptr + at, mask=exists), tl.load(ptr + TILE.vector + at, mask=exists))
         return tl.split(tl.reshape(tl.permute(v, (0, 2, 1)), (TILE.sub_rows, TILE.vector, 2)))
 
@@ -104,7 +114,10 @@ def _store_two(ptr, step, at, v, v_right, exists, has_right, TILE: tl.constexpr)
 
 @triton.jit
 def _after(first, v):
-    """Returns ``first`` followed by all columns of ``v`` except the last; takes no instruction."""
+    """Returns ``first`` followed by all columns of ``v`` except the last.
+
+    It compiles to no instructions.
+    """
     if v.shape[1] == 1:
         return first
     else:
@@ -114,7 +127,10 @@ def _after(first, v):
 
 @triton.jit
 def _before(v, last):
-    """Returns all columns of ``v`` except the first, followed by ``last``; takes no instruction."""
+    """Returns all columns of ``v`` except the first, followed by ``last``.
+
+    It compiles to no instructions.
+    """
     if v.shape[1] == 1:
         return last
     else:
@@ -124,7 +140,10 @@ def _before(v, last):
 
 @triton.jit
 def _widened(x):
-    """Returns ``x`` in fp32; bfloat16 is shifted as in `_tagged`, so that both share one shift."""
+    """Returns ``x`` in fp32.
+
+    bfloat16 is shifted left as in `_tagged`, so that the compiler shifts only once for both.
+    """
     if x.dtype == tl.bfloat16:
         return (x.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
     else:
@@ -133,7 +152,10 @@ def _widened(x):
 
 @triton.jit
 def _tagged(x, tap):
-    """Packs the bits of x and its window position ``tap`` into one integer, for a single select."""
+    """Packs the bits of x and its window position ``tap`` into one integer.
+
+    A single select instruction then chooses both.
+    """
     if x.dtype.primitive_bitwidth == 16:
         return (x.to(tl.int16, bitcast=True).to(tl.int32) << 16) | tap
     else:
@@ -152,11 +174,13 @@ def _untagged(tagged, DTYPE: tl.constexpr):
 
 @triton.jit
 def _greater(best, tagged, y, y_tagged):
-    """Returns the greater of ``best`` and ``y`` with its tag; ``y`` comes from a later position.
+    """Returns the greater of ``best`` and ``y``, and its tagged x.
 
-    Of equal values the first is kept. NaN is the greatest value; of several NaN the last is kept.
+    ``y`` comes from a later position of the window. Of equal values the first is kept. NaN counts
+    as the greatest value, and of several NaN the last is kept.
     """
-    stays = y <= tl.minimum(best, float("inf"))  # min(NaN, inf) is inf: only NaN replaces a NaN
+    # tl.minimum(NaN, inf) is inf, so if ``best`` is NaN, only another NaN replaces it.
+    stays = y <= tl.minimum(best, float("inf"))
     tagged = tl.where(stays, tagged, y_tagged)
     return tl.maximum(best, y, propagate_nan=tl.PropagateNan.ALL), tagged
 
@@ -174,8 +198,8 @@ def _value(x, mean, scale, bias, param, ACT: tl.constexpr):
 def _load_row(row_ptr, left, middle, right, exists, TILE: tl.constexpr):
     """Loads x at each window's left, middle and right position in one row.
 
-    In a plane, only the first window's left position is loaded: the left position of each other
-    window is the right position of the window before it.
+    In contiguous tensors, only the first window's left position is loaded. The left position of
+    each other window is the right position of the window before it.
     """
     x_left = tl.load(row_ptr + left, mask=exists)
     if TILE.kind == CHANNELS:
@@ -211,7 +235,10 @@ def _bn_max_pool_kernel(
     columns, C, H, W, OH, OW, rows_per_program, act_param: tl.float64, eps: tl.float64,
     ACT: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Stores y = max of act(bn(x)) over each window and, if asked, its position and the x there."""
+    """Stores y = max of act(bn(x)) over each window.
+
+    With argmax_ptr and x_max_ptr, also stores the maximum's position and the x at this position.
+    """
     col_block, block, start, stop = _program(C, OH, rows_per_program, TILE)
     step, W, OW = _sizes(C, W, OW, TILE)
     plane, ow, exists, local, channel = _columns(col_block, block, columns, C, OW, TILE)
@@ -247,7 +274,7 @@ def _bn_max_pool_kernel(
             x_left, x, x_right, 3, left_tap, right_tap, mean, scale, bias, param, ACT, TILE
         )
         y, tagged = _greater(low, low_tagged, y, tagged)
-        # The last row of these windows is the first row of the windows below.
+        # The last row of x in these windows is the first row of x in the windows below.
         low, low_tagged = _greatest_of_row(
             low_left, low_x, low_right, 0, left_tap, right_tap, mean, scale, bias, param, ACT, TILE
         )
@@ -262,7 +289,10 @@ def _bn_max_pool_kernel(
 
 @triton.jit
 def _load_windows(dy_ptr, argmax_ptr, at, next_at, exists, has_next, TILE: tl.constexpr):
-    """Loads dy and argmax of each window and its right neighbour; a missing one has argmax 255."""
+    """Loads dy and argmax of each window and of its right neighbour.
+
+    A window that does not exist gets an argmax of 255, which is no position.
+    """
     dy = tl.load(dy_ptr + at, mask=exists).to(tl.float32)
     argmax = tl.load(argmax_ptr + at, mask=exists, other=255).to(tl.int32)
     dy_next = tl.load(dy_ptr + next_at, mask=has_next).to(tl.float32)
@@ -274,10 +304,10 @@ def _load_windows(dy_ptr, argmax_ptr, at, next_at, exists, has_next, TILE: tl.co
 
 @triton.jit
 def _row_grads(dy, argmax, dy_next, argmax_next, first):
-    """Returns the gradients of the middle and right position of each window in one row.
+    """Returns the gradients of the middle and right position of each window in one row of x.
 
-    The right position is also the left position of the next window, whose gradient is added.
-    ``first`` is the left position's number in the window.
+    The right position is also the left position of the next window, so the next window's gradient
+    is added. ``first`` is the left position's number in the window: 0, 3 or 6.
     """
     middle = tl.where(argmax == first + 1, dy, 0.0)
     right = tl.where(argmax == first + 2, dy, 0.0) + tl.where(argmax_next == first, dy_next, 0.0)
@@ -302,12 +332,14 @@ def _bn_max_pool_bwd_dx_kernel(
     columns, C, H, W, OH, OW, rows_per_program, act_param: tl.float64, stats_count,
     ACT_GRAD: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Stores dx as `_bn_bwd_dx_kernel` does, with dz = act'(z)·Σ dy.
+    """Stores dx = (dz − (sum_dy + xhat·sum_dy_xhat)/stats_count)·(rstd·weight).
 
-    Σ dy adds up dy of all windows whose maximum is at this position of x.
+    dz = act'(z)·Σ dy, where Σ dy adds up dy of all windows whose maximum is at this position of x,
+    and xhat = (x − mean)·rstd.
 
-    Each step of the loop stores the first and second row of x in its windows. The third row is the
-    first row of the windows below, so there is one more step than there are rows of windows.
+    Each step of the loop stores the first and second row of x in one row of windows. The third row
+    of x is the first row of the windows below, so the loop has one more step than there are rows of
+    windows.
     """
     col_block, block, start, stop = _program(C, OH + 1, rows_per_program, TILE)
     step, W, OW = _sizes(C, W, OW, TILE)
@@ -334,7 +366,7 @@ def _bn_max_pool_bwd_dx_kernel(
     else:
         has_next = exists & (ow + TILE.vector < OW)
         next_at = window + TILE.vector
-    one = tl.arange(0, 1)[:, None]  # turns comparisons into tensors, which masks must be
+    one = tl.arange(0, 1)[:, None]  # added to a scalar, so that its comparison is a tensor mask
 
     row = (start - 1) * (OW * step)
     in_row = start + one > 0
@@ -384,11 +416,11 @@ def bn_max_pool(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Returns y = max_pool2d(act(norm(x)), 3, stride=2, padding=1), argmax and x_max.
 
-    argmax (uint8) is each maximum's position in its window, counted row by row; x_max is x at that
-    position. Both are computed only with ``save``, else None. All have the memory format of ``x``.
-    Ties, NaN and padding are handled as in `torch.nn.functional.max_pool2d`.
-    `config.has_pool_kernel` must accept ``x``. ``out`` contains the three results, allocated by the
-    caller.
+    argmax (uint8) is each maximum's position in its window, counted row by row, and x_max is x at
+    this position. Without ``save``, argmax and x_max are None. All results have the memory format
+    of ``x``. Ties, NaN and padding are handled as in `torch.nn.functional.max_pool2d`.
+    `config.has_pool_kernel` must be true for ``x``. ``out`` contains the three results, allocated
+    by the caller.
     """
     y, argmax, x_max = out or (empty_pooled(x), None, None)
     if save and out is None:
@@ -423,9 +455,9 @@ def bn_max_pool_backward_dx(
 ) -> Tensor:
     """Returns dx, the gradient with respect to the ``x`` of `bn_max_pool`.
 
-    ``dy`` is the gradient of the pooled tensor; ``dy`` and ``argmax`` have the memory format of
-    ``x``. ``sums`` are Σ dz and Σ dz·xhat of each channel, over ``count`` elements; None means eval
-    mode, where the statistics are constants.
+    ``dy`` is the gradient of the pooled tensor. ``dy`` and ``argmax`` have the memory format of
+    ``x``. ``sums`` are Σ dz and Σ dz·xhat of each channel, over ``count`` elements; in evaluation
+    ``sums`` is None, because the statistics are constants.
     """
     dx = torch.empty_like(x) if out is None else out
     if x.numel() == 0:

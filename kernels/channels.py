@@ -1,11 +1,15 @@
-"""Device functions that load per-channel values and add up the splits' partial sums."""
+"""Device functions that load per-channel values and add up partial sums.
+
+The rows of a tensor are divided among programs. Each program's part, a split, has a row of partial
+sums.
+"""
 
 import triton
 import triton.language as tl
 
 from bnres.kernels.tiles import to_columns
 
-# Tile of the kernels that combine partial sums (splits, C).
+# The kernels that combine partial sums (splits, C) process tiles of this many splits and channels.
 FINALIZE_SPLITS, FINALIZE_CHANNELS = tl.constexpr(256), tl.constexpr(8)
 
 
@@ -13,7 +17,10 @@ FINALIZE_SPLITS, FINALIZE_CHANNELS = tl.constexpr(256), tl.constexpr(8)
 def load_norm(
     mean_ptr, rstd_ptr, var_ptr, weight_ptr, eps, channel, mask, ACC: tl.constexpr
 ):  # fmt: skip
-    """Loads mean, rstd and rstd·weight of channels; with var_ptr, rstd = 1/sqrt(var + eps)."""
+    """Loads mean, rstd and rstd·weight of channels; with var_ptr, computes rstd from var and eps.
+
+    rstd = 1/sqrt(var + eps).
+    """
     mean = tl.load(mean_ptr + channel, mask=mask, other=0).to(ACC)
     if var_ptr is not None:
         var = tl.load(var_ptr + channel, mask=mask, other=1).to(ACC)
@@ -41,9 +48,9 @@ def load_biases(bias_ptr, residual_bias_ptr, channel, mask, ACC: tl.constexpr):
 def add_splits(ptr, splits, channel, mask, C, TRIPS: tl.constexpr):
     """Adds up partial sums (splits, C) in fp64 until FINALIZE_SPLITS rows remain.
 
-    The result is (FINALIZE_SPLITS, FINALIZE_CHANNELS); TRIPS·FINALIZE_SPLITS is at least
-    ``splits``. The caller adds up these rows with `tl.sum` after its last load, because the
-    barriers of `tl.sum` would delay later loads.
+    The result is (FINALIZE_SPLITS, FINALIZE_CHANNELS), and TRIPS·FINALIZE_SPLITS is at least
+    ``splits``. The caller adds up the remaining rows with `tl.sum` after the caller's last load,
+    because the barriers of `tl.sum` would delay later loads.
     """
     total = tl.zeros((FINALIZE_SPLITS, FINALIZE_CHANNELS), tl.float64)
     for trip in tl.static_range(TRIPS):
@@ -55,11 +62,11 @@ def add_splits(ptr, splits, channel, mask, C, TRIPS: tl.constexpr):
 
 @triton.jit
 def add_ranks(ptr, ranks, rank_stride, channel, mask, C, TRIPS: tl.constexpr):
-    """Adds up the ranks' counts, Σ(x − pivot) and Σ(x − pivot)², and returns them and the pivot.
+    """Returns the sums over ranks of count, Σ(x − pivot) and Σ(x − pivot)², and the pivot.
 
-    Everything is in fp64; the sums are (FINALIZE_SPLITS, FINALIZE_CHANNELS), as in `add_splits`.
-    Each rank has count, mean and M2 = Σ(x − mean)², (3, C); the pivot is the first rank's mean. A
-    rank without elements adds 0.
+    A rank is a process, and ptr has count, mean and M2 = Σ(x − mean)² of each rank: (ranks, 3, C).
+    The pivot is the first rank's mean. A rank without elements adds 0. All results are in fp64; the
+    sums are (FINALIZE_SPLITS, FINALIZE_CHANNELS), as in `add_splits`.
     """
     pivot = tl.load(ptr + C + channel, mask=mask, other=0).to(tl.float64)
     count = tl.zeros((FINALIZE_SPLITS, FINALIZE_CHANNELS), tl.float64)
@@ -84,7 +91,8 @@ def load_norms(
 ):  # fmt: skip
     """Loads mean, rstd and rstd·weight of x's and the residual's norm, and the sum of their biases.
 
-    Each is broadcastable to a tile. If the residual has no norm, its values are those of x's norm.
+    Each result is broadcastable to a tile. If the residual has no norm, the values of x's norm are
+    returned in its place; the caller does not use them.
     """
     mean_ptr, rstd_ptr, var_ptr, weight_ptr, bias_ptr = norm_ptrs
     mean, rstd, scale = load_norm(mean_ptr, rstd_ptr, var_ptr, weight_ptr, eps, channel, mask, ACC)
@@ -108,9 +116,11 @@ def load_norms(
 def load_line(
     sum_dy_ptr, sum_dy_xhat_ptr, norm, count, channel, mask, TILE: tl.constexpr, ACC: tl.constexpr
 ):  # fmt: skip
-    """Loads the gradient through the statistics as a line in x − mean: its offset and slope.
+    """Returns offset and slope of dx's part that flows through the mean and the variance.
 
-    offset + slope·(x − mean) = −(sum_dy + xhat·sum_dy_xhat)/count·scale.
+    This part is linear in x − mean:
+    offset + slope·(x − mean) = −(sum_dy + xhat·sum_dy_xhat)/count·scale,
+    where xhat = (x − mean)·rstd and scale = rstd·weight.
     """
     _, rstd, scale = norm
     inv_n = (1 / tl.cast(count, tl.float64)).to(ACC)

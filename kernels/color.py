@@ -30,7 +30,7 @@ def clamp_unit(v):
 
 @triton.jit
 def grayscale(r, g, b, CHANNELS: tl.constexpr):
-    """The luma of ITU-R 601-2; for images of one channel, the channel."""
+    """The luma of ITU-R 601-2. For images of one channel it is the channel itself, ``r``."""
     if CHANNELS == 3:
         return r * 0.2989 + g * 0.587 + b * 0.114
     return r
@@ -38,7 +38,10 @@ def grayscale(r, g, b, CHANNELS: tl.constexpr):
 
 @triton.jit
 def _hue_channel(v, span, h6, START: tl.constexpr):
-    """A channel of the colour (h, s, v), given v, span = v·s, and h6 = 6·h; START selects it."""
+    """A channel of the colour with hue h, saturation s and value v.
+
+    span is v·s, and h6 is 6·h. START is 5 for red, 3 for green and 1 for blue.
+    """
     k = h6 + START
     k -= 6.0 * tl.floor(k / 6.0)
     return v - span * clamp_unit(least(k, 4.0 - k))
@@ -61,12 +64,12 @@ def adjust_hue(r, g, b, turn):
 
 @triton.jit
 def jitter(r, g, b, order, start, stop, factors, gray_mean, CHANNELS: tl.constexpr):
-    """Applies steps ``start`` to ``stop - 1`` of an image's colour operations, in its order.
+    """Applies the image's colour operations number ``start`` to ``stop - 1``, in the image's order.
 
     Args:
         r, g, b: the channels.
         order: the packed order, see `bnres.kernels.augment_plan`.
-        start, stop: the steps.
+        start, stop: the first position in the order, and the position after the last.
         factors: the image's factors of brightness, contrast, saturation and hue.
         gray_mean: the image's mean gray, with which contrast blends.
     """

@@ -161,7 +161,8 @@ class LaunchConfig:
     rows_per_split: int
 
 
-# Programs per wanted program if there are more column blocks than wanted programs.
+# With more column blocks than ``programs_per_sm * sm_count``, the grid has this many times as many
+# programs.
 TURNS = 4
 
 TUNING = {
@@ -231,9 +232,9 @@ def column_config(
 ) -> ColumnConfig:
     """Splits the ``rows`` of windows over programs so that the kernel ends as early as possible.
 
-    The grid is divided by ``programs_per_sm * sm_count`` and rounded up to whole turns. A program
-    reads one row more than it processes. The split minimises the number of turns times the rows
-    that a program reads.
+    A turn is ``programs_per_sm * sm_count`` programs. A program reads one row more than it
+    processes. The split minimises the number of turns, rounded up, times the rows that a program
+    reads.
     """
     n, channels, *size = shape
     _, width = pooled_size(*size)

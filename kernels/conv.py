@@ -1,7 +1,8 @@
 """Convolution with batch norm, residual and activation in its epilogue, for inference.
 
-The kernel is a matrix product over channels_last tensors: rows are output positions, columns are
-output channels, and the sum is over the filter's taps and the input channels.
+The kernel computes the convolution of channels_last tensors as a matrix product. The product's rows
+are output positions, its columns are output channels, and its sums are over the positions in the
+filter and the input channels.
 """
 
 from functools import lru_cache
@@ -99,10 +100,10 @@ def conv_bn_act(
 ) -> Tensor:
     """Returns y = act(norm(conv2d(x) + conv_bias) + residual): (N, K, OH, OW), channels_last.
 
-    ``norm`` has `RunningStatistics`. ``x`` (N, C, H, W), ``filter`` (K, C, R, S) and ``residual``
-    are channels_last and have one dtype: fp16, bf16 or fp32. fp32 operands are rounded to TF32.
-    Sums are in fp32. ``config`` is `conv_config`'s by default; ``out`` is y, allocated by the
-    caller.
+    The statistics of ``norm`` are `RunningStatistics`. ``x`` (N, C, H, W), ``filter`` (K, C, R, S)
+    and ``residual`` are channels_last and have the same dtype: fp16, bf16 or fp32. fp32 operands
+    are rounded to TF32, and sums are in fp32. By default `conv_config` chooses ``config``. ``out``
+    is y, allocated by the caller.
 
     Raises:
         TypeError: if the statistics of ``norm`` are not `RunningStatistics`.

@@ -1,7 +1,8 @@
 """Shapes of convolutions and launch configurations of their kernel.
 
-The heuristic is derived from the sizes of tiles and of shared memory; none of it has been measured
-on a GPU yet. `search_space` lists the configurations that tuning tries.
+`conv_config` chooses a configuration by a heuristic that is derived from the sizes of tiles and of
+shared memory. Its choices have not been compared on a GPU yet. `search_space` lists the
+configurations that ``bnres tune`` measures.
 """
 
 from dataclasses import dataclass, fields
@@ -12,18 +13,20 @@ from bnres.kernels.config import next_power_of_2
 
 # Smallest block size that the matrix instructions of every target accept.
 MIN_BLOCK = 16
+# Most bytes of input channels that a step of a program sums over.
 STEP_BYTES = 128
-# Fewest channels for which the kernel is chosen. Fewer would use little of a matrix instruction.
+# Fewest input channels for which the kernel is chosen. With fewer channels most of a matrix
+# instruction would multiply padding.
 MIN_CHANNELS = 8
 
 
 @dataclass(frozen=True)
 class Numbers:
-    """Base of dataclasses whose fields are integers; torch operators take them as a tuple."""
+    """Base class of dataclasses with integer fields, which torch's operators take as a tuple."""
 
     def as_tuple(self) -> tuple[int, ...]:
         """The fields in order."""
-        # torch.compile cannot trace dataclasses.astuple everywhere: it copies deeply.
+        # dataclasses.astuple makes deep copies, which torch.compile cannot always trace.
         return tuple([getattr(self, field.name) for field in fields(self)])
 
 
@@ -65,8 +68,8 @@ class ConvShape(Numbers):
 class ConvConfig(Numbers):
     """A program's tile and resources.
 
-    The tile is BLOCK_M output positions × BLOCK_N output channels; a step sums over BLOCK_K input
-    channels.
+    The tile is ``block_m`` output positions × ``block_n`` output channels. A step sums over
+    ``block_k`` input channels.
     """
 
     block_m: int
@@ -87,8 +90,9 @@ class ConvConfig(Numbers):
 def conv_config(rows: int, channels: int, out_channels: int, itemsize: int) -> ConvConfig:
     """Returns the heuristic's configuration.
 
-    Its tile has 128 positions (64 if the output has at most 64) and all output channels up to 128
-    (64 in fp32). Each step sums over at most 128 bytes of input channels.
+    The tile has 128 output positions, or 64 if the output has at most 64 positions. It has all
+    output channels, but at most 128, or 64 in fp32. Each step sums over at most 128 bytes of input
+    channels.
 
     Args:
         rows: number of output positions, N·OH·OW.
@@ -96,7 +100,8 @@ def conv_config(rows: int, channels: int, out_channels: int, itemsize: int) -> C
         out_channels: number of output channels.
         itemsize: bytes per element.
     """
-    widest = 128 if itemsize == 2 else 64  # in fp32, 128 spills registers when compiled for sm_90
+    # In fp32, 128 channels spill registers when compiled for sm_90.
+    widest = 128 if itemsize == 2 else 64
     block_n = min(max(next_power_of_2(out_channels), MIN_BLOCK), widest)
     block_k = min(max(next_power_of_2(channels), MIN_BLOCK), STEP_BYTES // itemsize)
     block_m = 128 if rows > 64 else 64
@@ -104,7 +109,7 @@ def conv_config(rows: int, channels: int, out_channels: int, itemsize: int) -> C
 
 
 def search_space(rows: int, channels: int, out_channels: int, itemsize: int) -> list[ConvConfig]:
-    """Returns the configurations to try: the heuristic's first, then others by distance from it."""
+    """Returns the configurations to try: the heuristic's, then others, the most similar first."""
     first = conv_config(rows, channels, out_channels, itemsize)
     found = [first]
     for block_m in (64, 128, 256):

@@ -141,7 +141,8 @@ ACTIVATIONS = {
 def round_to(v, DTYPE: tl.constexpr):
     """Returns ``v`` as DTYPE, rounded to nearest even.
 
-    Triton's interpreter truncates when it casts to bfloat16, so there the bits are rounded first.
+    Triton's interpreter truncates when it casts to bfloat16. If interpreted, the bits are therefore
+    rounded before the cast.
     """
     if INTERPRETED and tl.bfloat16 == DTYPE:
         bits = v.to(tl.float32).to(tl.uint32, bitcast=True)

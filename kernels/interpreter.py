@@ -1,4 +1,4 @@
-"""Whether kernels are interpreted, and whether the interpreter works with the installed numpy."""
+"""Finds out whether kernels are interpreted, and whether the interpreter works with this numpy."""
 
 import re
 from importlib.metadata import version
@@ -10,7 +10,7 @@ def is_interpreting() -> bool:
     """Whether triton interprets kernels that are defined now (``TRITON_INTERPRET=1``).
 
     Raises:
-        ImportError: if it does, and its interpreter can't run with the installed numpy.
+        ImportError: if triton interprets, but its interpreter can't run with the installed numpy.
     """
     if not triton.knobs.runtime.interpret:
         return False
@@ -21,7 +21,8 @@ def is_interpreting() -> bool:
 def check_versions(triton_version: str, numpy_version: str) -> None:
     """Raises ImportError if this triton's interpreter can't run with this numpy.
 
-    Before triton 3.7 it calls ``int(array)`` on one-dimensional arrays, which numpy 2.4 refuses.
+    Before triton 3.7 the interpreter calls ``int(array)`` on one-dimensional arrays, which numpy
+    2.4 refuses.
     """
     if _release(triton_version) < (3, 7) and _release(numpy_version) >= (2, 4):
         raise ImportError(

@@ -1,4 +1,4 @@
-"""Plans kernel launches from a tensor's shape and dtype, and makes them."""
+"""Plans kernel launches from a tensor's shape and dtype, and launches kernels."""
 
 import threading
 from collections.abc import Iterator
@@ -16,16 +16,17 @@ from bnres.kernels.channels import FINALIZE_CHANNELS, FINALIZE_SPLITS
 from bnres.kernels.config import TUNING, column_config, launch_config, tile_for
 from bnres.kernels.layout import pooled_size, view_of
 
-# Loads of words need addresses that are multiples of this.
+# Kernels may load two bfloat16 as one word, from an address that is a multiple of this many bytes.
 WORD_BYTES = 4
 
-# Greatest number of plans that are cached.
+# Greatest number of cached plans.
 PLANS = 4096
 
 # Arguments of a plan that are options of triton's compiler.
 OPTIONS = ("num_warps", "num_stages")
 
-# Interpreted programs run one after another, so a few of them are enough.
+# Triton's interpreter runs programs one after another, so it needs few programs. Plans for a single
+# multiprocessor have few programs.
 INTERPRETER_SM_COUNT = 1
 
 # num_warps of the kernels that combine partial sums.
@@ -38,8 +39,9 @@ class Plan:
 
     Attributes:
         grid: number of programs along up to three axes.
-        arguments: arguments that depend only on shapes and dtypes (a kernel gets those that are its
-            parameters), and ``num_warps`` and ``num_stages`` unless triton's defaults apply.
+        arguments: arguments that depend only on shapes and dtypes, and the compiler options
+            ``num_warps`` and ``num_stages`` unless triton's defaults apply. They may include
+            arguments that the kernel does not have; `launch` leaves these out.
     """
 
     grid: tuple[int, ...]
@@ -51,7 +53,7 @@ class TilePlan(Plan):
     """How a kernel is launched over the tiles of a tensor.
 
     Attributes:
-        splits: number of programs that the rows of a column block are divided among; each computes
+        splits: number of programs that share the rows of a block of columns. Each program computes
             partial sums.
         finalize: plan of the kernel that adds these partial sums.
     """
@@ -96,7 +98,10 @@ def _plan(
 
 
 def plan_ranks(ranks: int, channels: int) -> Plan:
-    """Returns how the kernel that combines the ranks' moments of each channel is launched."""
+    """Returns the plan of the kernel that combines the moments of all ranks, which are processes.
+
+    A rank's moments are count, mean and M2 = Σ(x − mean)² of each channel.
+    """
     return _finalize_plan({"count": 0, "C": channels, "splits": ranks})
 
 
@@ -150,7 +155,7 @@ _recorder = threading.local()
 
 @contextmanager
 def recorded_launches() -> Iterator[list[Launch]]:
-    """Yields a list to which this thread's launches are appended, except interpreted ones."""
+    """Yields a list; this thread's launches are appended to it unless kernels are interpreted."""
     before = getattr(_recorder, "launches", None)
     launches: list[Launch] = []
     _recorder.launches = launches
@@ -178,7 +183,8 @@ def launch(kernel: Any, plan: Plan, **named: Any) -> None:
     Args:
         kernel: function decorated with `triton.jit`, whose first parameter is a tensor.
         plan: the grid, and arguments that are not in ``named``.
-        named: the kernel's other arguments. A missing pointer is None, a missing eps is 0.
+        named: the kernel's other arguments. If a pointer is missing, the kernel gets None; if an
+            eps is missing, the kernel gets 0.
 
     Raises:
         TypeError: if ``named`` has an argument that the kernel doesn't have, or if an argument is

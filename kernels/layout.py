@@ -1,7 +1,7 @@
 """Memory formats of tensors, as per-channel operations see them.
 
-Every supported tensor is a dense array ``(outer, channel, inner)``: contiguous tensors have
-``inner`` = the product of the spatial sizes, channels_last ones have ``inner`` = 1.
+Every supported tensor is a dense array ``(outer, channel, inner)``. In contiguous tensors ``inner``
+is the product of the spatial sizes, and in channels_last tensors ``inner`` is 1.
 """
 
 from dataclasses import dataclass
@@ -52,7 +52,8 @@ def pooled_size(height: int, width: int) -> tuple[int, int]:
 def dense(x: Tensor) -> Tensor:
     """Returns ``x`` if it is contiguous or channels_last, else a copy in one of these formats.
 
-    The copy is channels_last if the channels of ``x`` have its smallest stride, else contiguous.
+    The copy is channels_last if the smallest stride of ``x`` is the channels' stride, otherwise
+    contiguous.
     """
     if x.is_contiguous() or is_channels_last(x):
         return x
@@ -65,7 +66,7 @@ def dense(x: Tensor) -> Tensor:
 def dense_like(t: Tensor, x: Tensor) -> Tensor:
     """Returns ``t`` if it has the memory format of the dense ``x``, else a copy in that format.
 
-    Gradients may be expanded (stride 0) or in another format; both kinds are copied.
+    For example, a gradient may be expanded (stride 0) or have another memory format.
     """
     if t.stride() == x.stride():
         return t

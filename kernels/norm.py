@@ -21,16 +21,20 @@ class RunningStatistics(NamedTuple):
 
 
 class Norm(NamedTuple):
-    """Statistics and parameters of one batch norm; ``weight`` and ``bias`` are (C,) or None."""
+    """Statistics and parameters of one batch norm.
+
+    ``weight`` and ``bias`` are (C,); None means a weight of 1 or a bias of 0.
+    """
 
     statistics: Statistics | RunningStatistics
     weight: Tensor | None = None
     bias: Tensor | None = None
 
     def pointers(self, prefix: str = "") -> dict[str, Any]:
-        """Returns the kernels' arguments for this norm by name, each name after ``prefix``.
+        """Returns the kernels' arguments for this norm by name; each name begins with ``prefix``.
 
-        Arguments for the other kind of statistics are left out.
+        There are arguments for `Statistics` (mean and rstd) or for `RunningStatistics` (mean, var
+        and eps), but not for both.
         """
         names = ("mean_ptr", "rstd_ptr")
         if isinstance(self.statistics, RunningStatistics):
@@ -47,7 +51,11 @@ def pointers(norm: Norm, residual_norm: Norm | None) -> dict[str, Any]:
 
 
 class Sums(NamedTuple):
-    """Each channel's Σ dz and Σ dz·xhat, (C,), of x and of a residual that has a norm."""
+    """The sums of each channel that backward needs: Σ dz and Σ dz·xhat, each (C,).
+
+    dz is the gradient of the activation's input, and xhat = (x − mean)·rstd. If the residual has a
+    batch norm, ``residual_dy`` and ``residual_dy_xhat`` are the sums for the residual's norm.
+    """
 
     dy: Tensor
     dy_xhat: Tensor

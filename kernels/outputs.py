@@ -1,4 +1,7 @@
-"""Allocates the launchers' outputs, also for callers that pass them as ``out``."""
+"""Allocates the outputs of launchers.
+
+The launchers call these functions, and so do callers that pass outputs to a launcher as ``out``.
+"""
 
 from functools import lru_cache
 
@@ -10,22 +13,23 @@ from bnres.kernels.conv_config import ConvShape
 from bnres.kernels.dtypes import acc_type
 from bnres.kernels.layout import pooled_size, view_of
 
-# Greatest number of mask sizes that are cached.
+# Greatest number of cached mask sizes.
 MASKS = 4096
 
 
 def empty_channels(x: Tensor, count: int) -> list[Tensor]:
-    """Returns ``count`` uninitialised tensors, each (C,) in fp32 (fp64 for fp64)."""
+    """Returns ``count`` uninitialised tensors (C,), in fp64 if ``x`` is fp64, otherwise in fp32."""
     channels, dtype = x.shape[1], acc_type(x)
     return [x.new_empty(channels, dtype=dtype) for _ in range(count)]
 
 
 def empty_moments(x: Tensor, norms: int = 1) -> Tensor:
-    """Returns (3·norms, C) in fp32 (fp64 for fp64) for each norm's count, mean and M2.
+    """Returns a tensor (3·norms, C) for count, mean and M2 = Σ(x − mean)² of each norm.
 
-    Every element is set to the count, so that only mean and M2 remain to be written.
+    The dtype is fp64 if ``x`` is fp64, otherwise fp32. Every element is set to the count, so that a
+    kernel must write only the mean and M2.
     """
-    # For an empty x all three are 0, and no kernel runs.
+    # For an empty x no kernel runs: count, mean and M2 are all 0, which is the count.
     return x.new_full((3 * norms, x.shape[1]), x.numel() // x.shape[1], dtype=acc_type(x))
 
 
@@ -57,9 +61,9 @@ def _mask_bytes(shape: torch.Size, contiguous: bool, itemsize: int) -> int:
 
 
 def empty_pooled(x: Tensor) -> Tensor:
-    """Returns an uninitialised (N, C, OH, OW) in the dtype and memory format of ``x``.
+    """Returns an uninitialised tensor (N, C, OH, OW) in the dtype and memory format of ``x``.
 
-    OH and OW are those of `pooled_size`.
+    `pooled_size` computes OH and OW.
     """
     layout = torch.contiguous_format if x.is_contiguous() else torch.channels_last
     # torch.empty parses separate sizes faster than a tuple.
@@ -68,6 +72,6 @@ def empty_pooled(x: Tensor) -> Tensor:
 
 
 def empty_convolved(x: Tensor, out_channels: int, shape: ConvShape) -> Tensor:
-    """Returns an uninitialised (N, K, OH, OW), channels_last, in the dtype of ``x``."""
+    """Returns an uninitialised channels_last tensor (N, K, OH, OW) in the dtype of ``x``."""
     sizes = x.shape[0], out_channels, *shape.output_size(x.shape[2], x.shape[3])
     return torch.empty(sizes, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)

@@ -1,7 +1,8 @@
-"""References of the launchers in plain, differentiable torch, with their signatures except ``out``.
+"""References for the kernels' launchers, in plain, differentiable torch.
 
-Tests compare the kernels with these functions; double backward and forward-mode derivatives
-differentiate them. Here ``mask`` is a tensor of booleans; the kernels use one bit per element.
+Each function has the signature of a launcher, without ``out``. Tests compare the kernels with these
+functions. Double backward and forward-mode differentiation differentiate these functions. Here
+``mask`` is a tensor of booleans, while the kernels use one bit per element.
 """
 
 from collections.abc import Callable
@@ -15,7 +16,8 @@ from bnres.kernels.conv_config import ConvShape
 from bnres.kernels.dtypes import acc_type
 from bnres.kernels.norm import Norm, RunningStatistics, Statistics, Sums
 
-# An activation of the pre-activation z; the second argument is leaky_relu's slope.
+# Each activation is a function of the pre-activation z and of a parameter, which is leaky_relu's
+# slope; the other activations ignore the parameter.
 ACTIVATION_FORMULAS: dict[str, Callable[[Tensor, float], Tensor]] = {
     "identity": lambda z, param: z,
     "relu": lambda z, param: F.relu(z),
@@ -51,7 +53,8 @@ def bn_stats_ref(
 ) -> Statistics:
     """Returns mean = E[x] and rstd = 1/sqrt(E[(x − mean)²] + eps) of each channel: (C,).
 
-    The running buffers are updated with E[x + input_bias] and the unbiased variance.
+    ``running_mean`` is updated with E[x + input_bias], and ``running_var`` with the unbiased
+    variance.
     """
     dims, count = reduced_dims(x), x[:, 0].numel()
     wide = x.to(acc_type(x))
@@ -67,7 +70,7 @@ def bn_stats_ref(
 
 
 def bn_moments_ref(x: Tensor) -> Tensor:
-    """Returns each channel's count, mean and Σ(x − mean)², (3, C); all are 0 for an empty ``x``."""
+    """Returns each channel's count, mean and M2 = Σ(x − mean)²: (3, C). An empty x gives zeros."""
     dims, count = reduced_dims(x), x[:, :1].numel()
     wide = x.to(acc_type(x))
     mean = wide.sum(dims) / max(count, 1)
@@ -84,10 +87,11 @@ def bn_combine_ref(
     *,
     counter: Tensor | None = None,
 ) -> tuple[Statistics, Tensor]:
-    """Returns the statistics over ranks of n elements each, and N = Σ n.
+    """Returns the statistics over all ranks (processes), and N = Σ n_r, their number of elements.
 
-    mean = Σ n·mean_r / N and var = Σ (M2_r + n·(mean_r − mean)²) / N. If N is 0, the running
-    buffers don't change.
+    ``moments`` (ranks, 3, C) has n_r, mean_r and M2_r = Σ(x − mean_r)² of each rank r. Then
+    mean = Σ n_r·mean_r / N and var = Σ (M2_r + n_r·(mean_r − mean)²) / N. If N is 0, the running
+    statistics don't change.
     """
     count, means, m2 = moments.double().unbind(1)
     total = count.sum(0)
@@ -148,7 +152,10 @@ def bn_apply_ref(
     *,
     save_mask: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """Returns y = act(z) and, with ``save_mask``, the mask of ``not z <= 0``."""
+    """Returns y = act(z) and a mask, which is true where ``not z <= 0``.
+
+    Without ``save_mask`` the mask is None.
+    """
     z = _pre_activation(x, norm, residual, residual_norm)
     y = ACTIVATION_FORMULAS[act](z, act_param).to(x.dtype)
     return y, ~(z <= 0) if save_mask else None
@@ -157,7 +164,10 @@ def bn_apply_ref(
 def _pre_activation_grad(
     dy: Tensor, dy_skip: Tensor | None, mask: Tensor | None, act: str, param: float, *inputs: Any
 ) -> Tensor:
-    """dz = (dy + dy_skip)·act'(z); act'(z) is ``mask`` if given. z is computed from ``inputs``."""
+    """dz = (dy + dy_skip)·act'(z).
+
+    act'(z) is ``mask``; if ``mask`` is None, z is computed from ``inputs``.
+    """
     dy = dy.to(acc_type(inputs[0]))
     if dy_skip is not None:
         dy = dy + dy_skip
@@ -183,7 +193,11 @@ def bn_backward_reduce_ref(
     dy_skip: Tensor | None = None,
     write_dz: bool = False,
 ) -> tuple[Sums, Tensor | None]:
-    """Returns each channel's Σ dz and each norm's Σ dz·xhat, and dz if ``write_dz``."""
+    """Returns each channel's Σ dz and each norm's Σ dz·xhat, and dz (None without ``write_dz``).
+
+    dz is the gradient of the pre-activation z, and xhat = (x − mean)·rstd. The norms are the batch
+    norm of x and, if ``residual_norm`` is not None, the batch norm of the residual.
+    """
     inputs = x, norm, residual, residual_norm
     dz = _pre_activation_grad(dy, dy_skip, mask, act, act_param, *inputs)
     dims = reduced_dims(x)
@@ -209,7 +223,10 @@ def bn_backward_dx_ref(
     dy_skip: Tensor | None = None,
     write_dresidual: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """Returns dx and, with ``write_dresidual``, dresidual: dz, or the gradient through its norm."""
+    """Returns dx and dresidual, which is None without ``write_dresidual``.
+
+    dresidual is dz or, if ``residual_norm`` is not None, the gradient through that norm.
+    """
     inputs = x, norm, residual, residual_norm
     dz = _pre_activation_grad(dy, dy_skip, mask, act, act_param, *inputs)
     dx = _input_grad(dz, x, norm, sums, count)
@@ -224,7 +241,10 @@ def bn_backward_dx_ref(
 
 
 def _input_grad(dz: Tensor, x: Tensor, norm: Norm, sums: Sums | None, count: int) -> Tensor:
-    """(dz − (sum_dy + xhat·sum_dy_xhat)/count)·rstd·weight; without ``sums``, dz·rstd·weight."""
+    """dx = (dz − (sum_dy + xhat·sum_dy_xhat)/count)·rstd·weight.
+
+    If ``sums`` is None, dx = dz·rstd·weight.
+    """
     dx = dz
     if sums is not None:
         sum_dy, sum_dy_xhat = (per_channel(s, x) for s in sums[:2])
@@ -240,8 +260,8 @@ def bn_max_pool_ref(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Returns max_pool2d(act(bn(x)), 3, stride=2, padding=1), argmax and x_max.
 
-    With ``save``, argmax is each maximum's position in its window and x_max the x at that position;
-    else both are None.
+    With ``save``, argmax is each maximum's position in its window, and x_max is the x at this
+    position. Without ``save``, both are None.
     """
     values, _ = bn_apply_ref(x, norm, None, None, act, act_param)
     y, flat = F.max_pool2d(values, 3, stride=2, padding=1, return_indices=True)
@@ -259,14 +279,17 @@ def _window_starts(y: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def pooled_offsets(argmax: Tensor, width: int) -> Tensor:
-    """Returns each maximum's offset in its plane of ``width`` columns, from its window position."""
+    """Returns each maximum's offset in its plane of ``width`` columns.
+
+    ``argmax`` has each maximum's position in its window.
+    """
     down, across = _window_starts(argmax)
     argmax = argmax.long()
     return (down + argmax // 3) * width + across + argmax % 3
 
 
 def bn_max_pool_at_ref(x: Tensor, norm: Norm, act: str, act_param: float, argmax: Tensor) -> Tensor:
-    """Returns `bn_max_pool_ref`'s y, differentiably, for given positions of the maxima."""
+    """Returns the y of `bn_max_pool_ref` for given positions of the maxima, differentiably."""
     flat = pooled_offsets(argmax, x.shape[3]).flatten(2)
     values, _ = bn_apply_ref(x, norm, None, None, act, act_param)
     return values.flatten(2).gather(2, flat).view(argmax.shape)
@@ -282,7 +305,11 @@ def bn_max_pool_backward_dx_ref(
     sums: Sums | None,
     count: int,
 ) -> Tensor:
-    """Returns `bn_backward_dx_ref`'s dx for ``dy`` summed at the positions of the maxima."""
+    """Returns dx for the gradient ``dy`` of the pooled tensor.
+
+    Each element of ``dy`` is added at the position of its window's maximum; `bn_backward_dx_ref`
+    then computes dx.
+    """
     flat = pooled_offsets(argmax, x.shape[3]).flatten(2)
     scattered = torch.zeros(x.shape, dtype=acc_type(x), device=x.device).flatten(2)
     scattered = scattered.scatter_add(2, flat, dy.to(acc_type(x)).flatten(2)).view(x.shape)

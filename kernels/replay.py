@@ -1,8 +1,9 @@
 """Records the launches of a call's first run, and repeats them later without triton's checks.
 
-Triton's own launch determines each time which specialisation of a kernel the arguments need. Calls
-of one kind (same shapes, strides, dtypes, device and options; the same tensors are None) launch the
-same kernels with the same numbers: only the addresses differ.
+Triton's own launch determines at each launch which specialisation of a kernel the arguments need.
+This is not necessary for calls of the same kind, which have the same shapes, strides, dtypes,
+device and options, and None for the same tensors. Calls of the same kind launch the same kernels
+with the same numbers, and only the addresses of the tensors differ.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,9 +17,10 @@ from triton.compiler import CompiledKernel
 from bnres.kernels import triton_internals
 from bnres.kernels.launch import Launch, recorded_launches
 
-# Triton compiles a separate kernel for pointers that are not multiples of this.
+# Triton compiles a separate kernel for pointers that are not multiples of this many bytes, so only
+# launches with multiples are recorded and repeated.
 POINTER_ALIGNMENT = 16
-# Each scratch tensor starts at a multiple of this.
+# Each tensor in scratch memory starts at a multiple of this many bytes.
 SCRATCH_ALIGNMENT = 128
 
 Groups = Sequence[Sequence[Tensor | None]]
@@ -27,7 +29,8 @@ Groups = Sequence[Sequence[Tensor | None]]
 class _Replayed(NamedTuple):
     """A recorded launch.
 
-    ``pick`` selects its pointers from those of a call; ``numbers`` are its other arguments.
+    ``pick`` selects the launch's pointers from a list of all pointers of a call. ``numbers`` are
+    the launch's other arguments.
     """
 
     compiled: CompiledKernel
@@ -40,7 +43,10 @@ class _Replayed(NamedTuple):
 
 
 class _Derived(NamedTuple):
-    """A pointer ``distance`` bytes after the call's pointer ``base``, with its dtype and size."""
+    """A pointer ``distance`` bytes after another pointer, with the dtype and size of its tensor.
+
+    ``base`` is the index of the other pointer in the list of the call's pointers.
+    """
 
     base: int
     distance: int
@@ -52,9 +58,10 @@ class Replay:
     """The launches of one kind of call.
 
     Launches are recorded only for aligned tensors, and no tensor is kept alive. Each pointer of a
-    launch points to the start of one of the call's tensors, into one, or into scratch memory, which
-    stands for the tensors that the recorded call allocated. Scratch memory is part of the output if
-    the output is first written after the last read of scratch.
+    launch points into one of the call's tensors or into scratch memory. Scratch memory replaces the
+    temporary tensors that the recorded call allocated. If the output is first written after the
+    last use of the temporary tensors and is large enough, the output's memory is the scratch
+    memory; otherwise scratch memory is allocated at each call.
     """
 
     __slots__ = ("_derived", "_launches", "_ran", "_scratch", "_takes_addresses")
@@ -71,13 +78,13 @@ class Replay:
 
         Args:
             call: function that only allocates tensors and launches kernels.
-            groups: all tensors that it reads and writes, in the same order at each call of this
-                kind. ``groups[0][0]`` is not None; ``groups[-1][0]`` is an output or None.
-            options: all other values that it depends on, equal at each call of this kind.
+            groups: all tensors that ``call`` reads and writes, in the same order at each call of
+                this kind. ``groups[0][0]`` is not None; ``groups[-1][0]`` is an output or None.
+            options: all other values that ``call`` depends on, equal at each call of this kind.
 
         Raises:
-            RuntimeError: if the first call of this kind runs while a CUDA graph is captured, when
-                the driver can't load kernels.
+            RuntimeError: if the first call of this kind runs while a CUDA graph is captured,
+                because the driver can't load kernels during a capture.
         """
         pointers: list[Any] = []
         bits = 0
@@ -138,7 +145,7 @@ class Replay:
         if (
             launches  # empty if interpreted
             and aligned
-            and len(set(given)) == len(given)  # else a pointer's tensor is ambiguous
+            and len(set(given)) == len(given)  # no tensor twice: a pointer would be ambiguous
             and all(isinstance(launch.compiled, CompiledKernel) for launch in launches)
         ):
             self._record(launches, [t for group in groups for t in group], groups[-1][0])
@@ -156,7 +163,8 @@ class Replay:
         insides = {key: _inside(t, tensors) for key, t in others.items()}
         scratch = {key for key, inside in insides.items() if inside is None}
         size = sum(_room_for(others[key]) for key in scratch)
-        # Scratch uses the output's memory if it fits and is last read before the output is written.
+        # Scratch memory is in the output's memory if it fits there and is last used by a launch
+        # before the first launch that has the output.
         readers = [i for i, row in enumerate(pointers) if any(id(t) in scratch for t in row)]
         writers = [i for i, row in enumerate(pointers) if any(t is output for t in row)]
         if (
@@ -206,7 +214,10 @@ def _room_for(t: Tensor) -> int:
 
 
 def _inside(t: Tensor, tensors: Sequence[Tensor | None]) -> tuple[int, int] | None:
-    """Returns the index of the tensor that contains ``t`` and the offset in bytes, or None."""
+    """Returns the index of the tensor whose memory ``t`` starts in, and the offset in bytes.
+
+    None if ``t`` starts in none of them.
+    """
     for i, whole in enumerate(tensors):
         if whole is not None and 0 <= t.data_ptr() - whole.data_ptr() < whole.nbytes:
             return i, t.data_ptr() - whole.data_ptr()
@@ -214,7 +225,7 @@ def _inside(t: Tensor, tensors: Sequence[Tensor | None]) -> tuple[int, int] | No
 
 
 def _view(base: Tensor, derived: _Derived) -> Tensor:
-    """Returns the tensor at a derived pointer, for launchers that don't accept addresses."""
+    """Returns a tensor that starts at a derived pointer, for launchers that refuse addresses."""
     storage = base.untyped_storage()
     start = (base.data_ptr() - storage.data_ptr() + derived.distance) // derived.dtype.itemsize
     view = torch.empty(0, dtype=derived.dtype, device=base.device)

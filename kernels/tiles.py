@@ -1,4 +1,9 @@
-"""Device functions for a `config.Tile`: offsets, loads, stores, channel columns and mask bits."""
+"""Device functions for a `config.Tile`: offsets, loads, stores, channel columns and mask bits.
+
+A tile is UNROLL sub-tiles of (sub_rows, block_cols) elements, one below the other. A program
+computes the tiles of one block of columns over a range of rows, which is a split. `config` explains
+what rows and columns are for each kind of tile.
+"""
 
 import triton
 import triton.language as tl
@@ -13,9 +18,10 @@ GROUPS = tl.constexpr(config.GROUPS)
 
 @triton.jit
 def rows_exist(row_start, count, TILE: tl.constexpr, UNROLL: tl.constexpr, WHOLE: tl.constexpr):
-    """Returns which elements of a tile exist, broadcastable to the tile; with WHOLE, all exist.
+    """Returns which rows or elements of a tile exist, broadcastable to the tile.
 
-    Columns of channels that don't exist are not excluded.
+    With WHOLE, the caller knows that all exist. Columns of channels that don't exist are not
+    excluded here.
     """
     row = row_start + tl.arange(0, UNROLL * TILE.sub_rows)[:, None]
     if WHOLE:
@@ -36,9 +42,10 @@ def tile_offsets(
     row_start, col_block, shape,
     TILE: tl.constexpr, UNROLL: tl.constexpr, WHOLE: tl.constexpr, WORD: tl.constexpr,
 ):  # fmt: skip
-    """Returns offsets of a tile's elements and which exist: (UNROLL·sub_rows, block_cols).
+    """Returns the offsets of a tile's elements, and which elements exist.
 
-    With WORD 2, offsets and columns count words of two elements.
+    Both are (UNROLL·sub_rows, block_cols). With WORD 2, they are for words of two elements, so
+    there are half as many columns.
     """
     count, C, L = shape
     INDEX: tl.constexpr = tl.int32 if TILE.narrow else tl.int64
@@ -55,7 +62,7 @@ def tile_offsets(
         else:
             plane = L
             n = divide(row * VECTOR + cols, L, TILE)
-        # Between a channel's planes in two samples are the planes of all other channels.
+        # In memory, the planes of all other channels are between a channel's planes of two samples.
         skipped = (tl.cast(C, INDEX) - 1) * plane
         offsets = tl.cast(col_block, INDEX) * plane + (row * VECTOR + cols) + n * skipped
     else:
@@ -88,7 +95,8 @@ def _in_rows(row_start, local, col_block, cols, mask, C, TILE: tl.constexpr, WOR
 def divide(a, b, TILE: tl.constexpr):
     """Returns a // b for integers that are not negative."""
     if TILE.narrow:
-        # In a loop the reciprocal is computed once. The product is the quotient or 1 less.
+        # Multiplies by the reciprocal of b, which the compiler moves out of a loop. The product is
+        # the quotient or the quotient − 1.
         a, b = a.to(tl.uint32), tl.cast(b, tl.uint32)
         quotient = tl.umulhi(a, tl.full((), 0xFFFFFFFF, tl.uint32) // b)
         quotient += (a - quotient * b >= b).to(tl.uint32)
@@ -101,7 +109,10 @@ def divide(a, b, TILE: tl.constexpr):
 def tile_at(
     row_start, col_block, shape, TILE: tl.constexpr, UNROLL: tl.constexpr, WHOLE: tl.constexpr
 ):  # fmt: skip
-    """Returns `tile_offsets` for `load_tile`, in words if TILE.words, and for `store_tile`."""
+    """Returns two results of `tile_offsets`: one for `load_tile` and one for `store_tile`.
+
+    If TILE.words, the result for `load_tile` is in words of two elements.
+    """
     at = tile_offsets(row_start, col_block, shape, TILE, UNROLL, WHOLE, 1)
     load_at = at
     if TILE.words:
@@ -114,7 +125,8 @@ def load_tile(ptr, load_at, TILE: tl.constexpr, EVICTION: tl.constexpr, ACC: tl.
     """Loads a tile and casts it to ACC; elements that don't exist are 0."""
     offsets, mask = load_at
     if TILE.words:
-        # One shift or mask turns half a word into fp32; converting 16 bits takes two instructions.
+        # Converting half of a word to fp32 takes one instruction, a shift or a mask. Converting a
+        # separate 16-bit value takes two.
         words = ptr.to(tl.pointer_type(tl.int32), bitcast=True) + offsets
         return bf16_pairs(tl.load(words, mask=mask, other=0, eviction_policy=EVICTION))
     else:
@@ -130,7 +142,7 @@ def store_tile(ptr, value, at):
 
 @triton.jit
 def split_rows(split, rows_per_split, count, TILE: tl.constexpr):
-    """Returns the first row of a split and the row after its last one."""
+    """Returns the first row of a split, and the row after the split's last row."""
     INDEX: tl.constexpr = tl.int32 if TILE.narrow else tl.int64
     rows = tl.cast(count, INDEX)
     if TILE.kind == PLANES:
@@ -143,7 +155,7 @@ def split_rows(split, rows_per_split, count, TILE: tl.constexpr):
 
 @triton.jit
 def whole_rows(start, stop, count, TILE: tl.constexpr, UNROLL: tl.constexpr):
-    """Returns the row after the last tile of a split whose elements all exist."""
+    """Returns the row after the last tile of a split in which all elements exist."""
     ROWS: tl.constexpr = UNROLL * TILE.sub_rows
     if TILE.kind == PLANES:
         stop = tl.minimum(stop, count // TILE.vector)
@@ -152,7 +164,7 @@ def whole_rows(start, stop, count, TILE: tl.constexpr, UNROLL: tl.constexpr):
 
 @triton.jit
 def channel_ids(col_block, C, TILE: tl.constexpr):
-    """Returns the channels of a column block and which exist: (block_channels,)."""
+    """Returns the channels of a block of columns, and which channels exist: (block_channels,)."""
     offs_c = col_block * TILE.block_channels + tl.arange(0, TILE.block_channels)
     return offs_c, offs_c < C
 
@@ -176,7 +188,8 @@ def to_columns(v, TILE: tl.constexpr):
 def to_channels(acc, TILE: tl.constexpr):
     """Sums each channel's elements of a sub-tile (sub_rows, block_cols): (block_channels,)."""
     if TILE.kind == PLANES:
-        # Each thread first adds up its columns, so that threads exchange only one value each.
+        # Each thread first adds up the columns that it has, so that it exchanges only one value
+        # with other threads.
         sums = tl.sum(tl.sum(acc, 1)[:, None], 0)
     else:
         sums = tl.sum(acc, 0)
@@ -194,11 +207,12 @@ def to_channels(acc, TILE: tl.constexpr):
 
 @triton.jit
 def mask_offsets(row_start, col_block, shape, TILE: tl.constexpr, UNROLL: tl.constexpr):
-    """Returns offsets of a tile's mask bytes and which exist: (sub_rows, block_cols / 2).
+    """Returns the offsets of a tile's mask bytes, and which bytes exist.
 
-    Byte (r, c) holds bits of UNROLL (4) sub-tiles × 2 neighbouring columns: bit ``2u + p`` is for
-    row ``u·sub_rows + r`` and column ``2c + p`` of the tile. A thread has all values that a byte
-    packs.
+    Both are (sub_rows, block_cols / 2). A byte has the bits of 4 sub-tiles (UNROLL is 4) and of 2
+    neighbouring columns. Bit ``2u + p`` of byte (r, c) is for row ``u·sub_rows + r`` and column
+    ``2c + p`` of the tile. All elements of a byte belong to one thread, so threads exchange
+    nothing.
     """
     count, C, _ = shape
     INDEX: tl.constexpr = tl.int32 if TILE.narrow else tl.int64
@@ -221,7 +235,10 @@ def mask_offsets(row_start, col_block, shape, TILE: tl.constexpr, UNROLL: tl.con
 def load_mask(
     mask_ptr, row_start, stop, col_block, shape, TILE: tl.constexpr, UNROLL: tl.constexpr
 ):
-    """Loads the mask bytes of a tile: 0 if the tile starts at ``stop`` or there is no mask."""
+    """Loads the mask bytes of a tile.
+
+    The bytes are 0 if the tile starts at or after row ``stop``, or if there is no mask.
+    """
     packed = 0
     if mask_ptr is not None:
         offsets, mask = mask_offsets(row_start, col_block, shape, TILE, UNROLL)

@@ -23,7 +23,7 @@ process_group_named: Callable[[Any], Any] = distributed_c10d._resolve_process_gr
 
 
 def all_gather(t: Tensor, group: Any) -> Tensor:
-    """Returns ``t`` of every rank in the group with the name ``group``, stacked: (ranks, *)."""
+    """Returns the ``t`` of every process in the group with the name ``group``: (processes, *)."""
     t = t.contiguous()
     ranks = distributed_c10d._get_group_size_by_name(group)
     gathered = torch.ops._c10d_functional.all_gather_into_tensor(t, ranks, group)
@@ -31,7 +31,10 @@ def all_gather(t: Tensor, group: Any) -> Tensor:
 
 
 def reduce_scatter(t: Tensor, group: Any) -> Tensor:
-    """Returns the sum over all ranks of ``t[this rank]``; ``t`` is (ranks, *)."""
+    """Returns the sum of ``t[r]`` over all processes of the group, where r is this process's rank.
+
+    ``t`` is (processes, *).
+    """
     t = t.contiguous()
     scattered = torch.ops._c10d_functional.reduce_scatter_tensor(t, "sum", len(t), group)
     return torch.ops._c10d_functional.wait_tensor(scattered)[0]
@@ -55,9 +58,10 @@ def mapped_levels(t: Tensor | None) -> set[int]:
 
 
 def is_exporting() -> bool:
-    """Whether `torch.export` is capturing.
+    """Whether `torch.export` is capturing a program.
 
-    In torch 2.11 `torch.compiler.is_exporting` is also true inside torch.compile.
+    `torch.compiler.is_exporting` does not tell, because in torch 2.11 it is also true inside
+    torch.compile.
     """
     return torch.compiler._is_exporting_flag
 
@@ -91,7 +95,7 @@ def is_watched() -> bool:
 
 
 def apply_plainly(function: type[Function], *inputs: Any) -> Any:
-    """Returns ``function.apply(*inputs)`` without its checks for torch.func transforms.
+    """Returns ``function.apply(*inputs)``, without torch's checks for torch.func transforms.
 
     No transform may be active, and no input may be wrapped by a transform that has ended.
     """
@@ -101,7 +105,8 @@ def apply_plainly(function: type[Function], *inputs: Any) -> Any:
 def note_writes(tensors: Sequence[Tensor | None]) -> None:
     """Tells autograd that tensors were written to.
 
-    `torch.autograd.graph.increment_version` does the same with checks and takes four times as long.
+    `torch.autograd.graph.increment_version` does the same, but also checks its arguments and takes
+    four times as long.
     """
     torch._C._increment_version([t for t in tensors if t is not None])
 

@@ -7,14 +7,14 @@ from triton.compiler import CompiledKernel
 
 
 def launch_parts(compiled: CompiledKernel) -> tuple[Any, Any, Any]:
-    """Returns a compiled kernel's launcher and the two arguments that follow the stream."""
+    """Returns a compiled kernel's launcher, and two of its arguments: those after the stream."""
     return compiled.run, compiled.function, compiled.packed_metadata
 
 
 def takes_addresses() -> bool:
     """Whether the active launcher accepts addresses instead of tensors.
 
-    Triton's launchers do; a simulator's may not.
+    Triton's launchers accept addresses, but the launcher of a simulator may not.
     """
     launcher = triton.runtime.driver.active.launcher_cls
     return getattr(launcher, "__module__", "").startswith("triton.backends.")

@@ -410,13 +410,14 @@ class TestReport:
         assert [c.verdict for c in found.changes] == ["recast"] and not found.regressions
         assert "1 cases of the old run" in comparison.compare((ABOUT, [old]), (ABOUT, [])).table()
 
-    def test_page_shows_the_committed_results(self):
+    def test_page_shows_the_committed_results(self, tmp_path):
         p = performance_page
         for page, section in ((p.PAGE, p.section()), (p.README, p.headline())):
             text = page.read_text(encoding="utf-8")
-            assert p.with_section(text, section) == text, "run python -m benchmarks report --page"
-        with pytest.raises(ValueError, match="must contain the lines"):
-            p.with_section("no markers", "")
+            assert p.with_section(page, section) == text, "run python -m benchmarks report --page"
+        (tmp_path / "page.md").write_text("no markers")
+        with pytest.raises(ValueError, match=r"page\.md must contain the lines"):
+            p.with_section(tmp_path / "page.md", "")
 
     def test_page_of_a_measured_run(self, tmp_path):
         for date, median in (("2026-01-01", 9.0), ("2026-02-01", 2.0)):

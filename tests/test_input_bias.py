@@ -145,8 +145,6 @@ def test_checkpointed_sequence(route):
 @training_or_not
 @pytest.mark.parametrize("make", NETS)
 def test_compiled(make, training, route):
-    if route == "aten" and training and DEVICE == "cuda":
-        pytest.skip("torch chooses another batch norm in a compiled call than in an eager one")
     ours, _ = pair(make)
     x = torch.randn(2, 3, 4, 4, device=DEVICE)
     found = []
@@ -159,7 +157,12 @@ def test_compiled(make, training, route):
             y.square().sum().backward()
             gradients = [p.grad for p in net.parameters() if p.grad is not None]
             found.append([y, *gradients, *net.buffers()])
-    assert all(map(torch.equal, *found))
+    if route == "aten" and training and DEVICE == "cuda":
+        # Torch chooses another batch norm in a compiled call than in an eager one.
+        for compiled, eager in zip(*found, strict=True):
+            torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-5)
+    else:
+        assert all(map(torch.equal, *found))
 
 
 @route

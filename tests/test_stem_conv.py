@@ -67,6 +67,16 @@ def test_transforms(monkeypatch):
     for actual, given in zip(found, (x, tangent), strict=True):
         assert_close(actual, F.conv2d(given.double(), weight.double(), None, 2, 3), torch.bfloat16)
     ran.clear()
+    part = x[:1, :, :2, :2].contiguous(memory_format=CL)
+    for derivative in (torch.func.jacfwd, torch.func.hessian):
+        found = derivative(lambda w: stem_conv2d(part, w).square().sum())(weight[:1])
+        expected = derivative(
+            lambda w: F.conv2d(part.double(), w, None, 2, 3).square().sum()
+        )(weight[:1].double())  # fmt: skip
+        scale = expected.abs().max()
+        assert_close(found / scale, expected / scale, torch.bfloat16)
+    assert ran
+    ran.clear()
     gradient = torch.func.grad(lambda t: stem_conv2d(t, weight).sum())(x)
     wide = torch.func.grad(lambda t: F.conv2d(t, weight.double(), None, 2, 3).sum())(x.double())
     assert not ran
@@ -124,6 +134,8 @@ def draw(shape=(2, 3, 8, 8), dtype=torch.bfloat16, layout=CL, **options):
         ({"shape": (2, 5, 8, 8)}, False),
         ({"shape": (2, 1, 8, 8)}, False),
         ({"dtype": torch.float64}, False),
+        ({"dtype": torch.uint8}, False),
+        ({"dtype": torch.complex64}, False),
         ({"shape": (2, 3, 7, 8)}, False),
         ({"shape": (2, 3, 8, 7)}, False),
         ({"dtype": torch.float16}, False),
@@ -150,7 +162,7 @@ def test_choice(options, expected, monkeypatch):
 
 
 def test_models(over_blocks):
-    """Our layers and fused models use it; stock and exported models do not."""
+    """Our layers and fused models use it; stock models do not."""
     torch.manual_seed(0)
     x = torch.randn(2, 3, 32, 32, device=DEVICE)
     stock = torchvision.models.resnet18(num_classes=3).to(DEVICE).eval()
@@ -183,6 +195,47 @@ def test_only_the_stems_convolution_is_replaced(conv, over_blocks):
         assert_close(bnres.fuse(model)(x), model(x).double(), torch.float32)
     is_first = conv.stride == (2, 2) and conv.padding == (3, 3) and conv.kernel_size == (7, 7)
     assert len(over_blocks) == (is_first and conv.groups == conv.dilation[0] == 1)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"stride": (1, 1)}, {"padding": (2, 2)}, {"dilation": (2, 2)}, {"padding_mode": "reflect"}],
+    ids=str,
+)
+def test_changed_attributes(change, over_blocks):
+    conv, stock = StemConv2d(3, 4), nn.Conv2d(3, 4, 7, 2, 3, bias=False)
+    stock.load_state_dict(conv.state_dict())
+    for module in (conv, stock):
+        for name, value in change.items():
+            setattr(module, name, value)
+        twice = [v for v in module.padding[::-1] for _ in range(2)]
+        module._reversed_padding_repeated_twice = twice
+    x = torch.randn(2, 3, 16, 16)
+    assert torch.equal(conv(x), stock(x)) and not over_blocks
+
+
+def test_export_has_torchs_convolution(monkeypatch):
+    monkeypatch.setattr(stem_conv, "_on_gpu", lambda input: True)
+    x = draw()
+    program = torch.export.export(StemConv2d(3, 4, dtype=torch.bfloat16), (x,))
+    calls = [node.target for node in program.graph.nodes if node.op == "call_function"]
+    assert calls == [torch.ops.aten.conv2d.default]
+    traced = torch.fx.symbolic_trace(StemConv2d(3, 4, dtype=torch.bfloat16))
+    assert traced(x).shape == (2, 4, 4, 4)
+
+
+@pytest.mark.slow
+def test_images_of_several_sizes_compile(monkeypatch):
+    monkeypatch.setattr(stem_conv, "_on_gpu", lambda input: True)
+    stock = nn.Sequential(nn.Conv2d(3, 8, 7, 2, 3), nn.Sigmoid(), nn.BatchNorm2d(8), nn.SiLU())
+    fused = torch.compile(stock, backend="bnres", options={"inner": "inductor"})
+    with bnres.use_backend("aten"):
+        for size in ((8, 8), (12, 10), (16, 20)):
+            x = torch.randn(2, 3, *size).contiguous(memory_format=CL)
+            with torch.autocast("cpu", torch.bfloat16):
+                y = fused(x)
+            y.float().sum().backward()
+            assert y.shape == (2, 8, size[0] // 2, size[1] // 2)
 
 
 def test_repr_and_keys():

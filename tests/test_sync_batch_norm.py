@@ -26,7 +26,7 @@ from tests.device import DEVICE
 from tests.ranks import Ranks
 
 # With a GPU no kernel is interpreted. tests/test_nccl.py then tests the kernels.
-without_gpu = pytest.mark.skipif(DEVICE == "cuda", reason="there is a GPU")
+without_gpu = pytest.mark.skipif(DEVICE == "cuda", reason="its ranks interpret the kernels")
 INTERPRETED = pytest.param("triton-interpreter", marks=without_gpu)
 ROUTES = ("aten", INTERPRETED)
 # Error over the largest value (at least 1) of the fp64 reference.

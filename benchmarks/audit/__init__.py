@@ -1,1 +1,1 @@
-"""Audits of the kernels that need no GPU: bytes touched, machine code and the host's time."""
+"""Audits that need no GPU: bytes that kernels touch, their machine code, and the host's time."""

@@ -14,8 +14,8 @@ class AmdCode:
 
     Attributes:
         registers: vector registers of a thread.
-        spills: spilled registers, vector and scalar.
-        wide: ``load`` and ``store``, as far as the kernel has 16-byte accesses of these kinds.
+        spills: number of spilled registers, vector and scalar.
+        wide: ``load`` if the kernel has 16-byte loads, and ``store`` if it has 16-byte stores.
         matrix: whether the kernel has matrix instructions.
     """
 

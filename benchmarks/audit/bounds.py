@@ -1,7 +1,7 @@
 """Estimates what limits a launch's time, from the instructions it executes and the bytes it moves.
 
-Nothing is measured. Times are multiples of the *byte time*: the time that the fewest bytes the
-launch can move take at the bandwidth of a copy.
+Nothing is measured. The unit of time is the *byte time*: the time to move each byte of the launch's
+tensors once, at the bandwidth of a copy.
 """
 
 import re
@@ -14,22 +14,24 @@ from torch import Tensor
 from benchmarks.audit.instructions import HALF_RATE, Flow, load_waits
 from benchmarks.audit.standin import Gpu, Launch
 
-# Rates of an H200: a copy in bytes/s, warp instructions issued per cycle and multiprocessor,
-# cycles/s, latency of a load in seconds, and FLOP/s of a matrix product in bf16.
+# Rates of an H200: bytes/s of a copy, warp instructions that a multiprocessor issues per cycle,
+# cycles/s, seconds of a load's latency, and FLOP/s of a matrix product in bf16.
 BANDWIDTH, ISSUE_WIDTH, CLOCK, LATENCY, MATRIX_RATE = 4.3e12, 4, 1.98e9, 0.8e-6, 788e12
-# A launch counts as bound by its bandwidth unless another time exceeds this many byte times.
+# A launch counts as limited by the bandwidth, unless another limit takes more than this many byte
+# times.
 MARGIN = 1.1
 
 
 @dataclass(frozen=True)
 class Work:
-    """The work of a launch; None means not counted.
+    """The work of a launch. A number is None if it was not counted.
 
     Attributes:
-        per_element: instructions that threads execute per element of the launch's largest tensor.
-        share: time to issue the instructions, in byte times: the longer of one cycle for each
-            instruction and two cycles for each instruction in `HALF_RATE`.
-        calls: number of calls of routines inside loops.
+        per_element: instructions that all threads execute, divided by the number of elements of the
+            launch's largest tensor.
+        share: time to issue the instructions, in byte times. It is one cycle for each instruction,
+            or two cycles for each instruction in `HALF_RATE`, whichever is longer.
+        calls: number of calls of subroutines in loops.
         bound: estimate of what limits the launch's time.
     """
 
@@ -56,11 +58,11 @@ def work_of(
     """Counts the work of a launch, assuming that each byte of its tensors is moved once.
 
     Args:
-        gpu: GPU with the rates above.
+        gpu: GPU whose number of multiprocessors is used; its rates are assumed to be an H200's.
         launch: the launch.
-        flow: control flow of its machine code.
+        flow: control flow of the launch's machine code.
         room: number of programs that fit on a multiprocessor at once.
-        others: other times that may limit the launch, by name, in byte times.
+        others: further times that may limit the launch: name to byte times.
     """
     tensors = used_tensors(launch)
     byte_time = sum(t.numel() * t.element_size() for t in tensors) / BANDWIDTH

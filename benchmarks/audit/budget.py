@@ -12,11 +12,11 @@ from bnres.files import write_text
 
 PATH = Path(__file__).with_name("budget.json")
 Row = dict[str, Any]
-# Counts are exact; this only allows for the rounding of decimals.
+# Allowance for the rounding of decimals. The counts themselves are exact.
 SLACK = 1e-3
-# A share of instructions may exceed its budget by this part of it.
+# The time to issue instructions (``share``) may exceed its budget by this fraction of the budget.
 SHARE_SLACK = 0.02
-# Goals for the kernels of a step, see `unwanted`.
+# Goals for each kernel of a training step. `unwanted` lists the kernels that exceed them.
 WANTED_SHARE, WANTED_CALLS = 0.5, 0
 
 
@@ -26,9 +26,10 @@ class Found:
 
     Attributes:
         memory: rows of `benchmarks.audit.memory`.
-        traffic: bytes that a training step moves apart from its convolutions, by kind of net.
-        held: bytes held for backward, by kind of net.
-        launches: launches of a training step, by kind of net and kind of launch.
+        traffic: bytes that a training step moves, except its convolutions: ``stock`` for torch's
+            own layers, and other keys for ours.
+        held: bytes that a training step holds for backward, with the same keys.
+        launches: number of launches of a training step, by net and kind of launch.
         kernels: rows of `worst`.
     """
 
@@ -45,10 +46,11 @@ class Found:
 def worst(rows: Iterable[Row]) -> list[Row]:
     """Returns a row with the worst values over all specialisations of a kernel.
 
-    There is a row for each GPU, kernel, layout and dtype. ``in_flight`` is the bytes in flight
-    divided by the wanted bytes, or None if they are not known. ``per_element``, ``bound`` and
-    ``at`` are those of the launch with the greatest ``share``. If no launch was counted,
-    ``per_element`` is None, and ``bound`` and ``at`` are empty.
+    There is a row for each GPU, kernel, layout and dtype. In these rows, ``in_flight`` is the bytes
+    of loads in flight divided by the bytes that hide the latency of memory, at most 1, or None if
+    they are not known. ``per_element``, ``bound`` and ``at`` describe the launch with the greatest
+    ``share``. If no launch was counted, ``per_element`` and ``share`` are None, and ``bound`` and
+    ``at`` are empty.
     """
     found: dict[tuple[str, ...], Row] = {}
     for row in rows:
@@ -128,14 +130,14 @@ def memory_key(row: Row) -> str:
 def exceeded(found: Found, budget: Found, same_triton: bool) -> list[str]:
     """Describes each result that is worse than its budget.
 
-    Some results depend on the compiler, so they are compared only if the budget was recorded with
-    the same version of triton: occupancy, share of instructions, and the number of
-    spills or calls if the budget allows some.
+    Occupancy and the time to issue instructions depend on the compiler, so they are compared only
+    if the budget was recorded with the same version of triton. The same applies to numbers of
+    spills and calls, except that a budget of 0 is always compared.
 
     Args:
         found: the results.
         budget: the budget.
-        same_triton: whether both come from the same version of triton.
+        same_triton: whether the results and the budget come from the same version of triton.
     """
     problems = []
     allowed = {memory_key(row): row for row in budget.memory}

@@ -1,7 +1,9 @@
-"""Generates calls of the fused operations in which each pair of values of two options occurs.
+"""Generates calls of the fused operations for the audits that compile every kernel.
 
-The options are read from the operations' signatures, so a parameter that is added to an operation
-is varied here too, or `axes_of` raises because it does not know the parameter's values.
+The calls do not cover all combinations of arguments, but all pairs: for any two arguments and any
+value of each, some call has both values. The arguments are read from the functions' signatures. If
+a parameter is added to a function, its values are varied too, or `axes_of` raises an error because
+it does not know which values the parameter can have.
 """
 
 import itertools
@@ -30,7 +32,8 @@ Options = dict[str, Any]
 Axes = dict[str, Sequence[Any]]
 
 CONTIGUOUS, LAST = torch.contiguous_format, torch.channels_last
-# Shapes that use every kind of tile: vectors of planes and of channels, whole and ragged.
+# Shapes and layouts that together use every kind of tile. A tile extends along a plane (H, W) or
+# along channels, and is filled completely by some of these shapes and partly by others.
 INPUTS = {
     "planes": ((2, 8, 8, 16), CONTIGUOUS),
     "odd planes": ((2, 5, 7, 9), CONTIGUOUS),
@@ -45,14 +48,16 @@ HUGE_INPUTS = {
     "huge channels_last": ((2, 64, 4096, 4104), LAST),
 }
 WINDOW = ("kernel_size", "stride", "padding", "dilation")
-# The pooling of a ResNet's stem, which is the only one with a kernel.
+# Values of WINDOW for the pooling of a ResNet's stem. Our kernels support no other pooling.
 POOLING = (3, 2, 1, 1)
-# Output channels, and values of WINDOW.
+# Convolutions: output channels, and values of WINDOW.
 CONVOLUTIONS = ((64, (3, 1, 1, 1)), (24, (1, 2, 0, 1)), (5, (3, 2, 2, 2)))
-# Values that are combined with each value of the other options ...
+# Values of arguments, by the argument's name. Each value occurs together with each value of every
+# other argument.
 VALUES: Axes = {
     "input": tuple(INPUTS),
-    # The gradient of relu needs a bit mask, that of identity nothing, that of silu its input.
+    # The three activations keep different things for backward: relu a bit mask, identity nothing,
+    # and silu its input.
     "act": ("relu", "identity", "silu"),
     "dtype": (torch.bfloat16, torch.float32, torch.float64),
     "kernel_size": (POOLING,),
@@ -62,7 +67,8 @@ VALUES: Axes = {
     "ceil_mode": (False,),
     "height": (8, 64),  # an 8 × 8 image needs one program, a 64 × 64 image several
 }
-# ... and values that occur in two calls: one with every optional argument, one with none.
+# Further values of arguments. Each occurs only in two calls: in one call all other arguments have
+# their first values, in the other their last values.
 OTHERS: Axes = {
     "act": tuple(act for act in ACTIVATIONS if act not in VALUES["act"]),
     "dtype": (torch.float16,),
@@ -75,7 +81,7 @@ PARAMETERS = ("input", "weight", "bias", "input_bias", "residual")
 OPTIONAL: tuple[set[Any], ...] = (
     {Tensor, NoneType}, {Tensor, float}, {tuple[float, ...], NoneType}, {BatchNormState, NoneType},
 )  # fmt: skip
-# Prefix of options that are fields of a residual's norm.
+# Prefix of the names of options that are fields of the residual's batch norm.
 RESIDUAL = "residual_"
 # Parameters that are the same in every call, because no kernel is specialised on their values.
 FIXED = {
@@ -101,7 +107,10 @@ class Call:
 
 
 def pairs(axes: Axes) -> Iterator[Options]:
-    """Yields choices of a value for each axis, until each pair of two axes' values has occurred."""
+    """Yields choices of a value for each axis, until all pairs of values have occurred.
+
+    A pair is a value of one axis and a value of another axis.
+    """
     names = list(axes)
     left = {
         frozenset(((a, i), (b, j)))
@@ -123,7 +132,10 @@ def pairs(axes: Axes) -> Iterator[Options]:
 
 
 def parameters_of(function: Callable[..., Any]) -> dict[str, Any]:
-    """Returns the annotations of a function's parameters and of its residual norm's fields."""
+    """Returns the annotations of a function's parameters.
+
+    A parameter for the residual's batch norm is replaced by the fields of the batch norm.
+    """
     found = {}
     for name, hint in get_type_hints(function).items():
         found[name] = hint
@@ -173,7 +185,7 @@ def functional_calls(name: str) -> Iterator[Call]:
     others = {name: values for name, values in OTHERS.items() if name in axes}
     modes = [(True, "all"), (False, "all"), (False, "none")]
     if "kernel_size" in axes or "conv_weight" in axes:
-        # These kernels use the same kind of tile for all planes.
+        # Pooling and convolution kernels use the same kind of tile for planes of every size.
         axes["input"] = tuple(name for name in INPUTS if not name.endswith(" planes"))
     if "kernel_size" in axes:
         # In fp64 the function calls batch_norm_act and torch's pooling instead.
@@ -190,11 +202,14 @@ def functional_calls(name: str) -> Iterator[Call]:
         mode = {"training": (training,), "grad": (grad,)}
         for options in with_others(axes | mode, others):
             yield Call(name, _consistent(options), partial(_run_functional, function))
-        others = {}  # only in the first mode
+        others = {}  # these values are used only in the first mode
 
 
 def with_others(axes: Axes, others: Axes) -> Iterator[Options]:
-    """Yields `pairs` of ``axes``, then each value of ``others`` with the first and last values."""
+    """Yields `pairs` of ``axes``, then two choices for each value of ``others``.
+
+    In these two choices the other axes have their first, and their last, values.
+    """
     yield from pairs(axes)
     for name, values in others.items():
         for value, end in itertools.product(values, (0, -1)):
@@ -205,7 +220,7 @@ def with_others(axes: Axes, others: Axes) -> Iterator[Options]:
 
 
 def _consistent(options: Options) -> Options:
-    """Returns the options, with changes where a call does not support the combination."""
+    """Returns a copy of the options, changed if a call does not support their combination."""
     fixed = dict(options)
     if fixed.get("residual_norm"):
         fixed["residual"] = True
@@ -217,14 +232,15 @@ def _consistent(options: Options) -> Options:
     if fixed["input"] in HUGE_INPUTS:
         fixed["dtype"] = torch.bfloat16
         if "conv_weight" in fixed:
-            # In this layout the convolution needs no copy.
+            # In channels_last the convolution does not copy the input, whose memory must not be
+            # read.
             fixed["input"], fixed["conv_weight"] = "huge channels_last", CONVOLUTIONS[0]
     return fixed
 
 
 def _run_functional(function: Callable[..., Any], options: Options) -> None:
     if "process_group" in parameters_of(function) and not dist.is_initialized():
-        # Two ranks, of which only one exists: nothing is sent.
+        # A process group of two processes, of which only this one exists. Nothing is sent.
         dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
     shape, memory_format = (INPUTS | HUGE_INPUTS)[options["input"]]
     dtype = options["dtype"]
@@ -285,7 +301,7 @@ def _run_functional(function: Callable[..., Any], options: Options) -> None:
 
 
 def _twice(values: Sequence[int]) -> Iterator[int]:
-    """Yields each value twice, for height and width."""
+    """Yields each value twice: once for height, once for width."""
     return (value for value in values for _ in range(2))
 
 
@@ -295,7 +311,7 @@ def augment_calls() -> Iterator[Call]:
     axes |= {"channels": (3, 1), "source": (torch.uint8, torch.float32)}
     axes["dtype"] = OUTPUT_DTYPES
     others: Axes = {"source": SUPPORTED_DTYPES}
-    # Contrast of a large image has its own kernel.
+    # The contrast of a large image is computed by a separate kernel.
     for mode in ({}, {"has_contrast": (True,), "height": (64,)}):
         for options in with_others(axes | mode, others):
             yield Call("augment", options, _run_augment)

@@ -17,7 +17,8 @@ from benchmarks.environment import ROOT
 from bnres.files import write_text
 from bnres.kernels.interpreter import check_versions
 
-# Arguments by GPU: sm_90 gets all launches of a step, the others one case for each kernel family.
+# Arguments of the machine-code audit by GPU. For sm_90 all launches of a step are compiled, for the
+# other GPUs one case for each family of kernels.
 GPUS = {
     "sm_90": ["--gpu", "sm_90"],
     "sm_80": ["--gpu", "sm_80", "--families"],
@@ -30,7 +31,8 @@ def run(gpus: Sequence[str], json_path: Path | None, record: bool) -> int:
     """Prints the tables; returns 1 if a result exceeds its budget, else 0.
 
     Args:
-        gpus: names from `GPUS`; empty means all. Memory is counted for any choice.
+        gpus: names from `GPUS` whose machine code is audited; empty means all. The counts of memory
+            do not depend on the GPU.
         json_path: file for the results, including a row for each specialisation.
         record: whether to store the results as the new budget.
 
@@ -45,7 +47,7 @@ def run(gpus: Sequence[str], json_path: Path | None, record: bool) -> int:
         raise ValueError(f"record needs all GPUs, got gpu {', '.join(gpus)}")
     try:
         check_versions(triton.__version__, version("numpy"))
-    except ImportError as error:  # memory is counted in the interpreter
+    except ImportError as error:  # the interpreter, which counts memory, can't be imported
         raise ValueError(str(error)) from error
     limits = None if record else budget.load()
     names = list(gpus) or list(GPUS)
@@ -73,7 +75,10 @@ def run(gpus: Sequence[str], json_path: Path | None, record: bool) -> int:
 
 
 def _worker(module: str, arguments: Sequence[str], **environment: str) -> Any:
-    """Runs an audit in a new process, because the interpreter and the compiler can't share one."""
+    """Runs an audit in a new process.
+
+    Some audits use triton's interpreter, the others its compiler, and a process can't use both.
+    """
     inherited = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     result = subprocess.run(
         [sys.executable, "-m", f"benchmarks.audit.{module}", *arguments],
@@ -85,7 +90,10 @@ def _worker(module: str, arguments: Sequence[str], **environment: str) -> Any:
 
 
 def memory_table(found: budget.Found) -> str:
-    """Formats the memory that operations touch in S, and a step's bytes and launches."""
+    """Formats the memory that operations touch, and the bytes and launches of a training step.
+
+    The unit of the memory is S, the size of one activation tensor.
+    """
     lines = [
         f"{'operation':18} {'step':9} {'layout':14} "
         f"{'lanes, S':>9} {'sectors, S':>11} {'floor, S':>9}"
@@ -109,11 +117,12 @@ def memory_table(found: budget.Found) -> str:
 
 
 def kernel_table(rows: Sequence[budget.Row]) -> str:
-    """Formats the machine code's properties, for each kernel the worst of ``n`` specialisations.
+    """Formats the properties of the kernels' machine code.
 
-    ``narrow`` is the bytes of accesses of less than 16 bytes, divided by the bytes of accesses of
-    16 bytes. ``flight`` is the bytes of loads in flight on a multiprocessor, as a share of the
-    wanted bytes. ``occup`` is the occupancy.
+    Each row has the worst values of ``n`` specialisations of a kernel. ``narrow`` is the bytes
+    moved by accesses of less than 16 bytes, divided by the bytes moved by accesses of 16 bytes.
+    ``flight`` is the bytes of loads in flight on a multiprocessor, divided by the bytes that hide
+    the latency of memory. ``occup`` is the occupancy.
     """
     lines = [
         f"{_names('gpu', 'kernel', 'layout', 'dtype')} {'n':>3} {'regs':>4} {'smem':>6} "
@@ -130,12 +139,13 @@ def kernel_table(rows: Sequence[budget.Row]) -> str:
 
 
 def instruction_table(rows: Sequence[budget.Row]) -> str:
-    """Formats the executed instructions at batch 256, for each kernel of its worst launch.
+    """Formats the instructions that each kernel executes at batch 256, for its worst launch.
 
     ``/elem`` is the instructions that threads execute per element of the largest tensor. ``share``
-    is the time to issue them divided by the time to move the bytes: a kernel with more than 1 can't
-    reach the bandwidth, and one with more than 0.5 may not. ``calls`` is the number of calls inside
-    loops, ``bound`` an estimate of what limits the time, and ``at`` the launch.
+    is the time to issue the instructions divided by the time to move the bytes: a kernel whose
+    share is above 1 can't reach the bandwidth, and a kernel whose share is above 0.5 may not.
+    ``calls`` is the number of subroutine calls inside loops, ``bound`` is an estimate of what
+    limits the time, and ``at`` describes the launch.
     """
     lines = [
         f"{_names('gpu', 'kernel', 'layout', 'dtype')} {'/elem':>7} {'share':>6} {'calls':>5}  "

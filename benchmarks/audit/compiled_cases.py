@@ -1,4 +1,4 @@
-"""Cases of the machine-code audit: a ResNet step, convolutions in inference, and augmentation."""
+"""Cases of the machine-code audit: a ResNet's training step, convolutions, and augmentation."""
 
 from dataclasses import dataclass
 
@@ -23,7 +23,7 @@ CONV_LAYOUT = AUGMENT_LAYOUT = "channels_last"
 
 @dataclass(frozen=True)
 class Case:
-    """An operation at one site, whose launches are compiled."""
+    """An operation on the tensors of one batch norm of a net; its launches are compiled."""
 
     site: Site
     batch: int
@@ -65,7 +65,7 @@ def launch_conv(call: ConvCall) -> None:
 
 
 def all_cases() -> list[Case]:
-    """Lists every operation at every site, in several batches, layouts and dtypes."""
+    """Lists every operation at every batch norm, for several batch sizes, layouts and dtypes."""
     bf16, fp32 = DTYPES
     variants = (
         (256, "channels_last", bf16),
@@ -123,7 +123,11 @@ class AugmentCase:
 
 
 def augment_cases() -> list[AugmentCase]:
-    """Lists chains on CIFAR's images, one program each, and on ImageNet's, in both orders."""
+    """Lists augmentations of CIFAR's and ImageNet's images.
+
+    An image of CIFAR is small enough for one program. Colours are changed before or after the
+    resize.
+    """
     return [
         AugmentCase(batch, size, out, color_first)
         for batch, size, out in ((1024, 32, 32), (256, 256, 224))

@@ -1,7 +1,7 @@
-"""A stand-in for torch's convolution on the CPU, whose results have no values.
+"""A stand-in for torch's convolution on the CPU, which returns uninitialised tensors.
 
-Their shapes, strides and dtypes are right. Only the computation is replaced: torch still checks the
-arguments and records the operation for backward.
+The results have the right shapes, strides and dtypes. Only the computation is replaced: torch still
+checks the arguments and records the operation for backward.
 """
 
 from collections.abc import Iterator, Sequence

@@ -1,15 +1,17 @@
 """Times the CPU's part of a call, without a GPU, and compares it with torch's batch norm and ReLU.
 
-The CPU time of the calling thread is measured: Python, torch's dispatcher and autograd, the
-allocation of outputs, and each of our launches until triton would call the driver. Kernels are
-compiled for an absent GPU, and launching them does nothing. torch's own operations run on the CPU,
-on tensors so small that their arithmetic takes little time. Convolutions return uninitialised
-tensors, at the same cost in both ResNets. The driver's time for each launch, ours or torch's, and
-the optimiser are not measured.
+The CPU time of the calling thread is measured. It includes Python, torch's dispatcher and autograd,
+the allocation of outputs, and the part of each launch before triton calls the GPU's driver. Our
+kernels are compiled for a GPU that is not there, and launching them does nothing. torch's own
+operations run on the CPU, on tensors so small that their arithmetic takes little time. Convolutions
+return uninitialised tensors, which takes the same time in all ResNets. The time that the driver
+needs for a launch, and the optimiser, are not measured.
 
-The time of a call is the shortest of many short spans. The calls take turns, so that another
-program that runs for a second affects a few spans of every call instead of all spans of one. The
-ratio to torch's own layers in the same run depends little on the machine; `LIMITS` limits it.
+Each call is timed in many short spans of a few calls, and its time is that of the shortest span.
+The spans of all calls are interleaved. Another program that runs for a second then slows a few
+spans of every call, instead of all spans of one call. Times are divided by the time of torch's
+batch norm and ReLU in the same run, because this ratio depends little on the machine. `LIMITS`
+contains the greatest ratios allowed.
 """
 
 import gc
@@ -33,16 +35,18 @@ from bnres import fuse, use_backend
 from bnres.models import resnet18
 from bnres.nn import BatchNormAct2d, BatchNormActMaxPool2d
 
-# Number of rounds, spans per round and calls per span. The clock is read before and after a span.
+# Each call has ROUNDS rounds of SPANS spans of CALLS calls. The clock is read before and after a
+# span.
 ROUNDS, SPANS, CALLS = 60, 5, 10
 CHANNELS = 64
 RULER = "torch's BN, ReLU"
 LAYERS, FUSED, STOCK = "ResNet-18, fused layers", "ResNet-18, bnres.fuse", "ResNet-18, stock"
 
-# The greatest allowed ratio to `ruler`: 1.25 times the ratio of several runs, 1.4 times for a step.
-# In the worst of 16 runs, with both cores loaded, a ratio was 1.07 times its median, and that of a
-# step 1.3 times, because a step is longer than the time between two thread switches. Lower a limit
-# after a speed-up.
+# The greatest allowed ratio of a call's time to the time of torch's batch norm and ReLU (`ruler`).
+# A limit is 1.25 times the ratio in several runs, or 1.4 times for a whole training step. In 16
+# runs with both cores loaded, the greatest ratio was 1.07 times the median ratio, or 1.3 times for
+# a step. A step varies more because it is longer than the time between two thread switches. Lower a
+# limit after a speed-up.
 LIMITS: dict[str, dict[str, float]] = {
     "BN+ReLU": {"inference": 1.6, "forward": 1.95, "backward": 1.4},
     "BN+add+ReLU": {"inference": 1.7, "forward": 2.2, "backward": 1.45},
@@ -59,7 +63,7 @@ class Timed:
     """A call to be timed.
 
     Attributes:
-        row: name of the row in the table.
+        row: name of the call's row in the table.
         kind: ``inference``, ``forward`` (in training), ``backward``, or ``step`` (forward and
             backward).
         module: module that is put into training mode, or evaluation mode if ``kind`` is
@@ -78,7 +82,10 @@ class Timed:
 def operation(
     row: str, module: nn.Module, call: Callable[[], Tensor], inputs: list[Tensor]
 ) -> Iterator[Timed]:
-    """Yields inference, forward and backward of ``call``, which calls ``module`` on ``inputs``."""
+    """Yields the inference, the forward and the backward of a call to be timed.
+
+    ``call`` calls ``module`` on ``inputs``.
+    """
     y = call()
     dy, wanted = torch.ones_like(y), [*inputs, *module.parameters()]
 
@@ -109,14 +116,14 @@ def training_step(row: str, model: nn.Module) -> Timed:
 
 
 def ruler() -> Iterator[Timed]:
-    """Yields the calls that the others are compared with: torch's own batch norm and ReLU."""
+    """Yields calls of torch's own batch norm and ReLU; all other times are divided by theirs."""
     small = torch.randn(2, CHANNELS, 2, 2).requires_grad_()
     stock = nn.BatchNorm2d(CHANNELS)
     yield from operation(RULER, stock, lambda: torch.relu(stock(small)), [small])
 
 
 def cases() -> Iterator[Timed]:
-    """Yields all calls, those of `ruler` first."""
+    """Yields all calls to be timed; the first are those of `ruler`."""
     yield from ruler()
     x, residual = (
         torch.randn(2, CHANNELS, 8, 8, dtype=torch.bfloat16)
@@ -142,7 +149,7 @@ def cases() -> Iterator[Timed]:
 
 @contextmanager
 def launches_do_nothing() -> Iterator[None]:
-    """Makes modules compile and launch our kernels for an absent GPU; the launches do nothing."""
+    """Makes modules use our kernels, compiled for a GPU that is not there; launches do nothing."""
     triton.runtime.driver.set_active(StandInDriver(SM90))
     with (
         patch.object(CompiledKernel, "_init_handles", lambda self: None),
@@ -162,13 +169,13 @@ def avoid_noise() -> None:
 
 
 def microseconds(timed: Sequence[Timed]) -> list[list[float]]:
-    """Returns for each call the CPU time of a call in each span, in microseconds."""
+    """Returns, for each of ``timed``, the mean CPU time of a call in each span, in microseconds."""
     found: list[list[float]] = [[] for _ in timed]
     for _ in range(ROUNDS):
         for one, times in zip(timed, found, strict=True):
             one.module.train(one.kind != "inference")
             for _ in range(one.calls):
-                one.call()  # warms the caches; in the first round it compiles
+                one.call()  # fills the caches; the first round also compiles
             for _ in range(SPANS):
                 start = time.thread_time_ns()
                 for _ in range(one.calls):
@@ -180,7 +187,7 @@ def microseconds(timed: Sequence[Timed]) -> list[list[float]]:
 def run() -> list[str]:
     """Prints a table of all calls; returns a message for each ratio that exceeds its limit.
 
-    It replaces triton's driver, so the process can't run kernels afterwards.
+    This function replaces triton's driver, so the process can't run kernels afterwards.
 
     Raises:
         ValueError: if TRITON_INTERPRET is set.

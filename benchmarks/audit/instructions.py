@@ -12,8 +12,8 @@ from benchmarks.audit.trips import LoopTrips
 
 TARGET = re.compile(r"0x([0-9a-f]+)")
 GLOBAL_ACCESS = ("LDG", "STG", "LDGSTS")
-# Instructions of the ALU, which take two cycles per warp on Hopper (according to the vendor's
-# manual; not measured): integer addition, logic, shifts, comparison, selection, minimum, maximum,
+# Instructions that take two cycles per warp on Hopper, according to the vendor's manual; this was
+# not measured. They are integer addition, logic, shifts, comparison, selection, minimum, maximum,
 # byte permutation and packing.
 HALF_RATE = frozenset({
     "BMSK", "F2FP", "FMNMX", "FSEL", "FSET", "FSETP", "HMNMX2", "HSET2", "HSETP2", "IABS", "IADD",
@@ -24,7 +24,7 @@ HALF_RATE = frozenset({
 
 @dataclass(frozen=True)
 class Span:
-    """A range of addresses, from ``start`` up to but not including ``stop``."""
+    """A range of addresses, from ``start`` to ``stop``, excluding ``stop``."""
 
     start: int
     stop: int
@@ -35,7 +35,7 @@ class Span:
 
 @dataclass(frozen=True)
 class Rest:
-    """Code after an unrolled loop that executes some of the remaining trips.
+    """Code after an unrolled loop that executes trips which the unrolled loop did not execute.
 
     Attributes:
         span: addresses of the code.
@@ -52,17 +52,19 @@ class Rest:
 class Flow:
     """The control flow of a kernel's machine code, and how often each instruction is executed.
 
-    The control flow is derived from addresses, because ptxas keeps the order of the source: a loop
-    extends from the target of a backward branch to that branch, and code that a forward branch
-    skips is conditional. Conditional code counts as executed, except slow paths. A slow path is
-    conditional code that calls a routine of division or square root, for operands that are denormal
-    or too wide for the fast path. ptxas unrolls small loops by four, followed by conditional code
-    for two and for one remaining trip.
+    The control flow is derived from the addresses of branches, because ptxas, the assembler, keeps
+    the order of the source. A loop extends from the target of a backward branch to the branch. Code
+    that a forward branch skips is conditional. A *slow path* is conditional code that calls a
+    routine for division or square root, which is needed if operands are denormal or too wide for
+    the fast path. Slow paths are assumed not to be executed, other conditional code is.
+
+    ptxas unrolls small loops by four. After such a loop it places conditional code for two
+    remaining trips, and for one.
 
     Attributes:
         instructions: all instructions.
-        trips: trip counts of the loops, in the order of their starts.
-        taken: share of conditional code that is executed.
+        trips: trip counts of the loops, in the order of the loops' first instructions.
+        taken: fraction of the conditional code, except slow paths, that is executed.
     """
 
     instructions: Sequence[Instruction]
@@ -71,7 +73,7 @@ class Flow:
 
     @cached_property
     def kernel(self) -> list[Instruction]:
-        """The instructions, without the routines and the padding at the end."""
+        """The instructions without the called routines and the padding, which are at the end."""
         ends = [_target(i) for i in self.instructions if self._calls_routine(i)]
         ends += [
             i.address for i in self.instructions if i.name == "BRA" and _target(i) == i.address
@@ -81,7 +83,7 @@ class Flow:
 
     @cached_property
     def loops(self) -> list[Span]:
-        """The loops, outer before inner; backward branches to the same target are one loop."""
+        """The loops, outer before inner. Backward branches to the same target are one loop."""
         ends: dict[int, int] = {}
         for i, target in self._branches():
             if target <= i.address:
@@ -95,14 +97,17 @@ class Flow:
 
     @cached_property
     def conditional(self) -> list[Span]:
-        """The code that forward branches skip, except code that contains a loop; shortest first."""
+        """The pieces of code that forward branches skip, the shortest first.
+
+        Pieces that contain a loop are left out.
+        """
         skipped = [Span(i.address + 1, target) for i, target in self._branches()]
         found = [s for s in skipped if not any(loop.start in s for loop in self.loops)]
         return sorted((s for s in found if s.start < s.stop), key=lambda s: s.stop - s.start)
 
     @cached_property
     def slow_paths(self) -> list[Span]:
-        """The conditional code that calls a routine."""
+        """The pieces of conditional code that call a routine."""
         around = (
             next((span for span in self.conditional if i.address in span), None)
             for i in self.kernel
@@ -117,7 +122,10 @@ class Flow:
 
     @cached_property
     def unrolled(self) -> list[int]:
-        """By how much ptxas unrolled each loop, derived from its accesses to global memory."""
+        """How many trips of each loop ptxas combined into one.
+
+        The number is derived from the accesses to global memory: PTX shows those of one trip.
+        """
         return [
             max(self._accesses(span) // loop.accesses, 1) if loop.accesses else 1
             for span, loop in zip(self.loops, self.trips, strict=True)
@@ -145,9 +153,9 @@ class Flow:
 
     @cached_property
     def executed(self) -> list[tuple[Instruction, float]]:
-        """Each instruction, and how often a warp executes it on average over the programs.
+        """Each instruction, and how often a warp executes it, averaged over the programs.
 
-        A called routine counts from its first instruction to its return.
+        If a routine is called, its instructions up to its return are included.
 
         Raises:
             ValueError: if the loops do not match ``trips``, or if a trip count is unknown because
@@ -187,9 +195,9 @@ class Flow:
 
     @property
     def main_loop(self) -> list[Instruction]:
-        """The innermost loop that executes the most instructions; the kernel if it has no loop.
+        """The innermost loop that executes the most instructions; without loops, the whole kernel.
 
-        If the loops do not match ``trips``, it is the loop with the longest code.
+        If the loops do not match ``trips``, the loop with the longest code is returned.
         """
         if not self.loops:
             return self.kernel
@@ -222,7 +230,7 @@ class Flow:
                 yield i, target
 
     def _calls_routine(self, i: Instruction) -> bool:
-        """Whether an instruction is a call that returns; ptxas also uses calls as jumps."""
+        """Whether an instruction is a call that returns. ptxas also uses calls as jumps."""
         return i.name == "CALL" and self._routine(i)[-1].name == "RET"
 
     def _routine(self, call: Instruction) -> list[Instruction]:
@@ -243,10 +251,10 @@ def _target(i: Instruction) -> int | None:
 
 
 def load_waits(executed: Sequence[tuple[Instruction, float]], stages: int) -> float:
-    """Returns how often a warp waits for loads; loads issued before the same wait count as one.
+    """Returns how often a warp waits for loads.
 
-    In a pipeline of ``stages``, the copies of later stages are in flight during a wait, so a wait
-    counts 1 / (stages - 1).
+    Loads that are issued before the same wait count as one. In a pipeline of ``stages``, the copies
+    of later stages are in flight during a wait, so a wait for a copy counts 1 / (stages - 1).
     """
     pending: set[int] = set()
     waits = 0.0

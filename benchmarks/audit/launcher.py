@@ -1,8 +1,8 @@
 """Runs triton's own launcher with a stand-in for CUDA's driver library that launches nothing.
 
-Triton converts a call's arguments to a kernel's parameters in C: triton 3.6 in a module that gcc
-builds for each signature, later releases in one module for all signatures. Both
-kinds are built and called here as on a GPU.
+Triton converts a call's arguments to a kernel's parameters in C. In triton 3.6 gcc builds a C
+module for each signature, in later releases one module serves all signatures. Both kinds of module
+are built and called here as on a GPU.
 """
 
 import ctypes
@@ -15,8 +15,8 @@ from triton.backends.nvidia import driver as nvidia
 
 from benchmarks.audit.standin import Gpu, StandInDriver
 
-# In the stand-in, each function of CUDA's driver that triton's sources name does nothing and
-# returns success; launches are counted.
+# Source of the stand-in library. It defines each function of CUDA's driver that triton's sources
+# name. The functions do nothing and return success; ``cuLaunchKernelEx`` also counts its calls.
 LAUNCH = "cuLaunchKernelEx"
 SOURCE = """
 static long launches;
@@ -56,7 +56,7 @@ class _Utils:
         return {"max_shared_mem": self.gpu.shared_memory - 1024}
 
     def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[int, ...]:
-        return 1, 1, 0, 0, 1024  # module, function, registers, spills, greatest number of threads
+        return 1, 1, 0, 0, 1024  # module, function, registers, spills, maximum of threads
 
 
 class LaunchingDriver(StandInDriver):

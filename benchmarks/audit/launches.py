@@ -1,6 +1,6 @@
 """Counts the launches of a model's training step, without running its kernels.
 
-The model runs on meta tensors, and launches of interpreted kernels are counted instead of executed.
+The model runs on meta tensors. Launches of interpreted kernels are counted instead of executed.
 TRITON_INTERPRET=1 has to be set.
 """
 
@@ -14,12 +14,12 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.interpreter import GridExecutor
 
-# Operations of ATen that only allocate, and so launch nothing.
+# Operations of ATen that launch nothing, because they only allocate memory.
 ALLOCATIONS = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided")
 
 
 class CountOperations(TorchDispatchMode):
-    """Counts ATen's operations that read or write memory, without bnres's operations."""
+    """Counts the operations of ATen that read or write memory. bnres's operations do not count."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class CountOperations(TorchDispatchMode):
 
 
 def step_launches(build: Callable[[], nn.Module], shape: tuple[int, ...]) -> tuple[int, int]:
-    """Counts Triton's launches and ATen's operations in a training step without the optimiser."""
+    """Returns Triton's launches and ATen's operations in a training step without optimiser."""
     launched = 0
 
     def launch(self: GridExecutor, *arguments: Any, **named: Any) -> None:
@@ -48,7 +48,7 @@ def step_launches(build: Callable[[], nn.Module], shape: tuple[int, ...]) -> tup
     with patch.object(GridExecutor, "__call__", launch):
         F.cross_entropy(model(x), labels).backward()
     model.zero_grad()
-    # A dispatch mode sees our operators, but not their launches, so those are counted above.
+    # A dispatch mode does not see the launches of our operators, so they were counted above.
     with patch.object(GridExecutor, "__call__", lambda *_, **__: None), CountOperations() as mode:
         F.cross_entropy(model(x), labels).backward()
     return launched, mode.count

@@ -1,7 +1,7 @@
 """Compiles the kernels of a ResNet step, without a GPU, and analyses their machine code.
 
-``python -m benchmarks audit`` runs it in separate processes, because the interpreter and the
-compiler can't share one, and compares the results with the recorded budget.
+``python -m benchmarks audit`` runs this module in separate processes, because a process can't use
+both triton's interpreter and its compiler, and compares the results with the recorded budget.
 """
 
 import argparse
@@ -43,21 +43,21 @@ from benchmarks.audit.standin import GPUS, SM90, Gpu, Launch, compile_only
 from benchmarks.audit.trips import loop_trips
 from bnres.routes import ConvCall
 
-# Bytes in flight that a multiprocessor needs: bandwidth times latency, about 4.3 TB/s · 0.8 µs,
-# divided by 132 multiprocessors and rounded up.
+# Bytes of loads that a multiprocessor must have in flight to reach the bandwidth: bandwidth times
+# latency (about 4.3 TB/s · 0.8 µs) divided by 132 multiprocessors, rounded up.
 BYTES_IN_FLIGHT = 32 * 1024
 WIDE = 16
-# Matrix instruction by architecture, for 16-bit and TF32 operands.
+# Name of the matrix instruction for 16-bit and TF32 operands, by architecture.
 MATRIX_INSTRUCTION = {80: "HMMA", 90: "HGMMA", 100: "UTC"}
 RESERVED_SHARED = 1024
 REGISTER_UNIT = 8
 # Instructions are only counted for this batch size and GPU.
 COUNTED_BATCH, COUNTED_GPU = 256, SM90
-# Trips of augmentation's loops, whose number depends on the draws: the taps along an axis of a
-# resize that does not shrink the image.
+# Assumed trip count of the loops of augmentation kernels, which depends on random values. It is the
+# number of taps along an axis if the resize does not shrink the image.
 RESIZE_TAPS = 4
-# Share of augmentation's conditional code that is executed: each of an image's four colour steps
-# executes one of four operations.
+# Assumed fraction of the conditional code of augmentation kernels that is executed: each of an
+# image's four colour steps executes one of four operations.
 AUGMENT_TAKEN = 1 / 4
 NOT_COUNTED = Work()
 
@@ -67,7 +67,7 @@ class Row:
     """Properties of one compiled kernel.
 
     Attributes:
-        gpu: name of the GPU that it was compiled for.
+        gpu: name of the GPU that the kernel was compiled for.
         kernel: name of the kernel.
         case: description of a launch of the kernel.
         layout: memory layout of the activations.
@@ -76,13 +76,14 @@ class Row:
         shared_memory: bytes of shared memory of a program.
         spills: accesses to local memory; on AMD, spilled registers.
         narrow: bytes moved by accesses of less than 16 bytes, divided by the bytes moved by
-            accesses of 16 bytes; the greater ratio of loads and of stores. On AMD it is 1 if
-            16-byte accesses are missing, else 0.
-        in_flight: bytes of loads that a multiprocessor has in flight; 0 if not known.
+            accesses of 16 bytes. The ratio is computed for loads and for stores, and the greater
+            is taken. On AMD the value is 1 if 16-byte accesses are missing, else 0.
+        in_flight: bytes of loads that a multiprocessor has in flight; 0 if they are not known.
         wanted: least value of ``in_flight`` that hides the latency of memory.
-        occupancy: resident threads divided by the maximum, assuming that the grid is large enough.
+        occupancy: threads that fit on a multiprocessor at once, divided by the greatest number that
+            the hardware allows.
         matrix: matrix instruction of a convolution.
-        missing: instructions that a convolution's main loop should have and does not.
+        missing: instructions that a convolution's main loop should have, but does not have.
         work: work of the launch, if it was counted.
     """
 
@@ -104,7 +105,7 @@ class Row:
 
 
 def kernel_name(launch: Launch) -> str:
-    """Returns the kernel's name, with ``(two norms)`` if the residual has a batch norm too."""
+    """Returns the kernel's name, followed by ``(two norms)`` if the residual has a batch norm."""
     pointers = ("residual_rstd_ptr", "residual_var_ptr")
     two = any(launch.arguments.get(name) is not None for name in pointers)
     return f"{launch.kernel} (two norms)" if two else launch.kernel
@@ -134,7 +135,10 @@ def resident_programs(gpu: Gpu, registers: int, shared: int, threads: int) -> in
 
 
 def flow_of(launch: Launch, taken: float = 1.0, data_trips: int | None = None) -> Flow:
-    """Returns the control flow of a launch; loops that depend on data make ``data_trips`` trips."""
+    """Returns the control flow of a launch.
+
+    ``data_trips`` is the assumed trip count of loops whose trip counts depend on data.
+    """
     loops = loop_trips(launch.compiled.asm, launch.grid, launch.arguments)
     if data_trips is not None:
         trips = np.array([data_trips])
@@ -143,7 +147,7 @@ def flow_of(launch: Launch, taken: float = 1.0, data_trips: int | None = None) -
 
 
 def read_row(gpu: Gpu, case: Case, launch: Launch) -> Row:
-    """Reads a kernel of a batch norm, including its narrow accesses and its loads in flight."""
+    """Returns the properties of a batch norm kernel, with narrow accesses and loads in flight."""
     threads = launch.compiled.metadata.num_warps * gpu.target.warp_size
     dtype = str(case.dtype).removeprefix("torch.")
     if gpu.target.backend == "hip":
@@ -161,7 +165,7 @@ def read_row(gpu: Gpu, case: Case, launch: Launch) -> Row:
             sum(count(loop, width) for width in (1, 2, 4, 8)) / max(count(loop, WIDE), 1)
             for count in counts
         )
-        # The copies of the next stages are in flight while a stage is processed.
+        # While a stage is processed, the asynchronous copies of the other stages are in flight.
         per_thread = bytes_before_first_use(loop)
         per_thread += async_bytes(loop) * (launch.arguments.get("STAGES", 1) - 1)
         programs = prod(launch.grid)
@@ -180,10 +184,10 @@ def read_row(gpu: Gpu, case: Case, launch: Launch) -> Row:
 
 
 def read_conv(gpu: Gpu, call: ConvCall, launch: Launch) -> Row:
-    """Reads a convolution, including whether it has matrix instructions and wide copies.
+    """Returns the properties of a convolution, including which instructions it lacks.
 
-    Its main loop should load its operands by TMA or by asynchronous copies. A copy should have 16
-    bytes, or fewer if all channels of a position have fewer.
+    The main loop should load the operands by TMA or by asynchronous copies. A copy should move 16
+    bytes, or fewer if the channels of one position together have fewer than 16 bytes.
     """
     threads = launch.compiled.metadata.num_warps * gpu.target.warp_size
     if gpu.target.backend == "hip":
@@ -218,7 +222,10 @@ def read_conv(gpu: Gpu, call: ConvCall, launch: Launch) -> Row:
 
 
 def read_augment(gpu: Gpu, case: AugmentCase, launch: Launch) -> Row:
-    """Reads a kernel of augmentation; its loads depend on random draws, so they are never wide."""
+    """Returns the properties of an augmentation kernel.
+
+    Its loads are never 16 bytes wide, because their addresses depend on random values.
+    """
     threads = launch.compiled.metadata.num_warps * gpu.target.warp_size
     shared = launch.compiled.metadata.shared
     if gpu.target.backend == "hip":
@@ -250,7 +257,10 @@ def stores_tensor(launch: Launch) -> bool:
 
 
 def _amd_row(gpu: Gpu, launch: Launch, case: str, layout: str, dtype: str, threads: int) -> Row:
-    """Reads a kernel for AMD; its loops are not analysed, so its loads in flight are not known."""
+    """Returns the properties of a kernel for AMD.
+
+    The loops of the kernel are not analysed, so its loads in flight are not known.
+    """
     code = amdgcn.read(launch.compiled.asm["amdgcn"])
     is_conv = "conv" in launch.kernel
     wide = {"load", "store"} if stores_tensor(launch) and not is_conv else {"load"}
@@ -267,7 +277,7 @@ def _amd_row(gpu: Gpu, launch: Launch, case: str, layout: str, dtype: str, threa
 def audit(
     gpu: Gpu, cases: list[Case], convs: list[ConvCall], augments: list[AugmentCase]
 ) -> list[Row]:
-    """Returns a row for each specialisation and each size that the cases launch."""
+    """Returns a row for each specialisation and each size of tensor that the cases launch."""
     rows: list[Row] = []
     seen: set[tuple[Any, ...]] = set()
 

@@ -1,9 +1,10 @@
-"""Counts the memory that interpreted kernels touch, in S, the bytes of one activation.
+"""Counts the memory that interpreted kernels touch, in units of S, the bytes of one activation.
 
-It counts the bytes of unmasked lanes, and the distinct 32-byte sectors of a tensor that a launch
-touches. Both are needed: the lanes do not include a sector's unused bytes, and the sectors do not
-include repeated accesses. TRITON_INTERPRET=1 has to be set; ``python -m benchmarks audit`` runs
-this module in a separate process.
+Two numbers are counted: the bytes that unmasked lanes access (*lanes*), and the bytes of the
+distinct 32-byte sectors of a tensor that a launch touches (*sectors*). Both are needed, because
+memory is moved in whole sectors, which lanes may use partly, and because sectors do not include
+repeated accesses. TRITON_INTERPRET=1 has to be set; ``python -m benchmarks audit`` runs this module
+in a separate process.
 """
 
 import json
@@ -28,7 +29,7 @@ from bnres import models
 from bnres.kernels.config import launch_config, tile_for
 from bnres.kernels.layout import ChannelView
 
-# Small, because the interpreter is slow, but large enough for whole tiles.
+# Shapes of activations: small, because the interpreter is slow, but large enough for whole tiles.
 SHAPE, POOLED_SHAPE = (16, 64, 7, 7), (2, 64, 16, 16)
 NET_INPUT = (256, 3, 224, 224)
 SECTOR_BYTES = 32
@@ -116,7 +117,7 @@ def operation_traffic(
     dtype: torch.dtype,
     memory_format: torch.memory_format,
 ) -> dict[str, Traffic]:
-    """Counts the traffic of an operation's ``eval``, ``forward`` (training) and ``backward``."""
+    """Counts the bytes of an operation in ``eval``, ``forward`` (in training) and ``backward``."""
 
     def random() -> Tensor:
         return torch.randn(shape).to(dtype).contiguous(memory_format=memory_format)
@@ -134,8 +135,8 @@ def channel_buffer_share(
 ) -> dict[str, float]:
     """Returns the bytes of per-channel buffers divided by the bytes of activations, by direction.
 
-    They are derived from the launch grids: every program reads the parameters of its channels, and
-    partial sums are written and read once.
+    The bytes of the per-channel buffers are computed from the launch grids: every program reads the
+    parameters of its channels, and partial sums are written once and read once.
     """
     n, channels, height, width = site.shape(batch)
     inner = height * width
@@ -163,7 +164,10 @@ def channel_buffer_share(
 
 @dataclass(frozen=True)
 class Row:
-    """The memory that a step of an operation touches, and the least it could (``floor``), in S."""
+    """The memory that an operation touches in one direction, in units of S.
+
+    ``step`` is the direction, and ``floor`` the least memory that any implementation could touch.
+    """
 
     operation: str
     step: str
@@ -174,7 +178,7 @@ class Row:
 
 
 def audit() -> list[Row]:
-    """Returns a row for each operation, step and layout, in bf16."""
+    """Returns a row for each operation, direction and layout, in bf16."""
     rows = []
     for operation in OPERATIONS:
         shape = POOLED_SHAPE if "pool" in operation else SHAPE
@@ -202,7 +206,7 @@ def held() -> dict[str, int]:
 
 
 def traffic(rows: Sequence[Row]) -> dict[str, int]:
-    """Counts the bytes that a step of ResNet-18 moves, except by its convolutions.
+    """Counts the bytes that a training step of ResNet-18 moves, except by its convolutions.
 
     The step is in bf16 and channels_last.
 
@@ -219,7 +223,7 @@ def traffic(rows: Sequence[Row]) -> dict[str, int]:
 def launches() -> dict[str, int]:
     """Counts Triton's launches and ATen's operations in a training step of ResNet-18.
 
-    An operation of ATen makes one launch or several.
+    An operation of ATen makes one or more launches.
     """
     _, stock = step_launches(lambda: models.resnet18(fused=False), NET_INPUT)
     triton, aten = step_launches(models.resnet18, NET_INPUT)

@@ -1,4 +1,4 @@
-"""Evaluation, forward and backward of the fused operations, as the audits run them."""
+"""Calls of the fused operations in evaluation, forward and backward, for the audits."""
 
 from collections.abc import Callable
 from typing import Any
@@ -24,9 +24,10 @@ Step = Callable[[], object]
 
 
 def steps(operation: str, tensor: Callable[[], Tensor]) -> dict[str, Step]:
-    """Returns an operation's ``eval``, ``forward`` (training) and ``backward``.
+    """Returns functions that run an operation, named ``eval``, ``forward`` and ``backward``.
 
-    ``backward`` uses the tensors saved by a training forward that is run here once.
+    ``forward`` is a forward in training. ``backward`` uses the tensors that such a forward saves;
+    this function runs one.
 
     Args:
         operation: one of `OPERATIONS`.

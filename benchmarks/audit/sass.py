@@ -43,7 +43,7 @@ class Instruction:
 
     @property
     def named(self) -> set[int]:
-        """The registers among the operands."""
+        """The registers that occur in the operands."""
         return {int(r) for r in REGISTER.findall(self.operands)}
 
 
@@ -132,7 +132,10 @@ def async_bytes(instructions: list[Instruction]) -> int:
 
 
 def bytes_before_first_use(instructions: list[Instruction]) -> int:
-    """Counts the bytes of plain loads that a thread issues before it first uses one of them."""
+    """Counts the bytes of loads that a thread issues before it first uses a loaded value.
+
+    Asynchronous copies do not count.
+    """
     pending: set[int] = set()
     asked = 0
     for i in instructions:

@@ -1,7 +1,7 @@
 """Counts the bytes that autograd holds between a model's forward and its backward.
 
-The model runs on meta tensors, and launches of interpreted kernels are skipped, so any batch size
-fits into memory. TRITON_INTERPRET=1 has to be set.
+The model runs on meta tensors, and launches of interpreted kernels are skipped. Therefore any batch
+size fits into memory. TRITON_INTERPRET=1 has to be set.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,7 +17,7 @@ from bnres.recipes import Recipe, pack, recompute
 
 @contextmanager
 def no_launches() -> Iterator[None]:
-    """Skips launches of interpreted kernels inside the context, so outputs are uninitialised."""
+    """Skips launches of interpreted kernels inside the context. Outputs stay uninitialised."""
     with patch.object(GridExecutor, "__call__", lambda self, *arguments, **named: None):
         yield
 

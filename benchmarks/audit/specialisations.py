@@ -1,8 +1,9 @@
-"""Compiles every specialisation that the calls in `benchmarks.audit.calls` launch, without a GPU.
+"""Compiles every kernel that the calls in `benchmarks.audit.calls` launch, without a GPU.
 
-Those for sm_90 are then launched twice, with a stand-in for CUDA's driver: once as triton
-dispatches a call, and once by `bnres.kernels.replay`. Both use triton's compiled launcher. For
-other GPUs one specialisation of each kernel is compiled.
+Triton compiles a kernel once for each *specialisation*: for the dtypes, constants and alignments of
+its arguments. For sm_90 all specialisations are compiled, then launched twice with a stand-in for
+CUDA's driver: once by triton, and once by `bnres.kernels.replay`. Both ways use triton's launcher
+in C. For other GPUs one specialisation of each kernel is compiled.
 """
 
 import argparse
@@ -36,11 +37,12 @@ from bnres.kernels.dtypes import SUPPORTED_DTYPES
 from bnres.kernels.launch import Plan, launch
 from bnres.kernels.replay import Replay
 
-# Number of an error's characters that are reported.
+# Greatest number of characters of an error that are reported.
 LINE_LENGTH = 300
-# Greatest stack of a thread in bytes. The audit's budget forbids spills in the kernels of a
-# ResNet's step; other specialisations may spill some registers for 64-bit offsets. Ragged tiles may
-# spill more: they have no wide accesses, so each element needs its own address.
+# Greatest stack of a thread in bytes. The stack holds spilled registers. Kernels of a ResNet's step
+# must not spill, which the audit's budget checks. Other specialisations may spill some registers
+# for 64-bit offsets. RAGGED_STACK is the limit for tiles whose rows do not start at a multiple
+# of the vector width: these tiles need an address for each element, so more registers.
 STACK, RAGGED_STACK = 256, 512
 
 
@@ -61,7 +63,7 @@ class Specialisation:
 
 
 def _key(kernel: JITFunction, arguments: dict[str, Any]) -> tuple[Any, ...]:
-    """Returns a key: launches with equal keys use the same compiled kernel."""
+    """Returns a key. Launches whose keys are equal use the same compiled kernel."""
     numbers = {p.name for p in kernel.params if not p.is_constexpr}
 
     def part(name: str, value: Any) -> Any:
@@ -107,9 +109,9 @@ def all_kernels() -> list[JITFunction]:
     return list(found.values())
 
 
-# Values of (kernel, parameter) that no public call passes, with the reason.
+# (kernel, parameter) -> values that no public call passes, each with the reason.
 UNREACHED: dict[tuple[str, str], set[Any]] = {
-    # Pooling uses vectors of planes for planes of every size.
+    # Pooling uses the same kind of tile for planes of every size, not GROUPS for small planes.
     ("_bn_max_pool_kernel", "TILE"): {GROUPS},
     ("_bn_max_pool_bwd_dx_kernel", "TILE"): {GROUPS},
     # Pooling in fp64 uses torch's operation.
@@ -124,10 +126,9 @@ UNREACHED: dict[tuple[str, str], set[Any]] = {
 
 @cache
 def optional_pointers(function: JITFunction) -> set[str]:
-    """Returns the pointers that a device function, or a function that it calls, compares with None.
+    """Returns the pointers that a function, or a function that it calls, compares with None.
 
-    The names are those in the kernel: a pointer is a parameter, or unpacked from a tuple under the
-    kernel's name for it.
+    The pointers' names are those in ``function``, even if the called function names them otherwise.
     """
     found = set()
     for node in ast.walk(function.parse()):
@@ -147,10 +148,10 @@ def optional_pointers(function: JITFunction) -> set[str]:
 
 
 def missing(found: Sequence[Specialisation]) -> list[str]:
-    """Describes values of kernels' parameters that occur in no specialisation.
+    """Describes the values of kernels' parameters that occur in no specialisation.
 
-    Each kernel should occur with both values of each flag, with every activation, kind of tile and
-    dtype, and with each optional pointer both None and a tensor.
+    For each kernel there should be specialisations with both values of each flag, with every
+    activation, kind of tile and dtype, and with each optional pointer as None and as a tensor.
     """
     problems = []
     forward = {a.forward for a in ACTIVATIONS.values()}
@@ -191,8 +192,8 @@ class Outcome:
     """The outcome of compiling and launching specialisations.
 
     Attributes:
-        compiled: number of specialisations that compiled within the limit of spills.
-        launched: number of specialisations of which both launches reached the driver.
+        compiled: number of specialisations that compiled and whose stack is within the limit.
+        launched: number of specialisations whose two launches both reached the driver.
         failures: a line for each failure.
     """
 
@@ -235,15 +236,15 @@ def compile_all(gpu: Gpu, found: Sequence[Specialisation]) -> Outcome:
             try:
                 specialisation.launch()
                 outcome.compiled += 1
-            except Exception as error:  # whatever the compiler raises
+            except Exception as error:  # the compiler may raise anything
                 outcome.failures.append(f"{gpu.name}: {specialisation}: {_in_one_line(error)}")
     return outcome
 
 
 def launch_all(gpu: Gpu, found: Sequence[Specialisation]) -> Outcome:
-    """Launches specialisations twice by triton's launcher.
+    """Launches each specialisation twice: by triton, and by our replay of recorded launches.
 
-    A specialisation fails if it raises, or if a launch does not reach the driver.
+    A failure is reported if a launch raises an error or does not reach the driver.
     """
     from benchmarks.audit.launcher import LaunchingDriver, build_driver_library
 
@@ -264,7 +265,7 @@ def launch_all(gpu: Gpu, found: Sequence[Specialisation]) -> Outcome:
                 if arrived != 2:
                     raise ValueError(f"2 launches must reach the driver, got {arrived}")
                 outcome.launched += 1
-            except Exception as error:  # whatever the launcher raises
+            except Exception as error:  # the launcher may raise anything
                 outcome.failures.append(f"launch: {specialisation}: {_in_one_line(error)}")
     return outcome
 
@@ -275,7 +276,9 @@ def _in_one_line(error: Exception) -> str:
 
 
 def run(processes: int) -> Outcome:
-    """Compiles and launches all specialisations in several processes; fills triton's cache.
+    """Compiles and launches all specialisations in several processes.
+
+    The compiled kernels are then in triton's cache.
 
     Args:
         processes: number of processes.

@@ -1,4 +1,4 @@
-"""A stand-in for triton's driver of an absent GPU: launches compile the kernel, and do not run it.
+"""Replaces triton's GPU driver: launches compile the kernel for a GPU, and do not run it.
 
 TRITON_INTERPRET must not be set, because the interpreter and the compiler can't share a process.
 """
@@ -24,7 +24,7 @@ class Gpu:
 
     Attributes:
         name: name of the architecture.
-        device: device index; each GPU has another, because triton caches the target of an index.
+        device: device index. It differs for each GPU, because triton caches the target by index.
         target: target for triton's compiler.
         sm_count: number of multiprocessors.
         registers: registers of a multiprocessor.
@@ -53,7 +53,7 @@ GPUS = {gpu.name: gpu for gpu in (SM80, SM90, SM100, GFX942)}
 class StandInDriver:
     """Implements the driver's methods that ``triton.runtime.jit`` calls before it compiles."""
 
-    # The real launcher, so that compiled kernels get addresses.
+    # triton's real launcher, so that compiled kernels can be launched with addresses.
     launcher_cls = nvidia.CudaLauncher
 
     def __init__(self, gpu: Gpu) -> None:
@@ -77,7 +77,7 @@ class StandInDriver:
 
 @dataclass(frozen=True)
 class Launch:
-    """A launch whose kernel was compiled and not run."""
+    """A launch whose kernel was compiled but not run."""
 
     kernel: str
     grid: tuple[int, ...]
@@ -92,7 +92,7 @@ Run = Callable[..., Any]
 def replaced_launches(gpu: Gpu, run: Run) -> Iterator[None]:
     """Replaces triton's driver by a stand-in for ``gpu``, and ``JITFunction.run`` by ``run``.
 
-    ``run`` has to return None, so that no launch is recorded for replay and each call reaches
+    ``run`` has to return None. Then no launch is recorded to be replayed, so each call launches by
     ``run``.
 
     Raises:
@@ -114,7 +114,7 @@ def replaced_launches(gpu: Gpu, run: Run) -> Iterator[None]:
 
 @contextmanager
 def compile_only(gpu: Gpu, record: Callable[[Launch], None]) -> Iterator[None]:
-    """Makes launches on CPU tensors compile for ``gpu``, and passes each to ``record``."""
+    """Makes launches on CPU tensors compile for ``gpu``; calls ``record`` with each launch."""
     original_run = JITFunction.run
 
     def run(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:

@@ -1,7 +1,7 @@
 """Counts the bytes that a model's training step moves, except by convolutions, without running it.
 
-An operation of ATen reads its arguments and writes its results once, but torch's batch norm has two
-passes and reads its activations twice. Our operations move the sectors that
+An operation of ATen is assumed to read its arguments and to write its results once, except that
+torch's batch norm reads its activations twice. Our operations move the bytes of the sectors that
 `benchmarks.audit.memory` counts. The model runs on meta tensors. TRITON_INTERPRET=1 has to be set.
 """
 
@@ -17,7 +17,8 @@ from torch.utils._pytree import tree_leaves
 from benchmarks.audit.launches import ALLOCATIONS
 from benchmarks.audit.saved import no_launches
 
-# (operation, step) -> bytes of the sectors that it touches, in S.
+# (operation, direction) -> bytes of memory sectors that the operation touches, divided by the bytes
+# of one activation.
 Counts = Mapping[tuple[str, str], float]
 # Number of leading arguments that an operation of ATen reads twice.
 TWICE = {"native_batch_norm": 1, "native_batch_norm_backward": 2}
@@ -54,7 +55,7 @@ class CountBytes(TorchDispatchMode):
 
 
 def moved(op: Any, args: tuple[Any, ...], kwargs: Any, found: Any, counts: Counts) -> int:
-    """Returns the bytes that a call moves; convolutions are not counted, and views move nothing."""
+    """Returns the bytes that a call of ``op`` moves: 0 for convolutions and for views."""
     name = op.overloadpacket.__name__
     if op.namespace == "bnres":
         given = dict(zip([a.name for a in op._schema.arguments], args, strict=False))
@@ -66,7 +67,7 @@ def moved(op: Any, args: tuple[Any, ...], kwargs: Any, found: Any, counts: Count
 
 
 def our_operation(name: str, given: Mapping[str, Any]) -> tuple[str, str]:
-    """Returns the audit's name and step for a call of ``bnres::batch_norm_act_*``."""
+    """Returns the key in `Counts` of a call of ``bnres::batch_norm_act_*``."""
     step = name.removeprefix("batch_norm_act_")
     fork = "_fork" if given.get("dy_skip") is not None else ""
     if given["pools"]:

@@ -1,8 +1,8 @@
 """Computes the trip counts of a compiled kernel's loops.
 
-TTGIR, triton's last representation before LLVM, contains a kernel's loops as they are executed,
-after pipelining, and the scalar arithmetic of their bounds. This module evaluates that arithmetic
-with a launch's arguments, for all programs of the grid at once.
+TTGIR is triton's last representation of a kernel before LLVM. It contains the loops as they are
+executed, after pipelining, and the scalar arithmetic that computes their bounds. This module
+evaluates the arithmetic with a launch's arguments, for all programs of the grid at once.
 """
 
 import re
@@ -36,7 +36,8 @@ def _remainder(a: Any, b: Any) -> Any:
     return a - b * _divide(a, b)
 
 
-# Operands of unsigned operations are assumed not to be negative.
+# Functions that compute TTGIR's operations on integers. Unsigned operations use the same functions
+# as signed ones, because their operands are assumed not to be negative.
 OPERATIONS: dict[str, Callable[..., Any]] = {
     "addi": np.add, "subi": np.subtract, "muli": np.multiply, "divsi": _divide, "divui": _divide,
     "remsi": _remainder, "remui": _remainder, "minsi": np.minimum, "minui": np.minimum,
@@ -52,9 +53,9 @@ class LoopTrips:
 
     Attributes:
         depth: number of loops around the loop.
-        trips: number of trips per execution of the loop, for each program; None if it depends on
-            data.
-        accesses: number of instructions in the loop's PTX that access global memory; 0 if not
+        trips: for each program, the number of trips of one execution of the loop; None if the
+            number depends on data.
+        accesses: number of instructions in the loop's PTX that access global memory; 0 if it is not
             known.
     """
 
@@ -66,7 +67,7 @@ class LoopTrips:
 def loop_trips(
     asm: Mapping[str, str], grid: Sequence[int], arguments: Mapping[str, Any]
 ) -> list[LoopTrips]:
-    """Returns the loops of a kernel in the order of their starts, from its TTGIR and its PTX."""
+    """Returns the loops of a kernel in the order of their first lines, from its TTGIR and PTX."""
     loops = _loops(asm["ttgir"], grid, arguments)
     accesses = _accesses(asm["ptx"])
     if len(accesses) != len(loops):
@@ -96,7 +97,7 @@ def _loops(ttgir: str, grid: Sequence[int], arguments: Mapping[str, Any]) -> lis
     values: dict[str, Any] = {}
     found: list[LoopTrips] = []
     level = 0
-    around: list[int] = []  # brace levels of the loops around the current line
+    around: list[int] = []  # brace levels of the loops that contain the current line
     for line in ttgir.splitlines():
         text = line.strip()
         if text.startswith("tt.func"):
@@ -124,7 +125,7 @@ def _loops(ttgir: str, grid: Sequence[int], arguments: Mapping[str, Any]) -> lis
 def _evaluate(
     kind: str, rest: str, values: dict[str, Any], programs: np.ndarray, sizes: Sequence[int]
 ) -> Any:
-    """Evaluates an operation on scalars; returns None if its result is not known."""
+    """Returns the result of an operation on scalars, or None if the result is not known."""
     dialect, _, operation = kind.partition(".")
     if kind == "tt.get_program_id":
         return programs[AXES.index(rest[0])]

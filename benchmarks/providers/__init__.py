@@ -1,4 +1,4 @@
-"""Providers of the operations, by name."""
+"""Providers by name: the implementations of the operations that are compared."""
 
 from benchmarks.providers.apex import APEX
 from benchmarks.providers.bnres_layers import BNRES, BNRES_CONV_KERNEL

@@ -1,6 +1,6 @@
 """NVIDIA apex's fused batch norm for channels_last fp16 tensors (``apex.contrib.groupbn``).
 
-This provider has not run on a GPU yet. Its results are checked before it is timed.
+This code has not run on a GPU yet. The benchmark checks its results before it times them.
 """
 
 import importlib
@@ -32,7 +32,7 @@ def _prepare(case: OpCase) -> Bind:
     try:
         module = importlib.import_module("apex.contrib.groupbn.batch_norm")
         kernels, layer = module.bnp, module.BatchNorm2d_NHWC
-    except Exception as error:  # PyPI's apex is another package, whose import may raise anything
+    except Exception as error:  # PyPI's apex is another package; its import may raise anything
         raise Unavailable(
             f"NVIDIA apex, built with APEX_BNP=1, can't be imported: {error}"
         ) from error

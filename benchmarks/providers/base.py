@@ -1,4 +1,7 @@
-"""Defines what a provider of operations has to implement."""
+"""Defines what a provider has to implement.
+
+A provider is an implementation of the operations that is compared with the others.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,7 +26,7 @@ class Implementation:
     Attributes:
         forward: returns the outputs; in training it also updates the inputs' running statistics.
         backward: returns the gradients in the order of `Inputs.leaves`.
-        note: backend or library that computes the operation, for the record.
+        note: backend or library that computes the operation. The note is stored with the result.
     """
 
     forward: Callable[[], Results]
@@ -40,9 +43,9 @@ class Provider:
 
     Attributes:
         name: name in the results.
-        prepare: prepares a case once, and returns a function that binds it to inputs; both raise
-            `Unavailable` if the provider can't run the case.
-        dtype: dtype that replaces bf16, or None if the provider supports bf16.
+        prepare: prepares a case, and returns a function that takes inputs and returns the case's
+            `Implementation`. Both functions raise `Unavailable` if the provider can't run the case.
+        dtype: dtype in which cases in bf16 are run instead; None if the provider supports bf16.
     """
 
     name: str
@@ -50,7 +53,7 @@ class Provider:
     dtype: str | None = None
 
     def dtype_of(self, case: OpCase) -> str:
-        """Returns the dtype that this provider runs a case in."""
+        """Returns the dtype in which this provider runs a case."""
         return self.dtype if self.dtype is not None and case.dtype == "bf16" else case.dtype
 
 
@@ -68,7 +71,7 @@ def by_autograd(
 ) -> Implementation:
     """Implements an operation by a function that autograd differentiates.
 
-    The first call of backward runs the forward, and further calls differentiate the same graph.
+    The first call of ``backward`` runs the forward. Later calls differentiate the same graph again.
     """
     outputs: list[tuple[Tensor, ...]] = []
 

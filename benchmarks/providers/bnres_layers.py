@@ -1,4 +1,4 @@
-"""The operations of `bnres.functional`."""
+"""Provides the operations of `bnres.functional`."""
 
 from collections.abc import Callable
 from typing import Any

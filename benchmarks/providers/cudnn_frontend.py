@@ -1,8 +1,8 @@
 """cuDNN's fused graphs of batch norm, addition and ReLU, through NVIDIA's frontend.
 
-The graphs follow ``test/python/norm/graph/test_batchnorm_fusion.py`` of NVIDIA/cudnn-frontend: the
-forward stores one bit per element, which says whether the ReLU's output is positive, and the
-backward multiplies the gradient by it.
+The graphs follow ``test/python/norm/graph/test_batchnorm_fusion.py`` of NVIDIA/cudnn-frontend. The
+forward stores one bit per element, which is 1 if the ReLU's output is positive, and the backward
+multiplies the gradient by this bit.
 """
 
 from collections.abc import Callable
@@ -81,8 +81,8 @@ class Builder:
     def forward(self) -> Graph:
         """Builds the forward.
 
-        Tensors between the fused operations have the activations' dtype, or fp32 if cuDNN does not
-        support that.
+        Tensors between the fused operations have the dtype of the activations. If cuDNN does not
+        support this, they are in fp32.
         """
         try:
             return self._forward(self.io)
@@ -118,7 +118,7 @@ class Builder:
         return self._finish(graph, t | {"y": y})
 
     def backward(self) -> Graph:
-        """Builds the backward; the gradient masked by ReLU is also the residual's gradient."""
+        """Builds the backward. The gradient after ReLU's mask is also the residual's gradient."""
         types, graph = self.cudnn.data_type, self._new()
         t = {
             name: graph.tensor(name=name, data_type=self.io, **self.activation)
@@ -233,7 +233,7 @@ def _bound(builder: Builder, forward: Graph, backward: Graph, inputs: Inputs) ->
         "dresidual": torch.empty_like(x),
         "new_running_mean": channels["running_mean"],
         "new_running_var": channels["running_var"],
-        # These three are CPU tensors, passed by value.
+        # These three tensors are on the CPU, because their values are passed to cuDNN.
         "eps": torch.full((1, 1, 1, 1), EPS, dtype=torch.float64),
         "momentum": torch.full((1, 1, 1, 1), MOMENTUM, dtype=torch.float64),
         "zero": torch.zeros((1, 1, 1, 1), dtype=x.dtype),

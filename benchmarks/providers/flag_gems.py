@@ -22,9 +22,10 @@ def _prepare(case: OpCase) -> Bind:
     if not torch.cuda.is_available():
         raise Unavailable("needs a GPU")
     try:
-        # An import statement would find a function, which has the same name as the module.
+        # Not an import statement: the package has a function of the same name, which hides the
+        # module.
         gems = importlib.import_module("flag_gems.ops.batch_norm")
-    except Exception as error:  # its import queries the GPU and tools, each of which may fail
+    except Exception as error:  # the import queries the GPU and runs tools, which may fail
         raise Unavailable(f"flag_gems can't be imported: {error}") from error
     has_relu = case.site.operation != "bn"
 

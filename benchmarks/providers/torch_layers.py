@@ -1,4 +1,4 @@
-"""torch's own operations, eager and compiled."""
+"""Provides torch's own operations, eager and compiled."""
 
 import torch
 from torch import Tensor
@@ -52,8 +52,8 @@ def _compiled(case: OpCase, mode: str | None) -> Bind:
     def function(inputs: Inputs) -> tuple[Tensor, ...]:
         outputs = plain(inputs)
         if len(outputs) == 2:
-            # If both outputs were the same tensor, their gradients would be summed outside the
-            # graph.
+            # If both outputs were the same tensor, autograd would add their gradients outside the
+            # compiled graph.
             return outputs[0], outputs[1].clone()
         return outputs
 
@@ -67,7 +67,8 @@ def _compiled(case: OpCase, mode: str | None) -> Bind:
         if not first:
             return compiled(inputs)
         first = False
-        # Backward runs many times after one forward, so its saved tensors must not be overwritten.
+        # Backward runs many times after one forward. With donated buffers it would overwrite the
+        # saved tensors.
         with functorch_config.patch(donated_buffer=False):
             return compiled(inputs)
 
@@ -77,7 +78,7 @@ def _compiled(case: OpCase, mode: str | None) -> Bind:
 EAGER = Provider("eager", _eager)
 EAGER_FP16_CUDNN = Provider("eager-fp16-cudnn", _eager_fp16_cudnn, dtype="fp16")
 COMPILE = Provider("compile", lambda case: _compiled(case, None))
-# The timing core captures CUDA graphs, for every provider.
+# Without inductor's CUDA graphs, because `benchmarks.clock` captures the graph itself.
 COMPILE_MAX_AUTOTUNE = Provider(
     "compile-max-autotune", lambda case: _compiled(case, "max-autotune-no-cudagraphs")
 )

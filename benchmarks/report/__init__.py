@@ -1,1 +1,1 @@
-"""Tables and pictures of results, made only from the files of results."""
+"""Makes tables and pictures from the files of results, without measuring anything."""

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from benchmarks.store import Record
 
 Run = tuple[Record, Sequence[Record]]
-# A ratio that differs from 1 by at most this counts as noise, even if the quartiles suggest less.
+# A ratio of two times that differs from 1 by at most this number is noise, however close the
+# quartiles of the times are.
 LEAST_NOISE = 0.03
-# Half the distance between the quartiles of a normal distribution is two thirds of its standard
-# deviation. Differences up to this many times it, combined over both runs, are noise; a median
-# varies by less.
+# The spread of a run is half the distance between its quartiles, which for a normal distribution is
+# two thirds of the standard deviation. A difference of at most this many times the combined spreads
+# of both runs is noise. Medians vary less than single times, so this is more than enough.
 SPREADS = 3
 
 
@@ -20,10 +21,11 @@ class Change:
 
     Attributes:
         id: id of the case.
-        verdict: ``slower``, ``faster``, ``same``, ``lost`` (not measured any more), ``new`` or
-            ``recast`` (timed by another method, so not compared).
-        ratio: new time divided by the old time, or 0 if they are not compared.
-        noise: difference of the ratio from 1 that counts as noise.
+        verdict: ``slower``, ``faster``, ``same``, ``lost`` (measured in the old run; failed,
+            refused or skipped in the new run), ``new`` (only the new run measured the case) or
+            ``recast`` (the two runs used different methods, so the times are not compared).
+        ratio: new time divided by the old time, or 0 if the times are not compared.
+        noise: greatest difference of the ratio from 1 that counts as noise.
     """
 
     id: str
@@ -56,9 +58,10 @@ class Comparison:
 
 
 def compare(old: Run, new: Run) -> Comparison:
-    """Compares the medians of two runs; for the memory of a step, its peak bytes."""
+    """Compares the median times of two runs, and the peak bytes of cases that measure memory."""
     old_about, new_about = old[0], new[0]
-    # Kernel times by group come from a profiler and only explain a step's time.
+    # Cases of the suite "groups" are not compared: their times come from a profiler, and only show
+    # which kernels a step's time consists of.
     old_records, new_records = ([r for r in run[1] if r["suite"] != "groups"] for run in (old, new))
     before = {r["id"]: r for r in old_records}
     changes = []

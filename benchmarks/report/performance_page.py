@@ -24,6 +24,10 @@ WIDTH = 100
 # buffers of each launch in the code that torch 2.15 generated for 132 multiprocessors without a
 # GPU. The second is with the older max-pool backward, which gathers.
 INDUCTOR, INDUCTOR_GATHERS = 18_846, 15_353
+# The steps that the README shows.
+HEADLINE = {
+    "net": "resnet18", "image": 224, "launch": "graph", "dtype": "bf16", "layout": "channels_last",
+}  # fmt: skip
 COLUMNS = ("bn_relu", "bn_add_relu", "bn_add_relu_fork", "dual_bn_add_relu", "bn_relu_pool")
 STEPS = (
     ("forward", "forward, training"),
@@ -40,24 +44,25 @@ def write() -> list[Path]:
     """
     pages = {PAGE: section(), README: headline()}
     for page, text in pages.items():
-        write_text(page, with_section(page.read_text(encoding="utf-8"), text))
+        write_text(page, with_section(page, text))
     for folder in latest(RESULTS):
         for picture in pictures_of(folder):
             shutil.copyfile(picture, PICTURES / _copy_of(picture))
     return list(pages)
 
 
-def with_section(text: str, section: str) -> str:
-    """Returns a page's text with ``section`` between its markers.
+def with_section(page: Path, inside: str) -> str:
+    """Returns a page's text with ``inside`` between its markers.
 
     Raises:
-        ValueError: if the text lacks the markers.
+        ValueError: if the page lacks the markers.
     """
+    text = page.read_text(encoding="utf-8")
     head, begin, rest = text.partition(BEGIN)
     _, end, tail = rest.partition(END)
     if not begin or not end:
-        raise ValueError(f"a page must contain the lines {BEGIN} and {END}")
-    return f"{head}{BEGIN}\n\n{section}\n\n{END}{tail}"
+        raise ValueError(f"{page} must contain the lines {BEGIN} and {END}")
+    return f"{head}{BEGIN}\n\n{inside}\n\n{END}{tail}"
 
 
 def section(results: Path = RESULTS) -> str:
@@ -117,11 +122,9 @@ def headline(results: Path = RESULTS) -> str:
         about, records = load(folder)
         for subject in subjects(records, "step"):
             record = subject.any
-            if (record["net"], record["image"], record["launch"]) == ("resnet18", 224, "graph"):
-                times = [
-                    f"{subject.records[name]['median'] * 1e3:.2f} ms"
-                    for name in ("eager", "compile", "bnres")
-                ]
+            if all(record[name] == value for name, value in HEADLINE.items()):
+                found = [subject.records.get(name) for name in ("eager", "compile", "bnres")]
+                times = ["-" if r is None else f"{r['median'] * 1e3:.2f} ms" for r in found]
                 rows.append([about["device"], str(record["batch"]), *times, *speedups(subject)])
     titles = ["GPU", "batch", "torch", "torch.compile", "bnres", "vs. torch", "vs. torch.compile"]
     return markdown_table(titles, rows)

@@ -30,7 +30,8 @@ SHORT_TITLES = {
     "conv_bn_relu": "+BN+ReLU",
     "conv_bn_add_relu": "+BN+add\n+ReLU",
 }
-# A fused batch norm includes the addition and activation; other providers have these in "rest".
+# bnres runs the addition and the activation in the batch norm's kernels. With other providers these
+# are separate kernels, which the picture shows as "rest".
 GROUP_TITLES = {"batch norm": "batch norm and what is fused with it"}
 Panel = tuple[str, list[Subject]]
 
@@ -55,7 +56,7 @@ def draw(folder: Path, about: Record, records: Sequence[Record]) -> list[Path]:
 
 
 def bandwidth(path: Path, about: Record, found: Sequence[Subject]) -> Path:
-    """Draws each site's bandwidth by provider, with the ceiling as a line."""
+    """Draws the bandwidth of each operation by provider, and a copy's bandwidth as a line."""
     panels = _panels(main_setting(list(found)))
     ceiling = about["ceilings"]["copy"] / 1e9
     figure, all_axes = _site_figure("Bandwidth", about, panels)
@@ -76,7 +77,7 @@ def bandwidth(path: Path, about: Record, found: Sequence[Subject]) -> Path:
 
 
 def speedup(path: Path, about: Record, found: Sequence[Subject]) -> Path:
-    """Draws each site's speed-up over eager by provider."""
+    """Draws the speed-up of each operation over torch's eager layers, by provider."""
     panels = _panels(main_setting(list(found)))
     figure, all_axes = _site_figure("Speed-up over eager", about, panels)
     providers = [p for p in providers_in(s for _, shown in panels for s in shown) if p != BASELINE]
@@ -96,7 +97,7 @@ def _is_conv(subject: Subject) -> bool:
 
 
 def _panels(found: Sequence[Subject]) -> list[Panel]:
-    """Returns the first net's subjects by direction, and its convolutions in another panel."""
+    """Returns a panel for each direction of the first net's operations, and for convolutions."""
     nets = [_net_of(s) for s in found]
     shown = [s for s in found if _net_of(s) == nets[0]]
     panels = [
@@ -126,14 +127,14 @@ def _site_figure(what: str, about: Record, panels: Sequence[Panel]) -> tuple[Fig
 
 
 def _site_label(subject: Subject) -> str:
-    """Returns the site's stage and operation in short lines."""
+    """Returns a label of a few short lines: the stage of the net, and the operation."""
     record = subject.any
     place = str(record["site"]).split(".", 1)[1].replace("-", "\n", 1)
     return f"{place}\n{SHORT_TITLES[record['operation']]}"
 
 
 def step_time(path: Path, about: Record, found: Sequence[Subject]) -> Path:
-    """Draws a training step's time by provider, divided as in `step_parts`."""
+    """Draws a training step's time by provider, divided into the parts of `step_parts`."""
     count = sum(len(s.records) for s in found)
     figure, (axes,) = new_figure(9, 0.28 * count + 0.42 * len(found) + 1.3)
     place = 0.0
@@ -173,7 +174,7 @@ def step_time(path: Path, about: Record, found: Sequence[Subject]) -> Path:
 
 
 def step_parts(record: Record) -> dict[str, float]:
-    """Returns seconds of convolution, batch norm, other kernels, and the gaps between kernels."""
+    """Returns the seconds of convolutions, batch norms, other kernels, and gaps between kernels."""
     groups = record["groups"]
     parts = {name: groups[name] for name in ("convolution", "batch norm")}
     parts["rest"] = sum(groups.values()) - sum(parts.values())

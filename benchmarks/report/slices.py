@@ -20,10 +20,10 @@ OPERATION_TITLES = {
 
 @dataclass(frozen=True)
 class Subject:
-    """Results of several providers for the same subject.
+    """Results of cases that differ only in the provider.
 
     Attributes:
-        name: the subject, see `benchmarks.cases.OpCase.subject`.
+        name: id of the cases without the provider, see `benchmarks.cases.OpCase.subject`.
         records: the measured records by provider.
     """
 
@@ -42,7 +42,7 @@ class Subject:
 
 
 def subjects(records: Iterable[Record], suite: str) -> list[Subject]:
-    """Returns the measured subjects of a suite, in the order of their first record."""
+    """Groups the measured records of a suite by subject, in the order of the first records."""
     found: dict[str, dict[str, Record]] = {}
     for record in records:
         if record["suite"] == suite and record["status"] == "measured":
@@ -53,8 +53,8 @@ def subjects(records: Iterable[Record], suite: str) -> list[Subject]:
 def steps_with_groups(records: Iterable[Record]) -> list[Record]:
     """Returns the records of steps with their kernel time by group, as ``groups``.
 
-    The kernel times come from the suite ``groups``; in older runs the record of a step has them.
-    Steps without kernel times are omitted.
+    The kernel times are stored in records of the suite ``groups``, or in older runs in the record
+    of the step. Steps without kernel times are left out.
     """
     shared = ("net", "image", "batch", "layout", "dtype", "provider", "smoke")
     records = [record for record in records if record["status"] == "measured"]
@@ -79,13 +79,13 @@ def providers_in(found: Iterable[Subject]) -> list[str]:
 
 
 def setting(subject: Subject) -> tuple[str, str, int]:
-    """Returns the layout, dtype and batch, which are the same for all operations of one table."""
+    """Returns the layout, dtype and batch size, which are the same for all rows of a table."""
     record = subject.any
     return record["layout"], record["dtype"], record["batch"]
 
 
 def main_setting(found: list[Subject]) -> list[Subject]:
-    """Returns the subjects that have the most frequent setting."""
+    """Returns the subjects whose `setting` is the most frequent one."""
     settings = [setting(subject) for subject in found]
     best = max(settings, key=settings.count)
     return [subject for subject in found if setting(subject) == best]

@@ -12,7 +12,7 @@ from bnres.files import write_bytes
 
 @dataclass(frozen=True)
 class Mark:
-    """A colour from Okabe and Ito's palette or a grey, and a hatch."""
+    """A colour (from Okabe and Ito's palette, or a grey) and a hatch."""
 
     color: str
     hatch: str = ""

@@ -59,7 +59,7 @@ def report(about: Record, records: Sequence[Record], pictures: Sequence[Path]) -
 
 
 def environment_line(about: Record) -> str:
-    """Describes the environment of a run and its ceilings."""
+    """Describes the environment of a run, and the device's bandwidth and FLOP/s."""
     versions = ", ".join(
         f"{name} {about[key]}"
         for name, key in (
@@ -85,7 +85,7 @@ def speedups(subject: Subject) -> list[str]:
 
 
 def operations(records: Sequence[Record]) -> list[str]:
-    """Formats a table for each operation, direction and setting."""
+    """Formats a table for each operation, direction, layout, dtype and batch size."""
     found = subjects(records, "ops")
     groups: dict[tuple[str, ...], list[Subject]] = {}
     for subject in found:
@@ -169,7 +169,7 @@ def _nets_table(
 
 
 def net_title(subject: Subject) -> str:
-    """Formats a net, its input and its kind of launch."""
+    """Formats a net's name, the shape of its input, and whether a CUDA graph launches it."""
     record = subject.any
     launch = ", CUDA graph" if record["launch"] == "graph" else ""
     return (
@@ -210,7 +210,7 @@ def memory(records: Sequence[Record]) -> list[str]:
 
 
 def augmentation(records: Sequence[Record]) -> list[str]:
-    """Formats the images/s of augmentation."""
+    """Formats the speed of augmentations in images/s."""
     found = subjects(records, "augment")
     if not found:
         return []

@@ -1,4 +1,4 @@
-"""Random augmentation of batches in one kernel; the random parameters differ between images."""
+"""Augments batches in one kernel, with other random parameters for each image."""
 
 from bnres.augment.compose import Compose
 from bnres.augment.transforms import (

@@ -17,21 +17,22 @@ class Compose:
 
     ``compose(images, generator)`` takes images (N, C, H, W) with 1 or 3 channels, either uint8 or
     floating point from 0 to 1, and draws from ``generator``, a CPU generator (by default torch's
-    global one). Values follow `torchvision.transforms.v2` on float images. It has no gradient.
+    global one). The results are those of `torchvision.transforms.v2` on float images. They have no
+    gradient.
 
     One kernel computes flips, one crop and one `ColorJitter`, in any order, followed by one
-    `Normalize`. A jitter before the crop sees the whole image, which matters for contrast. A second
-    crop or jitter, or a step after `Normalize`, needs a second kernel.
+    `Normalize`. A second crop or jitter, or a step after `Normalize`, needs a second kernel. If the
+    jitter comes before the crop, contrast uses the mean of the whole image instead of the crop's.
 
     Args:
-        transforms: the steps of the chain; a `Compose` among them is replaced by its steps.
+        transforms: the steps of the chain. A `Compose` among them is replaced by its steps.
         dtype: dtype of the output: fp32, fp16 or bf16. Computation is in fp32.
         memory_format: memory format of the output; by default the input's.
 
     Raises:
         TypeError: if a step is not a transform of `bnres.augment`.
-        ValueError: if ``dtype`` is another dtype; when called, if the input is not a batch of
-            images or does not fit a step.
+        ValueError: if ``dtype`` is not one of these three. A call also raises it if the input is
+            not a batch of images or does not fit a step.
     """
 
     def __init__(
@@ -56,7 +57,7 @@ class Compose:
     def draws(
         self, count: int, height: int, width: int, generator: torch.Generator | None = None
     ) -> list[Draw]:
-        """Draws the random parameters of each step for ``count`` images of this size."""
+        """Draws the random parameters of each step for ``count`` images of the given size."""
         found = []
         for step in self.transforms:
             found.append(step.draw(count, height, width, generator))

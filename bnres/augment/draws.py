@@ -23,10 +23,10 @@ class Crop:
     """Crops each image.
 
     Attributes:
-        boxes: int64 (N, 4): top, left, height and width. A box may extend beyond the image; the
-            outside reads as zeros.
+        boxes: int64 (N, 4): top, left, height and width. A box may extend beyond the image, where
+            pixels are zero.
         size: height and width of the output.
-        resizes: whether boxes are resized to ``size``; otherwise they have this size.
+        resizes: whether boxes are resized to ``size``. If False, all boxes have this size.
     """
 
     boxes: Tensor
@@ -39,9 +39,10 @@ class Color:
     """Changes colours by four operations, numbered as in `bnres.kernels.augment_plan`.
 
     Attributes:
-        numbers: int64 (N, 4): the numbers of the operations in the order in which they are applied
-            to each image; NO_OPERATION replaces an operation that is left out.
-        factors: fp64 (N, 4): each image's factors, indexed by the operation's number.
+        numbers: int64 (N, 4): for each image, the numbers of the operations in the order in which
+            they are applied. NO_OPERATION replaces an operation that is left out.
+        factors: fp64 (N, 4): for each image, the factor of each operation. The column is the
+            operation's number.
     """
 
     numbers: Tensor

@@ -1,4 +1,4 @@
-"""Draws a picture of what each transform does to one image, eight times each."""
+"""Draws a picture with eight random results of each transform on one image."""
 
 import io
 from pathlib import Path
@@ -17,14 +17,15 @@ from bnres.augment.transforms import (
 from bnres.files import write_bytes
 
 ROWS, COLUMNS = 2, 4
-# The course crops photos whose sides have 300 to 480 pixels to 200×200: about half a side.
+# Side of the crop divided by the shorter side of the image. The d2l.ai course crops photos, whose
+# sides have 300 to 480 pixels, to 200×200.
 CROP_SHARE = 0.5
 LARGEST_SIDE = 400
 PICTURE_INCHES, TITLE_INCHES = 1.6, 0.35
 
 
 def course_transforms(height: int, width: int) -> dict[str, Compose]:
-    """The transforms of the d2l.ai course and their composition, for an image of this size."""
+    """Returns the transforms of the d2l.ai course and their composition, for an image's size."""
     side = max(round(CROP_SHARE * min(height, width)), 1)
     crop = RandomResizedCrop(side, scale=(0.3, 0.8), ratio=(0.5, 2))
     jitter = ColorJitter(brightness=0.5, contrast=0.2, saturation=0.6, hue=0.4)

@@ -1,4 +1,8 @@
-"""Applies drawn parameters, in as few kernels as their order allows; usually one."""
+"""Applies the random parameters of a chain of transforms in as few kernels as possible.
+
+The parameters of one transform for a batch of images are called a *draw*. Usually one kernel is
+enough; the order of the transforms may require several.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,7 +20,9 @@ CHANNELS = (1, 3)
 
 @dataclass
 class Segment:
-    """Draws that one kernel applies: flips, and at most one crop, colour change and normalisation.
+    """The draws that one kernel applies.
+
+    A kernel can apply any number of flips, one crop, one colour change and one normalisation.
 
     Attributes:
         flips_before: flips before the crop.
@@ -24,7 +30,7 @@ class Segment:
         flips_after: flips after the crop.
         color: the colour operations, or None.
         color_first: whether the colour operations come before the crop.
-        scale: the normalisation, which comes last, or None.
+        scale: the normalisation, which is applied last, or None.
     """
 
     flips_before: list[Flip] = field(default_factory=list)
@@ -45,7 +51,7 @@ class Segment:
     def add(self, draw: Draw) -> None:
         """Appends a draw, which `takes` must have accepted."""
         if isinstance(draw, Flip):
-            # Only the order of flips and crop matters: a flip commutes with colour operations.
+            # The order of flips and crop must be kept. Flips and colour operations commute.
             (self.flips_before if self.crop is None else self.flips_after).append(draw)
         elif isinstance(draw, Crop):
             self.crop, self.color_first = draw, self.color is not None
@@ -66,7 +72,7 @@ def segments(draws: Sequence[Draw]) -> list[Segment]:
 
 
 def size_of(images: Tensor) -> tuple[int, int, int]:
-    """The number of images in a batch, their height and width.
+    """Returns the number, height and width of the images in a batch.
 
     Raises:
         ValueError: if ``images`` is not a batch of images.
@@ -96,7 +102,7 @@ def apply_draws(
         memory_format: memory format of the output; by default the input's.
 
     Raises:
-        ValueError: if ``images`` is not a batch of images, or as `prepare_draws`.
+        ValueError: if ``images`` is not a batch of images, or if `prepare_draws` raises it.
     """
     size_of(images)
     images = images.detach()
@@ -123,7 +129,7 @@ def _memory_format(images: Tensor) -> torch.memory_format:
 def prepare_draws(
     images: Tensor, part: Segment, dtype: torch.dtype, memory_format: torch.memory_format
 ) -> tuple[AugmentPlan, AugmentDraws]:
-    """Returns the arguments with which the kernel applies a segment, on the images' device.
+    """Returns the kernel's arguments for a segment, with tensors on the device of the images.
 
     Raises:
         ValueError: if the normalisation has another number of channels than the images.
@@ -158,9 +164,10 @@ def _to(t: Tensor, device: torch.device) -> Tensor:
 def geometry_of(
     part: Segment, count: int, height: int, width: int
 ) -> tuple[Tensor, tuple[int, int]]:
-    """Returns int32 (N, 6), each image's box in the source and its flips; and the output's size.
+    """Returns each image's box and flips, int32 (N, 6), and the size of the output.
 
-    The columns are those of `AugmentDraws.geometry`. The box is cut out first, then flipped.
+    The columns are those of `AugmentDraws.geometry`. The kernel first crops the box from the source
+    image, then flips it.
     """
     flips = torch.zeros((count, 2), dtype=torch.bool)
     for flip in part.flips_before:

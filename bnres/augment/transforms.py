@@ -1,7 +1,7 @@
-"""torchvision's random transforms, with random parameters for each image of a batch.
+"""torchvision's random transforms, with other random parameters for each image of a batch.
 
-A transform only draws parameters; `bnres.augment.segments` applies those of a whole chain.
-Parameters are drawn on the CPU, so that they are the same for every device.
+A transform only draws the parameters. `bnres.augment.segments` applies the parameters of a whole
+chain of transforms. Parameters are drawn on the CPU, so that they are the same for every device.
 """
 
 from abc import ABC, abstractmethod
@@ -19,15 +19,15 @@ TRIES = 10
 
 
 class Transform(ABC):
-    """A step of a chain. Calling a transform applies it as a chain of one step.
+    """A step of a chain of transforms. A transform that is called is a chain of one step.
 
     ``transform(images, generator)`` takes images (N, C, H, W) with 1 or 3 channels, either uint8 or
-    floating point from 0 to 1, and returns them in fp32; see `bnres.augment.Compose`.
+    floating point from 0 to 1, and returns images in fp32; see `bnres.augment.Compose`.
     """
 
     @abstractmethod
     def draw(self, count: int, height: int, width: int, generator: torch.Generator | None) -> Draw:
-        """Draws the parameters of this step for ``count`` images of this size."""
+        """Draws the parameters of this step for ``count`` images of the given size."""
 
     def __call__(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         return apply_draws(images, [self.draw(*size_of(images), generator)])
@@ -88,11 +88,12 @@ class RandomVerticalFlip(_RandomFlip):
 class RandomResizedCrop(Transform):
     """Crops a box of random area and shape, and resizes it (bilinear, antialiased) to ``size``.
 
-    As `torchvision.transforms.v2.RandomResizedCrop`, including its ten tries and its fallback.
+    The boxes are those of `torchvision.transforms.v2.RandomResizedCrop`: if ten random boxes do not
+    fit into the image, the largest central box of a permitted ratio is used.
 
     Args:
         size: size of the output, one integer or (height, width).
-        scale: (least, greatest) area of the box, as a share of the image's area.
+        scale: (least, greatest) area of the box, divided by the image's area.
         ratio: (least, greatest) ratio of the box's width to its height.
 
     Raises:
@@ -150,8 +151,8 @@ class RandomCrop(Transform):
             bottom), or (left, top, right, bottom).
 
     Raises:
-        ValueError: if ``size`` is below 1 or ``padding`` below 0; when called, if the padded images
-            are smaller than ``size``.
+        ValueError: if ``size`` is below 1 or ``padding`` below 0. A call also raises it if the
+            padded images are smaller than ``size``.
     """
 
     def __init__(
@@ -184,14 +185,15 @@ class RandomCrop(Transform):
 class CenterCrop(Transform):
     """Crops a box of ``size`` from the centre of an image.
 
-    As `torchvision.transforms.v2.CenterCrop`, except that it does not pad images smaller than
-    ``size``.
+    As `torchvision.transforms.v2.CenterCrop`, but images that are smaller than ``size`` are not
+    padded.
 
     Args:
         size: size of the output, one integer or (height, width).
 
     Raises:
-        ValueError: if ``size`` is below 1; when called, if the images are smaller than ``size``.
+        ValueError: if ``size`` is below 1. A call also raises it if the images are smaller than
+            ``size``.
     """
 
     def __init__(self, size: int | Sequence[int]) -> None:
@@ -202,7 +204,7 @@ class CenterCrop(Transform):
             raise ValueError(
                 f"size must be at most the images' size {(height, width)}, got {self.size}"
             )
-        # Python's round rounds halves to even; torchvision uses it too.
+        # Python's round, which rounds halves to even, as in torchvision.
         top, left = round((height - self.size[0]) / 2), round((width - self.size[1]) / 2)
         return Crop(torch.tensor([top, left, *self.size]).expand(count, 4), self.size, False)
 
@@ -221,13 +223,13 @@ class ColorJitter(Transform):
 
     Args:
         brightness, contrast, saturation: (least, greatest) factor; or a number v, which stands for
-            (max(0, 1 - v), 1 + v). By default unchanged.
-        hue: (least, greatest) shift of the hue, where 1 is a full turn, within -0.5 to 0.5; or a
-            number v, which stands for (-v, v). By default unchanged.
+            (max(0, 1 - v), 1 + v). By default nothing changes.
+        hue: (least, greatest) shift of the hue, both from -0.5 to 0.5, where 1 is a full turn; or a
+            number v, which stands for (-v, v). By default nothing changes.
 
     Raises:
-        ValueError: if a number is negative, or a range is out of bounds or not ascending; when
-            called, if the images have neither 1 nor 3 channels.
+        ValueError: if a number is negative, or if a range is out of bounds or not ascending. A call
+            also raises it if the images have neither 1 nor 3 channels.
     """
 
     def __init__(
@@ -286,12 +288,12 @@ class Normalize(Transform):
     """Computes (x − mean)/std for each channel, as torchvision's transform of this name.
 
     Args:
-        mean: mean of each channel, whose values are from 0 to 1.
+        mean: mean of each channel, for pixel values from 0 to 1.
         std: standard deviation of each channel.
 
     Raises:
-        ValueError: if a std is 0, or ``mean`` and ``std`` are empty or differ in length; when
-            called, if the images have another number of channels.
+        ValueError: if a std is 0, or if ``mean`` and ``std`` are empty or differ in length. A call
+            also raises it if the images have another number of channels.
     """
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:

@@ -1,4 +1,4 @@
-"""Image data sets, and their batches on a device."""
+"""Loads image data sets, and makes batches of them on a device."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from bnres.data.mnist5k import load_mnist5k
 from bnres.data.streamed import StreamedBatches
 from bnres.data.synthetic import load_synthetic
 
-# Data sets by name. Those of ON_DISK need the path of the user's files.
+# Data sets by name. For a data set of ON_DISK the user gives the path of the files.
 PACKAGED = {
     "mnist5k": load_mnist5k,
     "digits": load_digits,

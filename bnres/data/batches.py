@@ -11,7 +11,7 @@ from bnres.data.epochs import EpochBatches
 
 
 class Batches(EpochBatches):
-    """Float batches of a data set, which is copied to the device once.
+    """Float batches of a data set that is copied to the device once.
 
     Args:
         dataset: the images.

@@ -1,6 +1,6 @@
-"""Reads CIFAR-10 (Krizhevsky, 2009) as published: the binary or the Python version.
+"""Reads the published files of CIFAR-10 (Krizhevsky, 2009): the binary or the Python version.
 
-Reads an archive directly, without extracting it, or the folder that it unpacks to.
+The files are read from the archive, without extracting it, or from the extracted folder.
 """
 
 import hashlib
@@ -36,23 +36,25 @@ CLASS_NAMES = (
 )  # fmt: skip
 IMAGE_SHAPE = (3, 32, 32)
 PIXELS = 3 * 32 * 32
-# Bytes. The published files are smaller; a larger file in an archive might exhaust memory.
+# Greatest size of a file in bytes. All published files are smaller. Without a limit, a forged
+# archive could exhaust memory.
 LARGEST_FILE = 1 << 26
 
 Read = Callable[[str], bytes]
 
 
 def load_cifar10(path: Path, *, checksum: bool = True) -> ImageDataset:
-    """Reads CIFAR-10. If both versions are present it reads the binary one, which has no pickles.
+    """Reads CIFAR-10. The binary version is preferred, because it contains no pickles.
 
     Args:
-        path: an archive, the folder that it unpacks to, or a folder that holds either.
+        path: the archive, the extracted folder, or a folder that contains one of these.
         checksum: whether to compare archives and pickles with their published MD5, and binary files
             with their published length. If False, other files of the same format are accepted.
 
     Raises:
-        ValueError: if there is no such data, or a file is truncated, has the wrong checksum, holds
-            a label out of range, or is a pickle of anything but arrays. The error names the file.
+        ValueError: if the data is not found, or if a file is truncated, has the wrong checksum,
+            has a label out of range, or is a pickle with other objects than arrays. The error names
+            the file.
     """
     source, read, names = _find(Path(path), checksum)
     train_names, test_name = BINARY if _is_binary(names) else PYTHON
@@ -125,7 +127,7 @@ def _open_archive(path: Path, checksum: bool) -> tuple[Path, Read, set[str]]:
 
 
 def _decode_binary(content: bytes, source: str, checksum: bool) -> tuple[Tensor, Tensor]:
-    """Decodes records of a label (one byte) followed by the planes red, green and blue."""
+    """Decodes records, each a label (one byte) followed by the red, green and blue planes."""
     record, published = 1 + PIXELS, 10_000
     if not content or len(content) % record or (checksum and len(content) != published * record):
         raise ValueError(

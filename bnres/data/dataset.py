@@ -19,8 +19,8 @@ class ImageDataset:
         class_names: names of the classes; label i is the i-th name.
         train_images, test_images: uint8 (N, channels, height, width).
         train_labels, test_labels: int64 (N,).
-        mean, std: mean and standard deviation of each channel of the training images, whose values
-            are scaled to 0 to 1.
+        mean, std: mean and standard deviation of each channel of the training images, with pixel
+            values scaled to the range 0 to 1.
     """
 
     name: str
@@ -52,7 +52,7 @@ def make_dataset(
     train: tuple[Tensor, Tensor],
     test: tuple[Tensor, Tensor],
 ) -> ImageDataset:
-    """Returns a data set of the given images, and computes the training images' mean and std.
+    """Returns a data set of the given images. Computes the mean and std of the training images.
 
     Args:
         name: name of the data set.
@@ -83,7 +83,7 @@ def make_dataset(
 
 
 def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of each channel of uint8 images, scaled to 0 to 1."""
+    """Returns each channel's mean and standard deviation, of uint8 images scaled to 0 to 1."""
     channels = images.shape[1]
     total, squares = (torch.zeros(channels, dtype=torch.float64) for _ in range(2))
     for chunk in images.split(CHUNK):
@@ -99,7 +99,7 @@ def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, 
 def split_dataset(
     name: str, class_names: tuple[str, ...], images: Tensor, labels: Tensor, per_class: int
 ) -> ImageDataset:
-    """Returns a data set with ``per_class`` images of each class held out, always the same ones."""
+    """Returns a data set with ``per_class`` held-out images of each class, always the same ones."""
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(SPLIT_SEED))
     members = [order[labels[order] == label] for label in labels.unique()]
     train = torch.cat([indices[per_class:] for indices in members])

@@ -29,9 +29,9 @@ def download_cifar10(
     partial = folder / f"{name}.partial"
 
     def resume(url: str, output_file: object, pooch: object) -> None:
-        """Downloads the bytes that ``partial`` lacks, then moves it to pooch's ``output_file``."""
+        """Downloads the missing bytes of ``partial``, then moves the file to ``output_file``."""
         have = partial.stat().st_size if partial.exists() else 0
-        # A compressed response would have other byte ranges and another checksum than the file.
+        # No compression: the byte ranges and the checksum are those of the uncompressed file.
         headers = {"Accept-Encoding": "identity"}
         if have:
             headers["Range"] = f"bytes={have}-"

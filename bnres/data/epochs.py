@@ -1,4 +1,4 @@
-"""Base class of batches: their number, order, augmentation, and division among processes."""
+"""Base class of batches. It sets their number, order, augmentation and division among processes."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from bnres.data.seeds import generator_at
 
 
 class EpochBatches(ABC):
-    """Batches of a data set; each depends only on the seed, its epoch and its number in the epoch.
+    """Batches of a data set. A batch depends only on the seed, its epoch and its number in it.
 
     Args:
         name: name of the data set, for errors.
@@ -23,12 +23,12 @@ class EpochBatches(ABC):
         seed: seed of the order and the augmentation.
         drop_last: whether to leave out the last batch of a training epoch if it is smaller. A last
             batch of one image is always left out, because batch norm does not accept it.
-        shard: (rank, number of processes); this process gets its part of each batch and of the
-            held-out images.
+        shard: (number of this process, number of processes). Each process gets its part of each
+            batch and of the held-out images.
 
     Raises:
         ValueError: if ``batch_size`` is below 2 or above ``train_count``, or can't be divided
-            equally among several processes.
+            equally among the processes.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class EpochBatches(ABC):
         Args:
             order: int64 indices of the images.
             rows: number of images in a batch; the last batch may be smaller.
-            train: whether the indices are of training images; otherwise of held-out images.
+            train: whether ``order`` indexes the training images, else the held-out images.
         """
 
     def __len__(self) -> int:
@@ -80,7 +80,7 @@ class EpochBatches(ABC):
         return min(len(self) * self.batch_size, self.train_count)
 
     def train(self, epoch: int, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yields the batches of an epoch, starting at batch ``first``; the same at every call."""
+        """Yields the batches of an epoch from batch ``first`` on, the same ones at every call."""
         generator = generator_at(self.seed, "order", epoch)
         order = torch.randperm(self.train_count, generator=generator)
         order = order[first * self.batch_size : self.images_per_epoch]
@@ -94,7 +94,7 @@ class EpochBatches(ABC):
             yield self.test_augment(images), labels
 
     def _fetch_shard(self, order: Tensor, train: bool) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yields this process's images. Taking every ``parts``-th image divides batches equally."""
+        """Yields batches of this process's images: every ``parts``-th image of ``order``."""
         rank, parts = self.shard
         order = order[rank::parts]
         # Splitting an empty order would yield one empty batch.

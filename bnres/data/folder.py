@@ -1,4 +1,4 @@
-"""Images in one folder for each class: ``root/train/CLASS/*`` and ``root/val/CLASS/*``."""
+"""Loads images from one folder per class: ``root/train/CLASS/*`` and ``root/val/CLASS/*``."""
 
 import os
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 
 from bnres.data.images import read_rgb
 
-# The suffixes that torchvision's ImageFolder accepts, in its order.
+# The suffixes that torchvision's ImageFolder accepts, in the same order.
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 # ImageNet's mean and standard deviation, by which images are usually normalised.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -18,7 +18,7 @@ TRAIN, TEST = "train", ("val", "test")
 
 
 class ImageFiles(Dataset[tuple[Tensor, int]]):
-    """Image files, decoded to uint8 (3, size, size); an item is an image and its label.
+    """Image files. An item is an image, decoded to uint8 (3, size, size), and its label.
 
     An image's shorter side is resized to ``size``, then its centre is cropped. As in torchvision's
     loader, EXIF orientation is not applied.
@@ -28,7 +28,7 @@ class ImageFiles(Dataset[tuple[Tensor, int]]):
         size: height and width of the decoded images.
 
     Raises:
-        CorruptImage: when an item is read, as `read_rgb`.
+        CorruptImage: when an item is read, if `read_rgb` raises it.
     """
 
     def __init__(self, files: list[tuple[Path, int]], size: int) -> None:
@@ -125,10 +125,10 @@ def _files(folder: Path, names: tuple[str, ...]) -> list[tuple[Path, int]]:
 
 
 def _images(top: Path) -> list[Path]:
-    """The images in a folder and in all folders below it, in torchvision's order.
+    """Lists the images in a folder and in all folders below it, in torchvision's order.
 
-    As in torchvision, links to folders are followed. A link to a folder that contains the link is
-    not followed, because that would never end.
+    As in torchvision, links to folders are followed. Only a link to a folder that contains the link
+    is not followed, because the list would never end.
 
     Raises:
         ValueError: if a folder can't be listed.

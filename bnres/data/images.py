@@ -14,20 +14,20 @@ BITS_PER_SAMPLE, PHOTOMETRIC = 258, 262
 
 
 class CorruptImage(ValueError):
-    """Raised when a file can't be read as an image; the message, one line, names the file."""
+    """Raised when a file can't be read as an image. The message has one line and names the file."""
 
 
 def read_rgb(path: Path, size: tuple[int, int] | None = None) -> "Image.Image":
     """Reads an image file as RGB with 8 bits for each channel.
 
-    Gray images of more than 8 bits are scaled down: integers of 12 and 16 bits; integers of 32
-    bits, which must be from 0 to 65535; floats, which must be from 0 to 1. As in torchvision's
-    loader, EXIF orientation is not applied.
+    Gray images of more than 8 bits are scaled to 8 bits. Their values are integers of 12 or 16
+    bits, integers of 32 bits from 0 to 65535, or floats from 0 to 1. As in torchvision's loader,
+    EXIF orientation is not applied.
 
     Args:
         path: a file of a format that pillow reads.
-        size: (width, height) that the caller needs. A larger JPEG may be decoded at a smaller
-            scale that still has this size, which is faster.
+        size: (width, height) that the caller needs. To save time, a JPEG may be decoded at a
+            reduced scale at which it has at least this size.
 
     Raises:
         CorruptImage: if pillow can't read the file, or its gray values are out of range.
@@ -38,7 +38,7 @@ def read_rgb(path: Path, size: tuple[int, int] | None = None) -> "Image.Image":
         with Image.open(path) as image:
             if size is not None:
                 image.draft("RGB", size)
-            # convert() would clip values above 255.
+            # Without in_eight_bits, convert() would clip values above 255.
             wide = image.mode in ("I", "F") or image.mode.startswith("I;16")
             return (in_eight_bits(image) if wide else image).convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
@@ -50,7 +50,7 @@ def read_image(path: Path, largest_side: int) -> Tensor:
     """Reads an image file as uint8 (3, H, W), and shrinks it if a side exceeds ``largest_side``.
 
     Raises:
-        CorruptImage: as `read_rgb`.
+        CorruptImage: if `read_rgb` raises it.
     """
     import numpy as np
 

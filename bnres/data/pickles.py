@@ -1,6 +1,7 @@
-"""Unpickles files from other people safely: numbers, strings, containers and arrays of bytes.
+"""Unpickles files from other people safely.
 
-numpy's classes are not used for its arrays, because a forged state can make them access any memory.
+Only numbers, strings, containers and arrays of bytes are permitted. Pickled numpy arrays are read
+without numpy, because a forged state of a numpy array can make numpy access any memory.
 """
 
 import io
@@ -20,11 +21,11 @@ class _Dtype:
             raise pickle.UnpicklingError(f"arrays must be of uint8, got {spec!r}")
 
     def __setstate__(self, state: Any) -> None:
-        """Ignores the state, which for uint8 holds nothing that matters."""
+        """Ignores the pickled state, which uint8 does not need."""
 
 
 class _Array:
-    """Stands in for ``numpy.ndarray`` in a pickle; ``tensor`` holds the array's content."""
+    """Replaces ``numpy.ndarray``; ``tensor`` holds the content of the array."""
 
     tensor: Tensor
 
@@ -39,12 +40,12 @@ class _Array:
 
 
 def _reconstruct(*arguments: Any) -> _Array:
-    """Replaces numpy's function that creates an empty array; pickle then sets the array's state."""
+    """Replaces numpy's function that creates an array before pickle sets the array's state."""
     return _Array()
 
 
 def _encode(text: str, encoding: str = "latin1") -> bytes:
-    """Replaces ``codecs.encode``, by which old pickle protocols store bytes."""
+    """Replaces ``codecs.encode``, which old pickle protocols call to restore bytes."""
     if not isinstance(text, str) or encoding not in ("latin1", b"latin1"):
         raise pickle.UnpicklingError(
             f"bytes must be a str encoded as latin1, got {type(text).__name__} and {encoding!r}"
@@ -52,7 +53,8 @@ def _encode(text: str, encoding: str = "latin1") -> bytes:
     return text.encode("latin1")
 
 
-# The names that pickles of CIFAR-10's Python version use, as numpy 1 and numpy 2 spell them.
+# Replacements for the classes and functions that pickles of CIFAR-10 refer to, by module and name.
+# _reconstruct occurs twice, because its module has other names in numpy 1 and numpy 2.
 STAND_INS = {
     ("numpy", "ndarray"): _Array,
     ("numpy", "dtype"): _Dtype,

@@ -18,20 +18,22 @@ PREFETCH = 4
 def _leave_signals(worker: int) -> None:
     """Makes a worker ignore Ctrl-C, which a terminal sends to all processes.
 
-    The main process stops its workers, with SIGTERM if it must.
+    The main process stops its workers itself. It sends SIGTERM to a worker that does not stop.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 class StreamedBatches(EpochBatches):
-    """Batches of a folder of images, decoded ahead by workers and copied through pinned memory.
+    """Batches of a folder of images.
+
+    Worker processes decode the images in advance. The batches are copied through pinned memory.
 
     Args:
         dataset: the images.
-        device: device of the batches, where images are augmented.
+        device: device on which images are augmented and batches are returned.
         batch_size, train_augment, test_augment, seed, drop_last, shard: see `EpochBatches`.
-        workers: number of processes that decode; with 0 this process decodes.
+        workers: number of processes that decode. With 0 the calling process decodes.
     """
 
     def __init__(
@@ -62,7 +64,7 @@ class StreamedBatches(EpochBatches):
             prefetch_factor=PREFETCH if self.workers else None,
             pin_memory=self.device.type == "cuda",
             worker_init_fn=_leave_signals,
-            # Without a generator, the loader would draw from torch's global one.
+            # Without this argument, the loader would draw from torch's global generator.
             generator=torch.Generator().manual_seed(self.seed),
         )
         try:
@@ -72,7 +74,7 @@ class StreamedBatches(EpochBatches):
                     labels.to(self.device, non_blocking=True),
                 )
         except CorruptImage as error:
-            # In an error from a worker, the message follows the worker's traceback.
+            # An error from a worker contains the worker's traceback, then the message.
             line = str(error).strip().splitlines()[-1]
             name = f"{CorruptImage.__module__}.{CorruptImage.__name__}: "
             raise CorruptImage(line.removeprefix(name)) from error

@@ -1,4 +1,4 @@
-"""Random images in the shape of a data set, for measuring speed."""
+"""Makes random images in the shape of a data set, for measuring speed."""
 
 import torch
 

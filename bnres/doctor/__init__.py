@@ -1,4 +1,4 @@
-"""The command ``bnres doctor``: what is wrong on this machine, and how to fix it."""
+"""Implements ``bnres doctor``, which says what is wrong on this machine and how to fix it."""
 
 from bnres.doctor.diagnosis import diagnose
 

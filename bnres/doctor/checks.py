@@ -1,4 +1,4 @@
-"""Checks of a machine; each returns what is wrong and how to fix it, or None."""
+"""Checks of a machine. Each check returns a problem and how to fix it, or None."""
 
 import os
 import re
@@ -52,7 +52,7 @@ def check_triton() -> Finding | None:
     try:
         import triton
 
-        version = triton.__version__  # fails if a folder named triton was imported instead
+        version = triton.__version__  # raises an error if a folder named triton was imported
     except Exception as error:  # a broken build may raise anything
         problem = "triton is missing"
         if not isinstance(error, ModuleNotFoundError):
@@ -65,7 +65,7 @@ def check_triton() -> Finding | None:
 
 
 def find_compiler() -> str | None:
-    """The C compiler that triton uses, or None."""
+    """Returns the path of the C compiler that triton uses, or None if there is none."""
     if "CC" in os.environ:
         return shutil.which(os.environ["CC"])
     return shutil.which("gcc") or shutil.which("clang")
@@ -97,7 +97,7 @@ def check_compiler() -> Finding | None:
 
 
 def check_numpy() -> Finding | None:
-    """If kernels run in triton's interpreter, checks that it works with the installed numpy."""
+    """Checks that triton's interpreter, if kernels run in it, supports the installed numpy."""
     if bnres.backend() != "triton-interpreter" or check_triton() is not None:
         return None
     import triton
@@ -115,8 +115,9 @@ def check_numpy() -> Finding | None:
 
 
 def cache_folders() -> dict[str, Path]:
-    """The cache folders of triton and Inductor, by the environment variable that sets each."""
-    # expanduser leaves ~ unchanged if there is no home; triton then writes to a folder named ~.
+    """Returns the cache folders of triton and Inductor; keys are the environment variables."""
+    # If there is no home folder, expanduser returns "~", and triton writes to a folder of this
+    # name.
     home = Path(os.environ.get("TRITON_HOME") or os.path.expanduser("~"))
     return {
         "TRITON_CACHE_DIR": Path(os.environ.get("TRITON_CACHE_DIR") or home / ".triton/cache"),
@@ -125,7 +126,8 @@ def cache_folders() -> dict[str, Path]:
 
 
 def _default_inductor_cache() -> str:
-    # Run only this file: importing its package would create the folder, or fail to.
+    # The file is run without importing its package, because the import would create the folder or
+    # raise an error.
     utils = Path(torch.__file__).parent / "_inductor/runtime/cache_dir_utils.py"
     folder: str = runpy.run_path(str(utils))["default_cache_dir"]()
     return folder
@@ -151,9 +153,10 @@ def check_cache(variable: str) -> Finding | None:
 
 @contextmanager
 def usable_inductor_cache() -> Iterator[None]:
-    """Inside, Inductor has a writable cache folder, which the import of Dynamo needs.
+    """Makes sure that Inductor has a writable cache folder inside the context.
 
-    If its cache folder is not writable, it gets a temporary one.
+    If Inductor's cache folder is not writable, a temporary folder replaces it. Importing Dynamo
+    needs a writable folder.
     """
     if _inductor_cache() is None:
         yield
@@ -170,7 +173,7 @@ def usable_inductor_cache() -> Iterator[None]:
 
 
 def check_namespace() -> Finding | None:
-    """Checks that Python, started in the current folder, does not import a mere folder as bnres."""
+    """Checks that Python, started in the current folder, imports bnres and not a folder bnres/."""
     spec = PathFinder.find_spec("bnres", [os.getcwd(), *sys.path])
     if spec is None or spec.origin is not None:
         return None

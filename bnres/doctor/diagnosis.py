@@ -1,4 +1,4 @@
-"""Examines a machine and a model: what is wrong, and which changes save memory traffic."""
+"""Examines a machine and a model: finds problems, and changes that save memory traffic."""
 
 import json
 import subprocess
@@ -58,7 +58,8 @@ class Change:
 
     Attributes:
         do: the change, in words.
-        saves: bytes that it saves for each image of a training step, derived; None if unknown.
+        saves: bytes of memory traffic that the change saves per image of a training step, computed
+            from shapes; None if they are not known.
     """
 
     do: str
@@ -66,7 +67,7 @@ class Change:
 
 
 def changes(savings: Savings) -> list[Change]:
-    """The changes that save memory traffic; the one that saves most comes first."""
+    """Returns the changes that save memory traffic, starting with the one that saves most."""
     found = [Change("fuse: model = bnres.fuse(model)", savings.stock_bytes - savings.fused_bytes)]
     if not savings.half:
         found.append(

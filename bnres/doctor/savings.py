@@ -1,10 +1,11 @@
 """Derives from shapes, without measuring, what fusing a model saves in a training step.
 
-Bytes are counted in passes: a pass reads or writes, once, a tensor of the size of the batch norm's
-input. For instance, the forward of a batch norm reads its input once for the statistics and once to
-apply them. Launches are those of ATen's kernels and of bnres's kernels.
+Bytes are counted in passes. One pass reads or writes a tensor of the size of the batch norm's
+input. For example, the forward of a batch norm takes three passes: it reads its input for the
+statistics, reads it again to apply them, and writes its output. Launches are those of ATen's and
+bnres's kernels.
 
-A pattern names the fused layers as `explain` does, for instance ``conv-bn-add-act``.
+A pattern is the name that `explain` gives to fused layers, for instance ``conv-bn-add-act``.
 """
 
 import copy
@@ -18,13 +19,14 @@ from bnres.fusion import explain
 from bnres.fusion.explain import is_norm
 
 HALF = 2
-INDEX_BYTES = 8  # bytes of the index that torch's max-pool writes for each output
-POOLED = 1 / 4  # outputs per input of a max-pool of stride 2
+INDEX_BYTES = 8  # bytes of the index that torch's max-pool writes for each output element
+POOLED = 1 / 4  # output elements per input element of a max-pool of stride 2
 # torch's batch norm has four launches in forward (num_batches_tracked, statistics, running
 # statistics, output) and two in backward (sums, dx).
 STOCK_NORM_LAUNCHES = 6
-# Our operation has two launches for each batch norm (partial statistics, and their combination) and
-# four others: the output; in backward the partial sums, their combination, and dx.
+# Our operation has two launches for each batch norm: partial statistics, and their combination. It
+# has four other launches: the output in forward, and in backward the partial sums, their
+# combination, and dx.
 STATISTICS_LAUNCHES, OTHER_LAUNCHES = 2, 4
 
 
@@ -33,7 +35,7 @@ def _parts(pattern: str) -> list[str]:
 
 
 def stock_passes(pattern: str, itemsize: int) -> float:
-    """Passes of torch's layers for a pattern, forward and backward together."""
+    """Returns the passes of torch's layers for a pattern, forward and backward together."""
     parts = _parts(pattern)
     found = 8.0 * parts.count("bn") + 3 * ("add" in parts) + 5 * ("act" in parts)
     if "pool" in parts:
@@ -42,7 +44,7 @@ def stock_passes(pattern: str, itemsize: int) -> float:
 
 
 def fused_passes(pattern: str, itemsize: int) -> float:
-    """Passes of the fused operation for a pattern, forward and backward together."""
+    """Returns the passes of the fused operation for a pattern, forward and backward together."""
     parts = _parts(pattern)
     bit = 1 / (8 * itemsize)
     if "pool" in parts:
@@ -55,14 +57,14 @@ def fused_passes(pattern: str, itemsize: int) -> float:
 
 
 def stock_launches(pattern: str) -> int:
-    """Launches of torch's layers for a pattern, forward and backward together."""
+    """Returns the launches of torch's layers for a pattern, forward and backward together."""
     parts = _parts(pattern)
     others = ("add" in parts) + 2 * ("act" in parts) + 2 * ("pool" in parts)
     return STOCK_NORM_LAUNCHES * parts.count("bn") + others
 
 
 def fused_launches(pattern: str) -> int:
-    """Launches of the fused operation for a pattern, forward and backward together."""
+    """Returns the launches of the fused operation for a pattern, forward and backward together."""
     norms = _parts(pattern).count("bn")
     return STATISTICS_LAUNCHES * norms + OTHER_LAUNCHES
 
@@ -71,13 +73,12 @@ def fused_launches(pattern: str) -> int:
 class Savings:
     """What fusing a model saves in a training step. Bytes are per image.
 
-    A site is a batch norm with the layers that are fused with it. Bytes and launches count only the
-    sites that are fused.
+    Bytes and launches count only batch norms that are fused, and the layers fused with them.
 
     Attributes:
         norms: number of batch norms.
         fused: number of batch norms that are fused.
-        reasons: why each other batch norm is not fused, by its name.
+        reasons: for each batch norm that is not fused, its name and the reason.
         stock_bytes, fused_bytes: bytes moved by torch's layers and by the fused operations, in the
             model's precision.
         half_bytes: bytes moved by the fused operations in 16 bits.
@@ -112,7 +113,7 @@ def derive(model: nn.Module, x: torch.Tensor) -> Savings:
     stock = fused = small = 0.0
     launches = [0.0, 0.0]
     for site in report.fused:
-        # A pattern of two batch norms has two sites in the report.
+        # The report lists a pattern of two batch norms twice, so each counts half.
         share = 1 / _parts(site.pattern).count("bn")
         elements = sizes.get(site.name, 0) / x.shape[0] * share
         stock += stock_passes(site.pattern, itemsize) * itemsize * elements
@@ -130,7 +131,10 @@ def derive(model: nn.Module, x: torch.Tensor) -> Savings:
 
 
 def _elements(model: nn.Module, x: torch.Tensor) -> dict[str, int]:
-    """Number of elements that each batch norm normalises, by its name, from a call of a copy."""
+    """Returns the number of elements that each batch norm normalises, by the batch norm's name.
+
+    A copy of the model is called to find the numbers.
+    """
     found: dict[str, int] = {}
     twin = copy.deepcopy(model)
     for name, module in twin.named_modules():
@@ -148,7 +152,8 @@ def _elements(model: nn.Module, x: torch.Tensor) -> dict[str, int]:
 def is_channels_last(model: nn.Module) -> bool:
     """Whether all filters of 2-d convolutions are in channels_last.
 
-    Ignores filters of one tap or one input channel, whose memory is the same in both formats.
+    Filters of size 1×1 or of one input channel are ignored, because their memory is the same in
+    both formats.
     """
     filters = [m.weight for m in model.modules() if isinstance(m, nn.Conv2d)]
     return all(

@@ -1,4 +1,8 @@
-"""Fuses users' models: `fuse`, `fold` for export, `explain` to show what is fused and why."""
+"""Fuses users' models.
+
+`fuse` makes a model run fused operations, `fold` folds batch norms into convolutions for export,
+and `explain` reports what `fuse` does to a model and why.
+"""
 
 from bnres.fusion.backend import fuse, inductor, unfuse
 from bnres.fusion.explain import explain

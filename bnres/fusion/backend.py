@@ -1,4 +1,4 @@
-"""`fuse`, `unfuse`, the backend "bnres" of torch.compile, and `inductor`."""
+"""The functions `fuse`, `unfuse` and `inductor`, and torch.compile's backend ``"bnres"``."""
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
@@ -28,8 +28,8 @@ def backend(
     Args:
         module: the graph that Dynamo captured; it is rewritten.
         example_inputs: the graph's inputs.
-        options: ``{"inner": ...}``, the backend that compiles the rewritten graph or its name, such
-            as ``"inductor"``; by default the graph runs eagerly.
+        options: ``{"inner": ...}`` sets the backend that compiles the rewritten graph, by its name,
+            such as ``"inductor"``, or as a function. By default the graph runs eagerly.
 
     Raises:
         ValueError: for an unknown option, or if ``inner`` is neither a string nor callable.
@@ -51,7 +51,8 @@ def backend(
 def run_eagerly(module: fx.GraphModule) -> Callable[..., Any]:
     """A function that runs a captured graph without a compiler.
 
-    torch's operator for checkpoints needs a compiler, so `_checkpointed` replaces it.
+    The graph may contain torch's operator for activation checkpoints. This operator needs a
+    compiler, so `_checkpointed` replaces it.
     """
     of_modules = module_tensors(module.graph)
     checkpoints = torch.ops.higher_order.tag_activation_checkpoint
@@ -66,10 +67,11 @@ def run_eagerly(module: fx.GraphModule) -> Callable[..., Any]:
 def _checkpointed(
     body: fx.GraphModule, *args: Any, of_module: Sequence[bool], **options: Any
 ) -> Any:
-    """The outputs of ``body``, run in a checkpoint.
+    """The outputs of ``body``, run in an activation checkpoint.
 
-    Dynamo turned modules' tensors into arguments. They are not passed to `checkpoint`, because
-    backward raises if an argument was written to, and the user's call did not pass them.
+    Dynamo turned tensors of modules into arguments of ``body``, although the user's call did not
+    pass them. They are not passed to `checkpoint` either, because backward raises an error if an
+    argument of a checkpoint was written to.
     """
     options["use_reentrant"] = False
     if "_checkpoint_context_fn" in body.meta:
@@ -87,10 +89,10 @@ def _checkpointed(
 def inductor() -> Iterator[None]:
     """A context in which Inductor fuses the graphs that it compiles, before autograd traces them.
 
-    ``torch.compile`` compiles when the compiled function is first called, so make that call inside
-    the context. The pass runs after those in ``torch._inductor.config.pre_grad_custom_pass``.
-    AOTAutograd's cache works here, but not with the backend ``"bnres"`` and
-    ``options={"inner": "inductor"}``.
+    ``torch.compile`` compiles a function when the function is first called, so the first call must
+    be made inside the context. Our pass runs after the passes that the user has set in
+    ``torch._inductor.config.pre_grad_custom_pass``. AOTAutograd's cache works in this context, but
+    not with the backend ``"bnres"`` and ``options={"inner": "inductor"}``.
     """
     from torch._inductor import config
 
@@ -101,22 +103,26 @@ def inductor() -> Iterator[None]:
 
 
 def fuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
-    """The same model with calls that run fused operations, as ``model.compile(backend="bnres")``.
+    """The same model, whose calls run fused operations.
 
-    Dynamo captures the graph of a call and guards the Python state that it depends on. Batch norms
-    in the graph are fused with the operations next to them; `bnres.explain` lists which. The rules
-    of ``torch.compile`` apply: a forward or backward hook that is added after the first call does
-    not run; a submodule that is called directly runs unfused; after
-    ``torch._dynamo.config.recompile_limit`` graphs, calls that match none of them run unfused.
+    A call does the same as after ``model.compile(backend="bnres")``. Dynamo, the part of
+    torch.compile that reads Python code, captures the graph of a call, and captures a new graph if
+    the Python state that the graph depends on has changed. Each batch norm in the graph is fused
+    with the operations before and after it; `bnres.explain` shows which operations are fused.
+
+    The rules of ``torch.compile`` apply. A forward or backward hook that is added after the first
+    call does not run, and a submodule that is called directly runs unfused. At most
+    ``torch._dynamo.config.recompile_limit`` graphs are captured; a call that would need another
+    graph runs unfused.
 
     Args:
         model: any module, in any mode, on any device.
-        inplace: fuse ``model`` itself instead of a copy.
+        inplace: whether to fuse ``model`` itself instead of a copy.
 
     Returns:
-        The fused model. Its repr contains "fused by bnres"; its class, parameters, keys and hooks
-        are the stock model's. Copies and pickles of it are unfused; `torch.export` and
-        `torch.jit.trace` treat it as a stock model.
+        The fused model. Its repr contains "fused by bnres". It has the class, the parameters, the
+        keys and the hooks of ``model``. Copies and pickles of the fused model are not fused, and
+        `torch.export` and `torch.jit.trace` treat it as a model that is not fused.
 
     Raises:
         TypeError: if ``model`` is not a module.
@@ -135,7 +141,10 @@ def fuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
 
 
 class _FusedRepr:
-    """The ``extra_repr`` of a fused model. Copies and pickles get the method of their class."""
+    """The ``extra_repr`` of a fused model.
+
+    Copies and pickles of the model do not keep it, because they are not fused.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self.model, self.own = model, model.extra_repr
@@ -148,11 +157,11 @@ class _FusedRepr:
 
 
 def unfuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
-    """The stock model from which `fuse` made ``model``.
+    """The model as it was before `fuse`.
 
     Args:
         model: any module, fused or not.
-        inplace: change ``model`` itself instead of a copy.
+        inplace: whether to change ``model`` itself instead of a copy.
 
     Raises:
         TypeError: if ``model`` is not a module.

@@ -1,4 +1,4 @@
-"""The private parts of torch.compile that fusion uses; they fit torch 2.11, 2.13 and 2.14."""
+"""The private parts of torch.compile that fusion uses, as they are in torch 2.11, 2.13 and 2.14."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,15 +12,17 @@ from bnres.operations.sync_batch_norm_act import sync_batch_norm
 def compiled(function: Callable[..., Any], backend: Any, **options: Any) -> Callable[..., Any]:
     """``torch.compile`` of a function, with a separate cache of graphs.
 
-    torch stores the graphs per code object, at most ``torch._dynamo.config.recompile_limit``, and
-    the ``__call__`` of all modules has the same code object.
+    torch stores at most ``torch._dynamo.config.recompile_limit`` graphs for each code object. The
+    ``__call__`` of all modules has the same code object, so modules would share this limit. Here
+    each compiled function gets a new code object.
     """
 
     def call(*args: Any, **kwargs: Any) -> Any:
         return function(*args, **kwargs)
 
     call.__code__ = call.__code__.replace()
-    # One node in the graph; otherwise Dynamo would capture the operations inside the function.
+    # Makes a call of the function one node in the graph. Otherwise Dynamo would capture the
+    # operations inside the function.
     torch._dynamo.allow_in_graph(sync_batch_norm)
     return torch.compile(call, backend=backend, **options)
 
@@ -28,7 +30,7 @@ def compiled(function: Callable[..., Any], backend: Any, **options: Any) -> Call
 def set_compiled_call(module: nn.Module, call: Callable[..., Any] | None) -> None:
     """Sets the function that calls of the module run, like `torch.nn.Module.compile`.
 
-    Copies of the module don't keep it.
+    Copies of the module do not keep this function.
     """
     module._compiled_call_impl = call
 
@@ -39,7 +41,10 @@ def uncompiled_call(module: nn.Module) -> Callable[..., Any]:
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """Whether ``torch.compile`` returned this module, whose keys then begin with ``_orig_mod.``."""
+    """Whether this module was returned by ``torch.compile``.
+
+    The keys of such a module's state dict begin with ``_orig_mod.``.
+    """
     return isinstance(module, torch._dynamo.OptimizedModule)
 
 
@@ -51,7 +56,8 @@ def lookup_backend(name: Any) -> Callable[..., Any]:
 def module_tensors(graph: fx.Graph) -> set[int]:
     """The ids of the fake tensors of a graph's inputs that are attributes of modules.
 
-    The inputs of nested graphs have the same fake tensors but no sources.
+    A fake tensor has a shape and a dtype but no data. The inputs of nested graphs are the same fake
+    tensors, so the ids also identify them there, where Dynamo records no origin of the inputs.
     """
     found = set()
     for node in graph.find_nodes(op="placeholder"):

@@ -1,4 +1,4 @@
-"""`explain`: what is fused in a model, what is not, and why."""
+"""The function `explain`, which reports what is fused in a model, what is not fused, and why."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -17,7 +17,7 @@ from bnres.nn.sync import make_nodes
 def explain(model: nn.Module, *inputs: Any, **kwargs: Any) -> FusionReport:
     """A report of what `bnres.fuse` does to a model that is called with these inputs.
 
-    A copy of the model runs once, in the model's mode.
+    A copy of the model is called once, in the training or eval mode that the model has.
 
     Args:
         model: any module.
@@ -41,7 +41,8 @@ def explain(model: nn.Module, *inputs: Any, **kwargs: Any) -> FusionReport:
         placeholders = module.graph.find_nodes(op="placeholder")
         rows, run = fuse_graphs(module), run_eagerly(module)
 
-        # Modules of one class may share a graph; its arguments show which module it runs for.
+        # Modules of one class may share a graph. The graph's arguments include the module's
+        # tensors, which show for which module the graph runs.
         def call(*args: Any) -> Any:
             tensors = dict(zip(placeholders, args, strict=True))
             for site, nodes in rows:
@@ -55,7 +56,7 @@ def explain(model: nn.Module, *inputs: Any, **kwargs: Any) -> FusionReport:
     reason = "explain needs example inputs: explain(model, *inputs)"
     if inputs or kwargs:
         before = graph_breaks()
-        # On the ATen route no kernel has to be compiled.
+        # With the backend "aten", torch's operations run and no kernel has to be compiled.
         devices = range(torch.cuda.device_count())
         with use_backend("aten"), torch.random.fork_rng(devices=devices):
             compiled(twin, record)(*inputs, **kwargs)
@@ -69,7 +70,8 @@ def explain(model: nn.Module, *inputs: Any, **kwargs: Any) -> FusionReport:
 def is_norm(module: nn.Module) -> bool:
     """Whether a module is a batch norm.
 
-    Decided by its buffers, because FrozenBatchNorm2d is not a class of torch.
+    A batch norm is recognised by its buffers, because not all batch norms, such as
+    FrozenBatchNorm2d, are classes of torch.
     """
     instance_norm = nn.modules.instancenorm._InstanceNorm
     return "running_var" in module._buffers and not isinstance(module, instance_norm)

@@ -20,18 +20,21 @@ from bnres.nn.sync import revert_sync_batchnorm
 def fold(model: nn.Module, *inputs: Any, **kwargs: Any) -> nn.Module:
     """A copy of a model in which batch norms are folded into the convolutions before them.
 
-    ``weight / sqrt(var + eps)`` scales the convolution's filters. A folded batch norm becomes an
-    `nn.Identity`, without its keys; nothing else changes. The copy of a stock model loads and
-    exports without bnres. On a GPU ``bnres.fuse(model).eval()`` moves less memory.
+    The convolution's filters are multiplied by ``weight / sqrt(var + eps)``, and its bias changes
+    accordingly. A folded batch norm becomes an `nn.Identity` and loses its keys in the state dict;
+    nothing else changes. A folded model that was built from torch's layers can be loaded and
+    exported without bnres. On a GPU a folded model moves more memory than
+    ``bnres.fuse(model).eval()``.
 
-    The graph of a call with ``inputs`` shows which convolution each batch norm follows. The result
-    is valid as long as the model's forward runs the same operations: fold again after changing its
-    configuration. A batch norm is not folded if a tensor of the two modules is used elsewhere, if
-    one of them is called more than once or has a hook, or if one is not of torch's own classes.
+    The model is called with ``inputs`` and ``kwargs`` to find the convolution before each batch
+    norm. If a later change makes the model's forward run other operations, fold the model again. A
+    batch norm is not folded in three cases: if a tensor of the convolution or of the batch norm is
+    used elsewhere, if one of the two modules is called more than once or has a hook, or if one of
+    them is not of torch's own classes.
 
     Args:
         model: any module in eval mode, fused or not; it is not changed.
-        inputs, kwargs: example arguments of the model. Without any, nothing is folded.
+        inputs, kwargs: example arguments of the model. If there are none, nothing is folded.
 
     Raises:
         TypeError: if ``model`` is not a module.
@@ -79,17 +82,18 @@ def _capture(
             compiled(model, record, fullgraph=True)(*inputs, **kwargs)
     except not_captured() as error:
         with torch.no_grad():
-            model(*inputs, **kwargs)  # raises the model's own error, if it has one
+            model(*inputs, **kwargs)  # if this call fails, its error is raised instead
         line = str(error).splitlines()[0]
         raise ValueError(f"model can't be folded: its forward is not one graph: {line}") from error
-    # Popped, because torch keeps every backend, so `record` and its list stay in memory.
+    # Popped from the list, so that the graph can be freed: torch keeps every backend, and therefore
+    # keeps `record` and this list in memory.
     return found.pop() if found else (fx.Graph(), {})
 
 
 def _pairs(
     graph: fx.Graph, tensors: dict[fx.Node, Any], model: nn.Module
 ) -> dict[fx.Node, tuple[str, str]]:
-    """The names of the convolution and batch norm to fold, by the node of the batch norm."""
+    """The nodes of the batch norms to fold, with the names of each convolution and batch norm."""
     modules, found = dict(model.named_modules(remove_duplicate=False)), {}
     for node in graph.nodes:
         call = norm_call(node)

@@ -1,4 +1,4 @@
-"""Recognises batch norms with fixed statistics that are written as arithmetic."""
+"""Recognises batch norms with fixed statistics ("frozen") that are written as plain arithmetic."""
 
 from typing import Any
 
@@ -20,13 +20,13 @@ def _torchvision(x: Any, mean: Any, var: Any, weight: Any, bias: Any) -> Any:
 
 
 def _detectron2(x: Any, mean: Any, var: Any, weight: Any, bias: Any) -> Any:
-    """The forward of detectron2's FrozenBatchNorm2d for an x of any dtype that needs a gradient."""
+    """The forward of detectron2's FrozenBatchNorm2d for an x that needs a gradient."""
     scale = weight * (var + 1e-5).rsqrt()
     shift = (bias - mean * scale).reshape(1, -1, 1, 1)
     return x * scale.reshape(1, -1, 1, 1).to(torch.float32) + shift.to(torch.float32)
 
 
-# Literals such as eps may differ from those in the pattern.
+# ignore_literals: a number such as eps may differ from the number in the pattern.
 MATCHERS = [
     SubgraphMatcher(fx.symbolic_trace(pattern).graph, ignore_literals=True)
     for pattern in (_torchvision, _detectron2)
@@ -42,9 +42,8 @@ def as_batch_norm(graph: fx.Graph) -> None:
             del found["x"]
             own, eps = set(found.values()), found["rsqrt"].args[0].args[1]
             (end,) = match.returning_nodes
-            x: Any = end.all_input_nodes[0].args[
-                0
-            ]  # read here: the node in `match` may have been replaced
+            # Not the x in `match`, because an earlier replacement may have replaced that node.
+            x: Any = end.all_input_nodes[0].args[0]
             if _is_batch_norm(x, eps, end, vectors) and not obstacle(own, set()):
                 replace(own, F.batch_norm, (x, *vectors, False, 0.0, eps), {})
 

@@ -13,7 +13,7 @@ from bnres.routes import conv_route
 
 
 class FusePass(CustomGraphPass):
-    """A ``pre_grad_custom_pass`` that runs the passes set before it, then fuses batch norms."""
+    """A ``pre_grad_custom_pass`` that runs the passes set earlier, and then fuses batch norms."""
 
     def __init__(self, before: Any) -> None:
         self.before = before if isinstance(before, list | tuple) else [before] if before else []
@@ -24,9 +24,9 @@ class FusePass(CustomGraphPass):
         fuse_graph(graph.owning_module)  # type: ignore[arg-type]
 
     def uuid(self) -> Any:
-        """The key for torch's caches of everything that compiled code depends on.
+        """The key of this pass in torch's caches of compiled code.
 
-        None, which disables the caches, if one of the other passes has no key.
+        If one of the earlier passes has no key, the result is None, which disables the caches.
         """
         others = [each.uuid() if hasattr(each, "uuid") else None for each in self.before]
         if None in others:

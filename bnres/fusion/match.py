@@ -41,8 +41,8 @@ class NormCall:
         calls: the call and, if there is one, the addition that increments its
             ``num_batches_tracked``.
         input: the node that the call normalises.
-        state: a `BatchNormState` of its tensors, as nodes, and its options. The ``input_bias`` is
-            the bias of the convolution.
+        state: a `BatchNormState` with the nodes of the call's tensors, and with the call's options.
+            ``input_bias`` is the bias of the convolution before the call, or None.
         training: whether the call normalises with the statistics of the batch.
         conv: the arguments of the convolution whose output only this call reads, or None.
         group: the name of the process group if the batch norm is synchronised, otherwise empty.
@@ -76,8 +76,8 @@ class Match:
         norms: one or two calls of batch norm; the second normalises the residual.
         nodes: the replaced nodes, without the convolution.
         pattern: the operations of the nodes, such as ``conv-bn-act``.
-        options: the arguments of the fused call other than those of the first batch norm.
-        reason: why nothing more is fused; may be empty.
+        options: the arguments of the fused call, without the arguments of the first batch norm.
+        reason: why the next operation is not fused too; may be empty.
     """
 
     operation: Any
@@ -89,7 +89,7 @@ class Match:
 
     @property
     def replaced(self) -> set[fx.Node]:
-        """The nodes to remove; they include the convolution only if the fused call computes it."""
+        """The nodes to remove, including the convolution if the fused call computes it."""
         takes_conv = self.operation is conv2d_batch_norm_act
         return self.nodes | {self.norms[0].input} if takes_conv else self.nodes
 
@@ -101,7 +101,7 @@ class Match:
 
 
 def norm_call(node: fx.Node) -> NormCall | None:
-    """The batch norm that a node calls; None if it calls none, or one that we do not support."""
+    """The batch norm that a node calls; None if the node calls no batch norm that we support."""
     if node.target not in SIGNATURES:
         return None
     bound = SIGNATURES[node.target].bind(*node.args, **node.kwargs)  # type: ignore[index]
@@ -116,7 +116,8 @@ def norm_call(node: fx.Node) -> NormCall | None:
     if node.target is F.batch_norm and training:
         counter = _counter(node)
         calls |= set() if counter is None else {node.prev}
-    # In a group, the gradient of the convolution's bias is 0 only when summed over all ranks.
+    # Fusing adds the convolution's bias in the batch norm, where its gradient is set to 0. In a
+    # process group only the sum of the gradients over all processes is 0, so it is not fused.
     conv = convolution(input) if only_user(input) is not None and not group else None
     bias = None if conv is None else conv.get("bias")
     state = BatchNormState(**options, num_batches_tracked=counter, input_bias=bias)
@@ -145,7 +146,7 @@ def shortest(norm: NormCall) -> Match:
 def longest(norm: NormCall) -> Match:
     """A match of a batch norm and everything that can be fused with it.
 
-    `hazard` then checks the other nodes of the graph.
+    This function does not look at other nodes of the graph; `hazard` checks them.
     """
     match = shortest(norm)
     user: Any = only_user(norm.node)
@@ -186,24 +187,24 @@ def _residual_norm(norm: NormCall, other: fx.Node) -> NormCall | None:
         return None
     if (second.training, second.group) != (norm.training, norm.group):
         return None
-    # If both norms have fixed statistics and weights, one operation would keep both inputs for
-    # backward, and two operations keep neither: they are not fused.
+    # If both norms have fixed statistics and fixed weights, they are not fused: one operation would
+    # keep both inputs for backward, while two separate operations keep neither.
     weights = (value(norm.state.weight), value(second.state.weight))
     fixed = not norm.training and not any(getattr(w, "requires_grad", False) for w in weights)
     return None if fixed and getattr(value(norm.node), "requires_grad", False) else second
 
 
 def hazard(match: Match) -> str:
-    """Why the calls of a match can't move to its last node; empty if they can."""
+    """Why the calls of a match can't all run at its last node's position; empty if they can."""
     # A convolution that stays in the graph runs without its bias, which the fused call adds.
     convs = {norm.input for norm in match.norms if norm.state.input_bias is not None}
     buffers = {b for norm in match.norms for b in norm.buffers}
     found = obstacle(match.replaced | convs, buffers)
     if found:
         return found
-    # Our backward may read these tensors; torch's does not. After an in-place addition to the
-    # residual, later writes go to the sum. The fused sum is a new tensor, so they do not change
-    # the residual.
+    # Our backward may read the batch norms' biases and the residual, which torch's backward does
+    # not read, so later writes to these tensors are a hazard. An exception is a residual to which
+    # the model adds in place: later writes then go to the sum, and the fused sum is a new tensor.
     residual = match.options.get("residual") if len(match.norms) == 1 else None
     becomes_sum = residual in [w for n in match.nodes for w in writes(n) or []]
     read = [norm.state.bias for norm in match.norms] + ([] if becomes_sum else [residual])
@@ -218,7 +219,7 @@ def hazard(match: Match) -> str:
 
 
 def obstacle(own: set[fx.Node], buffers: set[int | None]) -> str:
-    """Why nodes can't all move to the position of the last one; empty if they can.
+    """Why nodes can't all move to the position of the last of these nodes; empty if they can.
 
     Args:
         own: the nodes to move.
@@ -234,7 +235,7 @@ def obstacle(own: set[fx.Node], buffers: set[int | None]) -> str:
             return f"{node.target} runs between the operations to fuse and may have any side effect"
         if any(storage(n) in buffers for n in node.all_input_nodes):
             return "its statistics are used between the operations to fuse"
-        # A write changes an input only if the input was computed before it.
+        # A write can only change inputs that were computed before the write.
         earlier = {storage(n) for n in inputs if n < node}
         if any(storage(w) in (None, *earlier) for w in written):
             return "one of the inputs is written in place between the operations to fuse"
@@ -242,7 +243,7 @@ def obstacle(own: set[fx.Node], buffers: set[int | None]) -> str:
 
 
 def find(node: fx.Node) -> Match | str:
-    """The match of a node's batch norm, or the reason why it can't run as our operation."""
+    """The match of a node's batch norm, or the reason why our operation can't compute it."""
     norm = norm_call(node)
     if norm is None:
         return "bnres does not support the dtype or the number of dimensions of its input"

@@ -42,7 +42,7 @@ RELU6 = ({"min_val": 0, "max_val": 6}, {"min": 0, "max": 6})
 IN_PLACE = re.compile(
     r".*[^_]_|_*i(add|sub|mul|truediv|floordiv|matmul|pow|and|or|xor)_*|setitem|__set.*"
 )
-# These write only to running statistics. Other norms of torch may write to any argument.
+# These functions write only to running statistics. Other norms of torch may write to any argument.
 NORMS = (
     F.batch_norm, F.instance_norm, batch_norm_act, batch_norm_act_max_pool2d, conv2d_batch_norm_act,
     sync_batch_norm, sync_batch_norm_act,
@@ -55,20 +55,24 @@ OPERATORS: Any = (torch._ops.OpOverload, torch._ops.OpOverloadPacket)
 
 
 def value(node: Any) -> FakeTensor | None:
-    """The fake tensor that Dynamo computed for a node; None for anything else."""
+    """The fake tensor of a node: a tensor without data, with the shape and dtype of its result.
+
+    None if ``node`` is not a node or its result is not a tensor.
+    """
     found = node.meta.get("example_value") if isinstance(node, fx.Node) else None
     return found if isinstance(found, FakeTensor) else None
 
 
 def storage(node: fx.Node) -> int | None:
-    """An identifier of the memory of a node's tensor, equal for tensors that share it."""
+    """An identifier of the memory of a node's tensor; it is equal for tensors that share memory."""
     found = value(node)
     return None if found is None else found.untyped_storage()._cdata
 
 
 def alike(a: Any, b: Any) -> bool:
     """Whether two nodes are tensors of the same shape and dtype for all values of dynamic sizes."""
-    from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq  # imports sympy
+    # Imported only here, because this module imports sympy.
+    from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 
     x, y = value(a), value(b)
     if x is None or y is None or x.dtype != y.dtype:
@@ -100,7 +104,10 @@ def module_name(node: fx.Node) -> str:
 
 
 def torch_name(node: fx.Node | None) -> str:
-    """The name of the method, or the torch or Python function, that a node calls; or empty."""
+    """The name of the method, or of the torch or Python function, that a node calls.
+
+    Empty if the node calls nothing, or calls another function.
+    """
     if node is None or node.op not in ("call_function", "call_method"):
         return ""
     if isinstance(node.target, str):
@@ -118,9 +125,9 @@ def arguments(node: fx.Node, names: tuple[str, ...]) -> dict[str, Any] | None:
 
 
 def constants(node: Any, names: tuple[str, ...]) -> dict[str, Any] | None:
-    """The arguments after a call's input by name.
+    """The arguments after a call's input, by name.
 
-    None if there are arguments that are not in ``names``, or if one of them is a node.
+    None if a name is not in ``names``, or if the value of an argument is a node.
     """
     found = arguments(node, ("input", *names)) or {}
     if [name for name, v in found.items() if isinstance(v, fx.Node)] != ["input"]:
@@ -145,7 +152,8 @@ def activation(node: fx.Node | None) -> tuple[str, dict[str, Any] | None] | None
     options.pop("inplace", None)
     if name not in ("hardtanh", "clamp", "clip"):
         return name, options or None
-    # With gradients a clamp is not relu6: at the bounds the gradient of clamp is 1, of relu6 0.
+    # If gradients are needed, a clamp is not a relu6: at the bounds the derivative of clamp is 1
+    # and the derivative of relu6 is 0.
     same = name == "hardtanh" or not getattr(value(node), "requires_grad", True)
     return ("relu6", None) if same and options in RELU6 else None
 
@@ -187,7 +195,10 @@ def _statistics(node: fx.Node) -> list[fx.Node]:
 
 
 def writes(node: fx.Node) -> list[fx.Node] | None:
-    """The nodes whose tensors a node, or a user of its outputs, may write to; None if unknown."""
+    """The nodes whose tensors may be written to by a node or by a later user of its outputs.
+
+    None if they are unknown.
+    """
     if node.op in ("placeholder", "get_attr"):
         return []
     target: Any = node.target
@@ -204,7 +215,7 @@ def writes(node: fx.Node) -> list[fx.Node] | None:
     first = [n for n in given if isinstance(n, fx.Node)]
     if IN_PLACE.fullmatch(name):
         return first
-    # Not a function of torch, or called for a side effect such as disabling gradients.
+    # Unknown: not a function of torch, or called for a side effect such as disabling gradients.
     if node.op != "call_method" and (not name or node.meta.get("example_value") is None):
         return None
     asked = node.kwargs.get("inplace") or any(a is True for a in node.args)
@@ -212,7 +223,7 @@ def writes(node: fx.Node) -> list[fx.Node] | None:
 
 
 def replace(nodes: set[fx.Node], target: Any, args: tuple[Any, ...], kwargs: Any) -> fx.Node:
-    """Replaces nodes by one call, at the position of the last one; returns the call."""
+    """Replaces nodes by one call, at the position of the last node; returns the call."""
     end = max(nodes)
     with end.graph.inserting_before(end):
         call = end.graph.call_function(target, args, kwargs)

@@ -21,10 +21,10 @@ class Site:
 
     Attributes:
         name: the qualified name of its module.
-        pattern: the operations fused with it, such as ``conv-bn-act``; ``bn`` is our operation for
-            the batch norm only, and ``-`` is not fused.
-        reason: why it is not fused, or not with more operations; may be empty.
-        fused: whether one of our operations runs it.
+        pattern: the operations that are fused, such as ``conv-bn-act``. ``bn`` means that our
+            operation computes only the batch norm, and ``-`` that the batch norm is not fused.
+        reason: why the batch norm is not fused, or not fused with more operations; may be empty.
+        fused: whether one of our operations computes the batch norm.
     """
 
     name: str

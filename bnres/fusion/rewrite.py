@@ -11,18 +11,18 @@ from bnres.fusion.match import SIGNATURES, Match, find
 from bnres.fusion.nodes import module_name, replace, stem_convolution, storage, writes
 from bnres.fusion.report import Site
 
-# How a call of batch norm was fused, and the nodes of its tensors.
+# A row of the report on how a call of batch norm was fused, and the nodes of the call's tensors.
 Found = tuple[Site, list[fx.Node]]
 
 
 def fuse_graphs(module: fx.GraphModule) -> list[Found]:
-    """Fuses a captured graph and the graphs nested in it; returns a row for each batch norm."""
+    """Fuses a captured graph and its nested graphs; returns a report's row for each batch norm."""
     graphs = [m for m in module.modules() if isinstance(m, fx.GraphModule)]
     return [found for graph in graphs for found in fuse_graph(graph)]
 
 
 def fuse_graph(module: fx.GraphModule) -> list[Found]:
-    """Fuses one captured graph; returns a row for each batch norm."""
+    """Fuses one captured graph; returns a report's row for each batch norm."""
     graph, rows = module.graph, []
     as_batch_norm(graph)
     calls: list[fx.Node] = []
@@ -79,12 +79,13 @@ def _use_stem_conv(node: fx.Node) -> None:
 
 
 def _fork(graph: fx.Graph, call: fx.Node) -> None:
-    """Gives each of two readers a separate tensor, so that our backward sums their gradients."""
+    """Makes a call with two users return two tensors, so that our backward adds their gradients."""
     users, shared = list(call.users), storage(call)
     if len(users) != 2:
         return
     for node in graph.nodes:
-        # A write through a view of one tensor would not reach the gradient of the other.
+        # No node may write to the shared memory. Autograd would not know that a write through one
+        # tensor also changes the other.
         written = writes(node)
         touched = node.all_input_nodes if written is None else written
         if any(storage(n) == shared for n in touched):

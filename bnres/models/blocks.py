@@ -1,8 +1,8 @@
 """Residual blocks, built from torch's layers or from fused layers, with the same parameter names.
 
-In ``block(x, skip, fork=True)`` the shortcut reads ``skip`` instead of ``x``, and the output is
-returned as two tensors; see `bnres.models.chain`. ``readers()`` returns the modules that read the
-block's input.
+In ``block(x, skip, fork=True)`` the block's shortcut reads ``skip`` instead of ``x``, and the
+block returns its output as two tensors; `bnres.models.chain` explains why. ``block.readers()``
+returns the modules that read the block's input.
 """
 
 from typing import Any, ClassVar
@@ -24,7 +24,7 @@ def conv(in_channels: int, out_channels: int, kernel_size: int, stride: int = 1)
 def projection(
     in_channels: int, out_channels: int, stride: int, norm_act: NormAct
 ) -> nn.Sequential | None:
-    """Returns a shortcut's convolution and batch norm, or None if its shape does not change."""
+    """Returns a shortcut's convolution and batch norm, or None if the block keeps the shape."""
     if stride == 1 and in_channels == out_channels:
         return None
     norm, _ = norm_act(out_channels, act=None)
@@ -41,10 +41,10 @@ def _end(
     *,
     fork: bool,
 ) -> Any:
-    """act(bn(conv(x)) + shortcut(skip)); with ``fork`` a pair of it.
+    """act(bn(conv(x)) + shortcut(skip)); with ``fork`` a pair of tensors with this value.
 
-    If ``act`` is an identity, because ``bn`` includes the activation, one operation returns the
-    pair. Otherwise the pair is one tensor twice.
+    If ``bn`` includes the activation, ``act`` is an identity, and one fused operation returns the
+    pair. Otherwise the pair has the same tensor twice.
     """
     if fork and type(act) is nn.Identity and not hooked(act):
         return conv_and_norm(conv, bn, x, skip, shortcut, fork=True)
@@ -58,7 +58,7 @@ class BasicBlock(nn.Module):
     Args:
         in_channels: number of channels of the input.
         channels: number of channels of the 3×3 convolutions. The output has ``expansion`` times as
-            many.
+            many channels.
         stride: stride of the block.
         norm_act: builds a batch norm and the activation after it, see `bnres.models.layers`.
     """
@@ -87,7 +87,8 @@ class BasicBlock(nn.Module):
 class Bottleneck(nn.Module):
     """1×1, 3×3 and 1×1 convolution, each followed by BN; add; ReLU (He et al., arXiv 1512.03385).
 
-    As in torchvision, the 3×3 convolution has the stride. The arguments are those of `BasicBlock`.
+    As in torchvision, the 3×3 convolution has the block's stride, and the other two have stride 1.
+    The arguments are those of `BasicBlock`.
     """
 
     expansion: ClassVar[int] = 4
@@ -118,8 +119,8 @@ class Bottleneck(nn.Module):
 class Residual(nn.Module):
     """The residual block of the d2l.ai course.
 
-    It differs from `BasicBlock` in its names, in the bias of its convolutions, and in a shortcut
-    without batch norm.
+    It differs from `BasicBlock`: its submodules have other names, its convolutions have a bias, and
+    its shortcut has no batch norm.
 
     Args:
         input_channels: number of channels of the input.

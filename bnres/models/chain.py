@@ -4,8 +4,8 @@ Two modules read a block's output: the next block's convolution and its shortcut
 computes the output returns it as two tensors (``fork=True``), one for each reader. Its backward
 then gets both gradients and adds them itself, so autograd needs no extra pass to add them.
 
-Only these two readers may get one of the two tensors. The gradient of each tensor is only a part of
-the output's gradient, so a caller, a hook or another module would see a wrong gradient.
+No other code may get one of the two tensors. The gradient of each tensor is only a part of the
+output's gradient, so a caller, a hook or another module would see a wrong gradient.
 """
 
 from collections.abc import Iterable
@@ -23,7 +23,8 @@ from bnres.nn import (
 )
 from bnres.nn.hooks import hooked
 
-# Exactly these classes, because a subclass may use its inputs in other ways.
+# Modules are compared with exactly these classes, because a subclass may use its input in other
+# ways.
 BLOCKS = (BasicBlock, Bottleneck, Residual)
 READERS = (nn.Conv2d, BatchNormAct2d, SyncBatchNormAct, nn.Sequential, type(None))
 STEMS = (BatchNormAct2d, BatchNormActMaxPool2d, SyncBatchNormAct, SyncBatchNormActMaxPool2d)
@@ -58,7 +59,10 @@ def run(modules: Iterable[nn.Module], x: Any) -> Any:
 
 
 def _calls(modules: Iterable[Any]) -> list[nn.Module]:
-    """Returns the modules to call: those inside sequences, without identities."""
+    """Returns the modules to call, in order.
+
+    A sequence is replaced by the modules inside it, and identities are left out.
+    """
     found = []
     for module in modules:
         if type(module) in (nn.Sequential, Chain) and not hooked(module):
@@ -69,7 +73,10 @@ def _calls(modules: Iterable[Any]) -> list[nn.Module]:
 
 
 def takes_two(module: Any) -> bool:
-    """Whether a module is a residual block whose input no hook and no unknown module reads."""
+    """Whether a module is a residual block that can take its input as two tensors.
+
+    No hook and no module of an unknown class may read the input.
+    """
     if type(module) not in BLOCKS:
         return False
     readers = module.readers()

@@ -1,4 +1,4 @@
-"""Models from outside bnres: the user's, torchvision's, timm's."""
+"""Builds models from outside bnres, by calling a factory: the user's, torchvision's or timm's."""
 
 import importlib
 import inspect
@@ -14,7 +14,7 @@ from torch import nn
 
 from bnres.fusion.dynamo import is_compiled
 
-# The classes of ImageNet: the default of bnres's, torchvision's and timm's models.
+# ImageNet's number of classes, the default of the models of bnres, torchvision and timm.
 NUM_CLASSES = 1000
 
 
@@ -29,15 +29,16 @@ def make_model(
     """Calls a factory and returns its model.
 
     Args:
-        name: ``PACKAGE.MODULE:FACTORY``, where the module may be in the current folder; or
-            ``torchvision:NAME`` or ``timm:NAME`` for a model of theirs.
-        num_classes: passed to a factory whose signature has it; 1000 by default if the factory
-            requires it.
-        in_channels: passed to a factory whose signature has it, also under the name ``in_chans``.
+        name: ``PACKAGE.MODULE:FACTORY`` for a function of a module, which may be in the current
+            folder; ``torchvision:NAME`` or ``timm:NAME`` for a model of torchvision or timm.
+        num_classes: passed to the factory if the factory has a parameter of this name. If this
+            parameter has no default and ``num_classes`` is None, the factory gets 1000.
+        in_channels: passed to the factory if the factory has a parameter of this name or
+            ``in_chans``.
 
     Raises:
-        ValueError: if there is no such factory, or it requires other arguments, or does not return
-            a module, or returns a compiled one.
+        ValueError: if the factory does not exist, requires other arguments, does not return a
+            module, or returns a module that torch.compile has compiled.
         ModuleNotFoundError: if a package that the factory needs is missing.
     """
     module, _, factory = name.partition(":")
@@ -74,8 +75,8 @@ def _factory(name: str) -> Callable[..., Any]:
     """Imports the factory that a name refers to.
 
     Raises:
-        ValueError: if the name has another form, or does not refer to a callable that is not a
-            module.
+        ValueError: if the name has another form, or if the object with this name is a module or
+            can't be called.
     """
     path, _, attribute = name.partition(":")
     names = [*path.split("."), *attribute.split(".")]
@@ -99,18 +100,18 @@ def _factory(name: str) -> Callable[..., Any]:
 
 
 def _import(path: str) -> ModuleType:
-    """Imports a module; as with ``python -m``, it may be in the current folder."""
+    """Imports a module, which may be in the current folder, as with ``python -m``."""
     here = os.getcwd()
     if here not in sys.path and "" not in sys.path:
         sys.path.insert(0, here)
     try:
-        # The module may draw random numbers, but only at its first import in a process. Without
-        # fork_rng the weights would depend on whether this is the first import.
+        # The module may draw random numbers when it is first imported in this process. fork_rng
+        # restores the generator, so that the model's weights do not depend on the import.
         with torch.random.fork_rng([]):
             return importlib.import_module(path)
     except ModuleNotFoundError as error:
         if not f"{path}.".startswith(f"{error.name}."):
-            raise  # the user's module was found, but imports a missing module
+            raise  # the module itself was found, but it imports a module that is missing
         raise ValueError(
             f"model: module {error.name!r} is neither installed nor in the current folder"
         ) from error

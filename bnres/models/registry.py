@@ -23,7 +23,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 }
 
 
-# Input shapes of the models that need another input than DEFAULT_INPUT_SHAPE.
+# Input shapes of the models whose input does not have DEFAULT_INPUT_SHAPE.
 INPUT_SHAPES = {
     "resnet18-seed": (1, 1, 224, 224),
     "resnet18-seed-cifar": (1, 3, 32, 32),
@@ -46,13 +46,14 @@ def create_model(name: str, *, fused: bool = True, **options: Any) -> nn.Module:
     Args:
         name: a name in `MODELS`; or ``torchvision:NAME``, ``timm:NAME`` or
             ``PACKAGE.MODULE:FACTORY``, see `make_model`.
-        fused: whether to build the model from fused layers, or for a factory's model to fuse it
-            with `bnres.fuse`.
-        options: options of the model. A factory's model has only ``num_classes`` and
+        fused: whether to build the model from fused layers. A factory's model is fused by
+            `bnres.fuse`.
+        options: options of the model. For a factory they can only be ``num_classes`` and
             ``in_channels``.
 
     Raises:
-        ValueError: if the name is unknown, the model does not have an option, or as `make_model`.
+        ValueError: if the name is unknown, if the model does not have one of the options, or if
+            `make_model` raises it.
     """
     check_model_name(name)
     if is_factory(name):

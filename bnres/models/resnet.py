@@ -1,4 +1,4 @@
-"""ResNets of fused or stock layers, with torchvision's parameter names and numerics."""
+"""ResNets of fused layers or of torch's layers, with torchvision's parameter names and numerics."""
 
 from functools import partial
 from typing import Any

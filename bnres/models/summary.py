@@ -17,8 +17,8 @@ class Stage:
     Attributes:
         name: name of the child.
         cls: name of its class.
-        shape: shape of its first output; None if the output is not a tensor or the child was not
-            called.
+        shape: shape of the child's output when it was first called; None if this output is not a
+            tensor or the child was not called.
         parameters: number of elements of its parameters.
         note: further facts, such as ``called 2 times``; may be empty.
     """
@@ -34,7 +34,7 @@ class Stage:
 class Summary:
     """The stages of a model, and a row for the whole model.
 
-    In the total, parameters that several stages share count once.
+    Parameters that several stages share count only once in the row for the whole model.
     """
 
     stages: list[Stage]
@@ -63,17 +63,17 @@ class Summary:
 def summarize(model: nn.Module, shape: tuple[int, ...]) -> Summary:
     """Returns a summary of a model, with the stages in the order in which they are called.
 
-    Stages that are not called come last. The model is called on zeros in eval mode; afterwards the
-    mode of each of its modules is restored.
+    Stages that are not called come last. The model is called on zeros in eval mode; afterwards each
+    module gets its previous mode back.
 
     Args:
         model: the model.
         shape: shape of the input.
 
     Raises:
-        ValueError: if the model does not accept such an input.
+        ValueError: if the model does not accept an input of this shape.
     """
-    # named_children would list a child with two names only once.
+    # Not named_children, which lists a child that has two names only once.
     children = {name: child for name, child in model._modules.items() if child is not None}
     outputs: dict[nn.Module, list[Any]] = {}
 
@@ -98,7 +98,7 @@ def summarize(model: nn.Module, shape: tuple[int, ...]) -> Summary:
 
 
 def described(output: Any) -> tuple[int, ...] | str:
-    """The shape of an output; or, if it is not a tensor, a text that describes it."""
+    """The shape of an output that is a tensor; for any other output a text that describes it."""
     if isinstance(output, Tensor):
         return tuple(output.shape)
     if isinstance(output, tuple | list):
@@ -136,7 +136,7 @@ def _stage(name: str, module: nn.Module, outputs: list[Any], *notes: str) -> Sta
 
 
 def _outside(model: nn.Module) -> Iterator[Stage]:
-    """Yields a row for the model's direct parameters, if it has any."""
+    """Yields a row for the parameters of the model itself that belong to no child, if any."""
     count = sum(p.numel() for p in model.parameters(recurse=False))
     if count:
         yield Stage("-", type(model).__name__, None, count, "parameters outside of the stages")

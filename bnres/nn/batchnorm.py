@@ -19,7 +19,7 @@ from bnres.operations.sync_batch_norm_act import sync_batch_norm_act
 
 
 def _in_group(group: Any, training: bool, *args: Any, **options: Any) -> Any:
-    """`sync_batch_norm_act` if ``group`` is a process group; otherwise `batch_norm_act`."""
+    """Calls `sync_batch_norm_act` if ``group`` is a process group, otherwise `batch_norm_act`."""
     if group is None:
         return batch_norm_act(*args, training=training, **options)
     return sync_batch_norm_act(*args, process_group=group, **options)
@@ -28,7 +28,7 @@ def _in_group(group: Any, training: bool, *args: Any, **options: Any) -> Any:
 class _FusedForward(Norm):
     """`torch.nn.modules.batchnorm._BatchNorm` with a residual and an activation in one operation.
 
-    The mode, momentum and eps are read at each call.
+    The training mode, momentum and eps are read at each call, so they may change between calls.
     """
 
     act: str | type[nn.Module] | None = None
@@ -40,8 +40,8 @@ class _FusedForward(Norm):
         make_leaf(self)
 
     def named_children(self) -> Iterator[tuple[str, nn.Module]]:
-        # The converters of torch, timm and apex call this on each batch norm that they have
-        # replaced by a SyncBatchNorm without activation and residual.
+        # The converters of torch, timm and apex replace each batch norm by a SyncBatchNorm, which
+        # has no activation and no residual, and then call this method of the replaced module.
         if sys._getframe(1).f_code.co_name.startswith("convert_sync"):
             raise TypeError(
                 f"module contains a {type(self).__name__}, whose activation and residual would be "
@@ -66,7 +66,8 @@ class _FusedForward(Norm):
             its_training, its_group = normalizes_by_batch(residual_norm), group_of(residual_norm)
             apart = its_training != training or its_group is not group
             if residual is not None and apart:
-                # They need separate passes: only one norm is frozen, or their groups differ.
+                # The norms need separate passes, because only one of them normalises with batch
+                # statistics, or because their process groups differ.
                 residual = _in_group(its_group, its_training, residual, act=None, **other._asdict())
                 other = None
         s = next_state(self)
@@ -135,11 +136,12 @@ class BatchNormAct1d(_BatchNormAct, nn.BatchNorm1d):
 class BatchNormAct2d(_BatchNormAct, nn.BatchNorm2d):
     """act(bn(input) + residual) on (N, C, H, W), in one operation; the residual is optional.
 
-    The call is ``forward(input, residual=None, *, residual_norm=None, fork=False)``. With
-    ``residual_norm``, another batch norm module, it is act(bn(input) + residual_norm(residual));
-    with ``fork`` the result is two tensors, see `bnres.functional.batch_norm_act`. The arguments of
-    the constructor are those of timm's class of this name without inplace and drop_layer;
-    ``act_layer`` is a name, a torch class, or None for no activation.
+    The call is ``forward(input, residual=None, *, residual_norm=None, fork=False)``. If
+    ``residual_norm``, another batch norm module, is given, the call returns
+    act(bn(input) + residual_norm(residual)). With ``fork`` it returns two tensors, see
+    `bnres.functional.batch_norm_act`. The constructor has the arguments of timm's class of the same
+    name, without inplace and drop_layer. ``act_layer`` is a name or a torch class; None means no
+    activation.
 
     Raises:
         ValueError: for an unknown activation or option.
@@ -158,8 +160,9 @@ class BatchNormAct3d(_BatchNormAct, nn.BatchNorm3d):
 class BatchNormActMaxPool2d(BatchNormAct2d):
     """max_pool2d(act(bn(input))) on (N, C, H, W), the stem of a ResNet, in one operation.
 
-    With ``fork``, ``forward`` returns the result as two tensors. ``options`` and the keys are those
-    of `BatchNormAct2d`; ``kernel_size`` to ``ceil_mode`` are those of `torch.nn.MaxPool2d`.
+    With ``fork``, ``forward`` returns the result as two tensors. ``kernel_size``, ``stride``,
+    ``padding``, ``dilation`` and ``ceil_mode`` are as in `torch.nn.MaxPool2d`. The other arguments
+    and the keys of the state dict are as in `BatchNormAct2d`.
 
     Raises:
         ValueError: for an unknown activation or option.

@@ -18,11 +18,11 @@ from bnres.operations.stem_conv import KERNEL, PADDING, STRIDE, stem_conv2d
 class ConvBatchNormAct2d(nn.Module):
     """act(bn(conv(input)) + residual) on (N, C, H, W); the residual is optional.
 
-    The arguments are those of `torch.nn.Conv2d`, with ``bias`` False by default; ``options`` are
-    those of `BatchNormAct2d`. The keys are ``conv.*`` and ``bn.*``.
+    The arguments are as in `torch.nn.Conv2d`, but ``bias`` is False by default. ``options`` are the
+    arguments of `BatchNormAct2d`. The keys of the state dict are ``conv.*`` and ``bn.*``.
 
     Raises:
-        ValueError: for an unknown activation or option, and as `torch.nn.Conv2d`.
+        ValueError: for an unknown activation or option, or if `torch.nn.Conv2d` raises it.
 
     Follows `torch.nn.Conv2d` and `torch.nn.BatchNorm2d` (Ioffe and Szegedy, arXiv 1502.03167).
     """
@@ -55,14 +55,14 @@ class ConvBatchNormAct2d(nn.Module):
 
 
 class StemConv2d(nn.Conv2d):
-    """The first convolution of a ResNet: 7×7 with stride 2 and padding 3, by `stem_conv2d`.
+    """The first convolution of a ResNet, 7×7 with stride 2 and padding 3; calls `stem_conv2d`.
 
     Args:
-        in_channels, out_channels, bias, device, dtype: as in `torch.nn.Conv2d`, with ``bias`` False
-            by default.
+        in_channels, out_channels, bias, device, dtype: as in `torch.nn.Conv2d`, but ``bias`` is
+            False by default.
 
     Raises:
-        ValueError: as `torch.nn.Conv2d`.
+        ValueError: if `torch.nn.Conv2d` raises it.
 
     Follows `torch.nn.Conv2d`.
     """
@@ -82,6 +82,9 @@ class StemConv2d(nn.Conv2d):
         make_leaf(self)
 
     def forward(self, input: Tensor) -> Tensor:
+        found = self.stride, self.padding, self.dilation, self.groups, self.padding_mode
+        if found != ((STRIDE,) * 2, (PADDING,) * 2, (1, 1), 1, "zeros"):  # changed by the user
+            return super().forward(input)
         return stem_conv2d(input, self.weight, self.bias)
 
 
@@ -94,10 +97,11 @@ def conv_and_norm(
     *,
     fork: bool = False,
 ) -> Any:
-    """bn(conv(input)) + shortcut(residual), followed by the activation of a ``bn`` of `bnres.nn`.
+    """bn(conv(input)) + shortcut(residual), followed by the activation that ``bn`` includes.
 
-    With such a ``bn`` one fused operation runs, unless one of the modules has a hook.
-    ``shortcut`` is a convolution followed by a batch norm.
+    ``shortcut`` is a convolution followed by a batch norm, or None to add ``residual`` unchanged.
+    If ``bn`` is a module of `bnres.nn`, it may include an activation, and one fused operation runs
+    unless one of the modules has a hook.
     """
     # A graph captured by bnres.fuse must contain the modules' own calls.
     captured = isinstance(bn, SyncBatchNorm) and is_compiling()

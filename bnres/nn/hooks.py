@@ -4,7 +4,7 @@ from torch import nn
 
 from bnres.kernels.torch_internals import has_global_hooks
 
-# Instance attributes that change a module's call; `Module.compile` sets the second.
+# Instance attributes that change a module's call. `Module.compile` sets ``_compiled_call_impl``.
 CHANGES = (
     "forward", "_compiled_call_impl",
     "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks",
@@ -14,8 +14,8 @@ CHANGES = (
 def make_leaf(module: nn.Module) -> None:
     """Makes torch.fx trace a call of ``module``, with its hooks, as one node, like torch's layers.
 
-    `torch.fx.Tracer.is_leaf_module` reads the instance's ``__module__``. The class keeps its
-    ``__module__``, which pickle needs.
+    `torch.fx.Tracer.is_leaf_module` reads ``__module__`` from the instance. The ``__module__`` of
+    the class stays, because pickle needs it.
     """
     module.__module__ = "torch.nn"
 
@@ -23,7 +23,7 @@ def make_leaf(module: nn.Module) -> None:
 def hooked(*modules: nn.Module | None) -> bool:
     """Whether one of the modules has a hook, or an instance attribute that replaces its call.
 
-    A fused call would run neither.
+    A fused call would run neither the hook nor the replaced call.
     """
     return has_global_hooks() or any(
         module is not None and any(map(vars(module).get, CHANGES)) for module in modules

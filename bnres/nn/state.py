@@ -13,7 +13,10 @@ Norm = nn.modules.batchnorm._BatchNorm
 
 
 def next_state(bn: Norm) -> BatchNormState:
-    """The state of ``bn`` for its next call. In training the call increments the batch counter."""
+    """The tensors and options of ``bn`` for its next call.
+
+    The counter, which the call increments, is included only in training.
+    """
     counts = bn.training and bn.track_running_stats
     momentum: float | Tensor = 0.0
     counter = _read(bn, bn._buffers, "num_batches_tracked") if counts else None
@@ -35,9 +38,10 @@ def next_state(bn: Norm) -> BatchNormState:
 
 
 def _read(bn: Norm, registered: Any, name: str) -> Tensor | None:
-    """An attribute of ``bn``, in a third of the time of `torch.nn.Module.__getattr__`.
+    """The parameter or buffer ``name`` of ``bn``.
 
-    A parametrised attribute is not in ``registered``.
+    Reading ``registered`` takes a third of the time of `torch.nn.Module.__getattr__`. Parametrised
+    attributes are not in ``registered``.
     """
     return registered[name] if name in registered else getattr(bn, name)
 
@@ -53,8 +57,8 @@ def normalizes_by_batch(bn: Norm) -> bool:
 def group_of(bn: Norm) -> Any:
     """The process group that a call of ``bn`` synchronises its statistics over, or None.
 
-    As in `torch.nn.SyncBatchNorm`, synchronising requires training mode, an initialised group and
-    several ranks.
+    As in `torch.nn.SyncBatchNorm`, a call synchronises only in training mode, if torch.distributed
+    is initialised and the group has several processes.
     """
     synchronises = getattr(type(bn), "synchronises", isinstance(bn, nn.SyncBatchNorm))
     if not (synchronises and bn.training and dist.is_available() and dist.is_initialized()):

@@ -1,4 +1,8 @@
-"""Synchronised batch norm modules, and the conversion of a model to and from them."""
+"""Synchronised batch norm modules, and the conversion of models to and from these modules.
+
+A synchronised batch norm uses the statistics of the batches of all ranks, which are the processes
+of a process group.
+"""
 
 from typing import Any
 
@@ -26,7 +30,8 @@ from bnres.nn.state import Norm, group_of, next_state, normalizes_by_batch
 from bnres.operations.sync_batch_norm_act import group_named, sync_batch_norm
 
 
-# Not a subclass of torch.nn.SyncBatchNorm, which DistributedDataParallel refuses on a CPU.
+# Not a subclass of torch.nn.SyncBatchNorm, because DistributedDataParallel refuses subclasses of
+# that class on a CPU.
 class _Synchronised(_FusedForward):
     """The base class of the synchronised modules; see `SyncBatchNorm`."""
 
@@ -53,15 +58,17 @@ class _Synchronised(_FusedForward):
 class SyncBatchNorm(_Synchronised):
     """y = (x − mean) / sqrt(var + eps) · weight + bias, with the statistics of all ranks' batches.
 
-    `bnres.functional.sync_batch_norm_act` computes it, on GPUs and CPUs. In eval mode, with one
-    rank, and if `torch.distributed` is not initialised, it is an ordinary batch norm, as in torch.
-    Unlike torch's, it accepts empty batches without a host synchronisation, is captured by
-    ``torch.compile(fullgraph=True)``, and allows several forwards before a backward while
-    DistributedDataParallel broadcasts the buffers in between.
+    A rank is a process of the process group. `bnres.functional.sync_batch_norm_act` computes y, on
+    GPUs and CPUs. As in torch, the module is an ordinary batch norm in eval mode, with one rank,
+    and if `torch.distributed` is not initialised.
+
+    Unlike torch's module, this module accepts empty batches without a host synchronisation, and
+    ``torch.compile(fullgraph=True)`` can capture it. It also allows several forward passes before a
+    backward pass, even if DistributedDataParallel broadcasts the buffers between them.
 
     ``forward(input, residual=None, *, residual_norm=None, fork=False)`` is as in `BatchNormAct2d`,
-    without an activation. A ``residual_norm`` that is synchronised over the same group shares the
-    collectives.
+    without an activation. If ``residual_norm`` is synchronised over the same group, both norms
+    share one all_gather.
 
     Args:
         num_features, eps, momentum, affine, track_running_stats, device, dtype: as in
@@ -108,7 +115,7 @@ class SyncBatchNorm(_Synchronised):
 
 
 def as_node(bn: Norm, input: Tensor) -> Tensor:
-    """Calls ``bn`` as one node, which `bnres.fuse` finds in the captured graph."""
+    """Calls ``bn`` so that `bnres.fuse` finds the call as one node in the captured graph."""
     s, group = next_state(bn), group_of(bn)
     return sync_batch_norm(
         input, s.running_mean, s.running_var, s.weight, s.bias, normalizes_by_batch(bn), s.momentum,
@@ -119,10 +126,10 @@ def as_node(bn: Norm, input: Tensor) -> Tensor:
 class CapturedSyncBatchNorm(nn.SyncBatchNorm):
     """The class of a torch SyncBatchNorm inside a model that `bnres.fuse` has fused.
 
-    Its copies and pickles are of torch's class.
+    Copies and pickles of the module have torch's class.
     """
 
-    __module__ = nn.SyncBatchNorm.__module__  # torch.fx traces a call as one node
+    __module__ = nn.SyncBatchNorm.__module__  # makes torch.fx trace a call as one node
 
     def forward(self, input: Tensor) -> Tensor:
         return as_node(self, input)
@@ -192,7 +199,10 @@ class SyncBatchNormActMaxPool2d(_Synchronised, BatchNormActMaxPool2d):
 
 
 class _SyncBatchNormThenAct(SyncBatchNorm):
-    """`SyncBatchNorm` followed by the children of timm's `BatchNormAct2d` that can't be fused."""
+    """`SyncBatchNorm` followed by the activation and drop modules of timm's `BatchNormAct2d`.
+
+    A module is converted to this class if these modules can't be fused.
+    """
 
     def forward(self, input: Tensor) -> Any:  # type: ignore[override]
         return self._modules["act"](self._modules["drop"](super().forward(input)))  # type: ignore[misc]
@@ -212,19 +222,19 @@ def convert_sync_batchnorm(module: nn.Module, process_group: Any = None) -> nn.M
     """Makes the batch norms of ``module`` use the statistics of all ranks; returns ``module``.
 
     The batch norms of torch (including its SyncBatchNorm), of timm and of `bnres.nn` are converted
-    in place: only their class changes; see `SyncBatchNorm`. Parameters, buffers, keys, modes and
-    hooks stay, and so do activations, residuals and pooling. `revert_sync_batchnorm` undoes it. It
-    can be called before or after `bnres.fuse`.
+    in place by changing their class; see `SyncBatchNorm`. Parameters, buffers, keys of the state
+    dict, modes, hooks, activations, residuals and pooling stay the same. `revert_sync_batchnorm`
+    undoes the conversion. A model can be converted before or after `bnres.fuse`.
 
     Args:
         module: a model or a batch norm.
-        process_group: the participating ranks; by default all ranks, or the group of a batch norm
-            that is already synchronised.
+        process_group: the processes (ranks) that share statistics. By default, a batch norm that is
+            already synchronised keeps its group, and all others use all ranks.
 
     Raises:
         TypeError: if ``module`` is not a module, if ``process_group`` is not a process group that
-            this process belongs to, or if a batch norm's forward is not the one of these classes.
-            Nothing has been changed then.
+            this process belongs to, or if a batch norm overrides the forward of these classes. In
+            each case no module has been changed.
 
     Follows `torch.nn.SyncBatchNorm.convert_sync_batchnorm`.
     """
@@ -240,7 +250,11 @@ def convert_sync_batchnorm(module: nn.Module, process_group: Any = None) -> nn.M
 
 
 def _converted(name: str, norm: Norm) -> type[_Synchronised]:
-    """The class that a batch norm is converted to."""
+    """The class that a batch norm is converted to.
+
+    Raises:
+        TypeError: if the batch norm's forward is not one that can be converted.
+    """
     cls = type(norm)
     if "forward" not in vars(norm) and not isinstance(norm, LazyModuleMixin):
         if isinstance(norm, _Synchronised):
@@ -259,7 +273,7 @@ def _converted(name: str, norm: Norm) -> type[_Synchronised]:
 
 
 def _become(norm: Any, cls: type[_Synchronised]) -> None:
-    """Changes the class of a batch norm, and moves its activation module into the operation."""
+    """Changes the class of a batch norm, and makes the fused operation apply its activation."""
     local_class, act = type(norm), norm._modules.get("act")
     norm.__class__ = cls
     make_leaf(norm)

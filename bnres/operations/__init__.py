@@ -1,1 +1,5 @@
-"""The fused operations: one file each, from the public function to the kernels' launchers."""
+"""The fused operations.
+
+Each public operation has a file, with everything from the public function to the calls of the
+functions that launch kernels.
+"""

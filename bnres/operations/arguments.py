@@ -16,8 +16,8 @@ from bnres.kernels.torch_internals import mapped_levels
 def check_input(input: Tensor, training: bool, name: str = "input") -> None:
     """Raises torch's own errors unless ``input`` is a valid input of a batch norm.
 
-    It must be of 2 to 5 dimensions and of a supported dtype, with several values per channel in
-    training.
+    A valid input has 2 to 5 dimensions and a supported dtype, and in training more than one value
+    per channel.
     """
     if not 2 <= input.dim() <= 5:
         raise ValueError(f"expected 2D to 5D {name} (got {input.dim()}D {name})")
@@ -109,16 +109,17 @@ def wants_grad(*tensors: Tensor | None) -> bool:
 def as_kernels_take(inputs: Any) -> Any:
     """The inputs as the kernels accept them, copied where necessary.
 
-    x and the residual become dense, with the same dtype and layout; the other tensors are packed.
+    x and the residual become dense (contiguous or channels_last), with the same dtype and memory
+    format. The other tensors become contiguous and one-dimensional.
     """
     x, residual = inputs.x, inputs.residual
     if residual is not None and residual.dtype != x.dtype:
-        # The dtype of x + residual. Autocast can produce such a pair.
+        # The dtype of x + residual. Under autocast x and the residual may have different dtypes.
         dtype = torch.promote_types(x.dtype, residual.dtype)
         x, residual = x.to(dtype), residual.to(dtype)
     x = dense(x)
     if residual is not None:
-        # torch.compile does not accept the same tensor twice.
+        # A view, because torch.compile does not accept the same tensor as two arguments.
         residual = x.view_as(x) if residual is x else dense_like(residual, x)
     others = {
         name: packed(t) for name, t in inputs._asdict().items() if name not in ("x", "residual")
@@ -134,7 +135,7 @@ def packed(t: Tensor | None) -> Tensor | None:
 
 
 def counted(counter: Tensor | None, x: Tensor) -> Tensor | None:
-    """``counter`` if the kernels can increment it; otherwise increments it and returns None."""
+    """``counter`` if the kernels can increment it; otherwise increments it here, returns None."""
     if counter is None or (counter.dtype == torch.int64 and counter.device == x.device):
         return counter
     counter.add_(1)
@@ -152,7 +153,7 @@ def packed_buffers(buffers: Any, x: Tensor) -> Any:
 
 
 def copy_back(buffers: Any, packed: Any, names: Sequence[str]) -> None:
-    """Copies the named buffers back where training wrote to a packed copy of them."""
+    """Copies each named buffer's new values back if training wrote to a packed copy of it."""
     for name in names:
         buffer, copy = getattr(buffers, name), getattr(packed, name)
         if buffer is not None and copy is not None and copy is not buffer:

@@ -21,7 +21,7 @@ def batch_norm_act_aten(
     act: str = "identity",
     param: float = 0.0,
 ) -> Tensor:
-    """act(batch_norm(input + input_bias) + residual), as `bnres.functional.batch_norm_act`."""
+    """Computes what `bnres.functional.batch_norm_act` computes, by torch's own operations."""
     mean, var, weight, bias, momentum, eps, counter, input_bias = norm
     if input_bias is not None:
         input = input + input_bias.to(input.dtype).view(-1, *[1] * (input.dim() - 2))
@@ -29,7 +29,8 @@ def batch_norm_act_aten(
         counter.add_(1)
     if isinstance(momentum, Tensor):
         if training:
-            # Before batch norm: torch.utils.checkpoint may stop recomputing right after it.
+            # The running statistics are updated before the batch norm, because
+            # torch.utils.checkpoint may stop its recomputation right after the batch norm.
             if input.numel():
                 bn_stats_ref(input.detach(), mean, var, momentum, eps)
             mean = var = None
@@ -38,8 +39,8 @@ def batch_norm_act_aten(
         y = _fixed(input, mean, var, weight, bias, eps)
     else:
         y = F.batch_norm(input, mean, var, weight, bias, training, momentum, eps)
-    # Nothing else reads the batch norm's result, so it can be overwritten, except under
-    # `torch.vmap`, which can't write a mapped tensor into an unmapped one.
+    # Without gradients nothing else reads the batch norm's result y, so the sum may overwrite y.
+    # Under `torch.vmap` it may not, because a mapped tensor can't be written into an unmapped one.
     if residual is not None:
         in_place = not (torch.is_grad_enabled() or is_compiling() or in_transform())
         in_place = in_place and residual.dtype == y.dtype

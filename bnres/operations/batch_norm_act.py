@@ -1,7 +1,7 @@
 """Fused batch norm with an activation, and optionally a residual or a max-pool.
 
-act(batch_norm(x) + residual), act(batch_norm(x) + batch_norm(residual)) or
-max_pool2d(act(batch_norm(x))).
+The operation computes act(batch_norm(x) + residual), act(batch_norm(x) + batch_norm(residual)) or
+max_pool2d(act(batch_norm(x))). In names, ``residual_norm`` is the batch norm of the residual.
 """
 
 from collections.abc import Callable, Sequence
@@ -54,7 +54,11 @@ class Inputs(NamedTuple):
 
 
 class Buffers(NamedTuple):
-    """The tensors without gradients. A momentum given as a tensor is a device_momentum."""
+    """The tensors that never get gradients.
+
+    ``counter`` is num_batches_tracked. ``device_momentum`` is the momentum if it was given as a
+    tensor; a momentum given as a number is a field of `Spec`.
+    """
 
     running_mean: Maybe
     running_var: Maybe
@@ -66,17 +70,19 @@ class Buffers(NamedTuple):
     residual_device_momentum: Maybe = None
 
 
-# In `Inputs`, after x, and in `Buffers` each norm has fields in the same order; see `states_of`.
+# Both norms have their fields in the same order, because `states_of` reads the fields by position.
 
 # The buffers that training writes to.
 WRITTEN = tuple(name for name in Buffers._fields if not name.endswith("device_momentum"))
 
 
 class Spec(NamedTuple):
-    """The arguments of a call that are not tensors, and whether backward reads the values of x.
+    """The arguments of a call that are not tensors, and two facts about its backward pass.
 
-    ``pools`` adds the max-pool of a ResNet's stem (3×3, stride 2, padding 1), which excludes a
-    residual. ``group`` is the name of the process group if the batch norm is synchronised.
+    ``needs_grad`` says whether backward may run, and ``reads_x`` whether it reads the values of x.
+    ``pools`` adds the max-pool of a ResNet's stem (3×3, stride 2, padding 1); a call with the
+    max-pool has no residual. ``group`` is the name of the process group if the batch norm is
+    synchronised, and empty otherwise.
     """
 
     act: str
@@ -94,10 +100,11 @@ class Spec(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """y and the tensors kept for backward.
+    """y and the tensors kept for backward; a tensor that is not kept is None.
 
-    They are the statistics of each norm and a mask of where relu passes gradients. With a max-pool
-    they are the statistics, the position of each maximum in its window, and x at that position.
+    ``statistics`` are the mean and rstd = 1/sqrt(var + eps) of each norm. ``mask`` has one bit per
+    element, which is set where relu passes the gradient. With a max-pool, ``argmax`` is the
+    position of each maximum in its window, and ``x_max`` is x at this position.
     """
 
     y: Tensor
@@ -108,7 +115,10 @@ class Outputs(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What backward reads. If it does not read the values of x, ``x`` is y or None."""
+    """What backward reads.
+
+    If backward does not read the values of x, ``x`` is y (for its shape and strides) or None.
+    """
 
     x: Maybe
     weight: Maybe
@@ -125,7 +135,7 @@ class Saved(NamedTuple):
 
 
 def _saves_mask(inputs: Inputs, spec: Spec) -> bool:
-    """Whether backward reads one bit per element instead of the residual or x."""
+    """Whether forward saves a mask, so that backward does not need the residual or x for relu."""
     added = inputs.residual is not None and not spec.has_residual_norm
     return spec.needs_grad and spec.act == "relu" and (added or not spec.reads_x)
 
@@ -152,7 +162,10 @@ def _forward(inputs: Inputs, buffers: Buffers, spec: Spec, recording: Recording)
 
 
 def _norms(saved: Inputs | Saved, statistics: Any) -> tuple[Norm, Norm | None]:
-    """The norm of x and the norm of the residual or None, from the statistics of each."""
+    """The norm of x, and the norm of the residual or None.
+
+    ``statistics`` has one item per norm, x's first.
+    """
     norm, *others = statistics
     residual_norm = Norm(others[0], saved.residual_weight, saved.residual_bias) if others else None
     return Norm(norm, saved.weight, saved.bias), residual_norm
@@ -161,8 +174,8 @@ def _norms(saved: Inputs | Saved, statistics: Any) -> tuple[Norm, Norm | None]:
 def _launch_forward(inputs: Inputs, buffers: Buffers, outputs: Outputs, spec: Spec) -> None:
     """Fills ``outputs``.
 
-    If it keeps no statistics, training computes them in scratch memory, and evaluation uses the
-    running statistics.
+    If ``outputs.statistics`` is None, training writes the batch's statistics to scratch memory, and
+    evaluation normalises with the running statistics in ``buffers``.
     """
     from bnres.kernels.bn_forward import bn_apply
     from bnres.kernels.bn_max_pool import bn_max_pool
@@ -192,14 +205,15 @@ def _again(inputs: Inputs, kept: Sequence[Any], spec: Spec) -> Tensor:
 
 
 def _saved(inputs: Inputs, y: Tensor, kept: Sequence[Any], spec: Spec) -> Saved:
-    # A tensor that is not kept is None, or empty if an operator returned it.
+    # A tensor that was not kept is None, or an empty tensor if a custom operator returned it.
     statistics, mask, argmax, x_max = kept
     if spec.pools:
         return Saved(*inputs, statistics, None, argmax, x_max)
     if not _saves_mask(inputs, spec):
         mask = None
     if not spec.reads_x:
-        # The mask has y's layout. The next layer usually saves y too, so this costs no memory.
+        # To read the mask, backward needs a tensor with y's shape and strides. The next layer
+        # usually saves y anyway, so saving y here costs no memory.
         inputs = inputs._replace(x=None if mask is None else y)  # type: ignore[arg-type]
     if mask is not None or (spec.act == "identity" and not spec.has_residual_norm):
         inputs = inputs._replace(residual=None)
@@ -215,9 +229,11 @@ class Asked(NamedTuple):
 
 
 class Computed(NamedTuple):
-    """The results of backward.
+    """The results of backward; a result that was not computed is None.
 
-    Without a residual norm ``dresidual`` is dz, the gradient of the activation's input.
+    ``dx`` and ``dresidual`` are the gradients of x and of the residual. If the residual has no
+    norm, ``dresidual`` is dz, the gradient of the activation's input z. The sums are one value per
+    channel: ``sum_dy`` = Σ dz and ``sum_dy_xhat`` = Σ dz·xhat, where xhat = (x − mean)·rstd.
     """
 
     dx: Maybe
@@ -229,7 +245,10 @@ class Computed(NamedTuple):
 
 
 def _reduces(spec: Spec, asked: Asked) -> bool:
-    """Whether backward needs a reduce pass. In evaluation dx and dz do not need one."""
+    """Whether backward needs a reduce pass, which computes the sums of each channel.
+
+    In evaluation dx and dz do not depend on these sums.
+    """
     if spec.has_residual_norm:
         return spec.training or asked.sums
     return asked.sums or (spec.training and asked.dx) or (asked.dresidual and not asked.dx)
@@ -258,10 +277,11 @@ def _backward(
 
 
 def _launch_backward(gradients: Gradients, saved: Saved, computed: Computed, spec: Spec) -> None:
-    """Fills ``computed``.
+    """Fills ``computed`` with up to two passes over memory: a reduce pass and a dx pass.
 
-    Without a residual norm the reduce pass may write dz, which the dx pass then reads instead of dy
-    and dy_skip. With a max-pool the reduce pass reads only the maxima.
+    If the residual has no norm, the reduce pass may write dz = (dy + dy_skip)·act'(z); the dx pass
+    then reads dz instead of dy and dy_skip. With a max-pool, the reduce pass reads x only at the
+    positions of the maxima, because dz is zero everywhere else.
     """
     from bnres.kernels.bn_backward import bn_backward_dx, bn_backward_reduce
     from bnres.kernels.bn_max_pool import bn_max_pool_backward_dx
@@ -307,7 +327,7 @@ def _input_gradients(
         saved = saved._replace(x=dense(dy))
     is_sum = spec.act == "identity" and not (spec.has_residual_norm or spec.pools)
     if spec.has_residual_norm:
-        dx = dresidual = bool(needed.x or needed.residual)  # one pass writes both
+        dx = dresidual = bool(needed.x or needed.residual)  # one dx pass writes both
     else:
         dx, dresidual = bool(needed.x), bool(needed.residual) and not is_sum
     sums = needed.weight or needed.bias or needed.residual_weight or needed.residual_bias
@@ -332,7 +352,10 @@ def _input_gradients(
 def _parameter_gradients(
     index: int, saved: Saved, spec: Spec, needed: Inputs, found: Computed
 ) -> Sequence[Tensor | None]:
-    """The gradients of weight, bias and input_bias of x's norm (0) or of the residual's (1)."""
+    """The gradients of weight, bias and input_bias of one norm.
+
+    ``index`` 0 selects the norm of x, 1 the norm of the residual.
+    """
     its = slice(4 * index + 1, 4 * index + 4)
     needs_weight, needs_bias, needs_input_bias = needed[its]
     if not (needs_weight or needs_bias or needs_input_bias):
@@ -341,7 +364,8 @@ def _parameter_gradients(
     sum_dy, sum_dy_xhat = found[2 * index + 2 : 2 * index + 4]
     gradient = None
     if needs_input_bias and spec.training:
-        gradient = torch.zeros_like(input_bias)  # subtracting the batch's mean cancels it
+        # y does not depend on the bias, because subtracting the batch's mean cancels the bias.
+        gradient = torch.zeros_like(input_bias)
     elif needs_input_bias:
         gradient = sum_dy * rows_of(saved.statistics, saved.x)[index].rstd
         gradient = as_dtype_of(input_bias, gradient if weight is None else gradient * weight)
@@ -378,13 +402,14 @@ def _formula_of(statistics: Sequence[Statistics], saved: Saved, spec: Spec) -> T
 
 
 def unpack_mask(mask: Tensor, x: Tensor) -> Tensor:
-    """The 1-bit mask of a dense ``x``, unpacked to booleans in its shape."""
+    """The 1-bit mask of a contiguous or channels_last ``x``, unpacked to booleans in its shape."""
     from bnres.kernels.bn_backward import bn_backward_dx
 
     with outside_of_transforms():
         ones = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).fill_(1)
         unit = torch.ones(x.shape[1], dtype=acc_type(x), device=x.device)
-        # In evaluation with mean and rstd of 1, dx is dy where the mask is set and 0 elsewhere.
+        # The dx pass of evaluation unpacks the mask: with dy, mean and rstd of 1, dx is 1 where the
+        # mask is set and 0 elsewhere.
         norm = Norm(Statistics(unit, unit))
         passed, _ = bn_backward_dx(
             ones, ones, norm, None, None, unwrapped(mask), "relu", 0.0, None, 1
@@ -456,7 +481,8 @@ def as_call(
     device_momentum, number = split_momentum(momentum)
     inputs: Any = (input, weight, bias, input_bias, residual)
     buffers: Any = (running_mean, running_var, counter, device_momentum)
-    # Passed explicitly: torch.compile would turn numbers that are defaults into symbols.
+    # Not defaults of Spec's fields: torch.compile would turn numbers that are defaults into
+    # symbols.
     of_residual_norm = (False, 0.0, 0.0)
     norm = residual_norm
     if norm is not None:
@@ -467,8 +493,8 @@ def as_call(
         inputs += (norm.weight, norm.bias, norm.input_bias)
         buffers += (norm.running_mean, norm.running_var, counter, device_momentum)
         of_residual_norm = (True, residual_number, norm.eps)
-    # With fixed statistics, only the weight's gradient and the activation's derivative read x.
-    # The derivatives of identity and relu don't.
+    # In evaluation the statistics are constants, so backward reads x only for the weight's gradient
+    # and for the activation's derivative. The derivatives of identity and relu do not need x.
     depends_on_x = name not in ("identity", "relu") or wants_grad(weight)
     reads_x = training or norm is not None or depends_on_x
     needs_grad = wants_grad(*inputs)
@@ -501,33 +527,35 @@ def batch_norm_act(
     With ``residual_norm`` it is ``act(batch_norm(input + input_bias) + batch_norm(residual))``.
 
     Args:
-        input: (N, C, *) with 2 to 5 dimensions, fp16, bf16, fp32 or fp64, contiguous or
-            channels_last; a tensor with other strides is copied into the nearer of the two.
-        running_mean: (C,) of any floating dtype (on the ATen route, of one that ATen accepts) or
-            None; updated in place in training.
-        running_var: (C,), as ``running_mean``; updated with the unbiased variance.
-        weight: (C,) or None for 1.
-        bias: (C,) or None for 0.
-        input_bias: (C,) or None for 0; added to ``input``, for example the bias of a convolution
-            that ran without it. In training it only changes the running mean, at no cost.
-        residual: has the shape of ``input``; added before the activation. If its dtype differs,
-            the result has the promoted dtype, as after an addition.
-        residual_norm: the batch norm applied to the residual, as at the end of a down-sampling
-            block; ``training`` applies to both norms.
-        act: name or torch class of the activation; None for no activation.
+        input: (N, C, *) with 2 to 5 dimensions, fp16, bf16, fp32 or fp64. A tensor that is neither
+            contiguous nor channels_last is copied into one of these two formats.
+        running_mean: (C,) or None, of any floating dtype; for tensors that ATen computes, such as
+            CPU tensors, of a dtype that ATen accepts. Updated in place in training.
+        running_var: (C,) or None, like ``running_mean``; updated with the unbiased variance.
+        weight: (C,); None means 1.
+        bias: (C,); None means 0.
+        input_bias: (C,), added to ``input``; None means 0. For example, a convolution can run
+            without its bias, which is then passed here. In training the bias only changes the
+            running mean, so adding it takes no time.
+        residual: has the shape of ``input``; added before the activation. If the dtypes of
+            ``input`` and ``residual`` differ, the result has the dtype of their sum.
+        residual_norm: a batch norm that is applied to ``residual`` before the addition, or None; a
+            ResNet's down-sampling block ends this way. ``training`` applies to both norms.
+        act: name or torch class of the activation; None means no activation.
         act_kwargs: options of the activation (``negative_slope``, ``approximate``).
-        training: normalise with the statistics of the batch instead of the running statistics.
-        momentum: weight of the batch in the running statistics; a one-element tensor is not
-            read on the host.
+        training: whether to normalise with the statistics of the batch instead of the running
+            statistics.
+        momentum: weight of the batch in the running statistics. It may be a one-element tensor,
+            which only the kernels read, so the host does not wait for the device.
         eps: added to the variance.
         num_batches_tracked: one-element integer tensor or None; incremented in training.
-        fork: return the result as two tensors that share their memory, one for each of two
-            consumers. The backward kernels then sum the two gradients, which saves autograd's
-            addition.
+        fork: whether to return the result as two tensors that share memory, one for each of two
+            consumers. The backward kernels then add the two gradients, so autograd needs no
+            separate addition.
 
     Returns:
-        A tensor with the shape and memory format of ``input``, in the dtype of ``input``, or in the
-        promoted dtype of ``input`` and ``residual``; with ``fork`` two such tensors.
+        A tensor with the shape and memory format of ``input``. Its dtype is the dtype of ``input``,
+        or of ``input + residual``. With ``fork``, two such tensors.
 
     Raises:
         ValueError: for an ``input`` that is not 2-D to 5-D or that has one value per channel in
@@ -559,9 +587,9 @@ def batch_norm(
 ) -> Tensor:
     """``(input - mean) / sqrt(var + eps) * weight + bias``, computed by the fused kernels.
 
-    It is `batch_norm_act` without residual and activation; the arguments are described there.
-
-    Signature of `torch.nn.functional.batch_norm` (Ioffe and Szegedy, arXiv 1502.03167).
+    The function calls `batch_norm_act`, which describes the arguments, without a residual and an
+    activation. It has the signature of `torch.nn.functional.batch_norm` (Ioffe and Szegedy,
+    arXiv 1502.03167).
     """
     return batch_norm_act(
         input, running_mean, running_var, weight, bias, act=None, training=training,

@@ -18,8 +18,8 @@ from bnres.operations.norms import split_momentum
 
 Size = int | tuple[int, int]
 
-# The stem's output is not recomputed: it is the residual of the first block, and an output whose
-# residual is recomputed is stored (see `bnres.recompute`).
+# `bnres.recompute` stores this output. It is the residual of the first block, and that block's
+# output can be recomputed only if its residual is stored.
 BATCH_NORM_ACT_MAX_POOL = replace(BATCH_NORM_ACT, again=None)
 
 
@@ -46,11 +46,14 @@ def batch_norm_act_max_pool2d(
 ) -> Any:
     """Fused ``max_pool2d(act(batch_norm(input + input_bias)))``, the stem of a ResNet.
 
-    With a 3×3 window, stride 2 and padding 1, the activation is pooled without being written to
-    memory. Values are rounded to the dtype of ``input`` before they are compared; of equal values
-    the first is taken, and NaN propagates, as in `torch.nn.functional.max_pool2d`. With any other
-    window, in fp64, for 2^31 elements or more, and for contiguous rows that are not a multiple of
-    32 bytes, `batch_norm_act` runs, followed by torch's pooling.
+    With a 3×3 window, stride 2 and padding 1, one kernel normalises, applies the activation and
+    pools, and does not write the activation's output to memory. Values are rounded to the dtype of
+    ``input`` before they are compared. Of equal values the first is the maximum, and NaN
+    propagates, as in `torch.nn.functional.max_pool2d`.
+
+    `batch_norm_act` followed by torch's pooling runs in all other cases: with another window, in
+    fp64, for 2^31 elements or more, and if ``input`` is contiguous and its rows are not a multiple
+    of 32 bytes.
 
     Args:
         input: (N, C, H, W), fp16, bf16, fp32 or fp64, contiguous or channels_last.
@@ -64,9 +67,9 @@ def batch_norm_act_max_pool2d(
         (N, C, OH, OW) in the dtype and memory format of ``input``; with ``fork`` two such tensors.
 
     Raises:
-        ValueError: for an input that is not 4-D, and as `batch_norm_act`.
-        RuntimeError: for a window that `torch.nn.functional.max_pool2d` rejects, and as
-            `batch_norm_act`.
+        ValueError: for an input that is not 4-D, or if `batch_norm_act` raises it.
+        RuntimeError: for a window that `torch.nn.functional.max_pool2d` rejects, or if
+            `batch_norm_act` raises it.
 
     Follows `torch.nn.functional.batch_norm` (Ioffe and Szegedy, arXiv 1502.03167) and
     `torch.nn.functional.max_pool2d`; the stem is from He et al., arXiv 1512.03385.

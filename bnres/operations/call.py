@@ -1,7 +1,8 @@
 """Calls and differentiates the fused operations.
 
-A call runs ATen, the operation's Function or custom operator, or its formula. Kernels compute first
-derivatives. Higher derivatives come from differentiating the formula.
+A call runs in one of three ways: by torch's own operations (ATen), by our kernels inside an
+autograd Function, or by the operation's formula in differentiable torch code. Our kernels compute
+first derivatives; higher and forward-mode derivatives come from differentiating the formula.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.compiler import is_compiling
-from torch.jit import is_tracing  # torch.compile can trace this one
+from torch.jit import is_tracing  # torch.compile can trace this function
 
 from bnres.backend import uses_kernels
 from bnres.kernels.torch_internals import (
@@ -45,25 +46,26 @@ PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 class Operation:
     """The functions that make up one fused operation.
 
-    They take and return named tuples. Inputs are the tensors that may need gradients; ``x`` is the
-    first. Buffers are all other tensors. A spec holds every argument that is not a tensor, and
-    ``training`` and ``needs_grad``. The forward pass returns y and the tensors kept for backward.
-    ``Saved`` has the fields of ``Inputs``, followed by a field for each kept tensor; the first of
-    these is the statistics.
+    The functions take and return named tuples. ``inputs`` are the tensors that may need gradients,
+    and the first input is ``x``. ``buffers`` are all other tensors. ``spec`` has every argument
+    that is not a tensor, and the fields ``training`` and ``needs_grad``. ``kept`` are the tensors
+    that forward keeps for backward. ``saved`` has the fields of ``inputs``, followed by a field for
+    each kept tensor, of which the first is the statistics. A ``recording`` repeats the kernel
+    launches of an earlier, similar call; None looks one up.
 
     Attributes:
-        Inputs, Saved: types of the named tuples.
+        Inputs, Saved: types of ``inputs`` and ``saved``.
         writes: names of the buffers that training writes to.
         check: (inputs, buffers, spec) -> None; raises for invalid arguments.
         aten: (inputs, buffers, spec) -> y, computed by torch's own operations.
         forward: (inputs, buffers, spec, recording=) -> y, followed by the kept tensors.
-        saved: (inputs, y, kept, spec) -> saved.
-        backward: (dy, dy_skip, saved, spec, needed, recording) -> a gradient for each input, None
-            if it is not needed. dy_skip is the gradient of a second y, or None.
-        formula: (saved, spec) -> y, computed by torch's operations, so that it can be
-            differentiated.
-        again: (inputs, kept, spec) -> y recomputed, bit-equal; None if `bnres.recompute` does not
-            apply.
+        saved: (inputs, y, kept, spec) -> the tensors that autograd saves for backward.
+        backward: (dy, dy_skip, saved, spec, needed, recording) -> a gradient for each input, or
+            None for an input whose field in ``needed`` is False. ``dy_skip`` is the gradient of
+            the second y of a call with ``fork``, or None.
+        formula: (saved, spec) -> y, computed by differentiable torch operations.
+        again: (inputs, kept, spec) -> the same y, bit for bit, computed a second time. None if
+            `bnres.recompute` must store y instead.
     """
 
     Inputs: Any
@@ -79,7 +81,7 @@ class Operation:
 
 
 def call(operation: Operation, inputs: Any, buffers: Any, spec: Any, fork: bool = False) -> Any:
-    """y, or with ``fork`` two tensors of y that share their memory, one per consumer."""
+    """The operation's output y; with ``fork``, y as two tensors that share memory."""
     y: Any
     if not uses_kernels(inputs.x):
         return _by_aten(operation, inputs, buffers, spec, fork)
@@ -102,9 +104,9 @@ def call(operation: Operation, inputs: Any, buffers: Any, spec: Any, fork: bool 
 
 
 def _call_carefully(operation: Operation, inputs: Any, buffers: Any, spec: Any, fork: bool) -> Any:
-    """`call` for all other cases.
+    """`call` under torch.func transforms, torch's modes, torch.compile or `bnres.recompute`.
 
-    These are transforms, modes, torch.compile, `bnres.recompute` and subclasses of Tensor.
+    Also for subclasses of Tensor.
     """
     if needs_aten(*inputs, *buffers):
         return _by_aten(operation, inputs, buffers, spec, fork)
@@ -135,8 +137,8 @@ def _call_carefully(operation: Operation, inputs: Any, buffers: Any, spec: Any, 
 def needs_aten(*tensors: Tensor | None) -> bool:
     """Whether a call with these tensors must run torch's own operations.
 
-    An exported or traced program must run without bnres, and `torch.vmap` has no rules for our
-    operators.
+    An exported or traced program must also run where bnres is not installed, and `torch.vmap` has
+    no rules for our operators.
     """
     return (
         is_exporting() or is_tracing() or (not is_compiling() and any(map(mapped_levels, tensors)))
@@ -145,7 +147,7 @@ def needs_aten(*tensors: Tensor | None) -> bool:
 
 def _by_aten(operation: Operation, inputs: Any, buffers: Any, spec: Any, fork: bool) -> Any:
     """`call` by torch's own operations."""
-    # While tracing, torch warns whenever Python code reads a size.
+    # The checks read sizes, and torch.jit.trace warns whenever Python code reads a size.
     if not is_tracing():
         operation.check(inputs, buffers, spec)
     y = operation.aten(inputs, buffers, spec)
@@ -157,14 +159,17 @@ def _is_plain(inputs: Any) -> bool:
     if is_compiling() or is_watched():
         return False
     for t in inputs:
-        # A tensor that was returned out of a transform is still wrapped.
+        # A tensor may also be wrapped outside of transforms, if a transform has returned it.
         if t is not None and (t.__class__ not in PLAIN_TYPES or is_wrapped(t)):
             return False
     return True
 
 
 def _by_formula(operation: Operation, inputs: Any, buffers: Any, spec: Any) -> Tensor:
-    """y computed by the formula, for inputs with tangents; in training it also updates buffers."""
+    """y computed by the formula, for forward-mode differentiation.
+
+    In training the kernels also run once, outside of the differentiation, to update the buffers.
+    """
     if spec.training and any(getattr(buffers, name) is not None for name in operation.writes):
         with outside_of_transforms():
             plain = type(buffers)(*map(unwrapped, buffers))
@@ -177,15 +182,16 @@ def _by_formula(operation: Operation, inputs: Any, buffers: Any, spec: Any) -> T
     return operation.formula(operation.Saved(*inputs, statistics), spec)
 
 
-# The gradients of `Fused`'s first inputs: operation, spec, buffers, recording, fork.
+# The gradients of the arguments of `Fused` before its tensors: operation, spec, buffers, recording
+# and fork.
 NO_GRADIENTS = (None,) * 5
 
 
 class Fused(Function):
     """Returns y of an operation, a second y or None, and the tensors kept for backward.
 
-    With ``fork``, the second y shares the memory of the first: there is one for each of two
-    consumers. Backward takes both gradients, and the kernels sum them.
+    With ``fork``, each of two consumers reads a separate y, and both y share memory. Backward takes
+    the gradients of both, and the kernels add them.
     """
 
     @staticmethod
@@ -193,7 +199,8 @@ class Fused(Function):
         y, *kept = operation.forward(operation.Inputs(*inputs), buffers, spec, recording=recording)
         if spec.training and not is_compiling():
             note_writes([getattr(buffers, name) for name in operation.writes])
-        # Detached: a view would keep y alive by a reference that the garbage collector can't see.
+        # Detached, because a view would keep y alive by a reference that the garbage collector
+        # can't see.
         return y, y.detach() if fork else None, *kept
 
     @staticmethod
@@ -216,7 +223,8 @@ class Fused(Function):
             saved = operation.Saved(*map(_laid_out, saved, ctx.layouts))
         if is_compiling():
             return *NO_GRADIENTS, *operation.backward(dy, dy_skip, saved, spec, needed, None)
-        # torch.autograd.grad(is_grads_batched=True) passes several gradients at once.
+        # torch.autograd.grad(is_grads_batched=True) passes several gradients as one batched tensor,
+        # which the kernels can't read.
         batched = is_batched(dy) or (dy_skip is not None and is_batched(dy_skip))
         by_formula = batched or in_forward_mode()
         if not (by_formula or torch.is_grad_enabled() or in_transform()):
@@ -231,10 +239,10 @@ class Fused(Function):
 
 
 class FusedEagerly(Function):
-    """`Fused` for eager mode; returns only y, or y twice with ``fork``.
+    """`Fused` for eager mode, without ``setup_context``; returns y, or two y with ``fork``.
 
-    For a Function with ``setup_context`` torch binds the inputs to the signature of ``forward`` to
-    fill in defaults, which takes five times as long as the rest of its work.
+    `Fused` is slower: if a Function has ``setup_context``, torch binds the inputs to the signature
+    of ``forward`` to fill in defaults, which takes five times as long as the rest of torch's work.
     """
 
     @staticmethod
@@ -266,9 +274,9 @@ def _set_up(
 
 
 def _laid_out(t: Tensor | None, layout: Any) -> Tensor | None:
-    """A saved tensor in the strides and dtype that it was saved with.
+    """A saved tensor, in the strides and dtype that it had when it was saved.
 
-    Saved-tensor hooks may return it in others.
+    Saved-tensor hooks may return the tensor with other strides or in another dtype.
     """
     if t is None or (t.stride(), t.dtype) == layout:
         return t
@@ -279,8 +287,8 @@ def _laid_out(t: Tensor | None, layout: Any) -> Tensor | None:
 def _gradients(operation: Any, spec: Any, needed: Any) -> tuple[Callable[..., Any], ...]:
     """Two functions of dy, dy_skip and the saved tensors that return the ``needed`` gradients.
 
-    The first computes them by the kernels. The second differentiates the operation's formula, so
-    its results can be differentiated again.
+    The first function runs the kernels. The second differentiates the operation's formula, so its
+    results can be differentiated again.
     """
 
     def by_kernels(dy: Tensor, dy_skip: Tensor | None, *saved: Tensor | None) -> Gradients:
@@ -304,7 +312,10 @@ def _gradients(operation: Any, spec: Any, needed: Any) -> tuple[Callable[..., An
 
 
 class WithFormula(Function):
-    """``run(*tensors)``, a tuple of tensors, with the derivatives of ``formula(*tensors)``."""
+    """Returns ``run(*tensors)``, a tuple of tensors; backward differentiates ``formula``.
+
+    Both functions compute the same values, but ``run`` cannot be differentiated.
+    """
 
     @staticmethod
     def forward(run, formula, *tensors):

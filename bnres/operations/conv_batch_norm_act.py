@@ -1,6 +1,7 @@
 """act(batch_norm(conv2d(x)) + residual).
 
-One kernel computes it in inference; otherwise torch's convolution runs, then our batch norm.
+In inference one of our kernels can compute the whole expression. Otherwise torch's convolution
+runs, followed by our batch norm.
 """
 
 from typing import Any, NamedTuple
@@ -112,11 +113,13 @@ def conv2d_batch_norm_act(
 ) -> Any:
     """Fused ``act(batch_norm(conv2d(input)) + residual)``.
 
-    In training, or if gradients are needed, torch's convolution is followed by `batch_norm_act`.
-    In evaluation without gradients one kernel computes everything, if it was measured to be faster
-    on this GPU (see `bnres.routes`); in fp32 it also needs ``torch.backends.cudnn.allow_tf32``,
-    which is set by default. In training the kernels do not add ``conv_bias``, because subtracting
-    the batch's mean cancels it: it only changes the running mean, and its gradient is zero.
+    In training, or if gradients are needed, torch's convolution runs, followed by
+    `batch_norm_act`. In evaluation without gradients, one of our kernels computes everything if it
+    was measured to be faster on this GPU (see `bnres.routes`). In fp32 this kernel runs only if
+    ``torch.backends.cudnn.allow_tf32`` is True, which is torch's default.
+
+    In training the kernels do not add ``conv_bias``, because subtracting the batch's mean cancels
+    it. The bias then only changes the running mean, and its gradient is zero.
 
     Args:
         input: (N, C, H, W); under autocast it is cast as in `torch.nn.functional.conv2d`.
@@ -124,7 +127,7 @@ def conv2d_batch_norm_act(
         conv_bias: (K,) or None.
         running_mean, running_var, weight, bias: (K,) or None, as in `batch_norm_act`.
         stride, padding, dilation, groups: as in `torch.nn.functional.conv2d`.
-        residual: (N, K, OH, OW), the shape of the output; added before the activation.
+        residual: (N, K, OH, OW) like the output, or None; added before the activation.
         act, act_kwargs, training, momentum, eps, num_batches_tracked, fork: as in
             `batch_norm_act`.
 
@@ -132,8 +135,8 @@ def conv2d_batch_norm_act(
         (N, K, OH, OW); with ``fork`` two such tensors.
 
     Raises:
-        ValueError: for an input that is not 4-D, and as `batch_norm_act`.
-        RuntimeError: as `torch.nn.functional.conv2d` and `batch_norm_act`.
+        ValueError: for an input that is not 4-D, or if `batch_norm_act` raises it.
+        RuntimeError: if `torch.nn.functional.conv2d` or `batch_norm_act` raises it.
 
     Follows `torch.nn.functional.conv2d` and `torch.nn.functional.batch_norm` (Ioffe and Szegedy,
     arXiv 1502.03167).

@@ -15,7 +15,11 @@ KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 class KernelConv(NamedTuple):
-    """The operands' dtype, the window and the configuration of our kernel for a convolution."""
+    """How our kernel runs a convolution.
+
+    ``dtype`` is the dtype that the operands are cast to, ``shape`` the size, stride, padding and
+    dilation of the window, and ``config`` the launch configuration.
+    """
 
     dtype: torch.dtype
     shape: ConvShape
@@ -33,8 +37,9 @@ def kernel_conv(
 ) -> KernelConv | None:
     """How our kernel runs a convolution; None if torch's convolution must run.
 
-    Our kernel runs if it was measured to be faster or was requested (see `bnres.routes`), and if it
-    supports the operands. Torch's convolution raises the errors for invalid operands.
+    Our kernel runs if it supports the operands, and was measured to be faster or was requested (see
+    `bnres.routes`). For invalid operands the result is None, so that torch's convolution raises the
+    error.
     """
     if (
         not uses_kernels(input)
@@ -80,7 +85,10 @@ def _allows_tf32() -> bool:
 
 
 def _common_dtype(input: Tensor, conv_weight: Tensor) -> torch.dtype | None:
-    """The dtype to multiply in, which is autocast's if enabled; None if the operands' differ."""
+    """The dtype to multiply in: autocast's if it is enabled, otherwise the operands' dtype.
+
+    None if the operands' dtypes differ.
+    """
     device = input.device.type
     if torch.is_autocast_enabled(device) and torch.float64 not in (input.dtype, conv_weight.dtype):
         return torch.get_autocast_dtype(device)
@@ -102,6 +110,6 @@ def _conv_shape(
 
 
 def _pair(value: Size) -> tuple[int, ...]:
-    """``value`` for both axes; a number or a sequence of one applies to both."""
+    """``value`` for both axes; a number, or the only item of a sequence, applies to both."""
     values = (value,) if isinstance(value, int) else tuple(value)
     return values * 2 if len(values) == 1 else values

@@ -1,7 +1,8 @@
 """A batch norm's tensors and options, and the statistics that it normalises with.
 
-The statistics kept for backward are one tensor, with a row for the mean and a row for the rstd of
-each norm.
+A norm is one batch norm; an operation has a norm of x and may have a norm of the residual. The
+statistics kept for backward are one tensor, in which each norm has a row for the mean and a row for
+rstd = 1/sqrt(var + eps).
 """
 
 from typing import Any, NamedTuple
@@ -49,7 +50,7 @@ def check_batch_norm(x: Tensor, norm: BatchNormState, training: bool, name: str 
 
 
 def split_momentum(momentum: float | Tensor) -> tuple[Tensor | None, float]:
-    """A momentum as a tensor or None, and a number, which is 0 if there is a tensor."""
+    """A momentum as a pair: (the tensor, 0.0) for a tensor, (None, the number) for a number."""
     return (momentum, 0.0) if isinstance(momentum, Tensor) else (None, float(momentum))
 
 
@@ -77,7 +78,8 @@ def rows_of(statistics: Tensor, x: Tensor) -> list[Statistics]:
 def prepare_evaluation(inputs: Any, buffers: Any, spec: Any, statistics: Tensor | None) -> Any:
     """The buffers for evaluation, with the input biases subtracted from the running means.
 
-    Fills ``statistics``, if given, from them, because the buffers may change before backward.
+    If ``statistics`` is not None, the buffers' statistics are copied into it for backward, because
+    the buffers may change before backward.
     """
     x = inputs.x
     if inputs.input_bias is not None:
@@ -95,7 +97,11 @@ def prepare_evaluation(inputs: Any, buffers: Any, spec: Any, statistics: Tensor 
 
 
 def of_input_bias(statistics: Statistics, input_bias: Tensor | None) -> Statistics:
-    """Statistics for evaluation whose mean is a differentiable function of ``input_bias``."""
+    """Statistics for evaluation, with a mean that depends differentiably on ``input_bias``.
+
+    The values do not change: the bias has already been subtracted from the mean, but without a
+    derivative.
+    """
     if input_bias is None:
         return statistics
     return statistics._replace(mean=statistics.mean - (input_bias - input_bias.detach()))
@@ -106,9 +112,9 @@ def launch_statistics(
 ) -> Statistics | RunningStatistics:
     """The statistics that ``x`` is normalised with.
 
-    In training they are the statistics of the batch, which are written to ``kept``, or to scratch
-    memory if it is None. In evaluation ``kept``, if not None, already contains the running
-    statistics, and the input bias has been subtracted from the running mean.
+    In training the batch's statistics are computed and written to ``kept``, or to scratch memory if
+    ``kept`` is None. In evaluation `prepare_evaluation` has filled ``kept``; if ``kept`` is None,
+    the running statistics in ``norm`` are used.
     """
     from bnres.kernels.bn_forward import bn_stats
 

@@ -1,4 +1,8 @@
-"""Makes custom operators from functions of named tuples, and records the launches of calls."""
+"""Makes custom operators from functions of named tuples, and records the launches of calls.
+
+A recording holds the kernel launches of a call. It is repeated for later calls of the same kind,
+which are the calls that `kind_of` gives the same key.
+"""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -10,7 +14,7 @@ from torch.compiler import is_compiling
 
 from bnres.kernels.torch_internals import dispatches, in_dispatch_mode
 
-# Maximum number of recordings.
+# Maximum number of recordings; when it is reached, all recordings are discarded.
 KINDS = 4096
 
 _recordings: dict[Any, "Recording"] = {}
@@ -19,7 +23,8 @@ _recordings: dict[Any, "Recording"] = {}
 class Recording:
     """The kernel launches of calls of one kind.
 
-    Their arguments have passed the checks, need no copies, and launch the same kernels.
+    A call that has a recording needs no checks and no copies of its arguments, because an earlier
+    call of the same kind has passed the checks.
 
     Attributes:
         forward: the launches of forward.
@@ -53,7 +58,7 @@ def kind_of(called: object, options: object, *groups: Sequence[Tensor | None]) -
     )  # fmt: skip
 
 
-# The recording for calls of a kind, or None before the first call.
+# Returns the recording for calls of a kind, or None if there is none yet.
 find_recording = _recordings.get
 
 
@@ -66,12 +71,15 @@ def recording_of(kind: Any) -> Recording:
     return _recordings[kind]
 
 
-# The type of a field that is a tensor or None, which depends on the options.
+# The type of a field that is a tensor for some options and None for others.
 Maybe = Any
 
 
 class Gradients(NamedTuple):
-    """The gradient of y, and that of the second y if ``fork`` returned two."""
+    """The gradient of y, and the gradient of the second y or None.
+
+    An operation returns a second y if it is called with ``fork``.
+    """
 
     dy: Tensor
     dy_skip: Maybe
@@ -105,8 +113,8 @@ def operator(
 
     Args:
         name: name of the operator.
-        run: a function of named tuples, those of ``tensors`` before those of ``options``, and a
-            recording.
+        run: a function of a named tuple of each type in ``tensors``, a named tuple of each type in
+            ``options``, and a recording.
         allocate: a function of the same named tuples that returns uninitialised outputs; it is the
             fake implementation of the operator.
         tensors: the types of the named tuples of tensors and None.
@@ -116,7 +124,7 @@ def operator(
         writes: the fields that ``run`` writes to.
 
     Returns:
-        A function with the arguments of ``run``. If the recording is not None, it calls ``run``.
+        A function with the arguments of ``run``. With a recording it always calls ``run``.
     """
     groups = (*tensors, *options)
     fields = [field for group in groups for field in get_type_hints(group).items()]

@@ -19,6 +19,8 @@ from bnres.operations.call import needs_aten
 KERNEL, STRIDE, PADDING = 7, 2, 3
 # Of one channel, torch can't tell whether it is channels_last.
 CHANNELS = 2, 3, 4
+# Autocast casts tensors of these dtypes.
+AUTOCAST_DTYPES = {torch.float32, torch.float16, torch.bfloat16}
 # Channels of the blocks, padded to a multiple of 16 for the tensor cores.
 BLOCK_CHANNELS = 16
 
@@ -52,15 +54,17 @@ def stem_conv2d(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
 def takes_blocks(input: Tensor, weight: Tensor) -> bool:
     """Whether the convolution runs over a space-to-depth input, see `stem_conv2d`."""
     return (
-        _on_gpu(input)
+        isinstance(input, Tensor)  # not a proxy of torch.fx
+        and _on_gpu(input)
         and not needs_aten(input, weight)
-        and (is_compiling() or not any(map(_is_distributed, (input, weight))))
+        # While torch.compile captures a call, distributed tensors are not known.
+        and (is_compiling() or not any(map(_replaces_operators, (input, weight))))
         and not (input.requires_grad and torch.is_grad_enabled())
         and input.dim() == 4
         and input.shape[1] in CHANNELS
         and weight.shape[1:] == (input.shape[1], KERNEL, KERNEL)
-        and input.shape[2] % 2 == input.shape[3] % 2 == 0
-        and input.is_contiguous(memory_format=torch.channels_last)
+        and all(map(_is_even, input.shape[2:]))
+        and input.permute(0, 2, 3, 1).is_contiguous()
         and _dtype(input, weight) == torch.bfloat16
     )
 
@@ -69,17 +73,24 @@ def _on_gpu(input: Tensor) -> bool:
     return input.is_cuda and uses_kernels(input)
 
 
-def _is_distributed(t: Tensor) -> bool:
-    """Whether ``t``'s class replaces operators, as DTensor does, and is not a compiler's."""
+def _replaces_operators(t: Tensor) -> bool:
+    """Whether the class of ``t`` replaces operators, as DTensor does, and is not for tracing."""
     return dispatches(t) and not isinstance(t, FakeTensor | FunctionalTensor)
 
 
+def _is_even(size: int) -> bool:
+    """Whether a size is even, and known: Inductor can't order strides of two unknown sizes."""
+    from torch.fx.experimental.symbolic_shapes import has_static_value
+
+    return has_static_value(size) and size % 2 == 0
+
+
 def _dtype(input: Tensor, weight: Tensor) -> torch.dtype | None:
-    """The dtype that the convolution computes in, or None if the operands' dtypes differ."""
-    is_wide = torch.float64 in (input.dtype, weight.dtype)  # autocast leaves it as it is
-    if torch.is_autocast_enabled(input.device.type) and not is_wide:
+    """The dtype that the convolution computes in; None if torch's convolution must decide."""
+    dtypes = {input.dtype, weight.dtype}
+    if torch.is_autocast_enabled(input.device.type) and dtypes <= AUTOCAST_DTYPES:
         return torch.get_autocast_dtype(input.device.type)
-    return input.dtype if input.dtype == weight.dtype else None
+    return input.dtype if len(dtypes) == 1 else None
 
 
 def conv_over_blocks(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -96,7 +107,6 @@ def conv_over_blocks(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tens
     rows = input.permute(0, 2, 3, 1).unflatten(1, (-1, 2)).unflatten(3, (-1, 2))
     inside.copy_(rows.permute(0, 1, 3, 2, 4, 5))
     filters = F.pad(weight, (1, 0, 1, 0)).unflatten(3, (4, 2)).unflatten(2, (4, 2))
-    filters = filters.permute(0, 3, 5, 1, 2, 4).flatten(1, 3)
-    filters = F.pad(filters, (0, 0, 0, 0, 0, BLOCK_CHANNELS - 4 * channels))
-    filters = filters.contiguous(memory_format=torch.channels_last)
-    return F.conv2d(blocks.permute(0, 3, 1, 2), filters, bias)
+    filters = filters.permute(0, 2, 4, 3, 5, 1).flatten(3)
+    filters = F.pad(filters, (0, BLOCK_CHANNELS - 4 * channels))
+    return F.conv2d(blocks.permute(0, 3, 1, 2), filters.permute(0, 3, 1, 2), bias)

@@ -1,6 +1,8 @@
 """act(batch_norm(x) + residual) with the statistics of all ranks of a process group.
 
-Forward: moments of x -> all_gather -> statistics and apply. Backward: sums -> all_gather -> dx.
+A rank is a process of the group. In forward each rank computes the moments of its x (count, mean
+and M2 = Σ(x − mean)²), an all_gather exchanges the moments, and each rank computes the statistics
+and y. In backward an all_gather exchanges the ranks' sums, with which each rank computes dx.
 """
 
 from collections.abc import Sequence
@@ -43,16 +45,16 @@ from bnres.operations.operator import Gradients, Maybe, Recording, operator
 
 
 class Normalised(NamedTuple):
-    """The tensors with statistics: x, and the residual if it has a norm."""
+    """The tensors that are normalised: x, and the residual if it has a batch norm (a norm)."""
 
     x: Tensor
     residual: Maybe
 
 
 class Moments(NamedTuple):
-    """Count, mean and M2 of each channel for each norm, (3·norms, C).
+    """Count, mean and M2 = Σ(x − mean)² of each channel for each norm: (3·norms, C).
 
-    After the all_gather the shape is (ranks, 3·norms, C).
+    The moments of all ranks, after the all_gather, are (ranks, 3·norms, C).
     """
 
     moments: Tensor
@@ -124,7 +126,10 @@ def _apply(
 def _launch_apply(
     inputs: Inputs, buffers: Buffers, gathered: Moments, outputs: Outputs, spec: Spec
 ) -> None:
-    """Fills ``outputs``. Statistics that are not kept are written to scratch memory."""
+    """Fills ``outputs``.
+
+    If ``outputs.statistics`` is None, the statistics are written to scratch memory.
+    """
     from bnres.kernels.bn_forward import bn_apply, bn_combine
 
     y, kept, mask, total = outputs
@@ -157,14 +162,17 @@ def _saved(inputs: Inputs, y: Tensor, kept: Sequence[Any], spec: Spec) -> Saved:
 
 
 class Reduced(NamedTuple):
-    """The sums of this rank, (2 or 4, C) with a row for each field of `Sums`, and dz if needed."""
+    """The sums of this rank, and dz, the gradient of the activation's input, or None.
+
+    ``sums`` is (2, C), or (4, C) if the residual has a norm; its rows are the fields of `Sums`.
+    """
 
     sums: Tensor
     dz: Maybe
 
 
 class Totals(NamedTuple):
-    """The sums over all ranks divided by the total count, (2 or 4, C)."""
+    """The sums over all ranks, divided by the total count; ``sums`` has the rows of `Reduced`."""
 
     sums: Tensor
 
@@ -235,7 +243,8 @@ def _launch_dx(
 
     dy, dy_skip = gradients
     norms = _norms(saved, rows_of(saved.statistics, saved.x))
-    # The sums have been divided by the total count, which is on the device.
+    # The count is 1, because the sums have already been divided by the total count. Dividing them
+    # here would make the host wait: the total count is on the device.
     bn_backward_dx(
         dy, saved.x, norms[0], saved.residual, norms[1], saved.mask, spec.act, spec.act_param,
         Sums(*totals.sums.unbind()), 1, dy_skip=dy_skip, out=tuple(found),
@@ -245,7 +254,10 @@ def _launch_dx(
 def _backward(
     gradients: Gradients, saved: Saved, spec: Spec, asked: Asked, recording: Recording | None
 ) -> Computed:
-    """dx, computed with the sums of all ranks. The returned sums are those of this rank."""
+    """dx, computed with the sums of all ranks, and the sums of this rank.
+
+    This rank's sums are its part of the parameters' gradients.
+    """
     if not _reduces(spec, asked):
         return Computed(None, None, None, None)
     sums, dz = _run_reduce(gradients, saved, spec, asked, recording=None)
@@ -306,7 +318,7 @@ def _aten(inputs: Inputs, buffers: Buffers, spec: Spec) -> Tensor:
 
 def _check(inputs: Inputs, buffers: Buffers, spec: Spec) -> None:
     x, residual = inputs.x, inputs.residual
-    # Other ranks may have more values for a channel.
+    # training=False accepts one value per channel, because other ranks may have more values.
     check_input(x, training=False)
     if x.shape[1] == 0:
         raise ValueError(f"input must have channels, got input size {x.size()}")
@@ -354,7 +366,8 @@ SYNC_BATCH_NORM_ACT = Operation(
 def group_named(process_group: Any = None) -> Any:
     """Returns the process group that an argument stands for.
 
-    None stands for the default group, a string for the group of that name, a group for itself.
+    None stands for torch.distributed's default group of all ranks, and a string for the group with
+    this name. A process group is returned unchanged.
 
     Raises:
         RuntimeError: if ``process_group`` is None and there is no default group.
@@ -410,23 +423,27 @@ def sync_batch_norm_act(
 ) -> Any:
     """Fused ``act(batch_norm(input) + residual)`` with the statistics of all ranks' batches.
 
-    It is `batch_norm_act` in training. If rank r has n_r values per channel and all ranks together
-    have N, then mean = Σ n_r·mean_r / N and var = Σ (M2_r + n_r·(mean_r − mean)²) / N, where
-    M2_r = Σ (x − mean_r)². The sums are taken in rank order in fp64, so all ranks get the same bits
-    in every run. Each direction has one collective, an all_gather of 3·C values (2·C in backward)
-    per norm; a ``residual_norm`` shares the collective. The host never waits for the device. With
-    one rank it is `batch_norm_act`.
+    A rank is a process of ``process_group``. The operation does on the batches of all ranks what
+    `batch_norm_act` does in training on one batch. If rank r has n_r values per channel and all
+    ranks together have N, then mean = Σ n_r·mean_r / N and
+    var = Σ (M2_r + n_r·(mean_r − mean)²) / N, where M2_r = Σ (x − mean_r)². The sums over ranks are
+    added in rank order in fp64, so all ranks get the same bits in every run.
 
-    Every rank of the group must make the call and its backward, with the same channels and dtype.
-    Batches may have different sizes and may be empty: the gradients of an empty rank are zeros. If
-    all batches are empty, the running statistics do not change. With
-    ``TORCH_DISTRIBUTED_DEBUG=DETAIL`` each call first compares the ranks, which waits for the
-    device; without it, gloo and NCCL may abort or hang if the ranks differ.
+    Forward and backward each make one all_gather: of 3·C values per norm in forward and 2·C in
+    backward. The norms of ``input`` and of the residual share this all_gather. The host never waits
+    for the device. If the group has only one rank, `batch_norm_act` runs.
+
+    Every rank of the group must call the operation and its backward, with the same number of
+    channels and the same dtype. Batches may have different sizes and may be empty; a rank with an
+    empty batch gets gradients of zero. If all batches are empty, the running statistics do not
+    change. If the environment variable ``TORCH_DISTRIBUTED_DEBUG`` is ``DETAIL``, each call first
+    compares the ranks' arguments, and the host waits for the device. Otherwise gloo and NCCL may
+    abort or hang if the arguments differ.
 
     Args:
         input, running_mean, running_var, weight, bias, residual, residual_norm, act, act_kwargs,
             momentum, eps, num_batches_tracked, fork: as in `batch_norm_act`. Each rank gets only
-            its part of the parameters' gradients, which DistributedDataParallel averages.
+            its part of the parameters' gradients; DistributedDataParallel averages the parts.
         process_group: the participating ranks, as a process group or its name; by default all
             ranks.
 
@@ -434,14 +451,14 @@ def sync_batch_norm_act(
         A tensor as `batch_norm_act` returns it; with ``fork`` two such tensors.
 
     Raises:
-        RuntimeError: if ``process_group`` is None and there is no default group, and as
-            `batch_norm_act`.
-        TypeError: if ``process_group`` is not a process group that this process belongs to, and as
-            `batch_norm_act`.
-        ValueError: for a CPU tensor in an NCCL group, an ``input`` without channels, an
-            ``input_bias`` in ``residual_norm``, ranks that differ (with
-            ``TORCH_DISTRIBUTED_DEBUG=DETAIL``), and as `batch_norm_act`, except that one value per
-            channel is allowed.
+        RuntimeError: if ``process_group`` is None and there is no default group, or if
+            `batch_norm_act` raises it.
+        TypeError: if ``process_group`` is not a process group that this process belongs to, or if
+            `batch_norm_act` raises it.
+        ValueError: for a CPU tensor in an NCCL group, for an ``input`` without channels, for an
+            ``input_bias`` in ``residual_norm``, if ``TORCH_DISTRIBUTED_DEBUG`` is ``DETAIL`` and
+            the ranks' arguments differ, or if `batch_norm_act` raises it, except that here an
+            ``input`` with one value per channel is valid.
 
     Follows `torch.nn.SyncBatchNorm` (Ioffe and Szegedy, arXiv 1502.03167); the variance is combined
     as in Chan, Golub and LeVeque (1979).
@@ -475,9 +492,10 @@ def sync_batch_norm(
     num_batches_tracked: Tensor | None,
     group: str,
 ) -> Tensor:
-    """Batch norm over the ranks of the group named ``group``, or over this rank if it is empty.
+    """Batch norm over the ranks of the process group with the name ``group``.
 
-    It is a node in the graphs that `bnres.fuse` captures.
+    If ``group`` is an empty string, it is batch norm over this process only. The graphs that
+    `bnres.fuse` captures contain calls of this function.
     """
     function: Any = batch_norm_act
     options: dict[str, Any] = {"training": training}

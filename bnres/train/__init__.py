@@ -1,4 +1,4 @@
-"""Training: one module each for the options, the state, the loop, checkpoints and output files."""
+"""Trains classifiers. The options, state, loop, checkpoints and output files have a module each."""
 
 from bnres.train.config import TrainConfig
 from bnres.train.library import train_model

@@ -14,7 +14,7 @@ from bnres.train.state import TrainState
 from bnres.train.weights import check_weights
 
 FORMAT = 3
-# Options that may differ when a run is resumed.
+# Options that may be changed when a run is resumed.
 FREE = (
     "fused", "device", "data", "checksum", "workers", "compile", "cuda_graphs", "deterministic",
     "eval_flip", "checkpoint_steps", "tensorboard", "resume",
@@ -30,7 +30,7 @@ KEYS = (
 
 
 def save_checkpoint(path: Path, state: TrainState, config: TrainConfig) -> None:
-    """Writes a checkpoint; if the process is killed while it writes, ``path`` keeps the old one.
+    """Writes a checkpoint. If the process is killed meanwhile, ``path`` keeps its old content.
 
     Every process of a run must call this function; only the first process writes.
     """
@@ -58,14 +58,14 @@ def save_checkpoint(path: Path, state: TrainState, config: TrainConfig) -> None:
         "average": None if state.average is None else state.average.state_dict(),
         **{name: getattr(state, name).state_dict() for name in STATEFUL},
     }
-    # Serialise in memory: when torch.save writes to a file, a full disk aborts the process.
+    # torch.save writes to memory, because the process would abort if it wrote to a full disk.
     written = io.BytesIO()
     torch.save(content, written)
     write_bytes(path, written.getbuffer())
 
 
 def checkpoint_bytes(state: TrainState) -> int:
-    """The approximate size of a checkpoint in bytes, once the optimiser has made a step."""
+    """The approximate size of a checkpoint in bytes, after the optimiser's first step."""
     weights, buffers = (
         sum(t.nbytes for t in tensors)
         for tensors in (state.model.parameters(), state.model.buffers())
@@ -76,12 +76,12 @@ def checkpoint_bytes(state: TrainState) -> int:
 
 
 def load_checkpoint(path: Path, state: TrainState, config: TrainConfig) -> None:
-    """Sets ``state`` to the state that a checkpoint holds.
+    """Sets ``state`` to the state in a checkpoint.
 
     Raises:
-        ValueError: if the file is not a checkpoint of bnres; if its run differs from this one in an
-            option that may not change (see ``FREE``), in its data or its model; or if its run is
-            complete. ``state`` is unchanged then.
+        ValueError: if the file is not a checkpoint of bnres; if the checkpoint's run and this run
+            differ in the data, the model or an option that is not in ``FREE``; or if the
+            checkpoint's run is complete. ``state`` is not changed in these cases.
     """
     content = read_checkpoint(path)
     check_same_run(path, content["config"], config.as_dict())
@@ -95,7 +95,7 @@ def load_checkpoint(path: Path, state: TrainState, config: TrainConfig) -> None:
             f"resume: {path} is already complete ({config.epochs} of {config.epochs} epochs)"
         )
     check_weights(content["model"], state.model, f"resume: {path}", config.model)
-    # Keep this run's choice of a fused or foreach optimiser, which depends on its device.
+    # Whether the optimiser is fused or foreach depends on the device, so it is taken from this run.
     for saved, own in zip(
         content["optimizer"]["param_groups"], state.optimizer.param_groups, strict=True
     ):
@@ -110,17 +110,18 @@ def load_checkpoint(path: Path, state: TrainState, config: TrainConfig) -> None:
         torch.cuda.set_rng_state(content["cuda_rng"], device)
     state.epoch, state.batch = content["epoch"], content["batch"]
     for name in ("losses", "correct"):
-        # The saved values are already summed over the processes, and train_epoch sums them again.
+        # The saved values are sums over all processes. train_epoch sums them over the processes
+        # again, so the other processes start from zero.
         values = content[name] if state.world.is_first else torch.zeros_like(content[name])
         setattr(state, name, list(values.to(device).unbind()))
     state.best, state.history = content["best"], content["history"]
 
 
 def check_same_run(path: Path, saved: dict[str, Any], asked: dict[str, Any]) -> None:
-    """Raises a ValueError if an option differs from the saved run and is not in ``FREE``.
+    """Raises a ValueError if an option that is not in ``FREE`` differs from the saved run's.
 
     Args:
-        path: the checkpoint, for the error.
+        path: the checkpoint's path, for the error message.
         saved: all options of the checkpoint's run.
         asked: the options to compare with them.
     """
@@ -142,7 +143,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise ValueError(f"there is no file {str(path)!r}")
     data = io.BytesIO(path.read_bytes())
     content: Any = None
-    # torch's error advises weights_only=False, which would run code from the file; it is not shown.
+    # torch's error message is not shown, because it advises weights_only=False, which would run
+    # code from the file.
     try:
         with zipfile.ZipFile(data) as archive:
             if archive.testzip() is None:  # torch.load does not verify the checksums

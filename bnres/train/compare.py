@@ -18,7 +18,7 @@ def other_threads() -> int:
 
 @dataclass
 class Comparison:
-    """Three runs by name: fused layers, stock layers, and stock layers that round differently."""
+    """Three runs by name: fused layers, stock layers, and stock layers with other rounding."""
 
     config: TrainConfig
     runs: dict[str, Run]
@@ -27,12 +27,13 @@ class Comparison:
 def prepare_comparison(config: TrainConfig) -> Comparison:
     """Prepares three runs with the same seed: fused, stock, and a control.
 
-    The losses of two correct programs drift apart in fp32, faster with every step. The control
-    shows by how much. It differs from the stock run only in the order of its sums: on the CPU it
-    uses another number of threads, on a GPU the other memory format.
+    Even in fp32, the losses of two correct programs drift apart with every step, because rounding
+    differs. The control shows how large this drift is. The control is a second run of stock layers
+    that adds numbers in another order: on the CPU with another number of threads, on a GPU in the
+    other memory format.
 
     Raises:
-        ValueError: if ``config`` resumes a run, or as `prepare`.
+        ValueError: if ``config`` resumes a run, or if `prepare` raises it.
     """
     if config.resume is not None:
         raise ValueError("compare trains from the start: it can't be combined with resume")
@@ -51,7 +52,7 @@ def on_cpu(config: TrainConfig) -> bool:
 
 
 def run_comparison(comparison: Comparison, console: Console) -> None:
-    """Trains all runs, one epoch of each in turn, and prints a table."""
+    """Trains all runs and prints a table. The runs take turns after each epoch."""
     config, runs = comparison.config, comparison.runs
     threads = torch.get_num_threads()
     results: dict[str, list[TrainResult]] = {name: [] for name in runs}

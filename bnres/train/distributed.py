@@ -17,9 +17,9 @@ class World:
     """The processes that train together; by default only this one.
 
     Attributes:
-        rank: the rank of this process.
+        rank: the number of this process, from 0 to ``size`` - 1.
         size: the number of processes.
-        flags: a process group on the CPU, so that exchanging a flag does not wait for a GPU.
+        flags: a process group on the CPU. Exchanging a flag through it does not wait for a GPU.
     """
 
     rank: int = 0
@@ -38,7 +38,7 @@ class World:
         return value
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is set in any of the processes."""
+        """Whether the flag is true in at least one of the processes."""
         if self.size == 1:
             return flag
         value = torch.tensor(int(flag))
@@ -55,7 +55,7 @@ class World:
     def share_buffers(self, *models: nn.Module | None) -> None:
         """Copies the first process's buffers, such as running statistics, to the other processes.
 
-        They differ because each process updates them from its part of the batch.
+        The buffers differ, because each process updates them from its part of the batch.
         """
         if self.size > 1:
             for model in models:
@@ -63,16 +63,17 @@ class World:
                     dist.broadcast(buffer, 0)
 
     def wait(self) -> None:
-        """Waits until all processes have called it."""
+        """Waits until all processes have called this method."""
         if self.size > 1:
             dist.barrier(group=self.flags)
 
 
 def choose_gpu() -> None:
-    """Selects this process's GPU as torch's current device; call it before any tensor is on a GPU.
+    """Selects this process's GPU as torch's current device.
 
-    Does nothing if there is no GPU for this process. It may then train on the CPU; if it was asked
-    to train on a GPU, `TrainConfig` raises an error that names the GPU.
+    Call this function before any tensor is on a GPU. It does nothing if there is no GPU for this
+    process: the process may train on the CPU, and if it should train on a GPU, `TrainConfig` raises
+    an error that names the GPU.
     """
     rank = int(os.environ.get("LOCAL_RANK", "-1"))
     if 0 <= rank < torch.cuda.device_count():
@@ -82,16 +83,19 @@ def choose_gpu() -> None:
 def may_be_restarted() -> bool:
     """Whether ``torchrun --max-restarts`` starts the processes again after one of them has died.
 
-    Its counter of restarts does not tell: each machine counts only those that it caused.
+    torchrun's counter of restarts is not used, because each machine only counts the restarts that
+    were caused by its own processes.
     """
     return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0
 
 
 def join(device: str) -> tuple[World, str]:
-    """Joins the processes that ``torchrun`` started; returns them, and this process's device.
+    """Connects this process with the others that ``torchrun`` started.
+
+    Returns the processes, and the name of this process's device.
 
     Args:
-        device: torch's name of a device; any CUDA device becomes the GPU of this process.
+        device: torch's name of a device. If it is any CUDA device, the GPU of this process is used.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:

@@ -19,7 +19,7 @@ FORMATS = ("pt2", "onnx", "safetensors")
 
 
 class _OneInput(nn.Module):
-    """Wraps a model in a forward with one named input, which export's ``dynamic_shapes`` needs."""
+    """Wraps a model so that its input has a name, which torch.export's ``dynamic_shapes`` needs."""
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
@@ -37,18 +37,19 @@ def export_checkpoint(
     folded: bool = True,
     format: str = "pt2",
 ) -> Path:
-    """Exports a checkpoint's model, made of torch's own operations; returns the path of the file.
+    """Exports a checkpoint's model; returns the path of the file.
 
-    The exported model takes batches of any size.
+    The exported model only contains torch's own operations, and takes batches of any size.
 
     Args:
         path: a checkpoint of ``bnres train``.
         out: the file to write; by default ``path`` with the format as its suffix.
         size: height and width of the images; by default those of training.
-        folded: whether to fold batch norms into the convolutions; has no effect on safetensors.
+        folded: whether to fold batch norms into the convolutions. It has no effect if the format is
+            safetensors.
         format: ``"pt2"`` is a torch.export archive, which `torch.export.load` reads without bnres.
-            ``"onnx"`` is an ONNX model. ``"safetensors"`` holds only the weights, with a stock
-            model's keys; if the run averaged its weights, these are the averaged ones.
+            ``"onnx"`` is an ONNX model. ``"safetensors"`` holds only the weights, with the
+            keys of a stock model. If the run averaged its weights, the file holds the averages.
 
     Raises:
         ValueError: if ``path`` is not a checkpoint, ``out`` can't be written, the model does not
@@ -62,7 +63,7 @@ def export_checkpoint(
     if format == "safetensors" and size is not None:
         raise ValueError("size: safetensors holds only weights, which do not depend on the size")
     if format == "onnx":
-        importlib.import_module("onnxscript")  # torch.onnx needs it, and it depends on onnx
+        importlib.import_module("onnxscript")  # torch.onnx needs onnxscript, which installs onnx
     content = read_checkpoint(path)
     config = config_of(
         content, device="cpu", fused=False, sync_bn=False, cuda_graphs=False, channels_last=False
@@ -84,14 +85,14 @@ def export_checkpoint(
 
 
 def as_pt2(program: torch.export.ExportedProgram) -> Any:
-    """An exported program as the content of a torch.export archive."""
+    """Returns the content of a torch.export archive of an exported program."""
     written = io.BytesIO()
     torch.export.save(program, written)
     return written.getbuffer()
 
 
 def as_onnx(program: torch.export.ExportedProgram) -> bytes:
-    """An exported program as the content of an ONNX file."""
+    """Returns the content of an ONNX file of an exported program."""
     converted = torch.onnx.export(program, dynamo=True, verbose=False)
     assert converted is not None
     return converted.model_proto.SerializeToString()

@@ -14,14 +14,15 @@ class Stop:
 
 
 class Stopped(Exception):
-    """Raised when a run stops because a signal asked it to, after its checkpoint is written."""
+    """Raised when a run stops because of a signal, after the run has written its checkpoint."""
 
 
 @contextmanager
 def stop_on_signal() -> Iterator[Stop]:
-    """Inside, the first Ctrl-C or SIGTERM sets ``asked``; a second one interrupts at once.
+    """Inside the context, the first Ctrl-C or SIGTERM only sets ``asked``.
 
-    Has no effect outside the main thread, because only the main thread can handle signals.
+    A second signal interrupts the program at once. In other threads than the main thread the
+    context has no effect, because only the main thread can handle signals.
     """
     stop = Stop()
     if threading.current_thread() is not threading.main_thread():

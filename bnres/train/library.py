@@ -13,16 +13,16 @@ from bnres.train.state import build_state
 def train_model(
     model: nn.Module, dataset: ImageDataset | FolderDataset, config: TrainConfig
 ) -> list[dict[str, float]]:
-    """Trains ``model`` in place and returns the metrics of each epoch, as in metrics.jsonl.
+    """Trains ``model`` in place; returns the metrics of each epoch, with the keys of metrics.jsonl.
 
     During training `bnres.fuse` fuses the model, unless ``config.fused`` is False. Afterwards the
     model is unfused and in eval mode. No files are written.
 
     Args:
         model: maps images (N, channels, height, width) to logits (N, classes). It is moved to
-            ``config.device``. If ``config.ema`` is set, it ends with the averaged weights.
+            ``config.device``. If ``config.ema`` is set, it has the averaged weights at the end.
         dataset: the data, for instance from `bnres.data.make_dataset`.
-        config: the options; those that name the data set and the model are ignored.
+        config: the options. The options that name the data set and the model are ignored.
 
     Raises:
         TypeError: if ``model`` is not a module.

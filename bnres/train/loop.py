@@ -26,11 +26,11 @@ class NonFiniteLoss(RuntimeError):
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What training for one epoch gives.
+    """The results of training for one epoch.
 
     Attributes:
         loss: mean loss of the batches.
-        accuracy: share of the images that were classified correctly.
+        accuracy: fraction of the images that were classified correctly.
         seconds: time since the epoch was started or resumed, in seconds.
         wait_seconds: the part of ``seconds`` spent waiting for the next batch.
         images_per_second: images divided by ``seconds``, over all processes.
@@ -64,11 +64,11 @@ def train_epoch(
         state: the state of the run; it is updated.
         batches: the data.
         config: the options of the run.
-        on_batch: called after each batch. The state can be saved then, unless the batch is one of
-            ``config.accumulate`` whose gradients are still being added.
+        on_batch: called after each batch. It can save the state if the optimiser has made a step
+            after this batch, that is after every ``config.accumulate`` batches.
 
     Raises:
-        NonFiniteLoss: as `look`.
+        NonFiniteLoss: if the loss of a batch is infinite or NaN.
     """
     state.forward.train()
     images_seen, waited = 0, 0.0
@@ -103,7 +103,9 @@ def train_epoch(
 def train_batch(
     state: TrainState, images: Tensor, labels: Tensor, config: TrainConfig, batches: int
 ) -> None:
-    """Runs forward and backward of a batch, and a step after every ``config.accumulate`` batches.
+    """Runs forward and backward of a batch.
+
+    After every ``config.accumulate`` batches the optimiser makes a step.
 
     Args:
         state: the state of the run; it is updated.
@@ -137,7 +139,7 @@ def train_batch(
 def look(state: TrainState) -> None:
     """Raises `NonFiniteLoss` if one of the last ``LOOK_EVERY`` losses is not finite.
 
-    Every process must call it; the losses are averaged over the processes.
+    Every process must call this function, because the losses are averaged over the processes.
     """
     recent = state.world.sum(torch.stack(state.losses[-LOOK_EVERY:])) / state.world.size
     wrong = (~recent.isfinite()).nonzero()

@@ -6,21 +6,23 @@ from torch.optim import lr_scheduler
 
 from bnres.train.config import TrainConfig
 
-# A one-cycle schedule lowers momentum by this while the learning rate rises, then raises it again.
+# While the learning rate rises, a one-cycle schedule lowers the momentum by this number; afterwards
+# it raises the momentum again.
 MOMENTUM_FALL = 0.1
-# Learning rate at the start of a warm-up, as a share of the greatest learning rate.
+# Learning rate at the start of a warm-up, divided by the greatest learning rate.
 WARMUP_START = 0.01
 
 
 def make_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
-    """Returns the optimiser. Weight decay applies to weights, not to biases and norms."""
+    """Returns the optimiser. Weight decay does not apply to biases and to parameters of norms."""
     groups = parameter_groups(model, config.weight_decay)
     # A fused optimiser updates many parameters in one launch.
     fused = torch.device(config.device).type == "cuda" or None
     if config.optimizer == "sgd":
         momentum = config.momentum
         if config.dtype == "fp16":
-            # If the first step overflows, fused SGD skips it, but keeps uninitialised momentum.
+            # If the gradients of the first step overflow, fused SGD skips the step, but leaves its
+            # momentum uninitialised.
             fused = None
         return torch.optim.SGD(
             groups, lr=config.lr, momentum=momentum, nesterov=momentum > 0, fused=fused
@@ -32,7 +34,7 @@ def make_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimiz
 def make_schedule(
     config: TrainConfig, optimizer: torch.optim.Optimizer, steps_per_epoch: int
 ) -> lr_scheduler.LRScheduler:
-    """Returns the learning-rate schedule; it advances once per step of the optimiser."""
+    """Returns the learning-rate schedule, which advances at each step of the optimiser."""
     steps = config.epochs * steps_per_epoch
     if config.schedule == "one-cycle":
         return lr_scheduler.OneCycleLR(
@@ -57,7 +59,10 @@ def make_schedule(
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    """Groups a model's parameters; those of at most one dimension (biases, norms) do not decay."""
+    """Divides a model's parameters into a group with and a group without weight decay.
+
+    Parameters of at most one dimension, which are biases and parameters of norms, do not decay.
+    """
     parameters = list(model.parameters())
     return [
         {"params": [p for p in parameters if p.dim() > 1], "weight_decay": weight_decay},
@@ -66,7 +71,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, ob
 
 
 def xavier_uniform(model: nn.Module) -> None:
-    """Initialises convolutions and linear layers as the d2l.ai course does: Xavier uniform."""
+    """Initialises convolutions and linear layers by Xavier uniform, as the d2l.ai course does."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
             nn.init.xavier_uniform_(module.weight)

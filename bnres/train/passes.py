@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from bnres.train.config import DTYPES, TrainConfig
 
-# Number of batches that run before one is captured. In them torch compiles code, selects algorithms
-# and allocates memory, which can't be captured.
+# Number of batches that run before a batch is captured in a CUDA graph. In these batches torch
+# compiles code, selects algorithms and allocates memory, which can't be captured.
 WARMUP_BATCHES = 3
 
 
@@ -37,7 +37,8 @@ class Passes:
 
         Args:
             images, labels: the batch.
-            share: number of batches whose gradients a step of the optimiser averages.
+            share: number of batches per step of the optimiser. The loss is divided by this
+                number before backward, so that the step uses the mean gradient.
         """
         with autocast(self.config):
             logits = self.forward(images)
@@ -47,16 +48,16 @@ class Passes:
 
 
 class GraphedPasses(Passes):
-    """Captures forward and backward once in a CUDA graph and replays it: one launch from the host.
+    """Captures forward and backward in a CUDA graph, which the host replays with a single launch.
 
     The first ``WARMUP_BATCHES`` full batches run without the graph, and so does an epoch's last
-    batch if it is smaller. No batch is trained on twice. The graph does not contain the optimiser's
-    step, because torch's SGD takes momentum as a Python number, which a one-cycle schedule changes
-    at each step. A fused optimiser needs only a few launches.
+    batch if it is smaller. No batch is trained on twice. The graph does not contain the step of the
+    optimiser: a graph can't change the momentum of torch's SGD, which is a Python number, but a
+    one-cycle schedule changes it at each step. A fused optimiser only needs a few launches anyway.
 
     Args:
         model: the model whose gradients the graph writes. Its gradients must be None at each call.
-        forward, scaler, config: as in `Passes`.
+        forward, scaler, config: see `Passes`.
     """
 
     def __init__(
@@ -79,7 +80,7 @@ class GraphedPasses(Passes):
         return self._replay(images, labels)
 
     def _warm_up(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Runs a batch on the stream that is later captured, which is not the default stream."""
+        """Runs a batch on the stream on which the graph is captured later."""
         current = torch.cuda.current_stream(images.device)
         self.stream.wait_stream(current)
         with torch.cuda.stream(self.stream):
@@ -90,7 +91,7 @@ class GraphedPasses(Passes):
     def _capture(self, images: Tensor, labels: Tensor) -> None:
         self.images, self.labels = images.clone(), labels.clone()
         graph = torch.cuda.CUDAGraph()
-        # "thread_local" lets the threads that load batches allocate memory during the capture.
+        # With "thread_local" the threads that load batches may allocate memory during the capture.
         with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
             self.results = super().__call__(self.images, self.labels)
         self.gradients = [p.grad for p in self.parameters]

@@ -38,7 +38,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "flip": True,
         "normalize": False,
     },
-    # Aims at 94% accuracy, or with --epochs 60 at 96%; not measured yet.
+    # The aim is an accuracy of 94%, or 96% with --epochs 60. This was not measured yet.
     "cifar10-fast": {
         **_CIFAR,
         "epochs": 15,

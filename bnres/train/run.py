@@ -1,4 +1,4 @@
-"""A training run: its epochs, what it prints, and the files in its folder."""
+"""Runs a training: its epochs, what it prints, and the files that it writes."""
 
 import errno
 import importlib
@@ -45,7 +45,7 @@ class RunEnded(OSError):
 
 @dataclass
 class Run:
-    """A run that is ready to train; its input has been checked."""
+    """A run that is ready to train. Its data, options and model have been checked."""
 
     config: TrainConfig
     state: TrainState
@@ -116,11 +116,12 @@ def run_epoch(
         progress: the progress bar.
         label: printed before the progress.
         folder: where checkpoints are written during the epoch; None for no checkpoints.
-        stop: whether a signal asked the run to stop. It has no effect without ``folder``.
+        stop: whether a signal asked the run to stop. It has no effect if ``folder`` is None.
 
     Raises:
-        Stopped: if ``stop`` is set before the last batch of the epoch; the checkpoint is written.
-        NonFiniteLoss: as `train_epoch`.
+        Stopped: if ``stop`` is set before the last batch of the epoch. A checkpoint has been
+            written by then.
+        NonFiniteLoss: if the loss of a batch is infinite or NaN.
     """
     state, config = run.state, run.config
     first, start = state.batch, time.perf_counter()
@@ -133,7 +134,7 @@ def run_epoch(
 
     def on_batch() -> None:
         nonlocal memory
-        # Not at each batch: torch collects about a hundred figures to report this one.
+        # Not at each batch, because torch collects about a hundred figures to report the memory.
         if state.batch % LOOK_EVERY == 0 or state.batch == len(run.batches):
             memory = _memory(config)
         images = (state.batch - first) * config.batch_size
@@ -202,8 +203,8 @@ def fit(run: Run, folder: Path, console: Console) -> None:
     """Trains to the end; after each epoch, writes checkpoints, metrics and curves to ``folder``.
 
     Raises:
-        Stopped: if a signal asked it to stop; the checkpoint is written.
-        NonFiniteLoss: if the loss is infinite or NaN; details are written to nonfinite.json.
+        Stopped: if a signal asked the run to stop. A checkpoint has been written by then.
+        NonFiniteLoss: if the loss is infinite or NaN. Details are written to nonfinite.json.
         RunEnded: if a file can't be written, or the disk has no room for the checkpoints.
     """
     config, state = run.config, run.state
@@ -261,7 +262,7 @@ def check_room(folder: Path, checkpoint: int) -> None:
 
 @contextmanager
 def _says_what_is_kept(folder: Path, resumed: Path | None) -> Iterator[None]:
-    """Adds to an OSError the checkpoint from which the run can be resumed."""
+    """Inside the context, adds to an OSError from which checkpoint the run can be resumed."""
     try:
         yield
     except OSError as error:
@@ -276,7 +277,7 @@ def _says_what_is_kept(folder: Path, resumed: Path | None) -> Iterator[None]:
 
 
 def _write(folder: Path, run: Run, is_best: bool) -> None:
-    """Writes the files of an epoch; last.pt, from which a run is resumed, is written last."""
+    """Writes the files of an epoch. The last one is last.pt, from which a run is resumed."""
     config, state = run.config, run.state
     if state.world.is_first:
         write_metrics(folder, state.history)
@@ -288,7 +289,7 @@ def _write(folder: Path, run: Run, is_best: bool) -> None:
 
 
 def facts(state: TrainState) -> dict[str, Any]:
-    """Facts about a state whose loss is infinite or NaN, for nonfinite.json."""
+    """Returns the content of nonfinite.json for a state whose loss is infinite or NaN."""
     parameters = [p.detach() for p in state.model.parameters()]
     gradients = [p.grad for p in state.model.parameters() if p.grad is not None]
     return {
@@ -304,5 +305,5 @@ def facts(state: TrainState) -> dict[str, Any]:
 
 
 def _number(value: float) -> float | str:
-    """The value, or its name if it is infinite or NaN, for which JSON has no number."""
+    """Returns the value, or its name if JSON has no number for it (infinite or NaN)."""
     return value if math.isfinite(value) else str(value)

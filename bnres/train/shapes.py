@@ -15,7 +15,7 @@ from bnres.train.config import TrainConfig
 
 
 def initialize_lazy_modules(model: nn.Module, name: str, images: tuple[int, int, int]) -> None:
-    """Initialises lazy modules, such as `torch.nn.LazyLinear`, by a call of the model on zeros.
+    """Initialises lazy modules, such as `torch.nn.LazyLinear`, by calling the model on zeros.
 
     Args:
         model: the model, on the CPU.
@@ -33,10 +33,10 @@ def initialize_lazy_modules(model: nn.Module, name: str, images: tuple[int, int,
 def check_shapes(
     config: TrainConfig, model: nn.Module, name: str, images: tuple[int, int, int], classes: int
 ) -> None:
-    """Checks that a model accepts the images and returns (N, classes), in both modes.
+    """Checks that a model accepts the images and returns logits of shape (N, classes).
 
-    Calls the model on two images of zeros, in eval and in training mode. No tensor of the model is
-    changed.
+    The model is called on two images of zeros, once in eval and once in training mode. No tensor of
+    the model is changed.
 
     Args:
         config: the options of the run.
@@ -47,7 +47,7 @@ def check_shapes(
 
     Raises:
         ValueError: if the model does not accept such images, does not return (N, classes) or has no
-            parameter that requires a gradient, or as `_bf16_checked`.
+            parameter that requires a gradient, or if `_bf16_checked` raises it.
     """
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError(f"model {name!r} has no parameter that requires a gradient")
@@ -58,7 +58,8 @@ def check_shapes(
         return functional_call(model, {k: v.clone() for k, v in tensors}, (images,))
 
     devices = [config.device] if torch.device(config.device).type == "cuda" else []
-    # force_eager: these calls need no graph of a model that bnres.fuse has fused.
+    # A model fused by bnres.fuse captures a graph when it is called. These calls don't need the
+    # graph, so force_eager avoids the capture.
     with (
         torch.random.fork_rng(devices),
         torch.compiler.set_stance("force_eager"),
@@ -81,14 +82,15 @@ def check_shapes(
 def _bf16_checked(
     config: TrainConfig, model: nn.Module, images: tuple[int, int, int]
 ) -> Iterator[None]:
-    """Checks that calls inside avoid a fault of torch's bf16 convolution on a CPU with AVX512.
+    """Checks that calls inside the context do not run into a bug of torch's bf16 convolution.
 
-    If the input is one pixel wide and the convolution is strided, the filter's outer taps see only
-    padding. torch 2.11 to 2.14 then leave the gradient of these taps uninitialised.
+    The bug occurs on CPUs with AVX512, in torch 2.11 to 2.14. If the input is one pixel wide and
+    the convolution is strided, the outer columns of the filter only see padding, and torch leaves
+    their gradient uninitialised.
 
     Raises:
-        ValueError: if the run is in bf16 on such a CPU and a call inside reaches such a
-            convolution.
+        ValueError: if the run is in bf16 on such a CPU, and a call inside the context reaches such
+            a convolution.
     """
     capability = torch.backends.cpu.get_cpu_capability()
     on_cpu = torch.device(config.device).type == "cpu"

@@ -1,4 +1,4 @@
-"""The state of a training run, which checkpoints hold, and how it is built."""
+"""Builds the state of a training run. Checkpoints store this state."""
 
 import os
 from dataclasses import dataclass, field
@@ -27,8 +27,8 @@ from bnres.train.weights import is_weights, load_weights
 class TrainState:
     """The state of a training run.
 
-    It holds no state of the images' order and augmentation, which depend only on the seed, the
-    epoch and the batch.
+    The state contains no random generators: the order and the augmentation of the images depend
+    only on the seed, the epoch and the number of the batch.
 
     Attributes:
         model: the model.
@@ -39,8 +39,8 @@ class TrainState:
         average: the model with averaged weights, or None.
         epoch: number of completed epochs.
         batch: number of completed batches in the current epoch.
-        losses, correct: loss and number of correctly classified images of each of these batches, as
-            tensors on the device.
+        losses, correct: loss and number of correctly classified images of each completed batch of
+            the current epoch, as tensors on the device.
         best: greatest test accuracy so far.
         history: one row of metrics for each completed epoch.
         classes, channels: number of classes, and of the images' channels.
@@ -69,15 +69,14 @@ class TrainState:
 
     @property
     def forward(self) -> Any:
-        """The model that training calls, possibly compiled or in DistributedDataParallel."""
+        """The model that training calls. It may be compiled, or in DistributedDataParallel."""
         return self.passes.forward
 
     @property
     def evaluated(self) -> Any:
-        """The model to evaluate: the one with averaged weights, if the run averages them.
+        """The model to evaluate. If the run averages weights, this model has the averaged weights.
 
-        With several processes it is not the DistributedDataParallel model, which would exchange
-        buffers at each call.
+        It is never wrapped in DistributedDataParallel, which would exchange buffers at each call.
         """
         if self.average is not None:
             return self.average
@@ -110,7 +109,7 @@ def build_model(
     size: tuple[int, int],
     given: nn.Module | None = None,
 ) -> nn.Module:
-    """Returns the untrained model on ``config.device``; its weights depend only on ``config.seed``.
+    """Returns the untrained model on ``config.device``; ``config.seed`` determines its weights.
 
     Args:
         config: the options of the run.
@@ -139,13 +138,15 @@ def build_model(
 
 
 def name_of(config: TrainConfig, given: nn.Module | None) -> str:
-    """The name of the model in errors."""
+    """The name of the model in error messages."""
     return config.model if given is None else type(given).__name__
 
 
 def make_deterministic() -> None:
     """Restricts torch to deterministic algorithms in this process."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS requires it
+    os.environ.setdefault(
+        "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+    )  # cuBLAS is only deterministic with it
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False
 
@@ -179,7 +180,7 @@ def build_state(
     batches = make_batches(config, dataset, device, world)
     size = dataset.size if config.crop_size is None else (config.crop_size, config.crop_size)
     name = name_of(config, model)
-    # Models of bnres are built from fused layers; other models are fused by bnres.fuse.
+    # Models of bnres consist of fused layers already. Other models are fused by bnres.fuse.
     fuses = config.fused and (model is not None or is_factory(config.model))
     model = build_model(config, dataset.classes, dataset.channels, size, model)
     if is_weights(config.init) and config.resume is None:
@@ -191,7 +192,8 @@ def build_state(
     parallel: nn.Module = model
     if world.size > 1:
         devices = [device] if device.type == "cuda" else None
-        # Gradients in the buckets' memory need no copy to them.
+        # DDP sends gradients in buckets. With this option gradients are views of the buckets, so
+        # they need not be copied into the buckets.
         parallel = DistributedDataParallel(model, devices, gradient_as_bucket_view=True)
     optimizer = make_optimizer(config, model)
     steps_per_epoch = -(-len(batches) // config.accumulate)
@@ -200,13 +202,16 @@ def build_state(
         average = AveragedModel(
             model, multi_avg_fn=get_ema_multi_avg_fn(config.ema), use_buffers=True
         )
-        # torch reads its value at each step. If it were on a GPU, the host would wait for the GPU.
+        # torch reads the value of n_averaged at each step. If it were on a GPU, the host would wait
+        # for the GPU.
         average.n_averaged = average.n_averaged.cpu()
         if fuses:
-            fuse(average.module, inplace=True)  # AveragedModel makes a copy, and copies are unfused
+            fuse(
+                average.module, inplace=True
+            )  # AveragedModel has copied the model, and a copy is not fused
     forward: Any = parallel
     if config.compile:
-        # torch.compile ignores the fusion of bnres.fuse, so the backend fuses.
+        # torch.compile ignores the fusion by bnres.fuse, so our backend fuses the model again.
         through: dict[str, Any] = {"backend": backend, "options": {"inner": "inductor"}}
         forward = torch.compile(parallel, **(through if fuses else {}))
     scaler = torch.amp.GradScaler(device.type, enabled=DTYPES[config.dtype] == torch.float16)

@@ -22,11 +22,11 @@ def config_of(content: dict[str, Any], **changes: Any) -> TrainConfig:
 
     Args:
         content: the content of the checkpoint.
-        changes: options that replace the run's.
+        changes: options that replace those of the run.
 
     Raises:
-        ValueError: if the checkpoint has an option that this version does not have, or as
-            `TrainConfig`.
+        ValueError: if the checkpoint has an option that this version does not have, or if
+            `TrainConfig` raises it.
     """
     saved = content["config"]
     known = {f.name for f in fields(TrainConfig)}
@@ -37,12 +37,12 @@ def config_of(content: dict[str, Any], **changes: Any) -> TrainConfig:
 
 
 def load_trained(path: Path, content: dict[str, Any], config: TrainConfig) -> nn.Module:
-    """Returns the model of a checkpoint in eval mode, with averaged weights if it has them.
+    """Returns the model of a checkpoint in eval mode, with averaged weights if there are any.
 
     Args:
         path: the checkpoint, for errors.
         content: the content of the checkpoint.
-        config: the options; they name the model and the device.
+        config: the options. They determine the model and the device.
 
     Raises:
         ValueError: if the weights do not fit the model that ``config`` names.
@@ -67,7 +67,7 @@ def evaluate_checkpoint(path: Path, **changes: Any) -> tuple[TrainConfig, float,
 
     Args:
         path: a checkpoint of ``bnres train``.
-        changes: options that replace the run's, such as ``data``.
+        changes: options that replace those of the run, such as ``data``.
 
     Raises:
         ValueError: if ``path`` is not a checkpoint, or the data or the model does not fit it.

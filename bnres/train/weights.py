@@ -12,7 +12,7 @@ SUFFIX = ".safetensors"
 
 
 def is_weights(init: str) -> bool:
-    """Whether the option ``init`` names a file of weights."""
+    """Whether the option ``init`` is the path of a file of weights."""
     return init.endswith(SUFFIX)
 
 
@@ -49,8 +49,8 @@ def load_weights(path: Path, model: nn.Module, name: str) -> None:
         name: name of the model, for errors.
 
     Raises:
-        ValueError: if the file can't be read, its keys or shapes are not the model's, or the model
-            has state that is not a tensor.
+        ValueError: if the file can't be read, if its keys or shapes differ from the model's, or if
+            the model has state that is not a tensor.
         ModuleNotFoundError: if safetensors is missing; the extra ``bnres[train]`` installs it.
     """
     from safetensors import SafetensorError
@@ -86,7 +86,10 @@ def as_safetensors(model: nn.Module) -> bytes:
 
 
 def check_only_tensors(model: nn.Module, name: str) -> None:
-    """Raises a ValueError if a model has state that is not a tensor, as ``get_extra_state`` may."""
+    """Raises a ValueError if a model has state that is not a tensor.
+
+    A module can add such state by ``get_extra_state``.
+    """
     for key, value in model.state_dict().items():
         if not isinstance(value, Tensor):
             raise ValueError(
