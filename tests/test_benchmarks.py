@@ -214,7 +214,7 @@ def test_wrong_dtype_or_layout_is_refused(monkeypatch, wrong):
         measure.measure(case, CPU, CEILINGS)
 
 
-@pytest.mark.parametrize("net", ["resnet18", "resnet50"])
+@pytest.mark.parametrize("net", ["resnet18", pytest.param("resnet50", marks=pytest.mark.slow)])
 def test_step_in_bf16_is_near_fp32(net):
     """The tolerance for a step must exceed the error of correct rounding."""
     case = cases.ModelCase("step", net, 32, 8, "eager", "bf16", "channels_last", "bnres")

@@ -136,6 +136,7 @@ class TestCampaign:
         seen = measure.fields_of(eager) | {"status": "measured", "wall_seconds": 3.0}
         assert cost.Costs([seen]).most_seconds([eager, compiled]) == 3.0 + 2 * 6.0
 
+    @pytest.mark.slow
     def test_nothing_is_timed_in_a_process_that_used_the_profiler(self, tmp_path):
         step = cases.ModelCase(
             "step", "resnet18", 224, standins.FINE, "eager", "bf16", "channels_last", "eager"

@@ -105,7 +105,7 @@ def test_compiled_gradients_equal_eager_gradients():
         (resnet18, None, (), 0),
         (lambda: resnet18(fused=False), "bnres", (), 0),
         # The output of the hooked block is one tensor, and so is its input.
-        (resnet18, None, ["layer2.0"], 2),
+        pytest.param(resnet18, None, ["layer2.0"], 2, marks=pytest.mark.slow),
         (resnet18, None, ["layer2.0", "layer4"], 3),
     ],
     ids=["layers", "graph", "block", "stage"],

@@ -111,6 +111,7 @@ def test_dynamic_sizes_in_training():
     assert len(graphs) == 2  # a forward and a backward for all sizes
 
 
+@pytest.mark.slow
 def test_operators_pass_opcheck():
     """Checks each of our operators with the arguments of real calls."""
     calls = []

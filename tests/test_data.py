@@ -386,6 +386,7 @@ class TestFolder:
             with pytest.raises(CorruptImage, match=rf"^{tmp_path}/train/white/3.png .*image: .*$"):
                 list(batches.train(0))
 
+    @pytest.mark.slow
     def test_corrupt_image_ends_a_run_in_one_line(self, tmp_path):
         make_folder(tmp_path)
         for path in (tmp_path / "train" / "white").iterdir():

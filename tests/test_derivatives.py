@@ -38,10 +38,10 @@ def test_gradients_of_gradients(act, has_residual, training):
 @pytest.mark.parametrize(
     ("module", "shape"),
     [
-        (nn.BatchNorm1d, (3, 2)),
+        pytest.param(nn.BatchNorm1d, (3, 2), marks=pytest.mark.slow),
         (nn.BatchNorm2d, (3, 2, 1, 1)),
-        (nn.BatchNorm3d, (3, 2, 1, 1, 1)),
-        (nn.BatchNormAct1d, (3, 2)),
+        pytest.param(nn.BatchNorm3d, (3, 2, 1, 1, 1), marks=pytest.mark.slow),
+        pytest.param(nn.BatchNormAct1d, (3, 2), marks=pytest.mark.slow),
         (nn.BatchNormAct2d, (3, 2, 1, 1)),
         (nn.BatchNormAct3d, (3, 2, 1, 1, 1)),
     ],

@@ -270,6 +270,7 @@ def test_damaged_files_load_correctly_or_give_one_line(checkpoint, tmp_path):
             assert str(error).count("\n") == 0 and str(error)
 
 
+@pytest.mark.slow
 def test_checkpoint_bytes_is_the_size_of_a_checkpoint(tiny, tmp_path):
     for options in ({}, {"optimizer": "adamw"}, {"ema": 0.9}, {"optimizer": "adam", "ema": 0.9}):
         config = TrainConfig(model="resnet18", stem="cifar", batch_size=8, epochs=1, **options)

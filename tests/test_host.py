@@ -38,6 +38,7 @@ app(["host"])
 """
 
 
+@pytest.mark.slow
 def test_every_row_is_printed_with_its_ratio_and_limit():
     result = run_compiled("-c", COMMAND.format(""))
     assert result.returncode == 0, result.stderr
@@ -52,6 +53,7 @@ def test_every_row_is_printed_with_its_ratio_and_limit():
         assert "fuse - stock" in row or float(median) >= least[row, kind] > 0, row
 
 
+@pytest.mark.slow
 def test_a_ratio_over_its_limit_is_an_error():
     result = run_compiled("-c", COMMAND.format('host.LIMITS["BN+ReLU"]["forward"] = 0.01'))
     assert result.returncode == 1

@@ -8,6 +8,7 @@ import weakref
 from contextlib import contextmanager
 from unittest.mock import patch
 
+import pytest
 import torch
 
 from tests.compiled import run_compiled
@@ -220,6 +221,7 @@ def check_kinds():
     print("checked")
 
 
+@pytest.mark.slow
 def test_calls_with_other_options_are_recorded_separately():
     result = run_compiled("-c", "from tests.test_launch import *; check_kinds()")
     assert result.stdout == "checked\n", result.stderr

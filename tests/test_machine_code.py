@@ -6,6 +6,7 @@ The interpreter and the compiler can't share a process. ``python -m benchmarks a
 
 import json
 
+import pytest
 import torch
 import triton
 import triton.language as tl
@@ -63,6 +64,7 @@ def test_copy_whose_counts_are_known():
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.slow
 def test_every_kernel_family_is_within_its_budget():
     result = run_compiled("-m", "benchmarks.audit.machine_code", "--gpu", "sm_90", "--families")
     assert result.returncode == 0, result.stderr

@@ -25,6 +25,7 @@ H200_SM_COUNT = 132
 @pytest.mark.parametrize("operation", OPERATIONS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", [(32, 64, 7, 7), (16, 32, 16, 16)], ids=str)
+@pytest.mark.slow
 def test_passes_over_the_activations(operation, layout, shape):
     if operation in ("bn", "bn_add_relu_fork"):
         shape = (16, 64, 7, 7)  # one shape suffices: other operations test the same kernels

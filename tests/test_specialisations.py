@@ -32,6 +32,7 @@ def check_that_gaps_are_noticed():
     print(json.dumps({"complete": complete, "lost": lost}))
 
 
+@pytest.mark.slow
 def test_missing_calls_are_noticed():
     result = run_compiled("-c", CODE.format("check_that_gaps_are_noticed"))
     assert result.returncode == 0, result.stderr

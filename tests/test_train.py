@@ -72,7 +72,13 @@ def config(**options):
 
 
 @pytest.mark.parametrize(
-    ("fused", "dtype"), [(True, "fp32"), (True, "bf16"), (False, "fp32")], ids=str
+    ("fused", "dtype"),
+    [
+        pytest.param(True, "fp32", marks=pytest.mark.slow),
+        (True, "bf16"),
+        pytest.param(False, "fp32", marks=pytest.mark.slow),
+    ],
+    ids=str,
 )
 def test_a_run_learns(tiny, tiny_command, dtype, fused, tmp_path):
     stem = "cifar" if dtype == "bf16" else None  # the other stem shrinks images to one pixel
@@ -599,7 +605,7 @@ def test_two_deterministic_runs_are_bitwise_equal(tiny, tmp_path):
     [
         pytest.param(["--accumulate", "3"], marks=pytest.mark.slow),
         pytest.param(["--ema", "0.5"], marks=pytest.mark.slow),
-        ["--sync-bn"],
+        pytest.param(["--sync-bn"], marks=pytest.mark.slow),
     ],
     ids=str,
 )

@@ -212,6 +212,7 @@ def test_functional_call_updates_the_statistics_passed_to_it(name, transform):
     assert_all_close(own.state_dict(), before)
 
 
+@pytest.mark.slow
 def test_functional_call_of_a_model():
     torch.manual_seed(0)
     own, x = create_model("lenet-seed").to(DEVICE, torch.float64), torch.rand(2, 1, 28, 28)
