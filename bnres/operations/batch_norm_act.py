@@ -82,9 +82,9 @@ class Spec(NamedTuple):
     """The arguments of a call that are not tensors, and two facts about its backward pass.
 
     ``needs_grad`` says whether backward may run, and ``reads_x`` says whether backward reads the
-    values of x. If ``pools`` is True, the call includes the max-pool of a ResNet's stem, which has a
-    3×3 window, stride 2 and padding 1. Such a call has no residual. ``group`` is the name of the
-    process group if the batch norm is synchronised, otherwise it is empty.
+    values of x. If ``pools`` is True, the call includes the max-pool of a ResNet's stem. This
+    max-pool has a 3×3 window, stride 2 and padding 1, and the call has no residual. ``group`` is
+    the name of the process group if the batch norm is synchronised, otherwise it is empty.
     """
 
     act: str
@@ -227,7 +227,7 @@ def _saved(inputs: Inputs, y: Tensor, kept: Sequence[Any], spec: Spec) -> Saved:
 
 
 class Asked(NamedTuple):
-    """The results that backward must compute are True."""
+    """Says for each group of backward's results whether backward must compute it."""
 
     dx: bool
     dresidual: bool
@@ -534,9 +534,10 @@ def batch_norm_act(
     num_batches_tracked: Tensor | None = None,
     fork: bool = False,
 ) -> Any:
-    """Fused ``act(batch_norm(input + input_bias) + residual)``.
+    """Computes ``act(batch_norm(input + input_bias) + residual)`` in one fused operation.
 
-    With ``residual_norm`` it is ``act(batch_norm(input + input_bias) + batch_norm(residual))``.
+    With ``residual_norm`` the operation computes
+    ``act(batch_norm(input + input_bias) + batch_norm(residual))``.
 
     Args:
         input: (N, C, *) with 2 to 5 dimensions, in fp16, bf16, fp32 or fp64. If it is neither
@@ -561,8 +562,8 @@ def batch_norm_act(
             ``approximate`` for gelu.
         training: whether to normalise with the statistics of the batch instead of the running
             statistics.
-        momentum: weight of the batch in the running statistics. It may be a one-element tensor. Only
-            the kernels read this tensor, so the host does not wait for the device.
+        momentum: weight of the batch in the running statistics. It may be a one-element tensor.
+            Only the kernels read this tensor, so the host does not wait for the device.
         eps: added to the variance.
         num_batches_tracked: one-element integer tensor or None. Training increments it.
         fork: whether to return the result as two tensors that share memory, one for each of two
@@ -601,10 +602,10 @@ def batch_norm(
     momentum: float | Tensor = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    """``(input - mean) / sqrt(var + eps) * weight + bias``, computed by the fused kernels.
+    """Computes ``(input - mean) / sqrt(var + eps) * weight + bias`` by the fused kernels.
 
     The function calls `batch_norm_act` without a residual and without an activation. The
-    documentation of `batch_norm_act` describes the arguments. The signature is that of
+    documentation of `batch_norm_act` describes the arguments. The signature is the same as for
     `torch.nn.functional.batch_norm` (Ioffe and Szegedy, arXiv 1502.03167).
     """
     return batch_norm_act(

@@ -44,19 +44,19 @@ def batch_norm_act_max_pool2d(
     num_batches_tracked: Tensor | None = None,
     fork: bool = False,
 ) -> Any:
-    """Fused ``max_pool2d(act(batch_norm(input + input_bias)))``, the stem of a ResNet.
+    """Computes ``max_pool2d(act(batch_norm(input + input_bias)))``, as in the stem of a ResNet.
 
     With a 3×3 window, stride 2 and padding 1, one kernel normalises, applies the activation and
     pools. It does not write the activation's output to memory. Values are rounded to the dtype of
     ``input`` before they are compared. If several values are equal, the first is the maximum. NaN
     propagates, as in `torch.nn.functional.max_pool2d`.
 
-    In all other cases `batch_norm_act` runs, followed by torch's pooling. This happens if the window
-    is another one, in fp64, if there are 2^31 elements or more, or if ``input`` is contiguous and
-    the size of its rows is not a multiple of 32 bytes.
+    In all other cases `batch_norm_act` runs, followed by torch's pooling. This happens with another
+    window, in fp64, if there are 2^31 elements or more, or if ``input`` is contiguous and the size
+    of its rows is not a multiple of 32 bytes.
 
     Args:
-        input: (N, C, H, W) in fp16, bf16, fp32 or fp64.
+        input: (N, C, H, W) in fp16, bf16, fp32 or fp64. It is contiguous or channels_last.
         running_mean, running_var, weight, bias, input_bias: as in `batch_norm_act`.
         kernel_size, stride, padding, dilation, ceil_mode: as in
             `torch.nn.functional.max_pool2d`.

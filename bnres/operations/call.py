@@ -184,8 +184,8 @@ def _by_formula(operation: Operation, inputs: Any, buffers: Any, spec: Any) -> T
     return operation.formula(operation.Saved(*inputs, statistics), spec)
 
 
-# In the arguments of `Fused`, the tensors follow operation, spec, buffers, recording and fork. These
-# five arguments have no gradients.
+# The first five arguments of `Fused` have no gradients. They are operation, spec, buffers,
+# recording and fork.
 NO_GRADIENTS = (None,) * 5
 
 

@@ -1,4 +1,4 @@
-"""act(batch_norm(conv2d(x)) + residual).
+"""Computes act(batch_norm(conv2d(x)) + residual).
 
 In inference one of our kernels can compute the whole expression. Otherwise torch's convolution
 runs, followed by our batch norm.
@@ -111,7 +111,7 @@ def conv2d_batch_norm_act(
     num_batches_tracked: Tensor | None = None,
     fork: bool = False,
 ) -> Any:
-    """Fused ``act(batch_norm(conv2d(input)) + residual)``.
+    """Computes ``act(batch_norm(conv2d(input)) + residual)`` in fused kernels.
 
     In training, or if gradients are needed, torch's convolution runs, followed by
     `batch_norm_act`. In evaluation without gradients, one of our kernels computes everything if it

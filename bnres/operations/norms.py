@@ -1,4 +1,4 @@
-"""A batch norm's tensors and options, and the statistics that it normalises with.
+"""Handles a batch norm's tensors and options, and the statistics with which it normalises.
 
 A norm is one batch norm. An operation has a norm of x, and may also have a norm of the residual.
 The statistics that are kept for backward are one tensor, in which each norm has a row for the mean
@@ -15,7 +15,7 @@ from bnres.operations.arguments import check_input, check_mapped, check_norm
 
 
 class BatchNormState(NamedTuple):
-    """A batch norm's tensors and options, named as in `bnres.functional.batch_norm_act`."""
+    """A batch norm's tensors and options. `bnres.functional.batch_norm_act` explains the fields."""
 
     running_mean: Tensor | None
     running_var: Tensor | None

@@ -33,7 +33,7 @@ class Recording:
     __slots__ = ("_backward", "forward")
 
     def __init__(self) -> None:
-        from bnres.kernels.replay import Replay  # only here, so that importing bnres needs no triton
+        from bnres.kernels.replay import Replay  # imported here, as `import bnres` needs no triton
 
         self.forward = Replay()
         self._backward: dict[Any, Replay] = defaultdict(Replay)

@@ -29,7 +29,9 @@ BLOCK_CHANNELS = 16
 
 
 def stem_conv2d(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``conv2d(input, weight, bias, stride=2, padding=3)`` for 7×7 filters, a ResNet's first layer.
+    """Computes ``conv2d(input, weight, bias, stride=2, padding=3)`` for 7×7 filters.
+
+    This convolution is the first layer of a ResNet.
 
     On a GPU the convolution runs over a space-to-depth input if it computes in bfloat16, which may
     be autocast's dtype. For this, ``input`` must be channels_last, have 2 to 4 channels and an even
@@ -78,7 +80,7 @@ def _on_gpu(input: Tensor) -> bool:
 
 
 def _replaces_operators(t: Tensor) -> bool:
-    """Whether the class of ``t`` replaces operators, like DTensor, and is not a class for tracing."""
+    """Whether the class of ``t`` replaces operators, like DTensor, and does not trace calls."""
     return dispatches(t) and not isinstance(t, FakeTensor | FunctionalTensor)
 
 

@@ -1,4 +1,4 @@
-"""act(batch_norm(x) + residual) with the statistics of all ranks of a process group.
+"""Computes act(batch_norm(x) + residual) with the statistics of all ranks of a process group.
 
 A rank is a process of the group. In forward each rank computes the moments of its x, which are
 count, mean and M2 = Σ(x − mean)². An all_gather exchanges the moments, and each rank computes the
@@ -399,9 +399,10 @@ def group_named(process_group: Any = None) -> Any:
 
 
 def _check_ranks(mine: tuple[int, str, bool], group: Any) -> None:
-    """Raises an error unless ``mine`` is equal on all ranks.
+    """Raises an error unless ``mine`` is the same on all ranks.
 
-    ``mine`` describes the arguments of this rank.
+    ``mine`` has the number of channels, the name of the statistics' dtype, and whether there is a
+    ``residual_norm``.
     """
     ranks = dist.get_process_group_ranks(group)
     every: list[Any] = [None] * len(ranks)
@@ -432,7 +433,7 @@ def sync_batch_norm_act(
     fork: bool = False,
     process_group: Any = None,
 ) -> Any:
-    """Fused ``act(batch_norm(input) + residual)`` with the statistics of all ranks' batches.
+    """Computes ``act(batch_norm(input) + residual)`` with the statistics of all ranks' batches.
 
     A rank is a process of ``process_group``. In training, `batch_norm_act` normalises with the
     statistics of one batch. This operation does the same with the statistics of the batches of all
