@@ -1,6 +1,7 @@
 """Saves a recipe for backward instead of a fused operation's output.
 
-A recipe consists of a function and its arguments. Calling it computes the output a second time.
+A recipe consists of a function and its arguments. A call of the recipe computes the output a second
+time.
 """
 
 from collections.abc import Callable, Iterator, Sequence

@@ -1,4 +1,4 @@
-"""Chooses a route for a convolution followed by batch norm, which is a way to compute both.
+"""Chooses a route for a convolution followed by batch norm. A route is a way to compute both.
 
 With the route "kernel", one of our kernels computes both. With the route "torch", torch's
 convolution runs, followed by our batch norm. ``bnres tune`` measures both routes on a GPU, and
@@ -60,7 +60,7 @@ class ConvCall:
 
 @dataclass(frozen=True)
 class Measured:
-    """A row of a table, which has the measurements of one call.
+    """The measurements of one call. They are a row of a table.
 
     Attributes:
         call: the call.

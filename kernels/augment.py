@@ -266,9 +266,9 @@ def _augment_kernel(
 
 @cache
 def _channel_values(values: tuple[float, ...] | None, device: torch.device) -> Tensor | None:
-    """Returns ``values``, one for each channel, as a tensor on ``device``; None stays None.
+    """Returns ``values`` as a tensor on ``device``, or None if ``values`` is None.
 
-    Later calls return the same tensor.
+    There is one value for each channel. Later calls return the same tensor.
     """
     return None if values is None else torch.tensor(values, dtype=torch.float32, device=device)
 

@@ -23,7 +23,8 @@ class AugmentPlan:
         height, width: size of the output.
         resizes: whether the cropped boxes are resized to the size of the output.
         has_color: whether there are colour operations.
-        has_contrast: whether one of them is contrast, which needs each image's mean gray.
+        has_contrast: whether contrast is one of the colour operations. It needs each image's mean
+            gray.
         color_first: whether colour operations are applied to the whole image, before the crop.
         mean, std: mean and std of each channel for the normalisation at the end, or None.
         dtype: dtype of the output.
@@ -48,8 +49,8 @@ class AugmentDraws(NamedTuple):
     Attributes:
         geometry: int32 (N, 6). The first four columns are top, left, height and width of the box
             that is cropped from the source. The fifth column is 1 if the image is flipped
-            vertically, and the sixth is 1 if it is flipped horizontally; otherwise they are 0. The
-            box may extend beyond the image. Its values outside the image are 0.
+            vertically, otherwise 0. The sixth column is 1 if the image is flipped horizontally,
+            otherwise 0. The box may extend beyond the image. Values outside the image are 0.
         order: int32 (N, 2). The first column is the packed order of the colour operations. The
             second column is the position of contrast in this order, or 4 if there is no contrast.
         factors: fp32 (N, 4). The columns are the factors of brightness, contrast and saturation,

@@ -1,4 +1,4 @@
-"""The fused augmentation in plain torch, which also runs on the CPU.
+"""Computes the fused augmentation in plain torch. It also runs on the CPU.
 
 Small images are resized as a batch. Along each axis, each image is multiplied by a matrix of
 weights. The weights include crop, flip and antialiasing. Large images are resized one by one,

@@ -156,7 +156,8 @@ def _bn_bwd_finalize_kernel(
     mask_c = offs_c < C
     plane = tl.cast(splits, tl.int64) * C
     dtype: tl.constexpr = sum_dy_ptr.dtype.element_ty
-    # All loads come before the first `tl.sum`, because its barrier would delay later loads.
+    # All loads come before the first `tl.sum`, because the barrier of `tl.sum` would delay later
+    # loads.
     sum_dz = add_splits(partial_ptr, splits, offs_c, mask_c, C, TRIPS)
     sum_dz_xmu = add_splits(partial_ptr + plane, splits, offs_c, mask_c, C, TRIPS)
     rstd = tl.load(rstd_ptr + offs_c, mask=mask_c, other=0).to(tl.float64)

@@ -42,9 +42,10 @@ def _sample(x_ptr, index, offs_c, mask_c, shape, TILE: tl.constexpr, ACC: tl.con
 
 @triton.jit
 def _adaptive_pivot(x_ptr, offs_c, mask_c, shape, TILE: tl.constexpr, ACC: tl.constexpr):
-    """Returns the pivot of each channel, which is subtracted from x before the sums: (channels,).
+    """Returns the pivot of each channel: (channels,).
 
-    Four elements of a channel are loaded, and the two middle values are averaged. If the magnitude
+    The pivot is subtracted from x before the sums are computed. To choose the pivot of a channel,
+    four elements are loaded, and their two middle values are averaged. If the magnitude
     of this average exceeds twice the difference of the two values, the average is the pivot.
     Otherwise the pivot is 0. The sums are correct for any finite pivot, but a pivot near the data
     avoids cancellation where the data are far from zero.
@@ -141,7 +142,8 @@ def _bn_stats_finalize_kernel(
     """
     offs_c = tl.program_id(0) * FINALIZE_CHANNELS + tl.arange(0, FINALIZE_CHANNELS)
     mask_c = offs_c < C
-    # All loads come before the first `tl.sum`, because its barrier would delay later loads.
+    # All loads come before the first `tl.sum`, because the barrier of `tl.sum` would delay later
+    # loads.
     plane = tl.cast(splits, tl.int64) * C
     if ranks_ptr is not None:
         counts, sum_d, sum_d2, pivot = add_ranks(
@@ -155,8 +157,8 @@ def _bn_stats_finalize_kernel(
     if momentum_ptr is not None:
         factor = tl.load(momentum_ptr).to(tl.float64)
     # Several threads load the same element of the running statistics, and one of these threads
-    # stores the element's new value. No barrier is needed: the storing thread uses the value that
-    # it loaded itself, and no thread uses the values that the other threads loaded.
+    # stores the element's new value. No barrier is needed, because the storing thread uses the
+    # value that it loaded itself, and the values that the other threads loaded are not used.
     if running_mean_ptr is not None:
         running_mean = tl.load(running_mean_ptr + offs_c, mask=mask_c, other=0)
     if running_var_ptr is not None:

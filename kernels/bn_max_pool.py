@@ -61,7 +61,7 @@ def _sizes(C, W, OW, TILE: tl.constexpr):
 
 @triton.jit
 def _columns(col_block, block, columns, C, OW, TILE: tl.constexpr):
-    """Returns each column's plane and first ow, which columns exist, and the offsets and channels.
+    """Returns each column's plane, its first ow, whether it exists, its offsets and its channels.
 
     ow is the index of an output column. Each row of the tile is one column of windows. In
     channels_last, a column of windows has one ow of a sample. Its plane is the index of the sample,
@@ -295,7 +295,7 @@ def _bn_max_pool_kernel(
 
 @triton.jit
 def _load_windows(dy_ptr, argmax_ptr, at, next_at, exists, has_next, TILE: tl.constexpr):
-    """Loads dy and argmax of each window and of its right neighbour.
+    """Loads dy and argmax of each window and of the window's right neighbour.
 
     A window that does not exist gets an argmax of 255, which is not a position of a window.
     """

@@ -75,7 +75,7 @@ def jitter(r, g, b, order, start, stop, factors, gray_mean, CHANNELS: tl.constex
         order: the packed order of the image's operations, see `bnres.kernels.augment_plan`.
         start, stop: the first position, and the position after the last.
         factors: the image's factors of brightness, contrast, saturation and hue.
-        gray_mean: the image's mean gray, with which contrast blends.
+        gray_mean: the image's mean gray. Contrast blends each channel with it.
     """
     brightness, contrast, saturation, hue = factors
     for step in tl.static_range(4):

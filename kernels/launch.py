@@ -182,7 +182,7 @@ def _starts_inside_word(argument: object) -> bool:
 
 
 def launch(kernel: Any, plan: Plan, **named: Any) -> None:
-    """Runs a kernel on the device of its first argument.
+    """Runs a kernel on the device of the kernel's first argument.
 
     Args:
         kernel: function decorated with `triton.jit`, whose first parameter is a tensor.

@@ -30,7 +30,7 @@ class ChannelView:
 
 
 def is_channels_last(x: Tensor) -> bool:
-    """Whether ``x`` is dense and its channels (dimension 1) are innermost in memory."""
+    """Whether ``x`` is dense and its dimension 1, the channels, is innermost in memory."""
     if x.dim() == 4:
         return x.is_contiguous(memory_format=torch.channels_last)
     return x.movedim(1, -1).is_contiguous()

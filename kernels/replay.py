@@ -146,7 +146,7 @@ class Replay:
         if (
             launches  # the list is empty if kernels are interpreted
             and aligned
-            and len(set(given)) == len(given)  # if a tensor is given twice, its place is ambiguous
+            and len(set(given)) == len(given)  # the place of a tensor given twice is ambiguous
             and all(isinstance(launch.compiled, CompiledKernel) for launch in launches)
         ):
             self._record(launches, [t for group in groups for t in group], groups[-1][0])

@@ -159,7 +159,10 @@ def split_rows(split, rows_per_split, count, TILE: tl.constexpr):
 
 @triton.jit
 def whole_rows(start, stop, count, TILE: tl.constexpr, UNROLL: tl.constexpr):
-    """Returns the row after the last tile of a split in which all elements exist."""
+    """Returns the row after the last whole tile of a split.
+
+    In a whole tile all elements exist.
+    """
     ROWS: tl.constexpr = UNROLL * TILE.sub_rows
     if TILE.kind == PLANES:
         stop = tl.minimum(stop, count // TILE.vector)

@@ -71,7 +71,7 @@ def is_exporting() -> bool:
 
 @contextmanager
 def outside_of_transforms() -> Iterator[None]:
-    """Hides operations from torch.func transforms, dispatch modes and autograd, as a context."""
+    """A context that hides operations from torch.func transforms, dispatch modes and autograd."""
     with torch._C._DisableFuncTorch(), torch.no_grad(), _disable_current_modes():
         yield
 

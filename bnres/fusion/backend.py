@@ -104,7 +104,7 @@ def inductor() -> Iterator[None]:
 
 
 def fuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
-    """Returns the same model, whose calls run fused operations.
+    """Returns the fused model. It is the same model, but its calls run fused operations.
 
     A call does the same as after ``model.compile(backend="bnres")``. Dynamo is the part of
     torch.compile that reads Python code. It captures the graph of a call, and captures a new graph

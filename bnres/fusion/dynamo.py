@@ -10,7 +10,7 @@ from bnres.operations.sync_batch_norm_act import sync_batch_norm
 
 
 def compiled(function: Callable[..., Any], backend: Any, **options: Any) -> Callable[..., Any]:
-    """Returns ``function``, compiled by ``torch.compile``, with a separate cache of graphs.
+    """Returns ``function`` compiled by ``torch.compile``. It gets a separate cache of graphs.
 
     torch stores at most ``torch._dynamo.config.recompile_limit`` graphs for each code object. The
     ``__call__`` of all modules has the same code object, so modules would share this limit. Here

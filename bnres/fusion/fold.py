@@ -18,7 +18,9 @@ from bnres.nn.sync import revert_sync_batchnorm
 
 
 def fold(model: nn.Module, *inputs: Any, **kwargs: Any) -> nn.Module:
-    """Returns a copy of a model, with batch norms folded into the convolutions before them.
+    """Returns a copy of a model. In the copy, batch norms are folded into convolutions.
+
+    A batch norm is folded into the convolution before it.
 
     The filters of the convolution are multiplied by ``weight / sqrt(var + eps)``, and the bias of
     the convolution changes accordingly. A folded batch norm becomes an `nn.Identity` and loses its

@@ -49,7 +49,8 @@ NORMS = (
 )  # fmt: skip
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 NORMS_IN_PLACE = re.compile("(batch|instance)_norm")
-# Python modules whose functions write to a tensor only if their name or an argument says so.
+# The functions of these Python modules write to a tensor only if the name of the function or an
+# argument says so.
 KNOWN = ("torch", "_operator", "operator", "math", "builtins")
 OPERATORS: Any = (torch._ops.OpOverload, torch._ops.OpOverloadPacket)
 

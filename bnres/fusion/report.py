@@ -36,7 +36,7 @@ class Site:
 
 @dataclass(frozen=True)
 class FusionReport:
-    """A row for each batch norm of a model, in the order of its modules."""
+    """A report with a row for each batch norm of a model, in the order of the model's modules."""
 
     sites: list[Site]
 

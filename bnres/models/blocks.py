@@ -125,8 +125,8 @@ class Bottleneck(nn.Module):
 class Residual(nn.Module):
     """The residual block of the d2l.ai course.
 
-    It differs from `BasicBlock`: its submodules have other names, its convolutions have a bias, and
-    its shortcut has no batch norm.
+    This block differs from `BasicBlock` in three ways. Its submodules have other names, its
+    convolutions have a bias, and its shortcut has no batch norm.
 
     Args:
         input_channels: number of channels of the input.

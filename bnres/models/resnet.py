@@ -17,7 +17,9 @@ STEMS = ("imagenet", "cifar")
 
 
 class ResNet(nn.Module):
-    """A ResNet (He et al., arXiv 1512.03385), maps (N, in_channels, H, W) to (N, num_classes).
+    """A ResNet (He et al., arXiv 1512.03385).
+
+    It maps (N, in_channels, H, W) to (N, num_classes).
 
     Args:
         block: class of the residual block.
@@ -86,25 +88,25 @@ class ResNet(nn.Module):
 
 
 def resnet18(num_classes: int = 1000, in_channels: int = 3, **options: Any) -> ResNet:
-    """ResNet-18; ``options`` are those of `ResNet`. ``fused=False`` uses torch's layers."""
+    """Returns a ResNet-18. ``options`` are arguments of `ResNet`, such as ``fused=False``."""
     return ResNet(BasicBlock, (2, 2, 2, 2), num_classes, in_channels, **options)
 
 
 def resnet34(num_classes: int = 1000, in_channels: int = 3, **options: Any) -> ResNet:
-    """ResNet-34; ``options`` are those of `ResNet`. ``fused=False`` uses torch's layers."""
+    """Returns a ResNet-34. ``options`` are arguments of `ResNet`, such as ``fused=False``."""
     return ResNet(BasicBlock, (3, 4, 6, 3), num_classes, in_channels, **options)
 
 
 def resnet50(num_classes: int = 1000, in_channels: int = 3, **options: Any) -> ResNet:
-    """ResNet-50; ``options`` are those of `ResNet`. ``fused=False`` uses torch's layers."""
+    """Returns a ResNet-50. ``options`` are arguments of `ResNet`, such as ``fused=False``."""
     return ResNet(Bottleneck, (3, 4, 6, 3), num_classes, in_channels, **options)
 
 
 def resnet101(num_classes: int = 1000, in_channels: int = 3, **options: Any) -> ResNet:
-    """ResNet-101; ``options`` are those of `ResNet`. ``fused=False`` uses torch's layers."""
+    """Returns a ResNet-101. ``options`` are arguments of `ResNet`, such as ``fused=False``."""
     return ResNet(Bottleneck, (3, 4, 23, 3), num_classes, in_channels, **options)
 
 
 def resnet152(num_classes: int = 1000, in_channels: int = 3, **options: Any) -> ResNet:
-    """ResNet-152; ``options`` are those of `ResNet`. ``fused=False`` uses torch's layers."""
+    """Returns a ResNet-152. ``options`` are arguments of `ResNet`, such as ``fused=False``."""
     return ResNet(Bottleneck, (3, 8, 36, 3), num_classes, in_channels, **options)

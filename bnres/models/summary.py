@@ -1,4 +1,4 @@
-"""Summarises a model: its stages, with their output shapes and numbers of parameters."""
+"""Summarises the stages of a model: their names, output shapes and numbers of parameters."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -1,7 +1,7 @@
 """Synchronised batch norm modules, and the conversion of models to and from these modules.
 
-A synchronised batch norm uses the statistics of the batches of all ranks, which are the processes
-of a process group.
+A synchronised batch norm uses the statistics of the batches of all ranks. A rank is a process of a
+process group.
 """
 
 from typing import Any
@@ -172,7 +172,8 @@ class SyncBatchNormAct(_Synchronised, _BatchNormAct):
 class SyncBatchNormActMaxPool2d(_Synchronised, BatchNormActMaxPool2d):
     """Computes max_pool2d(act(bn(input))), as in a ResNet's stem, where bn is a `SyncBatchNorm`.
 
-    The arguments are as in `BatchNormActMaxPool2d`, with ``process_group`` as in `SyncBatchNorm`.
+    The arguments are as in `BatchNormActMaxPool2d`, except ``process_group``, which is as in
+    `SyncBatchNorm`.
 
     Raises:
         ValueError: for an unknown activation or option.
@@ -276,7 +277,7 @@ def _converted(name: str, norm: Norm) -> type[_Synchronised]:
 
 
 def _become(norm: Any, cls: type[_Synchronised]) -> None:
-    """Changes the class of a batch norm, and makes the fused operation apply its activation."""
+    """Changes the class of ``norm``. The fused operation then applies the norm's activation."""
     local_class, act = type(norm), norm._modules.get("act")
     norm.__class__ = cls
     make_leaf(norm)

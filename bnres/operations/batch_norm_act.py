@@ -549,11 +549,11 @@ def batch_norm_act(
         weight: (C,); None means 1.
         bias: (C,); None means 0.
         input_bias: (C,), added to ``input``; None means 0. For example, a convolution can run
-            without its bias, if the bias is passed here. In training the bias only changes the
-            running mean, so adding it takes no time.
-        residual: a tensor with the shape of ``input``, which is added before the activation, or
-            None. If the dtypes of ``input`` and ``residual`` differ, the result has the dtype of
-            their sum.
+            without its bias, if the bias is passed here. In training the bias changes only the
+            running mean, so adding the bias takes no time.
+        residual: None, or a tensor that is added before the activation. It has the shape of
+            ``input``. If the dtypes of ``input`` and ``residual`` differ, the result has the dtype
+            of ``input + residual``.
         residual_norm: a batch norm that is applied to ``residual`` before the addition, or None. A
             ResNet's down-sampling block ends with such an addition. ``training`` applies to both
             batch norms.

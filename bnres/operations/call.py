@@ -1,9 +1,9 @@
 """Calls and differentiates the fused operations.
 
-A call runs in one of three ways: by ATen, which is torch's own operations, by our kernels inside an
-autograd Function, or by the operation's formula in differentiable torch code. Our kernels compute
-first derivatives. Higher derivatives and forward-mode derivatives come from differentiating the
-formula.
+A call runs in one of three ways. It runs torch's own operations, which are called ATen, or our
+kernels inside an autograd Function, or the operation's formula in differentiable torch code. Our
+kernels compute first derivatives. Higher derivatives and forward-mode derivatives come from
+differentiating the formula.
 """
 
 from collections.abc import Callable, Sequence
@@ -288,11 +288,11 @@ def _laid_out(t: Tensor | None, layout: Any) -> Tensor | None:
 
 
 def _gradients(operation: Any, spec: Any, needed: Any) -> tuple[Callable[..., Any], ...]:
-    """Returns two functions, which both compute the ``needed`` gradients.
+    """Returns two functions that both compute the ``needed`` gradients.
 
-    Their arguments are dy, dy_skip and the saved tensors. The first function runs the kernels. The
-    second function differentiates the operation's formula, so its results can be differentiated
-    again.
+    The arguments of each function are dy, dy_skip and the saved tensors. The first function runs
+    the kernels. The second function differentiates the operation's formula, so the gradients that
+    it returns can be differentiated again.
     """
 
     def by_kernels(dy: Tensor, dy_skip: Tensor | None, *saved: Tensor | None) -> Gradients:
@@ -316,7 +316,7 @@ def _gradients(operation: Any, spec: Any, needed: Any) -> tuple[Callable[..., An
 
 
 class WithFormula(Function):
-    """Returns ``run(*tensors)``, a tuple of tensors; backward differentiates ``formula``.
+    """Returns ``run(*tensors)``, a tuple of tensors. Backward differentiates ``formula``.
 
     Both functions compute the same values, but ``run`` cannot be differentiated.
     """

@@ -85,9 +85,10 @@ def _allows_tf32() -> bool:
 
 
 def _common_dtype(input: Tensor, conv_weight: Tensor) -> torch.dtype | None:
-    """Returns the dtype in which the operands are multiplied, or None if their dtypes differ.
+    """Returns the dtype in which the operands are multiplied, or None.
 
-    If autocast is enabled, the result is autocast's dtype. Autocast does not cast fp64.
+    If autocast is enabled and no operand is fp64, the result is autocast's dtype. Otherwise it is
+    the dtype of the operands, or None if the dtypes of the operands differ.
     """
     device = input.device.type
     if torch.is_autocast_enabled(device) and torch.float64 not in (input.dtype, conv_weight.dtype):

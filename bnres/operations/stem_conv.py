@@ -1,9 +1,9 @@
 """The first convolution of a ResNet: 7×7 with stride 2.
 
-cuDNN has no fast bfloat16 kernel for three input channels. The same sums can be computed by another
-convolution, which is 4×4 with stride 1. In its input, the values of each 2×2 block of positions are
-channels of one position. Such an input is called a space-to-depth input. The 7×7 filters are padded
-to 8×8 and rearranged in the same way.
+cuDNN has no fast bfloat16 kernel for three input channels. A 4×4 convolution with stride 1 can
+compute the same sums. For this convolution the input is rearranged, so that the values of each 2×2
+block of positions are channels of one position. The result is called a space-to-depth input. The
+7×7 filters are padded to 8×8 and rearranged in the same way.
 """
 
 import torch
@@ -33,10 +33,10 @@ def stem_conv2d(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
 
     This convolution is the first layer of a ResNet.
 
-    On a GPU the convolution runs over a space-to-depth input if it computes in bfloat16, which may
-    be autocast's dtype. For this, ``input`` must be channels_last, have 2 to 4 channels and an even
-    height and width, and need no gradient. Only the order of the sums differs. In all other cases
-    torch's convolution runs.
+    On a GPU the convolution runs over a space-to-depth input if it computes in bfloat16, with or
+    without autocast, and if ``input`` is suitable. A suitable ``input`` is channels_last, has 2 to
+    4 channels and an even height and width, and needs no gradient. Only the order of the sums
+    differs from torch's convolution. In all other cases torch's convolution runs.
 
     Args:
         input: (N, C, H, W).
