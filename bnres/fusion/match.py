@@ -40,8 +40,8 @@ class NormCall:
         node: the node of the call.
         calls: this node, and the addition that increments ``num_batches_tracked`` if there is one.
         input: the node that the call normalises.
-        state: a `BatchNormState`. Its tensors are replaced by their nodes. Its ``input_bias`` is
-            the bias of the convolution before the call, or None.
+        state: a `BatchNormState` with the call's options. It has nodes instead of tensors. Its
+            ``input_bias`` is the bias of the convolution before the call, or None.
         training: whether the call normalises with the statistics of the batch.
         conv: the arguments of the convolution before the call if no other node reads the
             convolution's output, otherwise None.

@@ -83,8 +83,8 @@ def rows_of(statistics: Tensor, x: Tensor) -> list[Statistics]:
 def prepare_evaluation(inputs: Any, buffers: Any, spec: Any, statistics: Tensor | None) -> Any:
     """Returns the buffers for evaluation, after subtracting input biases from running means.
 
-    If ``statistics`` is not None, the buffers' statistics are copied into it for backward, because
-    the buffers may change before backward.
+    If ``statistics`` is not None, the statistics of the buffers are copied into ``statistics`` for
+    backward, because the buffers may change before backward.
     """
     x = inputs.x
     if inputs.input_bias is not None:
@@ -102,9 +102,9 @@ def prepare_evaluation(inputs: Any, buffers: Any, spec: Any, statistics: Tensor 
 
 
 def of_input_bias(statistics: Statistics, input_bias: Tensor | None) -> Statistics:
-    """Returns statistics for evaluation, whose mean depends differentiably on ``input_bias``.
+    """Returns statistics for evaluation in which the mean has a derivative by ``input_bias``.
 
-    The values do not change, because the bias has already been subtracted from the mean. That
+    The values do not change, because ``input_bias`` has already been subtracted from the mean. That
     subtraction had no derivative.
     """
     if input_bias is None:

@@ -33,7 +33,7 @@ class Recording:
     __slots__ = ("_backward", "forward")
 
     def __init__(self) -> None:
-        from bnres.kernels.replay import Replay  # imported here, as `import bnres` needs no triton
+        from bnres.kernels.replay import Replay  # importing bnres must not need triton
 
         self.forward = Replay()
         self._backward: dict[Any, Replay] = defaultdict(Replay)
@@ -48,7 +48,7 @@ class Recording:
 
 
 def kind_of(called: object, options: object, *groups: Sequence[Tensor | None]) -> Any:
-    """Returns a key for a call, made of everything that its checks and launches depend on."""
+    """Returns a key of everything that the checks and the launches of a call depend on."""
     return (
         called, options,
         *[
