@@ -1,4 +1,4 @@
-"""The activations that can be fused: names, torch classes and options."""
+"""The names, torch classes and options of the activations that can be fused."""
 
 from typing import Any
 
@@ -23,12 +23,12 @@ _NAMES: dict[Any, str] = {None: "identity", **CLASSES, **{n: n for n in ACTIVATI
 
 
 def resolve(act: str | type[nn.Module] | None, kwargs: dict[str, Any] | None) -> tuple[str, float]:
-    """The kernels' name of an activation, and its parameter.
+    """Returns the name that the kernels use for an activation, and the activation's parameter.
 
     Args:
         act: a name or a torch class; None means no activation.
-        kwargs: the activation's options: ``negative_slope`` of leaky_relu and ``approximate`` of
-            gelu. The option ``inplace`` is ignored.
+        kwargs: the activation's options, or None. leaky_relu has the option ``negative_slope``,
+            and gelu has ``approximate``. The option ``inplace`` is ignored.
 
     Raises:
         ValueError: for an unknown activation or option.
@@ -55,7 +55,7 @@ def resolve(act: str | type[nn.Module] | None, kwargs: dict[str, Any] | None) ->
 
 
 def as_module(act: str | None) -> nn.Module:
-    """A torch module that applies an activation.
+    """Returns a torch module that applies an activation.
 
     Raises:
         ValueError: for an unknown activation.

@@ -1,4 +1,4 @@
-"""Selects the implementation: Triton kernels, interpreted Triton kernels, or ATen."""
+"""Selects Triton kernels, interpreted Triton kernels or ATen as the implementation."""
 
 import os
 from collections.abc import Iterator
@@ -9,24 +9,24 @@ from torch import Tensor
 
 BACKENDS = ("triton", "triton-interpreter", "aten")
 
-# The variable is read only once, at import. Triton reads it when a kernel is defined, so a later
-# change must not have an effect here either.
+# The environment variable is read only once, when bnres is imported. Triton reads it when a kernel
+# is defined, so a later change does not affect the kernel and must not have an effect here either.
 _INTERPRETING = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 
-# A global, not a ContextVar, because torch.compile notices a change only of a global.
+# This is a global and not a ContextVar, because torch.compile only notices changes of globals.
 _override: str | None = None
 
 
 def backend(device: torch.device | str | None = None) -> str:
-    """The implementation that runs for tensors on ``device``.
+    """Returns the name of the implementation that runs for tensors on ``device``.
 
     Args:
         device: a device; by default the GPU if there is one, else the CPU.
 
     Returns:
-        ``"triton-interpreter"`` for our kernels in Triton's interpreter, if ``TRITON_INTERPRET=1``
-        was set in the environment when bnres was imported. Otherwise ``"triton"`` for our kernels
-        on a GPU, or ``"aten"`` for torch's own operations on a CPU.
+        ``"triton-interpreter"`` if ``TRITON_INTERPRET=1`` was set in the environment when bnres was
+        imported; our kernels then run in Triton's interpreter. Otherwise the result is ``"triton"``
+        on a GPU, where our kernels run, and ``"aten"`` on a CPU, where torch's own operations run.
     """
     if _override is not None:
         return _override

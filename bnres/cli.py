@@ -34,12 +34,13 @@ app = typer.Typer(
 def run_folder(out: Path | None, config: "TrainConfig") -> Path:
     """Returns the folder of a run.
 
-    The folder is ``out`` if it is given. Otherwise it is the folder of the checkpoint last.pt that
-    is resumed, or a new folder in ``runs`` if no last.pt is resumed.
+    If ``out`` is given, it is the folder of the run. Otherwise, if the run resumes a checkpoint
+    last.pt, the folder of last.pt is the folder of the run. In all other cases it is a new folder
+    in ``runs``.
 
     Raises:
         ValueError: if ``out`` is in a folder that does not exist, or if ``out`` exists and contains
-            other files than those that a run writes before its first checkpoint.
+            a file that a run does not write before its first checkpoint.
     """
     if out is None:
         if config.resume is not None and config.resume.name == LAST:
@@ -305,7 +306,7 @@ def tune(
         "torch": torch.__version__,
         "date": f"{datetime.now():%Y-%m-%d}",
     }
-    torch.backends.cudnn.benchmark = True  # as in fast training scripts
+    torch.backends.cudnn.benchmark = True  # fast training scripts set this too
     tune_calls(
         chosen, path, about, device, device_timer(), minutes=minutes,
         say=partial(console.print, highlight=False, markup=False, soft_wrap=True),
@@ -340,7 +341,7 @@ def augment(
 
 
 def input_shape(model: str, asked: str | None, batch: int = 1) -> tuple[int, int, int, int]:
-    """Returns the input shape that the user asked for, or by default the model's usual input shape.
+    """Returns the input shape that the user asked for, or the model's usual input shape.
 
     Args:
         model: name of the model.
@@ -372,5 +373,5 @@ def parse_shape(text: str) -> tuple[int, int, int, int]:
     return n, channels, height, width
 
 
-if __name__ == "__main__":  # for torchrun -m bnres.cli
+if __name__ == "__main__":  # torchrun -m bnres.cli runs this file
     app()

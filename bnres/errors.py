@@ -4,10 +4,11 @@ import os
 
 import torch
 
-# Exit codes: 2 if the user's input is wrong, 1 for any other error (disk, memory, missing package).
+# The exit code is 2 if the user's input is wrong. It is 1 for any other error, for example if a
+# file can't be written, memory runs out or a package is missing.
 BAD_INPUT, BAD_ENVIRONMENT = 2, 1
-# The package to install if a module is missing: an extra of bnres, or another package that includes
-# the module.
+# For each module, this is the package to install if the module is missing. The package is an extra
+# of bnres, or another package that includes the module.
 EXTRAS = dict.fromkeys(
     ("matplotlib", "mlxtend", "numpy", "PIL", "pooch", "requests", "safetensors", "sklearn"),
     "'bnres[train]'",
@@ -25,7 +26,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def describe(error: BaseException) -> str:
-    """What went wrong, in one line, and how to fix it if that is known."""
+    """Returns one line that says what went wrong, and how to fix it if that is known."""
     if is_out_of_memory(error):
         return f"out of memory: {first_line(error)}; use a smaller batch or image size"
     if isinstance(error, ModuleNotFoundError):
@@ -38,9 +39,9 @@ def describe(error: BaseException) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message.
+    """Returns the first line of an error's message.
 
-    If the line is a single word, the name of the error's class precedes it.
+    If this line is a single word, the name of the error's class is put before it.
     """
     if type(error).__module__.startswith("torch._dynamo") and error.__cause__ is not None:
         # The first line of Dynamo's error only says where the original error was raised.

@@ -5,7 +5,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-TEMPORARY = ".bnres-tmp"  # suffix of a file that is being written
+TEMPORARY = ".bnres-tmp"  # a file that is being written has this suffix
 
 
 def write_bytes(path: Path, data: Any) -> None:
@@ -45,7 +45,10 @@ def _replace(path: Path, data: Any) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replaces a file's content by text in UTF-8; see `write_bytes`. Newlines stay as they are."""
+    """Replaces a file's content by ``text`` in UTF-8, as `write_bytes` does.
+
+    Newlines are written unchanged.
+    """
     write_bytes(path, text.encode())
 
 

@@ -1,6 +1,7 @@
 """Saves a recipe for backward instead of a fused operation's output.
 
-A recipe is a function and its arguments, which compute the output a second time.
+A recipe consists of a function and its arguments. A call of the recipe computes the output a second
+time.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +21,7 @@ class Recipe:
 
     Args:
         make: a function of ``tensors`` that returns the output.
-        tensors: the operation's inputs, and the statistics that it keeps for backward.
+        tensors: the operation's inputs, and the statistics that the operation keeps for backward.
     """
 
     def __init__(self, make: Callable[..., Tensor], tensors: Sequence[Tensor | None]) -> None:
@@ -30,7 +31,7 @@ class Recipe:
         self.versions = [None if t is None else t._version for t in self.tensors]
 
     def __call__(self) -> Tensor:
-        """The recomputed output.
+        """Returns the recomputed output.
 
         Raises:
             RuntimeError: if one of the tensors has been written in place since the recipe was made.
@@ -57,23 +58,26 @@ def has_recipe(t: Tensor | None) -> bool:
 def leave_recipe(
     make: Callable[..., Tensor], tensors: Sequence[Tensor | None], *ys: Tensor
 ) -> None:
-    """Attaches a recipe to an operation's output, which is one tensor or two that share memory."""
+    """Attaches a recipe to the tensors ``ys``, which are an operation's output.
+
+    The output is one tensor, or two tensors that share memory.
+    """
     recipe = Recipe(make, tensors)
     for y in ys:
         setattr(y, _RECIPE, recipe)
 
 
 def pack(t: Tensor) -> Tensor | Recipe:
-    """The recipe of a tensor that autograd saves.
+    """Returns the recipe of a tensor that autograd saves.
 
-    A tensor that has no recipe, or that was written in place, is returned itself.
+    If the tensor has no recipe, or if it was written in place, the tensor itself is returned.
     """
     recipe = t.__dict__.get(_RECIPE)
     return t if recipe is None or t._version else recipe
 
 
 def unpack(packed: Tensor | Recipe) -> Tensor:
-    """The saved tensor, recomputed if a recipe was saved."""
+    """Returns the saved tensor. If a recipe was saved, the tensor is recomputed."""
     return packed() if isinstance(packed, Recipe) else packed
 
 
@@ -83,10 +87,10 @@ def recompute() -> Iterator[None]:
 
     Run the forward pass inside the ``with`` block. A layer such as a convolution saves its input
     for backward. If this input is the output of a fused operation, the fused operation's inputs and
-    statistics are saved instead, which are in memory anyway. Backward runs the same kernel again to
-    recompute the output. This costs one more pass over memory for each output, and the gradients
-    have the same bits. If an operation's residual will be recomputed, the operation's output is
-    stored, so that a recomputation never needs another recomputation.
+    statistics are saved instead. They are in memory anyway. Backward runs the same kernel again to
+    recompute the output. This costs one more pass over memory for each output. The gradients have
+    the same bits as without the context. If an operation's residual will be recomputed, the
+    operation's output is stored, so that a recomputation never needs another recomputation.
 
     Only outputs of our kernels are recomputed. Inside torch.compile the context has no effect.
     """

@@ -1,13 +1,13 @@
-"""Chooses how to compute a convolution followed by batch norm: the route.
+"""Chooses a route for a convolution followed by batch norm. A route is a way to compute both.
 
 With the route "kernel", one of our kernels computes both. With the route "torch", torch's
 convolution runs, followed by our batch norm. ``bnres tune`` measures both routes on a GPU, and
 saves the times and our kernel's fastest configuration in a table. Each GPU model has a separate
 table in the user's cache folder, unless the environment variable ``BNRES_ROUTES`` names a file.
 
-The route is always "torch" for shapes that were not measured, and for fp32 if torch may not round
-fp32 to TF32 (``torch.backends.cudnn.allow_tf32``). It is also "torch" in graphs that torch.compile
-captures, because a graph can't read the table's file.
+By default the faster route is chosen. The route is "torch" for shapes that were not measured, and
+for fp32 if ``torch.backends.cudnn.allow_tf32`` is False, because our kernel rounds fp32 to TF32. It
+is also "torch" in graphs that torch.compile captures, because a graph can't read the table's file.
 """
 
 import json
@@ -31,7 +31,10 @@ _override = "auto"
 
 @dataclass(frozen=True)
 class ConvCall:
-    """A convolution followed by batch norm: the properties that determine how long it takes."""
+    """The properties of a convolution followed by batch norm.
+
+    They determine how long the computation takes.
+    """
 
     dtype: str
     batch: int
@@ -44,7 +47,7 @@ class ConvCall:
 
     @property
     def key(self) -> str:
-        """The call's name in printed tables."""
+        """The name of the call in printed tables."""
         s = self.shape
         return (
             f"{self.dtype} {self.batch}x{self.channels}x{self.height}x{self.width} -> "
@@ -57,15 +60,16 @@ class ConvCall:
 
 @dataclass(frozen=True)
 class Measured:
-    """A row of a table: the measurements of one call.
+    """The measurements of one call. They are a row of a table.
 
     Attributes:
         call: the call.
-        config: the fastest configuration of our kernel, or None if none worked.
-        kernel_ms: time of our kernel with ``config`` in milliseconds, or None if none worked.
-        torch_ms: time of torch's convolution followed by our batch norm, in milliseconds.
-        failed: the reason for each configuration that failed, by the configuration's name.
-        left_out: names of the configurations that were not measured, for lack of time.
+        config: the fastest configuration of our kernel, or None if no configuration worked.
+        kernel_ms: the time in milliseconds of our kernel with the configuration ``config``, or None
+            if no configuration worked.
+        torch_ms: the time in milliseconds of torch's convolution followed by our batch norm.
+        failed: maps the name of each configuration that failed to the reason.
+        left_out: names of the configurations that were not measured because the time was over.
     """
 
     call: ConvCall
@@ -81,8 +85,9 @@ def use_conv_route(route: str) -> Iterator[None]:
     """Sets the route inside a ``with`` block, in all threads.
 
     Args:
-        route: ``"torch"`` for torch's convolution, ``"kernel"`` for our kernel wherever it supports
-            the input, or ``"auto"`` to choose by the table, as without this context.
+        route: ``"torch"`` chooses torch's convolution, and ``"kernel"`` chooses our kernel wherever
+            it supports the input. ``"auto"``, the default outside of this context, chooses by the
+            table.
 
     Raises:
         ValueError: if ``route`` is another name.
@@ -98,14 +103,15 @@ def use_conv_route(route: str) -> Iterator[None]:
 
 
 def conv_route() -> str:
-    """The route that `use_conv_route` has set, by default ``"auto"``."""
+    """Returns the route that `use_conv_route` has set, by default ``"auto"``."""
     return _override
 
 
 def kernel_config(call: ConvCall, device: torch.device) -> tuple[bool, ConvConfig | None]:
     """Returns whether our kernel computes ``call``, and with which configuration.
 
-    If the configuration is None, the caller chooses it by the kernel's heuristic.
+    If the kernel computes the call and the configuration is None, the kernel's heuristic chooses
+    the configuration.
     """
     if _override != "auto":
         return _override == "kernel", None
@@ -117,12 +123,15 @@ def kernel_config(call: ConvCall, device: torch.device) -> tuple[bool, ConvConfi
 
 @cache
 def gpu_name(device: torch.device) -> str:
-    """The GPU's name as a part of a file name: lower-case letters, digits and hyphens."""
+    """Returns the GPU's name for a file name, in lower-case letters, digits and hyphens."""
     return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(device).lower()).strip("-")
 
 
 def table_path(gpu: str) -> Path:
-    """The file of a GPU's table, which is ``BNRES_ROUTES`` if this environment variable is set."""
+    """Returns the path of the table of a GPU.
+
+    If the environment variable ``BNRES_ROUTES`` is set, it is the path.
+    """
     override = os.environ.get("BNRES_ROUTES")
     if override:
         return Path(override)
@@ -132,9 +141,9 @@ def table_path(gpu: str) -> Path:
 
 @cache
 def load_table(path: Path) -> dict[ConvCall, ConvConfig]:
-    """Returns the calls for which our kernel is faster, with its configurations.
+    """Returns our kernel's configuration for each call for which our kernel is faster.
 
-    The result is cached: the file is only read again after `save_table`.
+    The result is cached. The file is only read again after `save_table`.
 
     Raises:
         ValueError: if `read_table` raises it.
@@ -147,7 +156,7 @@ def load_table(path: Path) -> dict[ConvCall, ConvConfig]:
 
 
 def read_table(path: Path) -> list[Measured]:
-    """Returns the rows of a table; an empty list if the file does not exist.
+    """Returns the rows of a table, or an empty list if the file does not exist.
 
     Raises:
         ValueError: if the file is not a table of this version.
@@ -170,12 +179,12 @@ def _measured(row: dict[str, Any]) -> Measured:
 
 
 def save_table(path: Path, rows: list[Measured], about: dict[str, str]) -> None:
-    """Adds rows to a table; a row replaces an earlier row of the same call.
+    """Adds rows to a table. A row replaces an earlier row of the same call.
 
     Args:
-        path: file of the table.
-        rows: the rows.
-        about: facts about the measurement, which replace the facts in the table.
+        path: the file of the table.
+        rows: the rows to add.
+        about: facts about the measurement. They replace the facts in the table.
 
     Raises:
         ValueError: if `read_table` raises it.

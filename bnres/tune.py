@@ -1,7 +1,7 @@
-"""Measures each of a model's convolutions, followed by batch norm, in two ways.
+"""Measures two ways to compute each convolution of a model and the batch norm after it.
 
-Either our kernel computes both, or torch's convolution runs, followed by our batch norm in a
-separate kernel.
+In the first way, our kernel computes both. In the second way, torch's convolution runs, followed by
+our batch norm in a separate kernel.
 """
 
 import copy
@@ -21,19 +21,23 @@ from bnres.kernels.conv_config import MIN_CHANNELS, ConvConfig, ConvShape, searc
 from bnres.kernels.norm import Norm, RunningStatistics
 from bnres.routes import ConvCall, Measured, save_table, use_conv_route
 
-# A function that returns the time of a call in milliseconds, with a cold L2 cache.
+# A timer is a function that returns the time of a call in milliseconds, with a cold L2 cache.
 Timer = Callable[[Callable[[], object]], float]
-# Greatest permitted difference between our kernel's output and torch's, relative to the largest
-# value in torch's output. It is about two rounding steps; in fp32 the kernel rounds to TF32.
+# Our kernel's output may differ from torch's output by at most this fraction of the largest value
+# in torch's output. The fraction is about two rounding steps. In fp32 these are steps of TF32,
+# because our kernel rounds to TF32.
 AGREEMENT = {torch.float16: 4e-3, torch.bfloat16: 3e-2, torch.float32: 5e-3}
 EPS = 1e-5
-# FLOPs that a GPU computes in the time in which it moves one byte. On an H200 these are 790 TFLOP/s
-# in bf16, divided by 4.3 TB/s.
+# In the time in which a GPU moves one byte, it computes about this many FLOPs. The number is for an
+# H200: 790 TFLOP/s in bf16, divided by 4.3 TB/s.
 FLOPS_PER_BYTE = 184
 
 
 def device_timer() -> Timer:
-    """Returns a timer that takes the median of triton's benchmark, which flushes the L2 cache."""
+    """Returns a timer that measures the median time by triton's benchmark.
+
+    This benchmark flushes the L2 cache.
+    """
     from triton.testing import do_bench
 
     return lambda call: float(do_bench(call, return_mode="median"))
@@ -42,12 +46,12 @@ def device_timer() -> Timer:
 def conv_calls(model: nn.Module, shape: tuple[int, ...], dtype: torch.dtype) -> list[ConvCall]:
     """Returns the different convolutions of a model that our kernel supports.
 
-    Each convolution is returned twice: without a residual and with a residual.
+    Each convolution is returned twice, without a residual and with a residual.
 
     Args:
-        model: a module built from torch's layers. A copy of it is called in eval mode on the meta
-            device.
-        shape: shape of its input, (N, C, H, W).
+        model: a module built from torch's layers. A copy of the module is called in eval mode on
+            the meta device.
+        shape: shape of the module's input, (N, C, H, W).
         dtype: dtype of the convolutions.
     """
     found: dict[ConvCall, None] = {}
@@ -82,12 +86,13 @@ def tune(
     clock: Callable[[], float] = time.monotonic,
     say: Callable[[str], object] = print,
 ) -> None:
-    """Measures ``calls``, the longest first, and saves each as a row of the table in ``path``.
+    """Measures ``calls`` and saves each call as a row of a table. The longest call comes first.
 
     Args:
         calls: the convolutions, see `conv_calls`.
-        path: file of the table; its rows of other calls are kept.
-        about: facts about the measurement (GPU, torch, date), saved in the table.
+        path: the file of the table. Its rows for other calls are kept.
+        about: facts about the measurement, such as the GPU, torch's version and the date. They are
+            saved in the table.
         device: the GPU.
         timer: measures a call.
         minutes: no compilation or measurement starts after this time. If the time ends while a
@@ -113,7 +118,10 @@ def tune(
 
 
 def _work(call: ConvCall) -> float:
-    """Estimates a call's time, in FLOPs, as the greater of its FLOPs and bytes × FLOPS_PER_BYTE."""
+    """Returns an estimate of a call's time, in FLOPs.
+
+    The estimate is the greater of two numbers: the call's FLOPs, and its bytes × FLOPS_PER_BYTE.
+    """
     height, width = call.shape.output_size(call.height, call.width)
     positions = call.batch * height * width
     depth = call.channels * call.shape.taps
@@ -129,9 +137,9 @@ def _work(call: ConvCall) -> float:
 def _measure(
     call: ConvCall, device: torch.device, timer: Timer, has_time: Callable[[], bool]
 ) -> Measured:
-    """Measures a call on random data: torch's convolution, and our kernel in each configuration.
+    """Measures torch's convolution and each configuration of our kernel on random data.
 
-    A configuration is measured only if its output agrees with torch's.
+    A configuration is measured only if its output agrees with the output of torch's convolution.
     """
     from triton.errors import TritonError
 
@@ -152,8 +160,8 @@ def _measure(
                 _check(by_kernel(), expected)
                 times[config] = timer(by_kernel)
             except (TritonError, RuntimeError) as error:
-                # The GPU has too few resources, the compiler fails, or the result differs from
-                # torch's.
+                # The GPU has too few resources, the compiler fails, or our kernel's output differs
+                # from the output of torch's convolution.
                 first_line = next(iter(str(error).strip().splitlines()), "")
                 failed[config.name] = f"{type(error).__name__}: {first_line}"
     best = min(times, key=times.__getitem__, default=None)
@@ -204,7 +212,7 @@ def _by_kernel(operands: tuple[Any, ...], call: ConvCall, config: ConvConfig) ->
 
 
 def _check(actual: Tensor, expected: Tensor) -> None:
-    """Raises a RuntimeError unless our kernel's output agrees with torch's."""
+    """Raises a RuntimeError unless ``actual``, our kernel's output, agrees with ``expected``."""
     scale = max(1.0, expected.abs().max().item())
     error = (actual.float() - expected.float()).abs().max().item() / scale
     if not error <= AGREEMENT[actual.dtype]:

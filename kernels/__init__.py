@@ -1,7 +1,7 @@
 """Triton kernels of bnres, imported as ``bnres.kernels``.
 
-The folder is outside ``bnres/`` because the kernels need only torch and triton, and nothing else of
-bnres.
+The folder is outside ``bnres/`` because the kernels need only torch and triton, and not the rest
+of bnres.
 """
 
 if __name__ != "bnres.kernels":

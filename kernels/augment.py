@@ -1,12 +1,12 @@
 """Applies a chain of augmentations to a batch of images in one kernel.
 
-The chain is crop, antialiased resize, flips, four colour operations, normalisation and cast. The
-parameters, and the order of the colour operations, are drawn for each image. An image is read once
-and written once.
+The chain crops an image, resizes it with antialiasing, flips it, applies four colour operations,
+normalises the result and casts it. The parameters and the order of the colour operations are drawn
+for each image. An image is read once and written once.
 
-The contrast operation needs the mean gray of the image as it is just before contrast is applied. If
-one program computes a whole image, it also computes this mean. For larger images a separate kernel,
-`_augment_gray_kernel`, first sums the grays.
+Contrast needs the mean gray of the image to which it is applied. If one program computes a whole
+image, the program also computes this mean. For larger images a separate kernel,
+`_augment_gray_kernel`, first computes the sums of the gray values.
 """
 
 from functools import cache
@@ -23,17 +23,18 @@ from bnres.kernels.config import next_power_of_2
 from bnres.kernels.device import round_to
 from bnres.kernels.launch import Plan, launch
 
-# One program computes a whole image of at most WHOLE_IMAGE positions, or PART positions of a larger
-# image.
+# If an image has at most WHOLE_IMAGE positions, one program computes the whole image. In a larger
+# image, one program computes PART positions.
 WHOLE_IMAGE = 1024
 PART = 256
 
 
 @triton.jit
 def _pixel(x_ptr, row, col, H, W, stride_h, stride_w, stride_c, mask, CHANNELS: tl.constexpr):
-    """Returns the channels at a position, scaled to 0 to 1, and whether it is inside the image.
+    """Returns red, green and blue at a position, and whether the position is inside the image.
 
-    Outside the image the channels are 0.
+    uint8 values are scaled to the range 0 to 1. In an image of one channel the three values are
+    equal. Outside the image they are 0.
     """
     mask = mask & (row >= 0) & (row < H) & (col >= 0) & (col < W)
     ptr = x_ptr + (row * stride_h + col * stride_w)
@@ -52,9 +53,9 @@ def _pixel(x_ptr, row, col, H, W, stride_h, stride_w, stride_c, mask, CHANNELS: 
 def _axis(offs, scale, length):
     """Returns the triangle filter of each output position along an axis.
 
-    The filter is returned as its centre, its half width, the first source position that it reads
-    and the position after the last. It reads exactly the positions that torch's antialiased resize
-    reads, because even a NaN with weight 0 makes the output NaN.
+    The filter is returned as its centre, its half width, the first source position that it reads,
+    and the position after the last source position that it reads. It reads exactly the positions
+    that torch's antialiased resize reads, because even a NaN with weight 0 makes the output NaN.
     """
     support = tl.maximum(scale, 1.0)
     centre = scale * (offs.to(tl.float32) + 0.5)
@@ -71,10 +72,10 @@ def _resampled(
     order, stop, factors, gray_mean,
     CHANNELS: tl.constexpr, RESIZES: tl.constexpr, JITTERS: tl.constexpr,
 ):  # fmt: skip
-    """Resizes the box (top, left, height, width) to (OH, OW); returns the result's positions.
+    """Returns the red, green and blue of the resized image at the positions (offs_h, offs_w).
 
-    The positions are (offs_h, offs_w). With JITTERS, the colour operations are applied to the
-    source before the resize.
+    The box (top, left, height, width) of the source is resized to (OH, OW). With JITTERS, the
+    colour operations are applied to the source before the resize.
     """
     if not RESIZES:
         r, g, b, inside = _pixel(
@@ -115,7 +116,11 @@ def _resampled(
 
 @triton.jit
 def _color_draws(order_ptr, factors_ptr, n):
-    """Loads the packed order of an image's colour operations, contrast's position, the factors."""
+    """Loads the colour parameters of image ``n``.
+
+    They are the packed order of the colour operations, the position of contrast in this order, and
+    the factors.
+    """
     factors = (
         tl.load(factors_ptr + 4 * n),
         tl.load(factors_ptr + 4 * n + 1),
@@ -131,7 +136,11 @@ def _cropped(
     n, offs, H, W, OH, OW, stride_h, stride_w, stride_c, order, factors, gray_mean,
     CHANNELS: tl.constexpr, RESIZES: tl.constexpr, JITTERS: tl.constexpr,
 ):  # fmt: skip
-    """Crops, resizes and flips image ``n``; returns the result at the positions ``offs``."""
+    """Returns red, green and blue of image ``n`` at the positions ``offs`` of the output.
+
+    The image is cropped, resized and flipped. With JITTERS, the colour operations are applied to
+    the source first.
+    """
     geometry_ptr += 6 * n
     top, left = tl.load(geometry_ptr), tl.load(geometry_ptr + 1)
     height, width = tl.load(geometry_ptr + 2), tl.load(geometry_ptr + 3)
@@ -153,9 +162,9 @@ def _gray_sum(
     n, part, order, contrast_at, factors, H, W, stride_h, stride_w, stride_c,
     CHANNELS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Sums the source's grays over a part of its positions.
+    """Returns the sum of the source's gray values over a part of the source's positions.
 
-    The colour operations before contrast are applied first.
+    The colour operations that precede contrast are applied before the sum.
     """
     offs = part * BLOCK + tl.arange(0, BLOCK)
     row, mask = offs // W, offs < H * W
@@ -172,10 +181,10 @@ def _augment_gray_kernel(
     H, W, OH, OW, stride_xn, stride_xc, stride_xh, stride_xw, parts,
     CHANNELS: tl.constexpr, RESIZES: tl.constexpr, COLOR_FIRST: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Stores gray[n, part], the sum of image n's grays over a part of its positions: (N, parts).
+    """Stores the sum of the gray values over each part of each image: (N, parts).
 
-    The colour operations before contrast are applied first. With COLOR_FIRST the image is the
-    source, otherwise the cropped and resized image.
+    The colour operations that precede contrast are applied before the sum. With COLOR_FIRST the
+    sum is over the source, otherwise over the cropped and resized image.
     """
     n = tl.program_id(0) // parts
     part = tl.program_id(0) - n * parts
@@ -257,7 +266,10 @@ def _augment_kernel(
 
 @cache
 def _channel_values(values: tuple[float, ...] | None, device: torch.device) -> Tensor | None:
-    """Values of the channels as a tensor on the device; later calls return the same tensor."""
+    """Returns ``values`` as a tensor on ``device``, or None if ``values`` is None.
+
+    There is one value for each channel. Later calls return the same tensor.
+    """
     return None if values is None else torch.tensor(values, dtype=torch.float32, device=device)
 
 
@@ -265,12 +277,13 @@ def augment(x: Tensor, draws: AugmentDraws, plan: AugmentPlan) -> Tensor:
     """Applies the chain of ``plan`` to a batch.
 
     Args:
-        x: (N, C, H, W) with 1 or 3 channels, uint8 or floating point from 0 to 1.
-        draws: the parameters of each image, on the device of ``x``.
+        x: (N, C, H, W) with 1 or 3 channels. The dtype is uint8, or floating point with values
+            from 0 to 1.
+        draws: the parameters of each image. They are on the device of ``x``.
         plan: the properties of the chain that are the same for all images.
 
     Returns:
-        (N, C, plan.height, plan.width) of ``plan.dtype``.
+        A tensor (N, C, plan.height, plan.width) in the dtype ``plan.dtype``.
     """
     n, channels, height, width = x.shape
     y = torch.empty(
@@ -326,7 +339,7 @@ def augment(x: Tensor, draws: AugmentDraws, plan: AugmentPlan) -> Tensor:
         std_ptr=std,
         stride_yn=y.stride(0),
         stride_yc=y.stride(1),
-        stride_yp=y.stride(3),  # stride of flattened positions, because rows are dense
+        stride_yp=y.stride(3),  # rows are dense, so flattened positions have the same stride
         parts=parts,
         gray_parts=gray_parts,
         HAS_COLOR=plan.has_color,

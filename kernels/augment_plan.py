@@ -1,4 +1,4 @@
-"""What a fused chain of augmentations does to all images, and the parameters drawn for each."""
+"""Describes a fused chain of augmentations, and the parameters that are drawn for each image."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -9,8 +9,8 @@ from torch import Tensor
 # The numbers of the colour operations. A number is the operation's index in `AugmentDraws.factors`,
 # and `AugmentDraws.order` lists the numbers.
 BRIGHTNESS, CONTRAST, SATURATION, HUE = 0, 1, 2, 3
-# A packed order is one integer with ORDER_BITS bits for each number. The lowest bits hold the
-# operation that is applied first.
+# A packed order is one integer that has ORDER_BITS bits for the number of each operation. The
+# lowest bits hold the operation that is applied first.
 ORDER_BITS = 4
 NO_OPERATION = 15
 
@@ -21,9 +21,10 @@ class AugmentPlan:
 
     Attributes:
         height, width: size of the output.
-        resizes: whether boxes are resized to the size of the output.
+        resizes: whether the cropped boxes are resized to the size of the output.
         has_color: whether there are colour operations.
-        has_contrast: whether one of them is contrast, which needs each image's mean gray.
+        has_contrast: whether contrast is one of the colour operations. It needs each image's mean
+            gray.
         color_first: whether colour operations are applied to the whole image, before the crop.
         mean, std: mean and std of each channel for the normalisation at the end, or None.
         dtype: dtype of the output.
@@ -46,13 +47,14 @@ class AugmentDraws(NamedTuple):
     """The parameters drawn for each image, on the images' device.
 
     Attributes:
-        geometry: int32 (N, 6): top, left, height and width of the box that is cropped from the
-            source; then 0 or 1 for a vertical flip and for a horizontal flip. The box may extend
-            beyond the image; its positions outside the image are 0.
-        order: int32 (N, 2): the packed order of the colour operations, and the position of contrast
-            in it, or 4 without contrast.
-        factors: fp32 (N, 4): the factors of brightness, contrast and saturation, and the turn of
-            the hue.
+        geometry: int32 (N, 6). The first four columns are top, left, height and width of the box
+            that is cropped from the source. The fifth column is 1 if the image is flipped
+            vertically, otherwise 0. The sixth column is 1 if the image is flipped horizontally,
+            otherwise 0. The box may extend beyond the image. Values outside the image are 0.
+        order: int32 (N, 2). The first column is the packed order of the colour operations. The
+            second column is the position of contrast in this order, or 4 if there is no contrast.
+        factors: fp32 (N, 4). The columns are the factors of brightness, contrast and saturation,
+            and the shift of the hue. A shift of 1 is a full turn of the colour circle.
     """
 
     geometry: Tensor

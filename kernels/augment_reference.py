@@ -1,8 +1,8 @@
-"""The fused augmentation in plain torch, also used on the CPU.
+"""Computes the fused augmentation in plain torch. It also runs on the CPU.
 
-Small images are resized as a batch, by a product with one matrix per image along each axis; the
-weights in this matrix include crop, flip and antialiasing. Large images are resized one by one,
-because the overhead of a call for each image is then small compared to the computation.
+Small images are resized as a batch. Along each axis, each image is multiplied by a matrix of
+weights. The weights include crop, flip and antialiasing. Large images are resized one by one,
+because the overhead of one call per image is then small compared to the computation.
 """
 
 import torch
@@ -22,8 +22,8 @@ from bnres.kernels.augment_plan import (
 LUMA = (0.2989, 0.587, 0.114)
 # On a CPU, matrix products are faster for images of at most this height and width.
 LARGEST_PRODUCT = 64
-# Images of this many bytes are computed at once, so that intermediate results stay in a core's
-# cache.
+# Images are computed in chunks of at most this many bytes, so that the intermediate results of a
+# chunk stay in a core's cache. A chunk has at least one image.
 CHUNK_BYTES = 1 << 22
 
 
@@ -55,9 +55,9 @@ def _augmented(x: Tensor, draws: AugmentDraws, plan: AugmentPlan) -> Tensor:
 
 
 def crop_resize_flip_ref(x: Tensor, geometry: Tensor, plan: AugmentPlan) -> Tensor:
-    """Crops each image's box, resizes it (antialiased) and flips it.
+    """Crops each image to its box, resizes the box with antialiasing, and flips the result.
 
-    Returns (N, C, plan.height, plan.width).
+    Returns (N, C, plan.height, plan.width). The box is only resized if ``plan.resizes`` is True.
     """
     top, left, height, width, flip_h, flip_w = geometry.unbind(1)
     if not plan.resizes:
@@ -92,7 +92,7 @@ def _resized_one_by_one(x: Tensor, geometry: Tensor, plan: AugmentPlan) -> Tenso
 def _cropped(
     x: Tensor, top: Tensor, left: Tensor, flip_h: Tensor, flip_w: Tensor, plan: AugmentPlan
 ) -> Tensor:
-    """Crops boxes that have the output's size; positions outside the image are 0."""
+    """Crops and flips boxes that have the output's size; values outside the image are 0."""
     n, channels, height, width = x.shape
     rows = _positions(top, flip_h, plan.height)
     cols = _positions(left, flip_w, plan.width)
@@ -104,18 +104,18 @@ def _cropped(
 
 
 def _positions(start: Tensor, flip: Tensor, size: int) -> Tensor:
-    """The source positions (N, size) of the output's positions along an axis."""
+    """Returns the source position of each output position along an axis: (N, size)."""
     steps = torch.arange(size, device=start.device)
     steps = torch.where(flip[:, None] != 0, size - 1 - steps, steps)
     return start[:, None].long() + steps
 
 
 def axis_weights(start: Tensor, length: Tensor, flip: Tensor, size: int, out: int) -> Tensor:
-    """Weights (N, out, size) of an antialiased resize along an axis.
+    """Returns the weights of an antialiased resize along an axis: (N, out, size).
 
     Args:
-        start, length: int (N,): first position of each image's box, and its length.
-        flip: int (N,): whether to flip the output.
+        start, length: int (N,), the first position and the length of each image's box.
+        flip: int (N,), not 0 if the output is flipped.
         size: size of the source.
         out: size of the output.
     """
@@ -147,7 +147,7 @@ def jitter_ref(x: Tensor, draws: AugmentDraws) -> Tensor:
 
 
 def grayscale_ref(x: Tensor) -> Tensor:
-    """The luma (N, 1, H, W) of ITU-R 601-2; images of one channel are returned unchanged."""
+    """Returns the luma of ITU-R 601-2: (N, 1, H, W). Images of one channel stay unchanged."""
     if x.shape[1] == 1:
         return x
     r, g, b = x.unbind(1)
@@ -172,7 +172,8 @@ def _saturation(x: Tensor, factor: Tensor) -> Tensor:
 def _hue(x: Tensor, turn: Tensor) -> Tensor:
     """Shifts the hue by ``turn``, where 1 is a full turn.
 
-    Computes HSV's v and v·s directly: v is the greatest channel, v·s the greatest minus the least.
+    In HSV, v is the greatest channel, and v·s is the greatest channel minus the least channel. The
+    function computes v and v·s, but not s.
     """
     if x.shape[1] == 1:
         return x

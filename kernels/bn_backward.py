@@ -4,9 +4,9 @@ The rows of a tensor are divided among programs, and each program's part is a sp
 kernel computes each split's sums, the finalize kernel adds the sums of all splits, and the dx
 kernel computes the gradients of x and of the residual.
 
-The reduce and dx kernels need dz = dy·act'(z), the gradient of the pre-activation z. The derivative
-act'(z) comes from the 1-bit mask that forward saved; without a mask, z is recomputed from x. The
-kernels never read y.
+The reduce and dx kernels need dz = dy·act'(z), which is the gradient of the activation's input z.
+The derivative act'(z) comes from the 1-bit mask that forward saved. If forward saved no mask, z is
+recomputed from x. The kernels never read y.
 """
 
 import torch
@@ -40,9 +40,9 @@ def _load_sub_tile(
 ):  # fmt: skip
     """Returns dz = (dy + dy_skip)·act'(z), x − mean and residual − residual_mean of a sub-tile.
 
-    act'(z) comes from the mask; without a mask, z is computed as in forward. In rows that don't
-    exist dy is loaded as 0, so dz is 0. x − mean is valid only with NEEDS_X, and
-    residual − residual_mean only with TWO_NORMS (if the residual has a batch norm).
+    act'(z) comes from the mask. If there is no mask, z is computed as in forward. In rows that
+    don't exist dy is loaded as 0, so dz is 0. x − mean is only valid with NEEDS_X. With TWO_NORMS
+    the residual has a batch norm, and only then is residual − residual_mean valid.
     """
     dy_ptr, dy_skip_ptr, x_ptr, mask_ptr, residual_ptr = tensors
     norm, residual_norm, shift = norms
@@ -75,10 +75,10 @@ def _reduce_sub_tile(
     TWO_NORMS: tl.constexpr, ACT_GRAD: tl.constexpr, TILE: tl.constexpr, WHOLE: tl.constexpr,
     EVICTION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Adds dz and each norm's dz·(x − mean) of a sub-tile to the sums.
+    """Adds a sub-tile's dz, dz·(x − mean) and dz·(residual − residual_mean) to the sums.
 
-    Also stores dz if dz_ptr is given. The norms are the batch norm of x and, with TWO_NORMS, the
-    batch norm of the residual.
+    The last product is only added with TWO_NORMS, if the residual has a batch norm. If dz_ptr is
+    not None, dz is also stored.
     """
     load_at, at = tile_at(row, col_block, shape, TILE, 1, WHOLE)
     dz, x_centred, residual_centred = _load_sub_tile(
@@ -101,9 +101,10 @@ def _bn_bwd_reduce_kernel(
     ACT_GRAD: tl.constexpr, TILE: tl.constexpr, UNROLL: tl.constexpr, STAGES: tl.constexpr,
     EVICTION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Stores Σ dz and each norm's Σ dz·(x − mean) over a split's rows.
+    """Stores Σ dz, Σ dz·(x − mean) and Σ dz·(residual − residual_mean) over a split's rows.
 
-    partial is (2, splits, C), or (3, splits, C) if the residual has a norm.
+    The last sum is only stored if the residual has a batch norm. partial is then (3, splits, C),
+    otherwise (2, splits, C).
     """
     TWO_NORMS: tl.constexpr = residual_mean_ptr is not None
     col_block, split = tl.program_id(0), tl.program_id(1)
@@ -147,12 +148,16 @@ def _bn_bwd_finalize_kernel(
     sum_dy_ptr, sum_dy_xhat_ptr, residual_sum_dy_ptr, residual_sum_dy_xhat_ptr,
     partial_ptr, rstd_ptr, residual_rstd_ptr, C, splits, TRIPS: tl.constexpr,
 ):  # fmt: skip
-    """Stores each norm's sum_dy = Σ dz and sum_dy_xhat = rstd·Σ dz·(x − mean): (C,)."""
+    """Stores sum_dy = Σ dz and sum_dy_xhat = rstd·Σ dz·(x − mean) of each batch norm: (C,).
+
+    For the batch norm of the residual, if there is one, x stands for the residual.
+    """
     offs_c = tl.program_id(0) * FINALIZE_CHANNELS + tl.arange(0, FINALIZE_CHANNELS)
     mask_c = offs_c < C
     plane = tl.cast(splits, tl.int64) * C
     dtype: tl.constexpr = sum_dy_ptr.dtype.element_ty
-    # All loads come before the first `tl.sum`, because its barrier would delay later loads.
+    # All loads come before the first `tl.sum`, because the barrier of `tl.sum` would delay later
+    # loads.
     sum_dz = add_splits(partial_ptr, splits, offs_c, mask_c, C, TRIPS)
     sum_dz_xmu = add_splits(partial_ptr + plane, splits, offs_c, mask_c, C, TRIPS)
     rstd = tl.load(rstd_ptr + offs_c, mask=mask_c, other=0).to(tl.float64)
@@ -207,9 +212,10 @@ def _bn_bwd_dx_kernel(
 ):  # fmt: skip
     """Stores dx = (dz − (sum_dy + xhat·sum_dy_xhat)/stats_count)·(rstd·weight) and dresidual.
 
-    Without sums, dx = dz·(rstd·weight). The kernel computes dx as
-    dz·scale + ((x − mean)·slope + offset), with slope and offset from `load_line`. dresidual is dz,
-    or if the residual has a norm, the gradient through that norm, computed like dx.
+    If sum_dy_ptr is None, dx = dz·(rstd·weight). Otherwise the kernel computes dx as
+    dz·scale + ((x − mean)·slope + offset), where scale is rstd·weight, and `load_line` returns
+    slope and offset. If the residual has no batch norm, dresidual is dz. Otherwise dresidual is
+    the gradient through the residual's batch norm, which is computed like dx.
     """
     TWO_NORMS: tl.constexpr = residual_mean_ptr is not None
     NEEDS_X: tl.constexpr = sum_dy_ptr is not None or (
@@ -267,12 +273,14 @@ def bn_backward_reduce(
     write_dz: bool = False,
     out: tuple[Sums, Tensor | None] | None = None,
 ) -> tuple[Sums, Tensor | None]:
-    """Returns each channel's Σ dz and each norm's Σ dz·xhat, and dz (None without ``write_dz``).
+    """Returns the sums Σ dz and Σ dz·xhat of each channel for each batch norm, and dz.
 
-    dz = (dy + dy_skip)·act'(z) and xhat = (x − mean)·rstd. act'(z) comes from ``mask``; without a
-    ``mask``, z is recomputed from ``x`` and ``residual``. ``dy``, ``dy_skip`` and ``residual`` have
-    the memory format of ``x``. The sums are (C,), in fp64 if ``x`` is fp64, otherwise in fp32.
-    ``out`` is (sums, dz), allocated by the caller.
+    dz = (dy + dy_skip)·act'(z) and xhat = (x − mean)·rstd. act'(z) comes from ``mask``; if ``mask``
+    is None, z is recomputed from ``x`` and ``residual``. The batch norms are ``norm`` and, if it is
+    not None, ``residual_norm``, for which x stands for the residual. ``dy``, ``dy_skip`` and
+    ``residual`` have the memory format of ``x``. Each sum is (C,), in fp64 if ``x`` is fp64,
+    otherwise in fp32. Without ``write_dz``, the returned dz is None. ``out`` is the pair
+    (sums, dz), allocated by the caller.
     """
     planes = 2 if residual_norm is None else 3
     sums, dz = out or (
@@ -333,9 +341,9 @@ def bn_backward_dx(
 ) -> tuple[Tensor, Tensor | None]:
     """Returns dx and dresidual, the gradients of ``x`` and ``residual``.
 
-    dresidual is None without ``write_dresidual``. ``sums`` is the result of `bn_backward_reduce`
-    over ``count`` elements per channel; in evaluation ``sums`` is None, because the statistics are
-    constants. ``out`` is (dx, dresidual), allocated by the caller.
+    Without ``write_dresidual``, dresidual is None. ``sums`` are the sums that `bn_backward_reduce`
+    returns, over ``count`` elements of each channel. In evaluation ``sums`` is None, because the
+    statistics are constants. ``out`` is the pair (dx, dresidual), allocated by the caller.
     """
     dx, dresidual = out or (torch.empty_like(x), torch.empty_like(x) if write_dresidual else None)
     if x.numel() == 0:

@@ -42,11 +42,13 @@ def _sample(x_ptr, index, offs_c, mask_c, shape, TILE: tl.constexpr, ACC: tl.con
 
 @triton.jit
 def _adaptive_pivot(x_ptr, offs_c, mask_c, shape, TILE: tl.constexpr, ACC: tl.constexpr):
-    """Returns the pivot, which is subtracted from x before its sums are taken: (channels,).
+    """Returns the pivot of each channel: (channels,).
 
-    The pivot is the mean of the middle two of four samples of a channel if its magnitude exceeds
-    twice their difference, otherwise 0. The sums are correct for any finite pivot, but a pivot near
-    the data avoids cancellation where the data are far from zero.
+    The pivot is subtracted from x before the sums are computed. To choose the pivot of a channel,
+    four elements are loaded, and their two middle values are averaged. If the magnitude
+    of this average exceeds twice the difference of the two values, the average is the pivot.
+    Otherwise the pivot is 0. The sums are correct for any finite pivot, but a pivot near the data
+    avoids cancellation where the data are far from zero.
     """
     count = shape[0]
     a = _sample(x_ptr, count // 8, offs_c, mask_c, shape, TILE, ACC)
@@ -82,8 +84,8 @@ def _bn_stats_kernel(
 ):  # fmt: skip
     """Stores Σ(x − pivot) and Σ(x − pivot)² over a split's rows, and the pivot.
 
-    sums is (2·splits + 1, C): a row per split for each of the two sums, and a last row for the
-    pivot.
+    sums is (2·splits + 1, C). It has a row of Σ(x − pivot) for each split, then a row of
+    Σ(x − pivot)² for each split, and the pivot in the last row.
     """
     col_block, split = tl.program_id(0), tl.program_id(1)
     splits = tl.num_programs(1)
@@ -113,7 +115,7 @@ def _bn_stats_kernel(
 
 @triton.jit
 def _update_running(ptr, running, stat, factor, offs_c, mask_c):
-    """Stores (1 − factor)·running + factor·stat, computed in fp64, in the buffer's dtype."""
+    """Computes (1 − factor)·running + factor·stat in fp64, and stores it in the buffer's dtype."""
     updated = (1 - factor) * running.to(tl.float64) + factor * stat
     if ptr.dtype.element_ty != tl.float64:
         updated = round_to(updated.to(tl.float32), ptr.dtype.element_ty)
@@ -127,19 +129,21 @@ def _bn_stats_finalize_kernel(
     input_bias_ptr,
     count, C, splits, rank_stride, momentum: tl.float64, eps: tl.float64, TRIPS: tl.constexpr,
 ):  # fmt: skip
-    """Stores each channel's mean, and rstd = 1/sqrt(var + eps) or M2 = Σ(x − mean)²: (C,).
+    """Stores each channel's mean, and either rstd = 1/sqrt(var + eps) or M2 = Σ(x − mean)²: (C,).
 
-    Without ranks_ptr, the kernel combines the sums of one tensor's splits. With ranks_ptr, it
-    combines count, mean and M2 of ``splits`` ranks (processes), and stores the sum of the counts as
-    ``total``.
+    If ranks_ptr is None, the kernel combines the sums of one tensor's splits. Otherwise it combines
+    the count, mean and M2 of several processes, which are called ranks, and stores the sum of the
+    counts as ``total``. ``splits`` is then the number of ranks.
 
-    The kernel also updates the running mean with mean + input_bias and the running variance with
-    the unbiased variance, unless ``total`` is 0, and adds 1 to the counter. The running mean, the
-    running variance and the counter may each be absent.
+    The kernel also updates the running mean with mean + input_bias, and the running variance with
+    the unbiased variance. If ``total`` is 0, the running statistics stay unchanged. The kernel
+    always adds 1 to the counter. The running mean, the running variance and the counter may each be
+    absent.
     """
     offs_c = tl.program_id(0) * FINALIZE_CHANNELS + tl.arange(0, FINALIZE_CHANNELS)
     mask_c = offs_c < C
-    # All loads come before the first `tl.sum`, because its barrier would delay later loads.
+    # All loads come before the first `tl.sum`, because the barrier of `tl.sum` would delay later
+    # loads.
     plane = tl.cast(splits, tl.int64) * C
     if ranks_ptr is not None:
         counts, sum_d, sum_d2, pivot = add_ranks(
@@ -152,9 +156,9 @@ def _bn_stats_finalize_kernel(
     factor = tl.full((), momentum, tl.float64)
     if momentum_ptr is not None:
         factor = tl.load(momentum_ptr).to(tl.float64)
-    # Several threads load an element of the running statistics, and one of them stores its new
-    # value. No barrier is needed, because the storing thread uses the value that it loaded itself,
-    # and the values that the other threads loaded are not used.
+    # Several threads load the same element of the running statistics, and one of these threads
+    # stores the element's new value. No barrier is needed, because the storing thread uses the
+    # value that it loaded itself, and the values that the other threads loaded are not used.
     if running_mean_ptr is not None:
         running_mean = tl.load(running_mean_ptr + offs_c, mask=mask_c, other=0)
     if running_var_ptr is not None:
@@ -200,7 +204,7 @@ def _apply_tile(
     TWO_NORMS: tl.constexpr, ACT: tl.constexpr, TILE: tl.constexpr, UNROLL: tl.constexpr,
     WHOLE: tl.constexpr, EVICTION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Stores y and, with mask_ptr, the mask bits of a tile."""
+    """Stores a tile of y and, if mask_ptr is not None, the tile's mask bits."""
     norm, residual_norm, shift = norms
     mean, _, scale = norm
     load_at, at = tile_at(row, col_block, shape, TILE, UNROLL, WHOLE)
@@ -217,7 +221,8 @@ def _apply_tile(
     store_tile(y_ptr, ACT(z, param), at)
     if mask_ptr is not None:
         bit_offsets, bit_mask = mask_offsets(row, col_block, shape, TILE, UNROLL)
-        # ``not z <= 0`` instead of ``z > 0``, so that NaN passes the gradient, as in torch.
+        # A bit is set where ``not z <= 0`` instead of ``z > 0``, so that the gradient passes where
+        # z is NaN, as in torch.
         bits = pack_bits(tl.where(z <= 0, 0, 1), TILE, UNROLL)
         tl.store(mask_ptr + bit_offsets, bits, mask=bit_mask)
 
@@ -231,10 +236,10 @@ def _bn_apply_kernel(
     ACT: tl.constexpr, TILE: tl.constexpr, UNROLL: tl.constexpr, STAGES: tl.constexpr,
     EVICTION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Stores y = act(z) and, with mask_ptr, a mask whose bits are set where ``not z <= 0``.
+    """Stores y = act(z) and, if mask_ptr is not None, a mask of the elements where ``not z <= 0``.
 
-    z = (x − mean)·(rstd·weight) + bias + residual. A residual with a batch norm is normalised like
-    x before the addition.
+    z = (x − mean)·(rstd·weight) + bias + residual. If the residual has a batch norm, the residual
+    is normalised like x before the addition.
     """
     col_block, split = tl.program_id(0), tl.program_id(1)
     offs_c, mask_c = channel_ids(col_block, C, TILE)
@@ -276,8 +281,9 @@ def bn_stats(
 
     The statistics are in fp64 if ``x`` is fp64, otherwise in fp32. ``running_mean`` is updated in
     place with the mean of ``x + input_bias``, and ``running_var`` with the unbiased variance.
-    ``counter``, one int64, is incremented. ``momentum`` may be a one-element tensor on the device
-    of ``x``. An empty ``x`` increments the counter, but doesn't change the running statistics.
+    ``counter`` is a tensor of one int64, which is incremented. ``momentum`` may be a one-element
+    tensor on the device of ``x``. An empty ``x`` increments the counter, but doesn't change the
+    running statistics.
     """
     mean, rstd = out = out or Statistics(*empty_channels(x, 2))
     if x.numel() == 0:
@@ -287,7 +293,7 @@ def bn_stats(
         rstd.zero_()
         return out
     stats = plan("stats", x)
-    # Rows: each split's Σ(x − pivot), each split's Σ(x − pivot)², and the pivot.
+    # The rows are Σ(x − pivot) of each split, Σ(x − pivot)² of each split, and the pivot.
     sums = torch.empty((2 * stats.splits + 1, x.shape[1]), dtype=mean.dtype, device=x.device)
     launch(_bn_stats_kernel, stats, sums_ptr=sums, x_ptr=x)
     on_device = isinstance(momentum, Tensor)
@@ -311,8 +317,8 @@ def bn_stats(
 def bn_moments(x: Tensor, *, out: Tensor | None = None) -> Tensor:
     """Returns count, mean and M2 = Σ(x − mean)² of each channel: (3, C).
 
-    The dtype is fp64 if ``x`` is fp64, otherwise fp32. All three are 0 for an empty ``x``. ``out``
-    is the result, allocated by the caller with `empty_moments`, which writes the count.
+    The dtype is fp64 if ``x`` is fp64, otherwise fp32. All three are 0 for an empty ``x``. A caller
+    may allocate the result with `empty_moments`, which writes the count, and pass it as ``out``.
     """
     if out is None:
         out = empty_moments(x)
@@ -341,12 +347,13 @@ def bn_combine(
     counter: Tensor | None = None,
     out: tuple[Statistics, Tensor] | None = None,
 ) -> tuple[Statistics, Tensor]:
-    """Returns statistics like `bn_stats`, but over all ranks, and the total count (1,) in fp64.
+    """Returns the statistics over the batches of all ranks, and the total count (1,) in fp64.
 
-    ``moments`` (ranks, 3, C) has the result of `bn_moments` from each rank, which is a process. The
-    moments are combined in this order by Chan et al.'s formula for parallel variances, so every
-    rank gets the same bits. If the total count is 0, the running statistics don't change. The other
-    arguments are those of `bn_stats`.
+    A rank is a process. The statistics have the form that `bn_stats` returns. ``moments``
+    (ranks, 3, C) has the result of `bn_moments` from each rank. The moments are combined in the
+    order of the ranks by Chan et al.'s formula for parallel variances, so every rank gets the same
+    bits. If the total count is 0, the running statistics don't change. `bn_stats` describes the
+    other arguments.
     """
     if out is None:
         rows = [torch.empty_like(moments[0, 0]) for _ in range(2)]
@@ -384,10 +391,9 @@ def bn_apply(
 ) -> tuple[Tensor, Tensor | None]:
     """Returns y = act(z) and a 1-bit mask, whose bits are set where ``not z <= 0``.
 
-    Without ``save_mask`` the mask is None.
-    z = norm(x) + residual_norm(residual). ``residual`` has the memory format of ``x``; if
-    ``residual_norm`` is None, the residual is added unchanged. ``out`` is (y, mask), allocated by
-    the caller.
+    z = norm(x) + residual_norm(residual). If ``residual_norm`` is None, the residual is added
+    unchanged. ``residual`` has the memory format of ``x``. Without ``save_mask``, the mask is None.
+    ``out`` is the pair (y, mask), allocated by the caller.
     """
     y, mask = out or (torch.empty_like(x), empty_mask(x) if save_mask else None)
     if x.numel() == 0:

@@ -1,13 +1,14 @@
 """Batch norm, activation and 3×3 max-pooling with stride 2 and padding 1, as in a ResNet's stem.
 
 The activation's output is pooled without being written to memory. Forward stores each maximum's
-position in its window, and x_max, the x at this position. In backward only these x get gradients,
-so `bn_backward.bn_backward_reduce` computes the sums from x_max.
+position in its window, and x_max, the x at this position. In backward, the gradient of the
+activation's input is 0 at all other positions, so `bn_backward.bn_backward_reduce` computes the
+sums from x_max.
 
-A program processes a block of columns of windows, one row of windows after another, so that its
-loop contains no division. In forward a program normalises each row of x once, although two rows of
-windows overlap in one row of x. A window position outside x is replaced by its neighbour inside x.
-The neighbour is in the same window, so the maximum doesn't change.
+A program processes a block of columns of pooling windows. Its loop goes from one row of windows to
+the next, so the loop contains no division. In forward a program normalises each row of x once,
+although two rows of windows overlap in one row of x. A window position outside x is replaced by its
+neighbour inside x. The neighbour is in the same window, so the maximum doesn't change.
 """
 
 import torch
@@ -25,9 +26,9 @@ from bnres.kernels.tiles import CHANNELS
 
 @triton.jit
 def _program(C, OH, rows_per_program, TILE: tl.constexpr):
-    """Returns a program's channel block, column block, first row of windows and row after its last.
+    """Returns a program's block of channels, its block of columns, its first row and its end row.
 
-    Rows are rows of pooling windows.
+    The rows and columns consist of pooling windows. The end row is the row after the last row.
     """
     col_blocks = 1
     if TILE.kind == CHANNELS:
@@ -41,10 +42,11 @@ def _program(C, OH, rows_per_program, TILE: tl.constexpr):
 
 @triton.jit
 def _sizes(C, W, OW, TILE: tl.constexpr):
-    """Returns the step, W and OW; the step is the distance between neighbouring positions.
+    """Returns the step, W and OW.
 
-    A value that is a multiple of the vector size is written as a product with the vector size, so
-    that the compiler can use aligned loads.
+    The step is the number of elements between neighbouring positions in memory. If a value is a
+    multiple of the vector size, it is written as a product with the vector size, so that the
+    compiler can use aligned loads.
     """
     step = 1
     if TILE.kind == CHANNELS:
@@ -59,12 +61,13 @@ def _sizes(C, W, OW, TILE: tl.constexpr):
 
 @triton.jit
 def _columns(col_block, block, columns, C, OW, TILE: tl.constexpr):
-    """Returns each column's plane and first ow, a mask of existing columns, offsets and channels.
+    """Returns each column's plane, its first ow, whether it exists, its offsets and its channels.
 
-    ow is a column of the output, and each row of the tile is one column of windows. In
-    channels_last, a column of windows is one ow of a sample, its plane is the sample, and the
-    offsets are its channels. In contiguous tensors, a column of windows is a vector of adjacent ow
-    in the plane of one channel of a sample, and the offsets are within this vector.
+    ow is the index of an output column. Each row of the tile is one column of windows. In
+    channels_last, a column of windows has one ow of a sample. Its plane is the index of the sample,
+    and the offsets are channels. In contiguous tensors, a column of windows has a vector of
+    adjacent ow in one plane, which is one channel of a sample. The offsets are positions in this
+    vector.
     """
     column = block * TILE.sub_rows + tl.arange(0, TILE.sub_rows)[:, None]
     exists = column < columns
@@ -86,15 +89,16 @@ def _columns(col_block, block, columns, C, OW, TILE: tl.constexpr):
 
 @triton.jit
 def _load_two(ptr, step, at, exists, has_right, TILE: tl.constexpr):
-    """Loads two neighbouring positions of each window.
+    """Loads the values at two neighbouring positions of each window.
 
-    In contiguous tensors these are the even and the odd positions of two adjacent vectors.
+    In contiguous tensors, the first result has the values at the even positions of two adjacent
+    vectors, and the second result has the values at the odd positions.
     """
     if TILE.kind == CHANNELS:
         return tl.load(ptr + at, mask=exists), tl.load(ptr + step + at, mask=has_right)
     else:
-        # Two loads, because a load gives each thread 16 bytes, which is one vector. A single load
-        # of both vectors would give them to different threads.
+        # One load gives each thread 16 bytes, which is one vector. A single load of both vectors
+        # would give the two vectors to different threads, so there are two loads.
         v = tl.join(tl.load(ptr + at, mask=exists), tl.load(ptr + TILE.vector + at, mask=exists))
         return tl.split(tl.reshape(tl.permute(v, (0, 2, 1)), (TILE.sub_rows, TILE.vector, 2)))
 
@@ -116,7 +120,7 @@ def _store_two(ptr, step, at, v, v_right, exists, has_right, TILE: tl.constexpr)
 def _after(first, v):
     """Returns ``first`` followed by all columns of ``v`` except the last.
 
-    It compiles to no instructions.
+    The function compiles to no instructions.
     """
     if v.shape[1] == 1:
         return first
@@ -129,7 +133,7 @@ def _after(first, v):
 def _before(v, last):
     """Returns all columns of ``v`` except the first, followed by ``last``.
 
-    It compiles to no instructions.
+    The function compiles to no instructions.
     """
     if v.shape[1] == 1:
         return last
@@ -142,7 +146,8 @@ def _before(v, last):
 def _widened(x):
     """Returns ``x`` in fp32.
 
-    bfloat16 is shifted left as in `_tagged`, so that the compiler shifts only once for both.
+    The bits of a bfloat16 are shifted left as in `_tagged`, so that the compiler needs only one
+    shift for both functions.
     """
     if x.dtype == tl.bfloat16:
         return (x.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
@@ -154,7 +159,7 @@ def _widened(x):
 def _tagged(x, tap):
     """Packs the bits of x and its window position ``tap`` into one integer.
 
-    A single select instruction then chooses both.
+    A single select instruction can then choose both.
     """
     if x.dtype.primitive_bitwidth == 16:
         return (x.to(tl.int16, bitcast=True).to(tl.int32) << 16) | tap
@@ -174,7 +179,7 @@ def _untagged(tagged, DTYPE: tl.constexpr):
 
 @triton.jit
 def _greater(best, tagged, y, y_tagged):
-    """Returns the greater of ``best`` and ``y``, and its tagged x.
+    """Returns the greater of ``best`` and ``y``, and the tagged x of the greater one.
 
     ``y`` comes from a later position of the window. Of equal values the first is kept. NaN counts
     as the greatest value, and of several NaN the last is kept.
@@ -214,7 +219,7 @@ def _greatest_of_row(
     x_left, x, x_right, first, left_tap, right_tap, mean, scale, bias, param,
     ACT: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Returns the greatest value in one row of each window, and its tagged x.
+    """Returns the greatest value in one row of each window, and the tagged x of this value.
 
     The row's positions in the window are ``first``, ``first + 1`` and ``first + 2``.
     """
@@ -237,7 +242,8 @@ def _bn_max_pool_kernel(
 ):  # fmt: skip
     """Stores y = max of act(bn(x)) over each window.
 
-    With argmax_ptr and x_max_ptr, also stores the maximum's position and the x at this position.
+    If argmax_ptr and x_max_ptr are not None, the kernel also stores each maximum's position in its
+    window, and the x at this position.
     """
     col_block, block, start, stop = _program(C, OH, rows_per_program, TILE)
     step, W, OW = _sizes(C, W, OW, TILE)
@@ -289,9 +295,9 @@ def _bn_max_pool_kernel(
 
 @triton.jit
 def _load_windows(dy_ptr, argmax_ptr, at, next_at, exists, has_next, TILE: tl.constexpr):
-    """Loads dy and argmax of each window and of its right neighbour.
+    """Loads dy and argmax of each window and of the window's right neighbour.
 
-    A window that does not exist gets an argmax of 255, which is no position.
+    A window that does not exist gets an argmax of 255, which is not a position of a window.
     """
     dy = tl.load(dy_ptr + at, mask=exists).to(tl.float32)
     argmax = tl.load(argmax_ptr + at, mask=exists, other=255).to(tl.int32)
@@ -304,7 +310,7 @@ def _load_windows(dy_ptr, argmax_ptr, at, next_at, exists, has_next, TILE: tl.co
 
 @triton.jit
 def _row_grads(dy, argmax, dy_next, argmax_next, first):
-    """Returns the gradients of the middle and right position of each window in one row of x.
+    """Returns the gradients at the middle and right positions of each window in one row of x.
 
     The right position is also the left position of the next window, so the next window's gradient
     is added. ``first`` is the left position's number in the window: 0, 3 or 6.
@@ -316,7 +322,10 @@ def _row_grads(dy, argmax, dy_next, argmax_next, first):
 
 @triton.jit
 def _dx(dy, x, mean, scale, bias, line, param, ACT_GRAD: tl.constexpr):
-    """Returns act'(z)·dy·scale + (x − mean)·slope + offset, rounded to the dtype of x."""
+    """Returns act'(z)·dy·scale + (x − mean)·slope + offset, rounded to the dtype of x.
+
+    ``line`` has offset and slope; if ``line`` is None, both are 0.
+    """
     x_centred = _widened(x) - mean
     dx = ACT_GRAD(dy, x_centred * scale + bias, param) * scale
     if line is not None:
@@ -334,12 +343,12 @@ def _bn_max_pool_bwd_dx_kernel(
 ):  # fmt: skip
     """Stores dx = (dz − (sum_dy + xhat·sum_dy_xhat)/stats_count)·(rstd·weight).
 
-    dz = act'(z)·Σ dy, where Σ dy adds up dy of all windows whose maximum is at this position of x,
-    and xhat = (x − mean)·rstd.
+    xhat = (x − mean)·rstd and dz = act'(z)·Σ dy. Σ dy is the sum of dy over all windows whose
+    maximum is at this position of x.
 
-    Each step of the loop stores the first and second row of x in one row of windows. The third row
-    of x is the first row of the windows below, so the loop has one more step than there are rows of
-    windows.
+    Each step of the loop stores dx in two rows: the first and the second row of x in one row of
+    windows. The third row of x is also the first row in the next row of windows. The loop therefore
+    has one more step than there are rows of windows.
     """
     col_block, block, start, stop = _program(C, OH + 1, rows_per_program, TILE)
     step, W, OW = _sizes(C, W, OW, TILE)
@@ -366,7 +375,7 @@ def _bn_max_pool_bwd_dx_kernel(
     else:
         has_next = exists & (ow + TILE.vector < OW)
         next_at = window + TILE.vector
-    one = tl.arange(0, 1)[:, None]  # added to a scalar, so that its comparison is a tensor mask
+    one = tl.arange(0, 1)[:, None]  # added to a scalar, so that comparing the sum gives a tensor
 
     row = (start - 1) * (OW * step)
     in_row = start + one > 0
@@ -416,11 +425,11 @@ def bn_max_pool(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Returns y = max_pool2d(act(norm(x)), 3, stride=2, padding=1), argmax and x_max.
 
-    argmax (uint8) is each maximum's position in its window, counted row by row, and x_max is x at
-    this position. Without ``save``, argmax and x_max are None. All results have the memory format
-    of ``x``. Ties, NaN and padding are handled as in `torch.nn.functional.max_pool2d`.
-    `config.has_pool_kernel` must be true for ``x``. ``out`` contains the three results, allocated
-    by the caller.
+    argmax is the position of each maximum in its window, counted row by row, in uint8. x_max is the
+    x at this position. Without ``save``, argmax and x_max are None. All results have the memory
+    format of ``x``. Ties, NaN and padding are handled as in `torch.nn.functional.max_pool2d`.
+    `config.has_pool_kernel` must return True for ``x``. ``out`` is a tuple of the three results,
+    allocated by the caller.
     """
     y, argmax, x_max = out or (empty_pooled(x), None, None)
     if save and out is None:
@@ -456,7 +465,7 @@ def bn_max_pool_backward_dx(
     """Returns dx, the gradient with respect to the ``x`` of `bn_max_pool`.
 
     ``dy`` is the gradient of the pooled tensor. ``dy`` and ``argmax`` have the memory format of
-    ``x``. ``sums`` are Σ dz and Σ dz·xhat of each channel, over ``count`` elements; in evaluation
+    ``x``. ``sums`` are Σ dz and Σ dz·xhat of each channel, over ``count`` elements. In evaluation
     ``sums`` is None, because the statistics are constants.
     """
     dx = torch.empty_like(x) if out is None else out

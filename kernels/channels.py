@@ -1,7 +1,7 @@
 """Device functions that load per-channel values and add up partial sums.
 
-The rows of a tensor are divided among programs. Each program's part, a split, has a row of partial
-sums.
+The rows of a tensor are divided among programs. Each program's part is a split, and each split has
+a row of partial sums.
 """
 
 import triton
@@ -9,7 +9,8 @@ import triton.language as tl
 
 from bnres.kernels.tiles import to_columns
 
-# The kernels that combine partial sums (splits, C) process tiles of this many splits and channels.
+# The kernels that combine partial sums read a tensor (splits, C). They process it in tiles of
+# FINALIZE_SPLITS splits and FINALIZE_CHANNELS channels.
 FINALIZE_SPLITS, FINALIZE_CHANNELS = tl.constexpr(256), tl.constexpr(8)
 
 
@@ -17,9 +18,9 @@ FINALIZE_SPLITS, FINALIZE_CHANNELS = tl.constexpr(256), tl.constexpr(8)
 def load_norm(
     mean_ptr, rstd_ptr, var_ptr, weight_ptr, eps, channel, mask, ACC: tl.constexpr
 ):  # fmt: skip
-    """Loads mean, rstd and rstd·weight of channels; with var_ptr, computes rstd from var and eps.
+    """Returns mean, rstd = 1/sqrt(var + eps) and rstd·weight of each channel.
 
-    rstd = 1/sqrt(var + eps).
+    If var_ptr is not None, rstd is computed from var and eps, otherwise it is loaded.
     """
     mean = tl.load(mean_ptr + channel, mask=mask, other=0).to(ACC)
     if var_ptr is not None:
@@ -35,7 +36,7 @@ def load_norm(
 
 @triton.jit
 def load_biases(bias_ptr, residual_bias_ptr, channel, mask, ACC: tl.constexpr):
-    """Loads bias + residual_bias of channels; a bias that is None is 0."""
+    """Returns bias + residual_bias of each channel. A bias whose pointer is None counts as 0."""
     shift = tl.full(channel.shape, 0.0, ACC)
     if bias_ptr is not None:
         shift += tl.load(bias_ptr + channel, mask=mask, other=0).to(ACC)
@@ -48,7 +49,7 @@ def load_biases(bias_ptr, residual_bias_ptr, channel, mask, ACC: tl.constexpr):
 def add_splits(ptr, splits, channel, mask, C, TRIPS: tl.constexpr):
     """Adds up partial sums (splits, C) in fp64 until FINALIZE_SPLITS rows remain.
 
-    The result is (FINALIZE_SPLITS, FINALIZE_CHANNELS), and TRIPS·FINALIZE_SPLITS is at least
+    The result is (FINALIZE_SPLITS, FINALIZE_CHANNELS). TRIPS·FINALIZE_SPLITS must be at least
     ``splits``. The caller adds up the remaining rows with `tl.sum` after the caller's last load,
     because the barriers of `tl.sum` would delay later loads.
     """
@@ -62,11 +63,11 @@ def add_splits(ptr, splits, channel, mask, C, TRIPS: tl.constexpr):
 
 @triton.jit
 def add_ranks(ptr, ranks, rank_stride, channel, mask, C, TRIPS: tl.constexpr):
-    """Returns the sums over ranks of count, Σ(x − pivot) and Σ(x − pivot)², and the pivot.
+    """Returns count, Σ(x − pivot) and Σ(x − pivot)², each summed over the ranks, and the pivot.
 
-    A rank is a process, and ptr has count, mean and M2 = Σ(x − mean)² of each rank: (ranks, 3, C).
-    The pivot is the first rank's mean. A rank without elements adds 0. All results are in fp64; the
-    sums are (FINALIZE_SPLITS, FINALIZE_CHANNELS), as in `add_splits`.
+    A rank is a process. ptr points to count, mean and M2 = Σ(x − mean)² of each rank:
+    (ranks, 3, C). The pivot is the first rank's mean. A rank without elements adds 0. All results
+    are in fp64. As in `add_splits`, each sum is (FINALIZE_SPLITS, FINALIZE_CHANNELS).
     """
     pivot = tl.load(ptr + C + channel, mask=mask, other=0).to(tl.float64)
     count = tl.zeros((FINALIZE_SPLITS, FINALIZE_CHANNELS), tl.float64)
@@ -89,10 +90,11 @@ def load_norms(
     norm_ptrs, residual_ptrs, eps, residual_eps, channel, mask, TILE: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
-    """Loads mean, rstd and rstd·weight of x's and the residual's norm, and the sum of their biases.
+    """Returns the values of two batch norms, x's and the residual's, and the sum of their biases.
 
-    Each result is broadcastable to a tile. If the residual has no norm, the values of x's norm are
-    returned in its place; the caller does not use them.
+    The values of a batch norm are mean, rstd and rstd·weight. Each result is broadcastable to a
+    tile. If the residual has no batch norm, the values of x's batch norm are returned a second
+    time, and the caller does not use the second copy.
     """
     mean_ptr, rstd_ptr, var_ptr, weight_ptr, bias_ptr = norm_ptrs
     mean, rstd, scale = load_norm(mean_ptr, rstd_ptr, var_ptr, weight_ptr, eps, channel, mask, ACC)
@@ -116,7 +118,7 @@ def load_norms(
 def load_line(
     sum_dy_ptr, sum_dy_xhat_ptr, norm, count, channel, mask, TILE: tl.constexpr, ACC: tl.constexpr
 ):  # fmt: skip
-    """Returns offset and slope of dx's part that flows through the mean and the variance.
+    """Returns the offset and the slope of the part of dx that flows through mean and variance.
 
     This part is linear in x − mean:
     offset + slope·(x − mean) = −(sum_dy + xhat·sum_dy_xhat)/count·scale,

@@ -1,25 +1,26 @@
-"""Device functions of torchvision's brightness, contrast, saturation and hue, for values in [0, 1].
+"""Device functions that apply torchvision's colour operations to values in [0, 1].
 
-A channel that is NaN stays NaN, as in torch.
+The operations are brightness, contrast, saturation and hue. A channel that is NaN stays NaN, as in
+torch.
 """
 
 import triton
 import triton.language as tl
 
-# The same numbers as in `bnres.kernels.augment_plan`.
+# These numbers must be the same as in `bnres.kernels.augment_plan`.
 BRIGHTNESS, CONTRAST, SATURATION, HUE = (tl.constexpr(number) for number in range(4))
 NAN = tl.constexpr(tl.PropagateNan.ALL)
 
 
 @triton.jit
 def least(a, b):
-    """The smaller of two values, or NaN if either is NaN."""
+    """Returns the smaller of two values, or NaN if either is NaN."""
     return tl.minimum(a, b, propagate_nan=NAN)
 
 
 @triton.jit
 def greatest(a, b):
-    """The greater of two values, or NaN if either is NaN."""
+    """Returns the greater of two values, or NaN if either is NaN."""
     return tl.maximum(a, b, propagate_nan=NAN)
 
 
@@ -30,7 +31,7 @@ def clamp_unit(v):
 
 @triton.jit
 def grayscale(r, g, b, CHANNELS: tl.constexpr):
-    """The luma of ITU-R 601-2. For images of one channel it is the channel itself, ``r``."""
+    """Returns the luma of ITU-R 601-2, or ``r`` if the image has only one channel."""
     if CHANNELS == 3:
         return r * 0.2989 + g * 0.587 + b * 0.114
     return r
@@ -38,9 +39,9 @@ def grayscale(r, g, b, CHANNELS: tl.constexpr):
 
 @triton.jit
 def _hue_channel(v, span, h6, START: tl.constexpr):
-    """A channel of the colour with hue h, saturation s and value v.
+    """Returns one channel of the colour that has hue h, saturation s and value v.
 
-    span is v·s, and h6 is 6·h. START is 5 for red, 3 for green and 1 for blue.
+    ``span`` is v·s, and ``h6`` is 6·h. START is 5 for red, 3 for green and 1 for blue.
     """
     k = h6 + START
     k -= 6.0 * tl.floor(k / 6.0)
@@ -49,7 +50,10 @@ def _hue_channel(v, span, h6, START: tl.constexpr):
 
 @triton.jit
 def adjust_hue(r, g, b, turn):
-    """Converts RGB to HSV, shifts the hue by ``turn`` (1 is a full turn), and converts back."""
+    """Converts RGB to HSV, adds ``turn`` to the hue, and converts the result back to RGB.
+
+    A ``turn`` of 1 is a full turn of the colour circle.
+    """
     v = greatest(greatest(r, g), b)
     span = v - least(least(r, g), b)
     is_r, is_g = v == r, v == g
@@ -64,14 +68,14 @@ def adjust_hue(r, g, b, turn):
 
 @triton.jit
 def jitter(r, g, b, order, start, stop, factors, gray_mean, CHANNELS: tl.constexpr):
-    """Applies the image's colour operations number ``start`` to ``stop - 1``, in the image's order.
+    """Applies the colour operations at the positions ``start`` to ``stop - 1`` of the order.
 
     Args:
         r, g, b: the channels.
-        order: the packed order, see `bnres.kernels.augment_plan`.
-        start, stop: the first position in the order, and the position after the last.
+        order: the packed order of the image's operations, see `bnres.kernels.augment_plan`.
+        start, stop: the first position, and the position after the last.
         factors: the image's factors of brightness, contrast, saturation and hue.
-        gray_mean: the image's mean gray, with which contrast blends.
+        gray_mean: the image's mean gray. Contrast blends each channel with it.
     """
     brightness, contrast, saturation, hue = factors
     for step in tl.static_range(4):

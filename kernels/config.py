@@ -1,6 +1,7 @@
-"""Tile geometry and launch configurations: pure functions of a tensor's shape.
+"""Computes tile geometry and launch configurations from a tensor's shape.
 
-A program processes one block of columns over a range of rows:
+A program processes one block of columns over a range of rows. There are three kinds of tiles, for
+which rows and columns mean different things:
 
 ==========  ======================  =========================  ======================
 kind        used for                a row is                   a column is
@@ -11,9 +12,9 @@ kind        used for                a row is                   a column is
             planes (7×7, 14×14)                                of adjacent channels
 ==========  ======================  =========================  ======================
 
-The geometry of tiles is derived from byte counts and from code compiled for sm_90. `TUNING` was
-measured on an H200 at the sizes of ResNet-18, in bfloat16 (`benchmarks/NOTES.md`, section 8).
-`python -m benchmarks variants` times alternatives.
+The geometry of tiles is derived from byte counts and from code compiled for sm_90. The values of
+`TUNING` were measured on an H200, at the tensor sizes of ResNet-18 in bfloat16. Section 8 of
+`benchmarks/NOTES.md` explains them. `python -m benchmarks variants` times alternatives.
 """
 
 from dataclasses import dataclass
@@ -26,9 +27,11 @@ CHANNELS, PLANES, GROUPS = 0, 1, 2
 NUM_WARPS = 4
 THREADS = 32 * NUM_WARPS
 VECTOR_BYTES = 16
-# Tensors that have fewer elements after padding to whole tiles are addressed by 32-bit offsets.
+# A tensor is padded to whole tiles. If it then has fewer elements than NARROW_LIMIT, its elements
+# are addressed by 32-bit offsets.
 NARROW_LIMIT = 2**31 - 2**24
-# Kernels that read or write the 1-bit mask must unroll by this factor, as its format depends on it.
+# The format of the 1-bit mask depends on this unroll factor, so all kernels that read or write the
+# mask must use it.
 MASK_UNROLL = 4
 
 
@@ -36,21 +39,21 @@ MASK_UNROLL = 4
 class Tile:
     """Geometry of a tile, known at compile time.
 
-    It depends only on shape, memory format and dtype, so that forward and backward agree on it. A
-    *sub-tile* of ``sub_rows × block_cols`` is one 16-byte vector for each of the program's 128
-    threads.
+    The geometry depends only on a tensor's shape, memory format and dtype, so forward and backward
+    use the same geometry. A *sub-tile* of ``sub_rows × block_cols`` elements is one 16-byte vector
+    for each of the program's 128 threads.
 
     Attributes:
-        kind: `CHANNELS`, `PLANES` or `GROUPS`.
+        kind: `CHANNELS`, `PLANES` or `GROUPS`; the module's docstring explains them.
         sub_rows: rows of a sub-tile, a power of two.
         block_cols: columns of a tile, a power of two.
         block_channels: channels in a column block.
         group_inner: elements of a plane in a `GROUPS` tile, else 0.
         vector: elements per 16-byte vector.
-        aligned: whether every row starts at a multiple of the vector.
+        aligned: whether every row starts at a multiple of the vector size.
         even: whether no column needs a mask.
-        narrow: whether offsets have 32 bits, not 64.
-        words: whether two bfloat16 are loaded as one 32-bit word.
+        narrow: whether offsets have 32 bits instead of 64.
+        words: whether two bfloat16 values are loaded as one 32-bit word.
     """
 
     kind: int
@@ -66,7 +69,7 @@ class Tile:
 
     @property
     def group_cols(self) -> int:
-        """Number of columns that a `GROUPS` tile uses, at most ``block_cols``."""
+        """The number of columns that a `GROUPS` tile uses, at most ``block_cols``."""
         return self.block_channels * self.group_inner
 
     @property
@@ -82,7 +85,7 @@ def next_power_of_2(n: int) -> int:
 def channels_per_group(view: ChannelView, vector: int) -> int:
     """Returns the number of channels in a `GROUPS` tile, or 0 if no number fits.
 
-    Their planes in one sample fill whole vectors, and at most one vector per thread.
+    In one sample, the planes of these channels fill whole vectors, at most one for each thread.
     """
     size = vector // gcd(view.inner, vector)
     limit = THREADS * vector
@@ -94,7 +97,7 @@ def channels_per_group(view: ChannelView, vector: int) -> int:
 
 
 def tile_for(view: ChannelView, itemsize: int) -> Tile:
-    """Returns the tile geometry of a tensor with this view and ``itemsize`` bytes per element."""
+    """Returns the tile geometry for this view of a tensor, if an element has ``itemsize`` bytes."""
     vector = VECTOR_BYTES // itemsize
     group = 0
     if view.inner == 1:
@@ -124,7 +127,7 @@ def tile_for(view: ChannelView, itemsize: int) -> Tile:
 
 
 def tile_rows(view: ChannelView, tile: Tile) -> int:
-    """Rows of the whole tensor in one column block."""
+    """Returns the number of rows that the whole tensor has in one column block."""
     return -(-view.count // tile.vector) if tile.kind == PLANES else view.outer
 
 
@@ -133,10 +136,10 @@ class KernelTuning:
     """Launch parameters of a kernel.
 
     Attributes:
-        unroll: sub-tiles that a thread holds at once (independent loads).
-        num_stages: depth of the software pipeline over tiles (1: none).
-        programs_per_sm: programs per multiprocessor. Programs that don't fit at once start when
-            others end.
+        unroll: number of sub-tiles that a thread holds at once. Their loads are independent.
+        num_stages: depth of the software pipeline over tiles; 1 means that there is no pipeline.
+        programs_per_sm: number of programs for each multiprocessor. If they don't all fit at once,
+            the remaining programs start when other programs end.
         eviction: the ``eviction_policy`` of triton's loads, a hint to the L2 cache.
     """
 
@@ -151,9 +154,10 @@ class LaunchConfig:
     """How one kernel is launched over a tensor.
 
     Attributes:
-        col_blocks: column blocks, the first axis of the grid.
-        splits: programs that share the rows of one column block, the second axis.
-        rows_per_split: rows of each split, a multiple of ``unroll * sub_rows``.
+        col_blocks: number of column blocks, and size of the grid's first axis.
+        splits: number of programs that share the rows of one column block, and size of the grid's
+            second axis. Each of these programs computes one split.
+        rows_per_split: number of rows in a split, a multiple of ``unroll * sub_rows``.
     """
 
     col_blocks: int
@@ -161,8 +165,8 @@ class LaunchConfig:
     rows_per_split: int
 
 
-# With more column blocks than ``programs_per_sm * sm_count``, the grid has this many times as many
-# programs.
+# If there are more column blocks than ``programs_per_sm * sm_count``, the grid has about
+# ``TURNS * programs_per_sm * sm_count`` programs.
 TURNS = 4
 
 TUNING = {
@@ -182,10 +186,11 @@ TUNING = {
 def launch_config(kernel: str, view: ChannelView, tile: Tile, sm_count: int) -> LaunchConfig:
     """Splits the rows so that every multiprocessor has work for any number of channels.
 
-    The grid has at most ``programs_per_sm * sm_count`` programs, with two exceptions. With few rows
-    each program gets one block of rows, so that more loads are in flight. With more column blocks
-    than programs, the grid has about `TURNS` times as many programs, so that all multiprocessors
-    end at about the same time.
+    Normally the grid has at most ``programs_per_sm * sm_count`` programs. There are two exceptions.
+    If there are few rows, each program gets one block of rows, so that more loads are in flight. If
+    there are more column blocks than ``programs_per_sm * sm_count``, the grid has about
+    ``TURNS * programs_per_sm * sm_count`` programs, so that all multiprocessors end at about the
+    same time.
     """
     tuning = TUNING[kernel]
     block_rows = tuning.unroll * tile.sub_rows
@@ -203,11 +208,12 @@ class ColumnConfig:
     """How a kernel over columns of pooling windows is launched.
 
     Attributes:
-        tile: each row of it is one column of windows: one ow of a sample (channels_last), or a
-            vector of adjacent ow of a plane.
-        columns: columns of windows in one block of channels.
-        programs: programs in the whole grid.
-        rows_per_program: rows of windows that a program processes.
+        tile: the tile's geometry. Each row of the tile is one column of windows. In channels_last,
+            this is one output column of a sample. In contiguous tensors, it is a vector of adjacent
+            output columns of a plane.
+        columns: number of columns of windows in one block of channels.
+        programs: number of programs in the whole grid.
+        rows_per_program: number of rows of windows that a program processes.
     """
 
     tile: Tile
@@ -219,10 +225,10 @@ class ColumnConfig:
 def has_pool_kernel(shape: tuple[int, ...], contiguous: bool, itemsize: int) -> bool:
     """Whether `bn_max_pool` accepts tensors of this shape, memory format and item size.
 
-    Tensors must not be fp64 and must have fewer than 2^31 − 2^24 elements. Each row of a contiguous
-    tensor must be a multiple of 32 bytes.
+    Tensors must not be fp64 and must have fewer than 2^31 − 2^24 elements. In a contiguous tensor,
+    the size of each row in bytes must be a multiple of 32.
     """
-    # A column of a plane is a vector of windows, which covers two vectors of x.
+    # In a contiguous tensor, a column is a vector of windows, which covers two vectors of x.
     whole_vectors = not contiguous or shape[3] % (2 * VECTOR_BYTES // itemsize) == 0
     return itemsize < 8 and prod(shape) < NARROW_LIMIT and whole_vectors
 
@@ -230,16 +236,16 @@ def has_pool_kernel(shape: tuple[int, ...], contiguous: bool, itemsize: int) -> 
 def column_config(
     kernel: str, shape: tuple[int, ...], contiguous: bool, itemsize: int, rows: int, sm_count: int
 ) -> ColumnConfig:
-    """Splits the ``rows`` of windows over programs so that the kernel ends as early as possible.
+    """Divides the ``rows`` of windows among programs so that the kernel ends as early as possible.
 
-    A turn is ``programs_per_sm * sm_count`` programs. A program reads one row more than it
-    processes. The split minimises the number of turns, rounded up, times the rows that a program
-    reads.
+    At most ``programs_per_sm * sm_count`` programs run at the same time, so the programs of the
+    grid run in rounds. A program reads one row more than it processes. The division minimises the
+    number of rounds multiplied by the number of rows that a program reads.
     """
     n, channels, *size = shape
     _, width = pooled_size(*size)
     if contiguous:
-        # Each column is a vector, and a program's vectors may belong to different channels.
+        # Each column is a vector of windows. A program's vectors may belong to different channels.
         tile = tile_for(ChannelView(1, 1, VECTOR_BYTES // itemsize), itemsize)
         columns, col_blocks = n * channels * (width // tile.vector), 1
     else:

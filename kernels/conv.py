@@ -1,8 +1,9 @@
-"""Convolution with batch norm, residual and activation in its epilogue, for inference.
+"""Convolution fused with batch norm, residual and activation, for inference.
 
-The kernel computes the convolution of channels_last tensors as a matrix product. The product's rows
-are output positions, its columns are output channels, and its sums are over the positions in the
-filter and the input channels.
+The kernel computes the convolution of channels_last tensors as a matrix product. Each row of the
+product is an output position, and each column is an output channel. Each sum is over the filter's
+positions and the input channels. Before the kernel stores the product, it applies batch norm,
+residual and activation.
 """
 
 from functools import lru_cache
@@ -31,7 +32,7 @@ def _conv_bn_act_kernel(
 ):  # fmt: skip
     """Stores y = act((conv(x) + conv_bias − mean)·weight/sqrt(var + eps) + bias + residual).
 
-    y is (M, K_OUT): output positions × output channels.
+    y is (M, K_OUT), where M is the number of output positions and K_OUT of output channels.
     """
     blocks_n = tl.cdiv(K_OUT, BLOCK_N)
     pid_m, pid_n = tl.program_id(0) // blocks_n, tl.program_id(0) % blocks_n
@@ -101,9 +102,9 @@ def conv_bn_act(
     """Returns y = act(norm(conv2d(x) + conv_bias) + residual): (N, K, OH, OW), channels_last.
 
     The statistics of ``norm`` are `RunningStatistics`. ``x`` (N, C, H, W), ``filter`` (K, C, R, S)
-    and ``residual`` are channels_last and have the same dtype: fp16, bf16 or fp32. fp32 operands
-    are rounded to TF32, and sums are in fp32. By default `conv_config` chooses ``config``. ``out``
-    is y, allocated by the caller.
+    and ``residual`` are channels_last and have the same dtype, which is fp16, bf16 or fp32. fp32
+    operands are rounded to TF32, and sums are in fp32. If ``config`` is None, `conv_config` chooses
+    the configuration. ``out`` is y, allocated by the caller.
 
     Raises:
         TypeError: if the statistics of ``norm`` are not `RunningStatistics`.
@@ -133,7 +134,7 @@ def conv_bn_act(
 def _plan(
     size: torch.Size, out_channels: int, itemsize: int, shape: ConvShape, config: ConvConfig | None
 ) -> Plan:
-    """How the kernel is launched on an input of this size."""
+    """Returns how the kernel is launched on an input of this size."""
     n, channels, height, width = size
     out_height, out_width = shape.output_size(height, width)
     rows = n * out_height * out_width

@@ -1,8 +1,8 @@
-"""Shapes of convolutions and launch configurations of their kernel.
+"""Describes convolutions, and chooses the launch configurations of their kernel.
 
-`conv_config` chooses a configuration by a heuristic that is derived from the sizes of tiles and of
-shared memory. Its choices have not been compared on a GPU yet. `search_space` lists the
-configurations that ``bnres tune`` measures.
+`conv_config` chooses a configuration by a heuristic. The heuristic is derived from the sizes of
+tiles and of shared memory. Its choices have not been compared on a GPU yet. `search_space` lists
+the configurations that ``bnres tune`` measures.
 """
 
 from dataclasses import dataclass, fields
@@ -11,21 +11,24 @@ from typing import Any
 
 from bnres.kernels.config import next_power_of_2
 
-# Smallest block size that the matrix instructions of every target accept.
+# The matrix instructions of every target accept blocks of this size or more.
 MIN_BLOCK = 16
-# Most bytes of input channels that a step of a program sums over.
+# In each step, a program sums over at most this many bytes of input channels.
 STEP_BYTES = 128
-# Fewest input channels for which the kernel is chosen. With fewer channels most of a matrix
-# instruction would multiply padding.
+# The kernel is only chosen for convolutions that have at least this many input channels. With fewer
+# channels, most of a matrix instruction would multiply padding.
 MIN_CHANNELS = 8
 
 
 @dataclass(frozen=True)
 class Numbers:
-    """Base class of dataclasses with integer fields, which torch's operators take as a tuple."""
+    """The base class of dataclasses whose fields are integers.
+
+    Torch's operators take these integers as a tuple.
+    """
 
     def as_tuple(self) -> tuple[int, ...]:
-        """The fields in order."""
+        """Returns the fields in order."""
         # dataclasses.astuple makes deep copies, which torch.compile cannot always trace.
         return tuple([getattr(self, field.name) for field in fields(self)])
 
@@ -45,12 +48,12 @@ class ConvShape(Numbers):
 
     @property
     def taps(self) -> int:
-        """Positions in a window."""
+        """The number of positions in a window."""
         return self.kernel_h * self.kernel_w
 
     @property
     def options(self) -> dict[str, Any]:
-        """Stride, padding and dilation as keyword arguments of torch's convolutions."""
+        """Stride, padding and dilation, as keyword arguments for torch's convolutions."""
         return {
             "stride": (self.stride_h, self.stride_w),
             "padding": (self.padding_h, self.padding_w),
@@ -66,10 +69,10 @@ class ConvShape(Numbers):
 
 @dataclass(frozen=True)
 class ConvConfig(Numbers):
-    """A program's tile and resources.
+    """The tile and the resources of a program.
 
-    The tile is ``block_m`` output positions × ``block_n`` output channels. A step sums over
-    ``block_k`` input channels.
+    The tile has ``block_m`` output positions and ``block_n`` output channels. Each step of the
+    program sums over ``block_k`` input channels.
     """
 
     block_m: int
@@ -88,11 +91,11 @@ class ConvConfig(Numbers):
 
 
 def conv_config(rows: int, channels: int, out_channels: int, itemsize: int) -> ConvConfig:
-    """Returns the heuristic's configuration.
+    """Returns the configuration that the heuristic chooses.
 
     The tile has 128 output positions, or 64 if the output has at most 64 positions. It has all
-    output channels, but at most 128, or 64 in fp32. Each step sums over at most 128 bytes of input
-    channels.
+    output channels, up to 128 in 16-bit dtypes and up to 64 in fp32. Each step sums over at most
+    128 bytes of input channels.
 
     Args:
         rows: number of output positions, N·OH·OW.
@@ -100,7 +103,7 @@ def conv_config(rows: int, channels: int, out_channels: int, itemsize: int) -> C
         out_channels: number of output channels.
         itemsize: bytes per element.
     """
-    # In fp32, 128 channels spill registers when compiled for sm_90.
+    # If the kernel is compiled for sm_90 in fp32, a tile of 128 channels spills registers.
     widest = 128 if itemsize == 2 else 64
     block_n = min(max(next_power_of_2(out_channels), MIN_BLOCK), widest)
     block_k = min(max(next_power_of_2(channels), MIN_BLOCK), STEP_BYTES // itemsize)
@@ -109,7 +112,11 @@ def conv_config(rows: int, channels: int, out_channels: int, itemsize: int) -> C
 
 
 def search_space(rows: int, channels: int, out_channels: int, itemsize: int) -> list[ConvConfig]:
-    """Returns the configurations to try: the heuristic's, then others, the most similar first."""
+    """Returns the configurations to try.
+
+    The first is the configuration that the heuristic chooses. The others follow, the most similar
+    to the first one first.
+    """
     first = conv_config(rows, channels, out_channels, itemsize)
     found = [first]
     for block_m in (64, 128, 256):

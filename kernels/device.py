@@ -1,7 +1,7 @@
-"""Device functions without loads or stores: activations, their gradients, and rounding.
+"""Device functions that load and store nothing: activations, their gradients, and rounding.
 
-An activation maps the pre-activation ``z`` to ``act(z)``; its gradient maps ``(dy, z)`` to
-``dy * act'(z)``. ``param`` is leaky_relu's slope; the other activations don't use it.
+An activation maps its input ``z`` to ``act(z)``. The activation's gradient maps ``(dy, z)`` to
+``dy * act'(z)``. ``param`` is leaky_relu's slope, and the other activations don't use it.
 Comparisons are written so that NaN passes through, as in torch.
 """
 
@@ -105,7 +105,7 @@ def gelu_grad(dy, z, param):
 
 @triton.jit
 def gelu_tanh(z, param):
-    """Returns 0.5 z (1 + tanh(u)) = z sigmoid(2u), with u = sqrt(2/pi) (z + 0.044715 z³)."""
+    """Returns 0.5 z (1 + tanh(u)) = z sigmoid(2u), where u = sqrt(2/pi) (z + 0.044715 z³)."""
     return z * sigmoid((z + z * z * z * GELU_CUBIC) * SQRT_8_OVER_PI, param)
 
 
@@ -118,7 +118,7 @@ def gelu_tanh_grad(dy, z, param):
 
 @dataclass(frozen=True)
 class Activation:
-    """Device functions of an activation and of its gradient."""
+    """The device functions that compute an activation and its gradient."""
 
     forward: triton.runtime.JITFunction
     grad: triton.runtime.JITFunction
@@ -141,8 +141,8 @@ ACTIVATIONS = {
 def round_to(v, DTYPE: tl.constexpr):
     """Returns ``v`` as DTYPE, rounded to nearest even.
 
-    Triton's interpreter truncates when it casts to bfloat16. If interpreted, the bits are therefore
-    rounded before the cast.
+    Triton's interpreter truncates when it casts to bfloat16. In the interpreter, the bits are
+    therefore rounded before the cast.
     """
     if INTERPRETED and tl.bfloat16 == DTYPE:
         bits = v.to(tl.float32).to(tl.uint32, bitcast=True)
@@ -153,7 +153,7 @@ def round_to(v, DTYPE: tl.constexpr):
 
 @triton.jit
 def bf16_pairs(words):
-    """Returns the two bfloat16 of each 32-bit word as neighbouring fp32 columns."""
+    """Returns the two bfloat16 values of each 32-bit word as neighbouring fp32 columns."""
     low = (words << 16).to(tl.float32, bitcast=True)
     high = (words & -65536).to(tl.float32, bitcast=True)
     return tl.interleave(low, high)

@@ -7,7 +7,9 @@ import triton
 
 
 def is_interpreting() -> bool:
-    """Whether triton interprets kernels that are defined now (``TRITON_INTERPRET=1``).
+    """Whether triton interprets the kernels that are defined from now on.
+
+    The environment variable ``TRITON_INTERPRET=1`` makes triton interpret kernels.
 
     Raises:
         ImportError: if triton interprets, but its interpreter can't run with the installed numpy.

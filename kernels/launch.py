@@ -16,20 +16,21 @@ from bnres.kernels.channels import FINALIZE_CHANNELS, FINALIZE_SPLITS
 from bnres.kernels.config import TUNING, column_config, launch_config, tile_for
 from bnres.kernels.layout import pooled_size, view_of
 
-# Kernels may load two bfloat16 as one word, from an address that is a multiple of this many bytes.
+# A kernel may load two bfloat16 values as one word if their address is a multiple of this many
+# bytes.
 WORD_BYTES = 4
 
-# Greatest number of cached plans.
+# At most this many plans are cached.
 PLANS = 4096
 
-# Arguments of a plan that are options of triton's compiler.
+# These arguments of a plan are options of triton's compiler.
 OPTIONS = ("num_warps", "num_stages")
 
-# Triton's interpreter runs programs one after another, so it needs few programs. Plans for a single
-# multiprocessor have few programs.
+# Triton's interpreter runs programs one after another, so it needs few programs. A plan for a
+# single multiprocessor has few programs.
 INTERPRETER_SM_COUNT = 1
 
-# num_warps of the kernels that combine partial sums.
+# The kernels that combine partial sums have this num_warps.
 FINALIZE_WARPS = 8
 
 
@@ -39,9 +40,9 @@ class Plan:
 
     Attributes:
         grid: number of programs along up to three axes.
-        arguments: arguments that depend only on shapes and dtypes, and the compiler options
-            ``num_warps`` and ``num_stages`` unless triton's defaults apply. They may include
-            arguments that the kernel does not have; `launch` leaves these out.
+        arguments: the kernel's arguments that depend only on shapes and dtypes. The compiler
+            options ``num_warps`` and ``num_stages`` are included unless triton's defaults apply.
+            Arguments that the kernel does not have may be included too; `launch` drops them.
     """
 
     grid: tuple[int, ...]
@@ -64,7 +65,7 @@ class TilePlan(Plan):
 
 @cache
 def sm_count(device: torch.device) -> int:
-    """Number of multiprocessors of a device."""
+    """Returns the number of multiprocessors of a device."""
     if device.type != "cuda":
         return INTERPRETER_SM_COUNT
     return torch.cuda.get_device_properties(device).multi_processor_count
@@ -98,9 +99,9 @@ def _plan(
 
 
 def plan_ranks(ranks: int, channels: int) -> Plan:
-    """Returns the plan of the kernel that combines the moments of all ranks, which are processes.
+    """Returns the plan of the kernel that combines the moments of all ranks.
 
-    A rank's moments are count, mean and M2 = Σ(x − mean)² of each channel.
+    A rank is a process. Its moments are count, mean and M2 = Σ(x − mean)² of each channel.
     """
     return _finalize_plan({"count": 0, "C": channels, "splits": ranks})
 
@@ -155,7 +156,10 @@ _recorder = threading.local()
 
 @contextmanager
 def recorded_launches() -> Iterator[list[Launch]]:
-    """Yields a list; this thread's launches are appended to it unless kernels are interpreted."""
+    """Yields a list, to which this thread's launches of compiled kernels are appended.
+
+    Launches of interpreted kernels are not appended.
+    """
     before = getattr(_recorder, "launches", None)
     launches: list[Launch] = []
     _recorder.launches = launches
@@ -166,9 +170,9 @@ def recorded_launches() -> Iterator[list[Launch]]:
 
 
 def _starts_inside_word(argument: object) -> bool:
-    """Whether ``argument`` is a bfloat16 tensor at an address that is not a multiple of a word.
+    """Whether ``argument`` is a bfloat16 tensor whose address is not a multiple of a word.
 
-    Slices of a tensor may start at such an address.
+    A slice of a tensor may start at such an address.
     """
     return (
         isinstance(argument, Tensor)
@@ -178,13 +182,13 @@ def _starts_inside_word(argument: object) -> bool:
 
 
 def launch(kernel: Any, plan: Plan, **named: Any) -> None:
-    """Runs a kernel on the device of its first argument.
+    """Runs a kernel on the device of the kernel's first argument.
 
     Args:
         kernel: function decorated with `triton.jit`, whose first parameter is a tensor.
         plan: the grid, and arguments that are not in ``named``.
-        named: the kernel's other arguments. If a pointer is missing, the kernel gets None; if an
-            eps is missing, the kernel gets 0.
+        named: the kernel's other arguments. If a pointer is missing, the kernel gets None instead.
+            If an eps is missing, the kernel gets 0 instead.
 
     Raises:
         TypeError: if ``named`` has an argument that the kernel doesn't have, or if an argument is

@@ -1,4 +1,4 @@
-"""Memory formats of tensors, as per-channel operations see them.
+"""Describes the memory formats of tensors for per-channel operations.
 
 Every supported tensor is a dense array ``(outer, channel, inner)``. In contiguous tensors ``inner``
 is the product of the spatial sizes, and in channels_last tensors ``inner`` is 1.
@@ -21,7 +21,7 @@ class ChannelView:
 
     @property
     def count(self) -> int:
-        """Elements of one channel."""
+        """The number of elements of one channel."""
         return self.outer * self.inner
 
     @property
@@ -30,14 +30,17 @@ class ChannelView:
 
 
 def is_channels_last(x: Tensor) -> bool:
-    """Whether ``x`` is dense and its channels (dimension 1) are innermost in memory."""
+    """Whether ``x`` is dense and its dimension 1, the channels, is innermost in memory."""
     if x.dim() == 4:
         return x.is_contiguous(memory_format=torch.channels_last)
     return x.movedim(1, -1).is_contiguous()
 
 
 def view_of(shape: tuple[int, ...], contiguous: bool) -> ChannelView:
-    """Returns the view of a tensor of this shape, channels_last unless ``contiguous``."""
+    """Returns the view of a tensor that has this shape.
+
+    With ``contiguous`` the tensor is contiguous, otherwise channels_last.
+    """
     spatial = prod(shape[2:])
     if contiguous:
         return ChannelView(shape[0], shape[1], spatial)
@@ -66,7 +69,8 @@ def dense(x: Tensor) -> Tensor:
 def dense_like(t: Tensor, x: Tensor) -> Tensor:
     """Returns ``t`` if it has the memory format of the dense ``x``, else a copy in that format.
 
-    For example, a gradient may be expanded (stride 0) or have another memory format.
+    For example, ``t`` may be a gradient that is expanded, with a stride of 0, or that has another
+    memory format.
     """
     if t.stride() == x.stride():
         return t

@@ -1,4 +1,4 @@
-"""The per-channel tensors of batch norms, as the launchers take and return them."""
+"""Named tuples of the per-channel tensors that the launchers take and return."""
 
 from typing import Any, NamedTuple
 
@@ -6,14 +6,14 @@ from torch import Tensor
 
 
 class Statistics(NamedTuple):
-    """Statistics of a batch: mean and 1/sqrt(biased variance + eps), each (C,)."""
+    """The statistics of a batch: mean and 1/sqrt(biased variance + eps), each (C,)."""
 
     mean: Tensor
     rstd: Tensor
 
 
 class RunningStatistics(NamedTuple):
-    """Statistics used in evaluation: running mean and variance, each (C,), and eps."""
+    """The statistics for evaluation: running mean (C,), running variance (C,) and eps."""
 
     mean: Tensor
     var: Tensor
@@ -33,8 +33,8 @@ class Norm(NamedTuple):
     def pointers(self, prefix: str = "") -> dict[str, Any]:
         """Returns the kernels' arguments for this norm by name; each name begins with ``prefix``.
 
-        There are arguments for `Statistics` (mean and rstd) or for `RunningStatistics` (mean, var
-        and eps), but not for both.
+        With `Statistics` the arguments include mean and rstd. With `RunningStatistics` they
+        include mean, var and eps.
         """
         names = ("mean_ptr", "rstd_ptr")
         if isinstance(self.statistics, RunningStatistics):
@@ -51,10 +51,10 @@ def pointers(norm: Norm, residual_norm: Norm | None) -> dict[str, Any]:
 
 
 class Sums(NamedTuple):
-    """The sums of each channel that backward needs: Σ dz and Σ dz·xhat, each (C,).
+    """The sums over each channel that backward needs: Σ dz and Σ dz·xhat, each (C,).
 
     dz is the gradient of the activation's input, and xhat = (x − mean)·rstd. If the residual has a
-    batch norm, ``residual_dy`` and ``residual_dy_xhat`` are the sums for the residual's norm.
+    batch norm, ``residual_dy`` and ``residual_dy_xhat`` are the two sums for this batch norm.
     """
 
     dy: Tensor

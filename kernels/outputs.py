@@ -1,6 +1,6 @@
 """Allocates the outputs of launchers.
 
-The launchers call these functions, and so do callers that pass outputs to a launcher as ``out``.
+The launchers call these functions. Code that passes a launcher's outputs as ``out`` calls them too.
 """
 
 from functools import lru_cache
@@ -13,7 +13,7 @@ from bnres.kernels.conv_config import ConvShape
 from bnres.kernels.dtypes import acc_type
 from bnres.kernels.layout import pooled_size, view_of
 
-# Greatest number of cached mask sizes.
+# At most this many mask sizes are cached.
 MASKS = 4096
 
 
@@ -24,17 +24,17 @@ def empty_channels(x: Tensor, count: int) -> list[Tensor]:
 
 
 def empty_moments(x: Tensor, norms: int = 1) -> Tensor:
-    """Returns a tensor (3·norms, C) for count, mean and M2 = Σ(x − mean)² of each norm.
+    """Returns a tensor (3·norms, C) for count, mean and M2 = Σ(x − mean)² of each batch norm.
 
-    The dtype is fp64 if ``x`` is fp64, otherwise fp32. Every element is set to the count, so that a
+    The dtype is fp64 if ``x`` is fp64, otherwise fp32. Every element is set to the count, so a
     kernel must write only the mean and M2.
     """
-    # For an empty x no kernel runs: count, mean and M2 are all 0, which is the count.
+    # For an empty x no kernel runs. The count is then 0, and mean and M2 must be 0 too.
     return x.new_full((3 * norms, x.shape[1]), x.numel() // x.shape[1], dtype=acc_type(x))
 
 
 def empty_mask(x: Tensor) -> Tensor:
-    """Returns an uninitialised 1-bit mask (uint8) for a dense ``x``."""
+    """Returns an uninitialised 1-bit mask for a dense ``x``, as a uint8 tensor."""
     given = x.shape, x.is_contiguous(), x.itemsize
     try:
         size = _mask_bytes(*given)

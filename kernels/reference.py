@@ -1,8 +1,8 @@
-"""References for the kernels' launchers, in plain, differentiable torch.
+"""Functions in plain, differentiable torch that compute what the kernels' launchers compute.
 
 Each function has the signature of a launcher, without ``out``. Tests compare the kernels with these
 functions. Double backward and forward-mode differentiation differentiate these functions. Here
-``mask`` is a tensor of booleans, while the kernels use one bit per element.
+``mask`` is a tensor of booleans, while the kernels' mask has one bit per element.
 """
 
 from collections.abc import Callable
@@ -16,8 +16,8 @@ from bnres.kernels.conv_config import ConvShape
 from bnres.kernels.dtypes import acc_type
 from bnres.kernels.norm import Norm, RunningStatistics, Statistics, Sums
 
-# Each activation is a function of the pre-activation z and of a parameter, which is leaky_relu's
-# slope; the other activations ignore the parameter.
+# Each activation is a function of its input z and of a parameter. The parameter is leaky_relu's
+# slope, and the other activations ignore it.
 ACTIVATION_FORMULAS: dict[str, Callable[[Tensor, float], Tensor]] = {
     "identity": lambda z, param: z,
     "relu": lambda z, param: F.relu(z),
@@ -32,7 +32,7 @@ ACTIVATION_FORMULAS: dict[str, Callable[[Tensor, float], Tensor]] = {
 
 
 def reduced_dims(x: Tensor) -> list[int]:
-    """Returns every dimension except the channels'."""
+    """Returns every dimension except the channel dimension."""
     return [0, *range(2, x.dim())]
 
 
@@ -87,11 +87,11 @@ def bn_combine_ref(
     *,
     counter: Tensor | None = None,
 ) -> tuple[Statistics, Tensor]:
-    """Returns the statistics over all ranks (processes), and N = Σ n_r, their number of elements.
+    """Returns the statistics over the batches of all ranks, and N, the number of elements.
 
-    ``moments`` (ranks, 3, C) has n_r, mean_r and M2_r = Σ(x − mean_r)² of each rank r. Then
-    mean = Σ n_r·mean_r / N and var = Σ (M2_r + n_r·(mean_r − mean)²) / N. If N is 0, the running
-    statistics don't change.
+    A rank is a process. ``moments`` (ranks, 3, C) has n_r, mean_r and M2_r = Σ(x − mean_r)² of each
+    rank r. Then N = Σ n_r, mean = Σ n_r·mean_r / N and
+    var = Σ (M2_r + n_r·(mean_r − mean)²) / N. If N is 0, the running statistics don't change.
     """
     count, means, m2 = moments.double().unbind(1)
     total = count.sum(0)
@@ -110,7 +110,7 @@ def bn_combine_ref(
 
 
 def _rstd(x: Tensor, norm: Norm) -> Tensor:
-    """1/sqrt(var + eps), broadcastable to ``x``."""
+    """Returns 1/sqrt(var + eps), broadcastable to ``x``."""
     statistics = norm.statistics
     if isinstance(statistics, RunningStatistics):
         return 1 / (per_channel(statistics.var, x) + statistics.eps).sqrt()
@@ -118,12 +118,12 @@ def _rstd(x: Tensor, norm: Norm) -> Tensor:
 
 
 def _xhat(x: Tensor, norm: Norm) -> Tensor:
-    """(x − mean)·rstd."""
+    """Returns (x − mean)·rstd."""
     return (x.to(acc_type(x)) - per_channel(norm.statistics.mean, x)) * _rstd(x, norm)
 
 
 def _normalised(x: Tensor, norm: Norm) -> Tensor:
-    """xhat·weight + bias."""
+    """Returns (x − mean)·rstd·weight + bias."""
     z = _xhat(x, norm)
     if norm.weight is not None:
         z = z * per_channel(norm.weight, x)
@@ -135,7 +135,10 @@ def _normalised(x: Tensor, norm: Norm) -> Tensor:
 def _pre_activation(
     x: Tensor, norm: Norm, residual: Tensor | None, residual_norm: Norm | None
 ) -> Tensor:
-    """z = norm(x) + residual_norm(residual); a residual without a norm is added unchanged."""
+    """Returns z = norm(x) + residual_norm(residual).
+
+    If ``residual_norm`` is None, the residual is added unchanged.
+    """
     z = _normalised(x, norm)
     if residual is None:
         return z
@@ -164,9 +167,10 @@ def bn_apply_ref(
 def _pre_activation_grad(
     dy: Tensor, dy_skip: Tensor | None, mask: Tensor | None, act: str, param: float, *inputs: Any
 ) -> Tensor:
-    """dz = (dy + dy_skip)·act'(z).
+    """Returns dz = (dy + dy_skip)·act'(z).
 
-    act'(z) is ``mask``; if ``mask`` is None, z is computed from ``inputs``.
+    If ``mask`` is not None, act'(z) is 1 where ``mask`` is True and 0 elsewhere. Otherwise z is
+    computed from ``inputs``.
     """
     dy = dy.to(acc_type(inputs[0]))
     if dy_skip is not None:
@@ -193,10 +197,11 @@ def bn_backward_reduce_ref(
     dy_skip: Tensor | None = None,
     write_dz: bool = False,
 ) -> tuple[Sums, Tensor | None]:
-    """Returns each channel's Σ dz and each norm's Σ dz·xhat, and dz (None without ``write_dz``).
+    """Returns the sums Σ dz and Σ dz·xhat of each channel for each batch norm, and dz.
 
-    dz is the gradient of the pre-activation z, and xhat = (x − mean)·rstd. The norms are the batch
-    norm of x and, if ``residual_norm`` is not None, the batch norm of the residual.
+    dz is the gradient of the activation's input, and xhat = (x − mean)·rstd. The batch norms are
+    ``norm`` and, if it is not None, ``residual_norm``, for which x stands for the residual. Without
+    ``write_dz``, the returned dz is None.
     """
     inputs = x, norm, residual, residual_norm
     dz = _pre_activation_grad(dy, dy_skip, mask, act, act_param, *inputs)
@@ -223,9 +228,10 @@ def bn_backward_dx_ref(
     dy_skip: Tensor | None = None,
     write_dresidual: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """Returns dx and dresidual, which is None without ``write_dresidual``.
+    """Returns dx and dresidual, the gradients of ``x`` and ``residual``.
 
-    dresidual is dz or, if ``residual_norm`` is not None, the gradient through that norm.
+    Without ``write_dresidual``, dresidual is None. Otherwise it is dz if ``residual_norm`` is None,
+    and the gradient through ``residual_norm`` if there is one.
     """
     inputs = x, norm, residual, residual_norm
     dz = _pre_activation_grad(dy, dy_skip, mask, act, act_param, *inputs)
@@ -241,9 +247,9 @@ def bn_backward_dx_ref(
 
 
 def _input_grad(dz: Tensor, x: Tensor, norm: Norm, sums: Sums | None, count: int) -> Tensor:
-    """dx = (dz − (sum_dy + xhat·sum_dy_xhat)/count)·rstd·weight.
+    """Returns dx = (dz − (sum_dy + xhat·sum_dy_xhat)/count)·rstd·weight.
 
-    If ``sums`` is None, dx = dz·rstd·weight.
+    If ``sums`` is None, the result is dx = dz·rstd·weight.
     """
     dx = dz
     if sums is not None:
@@ -279,9 +285,9 @@ def _window_starts(y: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def pooled_offsets(argmax: Tensor, width: int) -> Tensor:
-    """Returns each maximum's offset in its plane of ``width`` columns.
+    """Returns the offset of each maximum in its plane, which has ``width`` columns.
 
-    ``argmax`` has each maximum's position in its window.
+    ``argmax`` has the position of each maximum in its window.
     """
     down, across = _window_starts(argmax)
     argmax = argmax.long()
@@ -289,7 +295,10 @@ def pooled_offsets(argmax: Tensor, width: int) -> Tensor:
 
 
 def bn_max_pool_at_ref(x: Tensor, norm: Norm, act: str, act_param: float, argmax: Tensor) -> Tensor:
-    """Returns the y of `bn_max_pool_ref` for given positions of the maxima, differentiably."""
+    """Returns the y of `bn_max_pool_ref` for given positions of the maxima.
+
+    The result is differentiable.
+    """
     flat = pooled_offsets(argmax, x.shape[3]).flatten(2)
     values, _ = bn_apply_ref(x, norm, None, None, act, act_param)
     return values.flatten(2).gather(2, flat).view(argmax.shape)
@@ -307,8 +316,8 @@ def bn_max_pool_backward_dx_ref(
 ) -> Tensor:
     """Returns dx for the gradient ``dy`` of the pooled tensor.
 
-    Each element of ``dy`` is added at the position of its window's maximum; `bn_backward_dx_ref`
-    then computes dx.
+    Each element of ``dy`` is first added at the position of its window's maximum. Then
+    `bn_backward_dx_ref` computes dx.
     """
     flat = pooled_offsets(argmax, x.shape[3]).flatten(2)
     scattered = torch.zeros(x.shape, dtype=acc_type(x), device=x.device).flatten(2)

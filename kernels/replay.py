@@ -1,9 +1,9 @@
-"""Records the launches of a call's first run, and repeats them later without triton's checks.
+"""Records a call's kernel launches, and repeats them for later calls without triton's checks.
 
-Triton's own launch determines at each launch which specialisation of a kernel the arguments need.
-This is not necessary for calls of the same kind, which have the same shapes, strides, dtypes,
-device and options, and None for the same tensors. Calls of the same kind launch the same kernels
-with the same numbers, and only the addresses of the tensors differ.
+Triton determines at each launch which specialisation of a kernel the arguments need. This is not
+necessary for calls of the same kind. Two calls are of the same kind if their shapes, strides,
+dtypes, devices and options are equal, and if the same tensors are None. Calls of the same kind
+launch the same kernels with the same numbers, and only the addresses of the tensors differ.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,8 +29,8 @@ Groups = Sequence[Sequence[Tensor | None]]
 class _Replayed(NamedTuple):
     """A recorded launch.
 
-    ``pick`` selects the launch's pointers from a list of all pointers of a call. ``numbers`` are
-    the launch's other arguments.
+    ``pick`` selects the launch's pointers from the list of the call's pointers. ``numbers`` are the
+    launch's other arguments.
     """
 
     compiled: CompiledKernel
@@ -43,9 +43,10 @@ class _Replayed(NamedTuple):
 
 
 class _Derived(NamedTuple):
-    """A pointer ``distance`` bytes after another pointer, with the dtype and size of its tensor.
+    """A pointer that is ``distance`` bytes after another pointer.
 
-    ``base`` is the index of the other pointer in the list of the call's pointers.
+    ``base`` is the index of the other pointer in the list of the call's pointers. ``dtype`` and
+    ``numel`` describe the tensor that starts at the derived pointer.
     """
 
     base: int
@@ -55,13 +56,13 @@ class _Derived(NamedTuple):
 
 
 class Replay:
-    """The launches of one kind of call.
+    """The kernel launches of calls of one kind.
 
     Launches are recorded only for aligned tensors, and no tensor is kept alive. Each pointer of a
     launch points into one of the call's tensors or into scratch memory. Scratch memory replaces the
-    temporary tensors that the recorded call allocated. If the output is first written after the
-    last use of the temporary tensors and is large enough, the output's memory is the scratch
-    memory; otherwise scratch memory is allocated at each call.
+    temporary tensors that the recorded call allocated. The output's memory serves as scratch memory
+    if the output is large enough, and if it is first written after the last use of the temporary
+    tensors. Otherwise scratch memory is allocated at each call.
     """
 
     __slots__ = ("_derived", "_launches", "_ran", "_scratch", "_takes_addresses")
@@ -143,9 +144,9 @@ class Replay:
         self._ran.add(aligned)
         given = [id(t) for group in groups for t in group if t is not None]
         if (
-            launches  # empty if interpreted
+            launches  # the list is empty if kernels are interpreted
             and aligned
-            and len(set(given)) == len(given)  # no tensor twice: a pointer would be ambiguous
+            and len(set(given)) == len(given)  # the place of a tensor given twice is ambiguous
             and all(isinstance(launch.compiled, CompiledKernel) for launch in launches)
         ):
             self._record(launches, [t for group in groups for t in group], groups[-1][0])
@@ -153,7 +154,10 @@ class Replay:
     def _record(
         self, launches: list[Launch], tensors: list[Tensor | None], output: Tensor | None
     ) -> None:
-        """Determines which tensor or scratch memory each pointer of the launches points into."""
+        """Stores the launches, and where each of their pointers points to.
+
+        A pointer points into one of the ``tensors`` or into scratch memory.
+        """
         pointers = [[a for a in launch.arguments if _is_pointer(a)] for launch in launches]
         places = {id(t): i for i, t in enumerate(tensors) if t is not None}
         null, scratch_base = len(tensors), len(tensors) + 1
@@ -163,8 +167,8 @@ class Replay:
         insides = {key: _inside(t, tensors) for key, t in others.items()}
         scratch = {key for key, inside in insides.items() if inside is None}
         size = sum(_room_for(others[key]) for key in scratch)
-        # Scratch memory is in the output's memory if it fits there and is last used by a launch
-        # before the first launch that has the output.
+        # The output's memory serves as scratch memory if it is large enough, and if the last launch
+        # that uses scratch memory precedes the first launch that has the output as an argument.
         readers = [i for i, row in enumerate(pointers) if any(id(t) in scratch for t in row)]
         writers = [i for i, row in enumerate(pointers) if any(t is output for t in row)]
         if (
@@ -204,19 +208,22 @@ def _picker(places: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]
 
 
 def _is_pointer(argument: object) -> bool:
-    """Whether a kernel's argument is a tensor or None; such arguments precede all others."""
+    """Whether a kernel's argument is a tensor or None.
+
+    A kernel's tensors and None precede its other arguments.
+    """
     return argument is None or isinstance(argument, Tensor)
 
 
 def _room_for(t: Tensor) -> int:
-    """Returns the bytes of scratch memory that a tensor takes."""
+    """Returns the number of bytes of scratch memory that a tensor takes."""
     return -(-t.nbytes // SCRATCH_ALIGNMENT) * SCRATCH_ALIGNMENT
 
 
 def _inside(t: Tensor, tensors: Sequence[Tensor | None]) -> tuple[int, int] | None:
-    """Returns the index of the tensor whose memory ``t`` starts in, and the offset in bytes.
+    """Returns the index of the tensor in whose memory ``t`` starts, and the offset in bytes.
 
-    None if ``t`` starts in none of them.
+    If ``t`` starts in the memory of none of the ``tensors``, the result is None.
     """
     for i, whole in enumerate(tensors):
         if whole is not None and 0 <= t.data_ptr() - whole.data_ptr() < whole.nbytes:
@@ -225,7 +232,10 @@ def _inside(t: Tensor, tensors: Sequence[Tensor | None]) -> tuple[int, int] | No
 
 
 def _view(base: Tensor, derived: _Derived) -> Tensor:
-    """Returns a tensor that starts at a derived pointer, for launchers that refuse addresses."""
+    """Returns a tensor that starts at a derived pointer.
+
+    Launchers that don't accept addresses get this tensor instead.
+    """
     storage = base.untyped_storage()
     start = (base.data_ptr() - storage.data_ptr() + derived.distance) // derived.dtype.itemsize
     view = torch.empty(0, dtype=derived.dtype, device=base.device)

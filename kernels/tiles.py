@@ -1,8 +1,8 @@
 """Device functions for a `config.Tile`: offsets, loads, stores, channel columns and mask bits.
 
-A tile is UNROLL sub-tiles of (sub_rows, block_cols) elements, one below the other. A program
-computes the tiles of one block of columns over a range of rows, which is a split. `config` explains
-what rows and columns are for each kind of tile.
+A tile consists of UNROLL sub-tiles of (sub_rows, block_cols) elements, one below the other. A
+program computes the tiles of one block of columns over a range of rows. This range is a split.
+`config` explains what rows and columns are for each kind of tile.
 """
 
 import triton
@@ -18,10 +18,10 @@ GROUPS = tl.constexpr(config.GROUPS)
 
 @triton.jit
 def rows_exist(row_start, count, TILE: tl.constexpr, UNROLL: tl.constexpr, WHOLE: tl.constexpr):
-    """Returns which rows or elements of a tile exist, broadcastable to the tile.
+    """Returns which rows or elements of a tile exist, as a mask that is broadcastable to the tile.
 
-    With WHOLE, the caller knows that all exist. Columns of channels that don't exist are not
-    excluded here.
+    With WHOLE, the caller knows that all of them exist. The mask does not exclude columns whose
+    channels don't exist.
     """
     row = row_start + tl.arange(0, UNROLL * TILE.sub_rows)[:, None]
     if WHOLE:
@@ -44,8 +44,8 @@ def tile_offsets(
 ):  # fmt: skip
     """Returns the offsets of a tile's elements, and which elements exist.
 
-    Both are (UNROLL·sub_rows, block_cols). With WORD 2, they are for words of two elements, so
-    there are half as many columns.
+    Both results are (UNROLL·sub_rows, block_cols). If WORD is 2, they are for words of two
+    elements, and they have half as many columns.
     """
     count, C, L = shape
     INDEX: tl.constexpr = tl.int32 if TILE.narrow else tl.int64
@@ -62,7 +62,8 @@ def tile_offsets(
         else:
             plane = L
             n = divide(row * VECTOR + cols, L, TILE)
-        # In memory, the planes of all other channels are between a channel's planes of two samples.
+        # In memory, the planes of all other channels are between a channel's plane in one sample
+        # and its plane in the next sample.
         skipped = (tl.cast(C, INDEX) - 1) * plane
         offsets = tl.cast(col_block, INDEX) * plane + (row * VECTOR + cols) + n * skipped
     else:
@@ -72,7 +73,10 @@ def tile_offsets(
 
 @triton.jit
 def _in_rows(row_start, local, col_block, cols, mask, C, TILE: tl.constexpr, WORD: tl.constexpr):
-    """Returns offsets and mask of a `CHANNELS` or `GROUPS` tile, in words of WORD elements."""
+    """Returns the offsets and the mask of a `CHANNELS` or `GROUPS` tile.
+
+    The offsets and the mask are for words of WORD elements.
+    """
     INDEX: tl.constexpr = tl.int32 if TILE.narrow else tl.int64
     if TILE.kind == GROUPS:
         width = TILE.group_cols // WORD
@@ -95,8 +99,8 @@ def _in_rows(row_start, local, col_block, cols, mask, C, TILE: tl.constexpr, WOR
 def divide(a, b, TILE: tl.constexpr):
     """Returns a // b for integers that are not negative."""
     if TILE.narrow:
-        # Multiplies by the reciprocal of b, which the compiler moves out of a loop. The product is
-        # the quotient or the quotient − 1.
+        # The division is a multiplication by the reciprocal of b. The compiler moves the reciprocal
+        # out of loops. The product is the quotient or the quotient − 1.
         a, b = a.to(tl.uint32), tl.cast(b, tl.uint32)
         quotient = tl.umulhi(a, tl.full((), 0xFFFFFFFF, tl.uint32) // b)
         quotient += (a - quotient * b >= b).to(tl.uint32)
@@ -111,7 +115,7 @@ def tile_at(
 ):  # fmt: skip
     """Returns two results of `tile_offsets`: one for `load_tile` and one for `store_tile`.
 
-    If TILE.words, the result for `load_tile` is in words of two elements.
+    If TILE.words is True, the result for `load_tile` is for words of two elements.
     """
     at = tile_offsets(row_start, col_block, shape, TILE, UNROLL, WHOLE, 1)
     load_at = at
@@ -122,7 +126,7 @@ def tile_at(
 
 @triton.jit
 def load_tile(ptr, load_at, TILE: tl.constexpr, EVICTION: tl.constexpr, ACC: tl.constexpr):
-    """Loads a tile and casts it to ACC; elements that don't exist are 0."""
+    """Returns a tile, cast to ACC. Elements that don't exist are 0."""
     offsets, mask = load_at
     if TILE.words:
         # Converting half of a word to fp32 takes one instruction, a shift or a mask. Converting a
@@ -155,7 +159,10 @@ def split_rows(split, rows_per_split, count, TILE: tl.constexpr):
 
 @triton.jit
 def whole_rows(start, stop, count, TILE: tl.constexpr, UNROLL: tl.constexpr):
-    """Returns the row after the last tile of a split in which all elements exist."""
+    """Returns the row after the last whole tile of a split.
+
+    In a whole tile all elements exist.
+    """
     ROWS: tl.constexpr = UNROLL * TILE.sub_rows
     if TILE.kind == PLANES:
         stop = tl.minimum(stop, count // TILE.vector)
@@ -171,9 +178,9 @@ def channel_ids(col_block, C, TILE: tl.constexpr):
 
 @triton.jit
 def to_columns(v, TILE: tl.constexpr):
-    """Expands per-channel values (block_channels,) to columns, broadcastable to a tile.
+    """Returns per-channel values (block_channels,) in a form that is broadcastable to a tile.
 
-    Two-dimensional values, which are broadcastable already, are returned unchanged.
+    If the values are two-dimensional, they are broadcastable already and are returned unchanged.
     """
     if len(v.shape) == 2:
         return v
@@ -186,7 +193,10 @@ def to_columns(v, TILE: tl.constexpr):
 
 @triton.jit
 def to_channels(acc, TILE: tl.constexpr):
-    """Sums each channel's elements of a sub-tile (sub_rows, block_cols): (block_channels,)."""
+    """Returns the sum of each channel's elements in a sub-tile: (block_channels,).
+
+    The sub-tile is (sub_rows, block_cols).
+    """
     if TILE.kind == PLANES:
         # Each thread first adds up the columns that it has, so that it exchanges only one value
         # with other threads.
@@ -209,9 +219,9 @@ def to_channels(acc, TILE: tl.constexpr):
 def mask_offsets(row_start, col_block, shape, TILE: tl.constexpr, UNROLL: tl.constexpr):
     """Returns the offsets of a tile's mask bytes, and which bytes exist.
 
-    Both are (sub_rows, block_cols / 2). A byte has the bits of 4 sub-tiles (UNROLL is 4) and of 2
-    neighbouring columns. Bit ``2u + p`` of byte (r, c) is for row ``u·sub_rows + r`` and column
-    ``2c + p`` of the tile. All elements of a byte belong to one thread, so threads exchange
+    Both results are (sub_rows, block_cols / 2), and UNROLL is 4. A byte has the bits of 4 sub-tiles
+    and of 2 neighbouring columns. Bit ``2u + p`` of byte (r, c) is for row ``u·sub_rows + r`` and
+    column ``2c + p`` of the tile. All elements of a byte belong to one thread, so threads exchange
     nothing.
     """
     count, C, _ = shape

@@ -23,7 +23,7 @@ process_group_named: Callable[[Any], Any] = distributed_c10d._resolve_process_gr
 
 
 def all_gather(t: Tensor, group: Any) -> Tensor:
-    """Returns the ``t`` of every process in the group with the name ``group``: (processes, *)."""
+    """Returns the ``t`` of every process in the process group named ``group``: (processes, *)."""
     t = t.contiguous()
     ranks = distributed_c10d._get_group_size_by_name(group)
     gathered = torch.ops._c10d_functional.all_gather_into_tensor(t, ranks, group)
@@ -31,9 +31,9 @@ def all_gather(t: Tensor, group: Any) -> Tensor:
 
 
 def reduce_scatter(t: Tensor, group: Any) -> Tensor:
-    """Returns the sum of ``t[r]`` over all processes of the group, where r is this process's rank.
+    """Returns the sum of ``t[r]`` over all processes of the group.
 
-    ``t`` is (processes, *).
+    r is the rank of the process that gets the sum. ``t`` is (processes, *).
     """
     t = t.contiguous()
     scattered = torch.ops._c10d_functional.reduce_scatter_tensor(t, "sum", len(t), group)
@@ -41,7 +41,10 @@ def reduce_scatter(t: Tensor, group: Any) -> Tensor:
 
 
 def unwrapped(t: Tensor | None) -> Tensor | None:
-    """Returns the tensor inside torch.func's wrappers, without their information on derivatives."""
+    """Returns the tensor inside the wrappers of torch.func.
+
+    The wrappers' information on derivatives is lost.
+    """
     while t is not None and is_wrapped(t):
         t = _functorch.get_unwrapped(t)
     return t
@@ -60,7 +63,7 @@ def mapped_levels(t: Tensor | None) -> set[int]:
 def is_exporting() -> bool:
     """Whether `torch.export` is capturing a program.
 
-    `torch.compiler.is_exporting` does not tell, because in torch 2.11 it is also true inside
+    `torch.compiler.is_exporting` is not used, because in torch 2.11 it also returns True inside
     torch.compile.
     """
     return torch.compiler._is_exporting_flag
@@ -68,7 +71,7 @@ def is_exporting() -> bool:
 
 @contextmanager
 def outside_of_transforms() -> Iterator[None]:
-    """Context in which torch.func transforms, dispatch modes and autograd don't see operations."""
+    """A context that hides operations from torch.func transforms, dispatch modes and autograd."""
     with torch._C._DisableFuncTorch(), torch.no_grad(), _disable_current_modes():
         yield
 
@@ -84,7 +87,7 @@ def in_dispatch_mode() -> bool:
 
 
 def dispatches(t: object) -> bool:
-    """Whether ``t``'s class intercepts operators, as fake and distributed tensors do."""
+    """Whether the class of ``t`` intercepts operators, like fake and distributed tensors."""
     dispatch = getattr(type(t), "__torch_dispatch__", None)
     return dispatch not in (None, torch._C._disabled_torch_dispatch_impl)
 

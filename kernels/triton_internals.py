@@ -7,7 +7,7 @@ from triton.compiler import CompiledKernel
 
 
 def launch_parts(compiled: CompiledKernel) -> tuple[Any, Any, Any]:
-    """Returns a compiled kernel's launcher, and two of its arguments: those after the stream."""
+    """Returns a compiled kernel's launcher, and the launcher's two arguments after the stream."""
     return compiled.run, compiled.function, compiled.packed_metadata
 
 
@@ -26,6 +26,6 @@ def current_stream(device: int) -> int:
 
 
 def has_launch_hooks() -> bool:
-    """Whether hooks around launches are set, e.g. by a profiler."""
+    """Whether hooks around launches are set, for example by a profiler."""
     runtime = triton.knobs.runtime
     return bool(runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls)

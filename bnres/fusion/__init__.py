@@ -1,7 +1,7 @@
-"""Fuses users' models.
+"""Fuses the models of users.
 
-`fuse` makes a model run fused operations, `fold` folds batch norms into convolutions for export,
-and `explain` reports what `fuse` does to a model and why.
+`fuse` makes a model run fused operations. `fold` folds batch norms into convolutions for export.
+`explain` reports what `fuse` does to a model and why.
 """
 
 from bnres.fusion.backend import fuse, inductor, unfuse

@@ -23,13 +23,14 @@ from bnres.nn.sync import CapturedSyncBatchNorm, make_nodes
 def backend(
     module: fx.GraphModule, example_inputs: Sequence[Any], *, options: dict[str, Any] | None = None
 ) -> Callable[..., Any]:
-    """Fuses a captured graph and compiles it: the backend of ``torch.compile(backend="bnres")``.
+    """Fuses a captured graph and compiles it, as the backend of ``torch.compile(backend="bnres")``.
 
     Args:
-        module: the graph that Dynamo captured; it is rewritten.
+        module: the graph that Dynamo captured. The graph is rewritten in place.
         example_inputs: the graph's inputs.
-        options: ``{"inner": ...}`` sets the backend that compiles the rewritten graph, by its name,
-            such as ``"inductor"``, or as a function. By default the graph runs eagerly.
+        options: ``{"inner": ...}`` sets the backend that compiles the rewritten graph. It is the
+            name of a backend, such as ``"inductor"``, or a function. By default the graph runs
+            eagerly.
 
     Raises:
         ValueError: for an unknown option, or if ``inner`` is neither a string nor callable.
@@ -49,7 +50,7 @@ def backend(
 
 
 def run_eagerly(module: fx.GraphModule) -> Callable[..., Any]:
-    """A function that runs a captured graph without a compiler.
+    """Returns a function that runs a captured graph without a compiler.
 
     The graph may contain torch's operator for activation checkpoints. This operator needs a
     compiler, so `_checkpointed` replaces it.
@@ -67,11 +68,11 @@ def run_eagerly(module: fx.GraphModule) -> Callable[..., Any]:
 def _checkpointed(
     body: fx.GraphModule, *args: Any, of_module: Sequence[bool], **options: Any
 ) -> Any:
-    """The outputs of ``body``, run in an activation checkpoint.
+    """Runs ``body`` in an activation checkpoint, and returns the outputs.
 
     Dynamo turned tensors of modules into arguments of ``body``, although the user's call did not
-    pass them. They are not passed to `checkpoint` either, because backward raises an error if an
-    argument of a checkpoint was written to.
+    pass these tensors. This function does not pass them to `checkpoint` either, because backward
+    raises an error if an argument of a checkpoint was written to.
     """
     options["use_reentrant"] = False
     if "_checkpoint_context_fn" in body.meta:
@@ -91,8 +92,8 @@ def inductor() -> Iterator[None]:
 
     ``torch.compile`` compiles a function when the function is first called, so the first call must
     be made inside the context. Our pass runs after the passes that the user has set in
-    ``torch._inductor.config.pre_grad_custom_pass``. AOTAutograd's cache works in this context, but
-    not with the backend ``"bnres"`` and ``options={"inner": "inductor"}``.
+    ``torch._inductor.config.pre_grad_custom_pass``. AOTAutograd's cache works in this context. It
+    does not work with the backend ``"bnres"`` and ``options={"inner": "inductor"}``.
     """
     from torch._inductor import config
 
@@ -103,16 +104,16 @@ def inductor() -> Iterator[None]:
 
 
 def fuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
-    """The same model, whose calls run fused operations.
+    """Returns the fused model. It is the same model, but its calls run fused operations.
 
-    A call does the same as after ``model.compile(backend="bnres")``. Dynamo, the part of
-    torch.compile that reads Python code, captures the graph of a call, and captures a new graph if
-    the Python state that the graph depends on has changed. Each batch norm in the graph is fused
-    with the operations before and after it; `bnres.explain` shows which operations are fused.
+    A call does the same as after ``model.compile(backend="bnres")``. Dynamo is the part of
+    torch.compile that reads Python code. It captures the graph of a call, and captures a new graph
+    if the Python state that the graph depends on has changed. Each batch norm in the graph is fused
+    with the operations before and after it. `bnres.explain` shows which operations are fused.
 
     The rules of ``torch.compile`` apply. A forward or backward hook that is added after the first
     call does not run, and a submodule that is called directly runs unfused. At most
-    ``torch._dynamo.config.recompile_limit`` graphs are captured; a call that would need another
+    ``torch._dynamo.config.recompile_limit`` graphs are captured. A call that would need another
     graph runs unfused.
 
     Args:
@@ -120,9 +121,10 @@ def fuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
         inplace: whether to fuse ``model`` itself instead of a copy.
 
     Returns:
-        The fused model. Its repr contains "fused by bnres". It has the class, the parameters, the
-        keys and the hooks of ``model``. Copies and pickles of the fused model are not fused, and
-        `torch.export` and `torch.jit.trace` treat it as a model that is not fused.
+        The fused model. Its repr contains "fused by bnres". The fused model has the class, the
+        parameters, the keys of the state dict and the hooks of ``model``. Copies and pickles of the
+        fused model are not fused. `torch.export` and `torch.jit.trace` treat the fused model as a
+        model that is not fused.
 
     Raises:
         TypeError: if ``model`` is not a module.
@@ -143,7 +145,7 @@ def fuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
 class _FusedRepr:
     """The ``extra_repr`` of a fused model.
 
-    Copies and pickles of the model do not keep it, because they are not fused.
+    Copies and pickles of the model are not fused, so they do not keep this ``extra_repr``.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -157,7 +159,7 @@ class _FusedRepr:
 
 
 def unfuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
-    """The model as it was before `fuse`.
+    """Returns the model as it was before `fuse`.
 
     Args:
         model: any module, fused or not.
@@ -169,7 +171,7 @@ def unfuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if not inplace:
-        return copy.deepcopy(model)  # copies are unfused
+        return copy.deepcopy(model)  # copies of a fused model are not fused
     for module in model.modules():
         set_compiled_call(module, None)
         if isinstance(module.__dict__.get("extra_repr"), _FusedRepr):

@@ -10,7 +10,7 @@ from bnres.operations.sync_batch_norm_act import sync_batch_norm
 
 
 def compiled(function: Callable[..., Any], backend: Any, **options: Any) -> Callable[..., Any]:
-    """``torch.compile`` of a function, with a separate cache of graphs.
+    """Returns ``function`` compiled by ``torch.compile``. It gets a separate cache of graphs.
 
     torch stores at most ``torch._dynamo.config.recompile_limit`` graphs for each code object. The
     ``__call__`` of all modules has the same code object, so modules would share this limit. Here
@@ -21,14 +21,14 @@ def compiled(function: Callable[..., Any], backend: Any, **options: Any) -> Call
         return function(*args, **kwargs)
 
     call.__code__ = call.__code__.replace()
-    # Makes a call of the function one node in the graph. Otherwise Dynamo would capture the
-    # operations inside the function.
+    # A call of `sync_batch_norm` becomes one node in the graph. Otherwise Dynamo would capture the
+    # operations inside this function.
     torch._dynamo.allow_in_graph(sync_batch_norm)
     return torch.compile(call, backend=backend, **options)
 
 
 def set_compiled_call(module: nn.Module, call: Callable[..., Any] | None) -> None:
-    """Sets the function that calls of the module run, like `torch.nn.Module.compile`.
+    """Sets the function that runs if the module is called, like `torch.nn.Module.compile`.
 
     Copies of the module do not keep this function.
     """
@@ -36,7 +36,7 @@ def set_compiled_call(module: nn.Module, call: Callable[..., Any] | None) -> Non
 
 
 def uncompiled_call(module: nn.Module) -> Callable[..., Any]:
-    """The module's call, including its hooks, without `torch.nn.Module.compile`."""
+    """Returns the call of a module, including hooks, without `torch.nn.Module.compile`."""
     return module._call_impl
 
 
@@ -49,15 +49,16 @@ def is_compiled(module: nn.Module) -> bool:
 
 
 def lookup_backend(name: Any) -> Callable[..., Any]:
-    """The backend with this name; a backend is returned unchanged."""
+    """Returns the backend with this name. If ``name`` is a backend, it is returned unchanged."""
     return torch._dynamo.lookup_backend(name)  # type: ignore[attr-defined, no-any-return]
 
 
 def module_tensors(graph: fx.Graph) -> set[int]:
-    """The ids of the fake tensors of a graph's inputs that are attributes of modules.
+    """Returns the ids of fake tensors, for those inputs of a graph that are attributes of modules.
 
-    A fake tensor has a shape and a dtype but no data. The inputs of nested graphs are the same fake
-    tensors, so the ids also identify them there, where Dynamo records no origin of the inputs.
+    A fake tensor has a shape and a dtype but no data. In nested graphs, Dynamo does not record
+    where inputs come from. The inputs of nested graphs are the same fake tensors, so the ids
+    identify them too.
     """
     found = set()
     for node in graph.find_nodes(op="placeholder"):
@@ -68,14 +69,14 @@ def module_tensors(graph: fx.Graph) -> set[int]:
 
 
 def graph_breaks() -> dict[str, int]:
-    """How often each reason has caused a graph break in this process."""
+    """Returns how often each reason has caused a graph break in this process."""
     from torch._dynamo.utils import counters
 
     return dict(counters["graph_break"])
 
 
 def not_captured() -> type[Exception]:
-    """The error that ``torch.compile(fullgraph=True)`` raises at a graph break."""
+    """Returns the error class that ``torch.compile(fullgraph=True)`` raises at a graph break."""
     from torch._dynamo.exc import Unsupported
 
     return Unsupported

@@ -15,9 +15,9 @@ from bnres.nn.sync import make_nodes
 
 
 def explain(model: nn.Module, *inputs: Any, **kwargs: Any) -> FusionReport:
-    """A report of what `bnres.fuse` does to a model that is called with these inputs.
+    """Returns a report of what `bnres.fuse` does to a model that is called with these inputs.
 
-    A copy of the model is called once, in the training or eval mode that the model has.
+    A copy of the model is called once. It is in training or eval mode, like the model.
 
     Args:
         model: any module.
@@ -41,8 +41,8 @@ def explain(model: nn.Module, *inputs: Any, **kwargs: Any) -> FusionReport:
         placeholders = module.graph.find_nodes(op="placeholder")
         rows, run = fuse_graphs(module), run_eagerly(module)
 
-        # Modules of one class may share a graph. The graph's arguments include the module's
-        # tensors, which show for which module the graph runs.
+        # Modules of one class may share a graph. A graph's arguments include the tensors of a
+        # module, and these tensors show for which module the graph runs.
         def call(*args: Any) -> Any:
             tensors = dict(zip(placeholders, args, strict=True))
             for site, nodes in rows:

@@ -18,28 +18,31 @@ from bnres.nn.sync import revert_sync_batchnorm
 
 
 def fold(model: nn.Module, *inputs: Any, **kwargs: Any) -> nn.Module:
-    """A copy of a model in which batch norms are folded into the convolutions before them.
+    """Returns a copy of a model. In the copy, batch norms are folded into convolutions.
 
-    The convolution's filters are multiplied by ``weight / sqrt(var + eps)``, and its bias changes
-    accordingly. A folded batch norm becomes an `nn.Identity` and loses its keys in the state dict;
-    nothing else changes. A folded model that was built from torch's layers can be loaded and
-    exported without bnres. On a GPU a folded model moves more memory than
+    A batch norm is folded into the convolution before it.
+
+    The filters of the convolution are multiplied by ``weight / sqrt(var + eps)``, and the bias of
+    the convolution changes accordingly. A folded batch norm becomes an `nn.Identity` and loses its
+    keys in the state dict. Nothing else changes. A folded model that was built from torch's layers
+    can be loaded and exported without bnres. On a GPU a folded model moves more memory than
     ``bnres.fuse(model).eval()``.
 
     The model is called with ``inputs`` and ``kwargs`` to find the convolution before each batch
     norm. If a later change makes the model's forward run other operations, fold the model again. A
     batch norm is not folded in three cases: if a tensor of the convolution or of the batch norm is
-    used elsewhere, if one of the two modules is called more than once or has a hook, or if one of
-    them is not of torch's own classes.
+    used elsewhere, if one of the two modules is called more than once or has a hook, or if the
+    class of one of the two modules is not a class of torch.
 
     Args:
-        model: any module in eval mode, fused or not; it is not changed.
+        model: any module in eval mode, fused or not. It is not changed.
         inputs, kwargs: example arguments of the model. If there are none, nothing is folded.
 
     Raises:
         TypeError: if ``model`` is not a module.
         ValueError: if the model or one of its batch norms is in training mode, if Dynamo does not
-            capture its forward as one graph, or if its forward changes when batch norms are folded.
+            capture the model's forward as one graph, or if the model's forward changes when batch
+            norms are folded.
     """
     folded = revert_sync_batchnorm(unfuse(model))
     for name, module in folded.named_modules():
@@ -69,7 +72,7 @@ def fold(model: nn.Module, *inputs: Any, **kwargs: Any) -> nn.Module:
 def _capture(
     model: nn.Module, inputs: Sequence[Any], kwargs: dict[str, Any]
 ) -> tuple[fx.Graph, dict[fx.Node, Any]]:
-    """The graph of a call of the model, and the tensor of each placeholder."""
+    """Returns the graph of a call of the model, and the tensor of each placeholder."""
     found: list[tuple[fx.Graph, dict[fx.Node, Any]]] = []
 
     def record(module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -85,15 +88,18 @@ def _capture(
             model(*inputs, **kwargs)  # if this call fails, its error is raised instead
         line = str(error).splitlines()[0]
         raise ValueError(f"model can't be folded: its forward is not one graph: {line}") from error
-    # Popped from the list, so that the graph can be freed: torch keeps every backend, and therefore
-    # keeps `record` and this list in memory.
+    # Torch keeps every backend in memory, and therefore `record` and this list too. The graph is
+    # removed from the list, so that it can be freed.
     return found.pop() if found else (fx.Graph(), {})
 
 
 def _pairs(
     graph: fx.Graph, tensors: dict[fx.Node, Any], model: nn.Module
 ) -> dict[fx.Node, tuple[str, str]]:
-    """The nodes of the batch norms to fold, with the names of each convolution and batch norm."""
+    """Returns the nodes of the batch norms to fold.
+
+    For each node, the names of the convolution and of the batch norm are returned too.
+    """
     modules, found = dict(model.named_modules(remove_duplicate=False)), {}
     for node in graph.nodes:
         call = norm_call(node)
@@ -116,5 +122,5 @@ def _pairs(
 
 
 def _called(graph: fx.Graph, without: Collection[fx.Node] = ()) -> list[Any]:
-    """The targets of a graph's calls, in order."""
+    """Returns the targets of the calls in a graph, in order."""
     return [n.target for n in graph.nodes if n.op.startswith("call") and n not in without]

@@ -1,4 +1,7 @@
-"""Recognises batch norms with fixed statistics ("frozen") that are written as plain arithmetic."""
+"""Recognises frozen batch norms that are written as plain arithmetic.
+
+The statistics of a frozen batch norm are fixed.
+"""
 
 from typing import Any
 
@@ -26,7 +29,7 @@ def _detectron2(x: Any, mean: Any, var: Any, weight: Any, bias: Any) -> Any:
     return x * scale.reshape(1, -1, 1, 1).to(torch.float32) + shift.to(torch.float32)
 
 
-# ignore_literals: a number such as eps may differ from the number in the pattern.
+# With ignore_literals, a number such as eps may differ from the number in the pattern.
 MATCHERS = [
     SubgraphMatcher(fx.symbolic_trace(pattern).graph, ignore_literals=True)
     for pattern in (_torchvision, _detectron2)
@@ -42,7 +45,7 @@ def as_batch_norm(graph: fx.Graph) -> None:
             del found["x"]
             own, eps = set(found.values()), found["rsqrt"].args[0].args[1]
             (end,) = match.returning_nodes
-            # Not the x in `match`, because an earlier replacement may have replaced that node.
+            # The x in `match` is not used, because an earlier replacement may have replaced it.
             x: Any = end.all_input_nodes[0].args[0]
             if _is_batch_norm(x, eps, end, vectors) and not obstacle(own, set()):
                 replace(own, F.batch_norm, (x, *vectors, False, 0.0, eps), {})

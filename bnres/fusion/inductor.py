@@ -24,7 +24,7 @@ class FusePass(CustomGraphPass):
         fuse_graph(graph.owning_module)  # type: ignore[arg-type]
 
     def uuid(self) -> Any:
-        """The key of this pass in torch's caches of compiled code.
+        """Returns the key of this pass in torch's caches of compiled code.
 
         If one of the earlier passes has no key, the result is None, which disables the caches.
         """

@@ -37,14 +37,14 @@ class NormCall:
     """A call of batch norm.
 
     Attributes:
-        node: the call.
-        calls: the call and, if there is one, the addition that increments its
-            ``num_batches_tracked``.
+        node: the node of the call.
+        calls: this node, and the addition that increments ``num_batches_tracked`` if there is one.
         input: the node that the call normalises.
-        state: a `BatchNormState` with the nodes of the call's tensors, and with the call's options.
+        state: a `BatchNormState` with the call's options. It has nodes instead of tensors. Its
             ``input_bias`` is the bias of the convolution before the call, or None.
         training: whether the call normalises with the statistics of the batch.
-        conv: the arguments of the convolution whose output only this call reads, or None.
+        conv: the arguments of the convolution before the call if no other node reads the
+            convolution's output, otherwise None.
         group: the name of the process group if the batch norm is synchronised, otherwise empty.
     """
 
@@ -58,12 +58,12 @@ class NormCall:
 
     @property
     def operation(self) -> Any:
-        """The fused function for batch norm, residual and activation."""
+        """The function that fuses this batch norm with a residual and an activation."""
         return sync_batch_norm_act if self.group else batch_norm_act
 
     @property
     def buffers(self) -> set[int | None]:
-        """The storages that the calls write to."""
+        """The storages to which ``calls`` write."""
         return {storage(n) for call in self.calls for n in writes(call) or []}
 
 
@@ -73,11 +73,11 @@ class Match:
 
     Attributes:
         operation: the function of the fused call.
-        norms: one or two calls of batch norm; the second normalises the residual.
-        nodes: the replaced nodes, without the convolution.
-        pattern: the operations of the nodes, such as ``conv-bn-act``.
-        options: the arguments of the fused call, without the arguments of the first batch norm.
-        reason: why the next operation is not fused too; may be empty.
+        norms: one or two calls of batch norm. The second call normalises the residual.
+        nodes: the replaced nodes, except the node of the convolution.
+        pattern: the operations of the replaced nodes, such as ``conv-bn-act``.
+        options: the arguments of the fused call, except the arguments of the first batch norm.
+        reason: why the next operation is not fused too. It may be empty.
     """
 
     operation: Any
@@ -94,14 +94,18 @@ class Match:
         return self.nodes | {self.norms[0].input} if takes_conv else self.nodes
 
     def add(self, nodes: set[fx.Node], pattern: str, **options: Any) -> None:
-        """Adds nodes, their part of the pattern, and their arguments in the fused call."""
+        """Adds ``nodes`` to the match.
+
+        The match's pattern is extended by ``pattern``, and the fused call gets ``options`` as
+        further arguments.
+        """
         self.nodes |= nodes
         self.pattern += pattern
         self.options |= options
 
 
 def norm_call(node: fx.Node) -> NormCall | None:
-    """The batch norm that a node calls; None if the node calls no batch norm that we support."""
+    """Returns the batch norm that a node calls, or None if it calls no supported batch norm."""
     if node.target not in SIGNATURES:
         return None
     bound = SIGNATURES[node.target].bind(*node.args, **node.kwargs)  # type: ignore[index]
@@ -116,8 +120,9 @@ def norm_call(node: fx.Node) -> NormCall | None:
     if node.target is F.batch_norm and training:
         counter = _counter(node)
         calls |= set() if counter is None else {node.prev}
-    # Fusing adds the convolution's bias in the batch norm, where its gradient is set to 0. In a
-    # process group only the sum of the gradients over all processes is 0, so it is not fused.
+    # If the convolution is fused, the batch norm adds the convolution's bias, and the gradient of
+    # the bias is set to 0. In a process group only the sum of this gradient over all processes is
+    # 0, so the convolution is not fused.
     conv = convolution(input) if only_user(input) is not None and not group else None
     bias = None if conv is None else conv.get("bias")
     state = BatchNormState(**options, num_batches_tracked=counter, input_bias=bias)
@@ -125,7 +130,7 @@ def norm_call(node: fx.Node) -> NormCall | None:
 
 
 def _counter(node: fx.Node) -> Any:
-    """The ``num_batches_tracked`` that the node before a batch norm increments, or None."""
+    """Returns the ``num_batches_tracked`` that the node before a batch norm increments, or None."""
     before = node.prev
     if before.target != "add_" or before.args[1:] != (1,) or before.kwargs or before.users:
         return None
@@ -135,7 +140,7 @@ def _counter(node: fx.Node) -> Any:
 
 
 def shortest(norm: NormCall) -> Match:
-    """A match of a batch norm and the convolution before it."""
+    """Returns a match of a batch norm and the convolution before it."""
     where = {"process_group": norm.group} if norm.group else {"training": norm.training}
     options = {**where, "act": None}
     if norm.conv is None:
@@ -144,9 +149,9 @@ def shortest(norm: NormCall) -> Match:
 
 
 def longest(norm: NormCall) -> Match:
-    """A match of a batch norm and everything that can be fused with it.
+    """Returns a match of a batch norm and everything that can be fused with it.
 
-    This function does not look at other nodes of the graph; `hazard` checks them.
+    This function does not look at other nodes of the graph. `hazard` checks the other nodes.
     """
     match = shortest(norm)
     user: Any = only_user(norm.node)
@@ -181,13 +186,13 @@ def longest(norm: NormCall) -> Match:
 
 
 def _residual_norm(norm: NormCall, other: fx.Node) -> NormCall | None:
-    """The batch norm of the residual, if one operation can run both; otherwise None."""
+    """Returns the batch norm of the residual if one operation can run both, otherwise None."""
     second = norm_call(other) if only_user(other) is not None else None
     if second is None or second.buffers & norm.buffers:
         return None
     if (second.training, second.group) != (norm.training, norm.group):
         return None
-    # If both norms have fixed statistics and fixed weights, they are not fused: one operation would
+    # Two batch norms with fixed statistics and fixed weights are not fused. One operation would
     # keep both inputs for backward, while two separate operations keep neither.
     weights = (value(norm.state.weight), value(second.state.weight))
     fixed = not norm.training and not any(getattr(w, "requires_grad", False) for w in weights)
@@ -195,16 +200,19 @@ def _residual_norm(norm: NormCall, other: fx.Node) -> NormCall | None:
 
 
 def hazard(match: Match) -> str:
-    """Why the calls of a match can't all run at its last node's position; empty if they can."""
-    # A convolution that stays in the graph runs without its bias, which the fused call adds.
+    """Returns why the calls of a match can't all run at the position of the match's last node.
+
+    If they can, the result is empty.
+    """
+    # A convolution that stays in the graph runs without its bias, and the fused call adds the bias.
     convs = {norm.input for norm in match.norms if norm.state.input_bias is not None}
     buffers = {b for norm in match.norms for b in norm.buffers}
     found = obstacle(match.replaced | convs, buffers)
     if found:
         return found
-    # Our backward may read the batch norms' biases and the residual, which torch's backward does
-    # not read, so later writes to these tensors are a hazard. An exception is a residual to which
-    # the model adds in place: later writes then go to the sum, and the fused sum is a new tensor.
+    # Our backward may read the batch norms' biases and the residual. Torch's backward does not read
+    # these tensors, so later writes to them are a hazard. There is one exception. If the model adds
+    # to the residual in place, later writes go to the sum, and the fused sum is a new tensor.
     residual = match.options.get("residual") if len(match.norms) == 1 else None
     becomes_sum = residual in [w for n in match.nodes for w in writes(n) or []]
     read = [norm.state.bias for norm in match.norms] + ([] if becomes_sum else [residual])
@@ -219,11 +227,13 @@ def hazard(match: Match) -> str:
 
 
 def obstacle(own: set[fx.Node], buffers: set[int | None]) -> str:
-    """Why nodes can't all move to the position of the last of these nodes; empty if they can.
+    """Returns why nodes can't all move to the position of the last of these nodes.
+
+    If they can, the result is empty.
 
     Args:
         own: the nodes to move.
-        buffers: the storages that these nodes write to.
+        buffers: the storages to which these nodes write.
     """
     first, last = min(own), max(own)
     inputs = {n for m in own for n in m.all_input_nodes}
@@ -243,7 +253,10 @@ def obstacle(own: set[fx.Node], buffers: set[int | None]) -> str:
 
 
 def find(node: fx.Node) -> Match | str:
-    """The match of a node's batch norm, or the reason why our operation can't compute it."""
+    """Returns the match of the batch norm that a node calls.
+
+    If our operation can't compute this batch norm, the reason is returned.
+    """
     norm = norm_call(node)
     if norm is None:
         return "bnres does not support the dtype or the number of dimensions of its input"

@@ -24,7 +24,7 @@ from bnres.operations.sync_batch_norm_act import sync_batch_norm
 ADDITIONS = ("add", "iadd")
 POOLING = ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
 CONVOLUTION = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
-# The names of an activation's arguments after its input.
+# For each activation, these are the names of the arguments after the input.
 ACTIVATIONS = {
     "relu": ("inplace",),
     "relu6": ("inplace",),
@@ -49,29 +49,34 @@ NORMS = (
 )  # fmt: skip
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 NORMS_IN_PLACE = re.compile("(batch|instance)_norm")
-# Python modules whose functions write to a tensor only if their name or an argument says so.
+# The functions of these Python modules write to a tensor only if the name of the function or an
+# argument says so.
 KNOWN = ("torch", "_operator", "operator", "math", "builtins")
 OPERATORS: Any = (torch._ops.OpOverload, torch._ops.OpOverloadPacket)
 
 
 def value(node: Any) -> FakeTensor | None:
-    """The fake tensor of a node: a tensor without data, with the shape and dtype of its result.
+    """Returns the fake tensor of a node, or None.
 
-    None if ``node`` is not a node or its result is not a tensor.
+    A fake tensor has the shape and dtype of the node's result, but no data. The function returns
+    None if ``node`` is not a node, or if the node's result is not a tensor.
     """
     found = node.meta.get("example_value") if isinstance(node, fx.Node) else None
     return found if isinstance(found, FakeTensor) else None
 
 
 def storage(node: fx.Node) -> int | None:
-    """An identifier of the memory of a node's tensor; it is equal for tensors that share memory."""
+    """Returns an identifier of the memory of a node's tensor.
+
+    Tensors that share memory have the same identifier.
+    """
     found = value(node)
     return None if found is None else found.untyped_storage()._cdata
 
 
 def alike(a: Any, b: Any) -> bool:
     """Whether two nodes are tensors of the same shape and dtype for all values of dynamic sizes."""
-    # Imported only here, because this module imports sympy.
+    # This module is imported only here, because it imports sympy.
     from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 
     x, y = value(a), value(b)
@@ -81,12 +86,12 @@ def alike(a: Any, b: Any) -> bool:
 
 
 def only_user(node: fx.Node) -> fx.Node | None:
-    """The node that reads ``node`` if there is exactly one, otherwise None."""
+    """Returns the node that reads ``node`` if there is exactly one, otherwise None."""
     return next(iter(node.users)) if len(node.users) == 1 else None
 
 
 def dies_in(node: fx.Node, user: fx.Node) -> bool:
-    """Whether ``node``'s memory was allocated in this graph and nothing after ``user`` reads it."""
+    """Whether this graph allocated the memory of ``node`` and nothing after ``user`` reads it."""
     return all(
         other.op.startswith("call")
         # The results of one call may share memory.
@@ -98,15 +103,19 @@ def dies_in(node: fx.Node, user: fx.Node) -> bool:
 
 
 def module_name(node: fx.Node) -> str:
-    """The name, as in `torch.nn.Module.named_modules`, of the module whose forward made a node."""
+    """Returns the name of the module whose forward made a node.
+
+    The name is as in `torch.nn.Module.named_modules`.
+    """
     stack = list((node.meta.get("nn_module_stack") or {}).values())
     return re.sub(r"^L\['\w+'\](\.__self__)?\.?", "", stack[-1][0]) if stack else node.name
 
 
 def torch_name(node: fx.Node | None) -> str:
-    """The name of the method, or of the torch or Python function, that a node calls.
+    """Returns the name of the method or function that a node calls.
 
-    Empty if the node calls nothing, or calls another function.
+    The result is empty if the node calls nothing, or calls a function that is not of torch or
+    Python.
     """
     if node is None or node.op not in ("call_function", "call_method"):
         return ""
@@ -119,15 +128,15 @@ def torch_name(node: fx.Node | None) -> str:
 
 
 def arguments(node: fx.Node, names: tuple[str, ...]) -> dict[str, Any] | None:
-    """A call's arguments by name; None if it has arguments that are not in ``names``."""
+    """Returns the arguments of a call by name, or None if an argument is not in ``names``."""
     found = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
     return found if len(node.args) <= len(names) and set(found) <= set(names) else None
 
 
 def constants(node: Any, names: tuple[str, ...]) -> dict[str, Any] | None:
-    """The arguments after a call's input, by name.
+    """Returns the arguments of a call after its input, by name.
 
-    None if a name is not in ``names``, or if the value of an argument is a node.
+    The result is None if a name is not in ``names``, or if the value of an argument is a node.
     """
     found = arguments(node, ("input", *names)) or {}
     if [name for name, v in found.items() if isinstance(v, fx.Node)] != ["input"]:
@@ -137,14 +146,14 @@ def constants(node: Any, names: tuple[str, ...]) -> dict[str, Any] | None:
 
 
 def addition(node: fx.Node) -> tuple[Any, Any] | None:
-    """The two terms that a node adds; None if it is not an addition."""
+    """Returns the two terms that a node adds, or None if the node is not an addition."""
     added = torch_name(node).rstrip("_") in ADDITIONS
     found = arguments(node, ("input", "other")) if added else None
     return None if found is None else (found["input"], found["other"])
 
 
 def activation(node: fx.Node | None) -> tuple[str, dict[str, Any] | None] | None:
-    """The name and the options of the activation that a node applies; None if there is none."""
+    """Returns the name and the options of the activation that a node applies, or None."""
     name = torch_name(node).rstrip("_")
     options = constants(node, ACTIVATIONS[name]) if name in ACTIVATIONS else None
     if options is None:
@@ -159,7 +168,7 @@ def activation(node: fx.Node | None) -> tuple[str, dict[str, Any] | None] | None
 
 
 def pooling(node: fx.Node | None) -> dict[str, Any] | None:
-    """The options of a node that applies the max-pool of a ResNet's stem; otherwise None."""
+    """Returns the options of a node that applies the max-pool of a ResNet's stem, or None."""
     options = constants(node, POOLING) if torch_name(node) == "max_pool2d" else None
     if options is None or options.pop("return_indices", False) or not is_stem(**options):
         return None
@@ -167,14 +176,14 @@ def pooling(node: fx.Node | None) -> dict[str, Any] | None:
 
 
 def convolution(node: fx.Node) -> dict[str, Any] | None:
-    """The arguments of a node that calls the 2-D convolution of a 4-D input; otherwise None."""
+    """Returns the arguments of a node that calls the 2-D convolution of a 4-D input, or None."""
     found = arguments(node, CONVOLUTION) if torch_name(node) == "conv2d" else None
     x = None if found is None else value(found.get("input"))
     return found if x is not None and x.dim() == 4 else None
 
 
 def stem_convolution(node: fx.Node) -> tuple[Any, ...] | None:
-    """The input, weight and bias of a node that calls the convolution of `stem_conv2d`, or None."""
+    """Returns input, weight and bias if a node calls the convolution of `stem_conv2d`, or None."""
     found = convolution(node)
     weight = None if found is None else value(found["weight"])
     if found is None or weight is None or weight.shape[2:] != (KERNEL, KERNEL):
@@ -187,7 +196,7 @@ def stem_convolution(node: fx.Node) -> tuple[Any, ...] | None:
 
 
 def _statistics(node: fx.Node) -> list[fx.Node]:
-    """The running statistics and counters of a call with one or two norms."""
+    """Returns the running statistics and counters of a call with one or two batch norms."""
     first = inspect.signature(node.target).bind(*node.args, **node.kwargs).arguments  # type: ignore[arg-type]
     second = first.get("residual_norm")
     norms = [first] if second is None else [first, second._asdict()]
@@ -195,9 +204,9 @@ def _statistics(node: fx.Node) -> list[fx.Node]:
 
 
 def writes(node: fx.Node) -> list[fx.Node] | None:
-    """The nodes whose tensors may be written to by a node or by a later user of its outputs.
+    """Returns the nodes to whose tensors a node, or a later user of its outputs, may write.
 
-    None if they are unknown.
+    If these nodes are unknown, the result is None.
     """
     if node.op in ("placeholder", "get_attr"):
         return []
@@ -215,7 +224,8 @@ def writes(node: fx.Node) -> list[fx.Node] | None:
     first = [n for n in given if isinstance(n, fx.Node)]
     if IN_PLACE.fullmatch(name):
         return first
-    # Unknown: not a function of torch, or called for a side effect such as disabling gradients.
+    # The writes of two kinds of functions are unknown: functions that are not of torch, and
+    # functions that are called for a side effect, such as disabling gradients.
     if node.op != "call_method" and (not name or node.meta.get("example_value") is None):
         return None
     asked = node.kwargs.get("inplace") or any(a is True for a in node.args)
@@ -223,7 +233,7 @@ def writes(node: fx.Node) -> list[fx.Node] | None:
 
 
 def replace(nodes: set[fx.Node], target: Any, args: tuple[Any, ...], kwargs: Any) -> fx.Node:
-    """Replaces nodes by one call, at the position of the last node; returns the call."""
+    """Replaces nodes by one call at the position of the last node, and returns the call."""
     end = max(nodes)
     with end.graph.inserting_before(end):
         call = end.graph.call_function(target, args, kwargs)

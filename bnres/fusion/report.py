@@ -1,4 +1,4 @@
-"""The report of what is fused, what is not, and why."""
+"""The report of what is fused, what is not fused, and why."""
 
 import re
 from dataclasses import dataclass
@@ -20,10 +20,11 @@ class Site:
     """One batch norm of a model.
 
     Attributes:
-        name: the qualified name of its module.
+        name: the qualified name of the batch norm's module.
         pattern: the operations that are fused, such as ``conv-bn-act``. ``bn`` means that our
-            operation computes only the batch norm, and ``-`` that the batch norm is not fused.
-        reason: why the batch norm is not fused, or not fused with more operations; may be empty.
+            operation computes only the batch norm. ``-`` means that the batch norm is not fused.
+        reason: why the batch norm is not fused, or why it is not fused with more operations. It may
+            be empty.
         fused: whether one of our operations computes the batch norm.
     """
 
@@ -35,7 +36,7 @@ class Site:
 
 @dataclass(frozen=True)
 class FusionReport:
-    """A row for each batch norm of a model, in the order of its modules."""
+    """A report with a row for each batch norm of a model, in the order of the model's modules."""
 
     sites: list[Site]
 

@@ -11,18 +11,24 @@ from bnres.fusion.match import SIGNATURES, Match, find
 from bnres.fusion.nodes import module_name, replace, stem_convolution, storage, writes
 from bnres.fusion.report import Site
 
-# A row of the report on how a call of batch norm was fused, and the nodes of the call's tensors.
+# This is the report's row for a call of batch norm, and the nodes of the call's tensors.
 Found = tuple[Site, list[fx.Node]]
 
 
 def fuse_graphs(module: fx.GraphModule) -> list[Found]:
-    """Fuses a captured graph and its nested graphs; returns a report's row for each batch norm."""
+    """Fuses a captured graph and its nested graphs.
+
+    Returns the report's row for each batch norm, and the nodes of the batch norm's tensors.
+    """
     graphs = [m for m in module.modules() if isinstance(m, fx.GraphModule)]
     return [found for graph in graphs for found in fuse_graph(graph)]
 
 
 def fuse_graph(module: fx.GraphModule) -> list[Found]:
-    """Fuses one captured graph; returns a report's row for each batch norm."""
+    """Fuses one captured graph.
+
+    Returns the report's row for each batch norm, and the nodes of the batch norm's tensors.
+    """
     graph, rows = module.graph, []
     as_batch_norm(graph)
     calls: list[fx.Node] = []
@@ -52,9 +58,9 @@ def _row(node: fx.Node, pattern: str, reason: str, fused: bool = True) -> Found:
 
 
 def _arguments(match: Match) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of the fused call.
+    """Returns the arguments of the fused call.
 
-    Removes the bias of a convolution that stays in the graph, because the fused call adds it.
+    If a convolution stays in the graph, its bias is removed, because the fused call adds the bias.
     """
     norm = match.norms[0]
     options = match.options | norm.state._asdict()
@@ -72,14 +78,17 @@ def _arguments(match: Match) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def _use_stem_conv(node: fx.Node) -> None:
-    """Makes a node that calls the first convolution of a ResNet call `stem_conv2d`."""
+    """If a node calls the first convolution of a ResNet, makes it call `stem_conv2d` instead."""
     tensors = stem_convolution(node)
     if tensors is not None:
         node.op, node.target, node.args, node.kwargs = "call_function", stem_conv2d, tensors, {}
 
 
 def _fork(graph: fx.Graph, call: fx.Node) -> None:
-    """Makes a call with two users return two tensors, so that our backward adds their gradients."""
+    """Makes a call return two tensors if it has two users, one for each user.
+
+    Our backward then adds the gradients of the two tensors.
+    """
     users, shared = list(call.users), storage(call)
     if len(users) != 2:
         return

@@ -1,8 +1,9 @@
-"""Residual blocks, built from torch's layers or from fused layers, with the same parameter names.
+"""Residual blocks, built from torch's layers or from fused layers.
 
-In ``block(x, skip, fork=True)`` the block's shortcut reads ``skip`` instead of ``x``, and the
-block returns its output as two tensors; `bnres.models.chain` explains why. ``block.readers()``
-returns the modules that read the block's input.
+The parameters have the same names in both cases. In ``block(x, skip, fork=True)`` the block's
+shortcut reads ``skip`` instead of ``x``, and the block returns its output as two tensors.
+`bnres.models.chain` explains why. ``block.readers()`` returns the modules that read the block's
+input.
 """
 
 from typing import Any, ClassVar
@@ -15,7 +16,7 @@ from bnres.nn.hooks import hooked
 
 
 def conv(in_channels: int, out_channels: int, kernel_size: int, stride: int = 1) -> nn.Conv2d:
-    """Returns a convolution without bias; at stride 1 it keeps height and width."""
+    """Returns a convolution without bias. With stride 1 it keeps the height and the width."""
     return nn.Conv2d(
         in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2, bias=False
     )
@@ -24,7 +25,10 @@ def conv(in_channels: int, out_channels: int, kernel_size: int, stride: int = 1)
 def projection(
     in_channels: int, out_channels: int, stride: int, norm_act: NormAct
 ) -> nn.Sequential | None:
-    """Returns a shortcut's convolution and batch norm, or None if the block keeps the shape."""
+    """Returns a shortcut, or None if the block keeps the shape of its input.
+
+    The shortcut is a convolution followed by a batch norm.
+    """
     if stride == 1 and in_channels == out_channels:
         return None
     norm, _ = norm_act(out_channels, act=None)
@@ -41,10 +45,10 @@ def _end(
     *,
     fork: bool,
 ) -> Any:
-    """act(bn(conv(x)) + shortcut(skip)); with ``fork`` a pair of tensors with this value.
+    """Returns act(bn(conv(x)) + shortcut(skip)), or with ``fork`` a pair of tensors of this value.
 
     If ``bn`` includes the activation, ``act`` is an identity, and one fused operation returns the
-    pair. Otherwise the pair has the same tensor twice.
+    pair. Otherwise both items of the pair are the same tensor.
     """
     if fork and type(act) is nn.Identity and not hooked(act):
         return conv_and_norm(conv, bn, x, skip, shortcut, fork=True)
@@ -60,7 +64,8 @@ class BasicBlock(nn.Module):
         channels: number of channels of the 3×3 convolutions. The output has ``expansion`` times as
             many channels.
         stride: stride of the block.
-        norm_act: builds a batch norm and the activation after it, see `bnres.models.layers`.
+        norm_act: a function that builds a batch norm and the activation after it, see
+            `bnres.models.layers`.
     """
 
     expansion: ClassVar[int] = 1
@@ -85,10 +90,11 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1×1, 3×3 and 1×1 convolution, each followed by BN; add; ReLU (He et al., arXiv 1512.03385).
+    """Three convolutions with BN, add, ReLU (He et al., arXiv 1512.03385).
 
-    As in torchvision, the 3×3 convolution has the block's stride, and the other two have stride 1.
-    The arguments are those of `BasicBlock`.
+    The convolutions are 1×1, 3×3 and 1×1, and a BN follows each of them. As in torchvision, the 3×3
+    convolution has the block's stride, and the other two convolutions have stride 1. The arguments
+    are the same as for `BasicBlock`.
     """
 
     expansion: ClassVar[int] = 4
@@ -119,15 +125,16 @@ class Bottleneck(nn.Module):
 class Residual(nn.Module):
     """The residual block of the d2l.ai course.
 
-    It differs from `BasicBlock`: its submodules have other names, its convolutions have a bias, and
-    its shortcut has no batch norm.
+    This block differs from `BasicBlock` in three ways. Its submodules have other names, its
+    convolutions have a bias, and its shortcut has no batch norm.
 
     Args:
         input_channels: number of channels of the input.
         num_channels: number of channels of the output.
         use_1x1conv: whether the shortcut has a 1×1 convolution.
         strides: stride of the first convolution and of the shortcut's convolution.
-        norm_act: builds a batch norm and the activation after it, see `bnres.models.layers`.
+        norm_act: a function that builds a batch norm and the activation after it, see
+            `bnres.models.layers`.
     """
 
     def __init__(

@@ -1,8 +1,9 @@
 """Calls modules one after another, and passes each block's output to the next block as two tensors.
 
-Two modules read a block's output: the next block's convolution and its shortcut. The operation that
-computes the output returns it as two tensors (``fork=True``), one for each reader. Its backward
-then gets both gradients and adds them itself, so autograd needs no extra pass to add them.
+Two modules read a block's output: the next block's convolution and the next block's shortcut. With
+``fork=True``, the operation that computes the output returns it as two tensors, one for each
+reader. The operation's backward then gets both gradients and adds them, so autograd needs no extra
+pass to add them.
 
 No other code may get one of the two tensors. The gradient of each tensor is only a part of the
 output's gradient, so a caller, a hook or another module would see a wrong gradient.
@@ -23,8 +24,8 @@ from bnres.nn import (
 )
 from bnres.nn.hooks import hooked
 
-# Modules are compared with exactly these classes, because a subclass may use its input in other
-# ways.
+# The class of a module must be exactly one of these classes, because a subclass may use its input
+# in other ways.
 BLOCKS = (BasicBlock, Bottleneck, Residual)
 READERS = (nn.Conv2d, BatchNormAct2d, SyncBatchNormAct, nn.Sequential, type(None))
 STEMS = (BatchNormAct2d, BatchNormActMaxPool2d, SyncBatchNormAct, SyncBatchNormActMaxPool2d)
@@ -61,7 +62,7 @@ def run(modules: Iterable[nn.Module], x: Any) -> Any:
 def _calls(modules: Iterable[Any]) -> list[nn.Module]:
     """Returns the modules to call, in order.
 
-    A sequence is replaced by the modules inside it, and identities are left out.
+    A sequence is replaced by the modules inside the sequence, and identities are left out.
     """
     found = []
     for module in modules:
@@ -75,7 +76,7 @@ def _calls(modules: Iterable[Any]) -> list[nn.Module]:
 def takes_two(module: Any) -> bool:
     """Whether a module is a residual block that can take its input as two tensors.
 
-    No hook and no module of an unknown class may read the input.
+    The block can't do so if a hook or a module of an unknown class reads the input.
     """
     if type(module) not in BLOCKS:
         return False

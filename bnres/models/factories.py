@@ -1,4 +1,4 @@
-"""Builds models from outside bnres, by calling a factory: the user's, torchvision's or timm's."""
+"""Builds models from outside bnres by calling a factory of the user, of torchvision or of timm."""
 
 import importlib
 import inspect
@@ -14,7 +14,8 @@ from torch import nn
 
 from bnres.fusion.dynamo import is_compiled
 
-# ImageNet's number of classes, the default of the models of bnres, torchvision and timm.
+# ImageNet has this many classes. The number is the default of the models of bnres, torchvision and
+# timm.
 NUM_CLASSES = 1000
 
 
@@ -29,8 +30,9 @@ def make_model(
     """Calls a factory and returns its model.
 
     Args:
-        name: ``PACKAGE.MODULE:FACTORY`` for a function of a module, which may be in the current
-            folder; ``torchvision:NAME`` or ``timm:NAME`` for a model of torchvision or timm.
+        name: ``PACKAGE.MODULE:FACTORY`` names a function of a module. The module may be in the
+            current folder. ``torchvision:NAME`` and ``timm:NAME`` name a model of torchvision or
+            timm.
         num_classes: passed to the factory if the factory has a parameter of this name. If this
             parameter has no default and ``num_classes`` is None, the factory gets 1000.
         in_channels: passed to the factory if the factory has a parameter of this name or
@@ -100,7 +102,7 @@ def _factory(name: str) -> Callable[..., Any]:
 
 
 def _import(path: str) -> ModuleType:
-    """Imports a module, which may be in the current folder, as with ``python -m``."""
+    """Imports a module. As with ``python -m``, the module may be in the current folder."""
     here = os.getcwd()
     if here not in sys.path and "" not in sys.path:
         sys.path.insert(0, here)

@@ -14,7 +14,7 @@ NormAct = Callable[..., list[Any]]
 def stock_norm_act(
     channels: int, act: str | None = "relu", *, pool: nn.MaxPool2d | None = None, dims: int = 2
 ) -> list[Any]:
-    """Returns torch's layers for batch norm and activation, followed by ``pool`` if given.
+    """Returns torch's layers for batch norm and activation, followed by ``pool`` if it is not None.
 
     Args:
         channels: number of channels of the input.
@@ -32,7 +32,10 @@ def stock_norm_act(
 def fused_norm_act(
     channels: int, act: str | None = "relu", *, pool: nn.MaxPool2d | None = None, dims: int = 2
 ) -> list[Any]:
-    """Returns as many layers as `stock_norm_act`: one that computes everything, then identities."""
+    """Returns as many layers as `stock_norm_act`.
+
+    The first layer computes everything, and the others are identities.
+    """
     if pool is None:
         cls = BatchNormAct1d if dims == 1 else BatchNormAct2d
         return [cls(channels, act_layer=act), nn.Identity()]

@@ -23,7 +23,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 }
 
 
-# Input shapes of the models whose input does not have DEFAULT_INPUT_SHAPE.
+# The inputs of these models do not have DEFAULT_INPUT_SHAPE, but the shapes given here.
 INPUT_SHAPES = {
     "resnet18-seed": (1, 1, 224, 224),
     "resnet18-seed-cifar": (1, 3, 32, 32),
@@ -44,12 +44,11 @@ def create_model(name: str, *, fused: bool = True, **options: Any) -> nn.Module:
     """Builds a model of `MODELS`, or calls a factory.
 
     Args:
-        name: a name in `MODELS`; or ``torchvision:NAME``, ``timm:NAME`` or
-            ``PACKAGE.MODULE:FACTORY``, see `make_model`.
+        name: a name in `MODELS`, or a name that `make_model` accepts: ``torchvision:NAME``,
+            ``timm:NAME`` or ``PACKAGE.MODULE:FACTORY``.
         fused: whether to build the model from fused layers. A factory's model is fused by
             `bnres.fuse`.
-        options: options of the model. For a factory they can only be ``num_classes`` and
-            ``in_channels``.
+        options: options of the model. A factory only accepts ``num_classes`` and ``in_channels``.
 
     Raises:
         ValueError: if the name is unknown, if the model does not have one of the options, or if

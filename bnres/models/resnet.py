@@ -1,4 +1,7 @@
-"""ResNets of fused layers or of torch's layers, with torchvision's parameter names and numerics."""
+"""ResNets of fused layers or of torch's layers.
+
+The names of the parameters and the numerics are the same as in torchvision.
+"""
 
 from functools import partial
 from typing import Any
@@ -14,16 +17,18 @@ STEMS = ("imagenet", "cifar")
 
 
 class ResNet(nn.Module):
-    """A ResNet (He et al., arXiv 1512.03385): maps (N, in_channels, H, W) to (N, num_classes).
+    """A ResNet (He et al., arXiv 1512.03385).
+
+    It maps (N, in_channels, H, W) to (N, num_classes).
 
     Args:
         block: class of the residual block.
         depths: number of blocks in each of the four stages.
         num_classes: number of classes.
         in_channels: number of channels of the input.
-        fused: whether to use fused layers; otherwise torch's layers.
-        stem: ``"imagenet"`` (7×7 convolution of stride 2, max-pool) or ``"cifar"`` (3×3 convolution
-            of stride 1, no pooling).
+        fused: whether to use fused layers instead of torch's layers.
+        stem: ``"imagenet"`` means a 7×7 convolution of stride 2 and a max-pool. ``"cifar"`` means a
+            3×3 convolution of stride 1 and no pooling.
         act: name of the activation.
         zero_init_residual: whether to initialise the weight of each block's last batch norm to 0.
 
@@ -67,7 +72,7 @@ class ResNet(nn.Module):
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.flatten = nn.Flatten()
         self.fc = nn.Linear(width, num_classes)
-        # Convolutions get He's initialisation; the other layers keep torch's.
+        # Convolutions get He's initialisation, and the other layers keep torch's initialisation.
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -83,25 +88,25 @@ class ResNet(nn.Module):
 
 
 def resnet18(num_classes: int = 1000, in_channels: int = 3, **options: Any) -> ResNet:
-    """ResNet-18; ``options`` are those of `ResNet`. ``fused=False`` uses torch's layers."""
+    """Returns a ResNet-18. ``options`` are arguments of `ResNet`, such as ``fused=False``."""
     return ResNet(BasicBlock, (2, 2, 2, 2), num_classes, in_channels, **options)
 
 
 def resnet34(num_classes: int = 1000, in_channels: int = 3, **options: Any) -> ResNet:
-    """ResNet-34; ``options`` are those of `ResNet`. ``fused=False`` uses torch's layers."""
+    """Returns a ResNet-34. ``options`` are arguments of `ResNet`, such as ``fused=False``."""
     return ResNet(BasicBlock, (3, 4, 6, 3), num_classes, in_channels, **options)
 
 
 def resnet50(num_classes: int = 1000, in_channels: int = 3, **options: Any) -> ResNet:
-    """ResNet-50; ``options`` are those of `ResNet`. ``fused=False`` uses torch's layers."""
+    """Returns a ResNet-50. ``options`` are arguments of `ResNet`, such as ``fused=False``."""
     return ResNet(Bottleneck, (3, 4, 6, 3), num_classes, in_channels, **options)
 
 
 def resnet101(num_classes: int = 1000, in_channels: int = 3, **options: Any) -> ResNet:
-    """ResNet-101; ``options`` are those of `ResNet`. ``fused=False`` uses torch's layers."""
+    """Returns a ResNet-101. ``options`` are arguments of `ResNet`, such as ``fused=False``."""
     return ResNet(Bottleneck, (3, 4, 23, 3), num_classes, in_channels, **options)
 
 
 def resnet152(num_classes: int = 1000, in_channels: int = 3, **options: Any) -> ResNet:
-    """ResNet-152; ``options`` are those of `ResNet`. ``fused=False`` uses torch's layers."""
+    """Returns a ResNet-152. ``options`` are arguments of `ResNet`, such as ``fused=False``."""
     return ResNet(Bottleneck, (3, 8, 36, 3), num_classes, in_channels, **options)

@@ -13,7 +13,10 @@ from bnres.models.layers import fused_norm_act, stock_norm_act
 def _resnet18(
     conv: nn.Conv2d, num_classes: int, fused: bool, pool: nn.MaxPool2d | None = None
 ) -> nn.Sequential:
-    """Returns a ResNet-18: a stem that starts with ``conv``, four stages of two blocks, a head."""
+    """Returns a ResNet-18, which has a stem, four stages of two blocks, and a head.
+
+    The stem starts with ``conv``.
+    """
     norm_act = fused_norm_act if fused else stock_norm_act
     return Chain(
         nn.Sequential(conv, *norm_act(64, pool=pool)),
@@ -33,7 +36,7 @@ def _resnet18(
 def resnet18_seed(
     num_classes: int = 10, in_channels: int = 1, *, fused: bool = True
 ) -> nn.Sequential:
-    """Returns the course's ResNet-18 for inputs (N, 1, 224, 224), as a sequence of its stages."""
+    """Returns the course's ResNet-18 for inputs (N, 1, 224, 224), as a sequence of stages."""
     conv = nn.Conv2d(in_channels, 64, kernel_size=7, stride=2, padding=3)
     return _resnet18(conv, num_classes, fused, nn.MaxPool2d(3, 2, 1))
 
@@ -41,7 +44,7 @@ def resnet18_seed(
 def resnet18_seed_cifar(
     num_classes: int = 10, in_channels: int = 3, *, fused: bool = True
 ) -> nn.Sequential:
-    """Returns the ResNet-18 of the course's augmentation chapter, which has no max-pool."""
+    """Returns the ResNet-18 of the course's augmentation chapter. It has no max-pool."""
     conv = nn.Conv2d(in_channels, 64, kernel_size=3, stride=1, padding=1)
     return _resnet18(conv, num_classes, fused)
 

@@ -1,4 +1,4 @@
-"""Summarises a model: its stages, with their output shapes and numbers of parameters."""
+"""Summarises the stages of a model: their names, output shapes and numbers of parameters."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,11 +16,11 @@ class Stage:
 
     Attributes:
         name: name of the child.
-        cls: name of its class.
-        shape: shape of the child's output when it was first called; None if this output is not a
-            tensor or the child was not called.
-        parameters: number of elements of its parameters.
-        note: further facts, such as ``called 2 times``; may be empty.
+        cls: name of the child's class.
+        shape: shape of the child's output when the child was first called. It is None if this
+            output is not a tensor or if the child was not called.
+        parameters: number of elements of the child's parameters.
+        note: further facts, such as ``called 2 times``. It may be empty.
     """
 
     name: str
@@ -63,7 +63,7 @@ class Summary:
 def summarize(model: nn.Module, shape: tuple[int, ...]) -> Summary:
     """Returns a summary of a model, with the stages in the order in which they are called.
 
-    Stages that are not called come last. The model is called on zeros in eval mode; afterwards each
+    Stages that are not called come last. The model is called on zeros in eval mode. Afterwards each
     module gets its previous mode back.
 
     Args:
@@ -73,7 +73,7 @@ def summarize(model: nn.Module, shape: tuple[int, ...]) -> Summary:
     Raises:
         ValueError: if the model does not accept an input of this shape.
     """
-    # Not named_children, which lists a child that has two names only once.
+    # named_children is not used here, because it lists a child that has two names only once.
     children = {name: child for name, child in model._modules.items() if child is not None}
     outputs: dict[nn.Module, list[Any]] = {}
 
@@ -98,7 +98,7 @@ def summarize(model: nn.Module, shape: tuple[int, ...]) -> Summary:
 
 
 def described(output: Any) -> tuple[int, ...] | str:
-    """The shape of an output that is a tensor; for any other output a text that describes it."""
+    """Returns the shape of an output that is a tensor, or a text that describes another output."""
     if isinstance(output, Tensor):
         return tuple(output.shape)
     if isinstance(output, tuple | list):
@@ -136,7 +136,7 @@ def _stage(name: str, module: nn.Module, outputs: list[Any], *notes: str) -> Sta
 
 
 def _outside(model: nn.Module) -> Iterator[Stage]:
-    """Yields a row for the parameters of the model itself that belong to no child, if any."""
+    """Yields a row for the parameters that belong to no child of the model, if there are any."""
     count = sum(p.numel() for p in model.parameters(recurse=False))
     if count:
         yield Stage("-", type(model).__name__, None, count, "parameters outside of the stages")

@@ -10,7 +10,7 @@ from bnres.errors import first_line, is_out_of_memory
 
 
 def shape_text(shape: tuple[int, ...]) -> str:
-    """A shape in the form of the command line, such as ``1x3x224x224``."""
+    """Returns a shape as text in the form of the command line, such as ``1x3x224x224``."""
     return "x".join(map(str, shape)) or "scalar"
 
 
@@ -23,7 +23,7 @@ def try_call(call: Callable[[Tensor], Any], images: Tensor, name: str = "the mod
         name: name of the model in errors.
 
     Raises:
-        ValueError: if the model does not accept the input; the error names the input's shape.
+        ValueError: if the model does not accept the input. The error names the input's shape.
     """
     try:
         with torch.no_grad():

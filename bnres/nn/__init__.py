@@ -1,4 +1,4 @@
-"""Drop-in replacements for batch norm modules, with fused residual, activation and pooling."""
+"""Drop-in replacements for batch norm modules. They can fuse a residual, activation or pooling."""
 
 from bnres.nn.batchnorm import (
     BatchNorm1d,

@@ -1,4 +1,4 @@
-"""Batch norm modules: torch's classes with a forward that calls the fused operations."""
+"""Batch norm modules. They are torch's classes with a forward that calls the fused operations."""
 
 import sys
 from collections.abc import Iterator
@@ -40,8 +40,9 @@ class _FusedForward(Norm):
         make_leaf(self)
 
     def named_children(self) -> Iterator[tuple[str, nn.Module]]:
-        # The converters of torch, timm and apex replace each batch norm by a SyncBatchNorm, which
-        # has no activation and no residual, and then call this method of the replaced module.
+        # The converters of torch, timm and apex replace each batch norm by a SyncBatchNorm, and
+        # then call this method of the replaced module. Their SyncBatchNorm has no activation and no
+        # residual.
         if sys._getframe(1).f_code.co_name.startswith("convert_sync"):
             raise TypeError(
                 f"module contains a {type(self).__name__}, whose activation and residual would be "
@@ -66,8 +67,8 @@ class _FusedForward(Norm):
             its_training, its_group = normalizes_by_batch(residual_norm), group_of(residual_norm)
             apart = its_training != training or its_group is not group
             if residual is not None and apart:
-                # The norms need separate passes, because only one of them normalises with batch
-                # statistics, or because their process groups differ.
+                # The two batch norms need separate passes, because only one of them normalises with
+                # batch statistics, or because their process groups differ.
                 residual = _in_group(its_group, its_training, residual, act=None, **other._asdict())
                 other = None
         s = next_state(self)
@@ -79,28 +80,34 @@ class _FusedForward(Norm):
 
 
 class BatchNorm1d(_FusedForward, nn.BatchNorm1d):
-    """(x - mean) / sqrt(var + eps) * weight + bias on (N, C) or (N, C, L), by the fused kernels.
+    """Computes (x - mean) / sqrt(var + eps) * weight + bias on an input (N, C) or (N, C, L).
+
+    The fused kernels do the computation.
 
     Follows `torch.nn.BatchNorm1d` (Ioffe and Szegedy, arXiv 1502.03167).
     """
 
 
 class BatchNorm2d(_FusedForward, nn.BatchNorm2d):
-    """(x - mean) / sqrt(var + eps) * weight + bias on (N, C, H, W), by the fused kernels.
+    """Computes (x - mean) / sqrt(var + eps) * weight + bias on an input (N, C, H, W).
+
+    The fused kernels do the computation.
 
     Follows `torch.nn.BatchNorm2d` (Ioffe and Szegedy, arXiv 1502.03167).
     """
 
 
 class BatchNorm3d(_FusedForward, nn.BatchNorm3d):
-    """(x - mean) / sqrt(var + eps) * weight + bias on (N, C, D, H, W), by the fused kernels.
+    """Computes (x - mean) / sqrt(var + eps) * weight + bias on an input (N, C, D, H, W).
+
+    The fused kernels do the computation.
 
     Follows `torch.nn.BatchNorm3d` (Ioffe and Szegedy, arXiv 1502.03167).
     """
 
 
 class _BatchNormAct(_FusedForward):
-    """The base class of the 1-D, 2-D and 3-D modules; see `BatchNormAct2d`."""
+    """The base class of the 1-D, 2-D and 3-D modules, which `BatchNormAct2d` explains."""
 
     def __init__(
         self,
@@ -127,21 +134,21 @@ class _BatchNormAct(_FusedForward):
 
 
 class BatchNormAct1d(_BatchNormAct, nn.BatchNorm1d):
-    """act(bn(input) + residual) on (N, C) or (N, C, L); see `BatchNormAct2d`.
+    """Computes act(bn(input) + residual) on (N, C) or (N, C, L), see `BatchNormAct2d`.
 
     Follows `torch.nn.BatchNorm1d` (Ioffe and Szegedy, arXiv 1502.03167).
     """
 
 
 class BatchNormAct2d(_BatchNormAct, nn.BatchNorm2d):
-    """act(bn(input) + residual) on (N, C, H, W), in one operation; the residual is optional.
+    """Computes act(bn(input) + residual) on an input (N, C, H, W), in one operation.
 
-    The call is ``forward(input, residual=None, *, residual_norm=None, fork=False)``. If
-    ``residual_norm``, another batch norm module, is given, the call returns
-    act(bn(input) + residual_norm(residual)). With ``fork`` it returns two tensors, see
-    `bnres.functional.batch_norm_act`. The constructor has the arguments of timm's class of the same
-    name, without inplace and drop_layer. ``act_layer`` is a name or a torch class; None means no
-    activation.
+    The call is ``forward(input, residual=None, *, residual_norm=None, fork=False)``. The residual
+    is optional. ``residual_norm`` may be another batch norm module. The call then returns
+    act(bn(input) + residual_norm(residual)). With ``fork`` the call returns two tensors, as
+    `bnres.functional.batch_norm_act` explains. The constructor has the arguments of timm's class of
+    the same name, except inplace and drop_layer. ``act_layer`` is a name or a torch class of an
+    activation; None means no activation.
 
     Raises:
         ValueError: for an unknown activation or option.
@@ -151,24 +158,25 @@ class BatchNormAct2d(_BatchNormAct, nn.BatchNorm2d):
 
 
 class BatchNormAct3d(_BatchNormAct, nn.BatchNorm3d):
-    """act(bn(input) + residual) on (N, C, D, H, W); see `BatchNormAct2d`.
+    """Computes act(bn(input) + residual) on (N, C, D, H, W), see `BatchNormAct2d`.
 
     Follows `torch.nn.BatchNorm3d` (Ioffe and Szegedy, arXiv 1502.03167).
     """
 
 
 class BatchNormActMaxPool2d(BatchNormAct2d):
-    """max_pool2d(act(bn(input))) on (N, C, H, W), the stem of a ResNet, in one operation.
+    """Computes max_pool2d(act(bn(input))), as in the stem of a ResNet, in one operation.
 
-    With ``fork``, ``forward`` returns the result as two tensors. ``kernel_size``, ``stride``,
-    ``padding``, ``dilation`` and ``ceil_mode`` are as in `torch.nn.MaxPool2d`. The other arguments
-    and the keys of the state dict are as in `BatchNormAct2d`.
+    The input is (N, C, H, W). With ``fork``, ``forward`` returns the result as two tensors.
+    ``kernel_size``, ``stride``, ``padding``, ``dilation`` and ``ceil_mode`` are as in
+    `torch.nn.MaxPool2d`. The other arguments and the keys of the state dict are as in
+    `BatchNormAct2d`.
 
     Raises:
         ValueError: for an unknown activation or option.
 
-    Follows `torch.nn.BatchNorm2d` (Ioffe and Szegedy, arXiv 1502.03167) and `torch.nn.MaxPool2d`;
-    the stem is from He et al., arXiv 1512.03385.
+    Follows `torch.nn.BatchNorm2d` (Ioffe and Szegedy, arXiv 1502.03167) and `torch.nn.MaxPool2d`.
+    The stem is from He et al., arXiv 1512.03385.
     """
 
     def __init__(

@@ -16,10 +16,11 @@ from bnres.operations.stem_conv import KERNEL, PADDING, STRIDE, stem_conv2d
 
 
 class ConvBatchNormAct2d(nn.Module):
-    """act(bn(conv(input)) + residual) on (N, C, H, W); the residual is optional.
+    """Computes act(bn(conv(input)) + residual) on an input (N, C, H, W).
 
-    The arguments are as in `torch.nn.Conv2d`, but ``bias`` is False by default. ``options`` are the
-    arguments of `BatchNormAct2d`. The keys of the state dict are ``conv.*`` and ``bn.*``.
+    The residual is optional. The arguments are as in `torch.nn.Conv2d`, but ``bias`` is False by
+    default. ``options`` are arguments of `BatchNormAct2d`. The keys of the state dict are
+    ``conv.*`` and ``bn.*``.
 
     Raises:
         ValueError: for an unknown activation or option, or if `torch.nn.Conv2d` raises it.
@@ -55,7 +56,9 @@ class ConvBatchNormAct2d(nn.Module):
 
 
 class StemConv2d(nn.Conv2d):
-    """The first convolution of a ResNet, 7×7 with stride 2 and padding 3; calls `stem_conv2d`.
+    """The first convolution of a ResNet, which is 7×7 with stride 2 and padding 3.
+
+    `stem_conv2d` computes it.
 
     Args:
         in_channels, out_channels, bias, device, dtype: as in `torch.nn.Conv2d`, but ``bias`` is
@@ -97,20 +100,21 @@ def conv_and_norm(
     *,
     fork: bool = False,
 ) -> Any:
-    """bn(conv(input)) + shortcut(residual), followed by the activation that ``bn`` includes.
+    """Returns bn(conv(input)) + shortcut(residual), after the activation that ``bn`` includes.
 
-    ``shortcut`` is a convolution followed by a batch norm, or None to add ``residual`` unchanged.
-    If ``bn`` is a module of `bnres.nn`, it may include an activation, and one fused operation runs
-    unless one of the modules has a hook.
+    ``shortcut`` is a convolution followed by a batch norm. If ``shortcut`` is None, ``residual`` is
+    added unchanged. If ``bn`` is a module of `bnres.nn`, it may include an activation. In this case
+    one fused operation runs, unless one of the modules has a hook.
     """
-    # A graph captured by bnres.fuse must contain the modules' own calls.
+    # A graph that bnres.fuse captures must contain the calls of the modules themselves.
     captured = isinstance(bn, SyncBatchNorm) and is_compiling()
     if captured or not isinstance(bn, _FusedForward):
         y = bn(conv(input))
         if residual is not None:
             y = y + (residual if shortcut is None else shortcut(residual))
         return (y, y) if fork else y
-    # torch.fx traces with proxies, not tensors; its graph must contain the modules' own calls.
+    # torch.fx traces with proxies instead of tensors. Its graph must contain the calls of the
+    # modules themselves.
     if isinstance(input, Tensor) and not hooked(conv, bn, shortcut, *(shortcut or ())):
         if shortcut is not None:
             residual_conv, residual_norm = shortcut

@@ -4,7 +4,8 @@ from torch import nn
 
 from bnres.kernels.torch_internals import has_global_hooks
 
-# Instance attributes that change a module's call. `Module.compile` sets ``_compiled_call_impl``.
+# If a module has one of these as an instance attribute, the attribute changes the module's call.
+# `Module.compile` sets ``_compiled_call_impl``.
 CHANGES = (
     "forward", "_compiled_call_impl",
     "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks",
@@ -12,10 +13,11 @@ CHANGES = (
 
 
 def make_leaf(module: nn.Module) -> None:
-    """Makes torch.fx trace a call of ``module``, with its hooks, as one node, like torch's layers.
+    """Makes torch.fx trace a call of ``module``, including its hooks, as one node.
 
-    `torch.fx.Tracer.is_leaf_module` reads ``__module__`` from the instance. The ``__module__`` of
-    the class stays, because pickle needs it.
+    torch.fx does the same with torch's layers. `torch.fx.Tracer.is_leaf_module` reads
+    ``__module__`` from the instance. The ``__module__`` of the class does not change, because
+    pickle needs it.
     """
     module.__module__ = "torch.nn"
 

@@ -1,4 +1,4 @@
-"""The arguments that a batch norm module passes to a fused call."""
+"""Reads the arguments that a batch norm module passes to a fused call."""
 
 from typing import Any
 
@@ -13,9 +13,9 @@ Norm = nn.modules.batchnorm._BatchNorm
 
 
 def next_state(bn: Norm) -> BatchNormState:
-    """The tensors and options of ``bn`` for its next call.
+    """Returns the tensors and options of ``bn`` for its next call.
 
-    The counter, which the call increments, is included only in training.
+    In training they include the counter, which the call increments.
     """
     counts = bn.training and bn.track_running_stats
     momentum: float | Tensor = 0.0
@@ -38,7 +38,7 @@ def next_state(bn: Norm) -> BatchNormState:
 
 
 def _read(bn: Norm, registered: Any, name: str) -> Tensor | None:
-    """The parameter or buffer ``name`` of ``bn``.
+    """Returns the parameter or buffer ``name`` of ``bn``.
 
     Reading ``registered`` takes a third of the time of `torch.nn.Module.__getattr__`. Parametrised
     attributes are not in ``registered``.
@@ -55,10 +55,10 @@ def normalizes_by_batch(bn: Norm) -> bool:
 
 
 def group_of(bn: Norm) -> Any:
-    """The process group that a call of ``bn`` synchronises its statistics over, or None.
+    """Returns the process group over which a call of ``bn`` synchronises its statistics, or None.
 
-    As in `torch.nn.SyncBatchNorm`, a call synchronises only in training mode, if torch.distributed
-    is initialised and the group has several processes.
+    As in `torch.nn.SyncBatchNorm`, a call only synchronises in training mode, if torch.distributed
+    is initialised and if the group has several processes.
     """
     synchronises = getattr(type(bn), "synchronises", isinstance(bn, nn.SyncBatchNorm))
     if not (synchronises and bn.training and dist.is_available() and dist.is_initialized()):

@@ -1,7 +1,7 @@
 """Synchronised batch norm modules, and the conversion of models to and from these modules.
 
-A synchronised batch norm uses the statistics of the batches of all ranks, which are the processes
-of a process group.
+A synchronised batch norm uses the statistics of the batches of all ranks. A rank is a process of a
+process group.
 """
 
 from typing import Any
@@ -30,19 +30,19 @@ from bnres.nn.state import Norm, group_of, next_state, normalizes_by_batch
 from bnres.operations.sync_batch_norm_act import group_named, sync_batch_norm
 
 
-# Not a subclass of torch.nn.SyncBatchNorm, because DistributedDataParallel refuses subclasses of
-# that class on a CPU.
+# This is not a subclass of torch.nn.SyncBatchNorm, because DistributedDataParallel refuses
+# subclasses of torch.nn.SyncBatchNorm on a CPU.
 class _Synchronised(_FusedForward):
-    """The base class of the synchronised modules; see `SyncBatchNorm`."""
+    """The base class of the synchronised modules, which `SyncBatchNorm` explains."""
 
     synchronises = True
     process_group: Any = None
-    # The class and the children that `revert_sync_batchnorm` restores.
+    # `revert_sync_batchnorm` restores this class and these children.
     local_class: type[Norm]
     local_children: dict[str, nn.Module | None] | None = None
 
     def _check_input_dim(self, input: Tensor) -> None:
-        """Accepts all numbers of dimensions; the operation checks them."""
+        """Accepts any number of dimensions, because the operation checks it."""
 
     def __getstate__(self) -> dict[str, Any]:
         # A process group can be neither copied nor pickled, so its name is stored instead.
@@ -56,26 +56,28 @@ class _Synchronised(_FusedForward):
 
 
 class SyncBatchNorm(_Synchronised):
-    """y = (x − mean) / sqrt(var + eps) · weight + bias, with the statistics of all ranks' batches.
+    """Computes y = (x − mean) / sqrt(var + eps) · weight + bias over the batches of all ranks.
 
     A rank is a process of the process group. `bnres.functional.sync_batch_norm_act` computes y, on
-    GPUs and CPUs. As in torch, the module is an ordinary batch norm in eval mode, with one rank,
-    and if `torch.distributed` is not initialised.
+    GPUs and CPUs. As in torch, the module works like an ordinary batch norm in eval mode, if there
+    is only one rank, or if `torch.distributed` is not initialised.
 
     Unlike torch's module, this module accepts empty batches without a host synchronisation, and
     ``torch.compile(fullgraph=True)`` can capture it. It also allows several forward passes before a
     backward pass, even if DistributedDataParallel broadcasts the buffers between them.
 
     ``forward(input, residual=None, *, residual_norm=None, fork=False)`` is as in `BatchNormAct2d`,
-    without an activation. If ``residual_norm`` is synchronised over the same group, both norms
-    share one all_gather.
+    without an activation. If ``residual_norm`` is synchronised over the same group, both batch
+    norms share one all_gather.
 
     Args:
         num_features, eps, momentum, affine, track_running_stats, device, dtype: as in
             `torch.nn.BatchNorm2d`.
-        process_group: the participating ranks; by default all ranks.
+        process_group: the process group of the participating ranks. By default all ranks
+            participate.
 
-    Shapes: (N, C) to (N, C, D, H, W), fp16, bf16, fp32 or fp64, contiguous or channels_last.
+    The input has 2 to 5 dimensions, from (N, C) to (N, C, D, H, W). It is fp16, bf16, fp32 or fp64,
+    and contiguous or channels_last.
 
     Raises:
         TypeError: if ``process_group`` is not a process group that this process belongs to.
@@ -124,9 +126,9 @@ def as_node(bn: Norm, input: Tensor) -> Tensor:
 
 
 class CapturedSyncBatchNorm(nn.SyncBatchNorm):
-    """The class of a torch SyncBatchNorm inside a model that `bnres.fuse` has fused.
+    """The class that `bnres.fuse` gives to torch's SyncBatchNorms in a fused model.
 
-    Copies and pickles of the module have torch's class.
+    Copies and pickles of such a module have torch's class.
     """
 
     __module__ = nn.SyncBatchNorm.__module__  # makes torch.fx trace a call as one node
@@ -148,7 +150,7 @@ def make_nodes(model: nn.Module) -> None:
 
 
 class SyncBatchNormAct(_Synchronised, _BatchNormAct):
-    """act(bn(input) + residual) with the statistics of all ranks, where bn is `SyncBatchNorm`.
+    """Computes act(bn(input) + residual), where bn is a `SyncBatchNorm`.
 
     ``forward(input, residual=None, *, residual_norm=None, fork=False)`` and ``options`` are as in
     `BatchNormAct2d`.
@@ -168,9 +170,10 @@ class SyncBatchNormAct(_Synchronised, _BatchNormAct):
 
 
 class SyncBatchNormActMaxPool2d(_Synchronised, BatchNormActMaxPool2d):
-    """max_pool2d(act(bn(input))) with the statistics of all ranks, the stem of a ResNet.
+    """Computes max_pool2d(act(bn(input))), as in a ResNet's stem, where bn is a `SyncBatchNorm`.
 
-    The arguments are those of `BatchNormActMaxPool2d`.
+    The arguments are as in `BatchNormActMaxPool2d`, except ``process_group``, which is as in
+    `SyncBatchNorm`.
 
     Raises:
         ValueError: for an unknown activation or option.
@@ -199,9 +202,9 @@ class SyncBatchNormActMaxPool2d(_Synchronised, BatchNormActMaxPool2d):
 
 
 class _SyncBatchNormThenAct(SyncBatchNorm):
-    """`SyncBatchNorm` followed by the activation and drop modules of timm's `BatchNormAct2d`.
+    """A `SyncBatchNorm` that calls the activation and drop modules of timm's `BatchNormAct2d`.
 
-    A module is converted to this class if these modules can't be fused.
+    A timm module is converted to this class if its activation and drop modules can't be fused.
     """
 
     def forward(self, input: Tensor) -> Any:  # type: ignore[override]
@@ -221,20 +224,21 @@ OF_TIMM = ("BatchNormAct2d", "SyncBatchNormAct")
 def convert_sync_batchnorm(module: nn.Module, process_group: Any = None) -> nn.Module:
     """Makes the batch norms of ``module`` use the statistics of all ranks; returns ``module``.
 
-    The batch norms of torch (including its SyncBatchNorm), of timm and of `bnres.nn` are converted
-    in place by changing their class; see `SyncBatchNorm`. Parameters, buffers, keys of the state
-    dict, modes, hooks, activations, residuals and pooling stay the same. `revert_sync_batchnorm`
-    undoes the conversion. A model can be converted before or after `bnres.fuse`.
+    A rank is a process. The batch norms of torch, of timm and of `bnres.nn` are converted in place
+    by changing their class. Torch's SyncBatchNorm is converted too. `SyncBatchNorm` describes what
+    a converted batch norm computes. Parameters, buffers, keys of the state dict, modes, hooks,
+    activations, residuals and pooling stay the same. `revert_sync_batchnorm` undoes the conversion.
+    A model can be converted before or after `bnres.fuse`.
 
     Args:
         module: a model or a batch norm.
-        process_group: the processes (ranks) that share statistics. By default, a batch norm that is
-            already synchronised keeps its group, and all others use all ranks.
+        process_group: the process group of the ranks that share statistics. By default, a batch
+            norm that is already synchronised keeps its group, and all others use all ranks.
 
     Raises:
         TypeError: if ``module`` is not a module, if ``process_group`` is not a process group that
-            this process belongs to, or if a batch norm overrides the forward of these classes. In
-            each case no module has been changed.
+            this process belongs to, or if a batch norm overrides the forward of the converted
+            classes. In each case no module has been changed.
 
     Follows `torch.nn.SyncBatchNorm.convert_sync_batchnorm`.
     """
@@ -250,10 +254,10 @@ def convert_sync_batchnorm(module: nn.Module, process_group: Any = None) -> nn.M
 
 
 def _converted(name: str, norm: Norm) -> type[_Synchronised]:
-    """The class that a batch norm is converted to.
+    """Returns the class to which a batch norm is converted.
 
     Raises:
-        TypeError: if the batch norm's forward is not one that can be converted.
+        TypeError: if the batch norm's forward can't be converted.
     """
     cls = type(norm)
     if "forward" not in vars(norm) and not isinstance(norm, LazyModuleMixin):
@@ -273,7 +277,7 @@ def _converted(name: str, norm: Norm) -> type[_Synchronised]:
 
 
 def _become(norm: Any, cls: type[_Synchronised]) -> None:
-    """Changes the class of a batch norm, and makes the fused operation apply its activation."""
+    """Changes the class of ``norm``. The fused operation then applies the norm's activation."""
     local_class, act = type(norm), norm._modules.get("act")
     norm.__class__ = cls
     make_leaf(norm)
@@ -290,7 +294,7 @@ def _become(norm: Any, cls: type[_Synchronised]) -> None:
 
 
 def revert_sync_batchnorm(module: nn.Module) -> nn.Module:
-    """Undoes `convert_sync_batchnorm`: restores the classes of batch norms; returns ``module``.
+    """Restores the batch norms that `convert_sync_batchnorm` converted, and returns ``module``.
 
     A batch norm that was created as `bnres.nn.SyncBatchNorm` becomes a `bnres.nn.BatchNorm2d`, a
     `bnres.nn.SyncBatchNormAct` becomes a `bnres.nn.BatchNormAct2d`, and a

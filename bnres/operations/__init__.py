@@ -1,5 +1,5 @@
 """The fused operations.
 
-Each public operation has a file, with everything from the public function to the calls of the
-functions that launch kernels.
+Each public operation has a file. The file contains the public function, and all code between this
+function and the functions that launch kernels.
 """

@@ -16,8 +16,8 @@ from bnres.kernels.torch_internals import mapped_levels
 def check_input(input: Tensor, training: bool, name: str = "input") -> None:
     """Raises torch's own errors unless ``input`` is a valid input of a batch norm.
 
-    A valid input has 2 to 5 dimensions and a supported dtype, and in training more than one value
-    per channel.
+    A valid input has 2 to 5 dimensions and a supported dtype. In training it also has more than one
+    value per channel.
     """
     if not 2 <= input.dim() <= 5:
         raise ValueError(f"expected 2D to 5D {name} (got {input.dim()}D {name})")
@@ -33,10 +33,11 @@ def check_input(input: Tensor, training: bool, name: str = "input") -> None:
 def check_norm(
     norm: Any, channels: int, device: torch.device, training: bool, prefix: str = ""
 ) -> None:
-    """Raises unless buffers and parameters fit an input with ``channels`` channels on ``device``.
+    """Raises an error unless the tensors of ``norm`` fit the input.
 
-    ``norm`` is a `bnres.operations.norms.BatchNormState`; error messages put ``prefix`` before the
-    names of its tensors.
+    The input has ``channels`` channels and is on ``device``. ``norm`` is a
+    `bnres.operations.norms.BatchNormState`. Error messages put ``prefix`` before the names of the
+    tensors of ``norm``.
     """
     for name in ("running_mean", "running_var", "weight", "bias", "input_bias"):
         tensor = getattr(norm, name)
@@ -65,17 +66,23 @@ def _check_device(name: str, t: Tensor, device: torch.device, other: str = "inpu
 
 
 def check_mapped(x: Tensor, norm: Any) -> None:
-    """Raises if `torch.vmap` maps ``x`` but not the running statistics that training updates."""
+    """Raises an error if `torch.vmap` maps ``x`` but not the running statistics.
+
+    Training could then not update the running statistics.
+    """
     if is_compiling() or not (levels := mapped_levels(x)):
         return
     for buffer in (norm.running_mean, norm.running_var):
         if buffer is not None and levels - mapped_levels(buffer):
-            # Raises torch's own error before any buffer is written.
+            # This call raises torch's own error before any buffer is written.
             F.batch_norm(x, norm.running_mean, norm.running_var, training=True)
 
 
 def check_conv_bias(conv_weight: Tensor, conv_bias: Tensor | None) -> None:
-    """Raises unless ``conv_weight`` is 4-D and ``conv_bias`` is None or (output channels,)."""
+    """Raises an error unless ``conv_weight`` is 4-D and fits ``conv_bias``.
+
+    ``conv_bias`` is None, or has one value for each output channel.
+    """
     if conv_weight.dim() != 4:
         raise ValueError(f"expected 4D conv_weight (got {conv_weight.dim()}D conv_weight)")
     if conv_bias is None:
@@ -89,7 +96,7 @@ def check_conv_bias(conv_weight: Tensor, conv_bias: Tensor | None) -> None:
 
 
 def check_residual(residual: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
-    """Raises unless ``residual`` has this shape and is on this device."""
+    """Raises an error unless ``residual`` has this shape and is on this device."""
     if residual.shape != shape:
         raise ValueError(
             f"residual must have the shape of input, {tuple(shape)}, got {tuple(residual.shape)}"
@@ -107,19 +114,21 @@ def wants_grad(*tensors: Tensor | None) -> bool:
 
 
 def as_kernels_take(inputs: Any) -> Any:
-    """The inputs as the kernels accept them, copied where necessary.
+    """Returns the inputs in the form that the kernels accept, copied where necessary.
 
-    x and the residual become dense (contiguous or channels_last), with the same dtype and memory
-    format. The other tensors become contiguous and one-dimensional.
+    x and the residual become dense, which means contiguous or channels_last. They get the same
+    dtype and the same memory format. The other tensors become contiguous and one-dimensional.
     """
     x, residual = inputs.x, inputs.residual
     if residual is not None and residual.dtype != x.dtype:
-        # The dtype of x + residual. Under autocast x and the residual may have different dtypes.
+        # This is the dtype of x + residual. Under autocast x and the residual may have different
+        # dtypes.
         dtype = torch.promote_types(x.dtype, residual.dtype)
         x, residual = x.to(dtype), residual.to(dtype)
     x = dense(x)
     if residual is not None:
-        # A view, because torch.compile does not accept the same tensor as two arguments.
+        # If the residual is x itself, it is replaced by a view, because torch.compile does not
+        # accept the same tensor as two arguments.
         residual = x.view_as(x) if residual is x else dense_like(residual, x)
     others = {
         name: packed(t) for name, t in inputs._asdict().items() if name not in ("x", "residual")
@@ -128,14 +137,17 @@ def as_kernels_take(inputs: Any) -> Any:
 
 
 def packed(t: Tensor | None) -> Tensor | None:
-    """A tensor of one value per channel, as a contiguous 1-D tensor."""
+    """Returns ``t``, which has one value per channel, as a contiguous 1-D tensor."""
     if t is None or (t.dim() == 1 and t.is_contiguous()):
         return t
     return t.reshape(-1).contiguous()
 
 
 def counted(counter: Tensor | None, x: Tensor) -> Tensor | None:
-    """``counter`` if the kernels can increment it; otherwise increments it here, returns None."""
+    """Returns ``counter`` if the kernels can increment it.
+
+    If they can't, this function increments ``counter`` and returns None.
+    """
     if counter is None or (counter.dtype == torch.int64 and counter.device == x.device):
         return counter
     counter.add_(1)
@@ -143,7 +155,10 @@ def counted(counter: Tensor | None, x: Tensor) -> Tensor | None:
 
 
 def packed_buffers(buffers: Any, x: Tensor) -> Any:
-    """The buffers, made contiguous. Increments the counters that the kernels can't."""
+    """Returns the buffers, made contiguous.
+
+    This function increments the counters that the kernels can't increment.
+    """
     return type(buffers)(
         *(
             counted(t, x) if name.endswith("counter") else None if t is None else t.contiguous()
@@ -153,7 +168,10 @@ def packed_buffers(buffers: Any, x: Tensor) -> Any:
 
 
 def copy_back(buffers: Any, packed: Any, names: Sequence[str]) -> None:
-    """Copies each named buffer's new values back if training wrote to a packed copy of it."""
+    """Copies values from ``packed`` to ``buffers`` for each buffer in ``names``.
+
+    Only buffers are copied for which ``packed`` has a copy, to which training wrote.
+    """
     for name in names:
         buffer, copy = getattr(buffers, name), getattr(packed, name)
         if buffer is not None and copy is not None and copy is not buffer:
@@ -161,5 +179,9 @@ def copy_back(buffers: Any, packed: Any, names: Sequence[str]) -> None:
 
 
 def as_dtype_of(t: Tensor, computed: Tensor) -> Tensor:
-    """``computed`` in the dtype of ``t``. (`torch.Tensor.to` is slow even if nothing changes.)"""
+    """Returns ``computed`` in the dtype of ``t``.
+
+    `torch.Tensor.to` is only called if the dtypes differ, because it is slow even if nothing
+    changes.
+    """
     return computed if computed.dtype == t.dtype else computed.to(t.dtype)

@@ -40,7 +40,8 @@ def batch_norm_act_aten(
     else:
         y = F.batch_norm(input, mean, var, weight, bias, training, momentum, eps)
     # Without gradients nothing else reads the batch norm's result y, so the sum may overwrite y.
-    # Under `torch.vmap` it may not, because a mapped tensor can't be written into an unmapped one.
+    # Under `torch.vmap` the sum must not overwrite y, because a mapped tensor can't be written into
+    # a tensor that is not mapped.
     if residual is not None:
         in_place = not (torch.is_grad_enabled() or is_compiling() or in_transform())
         in_place = in_place and residual.dtype == y.dtype
@@ -49,7 +50,10 @@ def batch_norm_act_aten(
 
 
 def _fixed(x: Tensor, mean: Any, var: Any, weight: Any, bias: Any, eps: float) -> Tensor:
-    """Batch norm with fixed statistics and weight, computed without saving ``x`` for backward."""
+    """Returns the batch norm of ``x`` with fixed statistics and a fixed weight.
+
+    ``x`` is not saved for backward.
+    """
     acc = torch.promote_types(x.dtype, var.dtype)
     scale = (var.to(acc) + eps).rsqrt() if weight is None else weight * (var.to(acc) + eps).rsqrt()
     shift = -mean * scale if bias is None else bias - mean * scale

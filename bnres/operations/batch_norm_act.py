@@ -1,7 +1,8 @@
-"""Fused batch norm with an activation, and optionally a residual or a max-pool.
+"""Fused batch norm and activation. The operation may also include a residual or a max-pool.
 
 The operation computes act(batch_norm(x) + residual), act(batch_norm(x) + batch_norm(residual)) or
-max_pool2d(act(batch_norm(x))). In names, ``residual_norm`` is the batch norm of the residual.
+max_pool2d(act(batch_norm(x))). Names that contain ``residual_norm`` are for the batch norm of the
+residual.
 """
 
 from collections.abc import Callable, Sequence
@@ -56,8 +57,8 @@ class Inputs(NamedTuple):
 class Buffers(NamedTuple):
     """The tensors that never get gradients.
 
-    ``counter`` is num_batches_tracked. ``device_momentum`` is the momentum if it was given as a
-    tensor; a momentum given as a number is a field of `Spec`.
+    ``counter`` is num_batches_tracked. If the momentum was given as a tensor, it is
+    ``device_momentum``. If it was given as a number, it is a field of `Spec`.
     """
 
     running_mean: Maybe
@@ -70,19 +71,20 @@ class Buffers(NamedTuple):
     residual_device_momentum: Maybe = None
 
 
-# Both norms have their fields in the same order, because `states_of` reads the fields by position.
+# The fields of x's batch norm and of the residual's batch norm have the same order, because
+# `states_of` reads the fields by position.
 
-# The buffers that training writes to.
+# Training writes to these buffers.
 WRITTEN = tuple(name for name in Buffers._fields if not name.endswith("device_momentum"))
 
 
 class Spec(NamedTuple):
     """The arguments of a call that are not tensors, and two facts about its backward pass.
 
-    ``needs_grad`` says whether backward may run, and ``reads_x`` whether it reads the values of x.
-    ``pools`` adds the max-pool of a ResNet's stem (3×3, stride 2, padding 1); a call with the
-    max-pool has no residual. ``group`` is the name of the process group if the batch norm is
-    synchronised, and empty otherwise.
+    ``needs_grad`` says whether backward may run, and ``reads_x`` says whether backward reads the
+    values of x. If ``pools`` is True, the call includes the max-pool of a ResNet's stem. This
+    max-pool has a 3×3 window, stride 2 and padding 1, and the call has no residual. ``group`` is
+    the name of the process group if the batch norm is synchronised, otherwise it is empty.
     """
 
     act: str
@@ -100,11 +102,11 @@ class Spec(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """y and the tensors kept for backward; a tensor that is not kept is None.
+    """y, and the tensors kept for backward. A tensor that is not kept is None.
 
-    ``statistics`` are the mean and rstd = 1/sqrt(var + eps) of each norm. ``mask`` has one bit per
-    element, which is set where relu passes the gradient. With a max-pool, ``argmax`` is the
-    position of each maximum in its window, and ``x_max`` is x at this position.
+    ``statistics`` are the mean and rstd = 1/sqrt(var + eps) of each batch norm. ``mask`` has one
+    bit per element, which is set where relu passes the gradient. With a max-pool, ``argmax`` is the
+    position of each maximum in its window, and ``x_max`` is the x at this position.
     """
 
     y: Tensor
@@ -115,9 +117,10 @@ class Outputs(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What backward reads.
+    """The tensors that backward reads.
 
-    If backward does not read the values of x, ``x`` is y (for its shape and strides) or None.
+    If backward does not read the values of x, ``x`` is None, or it is y if backward needs a tensor
+    that has the shape and strides of y.
     """
 
     x: Maybe
@@ -135,7 +138,10 @@ class Saved(NamedTuple):
 
 
 def _saves_mask(inputs: Inputs, spec: Spec) -> bool:
-    """Whether forward saves a mask, so that backward does not need the residual or x for relu."""
+    """Whether forward saves a mask for relu.
+
+    With the mask, backward needs neither x nor the residual for relu's derivative.
+    """
     added = inputs.residual is not None and not spec.has_residual_norm
     return spec.needs_grad and spec.act == "relu" and (added or not spec.reads_x)
 
@@ -162,9 +168,9 @@ def _forward(inputs: Inputs, buffers: Buffers, spec: Spec, recording: Recording)
 
 
 def _norms(saved: Inputs | Saved, statistics: Any) -> tuple[Norm, Norm | None]:
-    """The norm of x, and the norm of the residual or None.
+    """Returns the batch norm of x, and the batch norm of the residual or None.
 
-    ``statistics`` has one item per norm, x's first.
+    ``statistics`` has one item for each batch norm, in this order.
     """
     norm, *others = statistics
     residual_norm = Norm(others[0], saved.residual_weight, saved.residual_bias) if others else None
@@ -172,7 +178,7 @@ def _norms(saved: Inputs | Saved, statistics: Any) -> tuple[Norm, Norm | None]:
 
 
 def _launch_forward(inputs: Inputs, buffers: Buffers, outputs: Outputs, spec: Spec) -> None:
-    """Fills ``outputs``.
+    """Computes the values of ``outputs``.
 
     If ``outputs.statistics`` is None, training writes the batch's statistics to scratch memory, and
     evaluation normalises with the running statistics in ``buffers``.
@@ -221,7 +227,7 @@ def _saved(inputs: Inputs, y: Tensor, kept: Sequence[Any], spec: Spec) -> Saved:
 
 
 class Asked(NamedTuple):
-    """Which results backward must compute."""
+    """Says for each group of backward's results whether backward must compute it."""
 
     dx: bool
     dresidual: bool
@@ -229,11 +235,12 @@ class Asked(NamedTuple):
 
 
 class Computed(NamedTuple):
-    """The results of backward; a result that was not computed is None.
+    """The results of backward. A result that was not computed is None.
 
     ``dx`` and ``dresidual`` are the gradients of x and of the residual. If the residual has no
-    norm, ``dresidual`` is dz, the gradient of the activation's input z. The sums are one value per
-    channel: ``sum_dy`` = Σ dz and ``sum_dy_xhat`` = Σ dz·xhat, where xhat = (x − mean)·rstd.
+    batch norm, ``dresidual`` is dz, the gradient of the activation's input z. The sums have one
+    value per channel: ``sum_dy`` = Σ dz and ``sum_dy_xhat`` = Σ dz·xhat, where
+    xhat = (x − mean)·rstd.
     """
 
     dx: Maybe
@@ -247,7 +254,7 @@ class Computed(NamedTuple):
 def _reduces(spec: Spec, asked: Asked) -> bool:
     """Whether backward needs a reduce pass, which computes the sums of each channel.
 
-    In evaluation dx and dz do not depend on these sums.
+    In evaluation dx and dz do not depend on the sums.
     """
     if spec.has_residual_norm:
         return spec.training or asked.sums
@@ -277,11 +284,12 @@ def _backward(
 
 
 def _launch_backward(gradients: Gradients, saved: Saved, computed: Computed, spec: Spec) -> None:
-    """Fills ``computed`` with up to two passes over memory: a reduce pass and a dx pass.
+    """Computes the values of ``computed`` in a reduce pass and a dx pass over memory.
 
-    If the residual has no norm, the reduce pass may write dz = (dy + dy_skip)·act'(z); the dx pass
-    then reads dz instead of dy and dy_skip. With a max-pool, the reduce pass reads x only at the
-    positions of the maxima, because dz is zero everywhere else.
+    A pass that is not needed does not run. If the residual has no batch norm, the reduce pass may
+    write dz = (dy + dy_skip)·act'(z). The dx pass then reads dz instead of dy and dy_skip. With a
+    max-pool, the reduce pass reads x only at the positions of the maxima, because dz is zero
+    everywhere else.
     """
     from bnres.kernels.bn_backward import bn_backward_dx, bn_backward_reduce
     from bnres.kernels.bn_max_pool import bn_max_pool_backward_dx
@@ -352,9 +360,10 @@ def _input_gradients(
 def _parameter_gradients(
     index: int, saved: Saved, spec: Spec, needed: Inputs, found: Computed
 ) -> Sequence[Tensor | None]:
-    """The gradients of weight, bias and input_bias of one norm.
+    """Returns the gradients of weight, bias and input_bias of one batch norm.
 
-    ``index`` 0 selects the norm of x, 1 the norm of the residual.
+    If ``index`` is 0, this is the batch norm of x. If ``index`` is 1, it is the batch norm of the
+    residual.
     """
     its = slice(4 * index + 1, 4 * index + 4)
     needs_weight, needs_bias, needs_input_bias = needed[its]
@@ -402,13 +411,16 @@ def _formula_of(statistics: Sequence[Statistics], saved: Saved, spec: Spec) -> T
 
 
 def unpack_mask(mask: Tensor, x: Tensor) -> Tensor:
-    """The 1-bit mask of a contiguous or channels_last ``x``, unpacked to booleans in its shape."""
+    """Returns the 1-bit ``mask`` of ``x``, unpacked to booleans in the shape of ``x``.
+
+    ``x`` is contiguous or channels_last.
+    """
     from bnres.kernels.bn_backward import bn_backward_dx
 
     with outside_of_transforms():
         ones = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).fill_(1)
         unit = torch.ones(x.shape[1], dtype=acc_type(x), device=x.device)
-        # The dx pass of evaluation unpacks the mask: with dy, mean and rstd of 1, dx is 1 where the
+        # The dx pass for evaluation unpacks the mask. If dy, mean and rstd are 1, dx is 1 where the
         # mask is set and 0 elsewhere.
         norm = Norm(Statistics(unit, unit))
         passed, _ = bn_backward_dx(
@@ -475,14 +487,14 @@ def as_call(
     num_batches_tracked: Tensor | None,
     group: str = "",
 ) -> tuple[Inputs, Buffers, Spec]:
-    """The arguments of `batch_norm_act` as inputs, buffers and spec of its `Operation`."""
+    """Returns inputs, buffers and spec for a call of `batch_norm_act` with these arguments."""
     name, param = resolve(act, act_kwargs)
     counter = num_batches_tracked if training else None
     device_momentum, number = split_momentum(momentum)
     inputs: Any = (input, weight, bias, input_bias, residual)
     buffers: Any = (running_mean, running_var, counter, device_momentum)
-    # Not defaults of Spec's fields: torch.compile would turn numbers that are defaults into
-    # symbols.
+    # These are not the defaults of Spec's fields, because torch.compile would turn numbers that are
+    # defaults into symbols.
     of_residual_norm = (False, 0.0, 0.0)
     norm = residual_norm
     if norm is not None:
@@ -522,49 +534,54 @@ def batch_norm_act(
     num_batches_tracked: Tensor | None = None,
     fork: bool = False,
 ) -> Any:
-    """Fused ``act(batch_norm(input + input_bias) + residual)``.
+    """Computes ``act(batch_norm(input + input_bias) + residual)`` in one fused operation.
 
-    With ``residual_norm`` it is ``act(batch_norm(input + input_bias) + batch_norm(residual))``.
+    With ``residual_norm`` the operation computes
+    ``act(batch_norm(input + input_bias) + batch_norm(residual))``.
 
     Args:
-        input: (N, C, *) with 2 to 5 dimensions, fp16, bf16, fp32 or fp64. A tensor that is neither
-            contiguous nor channels_last is copied into one of these two formats.
-        running_mean: (C,) or None, of any floating dtype; for tensors that ATen computes, such as
-            CPU tensors, of a dtype that ATen accepts. Updated in place in training.
-        running_var: (C,) or None, like ``running_mean``; updated with the unbiased variance.
+        input: (N, C, *) with 2 to 5 dimensions, in fp16, bf16, fp32 or fp64. If it is neither
+            contiguous nor channels_last, it is copied into one of these two formats.
+        running_mean: (C,) or None. It may have any floating dtype. If ATen computes the result, as
+            for CPU tensors, it must have a dtype that ATen accepts. Training updates it in place.
+        running_var: (C,) or None, like ``running_mean``. Training updates it with the unbiased
+            variance.
         weight: (C,); None means 1.
         bias: (C,); None means 0.
         input_bias: (C,), added to ``input``; None means 0. For example, a convolution can run
-            without its bias, which is then passed here. In training the bias only changes the
-            running mean, so adding it takes no time.
-        residual: has the shape of ``input``; added before the activation. If the dtypes of
-            ``input`` and ``residual`` differ, the result has the dtype of their sum.
-        residual_norm: a batch norm that is applied to ``residual`` before the addition, or None; a
-            ResNet's down-sampling block ends this way. ``training`` applies to both norms.
+            without its bias, if the bias is passed here. In training the bias changes only the
+            running mean, so adding the bias takes no time.
+        residual: None, or a tensor that is added before the activation. It has the shape of
+            ``input``. If the dtypes of ``input`` and ``residual`` differ, the result has the dtype
+            of ``input + residual``.
+        residual_norm: a batch norm that is applied to ``residual`` before the addition, or None. A
+            ResNet's down-sampling block ends with such an addition. ``training`` applies to both
+            batch norms.
         act: name or torch class of the activation; None means no activation.
-        act_kwargs: options of the activation (``negative_slope``, ``approximate``).
+        act_kwargs: options of the activation, which are ``negative_slope`` for leaky_relu and
+            ``approximate`` for gelu.
         training: whether to normalise with the statistics of the batch instead of the running
             statistics.
-        momentum: weight of the batch in the running statistics. It may be a one-element tensor,
-            which only the kernels read, so the host does not wait for the device.
+        momentum: weight of the batch in the running statistics. It may be a one-element tensor.
+            Only the kernels read this tensor, so the host does not wait for the device.
         eps: added to the variance.
-        num_batches_tracked: one-element integer tensor or None; incremented in training.
+        num_batches_tracked: one-element integer tensor or None. Training increments it.
         fork: whether to return the result as two tensors that share memory, one for each of two
             consumers. The backward kernels then add the two gradients, so autograd needs no
             separate addition.
 
     Returns:
         A tensor with the shape and memory format of ``input``. Its dtype is the dtype of ``input``,
-        or of ``input + residual``. With ``fork``, two such tensors.
+        or of ``input + residual`` if there is a residual. With ``fork``, two such tensors.
 
     Raises:
-        ValueError: for an ``input`` that is not 2-D to 5-D or that has one value per channel in
-            training, a ``residual`` of another shape, a ``residual_norm`` without a ``residual``,
-            a ``momentum`` or ``num_batches_tracked`` tensor that does not have one element, or an
-            unknown activation or option.
-        TypeError: for a dtype that is not supported.
-        RuntimeError: for parameters or buffers of the wrong size, tensors on different devices,
-            and missing running statistics in evaluation.
+        ValueError: if ``input`` is not 2-D to 5-D, if ``input`` has one value per channel in
+            training, if ``residual`` has another shape, if there is a ``residual_norm`` but no
+            ``residual``, if a ``momentum`` or ``num_batches_tracked`` tensor does not have one
+            element, or if the activation or an option is unknown.
+        TypeError: if a dtype is not supported.
+        RuntimeError: if a parameter or a buffer has the wrong size, if tensors are on different
+            devices, or if running statistics are missing in evaluation.
 
     Follows `torch.nn.functional.batch_norm` (Ioffe and Szegedy, arXiv 1502.03167).
     """
@@ -585,11 +602,11 @@ def batch_norm(
     momentum: float | Tensor = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    """``(input - mean) / sqrt(var + eps) * weight + bias``, computed by the fused kernels.
+    """Computes ``(input - mean) / sqrt(var + eps) * weight + bias`` by the fused kernels.
 
-    The function calls `batch_norm_act`, which describes the arguments, without a residual and an
-    activation. It has the signature of `torch.nn.functional.batch_norm` (Ioffe and Szegedy,
-    arXiv 1502.03167).
+    The function calls `batch_norm_act` without a residual and without an activation. The
+    documentation of `batch_norm_act` describes the arguments. The signature is the same as for
+    `torch.nn.functional.batch_norm` (Ioffe and Szegedy, arXiv 1502.03167).
     """
     return batch_norm_act(
         input, running_mean, running_var, weight, bias, act=None, training=training,

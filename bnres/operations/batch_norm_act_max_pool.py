@@ -18,8 +18,8 @@ from bnres.operations.norms import split_momentum
 
 Size = int | tuple[int, int]
 
-# `bnres.recompute` stores this output. It is the residual of the first block, and that block's
-# output can be recomputed only if its residual is stored.
+# `bnres.recompute` stores the output of this operation. The output is the residual of the first
+# block, and the first block's output can be recomputed only if this residual is stored.
 BATCH_NORM_ACT_MAX_POOL = replace(BATCH_NORM_ACT, again=None)
 
 
@@ -44,19 +44,19 @@ def batch_norm_act_max_pool2d(
     num_batches_tracked: Tensor | None = None,
     fork: bool = False,
 ) -> Any:
-    """Fused ``max_pool2d(act(batch_norm(input + input_bias)))``, the stem of a ResNet.
+    """Computes ``max_pool2d(act(batch_norm(input + input_bias)))``, as in the stem of a ResNet.
 
     With a 3×3 window, stride 2 and padding 1, one kernel normalises, applies the activation and
-    pools, and does not write the activation's output to memory. Values are rounded to the dtype of
-    ``input`` before they are compared. Of equal values the first is the maximum, and NaN
+    pools. It does not write the activation's output to memory. Values are rounded to the dtype of
+    ``input`` before they are compared. If several values are equal, the first is the maximum. NaN
     propagates, as in `torch.nn.functional.max_pool2d`.
 
-    `batch_norm_act` followed by torch's pooling runs in all other cases: with another window, in
-    fp64, for 2^31 elements or more, and if ``input`` is contiguous and its rows are not a multiple
-    of 32 bytes.
+    In all other cases `batch_norm_act` runs, followed by torch's pooling. This happens with another
+    window, in fp64, if there are 2^31 elements or more, or if ``input`` is contiguous and the size
+    of its rows is not a multiple of 32 bytes.
 
     Args:
-        input: (N, C, H, W), fp16, bf16, fp32 or fp64, contiguous or channels_last.
+        input: (N, C, H, W) in fp16, bf16, fp32 or fp64. It is contiguous or channels_last.
         running_mean, running_var, weight, bias, input_bias: as in `batch_norm_act`.
         kernel_size, stride, padding, dilation, ceil_mode: as in
             `torch.nn.functional.max_pool2d`.
@@ -64,15 +64,15 @@ def batch_norm_act_max_pool2d(
             `batch_norm_act`.
 
     Returns:
-        (N, C, OH, OW) in the dtype and memory format of ``input``; with ``fork`` two such tensors.
+        (N, C, OH, OW) in the dtype and memory format of ``input``. With ``fork``, two such tensors.
 
     Raises:
-        ValueError: for an input that is not 4-D, or if `batch_norm_act` raises it.
-        RuntimeError: for a window that `torch.nn.functional.max_pool2d` rejects, or if
+        ValueError: if ``input`` is not 4-D, or if `batch_norm_act` raises it.
+        RuntimeError: if `torch.nn.functional.max_pool2d` rejects the window, or if
             `batch_norm_act` raises it.
 
     Follows `torch.nn.functional.batch_norm` (Ioffe and Szegedy, arXiv 1502.03167) and
-    `torch.nn.functional.max_pool2d`; the stem is from He et al., arXiv 1512.03385.
+    `torch.nn.functional.max_pool2d`. The stem is from He et al., arXiv 1512.03385.
     """
     if input.dim() != 4:
         raise ValueError(f"expected 4D input (got {input.dim()}D input)")

@@ -1,8 +1,9 @@
 """Calls and differentiates the fused operations.
 
-A call runs in one of three ways: by torch's own operations (ATen), by our kernels inside an
-autograd Function, or by the operation's formula in differentiable torch code. Our kernels compute
-first derivatives; higher and forward-mode derivatives come from differentiating the formula.
+A call runs in one of three ways. It runs torch's own operations, which are called ATen, or our
+kernels inside an autograd Function, or the operation's formula in differentiable torch code. Our
+kernels compute first derivatives. Higher derivatives and forward-mode derivatives come from
+differentiating the formula.
 """
 
 from collections.abc import Callable, Sequence
@@ -38,7 +39,7 @@ from bnres.recipes import has_recipe, leave_recipe, recomputes
 
 Gradients = tuple[Tensor | None, ...]
 
-# Other subclasses of Tensor may override operations.
+# Only these classes are ordinary tensors. Other subclasses of Tensor may override operations.
 PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
 
@@ -50,13 +51,13 @@ class Operation:
     and the first input is ``x``. ``buffers`` are all other tensors. ``spec`` has every argument
     that is not a tensor, and the fields ``training`` and ``needs_grad``. ``kept`` are the tensors
     that forward keeps for backward. ``saved`` has the fields of ``inputs``, followed by a field for
-    each kept tensor, of which the first is the statistics. A ``recording`` repeats the kernel
-    launches of an earlier, similar call; None looks one up.
+    each kept tensor. The first kept tensor is the statistics. A ``recording`` repeats the kernel
+    launches of an earlier call of the same kind. If it is None, a recording is looked up.
 
     Attributes:
         Inputs, Saved: types of ``inputs`` and ``saved``.
         writes: names of the buffers that training writes to.
-        check: (inputs, buffers, spec) -> None; raises for invalid arguments.
+        check: (inputs, buffers, spec) -> None. It raises an error for invalid arguments.
         aten: (inputs, buffers, spec) -> y, computed by torch's own operations.
         forward: (inputs, buffers, spec, recording=) -> y, followed by the kept tensors.
         saved: (inputs, y, kept, spec) -> the tensors that autograd saves for backward.
@@ -64,8 +65,8 @@ class Operation:
             None for an input whose field in ``needed`` is False. ``dy_skip`` is the gradient of
             the second y of a call with ``fork``, or None.
         formula: (saved, spec) -> y, computed by differentiable torch operations.
-        again: (inputs, kept, spec) -> the same y, bit for bit, computed a second time. None if
-            `bnres.recompute` must store y instead.
+        again: (inputs, kept, spec) -> the same y, bit for bit, computed a second time. If
+            `bnres.recompute` must store y instead, ``again`` is None.
     """
 
     Inputs: Any
@@ -81,7 +82,7 @@ class Operation:
 
 
 def call(operation: Operation, inputs: Any, buffers: Any, spec: Any, fork: bool = False) -> Any:
-    """The operation's output y; with ``fork``, y as two tensors that share memory."""
+    """Returns the operation's output y, or with ``fork`` y as two tensors that share memory."""
     y: Any
     if not uses_kernels(inputs.x):
         return _by_aten(operation, inputs, buffers, spec, fork)
@@ -104,9 +105,10 @@ def call(operation: Operation, inputs: Any, buffers: Any, spec: Any, fork: bool 
 
 
 def _call_carefully(operation: Operation, inputs: Any, buffers: Any, spec: Any, fork: bool) -> Any:
-    """`call` under torch.func transforms, torch's modes, torch.compile or `bnres.recompute`.
+    """Does what `call` does in all cases that need care.
 
-    Also for subclasses of Tensor.
+    These are torch.func transforms, torch's modes, torch.compile, `bnres.recompute`, and subclasses
+    of Tensor.
     """
     if needs_aten(*inputs, *buffers):
         return _by_aten(operation, inputs, buffers, spec, fork)
@@ -146,7 +148,7 @@ def needs_aten(*tensors: Tensor | None) -> bool:
 
 
 def _by_aten(operation: Operation, inputs: Any, buffers: Any, spec: Any, fork: bool) -> Any:
-    """`call` by torch's own operations."""
+    """Does what `call` does, by torch's own operations."""
     # The checks read sizes, and torch.jit.trace warns whenever Python code reads a size.
     if not is_tracing():
         operation.check(inputs, buffers, spec)
@@ -159,16 +161,16 @@ def _is_plain(inputs: Any) -> bool:
     if is_compiling() or is_watched():
         return False
     for t in inputs:
-        # A tensor may also be wrapped outside of transforms, if a transform has returned it.
+        # If a transform has returned a tensor, the tensor may be wrapped outside of transforms too.
         if t is not None and (t.__class__ not in PLAIN_TYPES or is_wrapped(t)):
             return False
     return True
 
 
 def _by_formula(operation: Operation, inputs: Any, buffers: Any, spec: Any) -> Tensor:
-    """y computed by the formula, for forward-mode differentiation.
+    """Returns y, computed by the formula for forward-mode differentiation.
 
-    In training the kernels also run once, outside of the differentiation, to update the buffers.
+    In training the kernels also run once to update the buffers. They are not differentiated.
     """
     if spec.training and any(getattr(buffers, name) is not None for name in operation.writes):
         with outside_of_transforms():
@@ -182,16 +184,16 @@ def _by_formula(operation: Operation, inputs: Any, buffers: Any, spec: Any) -> T
     return operation.formula(operation.Saved(*inputs, statistics), spec)
 
 
-# The gradients of the arguments of `Fused` before its tensors: operation, spec, buffers, recording
-# and fork.
+# The first five arguments of `Fused` have no gradients. They are operation, spec, buffers,
+# recording and fork.
 NO_GRADIENTS = (None,) * 5
 
 
 class Fused(Function):
     """Returns y of an operation, a second y or None, and the tensors kept for backward.
 
-    With ``fork``, each of two consumers reads a separate y, and both y share memory. Backward takes
-    the gradients of both, and the kernels add them.
+    With ``fork``, each of two consumers reads a separate y, and the two y share memory. Backward
+    takes the gradients of both y, and the kernels add these gradients.
     """
 
     @staticmethod
@@ -199,8 +201,8 @@ class Fused(Function):
         y, *kept = operation.forward(operation.Inputs(*inputs), buffers, spec, recording=recording)
         if spec.training and not is_compiling():
             note_writes([getattr(buffers, name) for name in operation.writes])
-        # Detached, because a view would keep y alive by a reference that the garbage collector
-        # can't see.
+        # The second y is detached. If it were a view, it would keep the first y alive by a
+        # reference that the garbage collector can't see.
         return y, y.detach() if fork else None, *kept
 
     @staticmethod
@@ -239,10 +241,11 @@ class Fused(Function):
 
 
 class FusedEagerly(Function):
-    """`Fused` for eager mode, without ``setup_context``; returns y, or two y with ``fork``.
+    """Returns y, or two y with ``fork``. It replaces `Fused` in eager mode.
 
-    `Fused` is slower: if a Function has ``setup_context``, torch binds the inputs to the signature
-    of ``forward`` to fill in defaults, which takes five times as long as the rest of torch's work.
+    `Fused` is slower, because it has ``setup_context``. For such a Function, torch binds the inputs
+    to the signature of ``forward`` to fill in defaults. This takes five times as long as the rest
+    of torch's work.
     """
 
     @staticmethod
@@ -263,7 +266,7 @@ def _set_up(
     y: Tensor,
     kept: Sequence[Any],
 ) -> None:
-    """Stores on ``ctx`` what backward needs."""
+    """Stores everything that backward needs on ``ctx``."""
     ctx.set_materialize_grads(False)
     saved = operation.saved(operation.Inputs(*inputs), y, kept, spec)
     ctx.save_for_backward(*saved)
@@ -274,9 +277,9 @@ def _set_up(
 
 
 def _laid_out(t: Tensor | None, layout: Any) -> Tensor | None:
-    """A saved tensor, in the strides and dtype that it had when it was saved.
+    """Returns a saved tensor with the strides and the dtype that it had when it was saved.
 
-    Saved-tensor hooks may return the tensor with other strides or in another dtype.
+    Saved-tensor hooks may change the strides or the dtype.
     """
     if t is None or (t.stride(), t.dtype) == layout:
         return t
@@ -285,10 +288,11 @@ def _laid_out(t: Tensor | None, layout: Any) -> Tensor | None:
 
 
 def _gradients(operation: Any, spec: Any, needed: Any) -> tuple[Callable[..., Any], ...]:
-    """Two functions of dy, dy_skip and the saved tensors that return the ``needed`` gradients.
+    """Returns two functions that both compute the ``needed`` gradients.
 
-    The first function runs the kernels. The second differentiates the operation's formula, so its
-    results can be differentiated again.
+    The arguments of each function are dy, dy_skip and the saved tensors. The first function runs
+    the kernels. The second function differentiates the operation's formula, so the gradients that
+    it returns can be differentiated again.
     """
 
     def by_kernels(dy: Tensor, dy_skip: Tensor | None, *saved: Tensor | None) -> Gradients:
@@ -312,7 +316,7 @@ def _gradients(operation: Any, spec: Any, needed: Any) -> tuple[Callable[..., An
 
 
 class WithFormula(Function):
-    """Returns ``run(*tensors)``, a tuple of tensors; backward differentiates ``formula``.
+    """Returns ``run(*tensors)``, a tuple of tensors. Backward differentiates ``formula``.
 
     Both functions compute the same values, but ``run`` cannot be differentiated.
     """

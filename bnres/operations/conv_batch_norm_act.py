@@ -1,4 +1,4 @@
-"""act(batch_norm(conv2d(x)) + residual).
+"""Computes act(batch_norm(conv2d(x)) + residual).
 
 In inference one of our kernels can compute the whole expression. Otherwise torch's convolution
 runs, followed by our batch norm.
@@ -30,7 +30,7 @@ from bnres.operations.operator import Maybe, Recording, operator
 
 
 class Inputs(NamedTuple):
-    """What the kernel reads."""
+    """The tensors that the kernel reads."""
 
     x: Tensor
     filter: Tensor
@@ -56,7 +56,7 @@ class Spec(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """What the kernel writes."""
+    """The tensors that the kernel writes."""
 
     y: Tensor
 
@@ -111,31 +111,31 @@ def conv2d_batch_norm_act(
     num_batches_tracked: Tensor | None = None,
     fork: bool = False,
 ) -> Any:
-    """Fused ``act(batch_norm(conv2d(input)) + residual)``.
+    """Computes ``act(batch_norm(conv2d(input)) + residual)`` in fused kernels.
 
     In training, or if gradients are needed, torch's convolution runs, followed by
     `batch_norm_act`. In evaluation without gradients, one of our kernels computes everything if it
-    was measured to be faster on this GPU (see `bnres.routes`). In fp32 this kernel runs only if
-    ``torch.backends.cudnn.allow_tf32`` is True, which is torch's default.
+    was measured to be faster on this GPU, as `bnres.routes` explains. In fp32 this kernel runs only
+    if ``torch.backends.cudnn.allow_tf32`` is True, which is torch's default.
 
     In training the kernels do not add ``conv_bias``, because subtracting the batch's mean cancels
-    it. The bias then only changes the running mean, and its gradient is zero.
+    it. The bias then only changes the running mean, and the gradient of the bias is zero.
 
     Args:
-        input: (N, C, H, W); under autocast it is cast as in `torch.nn.functional.conv2d`.
+        input: (N, C, H, W). Under autocast it is cast as in `torch.nn.functional.conv2d`.
         conv_weight: (K, C / groups, R, S).
         conv_bias: (K,) or None.
         running_mean, running_var, weight, bias: (K,) or None, as in `batch_norm_act`.
         stride, padding, dilation, groups: as in `torch.nn.functional.conv2d`.
-        residual: (N, K, OH, OW) like the output, or None; added before the activation.
+        residual: (N, K, OH, OW) like the output, or None. It is added before the activation.
         act, act_kwargs, training, momentum, eps, num_batches_tracked, fork: as in
             `batch_norm_act`.
 
     Returns:
-        (N, K, OH, OW); with ``fork`` two such tensors.
+        (N, K, OH, OW). With ``fork``, two such tensors.
 
     Raises:
-        ValueError: for an input that is not 4-D, or if `batch_norm_act` raises it.
+        ValueError: if ``input`` is not 4-D, or if `batch_norm_act` raises it.
         RuntimeError: if `torch.nn.functional.conv2d` or `batch_norm_act` raises it.
 
     Follows `torch.nn.functional.conv2d` and `torch.nn.functional.batch_norm` (Ioffe and Szegedy,
@@ -168,7 +168,7 @@ def _by_kernel(
     eps: float,
     window: tuple[Size, Size | str, Size, int],
 ) -> Tensor | None:
-    """The output computed by our kernel, or None if torch's convolution must run."""
+    """Returns the output that our kernel computes, or None if torch's convolution must run."""
     x, filter, residual = inputs.x, inputs.filter, inputs.residual
     if wants_grad(*inputs):
         return None

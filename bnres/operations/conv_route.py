@@ -17,8 +17,8 @@ KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 class KernelConv(NamedTuple):
     """How our kernel runs a convolution.
 
-    ``dtype`` is the dtype that the operands are cast to, ``shape`` the size, stride, padding and
-    dilation of the window, and ``config`` the launch configuration.
+    The operands are cast to ``dtype``. ``shape`` is the size, stride, padding and dilation of the
+    window. ``config`` is the launch configuration.
     """
 
     dtype: torch.dtype
@@ -35,11 +35,11 @@ def kernel_conv(
     groups: int,
     has_residual: bool,
 ) -> KernelConv | None:
-    """How our kernel runs a convolution; None if torch's convolution must run.
+    """Returns how our kernel runs a convolution, or None if torch's convolution must run.
 
-    Our kernel runs if it supports the operands, and was measured to be faster or was requested (see
-    `bnres.routes`). For invalid operands the result is None, so that torch's convolution raises the
-    error.
+    Our kernel runs if it supports the operands, and if it was measured to be faster or was
+    requested; `bnres.routes` explains both. For invalid operands the result is None, so that
+    torch's convolution raises the error.
     """
     if (
         not uses_kernels(input)
@@ -85,9 +85,10 @@ def _allows_tf32() -> bool:
 
 
 def _common_dtype(input: Tensor, conv_weight: Tensor) -> torch.dtype | None:
-    """The dtype to multiply in: autocast's if it is enabled, otherwise the operands' dtype.
+    """Returns the dtype in which the operands are multiplied, or None.
 
-    None if the operands' dtypes differ.
+    If autocast is enabled and no operand is fp64, the result is autocast's dtype. Otherwise it is
+    the dtype of the operands, or None if the dtypes of the operands differ.
     """
     device = input.device.type
     if torch.is_autocast_enabled(device) and torch.float64 not in (input.dtype, conv_weight.dtype):
@@ -98,7 +99,7 @@ def _common_dtype(input: Tensor, conv_weight: Tensor) -> torch.dtype | None:
 def _conv_shape(
     conv_weight: Tensor, stride: Size, padding: Size | str, dilation: Size
 ) -> ConvShape | None:
-    """The window, or None if our kernels do not support it."""
+    """Returns the shape of the convolution's window, or None if our kernels do not support it."""
     if isinstance(padding, str):
         return None
     pairs = [_pair(value) for value in (stride, padding, dilation)]
@@ -110,6 +111,9 @@ def _conv_shape(
 
 
 def _pair(value: Size) -> tuple[int, ...]:
-    """``value`` for both axes; a number, or the only item of a sequence, applies to both."""
+    """Returns ``value`` for both axes.
+
+    A number, or the only item of a sequence, applies to both axes.
+    """
     values = (value,) if isinstance(value, int) else tuple(value)
     return values * 2 if len(values) == 1 else values

@@ -1,8 +1,8 @@
-"""A batch norm's tensors and options, and the statistics that it normalises with.
+"""Handles a batch norm's tensors and options, and the statistics with which it normalises.
 
-A norm is one batch norm; an operation has a norm of x and may have a norm of the residual. The
-statistics kept for backward are one tensor, in which each norm has a row for the mean and a row for
-rstd = 1/sqrt(var + eps).
+A norm is one batch norm. An operation has a norm of x, and may also have a norm of the residual.
+The statistics that are kept for backward are one tensor, in which each norm has a row for the mean
+and a row for rstd = 1/sqrt(var + eps).
 """
 
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ from bnres.operations.arguments import check_input, check_mapped, check_norm
 
 
 class BatchNormState(NamedTuple):
-    """A batch norm's tensors and options, named as in `bnres.functional.batch_norm_act`."""
+    """A batch norm's tensors and options. `bnres.functional.batch_norm_act` explains the fields."""
 
     running_mean: Tensor | None
     running_var: Tensor | None
@@ -28,7 +28,7 @@ class BatchNormState(NamedTuple):
 
 
 def states_of(inputs: Any, buffers: Any, spec: Any) -> list[BatchNormState]:
-    """The batch norm of x, followed by the batch norm of the residual if it has one."""
+    """Returns the batch norm of x, followed by the batch norm of the residual if there is one."""
     states = []
     options = ((spec.momentum, spec.eps), (spec.residual_momentum, spec.residual_eps))
     for i in range(1 + spec.has_residual_norm):
@@ -42,7 +42,7 @@ def states_of(inputs: Any, buffers: Any, spec: Any) -> list[BatchNormState]:
 
 
 def check_batch_norm(x: Tensor, norm: BatchNormState, training: bool, name: str = "input") -> None:
-    """Raises unless ``x`` is a valid input of a batch norm and ``norm`` fits it."""
+    """Raises an error unless ``x`` is a valid input of a batch norm and ``norm`` fits ``x``."""
     check_input(x, training, name)
     check_norm(norm, x.shape[1], x.device, training, "" if name == "input" else f"{name}_")
     if training:
@@ -50,7 +50,11 @@ def check_batch_norm(x: Tensor, norm: BatchNormState, training: bool, name: str 
 
 
 def split_momentum(momentum: float | Tensor) -> tuple[Tensor | None, float]:
-    """A momentum as a pair: (the tensor, 0.0) for a tensor, (None, the number) for a number."""
+    """Returns a momentum as a pair.
+
+    If the momentum is a tensor, the pair is (momentum, 0.0). If it is a number, the pair is
+    (None, momentum).
+    """
     return (momentum, 0.0) if isinstance(momentum, Tensor) else (None, float(momentum))
 
 
@@ -59,9 +63,10 @@ ROW_BYTES = 128
 
 
 def empty_statistics(x: Tensor, spec: Any) -> Tensor:
-    """Uninitialised statistics for the norms of a call, in fp32 (fp64 if x is fp64).
+    """Returns uninitialised statistics for the norms of a call.
 
-    The shape is (2·norms, C rounded up to a multiple of ``ROW_BYTES``).
+    The dtype is fp64 if x is fp64, otherwise fp32. There are two rows for each norm. A row has at
+    least C elements, and its size in bytes is a multiple of ``ROW_BYTES``.
     """
     acc, rows = acc_type(x), 4 if spec.has_residual_norm else 2
     step = ROW_BYTES // acc.itemsize
@@ -70,16 +75,16 @@ def empty_statistics(x: Tensor, spec: Any) -> Tensor:
 
 
 def rows_of(statistics: Tensor, x: Tensor) -> list[Statistics]:
-    """The mean and rstd of each norm, (C,), as views of ``statistics``."""
+    """Returns the mean (C,) and the rstd (C,) of each norm as views of ``statistics``."""
     rows = statistics[:, : x.shape[1]].unbind()
     return [Statistics(*pair) for pair in zip(rows[::2], rows[1::2], strict=True)]
 
 
 def prepare_evaluation(inputs: Any, buffers: Any, spec: Any, statistics: Tensor | None) -> Any:
-    """The buffers for evaluation, with the input biases subtracted from the running means.
+    """Returns the buffers for evaluation, after subtracting input biases from running means.
 
-    If ``statistics`` is not None, the buffers' statistics are copied into it for backward, because
-    the buffers may change before backward.
+    If ``statistics`` is not None, the statistics of the buffers are copied into ``statistics`` for
+    backward, because the buffers may change before backward.
     """
     x = inputs.x
     if inputs.input_bias is not None:
@@ -97,10 +102,10 @@ def prepare_evaluation(inputs: Any, buffers: Any, spec: Any, statistics: Tensor 
 
 
 def of_input_bias(statistics: Statistics, input_bias: Tensor | None) -> Statistics:
-    """Statistics for evaluation, with a mean that depends differentiably on ``input_bias``.
+    """Returns statistics for evaluation in which the mean has a derivative by ``input_bias``.
 
-    The values do not change: the bias has already been subtracted from the mean, but without a
-    derivative.
+    The values do not change, because ``input_bias`` has already been subtracted from the mean. That
+    subtraction had no derivative.
     """
     if input_bias is None:
         return statistics
@@ -110,11 +115,11 @@ def of_input_bias(statistics: Statistics, input_bias: Tensor | None) -> Statisti
 def launch_statistics(
     x: Tensor, norm: BatchNormState, training: bool, kept: Statistics | None
 ) -> Statistics | RunningStatistics:
-    """The statistics that ``x`` is normalised with.
+    """Returns the statistics with which ``x`` is normalised.
 
-    In training the batch's statistics are computed and written to ``kept``, or to scratch memory if
-    ``kept`` is None. In evaluation `prepare_evaluation` has filled ``kept``; if ``kept`` is None,
-    the running statistics in ``norm`` are used.
+    In training these are the statistics of the batch. They are written to ``kept``, or to scratch
+    memory if ``kept`` is None. In evaluation `prepare_evaluation` has already written to ``kept``.
+    If ``kept`` is then None, the running statistics in ``norm`` are used.
     """
     from bnres.kernels.bn_forward import bn_stats
 

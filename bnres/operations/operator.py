@@ -1,7 +1,7 @@
 """Makes custom operators from functions of named tuples, and records the launches of calls.
 
-A recording holds the kernel launches of a call. It is repeated for later calls of the same kind,
-which are the calls that `kind_of` gives the same key.
+A recording holds the kernel launches of a call. The launches are repeated for later calls of the
+same kind. Two calls are of the same kind if `kind_of` returns the same key for both.
 """
 
 from collections import defaultdict
@@ -14,7 +14,7 @@ from torch.compiler import is_compiling
 
 from bnres.kernels.torch_internals import dispatches, in_dispatch_mode
 
-# Maximum number of recordings; when it is reached, all recordings are discarded.
+# When there are this many recordings, all recordings are discarded.
 KINDS = 4096
 
 _recordings: dict[Any, "Recording"] = {}
@@ -23,8 +23,8 @@ _recordings: dict[Any, "Recording"] = {}
 class Recording:
     """The kernel launches of calls of one kind.
 
-    A call that has a recording needs no checks and no copies of its arguments, because an earlier
-    call of the same kind has passed the checks.
+    A call for which there is a recording needs no checks and no copies of its arguments, because an
+    earlier call of the same kind has passed the checks.
 
     Attributes:
         forward: the launches of forward.
@@ -33,21 +33,22 @@ class Recording:
     __slots__ = ("_backward", "forward")
 
     def __init__(self) -> None:
-        from bnres.kernels.replay import Replay  # importing bnres does not need triton
+        from bnres.kernels.replay import Replay  # importing bnres must not need triton
 
         self.forward = Replay()
         self._backward: dict[Any, Replay] = defaultdict(Replay)
 
     def backward(self, asked: object, gradients: Sequence[Tensor | None]) -> Any:
-        """The launches of backward for these requested results and dtypes of the gradients.
+        """Returns the launches of backward.
 
+        They depend on the results that are ``asked`` for, and on the dtypes of the ``gradients``.
         The gradients must have the strides of the output.
         """
         return self._backward[asked, *[None if dy is None else dy.dtype for dy in gradients]]
 
 
 def kind_of(called: object, options: object, *groups: Sequence[Tensor | None]) -> Any:
-    """A key of everything that the checks and launches of an operation depend on."""
+    """Returns a key of everything that the checks and the launches of a call depend on."""
     return (
         called, options,
         *[
@@ -58,12 +59,12 @@ def kind_of(called: object, options: object, *groups: Sequence[Tensor | None]) -
     )  # fmt: skip
 
 
-# Returns the recording for calls of a kind, or None if there is none yet.
+# This function returns the recording for calls of a kind, or None if there is none yet.
 find_recording = _recordings.get
 
 
 def recording_of(kind: Any) -> Recording:
-    """The recording for calls of this kind, created empty by the first call."""
+    """Returns the recording for calls of this kind. The first call creates an empty recording."""
     if kind not in _recordings:
         if len(_recordings) >= KINDS:
             _recordings.clear()
@@ -71,14 +72,14 @@ def recording_of(kind: Any) -> Recording:
     return _recordings[kind]
 
 
-# The type of a field that is a tensor for some options and None for others.
+# A field of this type is a tensor for some options and None for others.
 Maybe = Any
 
 
 class Gradients(NamedTuple):
     """The gradient of y, and the gradient of the second y or None.
 
-    An operation returns a second y if it is called with ``fork``.
+    An operation that is called with ``fork`` returns a second y.
     """
 
     dy: Tensor
@@ -106,25 +107,26 @@ def operator(
     outputs: Any,
     writes: Sequence[str] = (),
 ) -> Callable[..., Any]:
-    """A function that calls ``run`` in eager mode, and otherwise a custom operator that wraps it.
+    """Returns a function that calls ``run``, either directly or inside a custom operator.
 
-    The operator is called under torch.compile, in dispatch modes, and for tensors for which
-    `dispatches` is true.
+    The custom operator is called under torch.compile, in dispatch modes, and for tensors for which
+    `dispatches` returns True. In all other cases ``run`` is called directly.
 
     Args:
         name: name of the operator.
-        run: a function of a named tuple of each type in ``tensors``, a named tuple of each type in
-            ``options``, and a recording.
-        allocate: a function of the same named tuples that returns uninitialised outputs; it is the
+        run: a function whose arguments are a named tuple of each type in ``tensors``, a named tuple
+            of each type in ``options``, and a recording.
+        allocate: a function of the same named tuples that returns uninitialised outputs. It is the
             fake implementation of the operator.
-        tensors: the types of the named tuples of tensors and None.
-        options: the types of the named tuples of plain values.
-        outputs: the type of the named tuple of tensors and None that ``run`` returns. The operator
-            returns an empty tensor instead of None.
-        writes: the fields that ``run`` writes to.
+        tensors: types of named tuples. Their fields are tensors or None.
+        options: types of named tuples. Their fields are plain values.
+        outputs: the type of the named tuple that ``run`` returns. Its fields are tensors or None.
+            The operator returns an empty tensor instead of None.
+        writes: names of the fields that ``run`` writes to.
 
     Returns:
-        A function with the arguments of ``run``. With a recording it always calls ``run``.
+        A function with the arguments of ``run``. If it gets a recording, it always calls ``run``
+        directly.
     """
     groups = (*tensors, *options)
     fields = [field for group in groups for field in get_type_hints(group).items()]

@@ -1,8 +1,9 @@
 """The first convolution of a ResNet: 7×7 with stride 2.
 
-cuDNN has no fast bfloat16 kernel for three input channels. The same sums are a 4×4 convolution of
-stride 1 over an input whose 2×2 blocks of positions became channels ("space to depth"), with the
-7×7 filters padded to 8×8.
+cuDNN has no fast bfloat16 kernel for three input channels. A 4×4 convolution with stride 1 can
+compute the same sums. For this convolution the input is rearranged, so that the values of each 2×2
+block of positions are channels of one position. The result is called a space-to-depth input. The
+7×7 filters are padded to 8×8 and rearranged in the same way.
 """
 
 import torch
@@ -17,20 +18,25 @@ from bnres.kernels.torch_internals import dispatches
 from bnres.operations.call import needs_aten
 
 KERNEL, STRIDE, PADDING = 7, 2, 3
-# Of one channel, torch can't tell whether it is channels_last.
+# These are the supported numbers of input channels. One channel is not supported, because torch
+# can't tell whether such a tensor is channels_last.
 CHANNELS = 2, 3, 4
 # Autocast casts tensors of these dtypes.
 AUTOCAST_DTYPES = {torch.float32, torch.float16, torch.bfloat16}
-# Channels of the blocks, padded to a multiple of 16 for the tensor cores.
+# The space-to-depth input has this many channels. The number is a multiple of 16 for the tensor
+# cores.
 BLOCK_CHANNELS = 16
 
 
 def stem_conv2d(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``conv2d(input, weight, bias, stride=2, padding=3)`` for 7×7 filters, a ResNet's first layer.
+    """Computes ``conv2d(input, weight, bias, stride=2, padding=3)`` for 7×7 filters.
 
-    On a GPU it runs over a space-to-depth input if it computes in bfloat16 (also under autocast),
-    ``input`` is channels_last, has 2 to 4 channels and an even height and width, and needs no
-    gradient. Only the order of the sums differs. In all other cases torch's convolution runs.
+    This convolution is the first layer of a ResNet.
+
+    On a GPU the convolution runs over a space-to-depth input if it computes in bfloat16, with or
+    without autocast, and if ``input`` is suitable. A suitable ``input`` is channels_last, has 2 to
+    4 channels and an even height and width, and needs no gradient. Only the order of the sums
+    differs from torch's convolution. In all other cases torch's convolution runs.
 
     Args:
         input: (N, C, H, W).
@@ -38,13 +44,13 @@ def stem_conv2d(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
         bias: (K,) or None.
 
     Returns:
-        (N, K, OH, OW), with OH = (H + 1) // 2 and OW = (W + 1) // 2.
+        (N, K, OH, OW), where OH = (H + 1) // 2 and OW = (W + 1) // 2.
 
     Raises:
-        RuntimeError: as `torch.nn.functional.conv2d`.
+        RuntimeError: if `torch.nn.functional.conv2d` raises it.
 
-    Follows `torch.nn.functional.conv2d`. Space to depth is described by Ying et al.,
-    arXiv 1811.06992.
+    Follows `torch.nn.functional.conv2d`. Ying et al., arXiv 1811.06992, describe space-to-depth
+    inputs.
     """
     if takes_blocks(input, weight):
         return conv_over_blocks(input, weight, bias)
@@ -54,10 +60,10 @@ def stem_conv2d(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
 def takes_blocks(input: Tensor, weight: Tensor) -> bool:
     """Whether the convolution runs over a space-to-depth input, see `stem_conv2d`."""
     return (
-        isinstance(input, Tensor)  # not a proxy of torch.fx
+        isinstance(input, Tensor)  # torch.fx traces with proxies, which are not tensors
         and _on_gpu(input)
         and not needs_aten(input, weight)
-        # While torch.compile captures a call, distributed tensors are not known.
+        # While torch.compile captures a call, it is not known which tensors are distributed.
         and (is_compiling() or not any(map(_replaces_operators, (input, weight))))
         and not (input.requires_grad and torch.is_grad_enabled())
         and input.dim() == 4
@@ -74,19 +80,22 @@ def _on_gpu(input: Tensor) -> bool:
 
 
 def _replaces_operators(t: Tensor) -> bool:
-    """Whether the class of ``t`` replaces operators, as DTensor does, and is not for tracing."""
+    """Whether the class of ``t`` replaces operators, like DTensor, and does not trace calls."""
     return dispatches(t) and not isinstance(t, FakeTensor | FunctionalTensor)
 
 
 def _is_even(size: int) -> bool:
-    """Whether a size is even, and known: Inductor can't order strides of two unknown sizes."""
+    """Whether a size is known and even.
+
+    It must be known, because Inductor can't order the strides of two unknown sizes.
+    """
     from torch.fx.experimental.symbolic_shapes import has_static_value
 
     return has_static_value(size) and size % 2 == 0
 
 
 def _dtype(input: Tensor, weight: Tensor) -> torch.dtype | None:
-    """The dtype that the convolution computes in; None if torch's convolution must decide."""
+    """Returns the dtype in which the convolution computes, or None if torch must choose it."""
     dtypes = {input.dtype, weight.dtype}
     if torch.is_autocast_enabled(input.device.type) and dtypes <= AUTOCAST_DTYPES:
         return torch.get_autocast_dtype(input.device.type)
@@ -94,13 +103,13 @@ def _dtype(input: Tensor, weight: Tensor) -> torch.dtype | None:
 
 
 def conv_over_blocks(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`stem_conv2d` over a space-to-depth input. ``input`` gets no gradient.
+    """Returns the result of `stem_conv2d`, computed over a space-to-depth input.
 
-    Output i reads rows 2i − 3 to 2i + 3. A leading zero in the filter adds row 2i − 4, so that the
-    rows are those of blocks i − 2 to i + 1.
+    ``input`` gets no gradient. Output row i reads the input rows 2i − 3 to 2i + 3. A leading zero
+    in the filter adds row 2i − 4. These eight rows are the rows of the blocks i − 2 to i + 1.
     """
     n, channels, height, width = input.shape
-    # Three blocks of zeros are the padding: two before the image and one after it.
+    # Along each axis the image is padded with two blocks of zeros before it and one block after it.
     shape = n, height // 2 + 3, width // 2 + 3, BLOCK_CHANNELS
     blocks = input.new_zeros(shape, dtype=_dtype(input, weight))
     inside = blocks[:, 2:-1, 2:-1, : 4 * channels].unflatten(3, (2, 2, channels))

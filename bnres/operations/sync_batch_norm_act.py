@@ -1,8 +1,9 @@
-"""act(batch_norm(x) + residual) with the statistics of all ranks of a process group.
+"""Computes act(batch_norm(x) + residual) with the statistics of all ranks of a process group.
 
-A rank is a process of the group. In forward each rank computes the moments of its x (count, mean
-and M2 = Σ(x − mean)²), an all_gather exchanges the moments, and each rank computes the statistics
-and y. In backward an all_gather exchanges the ranks' sums, with which each rank computes dx.
+A rank is a process of the group. In forward each rank computes the moments of its x, which are
+count, mean and M2 = Σ(x − mean)². An all_gather exchanges the moments, and each rank computes the
+statistics and y from them. In backward an all_gather exchanges the ranks' sums, and each rank
+computes dx from the sums.
 """
 
 from collections.abc import Sequence
@@ -45,23 +46,23 @@ from bnres.operations.operator import Gradients, Maybe, Recording, operator
 
 
 class Normalised(NamedTuple):
-    """The tensors that are normalised: x, and the residual if it has a batch norm (a norm)."""
+    """The tensors that are normalised: x, and the residual if the residual has a batch norm."""
 
     x: Tensor
     residual: Maybe
 
 
 class Moments(NamedTuple):
-    """Count, mean and M2 = Σ(x − mean)² of each channel for each norm: (3·norms, C).
+    """Count, mean and M2 = Σ(x − mean)² of each channel for each batch norm: (3·norms, C).
 
-    The moments of all ranks, after the all_gather, are (ranks, 3·norms, C).
+    After the all_gather, the moments of all ranks are (ranks, 3·norms, C).
     """
 
     moments: Tensor
 
 
 class Outputs(NamedTuple):
-    """y and what backward reads; ``total`` (1,) is the count over all ranks."""
+    """y, and the tensors that backward reads. ``total`` (1,) is the count over all ranks."""
 
     y: Tensor
     statistics: Maybe
@@ -70,7 +71,7 @@ class Outputs(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What backward reads."""
+    """The tensors that backward reads."""
 
     x: Tensor
     weight: Maybe
@@ -126,7 +127,7 @@ def _apply(
 def _launch_apply(
     inputs: Inputs, buffers: Buffers, gathered: Moments, outputs: Outputs, spec: Spec
 ) -> None:
-    """Fills ``outputs``.
+    """Computes the values of ``outputs``.
 
     If ``outputs.statistics`` is None, the statistics are written to scratch memory.
     """
@@ -162,9 +163,10 @@ def _saved(inputs: Inputs, y: Tensor, kept: Sequence[Any], spec: Spec) -> Saved:
 
 
 class Reduced(NamedTuple):
-    """The sums of this rank, and dz, the gradient of the activation's input, or None.
+    """The sums of this rank, and dz or None.
 
-    ``sums`` is (2, C), or (4, C) if the residual has a norm; its rows are the fields of `Sums`.
+    dz is the gradient of the activation's input. ``sums`` is (4, C) if the residual has a batch
+    norm, otherwise (2, C). Its rows are the fields of `Sums`.
     """
 
     sums: Tensor
@@ -172,25 +174,28 @@ class Reduced(NamedTuple):
 
 
 class Totals(NamedTuple):
-    """The sums over all ranks, divided by the total count; ``sums`` has the rows of `Reduced`."""
+    """The sums over all ranks, divided by the total count.
+
+    ``sums`` has the same rows as in `Reduced`.
+    """
 
     sums: Tensor
 
 
 class InputGradients(NamedTuple):
-    """The gradients of x and, if the residual has a norm, of the residual."""
+    """The gradient of x and, if the residual has a batch norm, the gradient of the residual."""
 
     dx: Tensor
     dresidual: Maybe
 
 
 def _writes_dz(spec: Spec, asked: Asked) -> bool:
-    """Whether the reduce pass writes dz, the gradient of a residual without a norm."""
+    """Whether the reduce pass writes dz, the gradient of a residual that has no batch norm."""
     return asked.dresidual and not spec.has_residual_norm
 
 
 def _stored_as(x: Tensor, gradients: Gradients) -> Gradients:
-    """The gradients in the memory format of x."""
+    """Returns the gradients in the memory format of x."""
     dy, dy_skip = gradients
     return Gradients(dense_like(dy, x), None if dy_skip is None else dense_like(dy_skip, x))
 
@@ -243,8 +248,8 @@ def _launch_dx(
 
     dy, dy_skip = gradients
     norms = _norms(saved, rows_of(saved.statistics, saved.x))
-    # The count is 1, because the sums have already been divided by the total count. Dividing them
-    # here would make the host wait: the total count is on the device.
+    # The count is 1, because the sums have already been divided by the total count. The total count
+    # is on the device, so passing it here as a number would make the host wait.
     bn_backward_dx(
         dy, saved.x, norms[0], saved.residual, norms[1], saved.mask, spec.act, spec.act_param,
         Sums(*totals.sums.unbind()), 1, dy_skip=dy_skip, out=tuple(found),
@@ -254,9 +259,9 @@ def _launch_dx(
 def _backward(
     gradients: Gradients, saved: Saved, spec: Spec, asked: Asked, recording: Recording | None
 ) -> Computed:
-    """dx, computed with the sums of all ranks, and the sums of this rank.
+    """Returns dx, computed with the sums of all ranks, and the sums of this rank.
 
-    This rank's sums are its part of the parameters' gradients.
+    The sums of this rank are its part of the gradients of the parameters.
     """
     if not _reduces(spec, asked):
         return Computed(None, None, None, None)
@@ -273,7 +278,7 @@ def _backward(
 
 
 class _Exchange(Function):
-    """`all_gather` or its adjoint `reduce_scatter`: each is the other's derivative."""
+    """Calls `all_gather` or `reduce_scatter`. Each is the other's adjoint and derivative."""
 
     @staticmethod
     def forward(t, group, gathers):
@@ -291,7 +296,10 @@ class _Exchange(Function):
 def _statistics(
     inputs: Inputs | Saved, states: Sequence[BatchNormState], spec: Spec
 ) -> list[Statistics]:
-    """The statistics of each norm, by torch's operations. Updates the buffers in ``states``."""
+    """Returns the statistics of each batch norm, and updates the buffers in ``states``.
+
+    Torch's own operations compute the statistics.
+    """
     given = [t for t in _normalised(inputs, spec) if t is not None]
     moments = torch.cat([bn_moments_ref(t) for t in given])
     gathered = _Exchange.apply(moments, spec.group, True)
@@ -366,8 +374,8 @@ SYNC_BATCH_NORM_ACT = Operation(
 def group_named(process_group: Any = None) -> Any:
     """Returns the process group that an argument stands for.
 
-    None stands for torch.distributed's default group of all ranks, and a string for the group with
-    this name. A process group is returned unchanged.
+    None stands for torch.distributed's default group of all ranks. A string stands for the group
+    with this name. A process group is returned unchanged.
 
     Raises:
         RuntimeError: if ``process_group`` is None and there is no default group.
@@ -391,7 +399,11 @@ def group_named(process_group: Any = None) -> Any:
 
 
 def _check_ranks(mine: tuple[int, str, bool], group: Any) -> None:
-    """Raises unless all ranks have the same channels, dtype of statistics and number of norms."""
+    """Raises an error unless ``mine`` is the same on all ranks.
+
+    ``mine`` has the number of channels, the name of the statistics' dtype, and whether there is a
+    ``residual_norm``.
+    """
     ranks = dist.get_process_group_ranks(group)
     every: list[Any] = [None] * len(ranks)
     dist.all_gather_object(every, mine, group)
@@ -421,20 +433,22 @@ def sync_batch_norm_act(
     fork: bool = False,
     process_group: Any = None,
 ) -> Any:
-    """Fused ``act(batch_norm(input) + residual)`` with the statistics of all ranks' batches.
+    """Computes ``act(batch_norm(input) + residual)`` with the statistics of all ranks' batches.
 
-    A rank is a process of ``process_group``. The operation does on the batches of all ranks what
-    `batch_norm_act` does in training on one batch. If rank r has n_r values per channel and all
+    A rank is a process of ``process_group``. In training, `batch_norm_act` normalises with the
+    statistics of one batch. This operation does the same with the statistics of the batches of all
+    ranks. If rank r has n_r values per channel and all
     ranks together have N, then mean = Σ n_r·mean_r / N and
     var = Σ (M2_r + n_r·(mean_r − mean)²) / N, where M2_r = Σ (x − mean_r)². The sums over ranks are
     added in rank order in fp64, so all ranks get the same bits in every run.
 
-    Forward and backward each make one all_gather: of 3·C values per norm in forward and 2·C in
-    backward. The norms of ``input`` and of the residual share this all_gather. The host never waits
-    for the device. If the group has only one rank, `batch_norm_act` runs.
+    Forward makes one all_gather of 3·C values per batch norm, and backward makes one all_gather of
+    2·C values per batch norm. The batch norms of ``input`` and of the residual share the
+    all_gather. The host never waits for the device. If the group has only one rank,
+    `batch_norm_act` runs.
 
     Every rank of the group must call the operation and its backward, with the same number of
-    channels and the same dtype. Batches may have different sizes and may be empty; a rank with an
+    channels and the same dtype. Batches may have different sizes and may be empty. A rank with an
     empty batch gets gradients of zero. If all batches are empty, the running statistics do not
     change. If the environment variable ``TORCH_DISTRIBUTED_DEBUG`` is ``DETAIL``, each call first
     compares the ranks' arguments, and the host waits for the device. Otherwise gloo and NCCL may
@@ -443,25 +457,25 @@ def sync_batch_norm_act(
     Args:
         input, running_mean, running_var, weight, bias, residual, residual_norm, act, act_kwargs,
             momentum, eps, num_batches_tracked, fork: as in `batch_norm_act`. Each rank gets only
-            its part of the parameters' gradients; DistributedDataParallel averages the parts.
-        process_group: the participating ranks, as a process group or its name; by default all
-            ranks.
+            its part of the gradients of the parameters. DistributedDataParallel averages the parts.
+        process_group: the process group of the participating ranks, or the name of this group. By
+            default all ranks participate.
 
     Returns:
-        A tensor as `batch_norm_act` returns it; with ``fork`` two such tensors.
+        A tensor as `batch_norm_act` returns it. With ``fork``, two such tensors.
 
     Raises:
         RuntimeError: if ``process_group`` is None and there is no default group, or if
             `batch_norm_act` raises it.
         TypeError: if ``process_group`` is not a process group that this process belongs to, or if
             `batch_norm_act` raises it.
-        ValueError: for a CPU tensor in an NCCL group, for an ``input`` without channels, for an
-            ``input_bias`` in ``residual_norm``, if ``TORCH_DISTRIBUTED_DEBUG`` is ``DETAIL`` and
-            the ranks' arguments differ, or if `batch_norm_act` raises it, except that here an
-            ``input`` with one value per channel is valid.
+        ValueError: if a CPU tensor is used with an NCCL group, if ``input`` has no channels, if
+            ``residual_norm`` has an ``input_bias``, if ``TORCH_DISTRIBUTED_DEBUG`` is ``DETAIL``
+            and the ranks' arguments differ, or if `batch_norm_act` raises it. Unlike there, an
+            ``input`` with one value per channel is valid here.
 
-    Follows `torch.nn.SyncBatchNorm` (Ioffe and Szegedy, arXiv 1502.03167); the variance is combined
-    as in Chan, Golub and LeVeque (1979).
+    Follows `torch.nn.SyncBatchNorm` (Ioffe and Szegedy, arXiv 1502.03167). The variance is combined
+    by the method of Chan, Golub and LeVeque (1979).
     """
     group = group_named(process_group)
     is_alone = dist.get_world_size(group) == 1
@@ -492,9 +506,9 @@ def sync_batch_norm(
     num_batches_tracked: Tensor | None,
     group: str,
 ) -> Tensor:
-    """Batch norm over the ranks of the process group with the name ``group``.
+    """Returns the batch norm of ``input`` over the ranks of the process group named ``group``.
 
-    If ``group`` is an empty string, it is batch norm over this process only. The graphs that
+    If ``group`` is an empty string, the batch norm is over this process only. The graphs that
     `bnres.fuse` captures contain calls of this function.
     """
     function: Any = batch_norm_act
