@@ -129,7 +129,10 @@ class Traffic:
 
     @property
     def backward(self) -> list[int]:
-        """The bytes that a process sends in each synchronisation of a backward."""
+        """The bytes that a process sends in each synchronisation of a backward.
+
+        A process sends two sums for each channel.
+        """
         return [STATISTICS * 2 * channels for channels in self.sites]
 
 
@@ -187,12 +190,12 @@ def step(net: str, gpus: int, cluster: Cluster, sync: str = "") -> float:
 
 
 def efficiency(net: str, gpus: int, cluster: Cluster, sync: str = "") -> float:
-    """Returns the images per second of one of the GPUs, divided by those of training on one GPU."""
+    """Returns the images/s of each GPU, divided by the images/s of a GPU that trains alone."""
     return STEPS[net][0] / step(net, gpus, cluster, sync)
 
 
-# How batch norm is synchronised. bnres uses an all-gather, among all GPUs or inside each process
-# group.
+# The keys say how batch norm is synchronised. bnres uses an all-gather, either among all GPUs or
+# inside each process group.
 KINDS = {
     "": "local batch norm",
     "node": "synchronised in each node",

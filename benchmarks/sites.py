@@ -82,7 +82,7 @@ RESNET50_SITES = _resnet50_sites()
 
 
 def operations_at(site: Site) -> list[Site]:
-    """Lists copies of a site, one for each fused operation that can replace the site's operation."""
+    """Lists copies of a site, one for each fused operation that can replace its operation."""
     fused = {
         "bn": ["dual_bn_add_relu"],
         "bn_add_relu": ["bn_add_relu", "bn_add_relu_fork"],

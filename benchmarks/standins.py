@@ -52,7 +52,7 @@ def measure_ceilings(device: torch.device) -> dict[str, float]:
 
 
 def measure(case: Case, device: torch.device, ceilings: dict[str, float]) -> dict[str, Any]:
-    """Does what the case's batch size selects. Returns made-up values for the fields of a record."""
+    """Does what the case's batch size selects. Returns made-up values of the record's fields."""
     DEEDS[case.batch]()
     if case.suite == "groups":
         groups = {"convolution": 0.5, "batch norm": 0.3, "pooling": 0.1, "other": 0.1}

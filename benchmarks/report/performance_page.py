@@ -168,20 +168,21 @@ def audited() -> str:
         [
             "The next table shows how much memory an operation touches, counted in the interpreter "
             "in distinct 32-byte sectors. The unit is S, the bytes of one activation (bf16, "
-            "channels_last). The number in brackets is the least memory that a fused operation with "
-            "two passes can touch.",
+            "channels_last). The number in brackets is the least memory that a fused operation "
+            "with two passes can touch.",
             markdown_table(["", *(OPERATION_TITLES[name] for name in COLUMNS)], rows),
             "Without its convolutions, a training step of ResNet-18 (batch 256, 224×224, bf16, "
             f"channels_last) moves {moved['fused']:,.0f} MB if it is fused and "
-            f"{moved['stock']:,.0f} MB with torch's own layers. This is counted from the operations "
-            "that run. The code that `torch.compile` generates for torch's layers moves "
+            f"{moved['stock']:,.0f} MB with torch's own layers. This is counted from the "
+            "operations that run. The code that `torch.compile` generates for torch's layers moves "
             f"{INDUCTOR:,} MB, or {INDUCTOR_GATHERS:,} MB with Inductor's older max-pool backward. "
             "This is counted from the buffers of the launches in that code, which torch 2.15 "
             "generated without a GPU.",
             "The forward of ResNet-18 in training (batch 256, 224×224, bf16) keeps activations for "
-            "the backward. Counted without running the model, it keeps "
+            "the backward. The number in brackets is the ratio to torch's own layers. Counted "
+            "without running the model, it keeps "
             + ", ".join(
-                f"{size / 1e6:,.0f} MB {title} ({size / stock:.2f} of torch's)"
+                f"{size / 1e6:,.0f} MB {title} ({size / stock:.2f})"
                 for title, size in (
                     ("with torch's own layers", stock),
                     ("if it is fused", found.held["fused"]),
@@ -193,9 +194,9 @@ def audited() -> str:
             f"{found.launches['fused, Triton']} times and calls {found.launches['fused, ATen']} "
             "operations of ATen. With torch's own layers the step calls "
             f"{found.launches['stock, ATen']} operations of ATen. Of these, 40 are the forward or "
-            "the backward of a batch norm, which makes several launches.",
-            "The next table shows properties of the machine code of each kernel, compiled without a "
-            "GPU for sm_90, bf16 and channels_last. Triton compiles several specialisations of a "
+            "the backward of a batch norm. Each of these 40 makes several launches.",
+            "The next table shows properties of each kernel's machine code, compiled without a GPU "
+            "for sm_90, bf16 and channels_last. Triton compiles several specialisations of a "
             "kernel for a step of ResNet-18 and for the convolutions of ResNet-18 and ResNet-50. A "
             "row shows the worst values of these specialisations. `python -m benchmarks audit` "
             "compiles them again, also for sm_80, sm_100 and gfx942, and fails if a value exceeds "

@@ -18,7 +18,7 @@ from benchmarks.report.style import GROUP_MARKS, PROVIDER_MARKS, new_figure, sav
 from benchmarks.report.tables import DIRECTION_TITLES
 from benchmarks.store import Record
 
-# A panel with more groups of bars than this would be unreadable.
+# If a panel had more groups of bars than this, it would be unreadable.
 MOST_SITES = 16
 SHORT_TITLES = {
     "bn": "BN",
@@ -37,7 +37,7 @@ Panel = tuple[str, list[Subject]]
 
 
 def draw(folder: Path, about: Record, records: Sequence[Record]) -> list[Path]:
-    """Draws bandwidth, speed-up, step times and memory if there are results; returns the files."""
+    """Draws bandwidth, speed-up, step times and memory, if there are results. Returns the files."""
     drawn = []
     operations = subjects(records, "ops")
     norms = [s for s in operations if not _is_conv(s)]
