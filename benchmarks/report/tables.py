@@ -24,9 +24,9 @@ LEGEND = (
     "bandwidth that was measured for a copy. A convolution must also compute its FLOPs at the "
     "speed that was measured for a matrix product. If this takes longer, it is the shortest "
     "possible time. These times assume that nothing stays in the L2 cache, so small sites can "
-    "exceed 100%. The columns 'vs. eager' and 'vs. compile' are the speed-ups of bnres over torch's "
-    "own layers and over torch.compile. The column 'host' is the time that a call of bnres takes "
-    "on the host. If calls are replayed from a CUDA graph, or if the GPU is still busy with "
+    "exceed 100%. The columns 'vs. eager' and 'vs. compile' are the speed-ups of bnres over "
+    "torch's own layers and over torch.compile. The column 'host' is the time that a call of bnres "
+    "takes on the host. If calls are replayed from a CUDA graph, or if the GPU is still busy with "
     "earlier calls, the host's time does not matter."
 )
 
