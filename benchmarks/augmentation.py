@@ -27,8 +27,8 @@ class Work:
 
     Attributes:
         run: augments one batch.
-        verify: returns the relative error of the result; raises `benchmarks.check.WrongResult` if
-            the error exceeds the tolerance.
+        verify: returns the relative error of the result. If the error exceeds the tolerance, it
+            raises `benchmarks.check.WrongResult`.
         bytes_moved: number of bytes if the images are read once and the result is written once.
     """
 

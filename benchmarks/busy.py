@@ -18,7 +18,8 @@ def spread(timed: Timed | None = None, seconds: float = SECONDS) -> float:
     """Returns the mean wall time of groups of calls, divided by the shortest group's wall time.
 
     Args:
-        timed: calls to time; by default the forward of torch's batch norm and ReLU on the CPU.
+        timed: calls to time. By default they are the forward of torch's batch norm and ReLU on the
+            CPU.
         seconds: time to spend, in seconds.
     """
     if timed is None:

@@ -69,7 +69,7 @@ def open_store(
     about = ask(functions.describe)
     if not (folder / ENVIRONMENT).exists():
         about["ceilings"] = ask(functions.measure_ceilings)
-        about["clocks"] = environment.clocks()  # the GPU is not idle at this point
+        about["clocks"] = environment.clocks()  # At this point the GPU is not idle.
     return ResultStore(folder, about)
 
 
@@ -116,7 +116,7 @@ def run(
             left = deadline - time.monotonic()
             progress.update(task, description=case.id)
             if (case.suite == "groups") != profiled:
-                child.stop()  # a process that has used the profiler must not time anything
+                child.stop()  # A process that has used the profiler must not time anything.
                 profiled = not profiled
             start = time.monotonic()
             limit = limit_of(case)
@@ -172,7 +172,7 @@ def describe(record: Record) -> str:
 
 
 def left_out(cases: Sequence[Case], store: ResultStore, costs: cost.Costs) -> str:
-    """Lists the cases that have no result, and the estimated time to measure them.
+    """Lists, by suite and net, the cases without a result and their estimated time.
 
     The last line says which value of ``--minutes`` is enough for the longest group of these cases.
     """

@@ -98,7 +98,7 @@ class ModelCase:
             convolution, as is usual for CIFAR.
         batch: number of images.
         launch: ``eager`` (the host launches each kernel) or ``graph`` (one CUDA graph).
-        dtype: in training, the dtype of autocast; in inference, the dtype of all tensors.
+        dtype: dtype of autocast in training, or dtype of all tensors in inference.
         layout: ``channels_last`` or ``contiguous``.
         provider: layers that are measured, one of `MODEL_PROVIDERS`.
         smoke: whether the input is small, to test the benchmark.
@@ -339,7 +339,7 @@ def select(
     dtypes: Iterable[str] = (),
     layouts: Iterable[str] = (),
 ) -> list[Case]:
-    """Returns the cases that match every argument; an empty argument matches all cases.
+    """Returns the cases that match every argument. An empty argument matches all cases.
 
     Args:
         cases: cases to choose from.

@@ -50,7 +50,7 @@ def check(
         actual: the provider's results.
         expected: the reference's results.
         tolerance: the greatest relative error allowed.
-        dtype: dtype that the results must have; None allows any.
+        dtype: dtype that the results must have. None allows any dtype.
 
     Raises:
         WrongResult: if an error exceeds the tolerance, or the number of results or a dtype differs.

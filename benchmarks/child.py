@@ -87,7 +87,7 @@ class Child:
 
         Args:
             function: import path of the function, ``module:name``.
-            arguments: arguments of the function; they and its result are pickled.
+            arguments: arguments of the function. The arguments and the result are pickled.
             limit: time limit of the call in seconds, not including the start of the child. A child
                 whose call exceeds the limit is killed.
 

@@ -134,7 +134,7 @@ def run(
         minutes: time limit of this call.
         echo: called with a line for each stage that was run or skipped.
         again: names of stages to run again although they have ended.
-        chosen: stages to run; by default the result of `stages`.
+        chosen: stages to run. By default they are the result of `stages`.
 
     Raises:
         ValueError: if a name in ``again`` is not the name of a stage.

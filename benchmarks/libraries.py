@@ -162,7 +162,7 @@ def run(out: Path | None, say: Callable[[str], object]) -> None:
 
 
 def table(say: Callable[[str], object]) -> str:
-    """Returns the table for the installed libraries; calls ``say`` with the name of each model."""
+    """Returns the table for the installed libraries. Calls ``say`` with the name of each model."""
     versions = [f"bnres {bnres.__version__}", f"torch {torch.__version__}"]
     versions.append(f"Python {platform.python_version()}")
     text, sites, skipped = "", [], []

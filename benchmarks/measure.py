@@ -1,4 +1,4 @@
-"""Measures a case: builds it, compares its results with a reference, and times it."""
+"""Builds a case, compares its results with a reference, and times it."""
 
 import statistics
 from collections.abc import Callable, Sequence
@@ -60,7 +60,7 @@ def prepare(case: Case, device: torch.device, ticking: clock.DeviceClock) -> Rea
 
 
 def measure(case: Case, device: torch.device, ceilings: dict[str, float]) -> dict[str, Any]:
-    """Measures a case; returns the measured fields of its record. Times are in seconds.
+    """Measures a case. Returns the measured fields of its record. Times are in seconds.
 
     `fields_of` returns the other fields of the record, which identify the case.
 

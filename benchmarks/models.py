@@ -39,8 +39,8 @@ class Work:
     Attributes:
         run: runs one training step or one inference.
         forward: runs the forward of a training step, including the loss, or runs one inference.
-        verify: returns the relative error of the logits; raises `benchmarks.check.WrongResult` if
-            the logits or the gradients differ from the stock net's. Call ``verify`` before
+        verify: returns the relative error of the logits. If the logits or the gradients differ from
+            the stock net's, it raises `benchmarks.check.WrongResult`. Call ``verify`` before
             ``run``, because ``run`` changes the weights.
         model: the net.
     """

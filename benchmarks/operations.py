@@ -41,7 +41,7 @@ class Inputs:
         residual: residual of the output's shape, if the operation adds one.
         residual_norm: batch norm of the residual, if the operation has one.
         filter: weight of shape (K, C, R, S), if the operation has a convolution.
-        gradients: gradients of the outputs; empty unless the direction is ``backward``.
+        gradients: gradients of the outputs. It is empty unless the direction is ``backward``.
     """
 
     x: Tensor

@@ -271,7 +271,7 @@ def _time_all_reduce(rank: int, world: int, port: int, found: "mp.Queue[list[flo
 
 
 def measure(world: int) -> list[float]:
-    """Measures gloo's all-reduce in ``world`` processes; returns the median seconds by size."""
+    """Measures gloo's all-reduce in ``world`` processes. Returns the median seconds by size."""
     import socket
 
     with socket.socket() as free:

@@ -23,7 +23,8 @@ class ResultStore:
 
     Args:
         folder: folder of the results. It is created if it does not exist.
-        environment: description of this environment, see `benchmarks.environment.describe`.
+        environment: description of this environment, as `benchmarks.environment.describe` returns
+            it.
 
     Raises:
         ValueError: if the folder has results of another environment, or can't be read.

@@ -117,7 +117,7 @@ def training_step(row: str, model: nn.Module) -> Timed:
 
 
 def ruler() -> Iterator[Timed]:
-    """Yields calls of torch's own batch norm and ReLU; all other times are divided by theirs."""
+    """Yields calls of torch's own batch norm and ReLU, by whose times all others are divided."""
     small = torch.randn(2, CHANNELS, 2, 2).requires_grad_()
     stock = nn.BatchNorm2d(CHANNELS)
     yield from operation(RULER, stock, lambda: torch.relu(stock(small)), [small])
@@ -150,7 +150,10 @@ def cases() -> Iterator[Timed]:
 
 @contextmanager
 def launches_do_nothing() -> Iterator[None]:
-    """Makes modules use our kernels, compiled for a GPU that is not there; launches do nothing."""
+    """Inside the context, modules use our kernels, compiled for a GPU that is not there.
+
+    A launch does nothing.
+    """
     triton.runtime.driver.set_active(StandInDriver(SM90))
     with (
         patch.object(CompiledKernel, "_init_handles", lambda self: None),

@@ -114,7 +114,7 @@ def replaced_launches(gpu: Gpu, run: Run) -> Iterator[None]:
 
 @contextmanager
 def compile_only(gpu: Gpu, record: Callable[[Launch], None]) -> Iterator[None]:
-    """Makes launches on CPU tensors compile for ``gpu``; calls ``record`` with each launch."""
+    """Makes launches on CPU tensors compile for ``gpu``. Calls ``record`` with each launch."""
     original_run = JITFunction.run
 
     def run(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:

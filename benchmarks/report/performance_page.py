@@ -37,7 +37,7 @@ STEPS = (
 
 
 def write() -> list[Path]:
-    """Writes the sections of both pages and copies the pictures; returns the pages' paths.
+    """Writes the sections of both pages and copies the pictures. Returns the pages' paths.
 
     Raises:
         ValueError: if a page lacks the markers.
@@ -72,7 +72,7 @@ def section(results: Path = RESULTS) -> str:
 
 
 def _wrapped(parts: Sequence[str]) -> list[str]:
-    """Wraps paragraphs at the page's width; leaves tables, titles and pictures as they are."""
+    """Wraps paragraphs at the page's width. Leaves tables, titles and pictures as they are."""
     return [p if p[0] in "|#!" else textwrap.fill(p, WIDTH, break_on_hyphens=False) for p in parts]
 
 

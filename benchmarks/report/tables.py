@@ -62,7 +62,7 @@ def report(about: Record, records: Sequence[Record], pictures: Sequence[Path]) -
 
 
 def environment_line(about: Record) -> str:
-    """Describes the environment of a run, and the device's bandwidth and FLOP/s."""
+    """Describes the environment of a run, and the speed of a copy and of a matrix product."""
     versions = ", ".join(
         f"{name} {about[key]}"
         for name, key in (
@@ -74,8 +74,9 @@ def environment_line(about: Record) -> str:
     ceilings = about["ceilings"]
     return (
         f"{about['device']}; {versions}; commit {about['commit']}, {about['date'][:10]}. "
-        f"Ceilings measured in the same run: copy {ceilings['copy'] / 1e9:,.0f} GB/s (read and "
-        f"written), matrix product {ceilings['product'] / 1e12:,.2f} TFLOP/s."
+        f"In the same run a copy was measured at {ceilings['copy'] / 1e9:,.0f} GB/s, counting both "
+        "the bytes read and the bytes written, and a matrix product at "
+        f"{ceilings['product'] / 1e12:,.2f} TFLOP/s."
     )
 
 

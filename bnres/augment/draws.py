@@ -36,7 +36,7 @@ class Crop:
 
 @dataclass(frozen=True)
 class Color:
-    """Changes colours by four operations, numbered as in `bnres.kernels.augment_plan`.
+    """Changes colours by four operations. `bnres.kernels.augment_plan` defines their numbers.
 
     Attributes:
         numbers: int64 (N, 4). A row has the numbers of the operations for an image, in the order in
@@ -51,7 +51,7 @@ class Color:
 
 @dataclass(frozen=True)
 class Scale:
-    """Computes (x − mean)/std with a mean and std for each channel."""
+    """Computes (x − mean)/std, where each channel has its mean and its std."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]

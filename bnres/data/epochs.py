@@ -66,7 +66,7 @@ class EpochBatches(ABC):
 
         Args:
             order: int64 indices of the images.
-            rows: number of images in a batch; the last batch may be smaller.
+            rows: number of images in a batch. The last batch may be smaller.
             train: whether ``order`` has indices of training images. Otherwise it has indices of
                 held-out images.
         """

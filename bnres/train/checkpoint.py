@@ -32,7 +32,7 @@ KEYS = (
 def save_checkpoint(path: Path, state: TrainState, config: TrainConfig) -> None:
     """Writes a checkpoint. If the process is killed meanwhile, ``path`` keeps its old content.
 
-    Every process of a run must call this function; only the first process writes.
+    Every process of a run must call this function. Only the first process writes.
     """
     empty = torch.zeros(0)
     losses, correct = (
@@ -80,9 +80,9 @@ def load_checkpoint(path: Path, state: TrainState, config: TrainConfig) -> None:
     """Sets ``state`` to the state in a checkpoint.
 
     Raises:
-        ValueError: if the file is not a checkpoint of bnres; if the checkpoint's run and this run
-            differ in the data, the model or an option that is not in ``FREE``; or if the
-            checkpoint's run is complete. ``state`` is not changed in these cases.
+        ValueError: if the file is not a checkpoint of bnres, if its run is complete, or if its run
+            and this run differ in the data, the model or an option that is not in ``FREE``. In
+            these cases ``state`` is not changed.
     """
     content = read_checkpoint(path)
     check_same_run(path, content["config"], config.as_dict())

@@ -13,7 +13,7 @@ from bnres.train.state import build_state
 def train_model(
     model: nn.Module, dataset: ImageDataset | FolderDataset, config: TrainConfig
 ) -> list[dict[str, float]]:
-    """Trains ``model`` in place; returns the metrics of each epoch, with the keys of metrics.jsonl.
+    """Trains ``model`` in place. Returns the metrics of each epoch, by the keys of metrics.jsonl.
 
     During training the model is fused by `bnres.fuse`, unless ``config.fused`` is False. Afterwards
     the model is unfused and in eval mode. No files are written.

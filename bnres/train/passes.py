@@ -14,7 +14,7 @@ WARMUP_BATCHES = 3
 
 
 def autocast(config: TrainConfig) -> torch.autocast:
-    """Returns the autocast context of a run's dtype; it is disabled for fp32."""
+    """Returns the autocast context of a run's dtype. For fp32 it is disabled."""
     dtype = DTYPES[config.dtype]
     device_type = torch.device(config.device).type
     return torch.autocast(device_type, dtype, enabled=dtype != torch.float32)

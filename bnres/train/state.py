@@ -109,7 +109,7 @@ def build_model(
     size: tuple[int, int],
     given: nn.Module | None = None,
 ) -> nn.Module:
-    """Returns the untrained model on ``config.device``; ``config.seed`` determines its weights.
+    """Returns the untrained model on ``config.device``. ``config.seed`` determines its weights.
 
     Args:
         config: the options of the run.
