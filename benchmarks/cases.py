@@ -32,7 +32,7 @@ MODEL_PROVIDERS = (
 )  # fmt: skip
 AUGMENT_PROVIDERS = ("bnres", "bnres-kernel", "torchvision-batch", "torchvision-image")
 BASELINE = "eager"
-# Providers that are measured before the others, because the others are compared with them.
+# These providers are measured before the others, because the others are compared with them.
 BASELINES = (BASELINE, "torchvision-batch")
 PROVIDERS = tuple(dict.fromkeys(OP_PROVIDERS + MODEL_PROVIDERS + AUGMENT_PROVIDERS))
 BATCH = 256
@@ -299,8 +299,8 @@ def _is_conv(case: Case) -> bool:
 def smoke_cases() -> list[Case]:
     """Lists cases with small inputs.
 
-    There is one for each combination of operation, direction, layout and provider, and for each
-    kind of step of a net.
+    There is one case for each combination of operation, direction, layout and provider, and one for
+    each kind of step of a net.
     """
     found: dict[str, Case] = {}
     for case in all_cases():

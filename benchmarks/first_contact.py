@@ -220,7 +220,7 @@ def _wait(process: "subprocess.Popen[bytes]", seconds: float) -> int | None:
     try:
         return process.wait(seconds)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGINT)  # pytest then prints its failures
+        os.killpg(process.pid, signal.SIGINT)  # If pytest is interrupted, it prints its failures.
     with suppress(subprocess.TimeoutExpired):
         process.wait(INTERRUPTED)
     with suppress(ProcessLookupError):

@@ -189,7 +189,7 @@ def _inference(case: ModelCase, device: torch.device) -> Work:
     images = _images(case, device)
     stock = _placed(_stock(case), case, device)
     with torch.no_grad():
-        stock.train()(images[: min(case.batch, 32)])  # updates the running statistics
+        stock.train()(images[: min(case.batch, 32)])  # This updates the running statistics.
         expected = stock.eval()(images)
     model = _of_provider(stock, case).to(dtype).eval()
     forward, cast = _compiled(model, case), images.to(dtype)

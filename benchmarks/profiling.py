@@ -1,4 +1,4 @@
-"""Profiles a training step: kernel time by group, launches, and the device's idle time."""
+"""Profiles a training step: its kernel time by group, its launches and the GPU's idle time."""
 
 import re
 from collections.abc import Callable

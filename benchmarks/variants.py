@@ -1,4 +1,4 @@
-"""Times the kernels with other launch configurations than those in `bnres.kernels.config.TUNING`.
+"""Times the kernels with other launch configurations than `bnres.kernels.config.TUNING` has.
 
 Each kernel runs in bfloat16 on the activations of every stage of ResNet-18, in both layouts.
 """
@@ -136,7 +136,7 @@ def seconds(calls: Sequence[Call]) -> float:
     with torch.cuda.graph(graph):
         for call in calls:
             call()
-    for _ in range(REPLAYS + 1):  # the first one is a warm-up
+    for _ in range(REPLAYS + 1):  # The first replay is a warm-up.
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         graph.replay()

@@ -4,8 +4,8 @@ The CPU time of the calling thread is measured. It includes Python, torch's disp
 the allocation of outputs, and the part of each launch before triton calls the GPU's driver. Our
 kernels are compiled for a GPU that is not there, and launching them does nothing. torch's own
 operations run on the CPU, on tensors so small that their arithmetic takes little time. Convolutions
-return uninitialised tensors, which takes the same time in all ResNets. The time that the driver
-needs for a launch, and the optimiser, are not measured.
+return uninitialised tensors. This takes the same time in all ResNets. Two times are not measured:
+the time that the driver needs for a launch, and the time that the optimiser needs.
 
 Each call is timed in many short spans. In a span the call is made a few times. The time of a call
 is taken from its shortest span. Spans of all calls alternate: if another program runs for a second,

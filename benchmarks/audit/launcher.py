@@ -49,7 +49,7 @@ class _Utils:
     def __init__(self, gpu: Gpu) -> None:
         self.gpu = gpu
         cuda = nvidia.CudaUtils()
-        for name in ("launch", "build_signature_metadata"):  # in releases after 3.6
+        for name in ("launch", "build_signature_metadata"):  # Releases after 3.6 have these.
             if hasattr(cuda, name):
                 setattr(self, name, getattr(cuda, name))
 

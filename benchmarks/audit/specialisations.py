@@ -50,7 +50,7 @@ STACK, RAGGED_STACK = 256, 512
 
 @dataclass(frozen=True)
 class Specialisation:
-    """A kernel, with the grid and arguments of a launch, and the call that launched it."""
+    """A kernel, the grid and the arguments of a launch, and the call that launched it."""
 
     kernel: JITFunction
     grid: tuple[int, ...]

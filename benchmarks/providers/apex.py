@@ -84,7 +84,7 @@ def _norm(kernels: Any, plan: Any, inputs: Inputs, has_relu: bool) -> Implementa
 
     def backward() -> Results:
         if not ran_forward:
-            forward()  # stores the statistics that backward reads
+            forward()  # This stores the statistics that backward reads.
         dy = _nhwc(inputs.gradients[0])
         dx, dweight, dbias = kernels.bn_bwd_nhwc(x, dy, *state, *options, *backward_grid, False)
         return _nchw(dx), dweight, dbias
@@ -111,7 +111,7 @@ def _norm_add_relu(kernels: Any, plan: Any, inputs: Inputs) -> Implementation:
 
     def backward() -> Results:
         if not ran_forward:
-            forward()  # stores the statistics and the mask that backward reads
+            forward()  # This stores the statistics and the mask that backward reads.
         dy = _nhwc(inputs.gradients[0])
         dx, dresidual, dweight, dbias = kernels.bn_addrelu_bwd_nhwc(
             x, dy, *arguments, *backward_grid, False

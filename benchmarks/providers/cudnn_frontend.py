@@ -263,7 +263,7 @@ def _bound(builder: Builder, forward: Graph, backward: Graph, inputs: Inputs) ->
     def backward_call() -> Results:
         assert run_backward is not None
         if not ran_forward:
-            forward_call()  # stores the statistics and the mask that backward reads
+            forward_call()  # This stores the statistics and the mask that backward reads.
         run_backward()
         found = [values["dx"], values["dweight"].view(c), values["dbias"].view(c)]
         return found if inputs.residual is None else [*found, values["dresidual"]]

@@ -127,7 +127,7 @@ def _site_figure(what: str, about: Record, panels: Sequence[Panel]) -> tuple[Fig
 
 
 def _site_label(subject: Subject) -> str:
-    """Returns a label of a few short lines: the stage of the net, and the operation."""
+    """Returns a label of a few short lines. They name the stage of the net and the operation."""
     record = subject.any
     place = str(record["site"]).split(".", 1)[1].replace("-", "\n", 1)
     return f"{place}\n{SHORT_TITLES[record['operation']]}"
