@@ -15,9 +15,9 @@ from bnres import augment, use_backend
 from bnres.augment.segments import prepare_draws, segments
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-JITTER = (0.5, 0.2, 0.6, 0.4)  # as in the d2l.ai course
-# Relative error allowed: the kernel and ATen add numbers in different orders, and the outputs are
-# rounded to bf16.
+JITTER = (0.5, 0.2, 0.6, 0.4)  # These are the values of the d2l.ai course.
+# The greatest relative error allowed. There are differences because the kernel and ATen add numbers
+# in different orders, and because the outputs are rounded to bf16.
 TOLERANCE = 2**-7
 
 
@@ -27,9 +27,9 @@ class Work:
 
     Attributes:
         run: augments one batch.
-        verify: returns the relative error of the result; raises `benchmarks.check.WrongResult` if
-            the error exceeds the tolerance.
-        bytes_moved: bytes of one read of the images and one write of the result.
+        verify: returns the relative error of the result. If the error exceeds the tolerance, it
+            raises `benchmarks.check.WrongResult`.
+        bytes_moved: number of bytes if the images are read once and the result is written once.
     """
 
     run: Callable[[], object]
@@ -110,7 +110,7 @@ def _peer(case: AugmentCase, images: Tensor) -> Calls:
         return y.to(dtype).contiguous(memory_format=memory_format)
 
     def verify() -> float:
-        # torchvision's random draws differ from ours, so there are no values to compare with.
+        # torchvision draws other random numbers than we do, so there are no values to compare with.
         y = run()
         assert y.shape == (case.batch, 3, case.out, case.out) and y.isfinite().all()
         return 0.0

@@ -1,4 +1,4 @@
-"""pytest-benchmark cases: chains of augmentations at the image sizes of CIFAR and ImageNet."""
+"""Runs chains of augmentations under pytest-benchmark, on images like CIFAR's and ImageNet's."""
 
 import pytest
 

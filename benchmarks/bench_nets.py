@@ -1,4 +1,4 @@
-"""pytest-benchmark cases: training steps and inference of whole nets, and the memory of a step."""
+"""Runs training steps and inference of nets, and measures memory, under pytest-benchmark."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""pytest-benchmark cases: the operations on the tensors of ResNet-18 and ResNet-50."""
+"""Runs the operations on tensors of ResNet-18 and ResNet-50 under pytest-benchmark."""
 
 import pytest
 

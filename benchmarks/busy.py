@@ -7,17 +7,19 @@ import torch
 from benchmarks.audit.host import Timed, ruler
 
 SECONDS = 0.5
-# Greatest value of `spread` on a host that counts as free. With nine busy processes on two cores
-# the spread was 1.6 to 2.2. The same ratio of the thread's CPU time was only 1.07 to 1.11, because
-# CPU time does not include the time that a thread waits for a core. Hence wall time is compared.
+# A host is free if `spread` returns at most this number. With nine busy processes on two cores it
+# returned 1.6 to 2.2. A ratio of CPU times would not show that the host is busy: it was only 1.07
+# to 1.11, because CPU time does not include the time that a thread waits for a core. Therefore wall
+# times are compared.
 MOST_SPREAD = 1.25
 
 
 def spread(timed: Timed | None = None, seconds: float = SECONDS) -> float:
-    """Times groups of calls; returns a group's mean wall time divided by the shortest group's.
+    """Returns the mean wall time of groups of calls, divided by the shortest group's wall time.
 
     Args:
-        timed: calls to time; by default the forward of torch's batch norm and ReLU on the CPU.
+        timed: calls to time. By default they are the forward of torch's batch norm and ReLU on the
+            CPU.
         seconds: time to spend, in seconds.
     """
     if timed is None:

@@ -1,9 +1,9 @@
 """The fewest bytes that a fused operation can move, in units of S.
 
-S is the size of one activation tensor in bytes. A forward in training reads its input twice (once
-for the statistics, once for the output) and writes its output. A backward also reads its inputs
-twice. An operation that adds a residual before the ReLU also stores one bit per element, the sign
-of the ReLU's input, for its backward.
+S is the size of one activation tensor in bytes. A forward in training reads its input twice, once
+for the statistics and once for the output, and writes its output. A backward also reads its inputs
+twice. If an operation adds a residual before the ReLU, its forward also stores one bit for each
+element, which is the sign of the input of the ReLU. Its backward reads these bits.
 
 The model assumes that nothing stays in the L2 cache between the two passes. A small tensor does
 stay in the cache, so an operation on a small tensor can be faster than this model allows.
@@ -15,8 +15,8 @@ the inverse ratio of the times.
 
 from benchmarks.sites import ConvSite
 
-# (operation, direction) -> two numbers: how often all elements of an activation are read or
-# written, and how often one bit per element is read or written.
+# The keys are (operation, direction). A value has two numbers: how often all elements of an
+# activation are read or written, and how often one bit for each element is read or written.
 PASSES = {
     ("bn", "forward"): (3, 0),
     ("bn", "backward"): (5, 0),
@@ -32,9 +32,9 @@ PASSES = {
     ("dual_bn_add_relu", "backward"): (8, 0),
     ("dual_bn_add_relu", "eval"): (3, 0),
     ("dual_bn_add_relu_fork", "backward"): (10, 0),
-    # 3×3 pooling with stride 2 of a 16-bit activation: the output has S/4 bytes. For backward, the
-    # positions of the maxima are stored in S/8 bytes, and the values of x at these positions in
-    # S/4.
+    # These numbers are for 3×3 pooling with stride 2 of a 16-bit activation. The output has S/4
+    # bytes. For backward, the forward also stores the positions of the maxima in S/8 bytes, and the
+    # values of x at these positions in S/4 bytes.
     ("bn_relu_pool", "forward"): (2.5, 2),
     ("bn_relu_pool", "backward"): (2.75, 2),
     ("bn_relu_pool", "eval"): (1.25, 0),
@@ -60,7 +60,7 @@ def moved_bytes(operation: str, direction: str, elements: int, itemsize: int) ->
 
 
 def conv_bytes_and_flops(site: ConvSite, batch: int, itemsize: int) -> tuple[int, int]:
-    """Returns the fewest bytes that a convolution can move, and its floating-point operations."""
+    """Returns the fewest bytes that a convolution can move, and the number of its FLOPs."""
     n, k, height, width = site.output_shape(batch)
     outputs = n * k * height * width
     inputs = batch * site.channels * site.size**2

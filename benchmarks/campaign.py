@@ -22,9 +22,10 @@ from benchmarks.child import Child, ChildFailed
 from benchmarks.measure import fields_of
 from benchmarks.store import ENVIRONMENT, Record, ResultStore
 
-# Time limit in seconds for describing the device, and for measuring its bandwidth and FLOP/s.
+# This is the time limit in seconds for describing the device and for measuring its bandwidth and
+# its FLOP/s.
 OPENING_LIMIT = 120.0
-# Seconds that a case may continue after the campaign's deadline.
+# A case may continue for this many seconds after the campaign's deadline.
 GRACE = 10.0
 
 
@@ -49,7 +50,7 @@ FUNCTIONS = Functions()
 def open_store(
     folder: Path, device: torch.device, child: Child, functions: Functions = FUNCTIONS
 ) -> ResultStore:
-    """Opens a folder of results; measures the device's ceilings if the folder is new.
+    """Opens a folder of results. If the folder is new, measures the device's ceilings.
 
     The ceilings are the bandwidth of a copy and the FLOP/s of a matrix product.
 
@@ -68,7 +69,7 @@ def open_store(
     about = ask(functions.describe)
     if not (folder / ENVIRONMENT).exists():
         about["ceilings"] = ask(functions.measure_ceilings)
-        about["clocks"] = environment.clocks()  # the GPU is not idle at this point
+        about["clocks"] = environment.clocks()  # At this point the GPU is not idle.
     return ResultStore(folder, about)
 
 
@@ -82,18 +83,18 @@ def run(
     functions: Functions = FUNCTIONS,
     limit_of: Callable[[Case], float] = cost.limit,
 ) -> int:
-    """Measures the cases that have no result yet, in order; returns the number of new results.
+    """Measures, in order, the cases that have no result yet. Returns the number of new results.
 
-    Consecutive cases that differ only in their provider are a group. A group that may take longer
-    than the remaining time is skipped, so that a short run measures a few groups completely. Within
-    a group, a case is skipped if its estimated time exceeds the remaining time. A case that the
-    deadline interrupts gets no result.
+    Consecutive cases that differ only in their provider are a group. If a group may take longer
+    than the remaining time, the whole group is skipped. A short run therefore measures few groups,
+    but measures each of them completely. Within a group, a case is skipped if its estimated time
+    exceeds the remaining time. A case that the deadline interrupts gets no result.
 
     Args:
         store: folder that the results are added to.
         cases: cases to measure.
         deadline: time to stop, in seconds of `time.monotonic`.
-        device: device to measure on; this process does not use it.
+        device: device to measure on. Only the child process uses it.
         console: prints the progress and the cases that were left out.
         child: process that measures.
         functions: functions that the child calls.
@@ -115,7 +116,7 @@ def run(
             left = deadline - time.monotonic()
             progress.update(task, description=case.id)
             if (case.suite == "groups") != profiled:
-                child.stop()  # a process that has used the profiler must not time anything
+                child.stop()  # A process that has used the profiler must not time anything.
                 profiled = not profiled
             start = time.monotonic()
             limit = limit_of(case)
@@ -140,12 +141,13 @@ def run(
 
 
 def idle_share(case: Case, record: Record, store: ResultStore) -> Record:
-    """Returns the share of a step's time in which the GPU waits for the host, as ``idle``.
+    """Returns as ``idle`` the share of a step's time in which the GPU waits for the host.
 
-    The share is 1 - replay / loop. ``loop`` is the time of the step when the host launches each
-    kernel. ``replay`` is the time of the same step as a CUDA graph, which runs the same kernels
-    without the host; it includes gaps of about a microsecond between the kernels. The result is
-    empty if the case is not a step launched by the host, or if the graph has not been measured.
+    The share is 1 - replay / loop. ``loop`` is the time of the step if the host launches each
+    kernel. ``replay`` is the time of the same step if it is replayed from a CUDA graph. A replay
+    runs the same kernels without the host, but there are still gaps of about a microsecond between
+    them. The result is empty if the case is not a step that the host launches, or if the replay was
+    not measured.
     """
     if not isinstance(case, ModelCase) or case.suite != "step" or record.get("method") != "loop":
         return {}
@@ -170,7 +172,7 @@ def describe(record: Record) -> str:
 
 
 def left_out(cases: Sequence[Case], store: ResultStore, costs: cost.Costs) -> str:
-    """Lists the cases without a result by suite and net, with their estimated time.
+    """Lists, by suite and net, the cases without a result and their estimated time.
 
     The last line says which value of ``--minutes`` is enough for the longest group of these cases.
     """

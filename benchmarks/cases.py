@@ -1,8 +1,8 @@
 """Lists every case that can be measured, the most important ones first.
 
-A case is one operation, net or augmentation chain, run by one provider. Providers are the
-implementations that are compared, such as bnres and torch's own layers (``eager``). Each case has a
-priority, called its rank: cases with a lower rank are measured first.
+A case is one operation, net or augmentation chain, run by one provider. A provider is one of the
+implementations that are compared, such as bnres or torch's own layers (``eager``). Each case has a
+number, its rank. Cases with a lower rank are measured first.
 """
 
 from collections.abc import Iterable, Iterator
@@ -32,17 +32,17 @@ MODEL_PROVIDERS = (
 )  # fmt: skip
 AUGMENT_PROVIDERS = ("bnres", "bnres-kernel", "torchvision-batch", "torchvision-image")
 BASELINE = "eager"
-# Providers that are measured before the others, because the others are compared with them.
+# These providers are measured before the others, because the others are compared with them.
 BASELINES = (BASELINE, "torchvision-batch")
 PROVIDERS = tuple(dict.fromkeys(OP_PROVIDERS + MODEL_PROVIDERS + AUGMENT_PROVIDERS))
 BATCH = 256
 SMOKE_BATCH = 4
 SMOKE_IMAGES = {224: 64, 32: 16}
-# Training cases of these operations are measured early if they are in ``LARGE_SITES``.
+# These operations are measured early in training, at the sites in ``LARGE_SITES``.
 TELLING = ("bn_relu", "bn_add_relu", "bn_relu_pool")
-# Stages of ResNet-18 whose activations are larger than the L2 cache.
+# The activations of these stages of ResNet-18 are larger than the L2 cache.
 LARGE_SITES = ("stem", "layer1", "layer2")
-# Providers of whole nets that are measured first.
+# For whole nets, the cases of these providers are measured first.
 HEADLINE = ("bnres", "eager", "compile")
 # `telling_cases` returns the cases whose rank is lower than this number.
 TELLING_RANK = 4
@@ -74,7 +74,7 @@ class OpCase:
 
     @property
     def subject(self) -> str:
-        """The id without the provider: cases that are compared with each other share it."""
+        """The id without the provider. It is equal for cases that are compared with each other."""
         size = "smoke" if self.smoke else f"b{self.batch}"
         return "/".join(
             (self.suite, self.site.operation, self.site.id, self.direction, self.layout,
@@ -98,7 +98,7 @@ class ModelCase:
             convolution, as is usual for CIFAR.
         batch: number of images.
         launch: ``eager`` (the host launches each kernel) or ``graph`` (one CUDA graph).
-        dtype: in training, the dtype of autocast; in inference, the dtype of all tensors.
+        dtype: dtype of autocast in training, or dtype of all tensors in inference.
         layout: ``channels_last`` or ``contiguous``.
         provider: layers that are measured, one of `MODEL_PROVIDERS`.
         smoke: whether the input is small, to test the benchmark.
@@ -116,7 +116,7 @@ class ModelCase:
 
     @property
     def subject(self) -> str:
-        """The id without the provider: cases that are compared with each other share it."""
+        """The id without the provider. It is equal for cases that are compared with each other."""
         size = "smoke" if self.smoke else f"b{self.batch}"
         return "/".join(
             (self.suite, self.net, f"{self.image}px", size, self.launch, self.layout, self.dtype)
@@ -137,10 +137,10 @@ class AugmentCase:
         size: height and width of the images.
         out: height and width of the output.
         dtype: dtype of the output.
-        layout: layout of the output.
-        provider: ``bnres`` (random draws and kernels), ``bnres-kernel`` (only the kernels),
-            ``torchvision-batch`` (the same random values for all images) or ``torchvision-image``
-            (a loop over the images).
+        layout: memory layout of the output.
+        provider: ``bnres`` draws the random parameters and runs the kernels. ``bnres-kernel`` only
+            runs the kernels. ``torchvision-batch`` uses the same random values for all images.
+            ``torchvision-image`` loops over the images.
         smoke: whether the batch is small, to test the benchmark.
     """
 
@@ -156,7 +156,7 @@ class AugmentCase:
 
     @property
     def subject(self) -> str:
-        """The id without the provider: cases that are compared with each other share it."""
+        """The id without the provider. It is equal for cases that are compared with each other."""
         size = "smoke" if self.smoke else f"b{self.batch}"
         return f"augment/{self.name}/{self.size}px-{self.out}px/{size}/{self.layout}/{self.dtype}"
 
@@ -169,7 +169,7 @@ Case = OpCase | ModelCase | AugmentCase
 
 
 def bn_sites(net: str) -> list[Site]:
-    """Lists a net's batch norms with each fused operation that fits, then without fusion."""
+    """Lists a net's batch norms, first with each fused operation that fits, then without fusion."""
     sites = RESNET18_SITES if net == "resnet18" else RESNET50_SITES
     plain = [site for site in sites if site.operation == "bn"]
     return [fused for site in sites for fused in operations_at(site)] + plain
@@ -182,7 +182,7 @@ def _directions(site: Site | ConvSite) -> tuple[str, ...]:
 
 
 def _op_subjects() -> Iterator[tuple[int, OpCase]]:
-    """Yields a rank and a case of the first provider for each operation that is measured."""
+    """Yields a rank and a case of the first provider, for each operation that is measured."""
     for net in NETS:
         sites: list[Site | ConvSite] = [*bn_sites(net), *conv_sites(net)]
         for site in sites:
@@ -210,7 +210,7 @@ def _model_subjects() -> Iterator[tuple[int, ModelCase]]:
     for net in NETS:
         later = 4 if net == "resnet50" else 0
         for suite, image, batch, launch, rank in (
-            ("step", 224, 256, "graph", 0),  # a graph's time does not include Python
+            ("step", 224, 256, "graph", 0),  # The time of a replayed graph does not include Python.
             ("step", 224, 32, "graph", 0),
             ("step", 224, 256, "eager", 1),
             ("step", 224, 32, "eager", 1),
@@ -247,11 +247,12 @@ PROVIDERS_OF = {
     ModelCase: MODEL_PROVIDERS,
     AugmentCase: AUGMENT_PROVIDERS,
 }
-# Providers without inference. ``bnres-recompute`` only changes training. With ``eager-fp16-cudnn``
-# the parameters of a batch norm would be in fp16, for which torch does not use cuDNN.
+# These providers have no inference cases. ``bnres-recompute`` only changes training. With
+# ``eager-fp16-cudnn`` the parameters of a batch norm would be in fp16 in inference, and torch does
+# not use cuDNN for such parameters.
 TRAINING_ONLY = ("bnres-recompute", "eager-fp16-cudnn")
-# Providers that are measured last: autotuning takes minutes per net, and a Python loop over the
-# images takes seconds per call.
+# These providers are measured last, because autotuning takes minutes for each net, and a loop over
+# the images in Python takes seconds for each call.
 LATE = {"compile-max-autotune": LAST_RANK, "torchvision-image": LAST_RANK}
 
 
@@ -282,12 +283,12 @@ def all_cases() -> list[Case]:
 
 
 def groups(cases: Iterable[Case]) -> list[list[Case]]:
-    """Groups consecutive cases that differ only in the provider."""
+    """Groups consecutive cases that differ only in their provider."""
     return [list(group) for _, group in groupby(cases, key=lambda case: case.subject)]
 
 
 def telling_cases() -> list[Case]:
-    """Lists the most important cases: those whose rank is below ``TELLING_RANK``."""
+    """Lists the most important cases. Their rank is below ``TELLING_RANK``."""
     return [case for rank, _, case in _ranked() if rank < TELLING_RANK]
 
 
@@ -298,8 +299,8 @@ def _is_conv(case: Case) -> bool:
 def smoke_cases() -> list[Case]:
     """Lists cases with small inputs.
 
-    There is one for each combination of operation, direction, layout and provider, and for each
-    kind of step of a net.
+    There is one case for each combination of operation, direction, layout and provider, and one for
+    each kind of step of a net.
     """
     found: dict[str, Case] = {}
     for case in all_cases():
@@ -338,7 +339,7 @@ def select(
     dtypes: Iterable[str] = (),
     layouts: Iterable[str] = (),
 ) -> list[Case]:
-    """Returns the cases that match every argument; an empty argument matches all cases.
+    """Returns the cases that match every argument. An empty argument matches all cases.
 
     Args:
         cases: cases to choose from.

@@ -5,24 +5,26 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-# Greatest relative error ||a - b|| / ||b|| of outputs and running statistics. The tolerances of the
-# 16-bit dtypes allow for two roundings to the dtype. The tolerance of fp32 allows for the error of
-# statistics over millions of values.
+# These are the greatest relative errors ||a - b|| / ||b|| of outputs and running statistics. The
+# tolerances of the 16-bit dtypes allow for two roundings to the dtype. The tolerance of fp32 allows
+# for the error of statistics over millions of values.
 OUTPUT_TOLERANCE = {torch.bfloat16: 2**-6, torch.float16: 2**-9, torch.float32: 1e-5}
-# Greatest relative error of a convolution in fp32, which may use TF32 with 10 bits of mantissa.
+# This is the greatest relative error of a convolution in fp32, which may use TF32 with 10 bits of
+# mantissa.
 TF32_TOLERANCE = 2**-9
-# Greatest relative error of gradients. Rounding changes the sign of x + residual in about the
-# fraction eps of all elements. The ReLU's gradient of such an element is wrong by its whole value,
-# so the relative error of the gradient can be up to 2 sqrt(eps).
+# These are the greatest relative errors of gradients. Because of rounding, the sign of x + residual
+# is wrong for about the fraction eps of all elements. For such an element the gradient of the ReLU
+# is wrong by the gradient's whole value, so the relative error of the whole gradient can be up to 2
+# sqrt(eps).
 GRADIENT_TOLERANCE = {torch.bfloat16: 2**-2.5, torch.float16: 2**-4, torch.float32: 2**-10}
-# Greatest relative error of the parameters' gradients, which are sums over all elements. In 16 bits
-# the tolerance is 4 eps, because some elements have a wrong sign and each addend is rounded. In
-# fp32 it allows for sums in another order.
+# These are the greatest relative errors of the parameters' gradients, which are sums over all
+# elements. In 16 bits the tolerance is 4 eps, because some elements have a wrong sign and each
+# addend is rounded. In fp32 the tolerance allows for sums in another order.
 SUM_TOLERANCE = {torch.bfloat16: 2**-5, torch.float16: 2**-8, torch.float32: 1e-4}
 
 
 class WrongResult(Exception):
-    """A provider's result differs from the reference."""
+    """Raised when a provider's result differs from the reference."""
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
@@ -44,11 +46,11 @@ def check(
     """Returns the greatest relative error of some results.
 
     Args:
-        name: what the results are, in the singular, for error messages, such as ``gradient``.
+        name: what the results are, for error messages. It is in the singular, such as ``gradient``.
         actual: the provider's results.
         expected: the reference's results.
         tolerance: the greatest relative error allowed.
-        dtype: dtype that the results must have; None allows any.
+        dtype: dtype that the results must have. None allows any dtype.
 
     Raises:
         WrongResult: if an error exceeds the tolerance, or the number of results or a dtype differs.

@@ -21,18 +21,19 @@ from contextlib import suppress
 from multiprocessing.connection import Connection, Pipe
 from typing import IO, Any, NamedTuple
 
-# Time limit in seconds for a child to start. The first child reads torch from disk, which is slow.
+# A child must start within this many seconds. The first child reads torch from disk, which is slow.
 START_LIMIT = 180.0
-# Seconds that a child which exceeded its time limit gets to print its traceback.
+# A child that exceeded its time limit gets this many seconds to print its traceback.
 DUMP_SECONDS = 1.0
-# Seconds to wait for a killed child to exit.
+# A killed child gets this many seconds to exit.
 STOP_SECONDS = 30.0
-# Greatest number of characters of a stored error message; a compiler's message can be very long.
+# A stored error message has at most this many characters, because a compiler's message can be very
+# long.
 REASON_LENGTH = 500
 TRACE = "(most recent call first)"
 PR_SET_PDEATHSIG = 1  # an operation of Linux's prctl
-# Matches error messages of a failed kernel or a failed graph capture. After such an error a process
-# can't use its GPU.
+# This matches the error message if a kernel or the capture of a graph has failed. After such an
+# error a process can't use its GPU any more.
 GPU_ERROR = re.compile(r"cuda|cudnn|cublas|captur|hip error", re.IGNORECASE)
 
 
@@ -56,7 +57,7 @@ class Answer(NamedTuple):
 
 
 class ChildFailed(Exception):
-    """A child did not start, or a call without which no case can be measured has failed."""
+    """Raised if no child can be started, or if a call fails that every measurement needs."""
 
 
 class Child:
@@ -82,11 +83,11 @@ class Child:
         return self._process.pid if self._process else None
 
     def call(self, function: str, *arguments: Any, limit: float) -> Answer:
-        """Calls a function in the child; errors, crashes and timeouts are reported in the answer.
+        """Calls a function in the child. The answer reports errors, crashes and timeouts.
 
         Args:
             function: import path of the function, ``module:name``.
-            arguments: arguments of the function; they and its result are pickled.
+            arguments: arguments of the function. The arguments and the result are pickled.
             limit: time limit of the call in seconds, not including the start of the child. A child
                 whose call exceeds the limit is killed.
 
@@ -126,7 +127,7 @@ class Child:
             stdin=subprocess.DEVNULL,
             stdout=self._output,
             stderr=subprocess.STDOUT,
-            process_group=0,  # so that stop() can kill all its processes, and Ctrl-C does not
+            process_group=0,  # stop() can kill the group, and Ctrl-C does not reach it
         )
         theirs.close()
         answer = self._received(ours, START_LIMIT)
@@ -168,7 +169,7 @@ class Child:
 
 
 def serve(descriptor: int) -> None:
-    """Runs in the child: answers calls until the parent closes the connection."""
+    """Answers calls until the parent closes the connection. This function runs in the child."""
     faulthandler.enable(all_threads=False)
     faulthandler.register(signal.SIGUSR1, all_threads=False)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core dump would contain the GPU's memory
@@ -212,7 +213,7 @@ def attempt(function: str, arguments: tuple[Any, ...]) -> Answer:
 
 
 def _spoils_gpu(error: BaseException) -> bool:
-    """Whether an error, or one that caused it, may make the GPU unusable in this process."""
+    """Whether an error, or the error that caused it, may make the GPU unusable in this process."""
     import torch
 
     kinds = (torch.OutOfMemoryError, torch.AcceleratorError)

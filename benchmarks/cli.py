@@ -150,7 +150,7 @@ def compare(
     old: Annotated[Path, typer.Argument(help="Folder of results.")],
     new: Annotated[Path, typer.Argument(help="Folder of results.")],
 ) -> None:
-    """Compare two runs case by case; exit code 1 if a case became slower by more than noise."""
+    """Compare two runs case by case. Exit code 1 if a case became slower by more than noise."""
     from benchmarks.report import comparison
     from benchmarks.store import load
 
@@ -220,7 +220,7 @@ def audit(
 
 @app.command()
 def host() -> None:
-    """Time the CPU's part of a call, without a GPU; exit code 1 if a call exceeds its limit."""
+    """Time the CPU's part of a call, without a GPU. Exit code 1 if a call exceeds its limit."""
     from benchmarks.audit.host import run
 
     over = run()
@@ -307,7 +307,7 @@ def first_contact(
     minutes: Annotated[float, typer.Option(help="Time to spend in this call.", min=0.0)] = 9.0,
     again: Annotated[str, typer.Option(help="Stages to run again, separated by commas.")] = "",
 ) -> None:
-    """Test and measure everything on a new GPU, in stages; run it again to continue."""
+    """Test and measure everything on a new GPU, in stages. Run it again to continue."""
     from benchmarks.first_contact import run
 
     left = run(out, minutes, typer.echo, names("again", again))
@@ -320,7 +320,7 @@ def first_contact(
 
 @app.command()
 def rehearse() -> None:
-    """Check, without a GPU, what first-contact needs; exit code 1 if a check fails."""
+    """Check, without a GPU, what first-contact needs. Exit code 1 if a check fails."""
     from benchmarks.rehearse import run
 
     raise typer.Exit(int(bool(run(typer.echo))))

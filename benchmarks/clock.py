@@ -1,4 +1,4 @@
-"""The timing core: a clock that advances only by the time of the calls that are timed.
+"""A clock that advances only by the time of the calls that are timed.
 
 The clock is the ``timer`` of pytest-benchmark, and `benchmarks.measure` uses it directly. On a GPU
 the clock advances by the time between two events on the device. Before the first event the L2 cache
@@ -15,29 +15,30 @@ import torch
 
 Call = Callable[[], Any]
 
-# Calls shorter than this many seconds are replayed from a CUDA graph, because two events are at
-# least a few microseconds apart, and because gaps between the host's launches would be timed.
+# Calls that take fewer than this many seconds are replayed from a CUDA graph. Otherwise the gaps
+# between the host's launches would be timed, and two events are at least a few microseconds apart.
 GRAPH_BELOW = 100e-6
-# A graph contains several calls, so that its replay takes at least this many seconds. The time to
+# A graph contains so many calls that its replay takes at least this many seconds. The time to
 # launch the graph is then negligible.
 LEAST_REPLAY = 500e-6
-# The calls of a graph together touch at least this many times the size of the L2 cache, so that a
+# Together, the calls of a graph touch at least this many times the size of the L2 cache, so that a
 # call does not find its tensors in the cache. A graph contains at most MOST_COPIES calls.
 COLD_FACTOR = 3
 MOST_COPIES = 64
-# The warm-up takes at least this many seconds and calls, because a GPU raises its clock rate only
-# under load.
+# The warm-up takes at least this many seconds and makes at least this many calls, because a GPU
+# raises its clock rate only under load.
 WARMUP_SECONDS, WARMUP_CALLS = 0.15, 3
 HOST_CALLS = 10
-# A loop of eager calls takes about this many seconds, with at most MOST_LOOPS calls.
+# A loop of calls that the host launches takes about this many seconds, and makes at most MOST_LOOPS
+# calls.
 LOOP_SECONDS, MOST_LOOPS = 0.05, 20
-# Cycles per second of the kernel that sleeps while the host queues launches. Real clock rates are
-# lower, so the kernel sleeps longer than asked.
+# A kernel that sleeps while the host queues launches counts cycles. It is assumed to count this
+# many cycles in a second. Real clock rates are lower, so the kernel sleeps longer than asked.
 SLEEP_CYCLES = 2e9
 
 
 class DeviceClock:
-    """A timer for pytest-benchmark: returns ``seconds``, which ``Timed.round`` advances."""
+    """A timer for pytest-benchmark. It returns ``seconds``, which ``Timed.round`` advances."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
@@ -52,11 +53,12 @@ class Timed:
 
     Attributes:
         round: makes ``calls`` calls, and advances the clock by the mean seconds of a call.
-        method: ``events`` (one call between two events), ``loop`` (consecutive calls, launched by
-            the host), ``graph`` (replay of a CUDA graph) or ``wall`` (wall time on the CPU).
+        method: ``events`` times one call between two events. ``loop`` times consecutive calls that
+            the host launches. ``graph`` times the replay of a CUDA graph. ``wall`` measures wall
+            time on the CPU.
         host_seconds: seconds until a call returns. Its kernels may not have run by then.
         calls: number of calls in a round.
-        replayed: result of the first call in the graph, overwritten by each round; None if the
+        replayed: result of the first call in the graph. Each round overwrites it. It is None if the
             method is not ``graph``.
     """
 
@@ -94,14 +96,15 @@ def prepare(
 
     Args:
         clock: clock that the rounds advance.
-        make_call: returns a call with new tensors; a graph may contain several calls.
+        make_call: returns a call with new tensors. It is called several times if a graph contains
+            several calls.
         device: device on which the call runs.
         touched_bytes: bytes of memory that a call touches.
-        launch: ``auto``, ``graph`` or ``eager``. ``auto`` times only the device: a short call is
-            timed in a CUDA graph of several calls, and a longer call between two events, after the
-            host has queued its launches. ``graph`` times a CUDA graph of one call. ``eager`` times
-            a loop of calls as in a user's program: this includes the host's time, and the cache is
-            not flushed.
+        launch: ``auto``, ``graph`` or ``eager``. ``auto`` times only the device. With ``auto`` a
+            short call is timed in a CUDA graph of several calls, and a longer call is timed between
+            two events, after the host has queued its launches. ``graph`` times a CUDA graph of one
+            call. ``eager`` times a loop of calls as in a user's program. This time includes the
+            host's time, and the cache is not flushed.
     """
     if device.type != "cuda":
         return _on_cpu(clock, make_call())
@@ -110,7 +113,7 @@ def prepare(
 
 
 def durations(clock: DeviceClock, timed: Timed, rounds: int) -> list[float]:
-    """Runs some rounds, and returns the seconds that each added to the clock."""
+    """Runs some rounds. Returns the seconds by which each round advanced the clock."""
     found = []
     for _ in range(rounds):
         start = clock()
@@ -148,8 +151,9 @@ def side_stream(device: torch.device) -> Iterator[None]:
     """Makes a new stream current if the current stream is the default stream of a GPU.
 
     A CUDA graph can't be captured on the default stream. The work before the capture has to run on
-    the new stream too: autograd accumulates a parameter's gradient on the stream of the first
-    forward that used the parameter, and the capture fails if that is another stream.
+    the new stream too. The reason is that autograd accumulates a parameter's gradient on the stream
+    of the first forward that used the parameter. If this is not the stream of the capture, the
+    capture fails.
     """
     if device.type != "cuda":
         yield
@@ -209,16 +213,17 @@ def _round(
         clock: clock that the round advances.
         queued: the calls, or a call that replays a graph.
         stream: stream to launch them on.
-        flush: flushes the L2 cache before the calls; None does not flush it.
-        host_seconds: time that the host needs to queue the calls. The device sleeps
-            longer than that before the first call; with 0 it does not sleep.
-        replayed: results of the calls in the graph; empty without a graph.
-        captured: the calls in the graph; empty without a graph. A graph accesses the addresses of
-            the calls' tensors, so the returned function keeps the calls and results alive.
+        flush: flushes the L2 cache before the calls. If it is None, the cache is not flushed.
+        host_seconds: time that the host needs to queue the calls. The device sleeps longer than
+            this before the first call. If it is 0, the device does not sleep.
+        replayed: results of the calls in the graph. It is empty if there is no graph.
+        captured: the calls in the graph. It is empty if there is no graph. A graph accesses the
+            addresses of the calls' tensors, so the returned function keeps the calls and the
+            results alive.
     """
     share = 1 / (len(replayed) or len(queued))
 
-    # The default keeps the tensors alive.
+    # The default value of the argument keeps the tensors alive.
     def once(kept: Any = (replayed, captured)) -> None:
         clock.seconds += share * _between_events(queued, stream, flush, host_seconds)
 
@@ -226,10 +231,10 @@ def _round(
 
 
 def cache_flush() -> Call:
-    """Returns a call that reads four times the size of the L2 cache, which evicts all other data.
+    """Returns a call that evicts all data from the L2 cache.
 
-    The call only reads. If it also wrote, the cache would write the data back to memory during the
-    call that is timed.
+    The call reads four times the size of the cache. It does not write. If it wrote, the cache would
+    write these data back to memory during the call that is timed.
     """
     size = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
     scratch = torch.zeros(size, dtype=torch.float32, device="cuda")
@@ -238,7 +243,7 @@ def cache_flush() -> Call:
 
 def _warm_up(call: Call, stream: torch.cuda.Stream) -> None:
     call()
-    stream.synchronize()  # the first call may compile, which does not count as warm-up
+    stream.synchronize()  # Compiling does not count as warm-up.
     start, calls = time.perf_counter(), 1
     while calls < WARMUP_CALLS or time.perf_counter() - start < WARMUP_SECONDS:
         call()
@@ -259,7 +264,7 @@ def _host_seconds(call: Call, stream: torch.cuda.Stream) -> float:
 def _between_events(
     calls: Sequence[Call], stream: torch.cuda.Stream, flush: Call | None, host_seconds: float
 ) -> float:
-    """Returns the seconds of the calls; the device sleeps until the host has queued all of them."""
+    """Returns the seconds of the calls. The device sleeps until the host has queued all of them."""
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     with torch.cuda.stream(stream):
         if flush is not None:
@@ -277,10 +282,10 @@ def _between_events(
 def _captured(
     calls: Sequence[Call], stream: torch.cuda.Stream
 ) -> tuple[torch.cuda.CUDAGraph, list[Any]]:
-    """Captures the calls in one CUDA graph; returns the graph and the result of each call."""
+    """Captures the calls in one CUDA graph. Returns the graph and the result of each call."""
     graph = torch.cuda.CUDAGraph()
     results: list[Any] = []
     with torch.cuda.graph(graph, stream=stream):
-        # All results stay alive, so that each call writes to other memory.
+        # All results are kept alive, so that each call writes to other memory.
         results.extend(call() for call in calls)
     return graph, results

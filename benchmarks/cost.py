@@ -8,11 +8,11 @@ from benchmarks.measure import fields_of
 from benchmarks.store import Record
 
 # The seconds in this file are estimates, not measured.
-# Seconds for the inputs, checks, warm-up and rounds of a case.
+# Making the inputs, checking, warming up and timing a case takes this many seconds.
 CALLS = {"ops": 1.0, "step": 8.0, "infer": 5.0, "memory": 8.0, "groups": 10.0, "augment": 3.0}
-# Seconds for a case of augmentation that loops over the images in Python.
+# A case of augmentation that loops over the images in Python takes this many seconds.
 IMAGE_LOOP = 60.0
-# Seconds to compile an operation, and to compile a net, by provider.
+# Each provider takes this many seconds to compile an operation, and to compile a net.
 COMPILES = {
     "bnres": (1.5, 20.0),
     "bnres-recompute": (0.0, 20.0),
@@ -23,21 +23,21 @@ COMPILES = {
     "cudnn-frontend": (2.0, 0.0),
     "flag_gems": (3.0, 0.0),
 }
-# Fraction of a net's compile time that remains if its kernels are in the compilers' caches on disk.
-# They are in the caches for an eager step, because the same step in a CUDA graph is measured
-# earlier.
+# If the kernels of a net are in the compilers' caches on disk, this fraction of the net's compile
+# time remains. They are in the caches when a step launched by the host is measured, because the
+# same step in a CUDA graph is measured earlier.
 CACHED = 0.25
 # A ResNet-50 has about 2.5 times the layers of a ResNet-18.
 LARGE_NET = 2.5
-# The estimates of the table are too low on a busy host, so they are multiplied by this factor when
-# it is decided whether there is time for a group of cases.
+# On a busy host the estimates of `table_seconds` are too low. They are multiplied by this factor
+# when it is decided whether there is time for a group of cases.
 MARGIN = 2.0
 # A case is stopped after LIMIT_FACTOR times its estimate, but not before LEAST_LIMIT seconds.
 LIMIT_FACTOR, LEAST_LIMIT = 4.0, 45.0
 
 
 def kind(fields: Mapping[str, object]) -> str:
-    """Returns a key that is the same for cases that take about the same time to measure.
+    """Returns a key. Cases that take about the same time to measure have equal keys.
 
     Args:
         fields: fields of a case (`benchmarks.measure.fields_of`), or its record.
@@ -60,7 +60,7 @@ def table_seconds(case: Case) -> float:
 
 
 class Costs:
-    """Estimates the time of cases, and learns from the cases that are measured.
+    """Estimates how long cases take to measure, from the cases that were measured before.
 
     Args:
         records: records of earlier cases.
@@ -72,19 +72,19 @@ class Costs:
             self.note(record)
 
     def note(self, record: Record) -> None:
-        """Learns from how long a case took; ignores failed cases."""
+        """Uses the time that a case took for later estimates. Failed cases are ignored."""
         if "wall_seconds" in record and record["status"] != "failed":
             self._seen.setdefault(kind(record), []).append(record["wall_seconds"])
 
     def seconds(self, case: Case) -> float:
-        """Returns the median seconds of earlier cases of the same `kind`, else `table_seconds`."""
+        """Returns the median seconds of earlier cases with the same `kind`, or `table_seconds`."""
         seen = self._seen.get(kind(fields_of(case)))
         return statistics.median(seen) if seen else table_seconds(case)
 
     def fitting(
         self, groups: Iterable[Sequence[Case]], left: Callable[[], float]
     ) -> Iterator[Case]:
-        """Yields the cases for which enough time remains.
+        """Yields the cases for which there is enough time.
 
         The remaining time is checked when the next case is requested.
 

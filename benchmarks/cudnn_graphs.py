@@ -30,8 +30,9 @@ def run() -> tuple[bool | None, str]:
     """Validates the graphs in a new process with the stand-in library.
 
     Returns:
-        Whether the graphs are valid, or None if the frontend is not installed; and the last line of
-        the process's output, or of its errors.
+        A tuple of two values. The first says whether the graphs are valid, and is None if the
+        frontend is not installed. The second is the last line of the process's output, or of its
+        errors.
     """
     if find_spec("cudnn") is None:
         return None, f"{PACKAGE} is not installed"
@@ -48,7 +49,7 @@ def run() -> tuple[bool | None, str]:
 
 
 def main() -> None:
-    """Validates forward and backward of BN, BN+ReLU and BN+add+ReLU, in bf16 and fp16."""
+    """Validates forward and backward graphs of BN, BN+ReLU and BN+add+ReLU, in bf16 and in fp16."""
     import cudnn
 
     from benchmarks.providers.cudnn_frontend import Builder

@@ -1,4 +1,4 @@
-"""Describes the environment of a run: device, versions and commit; measures the device's ceilings.
+"""Describes the device, versions and commit of a run, and measures the device's ceilings.
 
 The ceilings are the bandwidth of a copy and the FLOP/s of a matrix product.
 """
@@ -64,11 +64,12 @@ def clocks() -> str:
 def measure_ceilings(device: torch.device) -> dict[str, float]:
     """Measures the bandwidth of a copy and the speed of a matrix product on random data.
 
-    A GPU copies 2 GiB and multiplies 8192×8192 matrices in bf16; a CPU copies 32 MiB and multiplies
+    A GPU copies 2 GiB and multiplies 8192×8192 matrices in bf16. A CPU copies 32 MiB and multiplies
     1024×1024 matrices in fp32.
 
     Returns:
-        ``copy`` in bytes/s, counting bytes read and bytes written, and ``product`` in FLOP/s.
+        ``copy`` is in bytes/s, where both the bytes that are read and the bytes that are written
+        are counted. ``product`` is in FLOP/s.
     """
     on_gpu = device.type == "cuda"
     size, edge = (2 * GIB, 8192) if on_gpu else (32 * MIB, 1024)

@@ -26,17 +26,18 @@ from benchmarks.environment import ROOT
 
 STAGES, LOG = "stages.jsonl", "log.txt"
 UNFINISHED, AGAIN = "unfinished", "again"
-# No stage is started if less time remains.
+# If less than this many seconds remain, no stage is started.
 LEAST_SECONDS = 10.0
-# Seconds that a stage gets to print its results after it was interrupted.
+# An interrupted stage gets this many seconds to print its results.
 INTERRUPTED = 10.0
-# Seconds that a stage may take longer than its argument ``--minutes`` says.
+# A stage may take this many seconds longer than its argument ``--minutes`` says.
 GRACE = 25.0
-# Characters of a stage's output that are stored with its outcome.
+# This many characters of a stage's output are stored with its outcome.
 TAIL = 4000
 PYTEST = ("-m", "pytest", "-q", "-ra", "--tb=short", "-p", "no:cacheprovider")
-# Metrics of ncu: a kernel's time, bytes and share of peak bandwidth, and the shares of busy issue
-# slots and of active warps. The section WarpStateStats adds the reasons of stalls.
+# These metrics of ncu are a kernel's time, its bytes, its share of the peak bandwidth, the share of
+# issue slots that are busy, and the share of warps that are active. The section WarpStateStats adds
+# the reasons for stalls.
 COUNTERS = (
     "gpu__time_duration.sum,dram__bytes.sum,dram__throughput.avg.pct_of_peak_sustained_elapsed,"
     "sm__issue_active.avg.pct_of_peak_sustained_elapsed,"
@@ -55,8 +56,9 @@ class Stage:
     Attributes:
         name: name of the stage.
         command: arguments of ``tool``, or of this Python interpreter if ``tool`` is None.
-        minutes: time limit; if ``continues`` is true, the limit of all runs of the stage together.
-        tool: program to run; the stage is skipped if it is not installed.
+        minutes: time limit. If ``continues`` is true, it is the limit of all runs of the stage
+            together.
+        tool: program to run. If it is not installed, the stage is skipped.
         needs_gpu: whether the stage is skipped without a GPU.
         continues: whether the command accepts ``--minutes`` and continues an earlier run.
         environment: environment variables to set.
@@ -122,7 +124,7 @@ def run(
     again: Sequence[str] = (),
     chosen: Sequence[Stage] | None = None,
 ) -> int:
-    """Runs stages until the time is up; returns how many have not ended.
+    """Runs stages until the time is up. Returns the number of stages that have not ended.
 
     The first stage of the call, and every stage that can be continued later, is started if at least
     ``LEAST_SECONDS`` remain. Any other stage is started if its whole time limit remains.
@@ -132,7 +134,7 @@ def run(
         minutes: time limit of this call.
         echo: called with a line for each stage that was run or skipped.
         again: names of stages to run again although they have ended.
-        chosen: stages to run; by default the result of `stages`.
+        chosen: stages to run. By default they are the result of `stages`.
 
     Raises:
         ValueError: if a name in ``again`` is not the name of a stage.
@@ -175,7 +177,7 @@ def _unavailable(stage: Stage, small: bool) -> str | None:
 
 
 def _attempt(stage: Stage, folder: Path, seconds: float) -> dict[str, Any]:
-    """Runs a stage for at most ``seconds``; returns its outcome.
+    """Runs a stage for at most ``seconds``, and returns its outcome.
 
     The ``status`` of the outcome is ``done``, ``failed``, ``timed out`` or ``unfinished``.
     """
@@ -190,7 +192,8 @@ def _attempt(stage: Stage, folder: Path, seconds: float) -> dict[str, Any]:
         process = subprocess.Popen(
             command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
             process_group=0, env={**os.environ, "PYTHONUNBUFFERED": "1", **stage.environment},
-            # A background job of a shell ignores SIGINT, and child processes inherit this.
+            # A background job of a shell ignores SIGINT, and child processes inherit this. A stage
+            # must not ignore SIGINT, so its default handler is restored.
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )  # fmt: skip
         try:
@@ -217,7 +220,7 @@ def _wait(process: "subprocess.Popen[bytes]", seconds: float) -> int | None:
     try:
         return process.wait(seconds)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGINT)  # pytest then prints its failures
+        os.killpg(process.pid, signal.SIGINT)  # If pytest is interrupted, it prints its failures.
     with suppress(subprocess.TimeoutExpired):
         process.wait(INTERRUPTED)
     with suppress(ProcessLookupError):
@@ -227,7 +230,7 @@ def _wait(process: "subprocess.Popen[bytes]", seconds: float) -> int | None:
 
 
 def _record(folder: Path, stage: Stage) -> tuple[float, bool]:
-    """Returns the seconds that a stage has taken so far, and whether it has ended.
+    """Returns for how many seconds a stage has run so far, and whether it has ended.
 
     A stage that can be continued has also ended if its runs have together reached its time limit.
     """

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 import bnres
 from bnres.files import write_text
 
-# A model's name, a function that builds it without pretrained weights, and example inputs.
+# A tuple of a model's name, a function that builds it without pretrained weights, and example
+# inputs.
 Model = tuple[str, Callable[[], nn.Module], tuple[Any, ...]]
 
 
@@ -161,7 +162,7 @@ def run(out: Path | None, say: Callable[[str], object]) -> None:
 
 
 def table(say: Callable[[str], object]) -> str:
-    """Returns the table for the installed libraries; calls ``say`` with the name of each model."""
+    """Returns the table for the installed libraries. Calls ``say`` with the name of each model."""
     versions = [f"bnres {bnres.__version__}", f"torch {torch.__version__}"]
     versions.append(f"Python {platform.python_version()}")
     text, sites, skipped = "", [], []
@@ -199,6 +200,6 @@ def row(name: str, sites: list[bnres.fusion.Site]) -> str:
 
 
 def counted(names: Iterable[str]) -> str:
-    """Formats how often each name occurs, the most frequent first."""
+    """Formats how often each name occurs, starting with the most frequent name."""
     found = Counter(name for name in names if name)
     return ", ".join(f"{count} × {name}" for name, count in found.most_common())

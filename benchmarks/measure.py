@@ -1,4 +1,4 @@
-"""Measures a case: builds it, compares its results with a reference, and times it."""
+"""Builds a case, compares its results with a reference, and times it."""
 
 import statistics
 from collections.abc import Callable, Sequence
@@ -25,8 +25,8 @@ from benchmarks.providers import PROVIDERS
 from benchmarks.providers.base import Implementation
 from benchmarks.sites import ConvSite
 
-# Seconds of device time in which a call is repeated: an operation or an augmentation (BUDGET), and
-# a whole net (STEP_BUDGET).
+# A call is repeated for this many seconds of device time. BUDGET is for an operation or an
+# augmentation, and STEP_BUDGET is for a whole net.
 BUDGET = 0.25
 STEP_BUDGET = 1.0
 
@@ -60,7 +60,7 @@ def prepare(case: Case, device: torch.device, ticking: clock.DeviceClock) -> Rea
 
 
 def measure(case: Case, device: torch.device, ceilings: dict[str, float]) -> dict[str, Any]:
-    """Measures a case; returns the measured fields of its record. Times are in seconds.
+    """Measures a case. Returns the measured fields of its record. Times are in seconds.
 
     `fields_of` returns the other fields of the record, which identify the case.
 
@@ -174,13 +174,13 @@ def verify(
 
     Args:
         case: the operation.
-        implementation: implementation that is bound to ``inputs``.
-        inputs: inputs that no call has used yet, because their running statistics, which a call
-            updates, are compared too.
+        implementation: implementation that has been prepared for ``inputs``.
+        inputs: inputs that no call has used yet. A call updates their running statistics, and these
+            are compared too.
 
     Returns:
-        The greatest relative error; and the implementation's gradients if the case's direction is
-        ``backward``, else its outputs.
+        A tuple of the greatest relative error and some of the implementation's results: its
+        gradients if the case's direction is ``backward``, otherwise its outputs.
 
     Raises:
         WrongResult: if an error exceeds its tolerance, or a dtype, the memory format or the number
@@ -192,8 +192,9 @@ def verify(
     tolerance = OUTPUT_TOLERANCE[dtype]
     if is_conv:
         tolerance = max(tolerance, TF32_TOLERANCE)
-    # The reference must not use TF32. cuDNN is enabled for a convolution in fp32, which it can
-    # compute without TF32, and disabled for batch norm in fp64, which it does not support.
+    # The reference must not use TF32. For a convolution in fp32, cuDNN is enabled, because it can
+    # compute without TF32. For a batch norm in fp64, cuDNN is disabled, because it does not support
+    # fp64.
     with torch.backends.cudnn.flags(enabled=is_conv, allow_tf32=False):
         expected = formula(case.site, case.direction != "eval")(exact)
     results = implementation.forward()
@@ -247,8 +248,8 @@ def _kernel_groups(case: ModelCase, device: torch.device) -> dict[str, Any]:
 
 def _prepare_augment(case: AugmentCase, device: torch.device, ticking: clock.DeviceClock) -> Ready:
     work = augmentation.prepare(case, device)
-    # ``bnres-kernel`` is the time of the kernels on the device. The time of the other providers
-    # includes the host's time, because users wait for the host too.
+    # For ``bnres-kernel`` only the time of the kernels on the device is measured. For the other
+    # providers the host's time is included, because users wait for the host too.
     launch = "auto" if case.provider == "bnres-kernel" else "eager"
     timed = clock.prepare(
         ticking, lambda: augmentation.prepare(case, device).run, device,

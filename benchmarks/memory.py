@@ -13,9 +13,10 @@ def measure(work: Work, device: torch.device) -> dict[str, int]:
     """Measures by how many bytes the allocated memory grows during a training step.
 
     Returns:
-        ``held_bytes``, the growth at the end of the forward, which is held for backward; and
-        ``peak_bytes``, the greatest growth at any time of the step. Gradients and workspaces are
-        included. Weights and the optimiser's state are not, because they exist before the step.
+        ``held_bytes`` is the growth at the end of the forward. These bytes are held for backward.
+        ``peak_bytes`` is the greatest growth at any time of the step. Gradients and workspaces are
+        included. Weights and the optimiser's state are not included, because they exist before the
+        step.
     """
     work.run()
     work.run()
@@ -29,8 +30,8 @@ def allocated(call: Callable[[], object], device: torch.device) -> Grown:
     """Returns by how many bytes the allocated memory grows during ``call``.
 
     Returns:
-        The growth at the end of ``call``, while its result is still alive; and the greatest growth
-        at any time during ``call``.
+        A tuple of the growth at the end of ``call``, while its result is still alive, and the
+        greatest growth at any time during ``call``.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -16,17 +16,19 @@ from benchmarks.providers.base import Unavailable
 
 CLASSES = 1000
 CIFAR_IMAGE = 32
-# Weight of the last batch norm of each residual block. `_stock` says why it is small.
+# The last batch norm of each residual block has this weight. `_stock` says why it is small.
 LAST_WEIGHT = 0.2
-# Factor of the loss in fp16, without which gradients underflow. The factor is constant, so that all
-# steps do the same work. fp16 can represent scaled gradients if the gradients are at most about 16.
+# In fp16 the loss is multiplied by this factor, because gradients would underflow without it. The
+# factor is constant, so that all steps do the same work. fp16 can represent the scaled gradients if
+# the gradients are at most about 16.
 LOSS_SCALE = 2.0**12
-# Least cosine between a provider's gradients of all parameters and the stock net's gradients in
-# fp32. It is below 1 because rounding errors accumulate over the layers. Even with fp32 tensors,
-# TF32 or another order of sums changes the signs of values near zero, and so the gradients of ReLU.
+# This is the least cosine between the gradients of all parameters that a provider computes and the
+# gradients that the stock net computes in fp32. It is below 1 because rounding errors accumulate
+# over the layers. Even with fp32 tensors, TF32 or another order of sums changes the signs of values
+# near zero, and therefore the gradients of ReLU.
 COSINE = {"bf16": 0.9, "fp16": 0.98, "fp32": 0.99}
-# Greatest relative error of the logits, compared with the stock net in fp32. The errors of 20 to 50
-# layers add up.
+# This is the greatest relative error of the logits, compared with the logits of the stock net in
+# fp32. The errors of 20 to 50 layers add up.
 LOGITS_TOLERANCE = {"bf16": 0.15, "fp16": 0.03, "fp32": 0.01}
 
 
@@ -36,9 +38,9 @@ class Work:
 
     Attributes:
         run: runs one training step or one inference.
-        forward: runs the forward of a training step including the loss, or one inference.
-        verify: returns the relative error of the logits; raises `benchmarks.check.WrongResult` if
-            the logits or the gradients differ from the stock net's. Call ``verify`` before
+        forward: runs the forward of a training step, including the loss, or runs one inference.
+        verify: returns the relative error of the logits. If the logits or the gradients differ from
+            the stock net's, it raises `benchmarks.check.WrongResult`. Call ``verify`` before
             ``run``, because ``run`` changes the weights.
         model: the net.
     """
@@ -71,7 +73,7 @@ def prepare(case: ModelCase, device: torch.device) -> Work:
 
 
 def _stock(case: ModelCase) -> nn.Module:
-    """Builds the stock net with weights for which a step in 16 bits is close to one in fp32.
+    """Builds the stock net with weights for which a step in 16 bits is close to a step in fp32.
 
     With torchvision's initial weights a ResNet-50 amplifies rounding errors so much that the
     results of correct implementations differ too much to be compared. Therefore the weights of the
@@ -113,7 +115,7 @@ def _of_provider(stock: nn.Module, case: ModelCase) -> nn.Module:
 def _compiled(model: nn.Module, case: ModelCase) -> Callable[[Tensor], Tensor]:
     if not case.provider.startswith("compile"):
         return model
-    # Without inductor's CUDA graphs, because `benchmarks.clock` captures the graph itself.
+    # Inductor's CUDA graphs are disabled, because `benchmarks.clock` captures the graph itself.
     mode = "max-autotune-no-cudagraphs" if case.provider.endswith("max-autotune") else None
     return torch.compile(model, dynamic=False, mode=mode)
 
@@ -153,8 +155,8 @@ def _training(case: ModelCase, device: torch.device) -> Work:
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
         if case.launch == "graph":
-            # Not scaler.step(): it reads on the host whether a gradient overflowed, which can't be
-            # captured in a CUDA graph.
+            # scaler.step() is not called here. It reads on the host whether a gradient overflowed,
+            # and this can't be captured in a CUDA graph.
             optimizer.step()
         else:
             scaler.step(optimizer)
@@ -187,7 +189,7 @@ def _inference(case: ModelCase, device: torch.device) -> Work:
     images = _images(case, device)
     stock = _placed(_stock(case), case, device)
     with torch.no_grad():
-        stock.train()(images[: min(case.batch, 32)])  # updates the running statistics
+        stock.train()(images[: min(case.batch, 32)])  # This updates the running statistics.
         expected = stock.eval()(images)
     model = _of_provider(stock, case).to(dtype).eval()
     forward, cast = _compiled(model, case), images.to(dtype)

@@ -11,7 +11,7 @@ from benchmarks.sites import ConvSite, Site
 
 EPS = 1e-5
 MOMENTUM = 0.1
-POOL = (3, 2, 1)  # kernel, stride, padding of the stem's max-pool
+POOL = (3, 2, 1)  # The stem's max-pool has this window, stride and padding.
 DIRECTIONS = ("forward", "backward", "eval")
 LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -41,7 +41,7 @@ class Inputs:
         residual: residual of the output's shape, if the operation adds one.
         residual_norm: batch norm of the residual, if the operation has one.
         filter: weight of shape (K, C, R, S), if the operation has a convolution.
-        gradients: gradients of the outputs; empty unless the direction is ``backward``.
+        gradients: gradients of the outputs. It is empty unless the direction is ``backward``.
     """
 
     x: Tensor
@@ -70,8 +70,8 @@ class Inputs:
 
         def copy(value: object) -> object:
             if isinstance(value, Tensor):
-                # copy=True, because the copies must have separate memory even if the dtype is the
-                # same.
+                # copy=True is needed, because the copies must have separate memory even if the
+                # dtype is the same.
                 return value.detach().to(dtype, copy=True).requires_grad_(value.requires_grad)
             if isinstance(value, tuple):
                 return tuple(copy(v) for v in value)
@@ -113,8 +113,8 @@ def make_inputs(
     def gradient(shape: tuple[int, ...]) -> Tensor:
         """Makes a gradient whose mean and correlation with x are not zero.
 
-        dx depends on the sums of dy and of dy * xhat. They must not be close to zero, or an error
-        in them would not be noticed.
+        dx depends on the sum of dy and on the sum of dy * xhat. These sums must not be close to
+        zero. Otherwise an error in them would not be noticed.
         """
         skewed = random(*shape) + 1
         if shape == tuple(x.shape):
@@ -164,7 +164,7 @@ def _batch_norm(x: Tensor, norm: Norm, training: bool) -> Tensor:
 def formula(site: Site | ConvSite, training: bool) -> Callable[[Inputs], tuple[Tensor, ...]]:
     """Returns a function that computes the operation with torch's own operations.
 
-    ReLU is in place, as in torchvision's ResNets.
+    The ReLU is computed in place, as in torchvision's ResNets.
     """
     operation = site.operation
     if isinstance(site, ConvSite):

@@ -1,4 +1,4 @@
-"""Profiles a training step: kernel time by group, launches, and the device's idle time."""
+"""Profiles a training step: its kernel time by group, its launches and the GPU's idle time."""
 
 import re
 from collections.abc import Callable
@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch.autograd import DeviceType
 
-# Groups, each with a pattern of the names of its kernels (on a GPU) or operators (on the CPU). A
-# name belongs to the first group whose pattern matches.
+# Each group has a pattern for the names of its kernels (on a GPU) or of its operators (on the CPU).
+# A name belongs to the first group whose pattern matches.
 GROUPS = (
     ("batch norm", r"(?<!conv)_bn_|batch_?norm|bn_(fw|bw)|bnorm|bnres::"),
     ("pooling", r"pool"),
@@ -36,10 +36,12 @@ class Profile:
     """Means over the profiled steps. Times are in seconds.
 
     Attributes:
-        seconds: time of each kernel; on the CPU, time of each operator without the operators that
-            it calls.
-        launches: launches of each kernel per step; on the CPU, calls of each operator.
-        span: time from the first kernel to the last, divided by the number of steps; 0 on the CPU.
+        seconds: time of each kernel. On the CPU it is the time of each operator, without the time
+            of the operators that it calls.
+        launches: number of launches of each kernel in a step. On the CPU it is the number of calls
+            of each operator.
+        span: time from the start of the first kernel to the end of the last kernel, divided by the
+            number of steps. On the CPU it is 0.
         idle: part of the span in which no kernel ran.
     """
 
@@ -116,7 +118,7 @@ def kernel_groups(run: Callable[[], object], device: torch.device) -> dict[str, 
 
 
 def format_profile(found: Profile, device: torch.device, top: int = 25) -> str:
-    """Formats a table of the groups, followed by the ``top`` kernels that take longest."""
+    """Formats a table of the groups, followed by the ``top`` kernels that take the most time."""
     total = sum(found.seconds.values())
     what = "launches" if device.type == "cuda" else "operators"
     lines = [f"{'group':14} {'ms':>9} {'share':>7} {what:>9}"]

@@ -25,12 +25,14 @@ from benchmarks.environment import ROOT
 from benchmarks.report import performance_page, pictures, tables
 from benchmarks.store import MADE_UP, load
 
-# Tests that run convolutions in fp32. Tests of larger nets with the same convolutions are left out.
+# These tests run convolutions in fp32. Tests of larger nets with the same convolutions are left
+# out.
 TF32_TESTS = (
     "tests/test_conv.py", "tests/test_fold.py", "tests/test_smoke.py",
     "-k", "not architectures and not derivatives and not batch_norms",
 )  # fmt: skip
-# Time limits in seconds of one case with made-up timings, and of all these cases together.
+# These are the time limits in seconds for one case with made-up timings, and for all these cases
+# together.
 CHILD_LIMIT, CAMPAIGN_LIMIT = 3.0, 600.0
 Outcome = tuple[bool | None, str]
 
@@ -77,7 +79,7 @@ def survived() -> Outcome:
 
 
 def _draw(folder: Path) -> list[str]:
-    """Writes the report of a folder of made-up timings; returns what is wrong with the report."""
+    """Writes the report of a folder of made-up timings. Returns what is wrong with the report."""
     about, records = load(folder)
     problems = []
     text = tables.report(about, records, pictures.draw(folder, about, records))
@@ -112,7 +114,7 @@ CHECKS: dict[str, Callable[[], Outcome]] = {
 
 
 def run(echo: Callable[[str], object]) -> int:
-    """Runs two checks at a time, because some of them mostly wait; returns how many failed."""
+    """Runs two checks at a time, because some checks mostly wait. Returns how many failed."""
     failed = 0
     start = time.monotonic()
     with ThreadPoolExecutor(2) as pool:

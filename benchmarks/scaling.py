@@ -1,10 +1,10 @@
 """A model of data-parallel training on many GPUs, with and without synchronised batch norm.
 
 The time of a training step is the step's time on one GPU plus the time of the communication that
-does not overlap with backward. The time of a collective is NCCL's cost model: a latency for each of
-its steps, plus bytes divided by bandwidth. The constants are NCCL's (src/graph/tuning.cc at
-01afd20). Only the step of ResNet-18 was measured on a GPU. `gloo_table` compares the same formula
-with measured times of gloo on this machine's CPU.
+does not overlap with backward. The time of a collective is computed by NCCL's cost model: a latency
+for each step of the collective, plus bytes divided by bandwidth. The constants are NCCL's
+(src/graph/tuning.cc at 01afd20). Only the training step of ResNet-18 was measured on a GPU.
+`gloo_table` compares the same formula with measured times of gloo on this machine's CPU.
 """
 
 import math
@@ -20,15 +20,16 @@ from torch import nn
 
 from bnres import models
 
-# Seconds of a step of 256 images on one GPU, and where the number comes from.
+# For each net, this is the time in seconds of a step of 256 images on one GPU, and where the number
+# comes from.
 STEPS = {
     "resnet18": (9.04e-3, "measured on an H200"),
     "resnet50": (256 / 7160, "published for an H100, MLPerf v4.0"),
 }
-BACKWARD = 2 / 3  # fraction of a step's time that backward takes
-FIRST_BUCKET, BUCKET = 1 << 20, 25 << 20  # bytes of gradients per all-reduce, by default in DDP
+BACKWARD = 2 / 3  # Backward takes this fraction of a step's time.
+FIRST_BUCKET, BUCKET = 1 << 20, 25 << 20  # DDP's default sizes of a bucket of gradients, in bytes
 GPUS = (8, 16, 32, 64, 128, 256, 512, 1024)
-STATISTICS = 4  # bytes of a number in synchronised statistics, which is fp32
+STATISTICS = 4  # Synchronised statistics are in fp32, which has this many bytes.
 
 
 @dataclass(frozen=True)
@@ -36,10 +37,10 @@ class Protocol:
     """Costs of one of NCCL's protocols.
 
     Attributes:
-        base: seconds per collective.
-        local: seconds per step over NVLink.
-        remote: seconds per step over the network.
-        share: fraction of the bandwidth that remains for data.
+        base: seconds of a collective in addition to its steps.
+        local: seconds of a step over NVLink.
+        remote: seconds of a step over the network.
+        share: fraction of the bandwidth that is available for data.
     """
 
     base: float
@@ -72,7 +73,7 @@ class Cluster:
         return max(gpus // self.gpus, 1)
 
     def bandwidth(self, gpus: int) -> float:
-        """Returns the bytes per second of a ring's slowest link."""
+        """Returns the bytes per second of the slowest link in a ring."""
         return self.nvlink if gpus <= self.gpus else min(self.nvlink, self.network)
 
     def all_reduce(self, size: int, gpus: int) -> float:
@@ -110,8 +111,9 @@ class Traffic:
 
     Attributes:
         gradients: bytes of all parameters' gradients in fp32.
-        sites: number of channels of each synchronisation. There is one per batch norm, but the two
-            batch norms at the end of a down-sampling block are synchronised together.
+        sites: number of channels of each synchronisation. There is one synchronisation for each
+            batch norm, except that the two batch norms at the end of a down-sampling block are
+            synchronised together.
     """
 
     gradients: int
@@ -119,20 +121,23 @@ class Traffic:
 
     @property
     def forward(self) -> list[int]:
-        """Bytes that a process sends per synchronisation: a count, and two numbers per channel.
+        """The bytes that a process sends in each synchronisation of a forward.
 
-        The two numbers are the mean and the sum of squared deviations.
+        A process sends a count, and for each channel the mean and the sum of squared deviations.
         """
         return [STATISTICS * (1 + 2 * channels) for channels in self.sites]
 
     @property
     def backward(self) -> list[int]:
-        """Bytes that a process sends per synchronisation: two sums per channel."""
+        """The bytes that a process sends in each synchronisation of a backward.
+
+        A process sends two sums for each channel.
+        """
         return [STATISTICS * 2 * channels for channels in self.sites]
 
 
 def traffic(net: str) -> Traffic:
-    """Returns the bytes of a net's gradients and the channels of its synchronisations."""
+    """Returns the bytes of a net's gradients, and the channels of each of its synchronisations."""
     with torch.device("meta"):
         model = models.create_model(net, fused=False)
     sites: list[int] = []
@@ -154,7 +159,7 @@ def exposed(gradients: int, backward: float, reduce: Callable[[int], float]) -> 
     Args:
         gradients: bytes of all gradients.
         backward: seconds of backward.
-        reduce: takes a number of bytes, and returns the seconds of their all-reduce.
+        reduce: takes a number of bytes, and returns the seconds to all-reduce them.
     """
     end, done = 0.0, 0
     while done < gradients:
@@ -185,12 +190,12 @@ def step(net: str, gpus: int, cluster: Cluster, sync: str = "") -> float:
 
 
 def efficiency(net: str, gpus: int, cluster: Cluster, sync: str = "") -> float:
-    """Returns the images per second of a GPU, divided by those of training on one GPU."""
+    """Returns the images/s of each GPU, divided by the images/s of a GPU that trains alone."""
     return STEPS[net][0] / step(net, gpus, cluster, sync)
 
 
-# How batch norm is synchronised. bnres uses an all-gather, among all GPUs or inside each process
-# group.
+# The keys say how batch norm is synchronised. bnres uses an all-gather, either among all GPUs or
+# inside each process group.
 KINDS = {
     "": "local batch norm",
     "node": "synchronised in each node",
@@ -224,7 +229,7 @@ def table(cluster: Cluster = Cluster()) -> str:
 
 
 def draw(path: Path, cluster: Cluster = Cluster()) -> None:
-    """Draws the modelled efficiency over the number of GPUs."""
+    """Draws how the modelled efficiency depends on the number of GPUs."""
     from benchmarks.report import style
 
     figure, (axes,) = style.new_figure(7, 4)
@@ -240,7 +245,7 @@ def draw(path: Path, cluster: Cluster = Cluster()) -> None:
     style.save(figure, path)
 
 
-# Sizes in bytes and repetitions of the measurement of gloo on the CPU.
+# gloo is measured on the CPU for these sizes in bytes, with this number of repetitions.
 SIZES = (1 << 12, 1 << 16, 1 << 20, 1 << 24)
 REPEATS = 30
 
@@ -266,7 +271,7 @@ def _time_all_reduce(rank: int, world: int, port: int, found: "mp.Queue[list[flo
 
 
 def measure(world: int) -> list[float]:
-    """Measures gloo's all-reduce in ``world`` processes; returns the median seconds by size."""
+    """Measures gloo's all-reduce in ``world`` processes. Returns the median seconds by size."""
     import socket
 
     with socket.socket() as free:
@@ -293,10 +298,10 @@ def ring(size: int, world: int, latency: float, rate: float) -> float:
 
 
 def gloo_table() -> str:
-    """Formats the measured and predicted times of gloo's all-reduce on this CPU.
+    """Formats the measured times and the predicted times of gloo's all-reduce on this CPU.
 
-    The predictions for all sizes, in two and four processes, are fitted to the smallest and the
-    largest size in two processes.
+    The model is fitted to the measured times of the smallest and the largest size in two processes.
+    The fitted model predicts the times of all sizes, in two and in four processes.
     """
     measured = {world: measure(world) for world in (2, 4)}
     latency, rate = fit(measured[2], 2)

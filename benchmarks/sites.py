@@ -1,7 +1,8 @@
 """Lists the batch norms and convolutions of ResNet-18 and ResNet-50 for images of 224×224.
 
-A *site* is a batch norm or a convolution of a net. Several of the same shape and kind
-count as one site.
+A *site* is a batch norm or a convolution of a net. Several batch norms of the same shape that are
+followed by the same operations are one site. Several convolutions of the same shape are one site
+too.
 """
 
 from dataclasses import dataclass, replace
@@ -81,7 +82,7 @@ RESNET50_SITES = _resnet50_sites()
 
 
 def operations_at(site: Site) -> list[Site]:
-    """Lists copies of a site, each with a fused operation that can replace the site's operation."""
+    """Lists copies of a site, one for each fused operation that can replace its operation."""
     fused = {
         "bn": ["dual_bn_add_relu"],
         "bn_add_relu": ["bn_add_relu", "bn_add_relu_fork"],

@@ -16,7 +16,8 @@ from benchmarks.providers.base import Unavailable
 from benchmarks.store import MADE_UP
 
 FINE, RAISES, HANGS, ABORTS, EXITS, OUT_OF_MEMORY, CAPTURES, SKIPPED, REFUSED = range(2, 11)
-# Expected status by batch size. For all other batch sizes it is ``failed``.
+# The keys are batch sizes, and the values are the expected statuses. For all other batch sizes the
+# expected status is ``failed``.
 OTHER_STATUS = {FINE: "measured", SKIPPED: "skipped", REFUSED: "refused"}
 
 
@@ -51,7 +52,7 @@ def measure_ceilings(device: torch.device) -> dict[str, float]:
 
 
 def measure(case: Case, device: torch.device, ceilings: dict[str, float]) -> dict[str, Any]:
-    """Does what the case's batch size selects; returns made-up values of the fields of a record."""
+    """Does what the case's batch size selects. Returns made-up values of the record's fields."""
     DEEDS[case.batch]()
     if case.suite == "groups":
         groups = {"convolution": 0.5, "batch norm": 0.3, "pooling": 0.1, "other": 0.1}

@@ -12,18 +12,19 @@ from typing import Any
 from benchmarks.environment import IDENTITY
 from bnres.files import write_text
 
-# Name of the device in results whose timings were not measured.
+# Results whose timings were not measured have this name as their device.
 MADE_UP = "made-up timings"
 ENVIRONMENT, RESULTS = "environment.json", "results.jsonl"
 Record = dict[str, Any]
 
 
 class ResultStore:
-    """A folder of results; ``records`` maps the id of a case to its record.
+    """A folder of results. ``records`` maps the id of a case to its record.
 
     Args:
-        folder: folder of the results; it is created if it does not exist.
-        environment: description of this environment, see `benchmarks.environment.describe`.
+        folder: folder of the results. It is created if it does not exist.
+        environment: description of this environment, as `benchmarks.environment.describe` returns
+            it.
 
     Raises:
         ValueError: if the folder has results of another environment, or can't be read.
@@ -57,7 +58,7 @@ class ResultStore:
 
 
 def load(folder: Path) -> tuple[Record, list[Record]]:
-    """Returns the environment and the records of a folder; ignores an incomplete last line.
+    """Returns the environment and the records of a folder. An incomplete last line is ignored.
 
     Raises:
         ValueError: if the folder has no environment, or a file can't be parsed.

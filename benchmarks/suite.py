@@ -1,4 +1,4 @@
-"""Runs cases under pytest-benchmark; shared by the ``bench_*.py`` files."""
+"""Runs cases under pytest-benchmark. The ``bench_*.py`` files share this module."""
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -15,12 +15,13 @@ from benchmarks.providers.base import Unavailable
 from bnres import use_backend
 
 CLOCK = clock.DeviceClock()
-# Rounds of small cases. These only show that the benchmark runs; their times mean nothing.
+# Cases with small inputs have this many rounds. They only show that the benchmark runs. Their times
+# mean nothing.
 SMOKE_ROUNDS = 2
 
 
 def device_time() -> float:
-    """Returns the seconds of all calls timed so far, see `benchmarks.clock.DeviceClock`."""
+    """Returns the seconds of all calls timed so far. See `benchmarks.clock.DeviceClock`."""
     return CLOCK()
 
 
@@ -32,9 +33,9 @@ def about() -> dict[str, Any]:
 
 
 def parametrize(suites: Sequence[str]) -> pytest.MarkDecorator:
-    """Parametrizes a test with the cases of some suites; the test's ids are those of the cases.
+    """Parametrizes a test with the cases of some suites. The ids of the test are the cases' ids.
 
-    On a GPU the most important cases are used, without a GPU the cases with small inputs.
+    On a GPU the most important cases are used. Without a GPU the cases with small inputs are used.
     """
     chosen = telling_cases() if torch.cuda.is_available() else smoke_cases()
     cases = [case for suite in suites for case in select(chosen, suite=suite)]
@@ -42,15 +43,15 @@ def parametrize(suites: Sequence[str]) -> pytest.MarkDecorator:
 
 
 def run_case(benchmark: Any, case: Case) -> None:
-    """Checks a case, then times it; stores the fields of its record in ``benchmark.extra_info``."""
+    """Checks a case, then times it. Its record's fields are stored in ``benchmark.extra_info``."""
     with _route(case):
         _run_case(benchmark, case)
 
 
 def _route(case: Case) -> AbstractContextManager[None]:
-    """Selects ATen instead of Triton for small nets and augmentations.
+    """Selects ATen instead of Triton for nets and augmentations with small inputs.
 
-    They would take minutes in Triton's interpreter.
+    In Triton's interpreter they would take minutes.
     """
     slow = case.smoke and not isinstance(case, OpCase)
     return use_backend("aten") if slow else nullcontext()

@@ -5,7 +5,7 @@ import torch
 try:
     import torchvision
 except RuntimeError:
-    # torchvision can be imported if these operators are declared; they are never called.
+    # torchvision can be imported if these operators are declared. They are never called.
     _library = torch.library.Library("torchvision", "FRAGMENT")
     _library.define("nms(Tensor boxes, Tensor scores, float threshold) -> Tensor")
     _library.define("qnms(Tensor boxes, Tensor scores, float threshold) -> Tensor")

@@ -1,4 +1,4 @@
-"""Times the kernels with other launch configurations than those in `bnres.kernels.config.TUNING`.
+"""Times the kernels with other launch configurations than `bnres.kernels.config.TUNING` has.
 
 Each kernel runs in bfloat16 on the activations of every stage of ResNet-18, in both layouts.
 """
@@ -29,15 +29,16 @@ from bnres.kernels.outputs import empty_mask
 
 BATCH, SMALL_BATCH, SMALL_SIZE = 256, 2, 16
 EPS = 1e-5
-# Configurations sum in different orders, and results are rounded to bf16.
+# The results of two configurations differ by at most this relative error, because configurations
+# sum in different orders and results are rounded to bf16.
 TOLERANCE = 2**-8
-# A replayed graph contains this many calls of a kernel, or more if there are more sets of tensors.
+# A graph contains this many calls of a kernel, or more if there are more sets of tensors.
 CALLS, REPLAYS = 16, 5
-# The sets of tensors that calls alternate between are this many times as large as the L2 cache, so
-# that no call finds its inputs there.
+# Consecutive calls use different sets of tensors. Together the sets are this many times as large as
+# the L2 cache, so that no call finds its inputs in the cache.
 COLD_FACTOR = 3
 STAGES = (1, 2, 3, 4, 5)
-# Values of unroll and of programs_per_sm.
+# The grid has these values of unroll and of programs_per_sm.
 GRIDS: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
     "stats": ((4, 8), (1, 2, 3, 4, 5)),
     "apply": ((4,), (6, 8, 12, 16, 20, 24, 32)),
@@ -66,7 +67,7 @@ def variants(kernel: str) -> Iterator[KernelTuning]:
 
 @contextmanager
 def tuned(kernel: str, tuning: KernelTuning) -> Iterator[None]:
-    """Launches ``kernel`` with another configuration inside the context."""
+    """Inside the context, ``kernel`` is launched with another configuration."""
     before = config.TUNING[kernel]
     plans = launch._plan, launch._plan_columns
     config.TUNING[kernel] = tuning
@@ -81,9 +82,10 @@ def tuned(kernel: str, tuning: KernelTuning) -> Iterator[None]:
 
 
 def calls(shape: tuple[int, ...], layout: str, device: torch.device) -> dict[str, Call]:
-    """Returns a call of each kernel's launcher on random bf16 tensors; its outputs are allocated.
+    """Returns for each kernel a call of its launcher on random bf16 tensors.
 
-    A call returns the tensors that it writes. ``reduce`` and ``dx`` are those of BN+ReLU.
+    The outputs are allocated once. A call returns the tensors that it writes. ``reduce`` and ``dx``
+    are the kernels of the backward of BN+ReLU.
     """
 
     def tensor(shape: Sequence[int] = shape) -> Tensor:
@@ -120,7 +122,11 @@ def calls(shape: tuple[int, ...], layout: str, device: torch.device) -> dict[str
 
 
 def seconds(calls: Sequence[Call]) -> float:
-    """Returns the least mean seconds of the calls in a CUDA graph, or of one call on the CPU."""
+    """Returns the mean seconds of the calls, replayed from a CUDA graph.
+
+    The graph is replayed several times, and the fastest replay counts. Without a GPU, the first
+    call is timed once.
+    """
     if not torch.cuda.is_available():
         start = time.perf_counter()
         calls[0]()
@@ -130,7 +136,7 @@ def seconds(calls: Sequence[Call]) -> float:
     with torch.cuda.graph(graph):
         for call in calls:
             call()
-    for _ in range(REPLAYS + 1):  # the first one is a warm-up
+    for _ in range(REPLAYS + 1):  # The first replay is a warm-up.
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         graph.replay()
@@ -141,10 +147,10 @@ def seconds(calls: Sequence[Call]) -> float:
 
 
 def measure(kernel: str, sets: Sequence[dict[str, Call]], tuning: KernelTuning) -> float:
-    """Returns the seconds of a kernel with a configuration, see `seconds`.
+    """Returns the seconds that `seconds` measures for a kernel with a configuration.
 
     Raises:
-        WrongResult: if its result differs from that of the current configuration.
+        WrongResult: if the result differs from the result of the current configuration.
     """
     call = sets[0][kernel]
     expected = [t.clone() for t in call() if t is not None]
@@ -161,14 +167,14 @@ def run(out: Path, minutes: float, device: torch.device) -> int:
     small. Returns how many configurations are left.
 
     Raises:
-        torch.AcceleratorError: if a configuration has made the GPU unusable; ``out`` has a line for
-            it.
+        torch.AcceleratorError: if a configuration has made the GPU unusable. There is a line for
+            this configuration in ``out``.
     """
     deadline = time.monotonic() + 60 * minutes
     lines = out.read_text(encoding="utf-8").splitlines() if out.exists() else []
     done = {json.loads(line)["id"] for line in lines}
     left = 0
-    # The first site of each stage: the other ones have the same size.
+    # Only the first site of each stage is used, because the other sites have the same size.
     sites = {site.name: site for site in reversed(RESNET18_SITES)}
     for layout, (name, site) in itertools.product(LAYOUTS, reversed(sites.items())):
         shape, count = site.shape(BATCH), 1

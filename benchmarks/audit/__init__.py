@@ -1,1 +1,1 @@
-"""Audits that need no GPU: bytes that kernels touch, their machine code, and the host's time."""
+"""Audits, without a GPU, of the bytes that kernels touch, of machine code and of host time."""

@@ -14,7 +14,7 @@ class AmdCode:
 
     Attributes:
         registers: vector registers of a thread.
-        spills: number of spilled registers, vector and scalar.
+        spills: number of spilled registers, both vector and scalar registers.
         wide: ``load`` if the kernel has 16-byte loads, and ``store`` if it has 16-byte stores.
         matrix: whether the kernel has matrix instructions.
     """

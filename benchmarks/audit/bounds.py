@@ -1,4 +1,4 @@
-"""Estimates what limits a launch's time, from the instructions it executes and the bytes it moves.
+"""Estimates what limits the time of a launch, from its instructions and its bytes.
 
 Nothing is measured. The unit of time is the *byte time*: the time to move each byte of the launch's
 tensors once, at the bandwidth of a copy.
@@ -14,11 +14,12 @@ from torch import Tensor
 from benchmarks.audit.instructions import HALF_RATE, Flow, load_waits
 from benchmarks.audit.standin import Gpu, Launch
 
-# Rates of an H200: bytes/s of a copy, warp instructions that a multiprocessor issues per cycle,
-# cycles/s, seconds of a load's latency, and FLOP/s of a matrix product in bf16.
+# These are the rates of an H200: bytes/s of a copy, number of warp instructions that a
+# multiprocessor issues in a cycle, cycles/s, seconds of a load's latency, and FLOP/s of a matrix
+# product in bf16.
 BANDWIDTH, ISSUE_WIDTH, CLOCK, LATENCY, MATRIX_RATE = 4.3e12, 4, 1.98e9, 0.8e-6, 788e12
-# A launch counts as limited by the bandwidth, unless another limit takes more than this many byte
-# times.
+# A launch is described as limited by the bandwidth, unless another limit takes more than this many
+# byte times.
 MARGIN = 1.1
 
 
@@ -29,9 +30,10 @@ class Work:
     Attributes:
         per_element: instructions that all threads execute, divided by the number of elements of the
             launch's largest tensor.
-        share: time to issue the instructions, in byte times. It is one cycle for each instruction,
-            or two cycles for each instruction in `HALF_RATE`, whichever is longer.
-        calls: number of calls of subroutines in loops.
+        share: time to issue the instructions, in byte times. Two times are computed: one cycle for
+            each instruction, and two cycles for each instruction in `HALF_RATE`. The longer time is
+            used.
+        calls: number of subroutine calls inside loops.
         bound: estimate of what limits the launch's time.
     """
 
@@ -58,11 +60,13 @@ def work_of(
     """Counts the work of a launch, assuming that each byte of its tensors is moved once.
 
     Args:
-        gpu: GPU whose number of multiprocessors is used; its rates are assumed to be an H200's.
+        gpu: GPU whose number of multiprocessors is used. Its rates are assumed to be the rates of
+            an H200.
         launch: the launch.
         flow: control flow of the launch's machine code.
         room: number of programs that fit on a multiprocessor at once.
-        others: further times that may limit the launch: name to byte times.
+        others: further times that may limit the launch. The keys are names, the values are byte
+            times.
     """
     tensors = used_tensors(launch)
     byte_time = sum(t.numel() * t.element_size() for t in tensors) / BANDWIDTH

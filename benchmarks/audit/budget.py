@@ -12,11 +12,13 @@ from bnres.files import write_text
 
 PATH = Path(__file__).with_name("budget.json")
 Row = dict[str, Any]
-# Allowance for the rounding of decimals. The counts themselves are exact.
+# Two numbers may differ by this much, because decimals are rounded. The counts themselves are
+# exact.
 SLACK = 1e-3
-# The time to issue instructions (``share``) may exceed its budget by this fraction of the budget.
+# ``share``, the time to issue instructions, may exceed its budget by this fraction of the budget.
 SHARE_SLACK = 0.02
-# Goals for each kernel of a training step. `unwanted` lists the kernels that exceed them.
+# The kernels of a training step should not exceed these values. `unwanted` lists the kernels that
+# exceed them.
 WANTED_SHARE, WANTED_CALLS = 0.5, 0
 
 
@@ -26,10 +28,10 @@ class Found:
 
     Attributes:
         memory: rows of `benchmarks.audit.memory`.
-        traffic: bytes that a training step moves, except its convolutions: ``stock`` for torch's
-            own layers, and other keys for ours.
-        held: bytes that a training step holds for backward, with the same keys.
-        launches: number of launches of a training step, by net and kind of launch.
+        traffic: bytes that a training step moves without its convolutions. The key ``stock`` is for
+            torch's own layers, and the other keys are for ours.
+        held: bytes that a training step holds for backward, with the same keys as ``traffic``.
+        launches: number of launches of a training step. The keys name the net and what is launched.
         kernels: rows of `worst`.
     """
 
@@ -46,11 +48,11 @@ class Found:
 def worst(rows: Iterable[Row]) -> list[Row]:
     """Returns a row with the worst values over all specialisations of a kernel.
 
-    There is a row for each GPU, kernel, layout and dtype. In these rows, ``in_flight`` is the bytes
-    of loads in flight divided by the bytes that hide the latency of memory, at most 1, or None if
-    they are not known. ``per_element``, ``bound`` and ``at`` describe the launch with the greatest
-    ``share``. If no launch was counted, ``per_element`` and ``share`` are None, and ``bound`` and
-    ``at`` are empty.
+    There is a row for each GPU, kernel, layout and dtype. In a row, ``in_flight`` is the number of
+    bytes of loads in flight, divided by the number of bytes that must be in flight to hide the
+    latency of memory. It is at most 1, and None if the loads in flight are not known.
+    ``per_element``, ``bound`` and ``at`` describe the launch with the greatest ``share``. If no
+    launch was counted, ``per_element`` and ``share`` are None, and ``bound`` and ``at`` are empty.
     """
     found: dict[tuple[str, ...], Row] = {}
     for row in rows:
@@ -130,9 +132,9 @@ def memory_key(row: Row) -> str:
 def exceeded(found: Found, budget: Found, same_triton: bool) -> list[str]:
     """Describes each result that is worse than its budget.
 
-    Occupancy and the time to issue instructions depend on the compiler, so they are compared only
-    if the budget was recorded with the same version of triton. The same applies to numbers of
-    spills and calls, except that a budget of 0 is always compared.
+    Occupancy and the time to issue instructions depend on the compiler. They are compared only if
+    the budget was recorded with the same version of triton. The numbers of spills and calls are
+    also compared only in this case, unless their budget is 0. A budget of 0 is always compared.
 
     Args:
         found: the results.

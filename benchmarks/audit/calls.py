@@ -1,9 +1,9 @@
 """Generates calls of the fused operations for the audits that compile every kernel.
 
 The calls do not cover all combinations of arguments, but all pairs: for any two arguments and any
-value of each, some call has both values. The arguments are read from the functions' signatures. If
-a parameter is added to a function, its values are varied too, or `axes_of` raises an error because
-it does not know which values the parameter can have.
+value of each of them, some call has both values. The arguments are read from the functions'
+signatures. If a parameter is added to a function, its values are varied too. If its possible values
+are not known, `axes_of` raises an error.
 """
 
 import itertools
@@ -32,8 +32,8 @@ Options = dict[str, Any]
 Axes = dict[str, Sequence[Any]]
 
 CONTIGUOUS, LAST = torch.contiguous_format, torch.channels_last
-# Shapes and layouts that together use every kind of tile. A tile extends along a plane (H, W) or
-# along channels, and is filled completely by some of these shapes and partly by others.
+# Together these shapes and layouts use every kind of tile. A tile extends along a plane (H, W) or
+# along channels. Some of these shapes fill the tiles completely, and others fill them partly.
 INPUTS = {
     "planes": ((2, 8, 8, 16), CONTIGUOUS),
     "odd planes": ((2, 5, 7, 9), CONTIGUOUS),
@@ -42,48 +42,50 @@ INPUTS = {
     "some channels": ((2, 24, 8, 8), LAST),
     "odd channels": ((2, 5, 7, 9), LAST),
 }
-# Shapes that need 64-bit offsets. The memory of these tensors is never accessed.
+# Tensors of these shapes need 64-bit offsets. The memory of these tensors is never accessed.
 HUGE_INPUTS = {
     "huge planes": ((2, 64, 4096, 4104), CONTIGUOUS),
     "huge channels_last": ((2, 64, 4096, 4104), LAST),
 }
 WINDOW = ("kernel_size", "stride", "padding", "dilation")
-# Values of WINDOW for the pooling of a ResNet's stem. Our kernels support no other pooling.
+# These are the values of WINDOW for the pooling in a ResNet's stem. Our kernels support no other
+# pooling.
 POOLING = (3, 2, 1, 1)
-# Convolutions: output channels, and values of WINDOW.
+# For each convolution these are the number of output channels and the values of WINDOW.
 CONVOLUTIONS = ((64, (3, 1, 1, 1)), (24, (1, 2, 0, 1)), (5, (3, 2, 2, 2)))
-# Values of arguments, by the argument's name. Each value occurs together with each value of every
-# other argument.
+# These are the values of each argument, by the argument's name. For any two arguments, each value
+# of one argument occurs in some call together with each value of the other argument.
 VALUES: Axes = {
     "input": tuple(INPUTS),
-    # The three activations keep different things for backward: relu a bit mask, identity nothing,
-    # and silu its input.
+    # The three activations keep different data for backward: relu keeps a bit mask, identity keeps
+    # nothing, and silu keeps its input.
     "act": ("relu", "identity", "silu"),
     "dtype": (torch.bfloat16, torch.float32, torch.float64),
     "kernel_size": (POOLING,),
     "conv_weight": CONVOLUTIONS,
-    "groups": (1,),  # grouped convolutions use torch's convolution
+    "groups": (1,),  # For grouped convolutions torch's convolution runs.
     "memory_format": (CONTIGUOUS, LAST),
     "ceil_mode": (False,),
-    "height": (8, 64),  # an 8 × 8 image needs one program, a 64 × 64 image several
+    "height": (8, 64),  # An image of 8×8 needs one program, and one of 64×64 several.
 }
-# Further values of arguments. Each occurs only in two calls: in one call all other arguments have
-# their first values, in the other their last values.
+# These are further values of arguments. Each value occurs in only two calls. In one call all other
+# arguments have their first values, and in the other call they have their last values.
 OTHERS: Axes = {
     "act": tuple(act for act in ACTIVATIONS if act not in VALUES["act"]),
     "dtype": (torch.float16,),
 }
-# Names in `bnres.functional` that are not called: batch_norm is batch_norm_act without a residual
-# and an activation, BatchNormState is the type of an argument, and stem_conv2d launches none of our
+# These names in `bnres.functional` are not called. batch_norm is batch_norm_act without a residual
+# and an activation. BatchNormState is the type of an argument. stem_conv2d launches none of our
 # kernels.
 SPECIAL_CASES = {"batch_norm", "BatchNormState", "stem_conv2d"}
 PARAMETERS = ("input", "weight", "bias", "input_bias", "residual")
 OPTIONAL: tuple[set[Any], ...] = (
     {Tensor, NoneType}, {Tensor, float}, {tuple[float, ...], NoneType}, {BatchNormState, NoneType},
 )  # fmt: skip
-# Prefix of the names of options that are fields of the residual's batch norm.
+# Options that are fields of the residual's batch norm have names with this prefix.
 RESIDUAL = "residual_"
-# Parameters that are the same in every call, because no kernel is specialised on their values.
+# These parameters have the same value in every call, because no kernel is specialised on their
+# values.
 FIXED = {
     "act_kwargs", "eps", "residual_eps", "stride", "padding", "dilation", "width", "return",
     "process_group",
@@ -107,9 +109,9 @@ class Call:
 
 
 def pairs(axes: Axes) -> Iterator[Options]:
-    """Yields choices of a value for each axis, until all pairs of values have occurred.
+    """Yields choices of one value for each axis, until all pairs of values have occurred.
 
-    A pair is a value of one axis and a value of another axis.
+    A pair consists of a value of one axis and a value of another axis.
     """
     names = list(axes)
     left = {
@@ -134,7 +136,7 @@ def pairs(axes: Axes) -> Iterator[Options]:
 def parameters_of(function: Callable[..., Any]) -> dict[str, Any]:
     """Returns the annotations of a function's parameters.
 
-    A parameter for the residual's batch norm is replaced by the fields of the batch norm.
+    If a parameter is a batch norm of the residual, the fields of the batch norm replace it.
     """
     found = {}
     for name, hint in get_type_hints(function).items():
@@ -173,7 +175,7 @@ def axes_of(function: Callable[..., Any]) -> Axes:
 
 
 def all_calls() -> list[Call]:
-    """Lists calls of each function in `bnres.functional`, and of the augmentation kernels."""
+    """Lists calls of each function in `bnres.functional` and of the augmentation kernels."""
     names = sorted(set(functional.__all__) - SPECIAL_CASES)
     return [*itertools.chain(*map(functional_calls, names)), *augment_calls()]
 
@@ -191,7 +193,7 @@ def functional_calls(name: str) -> Iterator[Call]:
         # In fp64 the function calls batch_norm_act and torch's pooling instead.
         axes["dtype"] = tuple(dtype for dtype in axes["dtype"] if dtype != torch.float64)
     if "conv_weight" in axes:
-        others["input"] = tuple(HUGE_INPUTS)  # needs 64-bit offsets
+        others["input"] = tuple(HUGE_INPUTS)  # These inputs need 64-bit offsets.
         # In other modes and dtypes the function calls torch's convolution and batch_norm_act.
         modes = [(False, "none")]
         axes["dtype"] = tuple(dtype for dtype in axes["dtype"] if dtype in KERNEL_DTYPES)
@@ -202,25 +204,26 @@ def functional_calls(name: str) -> Iterator[Call]:
         mode = {"training": (training,), "grad": (grad,)}
         for options in with_others(axes | mode, others):
             yield Call(name, _consistent(options), partial(_run_functional, function))
-        others = {}  # these values are used only in the first mode
+        others = {}  # The values in others are used only in the first mode.
 
 
 def with_others(axes: Axes, others: Axes) -> Iterator[Options]:
-    """Yields `pairs` of ``axes``, then two choices for each value of ``others``.
+    """Yields the `pairs` of ``axes``, then two choices for each value in ``others``.
 
-    In these two choices the other axes have their first, and their last, values.
+    In one of these two choices all other axes have their first values, and in the other choice they
+    have their last values.
     """
     yield from pairs(axes)
     for name, values in others.items():
         for value, end in itertools.product(values, (0, -1)):
             options = {axis: known[end] for axis, known in axes.items()} | {name: value}
             if "fork" in options:
-                options["fork"] = False  # `pairs` covers fork with each kind of activation
+                options["fork"] = False  # `pairs` already has fork with each activation.
             yield options
 
 
 def _consistent(options: Options) -> Options:
-    """Returns a copy of the options, changed if a call does not support their combination."""
+    """Returns a copy of the options, which is changed if a call does not support them together."""
     fixed = dict(options)
     if fixed.get("residual_norm"):
         fixed["residual"] = True
@@ -232,15 +235,16 @@ def _consistent(options: Options) -> Options:
     if fixed["input"] in HUGE_INPUTS:
         fixed["dtype"] = torch.bfloat16
         if "conv_weight" in fixed:
-            # In channels_last the convolution does not copy the input, whose memory must not be
-            # read.
+            # In channels_last the convolution does not copy the input. A copy would read the
+            # input's memory, which must not be read.
             fixed["input"], fixed["conv_weight"] = "huge channels_last", CONVOLUTIONS[0]
     return fixed
 
 
 def _run_functional(function: Callable[..., Any], options: Options) -> None:
     if "process_group" in parameters_of(function) and not dist.is_initialized():
-        # A process group of two processes, of which only this one exists. Nothing is sent.
+        # This is a process group of two processes, of which only this process exists. Nothing is
+        # sent.
         dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
     shape, memory_format = (INPUTS | HUGE_INPUTS)[options["input"]]
     dtype = options["dtype"]
@@ -301,7 +305,7 @@ def _run_functional(function: Callable[..., Any], options: Options) -> None:
 
 
 def _twice(values: Sequence[int]) -> Iterator[int]:
-    """Yields each value twice: once for height, once for width."""
+    """Yields each value twice, once for the height and once for the width."""
     return (value for value in values for _ in range(2))
 
 

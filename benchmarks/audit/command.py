@@ -17,8 +17,8 @@ from benchmarks.environment import ROOT
 from bnres.files import write_text
 from bnres.kernels.interpreter import check_versions
 
-# Arguments of the machine-code audit by GPU. For sm_90 all launches of a step are compiled, for the
-# other GPUs one case for each family of kernels.
+# These are the arguments of the machine-code audit for each GPU. For sm_90 all launches of a step
+# are compiled. For the other GPUs one case of each family of kernels is compiled.
 GPUS = {
     "sm_90": ["--gpu", "sm_90"],
     "sm_80": ["--gpu", "sm_80", "--families"],
@@ -28,12 +28,12 @@ GPUS = {
 
 
 def run(gpus: Sequence[str], json_path: Path | None, record: bool) -> int:
-    """Prints the tables; returns 1 if a result exceeds its budget, else 0.
+    """Prints the tables. Returns 1 if a result exceeds its budget, otherwise 0.
 
     Args:
-        gpus: names from `GPUS` whose machine code is audited; empty means all. The counts of memory
-            do not depend on the GPU.
-        json_path: file for the results, including a row for each specialisation.
+        gpus: names from `GPUS`. The machine code for these GPUs is audited, or for all GPUs if
+            there are no names. The counts of memory do not depend on the GPU.
+        json_path: file for the results. It includes a row for each specialisation.
         record: whether to store the results as the new budget.
 
     Raises:
@@ -47,7 +47,7 @@ def run(gpus: Sequence[str], json_path: Path | None, record: bool) -> int:
         raise ValueError(f"record needs all GPUs, got gpu {', '.join(gpus)}")
     try:
         check_versions(triton.__version__, version("numpy"))
-    except ImportError as error:  # the interpreter, which counts memory, can't be imported
+    except ImportError as error:  # The interpreter, which counts memory, can't be imported.
         raise ValueError(str(error)) from error
     limits = None if record else budget.load()
     names = list(gpus) or list(GPUS)
@@ -77,7 +77,7 @@ def run(gpus: Sequence[str], json_path: Path | None, record: bool) -> int:
 def _worker(module: str, arguments: Sequence[str], **environment: str) -> Any:
     """Runs an audit in a new process.
 
-    Some audits use triton's interpreter, the others its compiler, and a process can't use both.
+    Some audits use triton's interpreter and others use its compiler. A process can't use both.
     """
     inherited = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     result = subprocess.run(
@@ -90,7 +90,7 @@ def _worker(module: str, arguments: Sequence[str], **environment: str) -> Any:
 
 
 def memory_table(found: budget.Found) -> str:
-    """Formats the memory that operations touch, and the bytes and launches of a training step.
+    """Formats the memory that operations touch, and a training step's bytes and launches.
 
     The unit of the memory is S, the size of one activation tensor.
     """
@@ -119,10 +119,10 @@ def memory_table(found: budget.Found) -> str:
 def kernel_table(rows: Sequence[budget.Row]) -> str:
     """Formats the properties of the kernels' machine code.
 
-    Each row has the worst values of ``n`` specialisations of a kernel. ``narrow`` is the bytes
-    moved by accesses of less than 16 bytes, divided by the bytes moved by accesses of 16 bytes.
-    ``flight`` is the bytes of loads in flight on a multiprocessor, divided by the bytes that hide
-    the latency of memory. ``occup`` is the occupancy.
+    Each row has the worst values of ``n`` specialisations of a kernel. ``narrow`` is the number of
+    bytes that accesses of less than 16 bytes move, divided by the number of bytes that accesses of
+    16 bytes move. ``flight`` is the number of bytes of loads that a multiprocessor has in flight,
+    divided by the number that hides the latency of memory. ``occup`` is the occupancy.
     """
     lines = [
         f"{_names('gpu', 'kernel', 'layout', 'dtype')} {'n':>3} {'regs':>4} {'smem':>6} "
@@ -141,11 +141,11 @@ def kernel_table(rows: Sequence[budget.Row]) -> str:
 def instruction_table(rows: Sequence[budget.Row]) -> str:
     """Formats the instructions that each kernel executes at batch 256, for its worst launch.
 
-    ``/elem`` is the instructions that threads execute per element of the largest tensor. ``share``
-    is the time to issue the instructions divided by the time to move the bytes: a kernel whose
-    share is above 1 can't reach the bandwidth, and a kernel whose share is above 0.5 may not.
-    ``calls`` is the number of subroutine calls inside loops, ``bound`` is an estimate of what
-    limits the time, and ``at`` describes the launch.
+    ``/elem`` is the number of instructions that threads execute, for each element of the largest
+    tensor. ``share`` is the time to issue the instructions divided by the time to move the bytes. A
+    kernel whose share is above 1 can't reach the bandwidth, and a kernel whose share is above 0.5
+    may not reach it. ``calls`` is the number of subroutine calls inside loops, ``bound`` is an
+    estimate of what limits the time, and ``at`` describes the launch.
     """
     lines = [
         f"{_names('gpu', 'kernel', 'layout', 'dtype')} {'/elem':>7} {'share':>6} {'calls':>5}  "

@@ -1,4 +1,4 @@
-"""Cases of the machine-code audit: a ResNet's training step, convolutions, and augmentation."""
+"""The cases of the machine-code audit: a training step, convolutions and augmentations."""
 
 from dataclasses import dataclass
 
@@ -23,7 +23,7 @@ CONV_LAYOUT = AUGMENT_LAYOUT = "channels_last"
 
 @dataclass(frozen=True)
 class Case:
-    """An operation on the tensors of one batch norm of a net; its launches are compiled."""
+    """An operation on the tensors of one batch norm of a net. Its launches are compiled."""
 
     site: Site
     batch: int
@@ -43,13 +43,13 @@ def empty(case: Case) -> Tensor:
 
 
 def launch_step(case: Case) -> None:
-    """Launches a case's forward in training, forward in evaluation and backward."""
+    """Launches a case's forward in training, its forward in evaluation and its backward."""
     for step in steps(case.site.operation, lambda: empty(case)).values():
         step()
 
 
 def launch_conv(call: ConvCall) -> None:
-    """Launches a convolution with batch norm and ReLU in evaluation."""
+    """Launches a convolution followed by batch norm and ReLU, in evaluation."""
     dtype, last = getattr(torch, call.dtype), LAYOUTS[CONV_LAYOUT]
 
     def tensor(*shape: int) -> Tensor:
@@ -83,7 +83,7 @@ def all_cases() -> list[Case]:
 
 
 def family_cases() -> list[Case]:
-    """Lists one case for each kernel family."""
+    """Lists one case for each family of kernels."""
     sites = {fused.operation: fused for site in RESNET18_SITES for fused in operations_at(site)}
     names = ("bn_relu_pool", "bn_add_relu_fork", "dual_bn_add_relu")
     return [Case(sites[name], 256, "channels_last", torch.bfloat16) for name in names]
@@ -100,7 +100,7 @@ def all_convs() -> list[ConvCall]:
 
 
 def family_convs() -> list[ConvCall]:
-    """Lists a 3×3 convolution of layer1 and one of layer4, with a residual, in bf16."""
+    """Lists a 3×3 convolution of layer1 and one of layer4. Both have a residual and are in bf16."""
     calls = [c for c in all_convs() if c.has_residual and c.dtype == "bfloat16"]
     return [
         next(c for c in calls if (c.channels, c.shape.taps) == sought)

@@ -1,4 +1,4 @@
-"""A stand-in for torch's convolution on the CPU, which returns uninitialised tensors.
+"""A stand-in for torch's convolution on the CPU. It returns uninitialised tensors.
 
 The results have the right shapes, strides and dtypes. Only the computation is replaced: torch still
 checks the arguments and records the operation for backward.

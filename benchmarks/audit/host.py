@@ -4,14 +4,14 @@ The CPU time of the calling thread is measured. It includes Python, torch's disp
 the allocation of outputs, and the part of each launch before triton calls the GPU's driver. Our
 kernels are compiled for a GPU that is not there, and launching them does nothing. torch's own
 operations run on the CPU, on tensors so small that their arithmetic takes little time. Convolutions
-return uninitialised tensors, which takes the same time in all ResNets. The time that the driver
-needs for a launch, and the optimiser, are not measured.
+return uninitialised tensors. This takes the same time in all ResNets. Two times are not measured:
+the time that the driver needs for a launch, and the time that the optimiser needs.
 
-Each call is timed in many short spans of a few calls, and its time is that of the shortest span.
-The spans of all calls are interleaved. Another program that runs for a second then slows a few
-spans of every call, instead of all spans of one call. Times are divided by the time of torch's
-batch norm and ReLU in the same run, because this ratio depends little on the machine. `LIMITS`
-contains the greatest ratios allowed.
+Each call is timed in many short spans. In a span the call is made a few times. The time of a call
+is taken from its shortest span. Spans of all calls alternate: if another program runs for a second,
+it slows a few spans of every call instead of all spans of one call. Times are divided by the time
+of torch's batch norm and ReLU in the same run, because this ratio depends little on the machine.
+`LIMITS` contains the greatest ratios that are allowed.
 """
 
 import gc
@@ -35,18 +35,19 @@ from bnres import fuse, use_backend
 from bnres.models import resnet18
 from bnres.nn import BatchNormAct2d, BatchNormActMaxPool2d
 
-# Each call has ROUNDS rounds of SPANS spans of CALLS calls. The clock is read before and after a
-# span.
+# Each call is timed in ROUNDS rounds. A round has SPANS spans, and in a span the call is made CALLS
+# times. The clock is read before and after each span.
 ROUNDS, SPANS, CALLS = 60, 5, 10
 CHANNELS = 64
 RULER = "torch's BN, ReLU"
 LAYERS, FUSED, STOCK = "ResNet-18, fused layers", "ResNet-18, bnres.fuse", "ResNet-18, stock"
 
-# The greatest allowed ratio of a call's time to the time of torch's batch norm and ReLU (`ruler`).
-# A limit is 1.25 times the ratio in several runs, or 1.4 times for a whole training step. In 16
-# runs with both cores loaded, the greatest ratio was 1.07 times the median ratio, or 1.3 times for
-# a step. A step varies more because it is longer than the time between two thread switches. Lower a
-# limit after a speed-up.
+# These are the limits of the ratios. A ratio is a call's time divided by the time of torch's batch
+# norm and ReLU (`ruler`). A limit is 1.25 times the ratio that was found in several runs, or 1.4
+# times for a whole training step. In 16 runs with both cores loaded, the greatest ratio was 1.07
+# times the median ratio, or 1.3 times for a training step. The ratio of a training step varies more
+# because the step takes longer than the time between two thread switches. If a call becomes faster,
+# lower its limit.
 LIMITS: dict[str, dict[str, float]] = {
     "BN+ReLU": {"inference": 1.6, "forward": 1.95, "backward": 1.4},
     "BN+add+ReLU": {"inference": 1.7, "forward": 2.2, "backward": 1.45},
@@ -64,12 +65,12 @@ class Timed:
 
     Attributes:
         row: name of the call's row in the table.
-        kind: ``inference``, ``forward`` (in training), ``backward``, or ``step`` (forward and
-            backward).
-        module: module that is put into training mode, or evaluation mode if ``kind`` is
-            ``inference``.
+        kind: ``inference``, ``forward``, ``backward`` or ``step``. ``forward`` is in training, and
+            ``step`` is forward and backward.
+        module: module whose mode is set: evaluation if ``kind`` is ``inference``, otherwise
+            training.
         call: the call.
-        calls: number of calls per span.
+        calls: number of calls in a span.
     """
 
     row: str
@@ -116,14 +117,14 @@ def training_step(row: str, model: nn.Module) -> Timed:
 
 
 def ruler() -> Iterator[Timed]:
-    """Yields calls of torch's own batch norm and ReLU; all other times are divided by theirs."""
+    """Yields calls of torch's own batch norm and ReLU, by whose times all others are divided."""
     small = torch.randn(2, CHANNELS, 2, 2).requires_grad_()
     stock = nn.BatchNorm2d(CHANNELS)
     yield from operation(RULER, stock, lambda: torch.relu(stock(small)), [small])
 
 
 def cases() -> Iterator[Timed]:
-    """Yields all calls to be timed; the first are those of `ruler`."""
+    """Yields all calls to be timed, starting with the calls of `ruler`."""
     yield from ruler()
     x, residual = (
         torch.randn(2, CHANNELS, 8, 8, dtype=torch.bfloat16)
@@ -149,7 +150,10 @@ def cases() -> Iterator[Timed]:
 
 @contextmanager
 def launches_do_nothing() -> Iterator[None]:
-    """Makes modules use our kernels, compiled for a GPU that is not there; launches do nothing."""
+    """Inside the context, modules use our kernels, compiled for a GPU that is not there.
+
+    A launch does nothing.
+    """
     triton.runtime.driver.set_active(StandInDriver(SM90))
     with (
         patch.object(CompiledKernel, "_init_handles", lambda self: None),
@@ -160,7 +164,7 @@ def launches_do_nothing() -> Iterator[None]:
 
 
 def avoid_noise() -> None:
-    """Limits the process to one thread and, if possible, one core; stops garbage collection."""
+    """Limits the process to one thread and, if possible, to one core. Stops garbage collection."""
     torch.set_num_threads(1)
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
@@ -169,13 +173,13 @@ def avoid_noise() -> None:
 
 
 def microseconds(timed: Sequence[Timed]) -> list[list[float]]:
-    """Returns, for each of ``timed``, the mean CPU time of a call in each span, in microseconds."""
+    """Returns the mean CPU time of a call in microseconds, for each of ``timed`` and each span."""
     found: list[list[float]] = [[] for _ in timed]
     for _ in range(ROUNDS):
         for one, times in zip(timed, found, strict=True):
             one.module.train(one.kind != "inference")
             for _ in range(one.calls):
-                one.call()  # fills the caches; the first round also compiles
+                one.call()  # This fills the caches. In the first round it also compiles.
             for _ in range(SPANS):
                 start = time.thread_time_ns()
                 for _ in range(one.calls):
@@ -185,7 +189,7 @@ def microseconds(timed: Sequence[Timed]) -> list[list[float]]:
 
 
 def run() -> list[str]:
-    """Prints a table of all calls; returns a message for each ratio that exceeds its limit.
+    """Prints a table of all calls. Returns a message for each ratio that exceeds its limit.
 
     This function replaces triton's driver, so the process can't run kernels afterwards.
 

@@ -12,9 +12,9 @@ from benchmarks.audit.trips import LoopTrips
 
 TARGET = re.compile(r"0x([0-9a-f]+)")
 GLOBAL_ACCESS = ("LDG", "STG", "LDGSTS")
-# Instructions that take two cycles per warp on Hopper, according to the vendor's manual; this was
-# not measured. They are integer addition, logic, shifts, comparison, selection, minimum, maximum,
-# byte permutation and packing.
+# According to the vendor's manual, these instructions take two cycles for each warp on Hopper. This
+# was not measured. They are integer addition, logic, shifts, comparison, selection, minimum,
+# maximum, byte permutation and packing.
 HALF_RATE = frozenset({
     "BMSK", "F2FP", "FMNMX", "FSEL", "FSET", "FSETP", "HMNMX2", "HSET2", "HSETP2", "IABS", "IADD",
     "IADD3", "IMNMX", "ISETP", "LEA", "LOP3", "P2R", "PLOP3", "PRMT", "R2P", "SEL", "SGXT", "SHF",
@@ -24,7 +24,7 @@ HALF_RATE = frozenset({
 
 @dataclass(frozen=True)
 class Span:
-    """A range of addresses, from ``start`` to ``stop``, excluding ``stop``."""
+    """The range of addresses from ``start`` to ``stop``. It does not include ``stop``."""
 
     start: int
     stop: int
@@ -35,7 +35,7 @@ class Span:
 
 @dataclass(frozen=True)
 class Rest:
-    """Code after an unrolled loop that executes trips which the unrolled loop did not execute.
+    """Code after an unrolled loop that executes the trips which the unrolled loop left over.
 
     Attributes:
         span: addresses of the code.
@@ -52,19 +52,20 @@ class Rest:
 class Flow:
     """The control flow of a kernel's machine code, and how often each instruction is executed.
 
-    The control flow is derived from the addresses of branches, because ptxas, the assembler, keeps
-    the order of the source. A loop extends from the target of a backward branch to the branch. Code
-    that a forward branch skips is conditional. A *slow path* is conditional code that calls a
-    routine for division or square root, which is needed if operands are denormal or too wide for
-    the fast path. Slow paths are assumed not to be executed, other conditional code is.
+    The control flow is derived from the addresses of branches. This works because ptxas, the
+    assembler, keeps the order of the source. A loop extends from the target of a backward branch to
+    the branch. Code that a forward branch skips is conditional. A *slow path* is conditional code
+    that calls a routine for division or square root. It is needed if operands are denormal, or too
+    wide for the fast path. Slow paths are assumed not to be executed. All other conditional code is
+    assumed to be executed.
 
-    ptxas unrolls small loops by four. After such a loop it places conditional code for two
-    remaining trips, and for one.
+    ptxas unrolls small loops by four. After such a loop it places conditional code that executes
+    two remaining trips, and conditional code that executes one remaining trip.
 
     Attributes:
         instructions: all instructions.
         trips: trip counts of the loops, in the order of the loops' first instructions.
-        taken: fraction of the conditional code, except slow paths, that is executed.
+        taken: fraction of the conditional code that is executed. Slow paths are not included.
     """
 
     instructions: Sequence[Instruction]
@@ -73,7 +74,7 @@ class Flow:
 
     @cached_property
     def kernel(self) -> list[Instruction]:
-        """The instructions without the called routines and the padding, which are at the end."""
+        """The instructions without the called routines and the padding, which follow the kernel."""
         ends = [_target(i) for i in self.instructions if self._calls_routine(i)]
         ends += [
             i.address for i in self.instructions if i.name == "BRA" and _target(i) == i.address
@@ -83,7 +84,10 @@ class Flow:
 
     @cached_property
     def loops(self) -> list[Span]:
-        """The loops, outer before inner. Backward branches to the same target are one loop."""
+        """The loops. An outer loop precedes its inner loops.
+
+        Backward branches to the same target are one loop.
+        """
         ends: dict[int, int] = {}
         for i, target in self._branches():
             if target <= i.address:
@@ -97,7 +101,7 @@ class Flow:
 
     @cached_property
     def conditional(self) -> list[Span]:
-        """The pieces of code that forward branches skip, the shortest first.
+        """The pieces of code that forward branches skip. The shortest piece is the first.
 
         Pieces that contain a loop are left out.
         """
@@ -122,9 +126,10 @@ class Flow:
 
     @cached_property
     def unrolled(self) -> list[int]:
-        """How many trips of each loop ptxas combined into one.
+        """The number of trips that ptxas combined into one, for each loop.
 
-        The number is derived from the accesses to global memory: PTX shows those of one trip.
+        The number is derived from the accesses to global memory in the loop. PTX shows how many of
+        these accesses one trip makes.
         """
         return [
             max(self._accesses(span) // loop.accesses, 1) if loop.accesses else 1
@@ -195,7 +200,7 @@ class Flow:
 
     @property
     def main_loop(self) -> list[Instruction]:
-        """The innermost loop that executes the most instructions; without loops, the whole kernel.
+        """The innermost loop that executes the most instructions, or the kernel if it has no loops.
 
         If the loops do not match ``trips``, the loop with the longest code is returned.
         """
@@ -253,8 +258,9 @@ def _target(i: Instruction) -> int | None:
 def load_waits(executed: Sequence[tuple[Instruction, float]], stages: int) -> float:
     """Returns how often a warp waits for loads.
 
-    Loads that are issued before the same wait count as one. In a pipeline of ``stages``, the copies
-    of later stages are in flight during a wait, so a wait for a copy counts 1 / (stages - 1).
+    Loads that are issued before the same wait count as one load. In a pipeline of ``stages``
+    stages, the copies of later stages are in flight while a warp waits for a copy. Therefore such a
+    wait counts as 1 / (stages - 1).
     """
     pending: set[int] = set()
     waits = 0.0

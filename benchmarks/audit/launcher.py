@@ -1,8 +1,8 @@
-"""Runs triton's own launcher with a stand-in for CUDA's driver library that launches nothing.
+"""Runs triton's own launcher with a stand-in for CUDA's driver, which launches nothing.
 
-Triton converts a call's arguments to a kernel's parameters in C. In triton 3.6 gcc builds a C
-module for each signature, in later releases one module serves all signatures. Both kinds of module
-are built and called here as on a GPU.
+Triton's C code converts the arguments of a call to the parameters of a kernel. In triton 3.6, gcc
+builds a C module for each signature. In later releases, one module serves all signatures. Both
+kinds of module are built and called here as on a GPU.
 """
 
 import ctypes
@@ -15,8 +15,9 @@ from triton.backends.nvidia import driver as nvidia
 
 from benchmarks.audit.standin import Gpu, StandInDriver
 
-# Source of the stand-in library. It defines each function of CUDA's driver that triton's sources
-# name. The functions do nothing and return success; ``cuLaunchKernelEx`` also counts its calls.
+# This is the source of the stand-in library. It defines each function of CUDA's driver that
+# triton's sources name. The functions do nothing and return success. ``cuLaunchKernelEx`` also
+# counts its calls.
 LAUNCH = "cuLaunchKernelEx"
 SOURCE = """
 static long launches;
@@ -27,7 +28,7 @@ int {launch}(void) {{ launches++; return 0; }}
 
 
 def build_driver_library(folder: Path) -> ctypes.CDLL:
-    """Builds and loads a stand-in ``libcuda.so.1`` in ``folder``; makes triton link against it."""
+    """Builds and loads a stand-in ``libcuda.so.1`` in ``folder``. Makes triton link against it."""
     sources = Path(nvidia.__file__).parent.glob("driver.*")
     text = "".join(
         path.read_text(encoding="utf-8") for path in sources if path.suffix in (".c", ".py")
@@ -48,7 +49,7 @@ class _Utils:
     def __init__(self, gpu: Gpu) -> None:
         self.gpu = gpu
         cuda = nvidia.CudaUtils()
-        for name in ("launch", "build_signature_metadata"):  # in releases after 3.6
+        for name in ("launch", "build_signature_metadata"):  # Releases after 3.6 have these.
             if hasattr(cuda, name):
                 setattr(self, name, getattr(cuda, name))
 

@@ -14,12 +14,12 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.interpreter import GridExecutor
 
-# Operations of ATen that launch nothing, because they only allocate memory.
+# These operations of ATen launch nothing, because they only allocate memory.
 ALLOCATIONS = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided")
 
 
 class CountOperations(TorchDispatchMode):
-    """Counts the operations of ATen that read or write memory. bnres's operations do not count."""
+    """Counts the operations of ATen that read or write memory, but not our own operations."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -35,7 +35,10 @@ class CountOperations(TorchDispatchMode):
 
 
 def step_launches(build: Callable[[], nn.Module], shape: tuple[int, ...]) -> tuple[int, int]:
-    """Returns Triton's launches and ATen's operations in a training step without optimiser."""
+    """Returns how often a training step launches Triton kernels and calls operations of ATen.
+
+    The step does not include the optimiser.
+    """
     launched = 0
 
     def launch(self: GridExecutor, *arguments: Any, **named: Any) -> None:
@@ -48,7 +51,7 @@ def step_launches(build: Callable[[], nn.Module], shape: tuple[int, ...]) -> tup
     with patch.object(GridExecutor, "__call__", launch):
         F.cross_entropy(model(x), labels).backward()
     model.zero_grad()
-    # A dispatch mode does not see the launches of our operators, so they were counted above.
+    # A dispatch mode does not see the launches of our operators. They were counted above.
     with patch.object(GridExecutor, "__call__", lambda *_, **__: None), CountOperations() as mode:
         F.cross_entropy(model(x), labels).backward()
     return launched, mode.count

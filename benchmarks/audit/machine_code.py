@@ -1,7 +1,8 @@
 """Compiles the kernels of a ResNet step, without a GPU, and analyses their machine code.
 
-``python -m benchmarks audit`` runs this module in separate processes, because a process can't use
-both triton's interpreter and its compiler, and compares the results with the recorded budget.
+``python -m benchmarks audit`` runs this module in separate processes and compares the results with
+the recorded budget. Separate processes are needed because a process can't use both triton's
+interpreter and its compiler.
 """
 
 import argparse
@@ -43,21 +44,23 @@ from benchmarks.audit.standin import GPUS, SM90, Gpu, Launch, compile_only
 from benchmarks.audit.trips import loop_trips
 from bnres.routes import ConvCall
 
-# Bytes of loads that a multiprocessor must have in flight to reach the bandwidth: bandwidth times
-# latency (about 4.3 TB/s · 0.8 µs) divided by 132 multiprocessors, rounded up.
+# To reach the bandwidth, a multiprocessor must have this many bytes of loads in flight. The number
+# is bandwidth times latency (about 4.3 TB/s · 0.8 µs), divided by 132 multiprocessors and rounded
+# up.
 BYTES_IN_FLIGHT = 32 * 1024
 WIDE = 16
-# Name of the matrix instruction for 16-bit and TF32 operands, by architecture.
+# For each architecture this is the name of the matrix instruction for 16-bit and TF32 operands.
 MATRIX_INSTRUCTION = {80: "HMMA", 90: "HGMMA", 100: "UTC"}
 RESERVED_SHARED = 1024
 REGISTER_UNIT = 8
 # Instructions are only counted for this batch size and GPU.
 COUNTED_BATCH, COUNTED_GPU = 256, SM90
-# Assumed trip count of the loops of augmentation kernels, which depends on random values. It is the
-# number of taps along an axis if the resize does not shrink the image.
+# The loops of augmentation kernels are assumed to have this trip count, because the real one
+# depends on random values. The assumed number is the number of taps along an axis if the resize
+# does not shrink the image.
 RESIZE_TAPS = 4
-# Assumed fraction of the conditional code of augmentation kernels that is executed: each of an
-# image's four colour steps executes one of four operations.
+# This fraction of the conditional code of augmentation kernels is assumed to be executed. An image
+# has four colour steps, and each step executes one of four operations.
 AUGMENT_TAKEN = 1 / 4
 NOT_COUNTED = Work()
 
@@ -72,18 +75,20 @@ class Row:
         case: description of a launch of the kernel.
         layout: memory layout of the activations.
         dtype: dtype of the activations.
-        registers: registers of a thread.
+        registers: number of registers of a thread.
         shared_memory: bytes of shared memory of a program.
-        spills: accesses to local memory; on AMD, spilled registers.
-        narrow: bytes moved by accesses of less than 16 bytes, divided by the bytes moved by
-            accesses of 16 bytes. The ratio is computed for loads and for stores, and the greater
-            is taken. On AMD the value is 1 if 16-byte accesses are missing, else 0.
-        in_flight: bytes of loads that a multiprocessor has in flight; 0 if they are not known.
+        spills: number of accesses to local memory. On AMD it is the number of spilled registers.
+        narrow: number of bytes that accesses of less than 16 bytes move, divided by the number of
+            bytes that accesses of 16 bytes move. This ratio is computed for loads and for stores,
+            and the greater one is used. On AMD the value is 1 if there are no 16-byte accesses,
+            otherwise 0.
+        in_flight: number of bytes of loads that a multiprocessor has in flight, or 0 if it is not
+            known.
         wanted: least value of ``in_flight`` that hides the latency of memory.
-        occupancy: threads that fit on a multiprocessor at once, divided by the greatest number that
-            the hardware allows.
-        matrix: matrix instruction of a convolution.
-        missing: instructions that a convolution's main loop should have, but does not have.
+        occupancy: number of threads that fit on a multiprocessor at once, divided by the greatest
+            number that the hardware allows.
+        matrix: name of the matrix instruction that a convolution uses.
+        missing: instructions that the main loop of a convolution should have, but does not have.
         work: work of the launch, if it was counted.
     """
 
@@ -105,7 +110,7 @@ class Row:
 
 
 def kernel_name(launch: Launch) -> str:
-    """Returns the kernel's name, followed by ``(two norms)`` if the residual has a batch norm."""
+    """Returns the kernel's name. ``(two norms)`` follows it if the residual has a batch norm."""
     pointers = ("residual_rstd_ptr", "residual_var_ptr")
     two = any(launch.arguments.get(name) is not None for name in pointers)
     return f"{launch.kernel} (two norms)" if two else launch.kernel
@@ -147,7 +152,7 @@ def flow_of(launch: Launch, taken: float = 1.0, data_trips: int | None = None) -
 
 
 def read_row(gpu: Gpu, case: Case, launch: Launch) -> Row:
-    """Returns the properties of a batch norm kernel, with narrow accesses and loads in flight."""
+    """Returns the properties of a batch norm kernel's machine code."""
     threads = launch.compiled.metadata.num_warps * gpu.target.warp_size
     dtype = str(case.dtype).removeprefix("torch.")
     if gpu.target.backend == "hip":
@@ -184,10 +189,10 @@ def read_row(gpu: Gpu, case: Case, launch: Launch) -> Row:
 
 
 def read_conv(gpu: Gpu, call: ConvCall, launch: Launch) -> Row:
-    """Returns the properties of a convolution, including which instructions it lacks.
+    """Returns the properties of a convolution's machine code, and which instructions it lacks.
 
     The main loop should load the operands by TMA or by asynchronous copies. A copy should move 16
-    bytes, or fewer if the channels of one position together have fewer than 16 bytes.
+    bytes, unless all channels of a position together have fewer than 16 bytes.
     """
     threads = launch.compiled.metadata.num_warps * gpu.target.warp_size
     if gpu.target.backend == "hip":
@@ -222,7 +227,7 @@ def read_conv(gpu: Gpu, call: ConvCall, launch: Launch) -> Row:
 
 
 def read_augment(gpu: Gpu, case: AugmentCase, launch: Launch) -> Row:
-    """Returns the properties of an augmentation kernel.
+    """Returns the properties of an augmentation kernel's machine code.
 
     Its loads are never 16 bytes wide, because their addresses depend on random values.
     """
@@ -257,7 +262,7 @@ def stores_tensor(launch: Launch) -> bool:
 
 
 def _amd_row(gpu: Gpu, launch: Launch, case: str, layout: str, dtype: str, threads: int) -> Row:
-    """Returns the properties of a kernel for AMD.
+    """Returns the properties of a kernel's machine code for AMD.
 
     The loops of the kernel are not analysed, so its loads in flight are not known.
     """
@@ -277,7 +282,7 @@ def _amd_row(gpu: Gpu, launch: Launch, case: str, layout: str, dtype: str, threa
 def audit(
     gpu: Gpu, cases: list[Case], convs: list[ConvCall], augments: list[AugmentCase]
 ) -> list[Row]:
-    """Returns a row for each specialisation and each size of tensor that the cases launch."""
+    """Returns a row for each specialisation that the cases launch and each size of its tensors."""
     rows: list[Row] = []
     seen: set[tuple[Any, ...]] = set()
 

@@ -1,10 +1,10 @@
-"""Counts the memory that interpreted kernels touch, in units of S, the bytes of one activation.
+"""Counts the memory that interpreted kernels touch. The unit S is the bytes of one activation.
 
-Two numbers are counted: the bytes that unmasked lanes access (*lanes*), and the bytes of the
-distinct 32-byte sectors of a tensor that a launch touches (*sectors*). Both are needed, because
-memory is moved in whole sectors, which lanes may use partly, and because sectors do not include
-repeated accesses. TRITON_INTERPRET=1 has to be set; ``python -m benchmarks audit`` runs this module
-in a separate process.
+Two numbers are counted. *Lanes* are the bytes that unmasked lanes access. *Sectors* are the bytes
+of the distinct 32-byte sectors of a tensor that a launch touches. Both numbers are needed. Memory
+is moved in whole sectors, of which lanes may use only a part, but the number of sectors does not
+include repeated accesses. TRITON_INTERPRET=1 has to be set. ``python -m benchmarks audit`` runs
+this module in a separate process.
 """
 
 import json
@@ -29,7 +29,8 @@ from bnres import models
 from bnres.kernels.config import launch_config, tile_for
 from bnres.kernels.layout import ChannelView
 
-# Shapes of activations: small, because the interpreter is slow, but large enough for whole tiles.
+# These are the shapes of activations. They are small, because the interpreter is slow, but large
+# enough for whole tiles.
 SHAPE, POOLED_SHAPE = (16, 64, 7, 7), (2, 64, 16, 16)
 NET_INPUT = (256, 3, 224, 224)
 SECTOR_BYTES = 32
@@ -44,8 +45,8 @@ class Traffic:
     """Bytes of activation tensors that launches touch.
 
     Attributes:
-        lanes: bytes of unmasked lanes.
-        sectors: bytes of distinct sectors.
+        lanes: number of bytes that unmasked lanes access.
+        sectors: number of bytes in the distinct sectors.
     """
 
     lanes: int = 0
@@ -64,7 +65,7 @@ class _Range:
 
 @contextmanager
 def count_traffic() -> Iterator[Traffic]:
-    """Counts all accesses of interpreted launches to activation tensors inside the context."""
+    """Inside the context, counts all accesses of interpreted launches to activation tensors."""
     total = Traffic()
     ranges: list[_Range] = []
     load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
@@ -135,8 +136,8 @@ def channel_buffer_share(
 ) -> dict[str, float]:
     """Returns the bytes of per-channel buffers divided by the bytes of activations, by direction.
 
-    The bytes of the per-channel buffers are computed from the launch grids: every program reads the
-    parameters of its channels, and partial sums are written once and read once.
+    The bytes of the per-channel buffers are computed from the launch grids. Every program reads the
+    parameters of its channels. Partial sums are written once and read once.
     """
     n, channels, height, width = site.shape(batch)
     inner = height * width
@@ -166,7 +167,7 @@ def channel_buffer_share(
 class Row:
     """The memory that an operation touches in one direction, in units of S.
 
-    ``step`` is the direction, and ``floor`` the least memory that any implementation could touch.
+    ``step`` is the direction. ``floor`` is the least memory that any implementation could touch.
     """
 
     operation: str
@@ -206,7 +207,7 @@ def held() -> dict[str, int]:
 
 
 def traffic(rows: Sequence[Row]) -> dict[str, int]:
-    """Counts the bytes that a training step of ResNet-18 moves, except by its convolutions.
+    """Counts the bytes that a training step of ResNet-18 moves, without its convolutions.
 
     The step is in bf16 and channels_last.
 

@@ -1,4 +1,4 @@
-"""Calls of the fused operations in evaluation, forward and backward, for the audits."""
+"""Makes calls of the fused operations in evaluation, forward and backward, for the audits."""
 
 from collections.abc import Callable
 from typing import Any
@@ -26,8 +26,8 @@ Step = Callable[[], object]
 def steps(operation: str, tensor: Callable[[], Tensor]) -> dict[str, Step]:
     """Returns functions that run an operation, named ``eval``, ``forward`` and ``backward``.
 
-    ``forward`` is a forward in training. ``backward`` uses the tensors that such a forward saves;
-    this function runs one.
+    ``forward`` is a forward in training. ``backward`` uses the tensors that a forward in training
+    has saved. This function runs such a forward once.
 
     Args:
         operation: one of `OPERATIONS`.

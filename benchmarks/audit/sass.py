@@ -29,7 +29,7 @@ class Instruction:
 
     @property
     def access_bytes(self) -> int:
-        """Bytes that one thread moves, if the instruction is a load or a store."""
+        """The bytes that one thread moves, if the instruction is a load or a store."""
         return next((BITS[m] for m in reversed(self.opcode.split(".")) if m in BITS), 32) // 8
 
     @property

@@ -1,9 +1,10 @@
 """Compiles every kernel that the calls in `benchmarks.audit.calls` launch, without a GPU.
 
-Triton compiles a kernel once for each *specialisation*: for the dtypes, constants and alignments of
-its arguments. For sm_90 all specialisations are compiled, then launched twice with a stand-in for
-CUDA's driver: once by triton, and once by `bnres.kernels.replay`. Both ways use triton's launcher
-in C. For other GPUs one specialisation of each kernel is compiled.
+A *specialisation* of a kernel is determined by the dtypes, the constants and the alignments of its
+arguments. Triton compiles a kernel once for each specialisation. For sm_90 all specialisations are
+compiled. Then they are launched twice with a stand-in for CUDA's driver, once by triton and once by
+`bnres.kernels.replay`. Both launches use triton's launcher in C. For other GPUs one specialisation
+of each kernel is compiled.
 """
 
 import argparse
@@ -37,18 +38,19 @@ from bnres.kernels.dtypes import SUPPORTED_DTYPES
 from bnres.kernels.launch import Plan, launch
 from bnres.kernels.replay import Replay
 
-# Greatest number of characters of an error that are reported.
+# At most this many characters of an error are reported.
 LINE_LENGTH = 300
-# Greatest stack of a thread in bytes. The stack holds spilled registers. Kernels of a ResNet's step
-# must not spill, which the audit's budget checks. Other specialisations may spill some registers
-# for 64-bit offsets. RAGGED_STACK is the limit for tiles whose rows do not start at a multiple
-# of the vector width: these tiles need an address for each element, so more registers.
+# The stack of a thread may have at most this many bytes. The stack holds spilled registers. Kernels
+# in a training step of a ResNet must not spill, which the audit's budget checks. Other
+# specialisations may spill some registers for 64-bit offsets. RAGGED_STACK is the limit for tiles
+# whose rows do not start at a multiple of the vector width. These tiles need an address for each
+# element, and therefore more registers.
 STACK, RAGGED_STACK = 256, 512
 
 
 @dataclass(frozen=True)
 class Specialisation:
-    """A kernel, with the grid and arguments of a launch, and the call that launched it."""
+    """A kernel, the grid and the arguments of a launch, and the call that launched it."""
 
     kernel: JITFunction
     grid: tuple[int, ...]
@@ -109,9 +111,11 @@ def all_kernels() -> list[JITFunction]:
     return list(found.values())
 
 
-# (kernel, parameter) -> values that no public call passes, each with the reason.
+# The keys are (kernel, parameter). The values are arguments that no public call passes. A comment
+# says why.
 UNREACHED: dict[tuple[str, str], set[Any]] = {
-    # Pooling uses the same kind of tile for planes of every size, not GROUPS for small planes.
+    # Pooling uses the same kind of tile for planes of every size. It does not use GROUPS for small
+    # planes.
     ("_bn_max_pool_kernel", "TILE"): {GROUPS},
     ("_bn_max_pool_bwd_dx_kernel", "TILE"): {GROUPS},
     # Pooling in fp64 uses torch's operation.
@@ -128,7 +132,7 @@ UNREACHED: dict[tuple[str, str], set[Any]] = {
 def optional_pointers(function: JITFunction) -> set[str]:
     """Returns the pointers that a function, or a function that it calls, compares with None.
 
-    The pointers' names are those in ``function``, even if the called function names them otherwise.
+    Each pointer is named as in ``function``, even if the called function has another name for it.
     """
     found = set()
     for node in ast.walk(function.parse()):
@@ -150,8 +154,9 @@ def optional_pointers(function: JITFunction) -> set[str]:
 def missing(found: Sequence[Specialisation]) -> list[str]:
     """Describes the values of kernels' parameters that occur in no specialisation.
 
-    For each kernel there should be specialisations with both values of each flag, with every
-    activation, kind of tile and dtype, and with each optional pointer as None and as a tensor.
+    For each kernel there should be specialisations with both values of each flag, and with every
+    activation, every kind of tile and every dtype. Each optional pointer should occur both as None
+    and as a tensor.
     """
     problems = []
     forward = {a.forward for a in ACTIVATIONS.values()}
@@ -216,7 +221,7 @@ def one_of_each_kernel(found: Sequence[Specialisation]) -> list[Specialisation]:
 
 
 def compile_all(gpu: Gpu, found: Sequence[Specialisation]) -> Outcome:
-    """Compiles specialisations for a GPU; reports those that do not compile or spill too much."""
+    """Compiles specialisations for a GPU. Reports those that do not compile or spill too much."""
     outcome = Outcome()
 
     def check(launched: Launch) -> None:
@@ -242,7 +247,7 @@ def compile_all(gpu: Gpu, found: Sequence[Specialisation]) -> Outcome:
 
 
 def launch_all(gpu: Gpu, found: Sequence[Specialisation]) -> Outcome:
-    """Launches each specialisation twice: by triton, and by our replay of recorded launches.
+    """Launches each specialisation twice, by triton and by our replay of recorded launches.
 
     A failure is reported if a launch raises an error or does not reach the driver.
     """
@@ -271,14 +276,14 @@ def launch_all(gpu: Gpu, found: Sequence[Specialisation]) -> Outcome:
 
 
 def _in_one_line(error: Exception) -> str:
-    """Formats the end of an error in one line; a compiler's error starts with source code."""
+    """Formats the end of an error in one line. The start of a compiler's error is source code."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[-LINE_LENGTH:]}"
 
 
 def run(processes: int) -> Outcome:
     """Compiles and launches all specialisations in several processes.
 
-    The compiled kernels are then in triton's cache.
+    Triton's cache then contains the compiled kernels.
 
     Args:
         processes: number of processes.

@@ -1,4 +1,4 @@
-"""Replaces triton's GPU driver: launches compile the kernel for a GPU, and do not run it.
+"""Replaces triton's GPU driver. A launch compiles the kernel for a GPU, but does not run it.
 
 TRITON_INTERPRET must not be set, because the interpreter and the compiler can't share a process.
 """
@@ -53,7 +53,7 @@ GPUS = {gpu.name: gpu for gpu in (SM80, SM90, SM100, GFX942)}
 class StandInDriver:
     """Implements the driver's methods that ``triton.runtime.jit`` calls before it compiles."""
 
-    # triton's real launcher, so that compiled kernels can be launched with addresses.
+    # This is triton's real launcher, so that compiled kernels can be launched with addresses.
     launcher_cls = nvidia.CudaLauncher
 
     def __init__(self, gpu: Gpu) -> None:
@@ -92,8 +92,8 @@ Run = Callable[..., Any]
 def replaced_launches(gpu: Gpu, run: Run) -> Iterator[None]:
     """Replaces triton's driver by a stand-in for ``gpu``, and ``JITFunction.run`` by ``run``.
 
-    ``run`` has to return None. Then no launch is recorded to be replayed, so each call launches by
-    ``run``.
+    ``run`` has to return None. If it does, no launch is recorded, so every call launches its
+    kernels by ``run``.
 
     Raises:
         RuntimeError: if TRITON_INTERPRET is set.
@@ -114,7 +114,7 @@ def replaced_launches(gpu: Gpu, run: Run) -> Iterator[None]:
 
 @contextmanager
 def compile_only(gpu: Gpu, record: Callable[[Launch], None]) -> Iterator[None]:
-    """Makes launches on CPU tensors compile for ``gpu``; calls ``record`` with each launch."""
+    """Makes launches on CPU tensors compile for ``gpu``. Calls ``record`` with each launch."""
     original_run = JITFunction.run
 
     def run(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:

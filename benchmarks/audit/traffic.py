@@ -1,8 +1,9 @@
-"""Counts the bytes that a model's training step moves, except by convolutions, without running it.
+"""Counts, without running it, the bytes that a training step moves without its convolutions.
 
-An operation of ATen is assumed to read its arguments and to write its results once, except that
-torch's batch norm reads its activations twice. Our operations move the bytes of the sectors that
-`benchmarks.audit.memory` counts. The model runs on meta tensors. TRITON_INTERPRET=1 has to be set.
+An operation of ATen is assumed to read its arguments once and to write its results once. Only
+torch's batch norm is assumed to read its activations twice. For our operations, the bytes of the
+sectors are used that `benchmarks.audit.memory` counts. The model runs on meta tensors.
+TRITON_INTERPRET=1 has to be set.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,10 +18,10 @@ from torch.utils._pytree import tree_leaves
 from benchmarks.audit.launches import ALLOCATIONS
 from benchmarks.audit.saved import no_launches
 
-# (operation, direction) -> bytes of memory sectors that the operation touches, divided by the bytes
-# of one activation.
+# The keys are (operation, direction). The values are the bytes of memory sectors that the operation
+# touches, divided by the bytes of one activation.
 Counts = Mapping[tuple[str, str], float]
-# Number of leading arguments that an operation of ATen reads twice.
+# An operation of ATen reads this number of its first arguments twice.
 TWICE = {"native_batch_norm": 1, "native_batch_norm_backward": 2}
 
 
@@ -55,7 +56,7 @@ class CountBytes(TorchDispatchMode):
 
 
 def moved(op: Any, args: tuple[Any, ...], kwargs: Any, found: Any, counts: Counts) -> int:
-    """Returns the bytes that a call of ``op`` moves: 0 for convolutions and for views."""
+    """Returns the bytes that a call of ``op`` moves. It is 0 for convolutions and for views."""
     name = op.overloadpacket.__name__
     if op.namespace == "bnres":
         given = dict(zip([a.name for a in op._schema.arguments], args, strict=False))
@@ -67,7 +68,7 @@ def moved(op: Any, args: tuple[Any, ...], kwargs: Any, found: Any, counts: Count
 
 
 def our_operation(name: str, given: Mapping[str, Any]) -> tuple[str, str]:
-    """Returns the key in `Counts` of a call of ``bnres::batch_norm_act_*``."""
+    """Returns the key in `Counts` that belongs to a call of ``bnres::batch_norm_act_*``."""
     step = name.removeprefix("batch_norm_act_")
     fork = "_fork" if given.get("dy_skip") is not None else ""
     if given["pools"]:

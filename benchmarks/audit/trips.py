@@ -36,8 +36,8 @@ def _remainder(a: Any, b: Any) -> Any:
     return a - b * _divide(a, b)
 
 
-# Functions that compute TTGIR's operations on integers. Unsigned operations use the same functions
-# as signed ones, because their operands are assumed not to be negative.
+# These functions compute TTGIR's operations on integers. Unsigned operations use the same functions
+# as signed operations, because their operands are assumed not to be negative.
 OPERATIONS: dict[str, Callable[..., Any]] = {
     "addi": np.add, "subi": np.subtract, "muli": np.multiply, "divsi": _divide, "divui": _divide,
     "remsi": _remainder, "remui": _remainder, "minsi": np.minimum, "minui": np.minimum,
@@ -53,10 +53,10 @@ class LoopTrips:
 
     Attributes:
         depth: number of loops around the loop.
-        trips: for each program, the number of trips of one execution of the loop; None if the
+        trips: number of trips of one execution of the loop, for each program. It is None if the
             number depends on data.
-        accesses: number of instructions in the loop's PTX that access global memory; 0 if it is not
-            known.
+        accesses: number of instructions in the loop's PTX that access global memory. It is 0 if the
+            number is not known.
     """
 
     depth: int
@@ -67,7 +67,7 @@ class LoopTrips:
 def loop_trips(
     asm: Mapping[str, str], grid: Sequence[int], arguments: Mapping[str, Any]
 ) -> list[LoopTrips]:
-    """Returns the loops of a kernel in the order of their first lines, from its TTGIR and PTX."""
+    """Returns a kernel's loops, from its TTGIR and PTX, in the order of their first lines."""
     loops = _loops(asm["ttgir"], grid, arguments)
     accesses = _accesses(asm["ptx"])
     if len(accesses) != len(loops):

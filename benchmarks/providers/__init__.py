@@ -1,4 +1,4 @@
-"""Providers by name: the implementations of the operations that are compared."""
+"""The providers by name. A provider is one of the implementations that are compared."""
 
 from benchmarks.providers.apex import APEX
 from benchmarks.providers.bnres_layers import BNRES, BNRES_CONV_KERNEL

@@ -32,7 +32,7 @@ def _prepare(case: OpCase) -> Bind:
     try:
         module = importlib.import_module("apex.contrib.groupbn.batch_norm")
         kernels, layer = module.bnp, module.BatchNorm2d_NHWC
-    except Exception as error:  # PyPI's apex is another package; its import may raise anything
+    except Exception as error:  # PyPI's apex is another package, and may raise anything
         raise Unavailable(
             f"NVIDIA apex, built with APEX_BNP=1, can't be imported: {error}"
         ) from error
@@ -84,7 +84,7 @@ def _norm(kernels: Any, plan: Any, inputs: Inputs, has_relu: bool) -> Implementa
 
     def backward() -> Results:
         if not ran_forward:
-            forward()  # stores the statistics that backward reads
+            forward()  # This stores the statistics that backward reads.
         dy = _nhwc(inputs.gradients[0])
         dx, dweight, dbias = kernels.bn_bwd_nhwc(x, dy, *state, *options, *backward_grid, False)
         return _nchw(dx), dweight, dbias
@@ -93,7 +93,7 @@ def _norm(kernels: Any, plan: Any, inputs: Inputs, has_relu: bool) -> Implementa
 
 
 def _norm_add_relu(kernels: Any, plan: Any, inputs: Inputs) -> Implementation:
-    """Implements batch norm, addition and ReLU; stores one bit per element for backward."""
+    """Implements batch norm, addition and ReLU. Stores one bit per element for backward."""
     assert inputs.residual is not None
     x, residual = _nhwc(inputs.x), _nhwc(inputs.residual)
     words = (x.numel() + 31) // 32 * 2 * plan.grid_dim_y
@@ -111,7 +111,7 @@ def _norm_add_relu(kernels: Any, plan: Any, inputs: Inputs) -> Implementation:
 
     def backward() -> Results:
         if not ran_forward:
-            forward()  # stores the statistics and the mask that backward reads
+            forward()  # This stores the statistics and the mask that backward reads.
         dy = _nhwc(inputs.gradients[0])
         dx, dresidual, dweight, dbias = kernels.bn_addrelu_bwd_nhwc(
             x, dy, *arguments, *backward_grid, False

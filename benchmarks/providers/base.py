@@ -16,7 +16,7 @@ Results = Sequence[Tensor]
 
 
 class Unavailable(Exception):
-    """A provider is not installed, or does not support this machine or this case."""
+    """Raised if a provider is not installed, or does not support this machine or this case."""
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,9 @@ class Implementation:
     """An operation bound to its inputs.
 
     Attributes:
-        forward: returns the outputs; in training it also updates the inputs' running statistics.
-        backward: returns the gradients in the order of `Inputs.leaves`.
+        forward: returns the outputs. In training it also updates the running statistics in the
+            inputs.
+        backward: returns the gradients of `Inputs.leaves`, in the same order.
         note: backend or library that computes the operation. The note is stored with the result.
     """
 
@@ -43,9 +44,11 @@ class Provider:
 
     Attributes:
         name: name in the results.
-        prepare: prepares a case, and returns a function that takes inputs and returns the case's
-            `Implementation`. Both functions raise `Unavailable` if the provider can't run the case.
-        dtype: dtype in which cases in bf16 are run instead; None if the provider supports bf16.
+        prepare: prepares a case. It returns a function that takes inputs and returns the
+            `Implementation` of the case. Both functions raise `Unavailable` if the provider can't
+            run the case.
+        dtype: dtype in which this provider runs cases in bf16. It is None if the provider supports
+            bf16.
     """
 
     name: str
@@ -71,7 +74,8 @@ def by_autograd(
 ) -> Implementation:
     """Implements an operation by a function that autograd differentiates.
 
-    The first call of ``backward`` runs the forward. Later calls differentiate the same graph again.
+    The first call of ``backward`` runs the forward. Later calls differentiate the graph of this
+    forward again.
     """
     outputs: list[tuple[Tensor, ...]] = []
 

@@ -1,8 +1,8 @@
-"""cuDNN's fused graphs of batch norm, addition and ReLU, through NVIDIA's frontend.
+"""cuDNN's graphs that fuse batch norm, addition and ReLU, called through NVIDIA's frontend.
 
 The graphs follow ``test/python/norm/graph/test_batchnorm_fusion.py`` of NVIDIA/cudnn-frontend. The
-forward stores one bit per element, which is 1 if the ReLU's output is positive, and the backward
-multiplies the gradient by this bit.
+forward stores one bit for each element. The bit is 1 if the output of the ReLU is positive. The
+backward multiplies the gradient by this bit.
 """
 
 from collections.abc import Callable
@@ -51,7 +51,7 @@ class Builder:
 
     Args:
         cudnn: module of the frontend.
-        x: tensor of the shape (N, C, H, W) and the dtype.
+        x: tensor that has the shape (N, C, H, W) and the dtype of the activations.
         has_residual: whether the operation adds a residual.
         has_relu: whether the operation ends with ReLU.
         handle: cuDNN's handle for the device of ``x``.
@@ -118,7 +118,7 @@ class Builder:
         return self._finish(graph, t | {"y": y})
 
     def backward(self) -> Graph:
-        """Builds the backward. The gradient after ReLU's mask is also the residual's gradient."""
+        """Builds the backward. The residual's gradient is the gradient after the ReLU's mask."""
         types, graph = self.cudnn.data_type, self._new()
         t = {
             name: graph.tensor(name=name, data_type=self.io, **self.activation)
@@ -157,7 +157,7 @@ class Builder:
         return Graph(graph, tensors, self._build(graph))
 
     def _build(self, graph: Any) -> int:
-        """Builds a graph's execution plans; returns the bytes of its workspace."""
+        """Builds a graph's execution plans. Returns the number of bytes of its workspace."""
         graph.build_operation_graph()
         graph.create_execution_plans([self.cudnn.heur_mode.A, self.cudnn.heur_mode.FALLBACK])
         graph.check_support()
@@ -233,7 +233,7 @@ def _bound(builder: Builder, forward: Graph, backward: Graph, inputs: Inputs) ->
         "dresidual": torch.empty_like(x),
         "new_running_mean": channels["running_mean"],
         "new_running_var": channels["running_var"],
-        # These three tensors are on the CPU, because their values are passed to cuDNN.
+        # The values of these three tensors are passed to cuDNN, so the tensors are on the CPU.
         "eps": torch.full((1, 1, 1, 1), EPS, dtype=torch.float64),
         "momentum": torch.full((1, 1, 1, 1), MOMENTUM, dtype=torch.float64),
         "zero": torch.zeros((1, 1, 1, 1), dtype=x.dtype),
@@ -263,7 +263,7 @@ def _bound(builder: Builder, forward: Graph, backward: Graph, inputs: Inputs) ->
     def backward_call() -> Results:
         assert run_backward is not None
         if not ran_forward:
-            forward_call()  # stores the statistics and the mask that backward reads
+            forward_call()  # This stores the statistics and the mask that backward reads.
         run_backward()
         found = [values["dx"], values["dweight"].view(c), values["dbias"].view(c)]
         return found if inputs.residual is None else [*found, values["dresidual"]]

@@ -22,10 +22,10 @@ def _prepare(case: OpCase) -> Bind:
     if not torch.cuda.is_available():
         raise Unavailable("needs a GPU")
     try:
-        # Not an import statement: the package has a function of the same name, which hides the
-        # module.
+        # An import statement would not return the module. The package has a function of the same
+        # name, which hides the module.
         gems = importlib.import_module("flag_gems.ops.batch_norm")
-    except Exception as error:  # the import queries the GPU and runs tools, which may fail
+    except Exception as error:  # the import queries the GPU and runs tools
         raise Unavailable(f"flag_gems can't be imported: {error}") from error
     has_relu = case.site.operation != "bn"
 

@@ -52,8 +52,8 @@ def _compiled(case: OpCase, mode: str | None) -> Bind:
     def function(inputs: Inputs) -> tuple[Tensor, ...]:
         outputs = plain(inputs)
         if len(outputs) == 2:
-            # If both outputs were the same tensor, autograd would add their gradients outside the
-            # compiled graph.
+            # The two outputs are different tensors. If they were the same tensor, autograd would
+            # add their gradients outside the compiled graph.
             return outputs[0], outputs[1].clone()
         return outputs
 
@@ -68,7 +68,7 @@ def _compiled(case: OpCase, mode: str | None) -> Bind:
             return compiled(inputs)
         first = False
         # Backward runs many times after one forward. With donated buffers it would overwrite the
-        # saved tensors.
+        # saved tensors the first time.
         with functorch_config.patch(donated_buffer=False):
             return compiled(inputs)
 
@@ -78,7 +78,7 @@ def _compiled(case: OpCase, mode: str | None) -> Bind:
 EAGER = Provider("eager", _eager)
 EAGER_FP16_CUDNN = Provider("eager-fp16-cudnn", _eager_fp16_cudnn, dtype="fp16")
 COMPILE = Provider("compile", lambda case: _compiled(case, None))
-# Without inductor's CUDA graphs, because `benchmarks.clock` captures the graph itself.
+# Inductor's CUDA graphs are disabled, because `benchmarks.clock` captures the graph itself.
 COMPILE_MAX_AUTOTUNE = Provider(
     "compile-max-autotune", lambda case: _compiled(case, "max-autotune-no-cudagraphs")
 )

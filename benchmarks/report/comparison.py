@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from benchmarks.store import Record
 
 Run = tuple[Record, Sequence[Record]]
-# A ratio of two times that differs from 1 by at most this number is noise, however close the
-# quartiles of the times are.
+# If a ratio of two times differs from 1 by at most this number, the difference is noise, even if
+# the quartiles of the times are very close.
 LEAST_NOISE = 0.03
-# The spread of a run is half the distance between its quartiles, which for a normal distribution is
-# two thirds of the standard deviation. A difference of at most this many times the combined spreads
-# of both runs is noise. Medians vary less than single times, so this is more than enough.
+# The spread of a run is half the distance between its quartiles. For a normal distribution this is
+# two thirds of the standard deviation. A difference is noise if it is at most this many times the
+# combined spreads of both runs. Medians vary less than single times, so this number is large
+# enough.
 SPREADS = 3
 
 
@@ -21,10 +22,11 @@ class Change:
 
     Attributes:
         id: id of the case.
-        verdict: ``slower``, ``faster``, ``same``, ``lost`` (measured in the old run; failed,
-            refused or skipped in the new run), ``new`` (only the new run measured the case) or
-            ``recast`` (the two runs used different methods, so the times are not compared).
-        ratio: new time divided by the old time, or 0 if the times are not compared.
+        verdict: ``slower``, ``faster``, ``same``, ``lost``, ``new`` or ``recast``. ``lost`` is a
+            case that was measured in the old run, but failed, was refused or was skipped in the new
+            run. ``new`` is a case that only the new run measured. ``recast`` is a case for which
+            the two runs used different methods, so that the times are not compared.
+        ratio: new time divided by the old time. It is 0 if the times are not compared.
         noise: greatest difference of the ratio from 1 that counts as noise.
     """
 
@@ -43,11 +45,11 @@ class Comparison:
 
     @property
     def regressions(self) -> list[Change]:
-        """The cases that became slower by more than noise, or are not measured any more."""
+        """The cases that became slower by more than noise, or that are no longer measured."""
         return [c for c in self.changes if c.verdict in ("slower", "lost")]
 
     def table(self) -> str:
-        """Formats the differences, the changes (regressions first), and counts of the verdicts."""
+        """Formats the differences, the changes (regressions first), and the counts of verdicts."""
         lines = [f"{what}" for what in self.differences]
         order = ("lost", "slower", "faster", "same", "recast", "new")
         for change in sorted(self.changes, key=lambda c: (order.index(c.verdict), -c.ratio)):
@@ -60,8 +62,8 @@ class Comparison:
 def compare(old: Run, new: Run) -> Comparison:
     """Compares the median times of two runs, and the peak bytes of cases that measure memory."""
     old_about, new_about = old[0], new[0]
-    # Cases of the suite "groups" are not compared: their times come from a profiler, and only show
-    # which kernels a step's time consists of.
+    # Cases of the suite "groups" are not compared. Their times come from a profiler, and only show
+    # how a step's time is divided among its kernels.
     old_records, new_records = ([r for r in run[1] if r["suite"] != "groups"] for run in (old, new))
     before = {r["id"]: r for r in old_records}
     changes = []

@@ -1,4 +1,4 @@
-"""Writes the measured figures of docs/performance.md and README.md, from the committed results."""
+"""Writes the sections of docs/performance.md and README.md that show the committed results."""
 
 import shutil
 import textwrap
@@ -20,11 +20,11 @@ RESULTS = Path(__file__).parent.parent / "results"
 BEGIN, END = "<!-- performance: begin -->", "<!-- performance: end -->"
 ITEMSIZE = 2
 WIDTH = 100
-# MB that Inductor's code moves in the step of ``benchmarks.audit.budget.Found.traffic``: the
-# buffers of each launch in the code that torch 2.15 generated for 132 multiprocessors without a
-# GPU. The second is with the older max-pool backward, which gathers.
+# MB that Inductor's code moves in the training step of ``benchmarks.audit.budget.Found.traffic``.
+# They were counted from the buffers of each launch in the code that torch 2.15 generated without a
+# GPU, for 132 multiprocessors. INDUCTOR_GATHERS is for the older max-pool backward, which gathers.
 INDUCTOR, INDUCTOR_GATHERS = 18_846, 15_353
-# The steps that the README shows.
+# The README shows the training steps that have these values.
 HEADLINE = {
     "net": "resnet18", "image": 224, "launch": "graph", "dtype": "bf16", "layout": "channels_last",
 }  # fmt: skip
@@ -37,7 +37,7 @@ STEPS = (
 
 
 def write() -> list[Path]:
-    """Writes the sections of both pages and copies the pictures; returns the pages' paths.
+    """Writes the sections of both pages and copies the pictures. Returns the pages' paths.
 
     Raises:
         ValueError: if a page lacks the markers.
@@ -72,7 +72,7 @@ def section(results: Path = RESULTS) -> str:
 
 
 def _wrapped(parts: Sequence[str]) -> list[str]:
-    """Wraps paragraphs at the page's width; leaves tables, titles and pictures as they are."""
+    """Wraps paragraphs at the page's width. Leaves tables, titles and pictures as they are."""
     return [p if p[0] in "|#!" else textwrap.fill(p, WIDTH, break_on_hyphens=False) for p in parts]
 
 
@@ -84,7 +84,7 @@ def latest(results: Path) -> list[Path]:
 
 
 def measured(folder: Path, about: Record, records: Sequence[Record]) -> str:
-    """Formats the results of a run: nets, then the operations of its main setting.
+    """Formats the results of a run: the nets, then the operations in the run's main setting.
 
     Raises:
         ValueError: if the timings are made up.
@@ -166,36 +166,41 @@ def audited() -> str:
     ]  # fmt: skip
     return "\n\n".join(
         [
-            "Counted in the interpreter: the memory that an operation touches, in distinct 32-byte "
-            "sectors. The unit is S, the bytes of one activation (bf16, channels_last). In "
-            "brackets is the least that a fused operation with two passes can touch.",
+            "The next table shows how much memory an operation touches, counted in the interpreter "
+            "in distinct 32-byte sectors. The unit is S, the bytes of one activation (bf16, "
+            "channels_last). The number in brackets is the least memory that a fused operation "
+            "with two passes can touch.",
             markdown_table(["", *(OPERATION_TITLES[name] for name in COLUMNS)], rows),
-            "Apart from its convolutions, a training step of ResNet-18 (batch 256, 224×224, bf16, "
-            f"channels_last) moves {moved['fused']:,.0f} MB fused and {moved['stock']:,.0f} MB "
-            "with torch's own layers, counted from the operations that run. The code that "
-            f"`torch.compile` generates for torch's layers moves {INDUCTOR:,} MB, or "
-            f"{INDUCTOR_GATHERS:,} MB with Inductor's older max-pool backward, counted from the "
-            "buffers of its launches (torch 2.15, without a GPU).",
-            "A training forward of ResNet-18 (batch 256, 224×224, bf16) holds for its backward, "
-            "counted without running it: "
+            "Without its convolutions, a training step of ResNet-18 (batch 256, 224×224, bf16, "
+            f"channels_last) moves {moved['fused']:,.0f} MB if it is fused and "
+            f"{moved['stock']:,.0f} MB with torch's own layers. This is counted from the "
+            "operations that run. The code that `torch.compile` generates for torch's layers moves "
+            f"{INDUCTOR:,} MB, or {INDUCTOR_GATHERS:,} MB with Inductor's older max-pool backward. "
+            "This is counted from the buffers of the launches in that code, which torch 2.15 "
+            "generated without a GPU.",
+            "The forward of ResNet-18 in training (batch 256, 224×224, bf16) keeps activations for "
+            "the backward. The number in brackets is the ratio to torch's own layers. Counted "
+            "without running the model, it keeps "
             + ", ".join(
                 f"{size / 1e6:,.0f} MB {title} ({size / stock:.2f})"
                 for title, size in (
                     ("with torch's own layers", stock),
-                    ("fused", found.held["fused"]),
-                    ("fused inside `bnres.recompute()`", found.held["recompute"]),
+                    ("if it is fused", found.held["fused"]),
+                    ("if it is fused and runs inside `bnres.recompute()`", found.held["recompute"]),
                 )
             )
             + ".",
-            "Fused, a training step of ResNet-18 without the optimiser makes "
-            f"{found.launches['fused, Triton']} launches of our kernels and "
-            f"{found.launches['fused, ATen']} operations of ATen. With torch's own layers it makes "
-            f"{found.launches['stock, ATen']} operations of ATen; 40 of them are the forward and "
-            "backward of batch norms, and each of these makes several launches.",
-            "Compiled for sm_90 without a GPU, in bf16 and channels_last: the worst of each "
-            "kernel's specialisations in a step of ResNet-18 and in the convolutions of ResNet-18 "
-            "and -50. `python -m benchmarks audit` compiles these again, also for sm_80, sm_100 "
-            "and gfx942, and fails if one exceeds its recorded budget.",
+            "A fused training step of ResNet-18, without the optimiser, launches our kernels "
+            f"{found.launches['fused, Triton']} times and calls {found.launches['fused, ATen']} "
+            "operations of ATen. With torch's own layers the step calls "
+            f"{found.launches['stock, ATen']} operations of ATen. Of these, 40 are the forward or "
+            "the backward of a batch norm. Each of these 40 makes several launches.",
+            "The next table shows properties of each kernel's machine code, compiled without a GPU "
+            "for sm_90, bf16 and channels_last. Triton compiles several specialisations of a "
+            "kernel for a step of ResNet-18 and for the convolutions of ResNet-18 and ResNet-50. A "
+            "row shows the worst values of these specialisations. `python -m benchmarks audit` "
+            "compiles them again, also for sm_80, sm_100 and gfx942, and fails if a value exceeds "
+            "its recorded budget.",
             markdown_table(["kernel", "registers", "spills", "occupancy", "matrix"], code),
         ]
     )

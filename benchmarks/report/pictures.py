@@ -18,7 +18,7 @@ from benchmarks.report.style import GROUP_MARKS, PROVIDER_MARKS, new_figure, sav
 from benchmarks.report.tables import DIRECTION_TITLES
 from benchmarks.store import Record
 
-# A panel with more groups of bars than this would be unreadable.
+# If a panel had more groups of bars than this, it would be unreadable.
 MOST_SITES = 16
 SHORT_TITLES = {
     "bn": "BN",
@@ -37,7 +37,7 @@ Panel = tuple[str, list[Subject]]
 
 
 def draw(folder: Path, about: Record, records: Sequence[Record]) -> list[Path]:
-    """Draws bandwidth, speed-up, step times and memory if there are results; returns the files."""
+    """Draws bandwidth, speed-up, step times and memory, if there are results. Returns the files."""
     drawn = []
     operations = subjects(records, "ops")
     norms = [s for s in operations if not _is_conv(s)]
@@ -127,7 +127,7 @@ def _site_figure(what: str, about: Record, panels: Sequence[Panel]) -> tuple[Fig
 
 
 def _site_label(subject: Subject) -> str:
-    """Returns a label of a few short lines: the stage of the net, and the operation."""
+    """Returns a label of a few short lines. They name the stage of the net and the operation."""
     record = subject.any
     place = str(record["site"]).split(".", 1)[1].replace("-", "\n", 1)
     return f"{place}\n{SHORT_TITLES[record['operation']]}"

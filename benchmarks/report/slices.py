@@ -23,7 +23,7 @@ class Subject:
     """Results of cases that differ only in the provider.
 
     Attributes:
-        name: id of the cases without the provider, see `benchmarks.cases.OpCase.subject`.
+        name: id of the cases without the provider. See `benchmarks.cases.OpCase.subject`.
         records: the measured records by provider.
     """
 
@@ -32,7 +32,7 @@ class Subject:
 
     @property
     def any(self) -> Record:
-        """Any one of the records, for fields that are the same in all."""
+        """Any one of the records. It is used for fields that are equal in all records."""
         return next(iter(self.records.values()))
 
     def ratio(self, provider: str, other: str = BASELINE) -> float | None:
@@ -51,10 +51,10 @@ def subjects(records: Iterable[Record], suite: str) -> list[Subject]:
 
 
 def steps_with_groups(records: Iterable[Record]) -> list[Record]:
-    """Returns the records of steps with their kernel time by group, as ``groups``.
+    """Returns the records of steps. The field ``groups`` has their kernel time by group.
 
-    The kernel times are stored in records of the suite ``groups``, or in older runs in the record
-    of the step. Steps without kernel times are left out.
+    The kernel times are stored in records of the suite ``groups``. In older runs they are stored in
+    the record of the step. Steps without kernel times are left out.
     """
     shared = ("net", "image", "batch", "layout", "dtype", "provider", "smoke")
     records = [record for record in records if record["status"] == "measured"]

@@ -1,4 +1,4 @@
-"""The style of all pictures: colours that the colour-blind can distinguish, and hatches."""
+"""The style of all pictures. The colour-blind can distinguish the colours."""
 
 import io
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from bnres.files import write_bytes
 
 @dataclass(frozen=True)
 class Mark:
-    """A colour (from Okabe and Ito's palette, or a grey) and a hatch."""
+    """A colour and a hatch. The colour is from Okabe and Ito's palette, or is a grey."""
 
     color: str
     hatch: str = ""
@@ -40,7 +40,7 @@ DPI = 150
 
 
 def new_figure(width: float, height: float, rows: int = 1) -> tuple[Figure, list[Axes]]:
-    """Returns a figure and its ``rows`` axes, one below the other."""
+    """Returns a figure and its axes, of which there are ``rows``, one below the other."""
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.subplots(rows, 1, squeeze=False)[:, 0]
     for each in axes:

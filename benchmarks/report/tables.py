@@ -18,18 +18,21 @@ DIRECTION_TITLES = {
     "eval": "forward (evaluation)",
 }
 LEGEND = (
-    "Medians in microseconds. In brackets: the shortest possible time as a share of the median. "
-    "The shortest possible time is that of the fused operation's fewest bytes at the measured "
-    "bandwidth of a copy (for a convolution, the longer of this and the time of its FLOPs at the "
-    "measured speed of a matrix product). It assumes that nothing stays in the L2 cache, so small "
-    "sites can exceed 100%. The last columns: the speed-ups of bnres over torch's own layers "
-    "(eager) and over torch.compile, and the time that a call of bnres takes on the host, which a "
-    "CUDA graph or a full queue hides."
+    "The times are medians in microseconds. A site is a place in a net where the operation occurs. "
+    "The number in brackets is the shortest possible time divided by the median. The shortest "
+    "possible time is the time to move the fewest bytes that the fused operation needs, at the "
+    "bandwidth that was measured for a copy. A convolution must also compute its FLOPs at the "
+    "speed that was measured for a matrix product. If this takes longer, it is the shortest "
+    "possible time. These times assume that nothing stays in the L2 cache, so small sites can "
+    "exceed 100%. The columns 'vs. eager' and 'vs. compile' are the speed-ups of bnres over "
+    "torch's own layers and over torch.compile. The column 'host' is the time that a call of bnres "
+    "takes on the host. If calls are replayed from a CUDA graph, or if the GPU is still busy with "
+    "earlier calls, the host's time does not matter."
 )
 
 IDLE_NOTE = (
-    " Idle: the share of a loop's time in which the GPU waits for the host: 1 - (time of the same "
-    "step replayed from a CUDA graph) / (time of the loop)."
+    " Idle: the share of a loop's time in which the GPU waits for the host. It is computed as 1 - "
+    "(time of the same step replayed from a CUDA graph) / (time of the loop)."
 )
 
 
@@ -59,7 +62,7 @@ def report(about: Record, records: Sequence[Record], pictures: Sequence[Path]) -
 
 
 def environment_line(about: Record) -> str:
-    """Describes the environment of a run, and the device's bandwidth and FLOP/s."""
+    """Describes the environment of a run, and the speed of a copy and of a matrix product."""
     versions = ", ".join(
         f"{name} {about[key]}"
         for name, key in (
@@ -71,13 +74,14 @@ def environment_line(about: Record) -> str:
     ceilings = about["ceilings"]
     return (
         f"{about['device']}; {versions}; commit {about['commit']}, {about['date'][:10]}. "
-        f"Ceilings measured in the same run: copy {ceilings['copy'] / 1e9:,.0f} GB/s (read and "
-        f"written), matrix product {ceilings['product'] / 1e12:,.2f} TFLOP/s."
+        f"In the same run a copy was measured at {ceilings['copy'] / 1e9:,.0f} GB/s, counting both "
+        "the bytes read and the bytes written, and a matrix product at "
+        f"{ceilings['product'] / 1e12:,.2f} TFLOP/s."
     )
 
 
 def speedups(subject: Subject) -> list[str]:
-    """Formats the speed-ups of bnres over eager and over compile."""
+    """Formats the speed-ups of bnres over the providers ``eager`` and ``compile``."""
     return [
         "-" if (ratio := subject.ratio("bnres", other)) is None else f"{ratio:.2f}×"
         for other in ("eager", "compile")
@@ -144,7 +148,7 @@ def nets(records: Sequence[Record]) -> list[str]:
             has_idle = any("idle" in r for s in found for r in s.records.values())
             sections += [
                 f"## {title}",
-                "Medians in milliseconds; in brackets images/s."
+                "The times are medians in milliseconds. The numbers in brackets are images/s."
                 f"{note}{IDLE_NOTE if has_idle else ''}",
                 _nets_table(found, _milliseconds, speedups),
             ]
@@ -204,7 +208,8 @@ def memory(records: Sequence[Record]) -> list[str]:
             rows.append([f"{net_title(subject)}: {what}", *cells])
     return [
         "## Memory of a training step",
-        "Growth of the allocated memory during a step in MB; in brackets the ratio to eager.",
+        "The growth of the allocated memory during a step, in MB. The number in brackets is the "
+        "ratio to eager.",
         markdown_table(["net", *providers], rows),
     ]
 
@@ -231,9 +236,9 @@ def augmentation(records: Sequence[Record]) -> list[str]:
         rows.append([title, *cells])
     return [
         "## Augmentation",
-        "Images/s of flip, resized crop, colour jitter and normalisation; in brackets the share of "
-        "the limit, which is one read and one write of each image. bnres-kernel is only the "
-        "kernel, without the random draws.",
+        "The images/s of a chain of flip, resized crop, colour jitter and normalisation. The value "
+        "in brackets is the share of the greatest possible speed, at which each image is read once "
+        "and written once. The column bnres-kernel is for the kernel without the random draws.",
         markdown_table(["images", *providers], rows),
     ]
 

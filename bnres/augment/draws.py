@@ -10,7 +10,7 @@ class Flip:
     """Flips some images.
 
     Attributes:
-        chosen: bool (N,): whether to flip each image.
+        chosen: bool (N,). It says whether each image is flipped.
         vertical: whether to flip along the height instead of the width.
     """
 
@@ -23,10 +23,10 @@ class Crop:
     """Crops each image.
 
     Attributes:
-        boxes: int64 (N, 4): top, left, height and width. A box may extend beyond the image, where
-            pixels are zero.
+        boxes: int64 (N, 4). A row has the top, left, height and width of an image's box. A box may
+            extend beyond the image. Pixels outside the image are zero.
         size: height and width of the output.
-        resizes: whether boxes are resized to ``size``. If False, all boxes have this size.
+        resizes: whether boxes are resized to ``size``. If it is False, all boxes have this size.
     """
 
     boxes: Tensor
@@ -36,13 +36,13 @@ class Crop:
 
 @dataclass(frozen=True)
 class Color:
-    """Changes colours by four operations, numbered as in `bnres.kernels.augment_plan`.
+    """Changes colours by four operations. `bnres.kernels.augment_plan` defines their numbers.
 
     Attributes:
-        numbers: int64 (N, 4): for each image, the numbers of the operations in the order in which
-            they are applied. NO_OPERATION replaces an operation that is left out.
-        factors: fp64 (N, 4): for each image, the factor of each operation. The column is the
-            operation's number.
+        numbers: int64 (N, 4). A row has the numbers of the operations for an image, in the order in
+            which they are applied. NO_OPERATION replaces an operation that is left out.
+        factors: fp64 (N, 4). A row has the factors of the operations for an image. The column is
+            the operation's number.
     """
 
     numbers: Tensor
@@ -51,7 +51,7 @@ class Color:
 
 @dataclass(frozen=True)
 class Scale:
-    """Computes (x − mean)/std with a mean and std for each channel."""
+    """Computes (x − mean)/std, where each channel has its mean and its std."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]

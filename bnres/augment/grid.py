@@ -17,8 +17,8 @@ from bnres.augment.transforms import (
 from bnres.files import write_bytes
 
 ROWS, COLUMNS = 2, 4
-# Side of the crop divided by the shorter side of the image. The d2l.ai course crops photos, whose
-# sides have 300 to 480 pixels, to 200×200.
+# This is the side of the crop divided by the shorter side of the image. The d2l.ai course crops
+# photos to 200×200. The sides of these photos have 300 to 480 pixels.
 CROP_SHARE = 0.5
 LARGEST_SIDE = 400
 PICTURE_INCHES, TITLE_INCHES = 1.6, 0.35
@@ -40,7 +40,7 @@ def course_transforms(height: int, width: int) -> dict[str, Compose]:
 
 
 def draw_grid(path: Path, image: Tensor, seed: int = 0) -> None:
-    """Writes the picture: for each transform, eight random results in two rows.
+    """Writes a picture that has, for each transform, eight random results in two rows.
 
     Args:
         path: the PNG file to write, in RGB.

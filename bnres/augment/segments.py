@@ -1,7 +1,7 @@
 """Applies the random parameters of a chain of transforms in as few kernels as possible.
 
 The parameters of one transform for a batch of images are called a *draw*. Usually one kernel is
-enough; the order of the transforms may require several.
+enough. With some orders of the transforms, several kernels are needed.
 """
 
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ class Segment:
         flips_after: flips after the crop.
         color: the colour operations, or None.
         color_first: whether the colour operations come before the crop.
-        scale: the normalisation, which is applied last, or None.
+        scale: the normalisation, or None. It is applied last.
     """
 
     flips_before: list[Flip] = field(default_factory=list)
@@ -41,7 +41,7 @@ class Segment:
     scale: Scale | None = None
 
     def takes(self, draw: Draw) -> bool:
-        """Whether one kernel can still apply ``draw`` after this segment's draws."""
+        """Whether one kernel can apply this segment's draws and then ``draw``."""
         if self.scale is not None:
             return False
         if isinstance(draw, Crop):
@@ -99,7 +99,7 @@ def apply_draws(
         images: (N, C, H, W) with 1 or 3 channels, uint8 or floating point from 0 to 1.
         draws: the draws of the chain's steps, in order.
         dtype: dtype of the output.
-        memory_format: memory format of the output; by default the input's.
+        memory_format: memory format of the output. By default it is the memory format of the input.
 
     Raises:
         ValueError: if ``images`` is not a batch of images, or if `prepare_draws` raises it.
@@ -129,10 +129,10 @@ def _memory_format(images: Tensor) -> torch.memory_format:
 def prepare_draws(
     images: Tensor, part: Segment, dtype: torch.dtype, memory_format: torch.memory_format
 ) -> tuple[AugmentPlan, AugmentDraws]:
-    """Returns the kernel's arguments for a segment, with tensors on the device of the images.
+    """Returns the kernel's arguments for a segment. Tensors are on the device of the images.
 
     Raises:
-        ValueError: if the normalisation has another number of channels than the images.
+        ValueError: if the normalisation and the images have different numbers of channels.
     """
     n, channels, height, width = images.shape
     if part.scale is not None and len(part.scale.mean) != channels:
@@ -164,10 +164,10 @@ def _to(t: Tensor, device: torch.device) -> Tensor:
 def geometry_of(
     part: Segment, count: int, height: int, width: int
 ) -> tuple[Tensor, tuple[int, int]]:
-    """Returns each image's box and flips, int32 (N, 6), and the size of the output.
+    """Returns the box and the flips of each image, int32 (N, 6), and the size of the output.
 
-    The columns are those of `AugmentDraws.geometry`. The kernel first crops the box from the source
-    image, then flips it.
+    `AugmentDraws.geometry` describes the columns. The kernel first crops the box from the source
+    image, then flips the box.
     """
     flips = torch.zeros((count, 2), dtype=torch.bool)
     for flip in part.flips_before:
@@ -177,7 +177,8 @@ def geometry_of(
     if part.crop is not None:
         size = part.crop.size
         boxes = part.crop.boxes.clone()
-        # To crop a flipped image, crop the mirrored box of the original image and flip the result.
+        # A crop of a flipped image is computed in another order: the mirrored box is cropped from
+        # the original image, then the result is flipped.
         for axis, length in ((0, height), (1, width)):
             mirrored = length - boxes[:, 2 + axis] - boxes[:, axis]
             boxes[:, axis] = torch.where(flips[:, axis], mirrored, boxes[:, axis])

@@ -1,6 +1,6 @@
-"""torchvision's random transforms, with other random parameters for each image of a batch.
+"""torchvision's random transforms. The random parameters differ from image to image of a batch.
 
-A transform only draws the parameters. `bnres.augment.segments` applies the parameters of a whole
+A transform only draws its parameters. `bnres.augment.segments` applies the parameters of a whole
 chain of transforms. Parameters are drawn on the CPU, so that they are the same for every device.
 """
 
@@ -19,10 +19,10 @@ TRIES = 10
 
 
 class Transform(ABC):
-    """A step of a chain of transforms. A transform that is called is a chain of one step.
+    """A step of a chain. A transform can also be called as a chain of one step.
 
-    ``transform(images, generator)`` takes images (N, C, H, W) with 1 or 3 channels, either uint8 or
-    floating point from 0 to 1, and returns images in fp32; see `bnres.augment.Compose`.
+    ``transform(images, generator)`` takes images (N, C, H, W) with 1 or 3 channels. They are either
+    uint8 or floating point from 0 to 1. It returns images in fp32. See `bnres.augment.Compose`.
     """
 
     @abstractmethod
@@ -40,7 +40,7 @@ def _uniform(
 
 
 def _integers(limits: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Draws, for each limit, a uniform integer from 0 to limit - 1."""
+    """Draws for each limit a uniform integer from 0 to limit - 1."""
     return (_uniform(tuple(limits.shape), 0, 1, generator) * limits).long()
 
 
@@ -74,25 +74,26 @@ class _RandomFlip(Transform):
 
 
 class RandomHorizontalFlip(_RandomFlip):
-    """Flips left and right with probability ``p``, as torchvision's transform of this name."""
+    """Flips left and right with probability ``p``, as torchvision's transform of this name does."""
 
     vertical = False
 
 
 class RandomVerticalFlip(_RandomFlip):
-    """Flips top and bottom with probability ``p``, as torchvision's transform of this name."""
+    """Flips top and bottom with probability ``p``, as torchvision's transform of this name does."""
 
     vertical = True
 
 
 class RandomResizedCrop(Transform):
-    """Crops a box of random area and shape, and resizes it (bilinear, antialiased) to ``size``.
+    """Crops a box of random area and shape, and resizes the box to ``size``.
 
-    The boxes are those of `torchvision.transforms.v2.RandomResizedCrop`: if ten random boxes do not
-    fit into the image, the largest central box of a permitted ratio is used.
+    The resize is bilinear and antialiased. The boxes are drawn as
+    `torchvision.transforms.v2.RandomResizedCrop` draws them: if ten random boxes do not fit into
+    the image, the largest central box of a permitted ratio is used.
 
     Args:
-        size: size of the output, one integer or (height, width).
+        size: size of the output, as one integer or as (height, width).
         scale: (least, greatest) area of the box, divided by the image's area.
         ratio: (least, greatest) ratio of the box's width to its height.
 
@@ -143,12 +144,12 @@ class RandomResizedCrop(Transform):
 class RandomCrop(Transform):
     """Pads images with zeros, then crops a box of ``size`` at a random position.
 
-    As `torchvision.transforms.v2.RandomCrop`.
+    `torchvision.transforms.v2.RandomCrop` does the same.
 
     Args:
-        size: size of the output, one integer or (height, width).
-        padding: number of zeros on each side: one integer for all sides, (left and right, top and
-            bottom), or (left, top, right, bottom).
+        size: size of the output, as one integer or as (height, width).
+        padding: number of zeros on each side. It is one integer for all sides, (left and right, top
+            and bottom), or (left, top, right, bottom).
 
     Raises:
         ValueError: if ``size`` is below 1 or ``padding`` below 0. A call also raises it if the
@@ -185,11 +186,11 @@ class RandomCrop(Transform):
 class CenterCrop(Transform):
     """Crops a box of ``size`` from the centre of an image.
 
-    As `torchvision.transforms.v2.CenterCrop`, but images that are smaller than ``size`` are not
-    padded.
+    `torchvision.transforms.v2.CenterCrop` does the same, but also pads images that are smaller than
+    ``size``. This transform does not pad.
 
     Args:
-        size: size of the output, one integer or (height, width).
+        size: size of the output, as one integer or as (height, width).
 
     Raises:
         ValueError: if ``size`` is below 1. A call also raises it if the images are smaller than
@@ -204,7 +205,7 @@ class CenterCrop(Transform):
             raise ValueError(
                 f"size must be at most the images' size {(height, width)}, got {self.size}"
             )
-        # Python's round, which rounds halves to even, as in torchvision.
+        # As in torchvision, Python's round is used. It rounds halves to even.
         top, left = round((height - self.size[0]) / 2), round((width - self.size[1]) / 2)
         return Crop(torch.tensor([top, left, *self.size]).expand(count, 4), self.size, False)
 
@@ -218,14 +219,14 @@ Amount = float | Sequence[float] | None
 class ColorJitter(Transform):
     """Changes brightness, contrast, saturation and hue by random factors, in a random order.
 
-    As `torchvision.transforms.v2.ColorJitter` on float images. Saturation and hue do not change
-    images of one channel.
+    `torchvision.transforms.v2.ColorJitter` does the same on float images. Saturation and hue do not
+    change images of one channel.
 
     Args:
-        brightness, contrast, saturation: (least, greatest) factor; or a number v, which stands for
-            (max(0, 1 - v), 1 + v). By default nothing changes.
-        hue: (least, greatest) shift of the hue, both from -0.5 to 0.5, where 1 is a full turn; or a
-            number v, which stands for (-v, v). By default nothing changes.
+        brightness, contrast, saturation: (least, greatest) factor, or a number v. The number v
+            means (max(0, 1 - v), 1 + v). By default nothing changes.
+        hue: (least, greatest) shift of the hue, or a number v. Both shifts are from -0.5 to 0.5,
+            where 1 is a full turn. The number v means (-v, v). By default nothing changes.
 
     Raises:
         ValueError: if a number is negative, or if a range is out of bounds or not ascending. A call
@@ -285,15 +286,15 @@ def _jitter_range(
 
 
 class Normalize(Transform):
-    """Computes (x − mean)/std for each channel, as torchvision's transform of this name.
+    """Computes (x − mean)/std for each channel, as torchvision's transform of this name does.
 
     Args:
         mean: mean of each channel, for pixel values from 0 to 1.
         std: standard deviation of each channel.
 
     Raises:
-        ValueError: if a std is 0, or if ``mean`` and ``std`` are empty or differ in length. A call
-            also raises it if the images have another number of channels.
+        ValueError: if a std is 0, or if ``mean`` or ``std`` is empty, or if they differ in length.
+            A call also raises it if the images have another number of channels.
     """
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:

@@ -13,7 +13,7 @@ from bnres.data.mnist5k import load_mnist5k
 from bnres.data.streamed import StreamedBatches
 from bnres.data.synthetic import load_synthetic
 
-# Data sets by name. For a data set of ON_DISK the user gives the path of the files.
+# These are the data sets by name. For a data set in ON_DISK the user gives the path of the files.
 PACKAGED = {
     "mnist5k": load_mnist5k,
     "digits": load_digits,
@@ -31,12 +31,12 @@ def load_dataset(
 
     Args:
         name: name of the data set.
-        data: path of the files of ``cifar10`` or ``folder``; None for the other data sets.
+        data: path of the files of ``cifar10`` or ``folder``. It is None for all other data sets.
         checksum: whether to compare CIFAR-10's files with their published checksums.
 
     Raises:
-        ValueError: if the name is unknown, if ``data`` is missing or given for a data set that does
-            not need it, or if the data set's loader rejects the files.
+        ValueError: if the name is unknown, if ``data`` is missing, if ``data`` is given for a data
+            set that does not need it, or if the data set's loader rejects the files.
     """
     if name not in DATASETS:
         raise ValueError(f"dataset must be one of {', '.join(DATASETS)}, got {name!r}")

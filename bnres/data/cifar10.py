@@ -36,8 +36,8 @@ CLASS_NAMES = (
 )  # fmt: skip
 IMAGE_SHAPE = (3, 32, 32)
 PIXELS = 3 * 32 * 32
-# Greatest size of a file in bytes. All published files are smaller. Without a limit, a forged
-# archive could exhaust memory.
+# A file may have at most this many bytes. All published files are smaller. Without a limit, a
+# forged archive could exhaust memory.
 LARGEST_FILE = 1 << 26
 
 Read = Callable[[str], bytes]
@@ -49,12 +49,13 @@ def load_cifar10(path: Path, *, checksum: bool = True) -> ImageDataset:
     Args:
         path: the archive, the extracted folder, or a folder that contains one of these.
         checksum: whether to compare archives and pickles with their published MD5, and binary files
-            with their published length. If False, other files of the same format are accepted.
+            with their published length. If it is False, other files of the same format are
+            accepted.
 
     Raises:
-        ValueError: if the data is not found, or if a file is truncated, has the wrong checksum,
-            has a label out of range, or is a pickle with other objects than arrays. The error names
-            the file.
+        ValueError: if the data is not found, or if a file is truncated, has the wrong checksum, has
+            a label out of range, or is a pickle that contains other objects than arrays. The error
+            names the file.
     """
     source, read, names = _find(Path(path), checksum)
     train_names, test_name = BINARY if _is_binary(names) else PYTHON
@@ -69,7 +70,7 @@ def load_cifar10(path: Path, *, checksum: bool = True) -> ImageDataset:
 
 
 def _is_binary(names: Iterable[str]) -> bool:
-    """Whether file names are those of the binary version."""
+    """Whether the file names belong to the binary version."""
     return BINARY[1] in names
 
 
@@ -127,7 +128,7 @@ def _open_archive(path: Path, checksum: bool) -> tuple[Path, Read, set[str]]:
 
 
 def _decode_binary(content: bytes, source: str, checksum: bool) -> tuple[Tensor, Tensor]:
-    """Decodes records, each a label (one byte) followed by the red, green and blue planes."""
+    """Decodes records. A record is a label (one byte), then the red, green and blue planes."""
     record, published = 1 + PIXELS, 10_000
     if not content or len(content) % record or (checksum and len(content) != published * record):
         raise ValueError(

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Number of images that are summed at once, which limits the memory of their fp64 copies.
+# At most this many images are summed at once, which limits the memory for their fp64 copies.
 CHUNK = 4096
 SPLIT_SEED = 0
 
@@ -16,9 +16,9 @@ class ImageDataset:
 
     Attributes:
         name: name of the data set.
-        class_names: names of the classes; label i is the i-th name.
-        train_images, test_images: uint8 (N, channels, height, width).
-        train_labels, test_labels: int64 (N,).
+        class_names: names of the classes. Label i belongs to the i-th name.
+        train_images, test_images: images, uint8 (N, channels, height, width).
+        train_labels, test_labels: labels, int64 (N,).
         mean, std: mean and standard deviation of each channel of the training images, with pixel
             values scaled to the range 0 to 1.
     """
@@ -56,8 +56,9 @@ def make_dataset(
 
     Args:
         name: name of the data set.
-        class_names: names of the classes; label i is the i-th name.
-        train, test: images, uint8 (N, channels, height, width), and labels, int64 (N,).
+        class_names: names of the classes. Label i belongs to the i-th name.
+        train, test: a tuple of images and labels. The images are uint8 (N, channels, height,
+            width), and the labels are int64 (N,).
 
     Raises:
         ValueError: if images or labels have another dtype or shape, or a label has no class name.
@@ -83,7 +84,7 @@ def make_dataset(
 
 
 def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Returns each channel's mean and standard deviation, of uint8 images scaled to 0 to 1."""
+    """Returns the mean and standard deviation of each channel of uint8 images scaled to 0 to 1."""
     channels = images.shape[1]
     total, squares = (torch.zeros(channels, dtype=torch.float64) for _ in range(2))
     for chunk in images.split(CHUNK):
@@ -99,7 +100,7 @@ def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, 
 def split_dataset(
     name: str, class_names: tuple[str, ...], images: Tensor, labels: Tensor, per_class: int
 ) -> ImageDataset:
-    """Returns a data set with ``per_class`` held-out images of each class, always the same ones."""
+    """Returns a data set that holds out ``per_class`` images of each class, always the same."""
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(SPLIT_SEED))
     members = [order[labels[order] == label] for label in labels.unique()]
     train = torch.cat([indices[per_class:] for indices in members])

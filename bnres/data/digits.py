@@ -10,10 +10,10 @@ SHADES = 16
 
 
 def load_digits() -> ImageDataset:
-    """Returns the digits, with 36 images of each class (a fifth) held out, the same in every run.
+    """Returns the digits. In every run the same 36 images of each class (a fifth) are held out.
 
     Raises:
-        ModuleNotFoundError: if scikit-learn is missing; the extra ``bnres[train]`` installs it.
+        ModuleNotFoundError: if scikit-learn is missing. The extra ``bnres[train]`` installs it.
     """
     from sklearn import datasets
 

@@ -13,13 +13,13 @@ def download_cifar10(
 ) -> Path:
     """Downloads the binary archive of CIFAR-10 (162 MB) into ``folder``, and returns its path.
 
-    If ``folder`` already holds the archive, nothing is downloaded. If it holds part of the archive,
-    only the rest is downloaded.
+    If ``folder`` already holds the archive, nothing is downloaded. If it holds a part of the
+    archive, only the missing part is downloaded.
 
     Raises:
         ValueError: if the download fails or its checksum is wrong.
-        ModuleNotFoundError: if pooch or requests is missing; the extra ``bnres[train]`` installs
-            them.
+        ModuleNotFoundError: if pooch or requests is missing. The extra ``bnres[train]`` installs
+            both.
     """
     import pooch
     import requests
@@ -31,7 +31,8 @@ def download_cifar10(
     def resume(url: str, output_file: object, pooch: object) -> None:
         """Downloads the missing bytes of ``partial``, then moves the file to ``output_file``."""
         have = partial.stat().st_size if partial.exists() else 0
-        # No compression: the byte ranges and the checksum are those of the uncompressed file.
+        # The transfer must not be compressed, because the byte ranges and the checksum belong to
+        # the uncompressed file.
         headers = {"Accept-Encoding": "identity"}
         if have:
             headers["Range"] = f"bytes={have}-"

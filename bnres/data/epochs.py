@@ -1,4 +1,4 @@
-"""Base class of batches. It sets their number, order, augmentation and division among processes."""
+"""Base class of batches. It sets their number, order, augmentation and division by process."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from bnres.data.seeds import generator_at
 
 
 class EpochBatches(ABC):
-    """Batches of a data set. A batch depends only on the seed, its epoch and its number in it.
+    """Batches of a data set. A batch depends only on the seed, the epoch and its number in it.
 
     Args:
         name: name of the data set, for errors.
@@ -20,11 +20,12 @@ class EpochBatches(ABC):
         batch_size: number of images in a batch, over all processes.
         train_augment: augmentation of training images.
         test_augment: augmentation of held-out images.
-        seed: seed of the order and the augmentation.
-        drop_last: whether to leave out the last batch of a training epoch if it is smaller. A last
-            batch of one image is always left out, because batch norm does not accept it.
-        shard: (number of this process, number of processes). Each process gets its part of each
-            batch and of the held-out images.
+        seed: seed of the order and of the augmentation.
+        drop_last: whether to leave out the last batch of a training epoch if it is smaller than the
+            others. If the last batch has only one image, it is always left out, because batch norm
+            does not accept it.
+        shard: a tuple of the number of this process and the number of processes. Each process gets
+            its part of each batch and of the held-out images.
 
     Raises:
         ValueError: if ``batch_size`` is below 2 or above ``train_count``, or can't be divided
@@ -65,8 +66,9 @@ class EpochBatches(ABC):
 
         Args:
             order: int64 indices of the images.
-            rows: number of images in a batch; the last batch may be smaller.
-            train: whether ``order`` indexes the training images, else the held-out images.
+            rows: number of images in a batch. The last batch may be smaller.
+            train: whether ``order`` has indices of training images. Otherwise it has indices of
+                held-out images.
         """
 
     def __len__(self) -> int:
@@ -80,7 +82,7 @@ class EpochBatches(ABC):
         return min(len(self) * self.batch_size, self.train_count)
 
     def train(self, epoch: int, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yields the batches of an epoch from batch ``first`` on, the same ones at every call."""
+        """Yields an epoch's batches from batch ``first`` on. Every call yields the same batches."""
         generator = generator_at(self.seed, "order", epoch)
         order = torch.randperm(self.train_count, generator=generator)
         order = order[first * self.batch_size : self.images_per_epoch]

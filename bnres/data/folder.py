@@ -10,9 +10,9 @@ from torch.utils.data import Dataset
 
 from bnres.data.images import read_rgb
 
-# The suffixes that torchvision's ImageFolder accepts, in the same order.
+# torchvision's ImageFolder accepts these suffixes, in this order.
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-# ImageNet's mean and standard deviation, by which images are usually normalised.
+# These are ImageNet's mean and standard deviation, by which images are usually normalised.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 TRAIN, TEST = "train", ("val", "test")
 
@@ -53,9 +53,9 @@ class FolderDataset:
 
     Attributes:
         name: name of the data set.
-        class_names: names of the classes; label i is the i-th name.
-        train, test: the training images and the held-out images.
-        mean, std: mean and standard deviation of each channel, by default ImageNet's.
+        class_names: names of the classes. Label i belongs to the i-th name.
+        train, test: the training images, and the held-out images.
+        mean, std: mean and standard deviation of each channel. By default they are ImageNet's.
         channels: number of channels.
     """
 
@@ -127,8 +127,8 @@ def _files(folder: Path, names: tuple[str, ...]) -> list[tuple[Path, int]]:
 def _images(top: Path) -> list[Path]:
     """Lists the images in a folder and in all folders below it, in torchvision's order.
 
-    As in torchvision, links to folders are followed. Only a link to a folder that contains the link
-    is not followed, because the list would never end.
+    Links to folders are followed, as in torchvision. A link is not followed if it leads to a folder
+    that contains the link, because the list would never end.
 
     Raises:
         ValueError: if a folder can't be listed.

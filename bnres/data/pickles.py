@@ -1,7 +1,7 @@
 """Unpickles files from other people safely.
 
 Only numbers, strings, containers and arrays of bytes are permitted. Pickled numpy arrays are read
-without numpy, because a forged state of a numpy array can make numpy access any memory.
+without numpy. With numpy, an array whose pickled state is forged could access any memory.
 """
 
 import io
@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 class _Dtype:
-    """Replaces ``numpy.dtype``; only uint8 is permitted."""
+    """Replaces ``numpy.dtype``. Only uint8 is permitted."""
 
     def __init__(self, spec: Any = None, *flags: Any) -> None:
         if spec not in ("u1", b"u1"):
@@ -25,7 +25,7 @@ class _Dtype:
 
 
 class _Array:
-    """Replaces ``numpy.ndarray``; ``tensor`` holds the content of the array."""
+    """Replaces ``numpy.ndarray``. ``tensor`` holds the content of the array."""
 
     tensor: Tensor
 
@@ -53,8 +53,9 @@ def _encode(text: str, encoding: str = "latin1") -> bytes:
     return text.encode("latin1")
 
 
-# Replacements for the classes and functions that pickles of CIFAR-10 refer to, by module and name.
-# _reconstruct occurs twice, because its module has other names in numpy 1 and numpy 2.
+# These are the replacements for the classes and functions that pickles of CIFAR-10 refer to, by
+# module and name. _reconstruct occurs twice, because its module has one name in numpy 1 and another
+# name in numpy 2.
 STAND_INS = {
     ("numpy", "ndarray"): _Array,
     ("numpy", "dtype"): _Dtype,
@@ -75,7 +76,7 @@ def load_arrays(content: bytes, source: str) -> Any:
     """Returns the content of a pickle. If it is a dictionary, its arrays become uint8 tensors.
 
     Args:
-        content: the pickle; strings of Python 2 become bytes.
+        content: the pickle. Strings of Python 2 become bytes.
         source: name of the pickle, for errors.
 
     Raises:

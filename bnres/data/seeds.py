@@ -8,7 +8,7 @@ import torch
 def generator_at(seed: int, *place: int | str) -> torch.Generator:
     """Returns a CPU generator for a position in a run, such as an epoch and a batch.
 
-    A resumed run therefore draws the same random numbers as an uninterrupted run.
+    Therefore a resumed run draws the same random numbers as an uninterrupted run.
     """
     text = "/".join(map(str, (seed, *place)))
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()

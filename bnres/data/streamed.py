@@ -18,7 +18,8 @@ PREFETCH = 4
 def _leave_signals(worker: int) -> None:
     """Makes a worker ignore Ctrl-C, which a terminal sends to all processes.
 
-    The main process stops its workers itself. It sends SIGTERM to a worker that does not stop.
+    The main process stops its workers itself. If a worker does not stop, the main process sends it
+    SIGTERM.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -33,7 +34,7 @@ class StreamedBatches(EpochBatches):
         dataset: the images.
         device: device on which images are augmented and batches are returned.
         batch_size, train_augment, test_augment, seed, drop_last, shard: see `EpochBatches`.
-        workers: number of processes that decode. With 0 the calling process decodes.
+        workers: number of processes that decode. If it is 0, the calling process decodes.
     """
 
     def __init__(

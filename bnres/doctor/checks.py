@@ -52,7 +52,7 @@ def check_triton() -> Finding | None:
     try:
         import triton
 
-        version = triton.__version__  # raises an error if a folder named triton was imported
+        version = triton.__version__  # This raises an error if a folder named triton was imported.
     except Exception as error:  # a broken build may raise anything
         problem = "triton is missing"
         if not isinstance(error, ModuleNotFoundError):
@@ -97,7 +97,7 @@ def check_compiler() -> Finding | None:
 
 
 def check_numpy() -> Finding | None:
-    """Checks that triton's interpreter, if kernels run in it, supports the installed numpy."""
+    """Checks that triton's interpreter supports the installed numpy, if kernels run in it."""
     if bnres.backend() != "triton-interpreter" or check_triton() is not None:
         return None
     import triton
@@ -115,7 +115,7 @@ def check_numpy() -> Finding | None:
 
 
 def cache_folders() -> dict[str, Path]:
-    """Returns the cache folders of triton and Inductor; keys are the environment variables."""
+    """Returns the cache folders of triton and of Inductor. The keys are environment variables."""
     # If there is no home folder, expanduser returns "~", and triton writes to a folder of this
     # name.
     home = Path(os.environ.get("TRITON_HOME") or os.path.expanduser("~"))
@@ -126,8 +126,8 @@ def cache_folders() -> dict[str, Path]:
 
 
 def _default_inductor_cache() -> str:
-    # The file is run without importing its package, because the import would create the folder or
-    # raise an error.
+    # The file is run, but its package is not imported. The import would create the folder or raise
+    # an error.
     utils = Path(torch.__file__).parent / "_inductor/runtime/cache_dir_utils.py"
     folder: str = runpy.run_path(str(utils))["default_cache_dir"]()
     return folder
@@ -137,7 +137,7 @@ def check_cache(variable: str) -> Finding | None:
     """Checks that a cache folder is writable or can be created.
 
     Args:
-        variable: the environment variable that sets the folder; a key of `cache_folders`.
+        variable: the environment variable that sets the folder. It is a key of `cache_folders`.
     """
     folder = cache_folders()[variable]
     try:

@@ -1,4 +1,4 @@
-"""Examines a machine and a model: finds problems, and changes that save memory traffic."""
+"""Examines a machine and a model. Finds problems, and changes that save memory traffic."""
 
 import json
 import subprocess
@@ -58,8 +58,8 @@ class Change:
 
     Attributes:
         do: the change, in words.
-        saves: bytes of memory traffic that the change saves per image of a training step, computed
-            from shapes; None if they are not known.
+        saves: bytes of memory traffic that the change saves for each image in a training step. The
+            bytes are computed from shapes. They are None if they are not known.
     """
 
     do: str
@@ -138,7 +138,7 @@ def diagnose(name: str | None = None, shape: tuple[int, ...] | None = None) -> D
     """Examines this machine and, if a name is given, a model.
 
     Args:
-        name: name of the model, see `bnres.models.create_model`.
+        name: name of the model. See `bnres.models.create_model`.
         shape: shape of the model's input, with at least two images.
     """
 

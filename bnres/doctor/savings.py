@@ -1,11 +1,11 @@
 """Derives from shapes, without measuring, what fusing a model saves in a training step.
 
-Bytes are counted in passes. One pass reads or writes a tensor of the size of the batch norm's
+Bytes are counted in passes. One pass reads or writes a tensor that has the size of the batch norm's
 input. For example, the forward of a batch norm takes three passes: it reads its input for the
-statistics, reads it again to apply them, and writes its output. Launches are those of ATen's and
-bnres's kernels.
+statistics, reads its input again to apply them, and writes its output. Launches are launches of
+ATen's kernels and of bnres's kernels.
 
-A pattern is the name that `explain` gives to fused layers, for instance ``conv-bn-add-act``.
+A pattern is the name that `explain` gives to fused layers, for example ``conv-bn-add-act``.
 """
 
 import copy
@@ -19,14 +19,14 @@ from bnres.fusion import explain
 from bnres.fusion.explain import is_norm
 
 HALF = 2
-INDEX_BYTES = 8  # bytes of the index that torch's max-pool writes for each output element
-POOLED = 1 / 4  # output elements per input element of a max-pool of stride 2
-# torch's batch norm has four launches in forward (num_batches_tracked, statistics, running
-# statistics, output) and two in backward (sums, dx).
+INDEX_BYTES = 8  # torch's max-pool writes an index of this many bytes for each output.
+POOLED = 1 / 4  # A max-pool of stride 2 has this many outputs for each input element.
+# torch's batch norm has four launches in forward, for num_batches_tracked, the statistics, the
+# running statistics and the output. It has two launches in backward, for the sums and for dx.
 STOCK_NORM_LAUNCHES = 6
-# Our operation has two launches for each batch norm: partial statistics, and their combination. It
-# has four other launches: the output in forward, and in backward the partial sums, their
-# combination, and dx.
+# For each batch norm, our operation has two launches: one for the partial statistics, and one to
+# combine them. It has four other launches. One is for the output in forward. The others are in
+# backward: one for the partial sums, one to combine them, and one for dx.
 STATISTICS_LAUNCHES, OTHER_LAUNCHES = 2, 4
 
 
@@ -73,18 +73,19 @@ def fused_launches(pattern: str) -> int:
 class Savings:
     """What fusing a model saves in a training step. Bytes are per image.
 
-    Bytes and launches count only batch norms that are fused, and the layers fused with them.
+    Bytes and launches are counted only for fused batch norms and for the layers fused with them.
 
     Attributes:
         norms: number of batch norms.
         fused: number of batch norms that are fused.
         reasons: for each batch norm that is not fused, its name and the reason.
-        stock_bytes, fused_bytes: bytes moved by torch's layers and by the fused operations, in the
-            model's precision.
-        half_bytes: bytes moved by the fused operations in 16 bits.
-        stock_launches, fused_launches: launches of torch's layers and of the fused operations.
+        stock_bytes, fused_bytes: bytes that torch's layers move, and bytes that the fused
+            operations move, in the model's precision.
+        half_bytes: bytes that the fused operations move in 16 bits.
+        stock_launches, fused_launches: number of launches of torch's layers, and number of launches
+            of the fused operations.
         channels_last: whether the convolutions' filters are in channels_last.
-        half: whether autocast is on or the activations have 16 bits.
+        half: whether autocast is on, or the activations have 16 bits.
     """
 
     norms: int
@@ -113,7 +114,8 @@ def derive(model: nn.Module, x: torch.Tensor) -> Savings:
     stock = fused = small = 0.0
     launches = [0.0, 0.0]
     for site in report.fused:
-        # The report lists a pattern of two batch norms twice, so each counts half.
+        # The report lists a pattern of two batch norms twice, so each of the two entries counts
+        # half.
         share = 1 / _parts(site.pattern).count("bn")
         elements = sizes.get(site.name, 0) / x.shape[0] * share
         stock += stock_passes(site.pattern, itemsize) * itemsize * elements
@@ -133,7 +135,7 @@ def derive(model: nn.Module, x: torch.Tensor) -> Savings:
 def _elements(model: nn.Module, x: torch.Tensor) -> dict[str, int]:
     """Returns the number of elements that each batch norm normalises, by the batch norm's name.
 
-    A copy of the model is called to find the numbers.
+    To find the numbers, a copy of the model is called.
     """
     found: dict[str, int] = {}
     twin = copy.deepcopy(model)
@@ -152,8 +154,8 @@ def _elements(model: nn.Module, x: torch.Tensor) -> dict[str, int]:
 def is_channels_last(model: nn.Module) -> bool:
     """Whether all filters of 2-d convolutions are in channels_last.
 
-    Filters of size 1×1 or of one input channel are ignored, because their memory is the same in
-    both formats.
+    Filters of size 1×1 are ignored, and filters of one input channel too. Their memory is the same
+    in both formats.
     """
     filters = [m.weight for m in model.modules() if isinstance(m, nn.Conv2d)]
     return all(

@@ -1,4 +1,4 @@
-"""Trains classifiers. The options, state, loop, checkpoints and output files have a module each."""
+"""Trains classifiers. Options, state, loop, checkpoints and output files have a module each."""
 
 from bnres.train.config import TrainConfig
 from bnres.train.library import train_model

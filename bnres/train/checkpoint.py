@@ -14,14 +14,14 @@ from bnres.train.state import TrainState
 from bnres.train.weights import check_weights
 
 FORMAT = 3
-# Options that may be changed when a run is resumed.
+# These options may be changed when a run is resumed.
 FREE = (
     "fused", "device", "data", "checksum", "workers", "compile", "cuda_graphs", "deterministic",
     "eval_flip", "checkpoint_steps", "tensorboard", "resume",
 )  # fmt: skip
 STATEFUL = ("model", "optimizer", "scheduler", "scaler")
 
-# Facts about the data that must be the same when a run is resumed.
+# These facts about the data must be the same when a run is resumed.
 OF_DATA = ("classes", "channels", "train_count")
 KEYS = (
     "config", "epoch", "batch", "losses", "correct", "best", "history", "torch_rng", "cuda_rng",
@@ -32,7 +32,7 @@ KEYS = (
 def save_checkpoint(path: Path, state: TrainState, config: TrainConfig) -> None:
     """Writes a checkpoint. If the process is killed meanwhile, ``path`` keeps its old content.
 
-    Every process of a run must call this function; only the first process writes.
+    Every process of a run must call this function. Only the first process writes.
     """
     empty = torch.zeros(0)
     losses, correct = (
@@ -58,7 +58,8 @@ def save_checkpoint(path: Path, state: TrainState, config: TrainConfig) -> None:
         "average": None if state.average is None else state.average.state_dict(),
         **{name: getattr(state, name).state_dict() for name in STATEFUL},
     }
-    # torch.save writes to memory, because the process would abort if it wrote to a full disk.
+    # torch.save writes to memory here, because the process would abort if torch.save wrote to a
+    # full disk.
     written = io.BytesIO()
     torch.save(content, written)
     write_bytes(path, written.getbuffer())
@@ -79,9 +80,9 @@ def load_checkpoint(path: Path, state: TrainState, config: TrainConfig) -> None:
     """Sets ``state`` to the state in a checkpoint.
 
     Raises:
-        ValueError: if the file is not a checkpoint of bnres; if the checkpoint's run and this run
-            differ in the data, the model or an option that is not in ``FREE``; or if the
-            checkpoint's run is complete. ``state`` is not changed in these cases.
+        ValueError: if the file is not a checkpoint of bnres, if its run is complete, or if its run
+            and this run differ in the data, the model or an option that is not in ``FREE``. In
+            these cases ``state`` is not changed.
     """
     content = read_checkpoint(path)
     check_same_run(path, content["config"], config.as_dict())
@@ -95,7 +96,8 @@ def load_checkpoint(path: Path, state: TrainState, config: TrainConfig) -> None:
             f"resume: {path} is already complete ({config.epochs} of {config.epochs} epochs)"
         )
     check_weights(content["model"], state.model, f"resume: {path}", config.model)
-    # Whether the optimiser is fused or foreach depends on the device, so it is taken from this run.
+    # The optimiser's options fused and foreach depend on the device, so they are taken from this
+    # run.
     for saved, own in zip(
         content["optimizer"]["param_groups"], state.optimizer.param_groups, strict=True
     ):
@@ -110,8 +112,8 @@ def load_checkpoint(path: Path, state: TrainState, config: TrainConfig) -> None:
         torch.cuda.set_rng_state(content["cuda_rng"], device)
     state.epoch, state.batch = content["epoch"], content["batch"]
     for name in ("losses", "correct"):
-        # The saved values are sums over all processes. train_epoch sums them over the processes
-        # again, so the other processes start from zero.
+        # The saved values are sums over all processes. train_epoch sums the values over the
+        # processes again. Therefore all processes except the first start from zero.
         values = content[name] if state.world.is_first else torch.zeros_like(content[name])
         setattr(state, name, list(values.to(device).unbind()))
     state.best, state.history = content["best"], content["history"]
@@ -143,8 +145,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise ValueError(f"there is no file {str(path)!r}")
     data = io.BytesIO(path.read_bytes())
     content: Any = None
-    # torch's error message is not shown, because it advises weights_only=False, which would run
-    # code from the file.
+    # torch's error message is not shown. It advises weights_only=False, which would run code from
+    # the file.
     try:
         with zipfile.ZipFile(data) as archive:
             if archive.testzip() is None:  # torch.load does not verify the checksums

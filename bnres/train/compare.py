@@ -1,4 +1,4 @@
-"""Trains fused and stock layers side by side from the same seed, and compares them."""
+"""Trains fused and stock layers from the same seed, and compares the results."""
 
 from dataclasses import dataclass, replace
 
@@ -18,7 +18,7 @@ def other_threads() -> int:
 
 @dataclass
 class Comparison:
-    """Three runs by name: fused layers, stock layers, and stock layers with other rounding."""
+    """Three runs by name: fused layers, stock layers, and stock layers that round differently."""
 
     config: TrainConfig
     runs: dict[str, Run]
@@ -27,10 +27,10 @@ class Comparison:
 def prepare_comparison(config: TrainConfig) -> Comparison:
     """Prepares three runs with the same seed: fused, stock, and a control.
 
-    Even in fp32, the losses of two correct programs drift apart with every step, because rounding
-    differs. The control shows how large this drift is. The control is a second run of stock layers
-    that adds numbers in another order: on the CPU with another number of threads, on a GPU in the
-    other memory format.
+    Even in fp32, the losses of two correct programs drift apart with every step, because the
+    programs round differently. The control shows how large this drift is. It is a second run of
+    stock layers that adds numbers in another order. On the CPU it uses another number of threads,
+    and on a GPU it uses the other memory format.
 
     Raises:
         ValueError: if ``config`` resumes a run, or if `prepare` raises it.
@@ -52,7 +52,7 @@ def on_cpu(config: TrainConfig) -> bool:
 
 
 def run_comparison(comparison: Comparison, console: Console) -> None:
-    """Trains all runs and prints a table. The runs take turns after each epoch."""
+    """Trains all runs and prints a table. Each run trains one epoch, then the next run does."""
     config, runs = comparison.config, comparison.runs
     threads = torch.get_num_threads()
     results: dict[str, list[TrainResult]] = {name: [] for name in runs}

@@ -28,7 +28,7 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-# Headings in ``bnres train --help``, each with the name of the first option below the heading.
+# ``bnres train --help`` has these headings. Each heading has the name of the first option below it.
 GROUPS = {
     "dataset": "Data",
     "model": "Model",
@@ -45,7 +45,7 @@ def _option(default: Any, help: str, choices: Iterable[str] | None = None) -> An
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The options of one training run; each field is an option of ``bnres train``.
+    """The options of one training run. Each field is an option of ``bnres train``.
 
     Raises:
         ValueError: if a value is not allowed. The message says which values are allowed.
@@ -195,7 +195,7 @@ class TrainConfig:
 
 
 def field_type(name: str) -> type:
-    """The type of a field of `TrainConfig`; for a field that may be None, the other type."""
+    """The type of a field of `TrainConfig`, or the type besides None if the field may be None."""
     annotation = next(f.type for f in fields(TrainConfig) if f.name == name)
     if isinstance(annotation, UnionType):
         annotation = next(t for t in get_args(annotation) if t is not type(None))

@@ -14,12 +14,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class World:
-    """The processes that train together; by default only this one.
+    """The processes that train together. By default there is only this one.
 
     Attributes:
         rank: the number of this process, from 0 to ``size`` - 1.
         size: the number of processes.
-        flags: a process group on the CPU. Exchanging a flag through it does not wait for a GPU.
+        flags: a process group on the CPU. Processes exchange a flag through it without waiting for
+            a GPU.
     """
 
     rank: int = 0
@@ -46,7 +47,7 @@ class World:
         return bool(value)
 
     def from_first(self, make: Callable[[], T]) -> T:
-        """Calls ``make`` in the first process only; all processes return its result."""
+        """Calls ``make`` in the first process only. All processes return its result."""
         made = [make() if self.is_first else None]
         if self.size > 1:
             dist.broadcast_object_list(made, 0, group=self.flags)
@@ -55,7 +56,7 @@ class World:
     def share_buffers(self, *models: nn.Module | None) -> None:
         """Copies the first process's buffers, such as running statistics, to the other processes.
 
-        The buffers differ, because each process updates them from its part of the batch.
+        The buffers differ, because each process updates its buffers from its part of the batch.
         """
         if self.size > 1:
             for model in models:
@@ -71,9 +72,9 @@ class World:
 def choose_gpu() -> None:
     """Selects this process's GPU as torch's current device.
 
-    Call this function before any tensor is on a GPU. It does nothing if there is no GPU for this
-    process: the process may train on the CPU, and if it should train on a GPU, `TrainConfig` raises
-    an error that names the GPU.
+    Call this function before any tensor is on a GPU. If there is no GPU for this process, the
+    function does nothing. This is not an error here, because the process may train on the CPU. If
+    the process should train on a GPU, `TrainConfig` raises an error that names the GPU.
     """
     rank = int(os.environ.get("LOCAL_RANK", "-1"))
     if 0 <= rank < torch.cuda.device_count():
@@ -83,8 +84,8 @@ def choose_gpu() -> None:
 def may_be_restarted() -> bool:
     """Whether ``torchrun --max-restarts`` starts the processes again after one of them has died.
 
-    torchrun's counter of restarts is not used, because each machine only counts the restarts that
-    were caused by its own processes.
+    torchrun's counter of restarts is not used. Each machine only counts the restarts that its own
+    processes have caused.
     """
     return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0
 
@@ -92,10 +93,11 @@ def may_be_restarted() -> bool:
 def join(device: str) -> tuple[World, str]:
     """Connects this process with the others that ``torchrun`` started.
 
-    Returns the processes, and the name of this process's device.
+    Returns a tuple of the processes and the name of this process's device.
 
     Args:
-        device: torch's name of a device. If it is any CUDA device, the GPU of this process is used.
+        device: torch's name of a device. If it is the name of any CUDA device, the GPU of this
+            process is used.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:

@@ -37,14 +37,14 @@ def export_checkpoint(
     folded: bool = True,
     format: str = "pt2",
 ) -> Path:
-    """Exports a checkpoint's model; returns the path of the file.
+    """Exports a checkpoint's model. Returns the path of the file.
 
     The exported model only contains torch's own operations, and takes batches of any size.
 
     Args:
         path: a checkpoint of ``bnres train``.
-        out: the file to write; by default ``path`` with the format as its suffix.
-        size: height and width of the images; by default those of training.
+        out: the file to write. By default it is ``path`` with the format as its suffix.
+        size: height and width of the images. By default they are the same as in training.
         folded: whether to fold batch norms into the convolutions. It has no effect if the format is
             safetensors.
         format: ``"pt2"`` is a torch.export archive, which `torch.export.load` reads without bnres.

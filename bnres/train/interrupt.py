@@ -21,8 +21,8 @@ class Stopped(Exception):
 def stop_on_signal() -> Iterator[Stop]:
     """Inside the context, the first Ctrl-C or SIGTERM only sets ``asked``.
 
-    A second signal interrupts the program at once. In other threads than the main thread the
-    context has no effect, because only the main thread can handle signals.
+    A second signal interrupts the program at once. Only the main thread can handle signals. In any
+    other thread the context has no effect.
     """
     stop = Stop()
     if threading.current_thread() is not threading.main_thread():

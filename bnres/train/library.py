@@ -13,15 +13,15 @@ from bnres.train.state import build_state
 def train_model(
     model: nn.Module, dataset: ImageDataset | FolderDataset, config: TrainConfig
 ) -> list[dict[str, float]]:
-    """Trains ``model`` in place; returns the metrics of each epoch, with the keys of metrics.jsonl.
+    """Trains ``model`` in place. Returns the metrics of each epoch, by the keys of metrics.jsonl.
 
-    During training `bnres.fuse` fuses the model, unless ``config.fused`` is False. Afterwards the
-    model is unfused and in eval mode. No files are written.
+    During training the model is fused by `bnres.fuse`, unless ``config.fused`` is False. Afterwards
+    the model is unfused and in eval mode. No files are written.
 
     Args:
         model: maps images (N, channels, height, width) to logits (N, classes). It is moved to
             ``config.device``. If ``config.ema`` is set, it has the averaged weights at the end.
-        dataset: the data, for instance from `bnres.data.make_dataset`.
+        dataset: the data, for example from `bnres.data.make_dataset`.
         config: the options. The options that name the data set and the model are ignored.
 
     Raises:

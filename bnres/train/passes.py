@@ -1,4 +1,4 @@
-"""Forward and backward of a batch, launched one operation at a time or as one CUDA graph."""
+"""Runs forward and backward of a batch, operation by operation or as one CUDA graph."""
 
 from typing import Any
 
@@ -8,20 +8,20 @@ from torch import Tensor, nn
 
 from bnres.train.config import DTYPES, TrainConfig
 
-# Number of batches that run before a batch is captured in a CUDA graph. In these batches torch
-# compiles code, selects algorithms and allocates memory, which can't be captured.
+# This many batches run before a batch is captured in a CUDA graph. In these batches torch compiles
+# code, selects algorithms and allocates memory. These actions can't be captured.
 WARMUP_BATCHES = 3
 
 
 def autocast(config: TrainConfig) -> torch.autocast:
-    """Returns the autocast context of a run's dtype; it is disabled for fp32."""
+    """Returns the autocast context of a run's dtype. For fp32 it is disabled."""
     dtype = DTYPES[config.dtype]
     device_type = torch.device(config.device).type
     return torch.autocast(device_type, dtype, enabled=dtype != torch.float32)
 
 
 class Passes:
-    """Runs forward and backward of a batch; adds the batch's gradients to the model's.
+    """Runs forward and backward of a batch. Adds the batch's gradients to the model's gradients.
 
     Args:
         forward: the model, possibly compiled or wrapped in DistributedDataParallel.
@@ -50,10 +50,12 @@ class Passes:
 class GraphedPasses(Passes):
     """Captures forward and backward in a CUDA graph, which the host replays with a single launch.
 
-    The first ``WARMUP_BATCHES`` full batches run without the graph, and so does an epoch's last
-    batch if it is smaller. No batch is trained on twice. The graph does not contain the step of the
-    optimiser: a graph can't change the momentum of torch's SGD, which is a Python number, but a
-    one-cycle schedule changes it at each step. A fused optimiser only needs a few launches anyway.
+    The first ``WARMUP_BATCHES`` full batches run without the graph. If the last batch of an epoch
+    is smaller than the others, it also runs without the graph. No batch is trained on twice.
+
+    The graph does not contain the step of the optimiser. The momentum of torch's SGD is a Python
+    number, which a graph can't change, but a one-cycle schedule changes it at each step. A fused
+    optimiser needs only a few launches anyway.
 
     Args:
         model: the model whose gradients the graph writes. Its gradients must be None at each call.

@@ -4,8 +4,8 @@ from typing import Any
 
 _CIFAR = {"dataset": "cifar10", "model": "resnet18", "stem": "cifar"}
 _IMAGENET: dict[str, Any] = {
-    # torchvision's reference (SGD, learning rate 0.1 for 256 images, 90 epochs), with a cosine
-    # schedule instead of its step schedule.
+    # This is torchvision's reference training (SGD, learning rate 0.1 for 256 images, 90 epochs),
+    # but with a cosine schedule instead of torchvision's step schedule.
     "dataset": "folder",
     "epochs": 90,
     "batch_size": 256,
@@ -21,7 +21,8 @@ _IMAGENET: dict[str, Any] = {
 
 PRESETS: dict[str, dict[str, Any]] = {
     "mnist5k": {"dataset": "mnist5k"},
-    # The d2l.ai course's run: Adam, Xavier, ten epochs, images flipped and not normalised.
+    # This is the training run of the d2l.ai course: Adam, Xavier initialisation, ten epochs, images
+    # that are flipped and not normalised.
     "seed-cifar10": {
         "dataset": "cifar10",
         "model": "resnet18-seed-cifar",
@@ -38,7 +39,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "flip": True,
         "normalize": False,
     },
-    # The aim is an accuracy of 94%, or 96% with --epochs 60. This was not measured yet.
+    # The aim is an accuracy of 94%, or of 96% with --epochs 60. The accuracy was not measured yet.
     "cifar10-fast": {
         **_CIFAR,
         "epochs": 15,

@@ -40,7 +40,7 @@ from bnres.train.state import TrainState, build_state
 
 
 class RunEnded(OSError):
-    """Raised when a file can't be read or written; the message says which checkpoint is kept."""
+    """Raised when a file can't be read or written. The message says which checkpoint is kept."""
 
 
 @dataclass
@@ -59,11 +59,11 @@ def prepare(config: TrainConfig, world: World | None = None) -> Run:
 
     Args:
         config: the options of the run.
-        world: the processes that train together; by default only this one.
+        world: the processes that train together. By default there is only this one.
 
     Raises:
         ValueError: if the data, the model, the options or the checkpoint do not fit each other.
-        ModuleNotFoundError: if ``config.tensorboard`` is set and tensorboard is missing; the extra
+        ModuleNotFoundError: if ``config.tensorboard`` is set but tensorboard is missing. The extra
             ``bnres[tensorboard]`` installs it.
     """
     if config.tensorboard:
@@ -112,10 +112,11 @@ def run_epoch(
     """Trains to the end of the epoch, evaluates, and adds a row to the history.
 
     Args:
-        run: the run; its state is updated.
+        run: the run. Its state is updated.
         progress: the progress bar.
         label: printed before the progress.
-        folder: where checkpoints are written during the epoch; None for no checkpoints.
+        folder: folder for the checkpoints that are written during the epoch. If it is None, no
+            checkpoints are written.
         stop: whether a signal asked the run to stop. It has no effect if ``folder`` is None.
 
     Raises:
@@ -134,7 +135,8 @@ def run_epoch(
 
     def on_batch() -> None:
         nonlocal memory
-        # Not at each batch, because torch collects about a hundred figures to report the memory.
+        # The memory is not reported at each batch, because torch collects about a hundred figures
+        # to report it.
         if state.batch % LOOK_EVERY == 0 or state.batch == len(run.batches):
             memory = _memory(config)
         images = (state.batch - first) * config.batch_size
@@ -200,7 +202,7 @@ def epoch_line(row: dict[str, float], epochs: int) -> str:
 
 
 def fit(run: Run, folder: Path, console: Console) -> None:
-    """Trains to the end; after each epoch, writes checkpoints, metrics and curves to ``folder``.
+    """Trains to the end. After each epoch, writes checkpoints, metrics and curves to ``folder``.
 
     Raises:
         Stopped: if a signal asked the run to stop. A checkpoint has been written by then.
@@ -262,7 +264,7 @@ def check_room(folder: Path, checkpoint: int) -> None:
 
 @contextmanager
 def _says_what_is_kept(folder: Path, resumed: Path | None) -> Iterator[None]:
-    """Inside the context, adds to an OSError from which checkpoint the run can be resumed."""
+    """Inside the context, an OSError also says from which checkpoint the run can be resumed."""
     try:
         yield
     except OSError as error:
@@ -305,5 +307,5 @@ def facts(state: TrainState) -> dict[str, Any]:
 
 
 def _number(value: float) -> float | str:
-    """Returns the value, or its name if JSON has no number for it (infinite or NaN)."""
+    """Returns the value. If JSON has no number for it (infinite or NaN), returns its name."""
     return value if math.isfinite(value) else str(value)

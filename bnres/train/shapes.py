@@ -35,8 +35,8 @@ def check_shapes(
 ) -> None:
     """Checks that a model accepts the images and returns logits of shape (N, classes).
 
-    The model is called on two images of zeros, once in eval and once in training mode. No tensor of
-    the model is changed.
+    The model is called on two images of zeros, once in eval mode and once in training mode. No
+    tensor of the model is changed.
 
     Args:
         config: the options of the run.
@@ -58,8 +58,8 @@ def check_shapes(
         return functional_call(model, {k: v.clone() for k, v in tensors}, (images,))
 
     devices = [config.device] if torch.device(config.device).type == "cuda" else []
-    # A model fused by bnres.fuse captures a graph when it is called. These calls don't need the
-    # graph, so force_eager avoids the capture.
+    # A model that bnres.fuse has fused captures a graph when it is called. These calls don't need a
+    # graph, and force_eager avoids the capture.
     with (
         torch.random.fork_rng(devices),
         torch.compiler.set_stance("force_eager"),
@@ -84,9 +84,9 @@ def _bf16_checked(
 ) -> Iterator[None]:
     """Checks that calls inside the context do not run into a bug of torch's bf16 convolution.
 
-    The bug occurs on CPUs with AVX512, in torch 2.11 to 2.14. If the input is one pixel wide and
-    the convolution is strided, the outer columns of the filter only see padding, and torch leaves
-    their gradient uninitialised.
+    The bug occurs on CPUs with AVX512, in torch 2.11 to 2.14. It occurs if the input is one pixel
+    wide and the convolution is strided. Then only padding reaches the outer columns of the filter,
+    and torch leaves the gradient of these columns uninitialised.
 
     Raises:
         ValueError: if the run is in bf16 on such a CPU, and a call inside the context reaches such

@@ -36,14 +36,14 @@ class TrainState:
         optimizer: torch's optimiser.
         scheduler: the learning-rate schedule.
         scaler: the gradient scaler of fp16.
-        average: the model with averaged weights, or None.
+        average: the model with averaged weights, or None if the weights are not averaged.
         epoch: number of completed epochs.
         batch: number of completed batches in the current epoch.
-        losses, correct: loss and number of correctly classified images of each completed batch of
-            the current epoch, as tensors on the device.
+        losses, correct: the loss and the number of correctly classified images, for each completed
+            batch of the current epoch, as tensors on the device.
         best: greatest test accuracy so far.
         history: one row of metrics for each completed epoch.
-        classes, channels: number of classes, and of the images' channels.
+        classes, channels: the number of classes, and the number of channels of the images.
         size: height and width of the model's input.
         train_count: number of training images.
         world: the processes that train together.
@@ -69,7 +69,7 @@ class TrainState:
 
     @property
     def forward(self) -> Any:
-        """The model that training calls. It may be compiled, or in DistributedDataParallel."""
+        """The model that training calls. It may be compiled, or be in DistributedDataParallel."""
         return self.passes.forward
 
     @property
@@ -109,13 +109,13 @@ def build_model(
     size: tuple[int, int],
     given: nn.Module | None = None,
 ) -> nn.Module:
-    """Returns the untrained model on ``config.device``; ``config.seed`` determines its weights.
+    """Returns the untrained model on ``config.device``. ``config.seed`` determines its weights.
 
     Args:
         config: the options of the run.
-        classes, channels: number of classes, and of the images' channels.
+        classes, channels: the number of classes, and the number of channels of the images.
         size: height and width of the images.
-        given: a model to use instead of the one that ``config.model`` names; it is changed in
+        given: a model to use instead of the model that ``config.model`` names. It is changed in
             place.
     """
     torch.manual_seed(config.seed)
@@ -163,8 +163,8 @@ def build_state(
     Args:
         config: the options of the run.
         dataset: the data.
-        world: the processes that train together; by default only this one.
-        model: a model to train instead of the one that ``config.model`` names; it is changed in
+        world: the processes that train together. By default there is only this one.
+        model: a model to train instead of the model that ``config.model`` names. It is changed in
             place.
 
     Raises:
@@ -180,7 +180,7 @@ def build_state(
     batches = make_batches(config, dataset, device, world)
     size = dataset.size if config.crop_size is None else (config.crop_size, config.crop_size)
     name = name_of(config, model)
-    # Models of bnres consist of fused layers already. Other models are fused by bnres.fuse.
+    # bnres's own models already consist of fused layers. bnres.fuse fuses other models.
     fuses = config.fused and (model is not None or is_factory(config.model))
     model = build_model(config, dataset.classes, dataset.channels, size, model)
     if is_weights(config.init) and config.resume is None:
@@ -192,8 +192,8 @@ def build_state(
     parallel: nn.Module = model
     if world.size > 1:
         devices = [device] if device.type == "cuda" else None
-        # DDP sends gradients in buckets. With this option gradients are views of the buckets, so
-        # they need not be copied into the buckets.
+        # DDP sends gradients in buckets. With this option the gradients are views of the buckets,
+        # and need not be copied into them.
         parallel = DistributedDataParallel(model, devices, gradient_as_bucket_view=True)
     optimizer = make_optimizer(config, model)
     steps_per_epoch = -(-len(batches) // config.accumulate)
@@ -208,10 +208,10 @@ def build_state(
         if fuses:
             fuse(
                 average.module, inplace=True
-            )  # AveragedModel has copied the model, and a copy is not fused
+            )  # AveragedModel copies the model, and a copy is not fused.
     forward: Any = parallel
     if config.compile:
-        # torch.compile ignores the fusion by bnres.fuse, so our backend fuses the model again.
+        # torch.compile ignores that bnres.fuse has fused the model, so our backend fuses it again.
         through: dict[str, Any] = {"backend": backend, "options": {"inner": "inductor"}}
         forward = torch.compile(parallel, **(through if fuses else {}))
     scaler = torch.amp.GradScaler(device.type, enabled=DTYPES[config.dtype] == torch.float16)

@@ -22,7 +22,7 @@ def config_of(content: dict[str, Any], **changes: Any) -> TrainConfig:
 
     Args:
         content: the content of the checkpoint.
-        changes: options that replace those of the run.
+        changes: options that replace the run's options.
 
     Raises:
         ValueError: if the checkpoint has an option that this version does not have, or if
@@ -63,11 +63,11 @@ def load_trained(path: Path, content: dict[str, Any], config: TrainConfig) -> nn
 
 
 def evaluate_checkpoint(path: Path, **changes: Any) -> tuple[TrainConfig, float, float]:
-    """Returns the options, mean loss and accuracy of a checkpoint on its held-out set.
+    """Returns a checkpoint's options, and its mean loss and accuracy on the held-out set.
 
     Args:
         path: a checkpoint of ``bnres train``.
-        changes: options that replace those of the run, such as ``data``.
+        changes: options that replace the run's options, such as ``data``.
 
     Raises:
         ValueError: if ``path`` is not a checkpoint, or the data or the model does not fit it.

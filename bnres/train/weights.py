@@ -41,7 +41,7 @@ def check_weights(found: Mapping[str, object], model: nn.Module, source: str, na
 
 
 def load_weights(path: Path, model: nn.Module, name: str) -> None:
-    """Sets a model's parameters and buffers to those in a safetensors file.
+    """Sets a model's parameters and buffers to the tensors in a safetensors file.
 
     Args:
         path: the file.
@@ -51,7 +51,7 @@ def load_weights(path: Path, model: nn.Module, name: str) -> None:
     Raises:
         ValueError: if the file can't be read, if its keys or shapes differ from the model's, or if
             the model has state that is not a tensor.
-        ModuleNotFoundError: if safetensors is missing; the extra ``bnres[train]`` installs it.
+        ModuleNotFoundError: if safetensors is missing. The extra ``bnres[train]`` installs it.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load
@@ -74,7 +74,7 @@ def as_safetensors(model: nn.Module) -> bytes:
 
     Raises:
         ValueError: if the model has state that is not a tensor.
-        ModuleNotFoundError: as `load_weights`.
+        ModuleNotFoundError: if safetensors is missing.
     """
     from safetensors.torch import save
 
