@@ -41,7 +41,7 @@ def spread(timed: Timed | None = None, seconds: float = SECONDS) -> float:
 
 
 def warning(found: float) -> str | None:
-    """Returns the warning for a spread, or None if the spread is at most ``MOST_SPREAD``."""
+    """Returns the warning for a spread of host times, or None if it is at most ``MOST_SPREAD``."""
     if found <= MOST_SPREAD:
         return None
     return (

@@ -268,7 +268,7 @@ def pack_bits(bits, TILE: tl.constexpr, UNROLL: tl.constexpr):
 
 @triton.jit
 def unpack_bits(packed, u, TILE: tl.constexpr):
-    """Unpacks the booleans of sub-tile ``u`` from the bytes of `mask_offsets`."""
+    """Unpacks the booleans of sub-tile ``u`` from the bytes at the offsets of `mask_offsets`."""
     bit = tl.full((), 1, tl.int32) << (2 * u + tl.arange(0, 2)[None, None, :])
     bits = packed.to(tl.int32)[:, :, None] & bit
     return tl.reshape(bits, (TILE.sub_rows, TILE.block_cols)) != 0

@@ -166,10 +166,10 @@ def audited() -> str:
     ]  # fmt: skip
     return "\n\n".join(
         [
-            "The next table shows how much memory an operation touches, counted in the interpreter "
-            "in distinct 32-byte sectors. The unit is S, the bytes of one activation (bf16, "
-            "channels_last). The number in brackets is the least memory that a fused operation "
-            "with two passes can touch.",
+            "The next table shows how much memory an operation touches: the bytes of the distinct "
+            "32-byte sectors that it touches in the interpreter, divided by S, the bytes of one "
+            "activation tensor (bf16, channels_last). The number in brackets is the least that a "
+            "fused operation with two passes can touch.",
             markdown_table(["", *(OPERATION_TITLES[name] for name in COLUMNS)], rows),
             "Without its convolutions, a training step of ResNet-18 (batch 256, 224×224, bf16, "
             f"channels_last) moves {moved['fused']:,.0f} MB if it is fused and "

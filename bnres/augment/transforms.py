@@ -19,7 +19,7 @@ TRIES = 10
 
 
 class Transform(ABC):
-    """A step of a chain. A transform can also be called as a chain of one step.
+    """A step of a chain of transforms. A transform can also be called as a chain of one step.
 
     ``transform(images, generator)`` takes images (N, C, H, W) with 1 or 3 channels. They are either
     uint8 or floating point from 0 to 1. It returns images in fp32. See `bnres.augment.Compose`.

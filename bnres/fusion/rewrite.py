@@ -18,7 +18,7 @@ Found = tuple[Site, list[fx.Node]]
 def fuse_graphs(module: fx.GraphModule) -> list[Found]:
     """Fuses a captured graph and its nested graphs.
 
-    Returns the report's row for each batch norm, and the nodes of the batch norm's tensors.
+    Returns, for each batch norm, its row of the report and the nodes of its tensors.
     """
     graphs = [m for m in module.modules() if isinstance(m, fx.GraphModule)]
     return [found for graph in graphs for found in fuse_graph(graph)]
@@ -27,7 +27,7 @@ def fuse_graphs(module: fx.GraphModule) -> list[Found]:
 def fuse_graph(module: fx.GraphModule) -> list[Found]:
     """Fuses one captured graph.
 
-    Returns the report's row for each batch norm, and the nodes of the batch norm's tensors.
+    Returns, for each batch norm, its row of the report and the nodes of its tensors.
     """
     graph, rows = module.graph, []
     as_batch_norm(graph)

@@ -144,9 +144,8 @@ def name_of(config: TrainConfig, given: nn.Module | None) -> str:
 
 def make_deterministic() -> None:
     """Restricts torch to deterministic algorithms in this process."""
-    os.environ.setdefault(
-        "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
-    )  # cuBLAS is only deterministic with it
+    # Without this setting cuBLAS is not deterministic.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False
 
