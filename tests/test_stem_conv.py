@@ -24,6 +24,15 @@ def over_blocks(monkeypatch):
     return inputs
 
 
+@pytest.fixture
+def ran(monkeypatch):
+    """Chooses as on a GPU; the fixture is a list with an item for each run over blocks."""
+    runs, over = [], stem_conv.conv_over_blocks
+    monkeypatch.setattr(stem_conv, "_on_gpu", lambda input: True)
+    monkeypatch.setattr(stem_conv, "conv_over_blocks", lambda *ts: runs.append(1) or over(*ts))
+    return runs
+
+
 @pytest.mark.parametrize("channels", [2, 3, 4])
 @pytest.mark.parametrize("layout", [CL, torch.contiguous_format])
 def test_equals_torchs_convolution(channels, layout, over_blocks):
@@ -50,15 +59,9 @@ def test_second_derivatives(over_blocks):
     assert torch.autograd.gradgradcheck(lambda w: stem_conv2d(x, w).sin(), (weight,))
 
 
-def test_transforms(monkeypatch):
+def test_transforms(ran, monkeypatch):
     """The derivative along a tangent of the input, and the gradient of the input, are torch's."""
-    monkeypatch.setattr(stem_conv, "_on_gpu", lambda input: True)
     monkeypatch.setattr(stem_conv, "_dtype", lambda x, w: torch.bfloat16)
-    ran = []
-    monkeypatch.setattr(
-        stem_conv, "conv_over_blocks",
-        lambda *tensors, over=stem_conv.conv_over_blocks: ran.append(1) or over(*tensors),
-    )  # fmt: skip
     torch.manual_seed(0)
     x, tangent = (torch.randn(2, 3, 8, 8).to(memory_format=CL).bfloat16() for _ in range(2))
     weight = torch.randn(4, 3, 7, 7).bfloat16()
@@ -84,13 +87,7 @@ def test_transforms(monkeypatch):
 
 
 @pytest.mark.parametrize("inner", [None, "aot_eager"])
-def test_fused_model_under_autocast(inner, monkeypatch):
-    monkeypatch.setattr(stem_conv, "_on_gpu", lambda input: True)
-    calls = []
-    monkeypatch.setattr(
-        stem_conv, "conv_over_blocks",
-        lambda *tensors, over=stem_conv.conv_over_blocks: calls.append(1) or over(*tensors),
-    )  # fmt: skip
+def test_fused_model_under_autocast(inner, ran):
     torch.manual_seed(0)
     # Smooth, so that rounding does not choose between two gradients.
     stock = nn.Sequential(nn.Conv2d(3, 8, 7, 2, 3), nn.Sigmoid(), nn.BatchNorm2d(8), nn.SiLU())
@@ -105,7 +102,7 @@ def test_fused_model_under_autocast(inner, monkeypatch):
                 y = model(x)
             y.float().square().sum().backward()
             steps.append([y.detach().float(), stock[0].weight.grad.clone()])
-    assert calls
+    assert ran
     for actual, expected in zip(*steps, strict=True):
         scale = expected.abs().max()
         assert_close(actual / scale, expected.double() / scale, torch.bfloat16)
