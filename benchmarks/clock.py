@@ -18,7 +18,7 @@ Call = Callable[[], Any]
 # Calls that take fewer than this many seconds are replayed from a CUDA graph. Otherwise the gaps
 # between the host's launches would be timed, and two events are at least a few microseconds apart.
 GRAPH_BELOW = 100e-6
-# A graph contains so many calls that its replay takes at least this many seconds. The time to
+# A graph contains enough calls for its replay to take at least this many seconds. The time to
 # launch the graph is then negligible.
 LEAST_REPLAY = 500e-6
 # Together, the calls of a graph touch at least this many times the size of the L2 cache, so that a
