@@ -36,7 +36,7 @@ from bnres.kernels.tiles import (
 def _load_sub_tile(
     tensors, load_at, bits, norms, param,
     NEEDS_X: tl.constexpr, TWO_NORMS: tl.constexpr, ACT_GRAD: tl.constexpr, TILE: tl.constexpr,
-    EVICTION: tl.constexpr, ACC: tl.constexpr,
+    ACC: tl.constexpr,
 ):  # fmt: skip
     """Returns dz = (dy + dy_skip)·act'(z), x − mean and residual − residual_mean of a sub-tile.
 
@@ -48,13 +48,13 @@ def _load_sub_tile(
     norm, residual_norm, shift = norms
     x_centred, residual_centred = norm[0], residual_norm[0]
     if NEEDS_X:
-        x_centred = load_tile(x_ptr, load_at, TILE, EVICTION, ACC) - norm[0]
+        x_centred = load_tile(x_ptr, load_at, TILE, ACC) - norm[0]
     if TWO_NORMS:
-        residual = load_tile(residual_ptr, load_at, TILE, EVICTION, ACC)
+        residual = load_tile(residual_ptr, load_at, TILE, ACC)
         residual_centred = residual - residual_norm[0]
-    dz = load_tile(dy_ptr, load_at, TILE, EVICTION, ACC)
+    dz = load_tile(dy_ptr, load_at, TILE, ACC)
     if dy_skip_ptr is not None:
-        dz += load_tile(dy_skip_ptr, load_at, TILE, EVICTION, ACC)
+        dz += load_tile(dy_skip_ptr, load_at, TILE, ACC)
     if mask_ptr is not None:
         packed, u = bits
         dz = tl.where(unpack_bits(packed, u, TILE), dz, 0.0)
@@ -64,7 +64,7 @@ def _load_sub_tile(
             z += residual_centred * residual_norm[2]
         z += shift
         if residual_ptr is not None and not TWO_NORMS:
-            z += load_tile(residual_ptr, load_at, TILE, EVICTION, ACC)
+            z += load_tile(residual_ptr, load_at, TILE, ACC)
         dz = ACT_GRAD(dz, z, param)
     return dz, x_centred, residual_centred
 
@@ -73,7 +73,7 @@ def _load_sub_tile(
 def _reduce_sub_tile(
     sums, dz_ptr, tensors, bits, norms, param, row, col_block, shape,
     TWO_NORMS: tl.constexpr, ACT_GRAD: tl.constexpr, TILE: tl.constexpr, WHOLE: tl.constexpr,
-    EVICTION: tl.constexpr, ACC: tl.constexpr,
+    ACC: tl.constexpr,
 ):  # fmt: skip
     """Adds a sub-tile's dz, dz·(x − mean) and dz·(residual − residual_mean) to the sums.
 
@@ -82,7 +82,7 @@ def _reduce_sub_tile(
     """
     load_at, at = tile_at(row, col_block, shape, TILE, 1, WHOLE)
     dz, x_centred, residual_centred = _load_sub_tile(
-        tensors, load_at, bits, norms, param, True, TWO_NORMS, ACT_GRAD, TILE, EVICTION, ACC
+        tensors, load_at, bits, norms, param, True, TWO_NORMS, ACT_GRAD, TILE, ACC
     )
     if dz_ptr is not None:
         store_tile(dz_ptr, dz, at)
@@ -99,7 +99,7 @@ def _bn_bwd_reduce_kernel(
     residual_mean_ptr, residual_rstd_ptr, residual_weight_ptr, residual_bias_ptr,
     count, C, L, rows_per_split, act_param: tl.float64,
     ACT_GRAD: tl.constexpr, TILE: tl.constexpr, UNROLL: tl.constexpr, STAGES: tl.constexpr,
-    EVICTION: tl.constexpr, ACC: tl.constexpr,
+    ACC: tl.constexpr,
 ):  # fmt: skip
     """Stores Σ dz, Σ dz·(x − mean) and Σ dz·(residual − residual_mean) over a split's rows.
 
@@ -126,13 +126,13 @@ def _bn_bwd_reduce_kernel(
         for u in tl.static_range(UNROLL):
             sums = _reduce_sub_tile(
                 sums, dz_ptr, tensors, (packed, u), norms, param, row + u * TILE.sub_rows,
-                col_block, shape, TWO_NORMS, ACT_GRAD, TILE, True, EVICTION, ACC,
+                col_block, shape, TWO_NORMS, ACT_GRAD, TILE, True, ACC,
             )  # fmt: skip
     packed = load_mask(mask_ptr, whole, stop, col_block, shape, TILE, UNROLL)
     for row in tl.range(whole, stop, TILE.sub_rows, num_stages=1):
         sums = _reduce_sub_tile(
             sums, dz_ptr, tensors, (packed, (row - whole) // TILE.sub_rows), norms, param, row,
-            col_block, shape, TWO_NORMS, ACT_GRAD, TILE, False, EVICTION, ACC,
+            col_block, shape, TWO_NORMS, ACT_GRAD, TILE, False, ACC,
         )  # fmt: skip
     sum_dz, sum_dz_xmu, sum_dz_rmu = sums
     out = partial_ptr + tl.cast(split, tl.int64) * C + offs_c
@@ -178,12 +178,12 @@ def _bn_bwd_finalize_kernel(
 def _dx_sub_tile(
     dx_ptr, dresidual_ptr, tensors, bits, norms, lines, param, row, col_block, shape,
     NEEDS_X: tl.constexpr, TWO_NORMS: tl.constexpr, ACT_GRAD: tl.constexpr, TILE: tl.constexpr,
-    WHOLE: tl.constexpr, EVICTION: tl.constexpr, ACC: tl.constexpr,
+    WHOLE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Stores dx and, if dresidual_ptr is given, dresidual of a sub-tile."""
     load_at, at = tile_at(row, col_block, shape, TILE, 1, WHOLE)
     dz, x_centred, residual_centred = _load_sub_tile(
-        tensors, load_at, bits, norms, param, NEEDS_X, TWO_NORMS, ACT_GRAD, TILE, EVICTION, ACC
+        tensors, load_at, bits, norms, param, NEEDS_X, TWO_NORMS, ACT_GRAD, TILE, ACC
     )
     norm, residual_norm, _ = norms
     line, residual_line = lines
@@ -208,7 +208,7 @@ def _bn_bwd_dx_kernel(
     sum_dy_ptr, sum_dy_xhat_ptr, residual_sum_dy_xhat_ptr,
     count, C, L, rows_per_split, act_param: tl.float64, stats_count,
     ACT_GRAD: tl.constexpr, TILE: tl.constexpr, UNROLL: tl.constexpr, STAGES: tl.constexpr,
-    EVICTION: tl.constexpr, ACC: tl.constexpr,
+    ACC: tl.constexpr,
 ):  # fmt: skip
     """Stores dx = (dz − (sum_dy + xhat·sum_dy_xhat)/stats_count)·(rstd·weight) and dresidual.
 
@@ -247,15 +247,15 @@ def _bn_bwd_dx_kernel(
         for u in tl.static_range(UNROLL):
             _dx_sub_tile(
                 dx_ptr, dresidual_ptr, tensors, (packed, u), norms, (line, residual_line), param,
-                row + u * TILE.sub_rows, col_block, shape, NEEDS_X, TWO_NORMS, ACT_GRAD, TILE, True,
-                EVICTION, ACC,
+                row + u * TILE.sub_rows, col_block, shape, NEEDS_X, TWO_NORMS, ACT_GRAD, TILE,
+                True, ACC,
             )  # fmt: skip
     packed = load_mask(mask_ptr, whole, stop, col_block, shape, TILE, UNROLL)
     for row in tl.range(whole, stop, TILE.sub_rows, num_stages=1):
         _dx_sub_tile(
             dx_ptr, dresidual_ptr, tensors, (packed, (row - whole) // TILE.sub_rows), norms,
             (line, residual_line), param, row, col_block, shape, NEEDS_X, TWO_NORMS, ACT_GRAD, TILE,
-            False, EVICTION, ACC,
+            False, ACC,
         )  # fmt: skip
 
 

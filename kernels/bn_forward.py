@@ -65,12 +65,12 @@ def _adaptive_pivot(x_ptr, offs_c, mask_c, shape, TILE: tl.constexpr, ACC: tl.co
 @triton.jit
 def _add_sub_tile(
     sums, x_ptr, pivot, row, col_block, shape,
-    TILE: tl.constexpr, WHOLE: tl.constexpr, EVICTION: tl.constexpr, ACC: tl.constexpr,
+    TILE: tl.constexpr, WHOLE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Adds x − pivot and (x − pivot)² of a sub-tile to the sums."""
     sum_d, sum_d2 = sums
     load_at, _ = tile_at(row, col_block, shape, TILE, 1, WHOLE)
-    d = load_tile(x_ptr, load_at, TILE, EVICTION, ACC) - pivot
+    d = load_tile(x_ptr, load_at, TILE, ACC) - pivot
     d = tl.where(rows_exist(row, shape[0], TILE, 1, WHOLE), d, 0.0)
     return sum_d + d, sum_d2 + d * d
 
@@ -79,8 +79,7 @@ def _add_sub_tile(
 def _bn_stats_kernel(
     sums_ptr, x_ptr,
     count, C, L, rows_per_split,
-    TILE: tl.constexpr, UNROLL: tl.constexpr, STAGES: tl.constexpr, EVICTION: tl.constexpr,
-    ACC: tl.constexpr,
+    TILE: tl.constexpr, UNROLL: tl.constexpr, STAGES: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Stores Σ(x − pivot) and Σ(x − pivot)² over a split's rows, and the pivot.
 
@@ -102,11 +101,10 @@ def _bn_stats_kernel(
     for row in tl.range(start, whole, UNROLL * TILE.sub_rows, num_stages=STAGES):
         for u in tl.static_range(UNROLL):
             sums = _add_sub_tile(
-                sums, x_ptr, pivot, row + u * TILE.sub_rows, col_block, shape, TILE, True, EVICTION,
-                ACC,
+                sums, x_ptr, pivot, row + u * TILE.sub_rows, col_block, shape, TILE, True, ACC,
             )  # fmt: skip
     for row in tl.range(whole, stop, TILE.sub_rows, num_stages=1):
-        sums = _add_sub_tile(sums, x_ptr, pivot, row, col_block, shape, TILE, False, EVICTION, ACC)
+        sums = _add_sub_tile(sums, x_ptr, pivot, row, col_block, shape, TILE, False, ACC)
     sum_d, sum_d2 = sums
     out = sums_ptr + tl.cast(split, tl.int64) * C + offs_c
     tl.store(out, to_channels(sum_d, TILE), mask=mask_c)
@@ -202,15 +200,15 @@ def _bn_stats_finalize_kernel(
 def _apply_tile(
     y_ptr, mask_ptr, x_ptr, residual_ptr, norms, param, row, col_block, shape,
     TWO_NORMS: tl.constexpr, ACT: tl.constexpr, TILE: tl.constexpr, UNROLL: tl.constexpr,
-    WHOLE: tl.constexpr, EVICTION: tl.constexpr, ACC: tl.constexpr,
+    WHOLE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Stores a tile of y and, if mask_ptr is not None, the tile's mask bits."""
     norm, residual_norm, shift = norms
     mean, _, scale = norm
     load_at, at = tile_at(row, col_block, shape, TILE, UNROLL, WHOLE)
-    x = load_tile(x_ptr, load_at, TILE, EVICTION, ACC)
+    x = load_tile(x_ptr, load_at, TILE, ACC)
     if residual_ptr is not None:
-        residual = load_tile(residual_ptr, load_at, TILE, EVICTION, ACC)
+        residual = load_tile(residual_ptr, load_at, TILE, ACC)
     z = (x - mean) * scale
     if TWO_NORMS:
         residual_mean, _, residual_scale = residual_norm
@@ -234,7 +232,7 @@ def _bn_apply_kernel(
     residual_mean_ptr, residual_rstd_ptr, residual_var_ptr, residual_weight_ptr, residual_bias_ptr,
     count, C, L, rows_per_split, act_param: tl.float64, eps: tl.float64, residual_eps: tl.float64,
     ACT: tl.constexpr, TILE: tl.constexpr, UNROLL: tl.constexpr, STAGES: tl.constexpr,
-    EVICTION: tl.constexpr, ACC: tl.constexpr,
+    ACC: tl.constexpr,
 ):  # fmt: skip
     """Stores y = act(z) and, if mask_ptr is not None, a mask of the elements where ``not z <= 0``.
 
@@ -257,12 +255,12 @@ def _bn_apply_kernel(
     for row in tl.range(start, whole, UNROLL * TILE.sub_rows, num_stages=STAGES):
         _apply_tile(
             y_ptr, mask_ptr, x_ptr, residual_ptr, norms, param, row, col_block, (count, C, L),
-            residual_mean_ptr is not None, ACT, TILE, UNROLL, True, EVICTION, ACC,
+            residual_mean_ptr is not None, ACT, TILE, UNROLL, True, ACC,
         )  # fmt: skip
     for row in tl.range(whole, stop, UNROLL * TILE.sub_rows, num_stages=1):
         _apply_tile(
             y_ptr, mask_ptr, x_ptr, residual_ptr, norms, param, row, col_block, (count, C, L),
-            residual_mean_ptr is not None, ACT, TILE, UNROLL, False, EVICTION, ACC,
+            residual_mean_ptr is not None, ACT, TILE, UNROLL, False, ACC,
         )  # fmt: skip
 
 

@@ -140,13 +140,11 @@ class KernelTuning:
         num_stages: depth of the software pipeline over tiles; 1 means that there is no pipeline.
         programs_per_sm: number of programs for each multiprocessor. If they don't all fit at once,
             the remaining programs start when other programs end.
-        eviction: the ``eviction_policy`` of triton's loads, a hint to the L2 cache.
     """
 
     unroll: int
     num_stages: int
     programs_per_sm: int
-    eviction: str = ""
 
 
 @dataclass(frozen=True)

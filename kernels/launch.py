@@ -92,7 +92,6 @@ def _plan(
         "TILE": tile,
         "UNROLL": tuning.unroll,
         "STAGES": tuning.num_stages,
-        "EVICTION": tuning.eviction,
         "ACC": tl.float64 if dtype == torch.float64 else tl.float32,
     }
     return TilePlan((config.col_blocks, config.splits), arguments, finalize, config.splits)

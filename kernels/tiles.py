@@ -125,16 +125,16 @@ def tile_at(
 
 
 @triton.jit
-def load_tile(ptr, load_at, TILE: tl.constexpr, EVICTION: tl.constexpr, ACC: tl.constexpr):
+def load_tile(ptr, load_at, TILE: tl.constexpr, ACC: tl.constexpr):
     """Returns a tile, cast to ACC. Elements that don't exist are 0."""
     offsets, mask = load_at
     if TILE.words:
         # Converting half of a word to fp32 takes one instruction, a shift or a mask. Converting a
         # separate 16-bit value takes two.
         words = ptr.to(tl.pointer_type(tl.int32), bitcast=True) + offsets
-        return bf16_pairs(tl.load(words, mask=mask, other=0, eviction_policy=EVICTION))
+        return bf16_pairs(tl.load(words, mask=mask, other=0))
     else:
-        return tl.load(ptr + offsets, mask=mask, other=0, eviction_policy=EVICTION).to(ACC)
+        return tl.load(ptr + offsets, mask=mask, other=0).to(ACC)
 
 
 @triton.jit
