@@ -159,7 +159,7 @@ def _cropped(
 @triton.jit
 def _gray_sum(
     x_ptr,
-    n, part, order, contrast_at, factors, H, W, stride_h, stride_w, stride_c,
+    part, order, contrast_at, factors, H, W, stride_h, stride_w, stride_c,
     CHANNELS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Returns the sum of the source's gray values over a part of the source's positions.
@@ -192,7 +192,7 @@ def _augment_gray_kernel(
     order, contrast_at, factors = _color_draws(order_ptr, factors_ptr, n)
     if COLOR_FIRST:
         gray = _gray_sum(
-            x_ptr, n, part, order, contrast_at, factors, H, W, stride_xh, stride_xw, stride_xc,
+            x_ptr, part, order, contrast_at, factors, H, W, stride_xh, stride_xw, stride_xc,
             CHANNELS, BLOCK,
         )  # fmt: skip
     else:
@@ -210,8 +210,7 @@ def _augment_gray_kernel(
 @triton.jit
 def _augment_kernel(
     y_ptr, gray_ptr, x_ptr, geometry_ptr, order_ptr, factors_ptr,
-    mean_ptr,
-    std_ptr,
+    mean_ptr, std_ptr,
     H, W, OH, OW, stride_xn, stride_xc, stride_xh, stride_xw, stride_yn, stride_yc, stride_yp,
     parts, gray_parts,
     CHANNELS: tl.constexpr, RESIZES: tl.constexpr, HAS_COLOR: tl.constexpr,
@@ -236,7 +235,7 @@ def _augment_kernel(
         gray_mean = tl.sum(sums, axis=0) / ((H * W) if COLOR_FIRST else (OH * OW))
     if HAS_CONTRAST and COLOR_FIRST and gray_ptr is None:
         gray_mean = _gray_sum(
-            x_ptr, n, part, order, contrast_at, factors, H, W, stride_xh, stride_xw, stride_xc,
+            x_ptr, part, order, contrast_at, factors, H, W, stride_xh, stride_xw, stride_xc,
             CHANNELS, BLOCK,
         ) / (H * W)  # fmt: skip
     r, g, b = _cropped(
