@@ -24,8 +24,8 @@ from benchmarks.sites import (
 
 SUITES = ("ops", "step", "infer", "memory", "groups", "augment")
 OP_PROVIDERS = (
-    "bnres", "eager", "compile", "cudnn-frontend", "eager-fp16-cudnn", "bnres-conv-kernel", "apex",
-    "flag_gems", "compile-max-autotune",
+    "bnres", "eager", "compile", "cudnn-frontend", "eager-fp16-cudnn", "bnres-conv-kernel",
+    "compile-max-autotune",
 )  # fmt: skip
 MODEL_PROVIDERS = (
     "bnres", "eager", "compile", "eager-fp16-cudnn", "bnres-recompute", "compile-max-autotune",

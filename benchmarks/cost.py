@@ -21,7 +21,6 @@ COMPILES = {
     "compile": (5.0, 40.0),
     "compile-max-autotune": (40.0, 400.0),
     "cudnn-frontend": (2.0, 0.0),
-    "flag_gems": (3.0, 0.0),
 }
 # If the kernels of a net are in the compilers' caches on disk, this fraction of the net's compile
 # time remains. They are in the caches when a step launched by the host is measured, because the

@@ -346,7 +346,7 @@ class TestReport:
             record("stem", "bnres", 2.0, host_seconds=7e-6),
             record("stem", "eager", 5.0, note="by Native", timed_dtype="fp32"),
             record("stem", "compile", 3.0), record("layer1", "bnres", 4.0, timed_dtype="fp16"),
-            measure.fields_of(replace(CASE, provider="apex"))
+            measure.fields_of(replace(CASE, provider="cudnn-frontend"))
             | {"status": "skipped", "reason": "no"},
         ]  # fmt: skip
         for provider in ("bnres", "eager"):
@@ -375,7 +375,7 @@ class TestReport:
         assert "| 4.00 (2,000) | 4.00 (2,000), idle 12% | 1.00× | - |" in text
         assert "Idle: the share of a loop's time" in text
         assert ": peak | 2 (1.00×) | 2 (1.00×) |" in text
-        assert "| apex | skipped | 1 | no |" in text
+        assert "| cudnn-frontend | skipped | 1 | no |" in text
         assert "| eager | fp32 | by Native | 1 |" in text
         assert campaign.describe(records[1]).endswith("us, 24% of the limit; by Native")
         (step,) = subjects(steps_with_groups(records), "step")

@@ -121,13 +121,14 @@ class TestCampaign:
 
     def test_a_late_group_continues_with_the_cases_that_fit(self):
         first, second = of(standins.FINE, standins.FINE)
-        group = [replace(first, provider=name) for name in ("eager", "bnres", "compile", "apex")]
+        names = ("eager", "bnres", "compile", "bnres-recompute")
+        group = [replace(first, provider=name) for name in names]
         costs, found = cost.Costs([]), []
         for case in costs.fitting([group, [second]], lambda: 25.0 - 10 * len(found)):
             found.append(case.provider)
         # The group starts, because its estimate with the margin is 21 s. After 20 s there is time
         # for a case of 1 s, but not for compile, which takes 6 s.
-        assert found == ["eager", "bnres", "apex"]
+        assert found == ["eager", "bnres", "bnres-recompute"]
 
     def test_the_margin_is_only_for_unknown_kinds(self):
         (eager,) = of(standins.FINE)

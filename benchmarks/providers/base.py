@@ -60,15 +60,6 @@ class Provider:
         return self.dtype if self.dtype is not None and case.dtype == "bf16" else case.dtype
 
 
-TRAINING_NORMS = ("bn", "bn_relu", "bn_add_relu")
-
-
-def needs_training_norm(case: OpCase) -> None:
-    """Raises `Unavailable` unless the case is BN, BN+ReLU or BN+add+ReLU in training."""
-    if case.site.operation not in TRAINING_NORMS or case.direction == "eval":
-        raise Unavailable(f"has no fused {case.site.operation} ({case.direction})")
-
-
 def by_autograd(
     function: Callable[[Inputs], tuple[Tensor, ...]], inputs: Inputs, note: str = ""
 ) -> Implementation:

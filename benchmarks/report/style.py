@@ -27,8 +27,6 @@ PROVIDER_MARKS = {
     "compile": Mark("#E69F00", "//"),
     "compile-max-autotune": Mark("#D55E00", "xx"),
     "cudnn-frontend": Mark("#009E73", ".."),
-    "apex": Mark("#F0E442", "++"),
-    "flag_gems": Mark("#CC79A7", "oo"),
 }
 GROUP_MARKS = {
     "convolution": Mark("#999999"),
