@@ -22,7 +22,6 @@ from benchmarks.sites import (
     operations_at,
 )
 
-SUITES = ("ops", "step", "infer", "memory", "groups", "augment")
 OP_PROVIDERS = (
     "bnres", "eager", "compile", "cudnn-frontend", "eager-fp16-cudnn", "bnres-conv-kernel",
     "compile-max-autotune",
@@ -88,11 +87,10 @@ class OpCase:
 
 @dataclass(frozen=True)
 class ModelCase:
-    """A training step or inference of a whole net, or the memory or kernel times of a step.
+    """A training step or inference of a whole net, or the memory of a step.
 
     Attributes:
-        suite: ``step``, ``infer``, ``memory`` or ``groups``. The cases of ``groups`` measure the
-            kernel time of a step by group of kernels (convolution, batch norm, ...).
+        suite: ``step``, ``infer`` or ``memory``.
         net: ``resnet18`` or ``resnet50``.
         image: height and width of the images. For images of up to 32 the net starts with a 3×3
             convolution, as is usual for CIFAR.
@@ -217,8 +215,6 @@ def _model_subjects() -> Iterator[tuple[int, ModelCase]]:
             ("infer", 224, 256, "eager", 3),
             ("memory", 224, 256, "eager", 3),
             ("infer", 224, 32, "graph", 3),
-            ("groups", 224, 256, "eager", 3),
-            ("groups", 224, 32, "eager", 4),
             ("step", 32, 256, "graph", 4),
             ("step", 32, 256, "eager", 4),
             ("step", 224, 128, "eager", 7),
@@ -265,8 +261,6 @@ def _ranked() -> list[tuple[int, int, Case]]:
             if provider == "bnres-conv-kernel" and not _is_conv(subject):
                 continue
             if subject.suite == "infer" and provider in TRAINING_ONLY:
-                continue
-            if subject.suite == "groups" and provider not in HEADLINE:
                 continue
             late = LATE.get(provider, 0)
             if isinstance(subject, ModelCase) and provider not in HEADLINE:
@@ -321,45 +315,6 @@ def smoke_cases() -> list[Case]:
             key = small.id
         found.setdefault(key, small)
     return list(found.values())
-
-
-def site_name(case: Case) -> str:
-    """Returns the name of a case's site, net or data set."""
-    if isinstance(case, OpCase):
-        return case.site.id
-    return case.net if isinstance(case, ModelCase) else case.name
-
-
-def select(
-    cases: Iterable[Case],
-    *,
-    suite: str = "all",
-    sites: Iterable[str] = (),
-    providers: Iterable[str] = (),
-    dtypes: Iterable[str] = (),
-    layouts: Iterable[str] = (),
-) -> list[Case]:
-    """Returns the cases that match every argument. An empty argument matches all cases.
-
-    Args:
-        cases: cases to choose from.
-        suite: one of `SUITES`, or ``all``.
-        sites: prefixes of `site_name`, such as ``resnet18``, ``resnet50.layer1`` or ``cifar``.
-        providers: names of providers.
-        dtypes: names of dtypes.
-        layouts: names of layouts.
-    """
-    sites, providers = tuple(sites), tuple(providers)
-    dtypes, layouts = tuple(dtypes), tuple(layouts)
-    return [
-        case
-        for case in cases
-        if suite in ("all", case.suite)
-        and (not sites or site_name(case).startswith(sites))
-        and (not providers or case.provider in providers)
-        and (not dtypes or case.dtype in dtypes)
-        and (not layouts or case.layout in layouts)
-    ]
 
 
 def default_cases() -> list[Case]:

@@ -9,7 +9,7 @@ from benchmarks.store import Record
 
 # The seconds in this file are estimates, not measured.
 # Making the inputs, checking, warming up and timing a case takes this many seconds.
-CALLS = {"ops": 1.0, "step": 8.0, "infer": 5.0, "memory": 8.0, "groups": 10.0, "augment": 3.0}
+CALLS = {"ops": 1.0, "step": 8.0, "infer": 5.0, "memory": 8.0, "augment": 3.0}
 # A case of augmentation that loops over the images in Python takes this many seconds.
 IMAGE_LOOP = 60.0
 # Each provider takes this many seconds to compile an operation, and to compile a net.

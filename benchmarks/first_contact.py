@@ -105,7 +105,7 @@ def stages(folder: Path, small: bool) -> list[Stage]:
               continues=True, environment=interpreter),
         Stage("tune", ("-m", "bnres.cli", "tune", "--out", f"{out}/routes.json",
                        "--minutes", "1.5"), 2, needs_gpu=True),
-        Stage("augmentation", (*bench, "run", "--suite", "augment", "--out", out), 1,
+        Stage("augmentation", (*bench, "run", "--only", "augment", "--out", out), 1,
               continues=True),
         Stage("mnist", train, 1.5),
         Stage("memcheck", ("--tool", "memcheck", *sanitizer), 2, "compute-sanitizer", True,
@@ -121,7 +121,7 @@ def run(
     folder: Path,
     minutes: float,
     echo: Callable[[str], object],
-    again: Sequence[str] = (),
+    again: Sequence[str] | None = None,
     chosen: Sequence[Stage] | None = None,
 ) -> int:
     """Runs stages until the time is up. Returns the number of stages that have not ended.
@@ -143,7 +143,7 @@ def run(
     folder.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + 60 * minutes
     chosen = stages(folder, small) if chosen is None else chosen
-    for name in again:
+    for name in again or ():
         if name not in (names := [stage.name for stage in chosen]):
             raise ValueError(f"again must be one of {', '.join(names)}, got {name!r}")
         _append(folder / STAGES, {"stage": name, "status": AGAIN})

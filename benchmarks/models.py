@@ -68,7 +68,7 @@ def prepare(case: ModelCase, device: torch.device) -> Work:
         raise Unavailable("runs in fp16, and only for the cases of bf16")
     torch._dynamo.reset()
     torch.backends.cudnn.benchmark = True  # for every provider, as training scripts do
-    work = _training if case.suite in ("step", "memory", "groups") else _inference
+    work = _training if case.suite in ("step", "memory") else _inference
     return work(case, device)
 
 

@@ -112,11 +112,6 @@ def profile(
     return found
 
 
-def kernel_groups(run: Callable[[], object], device: torch.device) -> dict[str, float]:
-    """Returns a step's seconds by group."""
-    return profile(run, device, steps=STEPS if device.type == "cuda" else 1).by_group()
-
-
 def format_profile(found: Profile, device: torch.device, top: int = 25) -> str:
     """Formats a table of the groups, followed by the ``top`` kernels that take the most time."""
     total = sum(found.seconds.values())
