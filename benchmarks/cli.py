@@ -278,8 +278,11 @@ def first_contact(
     ] = None,
 ) -> None:
     """Test and measure everything on a new GPU, in stages. Run it again to continue."""
+    from benchmarks.environment import default_device
     from benchmarks.first_contact import run
 
+    if default_device().type != "cuda":
+        raise RuntimeError("first-contact needs a GPU; without one, run rehearse instead")
     left = run(out, minutes, typer.echo, again)
     typer.echo(
         f"{left} stages left: run this command again"

@@ -74,7 +74,7 @@ def run(echo: Callable[[str], object]) -> int:
             failed += passed is False
             word = {True: "ok", False: "FAILED", None: "skipped"}[passed]
             echo(f"{name}: {word} after {time.monotonic() - start:.0f} s: {text}")
-    minutes = sum(stage.minutes for stage in first_contact.stages(Path("FOLDER"), small=False))
+    minutes = sum(stage.minutes for stage in first_contact.stages(Path("FOLDER")))
     echo(
         "On a GPU, repeat `python -m benchmarks first-contact --out FOLDER` until it says that all "
         f"stages are done: at most {minutes:.0f} minutes in total, 9 minutes per call."

@@ -1,5 +1,6 @@
 """Tests of the benchmarks: the clock, checks before timing, cases, reports and the command line."""
 
+import itertools
 import json
 import os
 import time
@@ -19,7 +20,9 @@ from benchmarks import (
     libraries,
     measure,
     models,
+    once,
     sites,
+    variants,
 )  # fmt: skip
 from benchmarks.audit import budget
 from benchmarks.check import WrongResult
@@ -574,3 +577,14 @@ def test_table_of_models(monkeypatch, tmp_path):
     assert said == ["torchvision net"]
     assert "| net | 2 | 2 | 1 × conv-bn-act, 1 × bn |  |" in text
     assert f"torch {torch.__version__}" in text and "skipped: not_installed." in text
+
+
+def test_operations_for_a_hardware_profiler(aten):
+    assert once.run(CPU) == 10
+
+
+@pytest.mark.parametrize("kernel", variants.GRIDS)
+def test_kernels_run_with_other_configurations(kernel):
+    calls = variants.calls((2, 8, 8, 8), "channels_last", torch.device(DEVICE))
+    _, other = itertools.islice(variants.variants(kernel), 2)
+    assert variants.measure(kernel, [calls], other) > 0
