@@ -367,7 +367,7 @@ class TestReport:
         assert "| 4.00 (2,000) | 4.00 (2,000), idle 12% | 1.00× | - |" in text
         assert "Idle: the share of a loop's time" in text
         assert ": peak | 2 (1.00×) | 2 (1.00×) |" in text
-        assert "| cudnn-frontend | skipped | 1 | no |" in text
+        assert "| cudnn-frontend | skipped | no | 1 |" in text
         assert "| eager | fp32 | by Native | 1 |" in text
         assert campaign.describe(records[1]).endswith("us, 24% of the limit; by Native")
 

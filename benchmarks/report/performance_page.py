@@ -86,14 +86,13 @@ def latest(results: Path) -> list[Path]:
 def measured(folder: Path, about: Record, records: Sequence[Record]) -> str:
     """Formats the results of a run: the nets, then the operations in the run's main setting."""
     parts = [tables.environment_line(about)]
-    parts += [p for p in tables.nets(records) if not p.startswith("## ")]
-    parts += [p for p in tables.memory(records) if not p.startswith("## ")]
-    parts += [p for p in tables.augmentation(records) if not p.startswith("## ")]
+    sections = tables.nets(records) + tables.memory(records) + tables.augmentation(records)
     operations = subjects(records, "ops")
     if operations:
         shown = {subject.name for subject in main_setting(operations)}
         chosen = [r for r in records if r["suite"] == "ops" and r["subject"] in shown]
-        parts += [p for p in tables.operations(chosen) if not p.startswith("## ")]
+        sections += tables.operations(chosen)
+    parts += [p for p in sections if not p.startswith("## ")]
     parts += [f"![{p.stem}]({PICTURES.name}/{_copy_of(p)})" for p in pictures_of(folder)]
     return "\n\n".join(parts)
 
