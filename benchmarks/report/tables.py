@@ -22,19 +22,18 @@ DIRECTION_TITLES = {
 LEGEND = (
     "The times are medians in microseconds. A site is a place in a net where the operation occurs. "
     "The number in brackets is the shortest possible time divided by the median. The shortest "
-    "possible time is the time to move the fewest bytes that the fused operation needs, at the "
-    "bandwidth that was measured for a copy. A convolution must also compute its FLOPs at the "
-    "speed that was measured for a matrix product. If this takes longer, it is the shortest "
-    "possible time. These times assume that nothing stays in the L2 cache, so small sites can "
-    "exceed 100%. The columns 'vs. eager' and 'vs. compile' are the speed-ups of bnres over "
-    "torch's own layers and over torch.compile. The column 'host' is the time that a call of bnres "
-    "takes on the host. If calls are replayed from a CUDA graph, or if the GPU is still busy with "
-    "earlier calls, the host's time does not matter."
+    "possible time is the fewest bytes that the fused operation must move, divided by the measured "
+    "bandwidth of a copy. For a convolution it is the number of FLOPs divided by the measured "
+    "speed of a matrix product, if this is longer. Small tensors stay in the L2 cache, so their "
+    "operations can exceed 100%. The columns 'vs. eager' and 'vs. compile' are the speed-ups of "
+    "bnres over torch's own layers and over torch.compile. The column 'host' is the time for which "
+    "a call of bnres occupies the CPU. It does not matter if calls are replayed from a CUDA graph, "
+    "or if the GPU is still busy with earlier calls."
 )
 
 IDLE_NOTE = (
-    " Idle: the share of a loop's time in which the GPU waits for the host. It is computed as 1 - "
-    "(time of the same step replayed from a CUDA graph) / (time of the loop)."
+    " Idle is the share of a training loop's time in which the GPU waits for the CPU. It is 1 - "
+    "(time of a step replayed from a CUDA graph) / (time of a step in the loop)."
 )
 
 
@@ -194,8 +193,8 @@ def memory(records: Sequence[Record]) -> list[str]:
             rows.append([title, *_cells(subject, providers, cell)])
     return [
         "## Memory of a training step",
-        "The growth of the allocated memory during a step, in MB. The number in brackets is the "
-        "ratio to eager.",
+        "The table shows by how many MB the allocated memory grows during a step. The number in "
+        "brackets is the ratio to eager.",
         markdown_table(["net", *providers], rows),
     ]
 
@@ -221,9 +220,10 @@ def augmentation(records: Sequence[Record]) -> list[str]:
         rows.append([title, *_cells(subject, providers, _images)])
     return [
         "## Augmentation",
-        "The images/s of a chain of flip, resized crop, colour jitter and normalisation. The value "
-        "in brackets is the share of the greatest possible speed, at which each image is read once "
-        "and written once. The column bnres-kernel is for the kernel without the random draws.",
+        "The table shows the images/s of a chain of flip, resized crop, colour jitter and "
+        "normalisation. The number in brackets is the share of the greatest possible speed, at "
+        "which each image is read once and written once. The column bnres-kernel does not include "
+        "drawing the random parameters.",
         markdown_table(["images", *providers], rows),
     ]
 
