@@ -1,8 +1,8 @@
 """Lists every case that can be measured, the most important ones first.
 
-A case is one operation, net or augmentation chain, run by one provider. A provider is one of the
-implementations that are compared, such as bnres or torch's own layers (``eager``). Each case has a
-number, its rank. Cases with a lower rank are measured first.
+A case is one operation, net or chain of augmentations, run by one provider. A provider is one of
+the implementations that are compared, such as bnres or torch's own layers (``eager``). Each case
+has a rank, which is a number. Cases with a lower rank are measured first.
 """
 
 from collections.abc import Iterable, Iterator
@@ -37,7 +37,8 @@ PROVIDERS = tuple(dict.fromkeys(OP_PROVIDERS + MODEL_PROVIDERS + AUGMENT_PROVIDE
 BATCH = 256
 SMOKE_BATCH = 4
 SMOKE_IMAGES = {224: 64, 32: 16}
-# These operations are measured early in training, at the sites in ``LARGE_SITES``.
+# At the sites in ``LARGE_SITES``, the forward and backward in training of these operations are
+# measured before other operations.
 TELLING = ("bn_relu", "bn_add_relu", "bn_relu_pool")
 # The activations of these stages of ResNet-18 are larger than the L2 cache.
 LARGE_SITES = ("stem", "layer1", "layer2")
@@ -167,7 +168,7 @@ Case = OpCase | ModelCase | AugmentCase
 
 
 def bn_sites(net: str) -> list[Site]:
-    """Lists a net's batch norms, first with each fused operation that fits, then without fusion."""
+    """Lists the operations at a net's batch norms: fused ones first, then plain batch norm."""
     sites = RESNET18_SITES if net == "resnet18" else RESNET50_SITES
     plain = [site for site in sites if site.operation == "bn"]
     return [fused for site in sites for fused in operations_at(site)] + plain
@@ -180,7 +181,7 @@ def _directions(site: Site | ConvSite) -> tuple[str, ...]:
 
 
 def _op_subjects() -> Iterator[tuple[int, OpCase]]:
-    """Yields a rank and a case of the first provider, for each operation that is measured."""
+    """Yields a rank and a case for each operation that is measured. All have the first provider."""
     for net in NETS:
         sites: list[Site | ConvSite] = [*bn_sites(net), *conv_sites(net)]
         for site in sites:
@@ -294,7 +295,7 @@ def smoke_cases() -> list[Case]:
     """Lists cases with small inputs.
 
     There is one case for each combination of operation, direction, layout and provider, and one for
-    each kind of step of a net.
+    each suite of nets, image size and provider.
     """
     found: dict[str, Case] = {}
     for case in all_cases():

@@ -119,7 +119,10 @@ def compare(
     old: Annotated[Path, typer.Argument(help="Folder of results.")],
     new: Annotated[Path, typer.Argument(help="Folder of results.")],
 ) -> None:
-    """Compare two runs case by case. Exit code 1 if a case became slower by more than noise."""
+    """Compare two runs case by case.
+
+    The exit code is 1 if a case became slower by more than noise, or can no longer be measured.
+    """
     from benchmarks.report import comparison
     from benchmarks.store import load
 

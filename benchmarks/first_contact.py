@@ -32,9 +32,9 @@ GRACE = 25.0
 # This many characters of a stage's output are stored with its outcome.
 TAIL = 4000
 PYTEST = ("-m", "pytest", "-q", "-ra", "--tb=short", "-p", "no:cacheprovider")
-# These metrics of ncu are a kernel's time, its bytes, its share of the peak bandwidth, the share of
-# issue slots that are busy, and the share of warps that are active. The section WarpStateStats adds
-# the reasons for stalls.
+# For each kernel, these metrics of ncu are its time, its bytes, its share of the peak bandwidth,
+# the share of busy issue slots, and the share of active warps. The section WarpStateStats adds the
+# reasons for stalls.
 COUNTERS = (
     "gpu__time_duration.sum,dram__bytes.sum,dram__throughput.avg.pct_of_peak_sustained_elapsed,"
     "sm__issue_active.avg.pct_of_peak_sustained_elapsed,"
@@ -85,7 +85,7 @@ def stages(folder: Path) -> list[Stage]:
         Stage("tune", (*command, "tune", "--out", f"{out}/routes.json", "--minutes", "1.5"), 2),
         Stage("augmentation", (*bench, "run", "--only", "augment", "--out", out), 1,
               continues=True),
-        Stage("mnist", (*command, "train", "--compare", "--dtype", "bf16", "--channels-last"), 1.5),
+        Stage("mnist", (*command, "train", "--compare", "--dtype", "bf16"), 1.5),
         Stage("memcheck", ("--tool", "memcheck", *sanitizer), 2, "compute-sanitizer",
               environment=UNCACHED),
         Stage("racecheck", ("--tool", "racecheck", *sanitizer), 2, "compute-sanitizer"),

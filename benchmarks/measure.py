@@ -139,7 +139,7 @@ def _prepare_op(case: OpCase, device: torch.device, ticking: clock.DeviceClock) 
             case.direction != "eval",
         )
     if timed.replayed is not None:
-        # If a launch was not captured, the replay is too fast, and its result is wrong.
+        # If the graph lacks a launch, the replay is too fast, but its result is also wrong.
         timed.round()
         check("replayed result", timed.replayed, results, OUTPUT_TOLERANCE[dtype])
     return Ready(
@@ -233,8 +233,8 @@ def _prepare_model(case: ModelCase, device: torch.device, ticking: clock.DeviceC
 
 def _prepare_augment(case: AugmentCase, device: torch.device, ticking: clock.DeviceClock) -> Ready:
     work = augmentation.prepare(case, device)
-    # For ``bnres-kernel`` only the time of the kernels on the device is measured. For the other
-    # providers the host's time is included, because users wait for the host too.
+    # For ``bnres-kernel`` only the device is timed. For the other providers the host is timed too,
+    # because users wait for it.
     launch = "auto" if case.provider == "bnres-kernel" else "eager"
     timed = clock.prepare(
         ticking, lambda: augmentation.prepare(case, device).run, device,

@@ -47,8 +47,7 @@ class Provider:
         prepare: prepares a case. It returns a function that takes inputs and returns the
             `Implementation` of the case. Both functions raise `Unavailable` if the provider can't
             run the case.
-        dtype: dtype in which this provider runs cases in bf16. It is None if the provider supports
-            bf16.
+        dtype: dtype that replaces bf16 if the provider does not support bf16, otherwise None.
     """
 
     name: str
