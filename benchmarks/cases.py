@@ -183,20 +183,15 @@ def _directions(site: Site | ConvSite) -> tuple[str, ...]:
 def _op_subjects() -> Iterator[tuple[int, OpCase]]:
     """Yields a rank and a case for each operation that is measured. All have the first provider."""
     for net in NETS:
+        later = 4 if net == "resnet50" else 0
         sites: list[Site | ConvSite] = [*bn_sites(net), *conv_sites(net)]
         for site in sites:
             is_conv = isinstance(site, ConvSite)
+            is_large = isinstance(site, Site) and site.name in LARGE_SITES
             for direction in _directions(site):
                 first = OpCase(site, direction, "channels_last", "bf16", BATCH, OP_PROVIDERS[0])
-                on_rank = 4
-                if (
-                    isinstance(site, Site)
-                    and site.name in LARGE_SITES
-                    and site.operation in TELLING
-                    and direction != "eval"
-                ):
-                    on_rank = 2
-                yield on_rank + (4 if net == "resnet50" else 0), first
+                is_telling = is_large and site.operation in TELLING and direction != "eval"
+                yield (2 if is_telling else 4) + later, first
                 yield 8, replace(first, batch=32)
                 yield 9, replace(first, dtype="fp32")
                 if not is_conv:
@@ -250,12 +245,12 @@ PROVIDERS_OF = {
 TRAINING_ONLY = ("bnres-recompute", "eager-fp16-cudnn")
 # These providers are measured last, because autotuning takes minutes for each net, and a loop over
 # the images in Python takes seconds for each call.
-LATE = {"compile-max-autotune": LAST_RANK, "torchvision-image": LAST_RANK}
+LATE = ("compile-max-autotune", "torchvision-image")
 
 
-def _ranked() -> list[tuple[int, int, Case]]:
-    ranked: list[tuple[int, int, Case]] = []
-    order = 0
+def _ranked() -> list[tuple[int, Case]]:
+    """Lists the cases with their ranks. Cases of the same rank keep the order of their subjects."""
+    ranked: list[tuple[int, Case]] = []
     subjects: list[tuple[int, Case]] = [*_op_subjects(), *_model_subjects(), *_augment_subjects()]
     for rank, subject in subjects:
         for provider in sorted(PROVIDERS_OF[type(subject)], key=lambda p: p not in BASELINES):
@@ -263,18 +258,19 @@ def _ranked() -> list[tuple[int, int, Case]]:
                 continue
             if subject.suite == "infer" and provider in TRAINING_ONLY:
                 continue
-            late = LATE.get(provider, 0)
-            if isinstance(subject, ModelCase) and provider not in HEADLINE:
-                late = max(late, 3)
-            case: Case = replace(subject, provider=provider)
-            ranked.append((max(rank, late), order, case))
-        order += 1
-    return sorted(ranked, key=lambda r: r[:2])
+            if provider in LATE:
+                least = LAST_RANK
+            elif isinstance(subject, ModelCase) and provider not in HEADLINE:
+                least = 3
+            else:
+                least = 0
+            ranked.append((max(rank, least), replace(subject, provider=provider)))
+    return sorted(ranked, key=lambda pair: pair[0])
 
 
 def all_cases() -> list[Case]:
     """Lists every case, the most important ones first."""
-    return [case for _, _, case in _ranked()]
+    return [case for _, case in _ranked()]
 
 
 def groups(cases: Iterable[Case]) -> list[list[Case]]:
@@ -284,7 +280,7 @@ def groups(cases: Iterable[Case]) -> list[list[Case]]:
 
 def telling_cases() -> list[Case]:
     """Lists the most important cases. Their rank is below ``TELLING_RANK``."""
-    return [case for rank, _, case in _ranked() if rank < TELLING_RANK]
+    return [case for rank, case in _ranked() if rank < TELLING_RANK]
 
 
 def _is_conv(case: Case) -> bool:
