@@ -365,7 +365,7 @@ class TestReport:
         assert "| resnet18.stem | 2.0 (60%) | 5.0 (24%) | 3.0 (40%) | 2.50× | 1.50× | 7 |" in text
         assert "| resnet18.layer1 | 4.0 (30%) fp16 | - | - | - | - | - |" in text
         assert "| 4.00 (2,000) | 4.00 (2,000), idle 12% | 1.00× | - |" in text
-        assert "Idle: the share of a loop's time" in text
+        assert "Idle is the share of a training loop's time" in text
         assert ": peak | 2 (1.00×) | 2 (1.00×) |" in text
         assert "| cudnn-frontend | skipped | no | 1 |" in text
         assert "| eager | fp32 | by Native | 1 |" in text
