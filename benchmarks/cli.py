@@ -42,7 +42,7 @@ def run(
         Path | None, typer.Option(help="Folder for the results. An earlier run is continued.")
     ] = None,
     only: Annotated[
-        str, typer.Option(help="Regular expression; other cases than its matches are left out.")
+        str, typer.Option(help="Measure only the cases whose id matches this regular expression.")
     ] = "",
 ) -> None:
     """Measure the most important cases first, then the others until the time is up.
@@ -50,10 +50,9 @@ def run(
     Cases that are compared with each other are a group. A group is measured one case after the
     other, torch's own layers first. A group is skipped if there is not enough time for all of it.
 
-    --only is searched in the id of each case, such as
-    ops/bn_relu/resnet18.stem/forward/channels_last/bf16/b256/eager or
+    Examples of ids are ops/bn_relu/resnet18.stem/forward/channels_last/bf16/b256/eager and
     step/resnet18/224px/b256/graph/channels_last/bf16/bnres. The first part of an id is ops, step,
-    infer, memory or augment.
+    infer, memory or augment. --only may match any part of an id.
 
     Cases run in a child process. If the child hangs or dies, a new child continues.
     Without a GPU every case runs on the CPU with a small input.

@@ -112,7 +112,7 @@ class Builder:
         return self._finish(graph, t | {"y": y})
 
     def backward(self) -> Graph:
-        """Builds the backward. The residual's gradient is the gradient after the ReLU's mask."""
+        """Builds the backward. The residual's gradient is dy, masked by the ReLU."""
         types, graph = self.cudnn.data_type, self._new()
         t = {
             name: graph.tensor(name=name, data_type=self.io, **self.activation)
