@@ -21,7 +21,6 @@ BENCH = [
     "numpy>=1.26",
     "pytest>=8",
     "pytest-benchmark>=5",
-    "rich>=13",
     "typer>=0.15",
 ]
 TEST = [

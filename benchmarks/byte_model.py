@@ -15,8 +15,8 @@ the inverse ratio of the times.
 
 from benchmarks.sites import ConvSite
 
-# The keys are (operation, direction). A value has two numbers: how often all elements of an
-# activation are read or written, and how often one bit for each element is read or written.
+# The keys are (operation, direction). A value has two numbers: how many activations are read or
+# written, and how many additional bits are read or written for each element of an activation.
 PASSES = {
     ("bn", "forward"): (3, 0),
     ("bn", "backward"): (5, 0),

@@ -3,21 +3,13 @@
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-)
 
 from benchmarks import cost, environment
-from benchmarks.cases import Case, ModelCase, groups, site_name
+from benchmarks.cases import Case, ModelCase, groups
 from benchmarks.child import Child, ChildFailed
 from benchmarks.measure import fields_of
 from benchmarks.store import ENVIRONMENT, Record, ResultStore
@@ -29,30 +21,21 @@ OPENING_LIMIT = 120.0
 GRACE = 10.0
 
 
-@dataclass(frozen=True)
-class Functions:
-    """The functions that the child process calls, as import paths of the form ``module:name``.
-
-    Attributes:
-        describe: takes a device, as `benchmarks.environment.describe` does.
-        measure_ceilings: takes a device, as `benchmarks.environment.measure_ceilings` does.
-        measure: takes a case, a device and the ceilings, as `benchmarks.measure.measure` does.
-    """
-
-    describe: str = "benchmarks.environment:describe"
-    measure_ceilings: str = "benchmarks.environment:measure_ceilings"
-    measure: str = "benchmarks.measure:measure"
-
-
-FUNCTIONS = Functions()
-
-
 def open_store(
-    folder: Path, device: torch.device, child: Child, functions: Functions = FUNCTIONS
+    folder: Path,
+    device: torch.device,
+    child: Child,
+    measure_ceilings: str = "benchmarks.environment:measure_ceilings",
 ) -> ResultStore:
     """Opens a folder of results. If the folder is new, measures the device's ceilings.
 
     The ceilings are the bandwidth of a copy and the FLOP/s of a matrix product.
+
+    Args:
+        folder: folder of the results.
+        device: device to describe and to measure. Only the child process uses it.
+        child: process that describes and measures.
+        measure_ceilings: import path of the function that the child calls to measure the ceilings.
 
     Raises:
         ValueError: if the folder has results of another environment, or can't be read.
@@ -66,9 +49,9 @@ def open_store(
         found: Record = answer.value
         return found
 
-    about = ask(functions.describe)
+    about = ask("benchmarks.environment:describe")
     if not (folder / ENVIRONMENT).exists():
-        about["ceilings"] = ask(functions.measure_ceilings)
+        about["ceilings"] = ask(measure_ceilings)
         about["clocks"] = environment.clocks()  # At this point the GPU is not idle.
     return ResultStore(folder, about)
 
@@ -78,9 +61,9 @@ def run(
     cases: Sequence[Case],
     deadline: float,
     device: torch.device,
-    console: Console,
+    echo: Callable[[str], object],
     child: Child,
-    functions: Functions = FUNCTIONS,
+    measure: str = "benchmarks.measure:measure",
     limit_of: Callable[[Case], float] = cost.limit,
 ) -> int:
     """Measures, in order, the cases that have no result yet. Returns the number of new results.
@@ -95,9 +78,9 @@ def run(
         cases: cases to measure.
         deadline: time to stop, in seconds of `time.monotonic`.
         device: device to measure on. Only the child process uses it.
-        console: prints the progress and the cases that were left out.
+        echo: called with a line for each result.
         child: process that measures.
-        functions: functions that the child calls.
+        measure: import path of the function that the child calls for each case.
         limit_of: returns the time limit of a case in seconds.
 
     Raises:
@@ -106,37 +89,24 @@ def run(
     costs = cost.Costs(store.records.values())
     waiting = [case for case in cases if case.id not in store.records]
     done = 0
-    profiled = False
-    with Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-        console=console,
-    ) as progress:  # fmt: skip
-        task = progress.add_task("", total=len(waiting))
-        for case in costs.fitting(groups(waiting), lambda: deadline - time.monotonic()):
-            left = deadline - time.monotonic()
-            progress.update(task, description=case.id)
-            if (case.suite == "groups") != profiled:
-                child.stop()  # A process that has used the profiler must not time anything.
-                profiled = not profiled
-            start = time.monotonic()
-            limit = limit_of(case)
-            answer = child.call(
-                functions.measure, case, device, store.environment["ceilings"],
-                limit=min(limit, left + GRACE),
-            )  # fmt: skip
-            if answer.timed_out and limit > left + GRACE:
-                break
-            record = fields_of(case) | {
-                "status": answer.status, "wall_seconds": time.monotonic() - start,
-            }  # fmt: skip
-            record |= answer.value if answer.status == "measured" else {"reason": answer.reason}
-            record |= idle_share(case, record, store)
-            store.add(record)
-            costs.note(record)
-            done += 1
-            progress.advance(task)
-            progress.console.print(describe(record), highlight=False, soft_wrap=True)
-    console.print(left_out(cases, store, costs), highlight=False, soft_wrap=True)
+    for case in costs.fitting(groups(waiting), lambda: deadline - time.monotonic()):
+        left = deadline - time.monotonic()
+        start = time.monotonic()
+        limit = limit_of(case)
+        answer = child.call(
+            measure, case, device, store.environment["ceilings"], limit=min(limit, left + GRACE)
+        )
+        if answer.timed_out and limit > left + GRACE:
+            break
+        record = fields_of(case) | {
+            "status": answer.status, "wall_seconds": time.monotonic() - start,
+        }  # fmt: skip
+        record |= answer.value if answer.status == "measured" else {"reason": answer.reason}
+        record |= idle_share(case, record, store)
+        store.add(record)
+        costs.note(record)
+        done += 1
+        echo(describe(record))
     return done
 
 
@@ -163,38 +133,21 @@ def describe(record: Record) -> str:
         return f"{record['id']}: {record['status']}: {record['reason'].splitlines()[0]}"
     if "peak_bytes" in record:
         return f"{record['id']}: peak memory {record['peak_bytes'] / 1e6:.1f} MB"
-    if "groups" in record and "median" not in record:
-        return f"{record['id']}: {sum(record['groups'].values()) * 1e6:.1f} us of kernel time"
     share = f", {record['share']:.0%} of the limit" if "share" in record else ""
     idle = f", GPU idle {record['idle']:.0%} of the time" if "idle" in record else ""
     note = f"; {record['note']}" if record.get("note") else ""
     return f"{record['id']}: {record['median'] * 1e6:.1f} us{share}{idle}{note}"
 
 
-def left_out(cases: Sequence[Case], store: ResultStore, costs: cost.Costs) -> str:
-    """Lists, by suite and net, the cases without a result and their estimated time.
-
-    The last line says which value of ``--minutes`` is enough for the longest group of these cases.
-    """
+def left_out(cases: Sequence[Case], store: ResultStore) -> str:
+    """Says how many cases have no result, and how much time they are estimated to need."""
     missing = [case for case in cases if case.id not in store.records]
     if not missing:
-        return "nothing was left out"
-    places: dict[str, list[Case]] = {}
-    for case in missing:
-        places.setdefault(f"{case.suite} {site_name(case).split('.')[0]}", []).append(case)
-
-    def line(name: str, chosen: Sequence[Case]) -> str:
-        seconds = sum(costs.seconds(case) for case in chosen)
-        time = f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
-        return f"{name}: {len(chosen)} cases, about {time}"
-
-    lines = [line("left out (times are estimates)", missing)]
-    for name, chosen in places.items():
-        providers = ", ".join(dict.fromkeys(case.provider for case in chosen))
-        lines.append(f"  {line(name, chosen)}: {providers}")
-    minutes = math.ceil(max(map(costs.most_seconds, groups(missing))) / 60)
-    lines.append(
-        f"  a group is measured only if there is time for all of it; the largest needs "
-        f"--minutes {minutes}"
+        return "0 left"
+    costs = cost.Costs(store.records.values())
+    total = math.ceil(sum(map(costs.seconds, missing)) / 60)
+    largest = math.ceil(max(map(costs.most_seconds, groups(missing))) / 60)
+    return (
+        f"{len(missing)} left, about {total} min; the largest group of cases needs "
+        f"--minutes {largest}"
     )
-    return "\n".join(lines)

@@ -1,8 +1,8 @@
 """Lists every case that can be measured, the most important ones first.
 
-A case is one operation, net or augmentation chain, run by one provider. A provider is one of the
-implementations that are compared, such as bnres or torch's own layers (``eager``). Each case has a
-number, its rank. Cases with a lower rank are measured first.
+A case is one operation, net or chain of augmentations, run by one provider. A provider is one of
+the implementations that are compared, such as bnres or torch's own layers (``eager``). Each case
+has a rank, which is a number. Cases with a lower rank are measured first.
 """
 
 from collections.abc import Iterable, Iterator
@@ -22,10 +22,9 @@ from benchmarks.sites import (
     operations_at,
 )
 
-SUITES = ("ops", "step", "infer", "memory", "groups", "augment")
 OP_PROVIDERS = (
-    "bnres", "eager", "compile", "cudnn-frontend", "eager-fp16-cudnn", "bnres-conv-kernel", "apex",
-    "flag_gems", "compile-max-autotune",
+    "bnres", "eager", "compile", "cudnn-frontend", "eager-fp16-cudnn", "bnres-conv-kernel",
+    "compile-max-autotune",
 )  # fmt: skip
 MODEL_PROVIDERS = (
     "bnres", "eager", "compile", "eager-fp16-cudnn", "bnres-recompute", "compile-max-autotune",
@@ -38,7 +37,8 @@ PROVIDERS = tuple(dict.fromkeys(OP_PROVIDERS + MODEL_PROVIDERS + AUGMENT_PROVIDE
 BATCH = 256
 SMOKE_BATCH = 4
 SMOKE_IMAGES = {224: 64, 32: 16}
-# These operations are measured early in training, at the sites in ``LARGE_SITES``.
+# At the sites in ``LARGE_SITES``, the forward and backward in training of these operations are
+# measured before other operations.
 TELLING = ("bn_relu", "bn_add_relu", "bn_relu_pool")
 # The activations of these stages of ResNet-18 are larger than the L2 cache.
 LARGE_SITES = ("stem", "layer1", "layer2")
@@ -88,11 +88,10 @@ class OpCase:
 
 @dataclass(frozen=True)
 class ModelCase:
-    """A training step or inference of a whole net, or the memory or kernel times of a step.
+    """A training step or inference of a whole net, or the memory of a step.
 
     Attributes:
-        suite: ``step``, ``infer``, ``memory`` or ``groups``. The cases of ``groups`` measure the
-            kernel time of a step by group of kernels (convolution, batch norm, ...).
+        suite: ``step``, ``infer`` or ``memory``.
         net: ``resnet18`` or ``resnet50``.
         image: height and width of the images. For images of up to 32 the net starts with a 3×3
             convolution, as is usual for CIFAR.
@@ -169,7 +168,7 @@ Case = OpCase | ModelCase | AugmentCase
 
 
 def bn_sites(net: str) -> list[Site]:
-    """Lists a net's batch norms, first with each fused operation that fits, then without fusion."""
+    """Lists the operations at a net's batch norms: fused ones first, then plain batch norm."""
     sites = RESNET18_SITES if net == "resnet18" else RESNET50_SITES
     plain = [site for site in sites if site.operation == "bn"]
     return [fused for site in sites for fused in operations_at(site)] + plain
@@ -182,22 +181,17 @@ def _directions(site: Site | ConvSite) -> tuple[str, ...]:
 
 
 def _op_subjects() -> Iterator[tuple[int, OpCase]]:
-    """Yields a rank and a case of the first provider, for each operation that is measured."""
+    """Yields a rank and a case for each operation that is measured. All have the first provider."""
     for net in NETS:
+        later = 4 if net == "resnet50" else 0
         sites: list[Site | ConvSite] = [*bn_sites(net), *conv_sites(net)]
         for site in sites:
             is_conv = isinstance(site, ConvSite)
+            is_large = isinstance(site, Site) and site.name in LARGE_SITES
             for direction in _directions(site):
                 first = OpCase(site, direction, "channels_last", "bf16", BATCH, OP_PROVIDERS[0])
-                on_rank = 4
-                if (
-                    isinstance(site, Site)
-                    and site.name in LARGE_SITES
-                    and site.operation in TELLING
-                    and direction != "eval"
-                ):
-                    on_rank = 2
-                yield on_rank + (4 if net == "resnet50" else 0), first
+                is_telling = is_large and site.operation in TELLING and direction != "eval"
+                yield (2 if is_telling else 4) + later, first
                 yield 8, replace(first, batch=32)
                 yield 9, replace(first, dtype="fp32")
                 if not is_conv:
@@ -217,8 +211,6 @@ def _model_subjects() -> Iterator[tuple[int, ModelCase]]:
             ("infer", 224, 256, "eager", 3),
             ("memory", 224, 256, "eager", 3),
             ("infer", 224, 32, "graph", 3),
-            ("groups", 224, 256, "eager", 3),
-            ("groups", 224, 32, "eager", 4),
             ("step", 32, 256, "graph", 4),
             ("step", 32, 256, "eager", 4),
             ("step", 224, 128, "eager", 7),
@@ -253,12 +245,12 @@ PROVIDERS_OF = {
 TRAINING_ONLY = ("bnres-recompute", "eager-fp16-cudnn")
 # These providers are measured last, because autotuning takes minutes for each net, and a loop over
 # the images in Python takes seconds for each call.
-LATE = {"compile-max-autotune": LAST_RANK, "torchvision-image": LAST_RANK}
+LATE = ("compile-max-autotune", "torchvision-image")
 
 
-def _ranked() -> list[tuple[int, int, Case]]:
-    ranked: list[tuple[int, int, Case]] = []
-    order = 0
+def _ranked() -> list[tuple[int, Case]]:
+    """Lists the cases with their ranks. Cases of the same rank keep the order of their subjects."""
+    ranked: list[tuple[int, Case]] = []
     subjects: list[tuple[int, Case]] = [*_op_subjects(), *_model_subjects(), *_augment_subjects()]
     for rank, subject in subjects:
         for provider in sorted(PROVIDERS_OF[type(subject)], key=lambda p: p not in BASELINES):
@@ -266,20 +258,19 @@ def _ranked() -> list[tuple[int, int, Case]]:
                 continue
             if subject.suite == "infer" and provider in TRAINING_ONLY:
                 continue
-            if subject.suite == "groups" and provider not in HEADLINE:
-                continue
-            late = LATE.get(provider, 0)
-            if isinstance(subject, ModelCase) and provider not in HEADLINE:
-                late = max(late, 3)
-            case: Case = replace(subject, provider=provider)
-            ranked.append((max(rank, late), order, case))
-        order += 1
-    return sorted(ranked, key=lambda r: r[:2])
+            if provider in LATE:
+                least = LAST_RANK
+            elif isinstance(subject, ModelCase) and provider not in HEADLINE:
+                least = 3
+            else:
+                least = 0
+            ranked.append((max(rank, least), replace(subject, provider=provider)))
+    return sorted(ranked, key=lambda pair: pair[0])
 
 
 def all_cases() -> list[Case]:
     """Lists every case, the most important ones first."""
-    return [case for _, _, case in _ranked()]
+    return [case for _, case in _ranked()]
 
 
 def groups(cases: Iterable[Case]) -> list[list[Case]]:
@@ -289,7 +280,7 @@ def groups(cases: Iterable[Case]) -> list[list[Case]]:
 
 def telling_cases() -> list[Case]:
     """Lists the most important cases. Their rank is below ``TELLING_RANK``."""
-    return [case for rank, _, case in _ranked() if rank < TELLING_RANK]
+    return [case for rank, case in _ranked() if rank < TELLING_RANK]
 
 
 def _is_conv(case: Case) -> bool:
@@ -300,7 +291,7 @@ def smoke_cases() -> list[Case]:
     """Lists cases with small inputs.
 
     There is one case for each combination of operation, direction, layout and provider, and one for
-    each kind of step of a net.
+    each suite of nets, image size and provider.
     """
     found: dict[str, Case] = {}
     for case in all_cases():
@@ -321,45 +312,6 @@ def smoke_cases() -> list[Case]:
             key = small.id
         found.setdefault(key, small)
     return list(found.values())
-
-
-def site_name(case: Case) -> str:
-    """Returns the name of a case's site, net or data set."""
-    if isinstance(case, OpCase):
-        return case.site.id
-    return case.net if isinstance(case, ModelCase) else case.name
-
-
-def select(
-    cases: Iterable[Case],
-    *,
-    suite: str = "all",
-    sites: Iterable[str] = (),
-    providers: Iterable[str] = (),
-    dtypes: Iterable[str] = (),
-    layouts: Iterable[str] = (),
-) -> list[Case]:
-    """Returns the cases that match every argument. An empty argument matches all cases.
-
-    Args:
-        cases: cases to choose from.
-        suite: one of `SUITES`, or ``all``.
-        sites: prefixes of `site_name`, such as ``resnet18``, ``resnet50.layer1`` or ``cifar``.
-        providers: names of providers.
-        dtypes: names of dtypes.
-        layouts: names of layouts.
-    """
-    sites, providers = tuple(sites), tuple(providers)
-    dtypes, layouts = tuple(dtypes), tuple(layouts)
-    return [
-        case
-        for case in cases
-        if suite in ("all", case.suite)
-        and (not sites or site_name(case).startswith(sites))
-        and (not providers or case.provider in providers)
-        and (not dtypes or case.dtype in dtypes)
-        and (not layouts or case.layout in layouts)
-    ]
 
 
 def default_cases() -> list[Case]:

@@ -13,9 +13,9 @@ OUTPUT_TOLERANCE = {torch.bfloat16: 2**-6, torch.float16: 2**-9, torch.float32: 
 # mantissa.
 TF32_TOLERANCE = 2**-9
 # These are the greatest relative errors of gradients. Because of rounding, the sign of x + residual
-# is wrong for about the fraction eps of all elements. For such an element the gradient of the ReLU
-# is wrong by the gradient's whole value, so the relative error of the whole gradient can be up to 2
-# sqrt(eps).
+# is wrong for about the fraction eps of all elements. For such an element, ReLU passes a gradient
+# that it should stop, or the reverse. The relative error of the whole gradient can therefore be up
+# to 2 sqrt(eps).
 GRADIENT_TOLERANCE = {torch.bfloat16: 2**-2.5, torch.float16: 2**-4, torch.float32: 2**-10}
 # These are the greatest relative errors of the parameters' gradients, which are sums over all
 # elements. In 16 bits the tolerance is 4 eps, because some elements have a wrong sign and each

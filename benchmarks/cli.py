@@ -1,16 +1,15 @@
 """The command line of the benchmarks: ``python -m benchmarks``."""
 
+import re
 import sys
 import time
 from datetime import date
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from benchmarks.cases import PROVIDERS, SUITES, default_cases, select
+from benchmarks.cases import MODEL_PROVIDERS, ModelCase, default_cases
 from benchmarks.operations import DTYPES, LAYOUTS
 from bnres.commands import TRACEBACK, Commands
 from bnres.files import check_out, write_text
@@ -36,41 +35,14 @@ def main(
     pass
 
 
-Suite = StrEnum("Suite", [*SUITES, "all"])  # type: ignore[misc]
-Folders = Annotated[list[Path], typer.Argument(help="Folders of results.")]
-
-
-def names(option: str, text: str, known: list[str] | None = None) -> list[str]:
-    """Returns the names in a comma-separated list.
-
-    Raises:
-        ValueError: if ``known`` is given and does not contain a name.
-    """
-    found = [name.strip() for name in text.split(",") if name.strip()]
-    for name in found:
-        if known is not None and name not in known:
-            raise ValueError(f"{option} must be one of {', '.join(known)}, got {name!r}")
-    return found
-
-
-def default_folder() -> Path:
-    return Path("runs") / f"benchmarks-{date.today():%Y-%m-%d}"
-
-
 @app.command()
 def run(
     minutes: Annotated[float, typer.Option(help="Time to spend.", min=0.0)] = 9.0,
     out: Annotated[
         Path | None, typer.Option(help="Folder for the results. An earlier run is continued.")
     ] = None,
-    suite: Annotated[Suite, typer.Option(help="Kind of cases to measure.")] = Suite.all,  # type: ignore[attr-defined]
-    sites: Annotated[
-        str, typer.Option(help="Prefixes of sites, such as resnet18.layer1, separated by commas.")
-    ] = "",
-    providers: Annotated[str, typer.Option(help="Providers, separated by commas.")] = "",
-    dtype: Annotated[str, typer.Option(help="Any of bf16, fp16, fp32, separated by commas.")] = "",
-    layout: Annotated[
-        str, typer.Option(help="channels_last or contiguous, or both, separated by commas.")
+    only: Annotated[
+        str, typer.Option(help="Measure only the cases whose id matches this regular expression.")
     ] = "",
 ) -> None:
     """Measure the most important cases first, then the others until the time is up.
@@ -78,26 +50,26 @@ def run(
     Cases that are compared with each other are a group. A group is measured one case after the
     other, torch's own layers first. A group is skipped if there is not enough time for all of it.
 
+    Examples of ids are ops/bn_relu/resnet18.stem/forward/channels_last/bf16/b256/eager and
+    step/resnet18/224px/b256/graph/channels_last/bf16/bnres. The first part of an id is ops, step,
+    infer, memory or augment. --only may match any part of an id.
+
     Cases run in a child process. If the child hangs or dies, a new child continues.
     Without a GPU every case runs on the CPU with a small input.
     """
     from benchmarks import busy, campaign, environment
     from benchmarks.child import Child
 
-    console = Console()
     deadline = time.monotonic() + 60 * minutes
     device = environment.default_device()
-    folder = out or default_folder()
-    cases = select(
-        default_cases(),
-        suite=str(suite),
-        sites=names("sites", sites),
-        providers=names("providers", providers, list(PROVIDERS)),
-        dtypes=names("dtype", dtype, list(DTYPES)),
-        layouts=names("layout", layout, list(LAYOUTS)),
-    )
+    folder = out or Path("runs") / f"benchmarks-{date.today():%Y-%m-%d}"
+    try:
+        pattern = re.compile(only)
+    except re.error as error:
+        raise ValueError(f"only must be a regular expression, got {only!r}: {error}") from error
+    cases = [case for case in default_cases() if pattern.search(case.id)]
     if not cases:
-        raise ValueError("no case matches suite, sites, providers, dtype and layout together")
+        raise ValueError(f"only must match the id of a case, got {only!r}")
     warning = busy.warning(busy.spread())
     if warning is not None:
         typer.echo(warning, err=True)
@@ -105,19 +77,15 @@ def run(
         with Child() as child:
             store = campaign.open_store(folder, device, child)
             ceilings = store.environment["ceilings"]
-            console.print(
+            typer.echo(
                 f"{store.environment['device']}: copy {ceilings['copy'] / 1e9:,.0f} GB/s, product "
-                f"{ceilings['product'] / 1e12:,.2f} TFLOP/s",
-                highlight=False,
+                f"{ceilings['product'] / 1e12:,.2f} TFLOP/s"
             )
-            done = campaign.run(store, cases, deadline, device, console, child)
+            done = campaign.run(store, cases, deadline, device, typer.echo, child)
     except KeyboardInterrupt:
-        console.print(
-            f"stopped; to continue, run the same command with --out {folder}", highlight=False
-        )
+        typer.echo(f"stopped; to continue, run the same command with --out {folder}")
         raise typer.Exit(130) from None
-    left = sum(case.id not in store.records for case in cases)
-    console.print(f"{done} cases measured, {left} left; in {folder}", highlight=False)
+    typer.echo(f"{done} cases measured, {campaign.left_out(cases, store)}; results in {folder}")
 
 
 @app.command()
@@ -150,7 +118,10 @@ def compare(
     old: Annotated[Path, typer.Argument(help="Folder of results.")],
     new: Annotated[Path, typer.Argument(help="Folder of results.")],
 ) -> None:
-    """Compare two runs case by case. Exit code 1 if a case became slower by more than noise."""
+    """Compare two runs case by case.
+
+    The exit code is 1 if a case became slower by more than noise, or can no longer be measured.
+    """
     from benchmarks.report import comparison
     from benchmarks.store import load
 
@@ -174,7 +145,6 @@ def profile(
 ) -> None:
     """Print the kernel time of a training step by group, its launches and its idle time."""
     from benchmarks import environment, models, profiling
-    from benchmarks.cases import MODEL_PROVIDERS, ModelCase
     from benchmarks.providers.base import Unavailable
     from benchmarks.sites import NETS
 
@@ -305,12 +275,17 @@ def scaling(
 def first_contact(
     out: Annotated[Path, typer.Option(help="Folder for the results. An earlier run is continued.")],
     minutes: Annotated[float, typer.Option(help="Time to spend in this call.", min=0.0)] = 9.0,
-    again: Annotated[str, typer.Option(help="Stages to run again, separated by commas.")] = "",
+    again: Annotated[
+        list[str] | None, typer.Option(help="Stage to run again; may be repeated.")
+    ] = None,
 ) -> None:
     """Test and measure everything on a new GPU, in stages. Run it again to continue."""
+    from benchmarks.environment import default_device
     from benchmarks.first_contact import run
 
-    left = run(out, minutes, typer.echo, names("again", again))
+    if default_device().type != "cuda":
+        raise RuntimeError("first-contact needs a GPU; without one, run rehearse instead")
+    left = run(out, minutes, typer.echo, again)
     typer.echo(
         f"{left} stages left: run this command again"
         if left

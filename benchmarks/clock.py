@@ -1,8 +1,8 @@
 """A clock that advances only by the time of the calls that are timed.
 
 The clock is the ``timer`` of pytest-benchmark, and `benchmarks.measure` uses it directly. On a GPU
-the clock advances by the time between two events on the device. Before the first event the L2 cache
-is flushed and the host queues the launches, so these are not timed.
+the clock advances by the time between two events on the device. The L2 cache is flushed before the
+first event. The host queues the launches while the device sleeps, so the host is not timed.
 """
 
 import time
@@ -15,8 +15,9 @@ import torch
 
 Call = Callable[[], Any]
 
-# Calls that take fewer than this many seconds are replayed from a CUDA graph. Otherwise the gaps
-# between the host's launches would be timed, and two events are at least a few microseconds apart.
+# Calls that take fewer than this many seconds are replayed from a CUDA graph. One such call is too
+# short to be timed by two events, which are at least a few microseconds apart. A loop of such calls
+# would also time the gaps between the launches.
 GRAPH_BELOW = 100e-6
 # A graph contains enough calls for its replay to take at least this many seconds. The time to
 # launch the graph is then negligible.
@@ -32,8 +33,8 @@ HOST_CALLS = 10
 # A loop of calls that the host launches takes about this many seconds, and makes at most MOST_LOOPS
 # calls.
 LOOP_SECONDS, MOST_LOOPS = 0.05, 20
-# A kernel that sleeps while the host queues launches counts cycles. It is assumed to count this
-# many cycles in a second. Real clock rates are lower, so the kernel sleeps longer than asked.
+# The device sleeps for a number of cycles while the host queues launches. The cycles are computed
+# for this clock rate. Real clock rates are lower, so the device sleeps longer than asked.
 SLEEP_CYCLES = 2e9
 
 
@@ -100,11 +101,10 @@ def prepare(
             several calls.
         device: device on which the call runs.
         touched_bytes: bytes of memory that a call touches.
-        launch: ``auto``, ``graph`` or ``eager``. ``auto`` times only the device. With ``auto`` a
-            short call is timed in a CUDA graph of several calls, and a longer call is timed between
-            two events, after the host has queued its launches. ``graph`` times a CUDA graph of one
-            call. ``eager`` times a loop of calls as in a user's program. This time includes the
-            host's time, and the cache is not flushed.
+        launch: ``auto`` times only the device: a short call in a CUDA graph of several calls, and a
+            longer call between two events, after the host has queued its launches. ``graph`` times
+            a CUDA graph of one call. ``eager`` times a loop of calls as in a user's program. This
+            time includes the host's time, and the cache is not flushed.
     """
     if device.type != "cuda":
         return _on_cpu(clock, make_call())
@@ -214,10 +214,10 @@ def _round(
         queued: the calls, or a call that replays a graph.
         stream: stream to launch them on.
         flush: flushes the L2 cache before the calls. If it is None, the cache is not flushed.
-        host_seconds: time that the host needs to queue the calls. The device sleeps longer than
-            this before the first call. If it is 0, the device does not sleep.
+        host_seconds: time that the host needs to queue the calls. Before the first call the device
+            sleeps for longer than this, or not at all if it is 0.
         replayed: results of the calls in the graph. It is empty if there is no graph.
-        captured: the calls in the graph. It is empty if there is no graph. A graph accesses the
+        captured: the calls in the graph. It is empty if there is no graph. A graph uses the
             addresses of the calls' tensors, so the returned function keeps the calls and the
             results alive.
     """

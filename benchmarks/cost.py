@@ -9,10 +9,10 @@ from benchmarks.store import Record
 
 # The seconds in this file are estimates, not measured.
 # Making the inputs, checking, warming up and timing a case takes this many seconds.
-CALLS = {"ops": 1.0, "step": 8.0, "infer": 5.0, "memory": 8.0, "groups": 10.0, "augment": 3.0}
+CALLS = {"ops": 1.0, "step": 8.0, "infer": 5.0, "memory": 8.0, "augment": 3.0}
 # A case of augmentation that loops over the images in Python takes this many seconds.
 IMAGE_LOOP = 60.0
-# Each provider takes this many seconds to compile an operation, and to compile a net.
+# For each provider: the seconds to compile an operation, and the seconds to compile a net.
 COMPILES = {
     "bnres": (1.5, 20.0),
     "bnres-recompute": (0.0, 20.0),
@@ -21,7 +21,6 @@ COMPILES = {
     "compile": (5.0, 40.0),
     "compile-max-autotune": (40.0, 400.0),
     "cudnn-frontend": (2.0, 0.0),
-    "flag_gems": (3.0, 0.0),
 }
 # If the kernels of a net are in the compilers' caches on disk, this fraction of the net's compile
 # time remains. They are in the caches when a step launched by the host is measured, because the
@@ -29,15 +28,15 @@ COMPILES = {
 CACHED = 0.25
 # A ResNet-50 has about 2.5 times the layers of a ResNet-18.
 LARGE_NET = 2.5
-# On a busy host the estimates of `table_seconds` are too low. They are multiplied by this factor
-# when it is decided whether there is time for a group of cases.
+# On a busy host the estimates of `table_seconds` are too low. To decide whether there is time for a
+# group of cases, the estimates are multiplied by this factor.
 MARGIN = 2.0
 # A case is stopped after LIMIT_FACTOR times its estimate, but not before LEAST_LIMIT seconds.
 LIMIT_FACTOR, LEAST_LIMIT = 4.0, 45.0
 
 
 def kind(fields: Mapping[str, object]) -> str:
-    """Returns a key. Cases that take about the same time to measure have equal keys.
+    """Returns a key that is equal for cases that take about the same time to measure.
 
     Args:
         fields: fields of a case (`benchmarks.measure.fields_of`), or its record.

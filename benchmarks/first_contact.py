@@ -3,8 +3,7 @@
 ``python -m benchmarks first-contact --out FOLDER`` runs each stage in a process group with a time
 limit. It appends the output of a stage to ``log.txt`` and its outcome to ``stages.jsonl``. If a
 stage fails, the next stage still runs. If the command is run again, it continues with the stages
-that have not ended. Without a GPU, stages that need one are skipped and the others use small
-inputs.
+that have not ended.
 """
 
 import json
@@ -20,8 +19,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from benchmarks.environment import ROOT
 
 STAGES, LOG = "stages.jsonl", "log.txt"
@@ -35,9 +32,9 @@ GRACE = 25.0
 # This many characters of a stage's output are stored with its outcome.
 TAIL = 4000
 PYTEST = ("-m", "pytest", "-q", "-ra", "--tb=short", "-p", "no:cacheprovider")
-# These metrics of ncu are a kernel's time, its bytes, its share of the peak bandwidth, the share of
-# issue slots that are busy, and the share of warps that are active. The section WarpStateStats adds
-# the reasons for stalls.
+# For each kernel, these metrics of ncu are its time, its bytes, its share of the peak bandwidth,
+# the share of busy issue slots, and the share of active warps. The section WarpStateStats adds the
+# reasons for stalls.
 COUNTERS = (
     "gpu__time_duration.sum,dram__bytes.sum,dram__throughput.avg.pct_of_peak_sustained_elapsed,"
     "sm__issue_active.avg.pct_of_peak_sustained_elapsed,"
@@ -59,7 +56,6 @@ class Stage:
         minutes: time limit. If ``continues`` is true, it is the limit of all runs of the stage
             together.
         tool: program to run. If it is not installed, the stage is skipped.
-        needs_gpu: whether the stage is skipped without a GPU.
         continues: whether the command accepts ``--minutes`` and continues an earlier run.
         environment: environment variables to set.
     """
@@ -68,52 +64,34 @@ class Stage:
     command: tuple[str, ...]
     minutes: float
     tool: str | None = None
-    needs_gpu: bool = False
     continues: bool = False
     environment: Mapping[str, str] = field(default_factory=dict)
 
 
-def stages(folder: Path, small: bool) -> list[Stage]:
-    """Lists the stages, the most important ones first.
-
-    Args:
-        folder: folder for the results.
-        small: whether the inputs are small, for a machine without a GPU.
-    """
+def stages(folder: Path) -> list[Stage]:
+    """Lists the stages, the most important ones first. ``folder`` is for the results."""
     out = str(folder)
-    bench = ("-m", "benchmarks")
+    bench, command = ("-m", "benchmarks"), ("-m", "bnres.cli")
     smoke = (*PYTEST, "tests/test_smoke.py")
-    tests: tuple[str, ...] = (*PYTEST, "-m", "not slow and not smoke")
-    profile: tuple[str, ...] = (*bench, "profile")
-    train: tuple[str, ...] = ("-m", "bnres.cli", "train", "--compare", "--dtype", "bf16")
-    train += ("--channels-last",)
-    campaign_minutes, variants_minutes, interpreter = 8.0, 3.0, {}
-    if small:
-        tests = (*PYTEST, "tests/test_kernels.py")
-        profile += ("--batch", "4", "--image", "32")
-        train += ("--epochs", "1", "--batch-size", "500", "--model", "lenet-seed")
-        campaign_minutes, variants_minutes = 1.0, 0.3
-        interpreter = {"TRITON_INTERPRET": "1"}
     sanitizer = ("--error-exitcode", "1", "--print-limit", "20", sys.executable, *smoke, "-n", "0")
     return [
         Stage("environment", (*bench, "run", "--out", out, "--minutes", "0"), 2),
         Stage("smoke", smoke, 2),
-        Stage("tests", tests, 4),
-        Stage("campaign", (*bench, "run", "--out", out), campaign_minutes, continues=True),
-        Stage("profile", profile, 1),
-        Stage("variants", (*bench, "variants", "--out", f"{out}/variants.jsonl"), variants_minutes,
-              continues=True, environment=interpreter),
-        Stage("tune", ("-m", "bnres.cli", "tune", "--out", f"{out}/routes.json",
-                       "--minutes", "1.5"), 2, needs_gpu=True),
-        Stage("augmentation", (*bench, "run", "--suite", "augment", "--out", out), 1,
+        Stage("tests", (*PYTEST, "-m", "not slow and not smoke"), 4),
+        Stage("campaign", (*bench, "run", "--out", out), 8, continues=True),
+        Stage("profile", (*bench, "profile"), 1),
+        Stage("variants", (*bench, "variants", "--out", f"{out}/variants.jsonl"), 3,
               continues=True),
-        Stage("mnist", train, 1.5),
-        Stage("memcheck", ("--tool", "memcheck", *sanitizer), 2, "compute-sanitizer", True,
+        Stage("tune", (*command, "tune", "--out", f"{out}/routes.json", "--minutes", "1.5"), 2),
+        Stage("augmentation", (*bench, "run", "--only", "augment", "--out", out), 1,
+              continues=True),
+        Stage("mnist", (*command, "train", "--compare", "--dtype", "bf16"), 1.5),
+        Stage("memcheck", ("--tool", "memcheck", *sanitizer), 2, "compute-sanitizer",
               environment=UNCACHED),
-        Stage("racecheck", ("--tool", "racecheck", *sanitizer), 2, "compute-sanitizer", True),
+        Stage("racecheck", ("--tool", "racecheck", *sanitizer), 2, "compute-sanitizer"),
         Stage("counters", ("--clock-control", "none", "--metrics", COUNTERS, "--section",
                            "WarpStateStats", "--kernel-name", "regex:_bn_|_conv_", "--launch-count",
-                           "60", "--kill", "yes", sys.executable, *bench, "once"), 2, "ncu", True),
+                           "60", "--kill", "yes", sys.executable, *bench, "once"), 2, "ncu"),
     ]  # fmt: skip
 
 
@@ -121,7 +99,7 @@ def run(
     folder: Path,
     minutes: float,
     echo: Callable[[str], object],
-    again: Sequence[str] = (),
+    again: Sequence[str] | None = None,
     chosen: Sequence[Stage] | None = None,
 ) -> int:
     """Runs stages until the time is up. Returns the number of stages that have not ended.
@@ -139,11 +117,10 @@ def run(
     Raises:
         ValueError: if a name in ``again`` is not the name of a stage.
     """
-    small = not torch.cuda.is_available()
     folder.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + 60 * minutes
-    chosen = stages(folder, small) if chosen is None else chosen
-    for name in again:
+    chosen = stages(folder) if chosen is None else chosen
+    for name in again or ():
         if name not in (names := [stage.name for stage in chosen]):
             raise ValueError(f"again must be one of {', '.join(names)}, got {name!r}")
         _append(folder / STAGES, {"stage": name, "status": AGAIN})
@@ -153,27 +130,16 @@ def run(
         if ended:
             continue
         left = min(deadline - time.monotonic(), 60 * stage.minutes - spent)
-        reason = _unavailable(stage, small)
-        if reason is None:
-            if left < LEAST_SECONDS or not (
-                is_first or stage.continues or left >= 60 * stage.minutes
-            ):
-                continue
+        if stage.tool and not shutil.which(stage.tool):
+            result = {"status": "skipped", "reason": f"{stage.tool} is not installed"}
+        elif left >= LEAST_SECONDS and (is_first or stage.continues or left >= 60 * stage.minutes):
             is_first = False
             result = _attempt(stage, folder, left)
         else:
-            result = {"status": "skipped", "reason": reason}
+            continue
         _append(folder / STAGES, {"stage": stage.name, **result})
         echo(f"{stage.name}: {result['status']}{_detail(result)}")
     return sum(not _record(folder, stage)[1] for stage in chosen)
-
-
-def _unavailable(stage: Stage, small: bool) -> str | None:
-    if stage.needs_gpu and small:
-        return "needs a GPU"
-    if stage.tool and not shutil.which(stage.tool):
-        return f"{stage.tool} is not installed"
-    return None
 
 
 def _attempt(stage: Stage, folder: Path, seconds: float) -> dict[str, Any]:

@@ -20,7 +20,6 @@ from benchmarks.check import (
     check,
 )
 from benchmarks.operations import DTYPES, LAYOUTS, Inputs, formula, make_inputs, smaller
-from benchmarks.profiling import kernel_groups
 from benchmarks.providers import PROVIDERS
 from benchmarks.providers.base import Implementation
 from benchmarks.sites import ConvSite
@@ -68,8 +67,6 @@ def measure(case: Case, device: torch.device, ceilings: dict[str, float]) -> dic
         Unavailable: if the provider is not installed, or does not support the device or the case.
         WrongResult: if the provider's result differs from the reference.
     """
-    if isinstance(case, ModelCase) and case.suite == "groups":
-        return _kernel_groups(case, device)
     ticking = clock.DeviceClock()
     ready = prepare(case, device, ticking)
     record = dict(ready.facts)
@@ -142,7 +139,7 @@ def _prepare_op(case: OpCase, device: torch.device, ticking: clock.DeviceClock) 
             case.direction != "eval",
         )
     if timed.replayed is not None:
-        # If a launch was not captured, the replay is too fast, and its result is wrong.
+        # If the graph lacks a launch, the replay is too fast, but its result is also wrong.
         timed.round()
         check("replayed result", timed.replayed, results, OUTPUT_TOLERANCE[dtype])
     return Ready(
@@ -234,22 +231,10 @@ def _prepare_model(case: ModelCase, device: torch.device, ticking: clock.DeviceC
     return Ready(timed, facts)
 
 
-def _kernel_groups(case: ModelCase, device: torch.device) -> dict[str, Any]:
-    """Measures a step's kernel time by group, with the profiler.
-
-    A process that has used the profiler must not time anything.
-    """
-    with clock.side_stream(device):
-        work = models.prepare(case, device)
-        error = work.verify()
-        groups = kernel_groups(work.run, device)
-    return {"error": error, "timed_dtype": models.dtype_of(case), "groups": groups}
-
-
 def _prepare_augment(case: AugmentCase, device: torch.device, ticking: clock.DeviceClock) -> Ready:
     work = augmentation.prepare(case, device)
-    # For ``bnres-kernel`` only the time of the kernels on the device is measured. For the other
-    # providers the host's time is included, because users wait for the host too.
+    # For ``bnres-kernel`` only the device is timed. For the other providers the host is timed too,
+    # because users wait for it.
     launch = "auto" if case.provider == "bnres-kernel" else "eager"
     timed = clock.prepare(
         ticking, lambda: augmentation.prepare(case, device).run, device,

@@ -22,10 +22,10 @@ LAST_WEIGHT = 0.2
 # factor is constant, so that all steps do the same work. fp16 can represent the scaled gradients if
 # the gradients are at most about 16.
 LOSS_SCALE = 2.0**12
-# This is the least cosine between the gradients of all parameters that a provider computes and the
-# gradients that the stock net computes in fp32. It is below 1 because rounding errors accumulate
-# over the layers. Even with fp32 tensors, TF32 or another order of sums changes the signs of values
-# near zero, and therefore the gradients of ReLU.
+# The gradients of all parameters form one vector. The provider's vector is compared with that of
+# the stock net in fp32, and this is the least cosine of the angle between them. It is below 1
+# because rounding errors accumulate over the layers. Even with fp32 tensors, TF32 or another order
+# of sums changes the signs of values near zero, and therefore the gradients of ReLU.
 COSINE = {"bf16": 0.9, "fp16": 0.98, "fp32": 0.99}
 # This is the greatest relative error of the logits, compared with the logits of the stock net in
 # fp32. The errors of 20 to 50 layers add up.
@@ -68,17 +68,17 @@ def prepare(case: ModelCase, device: torch.device) -> Work:
         raise Unavailable("runs in fp16, and only for the cases of bf16")
     torch._dynamo.reset()
     torch.backends.cudnn.benchmark = True  # for every provider, as training scripts do
-    work = _training if case.suite in ("step", "memory", "groups") else _inference
+    work = _training if case.suite in ("step", "memory") else _inference
     return work(case, device)
 
 
 def _stock(case: ModelCase) -> nn.Module:
     """Builds the stock net with weights for which a step in 16 bits is close to a step in fp32.
 
-    With torchvision's initial weights a ResNet-50 amplifies rounding errors so much that the
+    With torchvision's initial weights a ResNet-50 amplifies rounding errors so much that even the
     results of correct implementations differ too much to be compared. Therefore the weights of the
-    last batch norm of each residual block are set to the small value ``LAST_WEIGHT``. With
-    ``zero_init_residual`` they would be 0.
+    last batch norm of each residual block, which ``zero_init_residual`` sets to 0, are set to the
+    small value ``LAST_WEIGHT``.
     """
     torch.manual_seed(0)
     model = bnres.models.create_model(

@@ -16,8 +16,8 @@ STAGES = ("stem", "layer1")
 def run(device: torch.device) -> int:
     """Runs the operations in bf16 and in both layouts. Returns the number of operations.
 
-    Batch norms run forward and backward. Convolutions run only forward in inference, only on a GPU
-    and only in channels_last. Without a GPU the tensors are small.
+    Batch norms run forward and backward. Convolutions run only on a GPU and in channels_last, and
+    only their forward in inference. Without a GPU the tensors are small.
     """
     on_gpu = device.type == "cuda"
     done = 0

@@ -21,7 +21,6 @@ GROUPS = (
     ("optimiser", r"multi_tensor|foreach|sgd|optimizer"),
 )
 OTHER = "other"
-GROUP_NAMES = (*(name for name, _ in GROUPS), OTHER)
 WARMUP_STEPS = 3
 STEPS = 5
 
@@ -36,45 +35,26 @@ class Profile:
     """Means over the profiled steps. Times are in seconds.
 
     Attributes:
-        seconds: time of each kernel. On the CPU it is the time of each operator, without the time
-            of the operators that it calls.
-        launches: number of launches of each kernel in a step. On the CPU it is the number of calls
-            of each operator.
+        kernels: time and number of launches of each kernel in a step. On the CPU it is the time of
+            each operator, without the time of the operators that it calls, and the number of its
+            calls.
         span: time from the start of the first kernel to the end of the last kernel, divided by the
             number of steps. On the CPU it is 0.
         idle: part of the span in which no kernel ran.
     """
 
-    seconds: dict[str, float] = field(default_factory=dict)
-    launches: dict[str, float] = field(default_factory=dict)
+    kernels: dict[str, tuple[float, float]] = field(default_factory=dict)
     span: float = 0.0
     idle: float = 0.0
 
-    def by_group(self) -> dict[str, float]:
-        """Returns the seconds of each group in `GROUP_NAMES`."""
-        found = dict.fromkeys(GROUP_NAMES, 0.0)
-        for name, seconds in self.seconds.items():
-            found[group_of(name)] += seconds
-        return found
 
-    def launches_by_group(self) -> dict[str, float]:
-        """Returns the launches of each group in `GROUP_NAMES`."""
-        found = dict.fromkeys(GROUP_NAMES, 0.0)
-        for name, count in self.launches.items():
-            found[group_of(name)] += count
-        return found
-
-
-def profile(
-    run: Callable[[], object], device: torch.device, trace: Path | None = None, steps: int = STEPS
-) -> Profile:
-    """Profiles some steps after a warm-up.
+def profile(run: Callable[[], object], device: torch.device, trace: Path | None = None) -> Profile:
+    """Profiles `STEPS` steps after a warm-up.
 
     Args:
         run: runs one step.
         device: device on which the step runs.
         trace: file for a Chrome trace of the steps.
-        steps: number of steps.
     """
     activities = [torch.profiler.ProfilerActivity.CPU]
     on_gpu = device.type == "cuda"
@@ -83,7 +63,7 @@ def profile(
     for _ in range(WARMUP_STEPS if on_gpu else 1):
         run()
     with torch.profiler.profile(activities=activities) as profiler:
-        for _ in range(steps):
+        for _ in range(STEPS):
             run()
         if on_gpu:
             torch.cuda.synchronize(device)
@@ -100,44 +80,36 @@ def profile(
             spans.append((event.time_range.start, event.time_range.end))
         else:
             microseconds = event.self_cpu_time_total
-        found.seconds[event.name] = found.seconds.get(event.name, 0.0) + microseconds / 1e6 / steps
-        found.launches[event.name] = found.launches.get(event.name, 0.0) + 1 / steps
+        seconds, launches = found.kernels.get(event.name, (0.0, 0.0))
+        found.kernels[event.name] = (seconds + microseconds / 1e6 / STEPS, launches + 1 / STEPS)
     if spans:
         busy, end = 0.0, spans[0][0]
         for start, stop in sorted(spans):
             busy += max(stop - max(start, end), 0.0)
             end = max(end, stop)
         total = end - min(start for start, _ in spans)
-        found.span, found.idle = total / 1e6 / steps, (total - busy) / 1e6 / steps
+        found.span, found.idle = total / 1e6 / STEPS, (total - busy) / 1e6 / STEPS
     return found
-
-
-def kernel_groups(run: Callable[[], object], device: torch.device) -> dict[str, float]:
-    """Returns a step's seconds by group."""
-    return profile(run, device, steps=STEPS if device.type == "cuda" else 1).by_group()
 
 
 def format_profile(found: Profile, device: torch.device, top: int = 25) -> str:
     """Formats a table of the groups, followed by the ``top`` kernels that take the most time."""
-    total = sum(found.seconds.values())
+    groups = {name: (0.0, 0.0) for name in (*(name for name, _ in GROUPS), OTHER)}
+    for name, (seconds, launches) in found.kernels.items():
+        before = groups[group_of(name)]
+        groups[group_of(name)] = (before[0] + seconds, before[1] + launches)
+    total, count = (sum(pair[i] for pair in groups.values()) for i in range(2))
     what = "launches" if device.type == "cuda" else "operators"
     lines = [f"{'group':14} {'ms':>9} {'share':>7} {what:>9}"]
-    launches = found.launches_by_group()
-    for group, seconds in found.by_group().items():
-        lines.append(
-            f"{group:14} {seconds * 1e3:9.3f} {seconds / total:7.1%} {launches[group]:9.0f}"
-        )
-    lines.append(f"{'all':14} {total * 1e3:9.3f} {1:7.1%} {sum(launches.values()):9.0f}")
+    for group, (seconds, launches) in [*groups.items(), ("all", (total, count))]:
+        lines.append(f"{group:14} {seconds * 1e3:9.3f} {seconds / total:7.1%} {launches:9.0f}")
     if found.span:
         lines.append(
             f"a step takes {found.span * 1e3:.3f} ms on the device, which is idle for "
             f"{found.idle * 1e3:.3f} ms of it ({found.idle / found.span:.1%})"
         )
     lines += ["", f"{'ms':>9} {what:>9}  {'group':12} kernel"]
-    longest = sorted(found.seconds, key=lambda n: -found.seconds[n])[:top]
-    for name in longest:
-        lines.append(
-            f"{found.seconds[name] * 1e3:9.3f} {found.launches[name]:9.0f}  {group_of(name):12} "
-            f"{name[:90]}"
-        )
+    longest = sorted(found.kernels.items(), key=lambda kernel: -kernel[1][0])[:top]
+    for name, (seconds, launches) in longest:
+        lines.append(f"{seconds * 1e3:9.3f} {launches:9.0f}  {group_of(name):12} {name[:90]}")
     return "\n".join(lines)

@@ -12,8 +12,6 @@ from typing import Any
 from benchmarks.environment import IDENTITY
 from bnres.files import write_text
 
-# Results whose timings were not measured have this name as their device.
-MADE_UP = "made-up timings"
 ENVIRONMENT, RESULTS = "environment.json", "results.jsonl"
 Record = dict[str, Any]
 

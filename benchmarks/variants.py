@@ -29,13 +29,13 @@ from bnres.kernels.outputs import empty_mask
 
 BATCH, SMALL_BATCH, SMALL_SIZE = 256, 2, 16
 EPS = 1e-5
-# The results of two configurations differ by at most this relative error, because configurations
-# sum in different orders and results are rounded to bf16.
+# The results of two configurations may differ by this relative error, because configurations sum in
+# different orders and results are rounded to bf16.
 TOLERANCE = 2**-8
 # A graph contains this many calls of a kernel, or more if there are more sets of tensors.
 CALLS, REPLAYS = 16, 5
-# Consecutive calls use different sets of tensors. Together the sets are this many times as large as
-# the L2 cache, so that no call finds its inputs in the cache.
+# Consecutive calls use different sets of tensors, so that no call finds its inputs in the L2 cache.
+# Together the sets are this many times as large as the cache.
 COLD_FACTOR = 3
 STAGES = (1, 2, 3, 4, 5)
 # The grid has these values of unroll and of programs_per_sm.
@@ -84,8 +84,8 @@ def tuned(kernel: str, tuning: KernelTuning) -> Iterator[None]:
 def calls(shape: tuple[int, ...], layout: str, device: torch.device) -> dict[str, Call]:
     """Returns for each kernel a call of its launcher on random bf16 tensors.
 
-    The outputs are allocated once. A call returns the tensors that it writes. ``reduce`` and ``dx``
-    are the kernels of the backward of BN+ReLU.
+    A call returns the tensors that it writes. All calls of a kernel write to the same tensors.
+    ``reduce`` and ``dx`` are the kernels of the backward of BN+ReLU.
     """
 
     def tensor(shape: Sequence[int] = shape) -> Tensor:

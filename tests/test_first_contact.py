@@ -4,7 +4,6 @@ import json
 import time
 
 import pytest
-import torch
 from typer.main import get_command
 
 import benchmarks.cli
@@ -38,16 +37,14 @@ def test_every_outcome_of_a_stage_is_recorded_once(tmp_path):
         Stage("fails", ("-c", "raise SystemExit(3)"), 1),
         Stage("hangs", ("-c", "import time; time.sleep(60)"), 0.01),
         Stage("absent", PRINT, 1, tool="no-such-program"),
-        Stage("gpu", PRINT, 1, needs_gpu=True),
         Stage("last", PRINT, 1),
     )
     start = time.monotonic()
     left, lines = run(tmp_path, *chosen)
     assert left == 0 and time.monotonic() - start < 30
-    gpu = "done" if torch.cuda.is_available() else "skipped"
     ends = [
         ("prints", "done"), ("fails", "failed"), ("hangs", "timed out"), ("absent", "skipped"),
-        ("gpu", gpu), ("last", "done"),
+        ("last", "done"),
     ]  # fmt: skip
     assert statuses(tmp_path) == ends
     assert lines[0].endswith("hello") and lines[3].endswith("(no-such-program is not installed)")
@@ -108,11 +105,10 @@ def test_no_stage_is_started_without_time(tmp_path):
     assert left == 1 and lines == [] and not (tmp_path / "stages.jsonl").exists()
 
 
-@pytest.mark.parametrize("small", [True, False])
-def test_the_stages_name_options_that_exist(small, tmp_path):
+def test_the_stages_name_options_that_exist(tmp_path):
     apps = {"benchmarks": benchmarks.cli.app, "bnres.cli": bnres.cli.app}
     parsed = 0
-    for stage in stages(tmp_path, small):
+    for stage in stages(tmp_path):
         if "-m" in stage.command and (module := stage.command[1]) in apps:
             name, *options = stage.command[2:]
             options += ["--minutes", "1"] if stage.continues else []
@@ -122,9 +118,8 @@ def test_the_stages_name_options_that_exist(small, tmp_path):
     assert parsed == 7
 
 
-@pytest.mark.parametrize("small", [True, False])
-def test_names_and_files_of_the_stages(small, tmp_path):
-    found = stages(tmp_path, small)
+def test_names_and_files_of_the_stages(tmp_path):
+    found = stages(tmp_path)
     names = [stage.name for stage in found]
     assert names[:4] == ["environment", "smoke", "tests", "campaign"]
     assert len(set(names)) == len(names)

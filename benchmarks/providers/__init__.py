@@ -1,9 +1,7 @@
 """The providers by name. A provider is one of the implementations that are compared."""
 
-from benchmarks.providers.apex import APEX
 from benchmarks.providers.bnres_layers import BNRES, BNRES_CONV_KERNEL
 from benchmarks.providers.cudnn_frontend import CUDNN_FRONTEND
-from benchmarks.providers.flag_gems import FLAG_GEMS
 from benchmarks.providers.torch_layers import (
     COMPILE,
     COMPILE_MAX_AUTOTUNE,
@@ -20,8 +18,6 @@ PROVIDERS = {
         CUDNN_FRONTEND,
         EAGER_FP16_CUDNN,
         BNRES_CONV_KERNEL,
-        APEX,
-        FLAG_GEMS,
         COMPILE_MAX_AUTOTUNE,
     )
 }

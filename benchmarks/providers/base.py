@@ -47,8 +47,7 @@ class Provider:
         prepare: prepares a case. It returns a function that takes inputs and returns the
             `Implementation` of the case. Both functions raise `Unavailable` if the provider can't
             run the case.
-        dtype: dtype in which this provider runs cases in bf16. It is None if the provider supports
-            bf16.
+        dtype: dtype that replaces bf16 if the provider does not support bf16, otherwise None.
     """
 
     name: str
@@ -58,15 +57,6 @@ class Provider:
     def dtype_of(self, case: OpCase) -> str:
         """Returns the dtype in which this provider runs a case."""
         return self.dtype if self.dtype is not None and case.dtype == "bf16" else case.dtype
-
-
-TRAINING_NORMS = ("bn", "bn_relu", "bn_add_relu")
-
-
-def needs_training_norm(case: OpCase) -> None:
-    """Raises `Unavailable` unless the case is BN, BN+ReLU or BN+add+ReLU in training."""
-    if case.site.operation not in TRAINING_NORMS or case.direction == "eval":
-        raise Unavailable(f"has no fused {case.site.operation} ({case.direction})")
 
 
 def by_autograd(

@@ -15,20 +15,14 @@ from torch import Tensor
 
 from benchmarks.cases import OpCase
 from benchmarks.operations import EPS, MOMENTUM, Inputs
-from benchmarks.providers.base import (
-    Bind,
-    Implementation,
-    Provider,
-    Results,
-    Unavailable,
-    needs_training_norm,
-)
+from benchmarks.providers.base import Bind, Implementation, Provider, Results, Unavailable
 
 LEAST_VERSION = 8904
 LEAST_CAPABILITY = (8, 0)
 # One byte of the mask stores the bits of eight channels.
 CHANNELS = 8
 DTYPES = ("bf16", "fp16")
+OPERATIONS = ("bn", "bn_relu", "bn_add_relu")
 
 
 @dataclass(frozen=True)
@@ -118,7 +112,7 @@ class Builder:
         return self._finish(graph, t | {"y": y})
 
     def backward(self) -> Graph:
-        """Builds the backward. The residual's gradient is the gradient after the ReLU's mask."""
+        """Builds the backward. The residual's gradient is dy, masked by the ReLU."""
         types, graph = self.cudnn.data_type, self._new()
         t = {
             name: graph.tensor(name=name, data_type=self.io, **self.activation)
@@ -178,9 +172,10 @@ class Builder:
         return run
 
 
-def _module(case: OpCase, dtype: str) -> ModuleType:
-    needs_training_norm(case)
-    if dtype not in DTYPES or case.layout != "channels_last":
+def _module(case: OpCase) -> ModuleType:
+    if case.site.operation not in OPERATIONS or case.direction == "eval":
+        raise Unavailable(f"has no fused {case.site.operation} ({case.direction})")
+    if case.dtype not in DTYPES or case.layout != "channels_last":
         raise Unavailable("only supports 16-bit channels_last tensors")
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() < LEAST_CAPABILITY:
         raise Unavailable("needs a GPU of sm_80 or newer")
@@ -196,7 +191,7 @@ def _module(case: OpCase, dtype: str) -> ModuleType:
 
 
 def _prepare(case: OpCase) -> Bind:
-    cudnn = _module(case, case.dtype)
+    cudnn = _module(case)
     operation = case.site.operation
     has_residual, has_relu = "add" in operation, operation != "bn"
     built: list[tuple[Builder, Graph, Graph]] = []

@@ -67,8 +67,8 @@ def _compiled(case: OpCase, mode: str | None) -> Bind:
         if not first:
             return compiled(inputs)
         first = False
-        # Backward runs many times after one forward. With donated buffers it would overwrite the
-        # saved tensors the first time.
+        # Backward runs many times after one forward. With donated buffers, the first backward would
+        # overwrite the saved tensors.
         with functorch_config.patch(donated_buffer=False):
             return compiled(inputs)
 

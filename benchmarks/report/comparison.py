@@ -16,16 +16,21 @@ LEAST_NOISE = 0.03
 SPREADS = 3
 
 
+# The verdicts, in the order of the table. These need an explanation:
+# - lost: the old run measured the case. In the new run it failed, was refused or was skipped.
+# - other method: the runs timed the case by different methods, so the times are not compared.
+# - absent: the old run measured the case. The new run, which may be shorter, has no result.
+# - new: only the new run measured the case.
+VERDICTS = ("lost", "slower", "faster", "same", "other method", "absent", "new")
+
+
 @dataclass(frozen=True)
 class Change:
     """The change of one case.
 
     Attributes:
         id: id of the case.
-        verdict: ``slower``, ``faster``, ``same``, ``lost``, ``new`` or ``recast``. ``lost`` is a
-            case that was measured in the old run, but failed, was refused or was skipped in the new
-            run. ``new`` is a case that only the new run measured. ``recast`` is a case for which
-            the two runs used different methods, so that the times are not compared.
+        verdict: one of `VERDICTS`.
         ratio: new time divided by the old time. It is 0 if the times are not compared.
         noise: greatest difference of the ratio from 1 that counts as noise.
     """
@@ -45,51 +50,49 @@ class Comparison:
 
     @property
     def regressions(self) -> list[Change]:
-        """The cases that became slower by more than noise, or that are no longer measured."""
+        """The cases that became slower by more than noise, or that can no longer be measured."""
         return [c for c in self.changes if c.verdict in ("slower", "lost")]
 
     def table(self) -> str:
         """Formats the differences, the changes (regressions first), and the counts of verdicts."""
-        lines = [f"{what}" for what in self.differences]
-        order = ("lost", "slower", "faster", "same", "recast", "new")
-        for change in sorted(self.changes, key=lambda c: (order.index(c.verdict), -c.ratio)):
-            ratio = f"{change.ratio:6.3f}× ±{change.noise:.1%}" if change.ratio else " " * 14
-            lines.append(f"{change.verdict:6} {ratio}  {change.id}")
-        counts = [f"{sum(c.verdict == v for c in self.changes)} {v}" for v in order]
+        lines = list(self.differences)
+        for change in sorted(self.changes, key=lambda c: (VERDICTS.index(c.verdict), -c.ratio)):
+            ratio = f"{change.ratio:6.3f}× ±{change.noise:.1%}" if change.ratio else ""
+            lines.append(f"{change.verdict:12} {ratio:14}  {change.id}")
+        counts = [f"{sum(c.verdict == v for c in self.changes)} {v}" for v in VERDICTS]
         return "\n".join([*lines, ", ".join(counts)])
 
 
 def compare(old: Run, new: Run) -> Comparison:
-    """Compares the median times of two runs, and the peak bytes of cases that measure memory."""
-    old_about, new_about = old[0], new[0]
-    # Cases of the suite "groups" are not compared. Their times come from a profiler, and only show
-    # how a step's time is divided among its kernels.
-    old_records, new_records = ([r for r in run[1] if r["suite"] != "groups"] for run in (old, new))
-    before = {r["id"]: r for r in old_records}
+    """Compares the median times of two runs, and the peak bytes of cases that measure memory.
+
+    A case that neither run measured is left out.
+    """
+    (old_about, old_records), (new_about, new_records) = old, new
+    before = {r["id"]: r for r in old_records if r["status"] == "measured"}
+    after = {r["id"]: r for r in new_records}
     changes = []
-    for record in new_records:
-        previous = before.get(record["id"])
-        if previous is None or previous["status"] != "measured":
-            if record["status"] == "measured":
-                changes.append(Change(record["id"], "new"))
-        elif record["status"] != "measured":
-            changes.append(Change(record["id"], "lost"))
-        else:
+    for name in {**before, **after}:
+        previous, record = before.get(name), after.get(name)
+        if record is None:
+            changes.append(Change(name, "absent"))
+        elif previous is not None:
             changes.append(_judge(previous, record))
+        elif record["status"] == "measured":
+            changes.append(Change(name, "new"))
     differences = [
         f"{key}: {old_about.get(key)} -> {new_about.get(key)}"
         for key in ("device", "driver", "torch", "triton", "cudnn", "commit")
         if old_about.get(key) != new_about.get(key)
     ]
-    absent = before.keys() - {r["id"] for r in new_records}
-    if absent:
-        differences.append(f"{len(absent)} cases of the old run are not in the new one")
     return Comparison(changes, differences)
 
 
 def _judge(previous: Record, record: Record) -> Change:
+    if record["status"] != "measured":
+        return Change(record["id"], "lost")
     if record.get("method") != previous.get("method"):
-        return Change(record["id"], "recast")
+        return Change(record["id"], "other method")
     if "peak_bytes" not in record:
         ratio = record["median"] / previous["median"]
         spread = sum(((r["q3"] - r["q1"]) / 2 / r["median"]) ** 2 for r in (previous, record))

@@ -11,10 +11,9 @@ from benchmarks.report.slices import (
     Subject,
     main_setting,
     providers_in,
-    steps_with_groups,
     subjects,
 )
-from benchmarks.report.style import GROUP_MARKS, PROVIDER_MARKS, new_figure, save
+from benchmarks.report.style import PROVIDER_MARKS, new_figure, save
 from benchmarks.report.tables import DIRECTION_TITLES
 from benchmarks.store import Record
 
@@ -30,14 +29,11 @@ SHORT_TITLES = {
     "conv_bn_relu": "+BN+ReLU",
     "conv_bn_add_relu": "+BN+add\n+ReLU",
 }
-# bnres runs the addition and the activation in the batch norm's kernels. With other providers these
-# are separate kernels, which the picture shows as "rest".
-GROUP_TITLES = {"batch norm": "batch norm and what is fused with it"}
 Panel = tuple[str, list[Subject]]
 
 
 def draw(folder: Path, about: Record, records: Sequence[Record]) -> list[Path]:
-    """Draws bandwidth, speed-up, step times and memory, if there are results. Returns the files."""
+    """Draws the bandwidths and speed-ups of operations, if there are any. Returns the files."""
     drawn = []
     operations = subjects(records, "ops")
     norms = [s for s in operations if not _is_conv(s)]
@@ -46,12 +42,6 @@ def draw(folder: Path, about: Record, records: Sequence[Record]) -> list[Path]:
     compared = [s for s in operations if BASELINE in s.records and len(s.records) > 1]
     if compared:
         drawn.append(speedup(folder / "speedup.png", about, compared))
-    steps = subjects(steps_with_groups(records), "step")
-    if steps:
-        drawn.append(step_time(folder / "step.png", about, steps))
-    memory = subjects(records, "memory")
-    if memory:
-        drawn.append(step_memory(folder / "memory.png", about, memory))
     return drawn
 
 
@@ -133,74 +123,6 @@ def _site_label(subject: Subject) -> str:
     return f"{place}\n{SHORT_TITLES[record['operation']]}"
 
 
-def step_time(path: Path, about: Record, found: Sequence[Subject]) -> Path:
-    """Draws a training step's time by provider, divided into the parts of `step_parts`."""
-    count = sum(len(s.records) for s in found)
-    figure, (axes,) = new_figure(9, 0.28 * count + 0.42 * len(found) + 1.3)
-    place = 0.0
-    places: list[float] = []
-    labels: list[str] = []
-    for subject in found:
-        place += 1.5
-        axes.annotate(
-            _net_label(subject.any), (0, -place + 0.15), xytext=(4, 0), textcoords="offset points",
-            va="center", fontsize=9, fontweight="bold",
-        )  # fmt: skip
-        for provider in providers_in([subject]):
-            place += 1
-            record, left = subject.records[provider], 0.0
-            for group, seconds in step_parts(record).items():
-                mark = GROUP_MARKS[group]
-                axes.barh(
-                    -place, seconds * 1e3, left=left, color=mark.color, hatch=mark.hatch,
-                    edgecolor="black", linewidth=0.5,
-                    label=None if places else GROUP_TITLES.get(group, group),
-                )  # fmt: skip
-                left += seconds * 1e3
-            axes.annotate(
-                f" {record['median'] * 1e3:,.1f} ms", (left, -place), va="center", fontsize=8
-            )
-            places.append(-place)
-            labels.append(provider)
-    axes.set_yticks(places, labels, fontsize=8)
-    axes.set_ylim(-place - 0.7, -0.7)
-    axes.margins(x=0.12)
-    axes.grid(axis="x", alpha=0.3)
-    axes.grid(axis="y", visible=False)
-    axes.set_xlabel("ms per step")
-    axes.set_title(f"Training step; {about['device']}", loc="left", fontsize=11)
-    figure.legend(loc="outside lower center", ncols=4)
-    return save(figure, path)
-
-
-def step_parts(record: Record) -> dict[str, float]:
-    """Returns the seconds of convolutions, batch norms, other kernels, and gaps between kernels."""
-    groups = record["groups"]
-    parts = {name: groups[name] for name in ("convolution", "batch norm")}
-    parts["rest"] = sum(groups.values()) - sum(parts.values())
-    return parts | {"between kernels": max(record["median"] - sum(groups.values()), 0.0)}
-
-
-def step_memory(path: Path, about: Record, found: Sequence[Subject]) -> Path:
-    """Draws by provider the peak memory of a training step, and the memory held for backward."""
-    providers = providers_in(found)
-    figure, panels = new_figure(8, 5.6, 2)
-    for axes, (key, title) in zip(
-        panels,
-        (("peak_bytes", "peak of a step"), ("held_bytes", "held for backward")),
-        strict=True,
-    ):
-        _bars(
-            axes, providers, [_net_label(s.any) for s in found],
-            [[_of(s, p, key, 1e-6) for s in found] for p in providers],
-        )  # fmt: skip
-        axes.set_ylabel("MB")
-        axes.set_title(title, loc="left", fontsize=10)
-    figure.suptitle(f"Memory of a training step, {about['device']}", fontsize=11)
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
-    return save(figure, path)
-
-
 def _bars(
     axes: Axes, providers: Sequence[str], labels: Sequence[str], rows: Sequence[Sequence[float]]
 ) -> None:
@@ -219,8 +141,3 @@ def _bars(
 def _of(subject: Subject, provider: str, key: str, scale: float) -> float:
     record = subject.records.get(provider)
     return record.get(key, 0.0) * scale if record else 0.0
-
-
-def _net_label(record: Record) -> str:
-    graph = ", graph" if record["launch"] == "graph" else ""
-    return f"{record['net']} {record['image']}px b{record['batch']}{graph}"

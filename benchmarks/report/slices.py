@@ -50,28 +50,6 @@ def subjects(records: Iterable[Record], suite: str) -> list[Subject]:
     return [Subject(name, by_provider) for name, by_provider in found.items()]
 
 
-def steps_with_groups(records: Iterable[Record]) -> list[Record]:
-    """Returns the records of steps. The field ``groups`` has their kernel time by group.
-
-    The kernel times are stored in records of the suite ``groups``. In older runs they are stored in
-    the record of the step. Steps without kernel times are left out.
-    """
-    shared = ("net", "image", "batch", "layout", "dtype", "provider", "smoke")
-    records = [record for record in records if record["status"] == "measured"]
-    groups = {
-        tuple(record[name] for name in shared): record["groups"]
-        for record in records
-        if record["suite"] == "groups"
-    }
-    found = []
-    for record in records:
-        if record["suite"] == "step":
-            of_step = record.get("groups") or groups.get(tuple(record[name] for name in shared))
-            if of_step:
-                found.append(record | {"groups": of_step})
-    return found
-
-
 def providers_in(found: Iterable[Subject]) -> list[str]:
     """Returns the providers that have results, in the order of `PROVIDERS`."""
     present = {name for subject in found for name in subject.records}

@@ -1,4 +1,4 @@
-"""The style of all pictures. The colour-blind can distinguish the colours."""
+"""The style of all pictures. Colour-blind people can distinguish the colours."""
 
 import io
 from dataclasses import dataclass
@@ -27,14 +27,6 @@ PROVIDER_MARKS = {
     "compile": Mark("#E69F00", "//"),
     "compile-max-autotune": Mark("#D55E00", "xx"),
     "cudnn-frontend": Mark("#009E73", ".."),
-    "apex": Mark("#F0E442", "++"),
-    "flag_gems": Mark("#CC79A7", "oo"),
-}
-GROUP_MARKS = {
-    "convolution": Mark("#999999"),
-    "batch norm": Mark("#0072B2", "//"),
-    "rest": Mark("#E69F00", ".."),
-    "between kernels": Mark("#FFFFFF"),
 }
 DPI = 150
 

@@ -1,6 +1,8 @@
 """Formats a run's results as Markdown."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from benchmarks.report.slices import (
@@ -20,19 +22,18 @@ DIRECTION_TITLES = {
 LEGEND = (
     "The times are medians in microseconds. A site is a place in a net where the operation occurs. "
     "The number in brackets is the shortest possible time divided by the median. The shortest "
-    "possible time is the time to move the fewest bytes that the fused operation needs, at the "
-    "bandwidth that was measured for a copy. A convolution must also compute its FLOPs at the "
-    "speed that was measured for a matrix product. If this takes longer, it is the shortest "
-    "possible time. These times assume that nothing stays in the L2 cache, so small sites can "
-    "exceed 100%. The columns 'vs. eager' and 'vs. compile' are the speed-ups of bnres over "
-    "torch's own layers and over torch.compile. The column 'host' is the time that a call of bnres "
-    "takes on the host. If calls are replayed from a CUDA graph, or if the GPU is still busy with "
-    "earlier calls, the host's time does not matter."
+    "possible time is the fewest bytes that the fused operation must move, divided by the measured "
+    "bandwidth of a copy. For a convolution it is the number of FLOPs divided by the measured "
+    "speed of a matrix product, if this is longer. Small tensors stay in the L2 cache, so their "
+    "operations can exceed 100%. The columns 'vs. eager' and 'vs. compile' are the speed-ups of "
+    "bnres over torch's own layers and over torch.compile. The column 'host' is the time for which "
+    "a call of bnres occupies the CPU. It does not matter if calls are replayed from a CUDA graph, "
+    "or if the GPU is still busy with earlier calls."
 )
 
 IDLE_NOTE = (
-    " Idle: the share of a loop's time in which the GPU waits for the host. It is computed as 1 - "
-    "(time of the same step replayed from a CUDA graph) / (time of the loop)."
+    " Idle is the share of a training loop's time in which the GPU waits for the CPU. It is 1 - "
+    "(time of a step replayed from a CUDA graph) / (time of a step in the loop)."
 )
 
 
@@ -108,9 +109,9 @@ def operations(records: Sequence[Record]) -> list[str]:
         rows = [
             [
                 subject.any["site"],
-                *(_timed(subject, provider) for provider in providers),
+                *_cells(subject, providers, _timed),
                 *speedups(subject),
-                _host(subject),
+                *_cells(subject, ["bnres"], _host),
             ]
             for subject in group
         ]
@@ -119,21 +120,15 @@ def operations(records: Sequence[Record]) -> list[str]:
     return sections
 
 
-def _timed(subject: Subject, provider: str) -> str:
-    record = subject.records.get(provider)
-    if record is None:
-        return "-"
+def _timed(record: Record) -> str:
     share = f" ({record['share']:.0%})" if "share" in record else ""
     other = record.get("timed_dtype", record["dtype"])
     note = "" if other == record["dtype"] else f" {other}"
     return f"{record['median'] * 1e6:,.1f}{share}{note}"
 
 
-def _host(subject: Subject) -> str:
-    record = subject.records.get("bnres")
-    if record is None or "host_seconds" not in record:
-        return "-"
-    return f"{record['host_seconds'] * 1e6:,.0f}"
+def _host(record: Record) -> str:
+    return f"{record['host_seconds'] * 1e6:,.0f}" if "host_seconds" in record else "-"
 
 
 def nets(records: Sequence[Record]) -> list[str]:
@@ -150,26 +145,23 @@ def nets(records: Sequence[Record]) -> list[str]:
                 f"## {title}",
                 "The times are medians in milliseconds. The numbers in brackets are images/s."
                 f"{note}{IDLE_NOTE if has_idle else ''}",
-                _nets_table(found, _milliseconds, speedups),
+                _nets_table(found),
             ]
     return sections
 
 
-def _nets_table(
-    found: Sequence[Subject],
-    cell: Callable[[Record], str],
-    last: Callable[[Subject], list[str]],
-) -> str:
+def _nets_table(found: Sequence[Subject]) -> str:
     providers = providers_in(found)
     rows = [
-        [
-            net_title(subject),
-            *(cell(subject.records[p]) if p in subject.records else "-" for p in providers),
-            *last(subject),
-        ]
+        [net_title(subject), *_cells(subject, providers, _milliseconds), *speedups(subject)]
         for subject in found
     ]
     return markdown_table(["net", *providers, "vs. eager", "vs. compile"], rows)
+
+
+def _cells(subject: Subject, providers: Sequence[str], cell: Callable[[Record], str]) -> list[str]:
+    """Formats the record of each provider by ``cell``, or a dash if there is no record."""
+    return [cell(subject.records[p]) if p in subject.records else "-" for p in providers]
 
 
 def net_title(subject: Subject) -> str:
@@ -196,22 +188,20 @@ def memory(records: Sequence[Record]) -> list[str]:
     rows = []
     for subject in found:
         for key, what in (("peak_bytes", "peak"), ("held_bytes", "held for backward")):
-            eager = subject.records.get("eager")
-            cells = []
-            for provider in providers:
-                record = subject.records.get(provider)
-                if record is None:
-                    cells.append("-")
-                    continue
-                ratio = f" ({record[key] / eager[key]:.2f}×)" if eager and eager[key] else ""
-                cells.append(f"{record[key] / 1e6:,.0f}{ratio}")
-            rows.append([f"{net_title(subject)}: {what}", *cells])
+            cell = partial(_megabytes, key, subject.records.get("eager"))
+            title = f"{net_title(subject)}: {what}"
+            rows.append([title, *_cells(subject, providers, cell)])
     return [
         "## Memory of a training step",
-        "The growth of the allocated memory during a step, in MB. The number in brackets is the "
-        "ratio to eager.",
+        "The table shows by how many MB the allocated memory grows during a step. The number in "
+        "brackets is the ratio to eager.",
         markdown_table(["net", *providers], rows),
     ]
+
+
+def _megabytes(key: str, eager: Record | None, record: Record) -> str:
+    ratio = f" ({record[key] / eager[key]:.2f}×)" if eager and eager[key] else ""
+    return f"{record[key] / 1e6:,.0f}{ratio}"
 
 
 def augmentation(records: Sequence[Record]) -> list[str]:
@@ -227,49 +217,49 @@ def augmentation(records: Sequence[Record]) -> list[str]:
             f"{record['name']}, {record['size']} to {record['out']}, batch {record['batch']}, "
             f"{record['dtype']}"
         )
-        cells = [
-            "-"
-            if (r := subject.records.get(p)) is None
-            else f"{r['images'] / r['median']:,.0f} ({r['share']:.0%})"
-            for p in providers
-        ]
-        rows.append([title, *cells])
+        rows.append([title, *_cells(subject, providers, _images)])
     return [
         "## Augmentation",
-        "The images/s of a chain of flip, resized crop, colour jitter and normalisation. The value "
-        "in brackets is the share of the greatest possible speed, at which each image is read once "
-        "and written once. The column bnres-kernel is for the kernel without the random draws.",
+        "The table shows the images/s of a chain of flip, resized crop, colour jitter and "
+        "normalisation. The number in brackets is the share of the greatest possible speed, at "
+        "which each image is read once and written once. The column bnres-kernel does not include "
+        "drawing the random parameters.",
         markdown_table(["images", *providers], rows),
     ]
 
 
+def _images(record: Record) -> str:
+    return f"{record['images'] / record['median']:,.0f} ({record['share']:.0%})"
+
+
 def notes(records: Sequence[Record]) -> list[str]:
     """Formats the providers' notes, such as the backend that torch selected for batch norm."""
-    found: dict[tuple[str, str, str], int] = {}
-    for record in records:
-        if record["status"] == "measured" and record.get("note"):
-            key = record["provider"], record["timed_dtype"], record["note"]
-            found[key] = found.get(key, 0) + 1
-    if not found:
-        return []
-    lines = ["| provider | dtype | what ran | cases |", "|---|---|---|---:|"]
-    lines += [f"| {' | '.join(key)} | {count} |" for key, count in found.items()]
-    return ["## What ran", "\n".join(lines)]
+    keys = [
+        (record["provider"], record["timed_dtype"], record["note"])
+        for record in records
+        if record["status"] == "measured" and record.get("note")
+    ]
+    return _counted("What ran", ("provider", "dtype", "what ran"), keys)
 
 
 def absent(records: Sequence[Record]) -> list[str]:
     """Formats the providers that were not measured, and why."""
-    reasons: dict[tuple[str, str, str], int] = {}
-    for record in records:
-        if record["status"] != "measured":
-            first = record["reason"].splitlines()[0] if record["reason"] else ""
-            key = record["provider"], record["status"], first
-            reasons[key] = reasons.get(key, 0) + 1
-    if not reasons:
-        return []
-    rows = [
-        [provider, status, str(count), reason.replace("|", "\\|")]
-        for (provider, status, reason), count in reasons.items()
+    keys = [
+        (record["provider"], record["status"], record["reason"].partition("\n")[0])
+        for record in records
+        if record["status"] != "measured"
     ]
-    lines = ["| provider | status | cases | why |", "|---|---|---:|---|"]
-    return ["## Not measured", "\n".join([*lines, *("| " + " | ".join(r) + " |" for r in rows)])]
+    return _counted("Not measured", ("provider", "status", "why"), keys)
+
+
+def _counted(
+    title: str, headings: Sequence[str], keys: Sequence[tuple[str, str, str]]
+) -> list[str]:
+    """Formats a table of the different keys and of how many cases have each of them."""
+    if not keys:
+        return []
+    lines = [f"| {' | '.join(headings)} | cases |", "|---|---|---|---:|"]
+    for key, count in Counter(keys).items():
+        cells = [text.replace("|", "\\|") for text in key]
+        lines.append(f"| {' | '.join(cells)} | {count} |")
+    return [f"## {title}", "\n".join(lines)]

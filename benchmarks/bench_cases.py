@@ -1,7 +1,9 @@
-"""Runs cases under pytest-benchmark. The ``bench_*.py`` files share this module."""
+"""Runs the cases under pytest-benchmark.
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+On a GPU the most important cases are run. Without a GPU the cases with small inputs are run.
+"""
+
+from contextlib import nullcontext
 from functools import cache
 from typing import Any
 
@@ -9,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks import clock, environment
-from benchmarks.cases import Case, ModelCase, OpCase, select, smoke_cases, telling_cases
+from benchmarks.cases import Case, ModelCase, OpCase, smoke_cases, telling_cases
 from benchmarks.measure import BUDGET, STEP_BUDGET, fields_of, prepare, rates
 from benchmarks.providers.base import Unavailable
 from bnres import use_backend
@@ -18,11 +20,7 @@ CLOCK = clock.DeviceClock()
 # Cases with small inputs have this many rounds. They only show that the benchmark runs. Their times
 # mean nothing.
 SMOKE_ROUNDS = 2
-
-
-def device_time() -> float:
-    """Returns the seconds of all calls timed so far. See `benchmarks.clock.DeviceClock`."""
-    return CLOCK()
+CASES = telling_cases() if torch.cuda.is_available() else smoke_cases()
 
 
 @cache
@@ -32,32 +30,17 @@ def about() -> dict[str, Any]:
     return environment.describe(device) | {"ceilings": environment.measure_ceilings(device)}
 
 
-def parametrize(suites: Sequence[str]) -> pytest.MarkDecorator:
-    """Parametrizes a test with the cases of some suites. The ids of the test are the cases' ids.
-
-    On a GPU the most important cases are used. Without a GPU the cases with small inputs are used.
-    """
-    chosen = telling_cases() if torch.cuda.is_available() else smoke_cases()
-    cases = [case for suite in suites for case in select(chosen, suite=suite)]
-    return pytest.mark.parametrize("case", cases, ids=[case.id for case in cases])
-
-
-def run_case(benchmark: Any, case: Case) -> None:
+@pytest.mark.parametrize("case", CASES, ids=[case.id for case in CASES])
+@pytest.mark.benchmark(timer=CLOCK)
+def test_case(benchmark: Any, case: Case) -> None:
     """Checks a case, then times it. Its record's fields are stored in ``benchmark.extra_info``."""
-    with _route(case):
-        _run_case(benchmark, case)
-
-
-def _route(case: Case) -> AbstractContextManager[None]:
-    """Selects ATen instead of Triton for nets and augmentations with small inputs.
-
-    In Triton's interpreter they would take minutes.
-    """
+    # In Triton's interpreter nets and augmentations would take minutes.
     slow = case.smoke and not isinstance(case, OpCase)
-    return use_backend("aten") if slow else nullcontext()
+    with use_backend("aten") if slow else nullcontext():
+        _run(benchmark, case)
 
 
-def _run_case(benchmark: Any, case: Case) -> None:
+def _run(benchmark: Any, case: Case) -> None:
     device = environment.default_device()
     try:
         ready = prepare(case, device, CLOCK)
