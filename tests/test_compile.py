@@ -5,7 +5,6 @@ import copy
 import pytest
 import torch
 from torch import nn
-from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -14,6 +13,7 @@ from torch.utils._pytree import tree_map_only
 from bnres import use_conv_route
 from bnres.models import resnet18
 from bnres.nn import BatchNorm2d, BatchNormAct2d, BatchNormActMaxPool2d, ConvBatchNormAct2d
+from tests.captured import capture, recorder
 from tests.compiled import run_compiled
 from tests.device import DEVICE
 
@@ -47,17 +47,9 @@ def names(graphs):
 
 def test_training_step_is_one_graph():
     torch.manual_seed(0)
-    graphs = []
-
-    def record(graph, example_inputs):
-        graphs.append(graph)
-        return graph.forward
-
     net = Net().to(DEVICE)
     eager = copy.deepcopy(net)
-    compiled = torch.compile(
-        net, backend=aot_autograd(fw_compiler=record, bw_compiler=record), fullgraph=True
-    )
+    compiled, graphs = capture(net)
     x = torch.randn(2, 3, 6, 6, device=DEVICE)
     results = []
     for model in (compiled, eager):
@@ -90,16 +82,8 @@ def test_dynamic_batch_and_inductor():
 @pytest.mark.slow
 def test_dynamic_sizes_in_training():
     torch.manual_seed(0)
-    graphs = []
-
-    def record(graph, example_inputs):
-        graphs.append(graph)
-        return graph.forward
-
     net = Net().to(DEVICE)
-    compiled = torch.compile(
-        net, backend=aot_autograd(fw_compiler=record), fullgraph=True, dynamic=True
-    )
+    compiled, graphs = capture(net, dynamic=True)
     for shape in [(2, 3, 6, 8), (3, 3, 8, 24), (4, 3, 4, 16)]:
         x = torch.randn(shape, device=DEVICE)
         found = []
@@ -153,12 +137,7 @@ def test_fake_tensors_outside_of_their_mode():
 
 def capture_on_fake_gpu():
     """Captures a ResNet-18 of fake CUDA tensors as one graph, and prints its operators."""
-    graphs = []
-
-    def record(graph, example_inputs):
-        graphs.append(graph)
-        return graph.forward
-
+    record, graphs = recorder()
     with FakeTensorMode():
         net = resnet18(10)
 
