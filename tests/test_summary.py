@@ -6,16 +6,13 @@ from torch import nn
 from typer.testing import CliRunner
 
 import bnres
-from bnres import cli, models, use_backend
+from bnres import cli, models
 
 runner = CliRunner()
 
 
-@pytest.fixture(autouse=True)
-def aten():
-    """Avoids the slow interpreter; other tests cover the kernels."""
-    with use_backend("aten"):
-        yield
+# Other tests cover the kernels, whose interpreter is slow.
+pytestmark = pytest.mark.usefixtures("aten")
 
 
 def lines(text):
