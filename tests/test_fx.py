@@ -90,7 +90,7 @@ def test_residual_is_an_argument_and_copies_are_leaves():
 
 
 def test_chain():
-    """Blocks of a chain return two tensors; in its trace they return one."""
+    """The blocks of a chain return two tensors, but in a trace of the chain they return one."""
     torch.manual_seed(0)
     model = Chain(BasicBlock(2, 4, 2), BasicBlock(4, 4)).to(DEVICE, torch.float64)
     x = torch.randn(3, 2, 4, 4, dtype=torch.float64, device=DEVICE)

@@ -151,7 +151,7 @@ def shortest(norm: NormCall) -> Match:
 def longest(norm: NormCall) -> Match:
     """Returns a match of a batch norm and everything that can be fused with it.
 
-    This function does not look at other nodes of the graph. `hazard` checks the other nodes.
+    Other nodes of the graph may still prevent the fusion. `hazard` checks them.
     """
     match = shortest(norm)
     user: Any = only_user(norm.node)
@@ -210,9 +210,10 @@ def hazard(match: Match) -> str:
     found = obstacle(match.replaced | convs, buffers)
     if found:
         return found
-    # Our backward may read the batch norms' biases and the residual. Torch's backward does not read
-    # these tensors, so later writes to them are a hazard. There is one exception. If the model adds
-    # to the residual in place, later writes go to the sum, and the fused sum is a new tensor.
+    # Torch's backward reads neither the residual nor the biases of the batch norms, so a model may
+    # write to them after the call. Our backward may read them, so such a write prevents the fusion.
+    # It is allowed if the model adds to the residual in place, because the model then writes to the
+    # sum, which the fused operation stores in a new tensor.
     residual = match.options.get("residual") if len(match.norms) == 1 else None
     becomes_sum = residual in [w for n in match.nodes for w in writes(n) or []]
     read = [norm.state.bias for norm in match.norms] + ([] if becomes_sum else [residual])
@@ -245,7 +246,8 @@ def obstacle(own: set[fx.Node], buffers: set[int | None]) -> str:
             return f"{node.target} runs between the operations to fuse and may have any side effect"
         if any(storage(n) in buffers for n in node.all_input_nodes):
             return "its statistics are used between the operations to fuse"
-        # A write can only change inputs that were computed before the write.
+        # A write can only change inputs that were computed before the write. A written node
+        # without a storage may be a list, which may contain any of the inputs.
         earlier = {storage(n) for n in inputs if n < node}
         if any(storage(w) in (None, *earlier) for w in written):
             return "one of the inputs is written in place between the operations to fuse"
@@ -253,7 +255,7 @@ def obstacle(own: set[fx.Node], buffers: set[int | None]) -> str:
 
 
 def find(node: fx.Node) -> Match | str:
-    """Returns the match of the batch norm that a node calls.
+    """Returns the longest match, without a hazard, of the batch norm that a node calls.
 
     If our operation can't compute this batch norm, the reason is returned.
     """

@@ -29,7 +29,7 @@ def _run(bn: Norm, input: Tensor, **options: Any) -> Any:
 
 
 class _FusedForward(Norm):
-    """`torch.nn.modules.batchnorm._BatchNorm` with a residual and an activation in one operation.
+    """The base class of the modules. One operation computes batch norm, residual and activation.
 
     The training mode, momentum and eps are read at each call, so they may change between calls.
     """
