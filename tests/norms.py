@@ -1,4 +1,4 @@
-"""A module for small forwards with batch norms, and the check that fusing does not change them."""
+"""Small models with two batch norms, and a check that their fused copies compute the same."""
 
 import copy
 
@@ -28,13 +28,10 @@ class Norms(nn.Module):
 
 
 class Cases(list):
-    """Forwards of `Norms` with the patterns to which their batch norms are fused.
-
-    A test gets each as its parameter ``case``, the arguments of `check`.
-    """
+    """A list of forwards of `Norms`, each with the other arguments of `check`."""
 
     def add(self, *patterns, reason="", grad=True):
-        """Returns a decorator that adds a forward."""
+        """Returns a decorator that adds a forward. The arguments are as in `check`."""
 
         def decorate(forward):
             case = {"forward": forward, "patterns": list(patterns), "reason": reason, "grad": grad}
@@ -45,7 +42,9 @@ class Cases(list):
 
 
 def stock_norms(forward, norm=nn.BatchNorm2d):
-    """Returns `Norms` in fp64 with random parameters and statistics."""
+    """Returns `Norms` in fp64 with random parameters and statistics, and drops all graphs."""
+    # Otherwise torch would make sizes dynamic that differ from the sizes in an earlier test.
+    torch._dynamo.reset()
     torch.manual_seed(0)
     model = Norms(forward, norm).to(DEVICE).double()
     for bn in (model.bn, model.bn2):
@@ -62,7 +61,7 @@ def images(count=3, size=3):
 
 
 def outcome(model, x):
-    """A call's outputs, gradients and buffers."""
+    """Returns the outputs and gradients of a call, and the buffers after it."""
     x = x.clone().requires_grad_()
     out = model(x)
     out = out if isinstance(out, tuple) else (out,)
@@ -82,16 +81,17 @@ def check(forward, patterns, reason="", norm=nn.BatchNorm2d, tolerance=1e-7, gra
         tolerance: the allowed relative and absolute error.
         grad: whether gradients are computed.
     """
-    # After another test's sizes, torch would make the sizes of this test dynamic.
-    torch._dynamo.reset()
     stock, x = stock_norms(forward, norm), images()
     before = copy.deepcopy(stock.state_dict())
     for route in ROUTES:
         stock.load_state_dict(before)
         stock.zero_grad()
         fused = bnres.fuse(stock)
-        gradients, backend = torch.set_grad_enabled(grad), bnres.use_backend(route)
-        with gradients, backend, recorded_sites() as sites:
+        with (
+            torch.set_grad_enabled(grad),
+            bnres.use_backend(route),
+            recorded_sites() as sites,
+        ):
             for actual, expected in zip(outcome(fused, x), outcome(stock, x), strict=True):
                 torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
         assert [site.pattern for site in sites] == patterns

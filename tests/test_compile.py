@@ -19,7 +19,7 @@ from tests.device import DEVICE
 
 
 class Net(nn.Module):
-    """A block with every kind of call: cumulative average, activation, residual, dual, pooled."""
+    """Calls with a cumulative average, an activation, a residual, two batch norms, and pooling."""
 
     def __init__(self):
         super().__init__()

@@ -7,13 +7,13 @@ import warnings
 import pytest
 import torch
 
-from bnres import nn, use_backend
+from bnres import nn
 from bnres.models import create_model
 from bnres.models.blocks import BasicBlock
 from tests.device import DEVICE
 from tests.tolerances import assert_close
 
-ROUTES = ("aten", "triton-interpreter" if DEVICE == "cpu" else "triton")
+pytestmark = pytest.mark.usefixtures("route")
 IMAGES = (3, 2, 4, 4)
 
 
@@ -40,12 +40,6 @@ MODELS = {
     "block": (lambda: BasicBlock(2, 4, 2), IMAGES),
     "lenet-seed": (lambda: create_model("lenet-seed"), (2, 1, 28, 28)),
 }
-
-
-@pytest.fixture(params=ROUTES, autouse=True)
-def route(request):
-    with use_backend(request.param):
-        yield
 
 
 def model_of(name, training=False):

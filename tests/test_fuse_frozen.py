@@ -1,4 +1,4 @@
-"""Frozen batch norms, whose classes compute them by F.batch_norm or by plain arithmetic."""
+"""Frozen batch norms, which call F.batch_norm or are written as plain arithmetic."""
 
 import pytest
 import torch
@@ -60,7 +60,7 @@ def test_frozen_norms(cls):
 
 
 def arithmetic(x, bn, eps=1e-5, shape=(1, -1, 1, 1), weight=None):
-    """The forward of torchvision's FrozenBatchNorm2d."""
+    """Computes what torchvision's FrozenBatchNorm2d computes."""
     w = (bn.weight if weight is None else weight).reshape(*shape)
     b = bn.bias.reshape(*shape)
     rv, rm = bn.running_var.reshape(*shape), bn.running_mean.reshape(*shape)

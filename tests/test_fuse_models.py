@@ -1,4 +1,4 @@
-"""fuse on whole models and in training code: values, gradients and buffers of the stock model."""
+"""Fused models have the values, gradients and buffers of the stock models, also in training code."""
 
 import copy
 import gc

@@ -1,4 +1,4 @@
-"""Which operations are fused with a batch norm: a small module for each condition."""
+"""Which operations are fused with a batch norm. A small model tests each condition."""
 
 import pytest
 import torch

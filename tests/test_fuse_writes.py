@@ -1,6 +1,6 @@
-"""Fused batch norms read and write tensors in the order in which the stock model does.
+"""A batch norm is not fused if the model's in-place writes would then change the results.
 
-There is a small module for each condition that stops a fusion because of a write.
+A small model tests each condition.
 """
 
 import pytest

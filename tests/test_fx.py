@@ -14,7 +14,7 @@ from bnres.models.chain import Chain
 from tests.device import DEVICE
 from tests.tolerances import assert_close
 
-ROUTES = ("aten", "triton-interpreter" if DEVICE == "cpu" else "triton")
+pytestmark = pytest.mark.usefixtures("route")
 IMAGES = (3, 2, 4, 4)
 LAYERS = {
     "BatchNorm1d": (lambda: nn.BatchNorm1d(2), (4, 2)),
@@ -26,12 +26,6 @@ LAYERS = {
     "BatchNormActMaxPool2d": (lambda: nn.BatchNormActMaxPool2d(2, 2), IMAGES),
     "ConvBatchNormAct2d": (lambda: nn.ConvBatchNormAct2d(2, 2, 3, bias=True), IMAGES),
 }
-
-
-@pytest.fixture(params=ROUTES, autouse=True)
-def route(request):
-    with use_backend(request.param):
-        yield
 
 
 def assert_same(traced, model, x, modes=(True, False)):

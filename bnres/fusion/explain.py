@@ -24,7 +24,7 @@ def explain(model: nn.Module, *inputs: Any, **kwargs: Any) -> FusionReport:
         inputs, kwargs: example arguments of the model.
 
     Returns:
-        A report with a row for each batch norm. Its text includes a legend of the patterns.
+        A report with a row for each batch norm. ``str(report)`` includes a legend of the patterns.
 
     Raises:
         TypeError: if ``model`` is not a module.

@@ -140,7 +140,7 @@ def _counter(node: fx.Node) -> Any:
 
 
 def shortest(norm: NormCall) -> Match:
-    """Returns a match of a batch norm and the convolution before it."""
+    """Returns a match of a batch norm, and of the convolution before it if there is one."""
     where = {"process_group": norm.group} if norm.group else {"training": norm.training}
     options = {**where, "act": None}
     if norm.conv is None:
