@@ -133,8 +133,8 @@ def test_onnx(name, dynamo, tmp_path):
     runtime = pytest.importorskip("onnxruntime", reason="runs the exported file")
     pytest.importorskip("onnxscript", reason="torch.onnx needs it to export")
     model, x = model_of(name)
-    # In a Sequential, because the older exporter passes the root module's keyword-only arguments
-    # by position.
+    # The model is put into a Sequential, because the older exporter passes the root module's
+    # keyword-only arguments by position.
     model, x = torch.nn.Sequential(model).eval().float().cpu(), x.float().cpu()
     path = str(tmp_path / "model.onnx")
     torch.onnx.export(model, (x,), path, dynamo=dynamo, input_names=["x"], verbose=False)

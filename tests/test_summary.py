@@ -118,7 +118,7 @@ def test_a_model_without_children():
     ("name", "sites", "total"),
     [
         ("tests.own_models:by_chans", 2, ["Net", "2x5", "885"]),
-        # It requires a number of classes and gets the other models' default.
+        # The factory requires a number of classes, and gets 1000.
         ("tests.own_models:Net", 2, ["Net", "2x1000", "9,840"]),
         ("timm:resnet18", 20, ["ResNet", "2x1000", "11,689,512"]),
         ("torchvision:resnet18", 20, ["ResNet", "2x1000", "11,689,512"]),

@@ -120,9 +120,9 @@ def norm_call(node: fx.Node) -> NormCall | None:
     if node.target is F.batch_norm and training:
         counter = _counter(node)
         calls |= set() if counter is None else {node.prev}
-    # If the convolution is fused, the batch norm adds the convolution's bias, and the gradient of
-    # the bias is set to 0. In a process group only the sum of this gradient over all processes is
-    # 0, so the convolution is not fused.
+    # A fused call adds the convolution's bias. In training, its backward returns 0 as the gradient
+    # of this bias. With a process group, only the sum of this gradient over all processes is 0, so
+    # the convolution is not fused.
     conv = convolution(input) if only_user(input) is not None and not group else None
     bias = None if conv is None else conv.get("bias")
     state = BatchNormState(**options, num_batches_tracked=counter, input_bias=bias)
@@ -212,8 +212,8 @@ def hazard(match: Match) -> str:
         return found
     # Torch's backward reads neither the residual nor the biases of the batch norms, so a model may
     # write to them after the call. Our backward may read them, so such a write prevents the fusion.
-    # It is allowed if the model adds to the residual in place, because the model then writes to the
-    # sum, which the fused operation stores in a new tensor.
+    # There is one exception. If the model adds to the residual in place, the later write changes
+    # the sum. The fused operation stores the sum in a new tensor, so the residual does not change.
     residual = match.options.get("residual") if len(match.norms) == 1 else None
     becomes_sum = residual in [w for n in match.nodes for w in writes(n) or []]
     read = [norm.state.bias for norm in match.norms] + ([] if becomes_sum else [residual])
