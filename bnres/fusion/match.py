@@ -213,18 +213,16 @@ def hazard(match: Match) -> str:
     # Torch's backward reads neither the residual nor the biases of the batch norms, so a model may
     # write to them after the call. Our backward may read them, so such a write prevents the fusion.
     # There is one exception. If the model adds to the residual in place, the later write changes
-    # the sum. The fused operation stores the sum in a new tensor, so the residual does not change.
+    # the sum. A fused call stores the sum in a new tensor, so the residual that our backward reads
+    # does not change.
     residual = match.options.get("residual") if len(match.norms) == 1 else None
     becomes_sum = residual in [w for n in match.nodes for w in writes(n) or []]
     read = [norm.state.bias for norm in match.norms] + ([] if becomes_sum else [residual])
     kept, end = {storage(n) for n in read if isinstance(n, fx.Node)}, max(match.nodes)
     later = [w for n in end.graph.nodes if n > end for w in writes(n) or []]
-    written = any(storage(w) in kept for w in later)
-    return (
-        "the added tensor or the bias of the batch norm is written in place afterwards"
-        if written
-        else ""
-    )
+    if any(storage(w) in kept for w in later):
+        return "the added tensor or the bias of the batch norm is written in place afterwards"
+    return ""
 
 
 def obstacle(own: set[fx.Node], buffers: set[int | None]) -> str:
