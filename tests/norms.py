@@ -9,6 +9,7 @@ from torch import nn
 import bnres
 from tests.device import DEVICE
 from tests.recorded_sites import recorded_sites
+from tests.steps import outcome
 
 ROUTES = ["triton"] if DEVICE == "cuda" else ["aten", "triton-interpreter"]
 
@@ -60,16 +61,6 @@ def images(count=3, size=3):
     return torch.randn(shape, dtype=torch.float64, device=DEVICE, generator=generator)
 
 
-def outcome(model, x):
-    """Returns the outputs and gradients of a call, and the buffers after it."""
-    x = x.clone().requires_grad_()
-    out = model(x)
-    out = out if isinstance(out, tuple) else (out,)
-    if torch.is_grad_enabled():
-        torch.cat([t.square().flatten() for t in out]).sum().backward()
-    return [*out, x.grad, *[p.grad for p in model.parameters()], *model.buffers()]
-
-
 def check(forward, patterns, reason="", norm=nn.BatchNorm2d, tolerance=1e-7, grad=True):
     """Compares a forward with its fused copy on each of ROUTES.
 
@@ -85,7 +76,6 @@ def check(forward, patterns, reason="", norm=nn.BatchNorm2d, tolerance=1e-7, gra
     before = copy.deepcopy(stock.state_dict())
     for route in ROUTES:
         stock.load_state_dict(before)
-        stock.zero_grad()
         fused = bnres.fuse(stock)
         with (
             torch.set_grad_enabled(grad),

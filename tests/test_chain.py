@@ -15,6 +15,7 @@ from bnres.models.chain import Chain
 from bnres.nn import BatchNormActMaxPool2d
 from tests.captured import capture, recorder
 from tests.device import DEVICE
+from tests.steps import outcome
 from tests.tolerances import assert_close
 
 if not torch.cuda.is_available():
@@ -58,11 +59,7 @@ def forks(y):
 
 def assert_same(model, expected, x):
     """Checks that outputs, gradients and buffers of both models are equal."""
-    found = []
-    for m in (model, expected):
-        y = m(x)
-        found.append([y, *torch.autograd.grad(y.square().mean(), [*m.parameters()]), *m.buffers()])
-    for ours, theirs in zip(*found, strict=True):
+    for ours, theirs in zip(outcome(model, x), outcome(expected, x), strict=True):
         assert_close(ours, theirs, x.dtype)
 
 
@@ -76,11 +73,7 @@ def test_blocks_pass_two_tensors():
 def test_compiled_gradients_equal_eager_gradients():
     model, x = net(torch.float32), images(torch.float32)
     compiled, _ = capture(copy.deepcopy(model))
-    found = []
-    for m in (model, compiled):
-        y = m(x)
-        found.append([y, *torch.autograd.grad(y.sum(), [*m.parameters()]), *m.buffers()])
-    for eager, ours in zip(*found, strict=True):
+    for eager, ours in zip(outcome(model, x), outcome(compiled, x), strict=True):
         assert torch.equal(eager, ours)
 
 
@@ -90,7 +83,7 @@ def test_compiled_gradients_equal_eager_gradients():
     [
         (resnet18, (), 0),
         (lambda: resnet18(fused=False), (), 0),
-        # The output of the hooked block is one tensor, and so is its input.
+        # A hooked block gets and returns one tensor.
         pytest.param(resnet18, ["layer2.0"], 2, marks=pytest.mark.slow),
         (resnet18, ["layer2.0", "layer4"], 3),
     ],

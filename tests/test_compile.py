@@ -16,6 +16,7 @@ from bnres.nn import BatchNorm2d, BatchNormAct2d, BatchNormActMaxPool2d, ConvBat
 from tests.captured import capture, recorder
 from tests.compiled import run_compiled
 from tests.device import DEVICE
+from tests.steps import outcome
 
 
 class Net(nn.Module):
@@ -51,15 +52,7 @@ def test_training_step_is_one_graph():
     eager = copy.deepcopy(net)
     compiled, graphs = capture(net)
     x = torch.randn(2, 3, 6, 6, device=DEVICE)
-    results = []
-    for model in (compiled, eager):
-        y = model(x)
-        y.square().sum().backward()
-        results.append(y)
-    assert torch.equal(*results)
-    for ours, theirs in zip(net.parameters(), eager.parameters(), strict=True):
-        assert torch.equal(ours.grad, theirs.grad)
-    for ours, theirs in zip(net.buffers(), eager.buffers(), strict=True):
+    for ours, theirs in zip(outcome(compiled, x), outcome(eager, x), strict=True):
         assert torch.equal(ours, theirs)
     found = names(graphs)
     for direction in ("forward", "backward"):
@@ -83,15 +76,13 @@ def test_dynamic_batch_and_inductor():
 def test_dynamic_sizes_in_training():
     torch.manual_seed(0)
     net = Net().to(DEVICE)
+    eager = copy.deepcopy(net)
     compiled, graphs = capture(net, dynamic=True)
     for shape in [(2, 3, 6, 8), (3, 3, 8, 24), (4, 3, 4, 16)]:
         x = torch.randn(shape, device=DEVICE)
-        found = []
-        for model in (compiled, net):
-            y = model(x)
-            found.append([y, *torch.autograd.grad(y.square().sum(), [*net.parameters()])])
-        for ours, eager in zip(*found, strict=True):
-            assert torch.equal(ours, eager)
+        found = outcome(compiled, x), outcome(eager, x)
+        for ours, theirs in zip(*found, strict=True):
+            assert torch.equal(ours, theirs)
     assert len(graphs) == 2  # a forward and a backward for all sizes
 
 
@@ -144,7 +135,7 @@ def capture_on_fake_gpu():
         def on_gpu(t):
             return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cuda")
 
-        # A CPU build of torch has no gradients for CUDA tensors, fake ones included.
+        # A CPU build of torch has no gradients for CUDA tensors, even if they are fake.
         parameters = {name: on_gpu(p) for name, p in net.named_parameters()}
         for module in net.modules():
             for name, buffer in list(module._buffers.items()):

@@ -16,7 +16,8 @@ from benchmarks.torchvision_import import torchvision
 from bnres import models, use_backend
 from bnres.fusion.backend import backend
 from tests.device import DEVICE
-from tests.tolerances import assert_close, formula_dtype
+from tests.steps import assert_same_steps
+from tests.tolerances import formula_dtype
 
 
 class Net(nn.Module):
@@ -122,25 +123,6 @@ def batch(dims=2, seed=1):
     return torch.randn(SIZES[dims], generator=generator, device=DEVICE, dtype=torch.float64)
 
 
-def assert_same_steps(stock, fused, x, grad=True, dtype=torch.float64):
-    """Checks that both models have equal outputs, gradients and buffers, in both modes."""
-    for training in (True, False):
-        results = []
-        for model in (stock, fused):
-            model.train(training).zero_grad()
-            given = x.clone().requires_grad_(grad)
-            with torch.set_grad_enabled(grad):
-                y = model(given)
-            if grad:
-                weights = torch.linspace(-1, 1, y.numel(), dtype=y.dtype, device=y.device)
-                y.backward(weights.view_as(y))
-            grads = [t.grad for t in (given, *model.parameters()) if t.grad is not None]
-            results.append([y, *grads, *(b.clone() for b in model.buffers())])
-        for ours, theirs in zip(*results[::-1], strict=True):
-            assert ours.dtype == theirs.dtype
-            assert_close(ours, theirs.double(), dtype)
-
-
 def test_repr():
     """The repr shows that a model is fused. Copies and pickles are unfused and need no bnres."""
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
@@ -165,7 +147,7 @@ def test_patterns(name, backend):
     assert not any(site.fused for site in sites[len(patterns) :])
     fused = bnres.fuse(stock)
     with use_backend("triton" if DEVICE == "cuda" else backend):
-        assert_same_steps(stock, fused, x, dtype=formula_dtype(name))
+        assert_same_steps(fused, stock, x, formula_dtype(name))
 
 
 def test_two_readers_get_separate_tensors(monkeypatch):
@@ -186,7 +168,7 @@ def test_two_readers_get_separate_tensors(monkeypatch):
     x = torch.randn(3, 3, 10, 10, dtype=torch.float64, device=DEVICE)
     fused = bnres.fuse(stock)
     with use_backend("triton" if DEVICE == "cuda" else "triton-interpreter"):
-        assert_same_steps(stock, fused, x)
+        assert_same_steps(fused, stock, x)
         given.clear()
         fused.float()(x.float()).sum().backward()  # the kernels pool fp32 but not fp64
     # Backward runs the last block's bn2 and bn1, the first block's bn2 and bn1, the stem.

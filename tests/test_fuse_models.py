@@ -1,4 +1,4 @@
-"""Fused models have the values, gradients and buffers of the stock models, also in training code."""
+"""Fused models compute what the stock models compute, also in training code."""
 
 import copy
 import gc
@@ -423,7 +423,6 @@ def test_a_pickle_needs_no_bnres(tmp_path):
     torch.save((model, batch(), model(batch()).detach()), tmp_path / "model.pt")
     code = f"""
 import sys
-import weakref
 sys.modules["bnres"] = None
 import torch
 model, x, out = torch.load({str(tmp_path / "model.pt")!r}, weights_only=False)

@@ -7,8 +7,9 @@ from torch.utils.checkpoint import checkpoint
 
 import bnres
 from tests.device import DEVICE
-from tests.norms import Cases, check, images, outcome, stock_norms
+from tests.norms import Cases, check, images, stock_norms
 from tests.recorded_sites import recorded_sites
+from tests.steps import outcome
 
 cases = Cases()
 
@@ -30,7 +31,7 @@ def two_norms_without_weights(self, x, training=True):
 @cases.add("bn-add-act", "bn")
 @cases.add("bn+bn-add-act", "bn+bn-add-act", grad=False)
 def two_fixed_norms(self, x):
-    """If both ran in one operation, it would keep their inputs for backward."""
+    """One operation for both would keep their inputs for backward."""
     return two_norms_without_weights(self, x, training=False)
 
 
@@ -144,7 +145,7 @@ def residual_of_more_dimensions(self, x):
 
 @cases.add("bn-act", "bn")
 def conv_of_one_image(self, x):
-    """For batch norm, the channels of an unbatched image are images, and its rows are channels."""
+    """F.batch_norm takes an unbatched image (C, H, W) as C inputs with H channels."""
     return F.relu(F.batch_norm(self.conv(x[0]), None, None, None, None, True)) + self.bn(x)
 
 
@@ -204,7 +205,7 @@ def counter_goes_up_by_two(self, x):
 
 @cases.add("bn-act", "bn")
 def pooled_channels(self, x):
-    """Dimension 1 of an unbatched image is channels for batch norm, but rows for max-pool."""
+    """F.batch_norm takes dimension 1 of an unbatched image as channels, but max-pool as rows."""
     return F.max_pool2d(
         F.relu(F.batch_norm(x[0], None, None, None, None, True)), 3, 2, 1
     ).sum() + self.bn(x)
@@ -212,7 +213,7 @@ def pooled_channels(self, x):
 
 @cases.add("bn", "bn")
 def convolved_without_gradients(self, x):
-    """The bias of a convolution under no_grad gets no gradient from the batch norm either."""
+    """Under no_grad a convolution's bias gets no gradient. A fused call must not give it one."""
     with torch.no_grad():
         y = self.conv(x)
     return F.max_pool2d(F.relu(self.bn(y)), 3, 2, 1) + self.bn2(x).mean()

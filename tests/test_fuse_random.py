@@ -112,7 +112,7 @@ def step(model: nn.Module, x: torch.Tensor, seed: int, leaf: bool, grad: bool) -
 
 
 def difference(found: dict, expected: dict, tolerance: float) -> str:
-    """Describes the first difference from the stock module. The result is empty if there is none."""
+    """Describes the first difference from the stock module. Without one the result is empty."""
     if "forward error" in expected or "forward error" in found:
         errors = [each.get("forward error") for each in (found, expected)]
         if type(errors[0]).__name__ == "InternalTorchDynamoError":
