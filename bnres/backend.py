@@ -10,10 +10,11 @@ from torch import Tensor
 BACKENDS = ("triton", "triton-interpreter", "aten")
 
 # The environment variable is read only once, when bnres is imported. Triton reads it when a kernel
-# is defined, so a later change does not affect the kernel and must not have an effect here either.
+# is defined, so a later change has no effect on the kernels.
 _INTERPRETING = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 
-# This is a global and not a ContextVar, because torch.compile only notices changes of globals.
+# This is a global and not a ContextVar, because torch.compile recompiles if a global has changed,
+# but not if a ContextVar has changed.
 _override: str | None = None
 
 

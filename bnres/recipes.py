@@ -1,7 +1,6 @@
 """Saves a recipe for backward instead of a fused operation's output.
 
-A recipe consists of a function and its arguments. A call of the recipe computes the output a second
-time.
+A recipe is a function and its arguments. Calling the recipe computes the output a second time.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -11,8 +10,6 @@ import torch
 from torch import Tensor
 
 _active = 0
-
-
 _RECIPE = "_bnres_recipe"
 
 
@@ -88,9 +85,9 @@ def recompute() -> Iterator[None]:
     Run the forward pass inside the ``with`` block. A layer such as a convolution saves its input
     for backward. If this input is the output of a fused operation, the fused operation's inputs and
     statistics are saved instead. They are in memory anyway. Backward runs the same kernel again to
-    recompute the output. This costs one more pass over memory for each output. The gradients have
-    the same bits as without the context. If an operation's residual will be recomputed, the
-    operation's output is stored, so that a recomputation never needs another recomputation.
+    recompute the output, which takes one more pass over memory. The gradients have the same bits as
+    without the context. If the residual of an operation is an output that will be recomputed, the
+    operation's own output is stored, so that no recomputation needs another one.
 
     Only outputs of our kernels are recomputed. Inside torch.compile the context has no effect.
     """

@@ -1,4 +1,4 @@
-"""Chooses a route for a convolution followed by batch norm. A route is a way to compute both.
+"""Chooses how to compute a convolution followed by batch norm. Each way is called a route.
 
 With the route "kernel", one of our kernels computes both. With the route "torch", torch's
 convolution runs, followed by our batch norm. ``bnres tune`` measures both routes on a GPU, and
@@ -31,10 +31,7 @@ _override = "auto"
 
 @dataclass(frozen=True)
 class ConvCall:
-    """The properties of a convolution followed by batch norm.
-
-    They determine how long the computation takes.
-    """
+    """The properties of a convolution and batch norm that determine how long they take."""
 
     dtype: str
     batch: int
@@ -60,7 +57,7 @@ class ConvCall:
 
 @dataclass(frozen=True)
 class Measured:
-    """The measurements of one call. They are a row of a table.
+    """A row of a table: the measurements of one call.
 
     Attributes:
         call: the call.
@@ -108,7 +105,7 @@ def conv_route() -> str:
 
 
 def kernel_config(call: ConvCall, device: torch.device) -> tuple[bool, ConvConfig | None]:
-    """Returns whether our kernel computes ``call``, and with which configuration.
+    """Returns whether our kernel computes ``call``, and the configuration of the kernel.
 
     If the kernel computes the call and the configuration is None, the kernel's heuristic chooses
     the configuration.
@@ -143,7 +140,7 @@ def table_path(gpu: str) -> Path:
 def load_table(path: Path) -> dict[ConvCall, ConvConfig]:
     """Returns our kernel's configuration for each call for which our kernel is faster.
 
-    The result is cached. The file is only read again after `save_table`.
+    The result is cached. The file is read again only after `save_table`.
 
     Raises:
         ValueError: if `read_table` raises it.

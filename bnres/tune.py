@@ -24,12 +24,12 @@ from bnres.routes import ConvCall, Measured, save_table, use_conv_route
 # A timer is a function that returns the time of a call in milliseconds, with a cold L2 cache.
 Timer = Callable[[Callable[[], object]], float]
 # Our kernel's output may differ from torch's output by at most this fraction of the largest value
-# in torch's output. The fraction is about two rounding steps. In fp32 these are steps of TF32,
-# because our kernel rounds to TF32.
+# in torch's output. The fraction is about four to five times eps. For fp32 this is the eps of TF32,
+# to which our kernel rounds.
 AGREEMENT = {torch.float16: 4e-3, torch.bfloat16: 3e-2, torch.float32: 5e-3}
 EPS = 1e-5
-# In the time in which a GPU moves one byte, it computes about this many FLOPs. The number is for an
-# H200: 790 TFLOP/s in bf16, divided by 4.3 TB/s.
+# The number of FLOPs that a GPU computes in the time in which it moves one byte. For an H200 it is
+# 790 TFLOP/s in bf16, divided by 4.3 TB/s.
 FLOPS_PER_BYTE = 184
 
 
@@ -95,8 +95,8 @@ def tune(
             saved in the table.
         device: the GPU.
         timer: measures a call.
-        minutes: no compilation or measurement starts after this time. If the time ends while a
-            call's configurations are being measured, the measurements so far are saved.
+        minutes: no compilation or measurement starts after this time. If the time ends before all
+            configurations of a call are measured, the call is saved with those that are.
         clock: returns the time in seconds.
         say: prints a line for each call, and for each configuration that fails or is left out.
     """

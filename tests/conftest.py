@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
+from tests.device import DEVICE
+
 if TYPE_CHECKING:
     from bnres.data import ImageDataset
 
@@ -67,6 +69,15 @@ def aten() -> Iterator[None]:
     from bnres import use_backend
 
     with use_backend("aten"):
+        yield
+
+
+@pytest.fixture(params=["aten", "triton-interpreter" if DEVICE == "cpu" else "triton"])
+def route(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Runs a test once with ATen and once with the kernels."""
+    from bnres import use_backend
+
+    with use_backend(request.param):
         yield
 
 

@@ -53,7 +53,7 @@ def frozen(num_classes: int) -> nn.Module:
 
 
 class Dies(Net):
-    """Kills its process, the second of a run, in the first batch of the second epoch."""
+    """A model that kills the process of rank 1 in batch DIES_AT, if torchrun has not restarted."""
 
     def __init__(self, num_classes: int) -> None:
         super().__init__(num_classes, 1)

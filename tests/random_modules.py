@@ -1,4 +1,4 @@
-"""Writes the source of random modules, with code as users write it and stranger code."""
+"""Writes the source of random modules, which contain usual and unusual code."""
 
 import random
 from collections.abc import Callable
@@ -93,7 +93,7 @@ class Writer:
         self.count = 0
 
     def source(self) -> str:
-        """The source of the class and of the classes that it uses."""
+        """Returns the source of the class and of the classes that it uses."""
         self.statements(self.rng.choice((1, 2, 2, 3)))
         self.emit(f"return {self.result()}")
         body = ["def __init__(self):", "    super().__init__()", *("    " + s for s in self.setup)]
@@ -110,14 +110,14 @@ class Writer:
         return ", ".join(found) + ","
 
     def some(self, of: list) -> list:
-        """Zero, one or two random items, possibly the same item twice."""
+        """Returns zero, one or two random items, possibly the same item twice."""
         return self.rng.choices(of, k=self.rng.choice((0, 0, 0, 1, 1, 2))) if of else []
 
     def emit(self, line: str) -> None:
         self.lines.append("    " * self.indent + line)
 
     def pick(self) -> str:
-        """A random variable of the input's shape, often the last one."""
+        """Returns a random variable of the input's shape, often the last one."""
         return self.rng.choice([*self.names, *self.names[-2:] * 2])
 
     def new(self) -> str:
@@ -125,7 +125,7 @@ class Writer:
         return f"v{self.count}"
 
     def assign(self, expression: str, names: list[str] | None = None) -> str:
-        """Assigns to a new variable, or sometimes to an old one."""
+        """Assigns to a new variable or sometimes to an old one, and returns its name."""
         names = self.names if names is None else names
         old = names is self.names and self.rng.random() < 0.1
         name = self.rng.choice(names) if old else self.new()
@@ -157,7 +157,7 @@ class Writer:
         return self.rng.choice(self.convs[-2:])
 
     def norm(self) -> str:
-        """The name of a batch norm, new or already used."""
+        """Returns the name of a batch norm, which may be used already."""
         rng = self.rng
         if self.norms and rng.random() < 0.12:
             return rng.choice(self.norms)[0]
@@ -184,7 +184,7 @@ class Writer:
             self.rng.choices(*zip(*choices, strict=True))[0]()
 
     def chain(self) -> None:
-        """A batch norm and operations that can be fused with it, sometimes others in between."""
+        """Writes a batch norm and operations to fuse with it, sometimes with others between."""
         rng, x = self.rng, self.pick()
         if rng.random() < 0.5:
             x = self.assign(f"{self.conv()}({x})")
@@ -257,7 +257,7 @@ class Writer:
         self.names.append(new)
 
     def part(self) -> None:
-        """A method, checkpointed or not."""
+        """Writes a method and its call, which may be checkpointed."""
         name = f"part{len(self.methods)}"
         before, self.lines, indent, self.indent = self.lines, [], self.indent, 2
         self.methods.append("")
@@ -269,7 +269,7 @@ class Writer:
         self.assign(self.rng.choice((checkpointed, f"self.{name}({x})")))
 
     def nested(self) -> None:
-        """A module of another class, or an nn.Sequential, called once or twice."""
+        """Writes one or two calls of a module of another class, or of an nn.Sequential."""
         if self.name == "Net" and self.rng.random() < 0.6:
             inner = Writer(self.rng, f"Block{len(self.blocks)}", self.dims)
             self.blocks.append(inner.source())
@@ -283,6 +283,6 @@ class Writer:
 
 
 def write_module(seed: int) -> tuple[str, tuple[int, ...]]:
-    """The source of a Python module with the class ``Net``, and the shape of one input."""
+    """Returns the source of a Python module with the class ``Net``, and the shape of one input."""
     writer = Writer(random.Random(seed))
     return HEADER + "\n\n" + writer.source(), (CHANNELS, *SPATIAL[writer.dims])

@@ -13,7 +13,9 @@ from bnres.models import Residual, resnet18
 from bnres.models.blocks import BasicBlock, Bottleneck
 from bnres.models.chain import Chain
 from bnres.nn import BatchNormActMaxPool2d
+from tests.captured import capture, recorder
 from tests.device import DEVICE
+from tests.steps import outcome
 from tests.tolerances import assert_close
 
 if not torch.cuda.is_available():
@@ -36,12 +38,12 @@ def images(dtype=torch.float64):
 
 
 def in_sequence(model):
-    """A copy in which no module gets or returns two tensors."""
+    """Returns a copy in which no module gets or returns two tensors."""
     return nn.Sequential(*(nn.Sequential(*stage) for stage in copy.deepcopy(model)))
 
 
 def forks(y):
-    """The number of operations in the graph of ``y`` whose two outputs are both used."""
+    """Returns how many operations in the graph of ``y`` have two outputs that are both used."""
     found, seen, nodes = Counter(), set(), [y.grad_fn]
     while nodes:
         node = nodes.pop()
@@ -56,12 +58,8 @@ def forks(y):
 
 
 def assert_same(model, expected, x):
-    """Outputs, gradients and buffers of both models are equal."""
-    found = []
-    for m in (model, expected):
-        y = m(x)
-        found.append([y, *torch.autograd.grad(y.square().mean(), [*m.parameters()]), *m.buffers()])
-    for ours, theirs in zip(*found, strict=True):
+    """Checks that outputs, gradients and buffers of both models are equal."""
+    for ours, theirs in zip(outcome(model, x), outcome(expected, x), strict=True):
         assert_close(ours, theirs, x.dtype)
 
 
@@ -72,49 +70,32 @@ def test_blocks_pass_two_tensors():
     assert_same(model, in_sequence(model), x)
 
 
-def traced(model, *, through=None):
-    """Returns a compiled copy, and a list that will hold its graphs: forward, then backward."""
-    graphs = []
-
-    def record(graph, example_inputs):
-        graphs.append(graph)
-        return graph.forward
-
-    inner = aot_autograd(fw_compiler=record, bw_compiler=record)
-    options = (
-        {"backend": inner} if through is None else {"backend": through, "options": {"inner": inner}}
-    )
-    return torch.compile(copy.deepcopy(model), fullgraph=True, **options), graphs
-
-
 def test_compiled_gradients_equal_eager_gradients():
     model, x = net(torch.float32), images(torch.float32)
-    compiled, _ = traced(model)
-    found = []
-    for m in (model, compiled):
-        y = m(x)
-        found.append([y, *torch.autograd.grad(y.sum(), [*m.parameters()]), *m.buffers()])
-    for eager, ours in zip(*found, strict=True):
+    compiled, _ = capture(copy.deepcopy(model))
+    for eager, ours in zip(outcome(model, x), outcome(compiled, x), strict=True):
         assert torch.equal(eager, ours)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="skips the interpreter's launches")
 @pytest.mark.parametrize(
-    ("build", "through", "hooked", "count"),
+    ("build", "hooked", "count"),
     [
-        (resnet18, None, (), 0),
-        (lambda: resnet18(fused=False), "bnres", (), 0),
-        # The output of the hooked block is one tensor, and so is its input.
-        pytest.param(resnet18, None, ["layer2.0"], 2, marks=pytest.mark.slow),
-        (resnet18, None, ["layer2.0", "layer4"], 3),
+        (resnet18, (), 0),
+        (lambda: resnet18(fused=False), (), 0),
+        # A hooked block gets and returns one tensor.
+        pytest.param(resnet18, ["layer2.0"], 2, marks=pytest.mark.slow),
+        (resnet18, ["layer2.0", "layer4"], 3),
     ],
     ids=["layers", "graph", "block", "stage"],
 )
-def test_number_of_gradient_additions_outside_the_operations(build, through, hooked, count):
+def test_number_of_gradient_additions_outside_the_operations(build, hooked, count):
     model = build().to(memory_format=torch.channels_last)
     for name in hooked:
         model.get_submodule(name).register_forward_hook(lambda module, args, y: None)
-    compiled, graphs = traced(model, through=through)
+    record, graphs = recorder()
+    inner = aot_autograd(fw_compiler=record, bw_compiler=record)
+    compiled = torch.compile(model, backend="bnres", options={"inner": inner}, fullgraph=True)
     with no_launches():
         compiled(torch.randn(2, 3, 32, 32)).sum().backward()
     _, backward = graphs
@@ -164,7 +145,7 @@ def test_hooks_that_replace_tensors(name):
 
 
 class Mine(BasicBlock):
-    """A user's subclass of a block that changes its input."""
+    """A user's block that writes to its input."""
 
     def forward(self, x):
         return super().forward(x.mul_(2))
@@ -197,12 +178,7 @@ def test_modules_of_the_user(name, module):
 @pytest.mark.parametrize("name", ["1", "1.0", "2"])
 def test_compiled_module_is_called(name):
     model, x = net(), images()
-    expected, graphs = in_sequence(model), []
-
-    def record(graph, example_inputs):
-        graphs.append(graph)
-        return graph.forward
-
+    expected, (record, graphs) = in_sequence(model), recorder()
     model.get_submodule(name).compile(backend=record)
     assert_same(model, expected, x)
     assert graphs

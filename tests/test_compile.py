@@ -5,7 +5,6 @@ import copy
 import pytest
 import torch
 from torch import nn
-from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -14,12 +13,14 @@ from torch.utils._pytree import tree_map_only
 from bnres import use_conv_route
 from bnres.models import resnet18
 from bnres.nn import BatchNorm2d, BatchNormAct2d, BatchNormActMaxPool2d, ConvBatchNormAct2d
+from tests.captured import capture, recorder
 from tests.compiled import run_compiled
 from tests.device import DEVICE
+from tests.steps import outcome
 
 
 class Net(nn.Module):
-    """A block with every kind of call: cumulative average, activation, residual, dual, pooled."""
+    """Calls with a cumulative average, an activation, a residual, two batch norms, and pooling."""
 
     def __init__(self):
         super().__init__()
@@ -47,27 +48,11 @@ def names(graphs):
 
 def test_training_step_is_one_graph():
     torch.manual_seed(0)
-    graphs = []
-
-    def record(graph, example_inputs):
-        graphs.append(graph)
-        return graph.forward
-
     net = Net().to(DEVICE)
     eager = copy.deepcopy(net)
-    compiled = torch.compile(
-        net, backend=aot_autograd(fw_compiler=record, bw_compiler=record), fullgraph=True
-    )
+    compiled, graphs = capture(net)
     x = torch.randn(2, 3, 6, 6, device=DEVICE)
-    results = []
-    for model in (compiled, eager):
-        y = model(x)
-        y.square().sum().backward()
-        results.append(y)
-    assert torch.equal(*results)
-    for ours, theirs in zip(net.parameters(), eager.parameters(), strict=True):
-        assert torch.equal(ours.grad, theirs.grad)
-    for ours, theirs in zip(net.buffers(), eager.buffers(), strict=True):
+    for ours, theirs in zip(outcome(compiled, x), outcome(eager, x), strict=True):
         assert torch.equal(ours, theirs)
     found = names(graphs)
     for direction in ("forward", "backward"):
@@ -90,24 +75,14 @@ def test_dynamic_batch_and_inductor():
 @pytest.mark.slow
 def test_dynamic_sizes_in_training():
     torch.manual_seed(0)
-    graphs = []
-
-    def record(graph, example_inputs):
-        graphs.append(graph)
-        return graph.forward
-
     net = Net().to(DEVICE)
-    compiled = torch.compile(
-        net, backend=aot_autograd(fw_compiler=record), fullgraph=True, dynamic=True
-    )
+    eager = copy.deepcopy(net)
+    compiled, graphs = capture(net, dynamic=True)
     for shape in [(2, 3, 6, 8), (3, 3, 8, 24), (4, 3, 4, 16)]:
         x = torch.randn(shape, device=DEVICE)
-        found = []
-        for model in (compiled, net):
-            y = model(x)
-            found.append([y, *torch.autograd.grad(y.square().sum(), [*net.parameters()])])
-        for ours, eager in zip(*found, strict=True):
-            assert torch.equal(ours, eager)
+        found = outcome(compiled, x), outcome(eager, x)
+        for ours, theirs in zip(*found, strict=True):
+            assert torch.equal(ours, theirs)
     assert len(graphs) == 2  # a forward and a backward for all sizes
 
 
@@ -153,19 +128,14 @@ def test_fake_tensors_outside_of_their_mode():
 
 def capture_on_fake_gpu():
     """Captures a ResNet-18 of fake CUDA tensors as one graph, and prints its operators."""
-    graphs = []
-
-    def record(graph, example_inputs):
-        graphs.append(graph)
-        return graph.forward
-
+    record, graphs = recorder()
     with FakeTensorMode():
         net = resnet18(10)
 
         def on_gpu(t):
             return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cuda")
 
-        # A CPU build of torch has no gradients for CUDA tensors, fake ones included.
+        # A CPU build of torch has no gradients for CUDA tensors, even if they are fake.
         parameters = {name: on_gpu(p) for name, p in net.named_parameters()}
         for module in net.modules():
             for name, buffer in list(module._buffers.items()):

@@ -7,13 +7,13 @@ import warnings
 import pytest
 import torch
 
-from bnres import nn, use_backend
+from bnres import nn
 from bnres.models import create_model
 from bnres.models.blocks import BasicBlock
 from tests.device import DEVICE
 from tests.tolerances import assert_close
 
-ROUTES = ("aten", "triton-interpreter" if DEVICE == "cpu" else "triton")
+pytestmark = pytest.mark.usefixtures("route")
 IMAGES = (3, 2, 4, 4)
 
 
@@ -40,12 +40,6 @@ MODELS = {
     "block": (lambda: BasicBlock(2, 4, 2), IMAGES),
     "lenet-seed": (lambda: create_model("lenet-seed"), (2, 1, 28, 28)),
 }
-
-
-@pytest.fixture(params=ROUTES, autouse=True)
-def route(request):
-    with use_backend(request.param):
-        yield
 
 
 def model_of(name, training=False):
@@ -139,8 +133,8 @@ def test_onnx(name, dynamo, tmp_path):
     runtime = pytest.importorskip("onnxruntime", reason="runs the exported file")
     pytest.importorskip("onnxscript", reason="torch.onnx needs it to export")
     model, x = model_of(name)
-    # In a Sequential, because the older exporter passes the root module's keyword-only arguments
-    # by position.
+    # The model is put into a Sequential, because the older exporter passes the root module's
+    # keyword-only arguments by position.
     model, x = torch.nn.Sequential(model).eval().float().cpu(), x.float().cpu()
     path = str(tmp_path / "model.onnx")
     torch.onnx.export(model, (x,), path, dynamo=dynamo, input_names=["x"], verbose=False)

@@ -19,12 +19,12 @@ from tests.device import DEVICE
 from tests.tolerances import assert_close
 
 ATEN = "triton" if DEVICE == "cuda" else "aten"
-# Number of batch norms that are kept: no convolution precedes them, or only training calls them.
+# The number of batch norms that are kept. They follow no convolution, or run only in training.
 KEPT = {"resnet18": 0, "densenet121": 62, "mobilenet_v2": 0, "googlenet": 2, "regnet_y_400mf": 0}
 
 
 def with_statistics(model):
-    """``model`` with random running statistics and parameters, as after training."""
+    """Returns ``model`` with random running statistics and parameters, as after training."""
     torch.manual_seed(1)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):

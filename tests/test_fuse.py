@@ -16,11 +16,12 @@ from benchmarks.torchvision_import import torchvision
 from bnres import models, use_backend
 from bnres.fusion.backend import backend
 from tests.device import DEVICE
-from tests.tolerances import assert_close, formula_dtype
+from tests.steps import assert_same_steps
+from tests.tolerances import formula_dtype
 
 
 class Net(nn.Module):
-    """Convolutions, batch norms and activations for the forward ``body``."""
+    """Convolutions, batch norms and activations, with the forward ``body``."""
 
     def __init__(self, body, dims=2):
         super().__init__()
@@ -56,7 +57,7 @@ def counter_read(m, x):
     return F.relu(y) * z
 
 
-# The forward, the dimensions of an image, and the patterns of ``bn`` and ``bn2``.
+# The forward, the number of spatial dimensions, and the patterns of ``bn`` and ``bn2``.
 PATTERNS = {
     "conv-bn-act": (lambda m, x: m.act(m.bn(m.conv(x))), 2, ["conv-bn-act"]),
     "grouped": (lambda m, x: m.bn(m.conv2(x)).relu(), 2, ["conv-bn-act"]),
@@ -122,25 +123,6 @@ def batch(dims=2, seed=1):
     return torch.randn(SIZES[dims], generator=generator, device=DEVICE, dtype=torch.float64)
 
 
-def assert_same_steps(stock, fused, x, grad=True, dtype=torch.float64):
-    """Checks that both have equal outputs, gradients and buffers, in training and in evaluation."""
-    for training in (True, False):
-        results = []
-        for model in (stock, fused):
-            model.train(training).zero_grad()
-            given = x.clone().requires_grad_(grad)
-            with torch.set_grad_enabled(grad):
-                y = model(given)
-            if grad:
-                weights = torch.linspace(-1, 1, y.numel(), dtype=y.dtype, device=y.device)
-                y.backward(weights.view_as(y))
-            grads = [t.grad for t in (given, *model.parameters()) if t.grad is not None]
-            results.append([y, *grads, *(b.clone() for b in model.buffers())])
-        for ours, theirs in zip(*results[::-1], strict=True):
-            assert ours.dtype == theirs.dtype
-            assert_close(ours, theirs.double(), dtype)
-
-
 def test_repr():
     """The repr shows that a model is fused. Copies and pickles are unfused and need no bnres."""
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
@@ -165,167 +147,7 @@ def test_patterns(name, backend):
     assert not any(site.fused for site in sites[len(patterns) :])
     fused = bnres.fuse(stock)
     with use_backend("triton" if DEVICE == "cuda" else backend):
-        assert_same_steps(stock, fused, x, dtype=formula_dtype(name))
-
-
-def residual_written(m, x):
-    skip = x * 1
-    y = m.bn(x)
-    skip.mul_(2)
-    return F.relu(y + skip)
-
-
-def written_through_a_view(m, x):
-    x = x * 1
-    y = m.bn(m.conv(x))
-    x[:, :2].zero_()
-    return F.relu(y)
-
-
-def bias_written(m, x):
-    y, z = m.bn(m.conv(x)), m.bn2(x)
-    m.conv.bias.mul_(2)
-    return F.relu(y + z)
-
-
-def written_afterwards(m, x):
-    skip = x * 1
-    y = F.silu(m.bn(m.conv(x)) + skip)
-    skip.mul_(2)
-    return y + skip
-
-
-def another_mode_between(m, x):
-    y = m.bn(m.conv(x))
-    with torch.no_grad():
-        z = x * 2
-    return F.relu(y) + z
-
-
-def statistics_between(m, x):
-    y = m.bn(m.conv(x))
-    z = m.bn.running_mean.sum()
-    return F.relu(y) * z
-
-
-def norm_called_twice(m, x):
-    y = m.bn(m.conv(x))
-    z = m.bn(m.conv2(x)).relu()
-    return F.relu(y) + z
-
-
-def writes_to_another(m, x):
-    y = x * 2
-    z = y[:1]
-    y += m.bn(x)
-    return F.relu(y) + z
-
-
-# The forward, the pattern of ``bn``, and its reason. WITHOUT_GRADIENTS are those whose in-place
-# write makes torch's backward fail.
-NOT_FUSED = {
-    "used twice": (lambda m, x: (y := m.bn(x)).relu() + y, "bn", "used more than once"),
-    "broadcast": (lambda m, x: F.relu(m.bn(x) + x.mean((2, 3), True)), "bn", "another shape"),
-    "residual written": (residual_written, "bn", "one of the inputs is written in place"),
-    "written through a view": (written_through_a_view, "conv-bn", "is written in place"),
-    "bias written": (bias_written, "conv-bn", "is written in place"),
-    "written afterwards": (written_afterwards, "conv-bn", "written in place afterwards"),
-    "another mode between": (another_mode_between, "conv-bn", "may have any side effect"),
-    "statistics between": (statistics_between, "conv-bn", "its statistics are used"),
-    "norm called twice": (norm_called_twice, "conv-bn", "its statistics are used"),
-    "one norm for both": (
-        lambda m, x: F.relu(m.bn(m.conv(x)) + m.bn(x)),
-        "conv-bn",
-        "its statistics are used",
-    ),
-    "writes to another": (writes_to_another, "bn", "used elsewhere"),
-    "clamp": (lambda m, x: m.bn(x).clamp(0, 6), "bn", ""),
-    "elu": (lambda m, x: F.elu(m.bn(x)), "bn", ""),
-    "alpha": (lambda m, x: torch.add(m.bn(x), x, alpha=2), "bn", ""),
-}
-WITHOUT_GRADIENTS = ("written through a view", "bias written")
-
-
-@pytest.mark.parametrize("name", NOT_FUSED)
-def test_not_fused(name):
-    body, pattern, reason = NOT_FUSED[name]
-    stock, grad = stock_net(body), name not in WITHOUT_GRADIENTS
-    with torch.set_grad_enabled(grad):
-        site = bnres.explain(stock, batch().requires_grad_()).sites[0]
-    assert site.pattern == pattern and reason in site.reason and bool(reason) == bool(site.reason)
-    assert_same_steps(stock, bnres.fuse(stock), batch(), grad)
-
-
-def test_a_clamp_is_relu6_where_no_gradient_is_needed():
-    """At its bounds the gradient of a clamp is 1, that of relu6 is 0."""
-    stock = stock_net(lambda m, x: torch.clamp(m.bn(x), 0, 6))
-    with torch.no_grad():
-        assert bnres.explain(stock, batch()).sites[0].pattern == "bn-act"
-        assert_same_steps(stock, bnres.fuse(stock), batch(), grad=False)
-
-
-class Frozen(nn.Module):
-    """Like detectron2's FrozenBatchNorm2d. (`test_frozen_norms` also tests torchvision's.)"""
-
-    def __init__(self, channels):
-        super().__init__()
-        for name in ("weight", "bias", "running_mean", "running_var"):
-            self.register_buffer(name, torch.rand(channels) + 0.5)
-
-    def forward(self, x):
-        if x.requires_grad:
-            scale = self.weight * (self.running_var + 1e-5).rsqrt()
-            bias = self.bias - self.running_mean * scale
-            scale, bias = scale.reshape(1, -1, 1, 1), bias.reshape(1, -1, 1, 1)
-            return x * scale.to(x.dtype) + bias.to(x.dtype)
-        return F.batch_norm(
-            x, self.running_mean, self.running_var, self.weight, self.bias, False, eps=1e-5
-        )
-
-
-@pytest.mark.parametrize("cls", ["torchvision", "detectron2"])
-@pytest.mark.parametrize("backend", ["aten", "triton-interpreter"])
-def test_frozen_norms(cls, backend):
-    cls = torchvision.ops.FrozenBatchNorm2d if cls == "torchvision" else Frozen
-    stock = stock_net(lambda m, x: F.relu(m.bn2(m.conv2(F.relu(m.bn(m.conv(x))))) + x))
-    stock.bn, stock.bn2 = cls(4).to(DEVICE).double(), cls(4).to(DEVICE).double()
-    for buffer in stock.buffers():
-        buffer.uniform_(0.5, 1.5)
-    patterns = [site.pattern for site in bnres.explain(stock, batch()).sites]
-    assert patterns == ["conv-bn-act", "conv-bn-add-act"]
-    fused = bnres.fuse(stock)
-    with use_backend("triton" if DEVICE == "cuda" else backend):
-        assert_same_steps(stock, fused, batch())
-        x = torch.randn(3, 4, 16, 16, dtype=torch.float64, device=DEVICE, requires_grad=True)
-        # It saves more only by the statistics and, with kernels, one bit per element.
-        assert held_bytes(fused, x) < 1.05 * held_bytes(stock, x)
-
-
-def held_bytes(model, x):
-    """How many bytes a forward saves for backward."""
-    sizes = {}
-
-    def note(t):
-        sizes[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-        return t
-
-    model(x)  # captures the graph
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
-        y = model(x)
-    del y
-    return sum(sizes.values())
-
-
-def test_scaling_over_another_dimension_is_not_a_frozen_norm():
-    def scaled(m, x):  # its scale is (1, 1, 1, W)
-        w, v = m.bn.weight.reshape(1, 1, 1, -1), m.bn.running_var.reshape(1, 1, 1, -1)
-        b, mean = m.bn.bias.reshape(1, 1, 1, -1), m.bn.running_mean.reshape(1, 1, 1, -1)
-        scale = w * (v + 1e-5).rsqrt()
-        return x * scale + (b - mean * scale)
-
-    stock = stock_net(scaled)
-    assert not bnres.explain(stock, batch()[..., :4]).fused
-    assert_same_steps(stock, bnres.fuse(stock), batch()[..., :4])
+        assert_same_steps(fused, stock, x, formula_dtype(name))
 
 
 def test_two_readers_get_separate_tensors(monkeypatch):
@@ -346,28 +168,15 @@ def test_two_readers_get_separate_tensors(monkeypatch):
     x = torch.randn(3, 3, 10, 10, dtype=torch.float64, device=DEVICE)
     fused = bnres.fuse(stock)
     with use_backend("triton" if DEVICE == "cuda" else "triton-interpreter"):
-        assert_same_steps(stock, fused, x)
+        assert_same_steps(fused, stock, x)
         given.clear()
         fused.float()(x.float()).sum().backward()  # the kernels pool fp32 but not fp64
     # Backward runs the last block's bn2 and bn1, the first block's bn2 and bn1, the stem.
     assert given == [False, False, True, False, True]
 
 
-def written_through_a_readers_view(m, x):
-    y = F.leaky_relu(m.bn(x) + x)
-    view = y[:, :2]
-    view.mul_(0.5)
-    return torch.cat([view, F.relu(m.bn2(x) + y)], 1)
-
-
-def test_a_reader_that_writes_in_place():
-    stock = stock_net(written_through_a_readers_view)
-    with use_backend("triton" if DEVICE == "cuda" else "triton-interpreter"):
-        assert_same_steps(stock, bnres.fuse(stock), batch())
-
-
 class Fade(nn.Module):
-    """A model that depends on buffers, a list and a mode, which change after the first call."""
+    """A model whose forward reads buffers, a list and its mode."""
 
     def __init__(self):
         super().__init__()
@@ -437,7 +246,8 @@ def test_explain_names_norms_of_broken_graphs():
         ("0.bn", "bn-act"), ("0.bn2", "bn"), ("0.unused", "-"),
         ("1.bn", "bn-act"), ("1.bn2", "bn"), ("1.unused", "-"), ("2", "-"),
     ]  # fmt: skip
-    # Dynamo captures no frame of torch.nn: after a break the rest of a Sequential runs unfused.
+    # Dynamo captures no functions of torch.nn, so the rest of a Sequential after a graph break is
+    # not fused.
     assert report.sites[6].reason == report.sites[2].reason
     assert report.sites[2].reason.startswith("not in a captured graph: ")
     assert str(report).splitlines()[-1] == "4 fused sites of 7"
@@ -458,7 +268,7 @@ def test_every_site_of_resnet18_is_fused():
     assert report.splitlines()[20:-1] == [
         "",
         "One operation computes everything in a pattern:",
-        "conv  the convolution before it; with +bn or pool in the pattern, only its bias",
+        "conv  the convolution before the batch norm, or only its bias if +bn or pool follows",
         "bn    batch norm",
         "+bn   batch norm of the residual",
         "add   addition",
@@ -507,7 +317,7 @@ assert "bnres" in sys.modules
 
 
 def test_fused_models_do_not_share_the_limit_of_graphs(monkeypatch):
-    """torch stores at most 8 graphs per code object; all modules share that of ``__call__``."""
+    """torch stores at most 8 graphs for the code of ``__call__``, which all modules share."""
     from bnres.fusion import rewrite
 
     calls, fuse_graph = [], rewrite.fuse_graph

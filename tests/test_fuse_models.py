@@ -1,4 +1,4 @@
-"""fuse on whole models and in training code: values, gradients and buffers of the stock model."""
+"""Fused models compute what the stock models compute, also in training code."""
 
 import copy
 import gc
@@ -170,7 +170,7 @@ def test_whole_architectures(name, size, norms):
     options = {"init_weights": False} if name == "googlenet" else {}
     stock = tv.get_model(name, weights=None, num_classes=5, **options)
     if name == "vgg11_bn":
-        stock.classifier = nn.Linear(512 * 7 * 7, 5)  # the stock one takes nearly all the time
+        stock.classifier = nn.Linear(512 * 7 * 7, 5)  # the original classifier is slow
     stock = stock.to(DEVICE).double()
     shape = (4, 3, 4, size, size) if name == "r3d_18" else (4, 3, size, size)
     assert_architecture(stock, torch.randn(shape, dtype=torch.float64, device=DEVICE), norms)
@@ -222,7 +222,7 @@ def test_interpreted_kernels():
 
 
 class Additions(nn.Module):
-    """A model with in-place additions to tensors that are read afterwards, and that are not."""
+    """A model that adds in place to tensors. Only some of them are read afterwards."""
 
     def __init__(self):
         super().__init__()
@@ -423,7 +423,6 @@ def test_a_pickle_needs_no_bnres(tmp_path):
     torch.save((model, batch(), model(batch()).detach()), tmp_path / "model.pt")
     code = f"""
 import sys
-import weakref
 sys.modules["bnres"] = None
 import torch
 model, x, out = torch.load({str(tmp_path / "model.pt")!r}, weights_only=False)

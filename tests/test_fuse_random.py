@@ -29,7 +29,7 @@ STEPS = 4
 
 
 def load(source: str, name: str) -> type[nn.Module]:
-    """The class ``Net`` from ``source``, registered so that Dynamo finds its module and lines."""
+    """Returns the class ``Net`` of ``source``. Dynamo can find the class's module and source."""
     linecache.cache[name] = len(source), None, source.splitlines(keepends=True), name
     module = sys.modules[name] = types.ModuleType(name)
     exec(compile(source, name, "exec"), module.__dict__)
@@ -37,10 +37,11 @@ def load(source: str, name: str) -> type[nn.Module]:
 
 
 def build(cls: type[nn.Module], seed: int, dtype: torch.dtype) -> nn.Module:
-    """A module with random norms; the outputs of some are exactly at the bounds of activations.
+    """Returns a module whose norms have random parameters and statistics.
 
-    Some weights are 0, but not in fp32: such a channel is constant, and a norm that follows divides
-    its rounding errors by sqrt(eps).
+    In fp64 a weight may be 0, and the channel is then constant. If the constant is 0 or 6, it is at
+    a bound of an activation. In fp32 no weight is 0, because a norm after a constant channel would
+    divide rounding errors by sqrt(eps).
     """
     torch.manual_seed(seed)
     rng = random.Random(seed)
@@ -58,8 +59,8 @@ def build(cls: type[nn.Module], seed: int, dtype: torch.dtype) -> nn.Module:
     return model
 
 
-def changes(rng: random.Random, model: nn.Module) -> list[tuple[str, str]]:
-    """Statements that change ``model`` between two steps, as in a user's training loop."""
+def change_of(rng: random.Random, model: nn.Module) -> str:
+    """Returns a statement that changes ``model`` between two steps, as in a training loop."""
     norms = [n for n, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     norm = f"model.get_submodule({rng.choice(norms)!r})" if norms else "model"
     return rng.choice(
@@ -73,7 +74,7 @@ def changes(rng: random.Random, model: nn.Module) -> list[tuple[str, str]]:
 
 
 def step(model: nn.Module, x: torch.Tensor, seed: int, leaf: bool, grad: bool) -> dict:
-    """The results of a call and its backward, and everything that they change."""
+    """Returns the results of a call and its backward, and the values that they may change."""
     found: dict = {}
     torch.manual_seed(seed)
     model.zero_grad()
@@ -82,7 +83,7 @@ def step(model: nn.Module, x: torch.Tensor, seed: int, leaf: bool, grad: bool) -
     with torch.set_grad_enabled(grad):
         try:
             outputs = model(given)
-            # `is_leaf` raises for a view whose base was written in place where that is forbidden.
+            # `is_leaf` raises if the tensor is a view whose base must not be written, but was.
             found["kinds"] = [(t.dtype, t.requires_grad, t.is_leaf, t.stride()) for t in outputs]
         except Exception as error:
             return {"forward error": error}
@@ -111,7 +112,7 @@ def step(model: nn.Module, x: torch.Tensor, seed: int, leaf: bool, grad: bool) -
 
 
 def difference(found: dict, expected: dict, tolerance: float) -> str:
-    """A description of the first difference from the stock module; empty if there is none."""
+    """Describes the first difference from the stock module. Without one the result is empty."""
     if "forward error" in expected or "forward error" in found:
         errors = [each.get("forward error") for each in (found, expected)]
         if type(errors[0]).__name__ == "InternalTorchDynamoError":
@@ -119,8 +120,8 @@ def difference(found: dict, expected: dict, tolerance: float) -> str:
         same = None not in errors and isinstance(errors[0], type(errors[1]))
         return "" if same else f"forward: {errors[0]!r:.600}, stock {errors[1]!r:.300}"
     if "backward error" in expected:
-        # Ours saves fewer tensors, so it may succeed if a tensor that the stock module saves is
-        # overwritten.
+        # The fused module saves fewer tensors. Its backward may succeed if the model has written to
+        # a tensor that only the stock module saves.
         for name in ("gradients", "buffers after"):
             found.pop(name), expected.pop(name)
         found["backward error"] = expected["backward error"]
@@ -142,7 +143,7 @@ def difference(found: dict, expected: dict, tolerance: float) -> str:
 
 
 def with_torchs_backend(model: nn.Module) -> nn.Module:
-    """A copy that Dynamo captures without rewriting the graph."""
+    """Returns a copy that Dynamo captures, but whose graphs are not rewritten."""
     twin = copy.deepcopy(model)
     twin.compile(backend="eager")
     return twin
@@ -173,19 +174,20 @@ def run(seed: int, fuse: Callable[[nn.Module], nn.Module] = bnres.fuse) -> Count
     rng = random.Random(-1 - seed)
     source, shape = write_module(seed)
     interpreted = seed % 10 == 9
-    # In fp64 autocast rounds nothing. In bf16 a rounding decides which of two values pooling takes.
+    # A module with autocast runs in fp64, on which autocast has no effect. In fp32, autocast would
+    # round to bf16, and the rounding could decide which of two values a max-pool takes.
     narrow = seed % 20 in (7, 19) and "autocast" not in source
     dtype = torch.float32 if narrow else torch.float64
     tolerance = 1e-3 if narrow else 1e-7
     stock = build(load(source, "random_module"), seed, dtype)
     fused = fuse(stock)
     seen, steps, breaks = Counter(), [], graph_breaks()
-    # Raise at the limit of graphs: falling back to stock code would test nothing.
+    # At the limit of graphs torch must raise. Otherwise it would run the stock code.
     limits = {"recompile_limit": 64, "fail_on_recompile_limit_hit": True}
     route = "triton" if DEVICE == "cuda" else "triton-interpreter" if interpreted else "aten"
     with bnres.use_backend(route), torch._dynamo.config.patch(limits), recorded_sites() as sites:
         for i in range(STEPS):
-            change = changes(rng, stock) if i else "pass"
+            change = change_of(rng, stock) if i else "pass"
             batch, grad, leaf = rng.choice((2, 4, 4)), rng.random() < 0.85, rng.random() < 0.8
             steps.append(f"{change}; {batch=} {grad=} {leaf=}")
             generator = torch.Generator().manual_seed(seed + i)
@@ -213,16 +215,17 @@ def run(seed: int, fuse: Callable[[nn.Module], nn.Module] = bnres.fuse) -> Count
 
 
 def overwritten(found: dict, expected: dict) -> bool:
-    """Whether only the fused backward raises because a tensor that it reads was written to.
+    """Whether only the backward of the fused module raises, because of a write to a saved tensor.
 
-    It may read the bias, and a pass over one graph can't see a write in another graph.
+    Our backward may read the bias of a batch norm. If another graph writes to the bias, the pass
+    can't see this write.
     """
     error = str(found.get("backward error", ""))
     return "backward error" not in expected and "modified by an inplace operation" in error
 
 
 def run_many(seeds: range) -> None:
-    """Runs seeds; an error contains the module and its seed."""
+    """Checks the seeds, and that enough batch norms are fused and few modules raise."""
     total = sum(map(check, seeds), Counter())
     fused = sum(n for name, n in total.items() if name.startswith(("bn-", "bn+", "conv-bn")))
     assert fused >= len(seeds), total  # otherwise hardly anything was fused

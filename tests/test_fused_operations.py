@@ -75,7 +75,6 @@ def test_two_norms(dtype, layout, training):
     main, other = fused_twin(stock[0]), fused_twin(stock[1], apply_act=False)
 
     def theirs(a, b):
-        # The rounded outputs decide where relu's gradient passes.
         return F.relu(wide[0](a) + wide[1](b))
 
     assert_steps_agree(
@@ -163,7 +162,7 @@ def test_pooled(pooling, layout):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_pooled_values_are_compared_as_rounded(dtype, layout):
-    """Of equal values the first is taken, and NaN propagates: bit-equal to the unfused layers."""
+    """As in the unfused layers, the first of equal values is taken, and NaN propagates."""
     x = draw((2, 16, 9, 16), dtype, layout).detach()
     x[0, 3, 4, 4] = float("nan")
     x[1, 5] = 1.5
@@ -350,9 +349,9 @@ def test_empty_batches():
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_no_window_outside_the_tensor_is_read(layout):
-    """The memory before and after dy and the indices holds values that must not reach dx.
+    """The memory before and after ``dy`` and ``index`` is not read.
 
-    They are NaN gradients, and indices of maxima that would fall into the tensor.
+    Around ``dy`` this memory is NaN. Around ``index`` it points to positions inside of the tensor.
     """
     x, pooled = (draw((1, 4, *size), torch.float32, layout).detach() for size in ((5, 8), (3, 4)))
     ones = torch.ones(4, device=DEVICE)

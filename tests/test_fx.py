@@ -12,9 +12,10 @@ from bnres.models import create_model, resnet18
 from bnres.models.blocks import BasicBlock
 from bnres.models.chain import Chain
 from tests.device import DEVICE
+from tests.steps import assert_same_steps
 from tests.tolerances import assert_close
 
-ROUTES = ("aten", "triton-interpreter" if DEVICE == "cpu" else "triton")
+pytestmark = pytest.mark.usefixtures("route")
 IMAGES = (3, 2, 4, 4)
 LAYERS = {
     "BatchNorm1d": (lambda: nn.BatchNorm1d(2), (4, 2)),
@@ -28,27 +29,6 @@ LAYERS = {
 }
 
 
-@pytest.fixture(params=ROUTES, autouse=True)
-def route(request):
-    with use_backend(request.param):
-        yield
-
-
-def assert_same(traced, model, x, modes=(True, False)):
-    """Checks that both models have equal outputs, gradients and buffers in both modes."""
-    for training in modes:
-        found = []
-        for m in (traced, model):
-            leaf = x.clone().requires_grad_()
-            ys = m.train(training)(leaf)
-            ys = list(ys.values()) if isinstance(ys, dict) else [ys]
-            parameters = [p for _, p in sorted(m.named_parameters())]
-            grads = torch.autograd.grad(sum(y.square().mean() for y in ys), (leaf, *parameters))
-            found.append([*ys, *grads, *(b for _, b in sorted(m.named_buffers()))])
-        for actual, expected in zip(*found, strict=True):
-            assert_close(actual, expected, torch.float64)
-
-
 @pytest.mark.parametrize("name", LAYERS)
 def test_layer_is_a_node(name):
     torch.manual_seed(0)
@@ -57,7 +37,7 @@ def test_layer_is_a_node(name):
     traced = fx.symbolic_trace(copy.deepcopy(model))
     assert [(node.op, node.target) for node in traced.graph.nodes][1:-1] == [("call_module", "0")]
     assert type(traced.get_submodule("0")) is type(model[0])
-    assert_same(traced, model, torch.randn(shape, dtype=torch.float64, device=DEVICE))
+    assert_same_steps(traced, model, torch.randn(shape, dtype=torch.float64, device=DEVICE))
 
 
 def test_hook_runs_once_a_call():
@@ -86,15 +66,15 @@ def test_residual_is_an_argument_and_copies_are_leaves():
     for other in (layer, copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
         model = Net(other).to(DEVICE, torch.float64)
         x = torch.randn(IMAGES, dtype=torch.float64, device=DEVICE)
-        assert_same(fx.symbolic_trace(copy.deepcopy(model)), model, x)
+        assert_same_steps(fx.symbolic_trace(copy.deepcopy(model)), model, x)
 
 
 def test_chain():
-    """Blocks of a chain return two tensors; in its trace they return one."""
+    """The blocks of a chain return two tensors, but in a trace of the chain they return one."""
     torch.manual_seed(0)
     model = Chain(BasicBlock(2, 4, 2), BasicBlock(4, 4)).to(DEVICE, torch.float64)
     x = torch.randn(3, 2, 4, 4, dtype=torch.float64, device=DEVICE)
-    assert_same(fx.symbolic_trace(copy.deepcopy(model)), model, x)
+    assert_same_steps(fx.symbolic_trace(copy.deepcopy(model)), model, x)
 
 
 @pytest.mark.parametrize("name", ["lenet-seed", "resnet18-seed-cifar"])
@@ -121,7 +101,7 @@ def test_resnet_and_its_features():
             lambda module, args, y, name=name: expected.update({name: y})
         )
     with use_backend("aten"):
-        assert_same(fx.symbolic_trace(copy.deepcopy(model)), model, x)
+        assert_same_steps(fx.symbolic_trace(copy.deepcopy(model)), model, x)
         features = create_feature_extractor(copy.deepcopy(model), ["layer1", "layer4"])
         for training in (True, False):
             found = features.train(training)(x)

@@ -7,19 +7,14 @@ import pytest
 import torch
 from torch import nn
 
-from bnres import use_backend
 from bnres.data import make_dataset
 from bnres.fusion import rewrite
 from bnres.train import TrainConfig, train_model
 from tests.own_models import Net
 from tests.test_own_models import dataset
 
-
-@pytest.fixture(autouse=True)
-def aten():
-    """Avoids the slow interpreter; other tests cover the kernels."""
-    with use_backend("aten"):
-        yield
+# Other tests cover the kernels, whose interpreter is slow.
+pytestmark = pytest.mark.usefixtures("aten")
 
 
 def config(**options):

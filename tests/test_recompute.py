@@ -46,8 +46,8 @@ def test_gradients_are_bit_equal(net, monkeypatch):
     forward = len(made)
     y.backward()
     assert all(torch.equal(p.grad, g) for p, g in zip(twin.parameters(), expected, strict=True))
-    # Recomputed: the first norm of each block, and the outputs of the first and third block. The
-    # second block's output is stored, because its residual, the first's output, is recomputed.
+    # The first norm of each block and the outputs of the first and third block are recomputed. The
+    # output of the second block is stored, because its residual is recomputed.
     assert sorted(made[forward:]) == ["one norm"] * 4 + ["two norms"]
 
 

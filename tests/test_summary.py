@@ -6,16 +6,13 @@ from torch import nn
 from typer.testing import CliRunner
 
 import bnres
-from bnres import cli, models, use_backend
+from bnres import cli, models
 
 runner = CliRunner()
 
 
-@pytest.fixture(autouse=True)
-def aten():
-    """Avoids the slow interpreter; other tests cover the kernels."""
-    with use_backend("aten"):
-        yield
+# Other tests cover the kernels, whose interpreter is slow.
+pytestmark = pytest.mark.usefixtures("aten")
 
 
 def lines(text):
@@ -121,7 +118,7 @@ def test_a_model_without_children():
     ("name", "sites", "total"),
     [
         ("tests.own_models:by_chans", 2, ["Net", "2x5", "885"]),
-        # It requires a number of classes and gets the other models' default.
+        # The factory requires a number of classes, and gets 1000.
         ("tests.own_models:Net", 2, ["Net", "2x1000", "9,840"]),
         ("timm:resnet18", 20, ["ResNet", "2x1000", "11,689,512"]),
         ("torchvision:resnet18", 20, ["ResNet", "2x1000", "11,689,512"]),

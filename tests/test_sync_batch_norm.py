@@ -271,6 +271,23 @@ class TwoNorms(nn.Module):
         return self.bn(x, x.flip(0), residual_norm=self.other)
 
 
+def check_one_norm_is_synchronised():
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 4, 4)
+    for bn, other in (
+        (bnres.nn.BatchNormAct2d(3), bnres.nn.SyncBatchNorm(3)),
+        (bnres.nn.SyncBatchNormAct(3), bnres.nn.BatchNorm2d(3)),
+    ):
+        alone = copy.deepcopy(other)
+        with bnres.use_backend("aten"):
+            assert_near(bn(x, x * 2, residual_norm=other), bn(x, alone(x * 2)))
+        assert_near(other.running_var, alone.running_var)
+
+
+def test_only_one_of_two_norms_is_synchronised(four):
+    four.run(check_one_norm_is_synchronised)
+
+
 def check_compiled(route, backend):
     """Captured as one graph, forward and backward, a step is that of the eager mode."""
     torch.manual_seed(0)

@@ -133,8 +133,8 @@ def test_the_longest_calls_are_measured_first(tmp_path):
         lines.append(line)
         saved.append(len(routes.read_table(path)))
 
-    # Time for torch and all configurations of the largest call; for the next call, for torch and
-    # two configurations.
+    # The time suffices for torch and all configurations of the longest call, and for torch and two
+    # configurations of the next call.
     seconds = 1 + count + 3
     calls = [replace(SMALL, height=2), SMALL, LARGE]
     rows = run(calls, path, Time(), minutes=seconds / 60, say=say)

@@ -1,4 +1,4 @@
-"""Fuses the models of users.
+"""Fuses batch norms with other operations in models that were written without bnres.
 
 `fuse` makes a model run fused operations. `fold` folds batch norms into convolutions for export.
 `explain` reports what `fuse` does to a model and why.

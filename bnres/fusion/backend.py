@@ -70,9 +70,9 @@ def _checkpointed(
 ) -> Any:
     """Runs ``body`` in an activation checkpoint, and returns the outputs.
 
-    Dynamo turned tensors of modules into arguments of ``body``, although the user's call did not
-    pass these tensors. This function does not pass them to `checkpoint` either, because backward
-    raises an error if an argument of a checkpoint was written to.
+    ``of_module`` says for each argument whether it is a parameter or buffer of a module. Dynamo
+    added these arguments. They are not passed to `checkpoint`, because backward raises an error if
+    an argument of a checkpoint was written in place, as running statistics are.
     """
     options["use_reentrant"] = False
     if "_checkpoint_context_fn" in body.meta:
@@ -104,11 +104,11 @@ def inductor() -> Iterator[None]:
 
 
 def fuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
-    """Returns the fused model. It is the same model, but its calls run fused operations.
+    """Returns a copy of a model whose calls run fused operations.
 
     A call does the same as after ``model.compile(backend="bnres")``. Dynamo is the part of
-    torch.compile that reads Python code. It captures the graph of a call, and captures a new graph
-    if the Python state that the graph depends on has changed. Each batch norm in the graph is fused
+    torch.compile that reads Python code. It captures the graph of a call. If the Python state that
+    the graph depends on has changed, it captures a new graph. Each batch norm in the graph is fused
     with the operations before and after it. `bnres.explain` shows which operations are fused.
 
     The rules of ``torch.compile`` apply. A forward or backward hook that is added after the first

@@ -10,10 +10,10 @@ from bnres.operations.sync_batch_norm_act import sync_batch_norm
 
 
 def compiled(function: Callable[..., Any], backend: Any, **options: Any) -> Callable[..., Any]:
-    """Returns ``function`` compiled by ``torch.compile``. It gets a separate cache of graphs.
+    """Returns ``function`` compiled by ``torch.compile``, with a separate cache of graphs.
 
     torch stores at most ``torch._dynamo.config.recompile_limit`` graphs for each code object. The
-    ``__call__`` of all modules has the same code object, so modules would share this limit. Here
+    ``__call__`` of all modules is one code object, so modules would share this limit. Therefore
     each compiled function gets a new code object.
     """
 
@@ -54,11 +54,11 @@ def lookup_backend(name: Any) -> Callable[..., Any]:
 
 
 def module_tensors(graph: fx.Graph) -> set[int]:
-    """Returns the ids of fake tensors, for those inputs of a graph that are attributes of modules.
+    """Returns the ids of the fake tensors of those graph inputs that are attributes of modules.
 
-    A fake tensor has a shape and a dtype but no data. In nested graphs, Dynamo does not record
-    where inputs come from. The inputs of nested graphs are the same fake tensors, so the ids
-    identify them too.
+    A fake tensor has a shape and a dtype but no data. For the inputs of a nested graph, Dynamo does
+    not record whether they are attributes of modules. But a nested graph has the same fake tensors
+    as the graph that contains it, so the ids identify its inputs too.
     """
     found = set()
     for node in graph.find_nodes(op="placeholder"):

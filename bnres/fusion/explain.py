@@ -17,14 +17,14 @@ from bnres.nn.sync import make_nodes
 def explain(model: nn.Module, *inputs: Any, **kwargs: Any) -> FusionReport:
     """Returns a report of what `bnres.fuse` does to a model that is called with these inputs.
 
-    A copy of the model is called once. It is in training or eval mode, like the model.
+    A copy of the model is called once, in the same mode (training or eval) as the model.
 
     Args:
         model: any module.
         inputs, kwargs: example arguments of the model.
 
     Returns:
-        A report with a row for each batch norm. Its text includes a legend of the patterns.
+        A report with a row for each batch norm. ``str(report)`` includes a legend of the patterns.
 
     Raises:
         TypeError: if ``model`` is not a module.
@@ -70,8 +70,8 @@ def explain(model: nn.Module, *inputs: Any, **kwargs: Any) -> FusionReport:
 def is_norm(module: nn.Module) -> bool:
     """Whether a module is a batch norm.
 
-    A batch norm is recognised by its buffers, because not all batch norms, such as
-    FrozenBatchNorm2d, are classes of torch.
+    A batch norm is recognised by its buffers, because some batch norms are not classes of torch,
+    for example FrozenBatchNorm2d.
     """
     instance_norm = nn.modules.instancenorm._InstanceNorm
     return "running_var" in module._buffers and not isinstance(module, instance_norm)

@@ -18,15 +18,13 @@ from bnres.nn.sync import revert_sync_batchnorm
 
 
 def fold(model: nn.Module, *inputs: Any, **kwargs: Any) -> nn.Module:
-    """Returns a copy of a model. In the copy, batch norms are folded into convolutions.
-
-    A batch norm is folded into the convolution before it.
+    """Returns a copy of a model in which batch norms are folded into the convolutions before them.
 
     The filters of the convolution are multiplied by ``weight / sqrt(var + eps)``, and the bias of
     the convolution changes accordingly. A folded batch norm becomes an `nn.Identity` and loses its
     keys in the state dict. Nothing else changes. A folded model that was built from torch's layers
-    can be loaded and exported without bnres. On a GPU a folded model moves more memory than
-    ``bnres.fuse(model).eval()``.
+    can be loaded and exported without bnres. On a GPU a folded model reads and writes more memory
+    than ``bnres.fuse(model).eval()``.
 
     The model is called with ``inputs`` and ``kwargs`` to find the convolution before each batch
     norm. If a later change makes the model's forward run other operations, fold the model again. A
@@ -96,9 +94,9 @@ def _capture(
 def _pairs(
     graph: fx.Graph, tensors: dict[fx.Node, Any], model: nn.Module
 ) -> dict[fx.Node, tuple[str, str]]:
-    """Returns the nodes of the batch norms to fold.
+    """Returns the node of each batch norm to fold, with the names of two modules.
 
-    For each node, the names of the convolution and of the batch norm are returned too.
+    The first name is that of the convolution, and the second is that of the batch norm.
     """
     modules, found = dict(model.named_modules(remove_duplicate=False)), {}
     for node in graph.nodes:

@@ -52,7 +52,10 @@ def as_batch_norm(graph: fx.Graph) -> None:
 
 
 def _is_batch_norm(x: fx.Node, eps: Any, end: Any, vectors: list[fx.Node]) -> bool:
-    """Whether ``end`` has the shape, dtype and gradients of a batch norm of ``x``."""
+    """Whether matched arithmetic, whose result is ``end``, computes a batch norm of ``x``.
+
+    The matcher has compared only the operations, so the shapes and dtypes are checked here.
+    """
     product, shift = end.args
     out, *others = (value(n) for n in (end, product.args[1], shift, *vectors))
     if not isinstance(eps, float) or not alike(x, end) or out is None or out.dim() != 4:

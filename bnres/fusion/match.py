@@ -120,9 +120,9 @@ def norm_call(node: fx.Node) -> NormCall | None:
     if node.target is F.batch_norm and training:
         counter = _counter(node)
         calls |= set() if counter is None else {node.prev}
-    # If the convolution is fused, the batch norm adds the convolution's bias, and the gradient of
-    # the bias is set to 0. In a process group only the sum of this gradient over all processes is
-    # 0, so the convolution is not fused.
+    # A fused call adds the convolution's bias. In training, its backward returns 0 as the gradient
+    # of this bias. With a process group, only the sum of this gradient over all processes is 0, so
+    # the convolution is not fused.
     conv = convolution(input) if only_user(input) is not None and not group else None
     bias = None if conv is None else conv.get("bias")
     state = BatchNormState(**options, num_batches_tracked=counter, input_bias=bias)
@@ -140,7 +140,7 @@ def _counter(node: fx.Node) -> Any:
 
 
 def shortest(norm: NormCall) -> Match:
-    """Returns a match of a batch norm and the convolution before it."""
+    """Returns a match of a batch norm, and of the convolution before it if there is one."""
     where = {"process_group": norm.group} if norm.group else {"training": norm.training}
     options = {**where, "act": None}
     if norm.conv is None:
@@ -151,7 +151,7 @@ def shortest(norm: NormCall) -> Match:
 def longest(norm: NormCall) -> Match:
     """Returns a match of a batch norm and everything that can be fused with it.
 
-    This function does not look at other nodes of the graph. `hazard` checks the other nodes.
+    Other nodes of the graph may still prevent the fusion. `hazard` checks them.
     """
     match = shortest(norm)
     user: Any = only_user(norm.node)
@@ -210,20 +210,19 @@ def hazard(match: Match) -> str:
     found = obstacle(match.replaced | convs, buffers)
     if found:
         return found
-    # Our backward may read the batch norms' biases and the residual. Torch's backward does not read
-    # these tensors, so later writes to them are a hazard. There is one exception. If the model adds
-    # to the residual in place, later writes go to the sum, and the fused sum is a new tensor.
+    # Torch's backward reads neither the residual nor the biases of the batch norms, so a model may
+    # write to them after the call. Our backward may read them, so such a write prevents the fusion.
+    # There is one exception. If the model adds to the residual in place, the later write changes
+    # the sum. A fused call stores the sum in a new tensor, so the residual that our backward reads
+    # does not change.
     residual = match.options.get("residual") if len(match.norms) == 1 else None
     becomes_sum = residual in [w for n in match.nodes for w in writes(n) or []]
     read = [norm.state.bias for norm in match.norms] + ([] if becomes_sum else [residual])
     kept, end = {storage(n) for n in read if isinstance(n, fx.Node)}, max(match.nodes)
     later = [w for n in end.graph.nodes if n > end for w in writes(n) or []]
-    written = any(storage(w) in kept for w in later)
-    return (
-        "the added tensor or the bias of the batch norm is written in place afterwards"
-        if written
-        else ""
-    )
+    if any(storage(w) in kept for w in later):
+        return "the added tensor or the bias of the batch norm is written in place afterwards"
+    return ""
 
 
 def obstacle(own: set[fx.Node], buffers: set[int | None]) -> str:
@@ -245,7 +244,8 @@ def obstacle(own: set[fx.Node], buffers: set[int | None]) -> str:
             return f"{node.target} runs between the operations to fuse and may have any side effect"
         if any(storage(n) in buffers for n in node.all_input_nodes):
             return "its statistics are used between the operations to fuse"
-        # A write can only change inputs that were computed before the write.
+        # A write can only change inputs that were computed before the write. A written node
+        # without a storage may be a list, which may contain any of the inputs.
         earlier = {storage(n) for n in inputs if n < node}
         if any(storage(w) in (None, *earlier) for w in written):
             return "one of the inputs is written in place between the operations to fuse"
@@ -253,7 +253,7 @@ def obstacle(own: set[fx.Node], buffers: set[int | None]) -> str:
 
 
 def find(node: fx.Node) -> Match | str:
-    """Returns the match of the batch norm that a node calls.
+    """Returns the longest match, without a hazard, of the batch norm that a node calls.
 
     If our operation can't compute this batch norm, the reason is returned.
     """

@@ -204,7 +204,7 @@ def _statistics(node: fx.Node) -> list[fx.Node]:
 
 
 def writes(node: fx.Node) -> list[fx.Node] | None:
-    """Returns the nodes to whose tensors a node, or a later user of its outputs, may write.
+    """Returns the nodes whose tensors may be written by a node or by a later user of its outputs.
 
     If these nodes are unknown, the result is None.
     """

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 # The meaning of each part of a pattern.
 MEANINGS = {
-    "conv": "the convolution before it; with +bn or pool in the pattern, only its bias",
+    "conv": "the convolution before the batch norm, or only its bias if +bn or pool follows",
     "bn": "batch norm",
     "+bn": "batch norm of the residual",
     "add": "addition",

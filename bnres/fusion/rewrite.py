@@ -11,7 +11,7 @@ from bnres.fusion.match import SIGNATURES, Match, find
 from bnres.fusion.nodes import module_name, replace, stem_convolution, storage, writes
 from bnres.fusion.report import Site
 
-# This is the report's row for a call of batch norm, and the nodes of the call's tensors.
+# The report's row for a call of batch norm, and the nodes of the call's tensors.
 Found = tuple[Site, list[fx.Node]]
 
 

@@ -45,10 +45,10 @@ def _end(
     *,
     fork: bool,
 ) -> Any:
-    """Returns act(bn(conv(x)) + shortcut(skip)), or with ``fork`` a pair of tensors of this value.
+    """Returns act(bn(conv(x)) + shortcut(skip)), or with ``fork`` this result twice.
 
-    If ``bn`` includes the activation, ``act`` is an identity, and one fused operation returns the
-    pair. Otherwise both items of the pair are the same tensor.
+    If ``bn`` includes the activation, ``act`` is an identity, and one fused operation returns two
+    tensors. Otherwise the same tensor is returned twice.
     """
     if fork and type(act) is nn.Identity and not hooked(act):
         return conv_and_norm(conv, bn, x, skip, shortcut, fork=True)
@@ -90,11 +90,11 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """Three convolutions with BN, add, ReLU (He et al., arXiv 1512.03385).
+    """Three convolutions, each followed by BN (He et al., arXiv 1512.03385).
 
-    The convolutions are 1×1, 3×3 and 1×1, and a BN follows each of them. As in torchvision, the 3×3
-    convolution has the block's stride, and the other two convolutions have stride 1. The arguments
-    are the same as for `BasicBlock`.
+    The block computes: 1×1 convolution, BN, ReLU, 3×3 convolution, BN, ReLU, 1×1 convolution, BN,
+    add, ReLU. As in torchvision, the 3×3 convolution has the block's stride, and the other two
+    convolutions have stride 1. The arguments are the same as for `BasicBlock`.
     """
 
     expansion: ClassVar[int] = 4

@@ -14,8 +14,7 @@ from torch import nn
 
 from bnres.fusion.dynamo import is_compiled
 
-# ImageNet has this many classes. The number is the default of the models of bnres, torchvision and
-# timm.
+# The number of classes of ImageNet. It is the default in bnres, torchvision and timm.
 NUM_CLASSES = 1000
 
 
@@ -77,8 +76,8 @@ def _factory(name: str) -> Callable[..., Any]:
     """Imports the factory that a name refers to.
 
     Raises:
-        ValueError: if the name has another form, or if the object with this name is a module or
-            can't be called.
+        ValueError: if the name does not have the form ``PACKAGE.MODULE:FACTORY``, or if there is no
+            callable object with this name, or if the object is a module.
     """
     path, _, attribute = name.partition(":")
     names = [*path.split("."), *attribute.split(".")]

@@ -22,8 +22,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "lenet-seed": lenet_seed,
 }
 
-
-# The inputs of these models do not have DEFAULT_INPUT_SHAPE, but the shapes given here.
+# The input shapes of the models that need another shape than DEFAULT_INPUT_SHAPE.
 INPUT_SHAPES = {
     "resnet18-seed": (1, 1, 224, 224),
     "resnet18-seed-cifar": (1, 3, 32, 32),

@@ -1,6 +1,6 @@
 """ResNets of fused layers or of torch's layers.
 
-The names of the parameters and the numerics are the same as in torchvision.
+The names of the parameters and the computed values are the same as in torchvision.
 """
 
 from functools import partial

@@ -1,6 +1,5 @@
 """Summarises the stages of a model: their names, output shapes and numbers of parameters."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,17 +40,10 @@ class Summary:
     total: Stage
 
     def __str__(self) -> str:
-        rows = [
-            (
-                stage.name,
-                stage.cls,
-                "-" if stage.shape is None else shape_text(stage.shape),
-                f"{stage.parameters:,}",
-                stage.note,
-            )
-            for stage in (Stage("stage", "class", None, 0), *self.stages, self.total)
-        ]
-        rows[0] = ("stage", "class", "output", "parameters", "")
+        rows = [("stage", "class", "output", "parameters", "")]
+        for stage in (*self.stages, self.total):
+            shape = "-" if stage.shape is None else shape_text(stage.shape)
+            rows.append((stage.name, stage.cls, shape, f"{stage.parameters:,}", stage.note))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         return "\n".join(
             f"{name:<{widths[0]}}  {cls:<{widths[1]}}  {shape:<{widths[2]}}  "
@@ -91,14 +83,21 @@ def summarize(model: nn.Module, shape: tuple[int, ...]) -> Summary:
             handle.remove()
     order = {module: i for i, module in enumerate(outputs)}
     called = sorted(children.items(), key=lambda item: order.get(item[1], len(order)))
-    return Summary(
-        stages=[*_stages(called, outputs), *_outside(model)],
-        total=_stage("total", model, [described(output)]),
-    )
+    stages: list[Stage] = []
+    first: dict[nn.Module, str] = {}
+    for name, child in called:
+        same = first.setdefault(child, name)
+        notes = [] if same == name else [f"the same module as {same}"]
+        stages.append(_stage(name, child, outputs.get(child, []), notes))
+    own = sum(p.numel() for p in model.parameters(recurse=False))
+    if own:
+        note = "parameters outside of the stages"
+        stages.append(Stage("-", type(model).__name__, None, own, note))
+    return Summary(stages, _stage("total", model, [described(output)], []))
 
 
 def described(output: Any) -> tuple[int, ...] | str:
-    """Returns the shape of an output that is a tensor, or a text that describes another output."""
+    """Returns the shape of a tensor, or a text that describes an output that is not a tensor."""
     if isinstance(output, Tensor):
         return tuple(output.shape)
     if isinstance(output, tuple | list):
@@ -107,36 +106,19 @@ def described(output: Any) -> tuple[int, ...] | str:
     return f"returns {type(output).__name__}"
 
 
-def _stages(
-    called: list[tuple[str, nn.Module]], outputs: dict[nn.Module, list[Any]]
-) -> Iterator[Stage]:
-    first: dict[nn.Module, str] = {}
-    for name, child in called:
-        same = first.setdefault(child, name)
-        notes = () if same == name else (f"the same module as {same}",)
-        yield _stage(name, child, outputs.get(child, []), *notes)
-
-
-def _stage(name: str, module: nn.Module, outputs: list[Any], *notes: str) -> Stage:
-    said = list(notes)
+def _stage(name: str, module: nn.Module, outputs: list[Any], notes: list[str]) -> Stage:
+    """Returns the row of a module, whose calls returned the `described` outputs ``outputs``."""
     shape = None
     if not outputs:
         has_forward = type(module).forward is not nn.Module.forward  # nn.ModuleList has none
-        said.append("not called" if has_forward else "has no forward")
+        notes.append("not called" if has_forward else "has no forward")
     elif isinstance(outputs[0], str):
-        said.append(outputs[0])
+        notes.append(outputs[0])
     else:
         shape = outputs[0]
     if len(outputs) > 1:
         others = {o if isinstance(o, str) else shape_text(o) for o in outputs}
         different = f", outputs {', '.join(sorted(others))}" if len(others) > 1 else ""
-        said.append(f"called {len(outputs)} times{different}")
+        notes.append(f"called {len(outputs)} times{different}")
     count = sum(p.numel() for p in module.parameters())
-    return Stage(name, type(module).__name__, shape, count, "; ".join(said))
-
-
-def _outside(model: nn.Module) -> Iterator[Stage]:
-    """Yields a row for the parameters that belong to no child of the model, if there are any."""
-    count = sum(p.numel() for p in model.parameters(recurse=False))
-    if count:
-        yield Stage("-", type(model).__name__, None, count, "parameters outside of the stages")
+    return Stage(name, type(module).__name__, shape, count, "; ".join(notes))

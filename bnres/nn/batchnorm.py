@@ -18,15 +18,18 @@ from bnres.operations.batch_norm_act_max_pool import (
 from bnres.operations.sync_batch_norm_act import sync_batch_norm_act
 
 
-def _in_group(group: Any, training: bool, *args: Any, **options: Any) -> Any:
-    """Calls `sync_batch_norm_act` if ``group`` is a process group, otherwise `batch_norm_act`."""
+def _run(bn: Norm, input: Tensor, **options: Any) -> Any:
+    """Calls `sync_batch_norm_act` if ``bn`` is synchronised, otherwise `batch_norm_act`."""
+    s, group = next_state(bn), group_of(bn)
+    tensors = input, s.running_mean, s.running_var, s.weight, s.bias
+    options |= {"momentum": s.momentum, "eps": s.eps, "num_batches_tracked": s.num_batches_tracked}
     if group is None:
-        return batch_norm_act(*args, training=training, **options)
-    return sync_batch_norm_act(*args, process_group=group, **options)
+        return batch_norm_act(*tensors, training=normalizes_by_batch(bn), **options)
+    return sync_batch_norm_act(*tensors, process_group=group, **options)
 
 
 class _FusedForward(Norm):
-    """`torch.nn.modules.batchnorm._BatchNorm` with a residual and an activation in one operation.
+    """The base class of the modules. One operation computes batch norm, residual and activation.
 
     The training mode, momentum and eps are read at each call, so they may change between calls.
     """
@@ -59,23 +62,22 @@ class _FusedForward(Norm):
         fork: bool = False,
     ) -> Any:
         self._check_input_dim(input)
-        training, group, other = normalizes_by_batch(self), group_of(self), None
+        other = None
         if residual_norm is not None:
             if residual is not None:
                 residual_norm._check_input_dim(residual)
-            other = next_state(residual_norm)
-            its_training, its_group = normalizes_by_batch(residual_norm), group_of(residual_norm)
-            apart = its_training != training or its_group is not group
-            if residual is not None and apart:
-                # The two batch norms need separate passes, because only one of them normalises with
-                # batch statistics, or because their process groups differ.
-                residual = _in_group(its_group, its_training, residual, act=None, **other._asdict())
-                other = None
-        s = next_state(self)
-        return _in_group(
-            group, training, input, s.running_mean, s.running_var, s.weight, s.bias,
-            residual=residual, residual_norm=other, act=self.act, act_kwargs=self.act_kwargs,
-            momentum=s.momentum, eps=s.eps, num_batches_tracked=s.num_batches_tracked, fork=fork,
+            differ = normalizes_by_batch(residual_norm) != normalizes_by_batch(self) or group_of(
+                residual_norm
+            ) is not group_of(self)
+            if residual is not None and differ:
+                # One operation can't run both batch norms, because only one of them normalises with
+                # the statistics of the batch, or because their process groups differ.
+                residual = _run(residual_norm, residual, act=None)
+            else:
+                other = next_state(residual_norm)
+        return _run(
+            self, input, residual=residual, residual_norm=other, act=self.act,
+            act_kwargs=self.act_kwargs, fork=fork,
         )  # fmt: skip
 
 

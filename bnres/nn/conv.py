@@ -100,11 +100,12 @@ def conv_and_norm(
     *,
     fork: bool = False,
 ) -> Any:
-    """Returns bn(conv(input)) + shortcut(residual), after the activation that ``bn`` includes.
+    """Returns act(bn(conv(input)) + shortcut(residual)), or with ``fork`` this result twice.
 
-    ``shortcut`` is a convolution followed by a batch norm. If ``shortcut`` is None, ``residual`` is
-    added unchanged. If ``bn`` is a module of `bnres.nn`, it may include an activation. In this case
-    one fused operation runs, unless one of the modules has a hook.
+    ``act`` is the activation of ``bn`` if ``bn`` is a module of `bnres.nn`. Otherwise there is no
+    activation. ``shortcut`` is a convolution followed by a batch norm. If it is None, ``residual``
+    is added unchanged. The batch norms, the addition and the activation run as one operation if
+    ``bn`` is a module of `bnres.nn` and none of the modules has a hook.
     """
     # A graph that bnres.fuse captures must contain the calls of the modules themselves.
     captured = isinstance(bn, SyncBatchNorm) and is_compiling()

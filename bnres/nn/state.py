@@ -57,8 +57,8 @@ def normalizes_by_batch(bn: Norm) -> bool:
 def group_of(bn: Norm) -> Any:
     """Returns the process group over which a call of ``bn`` synchronises its statistics, or None.
 
-    As in `torch.nn.SyncBatchNorm`, a call only synchronises in training mode, if torch.distributed
-    is initialised and if the group has several processes.
+    As in `torch.nn.SyncBatchNorm`, a call synchronises only if ``bn`` is in training mode, if
+    torch.distributed is initialised, and if the group has several processes.
     """
     synchronises = getattr(type(bn), "synchronises", isinstance(bn, nn.SyncBatchNorm))
     if not (synchronises and bn.training and dist.is_available() and dist.is_initialized()):

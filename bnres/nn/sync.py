@@ -202,9 +202,9 @@ class SyncBatchNormActMaxPool2d(_Synchronised, BatchNormActMaxPool2d):
 
 
 class _SyncBatchNormThenAct(SyncBatchNorm):
-    """A `SyncBatchNorm` that calls the activation and drop modules of timm's `BatchNormAct2d`.
+    """A `SyncBatchNorm` followed by the drop and activation modules of a timm batch norm.
 
-    A timm module is converted to this class if its activation and drop modules can't be fused.
+    A batch norm of timm is converted to this class if its drop and activation can't be fused.
     """
 
     def forward(self, input: Tensor) -> Any:  # type: ignore[override]
@@ -237,8 +237,8 @@ def convert_sync_batchnorm(module: nn.Module, process_group: Any = None) -> nn.M
 
     Raises:
         TypeError: if ``module`` is not a module, if ``process_group`` is not a process group that
-            this process belongs to, or if a batch norm overrides the forward of the converted
-            classes. In each case no module has been changed.
+            this process belongs to, or if the forward of a batch norm is not that of torch, timm or
+            `bnres.nn`. In each case no module has been changed.
 
     Follows `torch.nn.SyncBatchNorm.convert_sync_batchnorm`.
     """
