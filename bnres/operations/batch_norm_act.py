@@ -120,7 +120,8 @@ class Saved(NamedTuple):
     """The tensors that backward reads.
 
     If backward does not read the values of x, ``x`` is None, or it is y if backward needs a tensor
-    that has the shape and strides of y.
+    that has the shape and strides of y. ``total`` (1,) is the number of values per channel on all
+    ranks if the batch norm is synchronised.
     """
 
     x: Maybe
@@ -135,6 +136,7 @@ class Saved(NamedTuple):
     mask: Maybe = None
     argmax: Maybe = None
     x_max: Maybe = None
+    total: Maybe = None
 
 
 def _saves_mask(inputs: Inputs, spec: Spec) -> bool:
@@ -271,14 +273,18 @@ def _allocate_backward(gradients: Gradients, saved: Saved, spec: Spec, asked: As
     return Computed(dx, dresidual, *empty_channels(x, count))
 
 
+def _stored_as(gradients: Gradients, y: Tensor) -> Gradients:
+    """Returns the gradients in the memory format of ``y``."""
+    dy, dy_skip = gradients
+    return Gradients(dense_like(dy, y), None if dy_skip is None else dense_like(dy_skip, y))
+
+
 def _backward(
     gradients: Gradients, saved: Saved, spec: Spec, asked: Asked, recording: Recording
 ) -> Computed:
     computed = _allocate_backward(gradients, saved, spec, asked)
     y = saved.x_max if spec.pools else saved.x
-    given = [
-        dy if dy is None or dy.stride() == y.stride() else dense_like(dy, y) for dy in gradients
-    ]
+    given = _stored_as(gradients, y)
     recording.backward(asked, given).run(_launch_backward, (given, saved, computed), spec)
     return computed
 

@@ -17,7 +17,6 @@ from torch.autograd import Function
 from torch.compiler import is_compiling
 
 from bnres.kernels.dtypes import acc_type
-from bnres.kernels.layout import dense_like
 from bnres.kernels.norm import Statistics, Sums
 from bnres.kernels.outputs import empty_mask, empty_moments
 from bnres.kernels.reference import bn_combine_ref, bn_moments_ref
@@ -30,16 +29,20 @@ from bnres.operations.batch_norm_act import (
     Buffers,
     Computed,
     Inputs,
+    Saved,
     Spec,
     _again,
     _formula_of,
     _input_gradients,
+    _launch_backward,
     _norms,
     _reduces,
     _saves_mask,
+    _stored_as,
     as_call,
     batch_norm_act,
 )
+from bnres.operations.batch_norm_act import _saved as _saved_locally
 from bnres.operations.call import Operation, call
 from bnres.operations.norms import BatchNormState, empty_statistics, rows_of, states_of
 from bnres.operations.operator import Gradients, Maybe, Recording, operator
@@ -68,22 +71,6 @@ class Outputs(NamedTuple):
     statistics: Maybe
     mask: Maybe
     total: Maybe
-
-
-class Saved(NamedTuple):
-    """The tensors that backward reads."""
-
-    x: Tensor
-    weight: Maybe
-    bias: Maybe
-    input_bias: Maybe
-    residual: Maybe
-    residual_weight: Maybe
-    residual_bias: Maybe
-    residual_input_bias: Maybe
-    statistics: Maybe
-    mask: Maybe = None
-    total: Maybe = None
 
 
 def _normalised(inputs: Inputs | Saved, spec: Spec) -> Normalised:
@@ -155,11 +142,7 @@ def _forward(inputs: Inputs, buffers: Buffers, spec: Spec, recording: Recording 
 
 def _saved(inputs: Inputs, y: Tensor, kept: Sequence[Any], spec: Spec) -> Saved:
     statistics, mask, total = kept
-    if not _saves_mask(inputs, spec):
-        mask = None
-    if mask is not None or (spec.act == "identity" and not spec.has_residual_norm):
-        inputs = inputs._replace(residual=None)
-    return Saved(*inputs, statistics, mask, total)
+    return _saved_locally(inputs, y, (statistics, mask, None, None), spec)._replace(total=total)
 
 
 class Reduced(NamedTuple):
@@ -194,12 +177,6 @@ def _writes_dz(spec: Spec, asked: Asked) -> bool:
     return asked.dresidual and not spec.has_residual_norm
 
 
-def _stored_as(x: Tensor, gradients: Gradients) -> Gradients:
-    """Returns the gradients in the memory format of x."""
-    dy, dy_skip = gradients
-    return Gradients(dense_like(dy, x), None if dy_skip is None else dense_like(dy_skip, x))
-
-
 def _allocate_reduced(gradients: Gradients, saved: Saved, spec: Spec, asked: Asked) -> Reduced:
     x, rows = saved.x, 4 if spec.has_residual_norm else 2
     dz = torch.empty_like(x) if _writes_dz(spec, asked) else None
@@ -210,21 +187,13 @@ def _reduce(
     gradients: Gradients, saved: Saved, spec: Spec, asked: Asked, recording: Recording
 ) -> Reduced:
     found = _allocate_reduced(gradients, saved, spec, asked)
-    given = _stored_as(saved.x, gradients)
-    recording.forward.run(_launch_reduce, (given, saved, (None, *found)), spec)
+    given = _stored_as(gradients, saved.x)
+    recording.forward.run(_launch_reduce, (given, saved, found), spec)
     return found
 
 
-def _launch_reduce(gradients: Gradients, saved: Any, found: Sequence[Any], spec: Spec) -> None:
-    from bnres.kernels.bn_backward import bn_backward_reduce
-
-    dy, dy_skip = gradients
-    _, sums, dz = found
-    norms = _norms(saved, rows_of(saved.statistics, saved.x))
-    bn_backward_reduce(
-        dy, saved.x, norms[0], saved.residual, norms[1], saved.mask, spec.act, spec.act_param,
-        dy_skip=dy_skip, out=(Sums(*sums.unbind()), dz),
-    )  # fmt: skip
+def _launch_reduce(gradients: Gradients, saved: Saved, found: Reduced, spec: Spec) -> None:
+    _launch_backward(gradients, saved, Computed(None, found.dz, *found.sums.unbind()), spec)
 
 
 def _allocate_dx(gradients: Gradients, saved: Saved, totals: Totals, spec: Spec) -> InputGradients:
@@ -236,13 +205,13 @@ def _dx(
     gradients: Gradients, saved: Saved, totals: Totals, spec: Spec, recording: Recording
 ) -> InputGradients:
     found = _allocate_dx(gradients, saved, totals, spec)
-    given = _stored_as(saved.x, gradients)
+    given = _stored_as(gradients, saved.x)
     recording.forward.run(_launch_dx, (given, saved, totals, found), spec)
     return found
 
 
 def _launch_dx(
-    gradients: Gradients, saved: Any, totals: Totals, found: InputGradients, spec: Spec
+    gradients: Gradients, saved: Saved, totals: Totals, found: InputGradients, spec: Spec
 ) -> None:
     from bnres.kernels.bn_backward import bn_backward_dx
 
@@ -320,8 +289,7 @@ def _formula(saved: Any, spec: Spec) -> Tensor:
 def _aten(inputs: Inputs, buffers: Buffers, spec: Spec) -> Tensor:
     inputs = as_kernels_take(inputs)
     statistics = _statistics(inputs, states_of(inputs, buffers, spec), spec)
-    saved: Any = Saved(*inputs, None)
-    return _formula_of(statistics, saved, spec)
+    return _formula_of(statistics, Saved(*inputs, None), spec)
 
 
 def _check(inputs: Inputs, buffers: Buffers, spec: Spec) -> None:
