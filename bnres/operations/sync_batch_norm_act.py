@@ -56,16 +56,16 @@ class Normalised(NamedTuple):
 
 
 class Moments(NamedTuple):
-    """Count, mean and M2 = Σ(x − mean)² of each channel for each batch norm: (3·norms, C).
+    """Count, mean and M2 = Σ(x − mean)² of each channel for each batch norm.
 
-    After the all_gather, the moments of all ranks are (ranks, 3·norms, C).
+    ``moments`` is (3·norms, C) on one rank, and (ranks, 3·norms, C) after the all_gather.
     """
 
     moments: Tensor
 
 
 class Outputs(NamedTuple):
-    """y, and the tensors that backward reads. ``total`` (1,) is the count over all ranks."""
+    """y, and the tensors that backward reads. ``total`` (1,) is the sum of all ranks' counts."""
 
     y: Tensor
     statistics: Maybe
@@ -247,7 +247,7 @@ def _backward(
 
 
 class _Exchange(Function):
-    """Calls `all_gather` or `reduce_scatter`. Each is the other's adjoint and derivative."""
+    """Calls `all_gather` or `reduce_scatter`. Backward calls the other of the two."""
 
     @staticmethod
     def forward(t, group, gathers):
@@ -340,10 +340,10 @@ SYNC_BATCH_NORM_ACT = Operation(
 
 
 def group_named(process_group: Any = None) -> Any:
-    """Returns the process group that an argument stands for.
+    """Returns ``process_group`` as a process group.
 
-    None stands for torch.distributed's default group of all ranks. A string stands for the group
-    with this name. A process group is returned unchanged.
+    None stands for torch.distributed's default group of all ranks, and a string for the group with
+    this name.
 
     Raises:
         RuntimeError: if ``process_group`` is None and there is no default group.
@@ -369,8 +369,8 @@ def group_named(process_group: Any = None) -> Any:
 def _check_ranks(mine: tuple[int, str, bool], group: Any) -> None:
     """Raises an error unless ``mine`` is the same on all ranks.
 
-    ``mine`` has the number of channels, the name of the statistics' dtype, and whether there is a
-    ``residual_norm``.
+    ``mine`` is the number of channels, the name of the dtype of the statistics, and whether there
+    is a ``residual_norm``.
     """
     ranks = dist.get_process_group_ranks(group)
     every: list[Any] = [None] * len(ranks)
@@ -403,34 +403,33 @@ def sync_batch_norm_act(
 ) -> Any:
     """Computes ``act(batch_norm(input) + residual)`` with the statistics of all ranks' batches.
 
-    A rank is a process of ``process_group``. In training, `batch_norm_act` normalises with the
-    statistics of one batch. This operation does the same with the statistics of the batches of all
-    ranks. If rank r has n_r values per channel and all
-    ranks together have N, then mean = Σ n_r·mean_r / N and
-    var = Σ (M2_r + n_r·(mean_r − mean)²) / N, where M2_r = Σ (x − mean_r)². The sums over ranks are
-    added in rank order in fp64, so all ranks get the same bits in every run.
+    A rank is a process of ``process_group``. The operation does what `batch_norm_act` does in
+    training, but with the mean and variance of the batches of all ranks. On rank r a channel has
+    n_r values with the mean mean_r, and M2_r = Σ (x − mean_r)². With N = Σ n_r,
+    mean = Σ n_r·mean_r / N and var = Σ (M2_r + n_r·(mean_r − mean)²) / N. These sums over r are
+    added in the order of r in fp64, so all ranks get the same bits in every run.
 
-    Forward makes one all_gather of 3·C values per batch norm, and backward makes one all_gather of
-    2·C values per batch norm. The batch norms of ``input`` and of the residual share the
-    all_gather. The host never waits for the device. If the group has only one rank,
-    `batch_norm_act` runs.
+    Forward makes one all_gather, of 3·C values for each batch norm. Backward makes one all_gather,
+    of 2·C values for each batch norm. With ``residual_norm`` there are two batch norms. The host
+    never waits for the device. If the group has only one rank, `batch_norm_act` runs.
 
     Every rank of the group must call the operation and its backward, with the same number of
-    channels and the same dtype. Batches may have different sizes and may be empty. A rank with an
-    empty batch gets gradients of zero. If all batches are empty, the running statistics do not
-    change. If the environment variable ``TORCH_DISTRIBUTED_DEBUG`` is ``DETAIL``, each call first
-    compares the ranks' arguments, and the host waits for the device. Otherwise gloo and NCCL may
-    abort or hang if the arguments differ.
+    channels and the same dtype. Batches may have different sizes and may be empty. The gradients on
+    a rank with an empty batch are zero. If all batches are empty, the running statistics do not
+    change. If the ranks' arguments differ, gloo and NCCL may abort or hang. If the environment
+    variable ``TORCH_DISTRIBUTED_DEBUG`` is ``DETAIL``, each call first compares the arguments, and
+    the host waits for the device.
 
     Args:
         input, running_mean, running_var, weight, bias, residual, residual_norm, act, act_kwargs,
-            momentum, eps, num_batches_tracked, fork: as in `batch_norm_act`. Each rank gets only
-            its part of the gradients of the parameters. DistributedDataParallel averages the parts.
+            momentum, eps, num_batches_tracked, fork: as in `batch_norm_act`. The gradients of the
+            parameters on a rank are sums over this rank's batch only, which
+            DistributedDataParallel averages.
         process_group: the process group of the participating ranks, or the name of this group. By
             default all ranks participate.
 
     Returns:
-        A tensor as `batch_norm_act` returns it. With ``fork``, two such tensors.
+        The same as `batch_norm_act`.
 
     Raises:
         RuntimeError: if ``process_group`` is None and there is no default group, or if
@@ -439,8 +438,8 @@ def sync_batch_norm_act(
             `batch_norm_act` raises it.
         ValueError: if a CPU tensor is used with an NCCL group, if ``input`` has no channels, if
             ``residual_norm`` has an ``input_bias``, if ``TORCH_DISTRIBUTED_DEBUG`` is ``DETAIL``
-            and the ranks' arguments differ, or if `batch_norm_act` raises it. Unlike there, an
-            ``input`` with one value per channel is valid here.
+            and the ranks' arguments differ, or if `batch_norm_act` raises it. An ``input`` with one
+            value per channel raises no error here.
 
     Follows `torch.nn.SyncBatchNorm` (Ioffe and Szegedy, arXiv 1502.03167). The variance is combined
     by the method of Chan, Golub and LeVeque (1979).
@@ -449,13 +448,15 @@ def sync_batch_norm_act(
     is_alone = dist.get_world_size(group) == 1
     arguments = as_call(
         input, running_mean, running_var, weight, bias, None, residual, residual_norm, act,
-        act_kwargs, True, momentum, eps, num_batches_tracked, "" if is_alone else group.group_name,
+        act_kwargs, True, momentum, eps, num_batches_tracked,
+        group="" if is_alone else group.group_name,
     )  # fmt: skip
     if is_alone:
         return call(BATCH_NORM_ACT, *arguments, fork)
     if input.device.type == "cpu" and dist.get_backend(group) == "nccl":
         raise ValueError(
-            "process_group has the backend nccl, which takes no CPU tensors, got a CPU input"
+            "process_group has the backend nccl, which does not support CPU tensors, "
+            "got an input on the CPU"
         )
     if not is_compiling() and dist.get_debug_level() == dist.DebugLevel.DETAIL:
         _check_ranks((input.shape[1], str(acc_type(input)), residual_norm is not None), group)
@@ -474,9 +475,9 @@ def sync_batch_norm(
     num_batches_tracked: Tensor | None,
     group: str,
 ) -> Tensor:
-    """Returns the batch norm of ``input`` over the ranks of the process group named ``group``.
+    """Returns the batch norm of ``input``, synchronised over the process group named ``group``.
 
-    If ``group`` is an empty string, the batch norm is over this process only. The graphs that
+    If ``group`` is an empty string, the batch norm is not synchronised. The graphs that
     `bnres.fuse` captures contain calls of this function.
     """
     function: Any = batch_norm_act
