@@ -18,7 +18,7 @@ from torch.compiler import is_compiling
 
 from bnres.kernels.dtypes import acc_type
 from bnres.kernels.norm import Statistics, Sums
-from bnres.kernels.outputs import empty_mask, empty_moments
+from bnres.kernels.outputs import empty_moments
 from bnres.kernels.reference import bn_combine_ref, bn_moments_ref
 from bnres.kernels.torch_internals import all_gather, process_group_named, reduce_scatter
 from bnres.operations.arguments import as_kernels_take, check_input, check_norm, check_residual
@@ -37,14 +37,14 @@ from bnres.operations.batch_norm_act import (
     _launch_backward,
     _norms,
     _reduces,
-    _saves_mask,
     _stored_as,
     as_call,
     batch_norm_act,
 )
+from bnres.operations.batch_norm_act import _allocate as _allocate_locally
 from bnres.operations.batch_norm_act import _saved as _saved_locally
 from bnres.operations.call import Operation, call
-from bnres.operations.norms import BatchNormState, empty_statistics, rows_of, states_of
+from bnres.operations.norms import BatchNormState, rows_of, states_of
 from bnres.operations.operator import Gradients, Maybe, Recording, operator
 
 
@@ -96,11 +96,9 @@ def _launch_moments(given: Normalised, found: Moments) -> None:
 
 
 def _allocate(inputs: Inputs, buffers: Buffers, gathered: Moments, spec: Spec) -> Outputs:
-    x, y = inputs.x, torch.empty_like(inputs.x)
-    if not spec.needs_grad:
-        return Outputs(y, None, None, None)
-    mask = empty_mask(x) if _saves_mask(inputs, spec) else None
-    return Outputs(y, empty_statistics(x, spec), mask, x.new_empty(1, dtype=torch.float64))
+    y, statistics, mask, *_ = _allocate_locally(inputs, buffers, spec)
+    total = inputs.x.new_empty(1, dtype=torch.float64) if spec.needs_grad else None
+    return Outputs(y, statistics, mask, total)
 
 
 def _apply(
