@@ -137,8 +137,8 @@ def check_max_pool(dtype, layout):
     y, index, x_max = bn_max_pool.bn_max_pool(x, norm, "silu", 0.0, save=True)
     expected = reference.bn_max_pool_ref(*double(x, norm), "silu", 0.0)[0]
     assert_close(y, expected, dtype)
-    # If several values are equal after rounding, the index may differ from that of the exact
-    # maximum.
+    # If several values are equal after rounding, the index may not be that of the largest value
+    # before rounding.
     at_index = reference.bn_max_pool_at_ref(*double(x, norm), "silu", 0.0, index)
     assert_close(y, at_index, dtype)
     flat = reference.pooled_offsets(index, x.shape[3]).flatten(2)
@@ -179,7 +179,10 @@ MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)
 
 
 def check_augment(dtype, memory_format):
-    """Tests images that one program handles, and larger ones, whose contrast has its own kernel."""
+    """Tests small images, which one program processes, and larger images.
+
+    For larger images a separate kernel computes the contrast.
+    """
     jitter = augment.ColorJitter(0.5, 0.2, 0.6, 0.4)
     for size, crop in ((12, augment.RandomResizedCrop((9, 7))), (36, augment.RandomCrop(34, 2))):
         torch.manual_seed(0)
