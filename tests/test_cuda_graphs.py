@@ -102,7 +102,7 @@ def graphed(config, dataset):
     ids=str,
 )
 def test_training_is_bit_equal(cuda_graphs, dataset, options):
-    """Trains two epochs of five batches and a smaller last one, which runs without the graph."""
+    """Each epoch has five full batches, and a smaller last batch that runs without the graph."""
     config = make_config(deterministic=DEVICE == "cuda", **options)
     with use_backend("triton" if DEVICE == "cuda" else "aten"):
         expected, batches = build_state(config, dataset)

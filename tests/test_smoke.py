@@ -203,10 +203,7 @@ def check_augment(dtype, memory_format):
         assert (y.float() - expected).abs().max() <= allowed
 
 
-OPERATIONS = {
-    "batch_norm_act": check_batch_norm_act,
-    "two_norms": check_two_norms,
-}
+BATCH_NORMS = (check_batch_norm_act, check_two_norms)
 # The interpreter's tl.dot does not support bf16, and the kernel does not support fp64.
 CONV_DTYPES = [torch.float16, torch.float32] + [torch.bfloat16] * (DEVICE == "cuda")
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -214,9 +211,9 @@ FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channel
 
 @pytest.mark.parametrize("dtype", SUPPORTED_DTYPES, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("operation", OPERATIONS)
-def test_batch_norms(operation, layout, dtype):
-    OPERATIONS[operation](dtype, layout)
+@pytest.mark.parametrize("check", BATCH_NORMS)
+def test_batch_norms(check, layout, dtype):
+    check(dtype, layout)
 
 
 @pytest.mark.parametrize("dtype", [d for d in SUPPORTED_DTYPES if d != torch.float64], ids=str)
@@ -253,7 +250,7 @@ def test_no_kernel_is_left_out(monkeypatch):
             original(kernel, *arguments, **named)
 
         monkeypatch.setattr(module, "launch", record)
-    for check in OPERATIONS.values():
+    for check in BATCH_NORMS:
         check(torch.float32, "planes")
     check_max_pool(torch.float32, "planes")
     check_conv(torch.float32)

@@ -171,7 +171,7 @@ def test_dtypes(four, route, dtypes, tolerance):
     four.run(check_cases, EQUAL[1:2], (2, 1, 2, 0), route, dtypes, tolerance)
 
 
-def check_in_a_group(route):
+def check_groups(route):
     """Tests two groups of two ranks. Each group has one half of the batch."""
     pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
     group, first = pairs[dist.get_rank() // 2], dist.get_rank() // 2 * 4
@@ -190,11 +190,6 @@ def check_in_a_group(route):
     if dist.get_rank() == 0:
         with pytest.raises(TypeError, match=r"process_group must be .* this process is in, got"):
             bnres.convert_sync_batchnorm(stock, outside)
-
-
-@pytest.mark.parametrize("route", ROUTES)
-def test_process_group(four, route):
-    four.run(check_in_a_group, route)
 
 
 def check_module(route, options):
@@ -237,7 +232,8 @@ def exchanges(run):
     return [n.removeprefix("_c10d_functional::") for n in names if "wait" not in n]
 
 
-def count_exchanges(route):
+def check_collectives(route):
+    """Tests that each layer exchanges once in forward and once in backward."""
     net = nn.Sequential(
         nn.Conv2d(3, 4, 1), bnres.nn.BatchNormActMaxPool2d(4, 3, 2, 1),
         blocks.BasicBlock(4, 8, 2), bnres.nn.ConvBatchNormAct2d(8, 8, 1),
@@ -256,11 +252,6 @@ def count_exchanges(route):
     assert backward == 4 * [
         "reduce_scatter_tensor" if route == "aten" else "all_gather_into_tensor"
     ]
-
-
-@pytest.mark.parametrize("route", ROUTES)
-def test_one_collective_for_each_site_and_direction(four, route):
-    four.run(count_exchanges, route)
 
 
 class TwoNorms(nn.Module):
@@ -331,11 +322,6 @@ def check_second_derivatives(route):
     total = mine[1].grad
     dist.all_reduce(total)
     assert_near(total, whole[1].grad, 1e-10)
-
-
-@pytest.mark.parametrize("route", ROUTES)
-def test_second_derivatives(four, route):
-    four.run(check_second_derivatives, route)
 
 
 def small_net(fused):
@@ -417,8 +403,11 @@ def check_two_forwards(route):
 
 
 @pytest.mark.parametrize("route", ROUTES)
-def test_two_forwards_before_a_backward(four, route):
-    four.run(check_two_forwards, route)
+@pytest.mark.parametrize(
+    "check", [check_groups, check_collectives, check_second_derivatives, check_two_forwards]
+)
+def test_four_ranks(four, check, route):
+    four.run(check, route)
 
 
 def check_recomputed():

@@ -23,8 +23,8 @@ _recordings: dict[Any, "Recording"] = {}
 class Recording:
     """The kernel launches of calls of one kind.
 
-    A call for which there is a recording needs no checks and no copies of its arguments, because an
-    earlier call of the same kind has passed the checks.
+    A call for which there is a recording needs no checks and no copies of its arguments. The
+    recorded call had arguments of the same kind, which passed the checks and needed no copies.
 
     Attributes:
         forward: the launches of forward.

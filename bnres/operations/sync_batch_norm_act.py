@@ -292,7 +292,7 @@ def _aten(inputs: Inputs, buffers: Buffers, spec: Spec) -> Tensor:
 
 def _check(inputs: Inputs, buffers: Buffers, spec: Spec) -> None:
     x, residual = inputs.x, inputs.residual
-    # training=False accepts one value per channel, because other ranks may have more values.
+    # With training=False one value per channel is valid, because other ranks may have more values.
     check_input(x, training=False)
     if x.shape[1] == 0:
         raise ValueError(f"input must have channels, got input size {x.size()}")
