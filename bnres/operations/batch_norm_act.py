@@ -273,10 +273,10 @@ def _allocate_backward(gradients: Gradients, saved: Saved, spec: Spec, asked: As
     return Computed(dx, dresidual, *empty_channels(x, count))
 
 
-def _stored_as(gradients: Gradients, y: Tensor) -> Gradients:
+def _stored_as(gradients: Gradients, y: Tensor) -> tuple[Tensor, Tensor | None]:
     """Returns the gradients in the memory format of ``y``."""
     dy, dy_skip = gradients
-    return Gradients(dense_like(dy, y), None if dy_skip is None else dense_like(dy_skip, y))
+    return dense_like(dy, y), None if dy_skip is None else dense_like(dy_skip, y)
 
 
 def _backward(
