@@ -67,7 +67,7 @@ def _check_device(name: str, t: Tensor, device: torch.device, other: str = "inpu
 def check_mapped(x: Tensor, norm: Any) -> None:
     """Raises an error if `torch.vmap` maps ``x`` but not the running statistics.
 
-    Training could then not update the running statistics.
+    In that case training could not update the running statistics.
     """
     if is_compiling() or not (levels := mapped_levels(x)):
         return
@@ -143,10 +143,7 @@ def packed(t: Tensor | None) -> Tensor | None:
 
 
 def counted(counter: Tensor | None, x: Tensor) -> Tensor | None:
-    """Returns ``counter`` if the kernels can increment it, otherwise increments it here.
-
-    After incrementing it here, the function returns None.
-    """
+    """Returns ``counter`` if the kernels can increment it. If not, increments it, returns None."""
     if counter is None or (counter.dtype == torch.int64 and counter.device == x.device):
         return counter
     counter.add_(1)

@@ -556,9 +556,9 @@ def batch_norm_act(
             variance.
         weight: (C,); None means 1.
         bias: (C,); None means 0.
-        input_bias: (C,), added to ``input``; None means 0. It can be the bias of a convolution that
-            runs without a bias and computes ``input``. In training the bias changes only the
-            running mean, so adding the bias takes no time.
+        input_bias: (C,), added to ``input``; None means 0. For example, ``input`` can be the output
+            of a convolution without its bias, and ``input_bias`` the bias. In training the bias
+            changes only the running mean, so adding the bias takes no time.
         residual: None, or a tensor that is added before the activation. It has the shape of
             ``input``. If the dtypes of ``input`` and ``residual`` differ, the result has the dtype
             of ``input + residual``.

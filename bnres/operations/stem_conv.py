@@ -79,7 +79,10 @@ def _on_gpu(input: Tensor) -> bool:
 
 
 def _replaces_operators(t: Tensor) -> bool:
-    """Whether the class of ``t`` replaces operators, like DTensor, except for tracing tensors."""
+    """Whether the class of ``t`` replaces operators, like DTensor.
+
+    The result is False for the two classes of tensors with which torch.compile traces calls.
+    """
     return dispatches(t) and not isinstance(t, FakeTensor | FunctionalTensor)
 
 

@@ -236,7 +236,7 @@ def _backward(
     dx, dresidual = None, dz if _writes_dz(spec, asked) else None
     if asked.dx:
         totals = Totals(all_gather(sums, spec.group).sum(0, dtype=torch.float64) / saved.total)
-        if dresidual is not None:  # dz already combines both gradients and the activation
+        if dresidual is not None:  # dz includes both gradients and act'
             gradients, spec = Gradients(dz, None), spec._replace(act="identity", act_param=0.0)
             saved = saved._replace(residual=None, mask=None)
         dx, of_norm = _run_dx(gradients, saved, totals, spec, recording=None)
@@ -420,9 +420,8 @@ def sync_batch_norm_act(
 
     Args:
         input, running_mean, running_var, weight, bias, residual, residual_norm, act, act_kwargs,
-            momentum, eps, num_batches_tracked, fork: as in `batch_norm_act`. The gradients of the
-            parameters on a rank are sums over this rank's batch only, which
-            DistributedDataParallel averages.
+            momentum, eps, num_batches_tracked, fork: as in `batch_norm_act`. Each rank computes the
+            parameters' gradients from its own batch. DistributedDataParallel averages them.
         process_group: the process group of the participating ranks, or the name of this group. By
             default all ranks participate.
 
