@@ -1,4 +1,4 @@
-"""First, second, third and forward-mode derivatives of the fused operation."""
+"""Tests first, second, third and forward-mode derivatives of the fused operations."""
 
 import pytest
 import torch
@@ -70,7 +70,10 @@ def fused(stats, act, training):
 
 
 def normalized(x, weight, bias, stats=None):
-    """Batch norm in elementary operations: the third derivative of torch's batch norm is wrong."""
+    """Returns the batch norm of x, computed by elementary operations of torch.
+
+    `torch.nn.functional.batch_norm` is not used, because its third derivative is wrong.
+    """
     mean, var = stats or (x.mean((0, 2, 3)), x.var((0, 2, 3), correction=0))
     mean, var, weight, bias = (v.view(-1, 1, 1) for v in (mean, var, weight, bias))
     return (x - mean) / (var + 1e-5).sqrt() * weight + bias
@@ -131,7 +134,7 @@ def test_tangents_outside_of_grad_mode():
 
 
 def pooled(x, weight, bias):
-    """The pooled operation in fp32, which the kernel supports."""
+    """Runs the pooled operation in fp32, because its kernel does not support fp64."""
     return batch_norm_act_max_pool2d(
         x.float(), None, None, weight, bias, kernel_size=3, stride=2, padding=1,
         training=True,

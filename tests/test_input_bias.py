@@ -343,7 +343,7 @@ def test_transforms(operation, transform, training):
 @route
 @training_or_not
 def test_without_gradients(training, route):
-    """In evaluation the kernels subtract the bias from the running mean, not add it to x."""
+    """In evaluation the kernels do not add the bias to x, but subtract it from the running mean."""
     for operation, (ours, formula) in OPERATIONS.items():
         inputs, stats = draw()
         given, buffers = (
@@ -361,7 +361,7 @@ def test_recomputed(training):
     for context in (nullcontext, bnres.recompute):
         with context():
             y = single(*inputs, [s.clone() for s in stats], training)
-            loss = (y * y).sum()  # its backward needs y
+            loss = (y * y).sum()  # the backward of y * y needs y
         found.append(torch.autograd.grad(loss, inputs[:5]))
     assert all(map(torch.equal, *found))
 

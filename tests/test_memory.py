@@ -1,4 +1,4 @@
-"""Tests of the memory that the kernels touch, counted in the interpreter as in the audit."""
+"""Tests how much memory the kernels touch, which is counted in the interpreter as in the audit."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Tests hard inputs. The error is at most 1.5 times the larger of ATen's and rounding's error."""
+"""Tests that errors on hard inputs are at most 1.5 times ATen's, or 1.5 times those of rounding."""
 
 import pytest
 import torch

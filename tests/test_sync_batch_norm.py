@@ -233,7 +233,7 @@ def exchanges(run):
 
 
 def check_collectives(route):
-    """Tests that each layer exchanges once in forward and once in backward."""
+    """Tests that each layer makes one collective in forward and one in backward."""
     net = nn.Sequential(
         nn.Conv2d(3, 4, 1), bnres.nn.BatchNormActMaxPool2d(4, 3, 2, 1),
         blocks.BasicBlock(4, 8, 2), bnres.nn.ConvBatchNormAct2d(8, 8, 1),
