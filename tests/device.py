@@ -1,4 +1,4 @@
-"""The device of the tests: the GPU if there is one, else the CPU (with the interpreter)."""
+"""The device of the tests: the GPU if there is one, else the CPU with triton's interpreter."""
 
 import torch
 

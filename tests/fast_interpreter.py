@@ -1,6 +1,6 @@
 """Makes triton's interpreter patch ``triton.language`` only once per launch and module.
 
-By default it does so in every call of a device function, which takes about half of the tests' time.
+By default it patches in every call of a device function. This takes about half of the tests' time.
 """
 
 from typing import Any
@@ -11,7 +11,7 @@ _patched: set[int] = set()
 
 
 def patch_once() -> None:
-    """Skips the patch for a module that has been patched in the same launch."""
+    """Makes the interpreter skip a module that it has already patched in the same launch."""
     patch, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
 
     def patch_lang(fn: Any) -> Any:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-SECONDS = 60  # after which a rank that waits for another one gives up
+SECONDS = 60  # a rank waits for another rank at most this long
 
 
 def free_port() -> int:
@@ -40,9 +40,9 @@ def _serve(rank: int, size: int, port: int, pipe: Any) -> None:
 
 
 class Ranks:
-    """``size`` processes with a default group.
+    """``size`` processes that form torch.distributed's default group.
 
-    They are forked from a process that has imported torch and bnres once.
+    They are forked from a process that has already imported torch and bnres.
     """
 
     def __init__(self, size: int) -> None:
@@ -57,10 +57,10 @@ class Ranks:
             self.processes.append(process)
 
     def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
-        """What ``function(*args)`` returns on each rank.
+        """Returns the results of ``function(*args)`` on each rank.
 
         Raises:
-            AssertionError: if it raises in one of them, with its traceback.
+            AssertionError: if ``function`` raises an error on a rank. It contains the traceback.
         """
         for pipe in self.pipes:
             pipe.send((function, args))

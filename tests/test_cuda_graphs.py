@@ -1,4 +1,4 @@
-"""Training with forward and backward replayed from a CUDA graph equals training without."""
+"""Tests that training with CUDA graphs of forward and backward equals training without."""
 
 from contextlib import contextmanager, nullcontext
 
@@ -15,7 +15,7 @@ from tests.device import DEVICE
 
 
 class RecordedGraph(TorchDispatchMode):
-    """A CPU stand-in for a CUDA graph: replays the same operations on the same memory.
+    """Replaces a CUDA graph on the CPU: it replays the same operations on the same memory.
 
     Unlike the capture of a CUDA graph, recording also runs the operations, so the first replay
     does nothing.
@@ -45,7 +45,7 @@ class RecordedGraph(TorchDispatchMode):
 
 @pytest.fixture
 def cuda_graphs(monkeypatch):
-    """CUDA graphs on a GPU; on a CPU, replaces torch's interface to them by `RecordedGraph`."""
+    """On a CPU, replaces torch's interface to CUDA graphs by `RecordedGraph`."""
     if DEVICE == "cuda":
         return
 
@@ -82,7 +82,7 @@ def make_config(**options):
 
 
 def graphed(config, dataset):
-    """A run whose passes use CUDA graphs, on the device of the tests."""
+    """Returns a run whose passes use CUDA graphs, on the device of the tests."""
     state, batches = build_state(config, dataset)
     passes = state.passes
     state.passes = GraphedPasses(state.model, passes.forward, passes.scaler, config)
@@ -93,16 +93,16 @@ def graphed(config, dataset):
     "options",
     [
         {},
-        # With the smaller stem, images are wider than one pixel at every strided convolution. For
-        # one pixel torch's bf16 convolution on the CPU leaves gradients unwritten.
+        # With the smaller stem, the input of every strided convolution is larger than one pixel. If
+        # it has one pixel, torch's bf16 convolution on the CPU does not write some gradients.
         {"dtype": "bf16", "stem": "cifar", "clip_norm": 1.0, "ema": 0.9, "flip": True},
-        # It has no max-pool either, whose results torch does not promise to be bit-equal on a GPU.
+        # The smaller stem has no max-pool. On a GPU torch's max-pool may not be deterministic.
         {"stem": "cifar", "optimizer": "adamw", "schedule": "cosine", "fused": False},
     ],
     ids=str,
 )
 def test_training_is_bit_equal(cuda_graphs, dataset, options):
-    """Trains two epochs of five batches and a smaller last one, which runs without the graph."""
+    """Each epoch has five full batches, and a smaller last batch that runs without the graph."""
     config = make_config(deterministic=DEVICE == "cuda", **options)
     with use_backend("triton" if DEVICE == "cuda" else "aten"):
         expected, batches = build_state(config, dataset)
@@ -122,7 +122,8 @@ def test_training_is_bit_equal(cuda_graphs, dataset, options):
 
 @pytest.mark.parametrize(
     ("batch_size", "expected"),
-    # 5 full batches and one of 4, or 2 and one of 12; the last is neither warm-up nor captured.
+    # An epoch has five batches of 8 and one of 4, or two of 16 and one of 12. The last batch is
+    # neither used for warm-up nor captured.
     [(8, [8, 8, 8, 8, 4, 4]), (16, [16, 16, 12, 16, 16, 12])],
     ids=str,
 )
@@ -138,7 +139,7 @@ def test_one_capture(cuda_graphs, dataset, batch_size, expected):
         train_epoch(state, batches, config)
         hook.remove()
     assert eager == expected
-    assert expected.count(batch_size) == WARMUP_BATCHES + 1  # and the capture
+    assert expected.count(batch_size) == WARMUP_BATCHES + 1  # one is the capture
 
 
 def test_several_processes_are_refused(cuda_graphs, dataset, monkeypatch):

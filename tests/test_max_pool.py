@@ -1,4 +1,4 @@
-"""Tests that fused pooling is bit-equal to torch's max_pool2d of the unfused layers' output."""
+"""Tests that the fused max-pool returns the same bits as batch norm, activation and max_pool2d."""
 
 from dataclasses import replace
 
@@ -15,8 +15,9 @@ from tests.device import DEVICE
 from tests.tolerances import assert_close
 
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
-# Odd and even sizes; one row or one column of windows; channels that fill vectors and blocks, or
-# don't; planes whose rows are whole vectors; more columns than a program processes.
+# Sizes are odd or even. Some shapes have only one row or one column of windows. The channels fill
+# vectors and blocks in some shapes, but not in all. The rows of contiguous tensors are whole
+# vectors. Some shapes have more columns than a program processes.
 SHAPES = [
     ((2, 8, 5, 7), "channels_last"),
     ((1, 24, 6, 9), "channels_last"),
@@ -28,8 +29,9 @@ SHAPES = [
     ((1, 3, 10, 48), "contiguous"),
     ((3, 65, 1, 32), "contiguous"),
 ]
-# Shape, layout, dtype, and programs that run at once: with 1, a program processes all rows, with 64
-# one row. Every dtype has both layouts.
+# Each case has a shape, a layout, a dtype, and the number of programs that run at once. If this
+# number is 1, a program processes all rows. If it is 64, a program processes one row. Each dtype is
+# tested in both layouts.
 CASES = [
     *((*case, torch.bfloat16, 1) for case in SHAPES),
     *((*SHAPES[i], dtype, 1) for i in (0, 6) for dtype in (torch.float16, torch.float32)),
@@ -77,7 +79,7 @@ def same_bits(found, expected):
 
 
 def check_forward(x, norm, act):
-    """Compares with max_pool2d, which takes the first of equal maxima and the last NaN."""
+    """Compares with max_pool2d, which chooses the first of equal maxima, or the last NaN."""
     y, argmax, x_max = bn_max_pool.bn_max_pool(x, norm, act, 0.1, save=True)
     values, _ = bn_forward.bn_apply(x, norm, None, None, act, 0.1)
     expected, flat = F.max_pool2d(values.float(), 3, 2, 1, return_indices=True)
@@ -152,7 +154,10 @@ def test_which_poolings_are_fused(change, dtype, fuses):
 
 
 def test_tensor_that_is_contiguous_and_channels_last():
-    """A tensor with one channel has both formats; here its rows are not whole vectors."""
+    """A tensor with one channel is both contiguous and channels_last.
+
+    Here the rows of the tensors are not whole vectors.
+    """
     x = torch.randn(2, 1, 6, 7, device=DEVICE).contiguous(memory_format=torch.channels_last)
     for given in (x, torch.randn(2, 3, 6, 9, device=DEVICE)[:, :1, :, ::2]):
         y = batch_norm_act_max_pool2d(
@@ -171,6 +176,7 @@ def test_rows_are_split_over_the_whole_chip(batch, contiguous):
     assert found.programs == blocks * -(-rows // found.rows_per_program)
     at_once = 132 * config.TUNING["pool"].programs_per_sm
     turns = -(-found.programs // at_once)
-    # The number of rows, divided by the number that the chip could process in the same time.
+    # This is the number of rows, divided by the number of rows that the chip could process in the
+    # same time.
     used = blocks * rows / (at_once * turns * found.rows_per_program)
     assert found.programs >= 132 and used >= (0.75 if batch >= 16 else 0.25)

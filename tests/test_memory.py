@@ -1,4 +1,4 @@
-"""Tests of the memory that the kernels touch, counted in the interpreter as in the audit."""
+"""Tests how much memory the kernels touch, which is counted in the interpreter as in the audit."""
 
 import pytest
 import torch
@@ -13,11 +13,12 @@ if torch.cuda.is_available():
 from benchmarks.audit.memory import channel_buffer_share, operation_traffic
 
 OPERATIONS = ("bn", "bn_relu", "bn_add_relu", "bn_add_relu_fork", "dual_bn_add_relu")
-# Greatest traffic of the stem in S, counted in sectors. At these small sizes it differs from the
-# byte model, because windows at the border skip some positions and read others twice.
+# The limits of the stem's traffic, counted in sectors and divided by S, the size of the input. At
+# these small sizes the traffic differs from the byte model, because windows at the border skip some
+# positions and read others twice.
 STEM_CEILINGS = {"eval": 1.27, "forward": 2.65, "backward": 2.9}
-# Traffic in S that the pivot's samples add at these small shapes: four elements per channel and
-# program.
+# The traffic of the samples for the pivot at these small shapes, divided by S. Each program reads
+# four samples per channel.
 SLACK = 0.03
 H200_SM_COUNT = 132
 
@@ -28,7 +29,7 @@ H200_SM_COUNT = 132
 @pytest.mark.slow
 def test_passes_over_the_activations(operation, layout, shape):
     if operation in ("bn", "bn_add_relu_fork"):
-        shape = (16, 64, 7, 7)  # one shape suffices: other operations test the same kernels
+        shape = (16, 64, 7, 7)  # one shape is enough: other operations test the same kernels
     size = torch.Size(shape).numel() * torch.bfloat16.itemsize
     counts = operation_traffic(operation, shape, torch.bfloat16, LAYOUTS[layout])
     for step in ("eval", "forward", "backward"):
@@ -45,7 +46,6 @@ def test_stem(layout):
     size = torch.Size(shape).numel() * torch.bfloat16.itemsize
     counts = operation_traffic("bn_relu_pool", shape, torch.bfloat16, LAYOUTS[layout])
     found = {step: counts[step].sectors / size for step in STEM_CEILINGS}
-    print(found, {step: counts[step].lanes / size for step in STEM_CEILINGS})
     assert all(1 < found[step] <= ceiling for step, ceiling in STEM_CEILINGS.items()), found
     assert found["forward"] + found["backward"] <= 5.8
 
@@ -54,7 +54,7 @@ def test_stem(layout):
 @pytest.mark.parametrize("channels_last", [True, False], ids=["channels_last", "contiguous"])
 @pytest.mark.parametrize("itemsize", [2, 4])
 def test_channel_buffers_are_small(site, channels_last, itemsize):
-    # These bytes are read from the L2 cache, by every program.
+    # Every program reads these bytes, but from the L2 cache.
     limit = 0.10 if site.name == "layer4" else 0.05
     shares = channel_buffer_share(site, 256, channels_last, itemsize, H200_SM_COUNT)
     assert all(0 < share <= limit for share in shares.values()), shares

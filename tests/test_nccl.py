@@ -1,6 +1,4 @@
-"""Synchronised batch norm on a GPU, in a group of NCCL with one rank."""
-
-import socket
+"""Tests synchronised batch norm on a GPU, in an NCCL group with one rank."""
 
 import pytest
 import torch
@@ -9,6 +7,7 @@ import torch.distributed as dist
 import bnres
 from bnres.functional import batch_norm_act, sync_batch_norm_act
 from bnres.operations import sync_batch_norm_act as operation
+from tests.ranks import free_port
 from tests.tolerances import assert_close
 
 if not torch.cuda.is_available():
@@ -16,9 +15,9 @@ if not torch.cuda.is_available():
 
 
 class TwoRanks:
-    """torch.distributed, except that a group seems to have two ranks.
+    """torch.distributed, except that ``get_world_size`` returns 2.
 
-    With one rank the plain operation would run.
+    If it returned 1, the plain operation would run.
     """
 
     def __getattr__(self, name):
@@ -30,10 +29,7 @@ class TwoRanks:
 
 @pytest.fixture(scope="module", autouse=True)
 def group():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    dist.init_process_group("nccl", f"tcp://127.0.0.1:{port}", rank=0, world_size=1)
+    dist.init_process_group("nccl", f"tcp://127.0.0.1:{free_port()}", rank=0, world_size=1)
     yield
     dist.destroy_process_group()
 

@@ -1,4 +1,4 @@
-"""A process of a run dies: the others end, and torchrun's restart continues from the checkpoint."""
+"""Tests that if one process of a run dies, all end, and torchrun's restart resumes the run."""
 
 import os
 import subprocess
@@ -12,7 +12,7 @@ import torch
 from bnres.train.checkpoint import read_checkpoint
 
 ROOT = Path(__file__).parent.parent
-BATCHES = 5  # of an epoch: scikit-learn's digits have 1,437 training images
+BATCHES = 5  # number of batches in an epoch of scikit-learn's digits, which are 1,437 images
 
 
 def train(out, *options, dies_at):
@@ -24,7 +24,7 @@ def train(out, *options, dies_at):
          "--device", "cpu", "--checkpoint-steps", "2", "--out", str(out)],
         cwd=ROOT, env=environment | {
             "OMP_NUM_THREADS": "1", "DIES_AT": str(dies_at),
-            # Without it a restarted process reads addresses of the first start (pytorch 135712).
+            # Without this a restarted process reads the first start's addresses (pytorch 135712).
             "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
         },
         capture_output=True, text=True, timeout=300,
@@ -35,7 +35,8 @@ def train(out, *options, dies_at):
 def test_a_run_of_which_a_process_is_killed(tmp_path):
     whole = train(tmp_path / "whole", dies_at=-1)
     assert whole.returncode == 0, whole.stderr
-    # It dies in the fourth batch of the second epoch, two steps after that epoch's checkpoint.
+    # The process dies in the fourth batch of the second epoch. Before that, the last checkpoint was
+    # written after the second batch.
     start = time.monotonic()
     killed = train(tmp_path / "killed", dies_at=BATCHES + 4)
     assert killed.returncode != 0 and time.monotonic() - start < 120
@@ -47,7 +48,7 @@ def test_a_run_of_which_a_process_is_killed(tmp_path):
         assert torch.equal(value, found["model"][key]), key
     stopped = read_checkpoint(tmp_path / "killed" / "last.pt")
     assert (stopped["epoch"], stopped["batch"]) == (1, 2)
-    # One process continues what two have begun.
+    # One process resumes a run of two processes.
     resumed = subprocess.run(
         [sys.executable, "-m", "bnres.cli", "train", "--resume", str(tmp_path / "killed/last.pt")],
         cwd=ROOT, env=os.environ | {"DIES_AT": "-1"}, capture_output=True, text=True, timeout=300,

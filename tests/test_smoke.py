@@ -137,8 +137,8 @@ def check_max_pool(dtype, layout):
     y, index, x_max = bn_max_pool.bn_max_pool(x, norm, "silu", 0.0, save=True)
     expected = reference.bn_max_pool_ref(*double(x, norm), "silu", 0.0)[0]
     assert_close(y, expected, dtype)
-    # If several values are equal after rounding, the index may differ from that of the exact
-    # maximum.
+    # If several values are equal after rounding, the index may not be that of the largest value
+    # before rounding.
     at_index = reference.bn_max_pool_at_ref(*double(x, norm), "silu", 0.0, index)
     assert_close(y, at_index, dtype)
     flat = reference.pooled_offsets(index, x.shape[3]).flatten(2)
@@ -179,7 +179,10 @@ MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)
 
 
 def check_augment(dtype, memory_format):
-    """Tests images that one program handles, and larger ones, whose contrast has its own kernel."""
+    """Tests small images, which one program processes, and larger images.
+
+    For larger images a separate kernel computes the contrast.
+    """
     jitter = augment.ColorJitter(0.5, 0.2, 0.6, 0.4)
     for size, crop in ((12, augment.RandomResizedCrop((9, 7))), (36, augment.RandomCrop(34, 2))):
         torch.manual_seed(0)
@@ -200,10 +203,7 @@ def check_augment(dtype, memory_format):
         assert (y.float() - expected).abs().max() <= allowed
 
 
-OPERATIONS = {
-    "batch_norm_act": check_batch_norm_act,
-    "two_norms": check_two_norms,
-}
+BATCH_NORMS = (check_batch_norm_act, check_two_norms)
 # The interpreter's tl.dot does not support bf16, and the kernel does not support fp64.
 CONV_DTYPES = [torch.float16, torch.float32] + [torch.bfloat16] * (DEVICE == "cuda")
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -211,9 +211,9 @@ FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channel
 
 @pytest.mark.parametrize("dtype", SUPPORTED_DTYPES, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("operation", OPERATIONS)
-def test_batch_norms(operation, layout, dtype):
-    OPERATIONS[operation](dtype, layout)
+@pytest.mark.parametrize("check", BATCH_NORMS)
+def test_batch_norms(check, layout, dtype):
+    check(dtype, layout)
 
 
 @pytest.mark.parametrize("dtype", [d for d in SUPPORTED_DTYPES if d != torch.float64], ids=str)
@@ -250,7 +250,7 @@ def test_no_kernel_is_left_out(monkeypatch):
             original(kernel, *arguments, **named)
 
         monkeypatch.setattr(module, "launch", record)
-    for check in OPERATIONS.values():
+    for check in BATCH_NORMS:
         check(torch.float32, "planes")
     check_max_pool(torch.float32, "planes")
     check_conv(torch.float32)

@@ -1,4 +1,4 @@
-"""The first convolution of a ResNet, over a space-to-depth input, against torch's convolution."""
+"""Compares a ResNet's first convolution over a space-to-depth input with torch's convolution."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ CL = torch.channels_last
 
 @pytest.fixture
 def over_blocks(monkeypatch):
-    """Always runs over blocks; the fixture is the list of inputs that it ran on."""
+    """Makes every call run over blocks, and returns the list of the calls' inputs."""
     inputs = []
     monkeypatch.setattr(stem_conv, "takes_blocks", lambda x, w: inputs.append(x) is None)
     return inputs
@@ -26,7 +26,7 @@ def over_blocks(monkeypatch):
 
 @pytest.fixture
 def ran(monkeypatch):
-    """Chooses as on a GPU; the fixture is a list with an item for each run over blocks."""
+    """Makes the choice as on a GPU, and returns a list with an item for each run over blocks."""
     runs, over = [], stem_conv.conv_over_blocks
     monkeypatch.setattr(stem_conv, "_on_gpu", lambda input: True)
     monkeypatch.setattr(stem_conv, "conv_over_blocks", lambda *ts: runs.append(1) or over(*ts))
@@ -60,7 +60,7 @@ def test_second_derivatives(over_blocks):
 
 
 def test_transforms(ran, monkeypatch):
-    """The derivative along a tangent of the input, and the gradient of the input, are torch's."""
+    """Transforms of the input and of the filters compute the same as with torch's convolution."""
     monkeypatch.setattr(stem_conv, "_dtype", lambda x, w: torch.bfloat16)
     torch.manual_seed(0)
     x, tangent = (torch.randn(2, 3, 8, 8).to(memory_format=CL).bfloat16() for _ in range(2))
@@ -89,7 +89,7 @@ def test_transforms(ran, monkeypatch):
 @pytest.mark.parametrize("inner", [None, "aot_eager"])
 def test_fused_model_under_autocast(inner, ran):
     torch.manual_seed(0)
-    # Smooth, so that rounding does not choose between two gradients.
+    # The layers are smooth. With relu, rounding errors could set the gradient of an element to 0.
     stock = nn.Sequential(nn.Conv2d(3, 8, 7, 2, 3), nn.Sigmoid(), nn.BatchNorm2d(8), nn.SiLU())
     x = torch.randn(2, 3, 16, 16).contiguous(memory_format=CL)
     options = {} if inner is None else {"options": {"inner": inner}}
@@ -159,7 +159,7 @@ def test_choice(options, expected, monkeypatch):
 
 
 def test_models(over_blocks):
-    """Our layers and fused models use it; stock models do not."""
+    """Our layers and fused models run over blocks, and torchvision's model does not."""
     torch.manual_seed(0)
     x = torch.randn(2, 3, 32, 32, device=DEVICE)
     stock = torchvision.models.resnet18(num_classes=3).to(DEVICE).eval()
@@ -186,7 +186,7 @@ def test_models(over_blocks):
 def test_only_the_stems_convolution_is_replaced(conv, over_blocks):
     model = nn.Sequential(conv, nn.BatchNorm2d(conv.out_channels), nn.ReLU(), nn.Sigmoid())
     x = torch.randn(2, 3, 16, 16)
-    # Without a gradient of the input; a max-pool keeps the convolution out of the fused operation.
+    # With the max-pool, `fuse` does not put the convolution into one operation with the batch norm.
     model.insert(3, nn.MaxPool2d(3, 2, 1))
     with bnres.use_backend("aten"):
         assert_close(bnres.fuse(model)(x), model(x).double(), torch.float32)

@@ -1,4 +1,4 @@
-"""Synchronised batch norm: processes of gloo against one process with the whole batch."""
+"""Compares synchronised batch norm on gloo processes with one process and the whole batch."""
 
 import copy
 import itertools
@@ -25,11 +25,11 @@ from bnres.train.loop import train_batch
 from tests.device import DEVICE
 from tests.ranks import Ranks
 
-# With a GPU no kernel is interpreted. tests/test_nccl.py then tests the kernels.
+# On a GPU kernels can't be interpreted. tests/test_nccl.py tests them there.
 without_gpu = pytest.mark.skipif(DEVICE == "cuda", reason="its ranks interpret the kernels")
 INTERPRETED = pytest.param("triton-interpreter", marks=without_gpu)
 ROUTES = ("aten", INTERPRETED)
-# Error over the largest value (at least 1) of the fp64 reference.
+# The greatest error, divided by the largest value of the fp64 reference, or by 1 if that is larger.
 TOLERANCE = 2e-6
 
 
@@ -49,7 +49,7 @@ def assert_near(actual, expected, tolerance=TOLERANCE):
 
 
 def parts(sizes):
-    """This rank's slice of a batch that is divided so."""
+    """Returns this rank's slice of a batch, of which rank r gets ``sizes[r]`` items."""
     start = sum(sizes[: dist.get_rank()])
     return slice(start, start + sizes[dist.get_rank()])
 
@@ -58,20 +58,25 @@ class Case:
     """A call of the operation on a part of a batch, and its gradients.
 
     Args:
-        shape: of the whole batch.
+        shape: shape of the whole batch.
         kind: plain, residual or two_norms.
         act: the activation.
-        dtypes: of x and of the parameters.
+        layout: layout of x.
+        dtypes: the dtype of x and the dtype of the parameters.
     """
 
-    def __init__(self, shape, kind, act, layout, dtypes=(torch.float32, torch.float32)):
+    def __init__(self, shape, kind, act, layout, dtypes):
         g = torch.Generator().manual_seed(len(kind))
         self.kind, self.act, self.layout, self.dtypes = kind, act, layout, dtypes
         self.tensors = [torch.randn(shape, generator=g) * 2 + 3 for _ in range(4)]
         self.vectors = [torch.rand(shape[1], generator=g) + 0.5 for _ in range(4)]
 
-    def run(self, function, part, dtypes=None, dense=False, **options):
-        """y, the gradients of x and the residual; those of the parameters; the buffers."""
+    def run(self, function, part, dtypes=None, **options):
+        """Returns three lists: y and the inputs' gradients, the parameters' gradients, the buffers.
+
+        All tensors are rounded to the dtypes of the case. Then they are converted to ``dtypes``, if
+        these are given.
+        """
         x_dtype, dtype = dtypes or self.dtypes
         formats = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
         other = {"contiguous": "channels_last", "channels_last": "contiguous"}[self.layout]
@@ -104,32 +109,26 @@ class Case:
         return [y.detach(), *(t.grad for t in inputs)], [v.grad for v in vectors], buffers
 
 
-def check_case(case, sizes, route, tolerance=TOLERANCE, group=None):
-    with bnres.use_backend("aten"):
-        wide = (torch.float64, torch.float64)
-        expected = case.run(batch_norm_act, slice(None), wide, training=True)
-    part = parts(sizes)
-    with bnres.use_backend(route):
-        found = case.run(sync_batch_norm_act, part, process_group=group)
-    for actual, whole in zip(found[0], expected[0], strict=True):
-        assert_near(actual, whole[part], tolerance)
-    for actual, whole in zip(found[1], expected[1], strict=True):
-        assert actual is not None
-        total = actual.double()
-        dist.all_reduce(total, group=group)
-        # Sums over a channel: of as many terms as it has.
-        assert_near(total, whole, tolerance * 4)
-    for actual, whole in zip(found[2], expected[2], strict=True):
-        assert_near(actual, whole, tolerance)
-    # The same bits on every rank.
-    return [b.numpy().tobytes() for b in found[2]]
-
-
 def check_cases(cases, sizes, route, dtypes, tolerance):
-    return [
-        check_case(Case((sum(sizes), *case[0]), *case[1:], dtypes), sizes, route, tolerance)
-        for case in cases
-    ]
+    """Compares this rank's part with the whole batch, and returns the bits of the buffers."""
+    bits, part, wide = [], parts(sizes), (torch.float64, torch.float64)
+    for shape, *options in cases:
+        case = Case((sum(sizes), *shape), *options, dtypes)
+        with bnres.use_backend("aten"):
+            expected = case.run(batch_norm_act, slice(None), wide, training=True)
+        with bnres.use_backend(route):
+            found = case.run(sync_batch_norm_act, part)
+        for actual, whole in zip(found[0], expected[0], strict=True):
+            assert_near(actual, whole[part], tolerance)
+        for actual, whole in zip(found[1], expected[1], strict=True):
+            total = actual.double()
+            dist.all_reduce(total)
+            # The tolerance is larger, because these are sums over all values of a channel.
+            assert_near(total, whole, tolerance * 4)
+        for actual, whole in zip(found[2], expected[2], strict=True):
+            assert_near(actual, whole, tolerance)
+        bits.append([b.numpy().tobytes() for b in found[2]])
+    return bits
 
 
 EQUAL = [
@@ -161,7 +160,7 @@ def test_equals_the_whole_batch(four, route, cases, sizes):
     ("dtypes", "tolerance"),
     [
         ((torch.float64, torch.float64), 1e-12),
-        # As FSDP2 has them: the buffers are fp32.
+        # FSDP2's mixed precision has these dtypes, and buffers in fp32.
         ((torch.bfloat16, torch.bfloat16), 3e-2),
         ((torch.float16, torch.float32), 4e-3),
     ],
@@ -172,8 +171,8 @@ def test_dtypes(four, route, dtypes, tolerance):
     four.run(check_cases, EQUAL[1:2], (2, 1, 2, 0), route, dtypes, tolerance)
 
 
-def check_in_a_group(route):
-    """Two groups of two, each with half of the batch."""
+def check_groups(route):
+    """Tests two groups of two ranks. Each group has one half of the batch."""
     pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
     group, first = pairs[dist.get_rank() // 2], dist.get_rank() // 2 * 4
     torch.manual_seed(0)
@@ -193,11 +192,6 @@ def check_in_a_group(route):
             bnres.convert_sync_batchnorm(stock, outside)
 
 
-@pytest.mark.parametrize("route", ROUTES)
-def test_process_group(four, route):
-    four.run(check_in_a_group, route)
-
-
 def check_module(route, options):
     torch.manual_seed(0)
     stock = nn.BatchNorm1d(5, **options).double()
@@ -207,7 +201,8 @@ def check_module(route, options):
             part, x = parts((2, 0, 1, 3)), torch.randn(6, 5, 7)
             if step == 2:
                 stock.eval(), ours.eval()
-            # Evaluation without running statistics takes those of this rank's batch, as torch does.
+            # Without running statistics, evaluation uses the statistics of this rank's batch, as in
+            # torch.
             expected = stock(x.double())[part] if step < 2 else stock(x.double()[part])
             assert_near(ours(x[part]), expected)
         for name, buffer in stock.named_buffers():
@@ -230,14 +225,15 @@ def test_options_and_modes(four, route, options):
 
 
 def exchanges(run):
-    """Names of the collectives that a call makes."""
+    """Returns the names of the collectives that a call makes."""
     with torch.profiler.profile() as profile:
         run()
     names = [e.name for e in profile.events() if e.name.startswith("_c10d_functional::")]
     return [n.removeprefix("_c10d_functional::") for n in names if "wait" not in n]
 
 
-def count_exchanges(route):
+def check_collectives(route):
+    """Tests that each layer makes one collective in forward and one in backward."""
     net = nn.Sequential(
         nn.Conv2d(3, 4, 1), bnres.nn.BatchNormActMaxPool2d(4, 3, 2, 1),
         blocks.BasicBlock(4, 8, 2), bnres.nn.ConvBatchNormAct2d(8, 8, 1),
@@ -245,21 +241,17 @@ def count_exchanges(route):
     bnres.convert_sync_batchnorm(net)
     with bnres.use_backend(route):
         x = torch.randn(2, 3, 8, 8)
-        forward, kept = [], []
+        kept = []
         forward = exchanges(lambda: kept.append(net(x)))
         backward = exchanges(lambda: kept[0].sum().backward())
         net.eval()
         assert exchanges(lambda: net(x)) == []
-    # Stem, the block's two sites, the second of which has two norms, and the last one.
+    # There is one collective for the stem, one for each of the block's two sites, and one for the
+    # last layer. The block's second site has two norms.
     assert forward == 4 * ["all_gather_into_tensor"]
     assert backward == 4 * [
         "reduce_scatter_tensor" if route == "aten" else "all_gather_into_tensor"
     ]
-
-
-@pytest.mark.parametrize("route", ROUTES)
-def test_one_collective_for_each_site_and_direction(four, route):
-    four.run(count_exchanges, route)
 
 
 class TwoNorms(nn.Module):
@@ -289,7 +281,7 @@ def test_only_one_of_two_norms_is_synchronised(four):
 
 
 def check_compiled(route, backend):
-    """Captured as one graph, forward and backward, a step is that of the eager mode."""
+    """Forward and backward of a compiled step are one graph, with the results of eager mode."""
     torch.manual_seed(0)
     block = TwoNorms()
     twin = copy.deepcopy(block)
@@ -332,7 +324,7 @@ def check_second_derivatives(route):
 
     def penalty(function, x, w, **options):
         y = function(x, None, None, w, act="silu", **options).square().sum()
-        # The penalty of all ranks is the sum of theirs.
+        # The penalty of the whole batch is the sum of the ranks' penalties.
         gradients = torch.autograd.grad(y, (x, w), create_graph=True)
         return gradients[0].square().sum()
 
@@ -347,11 +339,6 @@ def check_second_derivatives(route):
     total = mine[1].grad
     dist.all_reduce(total)
     assert_near(total, whole[1].grad, 1e-10)
-
-
-@pytest.mark.parametrize("route", ROUTES)
-def test_second_derivatives(four, route):
-    four.run(check_second_derivatives, route)
 
 
 def small_net(fused):
@@ -371,7 +358,7 @@ def resnet18(fused):
 
 
 def check_step(make, route, wrap, sizes=(2, 2, 2, 2)):
-    """A step of a net on a part of the batch, against that of the stock net on all of it."""
+    """Compares a step of a net on this rank's part with a step of torch's layers on the batch."""
     torch.manual_seed(0)
     x, labels, part = torch.randn(8, 3, 8, 8).double(), torch.arange(8) % 5, parts(sizes)
     stock, ours = make(False).double(), make(True).double()
@@ -388,7 +375,8 @@ def check_step(make, route, wrap, sizes=(2, 2, 2, 2)):
     F.cross_entropy(expected, labels).backward()
     with bnres.use_backend(route):
         y = net(x[part])
-        # The mean over all ranks of the gradients is that of the mean loss of the batch.
+        # The ranks' gradients are averaged over four ranks. The average must be the gradient of the
+        # mean loss of all eight images.
         (F.cross_entropy(y, labels[part], reduction="sum") / 2).backward()
     assert_near(y, expected[part], 1e-9)
     for a, b in zip(ours.parameters(), stock.parameters(), strict=True):
@@ -410,12 +398,15 @@ def test_parallel_nets(four, wrap, sizes):
     [(resnet18, "aten"), pytest.param(small_net, "triton-interpreter", marks=without_gpu)],
 )
 def test_nets_under_ddp(four, make, route):
-    # A ResNet-18 in the interpreter takes four processes several minutes on two cores.
+    # A ResNet-18 in the interpreter would take several minutes.
     four.run(check_step, make, route, "ddp")
 
 
 def check_two_forwards(route):
-    """DistributedDataParallel broadcasts buffers before each forward; backward reads none."""
+    """Tests that backward reads no buffers.
+
+    DistributedDataParallel broadcasts buffers before each forward.
+    """
     torch.manual_seed(0)
     stock = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).double()
     ours = bnres.convert_sync_batchnorm(copy.deepcopy(stock))
@@ -429,8 +420,11 @@ def check_two_forwards(route):
 
 
 @pytest.mark.parametrize("route", ROUTES)
-def test_two_forwards_before_a_backward(four, route):
-    four.run(check_two_forwards, route)
+@pytest.mark.parametrize(
+    "check", [check_groups, check_collectives, check_second_derivatives, check_two_forwards]
+)
+def test_four_ranks(four, check, route):
+    four.run(check, route)
 
 
 def check_recomputed():
@@ -454,7 +448,7 @@ def test_recompute(four):
 
 
 def check_fused(route, convert):
-    """A fused copy of a stock model has the bits of our layers."""
+    """A fused copy of a stock model computes the same bits as our layers."""
     torch.manual_seed(0)
     norm_act = layers.stock_norm_act
     stock = nn.Sequential(
@@ -489,9 +483,9 @@ def test_fused_models(four, route, convert):
 
 
 def check_trainer():
-    """The trainer's first steps in four ranks have the losses of one process with the whole batch.
+    """Four ranks have the same losses as one process with the whole batch, for a few steps.
 
-    After some more, rounding has grown to what two runs with almost the same weights differ by too.
+    After more steps the losses differ, because training amplifies rounding errors.
     """
     config = TrainConfig(
         dataset="digits", batch_size=28, shift=0, sync_bn=True, lr=0.003, device="cpu"
@@ -510,31 +504,6 @@ def check_trainer():
 @pytest.mark.slow
 def test_trainer(four):
     four.run(check_trainer)
-
-
-def check_fifty_steps():
-    """In fp64 rounding does not grow that much: fifty steps have the same losses."""
-    torch.manual_seed(0)
-    stock, ours = small_net(False).double(), small_net(True).double()
-    ours.load_state_dict(stock.state_dict())
-    net, part = DistributedDataParallel(bnres.convert_sync_batchnorm(ours)), parts((2, 2, 2, 2))
-    optimizers = [torch.optim.SGD(m.parameters(), 0.01, 0.9) for m in (stock, ours)]
-    with bnres.use_backend("aten"):
-        for _ in range(50):
-            x, labels = torch.randn(8, 3, 8, 8).double(), torch.randint(5, (8,))
-            losses = F.cross_entropy(stock(x), labels), F.cross_entropy(net(x[part]), labels[part])
-            for optimizer, loss in zip(optimizers, losses, strict=True):
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-            mean = losses[1].detach() / 4
-            dist.all_reduce(mean)
-            assert_near(mean, losses[0], 1e-8)
-
-
-@pytest.mark.slow
-def test_fifty_steps(four):
-    four.run(check_fifty_steps)
 
 
 def check_bad_use():

@@ -1,4 +1,4 @@
-"""Converting batch norms to synchronised ones and back, in one process."""
+"""Tests converting batch norms to synchronised batch norms and back, in one process."""
 
 import copy
 import importlib
@@ -30,7 +30,7 @@ TIMMS = [
     timm.BatchNormAct2d(3),
     timm.BatchNormAct2d(3, act_layer=nn.LeakyReLU, act_kwargs={"negative_slope": 0.3}),
     timm.BatchNormAct2d(3, apply_act=False),
-    # Not fused: timm's own activation, and a layer between.
+    # These are not fused, because of timm's own activation, and because of a layer between.
     timm.BatchNormAct2d(3, act_layer="gelu"),
     timm.BatchNormAct2d(3, drop_layer=nn.Tanh, inplace=False),
 ]
@@ -78,7 +78,7 @@ def test_torchs_converter_takes_fused_models():
 
 
 def steps(module, x):
-    """Outputs in training and in eval mode, gradients and state."""
+    """Returns the outputs in training and in evaluation, the gradients and the state."""
     module = copy.deepcopy(module)
     y = module(x)
     y.square().sum().backward()
@@ -104,7 +104,7 @@ def test_a_conversion_keeps_everything_and_is_undone(module):
             assert all(module.state_dict()[k].data_ptr() == t.data_ptr() for k, t in state.items())
             synchronised = [m for m in module.modules() if getattr(m, "synchronises", False)]
             assert len(synchronised) == 1
-            # Without a group it is local.
+            # There is no process group, so the module normalises with this process's batch.
             for each in (module, pickle.loads(pickle.dumps(strip(module)))):
                 for a, b in zip(steps(each.train(), x), before, strict=True):
                     torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
@@ -117,7 +117,7 @@ def test_a_conversion_keeps_everything_and_is_undone(module):
 
 
 def strip(module):
-    """A copy without hooks, which can't be pickled."""
+    """Returns a copy without forward hooks, because hooks can't be pickled."""
     twin = copy.deepcopy(module)
     twin._forward_hooks.clear()
     return twin

@@ -5,8 +5,8 @@ from torch import Tensor
 
 from tests.device import DEVICE
 
-# Greatest error, as a share of the reference's largest value, or of 1 if that is larger. It allows
-# for a few roundings to the dtype, and for the error of sums over hundreds to thousands of
+# The greatest error, divided by the largest value of the reference, or by 1 if that is larger. It
+# allows for a few roundings to the dtype, and for the error of sums over hundreds to thousands of
 # elements.
 TOLERANCE = {
     torch.float64: 1e-12,  # eps is 2⁻⁵² ≈ 2.2e-16; sums of up to 10⁴ terms
@@ -14,17 +14,17 @@ TOLERANCE = {
     torch.float16: 4e-3,  # eps is 2⁻¹⁰ ≈ 9.8e-4; inputs and outputs are rounded once each
     torch.bfloat16: 3e-2,  # eps is 2⁻⁷ ≈ 7.8e-3; inputs and outputs are rounded once each
 }
-# The tolerance for fp32 that is multiplied in TF32, which keeps 10 bits of the mantissa. Each of
-# the two operands is rounded, by at most 2⁻¹¹, or truncated, by at most 2⁻¹⁰, so the error of a
-# product is at most 2⁻⁹ ≈ 2e-3. The tolerance is twice this, because a sum of products can be
-# smaller than the products. The interpreter multiplies in fp32.
+# The tolerance if fp32 numbers are multiplied in TF32, which keeps 10 bits of the mantissa. The
+# relative error of an operand is at most 2⁻¹¹ if it is rounded, or 2⁻¹⁰ if it is truncated. So the
+# relative error of a product is at most 2⁻⁹ ≈ 2e-3. The tolerance is twice this, because a sum of
+# products can be smaller than the products. The interpreter multiplies in fp32.
 TF32_TOLERANCE = 4e-3
 
 
 def formula_dtype(act: str | None) -> torch.dtype:
-    """Returns the dtype of `TOLERANCE` for torch's formula of an activation in fp64.
+    """Returns the dtype whose tolerance applies to torch's activation ``act`` in fp64.
 
-    On a GPU torch's hardswish multiplies by 1/6 in fp32.
+    It is fp32 for hardswish on a GPU, because torch multiplies by 1/6 in fp32 there.
     """
     return torch.float32 if act == "hardswish" and DEVICE == "cuda" else torch.float64
 

@@ -14,7 +14,7 @@ from bnres.kernels.torch_internals import mapped_levels
 
 
 def check_input(input: Tensor, training: bool, name: str = "input") -> None:
-    """Raises torch's own errors unless ``input`` is a valid input of a batch norm.
+    """Raises an error unless ``input`` is a valid input of a batch norm.
 
     A valid input has 2 to 5 dimensions and a supported dtype. In training it also has more than one
     value per channel.
@@ -33,11 +33,10 @@ def check_input(input: Tensor, training: bool, name: str = "input") -> None:
 def check_norm(
     norm: Any, channels: int, device: torch.device, training: bool, prefix: str = ""
 ) -> None:
-    """Raises an error unless the tensors of ``norm`` fit the input.
+    """Raises an error unless ``norm`` fits an input with ``channels`` channels on ``device``.
 
-    The input has ``channels`` channels and is on ``device``. ``norm`` is a
-    `bnres.operations.norms.BatchNormState`. Error messages put ``prefix`` before the names of the
-    tensors of ``norm``.
+    ``norm`` is a `bnres.operations.norms.BatchNormState`. Error messages put ``prefix`` before the
+    name of a field of ``norm``.
     """
     for name in ("running_mean", "running_var", "weight", "bias", "input_bias"):
         tensor = getattr(norm, name)
@@ -68,7 +67,7 @@ def _check_device(name: str, t: Tensor, device: torch.device, other: str = "inpu
 def check_mapped(x: Tensor, norm: Any) -> None:
     """Raises an error if `torch.vmap` maps ``x`` but not the running statistics.
 
-    Training could then not update the running statistics.
+    In that case training could not update the running statistics.
     """
     if is_compiling() or not (levels := mapped_levels(x)):
         return
@@ -79,9 +78,9 @@ def check_mapped(x: Tensor, norm: Any) -> None:
 
 
 def check_conv_bias(conv_weight: Tensor, conv_bias: Tensor | None) -> None:
-    """Raises an error unless ``conv_weight`` is 4-D and fits ``conv_bias``.
+    """Raises an error unless ``conv_weight`` is 4-D and ``conv_bias`` fits it.
 
-    ``conv_bias`` is None, or has one value for each output channel.
+    ``conv_bias`` fits if it is None or has one value for each output channel.
     """
     if conv_weight.dim() != 4:
         raise ValueError(f"expected 4D conv_weight (got {conv_weight.dim()}D conv_weight)")
@@ -105,7 +104,7 @@ def check_residual(residual: Tensor, shape: tuple[int, ...], device: torch.devic
 
 
 def wants_grad(*tensors: Tensor | None) -> bool:
-    """Whether autograd records gradients for one of these tensors."""
+    """Whether gradients are enabled and at least one of these tensors requires a gradient."""
     if torch.is_grad_enabled():
         for t in tensors:
             if t is not None and t.requires_grad:
@@ -144,10 +143,7 @@ def packed(t: Tensor | None) -> Tensor | None:
 
 
 def counted(counter: Tensor | None, x: Tensor) -> Tensor | None:
-    """Returns ``counter`` if the kernels can increment it.
-
-    If they can't, this function increments ``counter`` and returns None.
-    """
+    """Returns ``counter`` if the kernels can increment it. If not, increments it, returns None."""
     if counter is None or (counter.dtype == torch.int64 and counter.device == x.device):
         return counter
     counter.add_(1)
@@ -155,10 +151,7 @@ def counted(counter: Tensor | None, x: Tensor) -> Tensor | None:
 
 
 def packed_buffers(buffers: Any, x: Tensor) -> Any:
-    """Returns the buffers, made contiguous.
-
-    This function increments the counters that the kernels can't increment.
-    """
+    """Returns the buffers as contiguous tensors, and counters as `counted` returns them."""
     return type(buffers)(
         *(
             counted(t, x) if name.endswith("counter") else None if t is None else t.contiguous()
@@ -170,7 +163,8 @@ def packed_buffers(buffers: Any, x: Tensor) -> Any:
 def copy_back(buffers: Any, packed: Any, names: Sequence[str]) -> None:
     """Copies values from ``packed`` to ``buffers`` for each buffer in ``names``.
 
-    Only buffers are copied for which ``packed`` has a copy, to which training wrote.
+    `packed_buffers` returned ``packed``. It contains copies of the buffers that were not
+    contiguous, and training wrote to these copies. All other buffers are already up to date.
     """
     for name in names:
         buffer, copy = getattr(buffers, name), getattr(packed, name)

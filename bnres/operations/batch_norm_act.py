@@ -1,8 +1,8 @@
-"""Fused batch norm and activation. The operation may also include a residual or a max-pool.
+"""Fused batch norm and activation, with an optional residual or max-pool.
 
-The operation computes act(batch_norm(x) + residual), act(batch_norm(x) + batch_norm(residual)) or
-max_pool2d(act(batch_norm(x))). Names that contain ``residual_norm`` are for the batch norm of the
-residual.
+A call computes act(batch_norm(x)), act(batch_norm(x) + residual),
+act(batch_norm(x) + batch_norm(residual)) or max_pool2d(act(batch_norm(x))). The batch norm of the
+residual is called ``residual_norm``.
 """
 
 from collections.abc import Callable, Sequence
@@ -57,8 +57,8 @@ class Inputs(NamedTuple):
 class Buffers(NamedTuple):
     """The tensors that never get gradients.
 
-    ``counter`` is num_batches_tracked. If the momentum was given as a tensor, it is
-    ``device_momentum``. If it was given as a number, it is a field of `Spec`.
+    ``counter`` is num_batches_tracked. A momentum that is a tensor is stored in
+    ``device_momentum``. A momentum that is a number is stored in `Spec`.
     """
 
     running_mean: Maybe
@@ -71,8 +71,8 @@ class Buffers(NamedTuple):
     residual_device_momentum: Maybe = None
 
 
-# The fields of x's batch norm and of the residual's batch norm have the same order, because
-# `states_of` reads the fields by position.
+# In `Inputs` and in `Buffers`, the fields of x's batch norm and the fields of the residual's batch
+# norm must have the same order, because `states_of` reads them by position.
 
 # Training writes to these buffers.
 WRITTEN = tuple(name for name in Buffers._fields if not name.endswith("device_momentum"))
@@ -84,7 +84,7 @@ class Spec(NamedTuple):
     ``needs_grad`` says whether backward may run, and ``reads_x`` says whether backward reads the
     values of x. If ``pools`` is True, the call includes the max-pool of a ResNet's stem. This
     max-pool has a 3×3 window, stride 2 and padding 1, and the call has no residual. ``group`` is
-    the name of the process group if the batch norm is synchronised, otherwise it is empty.
+    the name of the process group if the batch norm is synchronised, otherwise an empty string.
     """
 
     act: str
@@ -105,8 +105,8 @@ class Outputs(NamedTuple):
     """y, and the tensors kept for backward. A tensor that is not kept is None.
 
     ``statistics`` are the mean and rstd = 1/sqrt(var + eps) of each batch norm. ``mask`` has one
-    bit per element, which is set where relu passes the gradient. With a max-pool, ``argmax`` is the
-    position of each maximum in its window, and ``x_max`` is the x at this position.
+    bit per element of y, which is 1 where the derivative of relu is 1. With a max-pool, ``argmax``
+    is the position of each maximum in its window, and ``x_max`` is the value of x there.
     """
 
     y: Tensor
@@ -119,8 +119,10 @@ class Outputs(NamedTuple):
 class Saved(NamedTuple):
     """The tensors that backward reads.
 
-    If backward does not read the values of x, ``x`` is None, or it is y if backward needs a tensor
-    that has the shape and strides of y.
+    If backward does not read the values of x, the field ``x`` is y if there is a mask, and None if
+    there is no mask. To read the mask, backward needs a tensor with the shape and strides of y.
+    ``total`` (1,) is only given for a synchronised batch norm. It is the number of values per
+    channel, summed over all ranks.
     """
 
     x: Maybe
@@ -135,6 +137,7 @@ class Saved(NamedTuple):
     mask: Maybe = None
     argmax: Maybe = None
     x_max: Maybe = None
+    total: Maybe = None
 
 
 def _saves_mask(inputs: Inputs, spec: Spec) -> bool:
@@ -218,8 +221,7 @@ def _saved(inputs: Inputs, y: Tensor, kept: Sequence[Any], spec: Spec) -> Saved:
     if not _saves_mask(inputs, spec):
         mask = None
     if not spec.reads_x:
-        # To read the mask, backward needs a tensor with y's shape and strides. The next layer
-        # usually saves y anyway, so saving y here costs no memory.
+        # The next layer usually saves y too, so saving y here takes no additional memory.
         inputs = inputs._replace(x=None if mask is None else y)  # type: ignore[arg-type]
     if mask is not None or (spec.act == "identity" and not spec.has_residual_norm):
         inputs = inputs._replace(residual=None)
@@ -227,7 +229,7 @@ def _saved(inputs: Inputs, y: Tensor, kept: Sequence[Any], spec: Spec) -> Saved:
 
 
 class Asked(NamedTuple):
-    """Says for each group of backward's results whether backward must compute it."""
+    """Says for dx, dresidual and the sums whether backward must compute them, see `Computed`."""
 
     dx: bool
     dresidual: bool
@@ -252,9 +254,9 @@ class Computed(NamedTuple):
 
 
 def _reduces(spec: Spec, asked: Asked) -> bool:
-    """Whether backward needs a reduce pass, which computes the sums of each channel.
+    """Whether backward needs the reduce pass, which computes the sums and may write dz.
 
-    In evaluation dx and dz do not depend on the sums.
+    In evaluation dx does not depend on the sums.
     """
     if spec.has_residual_norm:
         return spec.training or asked.sums
@@ -271,23 +273,28 @@ def _allocate_backward(gradients: Gradients, saved: Saved, spec: Spec, asked: As
     return Computed(dx, dresidual, *empty_channels(x, count))
 
 
+def _stored_as(gradients: Gradients, y: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Returns the gradients in the memory format of ``y``."""
+    dy, dy_skip = gradients
+    return dense_like(dy, y), None if dy_skip is None else dense_like(dy_skip, y)
+
+
 def _backward(
     gradients: Gradients, saved: Saved, spec: Spec, asked: Asked, recording: Recording
 ) -> Computed:
     computed = _allocate_backward(gradients, saved, spec, asked)
     y = saved.x_max if spec.pools else saved.x
-    given = [
-        dy if dy is None or dy.stride() == y.stride() else dense_like(dy, y) for dy in gradients
-    ]
+    given = _stored_as(gradients, y)
     recording.backward(asked, given).run(_launch_backward, (given, saved, computed), spec)
     return computed
 
 
 def _launch_backward(gradients: Gradients, saved: Saved, computed: Computed, spec: Spec) -> None:
-    """Computes the values of ``computed`` in a reduce pass and a dx pass over memory.
+    """Computes the values of ``computed``.
 
-    A pass that is not needed does not run. If the residual has no batch norm, the reduce pass may
-    write dz = (dy + dy_skip)·act'(z). The dx pass then reads dz instead of dy and dy_skip. With a
+    The reduce pass computes the sums, and the dx pass computes dx. A pass that is not needed does
+    not run. If the residual has no batch norm, the reduce pass may write
+    dz = (dy + dy_skip)·act'(z). The dx pass then reads dz instead of dy and dy_skip. With a
     max-pool, the reduce pass reads x only at the positions of the maxima, because dz is zero
     everywhere else.
     """
@@ -362,8 +369,7 @@ def _parameter_gradients(
 ) -> Sequence[Tensor | None]:
     """Returns the gradients of weight, bias and input_bias of one batch norm.
 
-    If ``index`` is 0, this is the batch norm of x. If ``index`` is 1, it is the batch norm of the
-    residual.
+    ``index`` is 0 for the batch norm of x and 1 for the batch norm of the residual.
     """
     its = slice(4 * index + 1, 4 * index + 4)
     needs_weight, needs_bias, needs_input_bias = needed[its]
@@ -373,7 +379,7 @@ def _parameter_gradients(
     sum_dy, sum_dy_xhat = found[2 * index + 2 : 2 * index + 4]
     gradient = None
     if needs_input_bias and spec.training:
-        # y does not depend on the bias, because subtracting the batch's mean cancels the bias.
+        # y does not depend on input_bias, because subtracting the batch's mean cancels it.
         gradient = torch.zeros_like(input_bias)
     elif needs_input_bias:
         gradient = sum_dy * rows_of(saved.statistics, saved.x)[index].rstd
@@ -485,6 +491,8 @@ def as_call(
     momentum: float | Tensor,
     eps: float,
     num_batches_tracked: Tensor | None,
+    *,
+    pools: bool = False,
     group: str = "",
 ) -> tuple[Inputs, Buffers, Spec]:
     """Returns inputs, buffers and spec for a call of `batch_norm_act` with these arguments."""
@@ -493,11 +501,11 @@ def as_call(
     device_momentum, number = split_momentum(momentum)
     inputs: Any = (input, weight, bias, input_bias, residual)
     buffers: Any = (running_mean, running_var, counter, device_momentum)
-    # These are not the defaults of Spec's fields, because torch.compile would turn numbers that are
-    # defaults into symbols.
+    # Spec has no defaults for these fields, because torch.compile would replace a default that is a
+    # number by a symbol.
     of_residual_norm = (False, 0.0, 0.0)
-    norm = residual_norm
-    if norm is not None:
+    if residual_norm is not None:
+        norm = residual_norm
         if residual is None:
             raise ValueError("residual must be given with residual_norm, got None")
         counter = norm.num_batches_tracked if training else None
@@ -508,10 +516,10 @@ def as_call(
     # In evaluation the statistics are constants, so backward reads x only for the weight's gradient
     # and for the activation's derivative. The derivatives of identity and relu do not need x.
     depends_on_x = name not in ("identity", "relu") or wants_grad(weight)
-    reads_x = training or norm is not None or depends_on_x
+    reads_x = training or pools or residual_norm is not None or depends_on_x
     needs_grad = wants_grad(*inputs)
     spec = Spec(
-        name, param, training, needs_grad, reads_x, number, eps, *of_residual_norm, False, group
+        name, param, training, needs_grad, reads_x, number, eps, *of_residual_norm, pools, group
     )
     return Inputs(*inputs), Buffers(*buffers), spec
 
@@ -542,15 +550,15 @@ def batch_norm_act(
     Args:
         input: (N, C, *) with 2 to 5 dimensions, in fp16, bf16, fp32 or fp64. If it is neither
             contiguous nor channels_last, it is copied into one of these two formats.
-        running_mean: (C,) or None. It may have any floating dtype. If ATen computes the result, as
-            for CPU tensors, it must have a dtype that ATen accepts. Training updates it in place.
+        running_mean: (C,) or None. It may have any floating dtype. For CPU tensors torch's own
+            batch norm runs, which accepts fewer dtypes. Training updates it in place.
         running_var: (C,) or None, like ``running_mean``. Training updates it with the unbiased
             variance.
         weight: (C,); None means 1.
         bias: (C,); None means 0.
-        input_bias: (C,), added to ``input``; None means 0. For example, a convolution can run
-            without its bias, if the bias is passed here. In training the bias changes only the
-            running mean, so adding the bias takes no time.
+        input_bias: (C,), added to ``input``; None means 0. For example, ``input`` can be the output
+            of a convolution without its bias, and ``input_bias`` the bias. In training the bias
+            changes only the running mean, so adding the bias takes no time.
         residual: None, or a tensor that is added before the activation. It has the shape of
             ``input``. If the dtypes of ``input`` and ``residual`` differ, the result has the dtype
             of ``input + residual``.
@@ -604,8 +612,8 @@ def batch_norm(
 ) -> Tensor:
     """Computes ``(input - mean) / sqrt(var + eps) * weight + bias`` by the fused kernels.
 
-    The function calls `batch_norm_act` without a residual and without an activation. The
-    documentation of `batch_norm_act` describes the arguments. The signature is the same as for
+    The result is that of `batch_norm_act` without a residual and without an activation.
+    `batch_norm_act` describes the arguments. The signature is that of
     `torch.nn.functional.batch_norm` (Ioffe and Szegedy, arXiv 1502.03167).
     """
     return batch_norm_act(

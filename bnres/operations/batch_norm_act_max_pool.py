@@ -7,14 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bnres.activations import resolve
 from bnres.backend import uses_kernels
 from bnres.kernels.config import has_pool_kernel
 from bnres.kernels.layout import dense
-from bnres.operations.arguments import wants_grad
-from bnres.operations.batch_norm_act import BATCH_NORM_ACT, Buffers, Inputs, Spec, batch_norm_act
+from bnres.operations.batch_norm_act import BATCH_NORM_ACT, as_call, batch_norm_act
 from bnres.operations.call import call, needs_aten
-from bnres.operations.norms import split_momentum
 
 Size = int | tuple[int, int]
 
@@ -87,17 +84,11 @@ def batch_norm_act_max_pool2d(
         )  # fmt: skip
         y = F.max_pool2d(y, *pooling)
         return (y, y) if fork else y
-    name, param = resolve(act, act_kwargs)
-    device_momentum, number = split_momentum(momentum)
-    inputs = Inputs(x, weight, bias, input_bias)
-    counter = num_batches_tracked if training else None
-    buffers = Buffers(running_mean, running_var, counter, device_momentum)
-    spec = Spec(
-        act=name, act_param=param, training=training, needs_grad=wants_grad(*inputs), reads_x=True,
-        momentum=number, eps=eps, has_residual_norm=False, residual_momentum=0.0, residual_eps=0.0,
-        pools=True,
+    arguments = as_call(
+        x, running_mean, running_var, weight, bias, input_bias, None, None, act, act_kwargs,
+        training, momentum, eps, num_batches_tracked, pools=True,
     )  # fmt: skip
-    return call(BATCH_NORM_ACT_MAX_POOL, inputs, buffers, spec, fork)
+    return call(BATCH_NORM_ACT_MAX_POOL, *arguments, fork)
 
 
 def is_stem(

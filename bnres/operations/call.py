@@ -1,9 +1,9 @@
 """Calls and differentiates the fused operations.
 
-A call runs in one of three ways. It runs torch's own operations, which are called ATen, or our
-kernels inside an autograd Function, or the operation's formula in differentiable torch code. Our
-kernels compute first derivatives. Higher derivatives and forward-mode derivatives come from
-differentiating the formula.
+A call runs torch's own operations (ATen), or our kernels in an autograd Function, or the
+operation's formula, which consists of differentiable torch operations. Our kernels compute first
+derivatives. Higher derivatives and forward-mode derivatives are computed by differentiating the
+formula.
 """
 
 from collections.abc import Callable, Sequence
@@ -105,10 +105,10 @@ def call(operation: Operation, inputs: Any, buffers: Any, spec: Any, fork: bool 
 
 
 def _call_carefully(operation: Operation, inputs: Any, buffers: Any, spec: Any, fork: bool) -> Any:
-    """Does what `call` does in all cases that need care.
+    """Does what `call` does, where the fast path of `call` would be wrong.
 
-    These are torch.func transforms, torch's modes, torch.compile, `bnres.recompute`, and subclasses
-    of Tensor.
+    This is the case in torch.func transforms, torch's modes, torch.compile and `bnres.recompute`,
+    and for subclasses of Tensor.
     """
     if needs_aten(*inputs, *buffers):
         return _by_aten(operation, inputs, buffers, spec, fork)
@@ -161,7 +161,7 @@ def _is_plain(inputs: Any) -> bool:
     if is_compiling() or is_watched():
         return False
     for t in inputs:
-        # If a transform has returned a tensor, the tensor may be wrapped outside of transforms too.
+        # A tensor that was returned from a transform may still be wrapped.
         if t is not None and (t.__class__ not in PLAIN_TYPES or is_wrapped(t)):
             return False
     return True
@@ -192,8 +192,8 @@ NO_GRADIENTS = (None,) * 5
 class Fused(Function):
     """Returns y of an operation, a second y or None, and the tensors kept for backward.
 
-    With ``fork``, each of two consumers reads a separate y, and the two y share memory. Backward
-    takes the gradients of both y, and the kernels add these gradients.
+    With ``fork`` there are two outputs y, which share memory. Backward takes the gradients of both,
+    and the kernels add these gradients.
     """
 
     @staticmethod
@@ -241,7 +241,7 @@ class Fused(Function):
 
 
 class FusedEagerly(Function):
-    """Returns y, or two y with ``fork``. It replaces `Fused` in eager mode.
+    """Returns y, or with ``fork`` y twice. In eager mode this Function replaces `Fused`.
 
     `Fused` is slower, because it has ``setup_context``. For such a Function, torch binds the inputs
     to the signature of ``forward`` to fill in defaults. This takes five times as long as the rest

@@ -114,12 +114,12 @@ def conv2d_batch_norm_act(
     """Computes ``act(batch_norm(conv2d(input)) + residual)`` in fused kernels.
 
     In training, or if gradients are needed, torch's convolution runs, followed by
-    `batch_norm_act`. In evaluation without gradients, one of our kernels computes everything if it
-    was measured to be faster on this GPU, as `bnres.routes` explains. In fp32 this kernel runs only
-    if ``torch.backends.cudnn.allow_tf32`` is True, which is torch's default.
+    `batch_norm_act`. In evaluation without gradients, one kernel computes everything if it was
+    measured to be faster on this GPU, as `bnres.routes` explains. In fp32 this kernel runs only if
+    ``torch.backends.cudnn.allow_tf32`` is True, which is torch's default.
 
-    In training the kernels do not add ``conv_bias``, because subtracting the batch's mean cancels
-    it. The bias then only changes the running mean, and the gradient of the bias is zero.
+    In training ``conv_bias`` does not change the result, because subtracting the batch's mean
+    cancels it. It changes only the running mean, and its gradient is zero.
 
     Args:
         input: (N, C, H, W). Under autocast it is cast as in `torch.nn.functional.conv2d`.
@@ -176,19 +176,14 @@ def _by_kernel(
     if kernel is None or (residual is not None and residual.dtype != kernel.dtype):
         return None
     name, param = resolve(act, act_kwargs)
-    i = inputs
-    norm = BatchNormState(i.running_mean, i.running_var, i.weight, i.bias)
-    check_norm(norm, filter.shape[0], x.device, training=False)
+    _, _, conv_bias, *norm, _ = inputs
+    check_norm(BatchNormState(*norm), filter.shape[0], x.device, training=False)
     shape, last = kernel.shape, torch.channels_last
     if residual is not None:
         size = (x.shape[0], filter.shape[0], *shape.output_size(*x.shape[2:]))
         check_residual(residual, size, x.device)
         residual = residual.contiguous(memory_format=last)
-    dense = Inputs(
-        x.to(kernel.dtype).contiguous(memory_format=last),
-        filter.to(kernel.dtype).contiguous(memory_format=last),
-        packed(i.conv_bias), packed(i.running_mean), packed(i.running_var), packed(i.weight),
-        packed(i.bias), residual,
-    )  # fmt: skip
+    x, filter = (t.to(kernel.dtype).contiguous(memory_format=last) for t in (x, filter))
+    dense = Inputs._make([x, filter, *map(packed, (conv_bias, *norm)), residual])
     spec = Spec(name, param, eps, shape.as_tuple(), kernel.config.as_tuple())
     return _run_forward(dense, spec, recording=None).y

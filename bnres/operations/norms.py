@@ -83,8 +83,8 @@ def rows_of(statistics: Tensor, x: Tensor) -> list[Statistics]:
 def prepare_evaluation(inputs: Any, buffers: Any, spec: Any, statistics: Tensor | None) -> Any:
     """Returns the buffers for evaluation, after subtracting input biases from running means.
 
-    If ``statistics`` is not None, the statistics of the buffers are copied into ``statistics`` for
-    backward, because the buffers may change before backward.
+    If ``statistics`` is not None, the mean and rstd of the buffers are written to it for backward,
+    because the buffers may change before backward.
     """
     x = inputs.x
     if inputs.input_bias is not None:
@@ -102,10 +102,10 @@ def prepare_evaluation(inputs: Any, buffers: Any, spec: Any, statistics: Tensor 
 
 
 def of_input_bias(statistics: Statistics, input_bias: Tensor | None) -> Statistics:
-    """Returns statistics for evaluation in which the mean has a derivative by ``input_bias``.
+    """Returns statistics for evaluation whose mean has a derivative with respect to ``input_bias``.
 
-    The values do not change, because ``input_bias`` has already been subtracted from the mean. That
-    subtraction had no derivative.
+    The value of the mean does not change. `prepare_evaluation` has already subtracted
+    ``input_bias``, but without recording a derivative.
     """
     if input_bias is None:
         return statistics
@@ -118,8 +118,8 @@ def launch_statistics(
     """Returns the statistics with which ``x`` is normalised.
 
     In training these are the statistics of the batch. They are written to ``kept``, or to scratch
-    memory if ``kept`` is None. In evaluation `prepare_evaluation` has already written to ``kept``.
-    If ``kept`` is then None, the running statistics in ``norm`` are used.
+    memory if ``kept`` is None. In evaluation these are the statistics in ``kept``, to which
+    `prepare_evaluation` wrote, or the running statistics in ``norm`` if ``kept`` is None.
     """
     from bnres.kernels.bn_forward import bn_stats
 

@@ -1,7 +1,7 @@
 """Makes custom operators from functions of named tuples, and records the launches of calls.
 
-A recording holds the kernel launches of a call. The launches are repeated for later calls of the
-same kind. Two calls are of the same kind if `kind_of` returns the same key for both.
+A recording contains the kernel launches of a call. Later calls of the same kind repeat these
+launches. Two calls are of the same kind if `kind_of` returns the same key for both.
 """
 
 from collections import defaultdict
@@ -14,7 +14,7 @@ from torch.compiler import is_compiling
 
 from bnres.kernels.torch_internals import dispatches, in_dispatch_mode
 
-# When there are this many recordings, all recordings are discarded.
+# When there are this many recordings, the next new kind of call discards all of them.
 KINDS = 4096
 
 _recordings: dict[Any, "Recording"] = {}
@@ -23,8 +23,8 @@ _recordings: dict[Any, "Recording"] = {}
 class Recording:
     """The kernel launches of calls of one kind.
 
-    A call for which there is a recording needs no checks and no copies of its arguments, because an
-    earlier call of the same kind has passed the checks.
+    A call for which there is a recording needs no checks and no copies of its arguments. The
+    recorded call had arguments of the same kind, which passed the checks and needed no copies.
 
     Attributes:
         forward: the launches of forward.
@@ -41,8 +41,8 @@ class Recording:
     def backward(self, asked: object, gradients: Sequence[Tensor | None]) -> Any:
         """Returns the launches of backward.
 
-        They depend on the results that are ``asked`` for, and on the dtypes of the ``gradients``.
-        The gradients must have the strides of the output.
+        The launches depend on which results are ``asked`` for, and on the dtypes of the
+        ``gradients``. The gradients must have the strides of y.
         """
         return self._backward[asked, *[None if dy is None else dy.dtype for dy in gradients]]
 

@@ -1,9 +1,9 @@
 """The first convolution of a ResNet: 7×7 with stride 2.
 
-cuDNN has no fast bfloat16 kernel for three input channels. A 4×4 convolution with stride 1 can
-compute the same sums. For this convolution the input is rearranged, so that the values of each 2×2
-block of positions are channels of one position. The result is called a space-to-depth input. The
-7×7 filters are padded to 8×8 and rearranged in the same way.
+cuDNN has no fast bfloat16 kernel for three input channels. A 4×4 convolution with stride 1 over a
+rearranged input computes the same sums. In the rearranged input, each 2×2 block of pixels is one
+pixel with four times as many channels. This is called a space-to-depth input. The 7×7 filters are
+padded to 8×8 and rearranged in the same way.
 """
 
 import torch
@@ -21,10 +21,9 @@ KERNEL, STRIDE, PADDING = 7, 2, 3
 # These are the supported numbers of input channels. One channel is not supported, because torch
 # can't tell whether such a tensor is channels_last.
 CHANNELS = 2, 3, 4
-# Autocast casts tensors of these dtypes.
+# The dtypes that autocast casts.
 AUTOCAST_DTYPES = {torch.float32, torch.float16, torch.bfloat16}
-# The space-to-depth input has this many channels. The number is a multiple of 16 for the tensor
-# cores.
+# The number of channels of the space-to-depth input, a multiple of 16 for the tensor cores.
 BLOCK_CHANNELS = 16
 
 
@@ -80,7 +79,10 @@ def _on_gpu(input: Tensor) -> bool:
 
 
 def _replaces_operators(t: Tensor) -> bool:
-    """Whether the class of ``t`` replaces operators, like DTensor, and does not trace calls."""
+    """Whether the class of ``t`` replaces operators, like DTensor.
+
+    The result is False for the two classes of tensors with which torch.compile traces calls.
+    """
     return dispatches(t) and not isinstance(t, FakeTensor | FunctionalTensor)
 
 

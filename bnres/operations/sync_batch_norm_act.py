@@ -17,9 +17,8 @@ from torch.autograd import Function
 from torch.compiler import is_compiling
 
 from bnres.kernels.dtypes import acc_type
-from bnres.kernels.layout import dense_like
 from bnres.kernels.norm import Statistics, Sums
-from bnres.kernels.outputs import empty_mask, empty_moments
+from bnres.kernels.outputs import empty_moments
 from bnres.kernels.reference import bn_combine_ref, bn_moments_ref
 from bnres.kernels.torch_internals import all_gather, process_group_named, reduce_scatter
 from bnres.operations.arguments import as_kernels_take, check_input, check_norm, check_residual
@@ -30,18 +29,22 @@ from bnres.operations.batch_norm_act import (
     Buffers,
     Computed,
     Inputs,
+    Saved,
     Spec,
     _again,
     _formula_of,
     _input_gradients,
+    _launch_backward,
     _norms,
     _reduces,
-    _saves_mask,
+    _stored_as,
     as_call,
     batch_norm_act,
 )
+from bnres.operations.batch_norm_act import _allocate as _allocate_locally
+from bnres.operations.batch_norm_act import _saved as _saved_locally
 from bnres.operations.call import Operation, call
-from bnres.operations.norms import BatchNormState, empty_statistics, rows_of, states_of
+from bnres.operations.norms import BatchNormState, rows_of, states_of
 from bnres.operations.operator import Gradients, Maybe, Recording, operator
 
 
@@ -53,37 +56,21 @@ class Normalised(NamedTuple):
 
 
 class Moments(NamedTuple):
-    """Count, mean and M2 = Σ(x − mean)² of each channel for each batch norm: (3·norms, C).
+    """Count, mean and M2 = Σ(x − mean)² of each channel for each batch norm.
 
-    After the all_gather, the moments of all ranks are (ranks, 3·norms, C).
+    ``moments`` is (3·norms, C) on one rank, and (ranks, 3·norms, C) after the all_gather.
     """
 
     moments: Tensor
 
 
 class Outputs(NamedTuple):
-    """y, and the tensors that backward reads. ``total`` (1,) is the count over all ranks."""
+    """y, and the tensors that backward reads. ``total`` (1,) is the sum of all ranks' counts."""
 
     y: Tensor
     statistics: Maybe
     mask: Maybe
     total: Maybe
-
-
-class Saved(NamedTuple):
-    """The tensors that backward reads."""
-
-    x: Tensor
-    weight: Maybe
-    bias: Maybe
-    input_bias: Maybe
-    residual: Maybe
-    residual_weight: Maybe
-    residual_bias: Maybe
-    residual_input_bias: Maybe
-    statistics: Maybe
-    mask: Maybe = None
-    total: Maybe = None
 
 
 def _normalised(inputs: Inputs | Saved, spec: Spec) -> Normalised:
@@ -109,11 +96,9 @@ def _launch_moments(given: Normalised, found: Moments) -> None:
 
 
 def _allocate(inputs: Inputs, buffers: Buffers, gathered: Moments, spec: Spec) -> Outputs:
-    x, y = inputs.x, torch.empty_like(inputs.x)
-    if not spec.needs_grad:
-        return Outputs(y, None, None, None)
-    mask = empty_mask(x) if _saves_mask(inputs, spec) else None
-    return Outputs(y, empty_statistics(x, spec), mask, x.new_empty(1, dtype=torch.float64))
+    y, statistics, mask, *_ = _allocate_locally(inputs, buffers, spec)
+    total = inputs.x.new_empty(1, dtype=torch.float64) if spec.needs_grad else None
+    return Outputs(y, statistics, mask, total)
 
 
 def _apply(
@@ -155,11 +140,7 @@ def _forward(inputs: Inputs, buffers: Buffers, spec: Spec, recording: Recording 
 
 def _saved(inputs: Inputs, y: Tensor, kept: Sequence[Any], spec: Spec) -> Saved:
     statistics, mask, total = kept
-    if not _saves_mask(inputs, spec):
-        mask = None
-    if mask is not None or (spec.act == "identity" and not spec.has_residual_norm):
-        inputs = inputs._replace(residual=None)
-    return Saved(*inputs, statistics, mask, total)
+    return _saved_locally(inputs, y, (statistics, mask, None, None), spec)._replace(total=total)
 
 
 class Reduced(NamedTuple):
@@ -194,12 +175,6 @@ def _writes_dz(spec: Spec, asked: Asked) -> bool:
     return asked.dresidual and not spec.has_residual_norm
 
 
-def _stored_as(x: Tensor, gradients: Gradients) -> Gradients:
-    """Returns the gradients in the memory format of x."""
-    dy, dy_skip = gradients
-    return Gradients(dense_like(dy, x), None if dy_skip is None else dense_like(dy_skip, x))
-
-
 def _allocate_reduced(gradients: Gradients, saved: Saved, spec: Spec, asked: Asked) -> Reduced:
     x, rows = saved.x, 4 if spec.has_residual_norm else 2
     dz = torch.empty_like(x) if _writes_dz(spec, asked) else None
@@ -210,21 +185,13 @@ def _reduce(
     gradients: Gradients, saved: Saved, spec: Spec, asked: Asked, recording: Recording
 ) -> Reduced:
     found = _allocate_reduced(gradients, saved, spec, asked)
-    given = _stored_as(saved.x, gradients)
-    recording.forward.run(_launch_reduce, (given, saved, (None, *found)), spec)
+    given = _stored_as(gradients, saved.x)
+    recording.forward.run(_launch_reduce, (given, saved, found), spec)
     return found
 
 
-def _launch_reduce(gradients: Gradients, saved: Any, found: Sequence[Any], spec: Spec) -> None:
-    from bnres.kernels.bn_backward import bn_backward_reduce
-
-    dy, dy_skip = gradients
-    _, sums, dz = found
-    norms = _norms(saved, rows_of(saved.statistics, saved.x))
-    bn_backward_reduce(
-        dy, saved.x, norms[0], saved.residual, norms[1], saved.mask, spec.act, spec.act_param,
-        dy_skip=dy_skip, out=(Sums(*sums.unbind()), dz),
-    )  # fmt: skip
+def _launch_reduce(gradients: Gradients, saved: Saved, found: Reduced, spec: Spec) -> None:
+    _launch_backward(gradients, saved, Computed(None, found.dz, *found.sums.unbind()), spec)
 
 
 def _allocate_dx(gradients: Gradients, saved: Saved, totals: Totals, spec: Spec) -> InputGradients:
@@ -236,13 +203,13 @@ def _dx(
     gradients: Gradients, saved: Saved, totals: Totals, spec: Spec, recording: Recording
 ) -> InputGradients:
     found = _allocate_dx(gradients, saved, totals, spec)
-    given = _stored_as(saved.x, gradients)
+    given = _stored_as(gradients, saved.x)
     recording.forward.run(_launch_dx, (given, saved, totals, found), spec)
     return found
 
 
 def _launch_dx(
-    gradients: Gradients, saved: Any, totals: Totals, found: InputGradients, spec: Spec
+    gradients: Gradients, saved: Saved, totals: Totals, found: InputGradients, spec: Spec
 ) -> None:
     from bnres.kernels.bn_backward import bn_backward_dx
 
@@ -269,7 +236,7 @@ def _backward(
     dx, dresidual = None, dz if _writes_dz(spec, asked) else None
     if asked.dx:
         totals = Totals(all_gather(sums, spec.group).sum(0, dtype=torch.float64) / saved.total)
-        if dresidual is not None:  # dz already combines both gradients and the activation
+        if dresidual is not None:  # dz includes both gradients and act'
             gradients, spec = Gradients(dz, None), spec._replace(act="identity", act_param=0.0)
             saved = saved._replace(residual=None, mask=None)
         dx, of_norm = _run_dx(gradients, saved, totals, spec, recording=None)
@@ -278,7 +245,7 @@ def _backward(
 
 
 class _Exchange(Function):
-    """Calls `all_gather` or `reduce_scatter`. Each is the other's adjoint and derivative."""
+    """Calls `all_gather` or `reduce_scatter`. Backward calls the other of the two."""
 
     @staticmethod
     def forward(t, group, gathers):
@@ -320,13 +287,12 @@ def _formula(saved: Any, spec: Spec) -> Tensor:
 def _aten(inputs: Inputs, buffers: Buffers, spec: Spec) -> Tensor:
     inputs = as_kernels_take(inputs)
     statistics = _statistics(inputs, states_of(inputs, buffers, spec), spec)
-    saved: Any = Saved(*inputs, None)
-    return _formula_of(statistics, saved, spec)
+    return _formula_of(statistics, Saved(*inputs, None), spec)
 
 
 def _check(inputs: Inputs, buffers: Buffers, spec: Spec) -> None:
     x, residual = inputs.x, inputs.residual
-    # training=False accepts one value per channel, because other ranks may have more values.
+    # With training=False one value per channel is valid, because other ranks may have more values.
     check_input(x, training=False)
     if x.shape[1] == 0:
         raise ValueError(f"input must have channels, got input size {x.size()}")
@@ -372,10 +338,10 @@ SYNC_BATCH_NORM_ACT = Operation(
 
 
 def group_named(process_group: Any = None) -> Any:
-    """Returns the process group that an argument stands for.
+    """Returns ``process_group`` as a process group.
 
-    None stands for torch.distributed's default group of all ranks. A string stands for the group
-    with this name. A process group is returned unchanged.
+    None stands for torch.distributed's default group of all ranks, and a string for the group with
+    this name.
 
     Raises:
         RuntimeError: if ``process_group`` is None and there is no default group.
@@ -401,8 +367,8 @@ def group_named(process_group: Any = None) -> Any:
 def _check_ranks(mine: tuple[int, str, bool], group: Any) -> None:
     """Raises an error unless ``mine`` is the same on all ranks.
 
-    ``mine`` has the number of channels, the name of the statistics' dtype, and whether there is a
-    ``residual_norm``.
+    ``mine`` is the number of channels, the name of the dtype of the statistics, and whether there
+    is a ``residual_norm``.
     """
     ranks = dist.get_process_group_ranks(group)
     every: list[Any] = [None] * len(ranks)
@@ -435,34 +401,32 @@ def sync_batch_norm_act(
 ) -> Any:
     """Computes ``act(batch_norm(input) + residual)`` with the statistics of all ranks' batches.
 
-    A rank is a process of ``process_group``. In training, `batch_norm_act` normalises with the
-    statistics of one batch. This operation does the same with the statistics of the batches of all
-    ranks. If rank r has n_r values per channel and all
-    ranks together have N, then mean = Σ n_r·mean_r / N and
-    var = Σ (M2_r + n_r·(mean_r − mean)²) / N, where M2_r = Σ (x − mean_r)². The sums over ranks are
-    added in rank order in fp64, so all ranks get the same bits in every run.
+    A rank is a process of ``process_group``. The operation does what `batch_norm_act` does in
+    training, but with the mean and variance of the batches of all ranks. On rank r a channel has
+    n_r values with the mean mean_r, and M2_r = Σ (x − mean_r)². With N = Σ n_r,
+    mean = Σ n_r·mean_r / N and var = Σ (M2_r + n_r·(mean_r − mean)²) / N. These sums over r are
+    added in the order of r in fp64, so all ranks get the same bits in every run.
 
-    Forward makes one all_gather of 3·C values per batch norm, and backward makes one all_gather of
-    2·C values per batch norm. The batch norms of ``input`` and of the residual share the
-    all_gather. The host never waits for the device. If the group has only one rank,
-    `batch_norm_act` runs.
+    Forward makes one all_gather, of 3·C values for each batch norm. Backward makes one all_gather,
+    of 2·C values for each batch norm. With ``residual_norm`` there are two batch norms. The host
+    never waits for the device. If the group has only one rank, `batch_norm_act` runs.
 
     Every rank of the group must call the operation and its backward, with the same number of
-    channels and the same dtype. Batches may have different sizes and may be empty. A rank with an
-    empty batch gets gradients of zero. If all batches are empty, the running statistics do not
-    change. If the environment variable ``TORCH_DISTRIBUTED_DEBUG`` is ``DETAIL``, each call first
-    compares the ranks' arguments, and the host waits for the device. Otherwise gloo and NCCL may
-    abort or hang if the arguments differ.
+    channels and the same dtype. Batches may have different sizes and may be empty. The gradients on
+    a rank with an empty batch are zero. If all batches are empty, the running statistics do not
+    change. If the ranks' arguments differ, gloo and NCCL may abort or hang. If the environment
+    variable ``TORCH_DISTRIBUTED_DEBUG`` is ``DETAIL``, each call first compares the arguments, and
+    the host waits for the device.
 
     Args:
         input, running_mean, running_var, weight, bias, residual, residual_norm, act, act_kwargs,
-            momentum, eps, num_batches_tracked, fork: as in `batch_norm_act`. Each rank gets only
-            its part of the gradients of the parameters. DistributedDataParallel averages the parts.
+            momentum, eps, num_batches_tracked, fork: as in `batch_norm_act`. Each rank computes the
+            parameters' gradients from its own batch. DistributedDataParallel averages them.
         process_group: the process group of the participating ranks, or the name of this group. By
             default all ranks participate.
 
     Returns:
-        A tensor as `batch_norm_act` returns it. With ``fork``, two such tensors.
+        The same as `batch_norm_act`.
 
     Raises:
         RuntimeError: if ``process_group`` is None and there is no default group, or if
@@ -471,8 +435,8 @@ def sync_batch_norm_act(
             `batch_norm_act` raises it.
         ValueError: if a CPU tensor is used with an NCCL group, if ``input`` has no channels, if
             ``residual_norm`` has an ``input_bias``, if ``TORCH_DISTRIBUTED_DEBUG`` is ``DETAIL``
-            and the ranks' arguments differ, or if `batch_norm_act` raises it. Unlike there, an
-            ``input`` with one value per channel is valid here.
+            and the ranks' arguments differ, or if `batch_norm_act` raises it. An ``input`` with one
+            value per channel raises no error here.
 
     Follows `torch.nn.SyncBatchNorm` (Ioffe and Szegedy, arXiv 1502.03167). The variance is combined
     by the method of Chan, Golub and LeVeque (1979).
@@ -481,13 +445,15 @@ def sync_batch_norm_act(
     is_alone = dist.get_world_size(group) == 1
     arguments = as_call(
         input, running_mean, running_var, weight, bias, None, residual, residual_norm, act,
-        act_kwargs, True, momentum, eps, num_batches_tracked, "" if is_alone else group.group_name,
+        act_kwargs, True, momentum, eps, num_batches_tracked,
+        group="" if is_alone else group.group_name,
     )  # fmt: skip
     if is_alone:
         return call(BATCH_NORM_ACT, *arguments, fork)
     if input.device.type == "cpu" and dist.get_backend(group) == "nccl":
         raise ValueError(
-            "process_group has the backend nccl, which takes no CPU tensors, got a CPU input"
+            "process_group has the backend nccl, which does not support CPU tensors, "
+            "got an input on the CPU"
         )
     if not is_compiling() and dist.get_debug_level() == dist.DebugLevel.DETAIL:
         _check_ranks((input.shape[1], str(acc_type(input)), residual_norm is not None), group)
@@ -506,9 +472,9 @@ def sync_batch_norm(
     num_batches_tracked: Tensor | None,
     group: str,
 ) -> Tensor:
-    """Returns the batch norm of ``input`` over the ranks of the process group named ``group``.
+    """Returns the batch norm of ``input``, synchronised over the process group named ``group``.
 
-    If ``group`` is an empty string, the batch norm is over this process only. The graphs that
+    If ``group`` is an empty string, the batch norm is not synchronised. The graphs that
     `bnres.fuse` captures contain calls of this function.
     """
     function: Any = batch_norm_act
