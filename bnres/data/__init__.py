@@ -5,13 +5,11 @@ from pathlib import Path
 from bnres.data.batches import Batches
 from bnres.data.cifar10 import load_cifar10
 from bnres.data.dataset import ImageDataset, make_dataset
-from bnres.data.digits import load_digits
 from bnres.data.epochs import EpochBatches
 from bnres.data.folder import FolderDataset, load_folder
 from bnres.data.images import CorruptImage
-from bnres.data.mnist5k import load_mnist5k
+from bnres.data.packaged import load_digits, load_mnist5k, load_synthetic
 from bnres.data.streamed import StreamedBatches
-from bnres.data.synthetic import load_synthetic
 
 # These are the data sets by name. For a data set in ON_DISK the user gives the path of the files.
 PACKAGED = {

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 from bnres.augment import Compose
+from bnres.data.dataset import ImageDataset
+from bnres.data.folder import FolderDataset
 from bnres.data.seeds import generator_at
 
 
@@ -14,9 +16,8 @@ class EpochBatches(ABC):
     """Batches of a data set. A batch depends only on the seed, the epoch and its number in it.
 
     Args:
-        name: name of the data set, for errors.
-        train_count: number of training images.
-        test_count: number of held-out images.
+        dataset: the images.
+        device: device on which images are augmented and batches are returned.
         batch_size: number of images in a batch, over all processes.
         train_augment: augmentation of training images.
         test_augment: augmentation of held-out images.
@@ -28,27 +29,26 @@ class EpochBatches(ABC):
             its part of each batch and of the held-out images.
 
     Raises:
-        ValueError: if ``batch_size`` is below 2 or above ``train_count``, or can't be divided
-            equally among the processes.
+        ValueError: if ``batch_size`` is below 2 or above the number of training images, or can't be
+            divided equally among the processes.
     """
 
     def __init__(
         self,
-        name: str,
-        train_count: int,
-        test_count: int,
+        dataset: ImageDataset | FolderDataset,
+        device: torch.device,
         batch_size: int,
         train_augment: Compose,
         test_augment: Compose,
         seed: int,
-        drop_last: bool,
-        shard: tuple[int, int],
+        drop_last: bool = True,
+        shard: tuple[int, int] = (0, 1),
     ) -> None:
         parts = shard[1]
-        if not 2 <= batch_size <= train_count:
+        if not 2 <= batch_size <= dataset.train_count:
             raise ValueError(
-                f"batch_size must be from 2 to {train_count}, the number of training images of "
-                f"{name}, got {batch_size}"
+                f"batch_size must be from 2 to {dataset.train_count}, the number of training "
+                f"images of {dataset.name}, got {batch_size}"
             )
         if parts > 1 and (batch_size % parts or batch_size < 2 * parts or not drop_last):
             raise ValueError(
@@ -56,7 +56,9 @@ class EpochBatches(ABC):
                 f"{2 * parts}, and drop_last must be True, got batch_size={batch_size}, "
                 f"drop_last={drop_last}"
             )
-        self.train_count, self.test_count, self.batch_size = train_count, test_count, batch_size
+        self.dataset: ImageDataset | FolderDataset = dataset
+        self.device, self.batch_size = device, batch_size
+        self.train_count, self.test_count = dataset.train_count, dataset.test_count
         self.train_augment, self.test_augment = train_augment, test_augment
         self.seed, self.drop_last, self.shard = seed, drop_last, shard
 

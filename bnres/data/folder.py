@@ -68,6 +68,14 @@ class FolderDataset:
     channels = 3
 
     @property
+    def train_count(self) -> int:
+        return len(self.train)
+
+    @property
+    def test_count(self) -> int:
+        return len(self.test)
+
+    @property
     def classes(self) -> int:
         return len(self.class_names)
 

@@ -2,12 +2,12 @@
 
 import signal
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from bnres.augment import Compose
 from bnres.data.epochs import EpochBatches
 from bnres.data.folder import FolderDataset
 from bnres.data.images import CorruptImage
@@ -26,35 +26,20 @@ def _leave_signals(worker: int) -> None:
 
 
 class StreamedBatches(EpochBatches):
-    """Batches of a folder of images.
+    """Batches of a `FolderDataset`, which worker processes decode in advance.
 
-    Worker processes decode the images in advance. The batches are copied through pinned memory.
+    The batches are copied to the device through pinned memory.
 
     Args:
-        dataset: the images.
-        device: device on which images are augmented and batches are returned.
-        batch_size, train_augment, test_augment, seed, drop_last, shard: see `EpochBatches`.
         workers: number of processes that decode. If it is 0, the calling process decodes.
+        arguments, options: see `EpochBatches`.
     """
 
-    def __init__(
-        self,
-        dataset: FolderDataset,
-        device: torch.device,
-        batch_size: int,
-        train_augment: Compose,
-        test_augment: Compose,
-        seed: int,
-        drop_last: bool = True,
-        shard: tuple[int, int] = (0, 1),
-        *,
-        workers: int,
-    ) -> None:
-        super().__init__(
-            dataset.name, len(dataset.train), len(dataset.test), batch_size, train_augment,
-            test_augment, seed, drop_last, shard,
-        )  # fmt: skip
-        self.dataset, self.device, self.workers = dataset, device, workers
+    dataset: FolderDataset
+
+    def __init__(self, *arguments: Any, workers: int, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.workers = workers
 
     def fetch(self, order: Tensor, rows: int, train: bool) -> Iterator[tuple[Tensor, Tensor]]:
         loader = DataLoader(
