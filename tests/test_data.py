@@ -217,9 +217,7 @@ class TestCifar10:
         content = cifar_content()
         content["test_batch"][1][4] = 10
         archive = pack(tmp_path / "a.tar.gz", files(kind, content))
-        with pytest.raises(
-            ValueError, match=r"test_batch.*: the label of image 4 must be from 0 to 9, got 10"
-        ):
+        with pytest.raises(ValueError, match=r"test: labels must be from 0 to 9, .* to 10"):
             load_cifar10(archive, checksum=False)
 
     def test_no_data(self, kind, tmp_path):
@@ -251,33 +249,28 @@ class TestPickles:
             load_cifar10(archive, checksum=False)
         assert not trap.exists()
 
-    @pytest.mark.parametrize("protocol", range(6))
+    # Protocol 5 uses a function that is not permitted.
+    @pytest.mark.parametrize("protocol", range(5))
     def test_arrays_are_read(self, protocol):
         array = np.arange(6, dtype=np.uint8).reshape(2, 3)
-        if protocol < 5:  # protocol 5 uses a function that is not permitted
-            found = load_arrays(pickle.dumps({b"data": array}, protocol), "here")
-            assert torch.equal(found[b"data"], torch.from_numpy(array))
+        found = load_arrays(pickle.dumps({b"data": array}, protocol), "here")
+        assert np.array_equal(found[b"data"], array)
 
-    @pytest.mark.parametrize(
-        "array", [np.zeros(3), np.array([None]), np.asfortranarray(np.zeros((2, 3), np.uint8))],
-        ids=["floats", "objects", "fortran"],
-    )  # fmt: skip
+    @pytest.mark.parametrize("array", [np.zeros(3), np.array([None])], ids=["floats", "objects"])
     def test_other_arrays_are_refused(self, array):
         with pytest.raises(ValueError, match="can't be unpickled: arrays must be of uint8"):
             load_arrays(pickle.dumps({b"data": array}, 2), "here")
 
-    def test_forged_state_is_refused(self):
+    @pytest.mark.parametrize("shape", [(9,), (2**62, 4), (-1,)])
+    def test_forged_shape_is_refused(self, shape):
         class Forged:
             def __reduce__(self):
                 from numpy._core.multiarray import _reconstruct
 
-                return (
-                    _reconstruct,
-                    (np.ndarray, (0,), b"b"),
-                    (1, (9,), np.dtype("u1"), False, b"x"),
-                )
+                state = (1, shape, np.dtype("u1"), False, b"x")
+                return _reconstruct, (np.ndarray, (0,), b"b"), state
 
-        with pytest.raises(ValueError, match=r"an array of shape \(9,\) has 1 bytes"):
+        with pytest.raises(ValueError, match="here can't be unpickled"):
             load_arrays(pickle.dumps({b"data": Forged()}, 2), "here")
 
     def test_other_content(self):
