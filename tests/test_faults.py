@@ -219,14 +219,13 @@ def test_missing_and_damaged_checkpoints(command, checkpoint, tmp_path):
 
 
 def test_checkpoint_of_a_model_that_has_changed(checkpoint):
-    """The line names the weight."""
     content = torch.load(checkpoint, weights_only=True)
     content["model"]["more"] = torch.zeros(1)
     torch.save(content, checkpoint)
-    line = f"{checkpoint} has the key 'more', which model 'lenet-seed' does not have\n"
+    reason = "does not fit model 'lenet-seed': Unexpected key(s) in state_dict: \"more\".\n"
     for command in (["eval"], ["export"]):
-        assert run(*command, checkpoint, code=2) == f"bnres: {line}"
-    assert run("train", "--resume", checkpoint, code=2) == f"bnres: resume: {line}"
+        assert run(*command, checkpoint, code=2) == f"bnres: {checkpoint} {reason}"
+    assert run("train", "--resume", checkpoint, code=2) == f"bnres: resume: {checkpoint} {reason}"
 
 
 def test_out_of_memory_is_not_reported_as_damage(checkpoint, monkeypatch):

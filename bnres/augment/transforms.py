@@ -32,6 +32,10 @@ class Transform(ABC):
     def __call__(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         return apply_draws(images, [self.draw(*size_of(images), generator)])
 
+    def __repr__(self) -> str:
+        options = ", ".join(f"{name}={value}" for name, value in vars(self).items())
+        return f"{type(self).__name__}({options})"
+
 
 def _uniform(
     shape: tuple[int, ...], low: float, high: float, generator: torch.Generator | None
@@ -68,9 +72,6 @@ class _RandomFlip(Transform):
 
     def draw(self, count: int, height: int, width: int, generator: torch.Generator | None) -> Flip:
         return Flip(_uniform((count,), 0, 1, generator) < self.p, self.vertical)
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}(p={self.p})"
 
 
 class RandomHorizontalFlip(_RandomFlip):
@@ -137,9 +138,6 @@ class RandomResizedCrop(Transform):
             return height, max(round(height * high), 1)
         return height, width
 
-    def __repr__(self) -> str:
-        return f"RandomResizedCrop(size={self.size}, scale={self.scale}, ratio={self.ratio})"
-
 
 class RandomCrop(Transform):
     """Pads images with zeros, then crops a box of ``size`` at a random position.
@@ -179,9 +177,6 @@ class RandomCrop(Transform):
         boxes = torch.cat((offsets, torch.tensor(self.size).expand(count, 2)), 1)
         return Crop(boxes, self.size, False)
 
-    def __repr__(self) -> str:
-        return f"RandomCrop(size={self.size}, padding={self.padding})"
-
 
 class CenterCrop(Transform):
     """Crops a box of ``size`` from the centre of an image.
@@ -208,9 +203,6 @@ class CenterCrop(Transform):
         # As in torchvision, Python's round is used. It rounds halves to even.
         top, left = round((height - self.size[0]) / 2), round((width - self.size[1]) / 2)
         return Crop(torch.tensor([top, left, *self.size]).expand(count, 4), self.size, False)
-
-    def __repr__(self) -> str:
-        return f"CenterCrop(size={self.size})"
 
 
 Amount = float | Sequence[float] | None
@@ -261,10 +253,6 @@ class ColorJitter(Transform):
                 factors[:, number] = _uniform((count,), *limits, generator)
         return Color(order, factors)
 
-    def __repr__(self) -> str:
-        names = ("brightness", "contrast", "saturation", "hue")
-        return f"ColorJitter({', '.join(f'{n}={getattr(self, n)}' for n in names)})"
-
 
 def _jitter_range(
     name: str, value: Amount, centre: float, bound: tuple[float, float]
@@ -308,6 +296,3 @@ class Normalize(Transform):
 
     def draw(self, count: int, height: int, width: int, generator: torch.Generator | None) -> Scale:
         return Scale(self.mean, self.std)
-
-    def __repr__(self) -> str:
-        return f"Normalize(mean={self.mean}, std={self.std})"

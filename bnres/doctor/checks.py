@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from importlib.machinery import PathFinder
 from pathlib import Path
@@ -158,7 +159,7 @@ def usable_inductor_cache() -> Iterator[None]:
     If Inductor's cache folder is not writable, a temporary folder replaces it. Importing Dynamo
     needs a writable folder.
     """
-    if _inductor_cache() is None:
+    if check_cache(INDUCTOR_CACHE) is None:
         yield
         return
     asked = os.environ.get(INDUCTOR_CACHE)
@@ -184,15 +185,7 @@ def check_namespace() -> Finding | None:
     )
 
 
-def _triton_cache() -> Finding | None:
-    return check_cache("TRITON_CACHE_DIR")
-
-
-def _inductor_cache() -> Finding | None:
-    return check_cache(INDUCTOR_CACHE)
-
-
 CHECKS: tuple[Callable[[], Finding | None], ...] = (
-    check_gpu, check_triton, check_compiler, check_numpy, _triton_cache, _inductor_cache,
-    check_namespace,
+    check_gpu, check_triton, check_compiler, check_numpy, partial(check_cache, "TRITON_CACHE_DIR"),
+    partial(check_cache, INDUCTOR_CACHE), check_namespace,
 )  # fmt: skip

@@ -11,7 +11,7 @@ from bnres.errors import is_out_of_memory
 from bnres.files import write_bytes
 from bnres.train.config import TrainConfig
 from bnres.train.state import TrainState
-from bnres.train.weights import check_weights
+from bnres.train.weights import set_weights
 
 FORMAT = 3
 # These options may be changed when a run is resumed.
@@ -19,13 +19,13 @@ FREE = (
     "fused", "device", "data", "checksum", "workers", "compile", "cuda_graphs", "deterministic",
     "eval_flip", "checkpoint_steps", "tensorboard", "resume",
 )  # fmt: skip
-STATEFUL = ("model", "optimizer", "scheduler", "scaler")
+STATEFUL = ("optimizer", "scheduler", "scaler")
 
 # These facts about the data must be the same when a run is resumed.
 OF_DATA = ("classes", "channels", "train_count")
 KEYS = (
     "config", "epoch", "batch", "losses", "correct", "best", "history", "torch_rng", "cuda_rng",
-    "average", "size", *OF_DATA, *STATEFUL,
+    "average", "size", "model", *OF_DATA, *STATEFUL,
 )  # fmt: skip
 
 
@@ -55,6 +55,7 @@ def save_checkpoint(path: Path, state: TrainState, config: TrainConfig) -> None:
         "history": state.history,
         "torch_rng": torch.get_rng_state(),
         "cuda_rng": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+        "model": state.model.state_dict(),
         "average": None if state.average is None else state.average.state_dict(),
         **{name: getattr(state, name).state_dict() for name in STATEFUL},
     }
@@ -81,8 +82,7 @@ def load_checkpoint(path: Path, state: TrainState, config: TrainConfig) -> None:
 
     Raises:
         ValueError: if the file is not a checkpoint of bnres, if its run is complete, or if its run
-            and this run differ in the data, the model or an option that is not in ``FREE``. In
-            these cases ``state`` is not changed.
+            and this run differ in the data, the model or an option that is not in ``FREE``.
     """
     content = read_checkpoint(path)
     check_same_run(path, content["config"], config.as_dict())
@@ -95,7 +95,7 @@ def load_checkpoint(path: Path, state: TrainState, config: TrainConfig) -> None:
         raise ValueError(
             f"resume: {path} is already complete ({config.epochs} of {config.epochs} epochs)"
         )
-    check_weights(content["model"], state.model, f"resume: {path}", config.model)
+    set_weights(state.model, content["model"], f"resume: {path}", config.model)
     # The optimiser's options fused and foreach depend on the device, so they are taken from this
     # run.
     for saved, own in zip(

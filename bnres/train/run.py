@@ -31,8 +31,8 @@ from bnres.train.outputs import (
     CURVES,
     LAST,
     NONFINITE,
+    TENSORBOARD,
     draw_curves,
-    open_tensorboard,
     write_curves,
     write_metrics,
 )
@@ -222,8 +222,12 @@ def fit(run: Run, folder: Path, console: Console) -> None:
             folder.mkdir(parents=True, exist_ok=True)
             write_text(folder / CONFIG, replace(config, resume=None).as_toml())
             check_room(folder, checkpoint_bytes(state))
-        writer = open_tensorboard(folder) if config.tensorboard and first else nullcontext()
-        with progress_bar(console) as progress, stop_on_signal() as stop, writer as board:
+        board: Any = nullcontext()
+        if config.tensorboard and first:
+            from torch.utils.tensorboard import SummaryWriter
+
+            board = SummaryWriter(str(folder / TENSORBOARD))
+        with progress_bar(console) as progress, stop_on_signal() as stop, board as writer:
             while state.epoch < config.epochs:
                 try:
                     run_epoch(run, progress, folder=folder, stop=stop)
@@ -233,8 +237,9 @@ def fit(run: Run, folder: Path, console: Console) -> None:
                     raise NonFiniteLoss(f"{error}; details are in {folder / NONFINITE}") from error
                 row = state.history[-1]
                 console.print(epoch_line(row, config.epochs), highlight=False)
-                if board is not None:
-                    board.add(row)
+                if writer is not None:
+                    for name in row.keys() - {"epoch"}:
+                        writer.add_scalar(name, row[name], int(row["epoch"]))
                 is_best = row["test_accuracy"] > state.best
                 state.best = max(state.best, row["test_accuracy"])
                 _write(folder, run, is_best)

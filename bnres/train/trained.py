@@ -12,7 +12,7 @@ from bnres.train.checkpoint import read_checkpoint
 from bnres.train.config import TrainConfig, field_type
 from bnres.train.loop import evaluate
 from bnres.train.state import build_model, make_batches
-from bnres.train.weights import check_weights
+from bnres.train.weights import set_weights
 
 AVERAGED = "module."
 
@@ -57,8 +57,7 @@ def load_trained(path: Path, content: dict[str, Any], config: TrainConfig) -> nn
         }
     classes, channels = content["classes"], content["channels"]
     model = build_model(config, classes, channels, tuple(content["size"]))
-    check_weights(weights, model, str(path), config.model)
-    model.load_state_dict(weights)
+    set_weights(model, weights, str(path), config.model)
     return model.eval()
 
 
