@@ -5,13 +5,13 @@ import math
 
 import pytest
 import torch
-from typer.testing import CliRunner
 
 from benchmarks.torchvision_import import torchvision
-from bnres import augment, cli, use_backend
+from bnres import augment, use_backend
 from bnres.augment import transforms as bt
 from bnres.augment.segments import segments, size_of
 from bnres.data.images import read_image
+from tests.command import run
 from tests.device import DEVICE
 
 v2 = importlib.import_module(f"{torchvision.__name__}.transforms.v2")
@@ -416,21 +416,15 @@ def test_other_steps_are_refused():
         augment.Compose([v2.ToTensor()])
 
 
+@pytest.mark.usefixtures("aten")
 class TestPicture:
-    @pytest.fixture(autouse=True)
-    def aten(self):
-        """The command augments on the CPU, and the interpreter is slow at a picture's size."""
-        with use_backend("aten"):
-            yield
-
     def test_of_a_photo_and_of_a_data_set(self, tmp_path):
         pillow = importlib.import_module("PIL.Image")
         photo = tmp_path / "photo.png"
         pillow.fromarray(images(1, 3, 60, 90, torch.uint8)[0].permute(1, 2, 0).numpy()).save(photo)
         for source in (str(photo), "digits"):
             out = tmp_path / f"{len(source)}.png"
-            result = CliRunner().invoke(cli.app, ["augment", source, "--out", str(out)])
-            assert result.exit_code == 0, result.output
+            run("augment", source, "--out", out)
             with pillow.open(out) as picture:
                 assert picture.size[0] == 640 and picture.size[1] > 1000
 
@@ -444,7 +438,6 @@ class TestPicture:
     @pytest.mark.parametrize("name", ["nothing", "text.png"])
     def test_bad_image(self, tmp_path, name):
         (tmp_path / "text.png").write_text("no picture")
-        path = tmp_path / name
         out = tmp_path / "grid.png"
-        result = CliRunner().invoke(cli.app, ["augment", str(path), "--out", str(out)])
-        assert result.exit_code == 2 and "image" in result.output and not out.exists()
+        line = run("augment", tmp_path / name, "--out", out, code=2)
+        assert "image" in line and not out.exists()

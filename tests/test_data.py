@@ -17,12 +17,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from typer.testing import CliRunner
 
 from benchmarks.torchvision_import import torchvision
-from bnres import use_backend
 from bnres.augment import Compose, Normalize, RandomCrop
-from bnres.cli import app
 from bnres.data import (
     Batches,
     CorruptImage,
@@ -41,16 +38,11 @@ from bnres.data.folder import SUFFIXES, ImageFiles
 from bnres.data.images import in_eight_bits, read_image, read_rgb
 from bnres.data.pickles import load_arrays
 from bnres.data.seeds import generator_at
+from tests.command import run
 
 CPU = torch.device("cpu")
 PER_FILE = 6
-
-
-@pytest.fixture(autouse=True)
-def aten():
-    """Avoids the slow interpreter; other tests cover the kernels."""
-    with use_backend("aten"):
-        yield
+pytestmark = pytest.mark.usefixtures("aten")
 
 
 class TestPackaged:
@@ -384,14 +376,11 @@ class TestFolder:
         make_folder(tmp_path)
         for path in (tmp_path / "train" / "white").iterdir():
             path.write_bytes(b"no image")
-        arguments = (
-            f"train --dataset folder --data {tmp_path} --batch-size 4 --workers 0 --out "
-            f"{tmp_path / 'run'} --epochs 1 --shift 0 --crop-size 32 --device cpu"
-        )
-        result = CliRunner().invoke(app, arguments.split())
-        assert result.exit_code == 2
-        assert re.search(r"train/white/\d.png can't be read as an image", result.stderr)
-        assert "Traceback" not in result.stderr
+        line = run(
+            "train", "--dataset", "folder", "--data", tmp_path, "--batch-size", 4, "--workers", 0,
+            "--out", tmp_path / "run", "--crop-size", 32, "--device", "cpu", code=2,
+        )  # fmt: skip
+        assert re.search(r"train/white/\d.png can't be read as an image", line)
 
     def test_finds_the_same_images_as_torchvision(self, tmp_path):
         for split in ("train", "val"):

@@ -8,22 +8,22 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from typer.testing import CliRunner
 
 from benchmarks.environment import IDENTITY
 from benchmarks.store import ResultStore, load
-from bnres import cli, files
+from bnres import files
+from bnres.cli import app
 from bnres.errors import report
 from bnres.train import TrainConfig, build_state, train_epoch
 from bnres.train import run as training
 from bnres.train.checkpoint import checkpoint_bytes, read_checkpoint, save_checkpoint
 from bnres.train.config import read_config
+from tests.command import run
 from tests.disks import read_only, small_disk
 
 MEGABYTE = 1 << 20
 # A small net on little data: a checkpoint is about 0.4 MB.
 TRAIN = ["train", "--model", "lenet-seed", "--batch-size", "8", "--shift", "0"]
-runner = CliRunner()
 pytestmark = pytest.mark.usefixtures("aten")
 
 
@@ -35,14 +35,6 @@ def checkpoint(tiny, tmp_path):
     state, _ = build_state(config, tiny)
     save_checkpoint(path, state, config)
     return path
-
-
-def run(*arguments, code=0):
-    result = runner.invoke(cli.app, [*map(str, arguments)])
-    assert result.exit_code == code, result.output
-    if code:
-        assert result.stderr.count("\n") == 1, result.stderr
-    return result.stderr if code else result.output
 
 
 def test_a_file_is_written_completely_or_not_at_all(tmp_path):
@@ -203,8 +195,8 @@ def test_a_dead_worker_ends_the_run_in_one_line(tmp_path, monkeypatch):
 
 
 def test_traceback_on_request(tmp_path):
-    result = runner.invoke(cli.app, ["eval", str(tmp_path / "missing.pt"), "--traceback"])
-    assert isinstance(result.exception, ValueError)
+    with pytest.raises(ValueError, match="there is no file"):
+        app(["eval", str(tmp_path / "missing.pt"), "--traceback"])
 
 
 @pytest.mark.parametrize("command", [["eval"], ["export"], ["train", "--resume"]], ids=" ".join)

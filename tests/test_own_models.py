@@ -5,10 +5,7 @@ import sys
 
 import pytest
 import torch
-from torch import nn
-from typer.testing import CliRunner
 
-import bnres
 from benchmarks.torchvision_import import torchvision
 from bnres import cli
 from bnres.data.dataset import make_dataset
@@ -18,8 +15,8 @@ from bnres.train import TrainConfig, build_state, evaluate, train_epoch
 from bnres.train.checkpoint import read_checkpoint
 from bnres.train.options import make_config
 from tests import own_models
+from tests.command import run
 
-runner = CliRunner()
 pytestmark = pytest.mark.usefixtures("aten")
 OWN = "tests.own_models"
 
@@ -53,14 +50,6 @@ def graphs(monkeypatch):
 
 def config(model, **options):
     return TrainConfig(**{"epochs": 2, "batch_size": 8, "shift": 0, "model": model, **options})
-
-
-def run(*arguments, code=0):
-    result = runner.invoke(cli.app, [*map(str, arguments)])
-    assert result.exit_code == code, result.output
-    if code:
-        assert result.stderr.count("\n") == 1, result.stderr
-    return result.stderr if code else result.output
 
 
 @pytest.mark.parametrize("name", ["Net", "gray", "by_chans"])
@@ -248,9 +237,3 @@ def test_averaged_models_are_fused(graphs):
     assert graphs
     stock, batches = build_state(config(f"{OWN}:Net", fused=False, device="cpu"), dataset())
     assert loss == pytest.approx(evaluate(stock.model, batches, asked)[0], abs=1e-5)
-
-
-def test_fusing_keeps_keys_and_class():
-    model = create_model(f"{OWN}:Net", num_classes=2, in_channels=1)
-    assert list(model.state_dict()) == list(bnres.unfuse(model).state_dict())
-    assert isinstance(model, nn.Module) and type(model) is own_models.Net

@@ -6,18 +6,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from typer.testing import CliRunner
 
-from bnres import cli
 from bnres.models import create_model
 from bnres.train import TrainConfig, build_state, train_epoch
 from bnres.train.checkpoint import read_checkpoint, save_checkpoint
 from bnres.train.export import export_checkpoint
 from bnres.train.trained import config_of, load_trained
 from bnres.train.weights import as_safetensors, load_weights
+from tests.command import run
 
 NET = "lenet-seed"
-runner = CliRunner()
 pytestmark = pytest.mark.usefixtures("aten")
 
 
@@ -34,12 +32,6 @@ def checkpoint(tiny, tmp_path):
     path = tmp_path / "last.pt"
     save_checkpoint(path, state, asked)
     return path
-
-
-def run(*arguments, code=0):
-    result = runner.invoke(cli.app, [*map(str, arguments)])
-    assert result.exit_code == code, result.output
-    return result.stderr if code else result.output
 
 
 def test_training_starts_from_exported_weights(checkpoint, tiny):

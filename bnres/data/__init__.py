@@ -11,7 +11,8 @@ from bnres.data.images import CorruptImage
 from bnres.data.packaged import load_digits, load_mnist5k, load_synthetic
 from bnres.data.streamed import StreamedBatches
 
-# These are the data sets by name. For a data set in ON_DISK the user gives the path of the files.
+# The loaders of the data sets that need no files, by name. For the data sets in ON_DISK the user
+# gives the path of the files.
 PACKAGED = {
     "mnist5k": load_mnist5k,
     "digits": load_digits,
@@ -34,7 +35,7 @@ def load_dataset(
 
     Raises:
         ValueError: if the name is unknown, if ``data`` is missing, if ``data`` is given for a data
-            set that does not need it, or if the data set's loader rejects the files.
+            set that does not need it, or if the files are not valid.
     """
     if name not in DATASETS:
         raise ValueError(f"dataset must be one of {', '.join(DATASETS)}, got {name!r}")

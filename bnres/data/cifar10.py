@@ -38,7 +38,7 @@ PIXELS = 3 * 32 * 32
 
 
 def load_cifar10(path: Path, *, checksum: bool = True) -> ImageDataset:
-    """Reads CIFAR-10. The binary version is preferred, because it contains no pickles.
+    """Reads CIFAR-10. If a folder has both versions, the binary one is read: it has no pickles.
 
     Args:
         path: the archive, the extracted folder, or a folder that contains one of these.
@@ -73,8 +73,7 @@ def _read(path: Path, checksum: bool) -> tuple[Path, dict[str, bytes]]:
             if (path / name).is_file():
                 return path / name, _read_archive(path / name, checksum)
         raise ValueError(
-            f"data: {path} holds neither {BINARY_ARCHIVE} nor {PYTHON_ARCHIVE}, nor the files of "
-            "either"
+            f"data: {path} holds neither {BINARY_ARCHIVE} nor {PYTHON_ARCHIVE}, nor extracted files"
         )
     if not path.is_file():
         raise ValueError(f"data: there is no file or folder {str(path)!r}")
@@ -106,7 +105,7 @@ def _read_archive(path: Path, checksum: bool) -> dict[str, bytes]:
 
 
 def _decode_binary(content: bytes, source: str, checksum: bool) -> tuple[Tensor, Tensor]:
-    """Decodes records. A record is a label (one byte), then the red, green and blue planes."""
+    """Decodes records of a label (one byte), followed by a red, a green and a blue plane."""
     record, published = 1 + PIXELS, 10_000
     if not content or len(content) % record or (checksum and len(content) != published * record):
         raise ValueError(

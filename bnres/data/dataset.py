@@ -88,9 +88,12 @@ def make_dataset(
 
 
 def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Returns the mean and standard deviation of each channel of uint8 images scaled to 0 to 1."""
+    """Returns the mean and standard deviation of each channel of uint8 images (N, C, H, W).
+
+    Both are for pixel values scaled to the range 0 to 1.
+    """
     values = torch.arange(256, dtype=torch.float64) / 255
-    # A row has the number of times that each value occurs in a channel.
+    # counts[c, v] is how often the value v occurs in channel c.
     counts = torch.stack([c.flatten().bincount(minlength=256) for c in images.unbind(1)]).double()
     n = counts.sum(1)
     mean = counts @ values / n

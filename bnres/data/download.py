@@ -29,10 +29,10 @@ def download_cifar10(
     partial = folder / f"{name}.partial"
 
     def resume(url: str, output_file: object, pooch: object) -> None:
-        """Downloads the missing bytes of ``partial``, then moves the file to ``output_file``."""
+        """Downloads the missing bytes of ``partial``, then renames it to ``output_file``."""
         have = partial.stat().st_size if partial.exists() else 0
-        # The transfer must not be compressed, because the byte ranges and the checksum belong to
-        # the uncompressed file.
+        # The transfer must not be compressed, because positions and checksum are those of the
+        # uncompressed file.
         headers = {"Accept-Encoding": "identity"}
         if have:
             headers["Range"] = f"bytes={have}-"

@@ -1,4 +1,4 @@
-"""Base class of batches. It sets their number, order, augmentation and division by process."""
+"""The base class of batches. It orders and augments images, and divides them among processes."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -13,20 +13,22 @@ from bnres.data.seeds import generator_at
 
 
 class EpochBatches(ABC):
-    """Batches of a data set. A batch depends only on the seed, the epoch and its number in it.
+    """Batches of a data set.
+
+    A batch depends only on the seed, the epoch, and the number of the batch in the epoch.
 
     Args:
         dataset: the images.
         device: device on which images are augmented and batches are returned.
-        batch_size: number of images in a batch, over all processes.
+        batch_size: number of images that all processes together have in a batch.
         train_augment: augmentation of training images.
         test_augment: augmentation of held-out images.
         seed: seed of the order and of the augmentation.
         drop_last: whether to leave out the last batch of a training epoch if it is smaller than the
             others. If the last batch has only one image, it is always left out, because batch norm
             does not accept it.
-        shard: a tuple of the number of this process and the number of processes. Each process gets
-            its part of each batch and of the held-out images.
+        shard: the number of this process, from 0, and the number of processes. Each process gets a
+            part of each batch and a part of the held-out images.
 
     Raises:
         ValueError: if ``batch_size`` is below 2 or above the number of training images, or can't be
@@ -69,8 +71,7 @@ class EpochBatches(ABC):
         Args:
             order: int64 indices of the images.
             rows: number of images in a batch. The last batch may be smaller.
-            train: whether ``order`` has indices of training images. Otherwise it has indices of
-                held-out images.
+            train: whether they are training images. Otherwise they are held-out images.
         """
 
     def __len__(self) -> int:
@@ -98,7 +99,10 @@ class EpochBatches(ABC):
             yield self.test_augment(images), labels
 
     def _fetch_shard(self, order: Tensor, train: bool) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yields batches of this process's images: every ``parts``-th image of ``order``."""
+        """Yields batches of this process's images.
+
+        Of ``order``, process r of n gets the elements r, r + n, r + 2n, ...
+        """
         rank, parts = self.shard
         order = order[rank::parts]
         # Splitting an empty order would yield one empty batch.

@@ -16,10 +16,10 @@ PREFETCH = 4
 
 
 def _leave_signals(worker: int) -> None:
-    """Makes a worker ignore Ctrl-C, which a terminal sends to all processes.
+    """Makes a worker ignore Ctrl-C, and makes SIGTERM end the worker.
 
-    The main process stops its workers itself. If a worker does not stop, the main process sends it
-    SIGTERM.
+    A terminal sends Ctrl-C to all processes, but only the main process handles it. The main process
+    then stops its workers. It sends SIGTERM to workers that do not stop.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -60,7 +60,7 @@ class StreamedBatches(EpochBatches):
                     labels.to(self.device, non_blocking=True),
                 )
         except CorruptImage as error:
-            # An error from a worker contains the worker's traceback, then the message.
+            # In an error from a worker, the message follows the worker's traceback.
             line = str(error).strip().splitlines()[-1]
             name = f"{CorruptImage.__module__}.{CorruptImage.__name__}: "
             raise CorruptImage(line.removeprefix(name)) from error

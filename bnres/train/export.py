@@ -3,7 +3,6 @@
 import importlib
 import io
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -80,19 +79,12 @@ def export_checkpoint(
         program = torch.export.export(
             _OneInput(model), (example,), dynamic_shapes={"images": {0: torch.export.Dim("batch")}}
         )
-    write_bytes(out, as_onnx(program) if format == "onnx" else as_pt2(program))
-    return out
-
-
-def as_pt2(program: torch.export.ExportedProgram) -> Any:
-    """Returns the content of a torch.export archive of an exported program."""
     written = io.BytesIO()
-    torch.export.save(program, written)
-    return written.getbuffer()
-
-
-def as_onnx(program: torch.export.ExportedProgram) -> bytes:
-    """Returns the content of an ONNX file of an exported program."""
-    converted = torch.onnx.export(program, dynamo=True, verbose=False)
-    assert converted is not None
-    return converted.model_proto.SerializeToString()
+    if format == "onnx":
+        converted = torch.onnx.export(program, dynamo=True, verbose=False)
+        assert converted is not None
+        written.write(converted.model_proto.SerializeToString())
+    else:
+        torch.export.save(program, written)
+    write_bytes(out, written.getbuffer())
+    return out

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
 from bnres.data import load_dataset
 from bnres.train.checkpoint import read_checkpoint
@@ -13,8 +14,6 @@ from bnres.train.config import TrainConfig, field_type
 from bnres.train.loop import evaluate
 from bnres.train.state import build_model, make_batches
 from bnres.train.weights import set_weights
-
-AVERAGED = "module."
 
 
 def config_of(content: dict[str, Any], **changes: Any) -> TrainConfig:
@@ -47,16 +46,13 @@ def load_trained(path: Path, content: dict[str, Any], config: TrainConfig) -> nn
     Raises:
         ValueError: if the weights do not fit the model that ``config`` names.
     """
-    weights: dict[str, Tensor] = content["model"]
-    average = content["average"]
-    if average is not None:
-        weights = {
-            name.removeprefix(AVERAGED): value
-            for name, value in average.items()
-            if name.startswith(AVERAGED)
-        }
     classes, channels = content["classes"], content["channels"]
     model = build_model(config, classes, channels, tuple(content["size"]))
+    weights = content["model"]
+    if content["average"] is not None:
+        weights = dict(content["average"])
+        del weights["n_averaged"]
+        consume_prefix_in_state_dict_if_present(weights, "module.")
     set_weights(model, weights, str(path), config.model)
     return model.eval()
 
