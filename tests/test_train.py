@@ -248,7 +248,7 @@ def test_killed_run_equals_an_uninterrupted_run(tmp_path):
         (["--crop-size", "8", "--shift", "1"], "shift must be 0 with crop_size"),
         (
             ["--sync-bn", "--no-fused", "--device", "cpu"],
-            "SyncBatchNorm, which needs GPUs, but device",
+            "sync_bn with no-fused needs GPUs, as torch's SyncBatchNorm does",
         ),
         (["--cuda-graphs", "--device", "cpu"], "cuda_graphs needs a GPU, but device is 'cpu'"),
         (["--download"], "download needs --dataset cifar10"),
@@ -622,7 +622,7 @@ def test_bf16_on_the_cpu_is_refused_if_torchs_gradients_would_be_wrong(size, ste
         largest = max(p.grad.abs().max().item() for p in state.model.parameters())
         assert largest < 1e6  # uninitialised memory holds values up to 1e38
     else:
-        words = rf"one pixel wide, such as '{layer}' gets for images of {size}×{size}"
+        words = rf"one pixel wide, such as those of '{layer}' for images of {size}×{size}"
         with pytest.raises(ValueError, match=words):
             build_state(asked, data)
         build_state(replace(asked, dtype="fp32"), data)

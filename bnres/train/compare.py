@@ -12,28 +12,32 @@ from bnres.train.run import Run, epoch_line, prepare, progress_bar, route, run_e
 
 
 def other_threads() -> int:
-    """A number of CPU threads that differs from the current one."""
+    """Returns a number of CPU threads that differs from the current one."""
     return 1 if torch.get_num_threads() > 1 else 2
 
 
 @dataclass
 class Comparison:
-    """Three runs by name: fused layers, stock layers, and stock layers that round differently."""
+    """Three runs by name: with fused layers, with stock layers, and a control.
+
+    Even the losses of two correct programs differ more with every step, because the programs round
+    differently. The control shows how large such a difference is: it has stock layers too, but adds
+    numbers in another order.
+    """
 
     config: TrainConfig
     runs: dict[str, Run]
 
 
 def prepare_comparison(config: TrainConfig) -> Comparison:
-    """Prepares three runs with the same seed: fused, stock, and a control.
+    """Prepares the three runs of a comparison, with the same seed.
 
-    Even in fp32, the losses of two correct programs drift apart with every step, because the
-    programs round differently. The control shows how large this drift is. It is a second run of
-    stock layers that adds numbers in another order. On the CPU it uses another number of threads,
-    and on a GPU it uses the other memory format.
+    To add numbers in another order, the control uses another number of threads on the CPU, and the
+    other memory format on a GPU.
 
     Raises:
-        ValueError: if ``config`` resumes a run, or if `prepare` raises it.
+        ValueError: if ``config`` resumes a run, or if the data, the model and the options don't fit
+            each other.
     """
     if config.resume is not None:
         raise ValueError("compare trains from the start: it can't be combined with resume")
@@ -52,7 +56,7 @@ def on_cpu(config: TrainConfig) -> bool:
 
 
 def run_comparison(comparison: Comparison, console: Console) -> None:
-    """Trains all runs and prints a table. Each run trains one epoch, then the next run does."""
+    """Trains the three runs in turn, one epoch at a time, and prints a table."""
     config, runs = comparison.config, comparison.runs
     threads = torch.get_num_threads()
     results: dict[str, list[TrainResult]] = {name: [] for name in runs}
@@ -71,7 +75,7 @@ def run_comparison(comparison: Comparison, console: Console) -> None:
                 )
     console.print(comparison_table(comparison, results))
     console.print(
-        "Drift: greatest difference between a step's loss and the stock run's; not checked.",
+        "Drift: greatest difference from the stock run's loss at the same step.",
         highlight=False,
     )
 

@@ -1,4 +1,4 @@
-"""Runs a training: its epochs, what it prints, and the files that it writes."""
+"""Trains epoch by epoch, prints progress, and writes the files of the run's folder."""
 
 import errno
 import importlib
@@ -40,7 +40,7 @@ from bnres.train.state import TrainState, build_state
 
 
 class RunEnded(OSError):
-    """Raised when a file can't be read or written. The message says which checkpoint is kept."""
+    """Raised when a file can't be read or written. Its message says which checkpoint is kept."""
 
 
 @dataclass
@@ -55,14 +55,14 @@ class Run:
 def prepare(config: TrainConfig, world: World | None = None) -> Run:
     """Loads the data, builds the model and, for a resumed run, loads the checkpoint.
 
-    Writes no files.
+    No files are written.
 
     Args:
         config: the options of the run.
         world: the processes that train together. By default there is only this one.
 
     Raises:
-        ValueError: if the data, the model, the options or the checkpoint do not fit each other.
+        ValueError: if the data, the model, the options and the checkpoint do not fit each other.
         ModuleNotFoundError: if ``config.tensorboard`` is set but tensorboard is missing. The extra
             ``bnres[tensorboard]`` installs it.
     """
@@ -76,7 +76,7 @@ def prepare(config: TrainConfig, world: World | None = None) -> Run:
 
 
 def route(config: TrainConfig) -> str:
-    """The implementation that computes a run's batch norms, in words."""
+    """Returns in words what computes the batch norms of a run."""
     synchronised = "synchronised " if config.sync_bn else ""
     if not config.fused:
         return f"{synchronised}stock layers"
@@ -89,7 +89,7 @@ def route(config: TrainConfig) -> str:
 
 
 def progress_bar(console: Console) -> Progress:
-    """Returns a progress bar, which is removed at the end and shown only on a terminal."""
+    """Returns a progress bar, which is shown only on a terminal and is removed at the end."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -115,13 +115,13 @@ def run_epoch(
         run: the run. Its state is updated.
         progress: the progress bar.
         label: printed before the progress.
-        folder: folder for the checkpoints that are written during the epoch. If it is None, no
-            checkpoints are written.
-        stop: whether a signal asked the run to stop. It has no effect if ``folder`` is None.
+        folder: folder of the checkpoints that are written during the epoch. If it is None, none are
+            written.
+        stop: whether a signal has asked the run to stop. It has no effect if ``folder`` is None.
 
     Raises:
-        Stopped: if ``stop`` is set before the last batch of the epoch. A checkpoint has been
-            written by then.
+        Stopped: if a signal asked the run to stop before the last batch of the epoch. A checkpoint
+            has then been written.
         NonFiniteLoss: if the loss of a batch is infinite or NaN.
     """
     state, config = run.state, run.config
@@ -135,8 +135,7 @@ def run_epoch(
 
     def on_batch() -> None:
         nonlocal memory
-        # The memory is not reported at each batch, because torch collects about a hundred figures
-        # to report it.
+        # Not at each batch: torch collects about a hundred figures to report the memory.
         if state.batch % LOOK_EVERY == 0 or state.batch == len(run.batches):
             memory = _memory(config)
         images = (state.batch - first) * config.batch_size
@@ -148,7 +147,7 @@ def run_epoch(
         stops = state.world.any(stop is not None and stop.asked)
         due = every and (state.batch // config.accumulate) % every == 0
         if stops or due:
-            look(state)  # infinite or NaN weights must not replace a good checkpoint
+            look(state)  # a checkpoint of infinite or NaN weights must not replace a good one
             save_checkpoint(folder / LAST, state, config)
         if stops:
             raise Stopped
@@ -193,7 +192,7 @@ def _memory(config: TrainConfig) -> str:
 
 
 def epoch_line(row: dict[str, float], epochs: int) -> str:
-    """The line that is printed after an epoch."""
+    """Returns the line that is printed after an epoch."""
     return (
         f"epoch {row['epoch']:.0f}/{epochs}  train loss {row['train_loss']:.4f}  "
         f"train acc {row['train_accuracy']:.2%}  test acc {row['test_accuracy']:.2%}  "
@@ -205,7 +204,7 @@ def fit(run: Run, folder: Path, console: Console) -> None:
     """Trains to the end. After each epoch, writes checkpoints, metrics and curves to ``folder``.
 
     Raises:
-        Stopped: if a signal asked the run to stop. A checkpoint has been written by then.
+        Stopped: if a signal asked the run to stop. A checkpoint has then been written.
         NonFiniteLoss: if the loss is infinite or NaN. Details are written to nonfinite.json.
         RunEnded: if a file can't be written, or the disk has no room for the checkpoints.
     """
@@ -253,7 +252,7 @@ def check_room(folder: Path, checkpoint: int) -> None:
 
     Args:
         folder: the run's folder.
-        checkpoint: size of a checkpoint in bytes.
+        checkpoint: size of one checkpoint in bytes.
     """
     needed, free = 3 * checkpoint, shutil.disk_usage(folder).free
     needed -= sum(
@@ -269,7 +268,7 @@ def check_room(folder: Path, checkpoint: int) -> None:
 
 @contextmanager
 def _says_what_is_kept(folder: Path, resumed: Path | None) -> Iterator[None]:
-    """Inside the context, an OSError also says from which checkpoint the run can be resumed."""
+    """Raises `RunEnded` for an OSError, with the checkpoint from which the run can be resumed."""
     try:
         yield
     except OSError as error:
@@ -284,7 +283,7 @@ def _says_what_is_kept(folder: Path, resumed: Path | None) -> Iterator[None]:
 
 
 def _write(folder: Path, run: Run, is_best: bool) -> None:
-    """Writes the files of an epoch. The last one is last.pt, from which a run is resumed."""
+    """Writes the files of an epoch. last.pt is written last, because a run is resumed from it."""
     config, state = run.config, run.state
     if state.world.is_first:
         write_metrics(folder, state.history)
@@ -296,7 +295,7 @@ def _write(folder: Path, run: Run, is_best: bool) -> None:
 
 
 def facts(state: TrainState) -> dict[str, Any]:
-    """Returns the content of nonfinite.json for a state whose loss is infinite or NaN."""
+    """Returns the content of nonfinite.json, which is written if a loss is infinite or NaN."""
     parameters = [p.detach() for p in state.model.parameters()]
     gradients = [p.grad for p in state.model.parameters() if p.grad is not None]
     return {
@@ -312,5 +311,5 @@ def facts(state: TrainState) -> dict[str, Any]:
 
 
 def _number(value: float) -> float | str:
-    """Returns the value. If JSON has no number for it (infinite or NaN), returns its name."""
+    """Returns a finite value unchanged, and others as text, because JSON can't store them."""
     return value if math.isfinite(value) else str(value)

@@ -24,8 +24,8 @@ def config_of(content: dict[str, Any], **changes: Any) -> TrainConfig:
         changes: options that replace the run's options.
 
     Raises:
-        ValueError: if the checkpoint has an option that this version does not have, or if
-            `TrainConfig` raises it.
+        ValueError: if the checkpoint has an option that this version does not have, or if a value
+            is not allowed.
     """
     saved = content["config"]
     known = {f.name for f in fields(TrainConfig)}
@@ -41,7 +41,7 @@ def load_trained(path: Path, content: dict[str, Any], config: TrainConfig) -> nn
     Args:
         path: the checkpoint, for errors.
         content: the content of the checkpoint.
-        config: the options. They determine the model and the device.
+        config: the options, which name the model and the device.
 
     Raises:
         ValueError: if the weights do not fit the model that ``config`` names.
@@ -58,14 +58,14 @@ def load_trained(path: Path, content: dict[str, Any], config: TrainConfig) -> nn
 
 
 def evaluate_checkpoint(path: Path, **changes: Any) -> tuple[TrainConfig, float, float]:
-    """Returns a checkpoint's options, and its mean loss and accuracy on the held-out set.
+    """Returns a checkpoint's options, and the mean loss and accuracy of its model.
 
     Args:
         path: a checkpoint of ``bnres train``.
         changes: options that replace the run's options, such as ``data``.
 
     Raises:
-        ValueError: if ``path`` is not a checkpoint, or the data or the model does not fit it.
+        ValueError: if ``path`` is not a checkpoint, or if the data or the model does not fit it.
     """
     content = read_checkpoint(path)
     config = config_of(content, sync_bn=False, cuda_graphs=False, **changes)

@@ -1,4 +1,4 @@
-"""Checks that weights fit a model, and reads and writes them as safetensors."""
+"""Sets a model's weights, and reads and writes weights as safetensors."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -66,7 +66,7 @@ def load_weights(path: Path, model: nn.Module, name: str) -> None:
 def as_safetensors(model: nn.Module) -> bytes:
     """Returns a model's parameters and buffers as the content of a safetensors file.
 
-    A tensor that has several keys is written once for each key.
+    A tensor with several keys is written once for each key.
 
     Raises:
         ValueError: if the model has state that is not a tensor.
