@@ -10,7 +10,7 @@ BAD_INPUT, BAD_ENVIRONMENT = 2, 1
 # By module: what to install if the module is missing. It is an extra of bnres, or a package that
 # installs the module.
 EXTRAS = dict.fromkeys(
-    ("matplotlib", "mlxtend", "numpy", "PIL", "pooch", "requests", "safetensors", "sklearn"),
+    ("matplotlib", "mlxtend", "numpy", "PIL", "pooch", "safetensors", "sklearn"),
     "'bnres[train]'",
 ) | {"onnx": "onnxscript", "tensorboard": "'bnres[tensorboard]'"}
 
