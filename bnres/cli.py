@@ -102,7 +102,7 @@ def train(
 
     from bnres.data.download import download_cifar10
     from bnres.train import distributed
-    from bnres.train.compare import prepare_comparison, run_comparison
+    from bnres.train.compare import compare as run_comparison
     from bnres.train.interrupt import Stopped
     from bnres.train.options import make_config
     from bnres.train.run import fit, prepare
@@ -129,7 +129,7 @@ def train(
                     "compare trains fused and stock layers in one process and writes no files; "
                     "it can't be combined with out, no-fused or torchrun"
                 )
-            run_comparison(prepare_comparison(asked), console)
+            run_comparison(asked, console)
             return
         folder = world.from_first(lambda: run_folder(out, asked))
         fit(prepare(replace(asked, device=device), world), folder, console)

@@ -47,14 +47,11 @@ def draw_grid(path: Path, image: Tensor, seed: int = 0) -> None:
     """Writes a picture with two rows of random results for each transform.
 
     Args:
-        path: the PNG file to write, in RGB.
+        path: the PNG file to write.
         image: uint8 (C, H, W).
         seed: seed of the random parameters.
     """
-    import numpy as np
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from PIL import Image
 
     _, height, width = image.shape
     generator = torch.Generator().manual_seed(seed)
@@ -74,8 +71,6 @@ def draw_grid(path: Path, image: Tensor, seed: int = 0) -> None:
         for axes, picture in zip(part.subplots(ROWS, COLUMNS).flat, pictures, strict=True):
             axes.set_axis_off()
             axes.imshow(picture.squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=1)
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
     content = io.BytesIO()
-    Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3]).save(content, "png")
+    figure.savefig(content, format="png")
     write_bytes(path, content.getbuffer())

@@ -25,17 +25,15 @@ class Segment:
     A kernel can apply any number of flips, one crop, one colour change and one normalisation.
 
     Attributes:
-        flips_before: flips before the crop.
+        geometry: the flips and the crop, in order.
         crop: the crop, or None.
-        flips_after: flips after the crop.
         color: the colour operations, or None.
         color_first: whether the colour operations come before the crop.
         scale: the normalisation, or None. It is applied last.
     """
 
-    flips_before: list[Flip] = field(default_factory=list)
+    geometry: list[Flip | Crop] = field(default_factory=list)
     crop: Crop | None = None
-    flips_after: list[Flip] = field(default_factory=list)
     color: Color | None = None
     color_first: bool = False
     scale: Scale | None = None
@@ -50,15 +48,13 @@ class Segment:
 
     def add(self, draw: Draw) -> None:
         """Appends a draw for which `takes` is True."""
-        if isinstance(draw, Flip):
-            # A flip after the crop differs from a flip before it. The order of flips and colour
-            # operations does not matter.
-            (self.flips_before if self.crop is None else self.flips_after).append(draw)
-        elif isinstance(draw, Crop):
+        if isinstance(draw, Flip | Crop):
+            self.geometry.append(draw)
+        if isinstance(draw, Crop):
             self.crop, self.color_first = draw, self.color is not None
         elif isinstance(draw, Color):
             self.color = draw
-        else:
+        elif isinstance(draw, Scale):
             self.scale = draw
 
 
@@ -183,19 +179,17 @@ def geometry_of(
         height, width: size of the images.
     """
     flips = torch.zeros((count, 2), dtype=torch.bool)
-    for flip in part.flips_before:
-        flips[:, 0 if flip.vertical else 1] ^= flip.chosen
     size = (height, width)
-    boxes = torch.tensor([0, 0, height, width]).expand(count, 4).clone()
-    if part.crop is not None:
-        size = part.crop.size
-        boxes = part.crop.boxes.clone()
+    boxes = torch.tensor([0, 0, height, width]).expand(count, 4)
+    for draw in part.geometry:
+        if isinstance(draw, Flip):
+            flips[:, 0 if draw.vertical else 1] ^= draw.chosen
+            continue
+        size, boxes = draw.size, draw.boxes.clone()
         # To crop a flipped image, crop the mirrored box from the original image, then flip.
         for axis, length in ((0, height), (1, width)):
             mirrored = length - boxes[:, 2 + axis] - boxes[:, axis]
             boxes[:, axis] = torch.where(flips[:, axis], mirrored, boxes[:, axis])
-    for flip in part.flips_after:
-        flips[:, 0 if flip.vertical else 1] ^= flip.chosen
     return torch.cat((boxes, flips.long()), 1).int(), size
 
 
