@@ -1,4 +1,4 @@
-"""Data sets: their content, their batches, and errors for damaged files."""
+"""Tests of data sets: their content, their batches, and errors for damaged files."""
 
 import gzip
 import hashlib
@@ -93,7 +93,7 @@ PICTURES = Path(__file__).parent / "fixtures" / "cifar10"
 
 
 def cifar_content():
-    """Images and labels by the names of the published files; the first images are real ones."""
+    """Returns images and labels, by the names of the published files. The first images are real."""
     generator = np.random.default_rng(0)
     names = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
     images = generator.integers(256, size=(len(names) * PER_FILE, 3072), dtype=np.uint8)
@@ -154,7 +154,7 @@ class TestCifar10:
         monkeypatch.setitem(MD5, name, hashlib.md5(archive.read_bytes()).hexdigest())
         for part, data in members.items():
             monkeypatch.setitem(MD5, part.split("/")[1], hashlib.md5(data).hexdigest())
-        binary = kind == "binary"  # these files do not have the published length
+        binary = kind == "binary"  # whose files do not have the published length here
         self.check(load_cifar10(archive, checksum=not binary), content)
         self.check(load_cifar10(tmp_path, checksum=not binary), content)
         archive.unlink()
@@ -453,13 +453,14 @@ class TestFolder:
             load_folder(tmp_path / "b")
 
 
-# Gray values of 8 bits; and of 16 bits, whose lower byte rises from 0 to 255 down the rows.
+# GRAY has values of 8 bits. The values of WIDE have 16 bits: the upper byte is GRAY, and the lower
+# byte rises from 0 to 255 from row to row.
 GRAY = np.tile(np.arange(0, 256, 17, dtype=np.uint8), (16, 1))
 WIDE = (GRAY.astype(np.uint16) << 8) + np.arange(0, 256, 17, dtype=np.uint16)[:, None]
 
 
 def tiff(values, bits, *, kind=1, black=1, order="<"):
-    """An uncompressed gray TIFF; ``kind`` 1 is unsigned, 2 signed, 3 floating."""
+    """Returns an uncompressed gray TIFF. ``kind`` is 1 for unsigned, 2 for signed, 3 for floats."""
     height, width = values.shape
     if bits == 12:
         first, second = values.reshape(-1, 2).T.astype(int)
@@ -483,7 +484,7 @@ def tiff(values, bits, *, kind=1, black=1, order="<"):
 
 
 def pnm(magic, top, values):
-    """A file of the portable anymap formats; P2 is text, the others are binary."""
+    """Returns a file in a portable anymap format. P2 is a text format, the others are binary."""
     head = f"{magic} {values.shape[1]} {values.shape[0]} {top}\n"
     if magic == "P2":
         return (head + " ".join(map(str, values.flatten()))).encode()
@@ -500,7 +501,7 @@ UNIT = GRAY.astype(np.float32) / 255
 
 
 class TestGrayOfMoreBits:
-    """Reads a file of each of pillow's modes that have more than 8 bits."""
+    """Covers each of pillow's gray modes of more than 8 bits."""
 
     @pytest.mark.parametrize(
         ("mode", "content"),

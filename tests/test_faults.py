@@ -1,4 +1,4 @@
-"""Full disks, read-only folders, damaged files: one line, an exit code, and no file is lost."""
+"""Errors of disks and files: the command prints one line, has an exit code, and loses no file."""
 
 import errno
 import os
@@ -22,7 +22,7 @@ from tests.command import run
 from tests.disks import read_only, small_disk
 
 MEGABYTE = 1 << 20
-# A small net on little data: a checkpoint is about 0.4 MB.
+# A checkpoint of this small net has about 0.4 MB.
 TRAIN = ["train", "--model", "lenet-seed", "--batch-size", "8", "--shift", "0"]
 pytestmark = pytest.mark.usefixtures("aten")
 
@@ -76,7 +76,7 @@ def test_training_checks_the_free_space_before_it_starts(tiny, tmp_path):
         stderr = run(*TRAIN, "--epochs", 1, "--out", disk / "run", code=1)
         assert "the checkpoints need 1." in stderr and "there is no checkpoint yet" in stderr
         assert [p.name for p in (disk / "run").iterdir()] == ["config.toml"]
-    # Another run accepts a folder with the files of a run that ended before its first checkpoint.
+    # A run accepts the folder of another run that ended before its first checkpoint.
     out = tmp_path / "run"
     out.mkdir()
     (out / "tensorboard").mkdir()
@@ -119,7 +119,7 @@ def test_resuming_on_a_full_disk_keeps_the_checkpoint(checkpoint, tmp_path):
         stderr = run("train", "--resume", kept, code=1)
         assert "the last good checkpoint is kept" in stderr
         assert kept.read_bytes() == checkpoint.read_bytes()
-        # The checkpoint is in another folder than the run's.
+        # This checkpoint is not in the folder of the run.
         stderr = run("train", "--resume", checkpoint, "--out", disk / "run", code=1)
         assert stderr.endswith(f"continue with: bnres train --resume {checkpoint}\n")
 
@@ -144,7 +144,7 @@ def test_augment_on_a_full_disk(tmp_path):
 
 
 def test_results_on_a_full_disk(tmp_path):
-    """A line that did not fit is dropped; the next run appends after the last complete line."""
+    """An incomplete last line is dropped. The next run continues after the last complete line."""
     disk, record = tmp_path / "disk", {"id": "0", "text": "x" * 1000}
     with small_disk(disk, MEGABYTE // 32):
         results = ResultStore(disk / "results", dict.fromkeys(IDENTITY, "this"))
@@ -202,7 +202,7 @@ def test_missing_and_damaged_checkpoints(command, checkpoint, tmp_path):
     missing = tmp_path / "missing.pt"
     assert run(*command, missing, code=2).endswith(f"there is no file {str(missing)!r}\n")
     data = bytearray(checkpoint.read_bytes())
-    data[len(data) // 2] ^= 1  # in the weights, whose checksum torch does not verify
+    data[len(data) // 2] ^= 1  # in the weights, whose checksum torch.load does not verify
     checkpoint.write_bytes(data)
     wanted = f"bnres: {checkpoint} is damaged, or not a checkpoint of bnres\n"
     assert run(*command, checkpoint, code=2) == wanted
@@ -235,7 +235,7 @@ def same(a, b):
 
 
 def damaged(data: bytes, draw: random.Random) -> bytes:
-    """The data with one byte changed, or truncated."""
+    """Returns the data with one byte changed, or truncated."""
     if draw.random() < 0.3:
         return data[: draw.randrange(len(data))]
     place = draw.randrange(len(data))

@@ -1,4 +1,4 @@
-"""Models named by their factories: training, evaluation, export, and errors."""
+"""Tests of models that are named by their factories."""
 
 import json
 import sys
@@ -22,7 +22,7 @@ OWN = "tests.own_models"
 
 
 def dataset(channels=1, size=8):
-    """Images in two classes: the left half is bright, or the right half."""
+    """Returns images of two classes: either the left half or the right half is bright."""
     torch.manual_seed(0)
     labels = torch.arange(48) % 2
     images = torch.randint(0, 60, (48, channels, size, size), dtype=torch.uint8)
@@ -42,7 +42,7 @@ def tiny(monkeypatch):
 
 @pytest.fixture
 def graphs(monkeypatch):
-    """The graphs that bnres.fuse has rewritten."""
+    """Returns a list to which each graph that bnres.fuse rewrites is appended."""
     calls, original = [], rewrite.fuse_graph
     monkeypatch.setattr(rewrite, "fuse_graph", lambda m: calls.append(m) or original(m))
     return calls
@@ -68,7 +68,7 @@ def test_models_of_torchvision_and_timm():
 
 @pytest.mark.parametrize("fused", [True, False])
 def test_training_equals_the_stock_models(graphs, fused):
-    """bnres.fuse keeps the keys, and changes results only by rounding."""
+    """Fusing keeps the keys, and changes losses only by rounding."""
     found = []
     for each in (fused, False):
         asked = config(f"{OWN}:Net", fused=each, device="cpu")

