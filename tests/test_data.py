@@ -7,7 +7,6 @@ import importlib
 import io
 import os
 import pickle
-import re
 import struct
 import tarfile
 import threading
@@ -38,7 +37,6 @@ from bnres.data.folder import SUFFIXES, ImageFiles
 from bnres.data.images import in_eight_bits, read_image, read_rgb
 from bnres.data.pickles import load_arrays
 from bnres.data.seeds import generator_at
-from tests.command import run
 
 CPU = torch.device("cpu")
 PER_FILE = 6
@@ -361,17 +359,6 @@ class TestFolder:
             batches = StreamedBatches(data, CPU, 4, chain, chain, 0, workers=workers)
             with pytest.raises(CorruptImage, match=rf"^{tmp_path}/train/white/3.png .*image: .*$"):
                 list(batches.train(0))
-
-    @pytest.mark.slow
-    def test_corrupt_image_ends_a_run_in_one_line(self, tmp_path):
-        make_folder(tmp_path)
-        for path in (tmp_path / "train" / "white").iterdir():
-            path.write_bytes(b"no image")
-        line = run(
-            "train", "--dataset", "folder", "--data", tmp_path, "--batch-size", 4, "--workers", 0,
-            "--out", tmp_path / "run", "--crop-size", 32, "--device", "cpu", code=2,
-        )  # fmt: skip
-        assert re.search(r"train/white/\d.png can't be read as an image", line)
 
     def test_finds_the_same_images_as_torchvision(self, tmp_path):
         for split in ("train", "val"):

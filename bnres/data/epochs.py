@@ -15,12 +15,12 @@ from bnres.data.seeds import generator_at
 class EpochBatches(ABC):
     """Batches of a data set.
 
-    A batch depends only on the seed, the epoch, and the number of the batch in the epoch.
+    In a given process, a batch depends only on the seed, the epoch and the number of the batch.
 
     Args:
         dataset: the images.
         device: device on which images are augmented and batches are returned.
-        batch_size: number of images that all processes together have in a batch.
+        batch_size: number of images in a batch, summed over all processes.
         train_augment: augmentation of training images.
         test_augment: augmentation of held-out images.
         seed: seed of the order and of the augmentation.
@@ -31,8 +31,9 @@ class EpochBatches(ABC):
             part of each batch and a part of the held-out images.
 
     Raises:
-        ValueError: if ``batch_size`` is below 2 or above the number of training images, or can't be
-            divided equally among the processes.
+        ValueError: if ``batch_size`` is below 2 or above the number of training images. With several
+            processes, also if it can't be divided equally among them into parts of two or more
+            images, or if ``drop_last`` is False.
     """
 
     def __init__(

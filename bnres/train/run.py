@@ -152,7 +152,8 @@ def run_epoch(
         if stops:
             raise Stopped
 
-    _reset_memory(config)
+    if _on_gpu(config):
+        torch.cuda.reset_peak_memory_stats(config.device)
     result = train_epoch(state, run.batches, config, on_batch)
     state.world.share_buffers(state.model, state.average and state.average.module)
     test_loss, test_accuracy = evaluate(state.evaluated, run.batches, config, state.world)
@@ -176,11 +177,6 @@ def run_epoch(
 
 def _on_gpu(config: TrainConfig) -> bool:
     return torch.device(config.device).type == "cuda"
-
-
-def _reset_memory(config: TrainConfig) -> None:
-    if _on_gpu(config):
-        torch.cuda.reset_peak_memory_stats(config.device)
 
 
 def _peak_memory(config: TrainConfig) -> int:
