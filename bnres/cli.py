@@ -94,7 +94,7 @@ def train(
     ] = False,
     compare: Annotated[
         bool,
-        typer.Option("--compare", help="Train fused and stock layers, and compare. No files."),
+        typer.Option("--compare", help="Train fused and stock layers, and print the results."),
     ] = False,
 ) -> None:
     """Train a model; by default a ResNet-18 on 4,000 images of MNIST."""

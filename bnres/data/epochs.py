@@ -31,9 +31,9 @@ class EpochBatches(ABC):
             part of each batch and a part of the held-out images.
 
     Raises:
-        ValueError: if ``batch_size`` is below 2 or above the number of training images. With several
-            processes, also if it can't be divided equally among them into parts of two or more
-            images, or if ``drop_last`` is False.
+        ValueError: if ``batch_size`` is below 2 or above the number of training images. With more
+            than one process, also if it can't be divided into equal parts of at least two images,
+            or if ``drop_last`` is False.
     """
 
     def __init__(

