@@ -64,7 +64,7 @@ def load_cifar10(path: Path, *, checksum: bool = True) -> ImageDataset:
 
 
 def _read(path: Path, checksum: bool) -> tuple[Path, dict[str, bytes]]:
-    """Returns the archive or folder that holds the data, and its files' contents by name."""
+    """Returns the path of the archive or folder, and the contents of its files by name."""
     if path.is_dir():
         for folder in (path, path / "cifar-10-batches-bin", path / "cifar-10-batches-py"):
             if (folder / BINARY[1]).is_file() or (folder / PYTHON[1]).is_file():

@@ -22,8 +22,8 @@ def _reconstruct(*arguments: Any) -> Any:
     return np.empty(0, np.uint8)
 
 
-# The classes and functions that pickles of CIFAR-10 name, and what is called instead of them. The
-# module of _reconstruct has one name in numpy 1 and another name in numpy 2.
+# The classes and functions that pickles of CIFAR-10 name, and their replacements. The module of
+# _reconstruct has one name in numpy 1 and another name in numpy 2.
 STAND_INS = {
     ("numpy", "ndarray"): None,  # only an argument of _reconstruct, which ignores it
     ("numpy", "dtype"): _dtype,

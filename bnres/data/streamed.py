@@ -32,7 +32,7 @@ class StreamedBatches(EpochBatches):
 
     Args:
         workers: number of processes that decode. If it is 0, the calling process decodes.
-        arguments, options: see `EpochBatches`.
+        arguments, options: arguments of `EpochBatches`.
     """
 
     dataset: FolderDataset

@@ -25,8 +25,8 @@ POOLED = 1 / 4  # outputs of a max-pool of stride 2 for each input element
 # running statistics and the output. It has two launches in backward, for the sums and for dx.
 STOCK_NORM_LAUNCHES = 6
 # A fused operation has two launches for each of its batch norms, which compute partial statistics
-# and combine them. It also has four launches of its own: for the output in forward, and in backward
-# for partial sums, for combining them, and for dx.
+# and combine them. Its other launches are one in forward, for the output, and three in backward,
+# for partial sums, their combination and dx.
 STATISTICS_LAUNCHES, OTHER_LAUNCHES = 2, 4
 
 
@@ -132,7 +132,7 @@ def derive(model: nn.Module, x: torch.Tensor) -> Savings:
 
 
 def _elements(model: nn.Module, x: torch.Tensor) -> dict[str, int]:
-    """Calls a copy of the model. Returns each batch norm's number of elements, by its name."""
+    """Returns the number of elements of each batch norm's output. Calls a copy of the model."""
     found: dict[str, int] = {}
     twin = copy.deepcopy(model)
     for name, module in twin.named_modules():

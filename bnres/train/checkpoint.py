@@ -55,7 +55,7 @@ def save_checkpoint(path: Path, state: TrainState, config: TrainConfig) -> None:
         "average": None if state.average is None else state.average.state_dict(),
         **{name: getattr(state, name).state_dict() for name in STATEFUL},
     }
-    # torch.save aborts the process if it writes to a full disk, so it writes to memory.
+    # torch.save writes to memory, because it aborts the process if it writes to a full disk.
     written = io.BytesIO()
     torch.save(content, written)
     write_bytes(path, written.getbuffer())
@@ -81,9 +81,8 @@ def load_checkpoint(path: Path, state: TrainState, config: TrainConfig) -> None:
         config: the options of the run that resumes it.
 
     Raises:
-        ValueError: if the file is not a checkpoint of bnres, if its run is complete, or if its data
-            or its model do not fit ``state``, or if it has another value of an option that is not
-            in ``FREE``.
+        ValueError: if the file is not a checkpoint of bnres, if its run is complete, if its data or
+            model does not fit ``state``, or if an option that is not in ``FREE`` has another value.
     """
     content = read_checkpoint(path)
     check_same_run(path, content["config"], config.as_dict())

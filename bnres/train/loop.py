@@ -101,7 +101,7 @@ def train_epoch(
 def train_batch(
     state: TrainState, images: Tensor, labels: Tensor, config: TrainConfig, batches: int
 ) -> None:
-    """Runs forward and backward of a batch, and after each group of batches a step.
+    """Runs forward and backward of a batch. The optimiser makes a step after each group of batches.
 
     A group has ``config.accumulate`` batches, or fewer at the end of an epoch.
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from bnres.train.config import DTYPES, TrainConfig
 
 # Number of batches that run before a batch is captured in a CUDA graph. During these batches torch
-# compiles code, selects algorithms and allocates memory, which can't be captured.
+# compiles code, selects algorithms and allocates memory. A graph can't capture these actions.
 WARMUP_BATCHES = 3
 
 
@@ -38,7 +38,7 @@ class Passes:
         Args:
             images, labels: the batch.
             share: number of batches for each step of the optimiser. Before backward the loss is
-                divided by this number, so that the step uses the mean of their gradients.
+                divided by this number, so that the step uses the mean gradient of the batches.
         """
         with autocast(self.config):
             logits = self.forward(images)

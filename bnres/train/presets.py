@@ -37,7 +37,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "flip": True,
         "normalize": False,
     },
-    # The aim is an accuracy of 94%, or 96% with --epochs 60. It was not measured yet.
+    # The aim is an accuracy of 94%, or 96% with --epochs 60. The accuracy was not measured yet.
     "cifar10-fast": {
         **_CIFAR,
         "epochs": 15,

@@ -135,7 +135,7 @@ def run_epoch(
 
     def on_batch() -> None:
         nonlocal memory
-        # Not at each batch: torch collects about a hundred figures to report the memory.
+        # The memory is not read at each batch, because torch then collects about a hundred figures.
         if state.batch % LOOK_EVERY == 0 or state.batch == len(run.batches):
             memory = _memory(config)
         images = (state.batch - first) * config.batch_size
@@ -264,7 +264,7 @@ def check_room(folder: Path, checkpoint: int) -> None:
 
 @contextmanager
 def _says_what_is_kept(folder: Path, resumed: Path | None) -> Iterator[None]:
-    """Raises `RunEnded` for an OSError, with the checkpoint from which the run can be resumed."""
+    """Inside the context, an OSError becomes a `RunEnded`, which says what checkpoint is kept."""
     try:
         yield
     except OSError as error:
@@ -307,5 +307,5 @@ def facts(state: TrainState) -> dict[str, Any]:
 
 
 def _number(value: float) -> float | str:
-    """Returns a finite value unchanged, and others as text, because JSON can't store them."""
+    """Returns the value, but as text if it is infinite or NaN, which JSON can't store."""
     return value if math.isfinite(value) else str(value)
