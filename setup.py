@@ -10,7 +10,6 @@ TRAIN = [
     "numpy>=1.26",
     "pillow>=10",
     "pooch>=1.8",
-    "requests>=2.31",
     "rich>=13",
     "safetensors>=0.4",
     "scikit-learn>=1.4",

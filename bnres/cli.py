@@ -5,7 +5,7 @@ import sys
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 try:
     import typer
@@ -16,31 +16,31 @@ except ModuleNotFoundError as error:
 import bnres
 from bnres.commands import TRACEBACK, Commands
 from bnres.files import check_out
+from bnres.train.config import TrainConfig
 from bnres.train.options import with_config_options
 from bnres.train.outputs import LAST, has_no_checkpoint
 from bnres.train.presets import PRESETS
-
-if TYPE_CHECKING:
-    from bnres.train.config import TrainConfig
 
 app = typer.Typer(
     cls=Commands,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="Batch-normalised residual nets of fused layers.",
+    help="Train and examine residual networks with fused batch norms.",
 )
 
 
-def run_folder(out: Path | None, config: "TrainConfig") -> Path:
+def run_folder(out: Path | None, config: TrainConfig) -> Path:
     """Returns the folder of a run.
 
-    If ``out`` is given, it is the folder of the run. Otherwise, if the run resumes a checkpoint
-    last.pt, the folder of last.pt is the folder of the run. In all other cases it is a new folder
-    in ``runs``.
+    By default it is the folder of the last.pt that the run resumes, or a new folder in ``runs``.
+
+    Args:
+        out: the folder that the user asked for, or None.
+        config: the options of the run.
 
     Raises:
-        ValueError: if ``out`` is in a folder that does not exist, or if ``out`` exists and contains
-            a file that a run does not write before its first checkpoint.
+        ValueError: if the parent of ``out`` does not exist, or if ``out`` exists and is not the
+            folder of a run that ended before its first checkpoint.
     """
     if out is None:
         if config.resume is not None and config.resume.name == LAST:
@@ -67,7 +67,7 @@ def main(
     ] = False,
     traceback: Annotated[
         bool,
-        typer.Option(TRACEBACK, help="Show tracebacks of errors; may also follow a command."),
+        typer.Option(TRACEBACK, help="Show the traceback of an error. Can also follow a command."),
     ] = False,
 ) -> None:
     pass
@@ -85,14 +85,16 @@ def train(
     ] = False,
     out: Annotated[
         Path | None,
-        typer.Option(help="Folder of the run. Default: runs/..., or the resumed last.pt's folder."),
+        typer.Option(
+            help="Folder of the run. Default: a new folder in runs, or that of the resumed last.pt."
+        ),
     ] = None,
     download: Annotated[
-        bool, typer.Option("--download", help="First download cifar10 into --data.")
+        bool, typer.Option("--download", help="Download cifar10 into --data before training.")
     ] = False,
     compare: Annotated[
         bool,
-        typer.Option("--compare", help="Train fused and stock layers side by side; no files."),
+        typer.Option("--compare", help="Train fused and stock layers, and print the results."),
     ] = False,
 ) -> None:
     """Train a model; by default a ResNet-18 on 4,000 images of MNIST."""
@@ -100,7 +102,7 @@ def train(
 
     from bnres.data.download import download_cifar10
     from bnres.train import distributed
-    from bnres.train.compare import prepare_comparison, run_comparison
+    from bnres.train.compare import compare as run_comparison
     from bnres.train.interrupt import Stopped
     from bnres.train.options import make_config
     from bnres.train.run import fit, prepare
@@ -124,10 +126,10 @@ def train(
         if compare:
             if out is not None or not asked.fused or world.size > 1:
                 raise ValueError(
-                    "compare writes no files, trains fused and stock layers, and runs in one "
-                    "process; it can't be combined with out, no-fused or torchrun"
+                    "compare trains fused and stock layers in one process and writes no files; "
+                    "it can't be combined with out, no-fused or torchrun"
                 )
-            run_comparison(prepare_comparison(asked), console)
+            run_comparison(asked, console)
             return
         folder = world.from_first(lambda: run_folder(out, asked))
         fit(prepare(replace(asked, device=device), world), folder, console)
@@ -148,14 +150,14 @@ Checkpoint = Annotated[Path, typer.Argument(help="A checkpoint of bnres train.")
 def evaluate(
     checkpoint: Checkpoint,
     data: Annotated[
-        Path | None, typer.Option(help="Folder of the data. Default: that of training.")
+        Path | None, typer.Option(help="Folder of the data. Default: the same as in training.")
     ] = None,
-    device: Annotated[str, typer.Option(help="Default: the GPU if there is one.")] = "",
+    device: Annotated[str, typer.Option(help="Device. Default: the GPU if there is one.")] = "",
     eval_flip: Annotated[
-        bool | None, typer.Option(help="Average the outputs of an image and its mirror image.")
+        bool | None, typer.Option(help="Average the outputs for an image and its mirror image.")
     ] = None,
 ) -> None:
-    """Print loss and accuracy of a checkpoint on the held-out set."""
+    """Print the loss and the accuracy of a checkpoint on the held-out images."""
     from bnres.train.trained import evaluate_checkpoint
 
     changes: dict[str, Any] = {"device": device}
@@ -172,17 +174,22 @@ def export(
     checkpoint: Checkpoint,
     out: Annotated[
         Path | None,
-        typer.Option(help="File to write. Default: the checkpoint's, with the format's suffix."),
+        typer.Option(
+            help="File to write. Default: the checkpoint's path with the format as suffix."
+        ),
     ] = None,
     size: Annotated[
         int | None,
-        typer.Option(help="Height and width of the images. Default: those of training.", min=1),
+        typer.Option(
+            help="Height and width of the images. Default: the same as in training.", min=1
+        ),
     ] = None,
     folded: Annotated[
-        bool, typer.Option(help="Fold batch norms into convolutions; not for safetensors.")
+        bool, typer.Option(help="Fold batch norms into convolutions. No effect on safetensors.")
     ] = True,
     format: Annotated[
-        str, typer.Option(help="pt2 (torch.export, loads with only torch), onnx, or safetensors.")
+        str,
+        typer.Option(help="pt2 (read by torch.export.load), onnx, or safetensors (only weights)."),
     ] = "pt2",
 ) -> None:
     """Export the model or the weights of a checkpoint for other programs."""
@@ -192,23 +199,18 @@ def export(
     typer.echo(export_checkpoint(checkpoint, out, square, folded=folded, format=format))
 
 
-Model = Annotated[
-    str,
-    typer.Argument(
-        help="Name of a model of bnres, torchvision:NAME, timm:NAME, or PACKAGE.MODULE:FACTORY."
-    ),
-]
+NAMES = "Name of a model of bnres, torchvision:NAME, timm:NAME, or PACKAGE.MODULE:FACTORY."
+Model = Annotated[str, typer.Argument(help=NAMES)]
 Input = Annotated[str | None, typer.Option(help="Shape of the input, such as 1x3x224x224.")]
 
 
 @app.command()
 def summary(model: Model, input: Input = None) -> None:
-    """Print class, output shape and number of parameters of each stage of a model."""
+    """Print the class, output shape and number of parameters of each stage of a model."""
     from bnres.models import create_model, is_factory, summarize
 
     shape = input_shape(model, input)
-    # A factory's model is not fused, because the summary calls the model's stages, and bnres.fuse
-    # fuses only calls of the whole model.
+    # bnres.fuse fuses only calls of the whole model, but the summary calls each stage by itself.
     net = create_model(model, in_channels=shape[1], fused=not is_factory(model))
     typer.echo(summarize(net, shape))
 
@@ -229,15 +231,13 @@ def explain(model: Model, input: Input = None) -> None:
 
 @app.command()
 def doctor(
-    model: Annotated[
-        str | None, typer.Argument(help="Model whose savings are derived; a name as for explain.")
-    ] = None,
+    model: Annotated[str | None, typer.Argument(help=NAMES)] = None,
     input: Input = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Print what is wrong on this machine and how to fix it, and what fusing a model saves.
+    """Print problems of this machine and how to fix them, and what fusing a model saves.
 
-    The exit code is 1 if anything is wrong.
+    The exit code is 1 if there is a problem.
     """
     from bnres.doctor import diagnose
 
@@ -266,13 +266,13 @@ def tune(
     minutes: Annotated[
         float,
         typer.Option(
-            help="Start no measurement after this time. The longest convolutions come first."
+            help="Start no measurement after this many minutes. Long convolutions come first."
         ),
     ] = math.inf,
 ) -> None:
     """Measure bnres's convolution kernel and torch's convolution on this GPU.
 
-    The times are saved in a table. For each measured shape bnres then uses the faster of the two.
+    The times are saved in a table. bnres then uses the faster of the two for each measured shape.
     """
     import torch
 
@@ -318,13 +318,13 @@ def tune(
 
 @app.command()
 def augment(
-    image: Annotated[str, typer.Argument(help="An image file, or the name of a data set.")],
+    image: Annotated[str, typer.Argument(help="Image file, or name of a data set.")],
     out: Annotated[Path, typer.Option(help="PNG file to write.")] = Path("grid.png"),
     seed: Annotated[
         int, typer.Option(help="Seed of the random parameters.", min=0, max=2**63 - 1)
     ] = 0,
 ) -> None:
-    """Draw what each augmentation does to an image, eight times each."""
+    """Draw eight random results of each augmentation of an image."""
     from bnres.augment.grid import LARGEST_SIDE, draw_grid
     from bnres.data import PACKAGED
     from bnres.data.images import read_image
@@ -345,30 +345,20 @@ def input_shape(model: str, asked: str | None, batch: int = 1) -> tuple[int, int
 
     Args:
         model: name of the model.
-        asked: the shape as text, or None.
-        batch: number of images in the default shape.
+        asked: the shape as text, such as ``"1x3x224x224"``, or None.
+        batch: number of images in the usual shape.
 
     Raises:
-        ValueError: if `parse_shape` raises it.
+        ValueError: if ``asked`` is not four positive integers separated by x.
     """
     from bnres.models import DEFAULT_INPUT_SHAPE, INPUT_SHAPES
 
-    if asked is not None:
-        return parse_shape(asked)
-    _, *image = INPUT_SHAPES.get(model, DEFAULT_INPUT_SHAPE)
-    channels, height, width = image
-    return batch, channels, height, width
-
-
-def parse_shape(text: str) -> tuple[int, int, int, int]:
-    """Parses a shape such as ``"1x3x224x224"``.
-
-    Raises:
-        ValueError: if the text is not four positive integers separated by x.
-    """
-    parts = text.split("x")
+    if asked is None:
+        _, channels, height, width = INPUT_SHAPES.get(model, DEFAULT_INPUT_SHAPE)
+        return batch, channels, height, width
+    parts = asked.split("x")
     if len(parts) != 4 or not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise ValueError(f"input must be four sizes such as 1x3x224x224, got {text!r}")
+        raise ValueError(f"input must be four sizes such as 1x3x224x224, got {asked!r}")
     n, channels, height, width = map(int, parts)
     return n, channels, height, width
 

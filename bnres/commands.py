@@ -1,4 +1,4 @@
-"""Commands that print an error as one line."""
+"""The group of the commands of ``bnres``."""
 
 import sys
 from collections.abc import Sequence

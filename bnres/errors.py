@@ -7,10 +7,10 @@ import torch
 # The exit code is 2 if the user's input is wrong. It is 1 for any other error, for example if a
 # file can't be written, memory runs out or a package is missing.
 BAD_INPUT, BAD_ENVIRONMENT = 2, 1
-# For each module, this is the package to install if the module is missing. The package is an extra
-# of bnres, or another package that includes the module.
+# By module: what to install if the module is missing. It is an extra of bnres, or a package that
+# installs the module.
 EXTRAS = dict.fromkeys(
-    ("matplotlib", "mlxtend", "numpy", "PIL", "pooch", "requests", "safetensors", "sklearn"),
+    ("matplotlib", "mlxtend", "numpy", "PIL", "pooch", "safetensors", "sklearn"),
     "'bnres[train]'",
 ) | {"onnx": "onnxscript", "tensorboard": "'bnres[tensorboard]'"}
 
@@ -39,12 +39,12 @@ def describe(error: BaseException) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """Returns the first line of an error's message.
+    """Returns the first line of an error's message, or two lines if the first ends with a colon.
 
-    If this line is a single word, the name of the error's class is put before it.
+    If the message is a single word, the name of the error's class is put before it.
     """
     if type(error).__module__.startswith("torch._dynamo") and error.__cause__ is not None:
-        # The first line of Dynamo's error only says where the original error was raised.
+        # The first line of Dynamo's error only says where its cause was raised.
         error = error.__cause__
     lines = [line.strip() for line in str(error).strip().splitlines()]
     if not lines:

@@ -19,13 +19,12 @@ if not torch.cuda.is_available():
 # pytest-xdist starts a worker for each core.
 torch.set_num_threads(1)
 
-# A GPU may round the operands of fp32 convolutions to TF32 and may sum in any order. These are
-# torch's older switches: setting them also sets the newer ones, ``fp32_precision``, but not vice
-# versa.
+# A GPU may round the operands of fp32 convolutions to TF32, and may add in any order. These older
+# switches of torch also set the newer ones, ``fp32_precision``. The newer ones don't set the older.
 torch.backends.cudnn.allow_tf32 = False
 torch.backends.cuda.matmul.allow_tf32 = False
 torch.backends.cudnn.deterministic = True
-# torch reads it at its first matrix product, and requires it in its deterministic mode.
+# torch's deterministic mode requires this variable, which torch reads at the first matrix product.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
@@ -36,8 +35,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
-    # Not earlier: while pytest configures plugins, one may still select compiled kernels, and
-    # triton reads TRITON_INTERPRET when it is imported.
+    # triton reads TRITON_INTERPRET when it is imported. Until here a plugin may still change the
+    # variable, to select compiled kernels.
     from bnres.kernels.interpreter import is_interpreting
 
     try:
@@ -58,7 +57,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 @pytest.fixture(autouse=True)
 def not_deterministic() -> Iterator[None]:
-    """Resets torch's deterministic mode, which a deterministic training run sets globally."""
+    """Resets torch's deterministic mode, which a training run sets for the whole process."""
     yield
     torch.use_deterministic_algorithms(False)
 
@@ -83,7 +82,7 @@ def route(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> "ImageDataset":
-    """Returns a tiny data set, which the commands load instead of any other."""
+    """Returns a tiny data set. The commands load it instead of the one that they are asked for."""
     from bnres.data.dataset import make_dataset
 
     torch.manual_seed(0)

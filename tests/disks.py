@@ -1,6 +1,6 @@
-"""Folders that are full or read-only: by mounts if the user may mount, else by limits.
+"""Makes a folder small or read-only, by a mount if the user may mount.
 
-The limits are on the size of a file, and permissions.
+Without a mount, the size of each file is limited, or the folder's permissions are changed.
 """
 
 import resource
@@ -12,7 +12,10 @@ from pathlib import Path
 
 @contextmanager
 def small_disk(folder: Path, size: int) -> Iterator[None]:
-    """Inside, ``folder`` has room for ``size`` bytes; without mounts, each file has."""
+    """Inside the context, the files in ``folder`` may have ``size`` bytes.
+
+    With a mount this limits all files together, otherwise each file.
+    """
     folder.mkdir()
     if _mount("-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)):
         try:
@@ -30,9 +33,9 @@ def small_disk(folder: Path, size: int) -> Iterator[None]:
 
 @contextmanager
 def read_only(folder: Path) -> Iterator[None]:
-    """Inside, nothing can be written to ``folder``.
+    """Inside the context, nothing can be written to ``folder``.
 
-    Permissions do not restrict root, so a mount is tried first.
+    A mount is tried first, because permissions do not restrict root.
     """
     if _mount("--bind", str(folder), str(folder)):
         subprocess.run(["mount", "-o", "remount,ro,bind", str(folder)], check=True)

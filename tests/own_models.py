@@ -1,4 +1,4 @@
-"""Factories of models, named on the command line as ``tests.own_models:NAME``."""
+"""Factories of models. The command line names them ``tests.own_models:NAME``."""
 
 import os
 import signal
@@ -53,7 +53,7 @@ def frozen(num_classes: int) -> nn.Module:
 
 
 class Dies(Net):
-    """A model that kills the process of rank 1 in batch DIES_AT, if torchrun has not restarted."""
+    """Kills the process of rank 1 in training batch $DIES_AT, unless torchrun has restarted it."""
 
     def __init__(self, num_classes: int) -> None:
         super().__init__(num_classes, 1)

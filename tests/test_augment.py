@@ -1,23 +1,24 @@
-"""Augmentation: values and distributions are torchvision's, with the kernels and with ATen."""
+"""Compares augmentation by the kernels and by ATen with torchvision."""
 
 import importlib
 import math
 
 import pytest
 import torch
-from typer.testing import CliRunner
 
 from benchmarks.torchvision_import import torchvision
-from bnres import augment, cli, use_backend
+from bnres import augment, use_backend
 from bnres.augment import transforms as bt
 from bnres.augment.segments import segments, size_of
 from bnres.data.images import read_image
+from tests.command import run
 from tests.device import DEVICE
 
 v2 = importlib.import_module(f"{torchvision.__name__}.transforms.v2")
 F = v2.functional
 
-# torchvision too computes in fp32, but sums taps and gray values in another order.
+# Tolerances. torchvision computes in fp32 too, but it adds the weighted pixels of a resize and the
+# gray values of an image in another order.
 GEOMETRY, COLOR = 1e-5, 1e-4
 ROUTES = ("aten", "kernels")
 
@@ -130,7 +131,7 @@ class TestValues:
     def test_single_colours(self, route, amounts):
         x = images(6, 3, 8, 8)
         x[0] = 0.25  # gray has no hue
-        x[1, 1] = x[1, 0]  # two channels may both be the greatest
+        x[1, 1] = x[1, 0]  # in some pixels, two channels are the greatest
         self.check(route, [augment.ColorJitter(*amounts)], x, COLOR)
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -176,7 +177,7 @@ NAN, INF = float("nan"), float("inf")
 
 
 class TestNotFinite:
-    """NaN and infinity reach the same pixels as in torchvision."""
+    """NaN and infinity spread to the same pixels as in torchvision."""
 
     def check(self, route, draws, x, tolerance):
         actual = bt.apply_draws(x.to(route), draws).cpu()
@@ -186,7 +187,7 @@ class TestNotFinite:
         return actual
 
     def images(self, value, channels=3, size=(9, 9)):
-        """Images with ``value`` at one position of one channel; the last image is finite."""
+        """Returns images with ``value`` in one channel of one pixel. The last image is finite."""
         places = [(0, 0), (4, 5), (size[0] - 1, size[1] - 1), (2, size[1] - 1)]
         x = images(len(places) + 1, channels, *size)
         for index, (row, col) in enumerate(places):
@@ -216,7 +217,7 @@ class TestNotFinite:
 
     @pytest.mark.parametrize("value", [INF, -INF])
     def test_hue_of_infinity_is_nan(self, route, value):
-        """All channels become NaN; torchvision casts the undefined hue to int, so only one does."""
+        """All channels become NaN. In torchvision only one does: it casts the NaN hue to int."""
         x = self.images(value)
         y = augment.ColorJitter(hue=(0.2, 0.2))(x.to(route)).cpu()
         assert torch.equal(y.isnan(), x.isinf().any(1, keepdim=True).expand_as(x))
@@ -231,7 +232,7 @@ class TestNotFinite:
         draws = augment.Compose(chain).draws(*size_of(x), generator)
         y = self.check(route, draws, x, COLOR)
         assert y[-1].isfinite().all()
-        # If colours come first, contrast spreads the NaN before the crop removes its pixel.
+        # If colours come first, contrast spreads the NaN before the crop can remove it.
         assert y.isnan().any() or order == "crop first"
 
     @pytest.mark.parametrize("value", [NAN, INF])
@@ -269,7 +270,7 @@ class TestNotFinite:
 
     @pytest.mark.parametrize("side", [64, 65])
     def test_both_ways_to_resize(self, route, side):
-        """With ATen, images up to size 64 are resized by matrix products, others one by one."""
+        """With ATen, images up to 64×64 are resized by matrix products, and others one by one."""
         x = self.images(NAN, size=(side, side))
         draws = [bt.Crop(torch.tensor([[0, 2, side, 30]]).expand(len(x), 4), (6, 5), True)]
         y = self.check(route, draws, x, GEOMETRY)
@@ -287,7 +288,7 @@ def test_an_image_is_read_once_and_written_once(order):
     x = images(4, 3, 16, 16, torch.uint8)
     with count_traffic() as traffic:
         y = compose(x)
-    # If colours come first, contrast's mean needs a read of the whole image before the crop.
+    # If colours come first, the whole image is read twice: contrast needs its mean.
     reads = 1 if order == "crop first" else 2
     assert traffic.lanes == reads * x.numel() + y.numel() * 2
     with count_traffic() as traffic:
@@ -319,13 +320,13 @@ def test_a_transform_is_a_chain_of_one():
 
 
 COUNT = 4000
-# Two samples of COUNT draws from one distribution have a greater Kolmogorov-Smirnov distance than
-# this with probability 1e-6: sqrt(-ln(1e-6 / 2) / COUNT).
+# The Kolmogorov-Smirnov distance of two samples of COUNT draws from one distribution exceeds this
+# limit with probability 1e-6.
 DISTANCE = math.sqrt(-math.log(1e-6 / 2) / COUNT)
 
 
 def distance(a, b):
-    """The Kolmogorov-Smirnov distance of two samples."""
+    """Returns the Kolmogorov-Smirnov distance of two samples."""
     a, b = a.double().sort().values, b.double().sort().values
     at = torch.cat((a, b))
     below = [torch.searchsorted(s, at, right=True) / len(s) for s in (a, b)]
@@ -416,21 +417,15 @@ def test_other_steps_are_refused():
         augment.Compose([v2.ToTensor()])
 
 
+@pytest.mark.usefixtures("aten")
 class TestPicture:
-    @pytest.fixture(autouse=True)
-    def aten(self):
-        """The command augments on the CPU, and the interpreter is slow at a picture's size."""
-        with use_backend("aten"):
-            yield
-
     def test_of_a_photo_and_of_a_data_set(self, tmp_path):
         pillow = importlib.import_module("PIL.Image")
         photo = tmp_path / "photo.png"
         pillow.fromarray(images(1, 3, 60, 90, torch.uint8)[0].permute(1, 2, 0).numpy()).save(photo)
         for source in (str(photo), "digits"):
             out = tmp_path / f"{len(source)}.png"
-            result = CliRunner().invoke(cli.app, ["augment", source, "--out", str(out)])
-            assert result.exit_code == 0, result.output
+            run("augment", source, "--out", out)
             with pillow.open(out) as picture:
                 assert picture.size[0] == 640 and picture.size[1] > 1000
 
@@ -444,7 +439,6 @@ class TestPicture:
     @pytest.mark.parametrize("name", ["nothing", "text.png"])
     def test_bad_image(self, tmp_path, name):
         (tmp_path / "text.png").write_text("no picture")
-        path = tmp_path / name
         out = tmp_path / "grid.png"
-        result = CliRunner().invoke(cli.app, ["augment", str(path), "--out", str(out)])
-        assert result.exit_code == 2 and "image" in result.output and not out.exists()
+        line = run("augment", tmp_path / name, "--out", out, code=2)
+        assert "image" in line and not out.exists()

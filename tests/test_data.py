@@ -1,4 +1,4 @@
-"""Data sets: their content, their batches, and errors for damaged files."""
+"""Tests of data sets: their content, their batches, and errors for damaged files."""
 
 import gzip
 import hashlib
@@ -7,7 +7,6 @@ import importlib
 import io
 import os
 import pickle
-import re
 import struct
 import tarfile
 import threading
@@ -17,12 +16,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from typer.testing import CliRunner
 
 from benchmarks.torchvision_import import torchvision
-from bnres import use_backend
 from bnres.augment import Compose, Normalize, RandomCrop
-from bnres.cli import app
 from bnres.data import (
     Batches,
     CorruptImage,
@@ -44,13 +40,7 @@ from bnres.data.seeds import generator_at
 
 CPU = torch.device("cpu")
 PER_FILE = 6
-
-
-@pytest.fixture(autouse=True)
-def aten():
-    """Avoids the slow interpreter; other tests cover the kernels."""
-    with use_backend("aten"):
-        yield
+pytestmark = pytest.mark.usefixtures("aten")
 
 
 class TestPackaged:
@@ -101,7 +91,7 @@ PICTURES = Path(__file__).parent / "fixtures" / "cifar10"
 
 
 def cifar_content():
-    """Images and labels by the names of the published files; the first images are real ones."""
+    """Returns images and labels, by the names of the published files. The first images are real."""
     generator = np.random.default_rng(0)
     names = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
     images = generator.integers(256, size=(len(names) * PER_FILE, 3072), dtype=np.uint8)
@@ -162,7 +152,7 @@ class TestCifar10:
         monkeypatch.setitem(MD5, name, hashlib.md5(archive.read_bytes()).hexdigest())
         for part, data in members.items():
             monkeypatch.setitem(MD5, part.split("/")[1], hashlib.md5(data).hexdigest())
-        binary = kind == "binary"  # these files do not have the published length
+        binary = kind == "binary"  # whose files do not have the published length here
         self.check(load_cifar10(archive, checksum=not binary), content)
         self.check(load_cifar10(tmp_path, checksum=not binary), content)
         archive.unlink()
@@ -217,9 +207,7 @@ class TestCifar10:
         content = cifar_content()
         content["test_batch"][1][4] = 10
         archive = pack(tmp_path / "a.tar.gz", files(kind, content))
-        with pytest.raises(
-            ValueError, match=r"test_batch.*: the label of image 4 must be from 0 to 9, got 10"
-        ):
+        with pytest.raises(ValueError, match=r"test: labels must be from 0 to 9, .* to 10"):
             load_cifar10(archive, checksum=False)
 
     def test_no_data(self, kind, tmp_path):
@@ -251,33 +239,28 @@ class TestPickles:
             load_cifar10(archive, checksum=False)
         assert not trap.exists()
 
-    @pytest.mark.parametrize("protocol", range(6))
+    # Protocol 5 uses a function that is not permitted.
+    @pytest.mark.parametrize("protocol", range(5))
     def test_arrays_are_read(self, protocol):
         array = np.arange(6, dtype=np.uint8).reshape(2, 3)
-        if protocol < 5:  # protocol 5 uses a function that is not permitted
-            found = load_arrays(pickle.dumps({b"data": array}, protocol), "here")
-            assert torch.equal(found[b"data"], torch.from_numpy(array))
+        found = load_arrays(pickle.dumps({b"data": array}, protocol), "here")
+        assert np.array_equal(found[b"data"], array)
 
-    @pytest.mark.parametrize(
-        "array", [np.zeros(3), np.array([None]), np.asfortranarray(np.zeros((2, 3), np.uint8))],
-        ids=["floats", "objects", "fortran"],
-    )  # fmt: skip
+    @pytest.mark.parametrize("array", [np.zeros(3), np.array([None])], ids=["floats", "objects"])
     def test_other_arrays_are_refused(self, array):
         with pytest.raises(ValueError, match="can't be unpickled: arrays must be of uint8"):
             load_arrays(pickle.dumps({b"data": array}, 2), "here")
 
-    def test_forged_state_is_refused(self):
+    @pytest.mark.parametrize("shape", [(9,), (2**62, 4), (-1,)])
+    def test_forged_shape_is_refused(self, shape):
         class Forged:
             def __reduce__(self):
                 from numpy._core.multiarray import _reconstruct
 
-                return (
-                    _reconstruct,
-                    (np.ndarray, (0,), b"b"),
-                    (1, (9,), np.dtype("u1"), False, b"x"),
-                )
+                state = (1, shape, np.dtype("u1"), False, b"x")
+                return _reconstruct, (np.ndarray, (0,), b"b"), state
 
-        with pytest.raises(ValueError, match=r"an array of shape \(9,\) has 1 bytes"):
+        with pytest.raises(ValueError, match="here can't be unpickled"):
             load_arrays(pickle.dumps({b"data": Forged()}, 2), "here")
 
     def test_other_content(self):
@@ -288,24 +271,18 @@ class TestPickles:
 class TestDownload:
     @pytest.fixture
     def server(self):
-        """Serves ``content`` with ranges; the first response ends after ``limit`` bytes."""
-        for package in ("pooch", "requests"):
-            pytest.importorskip(package, reason=f"downloads need {package}")
+        """Serves ``content``. The first response ends after ``limit`` bytes."""
+        pytest.importorskip("pooch", reason="downloads need pooch")
 
         class Handler(http.server.BaseHTTPRequestHandler):
-            content, limit, asked = b"", None, []
+            content, limit, count = b"", None, 0
 
             def do_GET(self):
-                start = 0
-                wanted = self.headers.get("Range")
-                Handler.asked.append(wanted)
-                if wanted:
-                    start = int(wanted.removeprefix("bytes=").rstrip("-"))
-                body = Handler.content[start:]
-                self.send_response(206 if wanted else 200)
-                self.send_header("Content-Length", str(len(body)))
+                Handler.count += 1
+                self.send_response(200)
+                self.send_header("Content-Length", str(len(Handler.content)))
                 self.end_headers()
-                self.wfile.write(body if Handler.limit is None else body[: Handler.limit])
+                self.wfile.write(Handler.content[: Handler.limit])
                 Handler.limit = None
 
             def log_message(self, *arguments):
@@ -319,20 +296,17 @@ class TestDownload:
         served.shutdown()
         served.server_close()
 
-    def test_an_interrupted_download_is_resumed(self, server, tmp_path):
-        content = cifar_content()
-        server.content = pack(tmp_path / "a", files("binary", content)).read_bytes()
+    def test_an_interrupted_download_starts_again(self, server, tmp_path):
+        server.content = pack(tmp_path / "a", files("binary", cifar_content())).read_bytes()
         md5 = hashlib.md5(server.content).hexdigest()
         server.limit = len(server.content) // 2
         with pytest.raises(ValueError, match=r"download of .* failed"):
             download_cifar10(tmp_path / "data", server.url, md5)
         found = download_cifar10(tmp_path / "data", server.url, md5)
         assert found.read_bytes() == server.content
-        first, second = server.asked
-        assert first is None and 0 < int(second[6:-1]) <= len(server.content) // 2
         assert [p.name for p in (tmp_path / "data").iterdir()] == ["cifar-10-binary.tar.gz"]
         assert download_cifar10(tmp_path / "data", server.url, md5) == found
-        assert len(server.asked) == 2
+        assert server.count == 2
 
     def test_wrong_checksum_leaves_nothing(self, server, tmp_path):
         server.content = b"something else"
@@ -385,20 +359,6 @@ class TestFolder:
             batches = StreamedBatches(data, CPU, 4, chain, chain, 0, workers=workers)
             with pytest.raises(CorruptImage, match=rf"^{tmp_path}/train/white/3.png .*image: .*$"):
                 list(batches.train(0))
-
-    @pytest.mark.slow
-    def test_corrupt_image_ends_a_run_in_one_line(self, tmp_path):
-        make_folder(tmp_path)
-        for path in (tmp_path / "train" / "white").iterdir():
-            path.write_bytes(b"no image")
-        arguments = (
-            f"train --dataset folder --data {tmp_path} --batch-size 4 --workers 0 --out "
-            f"{tmp_path / 'run'} --epochs 1 --shift 0 --crop-size 32 --device cpu"
-        )
-        result = CliRunner().invoke(app, arguments.split())
-        assert result.exit_code == 2
-        assert re.search(r"train/white/\d.png can't be read as an image", result.stderr)
-        assert "Traceback" not in result.stderr
 
     def test_finds_the_same_images_as_torchvision(self, tmp_path):
         for split in ("train", "val"):
@@ -480,13 +440,14 @@ class TestFolder:
             load_folder(tmp_path / "b")
 
 
-# Gray values of 8 bits; and of 16 bits, whose lower byte rises from 0 to 255 down the rows.
+# GRAY has values of 8 bits. The values of WIDE have 16 bits: the upper byte is GRAY, and the lower
+# byte rises from 0 to 255 from row to row.
 GRAY = np.tile(np.arange(0, 256, 17, dtype=np.uint8), (16, 1))
 WIDE = (GRAY.astype(np.uint16) << 8) + np.arange(0, 256, 17, dtype=np.uint16)[:, None]
 
 
 def tiff(values, bits, *, kind=1, black=1, order="<"):
-    """An uncompressed gray TIFF; ``kind`` 1 is unsigned, 2 signed, 3 floating."""
+    """Returns an uncompressed gray TIFF. ``kind`` is 1 for unsigned, 2 for signed, 3 for floats."""
     height, width = values.shape
     if bits == 12:
         first, second = values.reshape(-1, 2).T.astype(int)
@@ -510,7 +471,7 @@ def tiff(values, bits, *, kind=1, black=1, order="<"):
 
 
 def pnm(magic, top, values):
-    """A file of the portable anymap formats; P2 is text, the others are binary."""
+    """Returns a file in a portable anymap format. P2 is a text format, the others are binary."""
     head = f"{magic} {values.shape[1]} {values.shape[0]} {top}\n"
     if magic == "P2":
         return (head + " ".join(map(str, values.flatten()))).encode()
@@ -527,7 +488,7 @@ UNIT = GRAY.astype(np.float32) / 255
 
 
 class TestGrayOfMoreBits:
-    """Reads a file of each of pillow's modes that have more than 8 bits."""
+    """Covers each of pillow's gray modes of more than 8 bits."""
 
     @pytest.mark.parametrize(
         ("mode", "content"),

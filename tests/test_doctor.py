@@ -1,4 +1,4 @@
-"""`bnres doctor`: every finding occurs; derived figures agree with those of the benchmarks."""
+"""Tests of ``bnres doctor``: every finding, and the savings, which the benchmarks know too."""
 
 import json
 import os
@@ -174,7 +174,7 @@ def test_cache_folder(monkeypatch, tmp_path, variable):
 
 @contextmanager
 def another_user():
-    """Inside, permissions apply; they do not restrict root."""
+    """Inside the context, permissions restrict the process, even if it was started by root."""
     root = os.geteuid() == 0
     if root:
         os.seteuid(65534)
@@ -198,7 +198,7 @@ def test_cache_folder_in_a_folder_without_permissions(monkeypatch, tmp_path, var
 
 
 def test_a_user_without_a_home(monkeypatch):
-    """As in a container: HOME is not set, and the user id is not in /etc/passwd."""
+    """As in some containers, HOME is not set, and the user id is not in /etc/passwd."""
     monkeypatch.delenv("HOME")
     monkeypatch.delenv("TRITON_HOME", raising=False)
     monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
@@ -228,7 +228,7 @@ def test_cache_folders_are_those_of_triton_and_inductor(monkeypatch, tmp_path):
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
     for variable in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"):
-        monkeypatch.setenv(variable, "")  # cache_dir sets a variable; monkeypatch restores it
+        monkeypatch.setenv(variable, "")  # so that monkeypatch also undoes what cache_dir sets
         monkeypatch.delenv(variable)
     monkeypatch.setenv("TRITON_HOME", str(tmp_path))
     found = checks.cache_folders()
@@ -239,7 +239,9 @@ def test_cache_folders_are_those_of_triton_and_inductor(monkeypatch, tmp_path):
 def test_namespace_package(monkeypatch, tmp_path):
     (tmp_path / "bnres").mkdir()
     monkeypatch.chdir(tmp_path)
-    assert checks.check_namespace() is None  # a package later on the path precedes mere folders
+    assert (
+        checks.check_namespace() is None
+    )  # a package precedes a folder, even if later on the path
     finder_only = [p for p in sys.path if not Path(p, "bnres").is_dir()]
     monkeypatch.setattr(sys, "path", finder_only)
     assert checks.check_namespace() == Finding(

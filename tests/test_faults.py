@@ -1,4 +1,4 @@
-"""Full disks, read-only folders, damaged files: one line, an exit code, and no file is lost."""
+"""Errors of disks and files: the command prints one line, has an exit code, and loses no file."""
 
 import errno
 import os
@@ -8,22 +8,22 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from typer.testing import CliRunner
 
 from benchmarks.environment import IDENTITY
 from benchmarks.store import ResultStore, load
-from bnres import cli, files
+from bnres import files
+from bnres.cli import app
 from bnres.errors import report
 from bnres.train import TrainConfig, build_state, train_epoch
 from bnres.train import run as training
 from bnres.train.checkpoint import checkpoint_bytes, read_checkpoint, save_checkpoint
 from bnres.train.config import read_config
+from tests.command import run
 from tests.disks import read_only, small_disk
 
 MEGABYTE = 1 << 20
-# A small net on little data: a checkpoint is about 0.4 MB.
+# A checkpoint of this small net has about 0.4 MB.
 TRAIN = ["train", "--model", "lenet-seed", "--batch-size", "8", "--shift", "0"]
-runner = CliRunner()
 pytestmark = pytest.mark.usefixtures("aten")
 
 
@@ -35,14 +35,6 @@ def checkpoint(tiny, tmp_path):
     state, _ = build_state(config, tiny)
     save_checkpoint(path, state, config)
     return path
-
-
-def run(*arguments, code=0):
-    result = runner.invoke(cli.app, [*map(str, arguments)])
-    assert result.exit_code == code, result.output
-    if code:
-        assert result.stderr.count("\n") == 1, result.stderr
-    return result.stderr if code else result.output
 
 
 def test_a_file_is_written_completely_or_not_at_all(tmp_path):
@@ -84,7 +76,7 @@ def test_training_checks_the_free_space_before_it_starts(tiny, tmp_path):
         stderr = run(*TRAIN, "--epochs", 1, "--out", disk / "run", code=1)
         assert "the checkpoints need 1." in stderr and "there is no checkpoint yet" in stderr
         assert [p.name for p in (disk / "run").iterdir()] == ["config.toml"]
-    # Another run accepts a folder with the files of a run that ended before its first checkpoint.
+    # A run accepts the folder of another run that ended before its first checkpoint.
     out = tmp_path / "run"
     out.mkdir()
     (out / "tensorboard").mkdir()
@@ -127,7 +119,7 @@ def test_resuming_on_a_full_disk_keeps_the_checkpoint(checkpoint, tmp_path):
         stderr = run("train", "--resume", kept, code=1)
         assert "the last good checkpoint is kept" in stderr
         assert kept.read_bytes() == checkpoint.read_bytes()
-        # The checkpoint is in another folder than the run's.
+        # This checkpoint is not in the folder of the run.
         stderr = run("train", "--resume", checkpoint, "--out", disk / "run", code=1)
         assert stderr.endswith(f"continue with: bnres train --resume {checkpoint}\n")
 
@@ -144,9 +136,7 @@ def test_augment_on_a_full_disk(tmp_path):
     Image.new("RGB", (64, 48), (200, 90, 30)).save(tmp_path / "picture.png")
     run("augment", tmp_path / "picture.png", "--out", tmp_path / "grid.png")
     with Image.open(tmp_path / "grid.png") as grid:
-        assert grid.mode == "RGB" and (200, 90, 30) in {
-            color for _, color in grid.getcolors(1 << 20)
-        }
+        assert (200, 90, 30) in {color for _, color in grid.convert("RGB").getcolors(1 << 20)}
     disk = tmp_path / "disk"
     with small_disk(disk, MEGABYTE // 128):
         run("augment", tmp_path / "picture.png", "--out", disk / "grid.png", code=1)
@@ -154,7 +144,7 @@ def test_augment_on_a_full_disk(tmp_path):
 
 
 def test_results_on_a_full_disk(tmp_path):
-    """A line that did not fit is dropped; the next run appends after the last complete line."""
+    """An incomplete last line is dropped. The next run continues after the last complete line."""
     disk, record = tmp_path / "disk", {"id": "0", "text": "x" * 1000}
     with small_disk(disk, MEGABYTE // 32):
         results = ResultStore(disk / "results", dict.fromkeys(IDENTITY, "this"))
@@ -203,8 +193,8 @@ def test_a_dead_worker_ends_the_run_in_one_line(tmp_path, monkeypatch):
 
 
 def test_traceback_on_request(tmp_path):
-    result = runner.invoke(cli.app, ["eval", str(tmp_path / "missing.pt"), "--traceback"])
-    assert isinstance(result.exception, ValueError)
+    with pytest.raises(ValueError, match="there is no file"):
+        app(["eval", str(tmp_path / "missing.pt"), "--traceback"])
 
 
 @pytest.mark.parametrize("command", [["eval"], ["export"], ["train", "--resume"]], ids=" ".join)
@@ -212,21 +202,20 @@ def test_missing_and_damaged_checkpoints(command, checkpoint, tmp_path):
     missing = tmp_path / "missing.pt"
     assert run(*command, missing, code=2).endswith(f"there is no file {str(missing)!r}\n")
     data = bytearray(checkpoint.read_bytes())
-    data[len(data) // 2] ^= 1  # in the weights, whose checksum torch does not verify
+    data[len(data) // 2] ^= 1  # in the weights, whose checksum torch.load does not verify
     checkpoint.write_bytes(data)
     wanted = f"bnres: {checkpoint} is damaged, or not a checkpoint of bnres\n"
     assert run(*command, checkpoint, code=2) == wanted
 
 
 def test_checkpoint_of_a_model_that_has_changed(checkpoint):
-    """The line names the weight."""
     content = torch.load(checkpoint, weights_only=True)
     content["model"]["more"] = torch.zeros(1)
     torch.save(content, checkpoint)
-    line = f"{checkpoint} has the key 'more', which model 'lenet-seed' does not have\n"
+    reason = "does not fit model 'lenet-seed': Unexpected key(s) in state_dict: \"more\".\n"
     for command in (["eval"], ["export"]):
-        assert run(*command, checkpoint, code=2) == f"bnres: {line}"
-    assert run("train", "--resume", checkpoint, code=2) == f"bnres: resume: {line}"
+        assert run(*command, checkpoint, code=2) == f"bnres: {checkpoint} {reason}"
+    assert run("train", "--resume", checkpoint, code=2) == f"bnres: resume: {checkpoint} {reason}"
 
 
 def test_out_of_memory_is_not_reported_as_damage(checkpoint, monkeypatch):
@@ -246,7 +235,7 @@ def same(a, b):
 
 
 def damaged(data: bytes, draw: random.Random) -> bytes:
-    """The data with one byte changed, or truncated."""
+    """Returns the data with one byte changed, or truncated."""
     if draw.random() < 0.3:
         return data[: draw.randrange(len(data))]
     place = draw.randrange(len(data))

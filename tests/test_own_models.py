@@ -1,14 +1,11 @@
-"""Models named by their factories: training, evaluation, export, and errors."""
+"""Tests of models that are named by their factories."""
 
 import json
 import sys
 
 import pytest
 import torch
-from torch import nn
-from typer.testing import CliRunner
 
-import bnres
 from benchmarks.torchvision_import import torchvision
 from bnres import cli
 from bnres.data.dataset import make_dataset
@@ -18,14 +15,14 @@ from bnres.train import TrainConfig, build_state, evaluate, train_epoch
 from bnres.train.checkpoint import read_checkpoint
 from bnres.train.options import make_config
 from tests import own_models
+from tests.command import run
 
-runner = CliRunner()
 pytestmark = pytest.mark.usefixtures("aten")
 OWN = "tests.own_models"
 
 
 def dataset(channels=1, size=8):
-    """Images in two classes: the left half is bright, or the right half."""
+    """Returns images of two classes: either the left half or the right half is bright."""
     torch.manual_seed(0)
     labels = torch.arange(48) % 2
     images = torch.randint(0, 60, (48, channels, size, size), dtype=torch.uint8)
@@ -45,7 +42,7 @@ def tiny(monkeypatch):
 
 @pytest.fixture
 def graphs(monkeypatch):
-    """The graphs that bnres.fuse has rewritten."""
+    """Returns a list to which each graph that bnres.fuse rewrites is appended."""
     calls, original = [], rewrite.fuse_graph
     monkeypatch.setattr(rewrite, "fuse_graph", lambda m: calls.append(m) or original(m))
     return calls
@@ -53,14 +50,6 @@ def graphs(monkeypatch):
 
 def config(model, **options):
     return TrainConfig(**{"epochs": 2, "batch_size": 8, "shift": 0, "model": model, **options})
-
-
-def run(*arguments, code=0):
-    result = runner.invoke(cli.app, [*map(str, arguments)])
-    assert result.exit_code == code, result.output
-    if code:
-        assert result.stderr.count("\n") == 1, result.stderr
-    return result.stderr if code else result.output
 
 
 @pytest.mark.parametrize("name", ["Net", "gray", "by_chans"])
@@ -79,7 +68,7 @@ def test_models_of_torchvision_and_timm():
 
 @pytest.mark.parametrize("fused", [True, False])
 def test_training_equals_the_stock_models(graphs, fused):
-    """bnres.fuse keeps the keys, and changes results only by rounding."""
+    """Fusing keeps the keys, and changes losses only by rounding."""
     found = []
     for each in (fused, False):
         asked = config(f"{OWN}:Net", fused=each, device="cpu")
@@ -248,9 +237,3 @@ def test_averaged_models_are_fused(graphs):
     assert graphs
     stock, batches = build_state(config(f"{OWN}:Net", fused=False, device="cpu"), dataset())
     assert loss == pytest.approx(evaluate(stock.model, batches, asked)[0], abs=1e-5)
-
-
-def test_fusing_keeps_keys_and_class():
-    model = create_model(f"{OWN}:Net", num_classes=2, in_channels=1)
-    assert list(model.state_dict()) == list(bnres.unfuse(model).state_dict())
-    assert isinstance(model, nn.Module) and type(model) is own_models.Net

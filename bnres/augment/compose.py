@@ -1,4 +1,4 @@
-"""Composes transforms into a chain."""
+"""Chains of transforms."""
 
 from collections.abc import Sequence
 
@@ -15,25 +15,25 @@ OUTPUT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 class Compose:
     """A chain of transforms of a batch, with random parameters for each image.
 
-    ``compose(images, generator)`` takes images (N, C, H, W) with 1 or 3 channels. They are either
-    uint8 or floating point from 0 to 1. It draws from ``generator``, a CPU generator, or by default
-    from torch's global generator. The results agree with `torchvision.transforms.v2` on float
-    images. They have no gradient.
+    ``compose(images, generator)`` augments images (N, C, H, W) with 1 or 3 channels, which are
+    either uint8 or floating point from 0 to 1. Random parameters are drawn from ``generator``, a
+    CPU generator, or by default from torch's global generator. The results agree with
+    `torchvision.transforms.v2` on float images. They have no gradient.
 
     One kernel computes flips, one crop and one `ColorJitter`, in any order, followed by one
     `Normalize`. A second crop or jitter, or a step after `Normalize`, needs a second kernel. If the
-    jitter comes before the crop, contrast uses the mean of the whole image. Otherwise it uses the
-    mean of the crop.
+    jitter comes before the crop, contrast depends on the mean of the whole image, otherwise on the
+    mean of the cropped image.
 
     Args:
-        transforms: the steps of the chain. A `Compose` among them is replaced by its steps.
+        transforms: the steps of the chain. A step can be another `Compose`.
         dtype: dtype of the output: fp32, fp16 or bf16. Computation is in fp32.
-        memory_format: memory format of the output. By default it is the memory format of the input.
+        memory_format: memory format of the output. By default it is that of the input.
 
     Raises:
         TypeError: if a step is not a transform of `bnres.augment`.
-        ValueError: if ``dtype`` is not one of these three. A call also raises it if the input is
-            not a batch of images, or if a step does not accept the input.
+        ValueError: if ``dtype`` is another dtype. A call also raises it if the input is not a batch
+            of images, or if a step does not accept the input.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class Compose:
         return self.apply(images, self.draws(*size_of(images), generator))
 
     def apply(self, images: Tensor, draws: Sequence[Draw]) -> Tensor:
-        """Applies the chain with the parameters that `draws` returned for a batch of this size."""
+        """Applies the chain to a batch, with the parameters that `draws` returned for its size."""
         return apply_draws(images, draws, self.dtype, self.memory_format)
 
     def __repr__(self) -> str:

@@ -10,8 +10,8 @@ class Flip:
     """Flips some images.
 
     Attributes:
-        chosen: bool (N,). It says whether each image is flipped.
-        vertical: whether to flip along the height instead of the width.
+        chosen: bool (N,): whether an image is flipped.
+        vertical: whether top and bottom are exchanged, instead of left and right.
     """
 
     chosen: Tensor
@@ -23,10 +23,10 @@ class Crop:
     """Crops each image.
 
     Attributes:
-        boxes: int64 (N, 4). A row has the top, left, height and width of an image's box. A box may
-            extend beyond the image. Pixels outside the image are zero.
+        boxes: int64 (N, 4): the top, left, height and width of each image's box. A box may extend
+            beyond its image. Pixels outside the image are zero.
         size: height and width of the output.
-        resizes: whether boxes are resized to ``size``. If it is False, all boxes have this size.
+        resizes: whether boxes are resized to ``size``. If False, all boxes already have this size.
     """
 
     boxes: Tensor
@@ -36,13 +36,15 @@ class Crop:
 
 @dataclass(frozen=True)
 class Color:
-    """Changes colours by four operations. `bnres.kernels.augment_plan` defines their numbers.
+    """Changes the brightness, contrast, saturation and hue of each image.
+
+    Each of these four operations has a number, which `bnres.kernels.augment_plan` defines.
 
     Attributes:
-        numbers: int64 (N, 4). A row has the numbers of the operations for an image, in the order in
-            which they are applied. NO_OPERATION replaces an operation that is left out.
-        factors: fp64 (N, 4). A row has the factors of the operations for an image. The column is
-            the operation's number.
+        numbers: int64 (N, 4): for each image, the operations in the order in which they are
+            applied. NO_OPERATION stands for an operation that is left out.
+        factors: fp64 (N, 4): ``factors[i, k]`` is the factor of operation k for image i. For the
+            hue it is a shift.
     """
 
     numbers: Tensor
@@ -51,7 +53,7 @@ class Color:
 
 @dataclass(frozen=True)
 class Scale:
-    """Computes (x − mean)/std, where each channel has its mean and its std."""
+    """Computes (x − mean)/std, with one mean and one std for each channel."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]

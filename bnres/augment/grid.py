@@ -1,4 +1,4 @@
-"""Draws a picture with eight random results of each transform on one image."""
+"""Draws a picture of eight random results of each transform of an image."""
 
 import io
 from pathlib import Path
@@ -17,15 +17,19 @@ from bnres.augment.transforms import (
 from bnres.files import write_bytes
 
 ROWS, COLUMNS = 2, 4
-# This is the side of the crop divided by the shorter side of the image. The d2l.ai course crops
-# photos to 200×200. The sides of these photos have 300 to 480 pixels.
+# Side of the crop divided by the shorter side of the image. It is similar in the d2l.ai course,
+# which crops photos with sides of 300 to 480 pixels to 200×200.
 CROP_SHARE = 0.5
 LARGEST_SIDE = 400
 PICTURE_INCHES, TITLE_INCHES = 1.6, 0.35
 
 
 def course_transforms(height: int, width: int) -> dict[str, Compose]:
-    """Returns the transforms of the d2l.ai course and their composition, for an image's size."""
+    """Returns the transforms of the d2l.ai course, and a chain of them, by name.
+
+    Args:
+        height, width: size of the image. The crop depends on it.
+    """
     side = max(round(CROP_SHARE * min(height, width)), 1)
     crop = RandomResizedCrop(side, scale=(0.3, 0.8), ratio=(0.5, 2))
     jitter = ColorJitter(brightness=0.5, contrast=0.2, saturation=0.6, hue=0.4)
@@ -40,17 +44,14 @@ def course_transforms(height: int, width: int) -> dict[str, Compose]:
 
 
 def draw_grid(path: Path, image: Tensor, seed: int = 0) -> None:
-    """Writes a picture that has, for each transform, eight random results in two rows.
+    """Writes a picture with two rows of random results for each transform.
 
     Args:
-        path: the PNG file to write, in RGB.
+        path: the PNG file to write.
         image: uint8 (C, H, W).
         seed: seed of the random parameters.
     """
-    import numpy as np
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from PIL import Image
 
     _, height, width = image.shape
     generator = torch.Generator().manual_seed(seed)
@@ -70,8 +71,6 @@ def draw_grid(path: Path, image: Tensor, seed: int = 0) -> None:
         for axes, picture in zip(part.subplots(ROWS, COLUMNS).flat, pictures, strict=True):
             axes.set_axis_off()
             axes.imshow(picture.squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=1)
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
     content = io.BytesIO()
-    Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3]).save(content, "png")
+    figure.savefig(content, format="png")
     write_bytes(path, content.getbuffer())

@@ -1,7 +1,7 @@
-"""Applies the random parameters of a chain of transforms in as few kernels as possible.
+"""Applies a chain of transforms in as few kernels as possible.
 
-The parameters of one transform for a batch of images are called a *draw*. Usually one kernel is
-enough. With some orders of the transforms, several kernels are needed.
+A *draw* is the random parameters of one transform for all images of a batch. One kernel can apply
+the draws of most chains. Some orders of the transforms need several kernels.
 """
 
 from collections.abc import Sequence
@@ -25,23 +25,21 @@ class Segment:
     A kernel can apply any number of flips, one crop, one colour change and one normalisation.
 
     Attributes:
-        flips_before: flips before the crop.
+        geometry: the flips and the crop, in order.
         crop: the crop, or None.
-        flips_after: flips after the crop.
         color: the colour operations, or None.
         color_first: whether the colour operations come before the crop.
         scale: the normalisation, or None. It is applied last.
     """
 
-    flips_before: list[Flip] = field(default_factory=list)
+    geometry: list[Flip | Crop] = field(default_factory=list)
     crop: Crop | None = None
-    flips_after: list[Flip] = field(default_factory=list)
     color: Color | None = None
     color_first: bool = False
     scale: Scale | None = None
 
     def takes(self, draw: Draw) -> bool:
-        """Whether one kernel can apply this segment's draws and then ``draw``."""
+        """Whether one kernel can apply the draws of this segment, followed by ``draw``."""
         if self.scale is not None:
             return False
         if isinstance(draw, Crop):
@@ -49,15 +47,14 @@ class Segment:
         return not isinstance(draw, Color) or self.color is None
 
     def add(self, draw: Draw) -> None:
-        """Appends a draw, which `takes` must have accepted."""
-        if isinstance(draw, Flip):
-            # The order of flips and crop must be kept. Flips and colour operations commute.
-            (self.flips_before if self.crop is None else self.flips_after).append(draw)
-        elif isinstance(draw, Crop):
+        """Appends a draw for which `takes` is True."""
+        if isinstance(draw, Flip | Crop):
+            self.geometry.append(draw)
+        if isinstance(draw, Crop):
             self.crop, self.color_first = draw, self.color is not None
         elif isinstance(draw, Color):
             self.color = draw
-        else:
+        elif isinstance(draw, Scale):
             self.scale = draw
 
 
@@ -99,10 +96,11 @@ def apply_draws(
         images: (N, C, H, W) with 1 or 3 channels, uint8 or floating point from 0 to 1.
         draws: the draws of the chain's steps, in order.
         dtype: dtype of the output.
-        memory_format: memory format of the output. By default it is the memory format of the input.
+        memory_format: memory format of the output. By default it is that of the input.
 
     Raises:
-        ValueError: if ``images`` is not a batch of images, or if `prepare_draws` raises it.
+        ValueError: if ``images`` is not a batch of images, or if a normalisation has another number
+            of channels than ``images``.
     """
     size_of(images)
     images = images.detach()
@@ -129,7 +127,13 @@ def _memory_format(images: Tensor) -> torch.memory_format:
 def prepare_draws(
     images: Tensor, part: Segment, dtype: torch.dtype, memory_format: torch.memory_format
 ) -> tuple[AugmentPlan, AugmentDraws]:
-    """Returns the kernel's arguments for a segment. Tensors are on the device of the images.
+    """Returns the arguments with which the kernel applies a segment.
+
+    Args:
+        images: the images. The returned tensors are on their device.
+        part: the segment.
+        dtype: dtype of the kernel's output.
+        memory_format: memory format of the kernel's output.
 
     Raises:
         ValueError: if the normalisation and the images have different numbers of channels.
@@ -164,26 +168,28 @@ def _to(t: Tensor, device: torch.device) -> Tensor:
 def geometry_of(
     part: Segment, count: int, height: int, width: int
 ) -> tuple[Tensor, tuple[int, int]]:
-    """Returns the box and the flips of each image, int32 (N, 6), and the size of the output.
+    """Returns `AugmentDraws.geometry`, int32 (N, 6), and the height and width of the output.
 
-    `AugmentDraws.geometry` describes the columns. The kernel first crops the box from the source
-    image, then flips the box.
+    A row of the geometry is an image's box and flips. The kernel first crops, then flips. If the
+    chain flips first, the box is mirrored.
+
+    Args:
+        part: the segment.
+        count: number of images.
+        height, width: size of the images.
     """
     flips = torch.zeros((count, 2), dtype=torch.bool)
-    for flip in part.flips_before:
-        flips[:, 0 if flip.vertical else 1] ^= flip.chosen
     size = (height, width)
-    boxes = torch.tensor([0, 0, height, width]).expand(count, 4).clone()
-    if part.crop is not None:
-        size = part.crop.size
-        boxes = part.crop.boxes.clone()
-        # A crop of a flipped image is computed in another order: the mirrored box is cropped from
-        # the original image, then the result is flipped.
+    boxes = torch.tensor([0, 0, height, width]).expand(count, 4)
+    for draw in part.geometry:
+        if isinstance(draw, Flip):
+            flips[:, 0 if draw.vertical else 1] ^= draw.chosen
+            continue
+        size, boxes = draw.size, draw.boxes.clone()
+        # To crop a flipped image, crop the mirrored box from the original image, then flip.
         for axis, length in ((0, height), (1, width)):
             mirrored = length - boxes[:, 2 + axis] - boxes[:, axis]
             boxes[:, axis] = torch.where(flips[:, axis], mirrored, boxes[:, axis])
-    for flip in part.flips_after:
-        flips[:, 0 if flip.vertical else 1] ^= flip.chosen
     return torch.cat((boxes, flips.long()), 1).int(), size
 
 

@@ -1,7 +1,7 @@
-"""torchvision's random transforms. The random parameters differ from image to image of a batch.
+"""torchvision's random transforms, for batches. Each image has its own random parameters.
 
-A transform only draws its parameters. `bnres.augment.segments` applies the parameters of a whole
-chain of transforms. Parameters are drawn on the CPU, so that they are the same for every device.
+A transform only draws its parameters. `bnres.augment.segments` then applies the parameters of a
+whole chain. They are drawn on the CPU, so that they do not depend on the device of the images.
 """
 
 from abc import ABC, abstractmethod
@@ -19,10 +19,10 @@ TRIES = 10
 
 
 class Transform(ABC):
-    """A step of a chain of transforms. A transform can also be called as a chain of one step.
+    """A step of a chain of transforms. It can also be called by itself.
 
-    ``transform(images, generator)`` takes images (N, C, H, W) with 1 or 3 channels. They are either
-    uint8 or floating point from 0 to 1. It returns images in fp32. See `bnres.augment.Compose`.
+    ``transform(images, generator)`` is the same as ``Compose([transform])(images, generator)``. See
+    `bnres.augment.Compose`.
     """
 
     @abstractmethod
@@ -32,6 +32,10 @@ class Transform(ABC):
     def __call__(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         return apply_draws(images, [self.draw(*size_of(images), generator)])
 
+    def __repr__(self) -> str:
+        options = ", ".join(f"{name}={value}" for name, value in vars(self).items())
+        return f"{type(self).__name__}({options})"
+
 
 def _uniform(
     shape: tuple[int, ...], low: float, high: float, generator: torch.Generator | None
@@ -40,7 +44,7 @@ def _uniform(
 
 
 def _integers(limits: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Draws for each limit a uniform integer from 0 to limit - 1."""
+    """Draws a uniform integer from 0 to limit - 1 for each element of ``limits``."""
     return (_uniform(tuple(limits.shape), 0, 1, generator) * limits).long()
 
 
@@ -69,9 +73,6 @@ class _RandomFlip(Transform):
     def draw(self, count: int, height: int, width: int, generator: torch.Generator | None) -> Flip:
         return Flip(_uniform((count,), 0, 1, generator) < self.p, self.vertical)
 
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}(p={self.p})"
-
 
 class RandomHorizontalFlip(_RandomFlip):
     """Flips left and right with probability ``p``, as torchvision's transform of this name does."""
@@ -88,9 +89,9 @@ class RandomVerticalFlip(_RandomFlip):
 class RandomResizedCrop(Transform):
     """Crops a box of random area and shape, and resizes the box to ``size``.
 
-    The resize is bilinear and antialiased. The boxes are drawn as
-    `torchvision.transforms.v2.RandomResizedCrop` draws them: if ten random boxes do not fit into
-    the image, the largest central box of a permitted ratio is used.
+    The resize is bilinear and antialiased. As in `torchvision.transforms.v2.RandomResizedCrop`, the
+    first of ten random boxes that fits into the image is used. If none of them fits, the box is the
+    largest central box whose ratio is permitted.
 
     Args:
         size: size of the output, as one integer or as (height, width).
@@ -115,7 +116,7 @@ class RandomResizedCrop(Transform):
         shape = (count, TRIES)
         area = height * width * _uniform(shape, *self.scale, generator)
         ratio = _uniform(shape, log(self.ratio[0]), log(self.ratio[1]), generator).exp()
-        # torchvision uses Python's round, which rounds halves to even, as torch.round does.
+        # Both torch.round and Python's round, which torchvision uses, round halves to even.
         w, h = (area * ratio).sqrt().round().long(), (area / ratio).sqrt().round().long()
         valid = (w > 0) & (w <= width) & (h > 0) & (h <= height)
         first = valid.int().argmax(1, keepdim=True)
@@ -129,7 +130,7 @@ class RandomResizedCrop(Transform):
         return Crop(torch.stack((top, left, h, w), 1), self.size, True)
 
     def _central(self, height: int, width: int) -> tuple[int, int]:
-        """The height and width of the largest box whose ratio is permitted."""
+        """Returns the height and width of the largest box whose ratio is permitted."""
         low, high = self.ratio
         if width / height < low:
             return max(round(width / low), 1), width
@@ -137,19 +138,16 @@ class RandomResizedCrop(Transform):
             return height, max(round(height * high), 1)
         return height, width
 
-    def __repr__(self) -> str:
-        return f"RandomResizedCrop(size={self.size}, scale={self.scale}, ratio={self.ratio})"
-
 
 class RandomCrop(Transform):
     """Pads images with zeros, then crops a box of ``size`` at a random position.
 
-    `torchvision.transforms.v2.RandomCrop` does the same.
+    The positions are distributed as in `torchvision.transforms.v2.RandomCrop`.
 
     Args:
         size: size of the output, as one integer or as (height, width).
-        padding: number of zeros on each side. It is one integer for all sides, (left and right, top
-            and bottom), or (left, top, right, bottom).
+        padding: number of zeros on each side: one integer for all sides, a pair (left and right,
+            top and bottom), or (left, top, right, bottom).
 
     Raises:
         ValueError: if ``size`` is below 1 or ``padding`` below 0. A call also raises it if the
@@ -179,15 +177,12 @@ class RandomCrop(Transform):
         boxes = torch.cat((offsets, torch.tensor(self.size).expand(count, 2)), 1)
         return Crop(boxes, self.size, False)
 
-    def __repr__(self) -> str:
-        return f"RandomCrop(size={self.size}, padding={self.padding})"
-
 
 class CenterCrop(Transform):
     """Crops a box of ``size`` from the centre of an image.
 
-    `torchvision.transforms.v2.CenterCrop` does the same, but also pads images that are smaller than
-    ``size``. This transform does not pad.
+    Unlike `torchvision.transforms.v2.CenterCrop`, it does not pad images that are smaller than
+    ``size``.
 
     Args:
         size: size of the output, as one integer or as (height, width).
@@ -205,12 +200,9 @@ class CenterCrop(Transform):
             raise ValueError(
                 f"size must be at most the images' size {(height, width)}, got {self.size}"
             )
-        # As in torchvision, Python's round is used. It rounds halves to even.
+        # torchvision rounds halves to even too.
         top, left = round((height - self.size[0]) / 2), round((width - self.size[1]) / 2)
         return Crop(torch.tensor([top, left, *self.size]).expand(count, 4), self.size, False)
-
-    def __repr__(self) -> str:
-        return f"CenterCrop(size={self.size})"
 
 
 Amount = float | Sequence[float] | None
@@ -223,10 +215,10 @@ class ColorJitter(Transform):
     change images of one channel.
 
     Args:
-        brightness, contrast, saturation: (least, greatest) factor, or a number v. The number v
-            means (max(0, 1 - v), 1 + v). By default nothing changes.
-        hue: (least, greatest) shift of the hue, or a number v. Both shifts are from -0.5 to 0.5,
-            where 1 is a full turn. The number v means (-v, v). By default nothing changes.
+        brightness, contrast, saturation: (least, greatest) factor, or a number v, which means
+            (max(0, 1 - v), 1 + v). By default nothing changes.
+        hue: (least, greatest) shift of the hue, or a number v, which means (-v, v). A shift is from
+            -0.5 to 0.5, where 1 is a full turn. By default nothing changes.
 
     Raises:
         ValueError: if a number is negative, or if a range is out of bounds or not ascending. A call
@@ -260,10 +252,6 @@ class ColorJitter(Transform):
             else:
                 factors[:, number] = _uniform((count,), *limits, generator)
         return Color(order, factors)
-
-    def __repr__(self) -> str:
-        names = ("brightness", "contrast", "saturation", "hue")
-        return f"ColorJitter({', '.join(f'{n}={getattr(self, n)}' for n in names)})"
 
 
 def _jitter_range(
@@ -308,6 +296,3 @@ class Normalize(Transform):
 
     def draw(self, count: int, height: int, width: int, generator: torch.Generator | None) -> Scale:
         return Scale(self.mean, self.std)
-
-    def __repr__(self) -> str:
-        return f"Normalize(mean={self.mean}, std={self.std})"

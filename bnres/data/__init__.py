@@ -5,15 +5,14 @@ from pathlib import Path
 from bnres.data.batches import Batches
 from bnres.data.cifar10 import load_cifar10
 from bnres.data.dataset import ImageDataset, make_dataset
-from bnres.data.digits import load_digits
 from bnres.data.epochs import EpochBatches
 from bnres.data.folder import FolderDataset, load_folder
 from bnres.data.images import CorruptImage
-from bnres.data.mnist5k import load_mnist5k
+from bnres.data.packaged import load_digits, load_mnist5k, load_synthetic
 from bnres.data.streamed import StreamedBatches
-from bnres.data.synthetic import load_synthetic
 
-# These are the data sets by name. For a data set in ON_DISK the user gives the path of the files.
+# The loaders of the data sets that need no files, by name. For the data sets in ON_DISK the user
+# gives the path of the files.
 PACKAGED = {
     "mnist5k": load_mnist5k,
     "digits": load_digits,
@@ -36,7 +35,7 @@ def load_dataset(
 
     Raises:
         ValueError: if the name is unknown, if ``data`` is missing, if ``data`` is given for a data
-            set that does not need it, or if the data set's loader rejects the files.
+            set that does not need it, or if the files are not valid.
     """
     if name not in DATASETS:
         raise ValueError(f"dataset must be one of {', '.join(DATASETS)}, got {name!r}")

@@ -5,10 +5,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# At most this many images are summed at once, which limits the memory for their fp64 copies.
-CHUNK = 4096
-SPLIT_SEED = 0
-
 
 @dataclass(frozen=True)
 class ImageDataset:
@@ -31,6 +27,14 @@ class ImageDataset:
     test_labels: Tensor
     mean: tuple[float, ...]
     std: tuple[float, ...]
+
+    @property
+    def train_count(self) -> int:
+        return len(self.train_labels)
+
+    @property
+    def test_count(self) -> int:
+        return len(self.test_labels)
 
     @property
     def classes(self) -> int:
@@ -84,27 +88,15 @@ def make_dataset(
 
 
 def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Returns the mean and standard deviation of each channel of uint8 images scaled to 0 to 1."""
-    channels = images.shape[1]
-    total, squares = (torch.zeros(channels, dtype=torch.float64) for _ in range(2))
-    for chunk in images.split(CHUNK):
-        values = chunk.double()
-        total += values.sum((0, 2, 3))
-        squares += values.square().sum((0, 2, 3))
-    count = images.numel() // channels
-    mean = total / count
-    std = ((squares / count - mean.square()) * count / (count - 1)).sqrt()
-    return tuple((mean / 255).tolist()), tuple((std / 255).tolist())
+    """Returns the mean and standard deviation of each channel of uint8 images (N, C, H, W).
 
-
-def split_dataset(
-    name: str, class_names: tuple[str, ...], images: Tensor, labels: Tensor, per_class: int
-) -> ImageDataset:
-    """Returns a data set that holds out ``per_class`` images of each class, always the same."""
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(SPLIT_SEED))
-    members = [order[labels[order] == label] for label in labels.unique()]
-    train = torch.cat([indices[per_class:] for indices in members])
-    test = torch.cat([indices[:per_class] for indices in members])
-    return make_dataset(
-        name, class_names, (images[train], labels[train]), (images[test], labels[test])
-    )
+    Both are for pixel values scaled to the range 0 to 1.
+    """
+    values = torch.arange(256, dtype=torch.float64) / 255
+    # counts[c, v] is how often the value v occurs in channel c.
+    counts = torch.stack([c.flatten().bincount(minlength=256) for c in images.unbind(1)]).double()
+    n = counts.sum(1)
+    mean = counts @ values / n
+    squares = (values - mean[:, None]).square()
+    std = ((counts * squares).sum(1) / (n - 1)).sqrt()
+    return tuple(mean.tolist()), tuple(std.tolist())

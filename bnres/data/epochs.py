@@ -1,4 +1,4 @@
-"""Base class of batches. It sets their number, order, augmentation and division by process."""
+"""The base class of batches. It orders and augments images, and divides them among processes."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -7,48 +7,51 @@ import torch
 from torch import Tensor
 
 from bnres.augment import Compose
+from bnres.data.dataset import ImageDataset
+from bnres.data.folder import FolderDataset
 from bnres.data.seeds import generator_at
 
 
 class EpochBatches(ABC):
-    """Batches of a data set. A batch depends only on the seed, the epoch and its number in it.
+    """Batches of a data set.
+
+    In a given process, a batch depends only on the seed, the epoch and the number of the batch.
 
     Args:
-        name: name of the data set, for errors.
-        train_count: number of training images.
-        test_count: number of held-out images.
-        batch_size: number of images in a batch, over all processes.
+        dataset: the images.
+        device: device on which images are augmented and batches are returned.
+        batch_size: number of images in a batch, summed over all processes.
         train_augment: augmentation of training images.
         test_augment: augmentation of held-out images.
         seed: seed of the order and of the augmentation.
         drop_last: whether to leave out the last batch of a training epoch if it is smaller than the
             others. If the last batch has only one image, it is always left out, because batch norm
             does not accept it.
-        shard: a tuple of the number of this process and the number of processes. Each process gets
-            its part of each batch and of the held-out images.
+        shard: the number of this process, from 0, and the number of processes. Each process gets a
+            part of each batch and a part of the held-out images.
 
     Raises:
-        ValueError: if ``batch_size`` is below 2 or above ``train_count``, or can't be divided
-            equally among the processes.
+        ValueError: if ``batch_size`` is below 2 or above the number of training images. With more
+            than one process, also if it can't be divided into equal parts of at least two images,
+            or if ``drop_last`` is False.
     """
 
     def __init__(
         self,
-        name: str,
-        train_count: int,
-        test_count: int,
+        dataset: ImageDataset | FolderDataset,
+        device: torch.device,
         batch_size: int,
         train_augment: Compose,
         test_augment: Compose,
         seed: int,
-        drop_last: bool,
-        shard: tuple[int, int],
+        drop_last: bool = True,
+        shard: tuple[int, int] = (0, 1),
     ) -> None:
         parts = shard[1]
-        if not 2 <= batch_size <= train_count:
+        if not 2 <= batch_size <= dataset.train_count:
             raise ValueError(
-                f"batch_size must be from 2 to {train_count}, the number of training images of "
-                f"{name}, got {batch_size}"
+                f"batch_size must be from 2 to {dataset.train_count}, the number of training "
+                f"images of {dataset.name}, got {batch_size}"
             )
         if parts > 1 and (batch_size % parts or batch_size < 2 * parts or not drop_last):
             raise ValueError(
@@ -56,7 +59,9 @@ class EpochBatches(ABC):
                 f"{2 * parts}, and drop_last must be True, got batch_size={batch_size}, "
                 f"drop_last={drop_last}"
             )
-        self.train_count, self.test_count, self.batch_size = train_count, test_count, batch_size
+        self.dataset: ImageDataset | FolderDataset = dataset
+        self.device, self.batch_size = device, batch_size
+        self.train_count, self.test_count = dataset.train_count, dataset.test_count
         self.train_augment, self.test_augment = train_augment, test_augment
         self.seed, self.drop_last, self.shard = seed, drop_last, shard
 
@@ -67,8 +72,7 @@ class EpochBatches(ABC):
         Args:
             order: int64 indices of the images.
             rows: number of images in a batch. The last batch may be smaller.
-            train: whether ``order`` has indices of training images. Otherwise it has indices of
-                held-out images.
+            train: whether they are training images. Otherwise they are held-out images.
         """
 
     def __len__(self) -> int:
@@ -96,7 +100,10 @@ class EpochBatches(ABC):
             yield self.test_augment(images), labels
 
     def _fetch_shard(self, order: Tensor, train: bool) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yields batches of this process's images: every ``parts``-th image of ``order``."""
+        """Yields batches of this process's images.
+
+        Of ``order``, process r of n gets the elements r, r + n, r + 2n, ...
+        """
         rank, parts = self.shard
         order = order[rank::parts]
         # Splitting an empty order would yield one empty batch.

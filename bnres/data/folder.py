@@ -12,7 +12,7 @@ from bnres.data.images import read_rgb
 
 # torchvision's ImageFolder accepts these suffixes, in this order.
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-# These are ImageNet's mean and standard deviation, by which images are usually normalised.
+# The mean and standard deviation of ImageNet's channels, for pixel values from 0 to 1.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 TRAIN, TEST = "train", ("val", "test")
 
@@ -28,7 +28,7 @@ class ImageFiles(Dataset[tuple[Tensor, int]]):
         size: height and width of the decoded images.
 
     Raises:
-        CorruptImage: when an item is read, if `read_rgb` raises it.
+        CorruptImage: when an item is read, if its file can't be read as an image.
     """
 
     def __init__(self, files: list[tuple[Path, int]], size: int) -> None:
@@ -49,7 +49,7 @@ class ImageFiles(Dataset[tuple[Tensor, int]]):
 
 @dataclass(frozen=True)
 class FolderDataset:
-    """An image data set in folders, whose images are decoded when they are needed.
+    """A data set of image files, which are decoded when they are needed.
 
     Attributes:
         name: name of the data set.
@@ -68,6 +68,14 @@ class FolderDataset:
     channels = 3
 
     @property
+    def train_count(self) -> int:
+        return len(self.train)
+
+    @property
+    def test_count(self) -> int:
+        return len(self.test)
+
+    @property
     def classes(self) -> int:
         return len(self.class_names)
 
@@ -82,7 +90,7 @@ def load_folder(root: Path, size: int = 256) -> FolderDataset:
 
     Args:
         root: the folder.
-        size: height and width to which images are decoded.
+        size: height and width of the decoded images.
 
     Raises:
         ValueError: if a folder is missing, a class has no images, or the two folders have different
@@ -127,8 +135,8 @@ def _files(folder: Path, names: tuple[str, ...]) -> list[tuple[Path, int]]:
 def _images(top: Path) -> list[Path]:
     """Lists the images in a folder and in all folders below it, in torchvision's order.
 
-    Links to folders are followed, as in torchvision. A link is not followed if it leads to a folder
-    that contains the link, because the list would never end.
+    Links to folders are followed, as in torchvision. But a link to a folder that contains the link
+    is not followed, because the list would never end.
 
     Raises:
         ValueError: if a folder can't be listed.
@@ -138,6 +146,7 @@ def _images(top: Path) -> list[Path]:
         raise ValueError(f"data: {error.filename} can't be listed: {error.strerror}") from error
 
     found = []
+    # For each folder that is still to be visited: the folders above it, without links.
     above: dict[str, frozenset[str]] = {str(top): frozenset()}
     for folder, folders, names in os.walk(str(top), onerror=refuse, followlinks=True):
         real = above.pop(folder) | {os.path.realpath(folder)}

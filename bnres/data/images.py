@@ -9,7 +9,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from PIL import Image
 
-# These are the numbers of TIFF tags.
+# Numbers of TIFF tags.
 BITS_PER_SAMPLE, PHOTOMETRIC = 258, 262
 
 
@@ -26,8 +26,8 @@ def read_rgb(path: Path, size: tuple[int, int] | None = None) -> "Image.Image":
 
     Args:
         path: a file of a format that pillow reads.
-        size: (width, height) that the caller needs. To save time, a JPEG may be decoded at a
-            reduced scale if it still has at least this size.
+        size: least (width, height) that the caller needs. A larger JPEG may be decoded at a
+            reduced scale, which is faster, but not below this size.
 
     Raises:
         CorruptImage: if pillow can't read the file, or its gray values are out of range.
@@ -38,7 +38,7 @@ def read_rgb(path: Path, size: tuple[int, int] | None = None) -> "Image.Image":
         with Image.open(path) as image:
             if size is not None:
                 image.draft("RGB", size)
-            # convert() clips values above 255, so in_eight_bits scales them first.
+            # convert() clips values above 255 instead of scaling them.
             wide = image.mode in ("I", "F") or image.mode.startswith("I;16")
             return (in_eight_bits(image) if wide else image).convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
@@ -50,7 +50,7 @@ def read_image(path: Path, largest_side: int) -> Tensor:
     """Reads an image file as uint8 (3, H, W), and shrinks it if a side exceeds ``largest_side``.
 
     Raises:
-        CorruptImage: if `read_rgb` raises it.
+        CorruptImage: if pillow can't read the file, or its gray values are out of range.
     """
     import numpy as np
 
@@ -76,7 +76,7 @@ def in_eight_bits(image: "Image.Image") -> "Image.Image":
         raise ValueError(
             f"gray values of mode {image.mode} must be from 0 to {top}, got {low} to {high}"
         )
-    if tags.get(PHOTOMETRIC) == 0:  # If the tag is WhiteIsZero, the value 0 is white.
+    if tags.get(PHOTOMETRIC) == 0:  # WhiteIsZero: the value 0 is white
         values = top - values
     eight = np.rint(values * 255) if image.mode == "F" else values >> (bits - 8)
     return Image.fromarray(eight.astype(np.uint8))

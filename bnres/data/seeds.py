@@ -1,4 +1,4 @@
-"""Makes random generators that depend only on a seed and a position in a run."""
+"""Makes the random generators of a run."""
 
 import hashlib
 
@@ -6,9 +6,13 @@ import torch
 
 
 def generator_at(seed: int, *place: int | str) -> torch.Generator:
-    """Returns a CPU generator for a position in a run, such as an epoch and a batch.
+    """Returns a CPU generator that depends only on a seed and a position in a run.
 
     Therefore a resumed run draws the same random numbers as an uninterrupted run.
+
+    Args:
+        seed: the seed of the run.
+        place: the position, for example the numbers of an epoch and of a batch.
     """
     text = "/".join(map(str, (seed, *place)))
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()

@@ -2,12 +2,12 @@
 
 import signal
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from bnres.augment import Compose
 from bnres.data.epochs import EpochBatches
 from bnres.data.folder import FolderDataset
 from bnres.data.images import CorruptImage
@@ -16,45 +16,30 @@ PREFETCH = 4
 
 
 def _leave_signals(worker: int) -> None:
-    """Makes a worker ignore Ctrl-C, which a terminal sends to all processes.
+    """Makes a worker ignore Ctrl-C, and makes SIGTERM end the worker.
 
-    The main process stops its workers itself. If a worker does not stop, the main process sends it
-    SIGTERM.
+    A terminal sends Ctrl-C to all processes, but only the main process handles it. The main process
+    then stops its workers. It sends SIGTERM to workers that do not stop.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 class StreamedBatches(EpochBatches):
-    """Batches of a folder of images.
+    """Batches of a `FolderDataset`, which worker processes decode in advance.
 
-    Worker processes decode the images in advance. The batches are copied through pinned memory.
+    The batches are copied to the device through pinned memory.
 
     Args:
-        dataset: the images.
-        device: device on which images are augmented and batches are returned.
-        batch_size, train_augment, test_augment, seed, drop_last, shard: see `EpochBatches`.
         workers: number of processes that decode. If it is 0, the calling process decodes.
+        arguments, options: arguments of `EpochBatches`.
     """
 
-    def __init__(
-        self,
-        dataset: FolderDataset,
-        device: torch.device,
-        batch_size: int,
-        train_augment: Compose,
-        test_augment: Compose,
-        seed: int,
-        drop_last: bool = True,
-        shard: tuple[int, int] = (0, 1),
-        *,
-        workers: int,
-    ) -> None:
-        super().__init__(
-            dataset.name, len(dataset.train), len(dataset.test), batch_size, train_augment,
-            test_augment, seed, drop_last, shard,
-        )  # fmt: skip
-        self.dataset, self.device, self.workers = dataset, device, workers
+    dataset: FolderDataset
+
+    def __init__(self, *arguments: Any, workers: int, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.workers = workers
 
     def fetch(self, order: Tensor, rows: int, train: bool) -> Iterator[tuple[Tensor, Tensor]]:
         loader = DataLoader(
@@ -75,7 +60,7 @@ class StreamedBatches(EpochBatches):
                     labels.to(self.device, non_blocking=True),
                 )
         except CorruptImage as error:
-            # An error from a worker contains the worker's traceback, then the message.
+            # In an error from a worker, the message follows the worker's traceback.
             line = str(error).strip().splitlines()[-1]
             name = f"{CorruptImage.__module__}.{CorruptImage.__name__}: "
             raise CorruptImage(line.removeprefix(name)) from error

@@ -1,4 +1,4 @@
-"""Implements ``bnres doctor``, which says what is wrong on this machine and how to fix it."""
+"""The command ``bnres doctor``, which finds problems of this machine and says how to fix them."""
 
 from bnres.doctor.diagnosis import diagnose
 

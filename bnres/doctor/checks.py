@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from importlib.machinery import PathFinder
 from pathlib import Path
@@ -52,7 +53,7 @@ def check_triton() -> Finding | None:
     try:
         import triton
 
-        version = triton.__version__  # This raises an error if a folder named triton was imported.
+        version = triton.__version__  # a folder named triton is imported, but has no version
     except Exception as error:  # a broken build may raise anything
         problem = "triton is missing"
         if not isinstance(error, ModuleNotFoundError):
@@ -97,7 +98,7 @@ def check_compiler() -> Finding | None:
 
 
 def check_numpy() -> Finding | None:
-    """Checks that triton's interpreter supports the installed numpy, if kernels run in it."""
+    """Checks that triton's interpreter, if it runs the kernels, supports the installed numpy."""
     if bnres.backend() != "triton-interpreter" or check_triton() is not None:
         return None
     import triton
@@ -115,9 +116,10 @@ def check_numpy() -> Finding | None:
 
 
 def cache_folders() -> dict[str, Path]:
-    """Returns the cache folders of triton and of Inductor. The keys are environment variables."""
-    # If there is no home folder, expanduser returns "~", and triton writes to a folder of this
-    # name.
+    """Returns the cache folders of triton and Inductor, by the environment variables that set them.
+
+    Without a home folder, expanduser returns "~", and triton writes to a folder of this name.
+    """
     home = Path(os.environ.get("TRITON_HOME") or os.path.expanduser("~"))
     return {
         "TRITON_CACHE_DIR": Path(os.environ.get("TRITON_CACHE_DIR") or home / ".triton/cache"),
@@ -126,8 +128,8 @@ def cache_folders() -> dict[str, Path]:
 
 
 def _default_inductor_cache() -> str:
-    # The file is run, but its package is not imported. The import would create the folder or raise
-    # an error.
+    # Importing the package would create the cache folder or raise an error. Running this one file
+    # does neither.
     utils = Path(torch.__file__).parent / "_inductor/runtime/cache_dir_utils.py"
     folder: str = runpy.run_path(str(utils))["default_cache_dir"]()
     return folder
@@ -137,7 +139,7 @@ def check_cache(variable: str) -> Finding | None:
     """Checks that a cache folder is writable or can be created.
 
     Args:
-        variable: the environment variable that sets the folder. It is a key of `cache_folders`.
+        variable: the environment variable that sets the folder; a key of `cache_folders`.
     """
     folder = cache_folders()[variable]
     try:
@@ -153,12 +155,11 @@ def check_cache(variable: str) -> Finding | None:
 
 @contextmanager
 def usable_inductor_cache() -> Iterator[None]:
-    """Makes sure that Inductor has a writable cache folder inside the context.
+    """Gives Inductor a temporary cache folder inside the context, if its own is not writable.
 
-    If Inductor's cache folder is not writable, a temporary folder replaces it. Importing Dynamo
-    needs a writable folder.
+    Dynamo can't be imported without a writable cache folder.
     """
-    if _inductor_cache() is None:
+    if check_cache(INDUCTOR_CACHE) is None:
         yield
         return
     asked = os.environ.get(INDUCTOR_CACHE)
@@ -173,7 +174,7 @@ def usable_inductor_cache() -> Iterator[None]:
 
 
 def check_namespace() -> Finding | None:
-    """Checks that Python, started in the current folder, imports bnres and not a folder bnres/."""
+    """Checks that Python finds the package bnres, and not a folder that is only named bnres."""
     spec = PathFinder.find_spec("bnres", [os.getcwd(), *sys.path])
     if spec is None or spec.origin is not None:
         return None
@@ -184,15 +185,7 @@ def check_namespace() -> Finding | None:
     )
 
 
-def _triton_cache() -> Finding | None:
-    return check_cache("TRITON_CACHE_DIR")
-
-
-def _inductor_cache() -> Finding | None:
-    return check_cache(INDUCTOR_CACHE)
-
-
 CHECKS: tuple[Callable[[], Finding | None], ...] = (
-    check_gpu, check_triton, check_compiler, check_numpy, _triton_cache, _inductor_cache,
-    check_namespace,
+    check_gpu, check_triton, check_compiler, check_numpy, partial(check_cache, "TRITON_CACHE_DIR"),
+    partial(check_cache, INDUCTOR_CACHE), check_namespace,
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Examines a machine and a model. Finds problems, and changes that save memory traffic."""
+"""Finds problems of a machine, and changes to a model that save memory traffic."""
 
 import json
 import subprocess
@@ -21,7 +21,7 @@ ROUTES = {
 
 
 def facts() -> dict[str, str]:
-    """Facts about this machine, by name."""
+    """Returns facts about this machine, by name."""
     on_gpu = torch.cuda.is_available()
     return {
         "GPU": torch.cuda.get_device_name() if on_gpu else "none",
@@ -57,9 +57,9 @@ class Change:
     """A change to a training script.
 
     Attributes:
-        do: the change, in words.
-        saves: bytes of memory traffic that the change saves for each image in a training step. The
-            bytes are computed from shapes. They are None if they are not known.
+        do: what to change, in words.
+        saves: bytes of memory traffic that the change saves for each image in a training step,
+            computed from shapes. It is None if the number is not known.
     """
 
     do: str
@@ -67,7 +67,7 @@ class Change:
 
 
 def changes(savings: Savings) -> list[Change]:
-    """Returns the changes that save memory traffic, starting with the one that saves most."""
+    """Returns the changes that save memory traffic. The change that saves most comes first."""
     found = [Change("fuse: model = bnres.fuse(model)", savings.stock_bytes - savings.fused_bytes)]
     if not savings.half:
         found.append(

@@ -1,9 +1,9 @@
-"""Derives from shapes, without measuring, what fusing a model saves in a training step.
+"""Computes what fusing a model saves in a training step, from shapes and without measuring.
 
-Bytes are counted in passes. One pass reads or writes a tensor that has the size of the batch norm's
-input. For example, the forward of a batch norm takes three passes: it reads its input for the
-statistics, reads its input again to apply them, and writes its output. Launches are launches of
-ATen's kernels and of bnres's kernels.
+Memory traffic is counted in passes. A pass reads or writes a tensor of the size of the batch norm's
+input. For example, the forward of a batch norm takes three passes: it reads its input to compute
+the statistics, reads its input again to normalise it, and writes its output. Launches are launches
+of ATen's kernels and of bnres's kernels.
 
 A pattern is the name that `explain` gives to fused layers, for example ``conv-bn-add-act``.
 """
@@ -18,15 +18,15 @@ from bnres.backend import use_backend
 from bnres.fusion import explain
 from bnres.fusion.explain import is_norm
 
-HALF = 2
-INDEX_BYTES = 8  # torch's max-pool writes an index of this many bytes for each output.
-POOLED = 1 / 4  # A max-pool of stride 2 has this many outputs for each input element.
+HALF = 2  # bytes of a 16-bit number
+INDEX_BYTES = 8  # torch's max-pool writes an index of this many bytes for each output
+POOLED = 1 / 4  # outputs of a max-pool of stride 2 for each input element
 # torch's batch norm has four launches in forward, for num_batches_tracked, the statistics, the
 # running statistics and the output. It has two launches in backward, for the sums and for dx.
 STOCK_NORM_LAUNCHES = 6
-# For each batch norm, our operation has two launches: one for the partial statistics, and one to
-# combine them. It has four other launches. One is for the output in forward. The others are in
-# backward: one for the partial sums, one to combine them, and one for dx.
+# A fused operation has two launches for each of its batch norms, which compute partial statistics
+# and combine them. Its other launches are one in forward, for the output, and three in backward,
+# for partial sums, their combination and dx.
 STATISTICS_LAUNCHES, OTHER_LAUNCHES = 2, 4
 
 
@@ -35,7 +35,7 @@ def _parts(pattern: str) -> list[str]:
 
 
 def stock_passes(pattern: str, itemsize: int) -> float:
-    """Returns the passes of torch's layers for a pattern, forward and backward together."""
+    """Returns the passes of torch's layers in a pattern, forward and backward together."""
     parts = _parts(pattern)
     found = 8.0 * parts.count("bn") + 3 * ("add" in parts) + 5 * ("act" in parts)
     if "pool" in parts:
@@ -71,19 +71,19 @@ def fused_launches(pattern: str) -> int:
 
 @dataclass(frozen=True)
 class Savings:
-    """What fusing a model saves in a training step. Bytes are per image.
+    """What fusing a model saves in a training step.
 
-    Bytes and launches are counted only for fused batch norms and for the layers fused with them.
+    Bytes and launches are counted only for fused batch norms and the layers fused with them.
 
     Attributes:
         norms: number of batch norms.
         fused: number of batch norms that are fused.
         reasons: for each batch norm that is not fused, its name and the reason.
-        stock_bytes, fused_bytes: bytes that torch's layers move, and bytes that the fused
-            operations move, in the model's precision.
-        half_bytes: bytes that the fused operations move in 16 bits.
-        stock_launches, fused_launches: number of launches of torch's layers, and number of launches
-            of the fused operations.
+        stock_bytes, fused_bytes: bytes per image that torch's layers move, and bytes per image that
+            the fused operations move, in the model's precision.
+        half_bytes: bytes per image that the fused operations move in 16 bits.
+        stock_launches, fused_launches: number of launches of torch's layers, and of the fused
+            operations.
         channels_last: whether the convolutions' filters are in channels_last.
         half: whether autocast is on, or the activations have 16 bits.
     """
@@ -114,8 +114,7 @@ def derive(model: nn.Module, x: torch.Tensor) -> Savings:
     stock = fused = small = 0.0
     launches = [0.0, 0.0]
     for site in report.fused:
-        # The report lists a pattern of two batch norms twice, so each of the two entries counts
-        # half.
+        # A pattern of two batch norms is in the report twice, so each entry counts half.
         share = 1 / _parts(site.pattern).count("bn")
         elements = sizes.get(site.name, 0) / x.shape[0] * share
         stock += stock_passes(site.pattern, itemsize) * itemsize * elements
@@ -133,10 +132,7 @@ def derive(model: nn.Module, x: torch.Tensor) -> Savings:
 
 
 def _elements(model: nn.Module, x: torch.Tensor) -> dict[str, int]:
-    """Returns the number of elements that each batch norm normalises, by the batch norm's name.
-
-    To find the numbers, a copy of the model is called.
-    """
+    """Returns the number of elements of each batch norm's output. Calls a copy of the model."""
     found: dict[str, int] = {}
     twin = copy.deepcopy(model)
     for name, module in twin.named_modules():
@@ -154,8 +150,8 @@ def _elements(model: nn.Module, x: torch.Tensor) -> dict[str, int]:
 def is_channels_last(model: nn.Module) -> bool:
     """Whether all filters of 2-d convolutions are in channels_last.
 
-    Filters of size 1×1 are ignored, and filters of one input channel too. Their memory is the same
-    in both formats.
+    Filters of size 1×1 and filters of one input channel are ignored, because their elements have
+    the same order in both memory formats.
     """
     filters = [m.weight for m in model.modules() if isinstance(m, nn.Conv2d)]
     return all(

@@ -1,4 +1,4 @@
-"""Trains classifiers. Options, state, loop, checkpoints and output files have a module each."""
+"""Trains classifiers of images."""
 
 from bnres.train.config import TrainConfig
 from bnres.train.library import train_model

@@ -21,11 +21,11 @@ from bnres.train.config import DTYPES, TrainConfig
 def chains(config: TrainConfig, dataset: ImageDataset | FolderDataset) -> tuple[Compose, Compose]:
     """Returns the augmentation of training images and the augmentation of held-out images.
 
-    With mixed precision, both augmentations return images in the 16-bit dtype. If they returned
-    fp32, autocast would have to read the images once more and write them in 16 bits.
+    With mixed precision, both return images in the 16-bit dtype, so that autocast need not convert
+    them.
 
     Raises:
-        ValueError: if ``config.crop_size`` exceeds the images' height or width.
+        ValueError: if ``config.crop_size`` is greater than the images' height or width.
     """
     crop: list[Transform] = []
     middle: list[Transform] = []

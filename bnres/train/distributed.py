@@ -1,4 +1,4 @@
-"""The processes of a run under ``torchrun``, and their collective operations."""
+"""The processes that ``torchrun`` starts for a run, and their collective operations."""
 
 import os
 from collections.abc import Callable
@@ -19,8 +19,8 @@ class World:
     Attributes:
         rank: the number of this process, from 0 to ``size`` - 1.
         size: the number of processes.
-        flags: a process group on the CPU. Processes exchange a flag through it without waiting for
-            a GPU.
+        flags: a process group on the CPU, through which processes exchange flags without waiting
+            for their GPUs.
     """
 
     rank: int = 0
@@ -39,7 +39,7 @@ class World:
         return value
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is true in at least one of the processes."""
+        """Whether ``flag`` is true in at least one process."""
         if self.size == 1:
             return flag
         value = torch.tensor(int(flag))
@@ -56,7 +56,7 @@ class World:
     def share_buffers(self, *models: nn.Module | None) -> None:
         """Copies the first process's buffers, such as running statistics, to the other processes.
 
-        The buffers differ, because each process updates its buffers from its part of the batch.
+        They differ, because each process has updated them from its own part of each batch.
         """
         if self.size > 1:
             for model in models:
@@ -70,11 +70,9 @@ class World:
 
 
 def choose_gpu() -> None:
-    """Selects this process's GPU as torch's current device.
+    """Selects this process's GPU as torch's current device, before any tensor is on a GPU.
 
-    Call this function before any tensor is on a GPU. If there is no GPU for this process, the
-    function does nothing. This is not an error here, because the process may train on the CPU. If
-    the process should train on a GPU, `TrainConfig` raises an error that names the GPU.
+    If there is no GPU for this process, nothing happens, because the process may train on the CPU.
     """
     rank = int(os.environ.get("LOCAL_RANK", "-1"))
     if 0 <= rank < torch.cuda.device_count():
@@ -84,8 +82,8 @@ def choose_gpu() -> None:
 def may_be_restarted() -> bool:
     """Whether ``torchrun --max-restarts`` starts the processes again after one of them has died.
 
-    torchrun's counter of restarts is not used. Each machine only counts the restarts that its own
-    processes have caused.
+    torchrun's count of restarts can't tell whether this is a restart, because each machine counts
+    only the restarts that its own processes have caused.
     """
     return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0
 
@@ -93,11 +91,11 @@ def may_be_restarted() -> bool:
 def join(device: str) -> tuple[World, str]:
     """Connects this process with the others that ``torchrun`` started.
 
-    Returns a tuple of the processes and the name of this process's device.
+    Returns the processes, and the name of this process's device.
 
     Args:
-        device: torch's name of a device. If it is the name of any CUDA device, the GPU of this
-            process is used.
+        device: the device that the user asked for. For any CUDA device, this process's own GPU is
+            used.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:

@@ -3,7 +3,6 @@
 import importlib
 import io
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +18,7 @@ FORMATS = ("pt2", "onnx", "safetensors")
 
 
 class _OneInput(nn.Module):
-    """Wraps a model so that its input has a name, which torch.export's ``dynamic_shapes`` needs."""
+    """Names the input of a model ``images``, as the exported model does."""
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
@@ -37,23 +36,24 @@ def export_checkpoint(
     folded: bool = True,
     format: str = "pt2",
 ) -> Path:
-    """Exports a checkpoint's model. Returns the path of the file.
+    """Exports the model of a checkpoint, and returns the path of the file.
 
-    The exported model only contains torch's own operations, and takes batches of any size.
+    The exported model contains only torch's own operations, and takes batches of any size.
 
     Args:
         path: a checkpoint of ``bnres train``.
         out: the file to write. By default it is ``path`` with the format as its suffix.
         size: height and width of the images. By default they are the same as in training.
-        folded: whether to fold batch norms into the convolutions. It has no effect if the format is
-            safetensors.
+        folded: whether to fold batch norms into convolutions. It has no effect on safetensors.
         format: ``"pt2"`` is a torch.export archive, which `torch.export.load` reads without bnres.
-            ``"onnx"`` is an ONNX model. ``"safetensors"`` holds only the weights, with the
-            keys of a stock model. If the run averaged its weights, the file holds the averages.
+            ``"onnx"`` is an ONNX model. ``"safetensors"`` is a file of only the weights, with the
+            keys of the model of torch's layers. If the run averaged its weights, it has the
+            averages.
 
     Raises:
-        ValueError: if ``path`` is not a checkpoint, ``out`` can't be written, the model does not
-            take images of this size, the format is unknown, or ``size`` is given for safetensors.
+        ValueError: if ``path`` is not a checkpoint, ``out`` is not a path of a file, the model does
+            not accept images of this size, the format is unknown, or ``size`` is given for
+            safetensors.
         ModuleNotFoundError: if a package that the format needs is missing.
     """
     if format not in FORMATS:
@@ -80,19 +80,12 @@ def export_checkpoint(
         program = torch.export.export(
             _OneInput(model), (example,), dynamic_shapes={"images": {0: torch.export.Dim("batch")}}
         )
-    write_bytes(out, as_onnx(program) if format == "onnx" else as_pt2(program))
-    return out
-
-
-def as_pt2(program: torch.export.ExportedProgram) -> Any:
-    """Returns the content of a torch.export archive of an exported program."""
     written = io.BytesIO()
-    torch.export.save(program, written)
-    return written.getbuffer()
-
-
-def as_onnx(program: torch.export.ExportedProgram) -> bytes:
-    """Returns the content of an ONNX file of an exported program."""
-    converted = torch.onnx.export(program, dynamo=True, verbose=False)
-    assert converted is not None
-    return converted.model_proto.SerializeToString()
+    if format == "onnx":
+        converted = torch.onnx.export(program, dynamo=True, verbose=False)
+        assert converted is not None
+        written.write(converted.model_proto.SerializeToString())
+    else:
+        torch.export.save(program, written)
+    write_bytes(out, written.getbuffer())
+    return out

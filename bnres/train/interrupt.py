@@ -1,4 +1,4 @@
-"""Lets a signal stop a run between two batches."""
+"""Stops a run between two batches when a signal arrives."""
 
 import signal
 import threading
@@ -8,21 +8,21 @@ from types import FrameType
 
 
 class Stop:
-    """Holds whether a signal has asked the run to stop."""
+    """``asked`` becomes True when a signal asks the run to stop."""
 
     asked = False
 
 
 class Stopped(Exception):
-    """Raised when a run stops because of a signal, after the run has written its checkpoint."""
+    """Raised when a signal has stopped a run and the run has written its checkpoint."""
 
 
 @contextmanager
 def stop_on_signal() -> Iterator[Stop]:
     """Inside the context, the first Ctrl-C or SIGTERM only sets ``asked``.
 
-    A second signal interrupts the program at once. Only the main thread can handle signals. In any
-    other thread the context has no effect.
+    A second signal raises KeyboardInterrupt. Outside the main thread the context has no effect,
+    because only the main thread can handle signals.
     """
     stop = Stop()
     if threading.current_thread() is not threading.main_thread():

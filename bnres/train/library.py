@@ -13,7 +13,7 @@ from bnres.train.state import build_state
 def train_model(
     model: nn.Module, dataset: ImageDataset | FolderDataset, config: TrainConfig
 ) -> list[dict[str, float]]:
-    """Trains ``model`` in place. Returns the metrics of each epoch, by the keys of metrics.jsonl.
+    """Trains ``model`` in place, and returns the metrics of each epoch as in metrics.jsonl.
 
     During training the model is fused by `bnres.fuse`, unless ``config.fused`` is False. Afterwards
     the model is unfused and in eval mode. No files are written.
@@ -22,12 +22,12 @@ def train_model(
         model: maps images (N, channels, height, width) to logits (N, classes). It is moved to
             ``config.device``. If ``config.ema`` is set, it has the averaged weights at the end.
         dataset: the data, for example from `bnres.data.make_dataset`.
-        config: the options. The options that name the data set and the model are ignored.
+        config: the options. The names of the data set and the model are ignored.
 
     Raises:
         TypeError: if ``model`` is not a module.
-        ValueError: if the model does not fit the data, or ``config`` sets ``resume`` or
-            ``sync_bn``.
+        ValueError: if the model does not fit the data, or if ``config`` sets ``resume`` or
+            ``sync_bn``, which only the command supports.
         NonFiniteLoss: if a loss is infinite or NaN.
     """
     for option in ("resume", "sync_bn"):

@@ -16,7 +16,7 @@ from bnres.train.distributed import World
 from bnres.train.passes import autocast
 from bnres.train.state import TrainState
 
-# The loss is checked each time this many batches have run. A check waits for the device.
+# Number of batches between two checks of the losses. A check waits for the device.
 LOOK_EVERY = 50
 
 
@@ -31,9 +31,10 @@ class TrainResult:
     Attributes:
         loss: mean loss of the batches.
         accuracy: fraction of the images that were classified correctly.
-        seconds: time in seconds since the epoch was started or resumed.
+        seconds: duration of the training in seconds. If the epoch was resumed, it is the time since
+            then.
         wait_seconds: the part of ``seconds`` in which training waited for the next batch.
-        images_per_second: number of images of all processes, divided by ``seconds``.
+        images_per_second: images of all processes in ``seconds``, divided by ``seconds``.
         step_losses: the loss of each batch of the epoch.
     """
 
@@ -57,15 +58,12 @@ def train_epoch(
 ) -> TrainResult:
     """Trains from batch ``state.batch`` to the end of the epoch.
 
-    Losses stay on the device and are checked every ``LOOK_EVERY`` batches, because each check waits
-    for the device.
-
     Args:
         state: the state of the run. It is updated.
         batches: the data.
         config: the options of the run.
-        on_batch: called after each batch. It can save the state if the optimiser has just made a
-            step. The optimiser makes a step after every ``config.accumulate`` batches.
+        on_batch: called after each batch. It may save the state only if the optimiser has just made
+            a step, which happens after every ``config.accumulate`` batches.
 
     Raises:
         NonFiniteLoss: if the loss of a batch is infinite or NaN.
@@ -103,9 +101,9 @@ def train_epoch(
 def train_batch(
     state: TrainState, images: Tensor, labels: Tensor, config: TrainConfig, batches: int
 ) -> None:
-    """Runs forward and backward of a batch.
+    """Runs forward and backward of a batch. The optimiser makes a step after each group of batches.
 
-    After every ``config.accumulate`` batches the optimiser makes a step.
+    A group has ``config.accumulate`` batches, or fewer at the end of an epoch.
 
     Args:
         state: the state of the run. It is updated.
@@ -137,7 +135,7 @@ def train_batch(
 
 
 def look(state: TrainState) -> None:
-    """Raises `NonFiniteLoss` if one of the last ``LOOK_EVERY`` losses is not finite.
+    """Raises `NonFiniteLoss` if one of the last ``LOOK_EVERY`` losses is infinite or NaN.
 
     Every process must call this function, because the losses are averaged over the processes.
     """
@@ -154,7 +152,7 @@ def look(state: TrainState) -> None:
 def evaluate(
     model: Any, batches: EpochBatches, config: TrainConfig, world: World | None = None
 ) -> tuple[float, float]:
-    """Returns the mean loss and the accuracy on the held-out set. The model is then in eval mode.
+    """Puts the model into eval mode, and returns its mean loss and accuracy on the held-out images.
 
     Each process evaluates its part of the images, and the results are summed over the processes.
     """

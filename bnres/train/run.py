@@ -1,4 +1,4 @@
-"""Runs a training: its epochs, what it prints, and the files that it writes."""
+"""Trains epoch by epoch, prints progress, and writes the files of the run's folder."""
 
 import errno
 import importlib
@@ -31,8 +31,8 @@ from bnres.train.outputs import (
     CURVES,
     LAST,
     NONFINITE,
+    TENSORBOARD,
     draw_curves,
-    open_tensorboard,
     write_curves,
     write_metrics,
 )
@@ -40,7 +40,7 @@ from bnres.train.state import TrainState, build_state
 
 
 class RunEnded(OSError):
-    """Raised when a file can't be read or written. The message says which checkpoint is kept."""
+    """Raised when a file can't be read or written. Its message says which checkpoint is kept."""
 
 
 @dataclass
@@ -55,14 +55,14 @@ class Run:
 def prepare(config: TrainConfig, world: World | None = None) -> Run:
     """Loads the data, builds the model and, for a resumed run, loads the checkpoint.
 
-    Writes no files.
+    No files are written.
 
     Args:
         config: the options of the run.
         world: the processes that train together. By default there is only this one.
 
     Raises:
-        ValueError: if the data, the model, the options or the checkpoint do not fit each other.
+        ValueError: if the data, the model, the options and the checkpoint do not fit each other.
         ModuleNotFoundError: if ``config.tensorboard`` is set but tensorboard is missing. The extra
             ``bnres[tensorboard]`` installs it.
     """
@@ -76,7 +76,7 @@ def prepare(config: TrainConfig, world: World | None = None) -> Run:
 
 
 def route(config: TrainConfig) -> str:
-    """The implementation that computes a run's batch norms, in words."""
+    """Returns in words what computes the batch norms of a run."""
     synchronised = "synchronised " if config.sync_bn else ""
     if not config.fused:
         return f"{synchronised}stock layers"
@@ -89,7 +89,7 @@ def route(config: TrainConfig) -> str:
 
 
 def progress_bar(console: Console) -> Progress:
-    """Returns a progress bar, which is removed at the end and shown only on a terminal."""
+    """Returns a progress bar, which is shown only on a terminal and is removed at the end."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -115,13 +115,13 @@ def run_epoch(
         run: the run. Its state is updated.
         progress: the progress bar.
         label: printed before the progress.
-        folder: folder for the checkpoints that are written during the epoch. If it is None, no
-            checkpoints are written.
-        stop: whether a signal asked the run to stop. It has no effect if ``folder`` is None.
+        folder: folder of the checkpoints that are written during the epoch. If it is None, none are
+            written.
+        stop: whether a signal has asked the run to stop. It has no effect if ``folder`` is None.
 
     Raises:
-        Stopped: if ``stop`` is set before the last batch of the epoch. A checkpoint has been
-            written by then.
+        Stopped: if a signal asked the run to stop before the last batch of the epoch. A checkpoint
+            has then been written.
         NonFiniteLoss: if the loss of a batch is infinite or NaN.
     """
     state, config = run.state, run.config
@@ -135,8 +135,7 @@ def run_epoch(
 
     def on_batch() -> None:
         nonlocal memory
-        # The memory is not reported at each batch, because torch collects about a hundred figures
-        # to report it.
+        # The memory is not read at each batch, because torch then collects about a hundred figures.
         if state.batch % LOOK_EVERY == 0 or state.batch == len(run.batches):
             memory = _memory(config)
         images = (state.batch - first) * config.batch_size
@@ -148,12 +147,13 @@ def run_epoch(
         stops = state.world.any(stop is not None and stop.asked)
         due = every and (state.batch // config.accumulate) % every == 0
         if stops or due:
-            look(state)  # infinite or NaN weights must not replace a good checkpoint
+            look(state)  # a checkpoint of infinite or NaN weights must not replace a good one
             save_checkpoint(folder / LAST, state, config)
         if stops:
             raise Stopped
 
-    _reset_memory(config)
+    if _on_gpu(config):
+        torch.cuda.reset_peak_memory_stats(config.device)
     result = train_epoch(state, run.batches, config, on_batch)
     state.world.share_buffers(state.model, state.average and state.average.module)
     test_loss, test_accuracy = evaluate(state.evaluated, run.batches, config, state.world)
@@ -179,11 +179,6 @@ def _on_gpu(config: TrainConfig) -> bool:
     return torch.device(config.device).type == "cuda"
 
 
-def _reset_memory(config: TrainConfig) -> None:
-    if _on_gpu(config):
-        torch.cuda.reset_peak_memory_stats(config.device)
-
-
 def _peak_memory(config: TrainConfig) -> int:
     return torch.cuda.max_memory_allocated(config.device) if _on_gpu(config) else 0
 
@@ -193,7 +188,7 @@ def _memory(config: TrainConfig) -> str:
 
 
 def epoch_line(row: dict[str, float], epochs: int) -> str:
-    """The line that is printed after an epoch."""
+    """Returns the line that is printed after an epoch."""
     return (
         f"epoch {row['epoch']:.0f}/{epochs}  train loss {row['train_loss']:.4f}  "
         f"train acc {row['train_accuracy']:.2%}  test acc {row['test_accuracy']:.2%}  "
@@ -205,7 +200,7 @@ def fit(run: Run, folder: Path, console: Console) -> None:
     """Trains to the end. After each epoch, writes checkpoints, metrics and curves to ``folder``.
 
     Raises:
-        Stopped: if a signal asked the run to stop. A checkpoint has been written by then.
+        Stopped: if a signal asked the run to stop. A checkpoint has then been written.
         NonFiniteLoss: if the loss is infinite or NaN. Details are written to nonfinite.json.
         RunEnded: if a file can't be written, or the disk has no room for the checkpoints.
     """
@@ -222,8 +217,12 @@ def fit(run: Run, folder: Path, console: Console) -> None:
             folder.mkdir(parents=True, exist_ok=True)
             write_text(folder / CONFIG, replace(config, resume=None).as_toml())
             check_room(folder, checkpoint_bytes(state))
-        writer = open_tensorboard(folder) if config.tensorboard and first else nullcontext()
-        with progress_bar(console) as progress, stop_on_signal() as stop, writer as board:
+        board: Any = nullcontext()
+        if config.tensorboard and first:
+            from torch.utils.tensorboard import SummaryWriter
+
+            board = SummaryWriter(str(folder / TENSORBOARD))
+        with progress_bar(console) as progress, stop_on_signal() as stop, board as writer:
             while state.epoch < config.epochs:
                 try:
                     run_epoch(run, progress, folder=folder, stop=stop)
@@ -233,8 +232,9 @@ def fit(run: Run, folder: Path, console: Console) -> None:
                     raise NonFiniteLoss(f"{error}; details are in {folder / NONFINITE}") from error
                 row = state.history[-1]
                 console.print(epoch_line(row, config.epochs), highlight=False)
-                if board is not None:
-                    board.add(row)
+                if writer is not None:
+                    for name in row.keys() - {"epoch"}:
+                        writer.add_scalar(name, row[name], int(row["epoch"]))
                 is_best = row["test_accuracy"] > state.best
                 state.best = max(state.best, row["test_accuracy"])
                 _write(folder, run, is_best)
@@ -248,7 +248,7 @@ def check_room(folder: Path, checkpoint: int) -> None:
 
     Args:
         folder: the run's folder.
-        checkpoint: size of a checkpoint in bytes.
+        checkpoint: size of one checkpoint in bytes.
     """
     needed, free = 3 * checkpoint, shutil.disk_usage(folder).free
     needed -= sum(
@@ -264,7 +264,7 @@ def check_room(folder: Path, checkpoint: int) -> None:
 
 @contextmanager
 def _says_what_is_kept(folder: Path, resumed: Path | None) -> Iterator[None]:
-    """Inside the context, an OSError also says from which checkpoint the run can be resumed."""
+    """Inside the context, an OSError becomes a `RunEnded`, which says what checkpoint is kept."""
     try:
         yield
     except OSError as error:
@@ -279,7 +279,7 @@ def _says_what_is_kept(folder: Path, resumed: Path | None) -> Iterator[None]:
 
 
 def _write(folder: Path, run: Run, is_best: bool) -> None:
-    """Writes the files of an epoch. The last one is last.pt, from which a run is resumed."""
+    """Writes the files of an epoch. last.pt is written last, because a run is resumed from it."""
     config, state = run.config, run.state
     if state.world.is_first:
         write_metrics(folder, state.history)
@@ -291,7 +291,7 @@ def _write(folder: Path, run: Run, is_best: bool) -> None:
 
 
 def facts(state: TrainState) -> dict[str, Any]:
-    """Returns the content of nonfinite.json for a state whose loss is infinite or NaN."""
+    """Returns the content of nonfinite.json, which is written if a loss is infinite or NaN."""
     parameters = [p.detach() for p in state.model.parameters()]
     gradients = [p.grad for p in state.model.parameters() if p.grad is not None]
     return {
@@ -307,5 +307,5 @@ def facts(state: TrainState) -> dict[str, Any]:
 
 
 def _number(value: float) -> float | str:
-    """Returns the value. If JSON has no number for it (infinite or NaN), returns its name."""
+    """Returns the value, but as text if it is infinite or NaN, which JSON can't store."""
     return value if math.isfinite(value) else str(value)

@@ -1,4 +1,4 @@
-"""Checks before training that a model fits the images and classes."""
+"""Checks before training that a model fits the data."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +15,9 @@ from bnres.train.config import TrainConfig
 
 
 def initialize_lazy_modules(model: nn.Module, name: str, images: tuple[int, int, int]) -> None:
-    """Initialises lazy modules, such as `torch.nn.LazyLinear`, by calling the model on zeros.
+    """Calls a model on zeros, which initialises lazy modules such as `torch.nn.LazyLinear`.
+
+    Other models are not called.
 
     Args:
         model: the model, on the CPU.
@@ -46,8 +48,8 @@ def check_shapes(
         classes: number of classes.
 
     Raises:
-        ValueError: if the model does not accept such images, does not return (N, classes) or has no
-            parameter that requires a gradient, or if `_bf16_checked` raises it.
+        ValueError: if the model does not accept such images, does not return (N, classes), has no
+            parameter that requires a gradient, or would get wrong gradients in bf16.
     """
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError(f"model {name!r} has no parameter that requires a gradient")
@@ -58,8 +60,7 @@ def check_shapes(
         return functional_call(model, {k: v.clone() for k, v in tensors}, (images,))
 
     devices = [config.device] if torch.device(config.device).type == "cuda" else []
-    # A model that bnres.fuse has fused captures a graph when it is called. These calls don't need a
-    # graph, and force_eager avoids the capture.
+    # With force_eager, a model that bnres.fuse has fused captures no graph in these calls.
     with (
         torch.random.fork_rng(devices),
         torch.compiler.set_stance("force_eager"),
@@ -82,15 +83,15 @@ def check_shapes(
 def _bf16_checked(
     config: TrainConfig, model: nn.Module, images: tuple[int, int, int]
 ) -> Iterator[None]:
-    """Checks that calls inside the context do not run into a bug of torch's bf16 convolution.
+    """Refuses models whose gradients would be wrong because of a bug of torch's bf16 convolution.
 
-    The bug occurs on CPUs with AVX512, in torch 2.11 to 2.14. It occurs if the input is one pixel
-    wide and the convolution is strided. Then only padding reaches the outer columns of the filter,
-    and torch leaves the gradient of these columns uninitialised.
+    The bug occurs in torch 2.11 to 2.14 on CPUs with AVX512, in convolutions with a stride whose
+    input is one pixel wide. The outer columns of such a filter meet only padding, and torch leaves
+    their gradient uninitialised.
 
     Raises:
-        ValueError: if the run is in bf16 on such a CPU, and a call inside the context reaches such
-            a convolution.
+        ValueError: at the end of the context, if the run is in bf16 on such a CPU and a call inside
+            the context had such a convolution.
     """
     capability = torch.backends.cpu.get_cpu_capability()
     on_cpu = torch.device(config.device).type == "cpu"
@@ -114,7 +115,7 @@ def _bf16_checked(
             handle.remove()
     if narrow:
         raise ValueError(
-            f"dtype: torch's bf16 convolution on the CPU gives wrong gradients for inputs one "
-            f"pixel wide, such as {narrow[0]!r} gets for images of {images[1]}×{images[2]}; use "
-            "fp32 or larger images"
+            "dtype: torch's bf16 convolution on the CPU gives wrong gradients for inputs one pixel "
+            f"wide, such as those of {narrow[0]!r} for images of {images[1]}×{images[2]}; use fp32 "
+            "or larger images"
         )

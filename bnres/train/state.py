@@ -1,4 +1,4 @@
-"""Builds the state of a training run. Checkpoints store this state."""
+"""Builds the state of a training run, which checkpoints store."""
 
 import os
 from dataclasses import dataclass, field
@@ -27,7 +27,7 @@ from bnres.train.weights import is_weights, load_weights
 class TrainState:
     """The state of a training run.
 
-    The state contains no random generators: the order and the augmentation of the images depend
+    It contains no random generators, because the order and the augmentation of the images depend
     only on the seed, the epoch and the number of the batch.
 
     Attributes:
@@ -36,11 +36,11 @@ class TrainState:
         optimizer: torch's optimiser.
         scheduler: the learning-rate schedule.
         scaler: the gradient scaler of fp16.
-        average: the model with averaged weights, or None if the weights are not averaged.
+        average: a copy of the model with averaged weights, or None if they are not averaged.
         epoch: number of completed epochs.
         batch: number of completed batches in the current epoch.
-        losses, correct: the loss and the number of correctly classified images, for each completed
-            batch of the current epoch, as tensors on the device.
+        losses, correct: for each completed batch of the current epoch, the loss and the number of
+            correctly classified images, as tensors on the device.
         best: greatest test accuracy so far.
         history: one row of metrics for each completed epoch.
         classes, channels: the number of classes, and the number of channels of the images.
@@ -69,12 +69,12 @@ class TrainState:
 
     @property
     def forward(self) -> Any:
-        """The model that training calls. It may be compiled, or be in DistributedDataParallel."""
+        """The model that training calls. It may be compiled, or wrapped for several processes."""
         return self.passes.forward
 
     @property
     def evaluated(self) -> Any:
-        """The model to evaluate. If the run averages weights, this model has the averaged weights.
+        """The model to evaluate: the average if there is one.
 
         It is never wrapped in DistributedDataParallel, which would exchange buffers at each call.
         """
@@ -89,7 +89,7 @@ def make_batches(
     device: torch.device,
     world: World | None = None,
 ) -> EpochBatches:
-    """Returns this process's part of a data set's batches, augmented as ``config`` says.
+    """Returns this process's part of the batches of a data set, augmented as ``config`` says.
 
     Raises:
         ValueError: if the images are too small for the crop, or too few for the batch size.
@@ -109,14 +109,13 @@ def build_model(
     size: tuple[int, int],
     given: nn.Module | None = None,
 ) -> nn.Module:
-    """Returns the untrained model on ``config.device``. ``config.seed`` determines its weights.
+    """Returns the untrained model on ``config.device``. Its weights depend on ``config.seed``.
 
     Args:
         config: the options of the run.
         classes, channels: the number of classes, and the number of channels of the images.
         size: height and width of the images.
-        given: a model to use instead of the model that ``config.model`` names. It is changed in
-            place.
+        given: a model to change in place and use instead of the one that ``config.model`` names.
     """
     torch.manual_seed(config.seed)
     if given is None:
@@ -138,7 +137,7 @@ def build_model(
 
 
 def name_of(config: TrainConfig, given: nn.Module | None) -> str:
-    """The name of the model in error messages."""
+    """Returns the name of the model in errors."""
     return config.model if given is None else type(given).__name__
 
 
@@ -163,12 +162,11 @@ def build_state(
         config: the options of the run.
         dataset: the data.
         world: the processes that train together. By default there is only this one.
-        model: a model to train instead of the model that ``config.model`` names. It is changed in
-            place.
+        model: a model to change in place and train instead of the one that ``config.model`` names.
 
     Raises:
-        ValueError: if the model does not fit the data or its initial weights, the images are too
-            small or too few, or ``config.cuda_graphs`` is set with several processes.
+        ValueError: if the model does not fit the data or its initial weights, if the images are too
+            small or too few, or if ``config.cuda_graphs`` is set with several processes.
     """
     world = world or World()
     if config.cuda_graphs and world.size > 1:
@@ -179,7 +177,7 @@ def build_state(
     batches = make_batches(config, dataset, device, world)
     size = dataset.size if config.crop_size is None else (config.crop_size, config.crop_size)
     name = name_of(config, model)
-    # bnres's own models already consist of fused layers. bnres.fuse fuses other models.
+    # Models of bnres already have fused layers. Other models are fused by bnres.fuse.
     fuses = config.fused and (model is not None or is_factory(config.model))
     model = build_model(config, dataset.classes, dataset.channels, size, model)
     if is_weights(config.init) and config.resume is None:
@@ -191,8 +189,7 @@ def build_state(
     parallel: nn.Module = model
     if world.size > 1:
         devices = [device] if device.type == "cuda" else None
-        # DDP sends gradients in buckets. With this option the gradients are views of the buckets,
-        # and need not be copied into them.
+        # DDP exchanges gradients in buckets. As views of the buckets they need not be copied.
         parallel = DistributedDataParallel(model, devices, gradient_as_bucket_view=True)
     optimizer = make_optimizer(config, model)
     steps_per_epoch = -(-len(batches) // config.accumulate)
@@ -201,16 +198,13 @@ def build_state(
         average = AveragedModel(
             model, multi_avg_fn=get_ema_multi_avg_fn(config.ema), use_buffers=True
         )
-        # torch reads the value of n_averaged at each step. If it were on a GPU, the host would wait
-        # for the GPU.
+        # torch reads n_averaged at each step. If it were on a GPU, the host would wait for the GPU.
         average.n_averaged = average.n_averaged.cpu()
-        if fuses:
-            fuse(
-                average.module, inplace=True
-            )  # AveragedModel copies the model, and a copy is not fused.
+        if fuses:  # AveragedModel copies the model, and a copy of a fused model is not fused
+            fuse(average.module, inplace=True)
     forward: Any = parallel
     if config.compile:
-        # torch.compile ignores that bnres.fuse has fused the model, so our backend fuses it again.
+        # torch.compile ignores what bnres.fuse did to the model, so our backend fuses it again.
         through: dict[str, Any] = {"backend": backend, "options": {"inner": "inductor"}}
         forward = torch.compile(parallel, **(through if fuses else {}))
     scaler = torch.amp.GradScaler(device.type, enabled=DTYPES[config.dtype] == torch.float16)

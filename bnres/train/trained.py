@@ -5,16 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
 from bnres.data import load_dataset
 from bnres.train.checkpoint import read_checkpoint
 from bnres.train.config import TrainConfig, field_type
 from bnres.train.loop import evaluate
 from bnres.train.state import build_model, make_batches
-from bnres.train.weights import check_weights
-
-AVERAGED = "module."
+from bnres.train.weights import set_weights
 
 
 def config_of(content: dict[str, Any], **changes: Any) -> TrainConfig:
@@ -25,8 +24,8 @@ def config_of(content: dict[str, Any], **changes: Any) -> TrainConfig:
         changes: options that replace the run's options.
 
     Raises:
-        ValueError: if the checkpoint has an option that this version does not have, or if
-            `TrainConfig` raises it.
+        ValueError: if the checkpoint has an option that this version does not have, or if a value
+            is not allowed.
     """
     saved = content["config"]
     known = {f.name for f in fields(TrainConfig)}
@@ -42,35 +41,31 @@ def load_trained(path: Path, content: dict[str, Any], config: TrainConfig) -> nn
     Args:
         path: the checkpoint, for errors.
         content: the content of the checkpoint.
-        config: the options. They determine the model and the device.
+        config: the options, which name the model and the device.
 
     Raises:
         ValueError: if the weights do not fit the model that ``config`` names.
     """
-    weights: dict[str, Tensor] = content["model"]
-    average = content["average"]
-    if average is not None:
-        weights = {
-            name.removeprefix(AVERAGED): value
-            for name, value in average.items()
-            if name.startswith(AVERAGED)
-        }
     classes, channels = content["classes"], content["channels"]
     model = build_model(config, classes, channels, tuple(content["size"]))
-    check_weights(weights, model, str(path), config.model)
-    model.load_state_dict(weights)
+    weights = content["model"]
+    if content["average"] is not None:
+        weights = dict(content["average"])
+        del weights["n_averaged"]
+        consume_prefix_in_state_dict_if_present(weights, "module.")
+    set_weights(model, weights, str(path), config.model)
     return model.eval()
 
 
 def evaluate_checkpoint(path: Path, **changes: Any) -> tuple[TrainConfig, float, float]:
-    """Returns a checkpoint's options, and its mean loss and accuracy on the held-out set.
+    """Returns a checkpoint's options, and the mean loss and accuracy of its model.
 
     Args:
         path: a checkpoint of ``bnres train``.
         changes: options that replace the run's options, such as ``data``.
 
     Raises:
-        ValueError: if ``path`` is not a checkpoint, or the data or the model does not fit it.
+        ValueError: if ``path`` is not a checkpoint, or if the data or the model does not fit it.
     """
     content = read_checkpoint(path)
     config = config_of(content, sync_bn=False, cuda_graphs=False, **changes)

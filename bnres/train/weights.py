@@ -1,12 +1,12 @@
-"""Checks that weights fit a model, and reads and writes them as safetensors."""
+"""Sets a model's weights, and reads and writes weights as safetensors."""
 
 from collections.abc import Mapping
 from pathlib import Path
+from textwrap import shorten
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-from bnres.models.trial import shape_text
 
 SUFFIX = ".safetensors"
 
@@ -16,28 +16,25 @@ def is_weights(init: str) -> bool:
     return init.endswith(SUFFIX)
 
 
-def check_weights(found: Mapping[str, object], model: nn.Module, source: str, name: str) -> None:
-    """Raises a ValueError unless weights have exactly the keys and shapes of a model.
+def set_weights(model: nn.Module, weights: Mapping[str, Any], source: str, name: str) -> None:
+    """Sets the parameters and buffers of a model.
 
     Args:
-        found: the weights by key.
         model: the model.
+        weights: the weights by key.
         source: where the weights come from, for the error.
         name: name of the model, for the error.
+
+    Raises:
+        ValueError: if the keys or shapes of the weights differ from the model's.
     """
-    own = model.state_dict()
-    for key, value in own.items():
-        if key not in found:
-            raise ValueError(f"{source} has no key {key!r}, which model {name!r} has")
-        other = found[key]
-        if isinstance(value, Tensor) and isinstance(other, Tensor) and other.shape != value.shape:
-            raise ValueError(
-                f"{source} has shape {shape_text(other.shape)} for {key!r}, but model {name!r} has "
-                f"{shape_text(value.shape)}"
-            )
-    for key in found:
-        if key not in own:
-            raise ValueError(f"{source} has the key {key!r}, which model {name!r} does not have")
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        # The first line of torch's message names only the class of the model. A later line may list
+        # hundreds of keys.
+        reason = shorten(" ".join(str(error).splitlines()[1:]), 200, placeholder=" ...")
+        raise ValueError(f"{source} does not fit model {name!r}: {reason}") from error
 
 
 def load_weights(path: Path, model: nn.Module, name: str) -> None:
@@ -63,14 +60,13 @@ def load_weights(path: Path, model: nn.Module, name: str) -> None:
     except SafetensorError as error:
         raise ValueError(f"init: {path} can't be read: {error}") from error
     check_only_tensors(model, name)
-    check_weights(found, model, f"init: {path}", name)
-    model.load_state_dict(found)
+    set_weights(model, found, f"init: {path}", name)
 
 
 def as_safetensors(model: nn.Module) -> bytes:
     """Returns a model's parameters and buffers as the content of a safetensors file.
 
-    A tensor that has several keys is written once for each key.
+    A tensor with several keys is written once for each key.
 
     Raises:
         ValueError: if the model has state that is not a tensor.
