@@ -1,6 +1,5 @@
 """The command line of the benchmarks: ``python -m benchmarks``."""
 
-import sys
 import time
 from datetime import date
 from enum import StrEnum
@@ -200,11 +199,6 @@ def profile(
 
 @app.command()
 def audit(
-    gpu: Annotated[
-        list[str] | None,
-        typer.Option(help="sm_80, sm_90, sm_100 or gfx942; may be repeated; default: all."),
-    ] = None,
-    json_path: Annotated[Path | None, typer.Option("--json", help="File for the rows.")] = None,
     record: Annotated[bool, typer.Option(help="Store the counts as the new budget.")] = False,
 ) -> None:
     """Count memory traffic and analyse machine code, without a GPU.
@@ -213,9 +207,7 @@ def audit(
     """
     from benchmarks.audit import command
 
-    if json_path is not None:
-        check_out(json_path, "json")
-    sys.exit(command.run(gpu or [], json_path, record))
+    raise typer.Exit(command.run(record))
 
 
 @app.command()

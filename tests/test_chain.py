@@ -17,7 +17,7 @@ from tests.device import DEVICE
 from tests.tolerances import assert_close
 
 if not torch.cuda.is_available():
-    from benchmarks.audit.saved import no_launches
+    from benchmarks.audit.step import no_launches
 
 
 def net(dtype=torch.float64):

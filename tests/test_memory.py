@@ -5,12 +5,11 @@ import torch
 
 from benchmarks.byte_model import PASSES, passes
 from benchmarks.operations import LAYOUTS
-from benchmarks.sites import RESNET18_SITES
 
 if torch.cuda.is_available():
     pytest.skip("counts what the interpreter touches", allow_module_level=True)
 
-from benchmarks.audit.memory import channel_buffer_share, operation_traffic
+from benchmarks.audit.memory import operation_traffic
 
 OPERATIONS = ("bn", "bn_relu", "bn_add_relu", "bn_add_relu_fork", "dual_bn_add_relu")
 # Greatest traffic of the stem in S, counted in sectors. At these small sizes it differs from the
@@ -19,7 +18,6 @@ STEM_CEILINGS = {"eval": 1.27, "forward": 2.65, "backward": 2.9}
 # Traffic in S that the pivot's samples add at these small shapes: four elements per channel and
 # program.
 SLACK = 0.03
-H200_SM_COUNT = 132
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
@@ -48,13 +46,3 @@ def test_stem(layout):
     print(found, {step: counts[step].lanes / size for step in STEM_CEILINGS})
     assert all(1 < found[step] <= ceiling for step, ceiling in STEM_CEILINGS.items()), found
     assert found["forward"] + found["backward"] <= 5.8
-
-
-@pytest.mark.parametrize("site", RESNET18_SITES, ids=lambda s: f"{s.name}-{s.operation}")
-@pytest.mark.parametrize("channels_last", [True, False], ids=["channels_last", "contiguous"])
-@pytest.mark.parametrize("itemsize", [2, 4])
-def test_channel_buffers_are_small(site, channels_last, itemsize):
-    # These bytes are read from the L2 cache, by every program.
-    limit = 0.10 if site.name == "layer4" else 0.05
-    shares = channel_buffer_share(site, 256, channels_last, itemsize, H200_SM_COUNT)
-    assert all(0 < share <= limit for share in shares.values()), shares

@@ -12,14 +12,6 @@ from benchmarks.audit.trips import LoopTrips
 
 TARGET = re.compile(r"0x([0-9a-f]+)")
 GLOBAL_ACCESS = ("LDG", "STG", "LDGSTS")
-# According to the vendor's manual, these instructions take two cycles for each warp on Hopper. This
-# was not measured. They are integer addition, logic, shifts, comparison, selection, minimum,
-# maximum, byte permutation and packing.
-HALF_RATE = frozenset({
-    "BMSK", "F2FP", "FMNMX", "FSEL", "FSET", "FSETP", "HMNMX2", "HSET2", "HSETP2", "IABS", "IADD",
-    "IADD3", "IMNMX", "ISETP", "LEA", "LOP3", "P2R", "PLOP3", "PRMT", "R2P", "SEL", "SGXT", "SHF",
-    "SHL", "SHR", "VABSDIFF", "VIADD", "VIADDMNMX", "VIMNMX", "VIMNMX3",
-})  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -65,12 +57,10 @@ class Flow:
     Attributes:
         instructions: all instructions.
         trips: trip counts of the loops, in the order of the loops' first instructions.
-        taken: fraction of the conditional code that is executed. Slow paths are not included.
     """
 
     instructions: Sequence[Instruction]
     trips: Sequence[LoopTrips]
-    taken: float = 1.0
 
     @cached_property
     def kernel(self) -> list[Instruction]:
@@ -191,8 +181,6 @@ class Flow:
             elif rest is not None:
                 left = trips[rest.loop] // rest.copies % 2
                 count = float(np.mean(np.prod([left, *(trips[n] for n in inside)], axis=0)))
-            elif any(i.address in span for span in self.conditional):
-                count *= self.taken
             found.append((i, count))
             if count and self._calls_routine(i):
                 found += [(each, count) for each in self._routine(i)]
@@ -253,25 +241,3 @@ class Flow:
 def _target(i: Instruction) -> int | None:
     found = TARGET.search(i.operands)
     return int(found[1], 16) if found else None
-
-
-def load_waits(executed: Sequence[tuple[Instruction, float]], stages: int) -> float:
-    """Returns how often a warp waits for loads.
-
-    Loads that are issued before the same wait count as one load. In a pipeline of ``stages``
-    stages, the copies of later stages are in flight while a warp waits for a copy. Therefore such a
-    wait counts as 1 / (stages - 1).
-    """
-    pending: set[int] = set()
-    waits = 0.0
-    for i, count in executed:
-        if not count:
-            continue
-        if i.name == "DEPBAR":
-            waits += count / max(stages - 1, 1)
-        elif pending & i.named:
-            waits += count
-            pending.clear()
-        if i.name == "LDG":
-            pending |= i.written
-    return waits

@@ -132,7 +132,7 @@ def headline(results: Path = RESULTS) -> str:
 
 def audited() -> str:
     """Formats the results of the audits, from the recorded budget."""
-    found = budget.load()
+    found, _ = budget.load()
     counted = {
         (r["operation"], r["step"]): r["sectors"]
         for r in found.memory
@@ -157,13 +157,7 @@ def audited() -> str:
         and r["layout"] == "channels_last"
         and "finalize" not in r["kernel"]
     ]
-    code = [
-        [
-            f"`{r['kernel']}`", str(r["registers"]), str(r["spills"]),
-            f"{r['occupancy']:.0%}", r["matrix"] or "-",
-        ]
-        for r in kernels
-    ]  # fmt: skip
+    code = [[f"`{r['kernel']}`", str(r["registers"]), str(r["spills"])] for r in kernels]
     return "\n\n".join(
         [
             "The next table shows how much memory an operation touches: the bytes of the distinct "
@@ -201,6 +195,6 @@ def audited() -> str:
             "row shows the worst values of these specialisations. `python -m benchmarks audit` "
             "compiles them again, also for sm_80, sm_100 and gfx942, and fails if a value exceeds "
             "its recorded budget.",
-            markdown_table(["kernel", "registers", "spills", "occupancy", "matrix"], code),
+            markdown_table(["kernel", "registers", "spills"], code),
         ]
     )
