@@ -1,10 +1,9 @@
-"""Reads registers, spills, access widths and matrix instructions from a kernel's code for AMD."""
+"""Reads registers, spills and matrix instructions from a kernel's code for AMD."""
 
 import re
 from dataclasses import dataclass
 
 FIELD = re.compile(r"\.(vgpr_count|[sv]gpr_spill_count):\s+(\d+)")
-WIDE_ACCESS = re.compile(r"\b(?:global|buffer)_(load|store)_dwordx4\b")
 MATRIX = re.compile(r"\bv_mfma_\w+")
 
 
@@ -15,13 +14,11 @@ class AmdCode:
     Attributes:
         registers: vector registers of a thread.
         spills: number of spilled registers, both vector and scalar registers.
-        wide: ``load`` if the kernel has 16-byte loads, and ``store`` if it has 16-byte stores.
         matrix: whether the kernel has matrix instructions.
     """
 
     registers: int
     spills: int
-    wide: frozenset[str]
     matrix: bool
 
 
@@ -31,6 +28,5 @@ def read(text: str) -> AmdCode:
     return AmdCode(
         field["vgpr_count"],
         field["vgpr_spill_count"] + field["sgpr_spill_count"],
-        frozenset(WIDE_ACCESS.findall(text)),
         MATRIX.search(text) is not None,
     )

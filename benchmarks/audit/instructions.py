@@ -27,7 +27,7 @@ class Span:
 
 @dataclass(frozen=True)
 class Rest:
-    """Code after an unrolled loop that executes the trips which the unrolled loop left over.
+    """Code after an unrolled loop that executes trips which the unrolled loop left over.
 
     Attributes:
         span: addresses of the code.
@@ -47,9 +47,8 @@ class Flow:
     The control flow is derived from the addresses of branches. This works because ptxas, the
     assembler, keeps the order of the source. A loop extends from the target of a backward branch to
     the branch. Code that a forward branch skips is conditional. A *slow path* is conditional code
-    that calls a routine for division or square root. It is needed if operands are denormal, or too
-    wide for the fast path. Slow paths are assumed not to be executed. All other conditional code is
-    assumed to be executed.
+    that calls a routine, for example to divide by a denormal number. Slow paths are assumed not to
+    be executed. All other conditional code is assumed to be executed.
 
     ptxas unrolls small loops by four. After such a loop it places conditional code that executes
     two remaining trips, and conditional code that executes one remaining trip.
@@ -64,13 +63,17 @@ class Flow:
 
     @cached_property
     def kernel(self) -> list[Instruction]:
-        """The instructions without the called routines and the padding, which follow the kernel."""
-        ends = [_target(i) for i in self.instructions if self._calls_routine(i)]
-        ends += [
-            i.address for i in self.instructions if i.name == "BRA" and _target(i) == i.address
+        """The instructions before the called routines and the padding.
+
+        The padding starts with a branch to itself.
+        """
+        ends = [
+            target
+            for i in self.instructions
+            if (target := _target(i)) is not None
+            and (i.name == "CALL" or (i.name == "BRA" and target == i.address))
         ]
-        end = min((end for end in ends if end is not None), default=None)
-        return [i for i in self.instructions if end is None or i.address < end]
+        return [i for i in self.instructions if not ends or i.address < min(ends)]
 
     @cached_property
     def loops(self) -> list[Span]:
@@ -85,11 +88,6 @@ class Flow:
         return [Span(start, stop) for start, stop in sorted(ends.items())]
 
     @cached_property
-    def depths(self) -> list[int]:
-        """The number of loops around each loop."""
-        return [self._depth(loop.start) - 1 for loop in self.loops]
-
-    @cached_property
     def conditional(self) -> list[Span]:
         """The pieces of code that forward branches skip. The shortest piece is the first.
 
@@ -101,18 +99,18 @@ class Flow:
 
     @cached_property
     def slow_paths(self) -> list[Span]:
-        """The pieces of conditional code that call a routine."""
+        """For each call, the shortest piece of conditional code that contains it."""
         around = (
             next((span for span in self.conditional if i.address in span), None)
             for i in self.kernel
-            if self._calls_routine(i)
+            if i.name == "CALL"
         )
         return [span for span in around if span is not None]
 
     @cached_property
     def calls_in_loops(self) -> int:
         """The number of calls inside loops, including those on slow paths."""
-        return sum(self._depth(i.address) > 0 for i in self.kernel if self._calls_routine(i))
+        return sum(self._depth(i.address) > 0 for i in self.kernel if i.name == "CALL")
 
     @cached_property
     def unrolled(self) -> list[int]:
@@ -150,23 +148,21 @@ class Flow:
     def executed(self) -> list[tuple[Instruction, float]]:
         """Each instruction, and how often a warp executes it, averaged over the programs.
 
-        If a routine is called, its instructions up to its return are included.
+        Instructions of called routines are not included.
 
         Raises:
-            ValueError: if the loops do not match ``trips``, or if a trip count is unknown because
-                it depends on data.
+            ValueError: if the loops do not match ``trips``, or if a trip count is unknown.
         """
+        depths = [self._depth(loop.start) - 1 for loop in self.loops]
         expected = [loop.depth for loop in self.trips]
-        if self.depths != expected:
+        if depths != expected:
             raise ValueError(
-                f"the loops of the machine code have depths {self.depths}, "
+                f"the loops of the machine code have depths {depths}, "
                 f"expected {expected} as in triton's code"
             )
         trips = [loop.trips for loop in self.trips if loop.trips is not None]
         if len(trips) < len(self.trips):
-            raise ValueError(
-                "trips must be known for every loop, got None for one that depends on data"
-            )
+            raise ValueError("trips must be known for every loop, got None")
         found = []
         times: dict[tuple[int, ...], float] = {}
         for i in self.kernel:
@@ -182,32 +178,22 @@ class Flow:
                 left = trips[rest.loop] // rest.copies % 2
                 count = float(np.mean(np.prod([left, *(trips[n] for n in inside)], axis=0)))
             found.append((i, count))
-            if count and self._calls_routine(i):
-                found += [(each, count) for each in self._routine(i)]
         return found
 
     @property
     def main_loop(self) -> list[Instruction]:
-        """The innermost loop that executes the most instructions, or the kernel if it has no loops.
+        """The innermost loop that executes the most instructions."""
 
-        If the loops do not match ``trips``, the loop with the longest code is returned.
-        """
-        if not self.loops:
-            return self.kernel
-        known = all(loop.trips is not None for loop in self.trips)
-        if known and self.depths == [loop.depth for loop in self.trips]:
-            innermost = [
-                loop
-                for loop in self.loops
-                if not any(other.start in loop for other in self.loops if other != loop)
-            ]
-            main = max(innermost, key=self._executed_in)
-        else:
-            main = max(self.loops, key=lambda loop: loop.stop - loop.start)
+        def executed(loop: Span) -> float:
+            return sum(count for i, count in self.executed if i.address in loop)
+
+        innermost = [
+            loop
+            for loop in self.loops
+            if not any(other.start in loop for other in self.loops if other != loop)
+        ]
+        main = max(innermost, key=executed)
         return [i for i in self.kernel if i.address in main]
-
-    def _executed_in(self, span: Span) -> float:
-        return sum(count for i, count in self.executed if i.address in span)
 
     def _accesses(self, span: Span) -> int:
         return sum(i.address in span and i.name in GLOBAL_ACCESS for i in self.kernel)
@@ -221,21 +207,6 @@ class Flow:
             target = _target(i) if i.name == "BRA" else None
             if target is not None and target <= self.kernel[-1].address:
                 yield i, target
-
-    def _calls_routine(self, i: Instruction) -> bool:
-        """Whether an instruction is a call that returns. ptxas also uses calls as jumps."""
-        return i.name == "CALL" and self._routine(i)[-1].name == "RET"
-
-    def _routine(self, call: Instruction) -> list[Instruction]:
-        """Returns the called instructions, up to the first RET or EXIT."""
-        start = _target(call)
-        found = [call]
-        for i in self.instructions:
-            if start is not None and i.address >= start:
-                found.append(i)
-                if i.name in ("RET", "EXIT"):
-                    break
-        return found[1:] or found
 
 
 def _target(i: Instruction) -> int | None:

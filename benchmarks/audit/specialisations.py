@@ -8,7 +8,6 @@ of each kernel is compiled.
 """
 
 import argparse
-import ast
 import importlib
 import json
 import os
@@ -18,7 +17,6 @@ import sys
 import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +26,7 @@ from torch import Tensor
 from triton.runtime.jit import JITFunction
 
 from benchmarks.audit.calls import Call, all_calls
-from benchmarks.audit.sass import read_resources
+from benchmarks.audit.sass import registers_and_stack
 from benchmarks.audit.standin import GPUS, SM90, Gpu, Launch, compile_only, replaced_launches
 from benchmarks.environment import ROOT
 from bnres import kernels
@@ -121,42 +119,17 @@ UNREACHED: dict[tuple[str, str], set[Any]] = {
     # Pooling in fp64 uses torch's operation.
     ("_bn_max_pool_kernel", "x_ptr"): {torch.float64},
     ("_bn_max_pool_bwd_dx_kernel", "x_ptr"): {torch.float64},
-    # The convolution kernel only runs in evaluation.
-    ("_conv_bn_act_kernel", "var_ptr"): {None},
     # Convolution in fp64 uses torch's operation.
     ("_conv_bn_act_kernel", "x_ptr"): {torch.float64},
 }
-
-
-@cache
-def optional_pointers(function: JITFunction) -> set[str]:
-    """Returns the pointers that a function, or a function that it calls, compares with None.
-
-    Each pointer is named as in ``function``, even if the called function has another name for it.
-    """
-    found = set()
-    for node in ast.walk(function.parse()):
-        if isinstance(node, ast.Compare) and isinstance(node.ops[0], ast.Is | ast.IsNot):
-            found.add(ast.unparse(node.left))
-        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
-            called = function.fn.__globals__.get(node.func.id)
-            if isinstance(called, JITFunction) and called is not function:
-                of_called = optional_pointers(called)
-                found |= of_called - set(called.arg_names)
-                found |= {
-                    ast.unparse(value)
-                    for name, value in zip(called.arg_names, node.args, strict=False)
-                    if name in of_called
-                }
-    return {name for name in found if name.endswith("_ptr")}
 
 
 def missing(found: Sequence[Specialisation]) -> list[str]:
     """Describes the values of kernels' parameters that occur in no specialisation.
 
     For each kernel there should be specialisations with both values of each flag, and with every
-    activation, every kind of tile and every dtype. Each optional pointer should occur both as None
-    and as a tensor.
+    activation, every kind of tile and every dtype. A pointer that is None in one launch should be a
+    tensor in another launch.
     """
     problems = []
     forward = {a.forward for a in ACTIVATIONS.values()}
@@ -179,7 +152,7 @@ def missing(found: Sequence[Specialisation]) -> list[str]:
                 seen = {tile.kind for tile in seen}
             elif parameter.name == "x_ptr":
                 expected = set(SUPPORTED_DTYPES)
-            elif parameter.name in optional_pointers(kernel):
+            elif None in seen and parameter.name.endswith("_ptr"):
                 expected = {None, Tensor}
                 seen = {None if value is None else Tensor for value in seen}
             lacking = expected - seen
@@ -229,7 +202,7 @@ def compile_all(gpu: Gpu, found: Sequence[Specialisation]) -> Outcome:
             return  # the audit's budget limits spills on AMD
         tile = launched.arguments.get("TILE")
         ragged = tile is not None and not tile.aligned
-        stack = read_resources(launched.compiled.asm["cubin"]).stack
+        _, stack = registers_and_stack(launched.compiled.asm["cubin"])
         if stack > (RAGGED_STACK if ragged else STACK):
             raise ValueError(
                 f"a thread must have a stack of at most {RAGGED_STACK if ragged else STACK} bytes, "

@@ -47,7 +47,7 @@ SM80 = Gpu("sm_80", 0, GPUTarget("cuda", 80, 32), 108, 65536, 164 * 1024, 2048, 
 SM90 = Gpu("sm_90", 1, GPUTarget("cuda", 90, 32), 132, 65536, 228 * 1024, 2048, 32)
 SM100 = Gpu("sm_100", 2, GPUTarget("cuda", 100, 32), 148, 65536, 228 * 1024, 2048, 32)
 GFX942 = Gpu("gfx942", 3, GPUTarget("hip", "gfx942", 64), 304, 131072, 64 * 1024, 2048, 32)
-GPUS = {gpu.name: gpu for gpu in (SM80, SM90, SM100, GFX942)}
+GPUS = {gpu.name: gpu for gpu in (SM90, SM80, SM100, GFX942)}
 
 
 class StandInDriver:

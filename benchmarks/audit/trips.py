@@ -19,12 +19,6 @@ BRANCH = re.compile(r"\bbra(?:\.uni)?\s+(\$L__BB\w+);")
 ACCESS = re.compile(r"\b(?:(?:ld|st)\.global|cp\.async\.c[ag])\b")
 ARGUMENT = re.compile(r"%(\w+): i\d+")
 VALUE = re.compile(r"%[\w.-]+")
-AXES = "xyz"
-COMPARISONS: dict[str, Callable[..., Any]] = {
-    "eq": np.equal, "ne": np.not_equal, "slt": np.less, "sle": np.less_equal, "sgt": np.greater,
-    "sge": np.greater_equal, "ult": np.less, "ule": np.less_equal, "ugt": np.greater,
-    "uge": np.greater_equal,
-}  # fmt: skip
 
 
 def _divide(a: Any, b: Any) -> Any:
@@ -36,14 +30,11 @@ def _remainder(a: Any, b: Any) -> Any:
     return a - b * _divide(a, b)
 
 
-# These functions compute TTGIR's operations on integers. Unsigned operations use the same functions
-# as signed operations, because their operands are assumed not to be negative.
+# These functions compute the operations on integers that occur in the bounds of loops.
 OPERATIONS: dict[str, Callable[..., Any]] = {
-    "addi": np.add, "subi": np.subtract, "muli": np.multiply, "divsi": _divide, "divui": _divide,
-    "remsi": _remainder, "remui": _remainder, "minsi": np.minimum, "minui": np.minimum,
-    "maxsi": np.maximum, "maxui": np.maximum, "andi": np.bitwise_and, "ori": np.bitwise_or,
-    "shli": np.left_shift, "shrsi": np.right_shift, "shrui": np.right_shift, "select": np.where,
-    "extsi": np.asarray, "extui": np.asarray, "trunci": np.asarray, "index_cast": np.asarray,
+    "arith.addi": np.add, "arith.subi": np.subtract, "arith.muli": np.multiply,
+    "arith.divsi": _divide, "arith.remsi": _remainder, "arith.minsi": np.minimum,
+    "arith.maxsi": np.maximum,
 }  # fmt: skip
 
 
@@ -92,8 +83,7 @@ def _accesses(ptx: str) -> list[int]:
 
 def _loops(ttgir: str, grid: Sequence[int], arguments: Mapping[str, Any]) -> list[LoopTrips]:
     """Returns the loops of TTGIR."""
-    sizes = (*grid, 1, 1)[:3]
-    programs = np.indices(sizes).reshape(3, -1)
+    programs = np.indices((*grid, 1, 1)[:3]).reshape(3, -1)
     values: dict[str, Any] = {}
     found: list[LoopTrips] = []
     level = 0
@@ -113,7 +103,7 @@ def _loops(ttgir: str, grid: Sequence[int], arguments: Mapping[str, Any]) -> lis
             around.append(level)
         elif operation := OPERATION.match(text):
             name, kind, rest = operation.groups()
-            value = _evaluate(kind, rest, values, programs, sizes)
+            value = _evaluate(kind, rest, values, programs)
             if value is not None:
                 values[name] = value
         level += text.count("{") - text.count("}")
@@ -122,23 +112,14 @@ def _loops(ttgir: str, grid: Sequence[int], arguments: Mapping[str, Any]) -> lis
     return found
 
 
-def _evaluate(
-    kind: str, rest: str, values: dict[str, Any], programs: np.ndarray, sizes: Sequence[int]
-) -> Any:
-    """Returns the result of an operation on scalars, or None if the result is not known."""
-    dialect, _, operation = kind.partition(".")
+def _evaluate(kind: str, rest: str, values: dict[str, Any], programs: np.ndarray) -> Any:
+    """Returns the result of an operation on integers, or None if the result is not known."""
     if kind == "tt.get_program_id":
-        return programs[AXES.index(rest[0])]
-    if kind == "tt.get_num_programs":
-        return sizes[AXES.index(rest[0])]
+        return programs["xyz".index(rest[0])]
     if kind == "arith.constant":
-        number = re.match(r"(-?\d+) : (?:i\d+|index)\b|(true|false)\b", rest)
-        if number is None:
-            return None
-        return int(number[1]) if number[1] else number[2] == "true"
+        number = re.match(r"(-?\d+) : (?:i\d+|index)\b", rest)
+        return int(number[1]) if number else None
     operands = [values.get(name) for name in VALUE.findall(rest.split(" loc(")[0])]
-    if dialect != "arith" or any(operand is None for operand in operands):
+    if kind not in OPERATIONS or any(operand is None for operand in operands):
         return None
-    if operation == "cmpi":
-        return COMPARISONS[rest.split(",")[0]](*operands)
-    return OPERATIONS[operation](*operands) if operation in OPERATIONS else None
+    return OPERATIONS[kind](*operands)
