@@ -24,14 +24,15 @@ from benchmarks.audit.trips import loop_trips
 # These are the rates of an H200: bytes/s of a copy, number of warp instructions that a
 # multiprocessor issues in a cycle, and cycles/s.
 BANDWIDTH, ISSUE_WIDTH, CLOCK = 4.3e12, 4, 1.98e9
-# To reach the bandwidth, a multiprocessor must have this many bytes of loads in flight. The number
-# is bandwidth times latency (about 4.3 TB/s · 0.8 µs), divided by 132 multiprocessors and rounded
-# up.
+# To reach the bandwidth, a multiprocessor must have this many bytes of loads in flight: bandwidth
+# times latency (about 4.3 TB/s · 0.8 µs), divided by 132 multiprocessors and rounded up.
 BYTES_IN_FLIGHT = 32 * 1024
-# For each architecture this is the name of the matrix instruction for 16-bit and TF32 operands.
+# For each architecture: how the name of the matrix instruction for 16-bit and TF32 operands starts.
 MATRIX_INSTRUCTION = {80: "HMMA", 90: "HGMMA", 100: "UTC"}
-RESERVED_SHARED = 1024
-REGISTER_UNIT = 8
+# Each program occupies this many further bytes of shared memory, and a multiple of this many
+# registers per thread.
+RESERVED_SHARED, REGISTER_UNIT = 1024, 8
+# The activations that a kernel may load.
 LOADED = ("x_ptr", "dy_ptr", "dy_skip_ptr", "residual_ptr")
 
 

@@ -1,10 +1,12 @@
-"""Counts the memory that interpreted kernels touch. The unit S is the bytes of one activation.
+"""Counts the memory that interpreted kernels touch, in units of S, the bytes of one activation.
 
-Two numbers are counted. *Lanes* are the bytes that unmasked lanes access. *Sectors* are the bytes
-of the distinct 32-byte sectors of a tensor that a launch touches. Both numbers are needed. Memory
-is moved in whole sectors, of which lanes may use only a part, but the number of sectors does not
-include repeated accesses. TRITON_INTERPRET=1 has to be set. ``python -m benchmarks audit`` runs
-this module in a separate process.
+Two numbers are counted. *Sectors* are the bytes of the distinct 32-byte sectors that a launch
+touches. A GPU moves whole sectors, so this is what it moves if every sector is moved once. *Lanes*
+are the bytes that all unmasked lanes access. This number also shows repeated accesses to the same
+memory.
+
+TRITON_INTERPRET=1 has to be set. ``python -m benchmarks audit`` runs this module in a separate
+process.
 """
 
 import json
@@ -25,8 +27,7 @@ from benchmarks.byte_model import PASSES, passes
 from benchmarks.operations import LAYOUTS
 from bnres import models
 
-# These are the shapes of activations. They are small, because the interpreter is slow, but large
-# enough for whole tiles.
+# Shapes of activations. They are small because the interpreter is slow, but fill whole tiles.
 SHAPE, POOLED_SHAPE = (16, 64, 7, 7), (2, 64, 16, 16)
 NET_INPUT = (256, 3, 224, 224)
 NETS: dict[str, Build] = {"stock": partial(models.resnet18, fused=False), "fused": models.resnet18}
@@ -39,12 +40,7 @@ ACTIVATIONS = (
 
 @dataclass
 class Traffic:
-    """Bytes of activation tensors that launches touch.
-
-    Attributes:
-        lanes: number of bytes that unmasked lanes access.
-        sectors: number of bytes in the distinct sectors.
-    """
+    """The bytes of activation tensors that launches touch, counted in lanes and in sectors."""
 
     lanes: int = 0
     sectors: int = 0
@@ -52,7 +48,7 @@ class Traffic:
 
 @dataclass
 class _Range:
-    """The address range of a tensor, and the sectors that a launch has read and written."""
+    """The addresses of a tensor, and the sectors of it that a launch has read and written."""
 
     start: int
     stop: int
@@ -62,7 +58,7 @@ class _Range:
 
 @contextmanager
 def count_traffic() -> Iterator[Traffic]:
-    """Inside the context, counts all accesses of interpreted launches to activation tensors."""
+    """Counts the accesses of interpreted launches to activation tensors, inside the context."""
     total = Traffic()
     ranges: list[_Range] = []
     load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
@@ -132,7 +128,8 @@ def operation_traffic(
 class Row:
     """The memory that an operation touches in one direction, in units of S.
 
-    ``step`` is the direction. ``floor`` is the least memory that any implementation could touch.
+    ``step`` is the direction: ``eval``, ``forward`` (in training) or ``backward``. ``floor`` is the
+    least memory that an implementation with two passes can touch.
     """
 
     operation: str

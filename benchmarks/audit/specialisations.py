@@ -1,10 +1,11 @@
-"""Compiles every kernel that the calls in `benchmarks.audit.calls` launch, without a GPU.
+"""Compiles every specialisation of the kernels, without a GPU.
 
-A *specialisation* of a kernel is determined by the dtypes, the constants and the alignments of its
-arguments. Triton compiles a kernel once for each specialisation. For sm_90 all specialisations are
-compiled. Then they are launched twice with a stand-in for CUDA's driver, once by triton and once by
-`bnres.kernels.replay`. Both launches use triton's launcher in C. For other GPUs one specialisation
-of each kernel is compiled.
+Triton compiles a kernel for each combination of its arguments' dtypes, constants and alignments. A
+*specialisation* is one such combination. The specialisations are found by making the calls in
+`benchmarks.audit.calls`. For sm_90 all of them are compiled. Then each is launched twice with a
+stand-in for CUDA's driver, once by triton and once by `bnres.kernels.replay`. Both launches pass
+through triton's launcher, which is written in C. For the other GPUs one specialisation of each
+kernel is compiled.
 """
 
 import argparse
@@ -38,11 +39,11 @@ from bnres.kernels.replay import Replay
 
 # At most this many characters of an error are reported.
 LINE_LENGTH = 300
-# The stack of a thread may have at most this many bytes. The stack holds spilled registers. Kernels
-# in a training step of a ResNet must not spill, which the audit's budget checks. Other
-# specialisations may spill some registers for 64-bit offsets. RAGGED_STACK is the limit for tiles
-# whose rows do not start at a multiple of the vector width. These tiles need an address for each
-# element, and therefore more registers.
+# The most bytes that a thread's stack may have. The stack holds spilled registers. The kernels of a
+# ResNet's training step spill nothing, which the audit's budget checks. Other specialisations may
+# spill some registers, because they have 64-bit offsets. RAGGED_STACK is the limit for tiles whose
+# rows do not start at a multiple of the vector width. They need more registers, because they need
+# an address for each element.
 STACK, RAGGED_STACK = 256, 512
 
 
@@ -63,7 +64,7 @@ class Specialisation:
 
 
 def _key(kernel: JITFunction, arguments: dict[str, Any]) -> tuple[Any, ...]:
-    """Returns a key. Launches whose keys are equal use the same compiled kernel."""
+    """Returns a key that is equal for launches of the same specialisation."""
     numbers = {p.name for p in kernel.params if not p.is_constexpr}
 
     def part(name: str, value: Any) -> Any:
@@ -79,7 +80,7 @@ def _key(kernel: JITFunction, arguments: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def collect(calls: Iterable[Call]) -> list[Specialisation]:
-    """Returns the distinct specialisations that some calls launch, without compiling them."""
+    """Returns the specialisations that the calls launch, without compiling them."""
     found: dict[tuple[Any, ...], Specialisation] = {}
     call: Call
 
@@ -109,8 +110,7 @@ def all_kernels() -> list[JITFunction]:
     return list(found.values())
 
 
-# The keys are (kernel, parameter). The values are arguments that no public call passes. A comment
-# says why.
+# For each (kernel, parameter): the values that no public call passes.
 UNREACHED: dict[tuple[str, str], set[Any]] = {
     # Pooling uses the same kind of tile for planes of every size. It does not use GROUPS for small
     # planes.
@@ -125,11 +125,11 @@ UNREACHED: dict[tuple[str, str], set[Any]] = {
 
 
 def missing(found: Sequence[Specialisation]) -> list[str]:
-    """Describes the values of kernels' parameters that occur in no specialisation.
+    """Describes the values of kernels' parameters that occur in none of the specialisations.
 
-    For each kernel there should be specialisations with both values of each flag, and with every
-    activation, every kind of tile and every dtype. A pointer that is None in one launch should be a
-    tensor in another launch.
+    Each kernel should have specialisations with both values of each flag, and with every
+    activation, every kind of tile and every dtype. A pointer that is None in one specialisation
+    should be a tensor in another one.
     """
     problems = []
     forward = {a.forward for a in ACTIVATIONS.values()}
@@ -199,7 +199,7 @@ def compile_all(gpu: Gpu, found: Sequence[Specialisation]) -> Outcome:
 
     def check(launched: Launch) -> None:
         if gpu.target.backend == "hip":
-            return  # the audit's budget limits spills on AMD
+            return  # The audit's budget limits the spills on AMD.
         tile = launched.arguments.get("TILE")
         ragged = tile is not None and not tile.aligned
         _, stack = registers_and_stack(launched.compiled.asm["cubin"])
@@ -220,9 +220,9 @@ def compile_all(gpu: Gpu, found: Sequence[Specialisation]) -> Outcome:
 
 
 def launch_all(gpu: Gpu, found: Sequence[Specialisation]) -> Outcome:
-    """Launches each specialisation twice, by triton and by our replay of recorded launches.
+    """Launches each specialisation twice, first by triton and then by `bnres.kernels.replay`.
 
-    A failure is reported if a launch raises an error or does not reach the driver.
+    A launch fails if it raises an error or does not reach the driver.
     """
     from benchmarks.audit.launcher import LaunchingDriver, build_driver_library
 
@@ -254,12 +254,9 @@ def _in_one_line(error: Exception) -> str:
 
 
 def run(processes: int) -> Outcome:
-    """Compiles and launches all specialisations in several processes.
+    """Compiles and launches all specialisations, divided among a number of processes.
 
     Triton's cache then contains the compiled kernels.
-
-    Args:
-        processes: number of processes.
 
     Raises:
         RuntimeError: if a process fails.

@@ -1,8 +1,8 @@
 """Computes the trip counts of a compiled kernel's loops.
 
-TTGIR is triton's last representation of a kernel before LLVM. It contains the loops as they are
-executed, after pipelining, and the scalar arithmetic that computes their bounds. This module
-evaluates the arithmetic with a launch's arguments, for all programs of the grid at once.
+TTGIR is triton's last representation of a kernel before LLVM. It contains the loops after
+pipelining, and the integer arithmetic that computes their bounds. This module evaluates the
+arithmetic with a launch's arguments, for all programs of the grid at once.
 """
 
 import re
@@ -44,10 +44,10 @@ class LoopTrips:
 
     Attributes:
         depth: number of loops around the loop.
-        trips: number of trips of one execution of the loop, for each program. It is None if the
-            number depends on data.
-        accesses: number of instructions in the loop's PTX that access global memory. It is 0 if the
-            number is not known.
+        trips: for each program, how many trips the loop makes when it is executed once. It is None
+            if this is not known, for example because it depends on data.
+        accesses: number of instructions in the loop's PTX that access global memory. It is 0 if
+            this is not known.
     """
 
     depth: int
@@ -58,7 +58,13 @@ class LoopTrips:
 def loop_trips(
     asm: Mapping[str, str], grid: Sequence[int], arguments: Mapping[str, Any]
 ) -> list[LoopTrips]:
-    """Returns a kernel's loops, from its TTGIR and PTX, in the order of their first lines."""
+    """Returns a kernel's loops in the order of their first lines.
+
+    Args:
+        asm: the kernel's code. The keys ``ttgir`` and ``ptx`` are used.
+        grid: the launch's grid.
+        arguments: the launch's arguments, by name.
+    """
     loops = _loops(asm["ttgir"], grid, arguments)
     accesses = _accesses(asm["ptx"])
     if len(accesses) != len(loops):
