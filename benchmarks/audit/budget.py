@@ -13,8 +13,7 @@ from bnres.files import write_text
 
 PATH = Path(__file__).with_name("budget.json")
 Row = dict[str, Any]
-# Two numbers may differ by this much, because decimals are rounded. The counts themselves are
-# exact.
+# Decimal numbers may exceed their budget by this much, because they are rounded.
 SLACK = 1e-3
 # ``share``, the time to issue instructions, may exceed its budget by this fraction of the budget.
 SHARE_SLACK = 0.02
@@ -42,10 +41,13 @@ class Found:
 
 
 def worst(rows: Iterable[Row]) -> list[Row]:
-    """Returns a row for each GPU, kernel, layout and dtype, with the worst values of its ``rows``.
+    """Returns the worst values of the rows that have the same GPU, kernel, layout and dtype.
 
-    ``rows`` are rows of `benchmarks.audit.machine_code`. ``per_element`` and ``at`` describe the
-    launch with the greatest ``share``.
+    The result has a row for each GPU, kernel, layout and dtype. ``per_element`` and ``at`` describe
+    the launch with the greatest ``share``.
+
+    Args:
+        rows: rows of `benchmarks.audit.machine_code`.
     """
     groups: dict[str, list[Row]] = {}
     for row in rows:
@@ -101,9 +103,8 @@ def memory_key(row: Row) -> str:
 def exceeded(found: Found, budget: Found, same_triton: bool) -> list[str]:
     """Describes each result that is worse than its budget.
 
-    Registers and the time to issue instructions depend on the compiler. They are compared only if
-    the budget was recorded with the same version of triton. The numbers of spills and calls are
-    also compared only in this case, unless their budget is 0. A budget of 0 is always compared.
+    Machine code depends on the compiler. If the budget was recorded with another version of triton,
+    registers and shares are not compared, and spills and calls only if their budget is 0.
 
     Args:
         found: the results.

@@ -67,7 +67,7 @@ def _worker(module: str, *arguments: str, **environment: str) -> Any:
 def memory_table(found: budget.Found) -> str:
     """Formats the memory that operations touch, and a training step's bytes and launches.
 
-    The unit of the memory is S, the size of one activation tensor.
+    CONTRIBUTING.md explains the columns.
     """
     lines = [
         f"{'operation':22} {'step':9} {'layout':14} "
@@ -92,7 +92,7 @@ def memory_table(found: budget.Found) -> str:
 
 
 def kernel_table(rows: Sequence[budget.Row]) -> str:
-    """Formats the kernels' machine code. The columns are explained in CONTRIBUTING.md."""
+    """Formats the properties of the kernels' machine code. CONTRIBUTING.md explains the columns."""
     lines = [
         f"{'gpu':6} {'kernel':29} {'layout':13} {'dtype':8} {'regs':>4} {'spills':>6} "
         f"{'calls':>5} {'flight':>6} {'/elem':>6} {'share':>5}  at"
@@ -102,7 +102,7 @@ def kernel_table(rows: Sequence[budget.Row]) -> str:
         f"{r['registers']:4} {r['spills']:6} {_or_dash(r['calls'], ''):>5} "
         f"{_or_dash(r['in_flight'], '.0%'):>6} {_or_dash(r['per_element'], '.1f'):>6} "
         f"{_or_dash(r['share'], '.2f'):>5}  {r['at']}"
-        + (f"no {r['missing']}" if r["missing"] else "")
+        f"{' no ' + r['missing'] if r['missing'] else ''}"
         for r in rows
     ]
     return "\n".join(lines)

@@ -94,9 +94,10 @@ def _augment_case(batch: int, size: int, out: int, color_first: bool) -> Case:
 
 
 def all_cases() -> list[Case]:
-    """Lists the operations at all batch norms of ResNet-18, all convolutions and augmentations.
+    """Lists all operations, convolutions and augmentations.
 
-    The operations have several batch sizes, layouts and dtypes.
+    The operations are those at the batch norms of ResNet-18, in several batch sizes, layouts and
+    dtypes.
     """
     variants = (
         (BATCH, LAST, BF16),
@@ -135,10 +136,10 @@ def _convs() -> list[ConvCall]:
 
 
 def _augment_cases() -> list[Case]:
-    """Lists augmentations of CIFAR's and ImageNet's images.
+    """Lists augmentations of images of the sizes of CIFAR and of ImageNet.
 
-    An image of CIFAR is small enough for one program. Colours are changed before or after the
-    resize.
+    An image of CIFAR needs one program, and one of ImageNet several. Colours are changed before or
+    after the resize.
     """
     return [
         _augment_case(batch, size, out, color_first)

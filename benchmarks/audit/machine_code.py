@@ -50,8 +50,8 @@ class Row:
         spills: number of accesses to local memory. On AMD it is the number of spilled registers.
         missing: instructions that a convolution should have, but does not have.
         calls: number of subroutine calls inside loops.
-        in_flight: number of bytes of loads that a multiprocessor has in flight, divided by the
-            number that hides the latency of memory. It is at most 1.
+        in_flight: bytes of loads that a multiprocessor has in flight, divided by the bytes that
+            hide the latency of memory. It is at most 1.
         per_element: instructions that all threads execute, divided by the number of elements of the
             largest tensor.
         share: time to issue the instructions divided by the time to move the bytes.
@@ -90,21 +90,15 @@ def read(gpu: Gpu, case: Case, launch: Launch) -> Row:
     flow = Flow(code.instructions, trips)
     lacks = missing(gpu, launch, flow.main_loop) if is_conv else ""
     in_flight = per_element = share = None
-    # The other kernels only read per-channel buffers, or do not compute at the speed of memory.
+    # The other kernels only access small tensors, or memory does not limit their speed.
     if launch.kernel.startswith("_bn_") and "finalize" not in launch.kernel:
         in_flight = bytes_in_flight(gpu, launch, code.registers, flow.main_loop)
         if gpu is SM90 and case.batch == BATCH:
             per_element, share = per_element_and_share(gpu, launch, flow)
     return Row(
-        *names,
-        code.registers,
-        code.spills,
-        lacks,
-        flow.calls_in_loops,
-        in_flight,
-        per_element,
+        *names, code.registers, code.spills, lacks, flow.calls_in_loops, in_flight, per_element,
         share,
-    )
+    )  # fmt: skip
 
 
 def missing(gpu: Gpu, launch: Launch, loop: list[Instruction]) -> str:
@@ -153,10 +147,7 @@ def resident_programs(gpu: Gpu, launch: Launch, registers: int, threads: int) ->
 
 
 def per_element_and_share(gpu: Gpu, launch: Launch, flow: Flow) -> tuple[float, float]:
-    """Returns `Row.per_element` and `Row.share`.
-
-    Each byte of the tensors is assumed to be moved once.
-    """
+    """Returns `Row.per_element` and `Row.share`, assuming that each byte is moved once."""
     tensors = used_tensors(launch)
     warps = prod(launch.grid) * launch.compiled.metadata.num_warps
     issued = warps * sum(count for _, count in flow.executed)
@@ -177,7 +168,7 @@ def used_tensors(launch: Launch) -> list[Tensor]:
 
 
 def audit(gpu: Gpu, cases: list[Case]) -> list[Row]:
-    """Returns a row for each specialisation that the cases launch and each size of its tensors."""
+    """Returns a row for each distinct launch: a specialisation, a grid and sizes of tensors."""
     rows: dict[tuple[Any, ...], Row] = {}
     for case in cases:
         launches: list[Launch] = []

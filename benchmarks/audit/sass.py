@@ -17,7 +17,7 @@ BITS = {"U8": 8, "S8": 8, "U16": 16, "S16": 16, "64": 64, "128": 128}
 
 @dataclass(frozen=True)
 class Instruction:
-    """One instruction of a disassembly."""
+    """One instruction of machine code."""
 
     address: int
     opcode: str
