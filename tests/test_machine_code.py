@@ -1,7 +1,6 @@
-"""Tests of the kernels' machine code, compiled in a new process without a GPU.
+"""Tests of the counts of executed instructions, on a compiled kernel, without a GPU.
 
-The interpreter and the compiler can't share a process. ``python -m benchmarks audit``, which
-``.ci/run`` runs, compiles more specialisations for more GPUs.
+The kernel is compiled in a new process, because the interpreter and the compiler can't share one.
 """
 
 import torch
