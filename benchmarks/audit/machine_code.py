@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.audit import amdgcn
 from benchmarks.audit.compiled_cases import BATCH, Case, all_cases, family_cases
 from benchmarks.audit.instructions import Flow
 from benchmarks.audit.sass import Instruction, async_bytes, bytes_before_first_use, disassemble
@@ -32,6 +31,8 @@ MATRIX_INSTRUCTION = {80: "HMMA", 90: "HGMMA", 100: "UTC"}
 # Each program occupies this many further bytes of shared memory, and a multiple of this many
 # registers per thread.
 RESERVED_SHARED, REGISTER_UNIT = 1024, 8
+# Registers and spills in assembly for AMD. The registers are vector registers of a thread.
+AMD_FIELD = re.compile(r"\.(vgpr_count|[sv]gpr_spill_count):\s+(\d+)")
 # The activations that a kernel may load.
 LOADED = ("x_ptr", "dy_ptr", "dy_skip_ptr", "residual_ptr")
 
@@ -82,9 +83,11 @@ def read(gpu: Gpu, case: Case, launch: Launch) -> Row:
     names = gpu.name, kernel, case.title, case.layout, str(case.dtype).removeprefix("torch.")
     is_conv = "conv" in launch.kernel
     if gpu.target.backend == "hip":
-        amd = amdgcn.read(launch.compiled.asm["amdgcn"])
-        lacks = "matrix instructions" if is_conv and not amd.matrix else ""
-        return Row(*names, amd.registers, amd.spills, lacks)
+        text = launch.compiled.asm["amdgcn"]
+        field = {name: int(value) for name, value in AMD_FIELD.findall(text)}
+        spills = field["vgpr_spill_count"] + field["sgpr_spill_count"]
+        lacks = "matrix instructions" if is_conv and "v_mfma_" not in text else ""
+        return Row(*names, field["vgpr_count"], spills, lacks)
     code = disassemble(launch.compiled.asm["cubin"])
     trips = loop_trips(launch.compiled.asm, launch.grid, launch.arguments)
     flow = Flow(code.instructions, trips)
