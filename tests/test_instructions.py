@@ -32,6 +32,21 @@ NESTED = """
 /*0140*/            BRA 0x140;
 /*0150*/            NOP;
 """
+# A loop that ends with a call used as a jump, and a loop that ends with an EXIT inside it.
+OTHER_ENDS = """
+/*0000*/            MOV R1, c[0x0][0x28] ;
+/*0010*/            FADD R8, R4, R8 ;
+/*0020*/        @P0 BRA 0x40 ;
+/*0030*/            FMUL R8, R4, R8 ;
+/*0040*/        @P1 CALL.REL.NOINC 0x60 ;
+/*0050*/            BRA 0x10 ;
+/*0060*/            STG.E desc[UR4][R2.64], R8 ;
+/*0070*/            FADD R8, R4, R8 ;
+/*0080*/        @P2 EXIT ;
+/*0090*/            IADD3 R2, R2, 0x10, RZ ;
+/*00a0*/            BRA 0x70 ;
+/*00b0*/            BRA 0xb0;
+"""
 # A loop that is unrolled by four, and the code for the remaining trips.
 UNROLLED = """
 /*0000*/       @!P0 BRA 0x70 ;
@@ -97,6 +112,12 @@ def test_nested_loops_a_call_and_a_slow_path():
     assert [i.address for i in flow.main_loop] == [0x90, 0xA0, 0xB0]
 
 
+def test_other_ends_of_loops():
+    flow = Flow(parse_instructions(OTHER_ENDS), [trips(0, 5), trips(0, 2)])
+    assert [count for _, count in flow.executed] == [1, 5, 5, 5, 5, 5, 1, 2, 2, 2, 2]
+    assert flow.calls_in_loops == 0
+
+
 def test_unrolled_loop():
     loop = LoopTrips(0, np.array([11, 4, 1, 2]), accesses=1)
     flow = Flow(parse_instructions(UNROLLED), [loop])
@@ -107,8 +128,11 @@ def test_unrolled_loop():
 
 
 def test_loops_that_do_not_match_their_trips_are_refused():
+    flow = Flow(parse_instructions(NESTED), [trips(0, 3)])
     with pytest.raises(ValueError, match=r"depths \[0, 1\], expected \[0\]"):
-        Flow(parse_instructions(NESTED), [trips(0, 3)]).executed  # noqa: B018
+        flow.executed  # noqa: B018
+    # Without trips the main loop is the longest.
+    assert [i.address for i in flow.main_loop] == list(range(0x80, 0x100, 0x10))
     loops = [trips(0, 3), LoopTrips(1, None)]
     with pytest.raises(ValueError, match="trips must be known for every loop, got None"):
         Flow(parse_instructions(NESTED), loops).executed  # noqa: B018

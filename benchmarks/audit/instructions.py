@@ -71,7 +71,7 @@ class Flow:
             target
             for i in self.instructions
             if (target := _target(i)) is not None
-            and (i.name == "CALL" or (i.name == "BRA" and target == i.address))
+            and (self._calls_routine(i) or (i.name == "BRA" and target == i.address))
         ]
         return [i for i in self.instructions if not ends or i.address < min(ends)]
 
@@ -86,6 +86,11 @@ class Flow:
             if target <= i.address:
                 ends[target] = max(ends.get(target, 0), i.address + 1)
         return [Span(start, stop) for start, stop in sorted(ends.items())]
+
+    @cached_property
+    def depths(self) -> list[int]:
+        """The number of loops around each loop."""
+        return [self._depth(loop.start) - 1 for loop in self.loops]
 
     @cached_property
     def conditional(self) -> list[Span]:
@@ -103,14 +108,14 @@ class Flow:
         around = (
             next((span for span in self.conditional if i.address in span), None)
             for i in self.kernel
-            if i.name == "CALL"
+            if self._calls_routine(i)
         )
         return [span for span in around if span is not None]
 
     @cached_property
     def calls_in_loops(self) -> int:
         """The number of calls inside loops, including those on slow paths."""
-        return sum(self._depth(i.address) > 0 for i in self.kernel if i.name == "CALL")
+        return sum(self._depth(i.address) > 0 for i in self.kernel if self._calls_routine(i))
 
     @cached_property
     def unrolled(self) -> list[int]:
@@ -153,11 +158,10 @@ class Flow:
         Raises:
             ValueError: if the loops do not match ``trips``, or if a trip count is unknown.
         """
-        depths = [self._depth(loop.start) - 1 for loop in self.loops]
         expected = [loop.depth for loop in self.trips]
-        if depths != expected:
+        if self.depths != expected:
             raise ValueError(
-                f"the loops of the machine code have depths {depths}, "
+                f"the loops of the machine code have depths {self.depths}, "
                 f"expected {expected} as in triton's code"
             )
         trips = [loop.trips for loop in self.trips if loop.trips is not None]
@@ -182,18 +186,23 @@ class Flow:
 
     @property
     def main_loop(self) -> list[Instruction]:
-        """The innermost loop that executes the most instructions."""
+        """The innermost loop that executes the most instructions.
 
-        def executed(loop: Span) -> float:
-            return sum(count for i, count in self.executed if i.address in loop)
-
-        innermost = [
-            loop
-            for loop in self.loops
-            if not any(other.start in loop for other in self.loops if other != loop)
-        ]
-        main = max(innermost, key=executed)
+        If the loops do not match ``trips``, it is the loop with the longest code.
+        """
+        if self.depths != [loop.depth for loop in self.trips]:
+            main = max(self.loops, key=lambda loop: loop.stop - loop.start)
+        else:
+            innermost = [
+                loop
+                for loop in self.loops
+                if not any(other.start in loop for other in self.loops if other != loop)
+            ]
+            main = max(innermost, key=self._executed_in)
         return [i for i in self.kernel if i.address in main]
+
+    def _executed_in(self, span: Span) -> float:
+        return sum(count for i, count in self.executed if i.address in span)
 
     def _accesses(self, span: Span) -> int:
         return sum(i.address in span and i.name in GLOBAL_ACCESS for i in self.kernel)
@@ -207,6 +216,14 @@ class Flow:
             target = _target(i) if i.name == "BRA" else None
             if target is not None and target <= self.kernel[-1].address:
                 yield i, target
+
+    def _calls_routine(self, i: Instruction) -> bool:
+        """Whether an instruction is a call that returns. ptxas also uses calls as jumps."""
+        target = _target(i)
+        if i.name != "CALL" or target is None:
+            return False
+        ends = (j.name for j in self.instructions if j.address >= target)
+        return next((name for name in ends if name in ("RET", "EXIT")), "") == "RET"
 
 
 def _target(i: Instruction) -> int | None:
