@@ -170,11 +170,6 @@ def profile(
 
 @app.command()
 def audit(
-    gpu: Annotated[
-        list[str] | None,
-        typer.Option(help="sm_80, sm_90, sm_100 or gfx942; may be repeated; default: all."),
-    ] = None,
-    json_path: Annotated[Path | None, typer.Option("--json", help="File for the rows.")] = None,
     record: Annotated[bool, typer.Option(help="Store the counts as the new budget.")] = False,
 ) -> None:
     """Count memory traffic and analyse machine code, without a GPU.
@@ -183,9 +178,7 @@ def audit(
     """
     from benchmarks.audit import command
 
-    if json_path is not None:
-        check_out(json_path, "json")
-    sys.exit(command.run(gpu or [], json_path, record))
+    raise typer.Exit(command.run(record))
 
 
 @app.command()
@@ -256,9 +249,6 @@ def once() -> None:
 @app.command()
 def scaling(
     picture: Annotated[Path | None, typer.Option(help="File for a picture of the model.")] = None,
-    gloo: Annotated[
-        bool, typer.Option(help="Also measure gloo on this CPU, and compare it with the model.")
-    ] = False,
 ) -> None:
     """Print a model of training on 8 to 1,024 GPUs, with and without synchronised batch norm."""
     from benchmarks import scaling as model
@@ -267,8 +257,6 @@ def scaling(
         check_out(picture, "picture")
         model.draw(picture)
     typer.echo(model.table())
-    if gloo:
-        typer.echo(model.gloo_table())
 
 
 @app.command(name="first-contact")

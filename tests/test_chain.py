@@ -19,7 +19,7 @@ from tests.steps import outcome
 from tests.tolerances import assert_close
 
 if not torch.cuda.is_available():
-    from benchmarks.audit.saved import no_launches
+    from benchmarks.audit.step import no_launches
 
 
 def net(dtype=torch.float64):

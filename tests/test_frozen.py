@@ -24,7 +24,7 @@ from tests.device import DEVICE
 
 RECORD = Path(__file__).with_name("frozen.json")
 LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
-# Activations without transcendental functions and inexact products.
+# Activations that need neither transcendental functions nor inexact products.
 ACTS = [(None, {}), ("relu", {}), ("leaky_relu", {"negative_slope": 0.25}), ("relu6", {})]
 MODES = ("training", "frozen", "inference")
 SHAPES = {"planes": (4, 6, 4, 4), "groups": (4, 16, 1, 4), "odd": (2, 5, 1, 2)}
@@ -104,7 +104,7 @@ def convolved(shape, dtype, layout, mode, act, affine, residual, conv_bias):
 
 
 def cases():
-    """Yields each case's name, function and options; each mode has all values of the options."""
+    """Yields each case's name, function and options. Each mode occurs with each option's values."""
     for shape, layout, mode in itertools.product(SHAPES, LAYOUTS, MODES):
         name = f"{shape}-{layout}-{mode}"
         common = {"shape": SHAPES[shape], "layout": layout, "mode": mode}

@@ -26,7 +26,7 @@ ROW = re.compile(
     r"^(.+?) +(inference|forward|backward|step) +(-?[\d.]+) +\((-?[\d.]+)\) +(-?[\d.]+) +(\S+)$",
     re.MULTILINE,
 )
-# Two rounds instead of sixty, and limits that no ratio exceeds, except one that a test sets.
+# Runs two rounds instead of sixty. No ratio exceeds its limit, unless a test inserts a lower limit.
 COMMAND = """
 from benchmarks.audit import host
 from benchmarks.cli import app

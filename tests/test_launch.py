@@ -1,7 +1,8 @@
 """Tests that replayed launches run the same kernels, with the addresses of other tensors.
 
-Interpreted launches are not recorded. So the tests compile kernels for a GPU in a subprocess, with
-a stand-in driver that runs nothing, and check the arguments that launchers receive.
+The interpreter's launches are not recorded. So the tests compile kernels for a GPU in a new
+process, with a stand-in driver that runs nothing, and check the arguments that triton's launcher
+receives.
 """
 
 import weakref
@@ -16,9 +17,9 @@ from tests.compiled import run_compiled
 
 @contextmanager
 def launches_written_down():
-    """Yields two lists: all launches, and the kernels that were launched through triton's own code.
+    """Yields a list of all launches, and a list of the kernels that ``JITFunction.run`` launched.
 
-    A launch is (kernel, grid, arguments by name), with the arguments that the launcher received.
+    Replayed launches are only in the first list. A launch is (kernel, grid, arguments by name).
     """
     import triton
     from triton.compiler import CompiledKernel
@@ -178,7 +179,7 @@ def test_launches_of_synchronised_calls():
 def check_kinds():
     with launches_written_down() as (launches, looked_up):
         Call().step()
-        # Options for which triton compiles another kernel or a launch has other numbers.
+        # For each of these, triton compiles another kernel, or a launch has other numbers.
         others = [
             {"shape": (5, 8, 6, 6)}, {"dtype": torch.bfloat16}, {"act": "silu"}, {"residual": None},
             {"training": False}, {"eps": 0.5}, {"momentum": 0.5}, {"momentum": torch.tensor(0.5)},
@@ -197,7 +198,7 @@ def check_kinds():
             before = len(looked_up)
             unaligned.forward()
             assert len(looked_up) == before + 3
-        # One tensor passed as two arguments may be two tensors in the next call.
+        # If a call passes one tensor as two arguments, a later call may pass two tensors.
         both = Call()
         y, fork = both.run(both.x, both.mean, both.var, training=True, fork=True)
         same = torch.ones_like(y)
@@ -231,7 +232,8 @@ def check_simulator():
     from benchmarks.audit.standin import StandInDriver
 
     with launches_written_down() as (launches, looked_up):
-        with patch.object(StandInDriver, "launcher_cls", Call):  # its module is not triton's
+        # Any class will do as the launcher, if it is not defined in a module of triton.
+        with patch.object(StandInDriver, "launcher_cls", Call):
             Call().step()
             count, launches[:] = len(looked_up), []
             call = Call()

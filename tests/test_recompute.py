@@ -64,11 +64,11 @@ def test_in_place_writes_to_saved_tensors_raise(net):
 @pytest.mark.skipif(DEVICE == "cuda", reason="counts what interpreted launches would save")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_bytes_saved_for_a_resnet18_step(dtype):
-    from benchmarks.audit.saved import saved_bytes
+    from benchmarks.audit.step import held_bytes
 
-    eager = saved_bytes(lambda: models.resnet18(fused=False), SHAPE, dtype)
-    fused = saved_bytes(models.resnet18, SHAPE, dtype)
-    recomputed = saved_bytes(models.resnet18, SHAPE, dtype, recomputes=True)
+    eager = held_bytes(lambda: models.resnet18(fused=False), SHAPE, dtype)
+    fused = held_bytes(models.resnet18, SHAPE, dtype)
+    recomputed = held_bytes(models.resnet18, SHAPE, dtype, recomputes=True)
     print(f"{dtype}: eager {eager}, fused {fused}, recomputed {recomputed}")
     assert fused <= 0.85 * eager
     assert recomputed <= 0.85 * fused

@@ -1,4 +1,4 @@
-"""Tests that the list of specialisations is complete, and that failures are reported.
+"""Tests that missing specialisations and failures to compile or launch are reported.
 
 Code that compiles runs in a new process, because the interpreter and the compiler can't share one.
 """

@@ -1,8 +1,9 @@
 """Stores the audit's results as its budget, and lists what exceeds the budget."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,10 @@ from bnres.files import write_text
 
 PATH = Path(__file__).with_name("budget.json")
 Row = dict[str, Any]
-# Two numbers may differ by this much, because decimals are rounded. The counts themselves are
-# exact.
+# Decimal numbers may exceed their budget by this much, because they are rounded.
 SLACK = 1e-3
 # ``share``, the time to issue instructions, may exceed its budget by this fraction of the budget.
 SHARE_SLACK = 0.02
-# The kernels of a training step should not exceed these values. `unwanted` lists the kernels that
-# exceed them.
-WANTED_SHARE, WANTED_CALLS = 0.5, 0
 
 
 @dataclass(frozen=True)
@@ -29,8 +26,9 @@ class Found:
     Attributes:
         memory: rows of `benchmarks.audit.memory`.
         traffic: bytes that a training step moves without its convolutions. The key ``stock`` is for
-            torch's own layers, and the other keys are for ours.
-        held: bytes that a training step holds for backward, with the same keys as ``traffic``.
+            torch's own layers, and ``fused`` is for ours.
+        held: bytes that a training step holds for backward, with the same keys as ``traffic``. The
+            key ``recompute`` is for our layers inside `bnres.recompute`.
         launches: number of launches of a training step. The keys name the net and what is launched.
         kernels: rows of `worst`.
     """
@@ -41,65 +39,42 @@ class Found:
     launches: dict[str, int]
     kernels: list[Row]
 
-    def as_json(self) -> dict[str, Any]:
-        return {"triton": triton.__version__, **vars(self)}
-
 
 def worst(rows: Iterable[Row]) -> list[Row]:
-    """Returns a row with the worst values over all specialisations of a kernel.
+    """Returns the worst values of the rows that have the same GPU, kernel, layout and dtype.
 
-    There is a row for each GPU, kernel, layout and dtype. In a row, ``in_flight`` is the number of
-    bytes of loads in flight, divided by the number of bytes that must be in flight to hide the
-    latency of memory. It is at most 1, and None if the loads in flight are not known.
-    ``per_element``, ``bound`` and ``at`` describe the launch with the greatest ``share``. If no
-    launch was counted, ``per_element`` and ``share`` are None, and ``bound`` and ``at`` are empty.
+    The result has a row for each GPU, kernel, layout and dtype. ``per_element`` and ``at`` describe
+    the launch with the greatest ``share``.
+
+    Args:
+        rows: rows of `benchmarks.audit.machine_code`.
     """
-    found: dict[tuple[str, ...], Row] = {}
+    groups: dict[str, list[Row]] = {}
     for row in rows:
-        flight = None
-        if row["wanted"]:
-            flight = round(min(row["in_flight"] / row["wanted"], 1.0), 4)
-        fresh = {
-            "gpu": row["gpu"],
-            "kernel": row["kernel"],
-            "layout": row["layout"],
-            "dtype": row["dtype"],
-            "specialisations": 1,
-            "registers": row["registers"],
-            "shared_memory": row["shared_memory"],
-            "spills": row["spills"],
-            "narrow": round(row["narrow"], 4),
-            "in_flight": flight,
-            "occupancy": round(row["occupancy"], 4),
-            "matrix": row["matrix"],
-            "missing": row["missing"],
-            **_rounded(row["work"]),
-            "at": "" if row["work"]["share"] is None else row["case"],
+        groups.setdefault(kernel_key(row), []).append(row)
+    found = []
+    for group in groups.values():
+        names = {name: group[0][name] for name in ("gpu", "kernel", "layout", "dtype")}
+        greatest = {
+            name: max(r[name] for r in group) for name in ("registers", "spills", "missing")
         }
-        key = row["gpu"], row["kernel"], row["layout"], row["dtype"]
-        if key not in found:
-            found[key] = fresh
-            continue
-        kept = found[key]
-        kept["specialisations"] += 1
-        for name in ("registers", "shared_memory", "spills", "narrow", "missing"):
-            kept[name] = max(kept[name], fresh[name])
-        kept["occupancy"] = min(kept["occupancy"], fresh["occupancy"])
-        read = [v for v in (kept["in_flight"], flight) if v is not None]
-        kept["in_flight"] = min(read, default=None)
-        if fresh["share"] is not None and (kept["share"] is None or fresh["share"] > kept["share"]):
-            kept |= {name: fresh[name] for name in ("per_element", "share", "bound", "at")}
-        calls = [v for v in (kept["calls"], fresh["calls"]) if v is not None]
-        kept["calls"] = max(calls, default=None)
-    return list(found.values())
+        calls = max((r["calls"] for r in group if r["calls"] is not None), default=None)
+        in_flight = min((r["in_flight"] for r in group if r["in_flight"] is not None), default=None)
+        slowest = max(group, key=lambda r: r["share"] or 0.0)
+        found.append({
+            **names, **greatest, "calls": calls, "in_flight": _rounded(in_flight),
+            "per_element": _rounded(slowest["per_element"]), "share": _rounded(slowest["share"]),
+            "at": slowest["case"] if slowest["share"] else "",
+        })  # fmt: skip
+    return found
 
 
-def _rounded(work: Row) -> Row:
-    return {n: round(v, 4) if isinstance(v, float) else v for n, v in work.items()}
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 4)
 
 
-def load() -> Found:
-    """Returns the recorded budget.
+def load() -> tuple[Found, str]:
+    """Returns the recorded budget, and the version of triton that it was recorded with.
 
     Raises:
         ValueError: if no budget is recorded.
@@ -107,18 +82,14 @@ def load() -> Found:
     if not PATH.exists():
         raise ValueError(f"{PATH} does not exist: run python -m benchmarks audit --record")
     content = json.loads(PATH.read_text(encoding="utf-8"))
-    return Found(**{name: content[name] for name in Found.__dataclass_fields__})
-
-
-def recorded_triton() -> str:
-    """Returns the version of triton that the budget was recorded with."""
-    return str(json.loads(PATH.read_text(encoding="utf-8"))["triton"])
+    version = content.pop("triton")
+    return Found(**content), version
 
 
 def record(found: Found) -> None:
     """Stores the results of an audit as the budget."""
-    text = json.dumps(found.as_json(), indent=1)
-    write_text(PATH, text + "\n")
+    content = {"triton": triton.__version__, **vars(found)}
+    write_text(PATH, json.dumps(content, indent=1) + "\n")
 
 
 def kernel_key(row: Row) -> str:
@@ -132,9 +103,8 @@ def memory_key(row: Row) -> str:
 def exceeded(found: Found, budget: Found, same_triton: bool) -> list[str]:
     """Describes each result that is worse than its budget.
 
-    Occupancy and the time to issue instructions depend on the compiler. They are compared only if
-    the budget was recorded with the same version of triton. The numbers of spills and calls are
-    also compared only in this case, unless their budget is 0. A budget of 0 is always compared.
+    Machine code depends on the compiler. If the budget was recorded with another version of triton,
+    registers and shares are not compared, and spills and calls only if their budget is 0.
 
     Args:
         found: the results.
@@ -142,73 +112,59 @@ def exceeded(found: Found, budget: Found, same_triton: bool) -> list[str]:
         same_triton: whether the results and the budget come from the same version of triton.
     """
     problems = []
-    allowed = {memory_key(row): row for row in budget.memory}
-    for row in found.memory:
-        limit = allowed.get(memory_key(row))
-        if limit is None:
-            problems.append(f"{memory_key(row)}: no budget is recorded")
-            continue
+    for title, counts, allowed in (
+        ("bytes moved in a step", found.traffic, budget.traffic),
+        ("bytes held for backward", found.held, budget.held),
+        ("launches in a step", found.launches, budget.launches),
+    ):
         problems += [
-            f"{memory_key(row)}: {row[count]:.4f} S in {count}, budget {limit[count]:.4f}"
-            for count in ("lanes", "sectors")
-            if row[count] > limit[count] + SLACK
+            f"{title}, {kind}: {count}, budget {allowed[kind]}"
+            for kind, count in counts.items()
+            if count > allowed[kind]
         ]
-    problems += [
-        f"{title}, {kind}: {size} bytes, budget {allowed_bytes[kind]}"
-        for title, sizes, allowed_bytes in (
-            ("moved in a step", found.traffic, budget.traffic),
-            ("held for backward", found.held, budget.held),
-        )
-        for kind, size in sizes.items()
-        if size > allowed_bytes[kind]
-    ]
-    problems += [
-        f"launches in a step, {kind}: {count}, budget {budget.launches[kind]}"
-        for kind, count in found.launches.items()
-        if count > budget.launches[kind]
-    ]
-    limits = {kernel_key(row): row for row in budget.kernels}
-    for row in found.kernels:
-        limit = limits.get(kernel_key(row))
-        if limit is None:
-            problems.append(f"{kernel_key(row)}: no budget is recorded")
-            continue
-        problems += [f"{kernel_key(row)}: {what}" for what in _behind(row, limit, same_triton)]
+    problems += _worse(found.memory, budget.memory, memory_key, _more_memory)
+    compare = partial(_worse_code, same_triton=same_triton)
+    problems += _worse(found.kernels, budget.kernels, kernel_key, compare)
     return problems
 
 
-def unwanted(rows: Iterable[Row]) -> list[str]:
-    """Describes each kernel of a step that exceeds `WANTED_SHARE` or `WANTED_CALLS`."""
+def _worse(
+    rows: Iterable[Row], budget: Iterable[Row], key: Callable[[Row], str],
+    compare: Callable[[Row, Row], list[str]],
+) -> Iterator[str]:  # fmt: skip
+    """Compares each row with the row of the budget that has the same key."""
+    limits = {key(limit): limit for limit in budget}
+    for row in rows:
+        if key(row) in limits:
+            yield from (f"{key(row)}: {what}" for what in compare(row, limits[key(row)]))
+        else:
+            yield f"{key(row)}: no budget is recorded"
+
+
+def _more_memory(row: Row, limit: Row) -> list[str]:
     return [
-        f"{kernel_key(row)}: share {row['share']:.2f}, {row['calls']} calls in loops"
-        for row in rows
-        if row["share"] is not None
-        and row["kernel"].startswith("_bn_")
-        and "finalize" not in row["kernel"]
-        and (row["share"] > WANTED_SHARE or row["calls"] > WANTED_CALLS)
+        f"{row[count]:.4f} S in {count}, budget {limit[count]:.4f}"
+        for count in ("lanes", "sectors")
+        if row[count] > limit[count] + SLACK
     ]
 
 
-def _behind(row: Row, limit: Row, same_triton: bool) -> list[str]:
+def _worse_code(row: Row, limit: Row, same_triton: bool) -> list[str]:
     found = []
     if row["missing"] and not limit["missing"]:
         found.append(f"no {row['missing']}")
-    if row["spills"] > limit["spills"] and (same_triton or not limit["spills"]):
-        found.append(f"{row['spills']} spills, budget {limit['spills']}")
-    if row["narrow"] > limit["narrow"] + SLACK:
-        found.append(f"share of narrow accesses {row['narrow']:.3f}, budget {limit['narrow']:.3f}")
-    if limit["in_flight"] is not None and row["in_flight"] < limit["in_flight"] - SLACK:
+    if same_triton and row["registers"] > limit["registers"]:
+        found.append(f"{row['registers']} registers, budget {limit['registers']}")
+    for name, title in (("spills", "spills"), ("calls", "calls in loops")):
+        if (row[name] or 0) > (limit[name] or 0) and (same_triton or not limit[name]):
+            found.append(f"{row[name]} {title}, budget {limit[name]}")
+    if (row["in_flight"] or 0) < (limit["in_flight"] or 0) - SLACK:
         found.append(
-            f"{row['in_flight']:.0%} of the wanted bytes in flight, budget {limit['in_flight']:.0%}"
+            f"{row['in_flight'] or 0:.0%} of the wanted bytes in flight, "
+            f"budget {limit['in_flight']:.0%}"
         )
-    if same_triton and row["occupancy"] < limit["occupancy"] - SLACK:
-        found.append(f"occupancy {row['occupancy']:.0%}, budget {limit['occupancy']:.0%}")
-    if row["share"] is None or limit["share"] is None:
-        return found
-    if same_triton and row["share"] > limit["share"] * (1 + SHARE_SLACK):
+    if same_triton and (row["share"] or 0) > (limit["share"] or 0) * (1 + SHARE_SLACK):
         found.append(
             f"instructions take {row['share']:.3f} of the byte time, budget {limit['share']:.3f}"
         )
-    if row["calls"] > limit["calls"] and (same_triton or not limit["calls"]):
-        found.append(f"{row['calls']} calls in loops, budget {limit['calls']}")
     return found

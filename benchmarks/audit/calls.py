@@ -1,9 +1,9 @@
-"""Generates calls of the fused operations for the audits that compile every kernel.
+"""Generates calls of the public functions that together launch every specialisation of a kernel.
 
-The calls do not cover all combinations of arguments, but all pairs: for any two arguments and any
-value of each of them, some call has both values. The arguments are read from the functions'
-signatures. If a parameter is added to a function, its values are varied too. If its possible values
-are not known, `axes_of` raises an error.
+The parameters are read from the functions' signatures, so a new parameter is varied without a
+change here. If its possible values are not known, `axes_of` raises an error. The calls do not have
+all combinations of values. But for any two parameters, each value of one parameter occurs in some
+call together with each value of the other.
 """
 
 import itertools
@@ -32,8 +32,8 @@ Options = dict[str, Any]
 Axes = dict[str, Sequence[Any]]
 
 CONTIGUOUS, LAST = torch.contiguous_format, torch.channels_last
-# Together these shapes and layouts use every kind of tile. A tile extends along a plane (H, W) or
-# along channels. Some of these shapes fill the tiles completely, and others fill them partly.
+# Together these inputs use every kind of tile. Some of these shapes fill their tiles, and others
+# fill them partly.
 INPUTS = {
     "planes": ((2, 8, 8, 16), CONTIGUOUS),
     "odd planes": ((2, 5, 7, 9), CONTIGUOUS),
@@ -42,23 +42,20 @@ INPUTS = {
     "some channels": ((2, 24, 8, 8), LAST),
     "odd channels": ((2, 5, 7, 9), LAST),
 }
-# Tensors of these shapes need 64-bit offsets. The memory of these tensors is never accessed.
+# These inputs need 64-bit offsets. Their memory is never accessed.
 HUGE_INPUTS = {
     "huge planes": ((2, 64, 4096, 4104), CONTIGUOUS),
     "huge channels_last": ((2, 64, 4096, 4104), LAST),
 }
 WINDOW = ("kernel_size", "stride", "padding", "dilation")
-# These are the values of WINDOW for the pooling in a ResNet's stem. Our kernels support no other
-# pooling.
+# The window of the pooling in a ResNet's stem. Our kernels support no other pooling.
 POOLING = (3, 2, 1, 1)
-# For each convolution these are the number of output channels and the values of WINDOW.
+# Each convolution's number of output channels, and its window.
 CONVOLUTIONS = ((64, (3, 1, 1, 1)), (24, (1, 2, 0, 1)), (5, (3, 2, 2, 2)))
-# These are the values of each argument, by the argument's name. For any two arguments, each value
-# of one argument occurs in some call together with each value of the other argument.
+# The values of each parameter. `pairs` combines them.
 VALUES: Axes = {
     "input": tuple(INPUTS),
-    # The three activations keep different data for backward: relu keeps a bit mask, identity keeps
-    # nothing, and silu keeps its input.
+    # For backward, relu keeps a bit mask, identity keeps nothing, and silu keeps its input.
     "act": ("relu", "identity", "silu"),
     "dtype": (torch.bfloat16, torch.float32, torch.float64),
     "kernel_size": (POOLING,),
@@ -68,24 +65,21 @@ VALUES: Axes = {
     "ceil_mode": (False,),
     "height": (8, 64),  # An image of 8×8 needs one program, and one of 64×64 several.
 }
-# These are further values of arguments. Each value occurs in only two calls. In one call all other
-# arguments have their first values, and in the other call they have their last values.
+# Further values, each of which occurs in only two calls (`with_others`).
 OTHERS: Axes = {
     "act": tuple(act for act in ACTIVATIONS if act not in VALUES["act"]),
     "dtype": (torch.float16,),
 }
-# These names in `bnres.functional` are not called. batch_norm is batch_norm_act without a residual
-# and an activation. BatchNormState is the type of an argument. stem_conv2d launches none of our
-# kernels.
-SPECIAL_CASES = {"batch_norm", "BatchNormState", "stem_conv2d"}
+# Names in `bnres.functional` that are not called. batch_norm is batch_norm_act without a residual
+# and an activation. BatchNormState is a type. stem_conv2d launches none of our kernels.
+NOT_CALLED = {"batch_norm", "BatchNormState", "stem_conv2d"}
 PARAMETERS = ("input", "weight", "bias", "input_bias", "residual")
 OPTIONAL: tuple[set[Any], ...] = (
     {Tensor, NoneType}, {Tensor, float}, {tuple[float, ...], NoneType}, {BatchNormState, NoneType},
 )  # fmt: skip
-# Options that are fields of the residual's batch norm have names with this prefix.
+# The fields of the residual's batch norm are varied as parameters whose names have this prefix.
 RESIDUAL = "residual_"
-# These parameters have the same value in every call, because no kernel is specialised on their
-# values.
+# These parameters are not varied, because no specialisation depends on their values.
 FIXED = {
     "act_kwargs", "eps", "residual_eps", "stride", "padding", "dilation", "width", "return",
     "process_group",
@@ -94,7 +88,7 @@ FIXED = {
 
 @dataclass(frozen=True)
 class Call:
-    """A call of a public function, followed by its backward if the options ask for gradients."""
+    """A call of a public function, followed by its backward if ``options["grad"]`` is ``all``."""
 
     name: str
     options: Options
@@ -111,7 +105,8 @@ class Call:
 def pairs(axes: Axes) -> Iterator[Options]:
     """Yields choices of one value for each axis, until all pairs of values have occurred.
 
-    A pair consists of a value of one axis and a value of another axis.
+    In other words: for any two axes, each value of one axis is chosen at least once together with
+    each value of the other axis.
     """
     names = list(axes)
     left = {
@@ -134,9 +129,9 @@ def pairs(axes: Axes) -> Iterator[Options]:
 
 
 def parameters_of(function: Callable[..., Any]) -> dict[str, Any]:
-    """Returns the annotations of a function's parameters.
+    """Returns the annotations of a function's parameters, by name.
 
-    If a parameter is a batch norm of the residual, the fields of the batch norm replace it.
+    If a parameter is the residual's batch norm, its fields follow it.
     """
     found = {}
     for name, hint in get_type_hints(function).items():
@@ -148,10 +143,10 @@ def parameters_of(function: Callable[..., Any]) -> dict[str, Any]:
 
 
 def axes_of(function: Callable[..., Any]) -> Axes:
-    """Returns values for the parameters of ``function``, chosen by their names and annotations.
+    """Returns the values of each parameter of ``function``.
 
     Raises:
-        ValueError: if a parameter has neither values in ``VALUES`` nor a known annotation.
+        ValueError: if ``VALUES`` and the annotation do not tell the values of a parameter.
     """
     found: Axes = {"dtype": VALUES["dtype"]}
     for name, hint in parameters_of(function).items():
@@ -176,7 +171,7 @@ def axes_of(function: Callable[..., Any]) -> Axes:
 
 def all_calls() -> list[Call]:
     """Lists calls of each function in `bnres.functional` and of the augmentation kernels."""
-    names = sorted(set(functional.__all__) - SPECIAL_CASES)
+    names = sorted(set(functional.__all__) - NOT_CALLED)
     return [*itertools.chain(*map(functional_calls, names)), *augment_calls()]
 
 
@@ -194,7 +189,7 @@ def functional_calls(name: str) -> Iterator[Call]:
         axes["dtype"] = tuple(dtype for dtype in axes["dtype"] if dtype != torch.float64)
     if "conv_weight" in axes:
         others["input"] = tuple(HUGE_INPUTS)  # These inputs need 64-bit offsets.
-        # In other modes and dtypes the function calls torch's convolution and batch_norm_act.
+        # Otherwise the function calls torch's convolution and batch_norm_act.
         modes = [(False, "none")]
         axes["dtype"] = tuple(dtype for dtype in axes["dtype"] if dtype in KERNEL_DTYPES)
     if "process_group" in parameters_of(function):
@@ -204,7 +199,7 @@ def functional_calls(name: str) -> Iterator[Call]:
         mode = {"training": (training,), "grad": (grad,)}
         for options in with_others(axes | mode, others):
             yield Call(name, _consistent(options), partial(_run_functional, function))
-        others = {}  # The values in others are used only in the first mode.
+        others = {}  # These values are used only in the first mode.
 
 
 def with_others(axes: Axes, others: Axes) -> Iterator[Options]:
@@ -223,28 +218,26 @@ def with_others(axes: Axes, others: Axes) -> Iterator[Options]:
 
 
 def _consistent(options: Options) -> Options:
-    """Returns a copy of the options, which is changed if a call does not support them together."""
+    """Returns a copy of the options, in which values that exclude each other are changed."""
     fixed = dict(options)
     if fixed.get("residual_norm"):
         fixed["residual"] = True
     for of in ("", "residual_"):
         if f"{of}running_mean" in fixed:
-            # Evaluation needs running statistics.
+            # Evaluation needs running statistics. Both of them are given, or none.
             fixed[f"{of}running_mean"] |= not fixed["training"]
             fixed[f"{of}running_var"] = fixed[f"{of}running_mean"]
     if fixed["input"] in HUGE_INPUTS:
         fixed["dtype"] = torch.bfloat16
         if "conv_weight" in fixed:
-            # In channels_last the convolution does not copy the input. A copy would read the
-            # input's memory, which must not be read.
+            # In other layouts the convolution would copy the input and so read its memory.
             fixed["input"], fixed["conv_weight"] = "huge channels_last", CONVOLUTIONS[0]
     return fixed
 
 
 def _run_functional(function: Callable[..., Any], options: Options) -> None:
     if "process_group" in parameters_of(function) and not dist.is_initialized():
-        # This is a process group of two processes, of which only this process exists. Nothing is
-        # sent.
+        # The group seems to have two processes, but only this one exists, and nothing is sent.
         dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
     shape, memory_format = (INPUTS | HUGE_INPUTS)[options["input"]]
     dtype = options["dtype"]

@@ -1,6 +1,8 @@
 """The cases of the machine-code audit: a training step, convolutions and augmentations."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,80 +18,114 @@ from bnres.kernels.norm import Norm, RunningStatistics
 from bnres.routes import ConvCall
 from bnres.tune import conv_calls
 
-CONV_INPUT = (256, 3, 224, 224)
-DTYPES = (torch.bfloat16, torch.float32)
-CONV_LAYOUT = AUGMENT_LAYOUT = "channels_last"
+BATCH = 256
+CONV_INPUT = (BATCH, 3, 224, 224)
+DTYPES = BF16, FP32 = (torch.bfloat16, torch.float32)
+LAST = "channels_last"
 
 
 @dataclass(frozen=True)
 class Case:
-    """An operation on the tensors of one batch norm of a net. Its launches are compiled."""
+    """A call whose launches are compiled. The memory of its tensors is never accessed.
 
-    site: Site
-    batch: int
+    Attributes:
+        title: description of the call.
+        layout: memory layout of the activations.
+        dtype: dtype of the activations.
+        batch: number of images.
+        run: makes the call.
+    """
+
+    title: str
     layout: str
     dtype: torch.dtype
-
-    def __str__(self) -> str:
-        dtype = str(self.dtype).removeprefix("torch.")
-        return f"{self.site.name} {self.site.operation} {self.layout} {dtype} batch {self.batch}"
+    batch: int
+    run: Callable[[], None]
 
 
-def empty(case: Case) -> Tensor:
-    """Returns a tensor of the case's shape, whose memory is never accessed."""
-    return torch.empty(
-        case.site.shape(case.batch), dtype=case.dtype, memory_format=LAYOUTS[case.layout]
-    )
+def _empty(*shape: int, dtype: torch.dtype, layout: str = LAST) -> Tensor:
+    return torch.empty(shape, dtype=dtype, memory_format=LAYOUTS[layout])
 
 
-def launch_step(case: Case) -> None:
-    """Launches a case's forward in training, its forward in evaluation and its backward."""
-    for step in steps(case.site.operation, lambda: empty(case)).values():
-        step()
+def _step_case(site: Site, batch: int, layout: str, dtype: torch.dtype) -> Case:
+    """Returns an operation's forward in training, its forward in evaluation and its backward."""
+
+    def run() -> None:
+        tensor = partial(_empty, *site.shape(batch), dtype=dtype, layout=layout)
+        for step in steps(site.operation, tensor).values():
+            step()
+
+    return Case(f"{site.name} {site.operation} batch {batch}", layout, dtype, batch, run)
 
 
-def launch_conv(call: ConvCall) -> None:
-    """Launches a convolution followed by batch norm and ReLU, in evaluation."""
-    dtype, last = getattr(torch, call.dtype), LAYOUTS[CONV_LAYOUT]
+def _conv_case(call: ConvCall) -> Case:
+    """Returns a convolution followed by batch norm and ReLU, in evaluation."""
 
-    def tensor(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=dtype, memory_format=last)
+    def run() -> None:
+        tensor = partial(_empty, dtype=dtype)
+        x = tensor(call.batch, call.channels, call.height, call.width)
+        filter = tensor(call.out_channels, call.channels, call.shape.kernel_h, call.shape.kernel_w)
+        channel = torch.empty(call.out_channels)
+        size = call.shape.output_size(call.height, call.width)
+        residual = tensor(call.batch, call.out_channels, *size) if call.has_residual else None
+        norm = Norm(RunningStatistics(channel, channel, 1e-5), channel, channel)
+        conv_bn_act(x, filter, None, norm, residual, "relu", 0.0, call.shape)
 
-    x = tensor(call.batch, call.channels, call.height, call.width)
-    filter = tensor(call.out_channels, call.channels, call.shape.kernel_h, call.shape.kernel_w)
-    channel = torch.empty(call.out_channels)
-    size = call.shape.output_size(call.height, call.width)
-    residual = tensor(call.batch, call.out_channels, *size) if call.has_residual else None
-    norm = Norm(RunningStatistics(channel, channel, 1e-5), channel, channel)
-    conv_bn_act(x, filter, None, norm, residual, "relu", 0.0, call.shape)
+    dtype = getattr(torch, call.dtype)
+    return Case(call.key, LAST, dtype, call.batch, run)
+
+
+def _augment_case(batch: int, size: int, out: int, color_first: bool) -> Case:
+    """Returns a chain of flip, crop, colour jitter and normalisation of uint8 images to bf16."""
+
+    def run() -> None:
+        plan = AugmentPlan(
+            out, out, resizes=True, has_color=True, has_contrast=True, color_first=color_first,
+            mean=(0.5,) * 3, std=(0.2,) * 3, dtype=BF16, memory_format=LAYOUTS[LAST],
+        )  # fmt: skip
+        draws = AugmentDraws(
+            torch.empty((batch, 6), dtype=torch.int32), torch.empty((batch, 2), dtype=torch.int32),
+            torch.empty((batch, 4)),
+        )  # fmt: skip
+        augment(torch.empty((batch, 3, size, size), dtype=torch.uint8), draws, plan)
+
+    order = "colours first" if color_first else "crop first"
+    return Case(f"augment {size} to {out}, {order}", LAST, torch.uint8, batch, run)
 
 
 def all_cases() -> list[Case]:
-    """Lists every operation at every batch norm, for several batch sizes, layouts and dtypes."""
-    bf16, fp32 = DTYPES
+    """Lists all operations, convolutions and augmentations.
+
+    The operations are those at the batch norms of ResNet-18, in several batch sizes, layouts and
+    dtypes.
+    """
     variants = (
-        (256, "channels_last", bf16),
-        (32, "channels_last", bf16),
-        (256, "contiguous", bf16),
-        (256, "channels_last", fp32),
-        (256, "contiguous", fp32),
+        (BATCH, LAST, BF16),
+        (32, LAST, BF16),
+        (BATCH, "contiguous", BF16),
+        (BATCH, LAST, FP32),
+        (BATCH, "contiguous", FP32),
     )
-    return [
-        Case(fused, batch, layout, dtype)
+    steps = [
+        _step_case(fused, batch, layout, dtype)
         for batch, layout, dtype in variants
         for site in RESNET18_SITES
         for fused in operations_at(site)
     ]
+    return [*steps, *map(_conv_case, _convs()), *_augment_cases()]
 
 
 def family_cases() -> list[Case]:
-    """Lists one case for each family of kernels."""
+    """Lists one case for each kernel."""
     sites = {fused.operation: fused for site in RESNET18_SITES for fused in operations_at(site)}
     names = ("bn_relu_pool", "bn_add_relu_fork", "dual_bn_add_relu")
-    return [Case(sites[name], 256, "channels_last", torch.bfloat16) for name in names]
+    steps = [_step_case(sites[name], BATCH, LAST, BF16) for name in names]
+    convs = [c for c in _convs() if c.has_residual and c.dtype == "bfloat16" and c.shape.taps == 9]
+    narrow, wide = (next(c for c in convs if c.channels == channels) for channels in (64, 512))
+    return [*steps, _conv_case(narrow), _conv_case(wide), *_augment_cases()]
 
 
-def all_convs() -> list[ConvCall]:
+def _convs() -> list[ConvCall]:
     """Lists the convolutions of ResNet-18 and ResNet-50 that our kernel supports."""
     return [
         call
@@ -99,52 +135,14 @@ def all_convs() -> list[ConvCall]:
     ]
 
 
-def family_convs() -> list[ConvCall]:
-    """Lists a 3×3 convolution of layer1 and one of layer4. Both have a residual and are in bf16."""
-    calls = [c for c in all_convs() if c.has_residual and c.dtype == "bfloat16"]
-    return [
-        next(c for c in calls if (c.channels, c.shape.taps) == sought)
-        for sought in ((64, 9), (512, 9))
-    ]
+def _augment_cases() -> list[Case]:
+    """Lists augmentations of images of the sizes of CIFAR and of ImageNet.
 
-
-@dataclass(frozen=True)
-class AugmentCase:
-    """A chain of flip, crop, colour jitter and normalisation of uint8 images to bf16."""
-
-    batch: int
-    size: int
-    out: int
-    color_first: bool
-
-    def __str__(self) -> str:
-        order = "colours first" if self.color_first else "crop first"
-        return f"augment {self.batch} of {self.size} to {self.out}, {order}"
-
-
-def augment_cases() -> list[AugmentCase]:
-    """Lists augmentations of CIFAR's and ImageNet's images.
-
-    An image of CIFAR is small enough for one program. Colours are changed before or after the
-    resize.
+    An image of CIFAR needs one program, and one of ImageNet several. Colours are changed before or
+    after the resize.
     """
     return [
-        AugmentCase(batch, size, out, color_first)
+        _augment_case(batch, size, out, color_first)
         for batch, size, out in ((1024, 32, 32), (256, 256, 224))
         for color_first in (False, True)
     ]
-
-
-def launch_augment(case: AugmentCase) -> None:
-    """Launches the kernels of a chain."""
-    plan = AugmentPlan(
-        case.out, case.out, resizes=True, has_color=True, has_contrast=True,
-        color_first=case.color_first, mean=(0.5,) * 3, std=(0.2,) * 3, dtype=torch.bfloat16,
-        memory_format=LAYOUTS[AUGMENT_LAYOUT],
-    )  # fmt: skip
-    n = case.batch
-    draws = AugmentDraws(
-        torch.empty((n, 6), dtype=torch.int32), torch.empty((n, 2), dtype=torch.int32),
-        torch.empty((n, 4)),
-    )  # fmt: skip
-    augment(torch.empty((n, 3, case.size, case.size), dtype=torch.uint8), draws, plan)

@@ -1,7 +1,7 @@
-"""A stand-in for torch's convolution on the CPU. It returns uninitialised tensors.
+"""Replaces torch's convolution on the CPU by a function that computes nothing.
 
-The results have the right shapes, strides and dtypes. Only the computation is replaced: torch still
-checks the arguments and records the operation for backward.
+The results are uninitialised, but have the right shapes, strides and dtypes. torch still checks the
+arguments and records the operation for backward.
 """
 
 from collections.abc import Iterator, Sequence

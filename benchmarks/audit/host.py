@@ -1,16 +1,16 @@
 """Times the CPU's part of a call, without a GPU, and compares it with torch's batch norm and ReLU.
 
 The CPU time of the calling thread is measured. It includes Python, torch's dispatcher and autograd,
-the allocation of outputs, and the part of each launch before triton calls the GPU's driver. Our
-kernels are compiled for a GPU that is not there, and launching them does nothing. torch's own
-operations run on the CPU, on tensors so small that their arithmetic takes little time. Convolutions
-return uninitialised tensors. This takes the same time in all ResNets. Two times are not measured:
-the time that the driver needs for a launch, and the time that the optimiser needs.
+the allocation of outputs, and the part of each launch before triton calls the GPU's driver. Not
+included are the driver's part of a launch, and the optimiser. Our kernels are compiled for a GPU,
+but launching them does nothing. torch's own operations run on the CPU, on tensors so small that
+their arithmetic takes little time. Convolutions return uninitialised tensors, with our layers and
+with torch's.
 
-Each call is timed in many short spans. In a span the call is made a few times. The time of a call
-is taken from its shortest span. Spans of all calls alternate: if another program runs for a second,
-it slows a few spans of every call instead of all spans of one call. Times are divided by the time
-of torch's batch norm and ReLU in the same run, because this ratio depends little on the machine.
+Each call is timed in many short spans, and the time of its shortest span is used. In a span the
+call is made a few times. Spans of all calls alternate: if another program runs for a second, it
+slows a few spans of every call instead of all spans of one call. Times are divided by the time of
+torch's batch norm and ReLU in the same run, because this ratio depends little on the machine.
 `LIMITS` contains the greatest ratios that are allowed.
 """
 
@@ -42,12 +42,11 @@ CHANNELS = 64
 RULER = "torch's BN, ReLU"
 LAYERS, FUSED, STOCK = "ResNet-18, fused layers", "ResNet-18, bnres.fuse", "ResNet-18, stock"
 
-# These are the limits of the ratios. A ratio is a call's time divided by the time of torch's batch
-# norm and ReLU (`ruler`). A limit is 1.25 times the ratio that was found in several runs, or 1.4
-# times for a whole training step. In 16 runs with both cores loaded, the greatest ratio was 1.07
-# times the median ratio, or 1.3 times for a training step. The ratio of a training step varies more
-# because the step takes longer than the time between two thread switches. If a call becomes faster,
-# lower its limit.
+# The greatest allowed ratios of a call's time to the time of torch's batch norm and ReLU. A limit
+# is 1.25 times the ratio that was found in several runs, or 1.4 times for a training step. In 16
+# runs with both cores loaded, the greatest ratio was 1.07 times the median ratio, or 1.3 times for
+# a training step. The ratio of a training step varies more because a step is longer than the time
+# between two thread switches. If a call becomes faster, lower its limit.
 LIMITS: dict[str, dict[str, float]] = {
     "BN+ReLU": {"inference": 1.6, "forward": 1.95, "backward": 1.4},
     "BN+add+ReLU": {"inference": 1.7, "forward": 2.2, "backward": 1.45},
@@ -67,8 +66,7 @@ class Timed:
         row: name of the call's row in the table.
         kind: ``inference``, ``forward``, ``backward`` or ``step``. ``forward`` is in training, and
             ``step`` is forward and backward.
-        module: module whose mode is set: evaluation if ``kind`` is ``inference``, otherwise
-            training.
+        module: module that is called, in evaluation if ``kind`` is ``inference``, else in training.
         call: the call.
         calls: number of calls in a span.
     """
@@ -117,7 +115,7 @@ def training_step(row: str, model: nn.Module) -> Timed:
 
 
 def ruler() -> Iterator[Timed]:
-    """Yields calls of torch's own batch norm and ReLU, by whose times all others are divided."""
+    """Yields calls of torch's batch norm and ReLU. All times are divided by the times of these."""
     small = torch.randn(2, CHANNELS, 2, 2).requires_grad_()
     stock = nn.BatchNorm2d(CHANNELS)
     yield from operation(RULER, stock, lambda: torch.relu(stock(small)), [small])
@@ -150,10 +148,7 @@ def cases() -> Iterator[Timed]:
 
 @contextmanager
 def launches_do_nothing() -> Iterator[None]:
-    """Inside the context, modules use our kernels, compiled for a GPU that is not there.
-
-    A launch does nothing.
-    """
+    """Compiles our kernels for a GPU inside the context, but launches nothing."""
     triton.runtime.driver.set_active(StandInDriver(SM90))
     with (
         patch.object(CompiledKernel, "_init_handles", lambda self: None),
@@ -164,7 +159,7 @@ def launches_do_nothing() -> Iterator[None]:
 
 
 def avoid_noise() -> None:
-    """Limits the process to one thread and, if possible, to one core. Stops garbage collection."""
+    """Limits the process to one thread and, if possible, one core. Stops garbage collection."""
     torch.set_num_threads(1)
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
@@ -173,7 +168,7 @@ def avoid_noise() -> None:
 
 
 def microseconds(timed: Sequence[Timed]) -> list[list[float]]:
-    """Returns the mean CPU time of a call in microseconds, for each of ``timed`` and each span."""
+    """Returns, for each of ``timed``, the microseconds per call in each of its spans."""
     found: list[list[float]] = [[] for _ in timed]
     for _ in range(ROUNDS):
         for one, times in zip(timed, found, strict=True):

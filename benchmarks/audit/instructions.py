@@ -12,14 +12,6 @@ from benchmarks.audit.trips import LoopTrips
 
 TARGET = re.compile(r"0x([0-9a-f]+)")
 GLOBAL_ACCESS = ("LDG", "STG", "LDGSTS")
-# According to the vendor's manual, these instructions take two cycles for each warp on Hopper. This
-# was not measured. They are integer addition, logic, shifts, comparison, selection, minimum,
-# maximum, byte permutation and packing.
-HALF_RATE = frozenset({
-    "BMSK", "F2FP", "FMNMX", "FSEL", "FSET", "FSETP", "HMNMX2", "HSET2", "HSETP2", "IABS", "IADD",
-    "IADD3", "IMNMX", "ISETP", "LEA", "LOP3", "P2R", "PLOP3", "PRMT", "R2P", "SEL", "SGXT", "SHF",
-    "SHL", "SHR", "VABSDIFF", "VIADD", "VIADDMNMX", "VIMNMX", "VIMNMX3",
-})  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -35,7 +27,7 @@ class Span:
 
 @dataclass(frozen=True)
 class Rest:
-    """Code after an unrolled loop that executes the trips which the unrolled loop left over.
+    """Code after an unrolled loop that executes trips which the unrolled loop left over.
 
     Attributes:
         span: addresses of the code.
@@ -55,9 +47,8 @@ class Flow:
     The control flow is derived from the addresses of branches. This works because ptxas, the
     assembler, keeps the order of the source. A loop extends from the target of a backward branch to
     the branch. Code that a forward branch skips is conditional. A *slow path* is conditional code
-    that calls a routine for division or square root. It is needed if operands are denormal, or too
-    wide for the fast path. Slow paths are assumed not to be executed. All other conditional code is
-    assumed to be executed.
+    that calls a routine, for example to divide by a denormal number. Slow paths are assumed not to
+    be executed. All other conditional code is assumed to be executed.
 
     ptxas unrolls small loops by four. After such a loop it places conditional code that executes
     two remaining trips, and conditional code that executes one remaining trip.
@@ -65,22 +56,24 @@ class Flow:
     Attributes:
         instructions: all instructions.
         trips: trip counts of the loops, in the order of the loops' first instructions.
-        taken: fraction of the conditional code that is executed. Slow paths are not included.
     """
 
     instructions: Sequence[Instruction]
     trips: Sequence[LoopTrips]
-    taken: float = 1.0
 
     @cached_property
     def kernel(self) -> list[Instruction]:
-        """The instructions without the called routines and the padding, which follow the kernel."""
-        ends = [_target(i) for i in self.instructions if self._calls_routine(i)]
-        ends += [
-            i.address for i in self.instructions if i.name == "BRA" and _target(i) == i.address
+        """The instructions before the called routines and the padding.
+
+        The padding starts with a branch to itself.
+        """
+        ends = [
+            target
+            for i in self.instructions
+            if (target := _target(i)) is not None
+            and (self._calls_routine(i) or (i.name == "BRA" and target == i.address))
         ]
-        end = min((end for end in ends if end is not None), default=None)
-        return [i for i in self.instructions if end is None or i.address < end]
+        return [i for i in self.instructions if not ends or i.address < min(ends)]
 
     @cached_property
     def loops(self) -> list[Span]:
@@ -111,7 +104,7 @@ class Flow:
 
     @cached_property
     def slow_paths(self) -> list[Span]:
-        """The pieces of conditional code that call a routine."""
+        """For each call, the shortest piece of conditional code that contains it."""
         around = (
             next((span for span in self.conditional if i.address in span), None)
             for i in self.kernel
@@ -160,11 +153,10 @@ class Flow:
     def executed(self) -> list[tuple[Instruction, float]]:
         """Each instruction, and how often a warp executes it, averaged over the programs.
 
-        If a routine is called, its instructions up to its return are included.
+        Instructions of called routines are not included.
 
         Raises:
-            ValueError: if the loops do not match ``trips``, or if a trip count is unknown because
-                it depends on data.
+            ValueError: if the loops do not match ``trips``, or if a trip count is unknown.
         """
         expected = [loop.depth for loop in self.trips]
         if self.depths != expected:
@@ -174,9 +166,7 @@ class Flow:
             )
         trips = [loop.trips for loop in self.trips if loop.trips is not None]
         if len(trips) < len(self.trips):
-            raise ValueError(
-                "trips must be known for every loop, got None for one that depends on data"
-            )
+            raise ValueError("trips must be known for every loop, got None")
         found = []
         times: dict[tuple[int, ...], float] = {}
         for i in self.kernel:
@@ -191,31 +181,24 @@ class Flow:
             elif rest is not None:
                 left = trips[rest.loop] // rest.copies % 2
                 count = float(np.mean(np.prod([left, *(trips[n] for n in inside)], axis=0)))
-            elif any(i.address in span for span in self.conditional):
-                count *= self.taken
             found.append((i, count))
-            if count and self._calls_routine(i):
-                found += [(each, count) for each in self._routine(i)]
         return found
 
     @property
     def main_loop(self) -> list[Instruction]:
-        """The innermost loop that executes the most instructions, or the kernel if it has no loops.
+        """The innermost loop that executes the most instructions.
 
-        If the loops do not match ``trips``, the loop with the longest code is returned.
+        If the loops do not match ``trips``, it is the loop with the longest code.
         """
-        if not self.loops:
-            return self.kernel
-        known = all(loop.trips is not None for loop in self.trips)
-        if known and self.depths == [loop.depth for loop in self.trips]:
+        if self.depths != [loop.depth for loop in self.trips]:
+            main = max(self.loops, key=lambda loop: loop.stop - loop.start)
+        else:
             innermost = [
                 loop
                 for loop in self.loops
                 if not any(other.start in loop for other in self.loops if other != loop)
             ]
             main = max(innermost, key=self._executed_in)
-        else:
-            main = max(self.loops, key=lambda loop: loop.stop - loop.start)
         return [i for i in self.kernel if i.address in main]
 
     def _executed_in(self, span: Span) -> float:
@@ -236,42 +219,13 @@ class Flow:
 
     def _calls_routine(self, i: Instruction) -> bool:
         """Whether an instruction is a call that returns. ptxas also uses calls as jumps."""
-        return i.name == "CALL" and self._routine(i)[-1].name == "RET"
-
-    def _routine(self, call: Instruction) -> list[Instruction]:
-        """Returns the called instructions, up to the first RET or EXIT."""
-        start = _target(call)
-        found = [call]
-        for i in self.instructions:
-            if start is not None and i.address >= start:
-                found.append(i)
-                if i.name in ("RET", "EXIT"):
-                    break
-        return found[1:] or found
+        target = _target(i)
+        if i.name != "CALL" or target is None:
+            return False
+        ends = (j.name for j in self.instructions if j.address >= target)
+        return next((name for name in ends if name in ("RET", "EXIT")), "") == "RET"
 
 
 def _target(i: Instruction) -> int | None:
     found = TARGET.search(i.operands)
     return int(found[1], 16) if found else None
-
-
-def load_waits(executed: Sequence[tuple[Instruction, float]], stages: int) -> float:
-    """Returns how often a warp waits for loads.
-
-    Loads that are issued before the same wait count as one load. In a pipeline of ``stages``
-    stages, the copies of later stages are in flight while a warp waits for a copy. Therefore such a
-    wait counts as 1 / (stages - 1).
-    """
-    pending: set[int] = set()
-    waits = 0.0
-    for i, count in executed:
-        if not count:
-            continue
-        if i.name == "DEPBAR":
-            waits += count / max(stages - 1, 1)
-        elif pending & i.named:
-            waits += count
-            pending.clear()
-        if i.name == "LDG":
-            pending |= i.written
-    return waits

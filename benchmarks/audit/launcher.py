@@ -1,8 +1,8 @@
 """Runs triton's own launcher with a stand-in for CUDA's driver, which launches nothing.
 
-Triton's C code converts the arguments of a call to the parameters of a kernel. In triton 3.6, gcc
-builds a C module for each signature. In later releases, one module serves all signatures. Both
-kinds of module are built and called here as on a GPU.
+Triton's C code converts the arguments of a call to the parameters of a kernel. Triton 3.6 builds a
+C module for each signature with gcc. Later releases have one module for all signatures. With the
+stand-in, either kind of module runs as on a GPU.
 """
 
 import ctypes
@@ -15,8 +15,8 @@ from triton.backends.nvidia import driver as nvidia
 
 from benchmarks.audit.standin import Gpu, StandInDriver
 
-# This is the source of the stand-in library. It defines each function of CUDA's driver that
-# triton's sources name. The functions do nothing and return success. ``cuLaunchKernelEx`` also
+# The source of the stand-in library. It defines the functions of CUDA's driver that occur in
+# triton's sources. They do nothing and return 0, which means success. ``cuLaunchKernelEx`` also
 # counts its calls.
 LAUNCH = "cuLaunchKernelEx"
 SOURCE = """
@@ -28,7 +28,7 @@ int {launch}(void) {{ launches++; return 0; }}
 
 
 def build_driver_library(folder: Path) -> ctypes.CDLL:
-    """Builds and loads a stand-in ``libcuda.so.1`` in ``folder``. Makes triton link against it."""
+    """Builds a stand-in ``libcuda.so.1`` in ``folder``, loads it and makes triton link with it."""
     sources = Path(nvidia.__file__).parent.glob("driver.*")
     text = "".join(
         path.read_text(encoding="utf-8") for path in sources if path.suffix in (".c", ".py")
@@ -44,7 +44,7 @@ def build_driver_library(folder: Path) -> ctypes.CDLL:
 
 
 class _Utils:
-    """The driver's functions that a compiled kernel calls before its first launch."""
+    """The functions of triton's driver that load a compiled kernel before its first launch."""
 
     def __init__(self, gpu: Gpu) -> None:
         self.gpu = gpu

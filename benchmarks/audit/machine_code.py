@@ -1,95 +1,61 @@
-"""Compiles the kernels of a ResNet step, without a GPU, and analyses their machine code.
+"""Compiles the kernels of a training step, without a GPU, and analyses their machine code.
 
-``python -m benchmarks audit`` runs this module in separate processes and compares the results with
-the recorded budget. Separate processes are needed because a process can't use both triton's
-interpreter and its compiler.
+``python -m benchmarks audit`` runs this module in a process for each GPU and compares the results
+with the recorded budget.
 """
 
-import argparse
 import json
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+import re
+import sys
+from dataclasses import asdict, dataclass
 from math import prod
 from typing import Any
 
-import numpy as np
+import torch
 from torch import Tensor
 
-from benchmarks.audit import amdgcn
-from benchmarks.audit.bounds import BANDWIDTH, MATRIX_RATE, Work, used_tensors, work_of
-from benchmarks.audit.compiled_cases import (
-    AUGMENT_LAYOUT,
-    CONV_LAYOUT,
-    AugmentCase,
-    Case,
-    all_cases,
-    all_convs,
-    augment_cases,
-    family_cases,
-    family_convs,
-    launch_augment,
-    launch_conv,
-    launch_step,
-)
+from benchmarks.audit.compiled_cases import BATCH, Case, all_cases, family_cases
 from benchmarks.audit.instructions import Flow
-from benchmarks.audit.sass import (
-    async_bytes,
-    bytes_before_first_use,
-    disassemble,
-    load_bytes,
-    store_bytes,
-)
+from benchmarks.audit.sass import Instruction, async_bytes, bytes_before_first_use, disassemble
 from benchmarks.audit.standin import GPUS, SM90, Gpu, Launch, compile_only
 from benchmarks.audit.trips import loop_trips
-from bnres.routes import ConvCall
 
-# To reach the bandwidth, a multiprocessor must have this many bytes of loads in flight. The number
-# is bandwidth times latency (about 4.3 TB/s · 0.8 µs), divided by 132 multiprocessors and rounded
-# up.
+# These are the rates of an H200: bytes/s of a copy, number of warp instructions that a
+# multiprocessor issues in a cycle, and cycles/s.
+BANDWIDTH, ISSUE_WIDTH, CLOCK = 4.3e12, 4, 1.98e9
+# To reach the bandwidth, a multiprocessor must have this many bytes of loads in flight: bandwidth
+# times latency (about 4.3 TB/s · 0.8 µs), divided by 132 multiprocessors and rounded up.
 BYTES_IN_FLIGHT = 32 * 1024
-WIDE = 16
-# For each architecture this is the name of the matrix instruction for 16-bit and TF32 operands.
+# For each architecture: how the name of the matrix instruction for 16-bit and TF32 operands starts.
 MATRIX_INSTRUCTION = {80: "HMMA", 90: "HGMMA", 100: "UTC"}
-RESERVED_SHARED = 1024
-REGISTER_UNIT = 8
-# Instructions are only counted for this batch size and GPU.
-COUNTED_BATCH, COUNTED_GPU = 256, SM90
-# The loops of augmentation kernels are assumed to have this trip count, because the real one
-# depends on random values. The assumed number is the number of taps along an axis if the resize
-# does not shrink the image.
-RESIZE_TAPS = 4
-# This fraction of the conditional code of augmentation kernels is assumed to be executed. An image
-# has four colour steps, and each step executes one of four operations.
-AUGMENT_TAKEN = 1 / 4
-NOT_COUNTED = Work()
+# Each program occupies this many further bytes of shared memory, and a multiple of this many
+# registers per thread.
+RESERVED_SHARED, REGISTER_UNIT = 1024, 8
+# Registers and spills in assembly for AMD. The registers are vector registers of a thread.
+AMD_FIELD = re.compile(r"\.(vgpr_count|[sv]gpr_spill_count):\s+(\d+)")
+# The activations that a kernel may load.
+LOADED = ("x_ptr", "dy_ptr", "dy_skip_ptr", "residual_ptr")
 
 
 @dataclass(frozen=True)
 class Row:
-    """Properties of one compiled kernel.
+    """Properties of one compiled kernel. A number is None if it was not determined.
 
     Attributes:
         gpu: name of the GPU that the kernel was compiled for.
         kernel: name of the kernel.
-        case: description of a launch of the kernel.
+        case: description of a call that launches the kernel.
         layout: memory layout of the activations.
         dtype: dtype of the activations.
         registers: number of registers of a thread.
-        shared_memory: bytes of shared memory of a program.
         spills: number of accesses to local memory. On AMD it is the number of spilled registers.
-        narrow: number of bytes that accesses of less than 16 bytes move, divided by the number of
-            bytes that accesses of 16 bytes move. This ratio is computed for loads and for stores,
-            and the greater one is used. On AMD the value is 1 if there are no 16-byte accesses,
-            otherwise 0.
-        in_flight: number of bytes of loads that a multiprocessor has in flight, or 0 if it is not
-            known.
-        wanted: least value of ``in_flight`` that hides the latency of memory.
-        occupancy: number of threads that fit on a multiprocessor at once, divided by the greatest
-            number that the hardware allows.
-        matrix: name of the matrix instruction that a convolution uses.
-        missing: instructions that the main loop of a convolution should have, but does not have.
-        work: work of the launch, if it was counted.
+        missing: instructions that a convolution should have, but does not have.
+        calls: number of subroutine calls inside loops.
+        in_flight: bytes of loads that a multiprocessor has in flight, divided by the bytes that
+            hide the latency of memory. It is at most 1.
+        per_element: instructions that all threads execute, divided by the number of elements of the
+            largest tensor.
+        share: time to issue the instructions divided by the time to move the bytes.
     """
 
     gpu: str
@@ -98,230 +64,133 @@ class Row:
     layout: str
     dtype: str
     registers: int
-    shared_memory: int
     spills: int
-    narrow: float
-    in_flight: int
-    wanted: int
-    occupancy: float
-    matrix: str = ""
     missing: str = ""
-    work: Work = NOT_COUNTED
+    calls: int | None = None
+    in_flight: float | None = None
+    per_element: float | None = None
+    share: float | None = None
 
 
-def kernel_name(launch: Launch) -> str:
-    """Returns the kernel's name. ``(two norms)`` follows it if the residual has a batch norm."""
+def read(gpu: Gpu, case: Case, launch: Launch) -> Row:
+    """Returns the properties of a launched kernel's machine code.
+
+    ``(two norms)`` follows the kernel's name if the residual has a batch norm.
+    """
     pointers = ("residual_rstd_ptr", "residual_var_ptr")
     two = any(launch.arguments.get(name) is not None for name in pointers)
-    return f"{launch.kernel} (two norms)" if two else launch.kernel
+    kernel = f"{launch.kernel} (two norms)" if two else launch.kernel
+    names = gpu.name, kernel, case.title, case.layout, str(case.dtype).removeprefix("torch.")
+    is_conv = "conv" in launch.kernel
+    if gpu.target.backend == "hip":
+        text = launch.compiled.asm["amdgcn"]
+        field = {name: int(value) for name, value in AMD_FIELD.findall(text)}
+        spills = field["vgpr_spill_count"] + field["sgpr_spill_count"]
+        lacks = "matrix instructions" if is_conv and "v_mfma_" not in text else ""
+        return Row(*names, field["vgpr_count"], spills, lacks)
+    code = disassemble(launch.compiled.asm["cubin"])
+    trips = loop_trips(launch.compiled.asm, launch.grid, launch.arguments)
+    flow = Flow(code.instructions, trips)
+    lacks = missing(gpu, launch, flow.main_loop) if is_conv else ""
+    in_flight = per_element = share = None
+    # The other kernels only access small tensors, or memory does not limit their speed.
+    if launch.kernel.startswith("_bn_") and "finalize" not in launch.kernel:
+        in_flight = bytes_in_flight(gpu, launch, code.registers, flow.main_loop)
+        if gpu is SM90 and case.batch == BATCH:
+            per_element, share = per_element_and_share(gpu, launch, flow)
+    return Row(
+        *names, code.registers, code.spills, lacks, flow.calls_in_loops, in_flight, per_element,
+        share,
+    )  # fmt: skip
 
 
-def is_finalize(launch: Launch) -> bool:
-    """Whether a kernel only reads and writes per-channel buffers."""
-    return "finalize" in launch.kernel
+def missing(gpu: Gpu, launch: Launch, loop: list[Instruction]) -> str:
+    """Names the instructions that the main loop of a convolution lacks.
 
-
-def resident_programs(gpu: Gpu, registers: int, shared: int, threads: int) -> int:
-    """Returns how many programs fit on a multiprocessor at once.
-
-    Args:
-        gpu: the GPU.
-        registers: registers of a thread.
-        shared: bytes of shared memory of a program.
-        threads: threads of a program.
+    The loop should load the operands by TMA or by asynchronous copies. A copy should move 16 bytes,
+    unless all channels of a position together have fewer than 16 bytes.
     """
+    names = [i.name for i in loop]
+    copies = [i for i in loop if i.name == "LDGSTS"]
+    lacks = []
+    if not any(name.startswith(MATRIX_INSTRUCTION[int(gpu.target.arch)]) for name in names):
+        lacks.append("matrix instructions")
+    width = min(16, launch.arguments["C"] * launch.arguments["x_ptr"].element_size())
+    if "UTMALDG" not in names and not (copies and all(i.access_bytes == width for i in copies)):
+        lacks.append(f"{width}-byte asynchronous copies")
+    return " and ".join(lacks)
+
+
+def bytes_in_flight(gpu: Gpu, launch: Launch, registers: int, loop: list[Instruction]) -> float:
+    """Returns the bytes of loads in flight, divided by the wanted bytes. The result is at most 1.
+
+    If a tensor is small, only the multiprocessor's share of the tensor is wanted.
+    """
+    threads = launch.compiled.metadata.num_warps * gpu.target.warp_size
+    # While a stage is processed, the asynchronous copies of the other stages are in flight.
+    per_thread = bytes_before_first_use(loop)
+    per_thread += async_bytes(loop) * (launch.arguments.get("STAGES", 1) - 1)
+    programs = min(
+        resident_programs(gpu, launch, registers, threads), -(-prod(launch.grid) // gpu.sm_count)
+    )
+    loaded = [launch.arguments.get(name) for name in LOADED]
+    wanted = min(BYTES_IN_FLIGHT, sum(t.nbytes for t in loaded if t is not None) // gpu.sm_count)
+    return min(programs * threads * per_thread / wanted, 1.0)
+
+
+def resident_programs(gpu: Gpu, launch: Launch, registers: int, threads: int) -> int:
+    """Returns how many programs fit on a multiprocessor at once."""
     units = -(-registers // REGISTER_UNIT) * REGISTER_UNIT
     return min(
         gpu.registers // (units * threads),
-        gpu.shared_memory // shared if shared else gpu.max_programs,
+        gpu.shared_memory // (launch.compiled.metadata.shared + RESERVED_SHARED),
         gpu.max_threads // threads,
         gpu.max_programs,
     )
 
 
-def flow_of(launch: Launch, taken: float = 1.0, data_trips: int | None = None) -> Flow:
-    """Returns the control flow of a launch.
-
-    ``data_trips`` is the assumed trip count of loops whose trip counts depend on data.
-    """
-    loops = loop_trips(launch.compiled.asm, launch.grid, launch.arguments)
-    if data_trips is not None:
-        trips = np.array([data_trips])
-        loops = [replace(loop, trips=trips) if loop.trips is None else loop for loop in loops]
-    return Flow(disassemble(launch.compiled.asm["cubin"]).instructions, loops, taken)
+def per_element_and_share(gpu: Gpu, launch: Launch, flow: Flow) -> tuple[float, float]:
+    """Returns `Row.per_element` and `Row.share`, assuming that each byte is moved once."""
+    tensors = used_tensors(launch)
+    warps = prod(launch.grid) * launch.compiled.metadata.num_warps
+    issued = warps * sum(count for _, count in flow.executed)
+    seconds = issued / (gpu.sm_count * ISSUE_WIDTH * CLOCK)
+    byte_time = sum(t.nbytes for t in tensors) / BANDWIDTH
+    return 32 * issued / max(t.numel() for t in tensors), seconds / byte_time
 
 
-def read_row(gpu: Gpu, case: Case, launch: Launch) -> Row:
-    """Returns the properties of a batch norm kernel's machine code."""
-    threads = launch.compiled.metadata.num_warps * gpu.target.warp_size
-    dtype = str(case.dtype).removeprefix("torch.")
-    if gpu.target.backend == "hip":
-        return _amd_row(gpu, launch, str(case), case.layout, dtype, threads)
-    code = disassemble(launch.compiled.asm["cubin"])
-    flow = flow_of(launch)
-    shared = launch.compiled.metadata.shared + RESERVED_SHARED
-    room = resident_programs(gpu, code.registers, shared, threads)
-    narrow, in_flight, wanted = 0.0, 0, 0
-    others = {}
-    if not is_finalize(launch):
-        loop = flow.main_loop
-        counts = (load_bytes, store_bytes) if stores_tensor(launch) else (load_bytes,)
-        narrow = max(
-            sum(count(loop, width) for width in (1, 2, 4, 8)) / max(count(loop, WIDE), 1)
-            for count in counts
-        )
-        # While a stage is processed, the asynchronous copies of the other stages are in flight.
-        per_thread = bytes_before_first_use(loop)
-        per_thread += async_bytes(loop) * (launch.arguments.get("STAGES", 1) - 1)
-        programs = prod(launch.grid)
-        in_flight = min(room, -(-programs // gpu.sm_count)) * threads * per_thread
-        tensors = 1 if launch.kernel == "_bn_stats_kernel" else loaded_tensors(launch)
-        share = tensors * case.site.channels * case.site.size**2 * case.batch
-        wanted = min(BYTES_IN_FLIGHT, share * case.dtype.itemsize // gpu.sm_count)
-        others = {"bytes in flight": wanted / max(in_flight, 1)}
-    work = NOT_COUNTED
-    if gpu is COUNTED_GPU and case.batch == COUNTED_BATCH:
-        work = work_of(gpu, launch, flow, room, others)
-    return Row(
-        gpu.name, kernel_name(launch), str(case), case.layout, dtype, code.registers, shared,
-        code.spills, narrow, in_flight, wanted, room * threads / gpu.max_threads, work=work,
-    )  # fmt: skip
+def used_tensors(launch: Launch) -> list[Tensor]:
+    """Returns the tensor arguments that a kernel reads or writes."""
+    _, _, body = launch.compiled.asm["ttgir"].partition("tt.func public")
+    _, _, body = body.partition("\n")
+    return [
+        value
+        for name, value in launch.arguments.items()
+        if isinstance(value, Tensor) and re.search(rf"%{name}\b", body)
+    ]
 
 
-def read_conv(gpu: Gpu, call: ConvCall, launch: Launch) -> Row:
-    """Returns the properties of a convolution's machine code, and which instructions it lacks.
-
-    The main loop should load the operands by TMA or by asynchronous copies. A copy should move 16
-    bytes, unless all channels of a position together have fewer than 16 bytes.
-    """
-    threads = launch.compiled.metadata.num_warps * gpu.target.warp_size
-    if gpu.target.backend == "hip":
-        return _amd_row(gpu, launch, call.key, CONV_LAYOUT, call.dtype, threads)
-    code = disassemble(launch.compiled.asm["cubin"])
-    flow = flow_of(launch)
-    loop = flow.main_loop
-    names = [i.name for i in loop]
-    copies = [i for i in loop if i.name == "LDGSTS"]
-    matrix = MATRIX_INSTRUCTION[int(gpu.target.arch)]
-    missing = []
-    if not any(name.startswith(matrix) for name in names):
-        matrix = ""
-        missing.append("matrix instructions")
-    x = launch.arguments["x_ptr"]
-    wide = min(WIDE, launch.arguments["C"] * x.element_size())
-    if "UTMALDG" not in names and not (copies and all(i.access_bytes == wide for i in copies)):
-        missing.append(f"{wide}-byte asynchronous copies")
-    shared = launch.compiled.metadata.shared + RESERVED_SHARED
-    room = resident_programs(gpu, code.registers, shared, threads)
-    work = NOT_COUNTED
-    if gpu is COUNTED_GPU:
-        operations = 2 * launch.arguments["y_ptr"].numel() * launch.arguments["C"] * call.shape.taps
-        rate = MATRIX_RATE * 2 / x.element_size()  # TF32 has half the rate of bf16
-        byte_time = sum(t.numel() * t.element_size() for t in used_tensors(launch)) / BANDWIDTH
-        work = work_of(gpu, launch, flow, room, {"matrix": operations / rate / byte_time})
-    return Row(
-        gpu.name, kernel_name(launch), call.key, CONV_LAYOUT, call.dtype, code.registers, shared,
-        code.spills, 0.0, 0, 0, room * threads / gpu.max_threads, matrix,
-        " and ".join(missing), work,
-    )  # fmt: skip
-
-
-def read_augment(gpu: Gpu, case: AugmentCase, launch: Launch) -> Row:
-    """Returns the properties of an augmentation kernel's machine code.
-
-    Its loads are never 16 bytes wide, because their addresses depend on random values.
-    """
-    threads = launch.compiled.metadata.num_warps * gpu.target.warp_size
-    shared = launch.compiled.metadata.shared
-    if gpu.target.backend == "hip":
-        amd = amdgcn.read(launch.compiled.asm["amdgcn"])
-        registers, spills = amd.registers, amd.spills
-    else:
-        code = disassemble(launch.compiled.asm["cubin"])
-        registers, spills, shared = code.registers, code.spills, shared + RESERVED_SHARED
-    room = resident_programs(gpu, registers, shared, threads)
-    work = NOT_COUNTED
-    if gpu is COUNTED_GPU:
-        work = work_of(gpu, launch, flow_of(launch, AUGMENT_TAKEN, RESIZE_TAPS), room)
-    return Row(
-        gpu.name, kernel_name(launch), str(case), AUGMENT_LAYOUT, "uint8", registers, shared,
-        spills, 0.0, 0, 0, room * threads / gpu.max_threads, work=work,
-    )  # fmt: skip
-
-
-def loaded_tensors(launch: Launch) -> int:
-    """Counts the activation tensors that a kernel reads."""
-    names = ("x_ptr", "dy_ptr", "dy_skip_ptr", "residual_ptr")
-    return sum(launch.arguments.get(name) is not None for name in names)
-
-
-def stores_tensor(launch: Launch) -> bool:
-    """Whether a kernel writes an activation tensor."""
-    names = ("y_ptr", "dx_ptr", "dz_ptr")
-    return any(launch.arguments.get(name) is not None for name in names)
-
-
-def _amd_row(gpu: Gpu, launch: Launch, case: str, layout: str, dtype: str, threads: int) -> Row:
-    """Returns the properties of a kernel's machine code for AMD.
-
-    The loops of the kernel are not analysed, so its loads in flight are not known.
-    """
-    code = amdgcn.read(launch.compiled.asm["amdgcn"])
-    is_conv = "conv" in launch.kernel
-    wide = {"load", "store"} if stores_tensor(launch) and not is_conv else {"load"}
-    shared = launch.compiled.metadata.shared
-    room = resident_programs(gpu, code.registers, shared, threads)
-    return Row(
-        gpu.name, kernel_name(launch), case, layout, dtype, code.registers, shared, code.spills,
-        0.0 if is_finalize(launch) or code.wide >= wide else 1.0, 0, 0,
-        room * threads / gpu.max_threads, "MFMA" if code.matrix else "",
-        "matrix instructions" if is_conv and not code.matrix else "",
-    )  # fmt: skip
-
-
-def audit(
-    gpu: Gpu, cases: list[Case], convs: list[ConvCall], augments: list[AugmentCase]
-) -> list[Row]:
-    """Returns a row for each specialisation that the cases launch and each size of its tensors."""
-    rows: list[Row] = []
-    seen: set[tuple[Any, ...]] = set()
-
-    def take(launches: list[Launch], read: Callable[[Launch], Row]) -> None:
-        for launch in launches:
-            sizes = [t.numel() for t in launch.arguments.values() if isinstance(t, Tensor)]
-            key = launch.compiled.hash, launch.grid, *sizes
-            if key not in seen:
-                seen.add(key)
-                rows.append(read(launch))
-
+def audit(gpu: Gpu, cases: list[Case]) -> list[Row]:
+    """Returns a row for each distinct launch: a specialisation, a grid and sizes of tensors."""
+    rows: dict[tuple[Any, ...], Row] = {}
     for case in cases:
         launches: list[Launch] = []
         with compile_only(gpu, launches.append):
-            launch_step(case)
-        take(launches, partial(read_row, gpu, case))
-    for call in convs:
-        launches = []
-        with compile_only(gpu, launches.append):
-            launch_conv(call)
-        take(launches, partial(read_conv, gpu, call))
-    for chain in augments:
-        launches = []
-        with compile_only(gpu, launches.append):
-            launch_augment(chain)
-        take(launches, partial(read_augment, gpu, chain))
-    return rows
+            case.run()
+        for launch in launches:
+            sizes = [t.numel() for t in launch.arguments.values() if isinstance(t, Tensor)]
+            key = launch.compiled.hash, launch.grid, *sizes
+            if key not in rows:
+                rows[key] = read(gpu, case, launch)
+    return list(rows.values())
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--gpu", choices=GPUS, required=True)
-    parser.add_argument("--families", action="store_true", help="one case for each kernel family")
-    options = parser.parse_args()
-    cases = family_cases() if options.families else all_cases()
-    convs = family_convs() if options.families else all_convs()
-    print(
-        json.dumps([asdict(row) for row in audit(GPUS[options.gpu], cases, convs, augment_cases())])
-    )
+    """Prints the rows of the GPU that the command line names, as JSON."""
+    torch.set_num_threads(1)
+    gpu = GPUS[sys.argv[1]]
+    cases = all_cases() if gpu is SM90 else family_cases()
+    print(json.dumps([asdict(row) for row in audit(gpu, cases)]))
 
 
 if __name__ == "__main__":

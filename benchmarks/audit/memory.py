@@ -1,16 +1,19 @@
-"""Counts the memory that interpreted kernels touch. The unit S is the bytes of one activation.
+"""Counts the memory that interpreted kernels touch, in units of S, the bytes of one activation.
 
-Two numbers are counted. *Lanes* are the bytes that unmasked lanes access. *Sectors* are the bytes
-of the distinct 32-byte sectors of a tensor that a launch touches. Both numbers are needed. Memory
-is moved in whole sectors, of which lanes may use only a part, but the number of sectors does not
-include repeated accesses. TRITON_INTERPRET=1 has to be set. ``python -m benchmarks audit`` runs
-this module in a separate process.
+Two numbers are counted. *Sectors* are the bytes of the distinct 32-byte sectors that a launch
+touches. A GPU moves whole sectors, so this is what it moves if every sector is moved once. *Lanes*
+are the bytes that all unmasked lanes access. This number also shows repeated accesses to the same
+memory.
+
+TRITON_INTERPRET=1 has to be set. ``python -m benchmarks audit`` runs this module in a separate
+process.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,21 +21,16 @@ import torch
 from torch import Tensor
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
 
-from benchmarks.audit.launches import step_launches
 from benchmarks.audit.operations import OPERATIONS, steps
-from benchmarks.audit.saved import saved_bytes
-from benchmarks.audit.traffic import step_bytes
+from benchmarks.audit.step import Build, aten_counts, held_bytes, launches
 from benchmarks.byte_model import PASSES, passes
 from benchmarks.operations import LAYOUTS
-from benchmarks.sites import Site
 from bnres import models
-from bnres.kernels.config import launch_config, tile_for
-from bnres.kernels.layout import ChannelView
 
-# These are the shapes of activations. They are small, because the interpreter is slow, but large
-# enough for whole tiles.
+# Shapes of activations. They are small because the interpreter is slow, but fill whole tiles.
 SHAPE, POOLED_SHAPE = (16, 64, 7, 7), (2, 64, 16, 16)
 NET_INPUT = (256, 3, 224, 224)
+NETS: dict[str, Build] = {"stock": partial(models.resnet18, fused=False), "fused": models.resnet18}
 SECTOR_BYTES = 32
 ACTIVATIONS = (
     "x_ptr", "y_ptr", "dy_ptr", "dy_skip_ptr", "dx_ptr", "dz_ptr", "dresidual_ptr", "residual_ptr",
@@ -42,12 +40,7 @@ ACTIVATIONS = (
 
 @dataclass
 class Traffic:
-    """Bytes of activation tensors that launches touch.
-
-    Attributes:
-        lanes: number of bytes that unmasked lanes access.
-        sectors: number of bytes in the distinct sectors.
-    """
+    """The bytes of activation tensors that launches touch, counted in lanes and in sectors."""
 
     lanes: int = 0
     sectors: int = 0
@@ -55,7 +48,7 @@ class Traffic:
 
 @dataclass
 class _Range:
-    """The address range of a tensor, and the sectors that a launch has read and written."""
+    """The addresses of a tensor, and the sectors of it that a launch has read and written."""
 
     start: int
     stop: int
@@ -65,7 +58,7 @@ class _Range:
 
 @contextmanager
 def count_traffic() -> Iterator[Traffic]:
-    """Inside the context, counts all accesses of interpreted launches to activation tensors."""
+    """Counts the accesses of interpreted launches to activation tensors, inside the context."""
     total = Traffic()
     ranges: list[_Range] = []
     load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
@@ -131,43 +124,12 @@ def operation_traffic(
     return counts
 
 
-def channel_buffer_share(
-    site: Site, batch: int, channels_last: bool, itemsize: int, sm_count: int
-) -> dict[str, float]:
-    """Returns the bytes of per-channel buffers divided by the bytes of activations, by direction.
-
-    The bytes of the per-channel buffers are computed from the launch grids. Every program reads the
-    parameters of its channels. Partial sums are written once and read once.
-    """
-    n, channels, height, width = site.shape(batch)
-    inner = height * width
-    view = ChannelView(n * inner, channels, 1) if channels_last else ChannelView(n, channels, inner)
-    tile = tile_for(view, itemsize)
-    has_residual = site.operation == "bn_add_relu"
-
-    def parameters(kernel: str, buffers: int) -> int:
-        config = launch_config(kernel, view, tile, sm_count)
-        return config.col_blocks * config.splits * tile.block_channels * buffers * 4
-
-    def partials(kernel: str) -> int:
-        config = launch_config(kernel, view, tile, sm_count)
-        return 2 * 2 * config.splits * channels * 4
-
-    apply = "apply_residual" if has_residual else "apply"
-    tensor = view.numel * itemsize
-    return {
-        "forward": (partials("stats") + parameters(apply, 4))
-        / (tensor * (4 if has_residual else 3)),
-        "backward": (partials("reduce") + parameters("reduce", 4) + parameters("dx", 6))
-        / (tensor * (6 if has_residual else 5)),
-    }
-
-
 @dataclass(frozen=True)
 class Row:
     """The memory that an operation touches in one direction, in units of S.
 
-    ``step`` is the direction. ``floor`` is the least memory that any implementation could touch.
+    ``step`` is the direction: ``eval``, ``forward`` (in training) or ``backward``. ``floor`` is the
+    least memory that an implementation with two passes can touch.
     """
 
     operation: str
@@ -197,41 +159,26 @@ def audit() -> list[Row]:
     return rows
 
 
-def held() -> dict[str, int]:
-    """Counts the bytes that ResNet-18's forward holds for backward, in bf16 and channels_last."""
-    return {
-        "stock": saved_bytes(lambda: models.resnet18(fused=False), NET_INPUT),
-        "fused": saved_bytes(models.resnet18, NET_INPUT),
-        "recompute": saved_bytes(models.resnet18, NET_INPUT, recomputes=True),
+def main() -> None:
+    """Prints the counts as JSON. The training steps are steps of ResNet-18."""
+    rows = audit()
+    sectors = {(r.operation, r.step): r.sectors for r in rows if r.layout == "channels_last"}
+    # Operations are counted in fp32, because further operations would convert bf16 parameters.
+    found = {
+        "memory": [asdict(row) for row in rows],
+        "traffic": {
+            name: aten_counts(build, NET_INPUT, sectors).moved for name, build in NETS.items()
+        },
+        "held": {name: held_bytes(build, NET_INPUT) for name, build in NETS.items()}
+        | {"recompute": held_bytes(models.resnet18, NET_INPUT, recomputes=True)},
+        "launches": {
+            f"{name}, ATen": aten_counts(build, NET_INPUT, sectors, torch.float32).operations
+            for name, build in NETS.items()
+        }
+        | {"fused, Triton": launches(models.resnet18, NET_INPUT)},
     }
-
-
-def traffic(rows: Sequence[Row]) -> dict[str, int]:
-    """Counts the bytes that a training step of ResNet-18 moves, without its convolutions.
-
-    The step is in bf16 and channels_last.
-
-    Args:
-        rows: rows of `audit`, which count the bytes of the fused operations.
-    """
-    counts = {(r.operation, r.step): r.sectors for r in rows if r.layout == "channels_last"}
-    return {
-        "stock": step_bytes(lambda: models.resnet18(fused=False), NET_INPUT, counts),
-        "fused": step_bytes(models.resnet18, NET_INPUT, counts),
-    }
-
-
-def launches() -> dict[str, int]:
-    """Counts Triton's launches and ATen's operations in a training step of ResNet-18.
-
-    An operation of ATen makes one or more launches.
-    """
-    _, stock = step_launches(lambda: models.resnet18(fused=False), NET_INPUT)
-    triton, aten = step_launches(models.resnet18, NET_INPUT)
-    return {"stock, ATen": stock, "fused, ATen": aten, "fused, Triton": triton}
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":
-    rows = audit()
-    found = {"traffic": traffic(rows), "held": held(), "launches": launches()}
-    print(json.dumps({"rows": [asdict(row) for row in rows], **found}))
+    main()

@@ -1,4 +1,4 @@
-"""Makes calls of the fused operations in evaluation, forward and backward, for the audits."""
+"""Calls the fused operations in evaluation, forward and backward, for the audits."""
 
 from collections.abc import Callable
 from typing import Any
@@ -24,10 +24,10 @@ Step = Callable[[], object]
 
 
 def steps(operation: str, tensor: Callable[[], Tensor]) -> dict[str, Step]:
-    """Returns functions that run an operation, named ``eval``, ``forward`` and ``backward``.
+    """Returns functions that run an operation. The keys are ``eval``, ``forward``, ``backward``.
 
-    ``forward`` is a forward in training. ``backward`` uses the tensors that a forward in training
-    has saved. This function runs such a forward once.
+    ``forward`` is a forward in training. ``backward`` is the backward of a forward that `steps`
+    itself runs.
 
     Args:
         operation: one of `OPERATIONS`.

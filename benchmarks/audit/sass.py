@@ -17,7 +17,7 @@ BITS = {"U8": 8, "S8": 8, "U16": 16, "S16": 16, "64": 64, "128": 128}
 
 @dataclass(frozen=True)
 class Instruction:
-    """One instruction of a disassembly."""
+    """One instruction of machine code."""
 
     address: int
     opcode: str
@@ -48,26 +48,10 @@ class Instruction:
 
 
 @dataclass(frozen=True)
-class Resources:
-    """Resources of a kernel.
-
-    Attributes:
-        registers: registers of a thread.
-        stack: bytes of a thread's stack, which holds spilled registers.
-        shared_memory: bytes of shared memory.
-    """
-
-    registers: int
-    stack: int
-    shared_memory: int
-
-
-@dataclass(frozen=True)
 class MachineCode:
-    """A kernel's resources and its instructions."""
+    """A kernel's instructions, and the number of registers of a thread."""
 
     registers: int
-    shared_memory: int
     instructions: list[Instruction]
 
     @property
@@ -79,9 +63,8 @@ class MachineCode:
 @cache
 def disassemble(cubin: bytes) -> MachineCode:
     """Disassembles a kernel's binary with the tools in triton's wheel."""
-    resources = read_resources(cubin)
-    instructions = parse_instructions(_cuobjdump("-sass", cubin))
-    return MachineCode(resources.registers, resources.shared_memory, instructions)
+    registers, _ = registers_and_stack(cubin)
+    return MachineCode(registers, parse_instructions(_cuobjdump("-sass", cubin)))
 
 
 def parse_instructions(text: str) -> list[Instruction]:
@@ -92,17 +75,17 @@ def parse_instructions(text: str) -> list[Instruction]:
     ]
 
 
-def read_resources(cubin: bytes) -> Resources:
-    """Reads a kernel's resources from its binary, without disassembling it.
+def registers_and_stack(cubin: bytes) -> tuple[int, int]:
+    """Reads the registers of a thread, and the bytes of its stack, which holds spilled registers.
 
     Raises:
-        ValueError: if cuobjdump does not print the resources.
+        ValueError: if cuobjdump does not print them.
     """
     usage = _cuobjdump("-res-usage", cubin)
-    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)", usage)
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     if found is None:
-        raise ValueError(f"cuobjdump must print REG, STACK and SHARED, got {usage!r}")
-    return Resources(*map(int, found.groups()))
+        raise ValueError(f"cuobjdump must print REG and STACK, got {usage!r}")
+    return int(found[1]), int(found[2])
 
 
 def _cuobjdump(option: str, cubin: bytes) -> str:
@@ -112,18 +95,6 @@ def _cuobjdump(option: str, cubin: bytes) -> str:
         return subprocess.run(
             [TOOLS / "cuobjdump", option, file.name], check=True, capture_output=True, text=True
         ).stdout
-
-
-def load_bytes(instructions: list[Instruction], width: int) -> int:
-    """Counts the bytes that a thread loads from global memory in accesses of ``width`` bytes."""
-    return sum(
-        width for i in instructions if i.name in ("LDG", "LDGSTS") and i.access_bytes == width
-    )
-
-
-def store_bytes(instructions: list[Instruction], width: int) -> int:
-    """Counts the bytes that a thread stores to global memory in accesses of ``width`` bytes."""
-    return sum(width for i in instructions if i.name == "STG" and i.access_bytes == width)
 
 
 def async_bytes(instructions: list[Instruction]) -> int:

@@ -1,14 +1,14 @@
-"""Compiles every kernel that the calls in `benchmarks.audit.calls` launch, without a GPU.
+"""Compiles every specialisation of the kernels, without a GPU.
 
-A *specialisation* of a kernel is determined by the dtypes, the constants and the alignments of its
-arguments. Triton compiles a kernel once for each specialisation. For sm_90 all specialisations are
-compiled. Then they are launched twice with a stand-in for CUDA's driver, once by triton and once by
-`bnres.kernels.replay`. Both launches use triton's launcher in C. For other GPUs one specialisation
-of each kernel is compiled.
+Triton compiles a kernel for each combination of its arguments' dtypes, constants and alignments. A
+*specialisation* is one such combination. The specialisations are found by making the calls in
+`benchmarks.audit.calls`. For sm_90 all of them are compiled. Then each is launched twice with a
+stand-in for CUDA's driver, once by triton and once by `bnres.kernels.replay`. Both launches pass
+through triton's launcher, which is written in C. For the other GPUs one specialisation of each
+kernel is compiled.
 """
 
 import argparse
-import ast
 import importlib
 import json
 import os
@@ -18,7 +18,6 @@ import sys
 import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from torch import Tensor
 from triton.runtime.jit import JITFunction
 
 from benchmarks.audit.calls import Call, all_calls
-from benchmarks.audit.sass import read_resources
+from benchmarks.audit.sass import registers_and_stack
 from benchmarks.audit.standin import GPUS, SM90, Gpu, Launch, compile_only, replaced_launches
 from benchmarks.environment import ROOT
 from bnres import kernels
@@ -40,11 +39,11 @@ from bnres.kernels.replay import Replay
 
 # At most this many characters of an error are reported.
 LINE_LENGTH = 300
-# The stack of a thread may have at most this many bytes. The stack holds spilled registers. Kernels
-# in a training step of a ResNet must not spill, which the audit's budget checks. Other
-# specialisations may spill some registers for 64-bit offsets. RAGGED_STACK is the limit for tiles
-# whose rows do not start at a multiple of the vector width. These tiles need an address for each
-# element, and therefore more registers.
+# The most bytes that a thread's stack may have. The stack holds spilled registers. The kernels of a
+# ResNet's training step spill nothing, which the audit's budget checks. Other specialisations may
+# spill some registers, because they have 64-bit offsets. RAGGED_STACK is the limit for tiles whose
+# rows do not start at a multiple of the vector width. They need more registers, because they need
+# an address for each element.
 STACK, RAGGED_STACK = 256, 512
 
 
@@ -65,7 +64,7 @@ class Specialisation:
 
 
 def _key(kernel: JITFunction, arguments: dict[str, Any]) -> tuple[Any, ...]:
-    """Returns a key. Launches whose keys are equal use the same compiled kernel."""
+    """Returns a key that is equal for launches of the same specialisation."""
     numbers = {p.name for p in kernel.params if not p.is_constexpr}
 
     def part(name: str, value: Any) -> Any:
@@ -81,7 +80,7 @@ def _key(kernel: JITFunction, arguments: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def collect(calls: Iterable[Call]) -> list[Specialisation]:
-    """Returns the distinct specialisations that some calls launch, without compiling them."""
+    """Returns the specialisations that the calls launch, without compiling them."""
     found: dict[tuple[Any, ...], Specialisation] = {}
     call: Call
 
@@ -111,8 +110,7 @@ def all_kernels() -> list[JITFunction]:
     return list(found.values())
 
 
-# The keys are (kernel, parameter). The values are arguments that no public call passes. A comment
-# says why.
+# For each (kernel, parameter): the values that no public call passes.
 UNREACHED: dict[tuple[str, str], set[Any]] = {
     # Pooling uses the same kind of tile for planes of every size. It does not use GROUPS for small
     # planes.
@@ -121,42 +119,17 @@ UNREACHED: dict[tuple[str, str], set[Any]] = {
     # Pooling in fp64 uses torch's operation.
     ("_bn_max_pool_kernel", "x_ptr"): {torch.float64},
     ("_bn_max_pool_bwd_dx_kernel", "x_ptr"): {torch.float64},
-    # The convolution kernel only runs in evaluation.
-    ("_conv_bn_act_kernel", "var_ptr"): {None},
     # Convolution in fp64 uses torch's operation.
     ("_conv_bn_act_kernel", "x_ptr"): {torch.float64},
 }
 
 
-@cache
-def optional_pointers(function: JITFunction) -> set[str]:
-    """Returns the pointers that a function, or a function that it calls, compares with None.
-
-    Each pointer is named as in ``function``, even if the called function has another name for it.
-    """
-    found = set()
-    for node in ast.walk(function.parse()):
-        if isinstance(node, ast.Compare) and isinstance(node.ops[0], ast.Is | ast.IsNot):
-            found.add(ast.unparse(node.left))
-        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
-            called = function.fn.__globals__.get(node.func.id)
-            if isinstance(called, JITFunction) and called is not function:
-                of_called = optional_pointers(called)
-                found |= of_called - set(called.arg_names)
-                found |= {
-                    ast.unparse(value)
-                    for name, value in zip(called.arg_names, node.args, strict=False)
-                    if name in of_called
-                }
-    return {name for name in found if name.endswith("_ptr")}
-
-
 def missing(found: Sequence[Specialisation]) -> list[str]:
-    """Describes the values of kernels' parameters that occur in no specialisation.
+    """Describes the values of kernels' parameters that occur in none of the specialisations.
 
-    For each kernel there should be specialisations with both values of each flag, and with every
-    activation, every kind of tile and every dtype. Each optional pointer should occur both as None
-    and as a tensor.
+    Each kernel should have specialisations with both values of each flag, and with every
+    activation, every kind of tile and every dtype. A pointer that is None in one specialisation
+    should be a tensor in another one.
     """
     problems = []
     forward = {a.forward for a in ACTIVATIONS.values()}
@@ -179,7 +152,7 @@ def missing(found: Sequence[Specialisation]) -> list[str]:
                 seen = {tile.kind for tile in seen}
             elif parameter.name == "x_ptr":
                 expected = set(SUPPORTED_DTYPES)
-            elif parameter.name in optional_pointers(kernel):
+            elif None in seen and parameter.name.endswith("_ptr"):
                 expected = {None, Tensor}
                 seen = {None if value is None else Tensor for value in seen}
             lacking = expected - seen
@@ -226,10 +199,10 @@ def compile_all(gpu: Gpu, found: Sequence[Specialisation]) -> Outcome:
 
     def check(launched: Launch) -> None:
         if gpu.target.backend == "hip":
-            return  # the audit's budget limits spills on AMD
+            return  # The audit's budget limits the spills on AMD.
         tile = launched.arguments.get("TILE")
         ragged = tile is not None and not tile.aligned
-        stack = read_resources(launched.compiled.asm["cubin"]).stack
+        _, stack = registers_and_stack(launched.compiled.asm["cubin"])
         if stack > (RAGGED_STACK if ragged else STACK):
             raise ValueError(
                 f"a thread must have a stack of at most {RAGGED_STACK if ragged else STACK} bytes, "
@@ -247,9 +220,9 @@ def compile_all(gpu: Gpu, found: Sequence[Specialisation]) -> Outcome:
 
 
 def launch_all(gpu: Gpu, found: Sequence[Specialisation]) -> Outcome:
-    """Launches each specialisation twice, by triton and by our replay of recorded launches.
+    """Launches each specialisation twice, first by triton and then by `bnres.kernels.replay`.
 
-    A failure is reported if a launch raises an error or does not reach the driver.
+    A launch fails if it raises an error or does not reach the driver.
     """
     from benchmarks.audit.launcher import LaunchingDriver, build_driver_library
 
@@ -281,12 +254,9 @@ def _in_one_line(error: Exception) -> str:
 
 
 def run(processes: int) -> Outcome:
-    """Compiles and launches all specialisations in several processes.
+    """Compiles and launches all specialisations, divided among a number of processes.
 
     Triton's cache then contains the compiled kernels.
-
-    Args:
-        processes: number of processes.
 
     Raises:
         RuntimeError: if a process fails.

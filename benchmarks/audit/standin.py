@@ -20,17 +20,18 @@ from bnres.kernels import launch
 
 @dataclass(frozen=True)
 class Gpu:
-    """Properties of a GPU for the compiler and for occupancy, from the vendors' manuals.
+    """Properties of a GPU, from the vendors' manuals.
 
     Attributes:
         name: name of the architecture.
-        device: device index. It differs for each GPU, because triton caches the target by index.
+        device: index of the device. Triton caches the target of each index, so every GPU needs
+            another index.
         target: target for triton's compiler.
         sm_count: number of multiprocessors.
-        registers: registers of a multiprocessor.
+        registers: number of registers of a multiprocessor.
         shared_memory: bytes of shared memory of a multiprocessor.
-        max_threads: greatest number of threads on a multiprocessor.
-        max_programs: greatest number of programs on a multiprocessor.
+        max_threads: most threads that a multiprocessor holds at once.
+        max_programs: most programs that a multiprocessor holds at once.
     """
 
     name: str
@@ -47,13 +48,13 @@ SM80 = Gpu("sm_80", 0, GPUTarget("cuda", 80, 32), 108, 65536, 164 * 1024, 2048, 
 SM90 = Gpu("sm_90", 1, GPUTarget("cuda", 90, 32), 132, 65536, 228 * 1024, 2048, 32)
 SM100 = Gpu("sm_100", 2, GPUTarget("cuda", 100, 32), 148, 65536, 228 * 1024, 2048, 32)
 GFX942 = Gpu("gfx942", 3, GPUTarget("hip", "gfx942", 64), 304, 131072, 64 * 1024, 2048, 32)
-GPUS = {gpu.name: gpu for gpu in (SM80, SM90, SM100, GFX942)}
+GPUS = {gpu.name: gpu for gpu in (SM90, SM80, SM100, GFX942)}
 
 
 class StandInDriver:
     """Implements the driver's methods that ``triton.runtime.jit`` calls before it compiles."""
 
-    # This is triton's real launcher, so that compiled kernels can be launched with addresses.
+    # Triton's own launcher. It accepts addresses; `bnres.kernels.replay` gives others tensors.
     launcher_cls = nvidia.CudaLauncher
 
     def __init__(self, gpu: Gpu) -> None:
@@ -90,10 +91,10 @@ Run = Callable[..., Any]
 
 @contextmanager
 def replaced_launches(gpu: Gpu, run: Run) -> Iterator[None]:
-    """Replaces triton's driver by a stand-in for ``gpu``, and ``JITFunction.run`` by ``run``.
+    """Replaces triton's driver with a stand-in for ``gpu``, and ``JITFunction.run`` with ``run``.
 
-    ``run`` has to return None. If it does, no launch is recorded, so every call launches its
-    kernels by ``run``.
+    ``run`` must return None. Then `bnres.kernels.replay` records no launch, so all later calls also
+    launch their kernels by ``run``.
 
     Raises:
         RuntimeError: if TRITON_INTERPRET is set.

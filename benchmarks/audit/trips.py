@@ -1,8 +1,8 @@
 """Computes the trip counts of a compiled kernel's loops.
 
-TTGIR is triton's last representation of a kernel before LLVM. It contains the loops as they are
-executed, after pipelining, and the scalar arithmetic that computes their bounds. This module
-evaluates the arithmetic with a launch's arguments, for all programs of the grid at once.
+TTGIR is triton's last representation of a kernel before LLVM. It contains the loops after
+pipelining, and the integer arithmetic that computes their bounds. This module evaluates the
+arithmetic with a launch's arguments, for all programs of the grid at once.
 """
 
 import re
@@ -19,12 +19,6 @@ BRANCH = re.compile(r"\bbra(?:\.uni)?\s+(\$L__BB\w+);")
 ACCESS = re.compile(r"\b(?:(?:ld|st)\.global|cp\.async\.c[ag])\b")
 ARGUMENT = re.compile(r"%(\w+): i\d+")
 VALUE = re.compile(r"%[\w.-]+")
-AXES = "xyz"
-COMPARISONS: dict[str, Callable[..., Any]] = {
-    "eq": np.equal, "ne": np.not_equal, "slt": np.less, "sle": np.less_equal, "sgt": np.greater,
-    "sge": np.greater_equal, "ult": np.less, "ule": np.less_equal, "ugt": np.greater,
-    "uge": np.greater_equal,
-}  # fmt: skip
 
 
 def _divide(a: Any, b: Any) -> Any:
@@ -36,14 +30,11 @@ def _remainder(a: Any, b: Any) -> Any:
     return a - b * _divide(a, b)
 
 
-# These functions compute TTGIR's operations on integers. Unsigned operations use the same functions
-# as signed operations, because their operands are assumed not to be negative.
+# These functions compute the operations on integers that occur in the bounds of loops.
 OPERATIONS: dict[str, Callable[..., Any]] = {
-    "addi": np.add, "subi": np.subtract, "muli": np.multiply, "divsi": _divide, "divui": _divide,
-    "remsi": _remainder, "remui": _remainder, "minsi": np.minimum, "minui": np.minimum,
-    "maxsi": np.maximum, "maxui": np.maximum, "andi": np.bitwise_and, "ori": np.bitwise_or,
-    "shli": np.left_shift, "shrsi": np.right_shift, "shrui": np.right_shift, "select": np.where,
-    "extsi": np.asarray, "extui": np.asarray, "trunci": np.asarray, "index_cast": np.asarray,
+    "arith.addi": np.add, "arith.subi": np.subtract, "arith.muli": np.multiply,
+    "arith.divsi": _divide, "arith.remsi": _remainder, "arith.minsi": np.minimum,
+    "arith.maxsi": np.maximum,
 }  # fmt: skip
 
 
@@ -53,10 +44,10 @@ class LoopTrips:
 
     Attributes:
         depth: number of loops around the loop.
-        trips: number of trips of one execution of the loop, for each program. It is None if the
-            number depends on data.
-        accesses: number of instructions in the loop's PTX that access global memory. It is 0 if the
-            number is not known.
+        trips: for each program, how many trips the loop makes when it is executed once. It is None
+            if this is not known, for example because it depends on data.
+        accesses: number of instructions in the loop's PTX that access global memory. It is 0 if
+            this is not known.
     """
 
     depth: int
@@ -67,7 +58,13 @@ class LoopTrips:
 def loop_trips(
     asm: Mapping[str, str], grid: Sequence[int], arguments: Mapping[str, Any]
 ) -> list[LoopTrips]:
-    """Returns a kernel's loops, from its TTGIR and PTX, in the order of their first lines."""
+    """Returns a kernel's loops in the order of their first lines.
+
+    Args:
+        asm: the kernel's code. The keys ``ttgir`` and ``ptx`` are used.
+        grid: the launch's grid.
+        arguments: the launch's arguments, by name.
+    """
     loops = _loops(asm["ttgir"], grid, arguments)
     accesses = _accesses(asm["ptx"])
     if len(accesses) != len(loops):
@@ -92,8 +89,7 @@ def _accesses(ptx: str) -> list[int]:
 
 def _loops(ttgir: str, grid: Sequence[int], arguments: Mapping[str, Any]) -> list[LoopTrips]:
     """Returns the loops of TTGIR."""
-    sizes = (*grid, 1, 1)[:3]
-    programs = np.indices(sizes).reshape(3, -1)
+    programs = np.indices((*grid, 1, 1)[:3]).reshape(3, -1)
     values: dict[str, Any] = {}
     found: list[LoopTrips] = []
     level = 0
@@ -113,7 +109,7 @@ def _loops(ttgir: str, grid: Sequence[int], arguments: Mapping[str, Any]) -> lis
             around.append(level)
         elif operation := OPERATION.match(text):
             name, kind, rest = operation.groups()
-            value = _evaluate(kind, rest, values, programs, sizes)
+            value = _evaluate(kind, rest, values, programs)
             if value is not None:
                 values[name] = value
         level += text.count("{") - text.count("}")
@@ -122,23 +118,14 @@ def _loops(ttgir: str, grid: Sequence[int], arguments: Mapping[str, Any]) -> lis
     return found
 
 
-def _evaluate(
-    kind: str, rest: str, values: dict[str, Any], programs: np.ndarray, sizes: Sequence[int]
-) -> Any:
-    """Returns the result of an operation on scalars, or None if the result is not known."""
-    dialect, _, operation = kind.partition(".")
+def _evaluate(kind: str, rest: str, values: dict[str, Any], programs: np.ndarray) -> Any:
+    """Returns the result of an operation on integers, or None if the result is not known."""
     if kind == "tt.get_program_id":
-        return programs[AXES.index(rest[0])]
-    if kind == "tt.get_num_programs":
-        return sizes[AXES.index(rest[0])]
+        return programs["xyz".index(rest[0])]
     if kind == "arith.constant":
-        number = re.match(r"(-?\d+) : (?:i\d+|index)\b|(true|false)\b", rest)
-        if number is None:
-            return None
-        return int(number[1]) if number[1] else number[2] == "true"
+        number = re.match(r"(-?\d+) : (?:i\d+|index)\b", rest)
+        return int(number[1]) if number else None
     operands = [values.get(name) for name in VALUE.findall(rest.split(" loc(")[0])]
-    if dialect != "arith" or any(operand is None for operand in operands):
+    if kind not in OPERATIONS or any(operand is None for operand in operands):
         return None
-    if operation == "cmpi":
-        return COMPARISONS[rest.split(",")[0]](*operands)
-    return OPERATIONS[operation](*operands) if operation in OPERATIONS else None
+    return OPERATIONS[kind](*operands)

@@ -1,0 +1,148 @@
+"""Counts the bytes and the launches of a net's training step, without running its kernels.
+
+The net is in channels_last. It runs on meta tensors, which have no memory, so any batch size is
+possible. TRITON_INTERPRET=1 has to be set. The optimiser's step is not counted.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from triton.runtime.interpreter import GridExecutor
+
+from bnres.recipes import Recipe, pack, recompute
+
+Build = Callable[[], nn.Module]
+# The keys are (operation, direction). The values are the bytes of memory sectors that the operation
+# touches, divided by the bytes of one activation.
+Sectors = Mapping[tuple[str, str], float]
+# These operations of ATen only allocate memory.
+ALLOCATIONS = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided")
+# torch's batch norm reads this number of its first arguments twice.
+TWICE = {"native_batch_norm": 1, "native_batch_norm_backward": 2}
+
+
+@contextmanager
+def no_launches() -> Iterator[list[int]]:
+    """Skips launches of interpreted kernels. The outputs of these kernels are uninitialised.
+
+    Yields a list with one item, the number of skipped launches.
+    """
+    count = [0]
+
+    def skip(self: GridExecutor, *arguments: Any, **named: Any) -> None:
+        count[0] += 1
+
+    with patch.object(GridExecutor, "__call__", skip):
+        yield count
+
+
+def _on_meta(build: Build, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[nn.Module, Tensor]:
+    """Returns a net and its input."""
+    with torch.device("meta"):
+        model: Any = build()
+        x = torch.empty(shape, dtype=dtype)
+    last = torch.channels_last
+    return model.to(dtype=dtype, memory_format=last), x.contiguous(memory_format=last)
+
+
+def held_bytes(
+    build: Build, shape: tuple[int, ...], dtype: torch.dtype = torch.bfloat16,
+    *, recomputes: bool = False,
+) -> int:  # fmt: skip
+    """Counts the bytes that a forward in training saves for backward.
+
+    Parameters and buffers are not counted. If ``recomputes`` is true, the forward runs inside
+    `bnres.recompute`.
+    """
+    model, x = _on_meta(build, shape, dtype)
+    held: dict[int, torch.UntypedStorage] = {}
+
+    def keep(t: Tensor) -> Tensor | Recipe:
+        packed = pack(t)
+        for each in packed.tensors if isinstance(packed, Recipe) else [packed]:
+            if each is not None:
+                storage = each.untyped_storage()
+                held[storage._cdata] = storage
+        return packed
+
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda packed: packed)
+    with no_launches(), recompute() if recomputes else nullcontext(), hooks:
+        y = model(x)
+    del y
+    parameters = {p.untyped_storage()._cdata for p in (*model.parameters(), *model.buffers())}
+    return sum(s.nbytes() for key, s in held.items() if key not in parameters)
+
+
+def launches(build: Build, shape: tuple[int, ...]) -> int:
+    """Counts how often a training step in bf16 launches kernels of Triton."""
+    model, x = _on_meta(build, shape, torch.bfloat16)
+    with no_launches() as count:
+        _step(model, x)
+    return count[0]
+
+
+class AtenCounts(TorchDispatchMode):
+    """Counts what operations do that run while the mode is active.
+
+    Attributes:
+        operations: number of ATen's operations that read or write memory. An operation makes one or
+            more launches.
+        moved: bytes that all operations move, except convolutions. An operation of ATen is assumed
+            to read its arguments once and to write its results once. Only torch's batch norm is
+            assumed to read its activations twice. The bytes of our operations are ``sectors`` times
+            the bytes of the input.
+    """
+
+    def __init__(self, sectors: Sectors) -> None:
+        super().__init__()
+        self.sectors = sectors
+        self.operations = self.moved = 0
+
+    def __torch_dispatch__(
+        self, op: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        found = op(*args, **(kwargs or {}))
+        name = op.overloadpacket.__name__
+        if op.namespace == "bnres":
+            given = dict(zip([a.name for a in op._schema.arguments], args, strict=False))
+            self.moved += round(self.sectors[_our_operation(name, given)] * given["x"].nbytes)
+        elif not (op.is_view or name in ALLOCATIONS):
+            self.operations += 1
+            if "convolution" not in name:
+                touched = [*tree_leaves((args, kwargs, found)), *args[: TWICE.get(name, 0)]]
+                self.moved += sum(t.nbytes for t in touched if isinstance(t, Tensor))
+        return found
+
+
+def aten_counts(
+    build: Build, shape: tuple[int, ...], sectors: Sectors, dtype: torch.dtype = torch.bfloat16
+) -> AtenCounts:
+    """Counts the operations and the bytes of a training step."""
+    model, x = _on_meta(build, shape, dtype)
+    with no_launches(), AtenCounts(sectors) as counts:
+        _step(model, x)
+    return counts
+
+
+def _step(model: nn.Module, x: Tensor) -> None:
+    labels = torch.empty(len(x), dtype=torch.long, device="meta")
+    F.cross_entropy(model(x), labels).backward()
+
+
+def _our_operation(name: str, given: Mapping[str, Any]) -> tuple[str, str]:
+    """Returns the key in `Sectors` of a call of ``bnres::batch_norm_act_*``."""
+    step = name.removeprefix("batch_norm_act_")
+    fork = "_fork" if given.get("dy_skip") is not None else ""
+    if given["pools"]:
+        return f"bn_relu_pool{fork}", step
+    if given["has_residual_norm"]:
+        return f"dual_bn_add_relu{fork}", step
+    added = given["residual"] is not None if step == "forward" else given["dresidual"]
+    return f"{'bn_add_relu' if added else 'bn_relu'}{fork}", step
