@@ -249,6 +249,9 @@ def once() -> None:
 @app.command()
 def scaling(
     picture: Annotated[Path | None, typer.Option(help="File for a picture of the model.")] = None,
+    gloo: Annotated[
+        bool, typer.Option(help="Also measure gloo on this CPU, and compare it with the model.")
+    ] = False,
 ) -> None:
     """Print a model of training on 8 to 1,024 GPUs, with and without synchronised batch norm."""
     from benchmarks import scaling as model
@@ -257,6 +260,8 @@ def scaling(
         check_out(picture, "picture")
         model.draw(picture)
     typer.echo(model.table())
+    if gloo:
+        typer.echo(model.gloo_table())
 
 
 @app.command(name="first-contact")

@@ -3,20 +3,25 @@
 The time of a training step is the step's time on one GPU plus the time of the communication that
 does not overlap with backward. The time of a collective is computed by NCCL's cost model: a latency
 for each step of the collective, plus bytes divided by bandwidth. The constants are NCCL's
-(src/graph/tuning.cc at 01afd20). No training on several GPUs was measured.
+(src/graph/tuning.cc at 01afd20). Only the training step of ResNet-18 was measured on a GPU.
+`gloo_table` compares the same formula with measured times of gloo on this machine's CPU.
 """
 
 import math
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from torch import nn
 
 from bnres import models
 
-# For each net: the seconds of a step of 256 images on one GPU, and where this number comes from.
+# For each net, this is the time in seconds of a step of 256 images on one GPU, and where the number
+# comes from.
 STEPS = {
     "resnet18": (9.04e-3, "measured on an H200"),
     "resnet50": (256 / 7160, "published for an H100, MLPerf v4.0"),
@@ -24,7 +29,7 @@ STEPS = {
 BACKWARD = 2 / 3  # Backward takes this fraction of a step's time.
 FIRST_BUCKET, BUCKET = 1 << 20, 25 << 20  # DDP's default sizes of a bucket of gradients, in bytes
 GPUS = (8, 16, 32, 64, 128, 256, 512, 1024)
-FP32 = 4  # bytes of a number in fp32, in which gradients and statistics are sent
+STATISTICS = 4  # Synchronised statistics are in fp32, which has this many bytes.
 
 
 @dataclass(frozen=True)
@@ -32,7 +37,7 @@ class Protocol:
     """Costs of one of NCCL's protocols.
 
     Attributes:
-        base: seconds of a collective that do not depend on its number of steps.
+        base: seconds of a collective in addition to its steps.
         local: seconds of a step over NVLink.
         remote: seconds of a step over the network.
         share: fraction of the bandwidth that is available for data.
@@ -106,9 +111,9 @@ class Traffic:
 
     Attributes:
         gradients: bytes of all parameters' gradients in fp32.
-        sites: for each synchronisation of a forward, the number of channels. Each batch norm is
-            synchronised on its own, except that the two batch norms at the end of a down-sampling
-            block are synchronised together.
+        sites: number of channels of each synchronisation. There is one synchronisation for each
+            batch norm, except that the two batch norms at the end of a down-sampling block are
+            synchronised together.
     """
 
     gradients: int
@@ -120,7 +125,7 @@ class Traffic:
 
         A process sends a count, and for each channel the mean and the sum of squared deviations.
         """
-        return [FP32 * (1 + 2 * channels) for channels in self.sites]
+        return [STATISTICS * (1 + 2 * channels) for channels in self.sites]
 
     @property
     def backward(self) -> list[int]:
@@ -128,7 +133,7 @@ class Traffic:
 
         A process sends two sums for each channel.
         """
-        return [FP32 * 2 * channels for channels in self.sites]
+        return [STATISTICS * 2 * channels for channels in self.sites]
 
 
 def traffic(net: str) -> Traffic:
@@ -142,7 +147,7 @@ def traffic(net: str) -> Traffic:
                 sites[-1] += module.num_features
             else:
                 sites.append(module.num_features)
-    return Traffic(FP32 * sum(p.numel() for p in model.parameters()), tuple(sites))
+    return Traffic(sum(p.numel() for p in model.parameters()) * 4, tuple(sites))
 
 
 def exposed(gradients: int, backward: float, reduce: Callable[[int], float]) -> float:
@@ -154,7 +159,7 @@ def exposed(gradients: int, backward: float, reduce: Callable[[int], float]) -> 
     Args:
         gradients: bytes of all gradients.
         backward: seconds of backward.
-        reduce: returns the seconds to all-reduce a number of bytes.
+        reduce: takes a number of bytes, and returns the seconds to all-reduce them.
     """
     end, done = 0.0, 0
     while done < gradients:
@@ -238,3 +243,75 @@ def draw(path: Path, cluster: Cluster = Cluster()) -> None:
     axes.set_xticks(GPUS, map(str, GPUS))
     axes.legend(fontsize=8)
     style.save(figure, path)
+
+
+# gloo is measured on the CPU for these sizes in bytes, with this number of repetitions.
+SIZES = (1 << 12, 1 << 16, 1 << 20, 1 << 24)
+REPEATS = 30
+
+
+def _time_all_reduce(rank: int, world: int, port: int, found: "mp.Queue[list[float]]") -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world
+    )
+    medians = []
+    for size in SIZES:
+        value = torch.zeros(size // 4)
+        seconds = []
+        for _ in range(REPEATS):
+            dist.barrier()
+            start = time.perf_counter()
+            dist.all_reduce(value)
+            seconds.append(time.perf_counter() - start)
+        medians.append(sorted(seconds)[REPEATS // 2])
+    if rank == 0:
+        found.put(medians)
+    dist.destroy_process_group()
+
+
+def measure(world: int) -> list[float]:
+    """Measures gloo's all-reduce in ``world`` processes. Returns the median seconds by size."""
+    import socket
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    found: mp.Queue[list[float]] = mp.get_context("spawn").Queue()
+    mp.spawn(_time_all_reduce, (world, port, found), nprocs=world)
+    return found.get()
+
+
+def fit(medians: Sequence[float], world: int) -> tuple[float, float]:
+    """Returns a ring's seconds per step and bytes per second, fitted to two measured sizes.
+
+    The two sizes are the smallest and the largest of ``SIZES``.
+    """
+    steps, moved = 2 * (world - 1), 2 * (world - 1) / world
+    rate = moved * (SIZES[-1] - SIZES[0]) / (medians[-1] - medians[0])
+    return (medians[0] - moved * SIZES[0] / rate) / steps, rate
+
+
+def ring(size: int, world: int, latency: float, rate: float) -> float:
+    """Returns the modelled seconds of a ring's all-reduce."""
+    return 2 * (world - 1) * latency + 2 * (world - 1) / world * size / rate
+
+
+def gloo_table() -> str:
+    """Formats the measured times and the predicted times of gloo's all-reduce on this CPU.
+
+    The model is fitted to the measured times of the smallest and the largest size in two processes.
+    The fitted model predicts the times of all sizes, in two and in four processes.
+    """
+    measured = {world: measure(world) for world in (2, 4)}
+    latency, rate = fit(measured[2], 2)
+    lines = ["| processes | bytes | measured, µs | predicted, µs | |", "|---:|---:|---:|---:|---|"]
+    for world, medians in measured.items():
+        for size, seconds in zip(SIZES, medians, strict=True):
+            fitted = world == 2 and size in (SIZES[0], SIZES[-1])
+            predicted = ring(size, world, latency, rate)
+            lines.append(
+                f"| {world} | {size:,} | {seconds * 1e6:,.0f} | {predicted * 1e6:,.0f} | "
+                f"{'fitted' if fitted else f'{predicted / seconds:.2f} of measured'} |"
+            )
+    return "\n".join(lines)

@@ -1,11 +1,11 @@
-"""Tests of the model of training on many GPUs."""
+"""Tests of the model of training on many GPUs, and of its comparison with gloo."""
 
 import pytest
 import torch
 
 from benchmarks import scaling
 from benchmarks.environment import ROOT
-from benchmarks.scaling import Cluster, Protocol, exposed, step, traffic
+from benchmarks.scaling import Cluster, Protocol, exposed, fit, ring, step, traffic
 from bnres import models
 
 
@@ -44,7 +44,17 @@ def test_without_communication_a_step_takes_the_time_of_one_gpu():
     assert step("resnet18", 1024, Cluster(), "all_gather") > step("resnet18", 1024, Cluster())
 
 
+def test_a_ring_is_fitted_from_two_sizes():
+    medians = [ring(size, 2, 3e-6, 2e9) for size in scaling.SIZES]
+    assert fit(medians, 2) == pytest.approx((3e-6, 2e9))
+
+
 def test_the_page_shows_the_model():
     page = (ROOT / "docs" / "several-gpus.md").read_text(encoding="utf-8")
     shown = page.partition("<!-- scaling: begin -->")[2].partition("<!-- scaling: end -->")[0]
     assert shown.strip() == scaling.table().strip()
+
+
+@pytest.mark.slow
+def test_gloo_is_compared_with_the_model():
+    assert scaling.gloo_table().count("of measured") == 6

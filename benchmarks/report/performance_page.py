@@ -177,8 +177,8 @@ def audited() -> str:
             f"{found.launches['stock, ATen']} operations of ATen. 40 of them are the forward or "
             "the backward of a batch norm, and each of these 40 launches several kernels.",
             "The next table shows properties of each kernel's machine code, compiled without a GPU "
-            "for sm_90, bf16 and channels_last. For a step of ResNet-18, and for the convolutions of "
-            "ResNet-18 and ResNet-50, Triton compiles each kernel several times, for different "
+            "for sm_90, bf16 and channels_last. For a step of ResNet-18, and for the convolutions "
+            "of ResNet-18 and ResNet-50, Triton compiles each kernel several times, for different "
             "arguments. A row shows the worst values of these compilations. `python -m benchmarks "
             "audit` compares them with a recorded budget, also for sm_80, sm_100 and gfx942.",
             markdown_table(["kernel", "registers", "spills"], code),
