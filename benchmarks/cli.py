@@ -1,7 +1,6 @@
 """The command line of the benchmarks: ``python -m benchmarks``."""
 
 import re
-import sys
 import time
 from datetime import date
 from pathlib import Path
