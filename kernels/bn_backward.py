@@ -77,7 +77,7 @@ def _reduce_sub_tile(
 ):  # fmt: skip
     """Adds a sub-tile's dz, dz·(x − mean) and dz·(residual − residual_mean) to the sums.
 
-    The last product is only added with TWO_NORMS, if the residual has a batch norm. If dz_ptr is
+    The last product is only added if the residual has a batch norm (TWO_NORMS). If dz_ptr is
     not None, dz is also stored.
     """
     load_at, at = tile_at(row, col_block, shape, TILE, 1, WHOLE)

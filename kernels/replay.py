@@ -135,9 +135,9 @@ class Replay:
         assert x is not None
         if aligned not in self._ran and x.is_cuda and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
-                "this is a fused operation's first call with such tensors, and its kernels can't "
-                "be loaded while a CUDA graph is captured: run the same call once before the "
-                "capture"
+                "this fused operation has not run yet with tensors of these shapes, strides and "
+                "dtypes, and its kernels can't be loaded while a CUDA graph is captured: make the "
+                "same call once before the capture"
             )
         with recorded_launches() as launches:
             call()

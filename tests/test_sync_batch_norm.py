@@ -160,7 +160,7 @@ def test_equals_the_whole_batch(four, route, cases, sizes):
     ("dtypes", "tolerance"),
     [
         ((torch.float64, torch.float64), 1e-12),
-        # FSDP2's mixed precision has these dtypes, and buffers in fp32.
+        # As in FSDP2's mixed precision: x and the parameters are in bf16. The buffers are in fp32.
         ((torch.bfloat16, torch.bfloat16), 3e-2),
         ((torch.float16, torch.float32), 4e-3),
     ],

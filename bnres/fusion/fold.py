@@ -22,15 +22,16 @@ def fold(model: nn.Module, *inputs: Any, **kwargs: Any) -> nn.Module:
 
     The filters of the convolution are multiplied by ``weight / sqrt(var + eps)``, and the bias of
     the convolution changes accordingly. A folded batch norm becomes an `nn.Identity` and loses its
-    keys in the state dict. Nothing else changes. A folded model that was built from torch's layers
-    can be loaded and exported without bnres. On a GPU a folded model reads and writes more memory
-    than ``bnres.fuse(model).eval()``.
+    keys in the state dict. The copy is not fused, and batch norms that bnres has synchronised are
+    local again. Nothing else changes. A folded model that was built from torch's layers can be
+    loaded and exported without bnres. On a GPU a folded model reads and writes more memory than
+    ``bnres.fuse(model).eval()``.
 
     The model is called with ``inputs`` and ``kwargs`` to find the convolution before each batch
-    norm. If a later change makes the model's forward run other operations, fold the model again. A
-    batch norm is not folded in three cases: if a tensor of the convolution or of the batch norm is
-    used elsewhere, if one of the two modules is called more than once or has a hook, or if the
-    class of one of the two modules is not a class of torch.
+    norm. If a later change makes the model's forward run other operations, fold the model again.
+    Only a `torch.nn.Conv2d` followed by a batch norm of torch with running statistics is folded.
+    Such a pair is left as it is if one of the two modules is called more than once or has a hook,
+    or if anything else reads the convolution's output, or a parameter or buffer of the two modules.
 
     Args:
         model: any module in eval mode, fused or not. It is not changed.

@@ -226,7 +226,7 @@ def hazard(match: Match) -> str:
 
 
 def obstacle(own: set[fx.Node], buffers: set[int | None]) -> str:
-    """Returns why nodes can't all move to the position of the last of these nodes.
+    """Returns why the nodes ``own`` can't all move to the position of the last one.
 
     If they can, the result is empty.
 
