@@ -34,7 +34,7 @@ def about() -> dict[str, Any]:
 @pytest.mark.benchmark(timer=CLOCK)
 def test_case(benchmark: Any, case: Case) -> None:
     """Checks a case, then times it. Its record's fields are stored in ``benchmark.extra_info``."""
-    # In Triton's interpreter nets and augmentations would take minutes.
+    # In Triton's interpreter, nets and augmentations would take minutes, so ATen runs them.
     slow = case.smoke and not isinstance(case, OpCase)
     with use_backend("aten") if slow else nullcontext():
         _run(benchmark, case)

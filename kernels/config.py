@@ -185,10 +185,10 @@ def launch_config(kernel: str, view: ChannelView, tile: Tile, sm_count: int) -> 
     """Splits the rows so that every multiprocessor has work for any number of channels.
 
     Normally the grid has at most ``programs_per_sm * sm_count`` programs. There are two exceptions.
-    If there are few rows, each program gets one block of rows, so that more loads are in flight. If
-    there are more column blocks than ``programs_per_sm * sm_count``, the grid has about
-    ``TURNS * programs_per_sm * sm_count`` programs, so that all multiprocessors end at about the
-    same time.
+    If there are fewer than 1.5 blocks of rows for each of these programs, each block of rows gets
+    its own program, so that more loads are in flight. If there are more column blocks than
+    ``programs_per_sm * sm_count``, the grid has about ``TURNS * programs_per_sm * sm_count``
+    programs, so that all multiprocessors end at about the same time.
     """
     tuning = TUNING[kernel]
     block_rows = tuning.unroll * tile.sub_rows

@@ -101,8 +101,8 @@ class TestClock:
         source = torch.rand(1 << 27, device="cuda")
 
         def make():
-            # Not a copy, which a graph runs in another way than a stream does.
             target = torch.empty_like(source)
+            # The timed call is not a copy, because a CUDA graph runs copies in another way.
             return lambda: torch.neg(source, out=target)
 
         ticking = clock.DeviceClock()

@@ -12,7 +12,9 @@ import torch
 from bnres.train.checkpoint import read_checkpoint
 
 ROOT = Path(__file__).parent.parent
-BATCHES = 5  # number of batches in an epoch of scikit-learn's digits, which are 1,437 images
+# The number of batches in an epoch: scikit-learn's digits have 1,437 training images, a batch has
+# 256 images, and the smaller last batch is dropped.
+BATCHES = 5
 
 
 def train(out, *options, dies_at):

@@ -212,9 +212,9 @@ def hazard(match: Match) -> str:
         return found
     # Torch's backward reads neither the residual nor the biases of the batch norms, so a model may
     # write to them after the call. Our backward may read them, so such a write prevents the fusion.
-    # There is one exception. If the model adds to the residual in place, the later write changes
-    # the sum. A fused call stores the sum in a new tensor, so the residual that our backward reads
-    # does not change.
+    # There is one exception: the addition itself may be in place, as in ``residual += z``. Then the
+    # residual's memory contains the sum, and a later write changes the sum. A fused call stores the
+    # sum in a new tensor, so the later write does not change the residual that our backward reads.
     residual = match.options.get("residual") if len(match.norms) == 1 else None
     becomes_sum = residual in [w for n in match.nodes for w in writes(n) or []]
     read = [norm.state.bias for norm in match.norms] + ([] if becomes_sum else [residual])

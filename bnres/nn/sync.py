@@ -270,9 +270,10 @@ def _converted(name: str, norm: Norm) -> type[_Synchronised]:
             drop, act = norm._modules["drop"], norm._modules["act"]
             fuses = type(drop) is nn.Identity and type(act) in CLASSES and not hooked(drop, act)
             return SyncBatchNormAct if fuses else _SyncBatchNormThenAct
+    found = f"contains {name}, a {cls.__name__}" if name else f"is a {cls.__name__}"
     raise TypeError(
-        f"module contains {name or 'itself'}, a {cls.__name__}: its forward is not that of a batch "
-        "norm of torch, timm or bnres.nn, so it can't be converted"
+        f"module {found}: its forward is not that of a batch norm of torch, timm or bnres.nn, so "
+        "it can't be converted"
     )
 
 

@@ -119,8 +119,9 @@ class Outputs(NamedTuple):
 class Saved(NamedTuple):
     """The tensors that backward reads.
 
-    If backward does not read the values of x, the field ``x`` is y if there is a mask, and None if
-    there is no mask. To read the mask, backward needs a tensor with the shape and strides of y.
+    Backward does not always read the values of x. If it does not, and there is no mask, the field
+    ``x`` is None. To read a mask, backward needs a tensor with the shape and strides of x. The
+    field ``x`` is then y, which has both.
     ``total`` (1,) is only given for a synchronised batch norm. It is the number of values per
     channel, summed over all ranks.
     """
