@@ -231,7 +231,9 @@ def explain(model: Model, input: Input = None) -> None:
 
 @app.command()
 def doctor(
-    model: Annotated[str | None, typer.Argument(help=NAMES)] = None,
+    model: Annotated[
+        str | None, typer.Argument(help=f"Model whose savings are computed. {NAMES}")
+    ] = None,
     input: Input = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:

@@ -208,7 +208,22 @@ class TestCifar10:
         content = cifar_content()
         content["test_batch"][1][4] = 10
         archive = pack(tmp_path / "a.tar.gz", files(kind, content))
-        with pytest.raises(ValueError, match=r"test: labels must be from 0 to 9, .* to 10"):
+        with pytest.raises(
+            ValueError, match=r"a.tar.gz: test_batch(.bin)? must .* one of which is 10"
+        ):
+            load_cifar10(archive, checksum=False)
+
+    def test_label_is_missing(self, kind, tmp_path):
+        content = cifar_content()
+        members = files(kind, content)
+        name = next(name for name in members if "batch_2" in name)
+        images, labels = content["data_batch_2"]
+        members[name] = {
+            "binary": as_binary(images, labels)[:-1], "python": as_pickle(images, labels[:-1])
+        }[kind]  # fmt: skip
+        archive = pack(tmp_path / "a.tar.gz", members)
+        message = r"data_batch_2(.bin is damaged| must have 6 labels .* got 5 labels)"
+        with pytest.raises(ValueError, match=message):
             load_cifar10(archive, checksum=False)
 
     def test_no_data(self, kind, tmp_path):

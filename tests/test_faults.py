@@ -206,6 +206,8 @@ def test_missing_and_damaged_checkpoints(command, checkpoint, tmp_path):
     checkpoint.write_bytes(data)
     wanted = f"bnres: {checkpoint} is damaged, or not a checkpoint of bnres\n"
     assert run(*command, checkpoint, code=2) == wanted
+    torch.save({"format": 3}, checkpoint)
+    assert run(*command, checkpoint, code=2) == wanted
 
 
 def test_checkpoint_of_a_model_that_has_changed(checkpoint):

@@ -31,6 +31,20 @@ def added_into_another_tensor(self, x):
     return F.relu(z) * y
 
 
+@cases.add("bn-add-act")
+def added_into_the_norm(self, x):
+    y = self.bn(x)
+    y += x
+    return F.relu(y)
+
+
+@cases.add("bn-act")
+def viewed_and_written(self, x):
+    y = F.silu(self.bn(x))
+    y[:, 0] = 0
+    return y.exp()
+
+
 @cases.add("bn+bn-add-act", "bn+bn-add-act")
 def added_into_another_norm(self, x):
     z = self.bn2(x)

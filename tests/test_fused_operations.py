@@ -283,6 +283,8 @@ def test_errors_name_the_argument():
         batch_norm_act_max_pool2d(x, mean, var, kernel_size=3, padding=2)
     with pytest.raises(RuntimeError, match="Output size is too small"):
         batch_norm_act_max_pool2d(x, mean, var, kernel_size=5)
+    with pytest.raises(ValueError, match="expected 4D input"):
+        batch_norm_act_max_pool2d(x[0], mean, var, kernel_size=2)
     with pytest.raises(RuntimeError, match="residual_weight should contain 3 elements not 4"):
         other = state._replace(weight=torch.ones(4, device=DEVICE))
         batch_norm_act(x, mean, var, residual=x, residual_norm=other)

@@ -11,7 +11,12 @@ from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 import bnres
-from bnres.functional import BatchNormState, batch_norm_act, batch_norm_act_max_pool2d
+from bnres.functional import (
+    BatchNormState,
+    batch_norm_act,
+    batch_norm_act_max_pool2d,
+    conv2d_batch_norm_act,
+)
 from bnres.nn import BatchNorm1d, BatchNormActMaxPool2d, ConvBatchNormAct2d
 from bnres.nn.state import next_state
 from tests.device import DEVICE
@@ -418,6 +423,8 @@ def test_input_of_a_wrong_number_of_dimensions(training, route):
             with pytest.raises(ValueError, match=r"expected 4D input \(got 3D input\)"):
                 layer.to(DEVICE).train(training)(x)
             assert not any(int(n) for k, n in layer.state_dict().items() if "tracked" in k)
+        with pytest.raises(ValueError, match=r"expected 4D input \(got 3D input\)"):
+            conv2d_batch_norm_act(x, torch.ones(3, 3, 1, 1, device=DEVICE), None, None, None)
         bn, residual_norm = ConvBatchNormAct2d(3, 3, 1).bn.to(DEVICE), BatchNorm1d(3).to(DEVICE)
         with pytest.raises(ValueError, match=r"expected 2D or 3D input \(got 4D input\)"):
             bn(x[None], x[None], residual_norm=residual_norm)

@@ -163,7 +163,8 @@ def _worse_code(row: Row, limit: Row, same_triton: bool) -> list[str]:
             f"{row['in_flight'] or 0:.0%} of the wanted bytes in flight, "
             f"budget {limit['in_flight']:.0%}"
         )
-    if same_triton and (row["share"] or 0) > (limit["share"] or 0) * (1 + SHARE_SLACK):
+    shares = row["share"], limit["share"]
+    if same_triton and None not in shares and shares[0] > shares[1] * (1 + SHARE_SLACK):
         found.append(
             f"instructions take {row['share']:.3f} of the byte time, budget {limit['share']:.3f}"
         )

@@ -1,8 +1,9 @@
 """Batches of a data set that is stored on the device as uint8 and is augmented there."""
 
 from collections.abc import Iterator
-from functools import cached_property
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from bnres.data.dataset import ImageDataset
@@ -10,18 +11,22 @@ from bnres.data.epochs import EpochBatches
 
 
 class Batches(EpochBatches):
-    """Float batches of an `ImageDataset`, which is copied to the device once."""
+    """Float batches of an `ImageDataset`, which is copied to the device once.
 
-    dataset: ImageDataset
+    Args:
+        dataset: the images.
+        device: device on which images are stored, augmented and returned.
+        arguments, options: the other arguments of `EpochBatches`.
+    """
 
-    @cached_property
-    def stored(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """The held-out images and labels, and the training images and labels, on the device."""
-        data, device = self.dataset, self.device
-        return (
-            (data.test_images.to(device), data.test_labels.to(device)),
-            (data.train_images.to(device), data.train_labels.to(device)),
-        )
+    def __init__(
+        self, dataset: ImageDataset, device: torch.device, *arguments: Any, **options: Any
+    ):
+        super().__init__(dataset, device, *arguments, **options)
+        self.stored = {
+            True: (dataset.train_images.to(device), dataset.train_labels.to(device)),
+            False: (dataset.test_images.to(device), dataset.test_labels.to(device)),
+        }
 
     def fetch(self, order: Tensor, rows: int, train: bool) -> Iterator[tuple[Tensor, Tensor]]:
         images, labels = self.stored[train]

@@ -58,7 +58,14 @@ def load_cifar10(path: Path, *, checksum: bool = True) -> ImageDataset:
     for name in (*train_names, test_name):
         if name not in contents:
             raise ValueError(f"{source} has no {name}")
-        parts[name] = decode(contents[name], f"{source}: {name}", checksum)
+        images, labels = decode(contents[name], f"{source}: {name}", checksum)
+        wrong = labels[(labels < 0) | (labels >= len(CLASS_NAMES))].tolist()
+        if labels.shape != images.shape[:1] or wrong:
+            raise ValueError(
+                f"{source}: {name} must have {len(images)} labels from 0 to 9, one for each image, "
+                f"got {labels.numel()} labels" + (f", one of which is {wrong[0]}" if wrong else "")
+            )
+        parts[name] = images, labels
     train = [torch.cat(part) for part in zip(*(parts[n] for n in train_names), strict=True)]
     return make_dataset("cifar10", CLASS_NAMES, (train[0], train[1]), parts[test_name])
 
@@ -67,8 +74,10 @@ def _read(path: Path, checksum: bool) -> tuple[Path, dict[str, bytes]]:
     """Returns the path of the archive or folder, and the contents of its files by name."""
     if path.is_dir():
         for folder in (path, path / "cifar-10-batches-bin", path / "cifar-10-batches-py"):
-            if (folder / BINARY[1]).is_file() or (folder / PYTHON[1]).is_file():
-                return folder, {p.name: p.read_bytes() for p in folder.iterdir() if p.name in FILES}
+            for train_names, test_name in (BINARY, PYTHON):
+                if (folder / test_name).is_file():
+                    found = [folder / name for name in (*train_names, test_name)]
+                    return folder, {p.name: p.read_bytes() for p in found if p.is_file()}
         for name in (BINARY_ARCHIVE, PYTHON_ARCHIVE):
             if (path / name).is_file():
                 return path / name, _read_archive(path / name, checksum)

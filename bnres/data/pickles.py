@@ -1,6 +1,5 @@
 """Unpickles arrays of bytes without running code from the pickle."""
 
-import codecs
 import io
 import pickle
 from typing import Any
@@ -22,6 +21,13 @@ def _reconstruct(*arguments: Any) -> Any:
     return np.empty(0, np.uint8)
 
 
+def _encode(text: str, encoding: str) -> bytes:
+    """Replaces ``codecs.encode``, by which old pickle protocols restore bytes."""
+    if encoding != "latin1":
+        raise pickle.UnpicklingError(f"bytes must be encoded as latin1, got {encoding!r}")
+    return text.encode(encoding)
+
+
 # The classes and functions that pickles of CIFAR-10 name, and their replacements. The module of
 # _reconstruct has one name in numpy 1 and another name in numpy 2.
 STAND_INS = {
@@ -29,7 +35,7 @@ STAND_INS = {
     ("numpy", "dtype"): _dtype,
     ("numpy.core.multiarray", "_reconstruct"): _reconstruct,
     ("numpy._core.multiarray", "_reconstruct"): _reconstruct,
-    ("_codecs", "encode"): codecs.encode,  # old pickle protocols restore bytes by it
+    ("_codecs", "encode"): _encode,
 }
 
 

@@ -154,7 +154,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     except Exception as error:  # a damaged file may raise anything
         if is_out_of_memory(error):
             raise
-    if not isinstance(content, dict) or "format" not in content:
+    if not isinstance(content, dict) or not {"format", "config", "model"} <= set(content):
         raise ValueError(f"{path} is damaged, or not a checkpoint of bnres")
     if content["format"] != FORMAT:
         raise ValueError(f"{path} has format {content['format']!r}; this version reads {FORMAT}")

@@ -31,9 +31,10 @@ def set_weights(model: nn.Module, weights: Mapping[str, Any], source: str, name:
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
-        # The first line of torch's message names only the class of the model. A later line may list
+        # The first line of torch's message only names the model's class. Each other line may list
         # hundreds of keys.
-        reason = shorten(" ".join(str(error).splitlines()[1:]), 200, placeholder=" ...")
+        lines = str(error).splitlines()[1:]
+        reason = " ".join(shorten(line, 160, placeholder=" ...") for line in lines[:3])
         raise ValueError(f"{source} does not fit model {name!r}: {reason}") from error
 
 
