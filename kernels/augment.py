@@ -1,8 +1,8 @@
 """Applies a chain of augmentations to a batch of images in one kernel.
 
-The chain crops an image, resizes it with antialiasing, flips it, applies four colour operations,
-normalises the result and casts it. The parameters and the order of the colour operations are drawn
-for each image. An image is read once and written once.
+The chain crops an image, resizes it with antialiasing, flips it, applies up to four colour
+operations, normalises the result and casts it. The parameters and the order of the colour
+operations are drawn for each image. Only the final image is written to memory.
 
 Contrast needs the mean gray of the image to which it is applied. If one program computes a whole
 image, the program also computes this mean. For larger images a separate kernel,
@@ -23,8 +23,9 @@ from bnres.kernels.config import next_power_of_2
 from bnres.kernels.device import round_to
 from bnres.kernels.launch import Plan, launch
 
-# If an image has at most WHOLE_IMAGE positions, one program computes the whole image. In a larger
-# image, one program computes PART positions.
+# One program computes a whole image if the output image has at most WHOLE_IMAGE positions. If
+# contrast is applied before the crop, the source must also have at most WHOLE_IMAGE positions.
+# Otherwise one program computes PART positions.
 WHOLE_IMAGE = 1024
 PART = 256
 
@@ -74,8 +75,9 @@ def _resampled(
 ):  # fmt: skip
     """Returns the red, green and blue of the resized image at the positions (offs_h, offs_w).
 
-    The box (top, left, height, width) of the source is resized to (OH, OW). With JITTERS, the
-    colour operations are applied to the source before the resize.
+    The box (top, left, height, width) of the source is resized to (OH, OW). Without RESIZES the box
+    has this size already and is copied. With JITTERS, the colour operations are applied to the
+    source before the resize.
     """
     if not RESIZES:
         r, g, b, inside = _pixel(

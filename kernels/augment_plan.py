@@ -6,11 +6,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# The numbers of the colour operations. A number is the operation's index in `AugmentDraws.factors`,
-# and `AugmentDraws.order` lists the numbers.
+# The numbers of the colour operations. A number is the operation's column in
+# `AugmentDraws.factors`, and the orders in `AugmentDraws.order` consist of these numbers.
 BRIGHTNESS, CONTRAST, SATURATION, HUE = 0, 1, 2, 3
 # A packed order is one integer that has ORDER_BITS bits for the number of each operation. The
-# lowest bits hold the operation that is applied first.
+# lowest bits hold the operation that is applied first. NO_OPERATION stands for an operation that is
+# left out.
 ORDER_BITS = 4
 NO_OPERATION = 15
 
@@ -50,7 +51,8 @@ class AugmentDraws(NamedTuple):
         geometry: int32 (N, 6). The first four columns are top, left, height and width of the box
             that is cropped from the source. The fifth column is 1 if the image is flipped
             vertically, otherwise 0. The sixth column is 1 if the image is flipped horizontally,
-            otherwise 0. The box may extend beyond the image. Values outside the image are 0.
+            otherwise 0. A box that is not resized may extend beyond the image. Values outside the
+            image are 0.
         order: int32 (N, 2). The first column is the packed order of the colour operations. The
             second column is the position of contrast in this order, or 4 if there is no contrast.
         factors: fp32 (N, 4). The columns are the factors of brightness, contrast and saturation,

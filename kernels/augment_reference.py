@@ -2,7 +2,7 @@
 
 Small images are resized as a batch. Along each axis, each image is multiplied by a matrix of
 weights. The weights include crop, flip and antialiasing. Large images are resized one by one,
-because the overhead of one call per image is then small compared to the computation.
+because matrix products would be slower.
 """
 
 import torch

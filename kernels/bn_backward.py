@@ -6,7 +6,7 @@ kernel computes the gradients of x and of the residual.
 
 The reduce and dx kernels need dz = dy·act'(z), which is the gradient of the activation's input z.
 The derivative act'(z) comes from the 1-bit mask that forward saved. If forward saved no mask, z is
-recomputed from x. The kernels never read y.
+recomputed from x and the residual. The kernels never read y.
 """
 
 import torch
@@ -104,7 +104,7 @@ def _bn_bwd_reduce_kernel(
     """Stores Σ dz, Σ dz·(x − mean) and Σ dz·(residual − residual_mean) over a split's rows.
 
     The last sum is only stored if the residual has a batch norm. partial is then (3, splits, C),
-    otherwise (2, splits, C).
+    otherwise (2, splits, C). If dz_ptr is not None, dz is also stored.
     """
     TWO_NORMS: tl.constexpr = residual_mean_ptr is not None
     col_block, split = tl.program_id(0), tl.program_id(1)

@@ -44,11 +44,11 @@ def _sample(x_ptr, index, offs_c, mask_c, shape, TILE: tl.constexpr, ACC: tl.con
 def _adaptive_pivot(x_ptr, offs_c, mask_c, shape, TILE: tl.constexpr, ACC: tl.constexpr):
     """Returns the pivot of each channel: (channels,).
 
-    The pivot is subtracted from x before the sums are computed. To choose the pivot of a channel,
-    four elements are loaded, and their two middle values are averaged. If the magnitude
-    of this average exceeds twice the difference of the two values, the average is the pivot.
-    Otherwise the pivot is 0. The sums are correct for any finite pivot, but a pivot near the data
-    avoids cancellation where the data are far from zero.
+    The pivot is subtracted from x before the sums are computed. The sums are correct for any finite
+    pivot, but a pivot near the data avoids cancellation where the data are far from zero. To choose
+    the pivot of a channel, four elements are loaded, and their two middle values are averaged. If
+    the magnitude of this average exceeds twice the difference of the two values, and is less than
+    1e38, the average is the pivot. Otherwise the pivot is 0.
     """
     count = shape[0]
     a = _sample(x_ptr, count // 8, offs_c, mask_c, shape, TILE, ACC)
@@ -348,10 +348,10 @@ def bn_combine(
     """Returns the statistics over the batches of all ranks, and the total count (1,) in fp64.
 
     A rank is a process. The statistics have the form that `bn_stats` returns. ``moments``
-    (ranks, 3, C) has the result of `bn_moments` from each rank. The moments are combined in the
-    order of the ranks by Chan et al.'s formula for parallel variances, so every rank gets the same
-    bits. If the total count is 0, the running statistics don't change. `bn_stats` describes the
-    other arguments.
+    (ranks, 3, C) has the result of `bn_moments` from each rank. The moments are combined by Chan et
+    al.'s formula for parallel variances. The additions have a fixed order, so every rank gets the
+    same bits. If the total count is 0, the running statistics don't change. `bn_stats` describes
+    the other arguments.
     """
     if out is None:
         rows = [torch.empty_like(moments[0, 0]) for _ in range(2)]

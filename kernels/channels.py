@@ -63,11 +63,12 @@ def add_splits(ptr, splits, channel, mask, C, TRIPS: tl.constexpr):
 
 @triton.jit
 def add_ranks(ptr, ranks, rank_stride, channel, mask, C, TRIPS: tl.constexpr):
-    """Returns count, Σ(x − pivot) and Σ(x − pivot)², each summed over the ranks, and the pivot.
+    """Returns partial sums over the ranks of count, Σ(x − pivot) and Σ(x − pivot)², and the pivot.
 
     A rank is a process. ptr points to count, mean and M2 = Σ(x − mean)² of each rank:
     (ranks, 3, C). The pivot is the first rank's mean. A rank without elements adds 0. All results
-    are in fp64. As in `add_splits`, each sum is (FINALIZE_SPLITS, FINALIZE_CHANNELS).
+    are in fp64. As in `add_splits`, the partial sums are (FINALIZE_SPLITS, FINALIZE_CHANNELS), and
+    the caller adds up their rows.
     """
     pivot = tl.load(ptr + C + channel, mask=mask, other=0).to(tl.float64)
     count = tl.zeros((FINALIZE_SPLITS, FINALIZE_CHANNELS), tl.float64)

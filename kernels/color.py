@@ -74,7 +74,7 @@ def jitter(r, g, b, order, start, stop, factors, gray_mean, CHANNELS: tl.constex
         r, g, b: the channels.
         order: the packed order of the image's operations, see `bnres.kernels.augment_plan`.
         start, stop: the first position, and the position after the last.
-        factors: the image's factors of brightness, contrast, saturation and hue.
+        factors: the image's row of `bnres.kernels.augment_plan.AugmentDraws.factors`.
         gray_mean: the image's mean gray. Contrast blends each channel with it.
     """
     brightness, contrast, saturation, hue = factors

@@ -8,8 +8,9 @@ kind        used for                a row is                   a column is
 ==========  ======================  =========================  ======================
 `CHANNELS`  channels_last           one position               one channel
 `PLANES`    contiguous              one vector of one channel  one element of a vector
-`GROUPS`    contiguous, small odd   one sample                 one element of a group
-            planes (7×7, 14×14)                                of adjacent channels
+`GROUPS`    contiguous with small   one sample                 one element of a group
+            planes that are not                                of adjacent channels
+            whole vectors (7×7)
 ==========  ======================  =========================  ======================
 
 The geometry of tiles is derived from byte counts and from code compiled for sm_90. The values of
@@ -27,8 +28,8 @@ CHANNELS, PLANES, GROUPS = 0, 1, 2
 NUM_WARPS = 4
 THREADS = 32 * NUM_WARPS
 VECTOR_BYTES = 16
-# A tensor is padded to whole tiles. If it then has fewer elements than NARROW_LIMIT, its elements
-# are addressed by 32-bit offsets.
+# If a tensor's tiles have fewer elements than this, the elements are addressed by 32-bit offsets.
+# The last tiles may extend beyond the tensor.
 NARROW_LIMIT = 2**31 - 2**24
 # The format of the 1-bit mask depends on this unroll factor, so all kernels that read or write the
 # mask must use it.
@@ -163,8 +164,8 @@ class LaunchConfig:
     rows_per_split: int
 
 
-# If there are more column blocks than ``programs_per_sm * sm_count``, the grid has about
-# ``TURNS * programs_per_sm * sm_count`` programs.
+# If there are more column blocks than ``programs_per_sm * sm_count``, the rows are split until the
+# grid has about ``TURNS * programs_per_sm * sm_count`` programs.
 TURNS = 4
 
 TUNING = {
@@ -187,8 +188,9 @@ def launch_config(kernel: str, view: ChannelView, tile: Tile, sm_count: int) -> 
     Normally the grid has at most ``programs_per_sm * sm_count`` programs. There are two exceptions.
     If there are fewer than 1.5 blocks of rows for each of these programs, each block of rows gets
     its own program, so that more loads are in flight. If there are more column blocks than
-    ``programs_per_sm * sm_count``, the grid has about ``TURNS * programs_per_sm * sm_count``
-    programs, so that all multiprocessors end at about the same time.
+    ``programs_per_sm * sm_count``, the rows are split until the grid has about
+    ``TURNS * programs_per_sm * sm_count`` programs, so that all multiprocessors end at about the
+    same time.
     """
     tuning = TUNING[kernel]
     block_rows = tuning.unroll * tile.sub_rows

@@ -32,7 +32,7 @@ def _conv_bn_act_kernel(
 ):  # fmt: skip
     """Stores y = act((conv(x) + conv_bias − mean)·weight/sqrt(var + eps) + bias + residual).
 
-    y is (M, K_OUT), where M is the number of output positions and K_OUT of output channels.
+    y is (M, K_OUT). M is the number of output positions, K_OUT the number of output channels.
     """
     blocks_n = tl.cdiv(K_OUT, BLOCK_N)
     pid_m, pid_n = tl.program_id(0) // blocks_n, tl.program_id(0) % blocks_n

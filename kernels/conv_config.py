@@ -11,7 +11,7 @@ from typing import Any
 
 from bnres.kernels.config import next_power_of_2
 
-# The matrix instructions of every target accept blocks of this size or more.
+# The matrix instructions of every target accept blocks with at least this many rows and columns.
 MIN_BLOCK = 16
 # In each step, a program sums over at most this many bytes of input channels.
 STEP_BYTES = 128

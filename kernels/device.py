@@ -1,4 +1,4 @@
-"""Device functions that load and store nothing: activations, their gradients, and rounding.
+"""Device functions that load and store nothing: activations, their gradients, and casts.
 
 An activation maps its input ``z`` to ``act(z)``. The activation's gradient maps ``(dy, z)`` to
 ``dy * act'(z)``. ``param`` is leaky_relu's slope, and the other activations don't use it.

@@ -20,7 +20,7 @@ from bnres.kernels.layout import pooled_size, view_of
 # bytes.
 WORD_BYTES = 4
 
-# At most this many plans are cached.
+# Each cache of plans has at most this many plans.
 PLANS = 4096
 
 # These arguments of a plan are options of triton's compiler.
@@ -40,9 +40,9 @@ class Plan:
 
     Attributes:
         grid: number of programs along up to three axes.
-        arguments: the kernel's arguments that depend only on shapes and dtypes. The compiler
-            options ``num_warps`` and ``num_stages`` are included unless triton's defaults apply.
-            Arguments that the kernel does not have may be included too; `launch` drops them.
+        arguments: arguments of the kernel by name. The caller of `launch` passes the others. The
+            compiler options ``num_warps`` and ``num_stages`` are included unless triton's defaults
+            apply. Arguments that the kernel does not have may be included too; `launch` drops them.
     """
 
     grid: tuple[int, ...]
@@ -54,9 +54,9 @@ class TilePlan(Plan):
     """How a kernel is launched over the tiles of a tensor.
 
     Attributes:
-        splits: number of programs that share the rows of a block of columns. Each program computes
-            partial sums.
-        finalize: plan of the kernel that adds these partial sums.
+        splits: number of programs that share the rows of a block of columns.
+        finalize: plan of the kernel that adds the programs' partial sums. It is used only if the
+            programs compute sums.
     """
 
     finalize: Plan
@@ -169,7 +169,7 @@ def recorded_launches() -> Iterator[list[Launch]]:
 
 
 def _starts_inside_word(argument: object) -> bool:
-    """Whether ``argument`` is a bfloat16 tensor whose address is not a multiple of a word.
+    """Whether ``argument`` is a bfloat16 tensor whose address is not a multiple of WORD_BYTES.
 
     A slice of a tensor may start at such an address.
     """
@@ -186,12 +186,12 @@ def launch(kernel: Any, plan: Plan, **named: Any) -> None:
     Args:
         kernel: function decorated with `triton.jit`, whose first parameter is a tensor.
         plan: the grid, and arguments that are not in ``named``.
-        named: the kernel's other arguments. If a pointer is missing, the kernel gets None instead.
-            If an eps is missing, the kernel gets 0 instead.
+        named: the kernel's other arguments. A missing pointer is passed as None, and a missing eps
+            as 0.
 
     Raises:
-        TypeError: if ``named`` has an argument that the kernel doesn't have, or if an argument is
-            in neither ``plan`` nor ``named``.
+        TypeError: if ``named`` has an argument that the kernel doesn't have, or if an argument that
+            is neither a pointer nor an eps is missing.
     """
     names = kernel.arg_names
     absent = {n: None if n.endswith("_ptr") else 0.0 for n in names if n.endswith(("_ptr", "eps"))}

@@ -37,9 +37,9 @@ def is_channels_last(x: Tensor) -> bool:
 
 
 def view_of(shape: tuple[int, ...], contiguous: bool) -> ChannelView:
-    """Returns the view of a tensor that has this shape.
+    """Returns the `ChannelView` of a tensor of this shape.
 
-    With ``contiguous`` the tensor is contiguous, otherwise channels_last.
+    The tensor is contiguous if ``contiguous`` is True, otherwise channels_last.
     """
     spatial = prod(shape[2:])
     if contiguous:
@@ -55,8 +55,8 @@ def pooled_size(height: int, width: int) -> tuple[int, int]:
 def dense(x: Tensor) -> Tensor:
     """Returns ``x`` if it is contiguous or channels_last, else a copy in one of these formats.
 
-    The copy is channels_last if the smallest stride of ``x`` is the channels' stride, otherwise
-    contiguous.
+    The copy is channels_last if the smallest nonzero stride of ``x`` is the channels' stride,
+    otherwise contiguous.
     """
     if x.is_contiguous() or is_channels_last(x):
         return x

@@ -1,8 +1,9 @@
 """Functions in plain, differentiable torch that compute what the kernels' launchers compute.
 
-Each function has the signature of a launcher, without ``out``. Tests compare the kernels with these
-functions. Double backward and forward-mode differentiation differentiate these functions. Here
-``mask`` is a tensor of booleans, while the kernels' mask has one bit per element.
+A function that is named after a launcher has the launcher's signature, without ``out``. For
+example, `bn_stats_ref` is named after `bn_stats`. Tests compare the kernels with these functions.
+Double backward and forward-mode differentiation differentiate them. Here ``mask`` is a tensor of
+booleans, while the kernels' mask has one bit per element.
 """
 
 from collections.abc import Callable
@@ -87,7 +88,7 @@ def bn_combine_ref(
     *,
     counter: Tensor | None = None,
 ) -> tuple[Statistics, Tensor]:
-    """Returns the statistics over the batches of all ranks, and N, the number of elements.
+    """Returns the statistics over the batches of all ranks, and N, a channel's number of elements.
 
     A rank is a process. ``moments`` (ranks, 3, C) has n_r, mean_r and M2_r = Σ(x − mean_r)² of each
     rank r. Then N = Σ n_r, mean = Σ n_r·mean_r / N and

@@ -17,8 +17,8 @@ from triton.compiler import CompiledKernel
 from bnres.kernels import triton_internals
 from bnres.kernels.launch import Launch, recorded_launches
 
-# Triton compiles a separate kernel for pointers that are not multiples of this many bytes, so only
-# launches with multiples are recorded and repeated.
+# Triton compiles a separate kernel for pointers that are not multiples of this many bytes. Launches
+# with such a pointer are neither recorded nor repeated.
 POINTER_ALIGNMENT = 16
 # Each tensor in scratch memory starts at a multiple of this many bytes.
 SCRATCH_ALIGNMENT = 128
@@ -85,7 +85,8 @@ class Replay:
 
         Raises:
             RuntimeError: if the first call of this kind runs while a CUDA graph is captured,
-                because the driver can't load kernels during a capture.
+                because the driver can't load kernels during a capture. Calls with aligned and with
+                unaligned tensors run different kernels, so each has a first call.
         """
         pointers: list[Any] = []
         bits = 0
@@ -135,9 +136,9 @@ class Replay:
         assert x is not None
         if aligned not in self._ran and x.is_cuda and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
-                "this fused operation has not run yet with tensors of these shapes, strides and "
-                "dtypes, and its kernels can't be loaded while a CUDA graph is captured: make the "
-                "same call once before the capture"
+                "this fused operation has not run yet with tensors of these shapes, strides, "
+                "dtypes and alignment, and its kernels can't be loaded while a CUDA graph is "
+                "captured: make the same call once before the capture"
             )
         with recorded_launches() as launches:
             call()

@@ -1,4 +1,4 @@
-"""Device functions for a `config.Tile`: offsets, loads, stores, channel columns and mask bits.
+"""Device functions for a `config.Tile`: offsets, loads, stores, per-channel values and mask bits.
 
 A tile consists of UNROLL sub-tiles of (sub_rows, block_cols) elements, one below the other. A
 program computes the tiles of one block of columns over a range of rows. This range is a split.
@@ -44,8 +44,8 @@ def tile_offsets(
 ):  # fmt: skip
     """Returns the offsets of a tile's elements, and which elements exist.
 
-    Both results are (UNROLL·sub_rows, block_cols). If WORD is 2, they are for words of two
-    elements, and they have half as many columns.
+    Both results are broadcastable to (UNROLL·sub_rows, block_cols). If WORD is 2, they are for
+    words of two elements, and they have half as many columns.
     """
     count, C, L = shape
     INDEX: tl.constexpr = tl.int32 if TILE.narrow else tl.int64
@@ -161,7 +161,7 @@ def split_rows(split, rows_per_split, count, TILE: tl.constexpr):
 def whole_rows(start, stop, count, TILE: tl.constexpr, UNROLL: tl.constexpr):
     """Returns the row after the last whole tile of a split.
 
-    In a whole tile all elements exist.
+    In a whole tile all elements exist, except in columns whose channels don't exist.
     """
     ROWS: tl.constexpr = UNROLL * TILE.sub_rows
     if TILE.kind == PLANES:
@@ -219,10 +219,10 @@ def to_channels(acc, TILE: tl.constexpr):
 def mask_offsets(row_start, col_block, shape, TILE: tl.constexpr, UNROLL: tl.constexpr):
     """Returns the offsets of a tile's mask bytes, and which bytes exist.
 
-    Both results are (sub_rows, block_cols / 2), and UNROLL is 4. A byte has the bits of 4 sub-tiles
-    and of 2 neighbouring columns. Bit ``2u + p`` of byte (r, c) is for row ``u·sub_rows + r`` and
-    column ``2c + p`` of the tile. All elements of a byte belong to one thread, so threads exchange
-    nothing.
+    Both results are broadcastable to (sub_rows, block_cols / 2), and UNROLL is 4. A byte has the
+    bits of 4 sub-tiles and of 2 neighbouring columns. Bit ``2u + p`` of byte (r, c) is for row
+    ``u·sub_rows + r`` and column ``2c + p`` of the tile. All elements of a byte belong to one
+    thread, so threads exchange nothing.
     """
     count, C, _ = shape
     INDEX: tl.constexpr = tl.int32 if TILE.narrow else tl.int64

@@ -70,9 +70,10 @@ def _checkpointed(
 ) -> Any:
     """Runs ``body`` in an activation checkpoint, and returns the outputs.
 
-    ``of_module`` says for each argument whether it is a parameter or buffer of a module. Dynamo
-    added these arguments. They are not passed to `checkpoint`, because backward raises an error if
-    an argument of a checkpoint was written in place, as running statistics are.
+    Dynamo adds the parameters and buffers of modules to the arguments. ``of_module`` says for each
+    argument whether it is one of them. Parameters and buffers are not passed to `checkpoint`,
+    because backward raises an error if an argument of a checkpoint was written in place, as running
+    statistics are.
     """
     options["use_reentrant"] = False
     if "_checkpoint_context_fn" in body.meta:

@@ -20,18 +20,19 @@ from bnres.nn.sync import revert_sync_batchnorm
 def fold(model: nn.Module, *inputs: Any, **kwargs: Any) -> nn.Module:
     """Returns a copy of a model in which batch norms are folded into the convolutions before them.
 
-    The filters of the convolution are multiplied by ``weight / sqrt(var + eps)``, and the bias of
-    the convolution changes accordingly. A folded batch norm becomes an `nn.Identity` and loses its
-    keys in the state dict. The copy is not fused, and batch norms that bnres has synchronised are
-    local again. Nothing else changes. A folded model that was built from torch's layers can be
-    loaded and exported without bnres. On a GPU a folded model reads and writes more memory than
+    The filters of each convolution are multiplied by ``weight / sqrt(var + eps)``, and its bias
+    changes accordingly. A folded batch norm becomes an `nn.Identity` and loses its keys in the
+    state dict. The copy is not fused, and batch norms that bnres has synchronised are local again.
+    Nothing else changes. A folded model that was built from torch's layers can be loaded and
+    exported without bnres. On a GPU a folded model reads and writes more memory than
     ``bnres.fuse(model).eval()``.
 
     The model is called with ``inputs`` and ``kwargs`` to find the convolution before each batch
     norm. If a later change makes the model's forward run other operations, fold the model again.
     Only a `torch.nn.Conv2d` followed by a batch norm of torch with running statistics is folded.
-    Such a pair is left as it is if one of the two modules is called more than once or has a hook,
-    or if anything else reads the convolution's output, or a parameter or buffer of the two modules.
+    Such a pair is not folded if one of the two modules is called more than once or has a hook. It
+    is also not folded if anything else reads the convolution's output, or a parameter or buffer of
+    the two modules.
 
     Args:
         model: any module in eval mode, fused or not. It is not changed.

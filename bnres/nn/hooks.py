@@ -4,8 +4,8 @@ from torch import nn
 
 from bnres.kernels.torch_internals import has_global_hooks
 
-# If a module has one of these as an instance attribute, the attribute changes the module's call.
-# `Module.compile` sets ``_compiled_call_impl``.
+# If one of these instance attributes of a module is neither None nor empty, it changes the module's
+# call. `Module.compile` sets ``_compiled_call_impl``.
 CHANGES = (
     "forward", "_compiled_call_impl",
     "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks",

@@ -76,8 +76,7 @@ class SyncBatchNorm(_Synchronised):
         process_group: the process group of the participating ranks. By default all ranks
             participate.
 
-    The input has 2 to 5 dimensions, from (N, C) to (N, C, D, H, W). It is fp16, bf16, fp32 or fp64,
-    and contiguous or channels_last.
+    The input has 2 to 5 dimensions, from (N, C) to (N, C, D, H, W), in fp16, bf16, fp32 or fp64.
 
     Raises:
         TypeError: if ``process_group`` is not a process group that this process belongs to.

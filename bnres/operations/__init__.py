@@ -1,5 +1,5 @@
 """The fused operations.
 
-Each public operation has a file. The file contains the public function, and all code between this
-function and the functions that launch kernels.
+A public operation is in one file with the code that belongs to it. The other files contain code
+that the operations share.
 """

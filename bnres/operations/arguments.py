@@ -16,8 +16,8 @@ from bnres.kernels.torch_internals import mapped_levels
 def check_input(input: Tensor, training: bool, name: str = "input") -> None:
     """Raises an error unless ``input`` is a valid input of a batch norm.
 
-    A valid input has 2 to 5 dimensions and a supported dtype. In training it also has more than one
-    value per channel.
+    A valid input has 2 to 5 dimensions and a supported dtype. In training it must not have exactly
+    one value per channel.
     """
     if not 2 <= input.dim() <= 5:
         raise ValueError(f"expected 2D to 5D {name} (got {input.dim()}D {name})")
@@ -143,7 +143,10 @@ def packed(t: Tensor | None) -> Tensor | None:
 
 
 def counted(counter: Tensor | None, x: Tensor) -> Tensor | None:
-    """Returns ``counter`` if the kernels can increment it. If not, increments it, returns None."""
+    """Returns ``counter`` if the kernels can increment it.
+
+    Otherwise this function increments it and returns None.
+    """
     if counter is None or (counter.dtype == torch.int64 and counter.device == x.device):
         return counter
     counter.add_(1)

@@ -1,4 +1,4 @@
-"""Batch norm, residual and activation computed by ATen, for CPU tensors."""
+"""Batch norm, residual and activation computed by ATen, where our kernels do not run."""
 
 from typing import Any
 

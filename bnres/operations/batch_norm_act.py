@@ -119,9 +119,9 @@ class Outputs(NamedTuple):
 class Saved(NamedTuple):
     """The tensors that backward reads.
 
-    Backward does not always read the values of x. If it does not, and there is no mask, the field
-    ``x`` is None. To read a mask, backward needs a tensor with the shape and strides of x. The
-    field ``x`` is then y, which has both.
+    If backward does not read the values of x, the field ``x`` is y or None. It is y if there is a
+    mask, because reading a mask requires a tensor with the shape and strides of x, and y has both.
+
     ``total`` (1,) is only given for a synchronised batch norm. It is the number of values per
     channel, summed over all ranks.
     """
@@ -551,8 +551,8 @@ def batch_norm_act(
     Args:
         input: (N, C, *) with 2 to 5 dimensions, in fp16, bf16, fp32 or fp64. If it is neither
             contiguous nor channels_last, it is copied into one of these two formats.
-        running_mean: (C,) or None. It may have any floating dtype. For CPU tensors torch's own
-            batch norm runs, which accepts fewer dtypes. Training updates it in place.
+        running_mean: (C,) or None, in any floating dtype. Training updates it in place. For CPU
+            tensors torch's own batch norm runs, which accepts fewer dtypes.
         running_var: (C,) or None, like ``running_mean``. Training updates it with the unbiased
             variance.
         weight: (C,); None means 1.

@@ -48,12 +48,12 @@ def batch_norm_act_max_pool2d(
     ``input`` before they are compared. If several values are equal, the first is the maximum. NaN
     propagates, as in `torch.nn.functional.max_pool2d`.
 
-    In all other cases `batch_norm_act` runs, followed by torch's pooling. This happens with another
-    window, in fp64, if there are 2^31 elements or more, or if ``input`` is contiguous and the size
-    of its rows is not a multiple of 32 bytes.
+    In all other cases `batch_norm_act` runs, followed by torch's pooling. Examples are other
+    windows, CPU tensors, fp64, an ``input`` with 2^31 − 2^24 elements or more, and a contiguous
+    ``input`` in which the size of a row is not a multiple of 32 bytes.
 
     Args:
-        input: (N, C, H, W) in fp16, bf16, fp32 or fp64. It is contiguous or channels_last.
+        input: (N, C, H, W), otherwise as in `batch_norm_act`.
         running_mean, running_var, weight, bias, input_bias: as in `batch_norm_act`.
         kernel_size, stride, padding, dilation, ceil_mode: as in
             `torch.nn.functional.max_pool2d`.
@@ -65,6 +65,7 @@ def batch_norm_act_max_pool2d(
 
     Raises:
         ValueError: if ``input`` is not 4-D, or if `batch_norm_act` raises it.
+        TypeError: if `batch_norm_act` raises it.
         RuntimeError: if `torch.nn.functional.max_pool2d` rejects the window, or if
             `batch_norm_act` raises it.
 

@@ -170,7 +170,7 @@ def _is_plain(inputs: Any) -> bool:
 def _by_formula(operation: Operation, inputs: Any, buffers: Any, spec: Any) -> Tensor:
     """Returns y, computed by the formula for forward-mode differentiation.
 
-    In training the kernels also run once to update the buffers. They are not differentiated.
+    In training the kernels also run once to update the buffers. This run is not differentiated.
     """
     if spec.training and any(getattr(buffers, name) is not None for name in operation.writes):
         with outside_of_transforms():

@@ -135,8 +135,11 @@ def conv2d_batch_norm_act(
         (N, K, OH, OW). With ``fork``, two such tensors.
 
     Raises:
-        ValueError: if ``input`` is not 4-D, or if `batch_norm_act` raises it.
-        RuntimeError: if `torch.nn.functional.conv2d` or `batch_norm_act` raises it.
+        ValueError: if ``input`` or ``conv_weight`` is not 4-D, if ``conv_bias`` has the wrong
+            shape, or if `batch_norm_act` raises it.
+        TypeError: if `batch_norm_act` raises it.
+        RuntimeError: if ``conv_bias`` and ``conv_weight`` are on different devices, or if
+            `torch.nn.functional.conv2d` or `batch_norm_act` raises it.
 
     Follows `torch.nn.functional.conv2d` and `torch.nn.functional.batch_norm` (Ioffe and Szegedy,
     arXiv 1502.03167).

@@ -99,7 +99,7 @@ def _common_dtype(input: Tensor, conv_weight: Tensor) -> torch.dtype | None:
 def _conv_shape(
     conv_weight: Tensor, stride: Size, padding: Size | str, dilation: Size
 ) -> ConvShape | None:
-    """Returns the shape of the convolution's window, or None if our kernels do not support it."""
+    """Returns the shape of the convolution's window, or None if our kernel does not support it."""
     if isinstance(padding, str):
         return None
     pairs = [_pair(value) for value in (stride, padding, dilation)]

@@ -58,7 +58,8 @@ def split_momentum(momentum: float | Tensor) -> tuple[Tensor | None, float]:
     return (momentum, 0.0) if isinstance(momentum, Tensor) else (None, float(momentum))
 
 
-# Each row starts at a multiple of this many bytes, so that kernels can use vector loads.
+# Each row of the statistics starts at a multiple of this many bytes, so that kernels can use vector
+# loads.
 ROW_BYTES = 128
 
 

@@ -236,7 +236,7 @@ def _backward(
     dx, dresidual = None, dz if _writes_dz(spec, asked) else None
     if asked.dx:
         totals = Totals(all_gather(sums, spec.group).sum(0, dtype=torch.float64) / saved.total)
-        if dresidual is not None:  # dz includes both gradients and act'
+        if dresidual is not None:  # dz is (dy + dy_skip)·act'(z)
             gradients, spec = Gradients(dz, None), spec._replace(act="identity", act_param=0.0)
             saved = saved._replace(residual=None, mask=None)
         dx, of_norm = _run_dx(gradients, saved, totals, spec, recording=None)
@@ -405,18 +405,19 @@ def sync_batch_norm_act(
     training, but with the mean and variance of the batches of all ranks. On rank r a channel has
     n_r values with the mean mean_r, and M2_r = Σ (x − mean_r)². With N = Σ n_r,
     mean = Σ n_r·mean_r / N and var = Σ (M2_r + n_r·(mean_r − mean)²) / N. These sums over r are
-    added in the order of r in fp64, so all ranks get the same bits in every run.
+    computed in fp64 and in a fixed order, so all ranks get the same bits in every run.
 
     Forward makes one all_gather, of 3·C values for each batch norm. Backward makes one all_gather,
     of 2·C values for each batch norm. With ``residual_norm`` there are two batch norms. The host
     never waits for the device. If the group has only one rank, `batch_norm_act` runs.
 
-    Every rank of the group must call the operation and its backward, with the same number of
-    channels and the same dtype. Batches may have different sizes and may be empty. The gradients on
-    a rank with an empty batch are zero. If all batches are empty, the running statistics do not
-    change. If the ranks' arguments differ, gloo and NCCL may abort or hang. If the environment
-    variable ``TORCH_DISTRIBUTED_DEBUG`` is ``DETAIL``, each call first compares the arguments, and
-    the host waits for the device.
+    Every rank of the group must call the operation and its backward. All ranks must have the same
+    number of channels and the same dtype, and either all or none must have a ``residual_norm``.
+    Otherwise gloo and NCCL may abort or hang. If the environment variable
+    ``TORCH_DISTRIBUTED_DEBUG`` is ``DETAIL``, each call first checks that the ranks match, and the
+    host waits for the device. Batches may have different sizes and may be empty. The gradients on a
+    rank with an empty batch are zero. If all batches are empty, the running statistics do not
+    change.
 
     Args:
         input, running_mean, running_var, weight, bias, residual, residual_norm, act, act_kwargs,
@@ -435,8 +436,8 @@ def sync_batch_norm_act(
             `batch_norm_act` raises it.
         ValueError: if a CPU tensor is used with an NCCL group, if ``input`` has no channels, if
             ``residual_norm`` has an ``input_bias``, if ``TORCH_DISTRIBUTED_DEBUG`` is ``DETAIL``
-            and the ranks' arguments differ, or if `batch_norm_act` raises it. An ``input`` with one
-            value per channel raises no error here.
+            and the ranks do not match, or if `batch_norm_act` raises it. If there are several
+            ranks, an ``input`` with one value per channel raises no error.
 
     Follows `torch.nn.SyncBatchNorm` (Ioffe and Szegedy, arXiv 1502.03167). The variance is combined
     by the method of Chan, Golub and LeVeque (1979).
