@@ -29,7 +29,7 @@ STAND_INS = {
     ("numpy", "dtype"): _dtype,
     ("numpy.core.multiarray", "_reconstruct"): _reconstruct,
     ("numpy._core.multiarray", "_reconstruct"): _reconstruct,
-    ("_codecs", "encode"): codecs.encode,  # old pickle protocols restore bytes by it
+    ("_codecs", "encode"): codecs.encode,  # old pickle protocols restore bytes with it
 }
 
 
