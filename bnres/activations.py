@@ -25,13 +25,15 @@ _NAMES: dict[Any, str] = {None: "identity", **CLASSES, **{n: n for n in ACTIVATI
 def resolve(act: str | type[nn.Module] | None, kwargs: dict[str, Any] | None) -> tuple[str, float]:
     """Returns the name that the kernels use for an activation, and the activation's parameter.
 
+    The parameter is the negative slope of leaky_relu. It is 0 for all other activations.
+
     Args:
         act: a name or a torch class; None means no activation.
         kwargs: the activation's options, or None. leaky_relu has the option ``negative_slope``,
             and gelu has ``approximate``. The option ``inplace`` is ignored.
 
     Raises:
-        ValueError: for an unknown activation or option.
+        ValueError: for an unknown activation or option, or an unknown value of ``approximate``.
     """
     if act not in _NAMES:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Selects Triton kernels, interpreted Triton kernels or ATen as the implementation."""
+"""Selects how fused operations run: by Triton kernels, in Triton's interpreter, or by ATen."""
 
 import os
 from collections.abc import Iterator
@@ -9,12 +9,12 @@ from torch import Tensor
 
 BACKENDS = ("triton", "triton-interpreter", "aten")
 
-# The environment variable is read only once, when bnres is imported. Triton reads it when a kernel
-# is defined, so a later change has no effect on the kernels.
+# TRITON_INTERPRET is read only once, when bnres is imported. Triton reads it when a kernel is
+# defined, so a later change has no effect on the kernels.
 _INTERPRETING = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 
-# This is a global and not a ContextVar, because torch.compile recompiles if a global has changed,
-# but not if a ContextVar has changed.
+# The override is a global and not a ContextVar, because torch.compile recompiles if a global has
+# changed, but not if a ContextVar has changed.
 _override: str | None = None
 
 

@@ -32,15 +32,16 @@ app = typer.Typer(
 def run_folder(out: Path | None, config: TrainConfig) -> Path:
     """Returns the folder of a run.
 
-    By default it is the folder of the last.pt that the run resumes, or a new folder in ``runs``.
+    If ``out`` is None, it is the folder of the last.pt that the run resumes. If the run does not
+    resume a last.pt, it is a new folder in ``runs``.
 
     Args:
         out: the folder that the user asked for, or None.
         config: the options of the run.
 
     Raises:
-        ValueError: if the parent of ``out`` does not exist, or if ``out`` exists and is not the
-            folder of a run that ended before its first checkpoint.
+        ValueError: if the parent of ``out`` does not exist, or if ``out`` exists and is neither an
+            empty folder nor the folder of a run that ended before its first checkpoint.
     """
     if out is None:
         if config.resume is not None and config.resume.name == LAST:
@@ -67,7 +68,7 @@ def main(
     ] = False,
     traceback: Annotated[
         bool,
-        typer.Option(TRACEBACK, help="Show the traceback of an error. Can also follow a command."),
+        typer.Option(TRACEBACK, help="Show the traceback of an error. May follow a command."),
     ] = False,
 ) -> None:
     pass
@@ -210,7 +211,7 @@ def summary(model: Model, input: Input = None) -> None:
     from bnres.models import create_model, is_factory, summarize
 
     shape = input_shape(model, input)
-    # bnres.fuse fuses only calls of the whole model, but the summary calls each stage by itself.
+    # bnres.fuse would not change the summary, so a factory's model is not fused.
     net = create_model(model, in_channels=shape[1], fused=not is_factory(model))
     typer.echo(summarize(net, shape))
 

@@ -1,4 +1,4 @@
-"""The group of the commands of ``bnres``."""
+"""Makes each command of ``bnres`` print an error as one line."""
 
 import sys
 from collections.abc import Sequence

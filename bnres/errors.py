@@ -7,8 +7,8 @@ import torch
 # The exit code is 2 if the user's input is wrong. It is 1 for any other error, for example if a
 # file can't be written, memory runs out or a package is missing.
 BAD_INPUT, BAD_ENVIRONMENT = 2, 1
-# By module: what to install if the module is missing. It is an extra of bnres, or a package that
-# installs the module.
+# For each module, what pip must install if the module is missing: an extra of bnres, or a package
+# that installs the module.
 EXTRAS = dict.fromkeys(
     ("matplotlib", "mlxtend", "numpy", "PIL", "pooch", "safetensors", "sklearn"),
     "'bnres[train]'",
@@ -54,7 +54,7 @@ def first_line(error: BaseException) -> str:
 
 
 def report(error: Exception) -> tuple[str, int]:
-    """Returns the line that the command prints for an error, and its exit code."""
+    """Returns the line that the command prints for an error, and the exit code."""
     rank = os.environ.get("RANK") if int(os.environ.get("WORLD_SIZE", "1")) > 1 else None
     who = "bnres" if rank is None else f"bnres, process {rank}"
     if isinstance(error, ValueError):

@@ -85,9 +85,9 @@ def recompute() -> Iterator[None]:
     Run the forward pass inside the ``with`` block. A layer such as a convolution saves its input
     for backward. If this input is the output of a fused operation, the fused operation's inputs and
     statistics are saved instead. They are in memory anyway. Backward runs the same kernel again to
-    recompute the output, which takes one more pass over memory. The gradients have the same bits as
-    without the context. If the residual of an operation is an output that will be recomputed, the
-    operation's own output is stored, so that no recomputation needs another one.
+    recompute the output. The gradients have the same bits as without the context. If the residual
+    of an operation is an output that will be recomputed, the operation's own output is stored, so
+    that no recomputation starts another recomputation.
 
     Only outputs of our kernels are recomputed. Inside torch.compile the context has no effect.
     """

@@ -61,9 +61,9 @@ class Measured:
 
     Attributes:
         call: the call.
-        config: the fastest configuration of our kernel, or None if no configuration worked.
+        config: the fastest configuration of our kernel, or None if none could be measured.
         kernel_ms: the time in milliseconds of our kernel with the configuration ``config``, or None
-            if no configuration worked.
+            if ``config`` is None.
         torch_ms: the time in milliseconds of torch's convolution followed by our batch norm.
         failed: maps the name of each configuration that failed to the reason.
         left_out: names of the configurations that were not measured because the time was over.

@@ -23,9 +23,9 @@ from bnres.routes import ConvCall, Measured, save_table, use_conv_route
 
 # A timer is a function that returns the time of a call in milliseconds, with a cold L2 cache.
 Timer = Callable[[Callable[[], object]], float]
-# Our kernel's output may differ from torch's output by at most this fraction of the largest value
-# in torch's output. The fraction is about four to five times eps. For fp32 this is the eps of TF32,
-# to which our kernel rounds.
+# Our kernel's output may differ from torch's output by at most this number, times the largest
+# absolute value in torch's output if that is above 1. The number is about four to five times the
+# dtype's eps. Because our kernel rounds fp32 to TF32, the eps of TF32 counts for fp32.
 AGREEMENT = {torch.float16: 4e-3, torch.bfloat16: 3e-2, torch.float32: 5e-3}
 EPS = 1e-5
 # The number of FLOPs that a GPU computes in the time in which it moves one byte. For an H200 it is
@@ -34,9 +34,9 @@ FLOPS_PER_BYTE = 184
 
 
 def device_timer() -> Timer:
-    """Returns a timer that measures the median time by triton's benchmark.
+    """Returns a timer that measures the median time with ``triton.testing.do_bench``.
 
-    This benchmark flushes the L2 cache.
+    do_bench flushes the L2 cache before each call.
     """
     from triton.testing import do_bench
 
@@ -86,7 +86,7 @@ def tune(
     clock: Callable[[], float] = time.monotonic,
     say: Callable[[str], object] = print,
 ) -> None:
-    """Measures ``calls`` and saves each call as a row of a table. The longest call comes first.
+    """Measures ``calls`` and saves each call as a row of a table, starting with the longest.
 
     Args:
         calls: the convolutions, see `conv_calls`.
@@ -94,9 +94,9 @@ def tune(
         about: facts about the measurement, such as the GPU, torch's version and the date. They are
             saved in the table.
         device: the GPU.
-        timer: measures a call.
-        minutes: no compilation or measurement starts after this time. If the time ends before all
-            configurations of a call are measured, the call is saved with those that are.
+        timer: measures the time of a call in milliseconds.
+        minutes: after this many minutes no compilation or measurement starts. If this leaves out
+            configurations of a call, the call is saved with the measured ones.
         clock: returns the time in seconds.
         say: prints a line for each call, and for each configuration that fails or is left out.
     """

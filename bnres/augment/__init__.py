@@ -1,4 +1,4 @@
-"""Augments a batch in one kernel, with other random parameters for each image."""
+"""Augments a batch in one kernel for most chains. Each image has its own random parameters."""
 
 from bnres.augment.compose import Compose
 from bnres.augment.transforms import (

@@ -15,10 +15,10 @@ OUTPUT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 class Compose:
     """A chain of transforms of a batch, with random parameters for each image.
 
-    ``compose(images, generator)`` augments images (N, C, H, W) with 1 or 3 channels, which are
+    ``compose(images, generator)`` augments images (N, C, H, W) with 1 or 3 channels. The images are
     either uint8 or floating point from 0 to 1. Random parameters are drawn from ``generator``, a
     CPU generator, or by default from torch's global generator. The results agree with
-    `torchvision.transforms.v2` on float images. They have no gradient.
+    `torchvision.transforms.v2` on float images. The results have no gradient.
 
     One kernel computes flips, one crop and one `ColorJitter`, in any order, followed by one
     `Normalize`. A second crop or jitter, or a step after `Normalize`, needs a second kernel. If the

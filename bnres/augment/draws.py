@@ -44,7 +44,7 @@ class Color:
         numbers: int64 (N, 4): for each image, the operations in the order in which they are
             applied. NO_OPERATION stands for an operation that is left out.
         factors: fp64 (N, 4): ``factors[i, k]`` is the factor of operation k for image i. For the
-            hue it is a shift.
+            hue it is a shift, where 1 is a full turn.
     """
 
     numbers: Tensor

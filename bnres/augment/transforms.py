@@ -200,7 +200,7 @@ class CenterCrop(Transform):
             raise ValueError(
                 f"size must be at most the images' size {(height, width)}, got {self.size}"
             )
-        # torchvision rounds halves to even too.
+        # Python's round, which torchvision uses too, rounds halves to even.
         top, left = round((height - self.size[0]) / 2), round((width - self.size[1]) / 2)
         return Crop(torch.tensor([top, left, *self.size]).expand(count, 4), self.size, False)
 

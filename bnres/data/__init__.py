@@ -31,7 +31,7 @@ def load_dataset(
     Args:
         name: name of the data set.
         data: path of the files of ``cifar10`` or ``folder``. It is None for all other data sets.
-        checksum: whether to compare CIFAR-10's files with their published checksums.
+        checksum: whether to compare CIFAR-10's files with their published checksums or sizes.
 
     Raises:
         ValueError: if the name is unknown, if ``data`` is missing, if ``data`` is given for a data

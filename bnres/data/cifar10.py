@@ -48,7 +48,8 @@ def load_cifar10(path: Path, *, checksum: bool = True) -> ImageDataset:
 
     Raises:
         ValueError: if the data is not found, if a file is truncated or has the wrong checksum, if
-            a pickle contains other objects than arrays, or if a label is out of range.
+            a pickle contains anything but numbers, strings, containers and uint8 arrays, or if a
+            label is out of range.
     """
     source, contents = _read(Path(path), checksum)
     is_binary = BINARY[1] in contents

@@ -12,7 +12,7 @@ class ImageDataset:
 
     Attributes:
         name: name of the data set.
-        class_names: names of the classes. Label i belongs to the i-th name.
+        class_names: names of the classes. Label i means ``class_names[i]``.
         train_images, test_images: images, uint8 (N, channels, height, width).
         train_labels, test_labels: labels, int64 (N,).
         mean, std: mean and standard deviation of each channel of the training images, with pixel
@@ -60,7 +60,7 @@ def make_dataset(
 
     Args:
         name: name of the data set.
-        class_names: names of the classes. Label i belongs to the i-th name.
+        class_names: names of the classes. Label i means ``class_names[i]``.
         train, test: a tuple of images and labels. The images are uint8 (N, channels, height,
             width), and the labels are int64 (N,).
 

@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 
 from bnres.data.images import read_rgb
 
-# torchvision's ImageFolder accepts these suffixes, in this order.
+# The suffixes that torchvision's ImageFolder accepts.
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 # The mean and standard deviation of ImageNet's channels, for pixel values from 0 to 1.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -53,7 +53,7 @@ class FolderDataset:
 
     Attributes:
         name: name of the data set.
-        class_names: names of the classes. Label i belongs to the i-th name.
+        class_names: names of the classes. Label i means ``class_names[i]``.
         train, test: the training images, and the held-out images.
         mean, std: mean and standard deviation of each channel. By default they are ImageNet's.
         channels: number of channels.
@@ -86,7 +86,7 @@ class FolderDataset:
 
 
 def load_folder(root: Path, size: int = 256) -> FolderDataset:
-    """Lists the images of ``root/train`` and ``root/val`` (or ``root/test``).
+    """Lists the images of ``root/train`` and ``root/val``, or ``root/test`` if there is no val.
 
     Args:
         root: the folder.
@@ -146,7 +146,7 @@ def _images(top: Path) -> list[Path]:
         raise ValueError(f"data: {error.filename} can't be listed: {error.strerror}") from error
 
     found = []
-    # For each folder that is still to be visited: the folders above it, without links.
+    # For each folder that is still to be visited: the real paths of the folders above it.
     above: dict[str, frozenset[str]] = {str(top): frozenset()}
     for folder, folders, names in os.walk(str(top), onerror=refuse, followlinks=True):
         real = above.pop(folder) | {os.path.realpath(folder)}

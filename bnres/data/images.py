@@ -20,8 +20,8 @@ class CorruptImage(ValueError):
 def read_rgb(path: Path, size: tuple[int, int] | None = None) -> "Image.Image":
     """Reads an image file as RGB with 8 bits for each channel.
 
-    Gray images of more than 8 bits are scaled to 8 bits. Their values are integers of 12 or 16
-    bits, integers of 32 bits from 0 to 65535, or floats from 0 to 1. As in torchvision's loader,
+    Gray images of more than 8 bits are scaled to 8 bits. Their values must be integers of 12 or
+    16 bits, integers of 32 bits from 0 to 65535, or floats from 0 to 1. As in torchvision's loader,
     EXIF orientation is not applied.
 
     Args:

@@ -128,8 +128,8 @@ def cache_folders() -> dict[str, Path]:
 
 
 def _default_inductor_cache() -> str:
-    # Importing the package would create the cache folder or raise an error. Running this one file
-    # does neither.
+    # Importing torch._inductor would create the cache folder or raise an error. Running only
+    # cache_dir_utils.py does neither.
     utils = Path(torch.__file__).parent / "_inductor/runtime/cache_dir_utils.py"
     folder: str = runpy.run_path(str(utils))["default_cache_dir"]()
     return folder

@@ -1,4 +1,4 @@
-"""Finds problems of a machine, and changes to a model that save memory traffic."""
+"""Finds problems of a machine, and changes to a training script that save memory traffic."""
 
 import json
 import subprocess
@@ -67,7 +67,10 @@ class Change:
 
 
 def changes(savings: Savings) -> list[Change]:
-    """Returns the changes that save memory traffic. The change that saves most comes first."""
+    """Returns the changes that save memory traffic. The change that saves most comes first.
+
+    Changes that save an unknown amount come last.
+    """
     found = [Change("fuse: model = bnres.fuse(model)", savings.stock_bytes - savings.fused_bytes)]
     if not savings.half:
         found.append(

@@ -2,8 +2,8 @@
 
 Memory traffic is counted in passes. A pass reads or writes a tensor of the size of the batch norm's
 input. For example, the forward of a batch norm takes three passes: it reads its input to compute
-the statistics, reads its input again to normalise it, and writes its output. Launches are launches
-of ATen's kernels and of bnres's kernels.
+the statistics, reads its input again to normalise it, and writes its output. A launch starts one
+kernel of ATen or of bnres.
 
 A pattern is the name that `explain` gives to fused layers, for example ``conv-bn-add-act``.
 """
@@ -85,7 +85,7 @@ class Savings:
         stock_launches, fused_launches: number of launches of torch's layers, and of the fused
             operations.
         channels_last: whether the convolutions' filters are in channels_last.
-        half: whether autocast is on, or the activations have 16 bits.
+        half: whether autocast is on, or the input has 16 bits.
     """
 
     norms: int

@@ -2,8 +2,8 @@
 
 The parameters have the same names in both cases. In ``block(x, skip, fork=True)`` the block's
 shortcut reads ``skip`` instead of ``x``, and the block returns its output as two tensors.
-`bnres.models.chain` explains why. ``block.readers()`` returns the modules that read the block's
-input.
+`bnres.models.chain` explains why. ``block.readers()`` returns the modules that may read the block's
+input, with None in place of a missing shortcut.
 """
 
 from typing import Any, ClassVar
@@ -125,8 +125,8 @@ class Bottleneck(nn.Module):
 class Residual(nn.Module):
     """The residual block of the d2l.ai course.
 
-    This block differs from `BasicBlock` in three ways. Its submodules have other names, its
-    convolutions have a bias, and its shortcut has no batch norm.
+    This block differs from `BasicBlock` in two ways: its convolutions have a bias, and its shortcut
+    is ``conv3``, a convolution without batch norm, or None.
 
     Args:
         input_channels: number of channels of the input.

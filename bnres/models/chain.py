@@ -62,7 +62,8 @@ def run(modules: Iterable[nn.Module], x: Any) -> Any:
 def _calls(modules: Iterable[Any]) -> list[nn.Module]:
     """Returns the modules to call, in order.
 
-    A sequence is replaced by the modules inside the sequence, and identities are left out.
+    A sequence is replaced by the modules inside the sequence, and identities are left out. Both
+    are kept if they have hooks.
     """
     found = []
     for module in modules:

@@ -39,7 +39,7 @@ def make_model(
 
     Raises:
         ValueError: if the factory does not exist, requires other arguments, does not return a
-            module, or returns a module that torch.compile has compiled.
+            `torch.nn.Module`, or returns one that torch.compile or torch.jit has compiled.
         ModuleNotFoundError: if a package that the factory needs is missing.
     """
     module, _, factory = name.partition(":")
@@ -77,7 +77,7 @@ def _factory(name: str) -> Callable[..., Any]:
 
     Raises:
         ValueError: if the name does not have the form ``PACKAGE.MODULE:FACTORY``, or if there is no
-            callable object with this name, or if the object is a module.
+            callable object with this name, or if the object is a `torch.nn.Module`.
     """
     path, _, attribute = name.partition(":")
     names = [*path.split("."), *attribute.split(".")]

@@ -1,6 +1,7 @@
 """ResNets of fused layers or of torch's layers.
 
-The names of the parameters and the computed values are the same as in torchvision.
+With the default stem and activation, the parameters have the same names as in torchvision, and the
+outputs are the same up to rounding.
 """
 
 from functools import partial

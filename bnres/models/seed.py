@@ -13,10 +13,7 @@ from bnres.models.layers import fused_norm_act, stock_norm_act
 def _resnet18(
     conv: nn.Conv2d, num_classes: int, fused: bool, pool: nn.MaxPool2d | None = None
 ) -> nn.Sequential:
-    """Returns a ResNet-18, which has a stem, four stages of two blocks, and a head.
-
-    The stem starts with ``conv``.
-    """
+    """Returns a ResNet-18: a stem that starts with ``conv``, four stages of two blocks, a head."""
     norm_act = fused_norm_act if fused else stock_norm_act
     return Chain(
         nn.Sequential(conv, *norm_act(64, pool=pool)),

@@ -11,7 +11,7 @@ from bnres.models.trial import shape_text, try_call
 
 @dataclass(frozen=True)
 class Stage:
-    """A direct child of a model.
+    """A row of a summary, for a direct child of a model or for the model itself.
 
     Attributes:
         name: name of the child.
@@ -65,7 +65,7 @@ def summarize(model: nn.Module, shape: tuple[int, ...]) -> Summary:
     Raises:
         ValueError: if the model does not accept an input of this shape.
     """
-    # named_children is not used here, because it lists a child that has two names only once.
+    # named_children is not used here, because it lists a child with two names only once.
     children = {name: child for name, child in model._modules.items() if child is not None}
     outputs: dict[nn.Module, list[Any]] = {}
 
@@ -107,7 +107,7 @@ def described(output: Any) -> tuple[int, ...] | str:
 
 
 def _stage(name: str, module: nn.Module, outputs: list[Any], notes: list[str]) -> Stage:
-    """Returns the row of a module, whose calls returned the `described` outputs ``outputs``."""
+    """Returns the row of a module. ``outputs`` has the result of `described` for each call."""
     shape = None
     if not outputs:
         has_forward = type(module).forward is not nn.Module.forward  # nn.ModuleList has none

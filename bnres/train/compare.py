@@ -1,4 +1,4 @@
-"""Trains fused and stock layers from the same seed, and compares the results."""
+"""Trains with fused layers and with torch's (stock) layers, and compares the results."""
 
 from dataclasses import replace
 
@@ -17,11 +17,11 @@ def other_threads() -> int:
 
 
 def prepare_comparison(config: TrainConfig) -> dict[str, Run]:
-    """Prepares three runs with the same seed, by name: fused layers, stock layers, and a control.
+    """Returns three runs with the same seed, by name: fused layers, stock layers, and a control.
 
     Even the losses of two correct programs differ more with every step, because the programs round
     differently. The control shows how large such a difference is: it has stock layers too, but adds
-    numbers in another order. For that, it uses another number of threads on the CPU, and the other
+    numbers in another order. To do so, it uses another number of threads on the CPU, and the other
     memory format on a GPU.
 
     Raises:
@@ -70,7 +70,10 @@ def compare(config: TrainConfig, console: Console) -> None:
 
 
 def comparison_table(runs: dict[str, Run], results: dict[str, list[TrainResult]]) -> Table:
-    """Returns a table of each run's accuracy, images per second and drift."""
+    """Returns a table of each run's accuracy, images per second and drift.
+
+    The drift is the greatest difference from the stock run's loss at the same step.
+    """
     config = runs["fused"].config
     losses = {name: [x for each in rs for x in each.step_losses] for name, rs in results.items()}
     table = Table(title=f"{config.model} on {config.dataset}, {config.device}, {config.dtype}")

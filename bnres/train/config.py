@@ -55,7 +55,7 @@ class TrainConfig:
     data: Path | None = _option(  # noqa: RUF009
         None, "Folder of cifar10, or of your images."
     )
-    checksum: bool = _option(True, "Compare cifar10's files with their published checksums.")
+    checksum: bool = _option(True, "Compare cifar10's files with the published checksums or sizes.")
     workers: int = _option(4, "Number of processes that decode a folder of images.")
 
     model: str = _option(
@@ -70,7 +70,7 @@ class TrainConfig:
     stem: str | None = _option(None, "Stem of a ResNet. Default: as the model defines.", STEMS)
     init: str = _option(
         "he",
-        "Initial weights: FILE.safetensors, or one of the choices; he keeps those of the model.",
+        "Initial weights: FILE.safetensors or a choice. The choice he keeps the model's own.",
         INITS,
     )
 
@@ -91,7 +91,7 @@ class TrainConfig:
         None, "Greatest norm of all gradients together. Larger gradients are scaled down to it."
     )
     ema: float | None = _option(
-        None, "Decay of a moving average of the weights, which is then evaluated."
+        None, "Decay of a moving average of the weights; the average is evaluated instead."
     )
     seed: int = _option(0, "Seed of the weights, the order of the images and the augmentation.")
 
@@ -113,7 +113,7 @@ class TrainConfig:
 
     dtype: str = _option("fp32", "bf16 and fp16 use automatic mixed precision.", DTYPES)
     device: str = _option("", "Device, such as cuda:1. Default: the GPU if there is one.")
-    channels_last: bool = _option(True, "Store images and convolutions in channels_last.")
+    channels_last: bool = _option(True, "Store images and filters in channels_last.")
     sync_bn: bool = _option(False, "Compute the statistics of batch norms over all processes.")
     compile: bool = _option(False, "Compile the model with torch.compile.")
     cuda_graphs: bool = _option(False, "Run forward and backward as one CUDA graph.")
@@ -185,7 +185,7 @@ class TrainConfig:
         return {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}
 
     def as_toml(self) -> str:
-        """Returns a TOML file for `read_config`. Fields that are None are left out."""
+        """Returns the text of a TOML file for `read_config`. Fields that are None are left out."""
         lines = [
             f"{k} = {json.dumps(v, ensure_ascii=False)}".replace("\x7f", "\\u007f")
             for k, v in self.as_dict().items()

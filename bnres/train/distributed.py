@@ -56,7 +56,8 @@ class World:
     def share_buffers(self, *models: nn.Module | None) -> None:
         """Copies the first process's buffers, such as running statistics, to the other processes.
 
-        They differ, because each process has updated them from its own part of each batch.
+        The processes' buffers can differ, because each process has updated its buffers from its own
+        part of each batch.
         """
         if self.size > 1:
             for model in models:
@@ -82,8 +83,8 @@ def choose_gpu() -> None:
 def may_be_restarted() -> bool:
     """Whether ``torchrun --max-restarts`` starts the processes again after one of them has died.
 
-    torchrun's count of restarts can't tell whether this is a restart, because each machine counts
-    only the restarts that its own processes have caused.
+    torchrun's count of restarts can't tell whether this process was restarted, because each machine
+    counts only the restarts that its own processes have caused.
     """
     return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0
 

@@ -18,7 +18,7 @@ FORMATS = ("pt2", "onnx", "safetensors")
 
 
 class _OneInput(nn.Module):
-    """Names the input of a model ``images``, as the exported model does."""
+    """Wraps a model so that the input of the exported model has the name ``images``."""
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
@@ -38,7 +38,8 @@ def export_checkpoint(
 ) -> Path:
     """Exports the model of a checkpoint, and returns the path of the file.
 
-    The exported model contains only torch's own operations, and takes batches of any size.
+    The exported model contains only torch's own operations, and takes batches of any size. If the
+    run averaged its weights, the averages are exported.
 
     Args:
         path: a checkpoint of ``bnres train``.
@@ -47,8 +48,7 @@ def export_checkpoint(
         folded: whether to fold batch norms into convolutions. It has no effect on safetensors.
         format: ``"pt2"`` is a torch.export archive, which `torch.export.load` reads without bnres.
             ``"onnx"`` is an ONNX model. ``"safetensors"`` is a file of only the weights, with the
-            keys of the model of torch's layers. If the run averaged its weights, it has the
-            averages.
+            keys of the model of torch's layers.
 
     Raises:
         ValueError: if ``path`` is not a checkpoint, ``out`` is not a path of a file, the model does

@@ -19,7 +19,7 @@ class Stopped(Exception):
 
 @contextmanager
 def stop_on_signal() -> Iterator[Stop]:
-    """Inside the context, the first Ctrl-C or SIGTERM only sets ``asked``.
+    """Inside the context, the first Ctrl-C or SIGTERM only sets ``asked`` to True.
 
     A second signal raises KeyboardInterrupt. Outside the main thread the context has no effect,
     because only the main thread can handle signals.

@@ -30,9 +30,9 @@ class TrainResult:
 
     Attributes:
         loss: mean loss of the batches.
-        accuracy: fraction of the images that were classified correctly.
-        seconds: duration of the training in seconds. If the epoch was resumed, it is the time since
-            then.
+        accuracy: fraction of the training images that were classified correctly.
+        seconds: duration of the training in seconds. If the run was resumed within this epoch, only
+            the time since then counts.
         wait_seconds: the part of ``seconds`` in which training waited for the next batch.
         images_per_second: images of all processes in ``seconds``, divided by ``seconds``.
         step_losses: the loss of each batch of the epoch.
@@ -63,7 +63,7 @@ def train_epoch(
         batches: the data.
         config: the options of the run.
         on_batch: called after each batch. It may save the state only if the optimiser has just made
-            a step, which happens after every ``config.accumulate`` batches.
+            a step. `train_batch` says when.
 
     Raises:
         NonFiniteLoss: if the loss of a batch is infinite or NaN.

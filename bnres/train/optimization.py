@@ -21,8 +21,8 @@ def make_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimiz
     if config.optimizer == "sgd":
         momentum = config.momentum
         if config.dtype == "fp16":
-            # If the gradients of the first step overflow, fused SGD skips the step. Its momentum is
-            # then uninitialised memory.
+            # If the gradients of the first step overflow, fused SGD skips the step, but
+            # leaves the momentum uninitialised.
             fused = None
         return torch.optim.SGD(
             groups, lr=config.lr, momentum=momentum, nesterov=momentum > 0, fused=fused

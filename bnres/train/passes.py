@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from bnres.train.config import DTYPES, TrainConfig
 
 # Number of batches that run before a batch is captured in a CUDA graph. During these batches torch
-# compiles code, selects algorithms and allocates memory. A graph can't capture these actions.
+# compiles code and selects algorithms, which can't be done during a capture.
 WARMUP_BATCHES = 3
 
 

@@ -135,7 +135,8 @@ def run_epoch(
 
     def on_batch() -> None:
         nonlocal memory
-        # The memory is not read at each batch, because torch then collects about a hundred figures.
+        # The memory is not read after each batch, because torch collects about a hundred figures
+        # for each reading.
         if state.batch % LOOK_EVERY == 0 or state.batch == len(run.batches):
             memory = _memory(config)
         images = (state.batch - first) * config.batch_size
@@ -264,7 +265,7 @@ def check_room(folder: Path, checkpoint: int) -> None:
 
 @contextmanager
 def _says_what_is_kept(folder: Path, resumed: Path | None) -> Iterator[None]:
-    """Inside the context, an OSError becomes a `RunEnded`, which says what checkpoint is kept."""
+    """Inside the context, an OSError becomes a `RunEnded`, which names the kept checkpoint."""
     try:
         yield
     except OSError as error:

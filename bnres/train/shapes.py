@@ -17,7 +17,7 @@ from bnres.train.config import TrainConfig
 def initialize_lazy_modules(model: nn.Module, name: str, images: tuple[int, int, int]) -> None:
     """Calls a model on zeros, which initialises lazy modules such as `torch.nn.LazyLinear`.
 
-    Other models are not called.
+    A model without lazy modules is not called.
 
     Args:
         model: the model, on the CPU.
@@ -85,9 +85,9 @@ def _bf16_checked(
 ) -> Iterator[None]:
     """Refuses models whose gradients would be wrong because of a bug of torch's bf16 convolution.
 
-    The bug occurs in torch 2.11 to 2.14 on CPUs with AVX512, in convolutions with a stride whose
-    input is one pixel wide. The outer columns of such a filter meet only padding, and torch leaves
-    their gradient uninitialised.
+    The bug occurs in torch 2.11 to 2.14 on CPUs with AVX512, if a convolution has a horizontal
+    stride above 1 and an input one pixel wide. The outer columns of the filter then meet only
+    padding, and torch leaves their gradient uninitialised.
 
     Raises:
         ValueError: at the end of the context, if the run is in bf16 on such a CPU and a call inside

@@ -189,7 +189,7 @@ def build_state(
     parallel: nn.Module = model
     if world.size > 1:
         devices = [device] if device.type == "cuda" else None
-        # DDP exchanges gradients in buckets. As views of the buckets they need not be copied.
+        # DDP exchanges gradients in buckets. Gradients that are views of buckets need no copy.
         parallel = DistributedDataParallel(model, devices, gradient_as_bucket_view=True)
     optimizer = make_optimizer(config, model)
     steps_per_epoch = -(-len(batches) // config.accumulate)
