@@ -15,7 +15,7 @@ from bnres import augment, use_backend
 from bnres.augment.segments import prepare_draws, segments
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-JITTER = (0.5, 0.2, 0.6, 0.4)  # These are the values of the d2l.ai course.
+JITTER = (0.5, 0.2, 0.6, 0.4)  # brightness, contrast, saturation and hue, as in the d2l.ai course
 # The greatest relative error allowed. There are differences because the kernel and ATen add numbers
 # in different orders, and because the outputs are rounded to bf16.
 TOLERANCE = 2**-7
@@ -28,8 +28,9 @@ class Work:
     Attributes:
         run: augments one batch.
         verify: returns the relative error of the result. If the error exceeds the tolerance, it
-            raises `benchmarks.check.WrongResult`.
-        bytes_moved: number of bytes if the images are read once and the result is written once.
+            raises `benchmarks.check.WrongResult`. For torchvision it returns 0, and only checks
+            that the result has the right shape and finite values.
+        bytes_moved: bytes of the images plus bytes of the result.
     """
 
     run: Callable[[], object]
@@ -41,8 +42,8 @@ def prepare(case: AugmentCase, device: torch.device) -> Work:
     """Builds the chain of a case.
 
     Raises:
-        Unavailable: if the provider's library can't be imported, or if it needs a GPU and
-            ``device`` is not one.
+        Unavailable: if the provider's library can't be imported, or if the provider needs a GPU
+            and ``device`` is not one.
     """
     generator = torch.Generator(device).manual_seed(0)
     shape = (case.batch, 3, case.size, case.size)

@@ -1,9 +1,10 @@
 """The fewest bytes that a fused operation can move, in units of S.
 
-S is the size of one activation tensor in bytes. A forward in training reads its input twice, once
-for the statistics and once for the output, and writes its output. A backward also reads its inputs
-twice. If an operation adds a residual before the ReLU, its forward also stores one bit for each
-element, which is the sign of the input of the ReLU. Its backward reads these bits.
+S is the size of one activation tensor in bytes. A forward in training reads the input of a batch
+norm twice, once for the statistics and once for the output, and writes the output. A backward also
+passes twice over memory, once for the sums of each channel and once for the gradients. If an
+operation adds a residual that has no batch norm, its forward also stores one bit for each element,
+which is the sign of the input of the ReLU. Its backward reads these bits.
 
 The model assumes that nothing stays in the L2 cache between the two passes. A small tensor does
 stay in the cache, so an operation on a small tensor can be faster than this model allows.
@@ -15,8 +16,8 @@ the inverse ratio of the times.
 
 from benchmarks.sites import ConvSite
 
-# The keys are (operation, direction). A value has two numbers: how many activations are read or
-# written, and how many additional bits are read or written for each element of an activation.
+# The keys are (operation, direction). A value has two numbers: how many times S is read or written,
+# and how many additional bits are read or written for each element of an activation.
 PASSES = {
     ("bn", "forward"): (3, 0),
     ("bn", "backward"): (5, 0),

@@ -14,8 +14,8 @@ from benchmarks.child import Child, ChildFailed
 from benchmarks.measure import fields_of
 from benchmarks.store import ENVIRONMENT, Record, ResultStore
 
-# This is the time limit in seconds for describing the device and for measuring its bandwidth and
-# its FLOP/s.
+# Describing the device may take this many seconds. Measuring its bandwidth and its FLOP/s may take
+# as many again.
 OPENING_LIMIT = 120.0
 # A case may continue for this many seconds after the campaign's deadline.
 GRACE = 10.0
@@ -52,7 +52,8 @@ def open_store(
     about = ask("benchmarks.environment:describe")
     if not (folder / ENVIRONMENT).exists():
         about["ceilings"] = ask(measure_ceilings)
-        about["clocks"] = environment.clocks()  # At this point the GPU is not idle.
+        # The clocks are read after this work, because an idle GPU has lower clocks.
+        about["clocks"] = environment.clocks()
     return ResultStore(folder, about)
 
 
@@ -133,7 +134,7 @@ def describe(record: Record) -> str:
         return f"{record['id']}: {record['status']}: {record['reason'].splitlines()[0]}"
     if "peak_bytes" in record:
         return f"{record['id']}: peak memory {record['peak_bytes'] / 1e6:.1f} MB"
-    share = f", {record['share']:.0%} of the limit" if "share" in record else ""
+    share = f", {record['share']:.0%} of the possible speed" if "share" in record else ""
     idle = f", GPU idle {record['idle']:.0%} of the time" if "idle" in record else ""
     note = f"; {record['note']}" if record.get("note") else ""
     return f"{record['id']}: {record['median'] * 1e6:.1f} us{share}{idle}{note}"

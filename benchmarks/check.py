@@ -12,7 +12,7 @@ OUTPUT_TOLERANCE = {torch.bfloat16: 2**-6, torch.float16: 2**-9, torch.float32: 
 # This is the greatest relative error of a convolution in fp32, which may use TF32 with 10 bits of
 # mantissa.
 TF32_TOLERANCE = 2**-9
-# These are the greatest relative errors of gradients. Because of rounding, the sign of x + residual
+# These are the greatest relative errors of gradients. Because of rounding, the sign of ReLU's input
 # is wrong for about the fraction eps of all elements. For such an element, ReLU passes a gradient
 # that it should stop, or the reverse. The relative error of the whole gradient can therefore be up
 # to 2 sqrt(eps).
@@ -53,7 +53,8 @@ def check(
         dtype: dtype that the results must have. None allows any dtype.
 
     Raises:
-        WrongResult: if an error exceeds the tolerance, or the number of results or a dtype differs.
+        WrongResult: if an error exceeds the tolerance or is NaN, or if the number of results, a
+            shape or a dtype differs.
     """
     if len(actual) != len(expected):
         raise WrongResult(f"{len(actual)} {name}s, expected {len(expected)}")

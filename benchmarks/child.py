@@ -32,8 +32,8 @@ STOP_SECONDS = 30.0
 REASON_LENGTH = 500
 TRACE = "(most recent call first)"
 PR_SET_PDEATHSIG = 1  # an operation of Linux's prctl
-# This matches the error message if a kernel or the capture of a graph has failed. After such an
-# error a process can't use its GPU any more.
+# This matches the message of an error after which a process may be unable to use its GPU, such as
+# the failure of a kernel or of the capture of a graph.
 GPU_ERROR = re.compile(r"cuda|cudnn|cublas|captur|hip error", re.IGNORECASE)
 
 
@@ -95,7 +95,7 @@ class Child:
             ChildFailed: if no child can be started.
         """
         connection = self._started()
-        with suppress(ConnectionError):  # the child has died since its last answer
+        with suppress(ConnectionError):  # if the child has died since its last answer
             connection.send((function, arguments))
         answer = self._received(connection, limit)
         if not answer.usable:
@@ -106,9 +106,9 @@ class Child:
         """Kills the child, if one is running, and the processes that it started."""
         if self._process is None:
             return
-        with suppress(ProcessLookupError):  # the processes have already exited
+        with suppress(ProcessLookupError):  # if the processes have already exited
             os.killpg(self._process.pid, signal.SIGKILL)
-        with suppress(subprocess.TimeoutExpired):  # it can't exit while the driver hangs
+        with suppress(subprocess.TimeoutExpired):  # the child can't exit while the driver hangs
             self._process.wait(STOP_SECONDS)
         for end in (self._connection, self._output):
             if end is not None:

@@ -46,15 +46,15 @@ def run(
 ) -> None:
     """Measure the most important cases first, then the others until the time is up.
 
-    Cases that are compared with each other are a group. A group is measured one case after the
-    other, torch's own layers first. A group is skipped if there is not enough time for all of it.
+    Cases that are compared with each other are a group. In a group, torch's own layers or
+    torchvision are measured first. A group is skipped if there is not enough time for all of it.
 
     Examples of ids are ops/bn_relu/resnet18.stem/forward/channels_last/bf16/b256/eager and
     step/resnet18/224px/b256/graph/channels_last/bf16/bnres. The first part of an id is ops, step,
     infer, memory or augment. --only may match any part of an id.
 
     Cases run in a child process. If the child hangs or dies, a new child continues.
-    Without a GPU every case runs on the CPU with a small input.
+    Without a GPU, a shorter list of cases runs on the CPU with small inputs.
     """
     from benchmarks import busy, campaign, environment
     from benchmarks.child import Child
@@ -65,10 +65,10 @@ def run(
     try:
         pattern = re.compile(only)
     except re.error as error:
-        raise ValueError(f"only must be a regular expression, got {only!r}: {error}") from error
+        raise ValueError(f"--only must be a regular expression, got {only!r}: {error}") from error
     cases = [case for case in default_cases() if pattern.search(case.id)]
     if not cases:
-        raise ValueError(f"only must match the id of a case, got {only!r}")
+        raise ValueError(f"--only must match the id of a case, got {only!r}")
     warning = busy.warning(busy.spread())
     if warning is not None:
         typer.echo(warning, err=True)
@@ -114,12 +114,13 @@ def report(
 
 @app.command()
 def compare(
-    old: Annotated[Path, typer.Argument(help="Folder of results.")],
-    new: Annotated[Path, typer.Argument(help="Folder of results.")],
+    old: Annotated[Path, typer.Argument(help="Folder of the earlier run's results.")],
+    new: Annotated[Path, typer.Argument(help="Folder of the later run's results.")],
 ) -> None:
     """Compare two runs case by case.
 
-    The exit code is 1 if a case became slower by more than noise, or can no longer be measured.
+    The exit code is 1 if a case became slower or needs more memory, by more than noise, or if it
+    can no longer be measured.
     """
     from benchmarks.report import comparison
     from benchmarks.store import load
@@ -136,13 +137,13 @@ def profile(
     batch: Annotated[int, typer.Option(help="Images per step.", min=2)] = 256,
     image: Annotated[
         int,
-        typer.Option(help="Height and width of the images; up to 32, the net has CIFAR's stem."),
+        typer.Option(help="Height and width of the images. Up to 32, the net has CIFAR's stem."),
     ] = 224,
     dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "bf16",
     layout: Annotated[str, typer.Option(help="channels_last or contiguous.")] = "channels_last",
     trace: Annotated[Path | None, typer.Option(help="File for a Chrome trace.")] = None,
 ) -> None:
-    """Print the kernel time of a training step by group, its launches and its idle time."""
+    """Profile a training step: time and launches of each group of kernels, and idle time."""
     from benchmarks import environment, models, profiling
     from benchmarks.providers.base import Unavailable
     from benchmarks.sites import NETS
@@ -182,7 +183,10 @@ def audit(
 
 @app.command()
 def host() -> None:
-    """Time the CPU's part of a call, without a GPU. Exit code 1 if a call exceeds its limit."""
+    """Time the CPU's part of calls of fused layers and nets, without a GPU.
+
+    The exit code is 1 if a call exceeds its limit.
+    """
     from benchmarks.audit.host import run
 
     over = run()
@@ -193,10 +197,12 @@ def host() -> None:
 
 @app.command()
 def compile() -> None:
-    """Compile every specialisation of the kernels into triton's cache, on all cores.
+    """Compile the kernels into triton's cache, on all cores.
 
-    Without a GPU each specialisation is also launched, but a stand-in replaces CUDA's driver, so
-    no kernel runs.
+    A specialisation is a combination of dtypes, constants and alignments for which triton compiles
+    a kernel. All specialisations are compiled for sm_90, and one of each kernel for other GPUs.
+    Without a GPU, those for sm_90 are also launched. A stand-in replaces CUDA's driver, so no
+    kernel runs.
     """
     import os
 
@@ -229,16 +235,16 @@ def variants(
     out: Annotated[Path, typer.Option(help="File for the results. An earlier run is continued.")],
     minutes: Annotated[float, typer.Option(help="Time to spend.", min=0.0)] = 3.0,
 ) -> None:
-    """Time the kernels with other launch configurations than the current ones."""
+    """Time the kernels with their current launch configurations and with others."""
     from benchmarks import environment
     from benchmarks.variants import run
 
-    typer.echo(f"{run(out, minutes, environment.default_device())} left")
+    typer.echo(f"{run(out, minutes, environment.default_device())} configurations left")
 
 
 @app.command()
 def once() -> None:
-    """Run every fused operation of the stem and of layer1 once, for use under a profiler."""
+    """Run each fused operation of ResNet-18's stem and layer1, for use under a profiler."""
     from benchmarks import environment
     from benchmarks.once import run
 
@@ -252,7 +258,7 @@ def scaling(
         bool, typer.Option(help="Also measure gloo on this CPU, and compare it with the model.")
     ] = False,
 ) -> None:
-    """Print a model of training on 8 to 1,024 GPUs, with and without synchronised batch norm."""
+    """Model training on 8 to 1,024 GPUs, with and without synchronised batch norm."""
     from benchmarks import scaling as model
 
     if picture is not None:
@@ -268,7 +274,7 @@ def first_contact(
     out: Annotated[Path, typer.Option(help="Folder for the results. An earlier run is continued.")],
     minutes: Annotated[float, typer.Option(help="Time to spend in this call.", min=0.0)] = 9.0,
     again: Annotated[
-        list[str] | None, typer.Option(help="Stage to run again; may be repeated.")
+        list[str] | None, typer.Option(help="Stage to run again. This option may be repeated.")
     ] = None,
 ) -> None:
     """Test and measure everything on a new GPU, in stages. Run it again to continue."""

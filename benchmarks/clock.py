@@ -2,7 +2,9 @@
 
 The clock is the ``timer`` of pytest-benchmark, and `benchmarks.measure` uses it directly. On a GPU
 the clock advances by the time between two events on the device. The L2 cache is flushed before the
-first event. The host queues the launches while the device sleeps, so the host is not timed.
+first event. The host queues the launches while the device sleeps, so the host is not timed. Loops
+of calls (``launch="eager"`` of `prepare`) are an exception: the host is timed too, and the cache is
+not flushed.
 """
 
 import time
@@ -19,22 +21,25 @@ Call = Callable[[], Any]
 # short to be timed by two events, which are at least a few microseconds apart. A loop of such calls
 # would also time the gaps between the launches.
 GRAPH_BELOW = 100e-6
-# A graph contains enough calls for its replay to take at least this many seconds. The time to
-# launch the graph is then negligible.
+# A graph contains enough calls for its replay to take this many seconds. The time to launch the
+# graph is then negligible.
 LEAST_REPLAY = 500e-6
-# Together, the calls of a graph touch at least this many times the size of the L2 cache, so that a
-# call does not find its tensors in the cache. A graph contains at most MOST_COPIES calls.
+# It also contains enough calls to touch together this many times the size of the L2 cache, so that
+# a call does not find its tensors in the cache.
 COLD_FACTOR = 3
+# But a graph never contains more calls than this.
 MOST_COPIES = 64
 # The warm-up takes at least this many seconds and makes at least this many calls, because a GPU
 # raises its clock rate only under load.
 WARMUP_SECONDS, WARMUP_CALLS = 0.15, 3
+# The host's time of a call is the median of this many calls.
 HOST_CALLS = 10
 # A loop of calls that the host launches takes about this many seconds, and makes at most MOST_LOOPS
 # calls.
 LOOP_SECONDS, MOST_LOOPS = 0.05, 20
-# The device sleeps for a number of cycles while the host queues launches. The cycles are computed
-# for this clock rate. Real clock rates are lower, so the device sleeps longer than asked.
+# While the host queues launches, the device sleeps for a number of cycles. The number is computed
+# from the wanted seconds and this clock rate in Hz. Real clock rates are lower, so the device
+# sleeps longer than wanted.
 SLEEP_CYCLES = 2e9
 
 
@@ -104,7 +109,8 @@ def prepare(
         launch: ``auto`` times only the device: a short call in a CUDA graph of several calls, and a
             longer call between two events, after the host has queued its launches. ``graph`` times
             a CUDA graph of one call. ``eager`` times a loop of calls as in a user's program. This
-            time includes the host's time, and the cache is not flushed.
+            time includes the host's time, and the cache is not flushed. On a CPU every call is
+            timed by itself, whatever ``launch`` is.
     """
     if device.type != "cuda":
         return _on_cpu(clock, make_call())

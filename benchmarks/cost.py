@@ -85,7 +85,7 @@ class Costs:
     ) -> Iterator[Case]:
         """Yields the cases for which there is enough time.
 
-        The remaining time is checked when the next case is requested.
+        The remaining time is checked before each group and before each case.
 
         Args:
             groups: groups of cases. A group is skipped unless the time is enough for all its cases.
@@ -96,7 +96,10 @@ class Costs:
                 yield from (case for case in group if self.seconds(case) <= left())
 
     def most_seconds(self, cases: Iterable[Case]) -> float:
-        """Returns the estimated seconds of some cases, with `MARGIN` for `table_seconds`."""
+        """Returns the estimated seconds of some cases.
+
+        An estimate of `table_seconds` is multiplied by `MARGIN`.
+        """
         return sum(
             self.seconds(case) * (1.0 if kind(fields_of(case)) in self._seen else MARGIN)
             for case in cases

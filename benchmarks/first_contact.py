@@ -1,9 +1,9 @@
 """Tests and measures everything on a new GPU, in stages, over several calls.
 
-``python -m benchmarks first-contact --out FOLDER`` runs each stage in a process group with a time
-limit. It appends the output of a stage to ``log.txt`` and its outcome to ``stages.jsonl``. If a
-stage fails, the next stage still runs. If the command is run again, it continues with the stages
-that have not ended.
+``python -m benchmarks first-contact --out FOLDER`` runs each stage in its own process group, with a
+time limit. It appends the output of a stage to ``log.txt`` and its outcome to ``stages.jsonl``.
+If a stage fails, the next stage still runs. If the command is run again, it continues with the
+stages that have not ended.
 """
 
 import json
@@ -198,7 +198,8 @@ def _wait(process: "subprocess.Popen[bytes]", seconds: float) -> int | None:
 def _record(folder: Path, stage: Stage) -> tuple[float, bool]:
     """Returns for how many seconds a stage has run so far, and whether it has ended.
 
-    A stage that can be continued has also ended if its runs have together reached its time limit.
+    A stage that can be continued has also ended if all its runs together have used its time limit
+    up to ``LEAST_SECONDS``.
     """
     path = folder / STAGES
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []

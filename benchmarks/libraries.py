@@ -44,14 +44,15 @@ def _torchvision() -> Iterator[Model]:
         yield name, later(models.get_model, name, **backbone), images(64)
 
     def frozen() -> nn.Module:
+        # torchvision's builder of this detector uses BatchNorm2d instead of frozen batch norm if no
+        # weights are loaded. Therefore the detector is built here.
         norm = torchvision.ops.FrozenBatchNorm2d
         detector = models.detection
         resnet = models.resnet50(weights=None, norm_layer=norm)
         backbone = detector.backbone_utils._resnet_fpn_extractor(resnet, 3)
         return detector.FasterRCNN(backbone, num_classes=3).backbone
 
-    # The detector is built here because torchvision's builder uses BatchNorm2d instead of frozen
-    # batch norm if no weights are loaded. Only the detector's backbone has batch norms.
+    # Only the detector's backbone has batch norms.
     yield "backbone of fasterrcnn_resnet50_fpn", frozen, images(64)
     boxes = torch.tensor([[4.0, 4.0, 40.0, 40.0]])
     target = {"boxes": boxes, "labels": torch.ones(1, dtype=torch.int64)}
@@ -99,8 +100,8 @@ def _segmentation() -> Iterator[Model]:
 
 
 def _transformers() -> Iterator[Model]:
-    # transformers imports PyPI's package ``kernels`` if it finds it. Without this line it would
-    # find our folder kernels/ instead.
+    # transformers tries to import PyPI's package ``kernels``. Without this line it would import our
+    # folder kernels/ instead.
     sys.modules["kernels"] = None  # type: ignore[assignment]
     import transformers as t
 
@@ -128,8 +129,8 @@ def _transformers() -> Iterator[Model]:
     yield "Wav2Vec2Conformer's encoder", conformer, (torch.randn(2, 20, 32),)
 
 
-# torchvision comes first, because the others import it and some builds of torch need
-# `benchmarks.torchvision_import`.
+# torchvision comes first, because other libraries import it. With some builds of torch, only
+# `benchmarks.torchvision_import` can import it.
 LIBRARIES: dict[str, Callable[[], Iterator[Model]]] = {
     "torchvision": _torchvision,
     "timm": _timm,

@@ -24,8 +24,8 @@ from benchmarks.providers import PROVIDERS
 from benchmarks.providers.base import Implementation
 from benchmarks.sites import ConvSite
 
-# A call is repeated for this many seconds of device time. BUDGET is for an operation or an
-# augmentation, and STEP_BUDGET is for a whole net.
+# A call is timed for about this many seconds. BUDGET is for an operation or an augmentation, and
+# STEP_BUDGET is for a whole net.
 BUDGET = 0.25
 STEP_BUDGET = 1.0
 
@@ -139,7 +139,7 @@ def _prepare_op(case: OpCase, device: torch.device, ticking: clock.DeviceClock) 
             case.direction != "eval",
         )
     if timed.replayed is not None:
-        # If the graph lacks a launch, the replay is too fast, but its result is also wrong.
+        # If the graph lacked a launch, the replay would be too fast, and its result would be wrong.
         timed.round()
         check("replayed result", timed.replayed, results, OUTPUT_TOLERANCE[dtype])
     return Ready(
@@ -209,7 +209,7 @@ def verify(
         for index, pair in enumerate(zip(results, gradients, strict=True)):
             is_sum = pair[1].dim() == 1
             limits = SUM_TOLERANCE if is_sum else GRADIENT_TOLERANCE
-            name = f"gradient {index}, of {'a parameter' if is_sum else 'a tensor'}"
+            name = f"gradient {index}, of {'a parameter' if is_sum else 'a tensor'}, result"
             errors.append(check(name, pair[:1], pair[1:], limits[dtype], None if is_sum else dtype))
     return max(errors), results
 

@@ -1,4 +1,4 @@
-"""Runs every fused operation of ResNet-18's stem and layer1 once, for a hardware profiler."""
+"""Runs each fused operation of ResNet-18's stem and layer1, for a hardware profiler."""
 
 import itertools
 
@@ -14,10 +14,10 @@ STAGES = ("stem", "layer1")
 
 
 def run(device: torch.device) -> int:
-    """Runs the operations in bf16 and in both layouts. Returns the number of operations.
+    """Runs each operation in bf16, once in each layout. Returns the number of runs.
 
-    Batch norms run forward and backward. Convolutions run only on a GPU and in channels_last, and
-    only their forward in inference. Without a GPU the tensors are small.
+    Batch norms run forward and backward. Convolutions run only on a GPU, in channels_last and in
+    inference. Without a GPU the tensors are small.
     """
     on_gpu = device.type == "cuda"
     done = 0

@@ -111,10 +111,11 @@ def make_inputs(
         return random(*shape).to(dtype).contiguous(memory_format=LAYOUTS[layout])
 
     def gradient(shape: tuple[int, ...]) -> Tensor:
-        """Makes a gradient whose mean and correlation with x are not zero.
+        """Makes a gradient dy that has a mean other than zero and is correlated with x.
 
-        dx depends on the sum of dy and on the sum of dy * xhat. These sums must not be close to
-        zero. Otherwise an error in them would not be noticed.
+        dx depends on the sum of dy and on the sum of dy * xhat. If these sums were close to zero,
+        an error in them would not be noticed. If dy does not have the shape of x, because the
+        operation pools, it is not correlated with x.
         """
         skewed = random(*shape) + 1
         if shape == tuple(x.shape):

@@ -194,8 +194,8 @@ def efficiency(net: str, gpus: int, cluster: Cluster, sync: str = "") -> float:
     return STEPS[net][0] / step(net, gpus, cluster, sync)
 
 
-# The keys say how batch norm is synchronised. bnres uses an all-gather, either among all GPUs or
-# inside each process group.
+# The keys say how batch norm is synchronised. bnres uses an all-gather among all GPUs, or inside
+# each node if each node is a process group. The all-reduce is modelled only for comparison.
 KINDS = {
     "": "local batch norm",
     "node": "synchronised in each node",
@@ -271,7 +271,7 @@ def _time_all_reduce(rank: int, world: int, port: int, found: "mp.Queue[list[flo
 
 
 def measure(world: int) -> list[float]:
-    """Measures gloo's all-reduce in ``world`` processes. Returns the median seconds by size."""
+    """Measures gloo's all-reduce in ``world`` processes. Returns the median seconds per size."""
     import socket
 
     with socket.socket() as free:
@@ -293,7 +293,10 @@ def fit(medians: Sequence[float], world: int) -> tuple[float, float]:
 
 
 def ring(size: int, world: int, latency: float, rate: float) -> float:
-    """Returns the modelled seconds of a ring's all-reduce."""
+    """Returns the modelled seconds of a ring's all-reduce of ``size`` bytes by ``world`` processes.
+
+    ``latency`` is the seconds of a step, and ``rate`` is the bytes per second.
+    """
     return 2 * (world - 1) * latency + 2 * (world - 1) / world * size / rate
 
 

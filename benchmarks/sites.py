@@ -23,8 +23,8 @@ class Site:
     """The batch norms of a net that have the same shape and are followed by the same operations.
 
     Attributes:
-        name: stage of the net. A name that ends in ``-entry`` is the batch norm before the stage's
-            strided convolution.
+        name: stage of the net. If it ends in ``-entry``, the site is the batch norm before the
+            stage's strided convolution.
         operation: operation that the stock net computes (``bn``, ``bn_relu`` or ``bn_add_relu``),
             or a fused operation that can replace it.
         channels: number of channels.

@@ -1,4 +1,4 @@
-"""Times the kernels with other launch configurations than `bnres.kernels.config.TUNING` has.
+"""Times the kernels with the launch configurations of `bnres.kernels.config.TUNING` and others.
 
 Each kernel runs in bfloat16 on the activations of every stage of ResNet-18, in both layouts.
 """
@@ -32,13 +32,15 @@ EPS = 1e-5
 # The results of two configurations may differ by this relative error, because configurations sum in
 # different orders and results are rounded to bf16.
 TOLERANCE = 2**-8
-# A graph contains this many calls of a kernel, or more if there are more sets of tensors.
+# A graph contains CALLS calls of a kernel, or more if there are more sets of tensors. Its replay is
+# timed REPLAYS times.
 CALLS, REPLAYS = 16, 5
 # Consecutive calls use different sets of tensors, so that no call finds its inputs in the L2 cache.
-# Together the sets are this many times as large as the cache.
+# Together the sets are at least this many times as large as the cache.
 COLD_FACTOR = 3
+# Every kernel is tried with these values of num_stages.
 STAGES = (1, 2, 3, 4, 5)
-# The grid has these values of unroll and of programs_per_sm.
+# For each kernel: the values of unroll and the values of programs_per_sm that are tried.
 GRIDS: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
     "stats": ((4, 8), (1, 2, 3, 4, 5)),
     "apply": ((4,), (6, 8, 12, 16, 20, 24, 32)),
@@ -56,7 +58,7 @@ Call = Callable[[], Sequence[Tensor | None]]
 
 
 def variants(kernel: str) -> Iterator[KernelTuning]:
-    """Yields a kernel's current configuration, then the others of its grid."""
+    """Yields a kernel's current configuration, then all others of ``STAGES`` and ``GRIDS``."""
     today = config.TUNING[kernel]
     yield today
     for stages, unroll, programs in itertools.product(STAGES, *GRIDS[kernel]):
@@ -84,8 +86,8 @@ def tuned(kernel: str, tuning: KernelTuning) -> Iterator[None]:
 def calls(shape: tuple[int, ...], layout: str, device: torch.device) -> dict[str, Call]:
     """Returns for each kernel a call of its launcher on random bf16 tensors.
 
-    A call returns the tensors that it writes. All calls of a kernel write to the same tensors.
-    ``reduce`` and ``dx`` are the kernels of the backward of BN+ReLU.
+    A call returns tensors that it writes. Only the calls of ``reduce`` and ``reduce_two_norms``
+    allocate them anew. ``reduce`` and ``dx`` are the kernels of the backward of BN+ReLU.
     """
 
     def tensor(shape: Sequence[int] = shape) -> Tensor:

@@ -369,7 +369,7 @@ class TestReport:
         assert ": peak | 2 (1.00×) | 2 (1.00×) |" in text
         assert "| cudnn-frontend | skipped | no | 1 |" in text
         assert "| eager | fp32 | by Native | 1 |" in text
-        assert campaign.describe(records[1]).endswith("us, 24% of the limit; by Native")
+        assert campaign.describe(records[1]).endswith("us, 24% of the possible speed; by Native")
 
     def test_comparison_reports_changes_beyond_noise(self):
         old = [record(name, "bnres", 10.0) for name in ("a", "b", "c", "d")]

@@ -29,7 +29,8 @@ class Found:
             torch's own layers, and ``fused`` is for ours.
         held: bytes that a training step holds for backward, with the same keys as ``traffic``. The
             key ``recompute`` is for our layers inside `bnres.recompute`.
-        launches: number of launches of a training step. The keys name the net and what is launched.
+        launches: for a training step, how many kernels bnres launches, and how many operations of
+            ATen are called. The keys name the net and what is counted.
         kernels: rows of `worst`.
     """
 
@@ -166,6 +167,7 @@ def _worse_code(row: Row, limit: Row, same_triton: bool) -> list[str]:
     shares = row["share"], limit["share"]
     if same_triton and None not in shares and shares[0] > shares[1] * (1 + SHARE_SLACK):
         found.append(
-            f"instructions take {row['share']:.3f} of the byte time, budget {limit['share']:.3f}"
+            f"issuing the instructions takes {row['share']:.3f} of the time to move the bytes, "
+            f"budget {limit['share']:.3f}"
         )
     return found

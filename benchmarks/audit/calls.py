@@ -1,9 +1,9 @@
-"""Generates calls of the public functions that together launch every specialisation of a kernel.
+"""Generates calls of the public functions, which launch the kernels in many specialisations.
 
 The parameters are read from the functions' signatures, so a new parameter is varied without a
 change here. If its possible values are not known, `axes_of` raises an error. The calls do not have
 all combinations of values. But for any two parameters, each value of one parameter occurs in some
-call together with each value of the other.
+call together with each value of the other. Only the values in ``OTHERS`` occur in fewer calls.
 """
 
 import itertools
@@ -55,7 +55,8 @@ CONVOLUTIONS = ((64, (3, 1, 1, 1)), (24, (1, 2, 0, 1)), (5, (3, 2, 2, 2)))
 # The values of each parameter. `pairs` combines them.
 VALUES: Axes = {
     "input": tuple(INPUTS),
-    # For backward, relu keeps a bit mask, identity keeps nothing, and silu keeps its input.
+    # With a residual, relu saves a bit mask for backward, silu saves the residual, and identity
+    # saves neither.
     "act": ("relu", "identity", "silu"),
     "dtype": (torch.bfloat16, torch.float32, torch.float64),
     "kernel_size": (POOLING,),
@@ -79,7 +80,9 @@ OPTIONAL: tuple[set[Any], ...] = (
 )  # fmt: skip
 # The fields of the residual's batch norm are varied as parameters whose names have this prefix.
 RESIDUAL = "residual_"
-# These parameters are not varied, because no specialisation depends on their values.
+# These names are not varied by themselves. The sizes of a window belong to the values of
+# kernel_size and of conv_weight, and the width is the height. ``return`` is not a parameter. No
+# specialisation depends on the other values.
 FIXED = {
     "act_kwargs", "eps", "residual_eps", "stride", "padding", "dilation", "width", "return",
     "process_group",
@@ -189,7 +192,8 @@ def functional_calls(name: str) -> Iterator[Call]:
         axes["dtype"] = tuple(dtype for dtype in axes["dtype"] if dtype != torch.float64)
     if "conv_weight" in axes:
         others["input"] = tuple(HUGE_INPUTS)  # These inputs need 64-bit offsets.
-        # Otherwise the function calls torch's convolution and batch_norm_act.
+        # In training or with gradients the function calls torch's convolution and batch_norm_act.
+        # It does so in fp64, too.
         modes = [(False, "none")]
         axes["dtype"] = tuple(dtype for dtype in axes["dtype"] if dtype in KERNEL_DTYPES)
     if "process_group" in parameters_of(function):
@@ -213,7 +217,7 @@ def with_others(axes: Axes, others: Axes) -> Iterator[Options]:
         for value, end in itertools.product(values, (0, -1)):
             options = {axis: known[end] for axis, known in axes.items()} | {name: value}
             if "fork" in options:
-                options["fork"] = False  # `pairs` already has fork with each activation.
+                options["fork"] = False  # Only the values in VALUES are combined with fork.
             yield options
 
 
@@ -224,7 +228,7 @@ def _consistent(options: Options) -> Options:
         fixed["residual"] = True
     for of in ("", "residual_"):
         if f"{of}running_mean" in fixed:
-            # Evaluation needs running statistics. Both of them are given, or none.
+            # Evaluation needs running statistics. Mean and variance are given together.
             fixed[f"{of}running_mean"] |= not fixed["training"]
             fixed[f"{of}running_var"] = fixed[f"{of}running_mean"]
     if fixed["input"] in HUGE_INPUTS:

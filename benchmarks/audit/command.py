@@ -1,4 +1,4 @@
-"""Implements ``python -m benchmarks audit``, which compares all audits with the recorded budget."""
+"""Implements ``python -m benchmarks audit``: compares memory and machine code with the budget."""
 
 import json
 import os
@@ -29,7 +29,7 @@ def run(record: bool) -> int:
     """
     try:
         check_versions(triton.__version__, version("numpy"))
-    except ImportError as error:  # The interpreter, which counts memory, can't be imported.
+    except ImportError as error:  # then the interpreter, which counts memory, can't run
         raise ValueError(str(error)) from error
     limits, recorded_triton = (None, "") if record else budget.load()
     with ThreadPoolExecutor(os.cpu_count()) as pool:

@@ -116,7 +116,7 @@ def all_cases() -> list[Case]:
 
 
 def family_cases() -> list[Case]:
-    """Lists one case for each kernel."""
+    """Lists a few of `all_cases` that together launch every kernel."""
     sites = {fused.operation: fused for site in RESNET18_SITES for fused in operations_at(site)}
     names = ("bn_relu_pool", "bn_add_relu_fork", "dual_bn_add_relu")
     steps = [_step_case(sites[name], BATCH, LAST, BF16) for name in names]

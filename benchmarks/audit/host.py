@@ -36,7 +36,7 @@ from bnres.models import resnet18
 from bnres.nn import BatchNormAct2d, BatchNormActMaxPool2d
 
 # Each call is timed in ROUNDS rounds. A round has SPANS spans, and in a span the call is made CALLS
-# times. The clock is read before and after each span.
+# times, or once if it is a training step. The clock is read before and after each span.
 ROUNDS, SPANS, CALLS = 60, 5, 10
 CHANNELS = 64
 RULER = "torch's BN, ReLU"

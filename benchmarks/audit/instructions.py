@@ -186,9 +186,9 @@ class Flow:
 
     @property
     def main_loop(self) -> list[Instruction]:
-        """The innermost loop that executes the most instructions.
+        """The instructions of the innermost loop that executes the most instructions.
 
-        If the loops do not match ``trips``, it is the loop with the longest code.
+        If the loops do not match ``trips``, the loop with the longest code is used.
         """
         if self.depths != [loop.depth for loop in self.trips]:
             main = max(self.loops, key=lambda loop: loop.stop - loop.start)

@@ -93,7 +93,8 @@ def read(gpu: Gpu, case: Case, launch: Launch) -> Row:
     flow = Flow(code.instructions, trips)
     lacks = missing(gpu, launch, flow.main_loop) if is_conv else ""
     in_flight = per_element = share = None
-    # The other kernels only access small tensors, or memory does not limit their speed.
+    # For other kernels these numbers are not needed: the ``finalize`` kernels only access small
+    # tensors, and the speed of convolutions and augmentations is not limited by memory.
     if launch.kernel.startswith("_bn_") and "finalize" not in launch.kernel:
         in_flight = bytes_in_flight(gpu, launch, code.registers, flow.main_loop)
         if gpu is SM90 and case.batch == BATCH:

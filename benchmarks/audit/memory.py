@@ -163,7 +163,8 @@ def main() -> None:
     """Prints the counts as JSON. The training steps are steps of ResNet-18."""
     rows = audit()
     sectors = {(r.operation, r.step): r.sectors for r in rows if r.layout == "channels_last"}
-    # Operations are counted in fp32, because further operations would convert bf16 parameters.
+    # ATen's operations are counted in fp32. In bf16 the net would have bf16 parameters, and
+    # operations that convert them would be counted too.
     found = {
         "memory": [asdict(row) for row in rows],
         "traffic": {

@@ -1,4 +1,4 @@
-"""Compiles every specialisation of the kernels, without a GPU.
+"""Compiles the specialisations of the kernels, without a GPU.
 
 Triton compiles a kernel for each combination of its arguments' dtypes, constants and alignments. A
 *specialisation* is one such combination. The specialisations are found by making the calls in
@@ -39,11 +39,11 @@ from bnres.kernels.replay import Replay
 
 # At most this many characters of an error are reported.
 LINE_LENGTH = 300
-# The most bytes that a thread's stack may have. The stack holds spilled registers. The kernels of a
-# ResNet's training step spill nothing, which the audit's budget checks. Other specialisations may
-# spill some registers, because they have 64-bit offsets. RAGGED_STACK is the limit for tiles whose
-# rows do not start at a multiple of the vector width. They need more registers, because they need
-# an address for each element.
+# The most bytes that a thread's stack may have on NVIDIA's GPUs. The stack holds spilled registers.
+# The kernels of a ResNet's training step spill nothing there, which the audit's budget checks.
+# Specialisations with 64-bit offsets may spill some registers. RAGGED_STACK is the limit for tiles
+# whose rows do not start at a multiple of the vector width. Such tiles need more registers, because
+# they need an address for each element.
 STACK, RAGGED_STACK = 256, 512
 
 
@@ -129,7 +129,7 @@ def missing(found: Sequence[Specialisation]) -> list[str]:
 
     Each kernel should have specialisations with both values of each flag, and with every
     activation, every kind of tile and every dtype. A pointer that is None in one specialisation
-    should be a tensor in another one.
+    should be a tensor in another one. The values in ``UNREACHED`` are exceptions.
     """
     problems = []
     forward = {a.forward for a in ACTIVATIONS.values()}
@@ -254,9 +254,10 @@ def _in_one_line(error: Exception) -> str:
 
 
 def run(processes: int) -> Outcome:
-    """Compiles and launches all specialisations, divided among a number of processes.
+    """Compiles the specialisations in a number of processes. Without a GPU also launches them.
 
-    Triton's cache then contains the compiled kernels.
+    Each process compiles and launches a part of them. Triton's cache then contains the compiled
+    kernels.
 
     Raises:
         RuntimeError: if a process fails.

@@ -24,8 +24,8 @@ class Gpu:
 
     Attributes:
         name: name of the architecture.
-        device: index of the device. Triton caches the target of each index, so every GPU needs
-            another index.
+        device: index of the device. Triton caches the target of each index, so every GPU has its
+            own index.
         target: target for triton's compiler.
         sm_count: number of multiprocessors.
         registers: number of registers of a multiprocessor.
@@ -54,7 +54,8 @@ GPUS = {gpu.name: gpu for gpu in (SM90, SM80, SM100, GFX942)}
 class StandInDriver:
     """Implements the driver's methods that ``triton.runtime.jit`` calls before it compiles."""
 
-    # Triton's own launcher. It accepts addresses; `bnres.kernels.replay` gives others tensors.
+    # This is triton's own launcher. `bnres.kernels.replay` passes addresses to it. To any other
+    # launcher it would pass tensors.
     launcher_cls = nvidia.CudaLauncher
 
     def __init__(self, gpu: Gpu) -> None:

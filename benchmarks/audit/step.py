@@ -89,15 +89,15 @@ def launches(build: Build, shape: tuple[int, ...]) -> int:
 
 
 class AtenCounts(TorchDispatchMode):
-    """Counts what operations do that run while the mode is active.
+    """While the mode is active, counts ATen's operations, and the bytes that operations move.
 
     Attributes:
         operations: number of ATen's operations that read or write memory. An operation makes one or
             more launches.
         moved: bytes that all operations move, except convolutions. An operation of ATen is assumed
             to read its arguments once and to write its results once. Only torch's batch norm is
-            assumed to read its activations twice. The bytes of our operations are ``sectors`` times
-            the bytes of the input.
+            assumed to read its activations twice. The bytes of an operation of bnres are its value
+            in ``sectors`` times the bytes of its input.
     """
 
     def __init__(self, sectors: Sectors) -> None:

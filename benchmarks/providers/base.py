@@ -45,8 +45,8 @@ class Provider:
     Attributes:
         name: name in the results.
         prepare: prepares a case. It returns a function that takes inputs and returns the
-            `Implementation` of the case. Both functions raise `Unavailable` if the provider can't
-            run the case.
+            `Implementation` of the case. Either function may raise `Unavailable`, if the provider
+            can't run the case.
         dtype: dtype that replaces bf16 if the provider does not support bf16, otherwise None.
     """
 

@@ -1,8 +1,8 @@
 """cuDNN's graphs that fuse batch norm, addition and ReLU, called through NVIDIA's frontend.
 
 The graphs follow ``test/python/norm/graph/test_batchnorm_fusion.py`` of NVIDIA/cudnn-frontend. The
-forward stores one bit for each element. The bit is 1 if the output of the ReLU is positive. The
-backward multiplies the gradient by this bit.
+forward of a graph with ReLU stores one bit for each element. The bit is 1 if the output of the ReLU
+is positive. The backward multiplies the gradient by this bit.
 """
 
 from collections.abc import Callable
@@ -112,7 +112,7 @@ class Builder:
         return self._finish(graph, t | {"y": y})
 
     def backward(self) -> Graph:
-        """Builds the backward. The residual's gradient is dy, masked by the ReLU."""
+        """Builds the backward. The residual's gradient is dy times the bits that forward stored."""
         types, graph = self.cudnn.data_type, self._new()
         t = {
             name: graph.tensor(name=name, data_type=self.io, **self.activation)

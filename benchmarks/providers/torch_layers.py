@@ -30,7 +30,7 @@ def _eager(case: OpCase) -> Bind:
 
 def _eager_fp16_cudnn(case: OpCase) -> Bind:
     if case.dtype != "bf16":
-        raise Unavailable("runs in fp16, and only for the cases of bf16")
+        raise Unavailable("only runs the cases of bf16, in fp16 instead")
     if not torch.cuda.is_available():
         raise Unavailable("needs a GPU")
     bind = _eager(case)
@@ -52,7 +52,7 @@ def _compiled(case: OpCase, mode: str | None) -> Bind:
     def function(inputs: Inputs) -> tuple[Tensor, ...]:
         outputs = plain(inputs)
         if len(outputs) == 2:
-            # The two outputs are different tensors. If they were the same tensor, autograd would
+            # The clone makes the outputs two tensors. If they were the same tensor, autograd would
             # add their gradients outside the compiled graph.
             return outputs[0], outputs[1].clone()
         return outputs

@@ -18,6 +18,7 @@ SPREADS = 3
 
 # The verdicts, in the order of the table. These need an explanation:
 # - lost: the old run measured the case. In the new run it failed, was refused or was skipped.
+# - slower, faster: for a case that measures memory, its peak bytes have grown or shrunk.
 # - other method: the runs timed the case by different methods, so the times are not compared.
 # - absent: the old run measured the case. The new run, which may be shorter, has no result.
 # - new: only the new run measured the case.
@@ -31,7 +32,8 @@ class Change:
     Attributes:
         id: id of the case.
         verdict: one of `VERDICTS`.
-        ratio: new time divided by the old time. It is 0 if the times are not compared.
+        ratio: new time divided by the old time, or new peak bytes divided by the old ones. It is 0
+            if they are not compared.
         noise: greatest difference of the ratio from 1 that counts as noise.
     """
 
@@ -50,7 +52,7 @@ class Comparison:
 
     @property
     def regressions(self) -> list[Change]:
-        """The cases that became slower by more than noise, or that can no longer be measured."""
+        """The cases whose verdict is ``slower`` or ``lost``."""
         return [c for c in self.changes if c.verdict in ("slower", "lost")]
 
     def table(self) -> str:
@@ -64,7 +66,7 @@ class Comparison:
 
 
 def compare(old: Run, new: Run) -> Comparison:
-    """Compares the median times of two runs, and the peak bytes of cases that measure memory.
+    """Compares each case of two runs: its peak bytes if it measures memory, else its median time.
 
     A case that neither run measured is left out.
     """

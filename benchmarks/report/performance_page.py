@@ -85,7 +85,7 @@ def latest(results: Path) -> list[Path]:
 
 
 def measured(folder: Path, about: Record, records: Sequence[Record]) -> str:
-    """Formats the results of a run: the nets, then the operations in the most frequent setting."""
+    """Formats a run's results. Operations are only shown in the most frequent setting."""
     parts = [tables.environment_line(about)]
     sections = tables.nets(records) + tables.memory(records) + tables.augmentation(records)
     operations = subjects(records, "ops")

@@ -87,7 +87,7 @@ def _is_conv(subject: Subject) -> bool:
 
 
 def _panels(found: Sequence[Subject]) -> list[Panel]:
-    """Returns a panel for each direction of the first net's operations, and for convolutions."""
+    """Returns, for the first net, a panel for each direction and a panel for its convolutions."""
     nets = [_net_of(s) for s in found]
     shown = [s for s in found if _net_of(s) == nets[0]]
     panels = [
