@@ -19,8 +19,8 @@ if not torch.cuda.is_available():
 # pytest-xdist starts a worker for each core.
 torch.set_num_threads(1)
 
-# A GPU may round the operands of fp32 convolutions to TF32, and may add in any order. These older
-# switches of torch also set the newer ones, ``fp32_precision``. The newer ones don't set the older.
+# A GPU may round operands of fp32 convolutions and products to TF32, and may add in any order.
+# Setting ``allow_tf32`` also sets torch's newer switch ``fp32_precision``, but not the reverse.
 torch.backends.cudnn.allow_tf32 = False
 torch.backends.cuda.matmul.allow_tf32 = False
 torch.backends.cudnn.deterministic = True
@@ -35,8 +35,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
-    # triton reads TRITON_INTERPRET when it is imported. Until here a plugin may still change the
-    # variable, to select compiled kernels.
+    # triton reads TRITON_INTERPRET when it is imported. It is imported only here, so that a pytest
+    # plugin can unset the variable before, to select compiled kernels.
     from bnres.kernels.interpreter import is_interpreting
 
     try:
@@ -57,7 +57,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 @pytest.fixture(autouse=True)
 def not_deterministic() -> Iterator[None]:
-    """Resets torch's deterministic mode, which a training run sets for the whole process."""
+    """Turns torch's deterministic mode off after a test, because a training run may turn it on."""
     yield
     torch.use_deterministic_algorithms(False)
 
@@ -82,7 +82,7 @@ def route(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> "ImageDataset":
-    """Returns a tiny data set. The commands load it instead of the one that they are asked for."""
+    """Returns a tiny data set. Commands load it, whichever data set their arguments name."""
     from bnres.data.dataset import make_dataset
 
     torch.manual_seed(0)

@@ -1,6 +1,7 @@
 """Makes a folder small or read-only, by a mount if the user may mount.
 
-Without a mount, the size of each file is limited, or the folder's permissions are changed.
+If the user may not mount, `small_disk` limits the size of each file, and `read_only` changes the
+folder's permissions.
 """
 
 import resource
@@ -12,9 +13,10 @@ from pathlib import Path
 
 @contextmanager
 def small_disk(folder: Path, size: int) -> Iterator[None]:
-    """Inside the context, the files in ``folder`` may have ``size`` bytes.
+    """Inside the context, the files in the new folder ``folder`` can have at most ``size`` bytes.
 
-    With a mount this limits all files together, otherwise each file.
+    With a mount, this limits all files together. Without a mount, it limits each file that the
+    process writes, in any folder.
     """
     folder.mkdir()
     if _mount("-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)):

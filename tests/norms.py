@@ -43,8 +43,8 @@ class Cases(list):
 
 
 def stock_norms(forward, norm=nn.BatchNorm2d):
-    """Returns `Norms` in fp64 with random parameters and statistics, and drops all graphs."""
-    # Otherwise torch would make sizes dynamic that differ from the sizes in an earlier test.
+    """Returns `Norms` in fp64 with random parameters and statistics, and drops Dynamo's graphs."""
+    # With the graphs of an earlier test, Dynamo would make sizes that have changed dynamic.
     torch._dynamo.reset()
     torch.manual_seed(0)
     model = Norms(forward, norm).to(DEVICE).double()
@@ -66,8 +66,8 @@ def check(forward, patterns, reason="", norm=nn.BatchNorm2d, tolerance=1e-7, gra
 
     Args:
         forward: the forward of `Norms`.
-        patterns: the expected pattern of each call of a batch norm.
-        reason: a part of the reason for at least one of these patterns.
+        patterns: the expected `Site.pattern` of each call of a batch norm.
+        reason: a text that `Site.reason` of at least one of these calls must contain.
         norm: the class of the batch norms.
         tolerance: the allowed relative and absolute error.
         grad: whether gradients are computed.

@@ -139,7 +139,7 @@ class Writer:
         return name
 
     def write(self, templates: list[str], x: str = "", norm: str = "") -> None:
-        """Writes a statement; its template contains {new} if it makes a variable."""
+        """Writes a random template as a statement. A template with {new} makes a variable."""
         template, new = self.rng.choice(templates), self.new()
         self.emit(template.format(x=x or self.pick(), norm=norm, new=new))
         if "{new}" in template:
@@ -157,7 +157,7 @@ class Writer:
         return self.rng.choice(self.convs[-2:])
 
     def norm(self) -> str:
-        """Returns the name of a batch norm, which may be used already."""
+        """Returns the name of a new batch norm, or of one that is already used."""
         rng = self.rng
         if self.norms and rng.random() < 0.12:
             return rng.choice(self.norms)[0]
@@ -184,7 +184,7 @@ class Writer:
             self.rng.choices(*zip(*choices, strict=True))[0]()
 
     def chain(self) -> None:
-        """Writes a batch norm and operations to fuse with it, sometimes with others between."""
+        """Writes a batch norm and operations to fuse with it, at times with statements between."""
         rng, x = self.rng, self.pick()
         if rng.random() < 0.5:
             x = self.assign(f"{self.conv()}({x})")

@@ -60,7 +60,8 @@ class Ranks:
         """Returns the results of ``function(*args)`` on each rank.
 
         Raises:
-            AssertionError: if ``function`` raises an error on a rank. It contains the traceback.
+            AssertionError: if a rank hangs, or if ``function`` raises on a rank. The message has
+                the traceback of ``function``.
         """
         for pipe in self.pipes:
             pipe.send((function, args))

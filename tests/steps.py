@@ -10,7 +10,7 @@ from tests.tolerances import assert_close
 def outcome(model: nn.Module, x: Tensor) -> list[Tensor]:
     """Returns the outputs and gradients of a call, and the buffers after it.
 
-    Parameters and buffers are in the order of their names.
+    The gradients of parameters, and the buffers, are in the order of their names.
     """
     x = x.clone().requires_grad_()
     outputs = tree_leaves(model(x))

@@ -40,7 +40,7 @@ def images(n, channels, height, width, dtype=torch.float32, seed=0):
 
 
 def by_torchvision(x, draws):
-    """Applies the chain with torchvision in fp32, one image and one step at a time."""
+    """Applies the drawn transforms with torchvision in fp32, one image and one step at a time."""
     found = []
     for index, image in enumerate(x.float() / 255 if x.dtype == torch.uint8 else x.float()):
         for draw in draws:
@@ -131,7 +131,7 @@ class TestValues:
     def test_single_colours(self, route, amounts):
         x = images(6, 3, 8, 8)
         x[0] = 0.25  # gray has no hue
-        x[1, 1] = x[1, 0]  # in some pixels, two channels are the greatest
+        x[1, 1] = x[1, 0]  # in some pixels, the two largest channels are equal
         self.check(route, [augment.ColorJitter(*amounts)], x, COLOR)
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -270,7 +270,7 @@ class TestNotFinite:
 
     @pytest.mark.parametrize("side", [64, 65])
     def test_both_ways_to_resize(self, route, side):
-        """With ATen, images up to 64×64 are resized by matrix products, and others one by one."""
+        """With ATen, finite images up to 64×64 are resized by a product, and others one by one."""
         x = self.images(NAN, size=(side, side))
         draws = [bt.Crop(torch.tensor([[0, 2, side, 30]]).expand(len(x), 4), (6, 5), True)]
         y = self.check(route, draws, x, GEOMETRY)

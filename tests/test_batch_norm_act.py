@@ -108,8 +108,8 @@ NOT_FINITE = {
     "gelu": ([INF, NAN, NAN], [NAN, NAN, NAN]),
     "gelu_tanh": ([INF, NAN, NAN], [NAN, NAN, NAN]),
 }
-# In torch the derivative of these at NaN depends on whether the element is computed by vector
-# instructions.
+# In torch, the derivative of these activations at NaN depends on whether the element is computed by
+# vector instructions.
 VARYING_AT_NAN = ("relu6", "hardswish")
 
 

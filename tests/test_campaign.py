@@ -17,7 +17,7 @@ from tests.test_benchmarks import ABOUT, CASE, CEILINGS, CPU, SITE
 
 
 def of(*deeds):
-    """Returns a case for each of these keys of `tests.standins.DEEDS`, at different sites."""
+    """Returns a case for each argument, a key of `tests.standins.DEEDS`. Each has its own site."""
     return [
         replace(CASE, site=replace(SITE, name=f"{place}"), batch=deed, smoke=False)
         for place, deed in enumerate(deeds)
@@ -115,7 +115,8 @@ class TestCampaign:
         large = [replace(first, provider=name) for name in ("eager", "bnres", "compile")]
         small = [second, replace(second, provider="bnres-recompute")]
         with Child() as child:
-            child.call("time:monotonic", limit=60)  # so that no case's time includes the start
+            # Starts the child, so that no case's time includes its start.
+            child.call("time:monotonic", limit=60)
             assert self.run(tmp_path, [*large, *small], child, seconds=18) == 2
             assert [r["id"] for r in load(tmp_path)[1]] == [case.id for case in small]
             assert self.run(tmp_path, [*large, third], child, seconds=30) == 4
@@ -127,8 +128,9 @@ class TestCampaign:
         costs, found = cost.Costs([]), []
         for case in costs.fitting([group, [second]], lambda: 25.0 - 10 * len(found)):
             found.append(case.provider)
-        # The group starts, because its estimate with the margin is 21 s. After 20 s there is time
-        # for a case of 1 s, but not for compile, which takes 6 s.
+        # There are 25 s, and each case takes 10 s. The group starts, because its estimate with the
+        # margin is 21 s. After two cases, 5 s are left: too little for compile, whose estimate is
+        # 6 s, but enough for bnres-recompute, whose estimate is 1 s.
         assert found == ["eager", "bnres", "bnres-recompute"]
 
     def test_the_margin_is_only_for_unknown_kinds(self):
@@ -181,7 +183,7 @@ class TestCampaign:
 
         timed = host.Timed("", "forward", nn.Identity(), now_and_then)
         assert busy.spread(timed, seconds=0.05) > 3
-        assert busy.spread(seconds=0.05) >= 1  # of torch's batch norm, the default
+        assert busy.spread(seconds=0.05) >= 1  # by default, calls torch's batch norm
 
     def test_ceilings_are_measured_in_a_child(self, tmp_path):
         with Child() as child:

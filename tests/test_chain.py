@@ -1,4 +1,4 @@
-"""Blocks that pass two tensors to the next block give the same gradients, also to hooks."""
+"""Tests blocks that pass two tensors to the next block, against blocks that pass one tensor."""
 
 import copy
 from collections import Counter
@@ -43,7 +43,7 @@ def in_sequence(model):
 
 
 def forks(y):
-    """Returns how many operations in the graph of ``y`` have two outputs that are both used."""
+    """Returns how many fused operations in the graph of ``y`` have two outputs that are used."""
     found, seen, nodes = Counter(), set(), [y.grad_fn]
     while nodes:
         node = nodes.pop()
@@ -83,7 +83,8 @@ def test_compiled_gradients_equal_eager_gradients():
     [
         (True, (), 0),
         (False, (), 0),
-        # A hooked block gets and returns one tensor.
+        # A block with a hook gets one tensor and returns one. So autograd makes one addition for
+        # the block's input, and one for its output.
         pytest.param(True, ["layer2.0"], 2, marks=pytest.mark.slow),
         (True, ["layer2.0", "layer4"], 3),
     ],

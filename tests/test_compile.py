@@ -20,7 +20,7 @@ from tests.steps import outcome
 
 
 class Net(nn.Module):
-    """Calls with a cumulative average, an activation, a residual, two batch norms, and pooling."""
+    """A net with a cumulative average, residuals, a residual norm, a forked output, and pooling."""
 
     def __init__(self):
         super().__init__()
@@ -83,7 +83,7 @@ def test_dynamic_sizes_in_training():
         found = outcome(compiled, x), outcome(eager, x)
         for ours, theirs in zip(*found, strict=True):
             assert torch.equal(ours, theirs)
-    assert len(graphs) == 2  # a forward and a backward for all sizes
+    assert len(graphs) == 2  # one forward and one backward for all sizes
 
 
 @pytest.mark.slow
@@ -135,7 +135,8 @@ def capture_on_fake_gpu():
         def on_gpu(t):
             return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cuda")
 
-        # A CPU build of torch has no gradients for CUDA tensors, even if they are fake.
+        # The parameters need no gradients, because a CPU build of torch can't compute gradients of
+        # CUDA tensors, even of fake ones.
         parameters = {name: on_gpu(p) for name, p in net.named_parameters()}
         for module in net.modules():
             for name, buffer in list(module._buffers.items()):

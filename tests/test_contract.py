@@ -1,4 +1,4 @@
-"""Tests that modules behave like torch.nn.BatchNorm*, also where other replacements had bugs."""
+"""Tests that modules behave like torch.nn.BatchNorm*, also where other libraries had bugs."""
 
 from contextlib import nullcontext
 

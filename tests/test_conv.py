@@ -22,7 +22,8 @@ from tests.device import DEVICE
 from tests.tolerances import assert_close
 
 LAST = torch.channels_last
-# N, C, H, W, K and the window. Each dimension has a case in which it does not fill whole blocks.
+# N, C, H, W, the number of output channels, and the window. Each dimension has a case in which the
+# kernel's blocks are not full.
 CASES = [
     (2, 16, 9, 8, 24, ConvShape(3, 3, 1, 1, 1, 1, 1, 1)),
     (3, 17, 11, 10, 37, ConvShape(3, 2, 2, 1, 1, 0, 1, 2)),
@@ -129,7 +130,7 @@ def layer(**options):
 @pytest.mark.parametrize("momentum", [0.1, None])
 @pytest.mark.parametrize("padding_mode", ["zeros", "reflect"])
 def test_bias_before_a_batch_norm(momentum, padding_mode):
-    """In training the norm cancels the bias: its gradient is 0, but it changes the running mean."""
+    """In training the bias changes only the running mean, because the batch norm subtracts it."""
     ours, conv, bn = layer(bias=True, momentum=momentum, padding_mode=padding_mode)
     x = torch.randn(3, 8, 4, 4, dtype=torch.float64, device=DEVICE)
     residual = torch.randn(3, 16, 4, 4, dtype=torch.float64, device=DEVICE)
@@ -287,7 +288,7 @@ def test_errors(route, monkeypatch):
 @pytest.mark.skipif(DEVICE == "cuda", reason="counts what the interpreter touches")
 @pytest.mark.parametrize("has_residual", [False, True], ids=["plain", "residual"])
 def test_memory_touched(has_residual):
-    """The activation sectors that the kernel touches are those of x, the residual and y."""
+    """The kernel touches as many bytes as x, the residual and y have, not counting the filter."""
     from benchmarks.audit.memory import count_traffic
 
     x, filter = random(2, 16, 8, 8, dtype=torch.float16), random(16, 16, 3, 3, dtype=torch.float16)

@@ -91,7 +91,10 @@ PICTURES = Path(__file__).parent / "fixtures" / "cifar10"
 
 
 def cifar_content():
-    """Returns images and labels, by the names of the published files. The first images are real."""
+    """Returns a dict from the name of each published file to its images and labels.
+
+    The first images of each file are real, and the others are random.
+    """
     generator = np.random.default_rng(0)
     names = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
     images = generator.integers(256, size=(len(names) * PER_FILE, 3072), dtype=np.uint8)
@@ -504,7 +507,7 @@ UNIT = GRAY.astype(np.float32) / 255
 
 
 class TestGrayOfMoreBits:
-    """Covers each of pillow's gray modes of more than 8 bits."""
+    """Covers each of pillow's gray modes that have more than 8 bits per pixel."""
 
     @pytest.mark.parametrize(
         ("mode", "content"),

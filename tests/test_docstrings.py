@@ -1,4 +1,4 @@
-"""Names in single back-ticks in docstrings exist."""
+"""Tests that names in single back-ticks in docstrings exist."""
 
 import ast
 import builtins
@@ -21,18 +21,18 @@ MODULES = [
     found.name
     for package in (bnres, benchmarks)
     for found in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
-    if not re.search(r"\.(__main__|bench_\w+|conftest)$", found.name)  # files of pytest's
+    if not re.search(r"\.(__main__|bench_\w+|conftest)$", found.name)  # a script, files of pytest
 ]
 
 
 @cache
 def symbols() -> set[str]:
-    """Every name that a module of bnres or of the benchmarks has."""
+    """Returns every name that a module of bnres or of the benchmarks has."""
     return {name for module in MODULES for name in vars(importlib.import_module(module))}
 
 
 def imported(path: str) -> bool:
-    """Whether a dotted path leads to an object."""
+    """Returns whether a dotted path leads to a module or to an attribute of one."""
     parts = path.split(".")
     for i in range(len(parts), 0, -1):
         try:
@@ -59,7 +59,7 @@ def exists(name: str, module: ModuleType, classes: list[str]) -> bool:
 
 
 def docstrings(path: Path):
-    """Each docstring of a file, with the classes around it."""
+    """Yields each docstring of a file, with the names of the classes around it."""
 
     def visit(node, classes):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):

@@ -1,4 +1,4 @@
-"""Tests of ``bnres doctor``: every finding, and the savings, which the benchmarks know too."""
+"""Tests of ``bnres doctor``: its findings, and its savings, which equal the benchmarks' counts."""
 
 import json
 import os
@@ -198,7 +198,7 @@ def test_cache_folder_in_a_folder_without_permissions(monkeypatch, tmp_path, var
 
 
 def test_a_user_without_a_home(monkeypatch):
-    """As in some containers, HOME is not set, and the user id is not in /etc/passwd."""
+    """HOME is not set, and the user id is not in /etc/passwd, as in some containers."""
     monkeypatch.delenv("HOME")
     monkeypatch.delenv("TRITON_HOME", raising=False)
     monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
@@ -207,7 +207,7 @@ def test_a_user_without_a_home(monkeypatch):
 
 
 def test_an_inductor_cache_that_can_not_be_created(tmp_path):
-    """Runs in a new process, because the import of Dynamo creates the folder."""
+    """Runs in a new process, because importing Dynamo creates the cache folder."""
     folder = tmp_path / "file"
     folder.write_text("")
     result = subprocess.run(
@@ -241,7 +241,7 @@ def test_namespace_package(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     assert (
         checks.check_namespace() is None
-    )  # a package precedes a folder, even if later on the path
+    )  # a package precedes a folder without __init__.py, even if it is later in sys.path
     finder_only = [p for p in sys.path if not Path(p, "bnres").is_dir()]
     monkeypatch.setattr(sys, "path", finder_only)
     assert checks.check_namespace() == Finding(

@@ -1,4 +1,4 @@
-"""README and docs/: every sample runs, and every link to a file of the repository leads to one."""
+"""Tests README and docs/: every sample runs, and every link except https:// leads to a file."""
 
 import ast
 import importlib.util
@@ -21,13 +21,13 @@ SAMPLES = {
         re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S)
     )
 }
-# What the samples of docs/recipes.md import beyond the extra "test".
+# Packages that samples of docs/recipes.md import, and that the extra "test" does not install.
 SEVERAL_LIBRARIES = ("ultralytics", "segmentation_models_pytorch", "lightning", "transformers")
 pytestmark = pytest.mark.usefixtures("aten")
 
 
 def imported(sample: str) -> set[str]:
-    """The packages that a sample imports."""
+    """Returns the names of the packages that a sample imports."""
     nodes = list(ast.walk(ast.parse(sample)))
     names = {alias.name for n in nodes if isinstance(n, ast.Import) for alias in n.names}
     names |= {n.module for n in nodes if isinstance(n, ast.ImportFrom)}
@@ -41,7 +41,7 @@ def test_samples_run(name, tmp_path, monkeypatch):
             pytest.skip(f"{package} is not installed; it comes with bnres[recipes]")
         if package == "ultralytics" and not torchvision.extension._has_ops():
             pytest.skip("ultralytics needs torchvision's compiled operators")
-    # transformers would import the folder kernels/ as the package of that name.
+    # transformers imports the package "kernels" if it is installed, and would find our folder.
     monkeypatch.setitem(sys.modules, "kernels", None)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(os, "environ", os.environ.copy())

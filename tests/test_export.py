@@ -43,7 +43,7 @@ MODELS = {
 
 
 def model_of(name, training=False):
-    """A model in fp64 with random statistics and parameters, and an input."""
+    """Returns a model in fp64 with random statistics and parameters, and an input."""
     torch.manual_seed(0)
     make, shape = MODELS[name]
     model = make().to(DEVICE, torch.float64)

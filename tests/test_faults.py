@@ -119,7 +119,7 @@ def test_resuming_on_a_full_disk_keeps_the_checkpoint(checkpoint, tmp_path):
         stderr = run("train", "--resume", kept, code=1)
         assert "the last good checkpoint is kept" in stderr
         assert kept.read_bytes() == checkpoint.read_bytes()
-        # This checkpoint is not in the folder of the run.
+        # Here the checkpoint is not in the folder to which the run writes.
         stderr = run("train", "--resume", checkpoint, "--out", disk / "run", code=1)
         assert stderr.endswith(f"continue with: bnres train --resume {checkpoint}\n")
 
@@ -202,7 +202,7 @@ def test_missing_and_damaged_checkpoints(command, checkpoint, tmp_path):
     missing = tmp_path / "missing.pt"
     assert run(*command, missing, code=2).endswith(f"there is no file {str(missing)!r}\n")
     data = bytearray(checkpoint.read_bytes())
-    data[len(data) // 2] ^= 1  # in the weights, whose checksum torch.load does not verify
+    data[len(data) // 2] ^= 1  # a byte of the weights, whose checksum torch.load ignores
     checkpoint.write_bytes(data)
     wanted = f"bnres: {checkpoint} is damaged, or not a checkpoint of bnres\n"
     assert run(*command, checkpoint, code=2) == wanted

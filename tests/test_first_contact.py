@@ -1,4 +1,4 @@
-"""Tests of first-contact: later stages run after a failure, and further calls continue."""
+"""Tests of ``python -m benchmarks first-contact``, which runs stages in one or several calls."""
 
 import json
 import time

@@ -1,4 +1,4 @@
-"""fold: outputs are unchanged when batch norms are folded into the convolutions before them."""
+"""Tests that `bnres.fold` keeps outputs when it folds batch norms into convolutions."""
 
 import copy
 import gc
@@ -19,7 +19,8 @@ from tests.device import DEVICE
 from tests.tolerances import assert_close
 
 ATEN = "triton" if DEVICE == "cuda" else "aten"
-# The number of batch norms that are kept. They follow no convolution, or run only in training.
+# For each model, the number of batch norms that are not folded, because they don't follow a
+# convolution or run only in training.
 KEPT = {"resnet18": 0, "densenet121": 62, "mobilenet_v2": 0, "googlenet": 2, "regnet_y_400mf": 0}
 
 

@@ -104,7 +104,10 @@ def convolved(shape, dtype, layout, mode, act, affine, residual, conv_bias):
 
 
 def cases():
-    """Yields each case's name, function and options. Each mode occurs with each option's values."""
+    """Yields each case's name, function and options.
+
+    Each mode occurs with each value of each option, except that inference has no fork.
+    """
     for shape, layout, mode in itertools.product(SHAPES, LAYOUTS, MODES):
         name = f"{shape}-{layout}-{mode}"
         common = {"shape": SHAPES[shape], "layout": layout, "mode": mode}

@@ -1,4 +1,4 @@
-"""fuse and explain: which patterns are fused, and that results equal the stock model's."""
+"""Tests `bnres.fuse` and `bnres.explain`: the patterns they find, and that results are equal."""
 
 import copy
 import pickle
@@ -57,7 +57,7 @@ def counter_read(m, x):
     return F.relu(y) * z
 
 
-# The forward, the number of spatial dimensions, and the patterns of ``bn`` and ``bn2``.
+# The forward, the number of spatial dimensions, and the pattern of each batch norm that it calls.
 PATTERNS = {
     "conv-bn-act": (lambda m, x: m.act(m.bn(m.conv(x))), 2, ["conv-bn-act"]),
     "grouped": (lambda m, x: m.bn(m.conv2(x)).relu(), 2, ["conv-bn-act"]),
@@ -171,7 +171,8 @@ def test_two_readers_get_separate_tensors(monkeypatch):
         assert_same_steps(fused, stock, x)
         given.clear()
         fused.float()(x.float()).sum().backward()  # the kernels pool fp32 but not fp64
-    # Backward runs the last block's bn2 and bn1, the first block's bn2 and bn1, the stem.
+    # Backward runs in this order: the last block's bn2 and bn1, the first block's bn2 and bn1, and
+    # the stem. Two layers read the outputs of the first block's bn2 and of the stem.
     assert given == [False, False, True, False, True]
 
 

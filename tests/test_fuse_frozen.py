@@ -1,4 +1,4 @@
-"""Frozen batch norms, which call F.batch_norm or are written as plain arithmetic."""
+"""Tests fusing frozen batch norms that call F.batch_norm or are written as plain arithmetic."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Fused models compute what the stock models compute, also in training code."""
+"""Tests that fused models compute what the stock models compute, also in training code."""
 
 import copy
 import gc
@@ -25,7 +25,7 @@ from tests.tolerances import TOLERANCE
 ROOT = Path(__file__).parent.parent
 tv = torchvision.models
 BasicBlock, Bottleneck = tv.resnet.BasicBlock, tv.resnet.Bottleneck
-# Rounding grows from layer to layer, most of all in the gradients of small batches.
+# Rounding errors grow from layer to layer, most of all in the gradients of small batches.
 DEEP = 1e-9
 
 
@@ -54,7 +54,7 @@ def of_timm(name, **options):
     return timm.create_model(name, **options)
 
 
-# The model and its number of batch norms.
+# For each name, a function that builds the model, and the model's number of batch norms.
 SMALL = {
     "resnet": (partial(tv.ResNet, BasicBlock, [1, 1, 1, 1]), 12),
     "bottleneck": (partial(tv.ResNet, Bottleneck, [1, 1, 1, 1], groups=2, width_per_group=8), 17),
@@ -69,7 +69,7 @@ SMALL = {
     "timm-efficientnet": (partial(of_timm, "test_efficientnet"), 13),
     "timm-byobnet": (partial(of_timm, "test_byobnet"), 14),
 }
-# The others take at least ten seconds each.
+# Models that are not marked slow. Each of the other models takes at least ten seconds.
 QUICK = ("mobilenet_v2", "densenet", "lenet-seed", "timm-resnet", "timm-efficientnet")
 # Name, image size, number of batch norms.
 WHOLE = [
@@ -108,7 +108,7 @@ def logits(out):
 
 
 def step(model, x, rate=0.01):
-    """One step of SGD, from the same random numbers for all models."""
+    """Makes a step of SGD with the same random numbers for all models; returns the logits."""
     torch.manual_seed(3)
     optimizer = torch.optim.SGD(model.parameters(), lr=rate)
     optimizer.zero_grad()
@@ -145,7 +145,7 @@ def assert_architecture(stock, x, norms):
 
 @pytest.fixture(autouse=True)
 def few_graphs():
-    """Drops the graphs of other tests. On the CPU uses ATen, because the interpreter is slow."""
+    """Drops the graphs of other tests. On the CPU selects ATen, because the interpreter is slow."""
     torch._dynamo.reset()
     with use_backend("triton" if DEVICE == "cuda" else "aten"):
         yield
@@ -177,7 +177,10 @@ def test_whole_architectures(name, size, norms):
 
 
 def small():
-    """A stem with a max-pool, a block that adds two batch norms, and one that adds its input."""
+    """Returns a model: a stem with a max-pool, and two blocks.
+
+    The first block adds two batch norms, and the second block adds its input.
+    """
     torch.manual_seed(0)
     shortcut = nn.Sequential(nn.Conv2d(4, 6, 1, stride=2, bias=False), nn.BatchNorm2d(6))
     model = nn.Sequential(
@@ -222,7 +225,7 @@ def test_interpreted_kernels():
 
 
 class Additions(nn.Module):
-    """A model that adds in place to tensors. Only some of them are read afterwards."""
+    """A model that adds batch norms in place to tensors, some of which have views or aliases."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Which operations are fused with a batch norm. A small model tests each condition."""
+"""Tests which operations are fused with a batch norm, by a small model for each condition."""
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ def two_norms_without_weights(self, x, training=True):
 @cases.add("bn-add-act", "bn")
 @cases.add("bn+bn-add-act", "bn+bn-add-act", grad=False)
 def two_fixed_norms(self, x):
-    """One operation for both would keep their inputs for backward."""
+    """With gradients one operation is not used for both, as it would save both inputs."""
     return two_norms_without_weights(self, x, training=False)
 
 
@@ -96,7 +96,7 @@ def other_bounds(self, x):
 
 @cases.add("bn", "bn-add")
 def clamped_at_its_bounds(self, x):
-    """At the bounds the derivative of clamp is 1, and the derivative of relu6 is 0."""
+    """clamp is not relu6: at the bounds the derivative of clamp is 1, and that of relu6 is 0."""
     with torch.no_grad():
         self.bn.weight.zero_()
         self.bn.bias.fill_(6)
@@ -244,7 +244,7 @@ def test_case(case):
 
 
 def test_checkpoints_in_a_checkpoint():
-    """In backward their batch norms run again, and increment their counters again."""
+    """In backward the checkpoints' batch norms run again, and increment their counters again."""
 
     def forward(self, x):
         def inner(x):

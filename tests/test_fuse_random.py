@@ -83,7 +83,7 @@ def step(model: nn.Module, x: torch.Tensor, seed: int, leaf: bool, grad: bool) -
     with torch.set_grad_enabled(grad):
         try:
             outputs = model(given)
-            # `is_leaf` raises if the tensor is a view whose base must not be written, but was.
+            # `is_leaf` raises if the tensor is a view, and a write to its base made it invalid.
             found["kinds"] = [(t.dtype, t.requires_grad, t.is_leaf, t.stride()) for t in outputs]
         except Exception as error:
             return {"forward error": error}
@@ -112,7 +112,7 @@ def step(model: nn.Module, x: torch.Tensor, seed: int, leaf: bool, grad: bool) -
 
 
 def difference(found: dict, expected: dict, tolerance: float) -> str:
-    """Describes the first difference from the stock module. Without one the result is empty."""
+    """Returns a description of the first difference from the stock module, or "" if all agree."""
     if "forward error" in expected or "forward error" in found:
         errors = [each.get("forward error") for each in (found, expected)]
         if type(errors[0]).__name__ == "InternalTorchDynamoError":
@@ -215,10 +215,10 @@ def run(seed: int, fuse: Callable[[nn.Module], nn.Module] = bnres.fuse) -> Count
 
 
 def overwritten(found: dict, expected: dict) -> bool:
-    """Whether only the backward of the fused module raises, because of a write to a saved tensor.
+    """Returns whether only the fused module's backward raises because a saved tensor was written.
 
-    Our backward may read the bias of a batch norm. If another graph writes to the bias, the pass
-    can't see this write.
+    Our backward may read the bias of a batch norm. If the write to the bias is in another graph,
+    `fuse` can't see it.
     """
     error = str(found.get("backward error", ""))
     return "backward error" not in expected and "modified by an inplace operation" in error

@@ -118,7 +118,7 @@ def residual_is_the_statistics_of_torchs_own_norm(self, x):
 
 @cases.add("bn")
 def residual_is_the_statistics_of_an_operator(self, x):
-    """The operator writes to the statistics, but its schema does not declare it."""
+    """The operator writes to the statistics, but its schema does not declare these writes."""
     bn = self.bn2
     y = self.bn(x) + bn.running_mean.view(1, 4, 1, 1).expand_as(x)
     z, *_ = torch.ops.aten.native_batch_norm.default(
@@ -187,7 +187,7 @@ def convolution_reads_a_residual_norms_statistics(self, x):
 
 @cases.add("bn+bn-add-act", "bn+bn-add-act", grad=False)
 def second_norms_input_is_written_afterwards(self, x):
-    """Torch's own batch norm keeps its input for backward too."""
+    """With gradients both models raise, because torch's batch norm also saves its input."""
     z = x * 1
     y = F.relu(self.bn(x) + self.bn2(z))
     z.mul_(2)
@@ -292,7 +292,7 @@ def test_an_argument_of_a_checkpoint_that_is_written_afterwards():
 
 
 def test_a_bias_that_is_written_afterwards():
-    """Our backward reads the bias; torch's does not."""
+    """Our backward reads the bias of the batch norm, and torch's backward does not."""
 
     def forward(self, x):
         y = F.relu(F.relu(self.bn(x)) + self.bn2(x))
@@ -341,7 +341,7 @@ def two_views_are_returned(self, x):
 
 @pytest.mark.parametrize("forward", [returned_with_a_view, two_views_are_returned])
 def test_a_returned_output_that_the_user_writes(forward):
-    """The gradient of its view includes the user's in-place write."""
+    """If the user writes to the output, the gradient of the output's view includes the write."""
     stock, x = stock_norms(forward), images()
     for route in ROUTES:
         grads = []

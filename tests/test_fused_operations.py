@@ -112,7 +112,7 @@ def test_each_norm_of_two_has_its_own_eps(training):
     main, other = (fused_twin(bn, eps=bn.eps) for bn in stock)
     expected = F.relu(stock[0](x) + stock[1](r))
     assert_close(main(x, r, residual_norm=other), expected, torch.float64)
-    with torch.no_grad():  # evaluation uses the running variances
+    with torch.no_grad():  # in evaluation, the kernels then read running_var and eps
         main, other = (fused_twin(bn, eps=bn.eps) for bn in stock)
         assert_close(main(x, r, residual_norm=other), expected, torch.float64)
 
@@ -158,7 +158,10 @@ def test_pooled(pooling, layout):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_pooled_values_are_compared_as_rounded(dtype, layout):
-    """The results are bit-equal to those of separate layers, also for ties and for NaN."""
+    """The outputs are bit-equal to those of separate layers, also for ties and for NaN.
+
+    The gradients are 0 at the same elements.
+    """
     x = draw((2, 16, 9, 16), dtype, layout).detach()
     x[0, 3, 4, 4] = float("nan")
     x[1, 5] = 1.5

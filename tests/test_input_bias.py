@@ -101,7 +101,7 @@ def assert_same_buffers(ours, stock):
     ("make", "momentum"), [*((make, 0.1) for make in NETS), (OneNorm, None)], ids=str
 )
 def test_checkpointed_statistics(make, momentum, route):
-    """Recomputation stops at the last saved tensor. It must have updated all statistics by then."""
+    """Recomputation stops at the last saved tensor, and must update all statistics before that."""
     ours, stock = pair(make, momentum=momentum)
     with ROUTES[route]():
         for _ in range(STEPS[route]):

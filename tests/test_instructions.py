@@ -7,7 +7,7 @@ from benchmarks.audit.instructions import Flow
 from benchmarks.audit.sass import parse_instructions
 from benchmarks.audit.trips import LoopTrips, loop_trips
 
-# A slow path, two nested loops with a call in the outer one, and the called routine.
+# A slow path, two nested loops with a call in the outer loop, and the called routine.
 NESTED = """
 /*0000*/            MOV R1, c[0x0][0x28] ;
 /*0010*/            ISETP.GE.AND P0, PT, R2, 0x1, PT ;
@@ -32,7 +32,7 @@ NESTED = """
 /*0140*/            BRA 0x140;
 /*0150*/            NOP;
 """
-# A loop that ends with a call used as a jump, and a loop that ends with an EXIT inside it.
+# A loop that is left by a call used as a jump, and a loop that is left by an EXIT.
 OTHER_ENDS = """
 /*0000*/            MOV R1, c[0x0][0x28] ;
 /*0010*/            FADD R8, R4, R8 ;
@@ -105,7 +105,7 @@ def test_nested_loops_a_call_and_a_slow_path():
     loops = [trips(0, 3, 1, 0, 4), trips(1, 1, 2, 5, 3)]
     flow = Flow(parse_instructions(NESTED), loops)
     # 8 instructions run once; 5 in the outer loop run twice; 3 in the inner loop run
-    # (3·1 + 1·2 + 0·5 + 4·3) / 4 times; the slow path never runs.
+    # (3·1 + 1·2 + 0·5 + 4·3) / 4 times; the slow path never runs. The routine is not counted.
     assert sum(count for _, count in flow.executed) == 8 + 5 * 2 + 3 * 4.25
     assert {i.address for i, count in flow.executed if not count} == {0x40, 0x50}
     assert flow.calls_in_loops == 1
@@ -143,8 +143,7 @@ def test_trips_from_the_bounds_of_loops():
     found = loop_trips({"ttgir": TTGIR, "ptx": ""}, (2, 3), arguments)
     assert [loop.depth for loop in found] == [0, 1, 0, 0]
     main, inner, tail, by_data = (loop.trips for loop in found)
-    # Along the grid's second axis, programs have 1200, 1200 and 100 rows; its first axis has size
-    # 2.
+    # The grid's first axis has size 2. Along the second, programs have 1200, 1200 and 100 rows.
     assert main.tolist() == [2, 2, 0] * 2
     assert inner.tolist() == [10] * 6
     assert tail.tolist() == [2, 2, 1] * 2

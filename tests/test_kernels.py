@@ -17,7 +17,8 @@ from bnres.operations.batch_norm_act import unpack_mask
 from tests.device import DEVICE
 from tests.tolerances import assert_close
 
-# 1, 3, 63, 65 and 130 channels; prime sizes; one spatial element; every kind of tile.
+# The shapes have numbers of channels from 1 to 130, prime sizes, a shape with one spatial element,
+# and every kind of tile.
 SHAPES = [
     (3, 1, 5, 7),
     (5, 3, 1, 1),
@@ -274,7 +275,7 @@ def test_versions_whose_interpreter_fails_are_refused():
 
 @pytest.mark.parametrize("momentum", [0.3, torch.tensor([0.3])], ids=type)
 def test_combined_moments_of_parts_are_the_statistics_of_the_whole(momentum):
-    """The parts are like the batches of ranks: the first is empty, another has one value."""
+    """The parts are like the batches of ranks: one is empty, one has one value per channel."""
     if isinstance(momentum, torch.Tensor):
         momentum = momentum.to(DEVICE)
     x = torch.randn(9, 5, 3, generator=torch.Generator().manual_seed(0)).to(DEVICE) + 100

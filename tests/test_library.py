@@ -1,4 +1,4 @@
-"""Training a module from Python."""
+"""Tests of `bnres.train.train_model`, which trains a module from Python."""
 
 import re
 from pathlib import Path

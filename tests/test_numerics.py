@@ -1,4 +1,4 @@
-"""Tests that errors on hard inputs are at most 1.5 times ATen's, or 1.5 times those of rounding."""
+"""Tests that errors on hard inputs are at most 1.5 times ATen's, or 1.5 times `dtype_floor`."""
 
 import pytest
 import torch
@@ -37,17 +37,17 @@ CASES += [("large", torch.float16), ("large", torch.bfloat16), ("mean 100", torc
 def dtype_floor(name, dtype, want, x):
     """Returns the error that rounding in ``dtype`` may cause for any order of summation.
 
-    The test allows at least this error. ATen's error can be smaller, because its CPU code sums in
-    fp64.
+    The test allows 1.5 times this error even if ATen's error is smaller. On the CPU, ATen's error
+    can be smaller, because ATen sums in fp64.
     """
     epsilon, fp32 = EPSILON[dtype], EPSILON[torch.float32]
     largest = max(want.abs().max().item(), 1e-30)
-    if name == "running_mean":  # each term is rounded a few times, then times momentum
+    if name == "running_mean":  # terms are rounded a few times; momentum is 0.1
         return 4 * fp32 * 0.1 * x.abs().mean((0, 2, 3)).max().item()
     if name in ("running_var", "dweight", "dbias"):  # random errors of n terms grow like √n
         return epsilon * (N * SIZE * SIZE) ** 0.5 * largest
     # Values of y or dx are rounded. They are also shifted by the mean's rounding error in fp32,
-    # divided by the standard deviation.
+    # divided by the channel's standard deviation.
     shift = (x.mean((0, 2, 3)).abs() * (x.var((0, 2, 3)) + 1e-5).rsqrt()).max().item()
     return epsilon * 4 * largest + fp32 / 2 * shift * largest / 4
 

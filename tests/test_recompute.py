@@ -1,4 +1,4 @@
-"""recompute: fewer bytes are saved for backward, and the gradients are bit-equal."""
+"""Tests that `bnres.recompute` saves fewer bytes for backward and keeps gradients bit-equal."""
 
 import copy
 

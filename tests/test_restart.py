@@ -26,7 +26,7 @@ def train(out, *options, dies_at):
          "--device", "cpu", "--checkpoint-steps", "2", "--out", str(out)],
         cwd=ROOT, env=environment | {
             "OMP_NUM_THREADS": "1", "DIES_AT": str(dies_at),
-            # Without this a restarted process reads the first start's addresses (pytorch 135712).
+            # Otherwise a restarted process would read old addresses (pytorch issue 135712).
             "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
         },
         capture_output=True, text=True, timeout=300,

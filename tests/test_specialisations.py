@@ -52,7 +52,7 @@ def check_faults():
 
     @triton.jit
     def grows(x_ptr, N: tl.constexpr):
-        # The interpreter accepts a loop variable that changes its shape.
+        # The shape of ``total`` changes in the loop. Only the interpreter accepts this.
         total = tl.zeros((1, N), tl.float32)
         for _ in tl.range(0, 4):
             total = tl.load(x_ptr + tl.arange(0, N)[:, None]) + total

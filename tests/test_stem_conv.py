@@ -18,7 +18,7 @@ CL = torch.channels_last
 
 @pytest.fixture
 def over_blocks(monkeypatch):
-    """Makes every call run over blocks, and returns the list of the calls' inputs."""
+    """Makes every call use the space-to-depth input, and returns the list of the calls' inputs."""
     inputs = []
     monkeypatch.setattr(stem_conv, "takes_blocks", lambda x, w: inputs.append(x) is None)
     return inputs
@@ -26,7 +26,7 @@ def over_blocks(monkeypatch):
 
 @pytest.fixture
 def ran(monkeypatch):
-    """Makes the choice as on a GPU, and returns a list with an item for each run over blocks."""
+    """Chooses as on a GPU, and returns a list with an item per use of a space-to-depth input."""
     runs, over = [], stem_conv.conv_over_blocks
     monkeypatch.setattr(stem_conv, "_on_gpu", lambda input: True)
     monkeypatch.setattr(stem_conv, "conv_over_blocks", lambda *ts: runs.append(1) or over(*ts))
@@ -159,7 +159,7 @@ def test_choice(options, expected, monkeypatch):
 
 
 def test_models(over_blocks):
-    """Our layers and fused models run over blocks, and torchvision's model does not."""
+    """Our layers and fused models use the space-to-depth input, and torchvision's model doesn't."""
     torch.manual_seed(0)
     x = torch.randn(2, 3, 32, 32, device=DEVICE)
     stock = torchvision.models.resnet18(num_classes=3).to(DEVICE).eval()

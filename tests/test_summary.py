@@ -16,12 +16,12 @@ pytestmark = pytest.mark.usefixtures("aten")
 
 
 def lines(text):
-    """The words of each line."""
+    """Returns the words of each line."""
     return [line.split() for line in text.splitlines()]
 
 
 def test_resnet18(monkeypatch):
-    monkeypatch.setenv("COLUMNS", "20")  # lines are not wrapped
+    monkeypatch.setenv("COLUMNS", "20")  # lines longer than the terminal are not wrapped
     result = runner.invoke(cli.app, ["summary", "resnet18", "--input", "2x3x64x64"])
     assert result.exit_code == 0, result.output
     assert lines(result.output) == [

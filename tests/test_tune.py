@@ -1,4 +1,4 @@
-"""bnres tune: the order and time of its measurements, its table, and the route taken from it."""
+"""Tests of bnres tune: its measurements, its table, and the routes that are read from the table."""
 
 import json
 from dataclasses import replace
@@ -64,7 +64,7 @@ def test_search_starts_with_the_heuristics_configuration_and_its_neighbours():
         "128x64x64 warps 4 stages 3",
         "128x128x64 warps 8 stages 4",
     }
-    assert names[-1] == "64x64x64 warps 4 stages 4"  # both sizes halved, and one more stage
+    assert names[-1] == "64x64x64 warps 4 stages 4"  # two sizes are halved, and one stage is added
 
 
 def test_the_faster_route_is_used(tmp_path, monkeypatch):
@@ -79,8 +79,8 @@ def test_the_faster_route_is_used(tmp_path, monkeypatch):
         2,
     )
     assert routes.load_table(path) == {}
-    # Each measurement is faster than the one before it, so the last configuration is fastest. Its
-    # row replaces the earlier one.
+    # Each measurement is faster than the one before it, so the last configuration is fastest. The
+    # new row replaces the earlier row.
     run([SMALL], path, Time(lambda count: 100.0 - count))
     assert routes.load_table(path) == {SMALL: configs_of(SMALL)[-1]}
     run([LARGE], path, Time())
@@ -124,7 +124,7 @@ def test_a_configuration_that_fails_is_recorded_and_skipped(tmp_path, monkeypatc
 
 
 def test_the_longest_calls_are_measured_first(tmp_path):
-    """Each call is saved when it is measured; what is left out for lack of time is printed."""
+    """Each row is saved when its call is measured. What there is no time to measure is printed."""
     path = tmp_path / "routes.json"
     count = len(configs_of(LARGE))
     lines, saved = [], []

@@ -1,4 +1,4 @@
-"""Initial weights from files, and the files that bnres export writes."""
+"""Tests initial weights from files, and the files that bnres export writes."""
 
 import sys
 

@@ -5,9 +5,8 @@ from torch import Tensor
 
 from tests.device import DEVICE
 
-# The greatest error, divided by the largest value of the reference, or by 1 if that is larger. It
-# allows for a few roundings to the dtype, and for the error of sums over hundreds to thousands of
-# elements.
+# The greatest allowed error, divided by the largest absolute value of the reference, or by 1 if
+# that value is below 1. It allows for a few roundings to the dtype, and for the errors of sums.
 TOLERANCE = {
     torch.float64: 1e-12,  # eps is 2⁻⁵² ≈ 2.2e-16; sums of up to 10⁴ terms
     torch.float32: 3e-6,  # eps is 2⁻²³ ≈ 1.2e-7; sums of up to some hundred terms
@@ -22,7 +21,7 @@ TF32_TOLERANCE = 4e-3
 
 
 def formula_dtype(act: str | None) -> torch.dtype:
-    """Returns the dtype whose tolerance applies to torch's activation ``act`` in fp64.
+    """Returns the dtype whose tolerance applies if torch computes the activation ``act`` in fp64.
 
     It is fp32 for hardswish on a GPU, because torch multiplies by 1/6 in fp32 there.
     """
