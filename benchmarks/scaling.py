@@ -37,9 +37,10 @@ class Protocol:
     """Costs of one of NCCL's protocols.
 
     Attributes:
-        base: seconds of a collective in addition to its steps.
-        local: seconds of a step over NVLink.
-        remote: seconds of a step over the network.
+        base: latency of a collective in seconds, without its steps. A step is one transfer from
+            GPU to GPU.
+        local: latency of a step over NVLink, in seconds.
+        remote: latency of a step over the network, in seconds.
         share: fraction of the bandwidth that is available for data.
     """
 

@@ -121,7 +121,8 @@ def check_replays():
         (dx, "sum_dy_ptr", s.gradients[3]), (dx, "weight_ptr", s.weight),
     ):  # fmt: skip
         assert arguments[name] == tensor.data_ptr(), name
-    # Backward reads the tensors that forward saved. Partial sums use memory of a later output.
+    # Backward reads the tensors that forward saved. Partial sums are in the memory of an output
+    # that a later kernel writes: y in forward, dx in backward.
     for name in ("mean_ptr", "rstd_ptr"):
         assert finalize[name] == apply[name] == dx[name] != 0
     assert finalize["rstd_ptr"] > finalize["mean_ptr"] and apply["mask_ptr"] == reduce["mask_ptr"]

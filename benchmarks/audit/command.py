@@ -1,4 +1,7 @@
-"""Implements ``python -m benchmarks audit``: compares memory and machine code with the budget."""
+"""Implements ``python -m benchmarks audit``.
+
+It compares the memory that operations touch, and the kernels' machine code, with a recorded budget.
+"""
 
 import json
 import os

@@ -254,10 +254,10 @@ def _in_one_line(error: Exception) -> str:
 
 
 def run(processes: int) -> Outcome:
-    """Compiles the specialisations in a number of processes. Without a GPU also launches them.
+    """Compiles the specialisations in ``processes`` processes, each of which compiles a part.
 
-    Each process compiles and launches a part of them. Triton's cache then contains the compiled
-    kernels.
+    Without a GPU each process also launches its part, with a stand-in for CUDA's driver. Afterwards
+    Triton's cache contains the compiled kernels.
 
     Raises:
         RuntimeError: if a process fails.

@@ -42,8 +42,8 @@ RELU6 = ({"min_val": 0, "max_val": 6}, {"min": 0, "max": 6})
 IN_PLACE = re.compile(
     r".*[^_]_|_*i(add|sub|mul|truediv|floordiv|matmul|pow|and|or|xor)_*|setitem|__set.*"
 )
-# These functions write only to running statistics and counters. Other norms of torch may write to
-# any argument.
+# These functions write only to running statistics and counters. Any other function with batch_norm
+# or instance_norm in its name is assumed to write to all of its arguments.
 NORMS = (
     F.batch_norm, F.instance_norm, batch_norm_act, batch_norm_act_max_pool2d, conv2d_batch_norm_act,
     sync_batch_norm, sync_batch_norm_act,

@@ -271,8 +271,8 @@ def _converted(name: str, norm: Norm) -> type[_Synchronised]:
             return SyncBatchNormAct if fuses else _SyncBatchNormThenAct
     found = f"contains {name}, a {cls.__name__}" if name else f"is a {cls.__name__}"
     raise TypeError(
-        f"module {found}: its forward is not that of a batch norm of torch, timm or bnres.nn, so "
-        "it can't be converted"
+        f"module {found}: its forward is not that of an initialised batch norm of torch, timm or "
+        "bnres.nn, so it can't be converted"
     )
 
 

@@ -226,7 +226,7 @@ def _launch_dx(
 def _backward(
     gradients: Gradients, saved: Saved, spec: Spec, asked: Asked, recording: Recording | None
 ) -> Computed:
-    """Returns dx, computed with the sums of all ranks, and the sums of this rank.
+    """Returns dx and dresidual, computed with the sums of all ranks, and the sums of this rank.
 
     The sums of this rank are its part of the gradients of the parameters.
     """

@@ -177,7 +177,7 @@ def build_state(
     batches = make_batches(config, dataset, device, world)
     size = dataset.size if config.crop_size is None else (config.crop_size, config.crop_size)
     name = name_of(config, model)
-    # Models of bnres already have fused layers. Other models are fused by bnres.fuse.
+    # Models of bnres are built from fused layers. Other models are fused by bnres.fuse.
     fuses = config.fused and (model is not None or is_factory(config.model))
     model = build_model(config, dataset.classes, dataset.channels, size, model)
     if is_weights(config.init) and config.resume is None:
