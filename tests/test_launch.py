@@ -295,7 +295,7 @@ def check_capture():
         try:
             replay.run(calls.append, [(x,)])
         except RuntimeError as error:
-            assert "run the same call once before the capture" in str(error)
+            assert "make the same call once before the capture" in str(error)
         else:
             raise AssertionError("launched while capturing")
         assert calls == []
