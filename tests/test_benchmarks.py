@@ -224,6 +224,7 @@ def test_step_in_bf16_is_near_fp32(net):
         assert models.prepare(case, CPU).verify() < models.LOGITS_TOLERANCE["bf16"] / 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("launch", ["eager", "graph"])
 def test_step_in_fp16_trains_as_fp32(launch):
     """The gradients of the scaled loss are divided by the scale before the optimiser sees them."""

@@ -190,6 +190,8 @@ def build_state(
     if world.size > 1:
         devices = [device] if device.type == "cuda" else None
         # DDP exchanges gradients in buckets. Gradients that are views of buckets need no copy.
+        # static_graph=True would not help: it saves the search for parameters without gradients,
+        # which DDP makes only if find_unused_parameters is True.
         parallel = DistributedDataParallel(model, devices, gradient_as_bucket_view=True)
     optimizer = make_optimizer(config, model)
     steps_per_epoch = -(-len(batches) // config.accumulate)
