@@ -181,8 +181,8 @@ def test_killed_run_equals_an_uninterrupted_run(tmp_path):
     for _ in range(40):
         process = start(tmp_path / "killed")
         try:
-            # In this time a run makes some progress, but a run from the start is not completed.
-            code = process.wait(draw.uniform(0.35, 0.8) * length)
+            # Most of these times allow some progress, but not a whole run.
+            code = process.wait(draw.uniform(0.2, 0.8) * length)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
