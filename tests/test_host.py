@@ -1,11 +1,14 @@
 """Tests of ``python -m benchmarks host``: its table, limits and stand-in for convolutions."""
 
 import re
+import statistics
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
+from benchmarks.audit import host
 from benchmarks.audit.convolution import convolutions_compute_nothing
 from tests.compiled import run_compiled
 
@@ -45,12 +48,40 @@ def test_every_row_is_printed_with_its_ratio_and_limit():
     rows = {(row, kind): rest for row, kind, *rest in ROW.findall(result.stdout)}
     assert {key for key, (*_, limit) in rows.items() if limit == "1000000.00"} == LIMITED
     assert {key for key, (*_, limit) in rows.items() if limit == "-"} == OTHERS
-    least = {key: float(times[0]) for key, times in rows.items()}
-    ruler = {kind: least["torch's BN, ReLU", kind] for kind in KINDS}
-    ruler["step"] = ruler["forward"] + ruler["backward"]
-    for (row, kind), (_, median, ratio, _) in rows.items():
-        assert float(ratio) == pytest.approx(least[row, kind] / ruler[kind], rel=0.02), row
-        assert "fuse - stock" in row or float(median) >= least[row, kind] > 0, row
+    for key, (least, median, *_) in rows.items():
+        assert "fuse - stock" in key[0] or float(median) >= float(least) > 0, key
+    for kind in KINDS:
+        assert float(rows["torch's BN, ReLU", kind][2]) == pytest.approx(1, rel=0.2)
+    fused, stock, difference = (
+        float(rows[f"ResNet-18, {row}", "step"][2])
+        for row in ("bnres.fuse", "stock", "fuse - stock")
+    )
+    assert difference == pytest.approx(fused - stock, abs=0.02)
+
+
+def test_a_machine_that_changes_its_speed_does_not_change_a_ratio(monkeypatch):
+    now, calls = 0, 0
+
+    def timed(row, kind, cost):
+        def call():
+            nonlocal now, calls
+            calls += 1
+            now += 1000 * cost * (1 + calls // 100 % 2)  # every other 100 calls take twice as long
+
+        return host.Timed(row, kind, nn.Identity(), call)
+
+    monkeypatch.setattr(host.time, "thread_time_ns", lambda: now)
+    forward, backward, call, step = host.measure(
+        [
+            timed(host.RULER, "forward", 10),
+            timed(host.RULER, "backward", 20),
+            timed("call", "forward", 25),
+            timed("net", "step", 120),
+        ]
+    )
+    assert {min(call.spans), max(call.spans)} == {25, 50}
+    medians = [statistics.median(times.ratios) for times in (forward, backward, call, step)]
+    assert medians == [1, 1, 2.5, 4]
 
 
 @pytest.mark.slow
