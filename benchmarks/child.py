@@ -32,8 +32,8 @@ STOP_SECONDS = 30.0
 REASON_LENGTH = 500
 TRACE = "(most recent call first)"
 PR_SET_PDEATHSIG = 1  # an operation of Linux's prctl
-# This matches the message of an error after which a process may be unable to use its GPU, such as
-# the failure of a kernel or of the capture of a graph.
+# This matches the messages of errors that may leave a process unable to use its GPU, such as a
+# failed kernel or a failed graph capture.
 GPU_ERROR = re.compile(r"cuda|cudnn|cublas|captur|hip error", re.IGNORECASE)
 
 

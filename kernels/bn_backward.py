@@ -150,7 +150,7 @@ def _bn_bwd_finalize_kernel(
 ):  # fmt: skip
     """Stores sum_dy = Σ dz and sum_dy_xhat = rstd·Σ dz·(x − mean) of each batch norm: (C,).
 
-    For the batch norm of the residual, if there is one, x stands for the residual.
+    In the sums of the residual's batch norm, if there is one, the residual takes the place of x.
     """
     offs_c = tl.program_id(0) * FINALIZE_CHANNELS + tl.arange(0, FINALIZE_CHANNELS)
     mask_c = offs_c < C
@@ -276,11 +276,10 @@ def bn_backward_reduce(
     """Returns the sums Σ dz and Σ dz·xhat of each channel for each batch norm, and dz.
 
     dz = (dy + dy_skip)·act'(z) and xhat = (x − mean)·rstd. act'(z) comes from ``mask``; if ``mask``
-    is None, z is recomputed from ``x`` and ``residual``. The batch norms are ``norm`` and, if it is
-    not None, ``residual_norm``, for which x stands for the residual. ``dy``, ``dy_skip`` and
-    ``residual`` have the memory format of ``x``. Each sum is (C,), in fp64 if ``x`` is fp64,
-    otherwise in fp32. Without ``write_dz``, the returned dz is None. ``out`` is the pair
-    (sums, dz), allocated by the caller.
+    is None, z is recomputed from ``x`` and ``residual``. In the sums of ``residual_norm``, if there
+    is one, ``residual`` takes the place of x. ``dy``, ``dy_skip`` and ``residual`` have the memory
+    format of ``x``. Each sum is (C,), in fp64 if ``x`` is fp64, otherwise in fp32. Without
+    ``write_dz``, the returned dz is None. ``out`` is the pair (sums, dz), allocated by the caller.
     """
     planes = 2 if residual_norm is None else 3
     sums, dz = out or (

@@ -64,10 +64,9 @@ def _columns(col_block, block, columns, C, OW, TILE: tl.constexpr):
     """Returns each column's plane, its first ow, whether it exists, its offsets and its channels.
 
     ow is the index of an output column. Each row of the tile is one column of windows. In
-    channels_last, a column of windows has one ow of a sample. Its plane is the index of the sample,
-    and the offsets are channels. In contiguous tensors, a column of windows has a vector of
-    adjacent ow in one plane, which is one channel of a sample. The offsets are positions in this
-    vector.
+    channels_last, this is one output column of a sample; its plane is the index of the sample, and
+    its offsets are channels. In contiguous tensors, it is a vector of adjacent output columns of a
+    plane, which is one channel of a sample; its offsets are positions in this vector.
     """
     column = block * TILE.sub_rows + tl.arange(0, TILE.sub_rows)[:, None]
     exists = column < columns

@@ -29,7 +29,7 @@ NUM_WARPS = 4
 THREADS = 32 * NUM_WARPS
 VECTOR_BYTES = 16
 # If a tensor's tiles have fewer elements than this, the elements are addressed by 32-bit offsets.
-# The last tiles may extend beyond the tensor.
+# The tiles may have more elements than the tensor, because the last tiles may extend beyond it.
 NARROW_LIMIT = 2**31 - 2**24
 # The format of the 1-bit mask depends on this unroll factor, so all kernels that read or write the
 # mask must use it.
@@ -86,7 +86,7 @@ def next_power_of_2(n: int) -> int:
 def channels_per_group(view: ChannelView, vector: int) -> int:
     """Returns the number of channels in a `GROUPS` tile, or 0 if no number fits.
 
-    In one sample, the planes of these channels fill whole vectors, at most one for each thread.
+    In one sample, the planes of these channels fill whole vectors, at most one vector per thread.
     """
     size = vector // gcd(view.inner, vector)
     limit = THREADS * vector

@@ -114,8 +114,8 @@ def conv_config(rows: int, channels: int, out_channels: int, itemsize: int) -> C
 def search_space(rows: int, channels: int, out_channels: int, itemsize: int) -> list[ConvConfig]:
     """Returns the configurations to try.
 
-    The first is the configuration that the heuristic chooses. The others follow, the most similar
-    to the first one first.
+    The first is the configuration that the heuristic chooses. The others are sorted by their
+    similarity to it, starting with the most similar.
     """
     first = conv_config(rows, channels, out_channels, itemsize)
     found = [first]

@@ -200,9 +200,9 @@ def bn_backward_reduce_ref(
 ) -> tuple[Sums, Tensor | None]:
     """Returns the sums Σ dz and Σ dz·xhat of each channel for each batch norm, and dz.
 
-    dz is the gradient of the activation's input, and xhat = (x − mean)·rstd. The batch norms are
-    ``norm`` and, if it is not None, ``residual_norm``, for which x stands for the residual. Without
-    ``write_dz``, the returned dz is None.
+    dz is the gradient of the activation's input, and xhat = (x − mean)·rstd. In the sums of
+    ``residual_norm``, if there is one, ``residual`` takes the place of x. Without ``write_dz``, the
+    returned dz is None.
     """
     inputs = x, norm, residual, residual_norm
     dz = _pre_activation_grad(dy, dy_skip, mask, act, act_param, *inputs)

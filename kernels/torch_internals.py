@@ -31,9 +31,9 @@ def all_gather(t: Tensor, group: Any) -> Tensor:
 
 
 def reduce_scatter(t: Tensor, group: Any) -> Tensor:
-    """Returns the sum of ``t[r]`` over all processes of the group.
+    """Returns the sum of ``t[r]`` over all processes of the group, where r is this process's rank.
 
-    r is the rank of the process that gets the sum. ``t`` is (processes, *).
+    ``t`` is (processes, *).
     """
     t = t.contiguous()
     scattered = torch.ops._c10d_functional.reduce_scatter_tensor(t, "sum", len(t), group)

@@ -70,7 +70,7 @@ def fused(stats, act, training):
 
 
 def normalized(x, weight, bias, stats=None):
-    """Returns the batch norm of x, computed by elementary operations of torch.
+    """Returns the batch norm of x, computed by elementary torch operations.
 
     `torch.nn.functional.batch_norm` is not used, because its third derivative is wrong.
     """
@@ -171,7 +171,7 @@ def added(x, weight, bias):
     return batch_norm_act(x, None, None, weight, bias, residual=x.sin(), act="silu", training=True)
 
 
-# Pairs of an operation and its formula in elementary operations of torch.
+# Pairs of an operation and its formula in elementary torch operations.
 OPERATIONS = {
     "added": (added, lambda x, w, b: torch.nn.functional.silu(normalized(x, w, b) + x.sin())),
     "two norms": (

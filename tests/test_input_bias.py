@@ -200,7 +200,7 @@ def double(x, residual, weight, bias, input_bias, other_bias, stats, training, *
 
 
 def normalized(x, input_bias, weight, bias, stats, training):
-    """Returns the batch norm of x + input_bias, computed by elementary operations of torch."""
+    """Returns the batch norm of x + input_bias, computed by elementary torch operations."""
     x = x + input_bias.view(-1, 1, 1)
     mean, var = stats
     if training:

@@ -1,4 +1,4 @@
-"""Replaces torch's convolution on the CPU by a function that computes nothing.
+"""Replaces torch's convolution on the CPU with a function that computes nothing.
 
 The results are uninitialised, but have the right shapes, strides and dtypes. torch still checks the
 arguments and records the operation for backward.

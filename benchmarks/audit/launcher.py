@@ -15,9 +15,9 @@ from triton.backends.nvidia import driver as nvidia
 
 from benchmarks.audit.standin import Gpu, StandInDriver
 
-# The source of the stand-in library. It defines the functions of CUDA's driver that occur in
-# triton's sources. They do nothing and return 0, which means success. ``cuLaunchKernelEx`` also
-# counts its calls.
+# The source of the stand-in library. It defines the CUDA driver functions that occur in triton's
+# sources. They do nothing and return 0, which means success. ``cuLaunchKernelEx`` also counts its
+# calls.
 LAUNCH = "cuLaunchKernelEx"
 SOURCE = """
 static long launches;

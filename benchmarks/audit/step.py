@@ -81,7 +81,7 @@ def held_bytes(
 
 
 def launches(build: Build, shape: tuple[int, ...]) -> int:
-    """Counts how often a training step in bf16 launches kernels of Triton."""
+    """Counts the Triton kernel launches of a training step in bf16."""
     model, x = _on_meta(build, shape, torch.bfloat16)
     with no_launches() as count:
         _step(model, x)
@@ -94,10 +94,10 @@ class AtenCounts(TorchDispatchMode):
     Attributes:
         operations: number of ATen's operations that read or write memory. An operation makes one or
             more launches.
-        moved: bytes that all operations move, except convolutions. An operation of ATen is assumed
-            to read its arguments once and to write its results once. Only torch's batch norm is
-            assumed to read its activations twice. The bytes of an operation of bnres are its value
-            in ``sectors`` times the bytes of its input.
+        moved: bytes that all operations move, except convolutions. An ATen operation is assumed to
+            read its arguments once and to write its results once. Only torch's batch norm is
+            assumed to read its activations twice. A bnres operation moves its value in ``sectors``
+            times the bytes of its input.
     """
 
     def __init__(self, sectors: Sectors) -> None:

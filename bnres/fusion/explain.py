@@ -70,8 +70,8 @@ def explain(model: nn.Module, *inputs: Any, **kwargs: Any) -> FusionReport:
 def is_norm(module: nn.Module) -> bool:
     """Whether a module is a batch norm.
 
-    A batch norm is recognised by its buffers, because some batch norms are not classes of torch,
-    for example FrozenBatchNorm2d.
+    A batch norm is recognised by its buffers, because some batch norms, such as FrozenBatchNorm2d,
+    are not torch classes.
     """
     instance_norm = nn.modules.instancenorm._InstanceNorm
     return "running_var" in module._buffers and not isinstance(module, instance_norm)

@@ -29,7 +29,7 @@ def fold(model: nn.Module, *inputs: Any, **kwargs: Any) -> nn.Module:
 
     The model is called with ``inputs`` and ``kwargs`` to find the convolution before each batch
     norm. If a later change makes the model's forward run other operations, fold the model again.
-    Only a `torch.nn.Conv2d` followed by a batch norm of torch with running statistics is folded.
+    Only a `torch.nn.Conv2d` followed by a torch batch norm with running statistics is folded.
     Such a pair is not folded if one of the two modules is called more than once or has a hook. It
     is also not folded if anything else reads the convolution's output, or a parameter or buffer of
     the two modules.
@@ -41,8 +41,8 @@ def fold(model: nn.Module, *inputs: Any, **kwargs: Any) -> nn.Module:
     Raises:
         TypeError: if ``model`` is not a module.
         ValueError: if the model or one of its batch norms is in training mode, if Dynamo does not
-            capture the model's forward as one graph, or if the model's forward changes when batch
-            norms are folded.
+            capture the model's forward as one graph, or if the folded model's forward would run
+            other operations, for example because it tests whether a convolution has a bias.
     """
     folded = revert_sync_batchnorm(unfuse(model))
     for name, module in folded.named_modules():

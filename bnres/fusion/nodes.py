@@ -115,7 +115,7 @@ def module_name(node: fx.Node) -> str:
 def torch_name(node: fx.Node | None) -> str:
     """Returns the name of the method or function that a node calls.
 
-    The result is empty if the node calls nothing, or calls a function that is not of torch or
+    The result is empty if the node calls nothing, or calls a function from neither torch nor
     Python.
     """
     if node is None or node.op not in ("call_function", "call_method"):
@@ -225,8 +225,8 @@ def writes(node: fx.Node) -> list[fx.Node] | None:
     first = [n for n in given if isinstance(n, fx.Node)]
     if IN_PLACE.fullmatch(name):
         return first
-    # The writes of two kinds of functions are unknown: functions that are not of torch, and
-    # functions that are called for a side effect, such as disabling gradients.
+    # What a function writes is unknown if it is from neither torch nor Python, or if it is called
+    # for a side effect, such as disabling gradients.
     if node.op != "call_method" and (not name or node.meta.get("example_value") is None):
         return None
     asked = node.kwargs.get("inplace") or any(a is True for a in node.args)
@@ -234,7 +234,7 @@ def writes(node: fx.Node) -> list[fx.Node] | None:
 
 
 def replace(nodes: set[fx.Node], target: Any, args: tuple[Any, ...], kwargs: Any) -> fx.Node:
-    """Replaces nodes by one call at the position of the last node, and returns the call."""
+    """Replaces nodes with one call at the position of the last node, and returns the call."""
     end = max(nodes)
     with end.graph.inserting_before(end):
         call = end.graph.call_function(target, args, kwargs)

@@ -43,7 +43,7 @@ class _FusedForward(Norm):
         make_leaf(self)
 
     def named_children(self) -> Iterator[tuple[str, nn.Module]]:
-        # The converters of torch, timm and apex replace each batch norm by a SyncBatchNorm, and
+        # The converters of torch, timm and apex replace each batch norm with a SyncBatchNorm, and
         # then call this method of the replaced module. Their SyncBatchNorm has no activation and no
         # residual.
         if sys._getframe(1).f_code.co_name.startswith("convert_sync"):

@@ -203,7 +203,7 @@ class SyncBatchNormActMaxPool2d(_Synchronised, BatchNormActMaxPool2d):
 class _SyncBatchNormThenAct(SyncBatchNorm):
     """A `SyncBatchNorm` followed by the drop and activation modules of a timm batch norm.
 
-    A batch norm of timm is converted to this class if its drop and activation can't be fused.
+    A timm batch norm is converted to this class if its drop and activation can't be fused.
     """
 
     def forward(self, input: Tensor) -> Any:  # type: ignore[override]

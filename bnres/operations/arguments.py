@@ -166,7 +166,7 @@ def packed_buffers(buffers: Any, x: Tensor) -> Any:
 def copy_back(buffers: Any, packed: Any, names: Sequence[str]) -> None:
     """Copies values from ``packed`` to ``buffers`` for each buffer in ``names``.
 
-    `packed_buffers` returned ``packed``. It contains copies of the buffers that were not
+    ``packed`` is the result of `packed_buffers`. It contains copies of the buffers that were not
     contiguous, and training wrote to these copies. All other buffers are already up to date.
     """
     for name in names:

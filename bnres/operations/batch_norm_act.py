@@ -230,7 +230,7 @@ def _saved(inputs: Inputs, y: Tensor, kept: Sequence[Any], spec: Spec) -> Saved:
 
 
 class Asked(NamedTuple):
-    """Says for dx, dresidual and the sums whether backward must compute them, see `Computed`."""
+    """Whether backward must compute each of dx, dresidual and the sums, see `Computed`."""
 
     dx: bool
     dresidual: bool
@@ -502,8 +502,8 @@ def as_call(
     device_momentum, number = split_momentum(momentum)
     inputs: Any = (input, weight, bias, input_bias, residual)
     buffers: Any = (running_mean, running_var, counter, device_momentum)
-    # Spec has no defaults for these fields, because torch.compile would replace a default that is a
-    # number by a symbol.
+    # Spec has no defaults for these fields, because torch.compile would replace a default number
+    # with a symbol.
     of_residual_norm = (False, 0.0, 0.0)
     if residual_norm is not None:
         norm = residual_norm

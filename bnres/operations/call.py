@@ -266,7 +266,7 @@ def _set_up(
     y: Tensor,
     kept: Sequence[Any],
 ) -> None:
-    """Stores everything that backward needs on ``ctx``."""
+    """Stores on ``ctx`` everything that backward needs."""
     ctx.set_materialize_grads(False)
     saved = operation.saved(operation.Inputs(*inputs), y, kept, spec)
     ctx.save_for_backward(*saved)
