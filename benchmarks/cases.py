@@ -37,7 +37,7 @@ PROVIDERS = tuple(dict.fromkeys(OP_PROVIDERS + MODEL_PROVIDERS + AUGMENT_PROVIDE
 BATCH = 256
 SMOKE_BATCH = 4
 SMOKE_IMAGES = {224: 64, 32: 16}
-# At the sites in ``LARGE_SITES``, the forward and backward in training of these operations are
+# At the sites in ``LARGE_SITES``, the training forward and backward of these operations are
 # measured before other operations.
 TELLING = ("bn_relu", "bn_add_relu", "bn_relu_pool")
 # With 256 images in bf16, the activations of these stages of ResNet-18 have 51 MB or more. This is
@@ -182,7 +182,7 @@ def _directions(site: Site | ConvSite) -> tuple[str, ...]:
 
 
 def _op_subjects() -> Iterator[tuple[int, OpCase]]:
-    """Yields a rank and a case for each operation that is measured. Its provider is bnres."""
+    """Yields (rank, case) for each operation to measure. The provider of every case is bnres."""
     for net in NETS:
         later = 4 if net == "resnet50" else 0
         sites: list[Site | ConvSite] = [*bn_sites(net), *conv_sites(net)]
@@ -240,9 +240,9 @@ PROVIDERS_OF = {
     ModelCase: MODEL_PROVIDERS,
     AugmentCase: AUGMENT_PROVIDERS,
 }
-# These providers do not run the inference of nets. ``bnres-recompute`` only changes training. With
-# ``eager-fp16-cudnn`` the parameters of a batch norm would be in fp16 in inference, and torch does
-# not use cuDNN for such parameters.
+# These providers are not measured in inference. ``bnres-recompute`` only changes training. For
+# ``eager-fp16-cudnn`` the net would have fp16 parameters in inference, and torch does not use cuDNN
+# for a batch norm with fp16 parameters.
 TRAINING_ONLY = ("bnres-recompute", "eager-fp16-cudnn")
 # These providers are measured last, because autotuning takes minutes for each net, and a loop over
 # the images in Python takes seconds for each call.

@@ -24,8 +24,8 @@ GRAPH_BELOW = 100e-6
 # A graph contains enough calls for its replay to take this many seconds. The time to launch the
 # graph is then negligible.
 LEAST_REPLAY = 500e-6
-# It also contains enough calls to touch together this many times the size of the L2 cache, so that
-# a call does not find its tensors in the cache.
+# A graph also contains enough calls that together they touch this many times the size of the L2
+# cache, so that a call does not find its tensors in the cache.
 COLD_FACTOR = 3
 # But a graph never contains more calls than this.
 MOST_COPIES = 64

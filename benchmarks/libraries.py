@@ -146,8 +146,8 @@ This page lists what `bnres.fuse` fuses in each model in training mode: the numb
 how many of them run as fused operations, and the patterns of these operations. In a pattern, `bn`
 is the batch norm, `conv` is the 2-D convolution before it, `add` is an addition, `+bn` is another
 batch norm whose output is added, `act` is an activation, and `pool` is the max-pool of a ResNet's
-stem. The last column says why a batch norm is not fused, or why a following operation is not fused
-with it. The column is empty if there is no such operation. The page was made by
+stem. The last column says why a batch norm is not fused, or why an operation after it is not fused
+with it; it is empty if everything is fused. The page was made by
 `python -m benchmarks models --out docs/models.md`, with
 """
 HEADER = "| model | batch norms | fused | patterns | reasons |\n|---|---:|---:|---|---|\n"

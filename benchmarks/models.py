@@ -65,7 +65,7 @@ def prepare(case: ModelCase, device: torch.device) -> Work:
     if device.type != "cuda" and case.provider in ("eager-fp16-cudnn", "compile-max-autotune"):
         raise Unavailable("needs a GPU")
     if case.provider == "eager-fp16-cudnn" and case.dtype != "bf16":
-        raise Unavailable("only runs the cases of bf16, in fp16 instead")
+        raise Unavailable("only runs bf16 cases, which it runs in fp16")
     torch._dynamo.reset()
     torch.backends.cudnn.benchmark = True  # for every provider, as training scripts do
     work = _training if case.suite in ("step", "memory") else _inference

@@ -23,9 +23,9 @@ from bnres.routes import ConvCall, Measured, save_table, use_conv_route
 
 # A timer is a function that returns the time of a call in milliseconds, with a cold L2 cache.
 Timer = Callable[[Callable[[], object]], float]
-# Our kernel's output may differ from torch's output by at most this number, times the largest
-# absolute value in torch's output if that is above 1. The number is about four to five times the
-# dtype's eps. Because our kernel rounds fp32 to TF32, the eps of TF32 counts for fp32.
+# The greatest allowed difference between our kernel's output and torch's output, divided by the
+# largest absolute value in torch's output, or by 1 if that value is below 1. It is about four to
+# five times the dtype's eps. For fp32 it is based on TF32's eps, because our kernel rounds to TF32.
 AGREEMENT = {torch.float16: 4e-3, torch.bfloat16: 3e-2, torch.float32: 5e-3}
 EPS = 1e-5
 # The number of FLOPs that a GPU computes in the time in which it moves one byte. For an H200 it is

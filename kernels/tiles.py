@@ -42,7 +42,7 @@ def tile_offsets(
     row_start, col_block, shape,
     TILE: tl.constexpr, UNROLL: tl.constexpr, WHOLE: tl.constexpr, WORD: tl.constexpr,
 ):  # fmt: skip
-    """Returns the offsets of a tile's elements, and which elements exist.
+    """Returns the offsets of a tile's elements, and the mask of those that exist.
 
     Both results are broadcastable to (UNROLL·sub_rows, block_cols). If WORD is 2, they are for
     words of two elements, and they have half as many columns.
@@ -171,7 +171,10 @@ def whole_rows(start, stop, count, TILE: tl.constexpr, UNROLL: tl.constexpr):
 
 @triton.jit
 def channel_ids(col_block, C, TILE: tl.constexpr):
-    """Returns the channels of a block of columns, and which channels exist: (block_channels,)."""
+    """Returns the channels of a block of columns, and the mask of those that exist.
+
+    Both have the shape (block_channels,).
+    """
     offs_c = col_block * TILE.block_channels + tl.arange(0, TILE.block_channels)
     return offs_c, offs_c < C
 

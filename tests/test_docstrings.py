@@ -21,7 +21,7 @@ MODULES = [
     found.name
     for package in (bnres, benchmarks)
     for found in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
-    if not re.search(r"\.(__main__|bench_\w+|conftest)$", found.name)  # a script, files of pytest
+    if not re.search(r"\.(__main__|bench_\w+|conftest)$", found.name)  # not scripts or pytest files
 ]
 
 

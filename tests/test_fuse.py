@@ -172,8 +172,8 @@ def test_two_readers_get_separate_tensors(monkeypatch):
         given.clear()
         fused.float()(x.float()).sum().backward()  # the kernels pool fp32 but not fp64
     # Backward runs in this order: the last block's bn2 and bn1, the first block's bn2 and bn1, and
-    # the stem. Two layers read the output of the first block's bn2, and two layers read the stem's
-    # output. Only these two operations get a second gradient.
+    # the stem. Only the first block's bn2 and the stem get a second gradient, because only their
+    # outputs are read by two layers.
     assert given == [False, False, True, False, True]
 
 

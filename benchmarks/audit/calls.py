@@ -80,9 +80,9 @@ OPTIONAL: tuple[set[Any], ...] = (
 )  # fmt: skip
 # The fields of the residual's batch norm are varied as parameters whose names have this prefix.
 RESIDUAL = "residual_"
-# These names are not varied by themselves. The sizes of a window belong to the values of
-# kernel_size and of conv_weight, and the width is the height. ``return`` is not a parameter. No
-# specialisation depends on the other values.
+# These names are not varied by themselves. The values of kernel_size and of conv_weight include
+# stride, padding and dilation. The width equals the height. ``return`` is not a parameter. No
+# specialisation depends on the other names.
 FIXED = {
     "act_kwargs", "eps", "residual_eps", "stride", "padding", "dilation", "width", "return",
     "process_group",

@@ -27,7 +27,7 @@ class Span:
 
 @dataclass(frozen=True)
 class Rest:
-    """Code after an unrolled loop that executes trips which the unrolled loop left over.
+    """Code after an unrolled loop. It executes trips that the unrolled loop left over.
 
     Attributes:
         span: addresses of the code.

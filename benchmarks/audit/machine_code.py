@@ -28,8 +28,8 @@ BANDWIDTH, ISSUE_WIDTH, CLOCK = 4.3e12, 4, 1.98e9
 BYTES_IN_FLIGHT = 32 * 1024
 # For each architecture: how the name of the matrix instruction for 16-bit and TF32 operands starts.
 MATRIX_INSTRUCTION = {80: "HMMA", 90: "HGMMA", 100: "UTC"}
-# Each program occupies this many further bytes of shared memory, and a multiple of this many
-# registers per thread.
+# A program occupies RESERVED_SHARED bytes of shared memory besides its own. Its registers per
+# thread are rounded up to a multiple of REGISTER_UNIT.
 RESERVED_SHARED, REGISTER_UNIT = 1024, 8
 # Registers and spills in assembly for AMD. The registers are vector registers of a thread.
 AMD_FIELD = re.compile(r"\.(vgpr_count|[sv]gpr_spill_count):\s+(\d+)")
@@ -51,8 +51,8 @@ class Row:
         spills: number of accesses to local memory. On AMD it is the number of spilled registers.
         missing: instructions that a convolution should have, but does not have.
         calls: number of subroutine calls inside loops.
-        in_flight: bytes of loads that a multiprocessor has in flight, divided by the bytes that
-            hide the latency of memory. It is at most 1.
+        in_flight: bytes of loads that a multiprocessor has in flight, divided by the bytes needed
+            to hide the latency of memory. It is at most 1.
         per_element: instructions that all threads execute, divided by the number of elements of the
             largest tensor.
         share: time to issue the instructions divided by the time to move the bytes.

@@ -24,7 +24,7 @@ Build = Callable[[], nn.Module]
 Sectors = Mapping[tuple[str, str], float]
 # These operations of ATen only allocate memory.
 ALLOCATIONS = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided")
-# torch's batch norm reads this number of its first arguments twice.
+# How many of its first arguments each operator of torch's batch norm reads twice.
 TWICE = {"native_batch_norm": 1, "native_batch_norm_backward": 2}
 
 

@@ -85,7 +85,7 @@ def latest(results: Path) -> list[Path]:
 
 
 def measured(folder: Path, about: Record, records: Sequence[Record]) -> str:
-    """Formats a run's results. Operations are only shown in the most frequent setting."""
+    """Formats a run's results. Shows operations only in the most common layout, dtype and batch."""
     parts = [tables.environment_line(about)]
     sections = tables.nets(records) + tables.memory(records) + tables.augmentation(records)
     operations = subjects(records, "ops")

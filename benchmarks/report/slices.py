@@ -63,7 +63,7 @@ def setting(subject: Subject) -> tuple[str, str, int]:
 
 
 def main_setting(found: list[Subject]) -> list[Subject]:
-    """Returns the subjects whose `setting` is the most frequent one."""
+    """Returns the subjects that have the most common `setting`."""
     settings = [setting(subject) for subject in found]
     best = max(settings, key=settings.count)
     return [subject for subject in found if setting(subject) == best]

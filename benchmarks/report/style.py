@@ -32,7 +32,7 @@ DPI = 150
 
 
 def new_figure(width: float, height: float, rows: int = 1) -> tuple[Figure, list[Axes]]:
-    """Returns a figure and its axes, of which there are ``rows``, one below the other."""
+    """Returns a figure and its ``rows`` axes, one below the other."""
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.subplots(rows, 1, squeeze=False)[:, 0]
     for each in axes:

@@ -28,7 +28,7 @@ def _encode(text: str, encoding: str) -> bytes:
     return text.encode(encoding)
 
 
-# The classes and functions that pickles of CIFAR-10 name, and their replacements. The module of
+# The classes and functions named in CIFAR-10's pickles, and their replacements. The module of
 # _reconstruct has one name in numpy 1 and another name in numpy 2.
 STAND_INS = {
     ("numpy", "ndarray"): None,  # only an argument of _reconstruct, which ignores it
@@ -50,7 +50,7 @@ def load_arrays(content: bytes, source: str) -> Any:
     """Returns the content of a pickle of numbers, strings, containers and uint8 arrays.
 
     Args:
-        content: the pickle. Strings of Python 2 become bytes.
+        content: the pickle. Python 2 strings become bytes.
         source: name of the pickle, for errors.
 
     Raises:

@@ -253,7 +253,7 @@ def obstacle(own: set[fx.Node], buffers: set[int | None]) -> str:
 
 
 def find(node: fx.Node) -> Match | str:
-    """Returns the longest match, without a hazard, of the batch norm that a node calls.
+    """Returns the longest match without a hazard for the batch norm that a node calls.
 
     If our operation can't compute this batch norm, the reason is returned.
     """

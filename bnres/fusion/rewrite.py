@@ -85,7 +85,7 @@ def _use_stem_conv(node: fx.Node) -> None:
 
 
 def _fork(graph: fx.Graph, call: fx.Node) -> None:
-    """Makes a call return two tensors if it has two users, one for each user.
+    """If a call has two users, makes it return two tensors, one for each user.
 
     Our backward then adds the gradients of the two tensors.
     """

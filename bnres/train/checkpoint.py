@@ -26,7 +26,7 @@ OF_DATA = ("classes", "channels", "train_count")
 
 
 def save_checkpoint(path: Path, state: TrainState, config: TrainConfig) -> None:
-    """Writes a checkpoint. If the process is killed meanwhile, ``path`` keeps its old content.
+    """Writes a checkpoint. If the process is killed while writing, ``path`` keeps its old content.
 
     Every process of a run must call this function. Only the first process writes.
     """

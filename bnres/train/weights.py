@@ -85,7 +85,7 @@ def as_safetensors(model: nn.Module) -> bytes:
 def check_only_tensors(model: nn.Module, name: str) -> None:
     """Raises a ValueError if a model has state that is not a tensor.
 
-    A module can add such state by ``get_extra_state``.
+    A module can add such state with ``get_extra_state``.
     """
     for key, value in model.state_dict().items():
         if not isinstance(value, Tensor):
