@@ -419,10 +419,10 @@ def sync_batch_norm_act(
     rank with an empty batch are zero. If all batches are empty, the running statistics do not
     change.
 
+    The arguments not listed here are those of `batch_norm_act`. Each rank computes the parameters'
+    gradients from its own batch. DistributedDataParallel averages them.
+
     Args:
-        input, running_mean, running_var, weight, bias, residual, residual_norm, act, act_kwargs,
-            momentum, eps, num_batches_tracked, fork: as in `batch_norm_act`. Each rank computes the
-            parameters' gradients from its own batch. DistributedDataParallel averages them.
         process_group: the process group of the participating ranks, or the name of this group. By
             default all ranks participate.
 
