@@ -206,7 +206,7 @@ def test_missing_and_damaged_checkpoints(command, checkpoint, tmp_path):
     checkpoint.write_bytes(data)
     wanted = f"bnres: {checkpoint} is damaged, or not a checkpoint of bnres\n"
     assert run(*command, checkpoint, code=2) == wanted
-    torch.save({"format": 3}, checkpoint)
+    torch.save({"format": 4}, checkpoint)
     assert run(*command, checkpoint, code=2) == wanted
 
 

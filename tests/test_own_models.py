@@ -117,10 +117,11 @@ def test_commands(tiny, tmp_path, monkeypatch, graphs):
         f"accuracy {row['test_accuracy']:.2%}\n"
     )
     run("export", "run/last.pt", "--out", "net.pt2")
-    x = torch.randn(3, 1, 8, 8)
+    images = torch.randint(256, (3, 1, 8, 8), dtype=torch.uint8)
+    mean, std = (torch.tensor(content[name]).view(-1, 1, 1) for name in ("mean", "std"))
     with torch.no_grad():
-        y = torch.export.load("net.pt2").module()(x)
-        assert torch.allclose(y, stock(x), atol=1e-5)
+        y = torch.export.load("net.pt2").module()(images)
+        assert torch.allclose(y, stock((images / 255 - mean) / std), atol=1e-5)
 
 
 def test_folder_of_a_run():

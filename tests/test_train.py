@@ -528,13 +528,14 @@ def test_eval_and_export(tiny, tiny_command, tmp_path, monkeypatch):
     content = read_checkpoint(tmp_path / "run" / "last.pt")
     asked = config_of(content, device="cpu")
     model = load_trained(tmp_path, content, asked)
-    x = torch.randn(3, 1, 8, 8)
+    images = torch.randint(256, (3, 1, 8, 8), dtype=torch.uint8)
+    _, scale = chains(asked, tiny)
     for option in ("--folded", "--no-folded"):
         out = tmp_path / f"net{option}.pt2"
         run("export", "run/last.pt", option, "--out", out)
         loaded = torch.export.load(out).module()
         with torch.no_grad():
-            assert torch.allclose(loaded(x), model(x), atol=1e-5)
+            assert torch.allclose(loaded(images), model(scale(images)), atol=1e-5)
         graph = str(torch.export.load(out).graph)
         assert ("batch_norm" in graph) == (option == "--no-folded") and "bnres" not in graph
 

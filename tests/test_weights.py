@@ -9,6 +9,7 @@ from torch import nn
 
 from bnres.models import create_model
 from bnres.train import TrainConfig, build_state, train_epoch
+from bnres.train.augmentation import chains
 from bnres.train.checkpoint import read_checkpoint, save_checkpoint
 from bnres.train.export import export_checkpoint
 from bnres.train.trained import config_of, load_trained
@@ -146,7 +147,7 @@ def test_export_refuses(checkpoint, monkeypatch):
 
 @pytest.mark.parametrize("folded", [True, False], ids=["folded", "not folded"])
 @pytest.mark.parametrize("batch", [1, 5])
-def test_onnx_model_equals_torchs(checkpoint, folded, batch):
+def test_onnx_model_equals_torchs(checkpoint, tiny, folded, batch):
     onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime runs the exported model")
     pytest.importorskip("onnxscript", reason="torch's exporter to ONNX needs onnxscript")
     out = checkpoint.with_suffix(".onnx")
@@ -155,11 +156,14 @@ def test_onnx_model_equals_torchs(checkpoint, folded, batch):
     else:
         export_checkpoint(checkpoint, out, folded=False, format="onnx")
     content = read_checkpoint(checkpoint)
-    model = load_trained(checkpoint, content, config_of(content, device="cpu"))
-    x = torch.randn(batch, 1, 28, 28)
+    asked = config_of(content, device="cpu")
+    model = load_trained(checkpoint, content, asked)
+    images = torch.randint(256, (batch, 1, 28, 28), dtype=torch.uint8)
     session = onnxruntime.InferenceSession(out.read_bytes(), providers=["CPUExecutionProvider"])
-    (images,) = session.get_inputs()
-    assert images.name == "images" and images.shape[1:] == [1, 28, 28]
-    (y,) = session.run(None, {"images": x.numpy()})
+    (given,) = session.get_inputs()
+    assert given.name == "images" and given.shape[1:] == [1, 28, 28]
+    assert given.type == "tensor(uint8)"
+    (y,) = session.run(None, {"images": images.numpy()})
+    _, scale = chains(asked, tiny)
     with torch.no_grad():
-        assert torch.allclose(torch.from_numpy(y), model(x), atol=1e-5)
+        assert torch.allclose(torch.from_numpy(y), model(scale(images)), atol=1e-5)

@@ -13,7 +13,7 @@ from bnres.train.config import TrainConfig
 from bnres.train.state import TrainState
 from bnres.train.weights import set_weights
 
-FORMAT = 3
+FORMAT = 4
 # Options that may be changed when a run is resumed.
 FREE = (
     "fused", "device", "data", "checksum", "workers", "compile", "cuda_graphs", "deterministic",
@@ -22,7 +22,7 @@ FREE = (
 # Attributes of the state that have a state_dict.
 STATEFUL = ("optimizer", "scheduler", "scaler")
 # Attributes of the state that must be the same when a run is resumed.
-OF_DATA = ("classes", "channels", "train_count")
+OF_DATA = ("classes", "channels", "train_count", "mean", "std")
 
 
 def save_checkpoint(path: Path, state: TrainState, config: TrainConfig) -> None:

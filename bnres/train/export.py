@@ -2,6 +2,7 @@
 
 import importlib
 import io
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -17,15 +18,20 @@ from bnres.train.weights import as_safetensors
 FORMATS = ("pt2", "onnx", "safetensors")
 
 
-class _OneInput(nn.Module):
-    """Wraps a model so that the input of the exported model has the name ``images``."""
+class _FromPixels(nn.Module):
+    """Returns the logits of uint8 images, after scaling the images as in training."""
 
-    def __init__(self, net: nn.Module) -> None:
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, net: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
         self.net = net
+        for name, values in (("mean", mean), ("std", std)):
+            self.register_buffer(name, torch.tensor(values).view(-1, 1, 1))
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.net(images)
+        return self.net((images / 255 - self.mean) / self.std)
 
 
 def export_checkpoint(
@@ -38,8 +44,9 @@ def export_checkpoint(
 ) -> Path:
     """Exports the model of a checkpoint, and returns the path of the file.
 
-    The exported model contains only torch's own operations, and takes batches of any size. If the
-    run averaged its weights, the averages are exported.
+    The exported model takes uint8 images (N, channels, height, width) in batches of any size,
+    scales them as in training, and returns logits (N, classes). It contains only torch's own
+    operations. If the run averaged its weights, the averages are exported.
 
     Args:
         path: a checkpoint of ``bnres train``.
@@ -48,7 +55,7 @@ def export_checkpoint(
         folded: whether to fold batch norms into convolutions. It has no effect on safetensors.
         format: ``"pt2"`` is a torch.export archive, which `torch.export.load` reads without bnres.
             ``"onnx"`` is an ONNX model. ``"safetensors"`` is a file of only the weights, with the
-            keys of the model of torch's layers.
+            keys of the model of torch's layers. The scaling of the images is not part of it.
 
     Raises:
         ValueError: if ``path`` is not a checkpoint, ``out`` is not a path of a file, the model does
@@ -72,13 +79,19 @@ def export_checkpoint(
     if format == "safetensors":
         write_bytes(out, as_safetensors(model))
         return out
-    example = torch.zeros(2, content["channels"], *(size or content["size"]))
-    try_call(model, example, "size: the model")
+    channels = content["channels"]
+    images = torch.zeros(2, channels, *(size or content["size"]))
+    try_call(model, images, "size: the model")
     if folded:
-        model = fold(model, example)
+        model = fold(model, images)
+    mean, std = [0.0] * channels, [1.0] * channels
+    if config.normalize:
+        mean, std = content["mean"], content["std"]
     with torch.no_grad():
         program = torch.export.export(
-            _OneInput(model), (example,), dynamic_shapes={"images": {0: torch.export.Dim("batch")}}
+            _FromPixels(model, mean, std),
+            (images.to(torch.uint8),),
+            dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
         )
     written = io.BytesIO()
     if format == "onnx":

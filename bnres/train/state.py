@@ -46,6 +46,7 @@ class TrainState:
         classes, channels: the number of classes, and the number of channels of the images.
         size: height and width of the model's input.
         train_count: number of training images.
+        mean, std: mean and standard deviation of each channel of the training images.
         world: the processes that train together.
     """
 
@@ -65,6 +66,8 @@ class TrainState:
     channels: int = 0
     size: tuple[int, int] = (0, 0)
     train_count: int = 0
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
     world: World = field(default_factory=World)
 
     @property
@@ -225,6 +228,8 @@ def build_state(
         channels=dataset.channels,
         size=size,
         train_count=batches.train_count,
+        mean=dataset.mean,
+        std=dataset.std,
         world=world,
     )
     return state, batches
