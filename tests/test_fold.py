@@ -207,11 +207,9 @@ def test_a_model_without_operations():
     assert type(bnres.fold(nn.Identity().eval(), torch.zeros(2))) is nn.Identity
 
 
-def test_without_inputs_nothing_is_folded():
-    stock = with_statistics(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)))
-    with pytest.warns(UserWarning, match="without an example"):
-        folded = bnres.fold(stock)
-    assert type(folded[1]) is nn.BatchNorm2d and folded is not stock
+def test_without_inputs():
+    with pytest.raises(TypeError, match=r"needs example inputs of the model: fold\(model, "):
+        bnres.fold(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)).eval())
 
 
 def test_no_tensor_of_a_model_outlives_it():

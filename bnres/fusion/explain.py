@@ -27,8 +27,10 @@ def explain(model: nn.Module, *inputs: Any, **kwargs: Any) -> FusionReport:
         A report with a row for each batch norm. ``str(report)`` includes a legend of the patterns.
 
     Raises:
-        TypeError: if ``model`` is not a module.
+        TypeError: if ``model`` is not a module, or if there are no example arguments.
     """
+    if not (inputs or kwargs):
+        raise TypeError("explain needs example inputs of the model: explain(model, *inputs)")
     twin = unfuse(model)
     make_nodes(twin)
     norms = {name: module for name, module in twin.named_modules() if is_norm(module)}
@@ -53,17 +55,15 @@ def explain(model: nn.Module, *inputs: Any, **kwargs: Any) -> FusionReport:
 
         return call
 
-    reason = "explain needs example inputs: explain(model, *inputs)"
-    if inputs or kwargs:
-        before = graph_breaks()
-        # With the backend "aten", torch's operations run and no kernel has to be compiled.
-        devices = range(torch.cuda.device_count())
-        with use_backend("aten"), torch.random.fork_rng(devices=devices):
-            compiled(twin, record)(*inputs, **kwargs)
-        breaks = [text for text, n in graph_breaks().items() if n > before.get(text, 0)]
-        lines = breaks[0].splitlines()[:2] if breaks else []
-        said = [line.strip().removeprefix("Explanation: ") for line in lines]
-        reason = ": ".join(["not in a captured graph", *said])
+    before = graph_breaks()
+    # With the backend "aten", torch's operations run and no kernel has to be compiled.
+    devices = range(torch.cuda.device_count())
+    with use_backend("aten"), torch.random.fork_rng(devices=devices):
+        compiled(twin, record)(*inputs, **kwargs)
+    breaks = [text for text, n in graph_breaks().items() if n > before.get(text, 0)]
+    lines = breaks[0].splitlines()[:2] if breaks else []
+    said = [line.strip().removeprefix("Explanation: ") for line in lines]
+    reason = ": ".join(["not in a captured graph", *said])
     return FusionReport([found.get(n, Site(n, "-", reason, fused=False)) for n in norms])
 
 

@@ -1,6 +1,5 @@
 """Folds batch norms into convolutions, for export and for the CPU."""
 
-import warnings
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
@@ -36,14 +35,16 @@ def fold(model: nn.Module, *inputs: Any, **kwargs: Any) -> nn.Module:
 
     Args:
         model: any module in eval mode, fused or not. It is not changed.
-        inputs, kwargs: example arguments of the model. If there are none, nothing is folded.
+        inputs, kwargs: example arguments of the model.
 
     Raises:
-        TypeError: if ``model`` is not a module.
+        TypeError: if ``model`` is not a module, or if there are no example arguments.
         ValueError: if the model or one of its batch norms is in training mode, if Dynamo does not
             capture the model's forward as one graph, or if the folded model's forward would run
             other operations, for example because it tests whether a convolution has a bias.
     """
+    if not (inputs or kwargs):
+        raise TypeError("fold needs example inputs of the model: fold(model, *inputs)")
     folded = revert_sync_batchnorm(unfuse(model))
     for name, module in folded.named_modules():
         if module.training and (not name or is_norm(module)):
@@ -51,12 +52,6 @@ def fold(model: nn.Module, *inputs: Any, **kwargs: Any) -> nn.Module:
                 f"model must be in eval mode to be folded, but {name or 'it'} is in training mode: "
                 "call model.eval() first"
             )
-    if not (inputs or kwargs):
-        warnings.warn(
-            "fold was called without an example of the model's inputs: nothing is folded",
-            stacklevel=2,
-        )
-        return folded
     graph, tensors = _capture(folded, inputs, kwargs)
     pairs = _pairs(graph, tensors, folded)
     for conv, norm in pairs.values():
