@@ -12,14 +12,17 @@ from bnres.data.packaged import load_digits, load_mnist5k, load_synthetic
 from bnres.data.streamed import StreamedBatches
 
 # The loaders of the data sets that need no files, by name. For the data sets in ON_DISK the user
-# gives the path of the files.
+# gives the path of the files, which ON_DISK describes.
 PACKAGED = {
     "mnist5k": load_mnist5k,
     "digits": load_digits,
     "synthetic-cifar": lambda: load_synthetic(classes=10, size=32),
     "synthetic-imagenet": lambda: load_synthetic(classes=1000, size=256),
 }
-ON_DISK = ("cifar10", "folder")
+ON_DISK = {
+    "cifar10": "CIFAR-10's files",
+    "folder": "a folder that holds train/CLASS and val/CLASS",
+}
 DATASETS = (*PACKAGED, *ON_DISK)
 
 
@@ -44,7 +47,7 @@ def load_dataset(
             raise ValueError(f"data must be None for {name}, which needs no files, got {data}")
         return PACKAGED[name]()
     if data is None:
-        raise ValueError(f"data must be the folder that holds {name}, got None")
+        raise ValueError(f"data must be the path of {ON_DISK[name]}, got None")
     return load_folder(data) if name == "folder" else load_cifar10(data, checksum=checksum)
 
 

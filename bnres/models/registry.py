@@ -35,7 +35,8 @@ def check_model_name(name: str) -> None:
     """Raises a ValueError unless a name is in `MODELS` or has the form of a factory's name."""
     if name not in MODELS and not is_factory(name):
         raise ValueError(
-            f"model must be one of {', '.join(MODELS)}, or PACKAGE.MODULE:FACTORY, got {name!r}"
+            f"model must be one of {', '.join(MODELS)}, or torchvision:NAME, timm:NAME or "
+            f"PACKAGE.MODULE:FACTORY, got {name!r}"
         )
 
 
