@@ -268,6 +268,7 @@ class TestNotFinite:
             inside = image[:, top : top + height, left : left + width].isfinite().all()
             assert y[index].isfinite().all() == inside
 
+    @pytest.mark.parametrize("route", ["aten"], indirect=True)
     @pytest.mark.parametrize("side", [64, 65])
     def test_both_ways_to_resize(self, route, side):
         """With ATen, finite images up to 64×64 are resized by a product, and others one by one."""

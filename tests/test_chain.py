@@ -86,7 +86,7 @@ def test_compiled_gradients_equal_eager_gradients():
         # A block with a hook gets one tensor and returns one. So autograd makes one addition for
         # the block's input, and one for its output.
         pytest.param(True, ["layer2.0"], 2, marks=pytest.mark.slow),
-        (True, ["layer2.0", "layer4"], 3),
+        pytest.param(True, ["layer2.0", "layer4"], 3, marks=pytest.mark.slow),
     ],
     ids=["layers", "graph", "block", "stage"],
 )

@@ -298,7 +298,7 @@ def test_only_the_bias_needs_a_gradient(operation, training):
 
 
 @training_or_not
-@pytest.mark.parametrize("operation", ["single", "two norms"])
+@pytest.mark.parametrize("operation", ["single", pytest.param("two norms", marks=pytest.mark.slow)])
 def test_gradients_of_gradients(operation, training):
     ours, _ = OPERATIONS[operation]
     inputs, stats = draw()

@@ -650,6 +650,7 @@ def test_memory_is_read_every_few_batches(tiny_command, tmp_path, monkeypatch):
     assert asked == [3, 4, 3, 4]  # an epoch has four batches
 
 
+@pytest.mark.slow
 def test_compare_command(tiny_command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "160")
