@@ -92,9 +92,15 @@ def recompute() -> Iterator[None]:
     Only outputs of our kernels are recomputed. Inside torch.compile the context has no effect.
     """
     global _active
+    if torch.compiler.is_compiling():
+        yield
+        return
     _active += 1
     try:
-        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        # After a graph break, operations run outside of the captured graphs. There, Dynamo must not
+        # capture the hooks, because it raises an internal error when it does.
+        hooks = map(torch.compiler.disable, (pack, unpack))
+        with torch.autograd.graph.saved_tensors_hooks(*hooks):
             yield
     finally:
         _active -= 1

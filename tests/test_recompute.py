@@ -61,6 +61,32 @@ def test_in_place_writes_to_saved_tensors_raise(net):
         loss.backward()
 
 
+@pytest.mark.parametrize("momentum", [0.1, None], ids=["one graph", "broken graph"])
+def test_compiled(momentum):
+    torch.manual_seed(0)
+    stock = nn.Sequential(
+        nn.Conv2d(2, 3, 1),
+        nn.BatchNorm2d(3, momentum=momentum),
+        nn.ReLU(),
+        nn.Conv2d(3, 2, 1),
+    ).to(DEVICE, torch.float64)
+    fused, inside = bnres.fuse(stock), copy.deepcopy(stock)
+
+    @torch.compile(backend="bnres")
+    def compiled(x):
+        with bnres.recompute():
+            return inside(x)
+
+    x = torch.randn(3, 2, 4, 4, dtype=torch.float64, device=DEVICE)
+    expected = gradients(stock, x)
+    with bnres.recompute():
+        y = fused(x).sin().sum()
+    y.backward()
+    torch.testing.assert_close([p.grad for p in fused.parameters()], expected)
+    compiled(x).sin().sum().backward()
+    torch.testing.assert_close([p.grad for p in inside.parameters()], expected)
+
+
 @pytest.mark.skipif(DEVICE == "cuda", reason="counts what interpreted launches would save")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_bytes_saved_for_a_resnet18_step(dtype):
