@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 import bnres
@@ -474,6 +475,15 @@ def test_jit_trace(pair):
     traced = torch.jit.trace(fused, batch())
     assert "bnres" not in str(traced.inlined_graph)
     assert_same(traced(batch()), stock(batch()))
+
+
+def test_fx_traces(pair):
+    fused, stock = (nn.Sequential(model, nn.Tanh()).eval() for model in pair)
+    fused(batch())
+    for trace in (torch.fx.symbolic_trace, lambda model: make_fx(model)(batch())):
+        traced = trace(fused)
+        assert not any("bnres" in str(node.target) for node in traced.graph.nodes)
+        assert_same(traced(batch()), stock(batch()))
 
 
 def test_onnx(pair):

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from bnres.fusion.dynamo import (
     compiled,
+    in_fx_trace,
     lookup_backend,
     module_tensors,
     set_compiled_call,
@@ -124,8 +125,8 @@ def fuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     Returns:
         The fused model. Its repr contains "fused by bnres". The fused model has the class, the
         parameters, the keys of the state dict and the hooks of ``model``. Copies and pickles of the
-        fused model are not fused. `torch.export` and `torch.jit.trace` treat the fused model as a
-        model that is not fused.
+        fused model are not fused. `torch.export`, `torch.jit.trace` and `torch.fx` treat the
+        fused model as a model that is not fused.
 
     Raises:
         TypeError: if ``model`` is not a module.
@@ -136,7 +137,8 @@ def fuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     fused = compiled(stock, backend)
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        return (stock if torch.jit.is_tracing() else fused)(*args, **kwargs)
+        traced = torch.jit.is_tracing() or in_fx_trace()
+        return (stock if traced else fused)(*args, **kwargs)
 
     set_compiled_call(model, call)
     model.extra_repr = _FusedRepr(model)  # type: ignore[method-assign]

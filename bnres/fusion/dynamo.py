@@ -48,6 +48,11 @@ def is_compiled(module: nn.Module) -> bool:
     return isinstance(module, torch._dynamo.OptimizedModule)
 
 
+def in_fx_trace() -> bool:
+    """Whether `torch.fx` is tracing. A compiled function raises an error in such a trace."""
+    return torch.fx._symbolic_trace.is_fx_symbolic_tracing()
+
+
 def lookup_backend(name: Any) -> Callable[..., Any]:
     """Returns the backend with this name. If ``name`` is a backend, it is returned unchanged."""
     return torch._dynamo.lookup_backend(name)  # type: ignore[attr-defined, no-any-return]
