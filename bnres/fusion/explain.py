@@ -29,9 +29,9 @@ def explain(model: nn.Module, *inputs: Any, **kwargs: Any) -> FusionReport:
     Raises:
         TypeError: if ``model`` is not a module, or if there are no example arguments.
     """
+    twin = unfuse(model)
     if not (inputs or kwargs):
         raise TypeError("explain needs example inputs of the model: explain(model, *inputs)")
-    twin = unfuse(model)
     make_nodes(twin)
     norms = {name: module for name, module in twin.named_modules() if is_norm(module)}
     names = {id(t): name for name, m in norms.items() for t in (*m.parameters(), *m.buffers())}

@@ -43,9 +43,9 @@ def fold(model: nn.Module, *inputs: Any, **kwargs: Any) -> nn.Module:
             capture the model's forward as one graph, or if the folded model's forward would run
             other operations, for example because it tests whether a convolution has a bias.
     """
+    folded = revert_sync_batchnorm(unfuse(model))
     if not (inputs or kwargs):
         raise TypeError("fold needs example inputs of the model: fold(model, *inputs)")
-    folded = revert_sync_batchnorm(unfuse(model))
     for name, module in folded.named_modules():
         if module.training and (not name or is_norm(module)):
             raise ValueError(
