@@ -16,7 +16,7 @@ from bnres.cli import app
 from bnres.errors import report
 from bnres.train import TrainConfig, build_state, train_epoch
 from bnres.train import run as training
-from bnres.train.checkpoint import checkpoint_bytes, read_checkpoint, save_checkpoint
+from bnres.train.checkpoint import FORMAT, checkpoint_bytes, read_checkpoint, save_checkpoint
 from bnres.train.config import read_config
 from tests.command import run
 from tests.disks import read_only, small_disk
@@ -206,7 +206,7 @@ def test_missing_and_damaged_checkpoints(command, checkpoint, tmp_path):
     checkpoint.write_bytes(data)
     wanted = f"bnres: {checkpoint} is damaged, or not a checkpoint of bnres\n"
     assert run(*command, checkpoint, code=2) == wanted
-    torch.save({"format": 4}, checkpoint)
+    torch.save({"format": FORMAT}, checkpoint)
     assert run(*command, checkpoint, code=2) == wanted
 
 

@@ -50,8 +50,6 @@ def test_every_row_is_printed_with_its_ratio_and_limit():
     assert {key for key, (*_, limit) in rows.items() if limit == "-"} == OTHERS
     for key, (least, median, *_) in rows.items():
         assert "fuse - stock" in key[0] or float(median) >= float(least) > 0, key
-    for kind in KINDS:
-        assert float(rows["torch's BN, ReLU", kind][2]) == pytest.approx(1, rel=0.2)
     fused, stock, difference = (
         float(rows[f"ResNet-18, {row}", "step"][2])
         for row in ("bnres.fuse", "stock", "fuse - stock")

@@ -121,7 +121,7 @@ def ruler() -> Iterator[Timed]:
 
 
 def cases() -> Iterator[Timed]:
-    """Yields all calls to be timed, starting with the calls of `ruler`."""
+    """Yields all calls to be timed, including the calls of `ruler`."""
     yield from ruler()
     x, residual = (
         torch.randn(2, CHANNELS, 8, 8, dtype=torch.bfloat16)
@@ -188,7 +188,7 @@ class Times:
 
 
 def measure(timed: Sequence[Timed]) -> list[Times]:
-    """Returns the times of each of ``timed``, which starts with the calls of `ruler`."""
+    """Returns the times of each of ``timed``, which includes the calls of `ruler`."""
     rulers = {one.kind: [one] for one in timed if one.row == RULER}
     rulers["step"] = [*rulers["forward"], *rulers["backward"]]
     found = [Times() for _ in timed]
