@@ -257,7 +257,7 @@ class TestNotFinite:
             ((0, 6, 2, 3), (7, 2)),
         ],
     )
-    @pytest.mark.parametrize("flips", [[], [0, 1]])
+    @pytest.mark.parametrize("flips", [pytest.param([], marks=pytest.mark.slow), [0, 1]])
     def test_resized_crops(self, route, box, out, value, flips):
         x = self.images(value)
         draws = [bt.Crop(torch.tensor([box]).expand(len(x), 4), out, True)]

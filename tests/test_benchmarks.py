@@ -467,6 +467,7 @@ class TestBudget:
 class TestCommandLine:
     CHOICE = ("--only", "ops/.*resnet18.stem/.*contiguous.*eager$")
 
+    @pytest.mark.slow
     def test_run_report_compare(self, tmp_path, monkeypatch):
         out = str(tmp_path / "run")
         monkeypatch.setattr(busy, "spread", lambda: 1.3)

@@ -111,9 +111,23 @@ def test_number_of_gradient_additions_outside_the_operations(fused, hooked, coun
 
 @pytest.mark.parametrize(
     "name",
-    ["0", "0.1", "0.2", "1", "1.0", "1.0.act2", "1.0.bn2", "1.0.downsample.0", "1.1.conv1",
-     "1.1.bn2", "2", "2.0.bn3"],
-)  # fmt: skip
+    [
+        *("0.1", "1.0", "1.1.bn2", "2.0.bn3"),
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in (
+                "0",
+                "0.2",
+                "1",
+                "1.0.act2",
+                "1.0.bn2",
+                "1.0.downsample.0",
+                "1.1.conv1",
+                "2",
+            )
+        ),
+    ],
+)
 def test_a_hooked_tensor_gets_its_whole_gradient(name):
     model, x = net(), images()
     found = []
@@ -135,7 +149,10 @@ def test_a_hooked_tensor_gets_its_whole_gradient(name):
             assert_close(ours, theirs, torch.float64)
 
 
-@pytest.mark.parametrize("name", ["0.1", "1", "1.0", "1.1.conv1"])
+@pytest.mark.parametrize(
+    "name",
+    ["1", "1.1.conv1", *(pytest.param(name, marks=pytest.mark.slow) for name in ("0.1", "1.0"))],
+)
 def test_hooks_that_replace_tensors(name):
     model, x = net(), images()
     expected = in_sequence(model)
@@ -177,7 +194,9 @@ def test_modules_of_the_user(name, module):
     assert_same(model, in_sequence(model), x)
 
 
-@pytest.mark.parametrize("name", ["1", "1.0", "2"])
+@pytest.mark.parametrize(
+    "name", ["1.0", *(pytest.param(name, marks=pytest.mark.slow) for name in ("1", "2"))]
+)
 def test_compiled_module_is_called(name):
     model, x = net(), images()
     expected, (record, graphs) = in_sequence(model), recorder()

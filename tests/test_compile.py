@@ -152,6 +152,7 @@ def capture_on_fake_gpu():
     print(names(graphs))
 
 
+@pytest.mark.slow
 def test_fake_gpu_model_is_one_graph():
     result = run_compiled("-c", "from tests.test_compile import *; capture_on_fake_gpu()")
     assert result.stdout.count("bnres.") == 17, result.stderr

@@ -128,7 +128,7 @@ def layer(**options):
 
 
 @pytest.mark.parametrize("momentum", [0.1, None])
-@pytest.mark.parametrize("padding_mode", ["zeros", "reflect"])
+@pytest.mark.parametrize("padding_mode", ["zeros", pytest.param("reflect", marks=pytest.mark.slow)])
 def test_bias_before_a_batch_norm(momentum, padding_mode):
     """In training the bias changes only the running mean, because the batch norm subtracts it."""
     ours, conv, bn = layer(bias=True, momentum=momentum, padding_mode=padding_mode)

@@ -92,12 +92,15 @@ def graphed(config, dataset):
 @pytest.mark.parametrize(
     "options",
     [
-        {},
+        pytest.param({}, marks=pytest.mark.slow),
         # With the smaller stem, the input of every strided convolution is larger than one pixel. If
         # it has one pixel, torch's bf16 convolution on the CPU does not write some gradients.
         {"dtype": "bf16", "stem": "cifar", "clip_norm": 1.0, "ema": 0.9, "flip": True},
         # The smaller stem has no max-pool. On a GPU torch's max-pool may not be deterministic.
-        {"stem": "cifar", "optimizer": "adamw", "schedule": "cosine", "fused": False},
+        pytest.param(
+            {"stem": "cifar", "optimizer": "adamw", "schedule": "cosine", "fused": False},
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=str,
 )

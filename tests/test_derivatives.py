@@ -22,8 +22,10 @@ def inputs(shape=(4, 3, 2, 2)):
     return (x, weight, bias, residual), (mean, var)
 
 
-@pytest.mark.parametrize("act", [None, "relu", "silu"])
-@pytest.mark.parametrize("has_residual", [False, True], ids=["plain", "residual"])
+@pytest.mark.parametrize("act", [pytest.param(None, marks=pytest.mark.slow), "relu", "silu"])
+@pytest.mark.parametrize(
+    "has_residual", [pytest.param(False, marks=pytest.mark.slow), True], ids=["plain", "residual"]
+)
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_gradients_of_gradients(act, has_residual, training):
     given, stats = inputs((3, 1, 1, 1))
@@ -43,11 +45,11 @@ def test_gradients_of_gradients(act, has_residual, training):
     ("module", "shape"),
     [
         pytest.param(nn.BatchNorm1d, (3, 2), marks=pytest.mark.slow),
-        (nn.BatchNorm2d, (3, 2, 1, 1)),
+        pytest.param(nn.BatchNorm2d, (3, 2, 1, 1), marks=pytest.mark.slow),
         pytest.param(nn.BatchNorm3d, (3, 2, 1, 1, 1), marks=pytest.mark.slow),
         pytest.param(nn.BatchNormAct1d, (3, 2), marks=pytest.mark.slow),
         (nn.BatchNormAct2d, (3, 2, 1, 1)),
-        (nn.BatchNormAct3d, (3, 2, 1, 1, 1)),
+        pytest.param(nn.BatchNormAct3d, (3, 2, 1, 1, 1), marks=pytest.mark.slow),
     ],
     ids=lambda v: v.__name__ if isinstance(v, type) else "",
 )

@@ -53,7 +53,9 @@ def model_of(name, training=False):
     return model.train(training), torch.rand(shape, dtype=torch.float64, device=DEVICE)
 
 
-@pytest.mark.parametrize("strict", [False, True], ids=["default", "strict"])
+@pytest.mark.parametrize(
+    "strict", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["default", "strict"]
+)
 @pytest.mark.parametrize("name", MODELS)
 def test_export(name, strict):
     model, x = model_of(name)
@@ -127,7 +129,7 @@ def test_archives_load_without_bnres(tmp_path):
     assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.parametrize("dynamo", [True, False])
+@pytest.mark.parametrize("dynamo", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", MODELS)
 def test_onnx(name, dynamo, tmp_path):
     runtime = pytest.importorskip("onnxruntime", reason="runs the exported file")

@@ -57,7 +57,9 @@ def test_architectures(name):
     assert sum(isinstance(m, nn.BatchNorm2d) for m in stock.modules()) > KEPT[name]
 
 
-@pytest.mark.parametrize("name", ["resnet18", "resnet18-seed", "lenet-seed"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("resnet18", marks=pytest.mark.slow), "resnet18-seed", "lenet-seed"]
+)
 def test_our_models(name):
     torch.manual_seed(0)
     stock = models.create_model(name, num_classes=5, in_channels=1, fused=False).to(DEVICE)

@@ -146,6 +146,7 @@ def bits(run, mode, **options):
     return digest.hexdigest()[:16]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     DEVICE != "cpu", reason="a GPU fuses multiplication and addition, the interpreter does not"
 )

@@ -137,7 +137,9 @@ def test_repr():
     assert repr(bnres.fuse(model[1])).startswith("BatchNorm2d(fused by bnres, 4, eps=1e-05")
 
 
-@pytest.mark.parametrize("backend", ["aten", "triton-interpreter"])
+@pytest.mark.parametrize(
+    "backend", ["aten", pytest.param("triton-interpreter", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("name", PATTERNS)
 def test_patterns(name, backend):
     body, dims, patterns = PATTERNS[name]
@@ -327,6 +329,7 @@ assert "bnres" in sys.modules
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+@pytest.mark.slow
 def test_fused_models_do_not_share_the_limit_of_graphs(monkeypatch):
     """torch stores at most 8 graphs for the code of ``__call__``, which all modules share."""
     from bnres.fusion import rewrite

@@ -71,7 +71,7 @@ SMALL = {
     "timm-byobnet": (partial(of_timm, "test_byobnet"), 14),
 }
 # Models that are not marked slow. Each of the other models takes at least ten seconds.
-QUICK = ("mobilenet_v2", "densenet", "lenet-seed", "timm-resnet", "timm-efficientnet")
+QUICK = ("lenet-seed", "timm-resnet", "timm-efficientnet")
 # Name, image size, number of batch norms.
 WHOLE = [
     ("resnet18", 64, 20),

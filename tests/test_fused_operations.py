@@ -180,8 +180,10 @@ def test_pooled_values_are_compared_as_rounded(dtype, layout):
     assert actual.is_contiguous(memory_format=LAYOUTS[layout])
 
 
-@pytest.mark.parametrize("act", [None, "relu", "silu"])
-@pytest.mark.parametrize("has_residual", [False, True], ids=["plain", "residual"])
+@pytest.mark.parametrize("act", [pytest.param(None, marks=pytest.mark.slow), "relu", "silu"])
+@pytest.mark.parametrize(
+    "has_residual", [pytest.param(False, marks=pytest.mark.slow), True], ids=["plain", "residual"]
+)
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_forked(act, has_residual, training):
     stock = norm(5, torch.float64, training)
@@ -223,7 +225,9 @@ def test_forked_in_every_type_and_layout(dtype, layout):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("mode", ["train", "eval", "fixed"])
+@pytest.mark.parametrize(
+    "mode", ["train", *(pytest.param(mode, marks=pytest.mark.slow) for mode in ("eval", "fixed"))]
+)
 def test_forked_pool(dtype, layout, mode):
     """The gradients of both outputs are added, even if their layouts differ."""
     stock = norm(11, dtype, mode == "train").requires_grad_(mode != "fixed")

@@ -98,7 +98,9 @@ def test_forward(shape, layout, dtype, programs, split):
 
 
 @pytest.mark.parametrize("act", ACTIVATIONS)
-@pytest.mark.parametrize(("shape", "layout"), [SHAPES[0], SHAPES[6]], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "layout"), [SHAPES[0], pytest.param(*SHAPES[6], marks=pytest.mark.slow)], ids=str
+)
 def test_every_activation(shape, layout, act):
     check_forward(*draw(shape, layout, torch.bfloat16, RunningStatistics), act)
 

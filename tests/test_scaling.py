@@ -50,6 +50,7 @@ def test_a_ring_is_fitted_from_two_sizes():
     assert fit(medians, 2) == pytest.approx((3e-6, 2e9))
 
 
+@pytest.mark.slow
 def test_the_page_shows_the_model():
     page = (ROOT / "docs" / "several-gpus.md").read_text(encoding="utf-8")
     shown = page.partition("<!-- scaling: begin -->")[2].partition("<!-- scaling: end -->")[0]

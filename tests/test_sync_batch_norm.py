@@ -147,7 +147,11 @@ FULL = (torch.float32, torch.float32)
 
 @pytest.mark.parametrize(
     ("cases", "sizes"),
-    [(EQUAL, (2, 2, 2, 2)), (UNEVEN, (3, 1, 0, 2)), (EQUAL[2:], (0, 4, 0, 1))],
+    [
+        pytest.param(EQUAL, (2, 2, 2, 2), marks=pytest.mark.slow),
+        (UNEVEN, (3, 1, 0, 2)),
+        (EQUAL[2:], (0, 4, 0, 1)),
+    ],
     ids=["equal", "uneven", "first-empty"],
 )
 @pytest.mark.parametrize("route", ROUTES)
@@ -310,6 +314,7 @@ def check_compiled(route, backend):
         assert_near(a, b.double())
 
 
+@pytest.mark.slow
 @without_gpu
 def test_is_captured_as_one_graph(four):
     four.run(check_compiled, "triton-interpreter", "aot_eager")

@@ -65,14 +65,9 @@ def config(**options):
     return TrainConfig(**{"epochs": 3, "batch_size": 8, "lr": 0.02, **options})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("fused", "dtype"),
-    [
-        pytest.param(True, "fp32", marks=pytest.mark.slow),
-        (True, "bf16"),
-        pytest.param(False, "fp32", marks=pytest.mark.slow),
-    ],
-    ids=str,
+    ("fused", "dtype"), [(True, "fp32"), (True, "bf16"), (False, "fp32")], ids=str
 )
 def test_a_run_learns(tiny, tiny_command, dtype, fused, tmp_path):
     stem = "cifar" if dtype == "bf16" else None  # the other stem shrinks images to one pixel
@@ -107,7 +102,7 @@ OPTIONS = {"ema": 0.9, "accumulate": 2, "clip_norm": 1.0, "flip": True, "drop_la
     ],
     ids=str,
 )
-@pytest.mark.parametrize("after", [2, 4, 6])
+@pytest.mark.parametrize("after", [2, 4, pytest.param(6, marks=pytest.mark.slow)])
 def test_resumed_run_equals_an_uninterrupted_run(tiny, tmp_path, options, after):
     """Resumes in the middle of an epoch or at its end. The results have the same bits."""
     asked = config(epochs=2, **options)
@@ -519,6 +514,7 @@ def test_ctrl_c_saves_and_prints_how_to_resume(tiny_command, tmp_path, monkeypat
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 2
 
 
+@pytest.mark.slow
 def test_eval_and_export(tiny, tiny_command, tmp_path, monkeypatch):
     monkeypatch.setattr("bnres.train.trained.load_dataset", lambda *place, **options: tiny)
     monkeypatch.chdir(tmp_path)

@@ -146,7 +146,7 @@ def test_export_refuses(checkpoint, monkeypatch):
 
 
 @pytest.mark.parametrize("folded", [True, False], ids=["folded", "not folded"])
-@pytest.mark.parametrize("batch", [1, 5])
+@pytest.mark.parametrize("batch", [pytest.param(1, marks=pytest.mark.slow), 5])
 def test_onnx_model_equals_torchs(checkpoint, tiny, folded, batch):
     onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime runs the exported model")
     pytest.importorskip("onnxscript", reason="torch's exporter to ONNX needs onnxscript")
