@@ -160,8 +160,9 @@ def test_onnx_model_equals_torchs(checkpoint, tiny, folded, batch):
     model = load_trained(checkpoint, content, asked)
     images = torch.randint(256, (batch, 1, 28, 28), dtype=torch.uint8)
     session = onnxruntime.InferenceSession(out.read_bytes(), providers=["CPUExecutionProvider"])
-    (given,) = session.get_inputs()
-    assert given.name == "images" and given.shape[1:] == [1, 28, 28]
+    (given,), (returned,) = session.get_inputs(), session.get_outputs()
+    assert (given.name, given.shape) == ("images", ["batch", 1, 28, 28])
+    assert (returned.name, returned.shape) == ("logits", ["batch", 2])
     assert given.type == "tensor(uint8)"
     (y,) = session.run(None, {"images": images.numpy()})
     _, scale = chains(asked, tiny)

@@ -84,6 +84,7 @@ def export_checkpoint(
     try_call(model, images, "size: the model")
     if folded:
         model = fold(model, images)
+    shapes = {"images": {0: torch.export.Dim("batch")}}
     mean, std = [0.0] * channels, [1.0] * channels
     if config.normalize:
         mean, std = content["mean"], content["std"]
@@ -91,11 +92,13 @@ def export_checkpoint(
         program = torch.export.export(
             _FromPixels(model, mean, std),
             (images.to(torch.uint8),),
-            dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
+            dynamic_shapes=shapes,
         )
     written = io.BytesIO()
     if format == "onnx":
-        converted = torch.onnx.export(program, dynamo=True, verbose=False)
+        converted = torch.onnx.export(
+            program, output_names=["logits"], dynamic_shapes=shapes, dynamo=True, verbose=False
+        )
         assert converted is not None
         written.write(converted.model_proto.SerializeToString())
     else:
