@@ -219,8 +219,10 @@ def hazard(match: Match) -> str:
     becomes_sum = residual in [w for n in match.nodes for w in writes(n) or []]
     read = [norm.state.bias for norm in match.norms] + ([] if becomes_sum else [residual])
     kept, end = {storage(n) for n in read if isinstance(n, fx.Node)}, max(match.nodes)
-    later = [w for n in end.graph.nodes if n > end for w in writes(n) or []]
-    if any(storage(w) in kept for w in later):
+    readers = (
+        n for n in end.graph.nodes if n > end and kept & set(map(storage, n.all_input_nodes))
+    )
+    if any(storage(w) in kept for n in readers for w in writes(n) or []):
         return "the added tensor or the bias of the batch norm is written in place afterwards"
     return ""
 

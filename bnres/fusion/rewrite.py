@@ -44,8 +44,12 @@ def fuse_graph(module: fx.GraphModule) -> list[Found]:
         rows += [_row(norm.node, match.pattern, match.reason) for norm in match.norms]
         replaced |= match.replaced
         calls.append(replace(match.replaced, match.operation, *_arguments(match)))
+    # No node may write to the memory of a forked output. Autograd would not know that a write
+    # through one of the two tensors also changes the other.
+    written = _written(graph)
     for call in calls:
-        _fork(graph, call)
+        if len(call.users) == 2 and storage(call) not in written:
+            _fork(call)
     for node in graph.nodes:
         _use_stem_conv(node)
     graph.lint()
@@ -84,25 +88,25 @@ def _use_stem_conv(node: fx.Node) -> None:
         node.op, node.target, node.args, node.kwargs = "call_function", stem_conv2d, tensors, {}
 
 
-def _fork(graph: fx.Graph, call: fx.Node) -> None:
-    """If a call has two users, makes it return two tensors, one for each user.
+def _written(graph: fx.Graph) -> set[int | None]:
+    """Returns the storages to which the nodes of a graph may write."""
+    found: set[int | None] = set()
+    for node in graph.nodes:
+        nodes = writes(node)
+        found |= set(map(storage, node.all_input_nodes if nodes is None else nodes))
+    return found
+
+
+def _fork(call: fx.Node) -> None:
+    """Makes a call return two tensors, one for each of its two users.
 
     Our backward then adds the gradients of the two tensors.
     """
-    users, shared = list(call.users), storage(call)
-    if len(users) != 2:
-        return
-    for node in graph.nodes:
-        # No node may write to the shared memory. Autograd would not know that a write through one
-        # tensor also changes the other.
-        written = writes(node)
-        touched = node.all_input_nodes if written is None else written
-        if any(storage(n) == shared for n in touched):
-            return
+    users = list(call.users)
     call.update_kwarg("fork", True)
-    with graph.inserting_after(call):
-        second = graph.call_function(operator.getitem, (call, 1))
-        first = graph.call_function(operator.getitem, (call, 0))
+    with call.graph.inserting_after(call):
+        second = call.graph.call_function(operator.getitem, (call, 1))
+        first = call.graph.call_function(operator.getitem, (call, 0))
     for user, part in zip(users, (first, second), strict=True):
         part.meta = dict(call.meta)
         user.replace_input_with(call, part)
