@@ -104,6 +104,14 @@ def conv_route() -> str:
     return _override
 
 
+def kernel_may_run(device: torch.device) -> bool:
+    """Whether our kernel computes any convolution on a device.
+
+    This takes less time than making a `ConvCall` for `kernel_config`.
+    """
+    return bool(_measured_configs(device)) if _override == "auto" else _override == "kernel"
+
+
 def kernel_config(call: ConvCall, device: torch.device) -> tuple[bool, ConvConfig | None]:
     """Returns whether our kernel computes ``call``, and the configuration of the kernel.
 
@@ -112,10 +120,15 @@ def kernel_config(call: ConvCall, device: torch.device) -> tuple[bool, ConvConfi
     """
     if _override != "auto":
         return _override == "kernel", None
-    if device.type != "cuda" or torch.compiler.is_compiling():
-        return False, None
-    config = load_table(table_path(gpu_name(device))).get(call)
+    config = _measured_configs(device).get(call)
     return config is not None, config
+
+
+def _measured_configs(device: torch.device) -> dict[ConvCall, ConvConfig]:
+    """Returns the configurations in the table of a GPU. For other devices there are none."""
+    if device.type != "cuda" or torch.compiler.is_compiling():
+        return {}
+    return load_table(table_path(gpu_name(device)))
 
 
 @cache
@@ -129,11 +142,14 @@ def table_path(gpu: str) -> Path:
 
     If the environment variable ``BNRES_ROUTES`` is set, it is the path.
     """
-    override = os.environ.get("BNRES_ROUTES")
+    return _table_path(gpu, os.environ.get("BNRES_ROUTES"), os.environ.get("XDG_CACHE_HOME"))
+
+
+@cache  # making a Path takes longer than a call of batch norm
+def _table_path(gpu: str, override: str | None, cache_home: str | None) -> Path:
     if override:
         return Path(override)
-    cache_home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache_home) / "bnres" / f"routes-{gpu}.json"
+    return Path(cache_home or Path.home() / ".cache") / "bnres" / f"routes-{gpu}.json"
 
 
 @cache

@@ -34,7 +34,7 @@ from benchmarks.audit.convolution import convolutions_compute_nothing
 from benchmarks.audit.standin import SM90, StandInDriver
 from bnres import fuse, use_backend
 from bnres.models import resnet18
-from bnres.nn import BatchNormAct2d, BatchNormActMaxPool2d
+from bnres.nn import BatchNormAct2d, BatchNormActMaxPool2d, ConvBatchNormAct2d
 
 # Each call is timed in ROUNDS rounds. A round has SPANS spans, and in a span the call is made CALLS
 # times, or once if it is a training step. The clock is read before and after each span.
@@ -52,6 +52,7 @@ LIMITS: dict[str, dict[str, float]] = {
     "BN+add+ReLU, two gradients": {"backward": 1.85},
     "BN+BN+add+ReLU": {"inference": 2.7, "forward": 3.1, "backward": 2.15},
     "BN+ReLU+max-pool": {"inference": 2.65, "forward": 3.1, "backward": 1.7},
+    "conv+BN+ReLU": {"inference": 4, "forward": 4, "backward": 2.6},
     LAYERS: {"step": 52},
     FUSED: {"step": 49},
 }
@@ -132,6 +133,7 @@ def cases() -> Iterator[Timed]:
     bn, other = BatchNormAct2d(CHANNELS), nn.BatchNorm2d(CHANNELS)
     pool = BatchNormActMaxPool2d(CHANNELS, 3, 2, 1)
     both = nn.ModuleList([bn, other])
+    conv = ConvBatchNormAct2d(CHANNELS, CHANNELS, 3, padding=1, dtype=torch.bfloat16)
     yield from operation("BN+ReLU", bn, lambda: bn(x), [x])
     yield from operation("BN+add+ReLU", bn, lambda: bn(x, residual), [x])
     *_, backward = operation("", bn, lambda: bn(x, residual), [x, residual])
@@ -140,6 +142,7 @@ def cases() -> Iterator[Timed]:
         "BN+BN+add+ReLU", both, lambda: bn(x, residual, residual_norm=other), [x, residual]
     )
     yield from operation("BN+ReLU+max-pool", pool, lambda: pool(x), [x])
+    yield from operation("conv+BN+ReLU", conv, lambda: conv(x), [x])
     yield training_step(LAYERS, resnet18(10))
     yield training_step(FUSED, fuse(resnet18(10, fused=False)))
     yield training_step(STOCK, resnet18(10, fused=False))

@@ -27,6 +27,7 @@ from bnres.operations.call import needs_aten
 from bnres.operations.conv_route import Size, kernel_conv
 from bnres.operations.norms import BatchNormState
 from bnres.operations.operator import Maybe, Recording, operator
+from bnres.routes import kernel_may_run
 
 
 class Inputs(NamedTuple):
@@ -147,7 +148,7 @@ def conv2d_batch_norm_act(
     if input.dim() != 4:
         raise ValueError(f"expected 4D input (got {input.dim()}D input)")
     check_conv_bias(conv_weight, conv_bias)
-    if not training:
+    if not training and kernel_may_run(input.device):
         inputs = Inputs(
             input, conv_weight, conv_bias, running_mean, running_var, weight, bias, residual
         )
