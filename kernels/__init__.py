@@ -1,11 +1,11 @@
 """Triton kernels of bnres, imported as ``bnres.kernels``.
 
-The folder is outside ``bnres/`` because the kernels need only torch and triton, and not the rest
-of bnres.
+The files are in a folder outside ``bnres/``, because they import only torch and triton, and nothing
+else of bnres. The link ``bnres/kernels`` points to this folder.
 """
 
 if __name__ != "bnres.kernels":
     raise ImportError(
-        f"this folder was imported as {__name__!r}; its import name is 'bnres.kernels' "
+        f"this folder was imported as {__name__!r}; import it as 'bnres.kernels' "
         "(the name 'kernels' on its own belongs to another package)"
     )

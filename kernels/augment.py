@@ -1,12 +1,13 @@
-"""Applies a chain of augmentations to a batch of images in one kernel.
+"""Applies a chain of augmentations to a batch of images.
 
 The chain crops an image, resizes it with antialiasing, flips it, applies up to four colour
-operations, normalises the result and casts it. The parameters and the order of the colour
-operations are drawn for each image. Only the final image is written to memory.
+operations, normalises the result and casts it. The colour operations may also come first. Each
+image has its own random parameters, and its own order of the colour operations. One kernel applies
+the whole chain, so only the final image is written to memory.
 
-Contrast needs the mean gray of the image to which it is applied. If one program computes a whole
-image, the program also computes this mean. For larger images a separate kernel,
-`_augment_gray_kernel`, first computes the sums of the gray values.
+The contrast operation needs the mean gray value of the image to which it is applied. If one program
+computes a whole image, this program also computes the mean. For larger images another kernel,
+`_augment_gray_kernel`, first computes sums of the gray values.
 """
 
 from functools import cache
@@ -23,9 +24,9 @@ from bnres.kernels.config import next_power_of_2
 from bnres.kernels.device import round_to
 from bnres.kernels.launch import Plan, launch
 
-# One program computes a whole image if the output image has at most WHOLE_IMAGE positions. If
-# contrast is applied before the crop, the source must also have at most WHOLE_IMAGE positions.
-# Otherwise one program computes PART positions.
+# One program computes a whole image if the output image has at most WHOLE_IMAGE pixels. If contrast
+# is applied before the crop, the source image must also have at most WHOLE_IMAGE pixels. For larger
+# images, each program computes PART pixels.
 WHOLE_IMAGE = 1024
 PART = 256
 
@@ -34,8 +35,8 @@ PART = 256
 def _pixel(x_ptr, row, col, H, W, stride_h, stride_w, stride_c, mask, CHANNELS: tl.constexpr):
     """Returns red, green and blue at a position, and whether the position is inside the image.
 
-    uint8 values are scaled to the range 0 to 1. In an image of one channel the three values are
-    equal. Outside the image they are 0.
+    uint8 values are scaled to the range 0 to 1. If the image has one channel, the three values are
+    equal. Outside the image all three are 0.
     """
     mask = mask & (row >= 0) & (row < H) & (col >= 0) & (col < W)
     ptr = x_ptr + (row * stride_h + col * stride_w)
@@ -52,17 +53,18 @@ def _pixel(x_ptr, row, col, H, W, stride_h, stride_w, stride_c, mask, CHANNELS: 
 
 @triton.jit
 def _axis(offs, scale, length):
-    """Returns the triangle filter of each output position along an axis.
+    """Returns the filter that computes each output position along an axis.
 
-    The filter is returned as its centre, its half width, the first source position that it reads,
-    and the position after the last source position that it reads. It reads exactly the positions
-    that torch's antialiased resize reads, because even a NaN with weight 0 makes the output NaN.
+    The filter has the shape of a triangle. The function returns its centre, its half width, the
+    first position of the crop that it reads, and the position after the last one that it reads. The
+    filter reads exactly the positions that torch's antialiased resize reads. One position more
+    would matter even with weight 0, because 0·NaN is NaN.
     """
     support = tl.maximum(scale, 1.0)
     centre = scale * (offs.to(tl.float32) + 0.5)
     first = tl.maximum((centre - support + 0.5).to(tl.int32), 0)
     end = tl.minimum((centre + support + 0.5).to(tl.int32), length)
-    end = tl.where(scale == 1.0, first + 1, end)  # an axis that keeps its size is copied
+    end = tl.where(scale == 1.0, first + 1, end)  # if the size doesn't change, values are copied
     return centre, support, first, end
 
 
@@ -118,10 +120,10 @@ def _resampled(
 
 @triton.jit
 def _color_draws(order_ptr, factors_ptr, n):
-    """Loads the colour parameters of image ``n``.
+    """Loads three parameters of image ``n``: the order, the position of contrast, and the factors.
 
-    They are the packed order of the colour operations, the position of contrast in this order, and
-    the factors.
+    The order of the colour operations is packed into one integer, as `bnres.kernels.augment_plan`
+    describes.
     """
     factors = (
         tl.load(factors_ptr + 4 * n),
@@ -138,10 +140,10 @@ def _cropped(
     n, offs, H, W, OH, OW, stride_h, stride_w, stride_c, order, factors, gray_mean,
     CHANNELS: tl.constexpr, RESIZES: tl.constexpr, JITTERS: tl.constexpr,
 ):  # fmt: skip
-    """Returns red, green and blue of image ``n`` at the positions ``offs`` of the output.
+    """Returns red, green and blue of the cropped, resized and flipped image ``n``.
 
-    The image is cropped, resized and flipped. With JITTERS, the colour operations are applied to
-    the source first.
+    ``offs`` are positions in the output. With JITTERS, the colour operations are applied to the
+    source before the crop.
     """
     geometry_ptr += 6 * n
     top, left = tl.load(geometry_ptr), tl.load(geometry_ptr + 1)
@@ -164,9 +166,9 @@ def _gray_sum(
     part, order, contrast_at, factors, H, W, stride_h, stride_w, stride_c,
     CHANNELS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Returns the sum of the source's gray values over a part of the source's positions.
+    """Returns the sum of the gray values over a part of the source image.
 
-    The colour operations that precede contrast are applied before the sum.
+    A part has BLOCK pixels. The colour operations that precede contrast are applied before the sum.
     """
     offs = part * BLOCK + tl.arange(0, BLOCK)
     row, mask = offs // W, offs < H * W
@@ -185,8 +187,8 @@ def _augment_gray_kernel(
 ):  # fmt: skip
     """Stores the sum of the gray values over each part of each image: (N, parts).
 
-    The colour operations that precede contrast are applied before the sum. With COLOR_FIRST the
-    sum is over the source, otherwise over the cropped and resized image.
+    A part has BLOCK pixels. The colour operations that precede contrast are applied before the sum.
+    With COLOR_FIRST the sum is over the source image, otherwise over the cropped and resized image.
     """
     n = tl.program_id(0) // parts
     part = tl.program_id(0) - n * parts
@@ -280,7 +282,7 @@ def augment(x: Tensor, draws: AugmentDraws, plan: AugmentPlan) -> Tensor:
     Args:
         x: (N, C, H, W) with 1 or 3 channels. The dtype is uint8, or floating point with values
             from 0 to 1.
-        draws: the parameters of each image. They are on the device of ``x``.
+        draws: the parameters of each image, on the device of ``x``.
         plan: the properties of the chain that are the same for all images.
 
     Returns:
@@ -340,7 +342,7 @@ def augment(x: Tensor, draws: AugmentDraws, plan: AugmentPlan) -> Tensor:
         std_ptr=std,
         stride_yn=y.stride(0),
         stride_yc=y.stride(1),
-        stride_yp=y.stride(3),  # rows are dense, so flattened positions have the same stride
+        stride_yp=y.stride(3),  # no gaps between rows, so flattened positions have this stride
         parts=parts,
         gray_parts=gray_parts,
         HAS_COLOR=plan.has_color,

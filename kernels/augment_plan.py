@@ -6,12 +6,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# The numbers of the colour operations. A number is the operation's column in
-# `AugmentDraws.factors`, and the orders in `AugmentDraws.order` consist of these numbers.
+# The numbers of the colour operations. An operation's number is its column in
+# `AugmentDraws.factors`, and stands for the operation in `AugmentDraws.order`.
 BRIGHTNESS, CONTRAST, SATURATION, HUE = 0, 1, 2, 3
-# A packed order is one integer that has ORDER_BITS bits for the number of each operation. The
-# lowest bits hold the operation that is applied first. NO_OPERATION stands for an operation that is
-# left out.
+# A packed order is one integer that holds the numbers of an image's colour operations in the order
+# in which they are applied, ORDER_BITS bits each. The first operation is in the lowest bits.
+# NO_OPERATION stands for an operation that is left out.
 ORDER_BITS = 4
 NO_OPERATION = 15
 
@@ -24,10 +24,11 @@ class AugmentPlan:
         height, width: size of the output.
         resizes: whether the cropped boxes are resized to the size of the output.
         has_color: whether there are colour operations.
-        has_contrast: whether contrast is one of the colour operations. It needs each image's mean
-            gray.
+        has_contrast: whether contrast is one of the colour operations. Contrast needs each image's
+            mean gray value.
         color_first: whether colour operations are applied to the whole image, before the crop.
-        mean, std: mean and std of each channel for the normalisation at the end, or None.
+        mean, std: each channel's mean and std for the normalisation at the end. Both are None if
+            the images are not normalised.
         dtype: dtype of the output.
         memory_format: memory format of the output.
     """

@@ -1,8 +1,8 @@
 """Computes the fused augmentation in plain torch. It also runs on the CPU.
 
-Small images are resized as a batch. Along each axis, each image is multiplied by a matrix of
-weights. The weights include crop, flip and antialiasing. Large images are resized one by one,
-because matrix products would be slower.
+Small images are resized as a batch by two matrix products, one along each axis. The matrices also
+crop, flip and antialias. Large images are resized one by one, because matrix products would be
+slower for them.
 """
 
 import torch
@@ -20,10 +20,11 @@ from bnres.kernels.augment_plan import (
 )
 
 LUMA = (0.2989, 0.587, 0.114)
-# On a CPU, matrix products are faster for images of at most this height and width.
+# Images of at most this height and width are resized by matrix products, which are faster for them
+# on a CPU.
 LARGEST_PRODUCT = 64
-# Images are computed in chunks of at most this many bytes, so that the intermediate results of a
-# chunk stay in a core's cache. A chunk has at least one image.
+# A batch is processed in chunks of images. The fp32 values of a chunk have at most this many bytes,
+# so that its intermediate results stay in a core's cache. A larger image is a chunk by itself.
 CHUNK_BYTES = 1 << 22
 
 
@@ -115,9 +116,9 @@ def axis_weights(start: Tensor, length: Tensor, flip: Tensor, size: int, out: in
 
     Args:
         start, length: int (N,), the first position and the length of each image's box.
-        flip: int (N,), not 0 if the output is flipped.
-        size: size of the source.
-        out: size of the output.
+        flip: int (N,), nonzero for each image that is flipped along this axis.
+        size: size of the source along this axis.
+        out: size of the output along this axis.
     """
     scale = (length.float() / out)[:, None, None]
     support = scale.clamp_min(1.0)
@@ -172,8 +173,8 @@ def _saturation(x: Tensor, factor: Tensor) -> Tensor:
 def _hue(x: Tensor, turn: Tensor) -> Tensor:
     """Shifts the hue by ``turn``, where 1 is a full turn.
 
-    In HSV, v is the greatest channel, and v·s is the greatest channel minus the least channel. The
-    function computes v and v·s, but not s.
+    v is the value and s the saturation of HSV. v is the greatest of the three channels. ``span`` is
+    v·s, which is the greatest channel minus the least channel.
     """
     if x.shape[1] == 1:
         return x

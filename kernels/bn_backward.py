@@ -1,12 +1,12 @@
 """The three kernels of batch norm's backward pass, and their launchers.
 
-The rows of a tensor are divided among programs, and each program's part is a split. The reduce
-kernel computes each split's sums, the finalize kernel adds the sums of all splits, and the dx
-kernel computes the gradients of x and of the residual.
+The elements of each channel are divided among programs. A split is the part of one program. The
+reduce kernel computes the sums of each split. The finalize kernel adds the sums of all splits. The
+dx kernel computes the gradients of x and of the residual.
 
 The reduce and dx kernels need dz = dy·act'(z), which is the gradient of the activation's input z.
-The derivative act'(z) comes from the 1-bit mask that forward saved. If forward saved no mask, z is
-recomputed from x and the residual. The kernels never read y.
+If forward saved a mask, act'(z) is the element's bit in the mask. Otherwise z is recomputed from x
+and the residual, and act'(z) is computed from z. The kernels never read y.
 """
 
 import torch
@@ -38,11 +38,13 @@ def _load_sub_tile(
     NEEDS_X: tl.constexpr, TWO_NORMS: tl.constexpr, ACT_GRAD: tl.constexpr, TILE: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
-    """Returns dz = (dy + dy_skip)·act'(z), x − mean and residual − residual_mean of a sub-tile.
+    """Returns three values of each element of a sub-tile.
 
-    act'(z) comes from the mask. If there is no mask, z is computed as in forward. In rows that
-    don't exist dy is loaded as 0, so dz is 0. x − mean is only valid with NEEDS_X. With TWO_NORMS
-    the residual has a batch norm, and only then is residual − residual_mean valid.
+    The first is dz = (dy + dy_skip)·act'(z). act'(z) is the element's bit in the mask. If there is
+    no mask, z is recomputed as in forward, except for the identity, whose act'(z) is 1. dz is 0 in
+    rows that don't exist, because dy is loaded as 0 there. The second value is x − mean, and is
+    valid only with NEEDS_X. The third value is residual − residual_mean, and is valid only with
+    TWO_NORMS, which means that the residual has its own batch norm.
     """
     dy_ptr, dy_skip_ptr, x_ptr, mask_ptr, residual_ptr = tensors
     norm, residual_norm, shift = norms
@@ -75,10 +77,10 @@ def _reduce_sub_tile(
     TWO_NORMS: tl.constexpr, ACT_GRAD: tl.constexpr, TILE: tl.constexpr, WHOLE: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
-    """Adds a sub-tile's dz, dz·(x − mean) and dz·(residual − residual_mean) to the sums.
+    """Adds a sub-tile's dz, dz·(x − mean) and dz·(residual − residual_mean) to three sums.
 
-    The last product is only added if the residual has a batch norm (TWO_NORMS). If dz_ptr is
-    not None, dz is also stored.
+    The third sum is computed only with TWO_NORMS, which means that the residual has its own batch
+    norm. If dz_ptr is not None, dz is also stored.
     """
     load_at, at = tile_at(row, col_block, shape, TILE, 1, WHOLE)
     dz, x_centred, residual_centred = _load_sub_tile(
@@ -101,10 +103,11 @@ def _bn_bwd_reduce_kernel(
     ACT_GRAD: tl.constexpr, TILE: tl.constexpr, UNROLL: tl.constexpr, STAGES: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
-    """Stores Σ dz, Σ dz·(x − mean) and Σ dz·(residual − residual_mean) over a split's rows.
+    """Stores Σ dz, Σ dz·(x − mean) and Σ dz·(residual − residual_mean) over a split.
 
-    The last sum is only stored if the residual has a batch norm. partial is then (3, splits, C),
-    otherwise (2, splits, C). If dz_ptr is not None, dz is also stored.
+    If the residual has its own batch norm, partial_ptr points to a tensor (3, splits, C). Otherwise
+    the third sum is left out, and the tensor is (2, splits, C). If dz_ptr is not None, dz is also
+    stored.
     """
     TWO_NORMS: tl.constexpr = residual_mean_ptr is not None
     col_block, split = tl.program_id(0), tl.program_id(1)
@@ -148,16 +151,17 @@ def _bn_bwd_finalize_kernel(
     sum_dy_ptr, sum_dy_xhat_ptr, residual_sum_dy_ptr, residual_sum_dy_xhat_ptr,
     partial_ptr, rstd_ptr, residual_rstd_ptr, C, splits, TRIPS: tl.constexpr,
 ):  # fmt: skip
-    """Stores sum_dy = Σ dz and sum_dy_xhat = rstd·Σ dz·(x − mean) of each batch norm: (C,).
+    """Stores sum_dy = Σ dz and sum_dy_xhat = rstd·Σ dz·(x − mean) of each channel: (C,).
 
-    In the sums of the residual's batch norm, if there is one, the residual takes the place of x.
+    If the residual has its own batch norm, the kernel also stores the two sums of this batch norm.
+    They are computed from the residual instead of x.
     """
     offs_c = tl.program_id(0) * FINALIZE_CHANNELS + tl.arange(0, FINALIZE_CHANNELS)
     mask_c = offs_c < C
     plane = tl.cast(splits, tl.int64) * C
     dtype: tl.constexpr = sum_dy_ptr.dtype.element_ty
-    # All loads come before the first `tl.sum`, because the barrier of `tl.sum` would delay later
-    # loads.
+    # All loads come before the first `tl.sum`, because `tl.sum` has a barrier, which would delay
+    # the loads after it.
     sum_dz = add_splits(partial_ptr, splits, offs_c, mask_c, C, TRIPS)
     sum_dz_xmu = add_splits(partial_ptr + plane, splits, offs_c, mask_c, C, TRIPS)
     rstd = tl.load(rstd_ptr + offs_c, mask=mask_c, other=0).to(tl.float64)
@@ -170,7 +174,7 @@ def _bn_bwd_finalize_kernel(
     if residual_rstd_ptr is not None:
         sum_rhat = tl.sum(sum_dz_rmu, 0) * residual_rstd
         tl.store(residual_sum_dy_xhat_ptr + offs_c, sum_rhat.to(dtype), mask=mask_c)
-        # sum_dy is stored a second time, because each norm's bias has a separate gradient tensor.
+        # sum_dy is stored a second time, because the gradient of each bias is a separate tensor.
         tl.store(residual_sum_dy_ptr + offs_c, sum_dy, mask=mask_c)
 
 
@@ -180,7 +184,7 @@ def _dx_sub_tile(
     NEEDS_X: tl.constexpr, TWO_NORMS: tl.constexpr, ACT_GRAD: tl.constexpr, TILE: tl.constexpr,
     WHOLE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Stores dx and, if dresidual_ptr is given, dresidual of a sub-tile."""
+    """Stores dx and, if dresidual_ptr is not None, dresidual of a sub-tile."""
     load_at, at = tile_at(row, col_block, shape, TILE, 1, WHOLE)
     dz, x_centred, residual_centred = _load_sub_tile(
         tensors, load_at, bits, norms, param, NEEDS_X, TWO_NORMS, ACT_GRAD, TILE, ACC
@@ -212,10 +216,11 @@ def _bn_bwd_dx_kernel(
 ):  # fmt: skip
     """Stores dx = (dz − (sum_dy + xhat·sum_dy_xhat)/stats_count)·(rstd·weight) and dresidual.
 
-    If sum_dy_ptr is None, dx = dz·(rstd·weight). Otherwise the kernel computes dx as
-    dz·scale + ((x − mean)·slope + offset), where scale is rstd·weight, and `load_line` returns
-    slope and offset. If the residual has no batch norm, dresidual is dz. Otherwise dresidual is
-    the gradient through the residual's batch norm, which is computed like dx.
+    The kernel computes dx as dz·scale + ((x − mean)·slope + offset). Here scale is rstd·weight, and
+    slope and offset come from `load_line`. If sum_dy_ptr is None, dx is only dz·scale.
+
+    If the residual has its own batch norm, dresidual is computed like dx, but from the residual.
+    Otherwise dresidual is dz. If dresidual_ptr is None, dresidual is not stored.
     """
     TWO_NORMS: tl.constexpr = residual_mean_ptr is not None
     NEEDS_X: tl.constexpr = sum_dy_ptr is not None or (
@@ -273,13 +278,15 @@ def bn_backward_reduce(
     write_dz: bool = False,
     out: tuple[Sums, Tensor | None] | None = None,
 ) -> tuple[Sums, Tensor | None]:
-    """Returns the sums Σ dz and Σ dz·xhat of each channel for each batch norm, and dz.
+    """Returns the sums Σ dz and Σ dz·xhat of each channel, and dz.
 
-    dz = (dy + dy_skip)·act'(z) and xhat = (x − mean)·rstd. act'(z) comes from ``mask``; if ``mask``
-    is None, z is recomputed from ``x`` and ``residual``. In the sums of ``residual_norm``, if there
-    is one, ``residual`` takes the place of x. ``dy``, ``dy_skip`` and ``residual`` have the memory
-    format of ``x``. Each sum is (C,), in fp64 if ``x`` is fp64, otherwise in fp32. Without
-    ``write_dz``, the returned dz is None. ``out`` is the pair (sums, dz), allocated by the caller.
+    Here dz = (dy + dy_skip)·act'(z) and xhat = (x − mean)·rstd. act'(z) is the element's bit in
+    ``mask``. If ``mask`` is None, act'(z) is computed from z, which is recomputed from ``x`` and
+    ``residual``. If ``residual_norm`` is not None, the two sums of this batch norm are returned
+    too. They are computed from ``residual`` instead of ``x``. Each sum is (C,), in fp64 if ``x`` is
+    fp64, otherwise in fp32. ``dy``, ``dy_skip`` and ``residual`` have the memory format of ``x``.
+    Without ``write_dz``, the returned dz is None. ``out`` is the pair (sums, dz), allocated by the
+    caller.
     """
     planes = 2 if residual_norm is None else 3
     sums, dz = out or (
@@ -341,8 +348,9 @@ def bn_backward_dx(
     """Returns dx and dresidual, the gradients of ``x`` and ``residual``.
 
     Without ``write_dresidual``, dresidual is None. ``sums`` are the sums that `bn_backward_reduce`
-    returns, over ``count`` elements of each channel. In evaluation ``sums`` is None, because the
-    statistics are constants. ``out`` is the pair (dx, dresidual), allocated by the caller.
+    returns, and ``count`` is the number of elements in each channel's sums. In evaluation ``sums``
+    is None, because the statistics are constants. ``out`` is the pair (dx, dresidual), allocated by
+    the caller.
     """
     dx, dresidual = out or (torch.empty_like(x), torch.empty_like(x) if write_dresidual else None)
     if x.numel() == 0:

@@ -1,8 +1,8 @@
 """The three kernels of batch norm's forward pass, and their launchers.
 
-The rows of a tensor are divided among programs, and each program's part is a split. The statistics
-kernel computes each split's sums, the finalize kernel computes each channel's statistics from the
-sums of all splits, and the apply kernel computes y.
+The elements of each channel are divided among programs. A split is the part of one program. The
+statistics kernel computes the sums of each split. The finalize kernel computes each channel's
+statistics from the sums of all splits. The apply kernel computes y.
 """
 
 import torch
@@ -44,11 +44,11 @@ def _sample(x_ptr, index, offs_c, mask_c, shape, TILE: tl.constexpr, ACC: tl.con
 def _adaptive_pivot(x_ptr, offs_c, mask_c, shape, TILE: tl.constexpr, ACC: tl.constexpr):
     """Returns the pivot of each channel: (channels,).
 
-    The pivot is subtracted from x before the sums are computed. The sums are correct for any finite
-    pivot, but a pivot near the data avoids cancellation where the data are far from zero. To choose
-    the pivot of a channel, four elements are loaded, and their two middle values are averaged. If
-    the magnitude of this average exceeds twice the difference of the two values, and is less than
-    1e38, the average is the pivot. Otherwise the pivot is 0.
+    The pivot is subtracted from x before the sums are computed. Any finite pivot is correct, but a
+    pivot near the data avoids cancellation if the data are far from zero. To choose the pivot of a
+    channel, four elements are loaded, and their two middle values are averaged. If the magnitude of
+    this average is more than twice the difference of the two values, and less than 1e38, the
+    average is the pivot. Otherwise the pivot is 0.
     """
     count = shape[0]
     a = _sample(x_ptr, count // 8, offs_c, mask_c, shape, TILE, ACC)
@@ -81,10 +81,11 @@ def _bn_stats_kernel(
     count, C, L, rows_per_split,
     TILE: tl.constexpr, UNROLL: tl.constexpr, STAGES: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Stores Σ(x − pivot) and Σ(x − pivot)² over a split's rows, and the pivot.
+    """Stores each channel's Σ(x − pivot) and Σ(x − pivot)² over a split, and its pivot.
 
-    sums is (2·splits + 1, C). It has a row of Σ(x − pivot) for each split, then a row of
-    Σ(x − pivot)² for each split, and the pivot in the last row.
+    sums_ptr points to a tensor (2·splits + 1, C). The first rows have Σ(x − pivot), one row for
+    each split. The next rows have Σ(x − pivot)², one row for each split. The last row has the
+    pivot.
     """
     col_block, split = tl.program_id(0), tl.program_id(1)
     splits = tl.num_programs(1)
@@ -130,18 +131,17 @@ def _bn_stats_finalize_kernel(
     """Stores each channel's mean, and either rstd = 1/sqrt(var + eps) or M2 = Σ(x − mean)²: (C,).
 
     If ranks_ptr is None, the kernel combines the sums of one tensor's splits. Otherwise it combines
-    the count, mean and M2 of several processes, which are called ranks, and stores the sum of the
-    counts as ``total``. ``splits`` is then the number of ranks.
+    the count, mean and M2 of each rank (process), and stores the sum of the counts as ``total``. In
+    this case ``splits`` is the number of ranks.
 
-    The kernel also updates the running mean with mean + input_bias, and the running variance with
-    the unbiased variance. If ``total`` is 0, the running statistics stay unchanged. The kernel
-    always adds 1 to the counter. The running mean, the running variance and the counter may each be
-    absent.
+    The kernel also updates the running mean with mean + input_bias and the running variance with
+    the unbiased variance, and adds 1 to the counter. Each of these three is optional: its pointer
+    may be None. If ``total`` is 0, the running statistics stay unchanged.
     """
     offs_c = tl.program_id(0) * FINALIZE_CHANNELS + tl.arange(0, FINALIZE_CHANNELS)
     mask_c = offs_c < C
-    # All loads come before the first `tl.sum`, because the barrier of `tl.sum` would delay later
-    # loads.
+    # All loads come before the first `tl.sum`, because `tl.sum` has a barrier, which would delay
+    # the loads after it.
     plane = tl.cast(splits, tl.int64) * C
     if ranks_ptr is not None:
         counts, sum_d, sum_d2, pivot = add_ranks(
@@ -219,8 +219,8 @@ def _apply_tile(
     store_tile(y_ptr, ACT(z, param), at)
     if mask_ptr is not None:
         bit_offsets, bit_mask = mask_offsets(row, col_block, shape, TILE, UNROLL)
-        # A bit is set where ``not z <= 0`` instead of ``z > 0``, so that the gradient passes where
-        # z is NaN, as in torch.
+        # A bit is set where relu's gradient is dy instead of 0. This is the case where z > 0 and,
+        # as in torch, where z is NaN.
         bits = pack_bits(tl.where(z <= 0, 0, 1), TILE, UNROLL)
         tl.store(mask_ptr + bit_offsets, bits, mask=bit_mask)
 
@@ -234,10 +234,11 @@ def _bn_apply_kernel(
     ACT: tl.constexpr, TILE: tl.constexpr, UNROLL: tl.constexpr, STAGES: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
-    """Stores y = act(z) and, if mask_ptr is not None, a mask of the elements where ``not z <= 0``.
+    """Stores y = act(z), where z = (x − mean)·(rstd·weight) + bias + residual.
 
-    z = (x − mean)·(rstd·weight) + bias + residual. If the residual has a batch norm, the residual
-    is normalised like x before the addition.
+    If the residual has its own batch norm, the residual is normalised like x before it is added. If
+    mask_ptr is not None, the kernel also stores a mask with one bit per element. A bit is set where
+    z > 0 or z is NaN.
     """
     col_block, split = tl.program_id(0), tl.program_id(1)
     offs_c, mask_c = channel_ids(col_block, C, TILE)
@@ -279,9 +280,9 @@ def bn_stats(
 
     The statistics are in fp64 if ``x`` is fp64, otherwise in fp32. ``running_mean`` is updated in
     place with the mean of ``x + input_bias``, and ``running_var`` with the unbiased variance.
-    ``counter`` is a tensor of one int64, which is incremented. ``momentum`` may be a one-element
-    tensor on the device of ``x``. An empty ``x`` increments the counter, but doesn't change the
-    running statistics.
+    ``counter`` is an int64 tensor of one element, to which 1 is added. ``momentum`` may be a tensor
+    of one element on the device of ``x``. If ``x`` is empty, the counter is incremented, but the
+    running statistics don't change.
     """
     mean, rstd = out = out or Statistics(*empty_channels(x, 2))
     if x.numel() == 0:
@@ -291,7 +292,7 @@ def bn_stats(
         rstd.zero_()
         return out
     stats = plan("stats", x)
-    # The rows are Σ(x − pivot) of each split, Σ(x − pivot)² of each split, and the pivot.
+    # The rows are Σ(x − pivot) of each split, then Σ(x − pivot)² of each split, then the pivot.
     sums = torch.empty((2 * stats.splits + 1, x.shape[1]), dtype=mean.dtype, device=x.device)
     launch(_bn_stats_kernel, stats, sums_ptr=sums, x_ptr=x)
     on_device = isinstance(momentum, Tensor)
@@ -315,8 +316,8 @@ def bn_stats(
 def bn_moments(x: Tensor, *, out: Tensor | None = None) -> Tensor:
     """Returns count, mean and M2 = Σ(x − mean)² of each channel: (3, C).
 
-    The dtype is fp64 if ``x`` is fp64, otherwise fp32. All three are 0 for an empty ``x``. A caller
-    may allocate the result with `empty_moments`, which writes the count, and pass it as ``out``.
+    The dtype is fp64 if ``x`` is fp64, otherwise fp32. If ``x`` is empty, all three are 0. ``out``
+    is the result, allocated by the caller with `empty_moments`, which also writes the count.
     """
     if out is None:
         out = empty_moments(x)
@@ -347,11 +348,11 @@ def bn_combine(
 ) -> tuple[Statistics, Tensor]:
     """Returns the statistics over the batches of all ranks, and the total count (1,) in fp64.
 
-    A rank is a process. The statistics have the form that `bn_stats` returns. ``moments``
-    (ranks, 3, C) has the result of `bn_moments` from each rank. The moments are combined by Chan et
-    al.'s formula for parallel variances. The additions have a fixed order, so every rank gets the
-    same bits. If the total count is 0, the running statistics don't change. `bn_stats` describes
-    the other arguments.
+    A rank is a process. ``moments`` (ranks, 3, C) has the result of `bn_moments` from each rank.
+    The moments are combined by Chan et al.'s formula for parallel variances. The order of the
+    additions is fixed, so the results are bit-equal on all ranks. If the total count is 0, the
+    running statistics don't change. `bn_stats` describes the other arguments and the form of the
+    statistics.
     """
     if out is None:
         rows = [torch.empty_like(moments[0, 0]) for _ in range(2)]
@@ -387,11 +388,11 @@ def bn_apply(
     save_mask: bool = False,
     out: tuple[Tensor, Tensor | None] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Returns y = act(z) and a 1-bit mask, whose bits are set where ``not z <= 0``.
+    """Returns y = act(z), where z = norm(x) + residual_norm(residual), and a mask.
 
-    z = norm(x) + residual_norm(residual). If ``residual_norm`` is None, the residual is added
-    unchanged. ``residual`` has the memory format of ``x``. Without ``save_mask``, the mask is None.
-    ``out`` is the pair (y, mask), allocated by the caller.
+    If ``residual_norm`` is None, the residual is added unchanged. ``residual`` has the memory
+    format of ``x``. The mask has one bit per element. A bit is set where z > 0 or z is NaN. Without
+    ``save_mask``, the mask is None. ``out`` is the pair (y, mask), allocated by the caller.
     """
     y, mask = out or (torch.empty_like(x), empty_mask(x) if save_mask else None)
     if x.numel() == 0:

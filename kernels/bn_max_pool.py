@@ -1,14 +1,15 @@
 """Batch norm, activation and 3×3 max-pooling with stride 2 and padding 1, as in a ResNet's stem.
 
 The activation's output is pooled without being written to memory. Forward stores each maximum's
-position in its window, and x_max, the x at this position. In backward, the gradient of the
-activation's input is 0 at all other positions, so `bn_backward.bn_backward_reduce` computes the
-sums from x_max.
+position in its window, and x_max, the value of x at this position. In backward, the gradient of the
+activation's input is 0 at all positions that are not the maximum of a window. Batch norm's sums
+therefore depend only on x_max, and `bn_backward.bn_backward_reduce` computes them from it.
 
-A program processes a block of columns of pooling windows. Its loop goes from one row of windows to
-the next, so the loop contains no division. In forward a program normalises each row of x once,
-although two rows of windows overlap in one row of x. A window position outside x is replaced by its
-neighbour inside x. The neighbour is in the same window, so the maximum doesn't change.
+A program processes a block of columns of pooling windows. It computes the positions of the columns
+once, and then loops over the rows of windows. The loop therefore contains no division. In forward a
+program normalises each row of x once, although two rows of windows overlap in one row of x. A
+window position outside x is replaced by its neighbour inside x. The neighbour is in the same
+window, so the maximum doesn't change.
 """
 
 import torch
@@ -26,9 +27,9 @@ from bnres.kernels.tiles import CHANNELS
 
 @triton.jit
 def _program(C, OH, rows_per_program, TILE: tl.constexpr):
-    """Returns a program's block of channels, its block of columns, its first row and its end row.
+    """Returns a program's block of channels, block of columns, first row, and row after the last.
 
-    The rows and columns consist of pooling windows. The end row is the row after the last row.
+    Rows and columns are those of the pooling windows.
     """
     col_blocks = 1
     if TILE.kind == CHANNELS:
@@ -44,9 +45,9 @@ def _program(C, OH, rows_per_program, TILE: tl.constexpr):
 def _sizes(C, W, OW, TILE: tl.constexpr):
     """Returns the step, W and OW.
 
-    The step is the number of elements between neighbouring positions in memory. If a value is a
-    multiple of the vector size, it is written as a product with the vector size, so that the
-    compiler can use aligned loads.
+    The step is the distance in memory between neighbouring positions of a row, in elements. A value
+    that is a multiple of the vector size is written as a product with the vector size. From the
+    product the compiler knows that it may use aligned loads.
     """
     step = 1
     if TILE.kind == CHANNELS:
@@ -61,12 +62,14 @@ def _sizes(C, W, OW, TILE: tl.constexpr):
 
 @triton.jit
 def _columns(col_block, block, columns, C, OW, TILE: tl.constexpr):
-    """Returns each column's plane, its first ow, whether it exists, its offsets and its channels.
+    """Returns plane, ow, whether it exists, offsets and channel of each column of windows.
 
-    ow is the index of an output column. Each row of the tile is one column of windows. In
-    channels_last, this is one output column of a sample; its plane is the index of the sample, and
-    its offsets are channels. In contiguous tensors, it is a vector of adjacent output columns of a
-    plane, which is one channel of a sample; its offsets are positions in this vector.
+    Each row of the tile is one column of windows. In channels_last, a column of windows is one
+    output column of a sample. Then plane is the sample's index, ow is the output column's index,
+    and the offsets are channels. In contiguous tensors, a column of windows is a vector of adjacent
+    output columns of one channel of a sample. Then plane is the index of this channel among all
+    channels of all samples, ow is the vector's first index, and the offsets are positions in the
+    vector.
     """
     column = block * TILE.sub_rows + tl.arange(0, TILE.sub_rows)[:, None]
     exists = column < columns
@@ -96,8 +99,9 @@ def _load_two(ptr, step, at, exists, has_right, TILE: tl.constexpr):
     if TILE.kind == CHANNELS:
         return tl.load(ptr + at, mask=exists), tl.load(ptr + step + at, mask=has_right)
     else:
-        # One load gives each thread 16 bytes, which is one vector. A single load of both vectors
-        # would give the two vectors to different threads, so there are two loads.
+        # There are two loads, so that each thread gets both vectors. A single load would give the
+        # two vectors to different threads, because it gives each thread 16 bytes, which is one
+        # vector.
         v = tl.join(tl.load(ptr + at, mask=exists), tl.load(ptr + TILE.vector + at, mask=exists))
         return tl.split(tl.reshape(tl.permute(v, (0, 2, 1)), (TILE.sub_rows, TILE.vector, 2)))
 
@@ -156,9 +160,9 @@ def _widened(x):
 
 @triton.jit
 def _tagged(x, tap):
-    """Packs the bits of x and its window position ``tap`` into one integer.
+    """Packs the bits of x, and its position ``tap`` in the window, into one integer.
 
-    A single select instruction can then choose both.
+    One select instruction can then choose both.
     """
     if x.dtype.primitive_bitwidth == 16:
         return (x.to(tl.int16, bitcast=True).to(tl.int32) << 16) | tap
@@ -180,8 +184,9 @@ def _untagged(tagged, DTYPE: tl.constexpr):
 def _greater(best, tagged, y, y_tagged):
     """Returns the greater of ``best`` and ``y``, and the tagged x of the greater one.
 
-    ``y`` comes from a later position of the window. Of equal values the first is kept. NaN counts
-    as the greatest value, and of several NaN the last is kept.
+    A tagged x is a result of `_tagged`. ``y`` is from a later position of the window than ``best``.
+    If the two are equal, the function chooses ``best``. NaN counts as the greatest value. If both
+    are NaN, the function chooses ``y``.
     """
     # tl.minimum(NaN, inf) is inf, so if ``best`` is NaN, only another NaN replaces it.
     stays = y <= tl.minimum(best, float("inf"))
@@ -220,7 +225,8 @@ def _greatest_of_row(
 ):  # fmt: skip
     """Returns the greatest value in one row of each window, and the tagged x of this value.
 
-    The row's positions in the window are ``first``, ``first + 1`` and ``first + 2``.
+    A tagged x is a result of `_tagged`. The row's positions in the window are ``first``,
+    ``first + 1`` and ``first + 2``.
     """
     y_right = _value(x_right, mean, scale, bias, param, ACT)
     best = _value(x_left, mean, scale, bias, param, ACT)
@@ -296,7 +302,7 @@ def _bn_max_pool_kernel(
 def _load_windows(dy_ptr, argmax_ptr, at, next_at, exists, has_next, TILE: tl.constexpr):
     """Loads dy and argmax of each window and of the window's right neighbour.
 
-    A window that does not exist gets an argmax of 255, which is not a position of a window.
+    If a window does not exist, its argmax is 255, which is not a position in a window.
     """
     dy = tl.load(dy_ptr + at, mask=exists).to(tl.float32)
     argmax = tl.load(argmax_ptr + at, mask=exists, other=255).to(tl.int32)
@@ -323,7 +329,7 @@ def _row_grads(dy, argmax, dy_next, argmax_next, first):
 def _dx(dy, x, mean, scale, bias, line, param, ACT_GRAD: tl.constexpr):
     """Returns act'(z)·dy·scale + (x − mean)·slope + offset, rounded to the dtype of x.
 
-    ``line`` has offset and slope; if ``line`` is None, both are 0.
+    ``line`` is the pair (offset, slope). If ``line`` is None, both are 0.
     """
     x_centred = _widened(x) - mean
     dx = ACT_GRAD(dy, x_centred * scale + bias, param) * scale
@@ -342,12 +348,12 @@ def _bn_max_pool_bwd_dx_kernel(
 ):  # fmt: skip
     """Stores dx = (dz − (sum_dy + xhat·sum_dy_xhat)/stats_count)·(rstd·weight).
 
-    xhat = (x − mean)·rstd and dz = act'(z)·Σ dy. Σ dy is the sum of dy over all windows whose
-    maximum is at this position of x.
+    Here xhat = (x − mean)·rstd and dz = act'(z)·Σ dy. Σ dy is the sum of dy over all windows whose
+    maximum is at this position of x. If sum_dy_ptr is None, dx = dz·(rstd·weight).
 
-    Each step of the loop stores dx in two rows: the first and the second row of x in one row of
-    windows. The third row of x is also the first row in the next row of windows. The loop therefore
-    has one more step than there are rows of windows.
+    Each step of the loop processes one row of windows, which covers three rows of x, and stores dx
+    in the first two. The third is the first row of the next row of windows, so the next step stores
+    it. The loop therefore has one more step than there are rows of windows.
     """
     col_block, block, start, stop = _program(C, OH + 1, rows_per_program, TILE)
     step, W, OW = _sizes(C, W, OW, TILE)
@@ -374,7 +380,7 @@ def _bn_max_pool_bwd_dx_kernel(
     else:
         has_next = exists & (ow + TILE.vector < OW)
         next_at = window + TILE.vector
-    one = tl.arange(0, 1)[:, None]  # added to a scalar, so that comparing the sum gives a tensor
+    one = tl.arange(0, 1)[:, None]  # zero as a tensor: comparisons of scalar + one give tensors
 
     row = (start - 1) * (OW * step)
     in_row = start + one > 0
@@ -424,11 +430,11 @@ def bn_max_pool(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Returns y = max_pool2d(act(norm(x)), 3, stride=2, padding=1), argmax and x_max.
 
-    argmax is the position of each maximum in its window, counted row by row, in uint8. x_max is the
-    x at this position. Without ``save``, argmax and x_max are None. All results have the memory
-    format of ``x``. Ties, NaN and padding are handled as in `torch.nn.functional.max_pool2d`.
-    `config.has_pool_kernel` must return True for ``x``. ``out`` is a tuple of the three results,
-    allocated by the caller.
+    argmax is a uint8 tensor that has each maximum's position in its window, counted row by row from
+    0 to 8. x_max is the value of x at this position. Without ``save``, argmax and x_max are None.
+    All results have the memory format of ``x``. Ties, NaN and padding are handled as in
+    `torch.nn.functional.max_pool2d`. `config.has_pool_kernel` must return True for ``x``. ``out``
+    is a tuple of the three results, allocated by the caller.
     """
     y, argmax, x_max = out or (empty_pooled(x), None, None)
     if save and out is None:
@@ -464,7 +470,8 @@ def bn_max_pool_backward_dx(
     """Returns dx, the gradient with respect to the ``x`` of `bn_max_pool`.
 
     ``dy`` is the gradient of the pooled tensor. ``dy`` and ``argmax`` have the memory format of
-    ``x``. ``sums`` are Σ dz and Σ dz·xhat of each channel, over ``count`` elements. In evaluation
+    ``x``. ``sums`` are Σ dz and Σ dz·xhat of each channel, where dz is the gradient of the
+    activation's input. ``count`` is the number of elements in each channel's sums. In evaluation
     ``sums`` is None, because the statistics are constants.
     """
     dx = torch.empty_like(x) if out is None else out

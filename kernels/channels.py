@@ -1,7 +1,7 @@
 """Device functions that load per-channel values and add up partial sums.
 
-The rows of a tensor are divided among programs. Each program's part is a split, and each split has
-a row of partial sums.
+The elements of each channel are divided among programs. A split is the part of one program. Each
+split has a row of partial sums, with one sum for each channel.
 """
 
 import triton
@@ -50,8 +50,8 @@ def add_splits(ptr, splits, channel, mask, C, TRIPS: tl.constexpr):
     """Adds up partial sums (splits, C) in fp64 until FINALIZE_SPLITS rows remain.
 
     The result is (FINALIZE_SPLITS, FINALIZE_CHANNELS). TRIPS·FINALIZE_SPLITS must be at least
-    ``splits``. The caller adds up the remaining rows with `tl.sum` after the caller's last load,
-    because the barriers of `tl.sum` would delay later loads.
+    ``splits``. The caller adds up the remaining rows with `tl.sum`. It first makes all its loads,
+    because `tl.sum` has barriers, which would delay the loads after it.
     """
     total = tl.zeros((FINALIZE_SPLITS, FINALIZE_CHANNELS), tl.float64)
     for trip in tl.static_range(TRIPS):
@@ -63,12 +63,12 @@ def add_splits(ptr, splits, channel, mask, C, TRIPS: tl.constexpr):
 
 @triton.jit
 def add_ranks(ptr, ranks, rank_stride, channel, mask, C, TRIPS: tl.constexpr):
-    """Returns partial sums over the ranks of count, Σ(x − pivot) and Σ(x − pivot)², and the pivot.
+    """Returns count, Σ(x − pivot) and Σ(x − pivot)² as partial sums over the ranks, and the pivot.
 
     A rank is a process. ptr points to count, mean and M2 = Σ(x − mean)² of each rank:
     (ranks, 3, C). The pivot is the first rank's mean. A rank without elements adds 0. All results
-    are in fp64. As in `add_splits`, the partial sums are (FINALIZE_SPLITS, FINALIZE_CHANNELS), and
-    the caller adds up their rows.
+    are in fp64. As in `add_splits`, each partial sum is (FINALIZE_SPLITS, FINALIZE_CHANNELS), and
+    the caller adds up its rows.
     """
     pivot = tl.load(ptr + C + channel, mask=mask, other=0).to(tl.float64)
     count = tl.zeros((FINALIZE_SPLITS, FINALIZE_CHANNELS), tl.float64)
@@ -91,11 +91,11 @@ def load_norms(
     norm_ptrs, residual_ptrs, eps, residual_eps, channel, mask, TILE: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
-    """Returns the values of two batch norms, x's and the residual's, and the sum of their biases.
+    """Returns the values of x's batch norm and of the residual's, and the sum of their biases.
 
-    The values of a batch norm are mean, rstd and rstd·weight. Each result is broadcastable to a
-    tile. If the residual has no batch norm, the values of x's batch norm are returned a second
-    time, and the caller does not use the second copy.
+    The values of a batch norm are mean, rstd and rstd·weight. All results are broadcastable to a
+    tile. If the residual has no batch norm, the second result is a copy of the first, and the
+    caller does not use it.
     """
     mean_ptr, rstd_ptr, var_ptr, weight_ptr, bias_ptr = norm_ptrs
     mean, rstd, scale = load_norm(mean_ptr, rstd_ptr, var_ptr, weight_ptr, eps, channel, mask, ACC)

@@ -72,10 +72,10 @@ def jitter(r, g, b, order, start, stop, factors, gray_mean, CHANNELS: tl.constex
 
     Args:
         r, g, b: the channels.
-        order: the packed order of the image's operations, see `bnres.kernels.augment_plan`.
-        start, stop: the first position, and the position after the last.
+        order: the order of the image's operations, packed as in `bnres.kernels.augment_plan`.
+        start, stop: the first position in the order, and the position after the last.
         factors: the image's row of `bnres.kernels.augment_plan.AugmentDraws.factors`.
-        gray_mean: the image's mean gray. Contrast blends each channel with it.
+        gray_mean: the image's mean gray value, with which contrast blends each channel.
     """
     brightness, contrast, saturation, hue = factors
     for step in tl.static_range(4):

@@ -6,7 +6,7 @@ which rows and columns mean different things:
 ==========  ======================  =========================  ======================
 kind        used for                a row is                   a column is
 ==========  ======================  =========================  ======================
-`CHANNELS`  channels_last           one position               one channel
+`CHANNELS`  channels_last           one position of a sample   one channel
 `PLANES`    contiguous              one vector of one channel  one element of a vector
 `GROUPS`    contiguous with small   one sample                 one element of a group
             planes that are not                                of adjacent channels
@@ -41,16 +41,16 @@ class Tile:
     """Geometry of a tile, known at compile time.
 
     The geometry depends only on a tensor's shape, memory format and dtype, so forward and backward
-    use the same geometry. A *sub-tile* of ``sub_rows × block_cols`` elements is one 16-byte vector
-    for each of the program's 128 threads.
+    use the same geometry. A *sub-tile* has ``sub_rows × block_cols`` elements. These are one
+    16-byte vector for each of the program's 128 threads.
 
     Attributes:
         kind: `CHANNELS`, `PLANES` or `GROUPS`; the module's docstring explains them.
         sub_rows: rows of a sub-tile, a power of two.
         block_cols: columns of a tile, a power of two.
         block_channels: channels in a column block.
-        group_inner: elements of a plane in a `GROUPS` tile, else 0.
-        vector: elements per 16-byte vector.
+        group_inner: number of elements of a plane in a `GROUPS` tile, 0 for the other kinds.
+        vector: number of elements of a 16-byte vector.
         aligned: whether every row starts at a multiple of the vector size.
         even: whether no column needs a mask.
         narrow: whether offsets have 32 bits instead of 64.
@@ -86,7 +86,8 @@ def next_power_of_2(n: int) -> int:
 def channels_per_group(view: ChannelView, vector: int) -> int:
     """Returns the number of channels in a `GROUPS` tile, or 0 if no number fits.
 
-    In one sample, the planes of these channels fill whole vectors, at most one vector per thread.
+    A number fits if it divides the number of all channels, and if the planes of that many channels
+    in one sample fill whole vectors, at most one vector per thread.
     """
     size = vector // gcd(view.inner, vector)
     limit = THREADS * vector
@@ -137,10 +138,11 @@ class KernelTuning:
     """Launch parameters of a kernel.
 
     Attributes:
-        unroll: number of sub-tiles that a thread holds at once. Their loads are independent.
-        num_stages: depth of the software pipeline over tiles; 1 means that there is no pipeline.
-        programs_per_sm: number of programs for each multiprocessor. If they don't all fit at once,
-            the remaining programs start when other programs end.
+        unroll: number of sub-tiles in a tile. Their loads are independent of each other.
+        num_stages: number of stages of the software pipeline in the loop over tiles. 1 means that
+            there is no pipeline.
+        programs_per_sm: number of programs in the grid for each multiprocessor. If they don't all
+            fit at once, the remaining programs start when other programs end.
     """
 
     unroll: int
@@ -153,9 +155,9 @@ class LaunchConfig:
     """How one kernel is launched over a tensor.
 
     Attributes:
-        col_blocks: number of column blocks, and size of the grid's first axis.
-        splits: number of programs that share the rows of one column block, and size of the grid's
-            second axis. Each of these programs computes one split.
+        col_blocks: number of column blocks. It is the size of the grid's first axis.
+        splits: number of programs among which the rows of one column block are divided. It is the
+            size of the grid's second axis. Each of these programs computes one split.
         rows_per_split: number of rows in a split, a multiple of ``unroll * sub_rows``.
     """
 
@@ -183,13 +185,13 @@ TUNING = {
 
 
 def launch_config(kernel: str, view: ChannelView, tile: Tile, sm_count: int) -> LaunchConfig:
-    """Splits the rows so that every multiprocessor has work for any number of channels.
+    """Splits the rows so that all multiprocessors have work, whatever the number of channels.
 
     Normally the grid has at most ``programs_per_sm * sm_count`` programs. There are two exceptions.
     If there are fewer than 1.5 blocks of rows for each of these programs, each block of rows gets
     its own program, so that more loads are in flight. If there are more column blocks than
     ``programs_per_sm * sm_count``, the rows are split until the grid has about
-    ``TURNS * programs_per_sm * sm_count`` programs, so that all multiprocessors end at about the
+    ``TURNS * programs_per_sm * sm_count`` programs, so that all multiprocessors finish at about the
     same time.
     """
     tuning = TUNING[kernel]
@@ -205,12 +207,12 @@ def launch_config(kernel: str, view: ChannelView, tile: Tile, sm_count: int) -> 
 
 @dataclass(frozen=True)
 class ColumnConfig:
-    """How a kernel over columns of pooling windows is launched.
+    """How a kernel over pooling windows is launched.
 
     Attributes:
         tile: the tile's geometry. Each row of the tile is one column of windows. In channels_last,
-            this is one output column of a sample. In contiguous tensors, it is a vector of adjacent
-            output columns of a plane.
+            a column of windows is one output column of a sample. In contiguous tensors, it is a
+            vector of adjacent output columns of one channel of a sample.
         columns: number of columns of windows in one block of channels.
         programs: number of programs in the whole grid.
         rows_per_program: number of rows of windows that a program processes.
@@ -228,7 +230,7 @@ def has_pool_kernel(shape: tuple[int, ...], contiguous: bool, itemsize: int) -> 
     Tensors must not be fp64 and must have fewer than 2^31 − 2^24 elements. In a contiguous tensor,
     the size of each row in bytes must be a multiple of 32.
     """
-    # In a contiguous tensor, a column is a vector of windows, which covers two vectors of x.
+    # In a contiguous tensor, a column is a vector of windows. It covers two vectors in a row of x.
     whole_vectors = not contiguous or shape[3] % (2 * VECTOR_BYTES // itemsize) == 0
     return itemsize < 8 and prod(shape) < NARROW_LIMIT and whole_vectors
 

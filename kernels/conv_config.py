@@ -1,8 +1,8 @@
 """Describes convolutions, and chooses the launch configurations of their kernel.
 
 `conv_config` chooses a configuration by a heuristic. The heuristic is derived from the sizes of
-tiles and of shared memory. Its choices have not been compared on a GPU yet. `search_space` lists
-the configurations that ``bnres tune`` measures.
+tiles and of shared memory. Its choices have not been compared with other configurations on a GPU
+yet. `search_space` lists the configurations that ``bnres tune`` measures.
 """
 
 from dataclasses import dataclass, fields
@@ -15,8 +15,8 @@ from bnres.kernels.config import next_power_of_2
 MIN_BLOCK = 16
 # In each step, a program sums over at most this many bytes of input channels.
 STEP_BYTES = 128
-# The kernel is only chosen for convolutions that have at least this many input channels. With fewer
-# channels, most of a matrix instruction would multiply padding.
+# The kernel is used only for convolutions that have at least this many input channels. With fewer
+# channels, the matrix instructions would mostly multiply padding.
 MIN_CHANNELS = 8
 
 
@@ -24,7 +24,7 @@ MIN_CHANNELS = 8
 class Numbers:
     """The base class of dataclasses whose fields are integers.
 
-    Torch's operators take these integers as a tuple.
+    An operator registered in torch can't have a dataclass as an argument, so it gets the integers.
     """
 
     def as_tuple(self) -> tuple[int, ...]:
@@ -94,8 +94,8 @@ def conv_config(rows: int, channels: int, out_channels: int, itemsize: int) -> C
     """Returns the configuration that the heuristic chooses.
 
     The tile has 128 output positions, or 64 if the output has at most 64 positions. It has all
-    output channels, up to 128 in 16-bit dtypes and up to 64 in fp32. Each step sums over at most
-    128 bytes of input channels.
+    output channels, but at most 128 in 16-bit dtypes and at most 64 in fp32. Each step sums over at
+    most 128 bytes of input channels.
 
     Args:
         rows: number of output positions, N·OH·OW.
@@ -115,7 +115,7 @@ def search_space(rows: int, channels: int, out_channels: int, itemsize: int) -> 
     """Returns the configurations to try.
 
     The first is the configuration that the heuristic chooses. The others are sorted by their
-    similarity to it, starting with the most similar.
+    similarity to it, from the most similar to the least similar.
     """
     first = conv_config(rows, channels, out_channels, itemsize)
     found = [first]

@@ -23,8 +23,8 @@ def is_interpreting() -> bool:
 def check_versions(triton_version: str, numpy_version: str) -> None:
     """Raises ImportError if this triton's interpreter can't run with this numpy.
 
-    Before triton 3.7 the interpreter calls ``int(array)`` on one-dimensional arrays, which numpy
-    2.4 refuses.
+    Before triton 3.7, the interpreter calls ``int(array)`` on one-dimensional arrays. Since numpy
+    2.4, this call raises an error.
     """
     if _release(triton_version) < (3, 7) and _release(numpy_version) >= (2, 4):
         raise ImportError(

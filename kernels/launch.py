@@ -26,8 +26,8 @@ PLANS = 4096
 # These arguments of a plan are options of triton's compiler.
 OPTIONS = ("num_warps", "num_stages")
 
-# Triton's interpreter runs programs one after another, so it needs few programs. A plan for a
-# single multiprocessor has few programs.
+# In triton's interpreter, plans are made for this number of multiprocessors. The interpreter runs
+# programs one after another, so plans with few programs are enough.
 INTERPRETER_SM_COUNT = 1
 
 # The kernels that combine partial sums have this num_warps.
@@ -40,9 +40,9 @@ class Plan:
 
     Attributes:
         grid: number of programs along up to three axes.
-        arguments: arguments of the kernel by name. The caller of `launch` passes the others. The
-            compiler options ``num_warps`` and ``num_stages`` are included unless triton's defaults
-            apply. Arguments that the kernel does not have may be included too; `launch` drops them.
+        arguments: the kernel's arguments by name, except those that the caller passes to `launch`.
+            The compiler options ``num_warps`` and ``num_stages`` are included unless triton's
+            defaults apply. `launch` ignores arguments that the kernel doesn't have.
     """
 
     grid: tuple[int, ...]
@@ -54,7 +54,7 @@ class TilePlan(Plan):
     """How a kernel is launched over the tiles of a tensor.
 
     Attributes:
-        splits: number of programs that share the rows of a block of columns.
+        splits: number of programs among which the rows of a block of columns are divided.
         finalize: plan of the kernel that adds the programs' partial sums. It is used only if the
             programs compute sums.
     """
@@ -209,7 +209,7 @@ def launch(kernel: Any, plan: Plan, **named: Any) -> None:
         return
     options = {name: arguments[name] for name in OPTIONS if name in arguments}
     x = ordered[names[0]]
-    # Triton launches kernels on the current device's stream.
+    # Triton launches kernels on the current device, so the device of x is made the current one.
     with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
         compiled = kernel[plan.grid](**ordered, **options, enable_fp_fusion=True)
     launches = getattr(_recorder, "launches", None)

@@ -1,7 +1,7 @@
 """Describes the memory formats of tensors for per-channel operations.
 
-Every supported tensor is a dense array ``(outer, channel, inner)``. In contiguous tensors ``inner``
-is the product of the spatial sizes, and in channels_last tensors ``inner`` is 1.
+In memory, every supported tensor is a dense array ``(outer, channels, inner)``. ``inner`` is the
+product of the spatial sizes if the tensor is contiguous, and 1 if it is channels_last.
 """
 
 from dataclasses import dataclass
@@ -69,8 +69,7 @@ def dense(x: Tensor) -> Tensor:
 def dense_like(t: Tensor, x: Tensor) -> Tensor:
     """Returns ``t`` if it has the memory format of the dense ``x``, else a copy in that format.
 
-    For example, ``t`` may be a gradient that is expanded, with a stride of 0, or that has another
-    memory format.
+    For example, an expanded gradient, which has strides of 0, is copied.
     """
     if t.stride() == x.stride():
         return t

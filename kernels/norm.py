@@ -23,7 +23,7 @@ class RunningStatistics(NamedTuple):
 class Norm(NamedTuple):
     """Statistics and parameters of one batch norm.
 
-    ``weight`` and ``bias`` are (C,); None means a weight of 1 or a bias of 0.
+    ``weight`` and ``bias`` are (C,). A weight of None means 1, and a bias of None means 0.
     """
 
     statistics: Statistics | RunningStatistics
@@ -31,7 +31,7 @@ class Norm(NamedTuple):
     bias: Tensor | None = None
 
     def pointers(self, prefix: str = "") -> dict[str, Any]:
-        """Returns the kernels' arguments for this norm by name; each name begins with ``prefix``.
+        """Returns the kernels' arguments for this norm, by names that begin with ``prefix``.
 
         With `Statistics` the arguments include mean and rstd. With `RunningStatistics` they
         include mean, var and eps.
@@ -53,8 +53,9 @@ def pointers(norm: Norm, residual_norm: Norm | None) -> dict[str, Any]:
 class Sums(NamedTuple):
     """The sums over each channel that backward needs: Σ dz and Σ dz·xhat, each (C,).
 
-    dz is the gradient of the activation's input, and xhat = (x − mean)·rstd. If the residual has a
-    batch norm, ``residual_dy`` and ``residual_dy_xhat`` are the two sums for this batch norm.
+    Here dz is the gradient of the activation's input, and xhat = (x − mean)·rstd. If the residual
+    has its own batch norm, ``residual_dy`` and ``residual_dy_xhat`` are the same two sums, computed
+    from the residual instead of x. Otherwise they are None.
     """
 
     dy: Tensor

@@ -1,6 +1,7 @@
-"""Allocates the outputs of launchers.
+"""Allocates the outputs of launchers, which are the functions that launch kernels.
 
-The launchers call these functions. Code that passes a launcher's outputs as ``out`` calls them too.
+The launchers call these functions. So does a caller that allocates a launcher's outputs itself, and
+passes them as ``out``.
 """
 
 from functools import lru_cache
@@ -26,19 +27,19 @@ def empty_channels(x: Tensor, count: int) -> list[Tensor]:
 def empty_moments(x: Tensor, norms: int = 1) -> Tensor:
     """Returns a tensor (3·norms, C) for count, mean and M2 = Σ(x − mean)² of each batch norm.
 
-    The dtype is fp64 if ``x`` is fp64, otherwise fp32. Every element is set to the count, so a
-    kernel must write only the mean and M2.
+    The dtype is fp64 if ``x`` is fp64, otherwise fp32. Every element is preset to the count, so a
+    kernel needs to write only mean and M2.
     """
-    # For an empty x no kernel runs. The count is then 0, and mean and M2 must be 0 too.
+    # If x is empty, no kernel runs, and mean and M2 must be 0. They are, because the count is 0.
     return x.new_full((3 * norms, x.shape[1]), x.numel() // x.shape[1], dtype=acc_type(x))
 
 
 def empty_mask(x: Tensor) -> Tensor:
-    """Returns an uninitialised 1-bit mask for a dense ``x``, as a uint8 tensor."""
+    """Returns an uninitialised mask with one bit per element of a dense ``x``, as bytes (uint8)."""
     given = x.shape, x.is_contiguous(), x.itemsize
     try:
         size = _mask_bytes(*given)
-    except TypeError:  # torch.compile's symbolic sizes have no hash
+    except TypeError:  # torch.compile's symbolic sizes can't be cached, as they have no hash
         size = _mask_bytes.__wrapped__(*given)
     return torch.empty(size, dtype=torch.uint8, device=x.device)
 

@@ -1,9 +1,10 @@
 """Functions in plain, differentiable torch that compute what the kernels' launchers compute.
 
-A function that is named after a launcher has the launcher's signature, without ``out``. For
-example, `bn_stats_ref` is named after `bn_stats`. Tests compare the kernels with these functions.
-Double backward and forward-mode differentiation differentiate them. Here ``mask`` is a tensor of
-booleans, while the kernels' mask has one bit per element.
+A launcher is a function that launches kernels. `bn_stats_ref` has the signature of the launcher
+`bn_stats`, but without ``out``. The functions for the other launchers are named in the same way.
+Tests compare the kernels with these functions. Double backward and forward-mode differentiation use
+them, because torch can differentiate them. In this module ``mask`` is a tensor of booleans. The
+kernels' mask has one bit per element.
 """
 
 from collections.abc import Callable
@@ -88,10 +89,10 @@ def bn_combine_ref(
     *,
     counter: Tensor | None = None,
 ) -> tuple[Statistics, Tensor]:
-    """Returns the statistics over the batches of all ranks, and N, a channel's number of elements.
+    """Returns the statistics over the batches of all ranks, and the total count N.
 
-    A rank is a process. ``moments`` (ranks, 3, C) has n_r, mean_r and M2_r = Σ(x − mean_r)² of each
-    rank r. Then N = Σ n_r, mean = Σ n_r·mean_r / N and
+    A rank is a process. ``moments`` (ranks, 3, C) has the count n_r, mean_r and
+    M2_r = Σ(x − mean_r)² of each rank r. Then N = Σ n_r, mean = Σ n_r·mean_r / N and
     var = Σ (M2_r + n_r·(mean_r − mean)²) / N. If N is 0, the running statistics don't change.
     """
     count, means, m2 = moments.double().unbind(1)
@@ -156,9 +157,10 @@ def bn_apply_ref(
     *,
     save_mask: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """Returns y = act(z) and a mask, which is true where ``not z <= 0``.
+    """Returns y = act(z), where z = norm(x) + residual_norm(residual), and a mask.
 
-    Without ``save_mask`` the mask is None.
+    If ``residual_norm`` is None, the residual is added unchanged. The mask is True where z > 0 or z
+    is NaN. Without ``save_mask``, the mask is None.
     """
     z = _pre_activation(x, norm, residual, residual_norm)
     y = ACTIVATION_FORMULAS[act](z, act_param).to(x.dtype)
@@ -170,8 +172,8 @@ def _pre_activation_grad(
 ) -> Tensor:
     """Returns dz = (dy + dy_skip)·act'(z).
 
-    If ``mask`` is not None, act'(z) is 1 where ``mask`` is True and 0 elsewhere. Otherwise z is
-    computed from ``inputs``.
+    If ``mask`` is not None, act'(z) is 1 where ``mask`` is True and 0 elsewhere. Otherwise act'(z)
+    is computed from z. ``inputs`` are the arguments of `_pre_activation`, which computes z.
     """
     dy = dy.to(acc_type(inputs[0]))
     if dy_skip is not None:
@@ -198,11 +200,11 @@ def bn_backward_reduce_ref(
     dy_skip: Tensor | None = None,
     write_dz: bool = False,
 ) -> tuple[Sums, Tensor | None]:
-    """Returns the sums Σ dz and Σ dz·xhat of each channel for each batch norm, and dz.
+    """Returns the sums Σ dz and Σ dz·xhat of each channel, and dz.
 
-    dz is the gradient of the activation's input, and xhat = (x − mean)·rstd. In the sums of
-    ``residual_norm``, if there is one, ``residual`` takes the place of x. Without ``write_dz``, the
-    returned dz is None.
+    Here dz = (dy + dy_skip)·act'(z) and xhat = (x − mean)·rstd. If ``residual_norm`` is not None,
+    the two sums of this batch norm are returned too. They are computed from ``residual`` instead of
+    ``x``. Without ``write_dz``, the returned dz is None.
     """
     inputs = x, norm, residual, residual_norm
     dz = _pre_activation_grad(dy, dy_skip, mask, act, act_param, *inputs)
@@ -231,8 +233,8 @@ def bn_backward_dx_ref(
 ) -> tuple[Tensor, Tensor | None]:
     """Returns dx and dresidual, the gradients of ``x`` and ``residual``.
 
-    Without ``write_dresidual``, dresidual is None. Otherwise it is dz if ``residual_norm`` is None,
-    and the gradient through ``residual_norm`` if there is one.
+    Without ``write_dresidual``, dresidual is None. If ``residual_norm`` is None, dresidual is the
+    gradient of the activation's input. Otherwise it is the gradient through ``residual_norm``.
     """
     inputs = x, norm, residual, residual_norm
     dz = _pre_activation_grad(dy, dy_skip, mask, act, act_param, *inputs)
@@ -265,10 +267,10 @@ def _input_grad(dz: Tensor, x: Tensor, norm: Norm, sums: Sums | None, count: int
 def bn_max_pool_ref(
     x: Tensor, norm: Norm, act: str, act_param: float, *, save: bool = False
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Returns max_pool2d(act(bn(x)), 3, stride=2, padding=1), argmax and x_max.
+    """Returns y = max_pool2d(act(norm(x)), 3, stride=2, padding=1), argmax and x_max.
 
-    With ``save``, argmax is each maximum's position in its window, and x_max is the x at this
-    position. Without ``save``, both are None.
+    argmax is each maximum's position in its window, and x_max is the value of x at this position.
+    Without ``save``, both are None.
     """
     values, _ = bn_apply_ref(x, norm, None, None, act, act_param)
     y, flat = F.max_pool2d(values, 3, stride=2, padding=1, return_indices=True)
@@ -286,9 +288,10 @@ def _window_starts(y: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def pooled_offsets(argmax: Tensor, width: int) -> Tensor:
-    """Returns the offset of each maximum in its plane, which has ``width`` columns.
+    """Returns the offset of each maximum in its plane.
 
-    ``argmax`` has the position of each maximum in its window.
+    A plane is one channel of a sample, and has ``width`` columns. ``argmax`` has the position of
+    each maximum in its window.
     """
     down, across = _window_starts(argmax)
     argmax = argmax.long()
@@ -296,10 +299,7 @@ def pooled_offsets(argmax: Tensor, width: int) -> Tensor:
 
 
 def bn_max_pool_at_ref(x: Tensor, norm: Norm, act: str, act_param: float, argmax: Tensor) -> Tensor:
-    """Returns the y of `bn_max_pool_ref` for given positions of the maxima.
-
-    The result is differentiable.
-    """
+    """Returns the y of `bn_max_pool_ref` for given positions ``argmax`` of the maxima."""
     flat = pooled_offsets(argmax, x.shape[3]).flatten(2)
     values, _ = bn_apply_ref(x, norm, None, None, act, act_param)
     return values.flatten(2).gather(2, flat).view(argmax.shape)

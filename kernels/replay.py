@@ -1,9 +1,9 @@
-"""Records a call's kernel launches, and repeats them for later calls without triton's checks.
+"""Records a call's kernel launches, and repeats them in later calls of the same kind.
 
-Triton determines at each launch which specialisation of a kernel the arguments need. This is not
-necessary for calls of the same kind. Two calls are of the same kind if their shapes, strides,
-dtypes, devices and options are equal, and if the same tensors are None. Calls of the same kind
-launch the same kernels with the same numbers, and only the addresses of the tensors differ.
+Two calls are of the same kind if their shapes, strides, dtypes, devices and options are equal, and
+if the same tensors are None. Such calls launch the same kernels with the same numbers. Only the
+addresses of the tensors differ. A repeated launch takes less time on the host, because triton does
+not examine the arguments again to find the compiled kernel that they need.
 """
 
 from collections.abc import Callable, Sequence
@@ -58,11 +58,11 @@ class _Derived(NamedTuple):
 class Replay:
     """The kernel launches of calls of one kind.
 
-    Launches are recorded only for aligned tensors, and no tensor is kept alive. Each pointer of a
-    launch points into one of the call's tensors or into scratch memory. Scratch memory replaces the
-    temporary tensors that the recorded call allocated. The output's memory serves as scratch memory
-    if the output is large enough, and if it is first written after the last use of the temporary
-    tensors. Otherwise scratch memory is allocated at each call.
+    Launches are recorded only if all tensors are aligned. The recording has no references to
+    tensors. Each pointer of a launch points into one of the call's tensors or into scratch memory.
+    Scratch memory replaces the temporary tensors that the recorded call allocated. The output's
+    memory serves as scratch memory if the output is large enough, and if it is first written after
+    the last use of the temporary tensors. Otherwise scratch memory is allocated at each call.
     """
 
     __slots__ = ("_derived", "_launches", "_ran", "_scratch", "_takes_addresses")
@@ -75,18 +75,18 @@ class Replay:
         self._ran: set[bool] = set()
 
     def run(self, call: Callable[..., object], groups: Groups, *options: object) -> None:
-        """Makes the launches of ``call(*groups, *options)``.
+        """Runs ``call(*groups, *options)``, or repeats its launches if they are recorded.
 
         Args:
             call: function that only allocates tensors and launches kernels.
             groups: all tensors that ``call`` reads and writes, in the same order at each call of
-                this kind. ``groups[0][0]`` is not None; ``groups[-1][0]`` is an output or None.
+                this kind. ``groups[0][0]`` is not None. ``groups[-1][0]`` is an output or None.
             options: all other values that ``call`` depends on, equal at each call of this kind.
 
         Raises:
             RuntimeError: if the first call of this kind runs while a CUDA graph is captured,
-                because the driver can't load kernels during a capture. Calls with aligned and with
-                unaligned tensors run different kernels, so each has a first call.
+                because the driver can't load kernels during a capture. This also holds for the
+                first call with unaligned tensors, because such calls run other kernels.
         """
         pointers: list[Any] = []
         bits = 0
@@ -155,7 +155,7 @@ class Replay:
     def _record(
         self, launches: list[Launch], tensors: list[Tensor | None], output: Tensor | None
     ) -> None:
-        """Stores the launches, and where each of their pointers points to.
+        """Stores the launches, and for each of their pointers where it points.
 
         A pointer points into one of the ``tensors`` or into scratch memory.
         """
@@ -211,20 +211,21 @@ def _picker(places: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]
 def _is_pointer(argument: object) -> bool:
     """Whether a kernel's argument is a tensor or None.
 
-    A kernel's tensors and None precede its other arguments.
+    In a launch's list of arguments, tensors and None come before all other arguments.
     """
     return argument is None or isinstance(argument, Tensor)
 
 
 def _room_for(t: Tensor) -> int:
-    """Returns the number of bytes of scratch memory that a tensor takes."""
+    """Returns the number of bytes of scratch memory that a tensor needs."""
     return -(-t.nbytes // SCRATCH_ALIGNMENT) * SCRATCH_ALIGNMENT
 
 
 def _inside(t: Tensor, tensors: Sequence[Tensor | None]) -> tuple[int, int] | None:
-    """Returns the index of the tensor in whose memory ``t`` starts, and the offset in bytes.
+    """Finds the tensor in whose memory ``t`` starts.
 
-    If ``t`` starts in the memory of none of the ``tensors``, the result is None.
+    Returns the tensor's index, and the number of bytes from its start to the start of ``t``. If
+    ``t`` starts in the memory of none of the ``tensors``, the result is None.
     """
     for i, whole in enumerate(tensors):
         if whole is not None and 0 <= t.data_ptr() - whole.data_ptr() < whole.nbytes:
@@ -235,7 +236,7 @@ def _inside(t: Tensor, tensors: Sequence[Tensor | None]) -> tuple[int, int] | No
 def _view(base: Tensor, derived: _Derived) -> Tensor:
     """Returns a tensor that starts at a derived pointer.
 
-    Launchers that don't accept addresses get this tensor instead.
+    Triton's launcher gets this tensor if it doesn't accept addresses.
     """
     storage = base.untyped_storage()
     start = (base.data_ptr() - storage.data_ptr() + derived.distance) // derived.dtype.itemsize

@@ -1,8 +1,8 @@
 """Device functions for a `config.Tile`: offsets, loads, stores, per-channel values and mask bits.
 
 A tile consists of UNROLL sub-tiles of (sub_rows, block_cols) elements, one below the other. A
-program computes the tiles of one block of columns over a range of rows. This range is a split.
-`config` explains what rows and columns are for each kind of tile.
+program computes the tiles of one block of columns over a range of rows. This range is called a
+split. `config` explains what rows and columns are for each kind of tile.
 """
 
 import triton
@@ -20,8 +20,8 @@ GROUPS = tl.constexpr(config.GROUPS)
 def rows_exist(row_start, count, TILE: tl.constexpr, UNROLL: tl.constexpr, WHOLE: tl.constexpr):
     """Returns which rows or elements of a tile exist, as a mask that is broadcastable to the tile.
 
-    With WHOLE, the caller knows that all of them exist. The mask does not exclude columns whose
-    channels don't exist.
+    With WHOLE, the caller knows that all of them exist. The mask is also True in columns after the
+    last channel.
     """
     row = row_start + tl.arange(0, UNROLL * TILE.sub_rows)[:, None]
     if WHOLE:
@@ -44,8 +44,8 @@ def tile_offsets(
 ):  # fmt: skip
     """Returns the offsets of a tile's elements, and the mask of those that exist.
 
-    Both results are broadcastable to (UNROLL·sub_rows, block_cols). If WORD is 2, they are for
-    words of two elements, and they have half as many columns.
+    Both results are broadcastable to (UNROLL·sub_rows, block_cols). If WORD is 2, the results are
+    for words of two elements, and have half as many columns.
     """
     count, C, L = shape
     INDEX: tl.constexpr = tl.int32 if TILE.narrow else tl.int64
@@ -99,8 +99,9 @@ def _in_rows(row_start, local, col_block, cols, mask, C, TILE: tl.constexpr, WOR
 def divide(a, b, TILE: tl.constexpr):
     """Returns a // b for integers that are not negative."""
     if TILE.narrow:
-        # The division is a multiplication by the reciprocal of b. The compiler moves the reciprocal
-        # out of loops. The product is the quotient or the quotient − 1.
+        # a is multiplied by the reciprocal of b. The compiler moves the computation of the
+        # reciprocal out of loops. The product is the quotient or the quotient − 1, so 1 is added in
+        # the second case.
         a, b = a.to(tl.uint32), tl.cast(b, tl.uint32)
         quotient = tl.umulhi(a, tl.full((), 0xFFFFFFFF, tl.uint32) // b)
         quotient += (a - quotient * b >= b).to(tl.uint32)
@@ -161,7 +162,7 @@ def split_rows(split, rows_per_split, count, TILE: tl.constexpr):
 def whole_rows(start, stop, count, TILE: tl.constexpr, UNROLL: tl.constexpr):
     """Returns the row after the last whole tile of a split.
 
-    In a whole tile all elements exist, except in columns whose channels don't exist.
+    In a whole tile all elements exist, except in columns after the last channel.
     """
     ROWS: tl.constexpr = UNROLL * TILE.sub_rows
     if TILE.kind == PLANES:
@@ -201,8 +202,8 @@ def to_channels(acc, TILE: tl.constexpr):
     The sub-tile is (sub_rows, block_cols).
     """
     if TILE.kind == PLANES:
-        # Each thread first adds up the columns that it has, so that it exchanges only one value
-        # with other threads.
+        # Each thread first adds up its own columns, so that it exchanges only one value with other
+        # threads.
         sums = tl.sum(tl.sum(acc, 1)[:, None], 0)
     else:
         sums = tl.sum(acc, 0)
@@ -222,10 +223,10 @@ def to_channels(acc, TILE: tl.constexpr):
 def mask_offsets(row_start, col_block, shape, TILE: tl.constexpr, UNROLL: tl.constexpr):
     """Returns the offsets of a tile's mask bytes, and which bytes exist.
 
-    Both results are broadcastable to (sub_rows, block_cols / 2), and UNROLL is 4. A byte has the
-    bits of 4 sub-tiles and of 2 neighbouring columns. Bit ``2u + p`` of byte (r, c) is for row
-    ``u·sub_rows + r`` and column ``2c + p`` of the tile. All elements of a byte belong to one
-    thread, so threads exchange nothing.
+    Both results are broadcastable to (sub_rows, block_cols / 2). UNROLL must be 4. The 8 bits of a
+    byte are for 2 neighbouring columns in each of the tile's 4 sub-tiles. Bit ``2u + p`` of byte
+    (r, c) is for row ``u·sub_rows + r`` and column ``2c + p`` of the tile. All elements of a byte
+    belong to one thread, so threads don't exchange values.
     """
     count, C, _ = shape
     INDEX: tl.constexpr = tl.int32 if TILE.narrow else tl.int64

@@ -87,7 +87,7 @@ def in_dispatch_mode() -> bool:
 
 
 def dispatches(t: object) -> bool:
-    """Whether the class of ``t`` intercepts operators, like fake and distributed tensors."""
+    """Whether the class of ``t`` intercepts operators, as fake and distributed tensors do."""
     dispatch = getattr(type(t), "__torch_dispatch__", None)
     return dispatch not in (None, torch._C._disabled_torch_dispatch_impl)
 

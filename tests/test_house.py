@@ -103,7 +103,7 @@ def run(code, **options):
 
 def test_bare_kernels_name_is_refused():
     result = run("import kernels")
-    assert "its import name is 'bnres.kernels'" in result.stderr
+    assert "import it as 'bnres.kernels'" in result.stderr
 
 
 def test_importing_bnres_loads_few_modules():
