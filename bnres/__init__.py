@@ -1,4 +1,4 @@
-"""Fused batch norm for residual networks: Triton kernels, autograd Functions, drop-in layers."""
+"""Batch norm layers and functions for residual networks, computed by fused Triton kernels."""
 
 from bnres import augment, functional, models, nn
 from bnres.backend import backend, use_backend

@@ -57,7 +57,7 @@ def resolve(act: str | type[nn.Module] | None, kwargs: dict[str, Any] | None) ->
 
 
 def as_module(act: str | None) -> nn.Module:
-    """Returns a torch module that applies an activation.
+    """Returns a torch module that applies the activation named ``act``; None means no activation.
 
     Raises:
         ValueError: for an unknown activation.

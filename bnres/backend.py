@@ -1,4 +1,4 @@
-"""Selects how fused operations run: by Triton kernels, in Triton's interpreter, or by ATen."""
+"""Selects what runs a fused operation: Triton kernels, Triton's interpreter, or torch (ATen)."""
 
 import os
 from collections.abc import Iterator
@@ -9,8 +9,8 @@ from torch import Tensor
 
 BACKENDS = ("triton", "triton-interpreter", "aten")
 
-# TRITON_INTERPRET is read only once, when bnres is imported. Triton reads it when a kernel is
-# defined, so a later change has no effect on the kernels.
+# TRITON_INTERPRET is read once, when bnres is imported. Triton reads it when a kernel is defined,
+# so a change after that has no effect on the kernel.
 _INTERPRETING = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 
 # The override is a global and not a ContextVar, because torch.compile recompiles if a global has
@@ -25,9 +25,10 @@ def backend(device: torch.device | str | None = None) -> str:
         device: a device; by default the GPU if there is one, else the CPU.
 
     Returns:
-        ``"triton-interpreter"`` if ``TRITON_INTERPRET=1`` was set in the environment when bnres was
-        imported; our kernels then run in Triton's interpreter. Otherwise the result is ``"triton"``
-        on a GPU, where our kernels run, and ``"aten"`` on a CPU, where torch's own operations run.
+        ``"triton"`` for a GPU, where our kernels run, and ``"aten"`` for a CPU, where torch's own
+        operations run. If ``TRITON_INTERPRET=1`` was set in the environment when bnres was
+        imported, our kernels run in Triton's interpreter on every device, and the result is
+        ``"triton-interpreter"``. Inside `use_backend`, the result is the name given to it.
     """
     if _override is not None:
         return _override
@@ -40,9 +41,9 @@ def backend(device: torch.device | str | None = None) -> str:
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Overrides the result of `backend` inside a ``with`` block, in all threads.
+    """Makes fused operations use the backend ``name`` inside a ``with`` block, in all threads.
 
-    This is meant for tests and comparisons.
+    This context is for tests and comparisons.
 
     Raises:
         ValueError: for a name that is not one of ``BACKENDS``.
@@ -58,7 +59,7 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def uses_kernels(x: Tensor) -> bool:
-    """Whether our kernels run for ``x``, interpreted or not."""
+    """Whether our kernels run for ``x``, either compiled or in Triton's interpreter."""
     if _override is not None:
         return _override != "aten"
     return _INTERPRETING or x.is_cuda

@@ -30,10 +30,10 @@ app = typer.Typer(
 
 
 def run_folder(out: Path | None, config: TrainConfig) -> Path:
-    """Returns the folder of a run.
+    """Returns the folder to which a training run writes.
 
-    If ``out`` is None, it is the folder of the last.pt that the run resumes. If the run does not
-    resume a last.pt, it is a new folder in ``runs``.
+    This is ``out`` if the user gave it. Otherwise, a run that resumes a last.pt writes to the
+    folder of this last.pt, and any other run writes to a new folder in ``runs``.
 
     Args:
         out: the folder that the user asked for, or None.
@@ -211,7 +211,7 @@ def summary(model: Model, input: Input = None) -> None:
     from bnres.models import create_model, is_factory, summarize
 
     shape = input_shape(model, input)
-    # bnres.fuse would not change the summary, so a factory's model is not fused.
+    # A factory's model is not fused, because the summary would be the same after bnres.fuse.
     net = create_model(model, in_channels=shape[1], fused=not is_factory(model))
     typer.echo(summarize(net, shape))
 
@@ -327,7 +327,7 @@ def augment(
         int, typer.Option(help="Seed of the random parameters.", min=0, max=2**63 - 1)
     ] = 0,
 ) -> None:
-    """Draw eight random results of each augmentation of an image."""
+    """Apply each augmentation to an image, and draw eight random results of each."""
     from bnres.augment.grid import LARGEST_SIDE, draw_grid
     from bnres.data import PACKAGED
     from bnres.data.images import read_image

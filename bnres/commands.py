@@ -13,7 +13,7 @@ TRACEBACK = "--traceback"
 
 
 class Commands(TyperGroup):
-    """A group of commands that prints an error as one line and exits.
+    """A group of commands. If a command raises an error, the process prints one line and exits.
 
     If ``--traceback`` is anywhere on the command line, the error is raised instead.
     """

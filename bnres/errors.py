@@ -1,4 +1,4 @@
-"""Describes any error in one line, and chooses the command's exit code."""
+"""Describes any error in one line, and chooses the exit code of the command ``bnres``."""
 
 import os
 
@@ -7,8 +7,7 @@ import torch
 # The exit code is 2 if the user's input is wrong. It is 1 for any other error, for example if a
 # file can't be written, memory runs out or a package is missing.
 BAD_INPUT, BAD_ENVIRONMENT = 2, 1
-# For each module, what pip must install if the module is missing: an extra of bnres, or a package
-# that installs the module.
+# Maps the name of a missing module to what pip must install: bnres with an extra, or a package.
 EXTRAS = dict.fromkeys(
     ("matplotlib", "mlxtend", "numpy", "PIL", "pooch", "safetensors", "sklearn"),
     "'bnres[train]'",
@@ -39,12 +38,13 @@ def describe(error: BaseException) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """Returns the first line of an error's message, or two lines if the first ends with a colon.
+    """Returns the first line of an error's message.
 
-    If the message is a single word, the name of the error's class is put before it.
+    If this line ends with a colon, the second line is appended to it. If the message is a single
+    word, the name of the error's class is put before it.
     """
     if type(error).__module__.startswith("torch._dynamo") and error.__cause__ is not None:
-        # The first line of Dynamo's error only says where its cause was raised.
+        # The first line of Dynamo's error only says where the original error was raised.
         error = error.__cause__
     lines = [line.strip() for line in str(error).strip().splitlines()]
     if not lines:

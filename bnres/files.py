@@ -45,9 +45,9 @@ def _replace(path: Path, data: Any) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replaces a file's content by ``text`` in UTF-8, as `write_bytes` does.
+    """Replaces a file's content by ``text``, completely or not at all, see `write_bytes`.
 
-    Newlines are written unchanged.
+    The text is encoded as UTF-8, and its newlines are not changed.
     """
     write_bytes(path, text.encode())
 
@@ -57,7 +57,7 @@ def check_out(path: Path, name: str = "out") -> None:
 
     Args:
         path: the file to write.
-        name: name of the argument in the error.
+        name: name of the argument, for the error message.
     """
     if path.is_dir():
         raise ValueError(f"{name} must be a file, got the folder {str(path)!r}")

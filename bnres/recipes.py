@@ -1,6 +1,6 @@
-"""Saves a recipe for backward instead of a fused operation's output.
+"""Makes autograd save a recipe for a fused operation's output, instead of the output itself.
 
-A recipe is a function and its arguments. Calling the recipe computes the output a second time.
+A recipe is a function and its arguments. Backward calls the function to compute the output again.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -14,16 +14,18 @@ _RECIPE = "_bnres_recipe"
 
 
 class Recipe:
-    """Recomputes a fused operation's output, with the same bits.
+    """Computes a fused operation's output again, bit for bit.
 
     Args:
         make: a function of ``tensors`` that returns the output.
-        tensors: the operation's inputs, and the statistics that the operation keeps for backward.
+        tensors: the operation's inputs, and the tensors that the operation keeps for backward, such
+            as the statistics.
     """
 
     def __init__(self, make: Callable[..., Tensor], tensors: Sequence[Tensor | None]) -> None:
         self.make = make
-        # Detached tensors share memory and version counters with the originals, but have no graph.
+        # Detached tensors share memory and version counters with the originals, but have no
+        # autograd graph.
         self.tensors = [None if t is None else t.detach() for t in tensors]
         self.versions = [None if t is None else t._version for t in self.tensors]
 
@@ -48,7 +50,7 @@ def recomputes() -> bool:
 
 
 def has_recipe(t: Tensor | None) -> bool:
-    """Whether a tensor is an output that will be recomputed."""
+    """Whether a recipe is attached to a tensor."""
     return t is not None and _RECIPE in t.__dict__
 
 
@@ -65,9 +67,9 @@ def leave_recipe(
 
 
 def pack(t: Tensor) -> Tensor | Recipe:
-    """Returns the recipe of a tensor that autograd saves.
+    """Returns what autograd must store when it saves ``t`` for backward.
 
-    If the tensor has no recipe, or if it was written in place, the tensor itself is returned.
+    This is the tensor's recipe, or ``t`` itself if it has no recipe or was written in place.
     """
     recipe = t.__dict__.get(_RECIPE)
     return t if recipe is None or t._version else recipe
@@ -85,9 +87,10 @@ def recompute() -> Iterator[None]:
     Run the forward pass inside the ``with`` block. A layer such as a convolution saves its input
     for backward. If this input is the output of a fused operation, the fused operation's inputs and
     statistics are saved instead. They are in memory anyway. Backward runs the same kernel again to
-    recompute the output. The gradients have the same bits as without the context. If the residual
-    of an operation is an output that will be recomputed, the operation's own output is stored, so
-    that no recomputation starts another recomputation.
+    recompute the output. The gradients have the same bits as without the context.
+
+    An operation's output is stored if the operation's residual is an output that will be
+    recomputed. Otherwise, backward would first have to recompute the residual.
 
     Only outputs of our kernels are recomputed. Inside torch.compile the context has no effect.
     """
@@ -97,8 +100,8 @@ def recompute() -> Iterator[None]:
         return
     _active += 1
     try:
-        # After a graph break, operations run outside of the captured graphs. There, Dynamo must not
-        # capture the hooks, because it raises an internal error when it does.
+        # After a graph break in a compiled model, operations run outside of the captured graphs and
+        # call these hooks. If Dynamo captured the hooks, it would raise an internal error.
         hooks = map(torch.compiler.disable, (pack, unpack))
         with torch.autograd.graph.saved_tensors_hooks(*hooks):
             yield

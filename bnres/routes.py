@@ -2,8 +2,9 @@
 
 With the route "kernel", one of our kernels computes both. With the route "torch", torch's
 convolution runs, followed by our batch norm. ``bnres tune`` measures both routes on a GPU, and
-saves the times and our kernel's fastest configuration in a table. Each GPU model has a separate
-table in the user's cache folder, unless the environment variable ``BNRES_ROUTES`` names a file.
+saves the times and our kernel's fastest configuration in a table. The table is a file in the user's
+cache folder, and there is one table for each model of GPU. If the environment variable
+``BNRES_ROUTES`` is set, its value is the path of the table instead.
 
 By default the faster route is chosen. The route is "torch" for shapes that were not measured, and
 for fp32 if ``torch.backends.cudnn.allow_tf32`` is False, because our kernel rounds fp32 to TF32. It
@@ -31,7 +32,7 @@ _override = "auto"
 
 @dataclass(frozen=True)
 class ConvCall:
-    """The properties of a convolution and batch norm that determine how long they take."""
+    """A convolution followed by a batch norm, described by what their time depends on."""
 
     dtype: str
     batch: int
@@ -44,7 +45,7 @@ class ConvCall:
 
     @property
     def key(self) -> str:
-        """The name of the call in printed tables."""
+        """The name of the call in printed text."""
         s = self.shape
         return (
             f"{self.dtype} {self.batch}x{self.channels}x{self.height}x{self.width} -> "
@@ -66,7 +67,8 @@ class Measured:
             if ``config`` is None.
         torch_ms: the time in milliseconds of torch's convolution followed by our batch norm.
         failed: maps the name of each configuration that failed to the reason.
-        left_out: names of the configurations that were not measured because the time was over.
+        left_out: names of the configurations that were not measured because the time limit of
+            ``bnres tune`` had passed.
     """
 
     call: ConvCall
@@ -82,9 +84,9 @@ def use_conv_route(route: str) -> Iterator[None]:
     """Sets the route inside a ``with`` block, in all threads.
 
     Args:
-        route: ``"torch"`` chooses torch's convolution, and ``"kernel"`` chooses our kernel wherever
-            it supports the input. ``"auto"``, the default outside of this context, chooses by the
-            table.
+        route: ``"torch"`` for torch's convolution, ``"kernel"`` for our kernel wherever it supports
+            the input, or ``"auto"`` for the faster of the two. Outside of this context the route is
+            ``"auto"``.
 
     Raises:
         ValueError: if ``route`` is another name.
@@ -113,10 +115,9 @@ def kernel_may_run(device: torch.device) -> bool:
 
 
 def kernel_config(call: ConvCall, device: torch.device) -> tuple[bool, ConvConfig | None]:
-    """Returns whether our kernel computes ``call``, and the configuration of the kernel.
+    """Returns whether our kernel must compute ``call``, and the configuration that was measured.
 
-    If the kernel computes the call and the configuration is None, the kernel's heuristic chooses
-    the configuration.
+    With the route ``"kernel"`` the configuration is None, and `conv_config` must choose one.
     """
     if _override != "auto":
         return _override == "kernel", None
@@ -133,14 +134,14 @@ def _measured_configs(device: torch.device) -> dict[ConvCall, ConvConfig]:
 
 @cache
 def gpu_name(device: torch.device) -> str:
-    """Returns the GPU's name for a file name, in lower-case letters, digits and hyphens."""
+    """Returns the GPU's name with only lower-case letters, digits and hyphens, for file names."""
     return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(device).lower()).strip("-")
 
 
 def table_path(gpu: str) -> Path:
     """Returns the path of the table of a GPU.
 
-    If the environment variable ``BNRES_ROUTES`` is set, it is the path.
+    If the environment variable ``BNRES_ROUTES`` is set, the path is its value.
     """
     return _table_path(gpu, os.environ.get("BNRES_ROUTES"), os.environ.get("XDG_CACHE_HOME"))
 
@@ -154,7 +155,7 @@ def _table_path(gpu: str, override: str | None, cache_home: str | None) -> Path:
 
 @cache
 def load_table(path: Path) -> dict[ConvCall, ConvConfig]:
-    """Returns our kernel's configuration for each call for which our kernel is faster.
+    """Returns each call for which our kernel is faster than torch, and the kernel's configuration.
 
     The result is cached. The file is read again only after `save_table`.
 
@@ -172,7 +173,7 @@ def read_table(path: Path) -> list[Measured]:
     """Returns the rows of a table, or an empty list if the file does not exist.
 
     Raises:
-        ValueError: if the file is not a table of this version.
+        ValueError: if the file is not a table in the format of this version of bnres.
     """
     try:
         return [_measured(row) for row in json.loads(path.read_text(encoding="utf-8"))["routes"]]

@@ -21,11 +21,12 @@ from bnres.kernels.conv_config import MIN_CHANNELS, ConvConfig, ConvShape, searc
 from bnres.kernels.norm import Norm, RunningStatistics
 from bnres.routes import ConvCall, Measured, save_table, use_conv_route
 
-# A timer is a function that returns the time of a call in milliseconds, with a cold L2 cache.
+# A timer calls a function that has no arguments, and returns the time of the call in milliseconds.
+# The L2 cache is cold when the call begins.
 Timer = Callable[[Callable[[], object]], float]
 # The greatest allowed difference between our kernel's output and torch's output, divided by the
-# largest absolute value in torch's output, or by 1 if that value is below 1. It is about four to
-# five times the dtype's eps. For fp32 it is based on TF32's eps, because our kernel rounds to TF32.
+# largest absolute value in torch's output, or by 1 if that value is below 1. It is about four times
+# the dtype's eps. For fp32 it is about five times TF32's eps, because our kernel rounds to TF32.
 AGREEMENT = {torch.float16: 4e-3, torch.bfloat16: 3e-2, torch.float32: 5e-3}
 EPS = 1e-5
 # The number of FLOPs that a GPU computes in the time in which it moves one byte. For an H200 it is
@@ -86,7 +87,9 @@ def tune(
     clock: Callable[[], float] = time.monotonic,
     say: Callable[[str], object] = print,
 ) -> None:
-    """Measures ``calls`` and saves each call as a row of a table, starting with the longest.
+    """Measures ``calls`` and saves each call as a row of a table.
+
+    The calls with the longest estimated time are measured first.
 
     Args:
         calls: the convolutions, see `conv_calls`.
@@ -95,8 +98,9 @@ def tune(
             saved in the table.
         device: the GPU.
         timer: measures the time of a call in milliseconds.
-        minutes: after this many minutes no compilation or measurement starts. If this leaves out
-            configurations of a call, the call is saved with the measured ones.
+        minutes: the time limit. After it, no other configuration is compiled or measured. If a call
+            was being measured, its row has the fastest configuration so far and the names of the
+            configurations that were left out. Calls that were not started get no row.
         clock: returns the time in seconds.
         say: prints a line for each call, and for each configuration that fails or is left out.
     """
@@ -118,9 +122,10 @@ def tune(
 
 
 def _work(call: ConvCall) -> float:
-    """Returns an estimate of a call's time, in FLOPs.
+    """Returns an estimate of a call's time, as the number of FLOPs that a GPU computes in it.
 
-    The estimate is the greater of two numbers: the call's FLOPs, and its bytes × FLOPS_PER_BYTE.
+    The estimate is the greater of two numbers: the call's FLOPs, and the bytes that it moves
+    multiplied by FLOPS_PER_BYTE.
     """
     height, width = call.shape.output_size(call.height, call.width)
     positions = call.batch * height * width
@@ -160,8 +165,8 @@ def _measure(
                 _check(by_kernel(), expected)
                 times[config] = timer(by_kernel)
             except (TritonError, RuntimeError) as error:
-                # The GPU has too few resources, the compiler fails, or our kernel's output differs
-                # from the output of torch's convolution.
+                # The configuration needs more resources than the GPU has, or the compiler fails, or
+                # our kernel's output differs from the output of torch's convolution.
                 first_line = next(iter(str(error).strip().splitlines()), "")
                 failed[config.name] = f"{type(error).__name__}: {first_line}"
     best = min(times, key=times.__getitem__, default=None)

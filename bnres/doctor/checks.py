@@ -1,4 +1,4 @@
-"""Checks of a machine. Each check returns a problem and how to fix it, or None."""
+"""Checks of this machine. A check returns a problem and how to fix it, or None if all is well."""
 
 import os
 import re
@@ -98,7 +98,7 @@ def check_compiler() -> Finding | None:
 
 
 def check_numpy() -> Finding | None:
-    """Checks that triton's interpreter, if it runs the kernels, supports the installed numpy."""
+    """If triton's interpreter runs the kernels, checks that it supports the installed numpy."""
     if bnres.backend() != "triton-interpreter" or check_triton() is not None:
         return None
     import triton
@@ -118,7 +118,8 @@ def check_numpy() -> Finding | None:
 def cache_folders() -> dict[str, Path]:
     """Returns the cache folders of triton and Inductor, by the environment variables that set them.
 
-    Without a home folder, expanduser returns "~", and triton writes to a folder of this name.
+    If the user has no home folder, expanduser returns "~", and triton writes to a folder that is
+    named "~".
     """
     home = Path(os.environ.get("TRITON_HOME") or os.path.expanduser("~"))
     return {
@@ -174,7 +175,7 @@ def usable_inductor_cache() -> Iterator[None]:
 
 
 def check_namespace() -> Finding | None:
-    """Checks that Python finds the package bnres, and not a folder that is only named bnres."""
+    """Checks that Python finds the package bnres, and not another folder with this name."""
     spec = PathFinder.find_spec("bnres", [os.getcwd(), *sys.path])
     if spec is None or spec.origin is not None:
         return None

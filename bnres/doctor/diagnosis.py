@@ -1,4 +1,4 @@
-"""Finds problems of a machine, and changes to a training script that save memory traffic."""
+"""Finds problems of this machine, and suggests changes that save memory traffic in training."""
 
 import json
 import subprocess
@@ -21,7 +21,7 @@ ROUTES = {
 
 
 def facts() -> dict[str, str]:
-    """Returns facts about this machine, by name."""
+    """Returns facts about this machine, each with its name as the key."""
     on_gpu = torch.cuda.is_available()
     return {
         "GPU": torch.cuda.get_device_name() if on_gpu else "none",

@@ -1,9 +1,9 @@
 """Computes what fusing a model saves in a training step, from shapes and without measuring.
 
 Memory traffic is counted in passes. A pass reads or writes a tensor of the size of the batch norm's
-input. For example, the forward of a batch norm takes three passes: it reads its input to compute
-the statistics, reads its input again to normalise it, and writes its output. A launch starts one
-kernel of ATen or of bnres.
+input. Reading or writing a smaller tensor is a fraction of a pass. For example, the forward of a
+batch norm takes three passes: it reads its input to compute the statistics, reads its input again
+to normalise it, and writes its output. A launch starts one kernel of ATen or of bnres.
 
 A pattern is the name that `explain` gives to fused layers, for example ``conv-bn-add-act``.
 """
@@ -20,13 +20,13 @@ from bnres.fusion.explain import is_norm
 
 HALF = 2  # bytes of a 16-bit number
 INDEX_BYTES = 8  # torch's max-pool writes an index of this many bytes for each output
-POOLED = 1 / 4  # outputs of a max-pool of stride 2 for each input element
+POOLED = 1 / 4  # outputs per input of a max-pool with stride 2
 # torch's batch norm has four launches in forward, for num_batches_tracked, the statistics, the
 # running statistics and the output. It has two launches in backward, for the sums and for dx.
 STOCK_NORM_LAUNCHES = 6
-# A fused operation has two launches for each of its batch norms, which compute partial statistics
-# and combine them. Its other launches are one in forward, for the output, and three in backward,
-# for partial sums, their combination and dx.
+# A fused operation has two launches for each of its batch norms: one computes partial statistics,
+# and one combines them. It has four other launches: one in forward, for the output, and three in
+# backward, for the partial sums, for the combined sums and for dx.
 STATISTICS_LAUNCHES, OTHER_LAUNCHES = 2, 4
 
 
@@ -35,7 +35,7 @@ def _parts(pattern: str) -> list[str]:
 
 
 def stock_passes(pattern: str, itemsize: int) -> float:
-    """Returns the passes of torch's layers in a pattern, forward and backward together."""
+    """Returns the number of passes of torch's layers for a pattern, in forward and backward."""
     parts = _parts(pattern)
     found = 8.0 * parts.count("bn") + 3 * ("add" in parts) + 5 * ("act" in parts)
     if "pool" in parts:
@@ -44,7 +44,7 @@ def stock_passes(pattern: str, itemsize: int) -> float:
 
 
 def fused_passes(pattern: str, itemsize: int) -> float:
-    """Returns the passes of the fused operation for a pattern, forward and backward together."""
+    """Returns the fused operation's number of passes for a pattern, in forward and backward."""
     parts = _parts(pattern)
     bit = 1 / (8 * itemsize)
     if "pool" in parts:
@@ -57,14 +57,14 @@ def fused_passes(pattern: str, itemsize: int) -> float:
 
 
 def stock_launches(pattern: str) -> int:
-    """Returns the launches of torch's layers for a pattern, forward and backward together."""
+    """Returns the number of launches of torch's layers for a pattern, in forward and backward."""
     parts = _parts(pattern)
     others = ("add" in parts) + 2 * ("act" in parts) + 2 * ("pool" in parts)
     return STOCK_NORM_LAUNCHES * parts.count("bn") + others
 
 
 def fused_launches(pattern: str) -> int:
-    """Returns the launches of the fused operation for a pattern, forward and backward together."""
+    """Returns the fused operation's number of launches for a pattern, in forward and backward."""
     norms = _parts(pattern).count("bn")
     return STATISTICS_LAUNCHES * norms + OTHER_LAUNCHES
 
@@ -85,7 +85,7 @@ class Savings:
         stock_launches, fused_launches: number of launches of torch's layers, and of the fused
             operations.
         channels_last: whether the convolutions' filters are in channels_last.
-        half: whether autocast is on, or the input has 16 bits.
+        half: whether autocast is on, or the input's dtype has 16 bits.
     """
 
     norms: int
@@ -101,11 +101,11 @@ class Savings:
 
 
 def derive(model: nn.Module, x: torch.Tensor) -> Savings:
-    """Derives the savings of a model in its current mode.
+    """Computes what fusing a model in its current mode would save.
 
     Args:
-        model: a model of torch's layers.
-        x: an example of its input, with at least two images.
+        model: a model built from torch's layers.
+        x: an example of the model's input, with at least two images.
     """
     report = explain(model, x)
     sizes = _elements(model, x)
@@ -114,7 +114,7 @@ def derive(model: nn.Module, x: torch.Tensor) -> Savings:
     stock = fused = small = 0.0
     launches = [0.0, 0.0]
     for site in report.fused:
-        # A pattern of two batch norms is in the report twice, so each entry counts half.
+        # A pattern with two batch norms is in the report twice, so each entry counts half.
         share = 1 / _parts(site.pattern).count("bn")
         elements = sizes.get(site.name, 0) / x.shape[0] * share
         stock += stock_passes(site.pattern, itemsize) * itemsize * elements

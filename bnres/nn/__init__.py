@@ -1,4 +1,4 @@
-"""Drop-in replacements for batch norm modules. They can fuse a residual, activation or pooling."""
+"""Modules that compute a batch norm together with a residual, an activation or a max-pool."""
 
 from bnres.nn.batchnorm import (
     BatchNorm1d,

@@ -31,7 +31,7 @@ def _run(bn: Norm, input: Tensor, **options: Any) -> Any:
 class _FusedForward(Norm):
     """The base class of the modules. One operation computes batch norm, residual and activation.
 
-    The training mode, momentum and eps are read at each call, so they may change between calls.
+    The training mode, momentum and eps are read at each call, so users may change them.
     """
 
     act: str | type[nn.Module] | None = None
@@ -43,9 +43,9 @@ class _FusedForward(Norm):
         make_leaf(self)
 
     def named_children(self) -> Iterator[tuple[str, nn.Module]]:
-        # The converters of torch, timm and apex replace each batch norm with a SyncBatchNorm, and
-        # then call this method of the replaced module. Their SyncBatchNorm has no activation and no
-        # residual.
+        # torch, timm and apex have functions that replace each batch norm of a model by a
+        # SyncBatchNorm. After replacing a module, they call this method of the replaced module.
+        # Their SyncBatchNorm has no activation and no residual.
         if sys._getframe(1).f_code.co_name.startswith("convert_sync"):
             raise TypeError(
                 f"module contains a {type(self).__name__}, whose activation and residual would be "
@@ -84,32 +84,29 @@ class _FusedForward(Norm):
 class BatchNorm1d(_FusedForward, nn.BatchNorm1d):
     """Computes (x - mean) / sqrt(var + eps) * weight + bias on an input (N, C) or (N, C, L).
 
-    The fused kernels do the computation.
-
-    Follows `torch.nn.BatchNorm1d` (Ioffe and Szegedy, arXiv 1502.03167).
+    The fused kernels compute the batch norm of `torch.nn.BatchNorm1d` (Ioffe and Szegedy, arXiv
+    1502.03167).
     """
 
 
 class BatchNorm2d(_FusedForward, nn.BatchNorm2d):
     """Computes (x - mean) / sqrt(var + eps) * weight + bias on an input (N, C, H, W).
 
-    The fused kernels do the computation.
-
-    Follows `torch.nn.BatchNorm2d` (Ioffe and Szegedy, arXiv 1502.03167).
+    The fused kernels compute the batch norm of `torch.nn.BatchNorm2d` (Ioffe and Szegedy, arXiv
+    1502.03167).
     """
 
 
 class BatchNorm3d(_FusedForward, nn.BatchNorm3d):
     """Computes (x - mean) / sqrt(var + eps) * weight + bias on an input (N, C, D, H, W).
 
-    The fused kernels do the computation.
-
-    Follows `torch.nn.BatchNorm3d` (Ioffe and Szegedy, arXiv 1502.03167).
+    The fused kernels compute the batch norm of `torch.nn.BatchNorm3d` (Ioffe and Szegedy, arXiv
+    1502.03167).
     """
 
 
 class _BatchNormAct(_FusedForward):
-    """The base class of the 1-D, 2-D and 3-D modules, which `BatchNormAct2d` explains."""
+    """The base class of `BatchNormAct1d`, `BatchNormAct2d` and `BatchNormAct3d`."""
 
     def __init__(
         self,
@@ -138,7 +135,7 @@ class _BatchNormAct(_FusedForward):
 class BatchNormAct1d(_BatchNormAct, nn.BatchNorm1d):
     """Computes act(bn(input) + residual) on (N, C) or (N, C, L), see `BatchNormAct2d`.
 
-    Follows `torch.nn.BatchNorm1d` (Ioffe and Szegedy, arXiv 1502.03167).
+    The batch norm is that of `torch.nn.BatchNorm1d` (Ioffe and Szegedy, arXiv 1502.03167).
     """
 
 
@@ -147,22 +144,22 @@ class BatchNormAct2d(_BatchNormAct, nn.BatchNorm2d):
 
     The call is ``forward(input, residual=None, *, residual_norm=None, fork=False)``. The residual
     is optional. ``residual_norm`` may be another batch norm module. The call then returns
-    act(bn(input) + residual_norm(residual)). With ``fork`` the call returns two tensors, as
-    `bnres.functional.batch_norm_act` explains. The constructor has the arguments of timm's class of
-    the same name, except inplace and drop_layer. ``act_layer`` is a name or a torch class of an
-    activation; None means no activation.
+    act(bn(input) + residual_norm(residual)). With ``fork`` the call returns its result as two
+    tensors, as `bnres.functional.batch_norm_act` explains. The constructor has the arguments of
+    timm's class of the same name, except inplace and drop_layer. ``act_layer`` is the name or the
+    torch class of an activation; None means no activation.
 
     Raises:
         ValueError: for an unknown activation or option.
 
-    Follows `torch.nn.BatchNorm2d` (Ioffe and Szegedy, arXiv 1502.03167).
+    The batch norm is that of `torch.nn.BatchNorm2d` (Ioffe and Szegedy, arXiv 1502.03167).
     """
 
 
 class BatchNormAct3d(_BatchNormAct, nn.BatchNorm3d):
     """Computes act(bn(input) + residual) on (N, C, D, H, W), see `BatchNormAct2d`.
 
-    Follows `torch.nn.BatchNorm3d` (Ioffe and Szegedy, arXiv 1502.03167).
+    The batch norm is that of `torch.nn.BatchNorm3d` (Ioffe and Szegedy, arXiv 1502.03167).
     """
 
 
@@ -177,8 +174,8 @@ class BatchNormActMaxPool2d(BatchNormAct2d):
     Raises:
         ValueError: for an unknown activation or option.
 
-    Follows `torch.nn.BatchNorm2d` (Ioffe and Szegedy, arXiv 1502.03167) and `torch.nn.MaxPool2d`.
-    The stem is from He et al., arXiv 1512.03385.
+    The batch norm and the max-pool are those of `torch.nn.BatchNorm2d` (Ioffe and Szegedy, arXiv
+    1502.03167) and `torch.nn.MaxPool2d`. The stem is from He et al., arXiv 1512.03385.
     """
 
     def __init__(

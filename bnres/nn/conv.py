@@ -25,7 +25,8 @@ class ConvBatchNormAct2d(nn.Module):
     Raises:
         ValueError: for an unknown activation or option, or if `torch.nn.Conv2d` raises it.
 
-    Follows `torch.nn.Conv2d` and `torch.nn.BatchNorm2d` (Ioffe and Szegedy, arXiv 1502.03167).
+    The convolution and the batch norm are those of `torch.nn.Conv2d` and `torch.nn.BatchNorm2d`
+    (Ioffe and Szegedy, arXiv 1502.03167).
     """
 
     def __init__(
@@ -58,7 +59,7 @@ class ConvBatchNormAct2d(nn.Module):
 class StemConv2d(nn.Conv2d):
     """The first convolution of a ResNet, which is 7×7 with stride 2 and padding 3.
 
-    `stem_conv2d` computes it.
+    `bnres.functional.stem_conv2d` computes the convolution of `torch.nn.Conv2d` with these sizes.
 
     Args:
         in_channels, out_channels, bias, device, dtype: as in `torch.nn.Conv2d`, but ``bias`` is
@@ -66,8 +67,6 @@ class StemConv2d(nn.Conv2d):
 
     Raises:
         ValueError: if `torch.nn.Conv2d` raises it.
-
-    Follows `torch.nn.Conv2d`.
     """
 
     def __init__(
@@ -103,19 +102,19 @@ def conv_and_norm(
     """Returns act(bn(conv(input)) + shortcut(residual)), or with ``fork`` this result twice.
 
     ``act`` is the activation of ``bn`` if ``bn`` is a module of `bnres.nn`. Otherwise there is no
-    activation. ``shortcut`` is a convolution followed by a batch norm. If it is None, ``residual``
-    is added unchanged. The batch norms, the addition and the activation run as one operation if
-    ``bn`` is a module of `bnres.nn` and none of the modules has a hook.
+    activation. ``shortcut`` is a convolution followed by a batch norm. If ``shortcut`` is None,
+    ``residual`` is added unchanged. The batch norms, the addition and the activation run as one
+    operation if ``bn`` is a module of `bnres.nn` and none of the modules has a hook.
     """
-    # A graph that bnres.fuse captures must contain the calls of the modules themselves.
+    # In a graph that bnres.fuse captures, each module must have its own call.
     captured = isinstance(bn, SyncBatchNorm) and is_compiling()
     if captured or not isinstance(bn, _FusedForward):
         y = bn(conv(input))
         if residual is not None:
             y = y + (residual if shortcut is None else shortcut(residual))
         return (y, y) if fork else y
-    # torch.fx traces with proxies instead of tensors. Its graph must contain the calls of the
-    # modules themselves.
+    # torch.fx traces with proxies instead of tensors. In its graph each module must have its own
+    # call.
     if isinstance(input, Tensor) and not hooked(conv, bn, shortcut, *(shortcut or ())):
         if shortcut is not None:
             residual_conv, residual_norm = shortcut

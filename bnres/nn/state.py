@@ -1,4 +1,4 @@
-"""Reads the arguments that a batch norm module passes to a fused call."""
+"""Reads the arguments that a batch norm module passes to a fused operation."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ Norm = nn.modules.batchnorm._BatchNorm
 def next_state(bn: Norm) -> BatchNormState:
     """Returns the tensors and options of ``bn`` for its next call.
 
-    In training they include the counter, which the call increments.
+    In training they include ``num_batches_tracked``, which the call increments.
     """
     counts = bn.training and bn.track_running_stats
     momentum: float | Tensor = 0.0
@@ -23,7 +23,8 @@ def next_state(bn: Norm) -> BatchNormState:
     if bn.momentum is not None:
         momentum = bn.momentum
     elif counter is not None:
-        # momentum=None means a cumulative average.
+        # With momentum=None the running statistics are averages over all batches, so batch n has
+        # the weight 1/n.
         momentum = (counter + 1).to(torch.float64).reciprocal()
     tracked = not bn.training or bn.track_running_stats
     return BatchNormState(
@@ -40,8 +41,9 @@ def next_state(bn: Norm) -> BatchNormState:
 def _read(bn: Norm, registered: Any, name: str) -> Tensor | None:
     """Returns the parameter or buffer ``name`` of ``bn``.
 
-    Reading ``registered`` takes a third of the time of `torch.nn.Module.__getattr__`. Parametrised
-    attributes are not in ``registered``.
+    ``registered`` is the module's dict of parameters or buffers. A look-up in this dict takes a
+    third of the time of `torch.nn.Module.__getattr__`. The dict does not contain parametrised
+    attributes.
     """
     return registered[name] if name in registered else getattr(bn, name)
 
@@ -55,10 +57,11 @@ def normalizes_by_batch(bn: Norm) -> bool:
 
 
 def group_of(bn: Norm) -> Any:
-    """Returns the process group over which a call of ``bn`` synchronises its statistics, or None.
+    """Returns the process group over which a call of ``bn`` synchronises its statistics.
 
-    As in `torch.nn.SyncBatchNorm`, a call synchronises only if ``bn`` is in training mode, if
-    torch.distributed is initialised, and if the group has several processes.
+    The result is None if the call does not synchronise. As in `torch.nn.SyncBatchNorm`, a call
+    synchronises only if ``bn`` is in training mode, if torch.distributed is initialised, and if the
+    group has several processes.
     """
     synchronises = getattr(type(bn), "synchronises", isinstance(bn, nn.SyncBatchNorm))
     if not (synchronises and bn.training and dist.is_available() and dist.is_initialized()):

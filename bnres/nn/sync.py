@@ -33,16 +33,16 @@ from bnres.operations.sync_batch_norm_act import group_named, sync_batch_norm
 # This is not a subclass of torch.nn.SyncBatchNorm, because DistributedDataParallel refuses
 # subclasses of torch.nn.SyncBatchNorm on a CPU.
 class _Synchronised(_FusedForward):
-    """The base class of the synchronised modules, which `SyncBatchNorm` explains."""
+    """The base class of the synchronised modules. `SyncBatchNorm` explains synchronisation."""
 
     synchronises = True
     process_group: Any = None
-    # `revert_sync_batchnorm` restores this class and these children.
+    # The class and the child modules that `revert_sync_batchnorm` gives back to the module.
     local_class: type[Norm]
     local_children: dict[str, nn.Module | None] | None = None
 
     def _check_input_dim(self, input: Tensor) -> None:
-        """Accepts any number of dimensions, because the operation checks it."""
+        """Accepts any number of dimensions, because the operation checks the number."""
 
     def __getstate__(self) -> dict[str, Any]:
         # A process group can be neither copied nor pickled, so its name is stored instead.
@@ -56,19 +56,21 @@ class _Synchronised(_FusedForward):
 
 
 class SyncBatchNorm(_Synchronised):
-    """Computes y = (x − mean) / sqrt(var + eps) · weight + bias over the batches of all ranks.
+    """Computes y = (x − mean) / sqrt(var + eps) · weight + bias, with the statistics of all ranks.
 
-    A rank is a process of the process group. `bnres.functional.sync_batch_norm_act` computes y, on
-    GPUs and CPUs. As in torch, the module works like an ordinary batch norm in eval mode, if there
-    is only one rank, or if `torch.distributed` is not initialised.
+    The mean and var of a channel are computed over the batches of all ranks. A rank is a process of
+    the process group. `bnres.functional.sync_batch_norm_act` computes y, on GPUs and CPUs. The
+    module works like an ordinary batch norm in three cases, as in torch: in eval mode, with only
+    one rank, and if `torch.distributed` is not initialised.
 
-    Unlike torch's module, this module accepts empty batches without a host synchronisation, and
-    ``torch.compile(fullgraph=True)`` can capture it. It also allows several forward passes before a
-    backward pass, even if DistributedDataParallel broadcasts the buffers between them.
+    Unlike torch's module, this module accepts empty batches without making the host wait for the
+    device, and ``torch.compile(fullgraph=True)`` can capture it. It also allows several forward
+    passes before a backward pass, even if DistributedDataParallel broadcasts the buffers between
+    them.
 
-    ``forward(input, residual=None, *, residual_norm=None, fork=False)`` is as in `BatchNormAct2d`,
-    without an activation. If ``residual_norm`` is synchronised over the same group, both batch
-    norms share one all_gather.
+    The call is ``forward(input, residual=None, *, residual_norm=None, fork=False)``, as in
+    `BatchNormAct2d`, but without an activation. If ``residual_norm`` is synchronised over the same
+    group, both batch norms share one all_gather.
 
     Args:
         num_features, eps, momentum, affine, track_running_stats, device, dtype: as in
@@ -81,7 +83,7 @@ class SyncBatchNorm(_Synchronised):
     Raises:
         TypeError: if ``process_group`` is not a process group that this process belongs to.
 
-    Follows `torch.nn.SyncBatchNorm` (Ioffe and Szegedy, arXiv 1502.03167).
+    The batch norm is that of `torch.nn.SyncBatchNorm` (Ioffe and Szegedy, arXiv 1502.03167).
     """
 
     local_class = BatchNorm2d
@@ -116,7 +118,7 @@ class SyncBatchNorm(_Synchronised):
 
 
 def as_node(bn: Norm, input: Tensor) -> Tensor:
-    """Calls ``bn`` so that `bnres.fuse` finds the call as one node in the captured graph."""
+    """Computes what ``bn`` computes, so that `bnres.fuse` sees one node in the captured graph."""
     s, group = next_state(bn), group_of(bn)
     return sync_batch_norm(
         input, s.running_mean, s.running_var, s.weight, s.bias, normalizes_by_batch(bn), s.momentum,
@@ -151,14 +153,14 @@ def make_nodes(model: nn.Module) -> None:
 class SyncBatchNormAct(_Synchronised, _BatchNormAct):
     """Computes act(bn(input) + residual), where bn is a `SyncBatchNorm`.
 
-    ``forward(input, residual=None, *, residual_norm=None, fork=False)`` and ``options`` are as in
-    `BatchNormAct2d`.
+    The call is ``forward(input, residual=None, *, residual_norm=None, fork=False)``, as in
+    `BatchNormAct2d`. ``options`` are the other arguments of `BatchNormAct2d`.
 
     Raises:
         ValueError: for an unknown activation or option.
         TypeError: if ``process_group`` is not a process group that this process belongs to.
 
-    Follows `torch.nn.SyncBatchNorm` (Ioffe and Szegedy, arXiv 1502.03167).
+    The batch norm is that of `torch.nn.SyncBatchNorm` (Ioffe and Szegedy, arXiv 1502.03167).
     """
 
     local_class = BatchNormAct2d
@@ -171,14 +173,15 @@ class SyncBatchNormAct(_Synchronised, _BatchNormAct):
 class SyncBatchNormActMaxPool2d(_Synchronised, BatchNormActMaxPool2d):
     """Computes max_pool2d(act(bn(input))), as in a ResNet's stem, where bn is a `SyncBatchNorm`.
 
-    The arguments are as in `BatchNormActMaxPool2d`, except ``process_group``, which is as in
-    `SyncBatchNorm`.
+    ``process_group`` is as in `SyncBatchNorm`, and the other arguments are as in
+    `BatchNormActMaxPool2d`.
 
     Raises:
         ValueError: for an unknown activation or option.
         TypeError: if ``process_group`` is not a process group that this process belongs to.
 
-    Follows `torch.nn.SyncBatchNorm` (Ioffe and Szegedy, arXiv 1502.03167) and `torch.nn.MaxPool2d`.
+    The batch norm and the max-pool are those of `torch.nn.SyncBatchNorm` (Ioffe and Szegedy, arXiv
+    1502.03167) and `torch.nn.MaxPool2d`.
     """
 
     local_class = BatchNormActMaxPool2d
@@ -221,7 +224,7 @@ OF_TIMM = ("BatchNormAct2d", "SyncBatchNormAct")
 
 
 def convert_sync_batchnorm(module: nn.Module, process_group: Any = None) -> nn.Module:
-    """Makes the batch norms of ``module`` use the statistics of all ranks; returns ``module``.
+    """Makes the batch norms of ``module`` use the statistics of all ranks, and returns ``module``.
 
     A rank is a process. The batch norms of torch, of timm and of `bnres.nn` are converted in place
     by changing their class. Torch's SyncBatchNorm is converted too. `SyncBatchNorm` describes what
@@ -239,7 +242,7 @@ def convert_sync_batchnorm(module: nn.Module, process_group: Any = None) -> nn.M
             this process belongs to, or if the forward of a batch norm is not that of torch, timm or
             `bnres.nn`. In each case no module has been changed.
 
-    Follows `torch.nn.SyncBatchNorm.convert_sync_batchnorm`.
+    Use this function instead of `torch.nn.SyncBatchNorm.convert_sync_batchnorm`.
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
@@ -277,13 +280,17 @@ def _converted(name: str, norm: Norm) -> type[_Synchronised]:
 
 
 def _become(norm: Any, cls: type[_Synchronised]) -> None:
-    """Changes the class of ``norm``. The fused operation then applies the norm's activation."""
+    """Changes the class of ``norm`` to ``cls``.
+
+    If ``norm`` is a timm batch norm and ``cls`` is `SyncBatchNormAct`, the child modules of
+    ``norm`` are removed, and the fused operation applies their activation.
+    """
     local_class, act = type(norm), norm._modules.get("act")
     norm.__class__ = cls
     make_leaf(norm)
     norm.local_class = local_class
     if act is not None and cls is SyncBatchNormAct:
-        # The children have no parameters, and the operation applies their activation.
+        # The children are kept for `revert_sync_batchnorm`. They have no parameters.
         norm.local_children = dict(norm._modules)
         norm._modules.clear()
         options = ("negative_slope", "approximate")

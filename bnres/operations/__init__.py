@@ -1,5 +1,4 @@
 """The fused operations.
 
-A public operation is in one file with the code that belongs to it. The other files contain code
-that the operations share.
+A file that is named after an operation contains this operation. The other files contain helpers.
 """

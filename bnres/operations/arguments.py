@@ -35,8 +35,8 @@ def check_norm(
 ) -> None:
     """Raises an error unless ``norm`` fits an input with ``channels`` channels on ``device``.
 
-    ``norm`` is a `bnres.operations.norms.BatchNormState`. Error messages put ``prefix`` before the
-    name of a field of ``norm``.
+    ``norm`` is a `bnres.operations.norms.BatchNormState`. In error messages, the name of each field
+    of ``norm`` begins with ``prefix``.
     """
     for name in ("running_mean", "running_var", "weight", "bias", "input_bias"):
         tensor = getattr(norm, name)
@@ -65,15 +65,16 @@ def _check_device(name: str, t: Tensor, device: torch.device, other: str = "inpu
 
 
 def check_mapped(x: Tensor, norm: Any) -> None:
-    """Raises an error if `torch.vmap` maps ``x`` but not the running statistics.
+    """Raises an error if `torch.vmap` maps over ``x`` but not over the running statistics.
 
-    In that case training could not update the running statistics.
+    Training would then have to write several values, one for each mapped input, to one element of
+    the running statistics.
     """
     if is_compiling() or not (levels := mapped_levels(x)):
         return
     for buffer in (norm.running_mean, norm.running_var):
         if buffer is not None and levels - mapped_levels(buffer):
-            # This call raises torch's own error before any buffer is written.
+            # This call raises torch's own error, before it writes to a buffer.
             F.batch_norm(x, norm.running_mean, norm.running_var, training=True)
 
 
@@ -120,8 +121,8 @@ def as_kernels_take(inputs: Any) -> Any:
     """
     x, residual = inputs.x, inputs.residual
     if residual is not None and residual.dtype != x.dtype:
-        # This is the dtype of x + residual. Under autocast x and the residual may have different
-        # dtypes.
+        # Under autocast x and the residual may have different dtypes. Both are converted to the
+        # dtype that x + residual has.
         dtype = torch.promote_types(x.dtype, residual.dtype)
         x, residual = x.to(dtype), residual.to(dtype)
     x = dense(x)
@@ -154,7 +155,7 @@ def counted(counter: Tensor | None, x: Tensor) -> Tensor | None:
 
 
 def packed_buffers(buffers: Any, x: Tensor) -> Any:
-    """Returns the buffers as contiguous tensors, and counters as `counted` returns them."""
+    """Returns the buffers as contiguous tensors. Each counter is passed through `counted`."""
     return type(buffers)(
         *(
             counted(t, x) if name.endswith("counter") else None if t is None else t.contiguous()

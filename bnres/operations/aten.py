@@ -1,4 +1,4 @@
-"""Batch norm, residual and activation computed by ATen, where our kernels do not run."""
+"""Computes batch norm, residual and activation with torch's own operations (ATen)."""
 
 from typing import Any
 
@@ -29,8 +29,8 @@ def batch_norm_act_aten(
         counter.add_(1)
     if isinstance(momentum, Tensor):
         if training:
-            # The running statistics are updated before the batch norm, because
-            # torch.utils.checkpoint may stop its recomputation right after the batch norm.
+            # The running statistics are updated before the batch norm. torch.utils.checkpoint may
+            # stop its recomputation right after the batch norm, so it would skip a later update.
             if input.numel():
                 bn_stats_ref(input.detach(), mean, var, momentum, eps)
             mean = var = None
@@ -40,8 +40,8 @@ def batch_norm_act_aten(
     else:
         y = F.batch_norm(input, mean, var, weight, bias, training, momentum, eps)
     # Without gradients nothing else reads the batch norm's result y, so the sum may overwrite y.
-    # Under `torch.vmap` the sum must not overwrite y, because a mapped tensor can't be written into
-    # a tensor that is not mapped.
+    # In torch.vmap it must not, because y + residual can't be written into y if only the residual
+    # is mapped over.
     if residual is not None:
         in_place = not (torch.is_grad_enabled() or is_compiling() or in_transform())
         in_place = in_place and residual.dtype == y.dtype
@@ -50,9 +50,10 @@ def batch_norm_act_aten(
 
 
 def _fixed(x: Tensor, mean: Any, var: Any, weight: Any, bias: Any, eps: float) -> Tensor:
-    """Returns the batch norm of ``x`` with fixed statistics and a fixed weight.
+    """Returns the batch norm of ``x`` in evaluation, without saving ``x`` for backward.
 
-    ``x`` is not saved for backward.
+    Backward would need ``x`` only for gradients of the statistics and the weight. The caller has
+    checked that these are not needed.
     """
     acc = torch.promote_types(x.dtype, var.dtype)
     scale = (var.to(acc) + eps).rsqrt() if weight is None else weight * (var.to(acc) + eps).rsqrt()

@@ -1,8 +1,11 @@
 """Fused batch norm and activation, with an optional residual or max-pool.
 
-A call computes act(batch_norm(x)), act(batch_norm(x) + residual),
-act(batch_norm(x) + batch_norm(residual)) or max_pool2d(act(batch_norm(x))). The batch norm of the
-residual is called ``residual_norm``.
+A call computes one of these expressions:
+
+- act(batch_norm(x))
+- act(batch_norm(x) + residual)
+- act(batch_norm(x) + batch_norm(residual)), where the second batch norm is ``residual_norm``
+- max_pool2d(act(batch_norm(x)))
 """
 
 from collections.abc import Callable, Sequence
@@ -74,7 +77,7 @@ class Buffers(NamedTuple):
 # In `Inputs` and in `Buffers`, the fields of x's batch norm and the fields of the residual's batch
 # norm must have the same order, because `states_of` reads them by position.
 
-# Training writes to these buffers.
+# The names of the buffers that training writes to.
 WRITTEN = tuple(name for name in Buffers._fields if not name.endswith("device_momentum"))
 
 
@@ -120,10 +123,11 @@ class Saved(NamedTuple):
     """The tensors that backward reads.
 
     If backward does not read the values of x, the field ``x`` is y or None. It is y if there is a
-    mask, because reading a mask requires a tensor with the shape and strides of x, and y has both.
+    mask, because the kernel that reads the mask needs a tensor with the shape and strides of x, and
+    y has both.
 
     ``total`` (1,) is only given for a synchronised batch norm. It is the number of values per
-    channel, summed over all ranks.
+    channel, summed over all processes that share statistics.
     """
 
     x: Maybe
@@ -144,7 +148,7 @@ class Saved(NamedTuple):
 def _saves_mask(inputs: Inputs, spec: Spec) -> bool:
     """Whether forward saves a mask for relu.
 
-    With the mask, backward needs neither x nor the residual for relu's derivative.
+    With the mask, backward needs neither x nor the residual to compute relu's derivative.
     """
     added = inputs.residual is not None and not spec.has_residual_norm
     return spec.needs_grad and spec.act == "relu" and (added or not spec.reads_x)
@@ -172,9 +176,9 @@ def _forward(inputs: Inputs, buffers: Buffers, spec: Spec, recording: Recording)
 
 
 def _norms(saved: Inputs | Saved, statistics: Any) -> tuple[Norm, Norm | None]:
-    """Returns the batch norm of x, and the batch norm of the residual or None.
+    """Returns the batch norm of x, and the batch norm of the residual or None if there is none.
 
-    ``statistics`` has one item for each batch norm, in this order.
+    ``statistics`` has one item for each of these batch norms.
     """
     norm, *others = statistics
     residual_norm = Norm(others[0], saved.residual_weight, saved.residual_bias) if others else None
@@ -230,7 +234,7 @@ def _saved(inputs: Inputs, y: Tensor, kept: Sequence[Any], spec: Spec) -> Saved:
 
 
 class Asked(NamedTuple):
-    """Whether backward must compute each of dx, dresidual and the sums, see `Computed`."""
+    """Which results backward must compute: dx, dresidual and the sums. `Computed` defines them."""
 
     dx: bool
     dresidual: bool
@@ -243,7 +247,7 @@ class Computed(NamedTuple):
     ``dx`` and ``dresidual`` are the gradients of x and of the residual. If the residual has no
     batch norm, ``dresidual`` is dz, the gradient of the activation's input z. The sums have one
     value per channel: ``sum_dy`` = Σ dz and ``sum_dy_xhat`` = Σ dz·xhat, where
-    xhat = (x − mean)·rstd.
+    xhat = (x − mean)·rstd. The last two fields are the same sums for the residual's batch norm.
     """
 
     dx: Maybe
@@ -294,10 +298,10 @@ def _launch_backward(gradients: Gradients, saved: Saved, computed: Computed, spe
     """Computes the values of ``computed``.
 
     The reduce pass computes the sums, and the dx pass computes dx. A pass that is not needed does
-    not run. If the residual has no batch norm, the reduce pass may write
-    dz = (dy + dy_skip)·act'(z). The dx pass then reads dz instead of dy and dy_skip. With a
-    max-pool, the reduce pass reads x only at the positions of the maxima, because dz is zero
-    everywhere else.
+    not run. The reduce pass also writes dz = (dy + dy_skip)·act'(z) in two cases: if dz is needed
+    as the gradient of the residual, and if a max-pool has a ``dy_skip``. The dx pass then reads dz
+    instead of dy and dy_skip. With a max-pool, the reduce pass reads x only at the positions of the
+    maxima, because dz is zero everywhere else.
     """
     from bnres.kernels.bn_backward import bn_backward_dx, bn_backward_reduce
     from bnres.kernels.bn_max_pool import bn_max_pool_backward_dx
@@ -427,8 +431,8 @@ def unpack_mask(mask: Tensor, x: Tensor) -> Tensor:
     with outside_of_transforms():
         ones = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).fill_(1)
         unit = torch.ones(x.shape[1], dtype=acc_type(x), device=x.device)
-        # The dx pass for evaluation unpacks the mask. If dy, mean and rstd are 1, dx is 1 where the
-        # mask is set and 0 elsewhere.
+        # The kernel that computes dx in evaluation unpacks the mask. With dy = 1 and rstd = 1 it
+        # returns a dx that is 1 where the mask is set and 0 elsewhere.
         norm = Norm(Statistics(unit, unit))
         passed, _ = bn_backward_dx(
             ones, ones, norm, None, None, unwrapped(mask), "relu", 0.0, None, 1
@@ -502,7 +506,7 @@ def as_call(
     device_momentum, number = split_momentum(momentum)
     inputs: Any = (input, weight, bias, input_bias, residual)
     buffers: Any = (running_mean, running_var, counter, device_momentum)
-    # Spec has no defaults for these fields, because torch.compile would replace a default number
+    # These fields have no defaults in Spec, because torch.compile would replace a default number
     # with a symbol.
     of_residual_norm = (False, 0.0, 0.0)
     if residual_norm is not None:
@@ -515,7 +519,8 @@ def as_call(
         buffers += (norm.running_mean, norm.running_var, counter, device_momentum)
         of_residual_norm = (True, residual_number, norm.eps)
     # In evaluation the statistics are constants, so backward reads x only for the weight's gradient
-    # and for the activation's derivative. The derivatives of identity and relu do not need x.
+    # and for the activation's derivative. It does not read x for the derivative of identity, which
+    # is 1, nor for the derivative of relu, which is stored in the mask.
     depends_on_x = name not in ("identity", "relu") or wants_grad(weight)
     reads_x = training or pools or residual_norm is not None or depends_on_x
     needs_grad = wants_grad(*inputs)
@@ -558,8 +563,9 @@ def batch_norm_act(
         weight: (C,); None means 1.
         bias: (C,); None means 0.
         input_bias: (C,), added to ``input``; None means 0. For example, ``input`` can be the output
-            of a convolution without its bias, and ``input_bias`` the bias. In training the bias
-            changes only the running mean, so adding the bias takes no time.
+            of a convolution without its bias, and ``input_bias`` the bias. In training the result
+            does not depend on the bias, because the mean of the batch is subtracted. Only the
+            running mean changes, which takes no additional time.
         residual: None, or a tensor that is added before the activation. It has the shape of
             ``input``. If the dtypes of ``input`` and ``residual`` differ, the result has the dtype
             of ``input + residual``.
@@ -592,7 +598,8 @@ def batch_norm_act(
         RuntimeError: if a parameter or a buffer has the wrong size, if tensors are on different
             devices, or if running statistics are missing in evaluation.
 
-    Follows `torch.nn.functional.batch_norm` (Ioffe and Szegedy, arXiv 1502.03167).
+    The batch norm is that of `torch.nn.functional.batch_norm` (Ioffe and Szegedy, arXiv
+    1502.03167).
     """
     arguments = as_call(
         input, running_mean, running_var, weight, bias, input_bias, residual, residual_norm, act,
@@ -613,9 +620,9 @@ def batch_norm(
 ) -> Tensor:
     """Computes ``(input - mean) / sqrt(var + eps) * weight + bias`` by the fused kernels.
 
-    The result is that of `batch_norm_act` without a residual and without an activation.
-    `batch_norm_act` describes the arguments. The signature is that of
-    `torch.nn.functional.batch_norm` (Ioffe and Szegedy, arXiv 1502.03167).
+    This is `batch_norm_act` without a residual and without an activation, and with the signature of
+    `torch.nn.functional.batch_norm` (Ioffe and Szegedy, arXiv 1502.03167). `batch_norm_act`
+    describes the arguments.
     """
     return batch_norm_act(
         input, running_mean, running_var, weight, bias, act=None, training=training,

@@ -1,4 +1,4 @@
-"""max_pool2d(act(batch_norm(x))), the stem of a ResNet."""
+"""Computes max_pool2d(act(batch_norm(x))), as in the stem of a ResNet."""
 
 from dataclasses import replace
 from typing import Any
@@ -15,8 +15,9 @@ from bnres.operations.call import call, needs_aten
 
 Size = int | tuple[int, int]
 
-# `bnres.recompute` stores the output of this operation. The output is the residual of the first
-# block, and the first block's output can be recomputed only if this residual is stored.
+# With again=None, `bnres.recompute` stores the output of this operation instead of recomputing it.
+# In a ResNet this output is the residual of the first block, and the first block's output can be
+# recomputed only if its residual is stored.
 BATCH_NORM_ACT_MAX_POOL = replace(BATCH_NORM_ACT, again=None)
 
 
@@ -44,9 +45,10 @@ def batch_norm_act_max_pool2d(
     """Computes ``max_pool2d(act(batch_norm(input + input_bias)))``, as in the stem of a ResNet.
 
     With a 3×3 window, stride 2 and padding 1, one kernel normalises, applies the activation and
-    pools. It does not write the activation's output to memory. Values are rounded to the dtype of
-    ``input`` before they are compared. If several values are equal, the first is the maximum. NaN
-    propagates, as in `torch.nn.functional.max_pool2d`.
+    pools. It does not write the activation's output to memory, but rounds it to the dtype of
+    ``input`` before pooling. If the largest value of a window occurs several times, the gradient
+    goes to its first position. If a window contains NaN, its result is NaN, as in
+    `torch.nn.functional.max_pool2d`.
 
     In all other cases `batch_norm_act` runs, followed by torch's pooling. Examples are other
     windows, CPU tensors, fp64, an ``input`` with 2^31 − 2^24 elements or more, and a contiguous
@@ -69,8 +71,9 @@ def batch_norm_act_max_pool2d(
         RuntimeError: if `torch.nn.functional.max_pool2d` rejects the window, or if
             `batch_norm_act` raises it.
 
-    Follows `torch.nn.functional.batch_norm` (Ioffe and Szegedy, arXiv 1502.03167) and
-    `torch.nn.functional.max_pool2d`. The stem is from He et al., arXiv 1512.03385.
+    The batch norm and the max-pool are those of `torch.nn.functional.batch_norm` (Ioffe and
+    Szegedy, arXiv 1502.03167) and `torch.nn.functional.max_pool2d`. The stem is from He et al.,
+    arXiv 1512.03385.
     """
     if input.dim() != 4:
         raise ValueError(f"expected 4D input (got {input.dim()}D input)")

@@ -1,9 +1,9 @@
 """Calls and differentiates the fused operations.
 
-A call runs torch's own operations (ATen), or our kernels in an autograd Function, or the
-operation's formula, which consists of differentiable torch operations. Our kernels compute first
-derivatives. Higher derivatives and forward-mode derivatives are computed by differentiating the
-formula.
+There are three ways to run an operation: torch's own operations (ATen), our kernels inside an
+autograd Function, and the operation's formula, which consists of differentiable torch operations.
+Our kernels compute first derivatives. Higher derivatives and forward-mode derivatives are computed
+by differentiating the formula.
 """
 
 from collections.abc import Callable, Sequence
@@ -49,10 +49,11 @@ class Operation:
 
     The functions take and return named tuples. ``inputs`` are the tensors that may need gradients,
     and the first input is ``x``. ``buffers`` are all other tensors. ``spec`` has every argument
-    that is not a tensor, and the fields ``training`` and ``needs_grad``. ``kept`` are the tensors
-    that forward keeps for backward. ``saved`` has the fields of ``inputs``, followed by a field for
-    each kept tensor. The first kept tensor is the statistics. A ``recording`` repeats the kernel
-    launches of an earlier call of the same kind. If it is None, a recording is looked up.
+    that is not a tensor. Two of its fields are ``training`` and ``needs_grad``. ``kept`` are the
+    tensors that forward keeps for backward. The first of them is the statistics. ``saved`` has the
+    fields of ``inputs``, followed by a field for each kept tensor. A ``recording`` repeats the
+    kernel launches of an earlier call of the same kind. If ``recording`` is None, the function
+    looks up the recording itself.
 
     Attributes:
         Inputs, Saved: types of ``inputs`` and ``saved``.
@@ -65,8 +66,8 @@ class Operation:
             None for an input whose field in ``needed`` is False. ``dy_skip`` is the gradient of
             the second y of a call with ``fork``, or None.
         formula: (saved, spec) -> y, computed by differentiable torch operations.
-        again: (inputs, kept, spec) -> the same y, bit for bit, computed a second time. If
-            `bnres.recompute` must store y instead, ``again`` is None.
+        again: (inputs, kept, spec) -> the same y, bit for bit, computed a second time. If ``again``
+            is None, `bnres.recompute` stores y instead.
     """
 
     Inputs: Any
@@ -105,10 +106,10 @@ def call(operation: Operation, inputs: Any, buffers: Any, spec: Any, fork: bool 
 
 
 def _call_carefully(operation: Operation, inputs: Any, buffers: Any, spec: Any, fork: bool) -> Any:
-    """Does what `call` does, where the fast path of `call` would be wrong.
+    """Does what `call` does, in cases where the fast path of `call` would be wrong.
 
-    This is the case in torch.func transforms, torch's modes, torch.compile and `bnres.recompute`,
-    and for subclasses of Tensor.
+    These cases are torch.func transforms, torch's modes, torch.compile, `bnres.recompute`, and
+    inputs whose class is a subclass of Tensor.
     """
     if needs_aten(*inputs, *buffers):
         return _by_aten(operation, inputs, buffers, spec, fork)
@@ -149,7 +150,7 @@ def needs_aten(*tensors: Tensor | None) -> bool:
 
 def _by_aten(operation: Operation, inputs: Any, buffers: Any, spec: Any, fork: bool) -> Any:
     """Does what `call` does, by torch's own operations."""
-    # The checks read sizes, and torch.jit.trace warns whenever Python code reads a size.
+    # torch.jit.trace warns whenever Python code reads a size, and the checks read sizes.
     if not is_tracing():
         operation.check(inputs, buffers, spec)
     y = operation.aten(inputs, buffers, spec)
@@ -170,7 +171,8 @@ def _is_plain(inputs: Any) -> bool:
 def _by_formula(operation: Operation, inputs: Any, buffers: Any, spec: Any) -> Tensor:
     """Returns y, computed by the formula for forward-mode differentiation.
 
-    In training the kernels also run once to update the buffers. This run is not differentiated.
+    The formula does not update the buffers. In training the kernels also run once to update them.
+    This run of the kernels is not differentiated.
     """
     if spec.training and any(getattr(buffers, name) is not None for name in operation.writes):
         with outside_of_transforms():
@@ -190,10 +192,10 @@ NO_GRADIENTS = (None,) * 5
 
 
 class Fused(Function):
-    """Returns y of an operation, a second y or None, and the tensors kept for backward.
+    """Returns an operation's output y, a second y or None, and the tensors kept for backward.
 
-    With ``fork`` there are two outputs y, which share memory. Backward takes the gradients of both,
-    and the kernels add these gradients.
+    There is a second y with ``fork``. It shares memory with the first. In backward each y may have
+    a gradient, and the kernels add the two gradients.
     """
 
     @staticmethod

@@ -1,7 +1,7 @@
 """Computes act(batch_norm(conv2d(x)) + residual).
 
-In inference one of our kernels can compute the whole expression. Otherwise torch's convolution
-runs, followed by our batch norm.
+In evaluation without gradients, one of our kernels can compute the whole expression. Otherwise
+torch's convolution runs, followed by our batch norm.
 """
 
 from typing import Any, NamedTuple
@@ -115,12 +115,13 @@ def conv2d_batch_norm_act(
     """Computes ``act(batch_norm(conv2d(input)) + residual)`` in fused kernels.
 
     In training, or if gradients are needed, torch's convolution runs, followed by
-    `batch_norm_act`. In evaluation without gradients, one kernel computes everything if it was
-    measured to be faster on this GPU, as `bnres.routes` explains. In fp32 this kernel runs only if
-    ``torch.backends.cudnn.allow_tf32`` is True, which is torch's default.
+    `batch_norm_act`. In evaluation without gradients, one kernel computes everything if
+    ``bnres tune`` has found that this kernel is faster on this GPU, as `bnres.routes` explains. In
+    fp32 this kernel runs only if ``torch.backends.cudnn.allow_tf32`` is True, which is torch's
+    default.
 
-    In training ``conv_bias`` does not change the result, because subtracting the batch's mean
-    cancels it. It changes only the running mean, and its gradient is zero.
+    In training the result does not depend on ``conv_bias``, because subtracting the batch's mean
+    cancels the bias. The bias changes only the running mean, and the gradient of the bias is zero.
 
     Args:
         input: (N, C, H, W). Under autocast it is cast as in `torch.nn.functional.conv2d`.
@@ -142,8 +143,8 @@ def conv2d_batch_norm_act(
         RuntimeError: if ``conv_bias`` and ``conv_weight`` are on different devices, or if
             `torch.nn.functional.conv2d` or `batch_norm_act` raises it.
 
-    Follows `torch.nn.functional.conv2d` and `torch.nn.functional.batch_norm` (Ioffe and Szegedy,
-    arXiv 1502.03167).
+    The convolution and the batch norm are those of `torch.nn.functional.conv2d` and
+    `torch.nn.functional.batch_norm` (Ioffe and Szegedy, arXiv 1502.03167).
     """
     if input.dim() != 4:
         raise ValueError(f"expected 4D input (got {input.dim()}D input)")

@@ -1,4 +1,4 @@
-"""Decides whether our kernel runs a convolution, and with which configuration."""
+"""Decides whether our kernel computes a convolution, and with which configuration."""
 
 from typing import NamedTuple
 
@@ -15,7 +15,7 @@ KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 class KernelConv(NamedTuple):
-    """How our kernel runs a convolution.
+    """How our kernel computes a convolution.
 
     The operands are cast to ``dtype``. ``shape`` is the size, stride, padding and dilation of the
     window. ``config`` is the launch configuration.
@@ -35,10 +35,10 @@ def kernel_conv(
     groups: int,
     has_residual: bool,
 ) -> KernelConv | None:
-    """Returns how our kernel runs a convolution, or None if torch's convolution must run.
+    """Returns how our kernel computes a convolution, or None if torch's convolution must run.
 
-    Our kernel runs if it supports the operands, and if it was measured to be faster or was
-    requested; `bnres.routes` explains both. For invalid operands the result is None, so that
+    Our kernel must support the operands. In addition, either ``bnres tune`` has measured that it is
+    faster, or `bnres.use_conv_route` requests it. For invalid operands the result is None, so that
     torch's convolution raises the error.
     """
     if (
@@ -76,7 +76,7 @@ def kernel_conv(
 def _allows_tf32() -> bool:
     """Whether torch's own convolution may round fp32 to TF32, as our kernel does.
 
-    torch.compile cannot read the setting, so the answer is False while it captures a graph.
+    torch.compile can't read this setting. The result is False while torch.compile captures a graph.
     """
     if torch.compiler.is_compiling():
         return False
@@ -85,7 +85,7 @@ def _allows_tf32() -> bool:
 
 
 def _common_dtype(input: Tensor, conv_weight: Tensor) -> torch.dtype | None:
-    """Returns the dtype in which the operands are multiplied, or None.
+    """Returns the dtype in which the operands are multiplied, or None if there is no such dtype.
 
     If autocast is enabled and no operand is fp64, the result is autocast's dtype. Otherwise it is
     the dtype of the operands, or None if the dtypes of the operands differ.
@@ -111,9 +111,9 @@ def _conv_shape(
 
 
 def _pair(value: Size) -> tuple[int, ...]:
-    """Returns ``value`` for both axes.
+    """Returns the values for the vertical and the horizontal axis.
 
-    A number, or the only item of a sequence, applies to both axes.
+    If ``value`` is one number, or a sequence with one item, it applies to both axes.
     """
     values = (value,) if isinstance(value, int) else tuple(value)
     return values * 2 if len(values) == 1 else values

@@ -28,7 +28,7 @@ class BatchNormState(NamedTuple):
 
 
 def states_of(inputs: Any, buffers: Any, spec: Any) -> list[BatchNormState]:
-    """Returns the batch norm of x, followed by the batch norm of the residual if there is one."""
+    """Returns the state of x's norm, followed by that of the residual's norm if there is one."""
     states = []
     options = ((spec.momentum, spec.eps), (spec.residual_momentum, spec.residual_eps))
     for i in range(1 + spec.has_residual_norm):
@@ -118,9 +118,10 @@ def launch_statistics(
 ) -> Statistics | RunningStatistics:
     """Returns the statistics with which ``x`` is normalised.
 
-    In training these are the statistics of the batch. They are written to ``kept``, or to scratch
-    memory if ``kept`` is None. In evaluation these are the statistics in ``kept``, to which
-    `prepare_evaluation` wrote, or the running statistics in ``norm`` if ``kept`` is None.
+    In training a kernel computes the statistics of the batch and updates the buffers of ``norm``.
+    The kernel writes the statistics to ``kept``, or to scratch memory if ``kept`` is None. In
+    evaluation the result is ``kept``, which `prepare_evaluation` has filled. If ``kept`` is None,
+    the result is the running statistics of ``norm``.
     """
     from bnres.kernels.bn_forward import bn_stats
 

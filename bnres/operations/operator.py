@@ -1,4 +1,4 @@
-"""Makes custom operators from functions of named tuples, and records the launches of calls.
+"""Makes custom operators from functions that take named tuples, and stores recordings of calls.
 
 A recording contains the kernel launches of a call. Later calls of the same kind repeat these
 launches. Two calls are of the same kind if `kind_of` returns the same key for both.
@@ -23,8 +23,8 @@ _recordings: dict[Any, "Recording"] = {}
 class Recording:
     """The kernel launches of calls of one kind.
 
-    A call for which there is a recording needs no checks and no copies of its arguments. The
-    recorded call had arguments of the same kind, which passed the checks and needed no copies.
+    The arguments of a call for which there is a recording are neither checked nor copied, because
+    the arguments of the recorded call passed the checks and needed no copies.
 
     Attributes:
         forward: the launches of forward.
@@ -48,7 +48,7 @@ class Recording:
 
 
 def kind_of(called: object, options: object, *groups: Sequence[Tensor | None]) -> Any:
-    """Returns a key of everything that the checks and the launches of a call depend on."""
+    """Returns a key with everything that the checks and the launches of a call depend on."""
     return (
         called, options,
         *[
@@ -64,7 +64,7 @@ find_recording = _recordings.get
 
 
 def recording_of(kind: Any) -> Recording:
-    """Returns the recording for calls of this kind. The first call creates an empty recording."""
+    """Returns the recording for calls of this kind. If there is none, an empty one is stored."""
     if kind not in _recordings:
         if len(_recordings) >= KINDS:
             _recordings.clear()
@@ -72,14 +72,14 @@ def recording_of(kind: Any) -> Recording:
     return _recordings[kind]
 
 
-# A field of this type is a tensor for some options and None for others.
+# A field of this type is a tensor or None, depending on the options of the call.
 Maybe = Any
 
 
 class Gradients(NamedTuple):
-    """The gradient of y, and the gradient of the second y or None.
+    """The gradient of y, and the gradient of the second y that a call with ``fork`` returns.
 
-    An operation that is called with ``fork`` returns a second y.
+    Without ``fork``, the second gradient is None.
     """
 
     dy: Tensor
@@ -125,8 +125,8 @@ def operator(
         writes: names of the fields that ``run`` writes to.
 
     Returns:
-        A function with the arguments of ``run``. If it gets a recording, it always calls ``run``
-        directly.
+        A function with the arguments of ``run``. The recording is passed by keyword. If it is not
+        None, ``run`` is always called directly.
     """
     groups = (*tensors, *options)
     fields = [field for group in groups for field in get_type_hints(group).items()]

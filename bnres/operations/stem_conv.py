@@ -32,10 +32,12 @@ def stem_conv2d(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
 
     This convolution is the first layer of a ResNet.
 
-    On a GPU the convolution runs over a space-to-depth input if it computes in bfloat16, with or
-    without autocast, and if ``input`` is suitable. A suitable ``input`` is channels_last, has 2 to
-    4 channels and an even height and width, and needs no gradient. Only the order of the sums
-    differs from torch's convolution. In all other cases torch's convolution runs.
+    On a GPU the convolution runs over a space-to-depth input, in which each 2×2 block of pixels is
+    one pixel with four times as many channels. For this, the convolution must compute in bfloat16,
+    with or without autocast. ``input`` must be channels_last, must have 2 to 4 channels and an even
+    height and width, and must not need a gradient. The result differs from that of torch's
+    convolution only because the sums are computed in another order. In all other cases torch's
+    convolution runs.
 
     Args:
         input: (N, C, H, W).
@@ -48,8 +50,8 @@ def stem_conv2d(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
     Raises:
         RuntimeError: if `torch.nn.functional.conv2d` raises it.
 
-    Follows `torch.nn.functional.conv2d`. Ying et al., arXiv 1811.06992, describe space-to-depth
-    inputs.
+    The convolution is that of `torch.nn.functional.conv2d`. Ying et al., arXiv 1811.06992, describe
+    space-to-depth inputs.
     """
     if takes_blocks(input, weight):
         return conv_over_blocks(input, weight, bias)
@@ -89,7 +91,7 @@ def _replaces_operators(t: Tensor) -> bool:
 def _is_even(size: int) -> bool:
     """Whether a size is known and even.
 
-    It must be known, because Inductor can't order the strides of two unknown sizes.
+    The size must be known, because Inductor can't order the strides of two unknown sizes.
     """
     from torch.fx.experimental.symbolic_shapes import has_static_value
 
@@ -107,8 +109,9 @@ def _dtype(input: Tensor, weight: Tensor) -> torch.dtype | None:
 def conv_over_blocks(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Returns the result of `stem_conv2d`, computed over a space-to-depth input.
 
-    ``input`` gets no gradient. Output row i reads the input rows 2i − 3 to 2i + 3. A leading zero
-    in the filter adds row 2i − 4. These eight rows are the rows of the blocks i − 2 to i + 1.
+    ``input`` gets no gradient. Output row i reads the input rows 2i − 3 to 2i + 3. A row of zeros
+    before the filter's first row adds the input row 2i − 4. Block j has the input rows 2j and
+    2j + 1, so these eight rows are the blocks i − 2 to i + 1. Columns are treated in the same way.
     """
     n, channels, height, width = input.shape
     # Along each axis the image is padded with two blocks of zeros before it and one block after it.

@@ -1,9 +1,9 @@
 """Computes act(batch_norm(x) + residual) with the statistics of all ranks of a process group.
 
-A rank is a process of the group. In forward each rank computes the moments of its x, which are
-count, mean and M2 = Σ(x − mean)². An all_gather exchanges the moments, and each rank computes the
-statistics and y from them. In backward an all_gather exchanges the ranks' sums, and each rank
-computes dx from the sums.
+A rank is a process of the group. In forward each rank computes three moments of its x for each
+channel: the count, the mean and M2 = Σ(x − mean)². An all_gather exchanges the moments, and each
+rank computes the statistics and y from them. In backward each rank computes the sums on which dx
+depends. An all_gather exchanges the sums, and each rank computes dx from the sums of all ranks.
 """
 
 from collections.abc import Sequence
@@ -56,7 +56,7 @@ class Normalised(NamedTuple):
 
 
 class Moments(NamedTuple):
-    """Count, mean and M2 = Σ(x − mean)² of each channel for each batch norm.
+    """Count, mean and M2 = Σ(x − mean)² of each channel, for each batch norm.
 
     ``moments`` is (3·norms, C) on one rank, and (ranks, 3·norms, C) after the all_gather.
     """
@@ -146,8 +146,9 @@ def _saved(inputs: Inputs, y: Tensor, kept: Sequence[Any], spec: Spec) -> Saved:
 class Reduced(NamedTuple):
     """The sums of this rank, and dz or None.
 
-    dz is the gradient of the activation's input. ``sums`` is (4, C) if the residual has a batch
-    norm, otherwise (2, C). Its rows are the fields of `Sums`.
+    ``sums`` is (4, C) if the residual has a batch norm, otherwise (2, C). Its rows are the fields
+    of `Sums`. dz is the gradient of the activation's input. It is None unless the gradient of a
+    residual without a batch norm is needed.
     """
 
     sums: Tensor
@@ -155,7 +156,7 @@ class Reduced(NamedTuple):
 
 
 class Totals(NamedTuple):
-    """The sums over all ranks, divided by the total count.
+    """The sums over all ranks, divided by the number of values per channel on all ranks.
 
     ``sums`` has the same rows as in `Reduced`.
     """
@@ -215,8 +216,9 @@ def _launch_dx(
 
     dy, dy_skip = gradients
     norms = _norms(saved, rows_of(saved.statistics, saved.x))
-    # The count is 1, because the sums have already been divided by the total count. The total count
-    # is on the device, so passing it here as a number would make the host wait.
+    # bn_backward_dx divides the sums by the count. The count is 1 here, because the sums have
+    # already been divided by the total count. The total count is on the device, so passing it as a
+    # number would make the host wait.
     bn_backward_dx(
         dy, saved.x, norms[0], saved.residual, norms[1], saved.mask, spec.act, spec.act_param,
         Sums(*totals.sums.unbind()), 1, dy_skip=dy_skip, out=tuple(found),
@@ -228,7 +230,7 @@ def _backward(
 ) -> Computed:
     """Returns dx and dresidual, computed with the sums of all ranks, and the sums of this rank.
 
-    The sums of this rank are its part of the gradients of the parameters.
+    The sums of this rank are the gradients of the parameters for the batch of this rank.
     """
     if not _reduces(spec, asked):
         return Computed(None, None, None, None)
@@ -292,7 +294,7 @@ def _aten(inputs: Inputs, buffers: Buffers, spec: Spec) -> Tensor:
 
 def _check(inputs: Inputs, buffers: Buffers, spec: Spec) -> None:
     x, residual = inputs.x, inputs.residual
-    # With training=False one value per channel is valid, because other ranks may have more values.
+    # With training=False the check accepts one value per channel. Other ranks may have more values.
     check_input(x, training=False)
     if x.shape[1] == 0:
         raise ValueError(f"input must have channels, got input size {x.size()}")
@@ -340,8 +342,8 @@ SYNC_BATCH_NORM_ACT = Operation(
 def group_named(process_group: Any = None) -> Any:
     """Returns ``process_group`` as a process group.
 
-    None stands for torch.distributed's default group of all ranks, and a string for the group with
-    this name.
+    If ``process_group`` is None, the result is torch.distributed's default group of all ranks. If
+    it is a string, the result is the group with this name.
 
     Raises:
         RuntimeError: if ``process_group`` is None and there is no default group.
@@ -403,9 +405,14 @@ def sync_batch_norm_act(
 
     A rank is a process of ``process_group``. The operation does what `batch_norm_act` does in
     training, but with the mean and variance of the batches of all ranks. On rank r a channel has
-    n_r values with the mean mean_r, and M2_r = Σ (x − mean_r)². With N = Σ n_r,
-    mean = Σ n_r·mean_r / N and var = Σ (M2_r + n_r·(mean_r − mean)²) / N. These sums over r are
-    computed in fp64 and in a fixed order, so all ranks get the same bits in every run.
+    n_r values with the mean mean_r, and M2_r = Σ (x − mean_r)². The statistics of the channel are:
+
+    - N = Σ n_r
+    - mean = Σ n_r·mean_r / N
+    - var = Σ (M2_r + n_r·(mean_r − mean)²) / N
+
+    These sums over r are computed in fp64 and in a fixed order, so the statistics have the same
+    bits on all ranks and in every run.
 
     Forward makes one all_gather, of 3·C values for each batch norm. Backward makes one all_gather,
     of 2·C values for each batch norm. With ``residual_norm`` there are two batch norms. The host
@@ -439,8 +446,8 @@ def sync_batch_norm_act(
             and the ranks do not match, or if `batch_norm_act` raises it. If there are several
             ranks, an ``input`` with one value per channel raises no error.
 
-    Follows `torch.nn.SyncBatchNorm` (Ioffe and Szegedy, arXiv 1502.03167). The variance is combined
-    by the method of Chan, Golub and LeVeque (1979).
+    The batch norm is that of `torch.nn.SyncBatchNorm` (Ioffe and Szegedy, arXiv 1502.03167). The
+    variance is combined by the method of Chan, Golub and LeVeque (1979).
     """
     group = group_named(process_group)
     is_alone = dist.get_world_size(group) == 1
