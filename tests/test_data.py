@@ -443,7 +443,7 @@ class TestFolder:
             load_folder(tmp_path)
 
     def test_wrong_trees(self, tmp_path):
-        with pytest.raises(ValueError, match="must hold the folders train and val or test"):
+        with pytest.raises(ValueError, match="must hold a folder train, and a folder val or test"):
             load_folder(tmp_path)
         root = make_folder(tmp_path / "a")
         (root / "train" / "gray").mkdir()

@@ -173,10 +173,10 @@ def test_checking_a_model_changes_no_tensor():
          f"act works only with models of bnres, got model '{OWN}:Net'"),
         ([f"{OWN}:Net", "--stem", "cifar"],
          f"stem works only with models of bnres, got model '{OWN}:Net'"),
-        ([f"{OWN}:five"], f"model '{OWN}:five' must return 2x2 for an input of 2x1x8x8, a number "
-         "for each of 2 classes, but in evaluation it returned 2x5"),
-        ([f"{OWN}:TwoHeads"], f"model '{OWN}:TwoHeads' must return 2x2 for an input of 2x1x8x8, a "
-         "number for each of 2 classes, but in training it returned tuple"),
+        ([f"{OWN}:five"], f"model '{OWN}:five' must return 2x2, a number for each of 2 classes, "
+         "for an input of 2x1x8x8, but in evaluation it returned 2x5"),
+        ([f"{OWN}:TwoHeads"], f"model '{OWN}:TwoHeads' must return 2x2, a number for each of 2 "
+         "classes, for an input of 2x1x8x8, but in training it returned tuple"),
         ([f"{OWN}:TwoInputs"], f"model '{OWN}:TwoInputs' does not accept inputs of 2x1x8x8: "
          "TwoInputs.forward() missing 1 required positional argument: 'y'"),
         ([f"{OWN}:NoImages"], f"model '{OWN}:NoImages' does not accept inputs of 2x1x8x8: "

@@ -243,7 +243,7 @@ def test_killed_run_equals_an_uninterrupted_run(tmp_path):
         (["--crop-size", "8", "--shift", "1"], "shift must be 0 with crop_size"),
         (
             ["--sync-bn", "--no-fused", "--device", "cpu"],
-            "sync_bn with no-fused needs GPUs, as torch's SyncBatchNorm does",
+            "sync_bn with no-fused uses torch's SyncBatchNorm, which needs GPUs",
         ),
         (["--cuda-graphs", "--device", "cpu"], "cuda_graphs needs a GPU, but device is 'cpu'"),
         (["--download"], "download needs --dataset cifar10"),

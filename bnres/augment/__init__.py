@@ -1,4 +1,7 @@
-"""Augments a batch in one kernel for most chains. Each image has its own random parameters."""
+"""Augments batches of images. Each image has its own random parameters.
+
+Most chains of transforms are computed by one kernel.
+"""
 
 from bnres.augment.compose import Compose
 from bnres.augment.transforms import (

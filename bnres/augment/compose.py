@@ -13,17 +13,18 @@ OUTPUT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 class Compose:
-    """A chain of transforms of a batch, with random parameters for each image.
+    """A chain of transforms. It augments a batch, with random parameters for each image.
 
     ``compose(images, generator)`` augments images (N, C, H, W) with 1 or 3 channels. The images are
     either uint8 or floating point from 0 to 1. Random parameters are drawn from ``generator``, a
-    CPU generator, or by default from torch's global generator. The results agree with
-    `torchvision.transforms.v2` on float images. The results have no gradient.
+    CPU generator, or by default from torch's global generator. The results agree with those of
+    `torchvision.transforms.v2` on float images. The output has no gradient.
 
-    One kernel computes flips, one crop and one `ColorJitter`, in any order, followed by one
-    `Normalize`. A second crop or jitter, or a step after `Normalize`, needs a second kernel. If the
-    jitter comes before the crop, contrast depends on the mean of the whole image, otherwise on the
-    mean of the cropped image.
+    One kernel can compute flips, one crop and one `ColorJitter`, in any order, followed by one
+    `Normalize`. A second crop or jitter, or a step after `Normalize`, needs a second kernel.
+
+    The contrast of `ColorJitter` depends on the mean gray of an image: of the whole image if the
+    jitter comes before the crop, otherwise of the cropped image.
 
     Args:
         transforms: the steps of the chain. A step can be another `Compose`.
@@ -70,7 +71,12 @@ class Compose:
         return self.apply(images, self.draws(*size_of(images), generator))
 
     def apply(self, images: Tensor, draws: Sequence[Draw]) -> Tensor:
-        """Applies the chain to a batch, with the parameters that `draws` returned for its size."""
+        """Applies the chain to a batch.
+
+        Args:
+            images: the batch.
+            draws: the result of the method `draws` for the number and size of these images.
+        """
         return apply_draws(images, draws, self.dtype, self.memory_format)
 
     def __repr__(self) -> str:

@@ -1,7 +1,7 @@
 """Applies a chain of transforms in as few kernels as possible.
 
-A *draw* is the random parameters of one transform for all images of a batch. One kernel can apply
-the draws of most chains. Some orders of the transforms need several kernels.
+A *draw* contains the parameters of one transform for all images of a batch. One kernel can apply
+the draws of most chains. The draws of other chains are split into segments, one for each kernel.
 """
 
 from collections.abc import Sequence
@@ -22,10 +22,10 @@ CHANNELS = (1, 3)
 class Segment:
     """The draws that one kernel applies.
 
-    A kernel can apply any number of flips, one crop, one colour change and one normalisation.
+    A kernel can apply any number of flips, and at most one `Crop`, one `Color` and one `Scale`.
 
     Attributes:
-        geometry: the flips and the crop, in order.
+        geometry: the flips and the crop, in the order in which they are applied.
         crop: the crop, or None.
         color: the colour operations, or None.
         color_first: whether the colour operations come before the crop.
@@ -47,7 +47,7 @@ class Segment:
         return not isinstance(draw, Color) or self.color is None
 
     def add(self, draw: Draw) -> None:
-        """Appends a draw for which `takes` is True."""
+        """Appends a draw for which `takes` returns True."""
         if isinstance(draw, Flip | Crop):
             self.geometry.append(draw)
         if isinstance(draw, Crop):
@@ -127,7 +127,7 @@ def _memory_format(images: Tensor) -> torch.memory_format:
 def prepare_draws(
     images: Tensor, part: Segment, dtype: torch.dtype, memory_format: torch.memory_format
 ) -> tuple[AugmentPlan, AugmentDraws]:
-    """Returns the arguments with which the kernel applies a segment.
+    """Returns the arguments of the kernel that applies a segment.
 
     Args:
         images: the images. The returned tensors are on their device.
@@ -170,8 +170,8 @@ def geometry_of(
 ) -> tuple[Tensor, tuple[int, int]]:
     """Returns `AugmentDraws.geometry`, int32 (N, 6), and the height and width of the output.
 
-    A row of the geometry is an image's box and flips. The kernel first crops, then flips. If the
-    chain flips first, the box is mirrored.
+    A row of the geometry is an image's box and flips. The kernel crops before it flips. If the
+    chain flips before it crops, the box is therefore mirrored.
 
     Args:
         part: the segment.
@@ -186,7 +186,8 @@ def geometry_of(
             flips[:, 0 if draw.vertical else 1] ^= draw.chosen
             continue
         size, boxes = draw.size, draw.boxes.clone()
-        # To crop a flipped image, crop the mirrored box from the original image, then flip.
+        # Cropping a flipped image equals cropping the mirrored box from the original image, and
+        # then flipping.
         for axis, length in ((0, height), (1, width)):
             mirrored = length - boxes[:, 2 + axis] - boxes[:, axis]
             boxes[:, axis] = torch.where(flips[:, axis], mirrored, boxes[:, axis])

@@ -1,7 +1,7 @@
-"""torchvision's random transforms, for batches. Each image has its own random parameters.
+"""Transforms of torchvision for batches. Each image has its own random parameters.
 
 A transform only draws its parameters. `bnres.augment.segments` then applies the parameters of a
-whole chain. They are drawn on the CPU, so that they do not depend on the device of the images.
+whole chain. Parameters are drawn on the CPU, so that they do not depend on the images' device.
 """
 
 from abc import ABC, abstractmethod
@@ -75,13 +75,13 @@ class _RandomFlip(Transform):
 
 
 class RandomHorizontalFlip(_RandomFlip):
-    """Flips left and right with probability ``p``, as torchvision's transform of this name does."""
+    """Exchanges an image's left and right with probability ``p``, as in torchvision."""
 
     vertical = False
 
 
 class RandomVerticalFlip(_RandomFlip):
-    """Flips top and bottom with probability ``p``, as torchvision's transform of this name does."""
+    """Exchanges an image's top and bottom with probability ``p``, as in torchvision."""
 
     vertical = True
 
@@ -89,9 +89,9 @@ class RandomVerticalFlip(_RandomFlip):
 class RandomResizedCrop(Transform):
     """Crops a box of random area and shape, and resizes the box to ``size``.
 
-    The resize is bilinear and antialiased. As in `torchvision.transforms.v2.RandomResizedCrop`, the
-    first of ten random boxes that fits into the image is used. If none of them fits, the box is the
-    largest central box whose ratio is permitted.
+    The resize is bilinear and antialiased. As in `torchvision.transforms.v2.RandomResizedCrop`, ten
+    random boxes are drawn, and the first that fits into the image is used. If none of them fits,
+    the largest central box with a permitted ratio is used.
 
     Args:
         size: size of the output, as one integer or as (height, width).
@@ -116,7 +116,7 @@ class RandomResizedCrop(Transform):
         shape = (count, TRIES)
         area = height * width * _uniform(shape, *self.scale, generator)
         ratio = _uniform(shape, log(self.ratio[0]), log(self.ratio[1]), generator).exp()
-        # Both torch.round and Python's round, which torchvision uses, round halves to even.
+        # torchvision uses Python's round, which rounds halves to even, as torch.round does.
         w, h = (area * ratio).sqrt().round().long(), (area / ratio).sqrt().round().long()
         valid = (w > 0) & (w <= width) & (h > 0) & (h <= height)
         first = valid.int().argmax(1, keepdim=True)
@@ -146,8 +146,8 @@ class RandomCrop(Transform):
 
     Args:
         size: size of the output, as one integer or as (height, width).
-        padding: number of zeros on each side: one integer for all sides, a pair (left and right,
-            top and bottom), or (left, top, right, bottom).
+        padding: number of zeros on each side: one integer for all sides, a pair (the first for
+            left and right, the second for top and bottom), or (left, top, right, bottom).
 
     Raises:
         ValueError: if ``size`` is below 1 or ``padding`` below 0. A call also raises it if the
@@ -200,7 +200,7 @@ class CenterCrop(Transform):
             raise ValueError(
                 f"size must be at most the images' size {(height, width)}, got {self.size}"
             )
-        # Python's round, which torchvision uses too, rounds halves to even.
+        # As in torchvision, round() rounds halves to even.
         top, left = round((height - self.size[0]) / 2), round((width - self.size[1]) / 2)
         return Crop(torch.tensor([top, left, *self.size]).expand(count, 4), self.size, False)
 

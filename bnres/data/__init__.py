@@ -11,14 +11,14 @@ from bnres.data.images import CorruptImage
 from bnres.data.packaged import load_digits, load_mnist5k, load_synthetic
 from bnres.data.streamed import StreamedBatches
 
-# The loaders of the data sets that need no files, by name. For the data sets in ON_DISK the user
-# gives the path of the files, which ON_DISK describes.
+# The loaders of the data sets that need no files, by name.
 PACKAGED = {
     "mnist5k": load_mnist5k,
     "digits": load_digits,
     "synthetic-cifar": lambda: load_synthetic(classes=10, size=32),
     "synthetic-imagenet": lambda: load_synthetic(classes=1000, size=256),
 }
+# For each other data set: a description of the files whose path is the argument ``data``.
 ON_DISK = {
     "cifar10": "CIFAR-10's files",
     "folder": "a folder that holds train/CLASS and val/CLASS",
@@ -29,11 +29,11 @@ DATASETS = (*PACKAGED, *ON_DISK)
 def load_dataset(
     name: str, data: Path | None = None, *, checksum: bool = True
 ) -> ImageDataset | FolderDataset:
-    """Loads a data set of `DATASETS`.
+    """Loads one of the data sets in `DATASETS`.
 
     Args:
         name: name of the data set.
-        data: path of the files of ``cifar10`` or ``folder``. It is None for all other data sets.
+        data: path of the files of ``cifar10`` or ``folder``. It must be None for the others.
         checksum: whether to compare CIFAR-10's files with their published checksums or sizes.
 
     Raises:

@@ -1,6 +1,6 @@
 """Reads the published files of CIFAR-10 (Krizhevsky, 2009): the binary or the Python version.
 
-The files are read from the archive, without extracting it, or from the extracted folder.
+The files are read from the extracted folder, or from the archive without extracting it.
 """
 
 import hashlib
@@ -38,10 +38,12 @@ PIXELS = 3 * 32 * 32
 
 
 def load_cifar10(path: Path, *, checksum: bool = True) -> ImageDataset:
-    """Reads CIFAR-10. If a folder has both versions, the binary one is read: it has no pickles.
+    """Reads CIFAR-10.
+
+    If a folder has both versions, the binary one is read, because it has no pickles.
 
     Args:
-        path: the archive, the extracted folder, or a folder that contains one of these.
+        path: the archive, the extracted folder, or a folder that contains one of the two.
         checksum: whether to compare archives and pickles with their published MD5, and binary files
             with their published length. If it is False, other files of the same format are
             accepted.
@@ -115,7 +117,7 @@ def _read_archive(path: Path, checksum: bool) -> dict[str, bytes]:
 
 
 def _decode_binary(content: bytes, source: str, checksum: bool) -> tuple[Tensor, Tensor]:
-    """Decodes records of a label (one byte), followed by a red, a green and a blue plane."""
+    """Decodes records. Each is a label (one byte), then the image's red, green and blue planes."""
     record, published = 1 + PIXELS, 10_000
     if not content or len(content) % record or (checksum and len(content) != published * record):
         raise ValueError(

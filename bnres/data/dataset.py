@@ -56,12 +56,12 @@ def make_dataset(
     train: tuple[Tensor, Tensor],
     test: tuple[Tensor, Tensor],
 ) -> ImageDataset:
-    """Returns a data set of the given images. Computes the mean and std of the training images.
+    """Returns a data set of the given images, with the mean and std of the training images.
 
     Args:
         name: name of the data set.
         class_names: names of the classes. Label i means ``class_names[i]``.
-        train, test: a tuple of images and labels. The images are uint8 (N, channels, height,
+        train, test: each a tuple (images, labels). The images are uint8 (N, channels, height,
             width), and the labels are int64 (N,).
 
     Raises:
@@ -88,9 +88,9 @@ def make_dataset(
 
 
 def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Returns the mean and standard deviation of each channel of uint8 images (N, C, H, W).
+    """Returns each channel's mean and standard deviation over uint8 images (N, C, H, W).
 
-    Both are for pixel values scaled to the range 0 to 1.
+    The pixel values are first scaled to the range 0 to 1.
     """
     values = torch.arange(256, dtype=torch.float64) / 255
     # counts[c, v] is how often the value v occurs in channel c.

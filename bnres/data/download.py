@@ -20,5 +20,5 @@ def download_cifar10(
 
     try:
         return Path(pooch.retrieve(url, f"md5:{md5}", url.rsplit("/", 1)[-1], folder))
-    except (OSError, ValueError) as error:  # the package requests raises OSErrors
+    except (OSError, ValueError) as error:  # pooch uses requests, which raises OSErrors
         raise ValueError(f"download of {url} failed: {error}") from error

@@ -1,4 +1,4 @@
-"""The base class of batches. It orders and augments images, and divides them among processes."""
+"""Orders and augments images, divides them among processes, and puts them into batches."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -20,20 +20,20 @@ class EpochBatches(ABC):
     Args:
         dataset: the images.
         device: device on which images are augmented and batches are returned.
-        batch_size: number of images in a batch, summed over all processes.
+        batch_size: number of images in a batch, for all processes together.
         train_augment: augmentation of training images.
         test_augment: augmentation of held-out images.
         seed: seed of the order and of the augmentation.
         drop_last: whether to leave out the last batch of a training epoch if it is smaller than the
-            others. If the last batch has only one image, it is always left out, because batch norm
-            does not accept it.
+            others. A last batch of one image is always left out, because batch norm does not accept
+            it.
         shard: the number of this process, from 0, and the number of processes. Each process gets a
             part of each batch and a part of the held-out images.
 
     Raises:
         ValueError: if ``batch_size`` is below 2 or above the number of training images. With more
-            than one process, also if it can't be divided into equal parts of at least two images,
-            or if ``drop_last`` is False.
+            than one process, also if ``batch_size`` can't be divided into equal parts of at least
+            two images, or if ``drop_last`` is False.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class EpochBatches(ABC):
         Args:
             order: int64 indices of the images.
             rows: number of images in a batch. The last batch may be smaller.
-            train: whether they are training images. Otherwise they are held-out images.
+            train: whether the images are training images. Otherwise they are held-out images.
         """
 
     def __len__(self) -> int:
@@ -86,7 +86,10 @@ class EpochBatches(ABC):
         return min(len(self) * self.batch_size, self.train_count)
 
     def train(self, epoch: int, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yields an epoch's batches from batch ``first`` on. Every call yields the same batches."""
+        """Yields the batches of an epoch, starting with batch ``first``.
+
+        The batches of an epoch are the same in every call.
+        """
         generator = generator_at(self.seed, "order", epoch)
         order = torch.randperm(self.train_count, generator=generator)
         order = order[first * self.batch_size : self.images_per_epoch]
@@ -102,7 +105,7 @@ class EpochBatches(ABC):
     def _fetch_shard(self, order: Tensor, train: bool) -> Iterator[tuple[Tensor, Tensor]]:
         """Yields batches of this process's images.
 
-        Of ``order``, process r of n gets the elements r, r + n, r + 2n, ...
+        If there are n processes, process r gets the images order[r], order[r + n], and so on.
         """
         rank, parts = self.shard
         order = order[rank::parts]

@@ -24,11 +24,11 @@ class ImageFiles(Dataset[tuple[Tensor, int]]):
     loader, EXIF orientation is not applied.
 
     Args:
-        files: paths and labels.
+        files: path and label of each image.
         size: height and width of the decoded images.
 
     Raises:
-        CorruptImage: when an item is read, if its file can't be read as an image.
+        CorruptImage: if an item is accessed whose file can't be read as an image.
     """
 
     def __init__(self, files: list[tuple[Path, int]], size: int) -> None:
@@ -55,7 +55,7 @@ class FolderDataset:
         name: name of the data set.
         class_names: names of the classes. Label i means ``class_names[i]``.
         train, test: the training images, and the held-out images.
-        mean, std: mean and standard deviation of each channel. By default they are ImageNet's.
+        mean, std: mean and standard deviation of each channel, by default ImageNet's.
         channels: number of channels.
     """
 
@@ -86,7 +86,9 @@ class FolderDataset:
 
 
 def load_folder(root: Path, size: int = 256) -> FolderDataset:
-    """Lists the images of ``root/train`` and ``root/val``, or ``root/test`` if there is no val.
+    """Returns a data set of the images in ``root/train`` (training) and ``root/val`` (held out).
+
+    If there is no ``root/val``, the held-out images are in ``root/test``.
 
     Args:
         root: the folder.
@@ -99,7 +101,9 @@ def load_folder(root: Path, size: int = 256) -> FolderDataset:
     root = Path(root)
     test = next((root / name for name in TEST if (root / name).is_dir()), None)
     if not (root / TRAIN).is_dir() or test is None:
-        raise ValueError(f"data: {root} must hold the folders {TRAIN} and {' or '.join(TEST)}")
+        raise ValueError(
+            f"data: {root} must hold a folder {TRAIN}, and a folder {' or '.join(TEST)}"
+        )
     names = _class_names(root / TRAIN)
     if _class_names(test) != names:
         differing = sorted(set(names) ^ set(_class_names(test)))
@@ -146,7 +150,7 @@ def _images(top: Path) -> list[Path]:
         raise ValueError(f"data: {error.filename} can't be listed: {error.strerror}") from error
 
     found = []
-    # For each folder that is still to be visited: the real paths of the folders above it.
+    # For each folder that is not visited yet: the real paths of the folders above it.
     above: dict[str, frozenset[str]] = {str(top): frozenset()}
     for folder, folders, names in os.walk(str(top), onerror=refuse, followlinks=True):
         real = above.pop(folder) | {os.path.realpath(folder)}

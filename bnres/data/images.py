@@ -38,7 +38,7 @@ def read_rgb(path: Path, size: tuple[int, int] | None = None) -> "Image.Image":
         with Image.open(path) as image:
             if size is not None:
                 image.draft("RGB", size)
-            # convert() clips values above 255 instead of scaling them.
+            # These modes are scaled first, because convert() would clip values above 255.
             wide = image.mode in ("I", "F") or image.mode.startswith("I;16")
             return (in_eight_bits(image) if wide else image).convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:

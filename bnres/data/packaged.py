@@ -1,4 +1,4 @@
-"""Data sets that need no files: images that a package contains, or random images."""
+"""Data sets that need no files: images that an installed package contains, or random images."""
 
 import torch
 from torch import Tensor

@@ -15,23 +15,23 @@ def _dtype(spec: Any, *flags: Any) -> Any:
 
 
 def _reconstruct(*arguments: Any) -> Any:
-    """Replaces numpy's function that creates an array before pickle sets the array's content."""
+    """Replaces numpy's function that creates an array, whose content pickle sets afterwards."""
     import numpy as np
 
     return np.empty(0, np.uint8)
 
 
 def _encode(text: str, encoding: str) -> bytes:
-    """Replaces ``codecs.encode``, by which old pickle protocols restore bytes."""
+    """Replaces ``codecs.encode``, with which old pickle protocols restore bytes."""
     if encoding != "latin1":
         raise pickle.UnpicklingError(f"bytes must be encoded as latin1, got {encoding!r}")
     return text.encode(encoding)
 
 
-# The classes and functions named in CIFAR-10's pickles, and their replacements. The module of
-# _reconstruct has one name in numpy 1 and another name in numpy 2.
+# The classes and functions named in CIFAR-10's pickles, and their replacements. numpy 1 and numpy 2
+# have different names for the module of _reconstruct.
 STAND_INS = {
-    ("numpy", "ndarray"): None,  # only an argument of _reconstruct, which ignores it
+    ("numpy", "ndarray"): None,  # used only as an argument of _reconstruct, which ignores it
     ("numpy", "dtype"): _dtype,
     ("numpy.core.multiarray", "_reconstruct"): _reconstruct,
     ("numpy._core.multiarray", "_reconstruct"): _reconstruct,
@@ -50,8 +50,8 @@ def load_arrays(content: bytes, source: str) -> Any:
     """Returns the content of a pickle of numbers, strings, containers and uint8 arrays.
 
     Args:
-        content: the pickle. Python 2 strings become bytes.
-        source: name of the pickle, for errors.
+        content: the pickle. Strings of Python 2 become bytes.
+        source: name of the pickle in errors.
 
     Raises:
         ValueError: if the pickle is truncated, or holds an object that is not permitted.

@@ -19,7 +19,7 @@ def _leave_signals(worker: int) -> None:
     """Makes a worker ignore Ctrl-C, and makes SIGTERM end the worker.
 
     A terminal sends Ctrl-C to all processes, but only the main process handles it. The main process
-    then stops its workers. It sends SIGTERM to workers that do not stop.
+    then stops its workers. If a worker does not stop, the main process sends it SIGTERM.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -28,7 +28,7 @@ def _leave_signals(worker: int) -> None:
 class StreamedBatches(EpochBatches):
     """Batches of a `FolderDataset`, which worker processes decode in advance.
 
-    The batches are copied to the device through pinned memory.
+    Batches are copied to a GPU through pinned memory.
 
     Args:
         workers: number of processes that decode. If it is 0, the calling process decodes.
@@ -60,7 +60,8 @@ class StreamedBatches(EpochBatches):
                     labels.to(self.device, non_blocking=True),
                 )
         except CorruptImage as error:
-            # In an error from a worker, the message follows the worker's traceback.
+            # The DataLoader puts a worker's traceback before the error's own message, which is the
+            # last line.
             line = str(error).strip().splitlines()[-1]
             name = f"{CorruptImage.__module__}.{CorruptImage.__name__}: "
             raise CorruptImage(line.removeprefix(name)) from error

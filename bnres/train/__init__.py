@@ -1,4 +1,4 @@
-"""Trains classifiers of images."""
+"""Trains image classifiers."""
 
 from bnres.train.config import TrainConfig
 from bnres.train.library import train_model

@@ -19,10 +19,10 @@ from bnres.train.config import DTYPES, TrainConfig
 
 
 def chains(config: TrainConfig, dataset: ImageDataset | FolderDataset) -> tuple[Compose, Compose]:
-    """Returns the augmentation of training images and the augmentation of held-out images.
+    """Returns two augmentations: one of the training images and one of the held-out images.
 
-    With mixed precision, both return images in the 16-bit dtype, so that autocast need not convert
-    them.
+    With mixed precision, both augmentations return images in the run's 16-bit dtype, so that
+    autocast does not have to convert the images.
 
     Raises:
         ValueError: if ``config.crop_size`` is greater than the images' height or width.

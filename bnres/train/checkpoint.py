@@ -1,4 +1,4 @@
-"""Writes checkpoints completely or not at all, and reads them without running code from them."""
+"""Writes checkpoints completely or not at all, and reads them without running code in them."""
 
 import io
 import zipfile
@@ -19,16 +19,17 @@ FREE = (
     "fused", "device", "data", "checksum", "workers", "compile", "cuda_graphs", "deterministic",
     "eval_flip", "checkpoint_steps", "tensorboard", "resume",
 )  # fmt: skip
-# Attributes of the state that have a state_dict.
+# Attributes of TrainState that are saved and restored through their state_dict.
 STATEFUL = ("optimizer", "scheduler", "scaler")
-# Attributes of the state that must be the same when a run is resumed.
+# Attributes of TrainState that describe the data. They must be the same when a run is resumed.
 OF_DATA = ("classes", "channels", "train_count", "mean", "std")
 
 
 def save_checkpoint(path: Path, state: TrainState, config: TrainConfig) -> None:
-    """Writes a checkpoint. If the process is killed while writing, ``path`` keeps its old content.
+    """Writes a checkpoint. If the process is killed while writing, the file keeps its old content.
 
-    Every process of a run must call this function. Only the first process writes.
+    Only the first process of a run writes. Every process must call this function, because the
+    losses are summed over the processes.
     """
     empty = torch.zeros(0)
     losses, correct = (
@@ -55,20 +56,21 @@ def save_checkpoint(path: Path, state: TrainState, config: TrainConfig) -> None:
         "average": None if state.average is None else state.average.state_dict(),
         **{name: getattr(state, name).state_dict() for name in STATEFUL},
     }
-    # torch.save writes to memory, because it aborts the process if it writes to a full disk.
+    # torch.save writes to memory first. If it wrote to a full disk, it would abort the process.
     written = io.BytesIO()
     torch.save(content, written)
     write_bytes(path, written.getbuffer())
 
 
 def checkpoint_bytes(state: TrainState) -> int:
-    """Returns the approximate size in bytes of a checkpoint after the optimiser's first step."""
+    """Returns the approximate size of a checkpoint in bytes, including the optimiser's moments."""
     weights, buffers = (
         sum(t.nbytes for t in tensors)
         for tensors in (state.model.parameters(), state.model.buffers())
     )
     averaged = state.average is not None
-    moments = 2 if isinstance(state.optimizer, torch.optim.Adam) else 1  # AdamW is a subclass
+    # AdamW is a subclass of Adam.
+    moments = 2 if isinstance(state.optimizer, torch.optim.Adam) else 1
     return (1 + moments + averaged) * weights + (1 + averaged) * buffers
 
 
@@ -76,13 +78,14 @@ def load_checkpoint(path: Path, state: TrainState, config: TrainConfig) -> None:
     """Sets ``state`` to the state that a checkpoint stores.
 
     Args:
-        path: the checkpoint.
-        state: the state of the run that resumes it.
-        config: the options of the run that resumes it.
+        path: the checkpoint's file.
+        state: the state of the run that resumes the checkpoint.
+        config: the options of the run that resumes the checkpoint.
 
     Raises:
         ValueError: if the file is not a checkpoint of bnres, if its run is complete, if its data or
-            model does not fit ``state``, or if an option that is not in ``FREE`` has another value.
+            model does not fit ``state``, or if ``config`` changes an option that is not in
+            ``FREE``.
     """
     content = read_checkpoint(path)
     check_same_run(path, content["config"], config.as_dict())
@@ -96,7 +99,7 @@ def load_checkpoint(path: Path, state: TrainState, config: TrainConfig) -> None:
             f"resume: {path} is already complete ({config.epochs} of {config.epochs} epochs)"
         )
     set_weights(state.model, content["model"], f"resume: {path}", config.model)
-    # The optimiser's options fused and foreach depend on the device, so those of this run are kept.
+    # The optimiser's options fused and foreach depend on the device, so this run keeps its own.
     for saved, own in zip(
         content["optimizer"]["param_groups"], state.optimizer.param_groups, strict=True
     ):
@@ -111,8 +114,8 @@ def load_checkpoint(path: Path, state: TrainState, config: TrainConfig) -> None:
         torch.cuda.set_rng_state(content["cuda_rng"], device)
     state.epoch, state.batch = content["epoch"], content["batch"]
     for name in ("losses", "correct"):
-        # The saved values are sums over all processes. Because train_epoch sums over the processes
-        # again, all processes except the first get zeros.
+        # The saved values are sums over all processes. train_epoch sums over the processes again,
+        # so all processes except the first get zeros.
         values = content[name] if state.world.is_first else torch.zeros_like(content[name])
         setattr(state, name, list(values.to(device).unbind()))
     state.best, state.history = content["best"], content["history"]
@@ -122,7 +125,7 @@ def check_same_run(path: Path, saved: dict[str, Any], asked: dict[str, Any]) -> 
     """Raises a ValueError if ``asked`` changes an option that is not in ``FREE``.
 
     Args:
-        path: the checkpoint, for the error.
+        path: the checkpoint's file, named in the error.
         saved: all options of the checkpoint's run.
         asked: options of the run that resumes the checkpoint.
     """
@@ -138,20 +141,20 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """Returns the content of a checkpoint, with its tensors on the CPU.
 
     Raises:
-        ValueError: if the file is not a checkpoint that this version can read.
+        ValueError: if there is no such file, or this version of bnres can't read it.
     """
     if not path.is_file():
         raise ValueError(f"there is no file {str(path)!r}")
     data = io.BytesIO(path.read_bytes())
     content: Any = None
-    # torch's error is not shown, because it advises weights_only=False, which runs code from the
-    # file.
+    # torch's error is not shown, because it advises the user to set weights_only=False. torch would
+    # then run code from the file.
     try:
         with zipfile.ZipFile(data) as archive:
-            if archive.testzip() is None:  # torch.load does not verify the checksums
+            if archive.testzip() is None:  # torch.load does not verify the archive's checksums
                 data.seek(0)
                 content = torch.load(data, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file may raise anything
+    except Exception as error:  # reading a damaged file may raise any error
         if is_out_of_memory(error):
             raise
     if not isinstance(content, dict) or not {"format", "config", "model"} <= set(content):

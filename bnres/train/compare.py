@@ -12,17 +12,17 @@ from bnres.train.run import Run, epoch_line, prepare, progress_bar, route, run_e
 
 
 def other_threads() -> int:
-    """Returns a number of CPU threads that differs from the current one."""
+    """Returns a number of CPU threads that differs from the current number."""
     return 1 if torch.get_num_threads() > 1 else 2
 
 
 def prepare_comparison(config: TrainConfig) -> dict[str, Run]:
-    """Returns three runs with the same seed, by name: fused layers, stock layers, and a control.
+    """Returns three runs by name: one with fused layers, one with stock layers, and a control.
 
-    Even the losses of two correct programs differ more with every step, because the programs round
-    differently. The control shows how large such a difference is: it has stock layers too, but adds
-    numbers in another order. To do so, it uses another number of threads on the CPU, and the other
-    memory format on a GPU.
+    All have the same seed. Two correct programs may round differently, and then their losses differ
+    more with every step. The control shows how large such a difference is. It has stock layers, but
+    adds numbers in another order: on the CPU it uses another number of threads, and on a GPU the
+    other memory format.
 
     Raises:
         ValueError: if ``config`` resumes a run, or if the data, the model and the options don't fit
@@ -45,7 +45,7 @@ def on_cpu(config: TrainConfig) -> bool:
 
 
 def compare(config: TrainConfig, console: Console) -> None:
-    """Trains the three runs in turn, one epoch at a time, and prints a table."""
+    """Trains the three runs in turn, one epoch at a time, and prints a table of the results."""
     runs = prepare_comparison(config)
     threads = torch.get_num_threads()
     results: dict[str, list[TrainResult]] = {name: [] for name in runs}
@@ -72,7 +72,8 @@ def compare(config: TrainConfig, console: Console) -> None:
 def comparison_table(runs: dict[str, Run], results: dict[str, list[TrainResult]]) -> Table:
     """Returns a table of each run's accuracy, images per second and drift.
 
-    The drift is the greatest difference from the stock run's loss at the same step.
+    A run's drift is the greatest difference between its loss and the stock run's loss at the same
+    step.
     """
     config = runs["fused"].config
     losses = {name: [x for each in rs for x in each.step_losses] for name, rs in results.items()}

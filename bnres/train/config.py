@@ -28,7 +28,7 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-# The headings of ``bnres train --help``, by the first option below each heading.
+# The headings of ``bnres train --help``. Each key is the first option below its heading.
 GROUPS = {
     "dataset": "Data",
     "model": "Model",
@@ -163,13 +163,13 @@ class TrainConfig:
                 f"shift must be 0 with crop_size, which crops at random positions, got {self.shift}"
             )
         try:
-            torch.ones(1, device=self.device).item()  # item() fails on the device meta
+            torch.ones(1, device=self.device).item()  # item() raises an error on the meta device
         except (RuntimeError, AssertionError) as error:
             reason = str(error).splitlines()[0]
             raise ValueError(f"device {self.device!r} can't be used: {reason}") from error
         if self.sync_bn and not self.fused and torch.device(self.device).type != "cuda":
             raise ValueError(
-                "sync_bn with no-fused needs GPUs, as torch's SyncBatchNorm does, but device is "
+                "sync_bn with no-fused uses torch's SyncBatchNorm, which needs GPUs, but device is "
                 f"{self.device!r}"
             )
         if self.cuda_graphs and torch.device(self.device).type != "cuda":
@@ -185,7 +185,7 @@ class TrainConfig:
         return {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}
 
     def as_toml(self) -> str:
-        """Returns the text of a TOML file for `read_config`. Fields that are None are left out."""
+        """Returns the fields as the text of a TOML file. Fields that are None are left out."""
         lines = [
             f"{k} = {json.dumps(v, ensure_ascii=False)}".replace("\x7f", "\\u007f")
             for k, v in self.as_dict().items()
@@ -195,7 +195,7 @@ class TrainConfig:
 
 
 def field_type(name: str) -> type:
-    """Returns the type of a field of `TrainConfig`, without None if the field may be None."""
+    """Returns the type of a field of `TrainConfig`. For a field of type ``T | None``, returns T."""
     annotation = next(f.type for f in fields(TrainConfig) if f.name == name)
     if isinstance(annotation, UnionType):
         annotation = next(t for t in get_args(annotation) if t is not type(None))
@@ -207,8 +207,8 @@ def read_config(path: Path) -> dict[str, Any]:
     """Returns the fields that a TOML file sets.
 
     Raises:
-        ValueError: if the file can't be read, or sets an unknown field, a value of the wrong type,
-            or ``resume``.
+        ValueError: if the file can't be read, sets an unknown field or ``resume``, or sets a field
+            to a value of the wrong type.
     """
     try:
         found = tomllib.loads(path.read_text(encoding="utf-8"))

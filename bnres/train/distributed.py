@@ -19,8 +19,8 @@ class World:
     Attributes:
         rank: the number of this process, from 0 to ``size`` - 1.
         size: the number of processes.
-        flags: a process group on the CPU, through which processes exchange flags without waiting
-            for their GPUs.
+        flags: a process group on the CPU. Processes exchange flags through it without waiting for
+            their GPUs. It is None if there is only one process.
     """
 
     rank: int = 0
@@ -47,7 +47,7 @@ class World:
         return bool(value)
 
     def from_first(self, make: Callable[[], T]) -> T:
-        """Calls ``make`` in the first process only. All processes return its result."""
+        """Calls ``make`` in the first process only, and returns the result in every process."""
         made = [make() if self.is_first else None]
         if self.size > 1:
             dist.broadcast_object_list(made, 0, group=self.flags)
@@ -56,7 +56,7 @@ class World:
     def share_buffers(self, *models: nn.Module | None) -> None:
         """Copies the first process's buffers, such as running statistics, to the other processes.
 
-        The processes' buffers can differ, because each process has updated its buffers from its own
+        The processes' buffers can differ, because each process updates its buffers from its own
         part of each batch.
         """
         if self.size > 1:
@@ -71,9 +71,10 @@ class World:
 
 
 def choose_gpu() -> None:
-    """Selects this process's GPU as torch's current device, before any tensor is on a GPU.
+    """Selects this process's GPU as torch's current device.
 
-    If there is no GPU for this process, nothing happens, because the process may train on the CPU.
+    It must be called before a tensor is put on a GPU. If there is no GPU for this process, it does
+    nothing, because the process may train on the CPU.
     """
     rank = int(os.environ.get("LOCAL_RANK", "-1"))
     if 0 <= rank < torch.cuda.device_count():
@@ -81,10 +82,10 @@ def choose_gpu() -> None:
 
 
 def may_be_restarted() -> bool:
-    """Whether ``torchrun --max-restarts`` starts the processes again after one of them has died.
+    """Whether torchrun starts the processes again if one of them dies (``--max-restarts``).
 
-    torchrun's count of restarts can't tell whether this process was restarted, because each machine
-    counts only the restarts that its own processes have caused.
+    torchrun also counts the restarts. But each machine counts only the restarts that its own
+    processes caused, so the count can't tell whether this process was restarted.
     """
     return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0
 
@@ -95,8 +96,8 @@ def join(device: str) -> tuple[World, str]:
     Returns the processes, and the name of this process's device.
 
     Args:
-        device: the device that the user asked for. For any CUDA device, this process's own GPU is
-            used.
+        device: the device that the user asked for. If there are several processes, a CUDA device
+            is replaced by this process's own GPU.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:

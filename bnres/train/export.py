@@ -19,7 +19,7 @@ FORMATS = ("pt2", "onnx", "safetensors")
 
 
 class _FromPixels(nn.Module):
-    """Returns the logits of uint8 images, after scaling the images as in training."""
+    """Scales uint8 images as in training, and returns the net's logits."""
 
     mean: Tensor
     std: Tensor
@@ -42,10 +42,10 @@ def export_checkpoint(
     folded: bool = True,
     format: str = "pt2",
 ) -> Path:
-    """Exports the model of a checkpoint, and returns the path of the file.
+    """Exports the model of a checkpoint, and returns the path of the written file.
 
-    The exported model takes uint8 images (N, channels, height, width) in batches of any size,
-    scales them as in training, and returns logits (N, classes). It contains only torch's own
+    The exported model accepts uint8 images (N, channels, height, width) in batches of any size. It
+    scales the images as in training, and returns logits (N, classes). It contains only torch's own
     operations. If the run averaged its weights, the averages are exported.
 
     Args:
@@ -54,13 +54,13 @@ def export_checkpoint(
         size: height and width of the images. By default they are the same as in training.
         folded: whether to fold batch norms into convolutions. It has no effect on safetensors.
         format: ``"pt2"`` is a torch.export archive, which `torch.export.load` reads without bnres.
-            ``"onnx"`` is an ONNX model. ``"safetensors"`` is a file of only the weights, with the
-            keys of the model of torch's layers. The scaling of the images is not part of it.
+            ``"onnx"`` is an ONNX model. ``"safetensors"`` is a file of only the weights. Their
+            keys are those of the model without fused layers.
 
     Raises:
-        ValueError: if ``path`` is not a checkpoint, ``out`` is not a path of a file, the model does
-            not accept images of this size, the format is unknown, or ``size`` is given for
-            safetensors.
+        ValueError: if ``path`` is not a checkpoint, if ``out`` is a folder or is in a folder that
+            does not exist, if the model does not accept images of this size, if the format is
+            unknown, or if ``size`` is given for safetensors.
         ModuleNotFoundError: if a package that the format needs is missing.
     """
     if format not in FORMATS:
@@ -70,7 +70,7 @@ def export_checkpoint(
     if format == "safetensors" and size is not None:
         raise ValueError("size: safetensors holds only weights, which do not depend on the size")
     if format == "onnx":
-        importlib.import_module("onnxscript")  # torch.onnx needs onnxscript, which installs onnx
+        importlib.import_module("onnxscript")  # torch.onnx needs onnxscript, which needs onnx
     content = read_checkpoint(path)
     config = config_of(
         content, device="cpu", fused=False, sync_bn=False, cuda_graphs=False, channels_last=False

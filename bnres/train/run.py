@@ -40,7 +40,7 @@ from bnres.train.state import TrainState, build_state
 
 
 class RunEnded(OSError):
-    """Raised when a file can't be read or written. Its message says which checkpoint is kept."""
+    """Raised when a file can't be read or written. The message says which checkpoint is kept."""
 
 
 @dataclass
@@ -76,7 +76,7 @@ def prepare(config: TrainConfig, world: World | None = None) -> Run:
 
 
 def route(config: TrainConfig) -> str:
-    """Returns in words what computes the batch norms of a run."""
+    """Returns a text that says what computes the batch norms of a run."""
     synchronised = "synchronised " if config.sync_bn else ""
     if not config.fused:
         return f"{synchronised}stock layers"
@@ -114,10 +114,10 @@ def run_epoch(
     Args:
         run: the run. Its state is updated.
         progress: the progress bar.
-        label: printed before the progress.
-        folder: folder of the checkpoints that are written during the epoch. If it is None, none are
-            written.
-        stop: whether a signal has asked the run to stop. It has no effect if ``folder`` is None.
+        label: text in front of the number of the epoch in the progress bar.
+        folder: folder for the checkpoints that are written during the epoch. If it is None, no
+            checkpoint is written.
+        stop: says whether a signal has asked the run to stop. It is ignored if ``folder`` is None.
 
     Raises:
         Stopped: if a signal asked the run to stop before the last batch of the epoch. A checkpoint
@@ -135,8 +135,8 @@ def run_epoch(
 
     def on_batch() -> None:
         nonlocal memory
-        # The memory is not read after each batch, because torch collects about a hundred figures
-        # for each reading.
+        # The peak memory is not read after each batch, because at each reading torch collects
+        # about a hundred statistics.
         if state.batch % LOOK_EVERY == 0 or state.batch == len(run.batches):
             memory = _memory(config)
         images = (state.batch - first) * config.batch_size
@@ -198,12 +198,14 @@ def epoch_line(row: dict[str, float], epochs: int) -> str:
 
 
 def fit(run: Run, folder: Path, console: Console) -> None:
-    """Trains to the end. After each epoch, writes checkpoints, metrics and curves to ``folder``.
+    """Trains for all remaining epochs, and prints a line after each epoch.
+
+    After each epoch, it writes checkpoints, metrics and curves to ``folder``.
 
     Raises:
         Stopped: if a signal asked the run to stop. A checkpoint has then been written.
         NonFiniteLoss: if the loss is infinite or NaN. Details are written to nonfinite.json.
-        RunEnded: if a file can't be written, or the disk has no room for the checkpoints.
+        RunEnded: if a file can't be read or written, or the disk has no room for the checkpoints.
     """
     config, state = run.config, run.state
     console.print(
@@ -245,7 +247,9 @@ def fit(run: Run, folder: Path, console: Console) -> None:
 
 
 def check_room(folder: Path, checkpoint: int) -> None:
-    """Raises an OSError unless the disk has room for last.pt, best.pt and a temporary checkpoint.
+    """Raises an OSError if the disk does not have room for three checkpoints.
+
+    They are last.pt, best.pt, and the temporary file to which a checkpoint is written first.
 
     Args:
         folder: the run's folder.
@@ -265,7 +269,7 @@ def check_room(folder: Path, checkpoint: int) -> None:
 
 @contextmanager
 def _says_what_is_kept(folder: Path, resumed: Path | None) -> Iterator[None]:
-    """Inside the context, an OSError becomes a `RunEnded`, which names the kept checkpoint."""
+    """Turns an OSError into a `RunEnded` whose message says which checkpoint is kept."""
     try:
         yield
     except OSError as error:
@@ -280,7 +284,11 @@ def _says_what_is_kept(folder: Path, resumed: Path | None) -> Iterator[None]:
 
 
 def _write(folder: Path, run: Run, is_best: bool) -> None:
-    """Writes the files of an epoch. last.pt is written last, because a run is resumed from it."""
+    """Writes the files of an epoch, last.pt at the end.
+
+    If a file before last.pt can't be written, the run can be resumed from the old last.pt. It then
+    repeats the epoch and writes all files again.
+    """
     config, state = run.config, run.state
     if state.world.is_first:
         write_metrics(folder, state.history)
@@ -308,5 +316,5 @@ def facts(state: TrainState) -> dict[str, Any]:
 
 
 def _number(value: float) -> float | str:
-    """Returns the value, but as text if it is infinite or NaN, which JSON can't store."""
+    """Returns the value, or its text if it is infinite or NaN, because JSON can't store those."""
     return value if math.isfinite(value) else str(value)

@@ -15,13 +15,13 @@ from bnres.train.config import TrainConfig
 
 
 def initialize_lazy_modules(model: nn.Module, name: str, images: tuple[int, int, int]) -> None:
-    """Calls a model on zeros, which initialises lazy modules such as `torch.nn.LazyLinear`.
+    """Initialises a model's lazy modules, such as `torch.nn.LazyLinear`.
 
-    A model without lazy modules is not called.
+    To do so, it calls the model on images of zeros. A model without lazy modules is not called.
 
     Args:
         model: the model, on the CPU.
-        name: name of the model, for errors.
+        name: name of the model in errors.
         images: channels, height and width of the images.
 
     Raises:
@@ -43,12 +43,12 @@ def check_shapes(
     Args:
         config: the options of the run.
         model: the model, on ``config.device``.
-        name: name of the model, for errors.
+        name: name of the model in errors.
         images: channels, height and width of the images.
         classes: number of classes.
 
     Raises:
-        ValueError: if the model does not accept such images, does not return (N, classes), has no
+        ValueError: if the model does not accept such images, does not return such logits, has no
             parameter that requires a gradient, or would get wrong gradients in bf16.
     """
     if not any(p.requires_grad for p in model.parameters()):
@@ -73,9 +73,9 @@ def check_shapes(
             got = shape_text(tuple(y.shape)) if isinstance(y, Tensor) else type(y).__name__
             if not isinstance(y, Tensor) or y.shape != expected:
                 raise ValueError(
-                    f"model {name!r} must return {shape_text(expected)} for an input of "
-                    f"{shape_text(x.shape)}, a number for each of {classes} classes, but in {mode} "
-                    f"it returned {got}"
+                    f"model {name!r} must return {shape_text(expected)}, a number for each of "
+                    f"{classes} classes, for an input of {shape_text(x.shape)}, but in {mode} it "
+                    f"returned {got}"
                 )
 
 
@@ -83,11 +83,12 @@ def check_shapes(
 def _bf16_checked(
     config: TrainConfig, model: nn.Module, images: tuple[int, int, int]
 ) -> Iterator[None]:
-    """Refuses models whose gradients would be wrong because of a bug of torch's bf16 convolution.
+    """Checks that a bug of torch's bf16 convolution does not make the model's gradients wrong.
 
-    The bug occurs in torch 2.11 to 2.14 on CPUs with AVX512, if a convolution has a horizontal
-    stride above 1 and an input one pixel wide. The outer columns of the filter then meet only
-    padding, and torch leaves their gradient uninitialised.
+    The bug occurs in torch 2.11 to 2.14 on CPUs with AVX512. It affects convolutions with a filter
+    wider than one pixel and a horizontal stride above 1, if their input is one pixel wide. The
+    outer columns of the filter then overlap only padding, and torch leaves the gradient of these
+    columns uninitialised.
 
     Raises:
         ValueError: at the end of the context, if the run is in bf16 on such a CPU and a call inside

@@ -1,4 +1,4 @@
-"""Builds the state of a training run, which checkpoints store."""
+"""Builds the state of a training run. A checkpoint stores this state."""
 
 import os
 from dataclasses import dataclass, field
@@ -35,8 +35,8 @@ class TrainState:
         passes: runs forward and backward of a batch.
         optimizer: torch's optimiser.
         scheduler: the learning-rate schedule.
-        scaler: the gradient scaler of fp16.
-        average: a copy of the model with averaged weights, or None if they are not averaged.
+        scaler: the gradient scaler. It has an effect only in fp16.
+        average: a copy of the model with averaged weights, or None if weights are not averaged.
         epoch: number of completed epochs.
         batch: number of completed batches in the current epoch.
         losses, correct: for each completed batch of the current epoch, the loss and the number of
@@ -46,7 +46,7 @@ class TrainState:
         classes, channels: the number of classes, and the number of channels of the images.
         size: height and width of the model's input.
         train_count: number of training images.
-        mean, std: mean and standard deviation of each channel of the training images.
+        mean, std: the data set's mean and standard deviation of each channel.
         world: the processes that train together.
     """
 
@@ -92,10 +92,11 @@ def make_batches(
     device: torch.device,
     world: World | None = None,
 ) -> EpochBatches:
-    """Returns this process's part of the batches of a data set, augmented as ``config`` says.
+    """Returns this process's part of each batch of a data set, augmented as ``config`` says.
 
     Raises:
-        ValueError: if the images are too small for the crop, or too few for the batch size.
+        ValueError: if the images are too small for the crop, or if the batch size does not fit
+            the number of images or the number of processes.
     """
     train_augment, test_augment = chains(config, dataset)
     shard = (0, 1) if world is None else (world.rank, world.size)
@@ -112,13 +113,14 @@ def build_model(
     size: tuple[int, int],
     given: nn.Module | None = None,
 ) -> nn.Module:
-    """Returns the untrained model on ``config.device``. Its weights depend on ``config.seed``.
+    """Returns the model on ``config.device``. Its random weights depend on ``config.seed``.
 
     Args:
         config: the options of the run.
         classes, channels: the number of classes, and the number of channels of the images.
         size: height and width of the images.
-        given: a model to change in place and use instead of the one that ``config.model`` names.
+        given: a model to use instead of the one that ``config.model`` names. It is changed in
+            place.
     """
     torch.manual_seed(config.seed)
     if given is None:
@@ -140,7 +142,7 @@ def build_model(
 
 
 def name_of(config: TrainConfig, given: nn.Module | None) -> str:
-    """Returns the name of the model in errors."""
+    """Returns the model's name for error messages."""
     return config.model if given is None else type(given).__name__
 
 
@@ -165,11 +167,13 @@ def build_state(
         config: the options of the run.
         dataset: the data.
         world: the processes that train together. By default there is only this one.
-        model: a model to change in place and train instead of the one that ``config.model`` names.
+        model: a model to train instead of the one that ``config.model`` names. It is changed in
+            place.
 
     Raises:
-        ValueError: if the model does not fit the data or its initial weights, if the images are too
-            small or too few, or if ``config.cuda_graphs`` is set with several processes.
+        ValueError: if the model does not fit the data or the file of initial weights, if the images
+            are too small for the crop, if the batch size does not fit the number of images or of
+            processes, or if ``config.cuda_graphs`` is set with several processes.
     """
     world = world or World()
     if config.cuda_graphs and world.size > 1:
@@ -180,7 +184,7 @@ def build_state(
     batches = make_batches(config, dataset, device, world)
     size = dataset.size if config.crop_size is None else (config.crop_size, config.crop_size)
     name = name_of(config, model)
-    # Models of bnres are built from fused layers. Other models are fused by bnres.fuse.
+    # Whether bnres.fuse fuses the model. Models of bnres don't need it: they have fused layers.
     fuses = config.fused and (model is not None or is_factory(config.model))
     model = build_model(config, dataset.classes, dataset.channels, size, model)
     if is_weights(config.init) and config.resume is None:
@@ -192,9 +196,9 @@ def build_state(
     parallel: nn.Module = model
     if world.size > 1:
         devices = [device] if device.type == "cuda" else None
-        # DDP exchanges gradients in buckets. Gradients that are views of buckets need no copy.
-        # static_graph=True would not help: it saves the search for parameters without gradients,
-        # which DDP makes only if find_unused_parameters is True.
+        # DDP exchanges gradients in buckets. If gradients are views of the buckets, DDP does not
+        # copy them. static_graph=True would not help: it only avoids the search for parameters
+        # without gradients, and DDP makes this search only if find_unused_parameters is True.
         parallel = DistributedDataParallel(model, devices, gradient_as_bucket_view=True)
     optimizer = make_optimizer(config, model)
     steps_per_epoch = -(-len(batches) // config.accumulate)
@@ -203,13 +207,13 @@ def build_state(
         average = AveragedModel(
             model, multi_avg_fn=get_ema_multi_avg_fn(config.ema), use_buffers=True
         )
-        # torch reads n_averaged at each step. If it were on a GPU, the host would wait for the GPU.
+        # The host reads n_averaged at each step. If n_averaged were on a GPU, the host would wait.
         average.n_averaged = average.n_averaged.cpu()
         if fuses:  # AveragedModel copies the model, and a copy of a fused model is not fused
             fuse(average.module, inplace=True)
     forward: Any = parallel
     if config.compile:
-        # torch.compile ignores what bnres.fuse did to the model, so our backend fuses it again.
+        # torch.compile ignores what bnres.fuse did to the model, so bnres's backend fuses it again.
         through: dict[str, Any] = {"backend": backend, "options": {"inner": "inductor"}}
         forward = torch.compile(parallel, **(through if fuses else {}))
     scaler = torch.amp.GradScaler(device.type, enabled=DTYPES[config.dtype] == torch.float16)

@@ -21,7 +21,7 @@ def config_of(content: dict[str, Any], **changes: Any) -> TrainConfig:
 
     Args:
         content: the content of the checkpoint.
-        changes: options that replace the run's options.
+        changes: options that replace those of the run.
 
     Raises:
         ValueError: if the checkpoint has an option that this version does not have, or if a value
@@ -36,12 +36,14 @@ def config_of(content: dict[str, Any], **changes: Any) -> TrainConfig:
 
 
 def load_trained(path: Path, content: dict[str, Any], config: TrainConfig) -> nn.Module:
-    """Returns the model of a checkpoint in eval mode, with averaged weights if there are any.
+    """Returns the model of a checkpoint in eval mode.
+
+    If the run averaged its weights, the model has the averages.
 
     Args:
-        path: the checkpoint, for errors.
+        path: the checkpoint's file, named in errors.
         content: the content of the checkpoint.
-        config: the options, which name the model and the device.
+        config: the options of the run, which name the model and the device.
 
     Raises:
         ValueError: if the weights do not fit the model that ``config`` names.
@@ -58,11 +60,11 @@ def load_trained(path: Path, content: dict[str, Any], config: TrainConfig) -> nn
 
 
 def evaluate_checkpoint(path: Path, **changes: Any) -> tuple[TrainConfig, float, float]:
-    """Returns a checkpoint's options, and the mean loss and accuracy of its model.
+    """Returns a checkpoint's options, and its model's mean loss and accuracy on held-out images.
 
     Args:
         path: a checkpoint of ``bnres train``.
-        changes: options that replace the run's options, such as ``data``.
+        changes: options that replace those of the run, such as ``data``.
 
     Raises:
         ValueError: if ``path`` is not a checkpoint, or if the data or the model does not fit it.

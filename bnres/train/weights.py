@@ -21,9 +21,9 @@ def set_weights(model: nn.Module, weights: Mapping[str, Any], source: str, name:
 
     Args:
         model: the model.
-        weights: the weights by key.
-        source: where the weights come from, for the error.
-        name: name of the model, for the error.
+        weights: the parameters and buffers by key.
+        source: text for the error that says where the weights come from.
+        name: name of the model in the error.
 
     Raises:
         ValueError: if the keys or shapes of the weights differ from the model's.
@@ -44,7 +44,7 @@ def load_weights(path: Path, model: nn.Module, name: str) -> None:
     Args:
         path: the file.
         model: the model.
-        name: name of the model, for errors.
+        name: name of the model in errors.
 
     Raises:
         ValueError: if the file can't be read, if its keys or shapes differ from the model's, or if
