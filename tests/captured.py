@@ -8,7 +8,7 @@ from torch._dynamo.backends.common import aot_autograd
 
 
 def recorder() -> tuple[Any, list[fx.GraphModule]]:
-    """Returns a backend that runs graphs without a compiler, and the list to which it adds them."""
+    """Returns a backend that runs graphs uncompiled, and the list to which it adds each graph."""
     graphs: list[fx.GraphModule] = []
 
     def record(graph: fx.GraphModule, example_inputs: Any) -> Any:
@@ -19,7 +19,7 @@ def recorder() -> tuple[Any, list[fx.GraphModule]]:
 
 
 def capture(model: Any, **options: Any) -> tuple[Any, list[fx.GraphModule]]:
-    """Returns a compiled model, and the list of its graphs: first forward, then backward."""
+    """Returns the compiled model, and the list to which its forward and backward are added."""
     record, graphs = recorder()
     backend = aot_autograd(fw_compiler=record, bw_compiler=record)
     return torch.compile(model, backend=backend, fullgraph=True, **options), graphs

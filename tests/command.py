@@ -1,4 +1,4 @@
-"""Runs the command ``bnres`` in the process of the test."""
+"""Runs the command ``bnres`` in the test's own process."""
 
 from typing import Any
 
@@ -8,10 +8,10 @@ from bnres import cli
 
 
 def run(*arguments: Any, code: int = 0) -> str:
-    """Returns what the command prints. If its exit code is not 0, returns its line of error.
+    """Returns what the command prints, or its one-line error message if ``code`` is not 0.
 
     Args:
-        arguments: the command line.
+        arguments: the words of the command line after ``bnres``.
         code: the exit code that the command must have.
     """
     result = CliRunner().invoke(cli.app, [*map(str, arguments)])

@@ -16,15 +16,16 @@ if TYPE_CHECKING:
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-# pytest-xdist starts a worker for each core.
+# pytest-xdist starts one worker per core, so each worker uses one thread.
 torch.set_num_threads(1)
 
-# A GPU may round operands of fp32 convolutions and products to TF32, and may add in any order.
-# Setting ``allow_tf32`` also sets torch's newer switch ``fp32_precision``, but not the reverse.
+# Don't round the operands of fp32 convolutions and matrix products to TF32, and use deterministic
+# convolutions. Setting ``allow_tf32`` also sets torch's newer switch ``fp32_precision``. Setting
+# ``fp32_precision`` would not set ``allow_tf32``.
 torch.backends.cudnn.allow_tf32 = False
 torch.backends.cuda.matmul.allow_tf32 = False
 torch.backends.cudnn.deterministic = True
-# torch's deterministic mode requires this variable, which torch reads at the first matrix product.
+# torch's deterministic mode requires this variable. torch reads it at the first matrix product.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
@@ -35,8 +36,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
-    # triton reads TRITON_INTERPRET when it is imported. It is imported only here, so that a pytest
-    # plugin can unset the variable before, to select compiled kernels.
+    # triton reads TRITON_INTERPRET when it is imported. The tests import triton only here, so that
+    # a pytest plugin can unset the variable earlier. Then the kernels are compiled.
     from bnres.kernels.interpreter import is_interpreting
 
     try:
@@ -82,7 +83,7 @@ def route(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> "ImageDataset":
-    """Returns a tiny data set. Commands load it, whichever data set their arguments name."""
+    """Returns a tiny data set, and makes commands load it whichever data set is asked for."""
     from bnres.data.dataset import make_dataset
 
     torch.manual_seed(0)

@@ -1,7 +1,7 @@
-"""Makes a folder small or read-only, by a mount if the user may mount.
+"""Limits the size of a folder's files, or makes a folder read-only.
 
-If the user may not mount, `small_disk` limits the size of each file, and `read_only` changes the
-folder's permissions.
+Both functions mount a file system if the user may do so. If not, `small_disk` limits the size of
+each file instead, and `read_only` changes the folder's permissions.
 """
 
 import resource
@@ -13,10 +13,10 @@ from pathlib import Path
 
 @contextmanager
 def small_disk(folder: Path, size: int) -> Iterator[None]:
-    """Inside the context, the files in the new folder ``folder`` can have at most ``size`` bytes.
+    """Creates ``folder``. Inside the context, its files can have at most ``size`` bytes in total.
 
-    With a mount, this limits all files together. Without a mount, it limits each file that the
-    process writes, in any folder.
+    If the user may not mount, the limit is ``size`` bytes for each file that the process writes, in
+    any folder.
     """
     folder.mkdir()
     if _mount("-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)):

@@ -15,7 +15,7 @@ ROUTES = ["triton"] if DEVICE == "cuda" else ["aten", "triton-interpreter"]
 
 
 class Norms(nn.Module):
-    """Two convolutions and two batch norms, with the forward ``body``."""
+    """Two convolutions and two batch norms. ``body`` is the forward."""
 
     def __init__(self, body, norm=nn.BatchNorm2d):
         super().__init__()
@@ -29,10 +29,10 @@ class Norms(nn.Module):
 
 
 class Cases(list):
-    """A list of forwards of `Norms`, each with the other arguments of `check`."""
+    """A list of test cases. Each has a forward of `Norms` and the other arguments of `check`."""
 
     def add(self, *patterns, reason="", grad=True):
-        """Returns a decorator that adds a forward. The arguments are as in `check`."""
+        """Returns a decorator that adds a forward to the list. Arguments are those of `check`."""
 
         def decorate(forward):
             case = {"forward": forward, "patterns": list(patterns), "reason": reason, "grad": grad}
@@ -43,8 +43,8 @@ class Cases(list):
 
 
 def stock_norms(forward, norm=nn.BatchNorm2d):
-    """Returns `Norms` in fp64 with random parameters and statistics, and drops Dynamo's graphs."""
-    # With the graphs of an earlier test, Dynamo would make sizes that have changed dynamic.
+    """Drops Dynamo's graphs. Returns `Norms` in fp64 with random parameters and statistics."""
+    # Otherwise Dynamo would treat a size as dynamic if an earlier test had used another size.
     torch._dynamo.reset()
     torch.manual_seed(0)
     model = Norms(forward, norm).to(DEVICE).double()
@@ -62,7 +62,7 @@ def images(count=3, size=3):
 
 
 def check(forward, patterns, reason="", norm=nn.BatchNorm2d, tolerance=1e-7, grad=True):
-    """Compares a forward with its fused copy on each of ROUTES.
+    """Compares `Norms` with its fused copy on each of ROUTES.
 
     Args:
         forward: the forward of `Norms`.

@@ -1,4 +1,4 @@
-"""Factories of models. The command line names them ``tests.own_models:NAME``."""
+"""Models, and functions that return models. Commands name them ``tests.own_models:NAME``."""
 
 import os
 import signal
@@ -53,7 +53,7 @@ def frozen(num_classes: int) -> nn.Module:
 
 
 class Dies(Net):
-    """Kills the process of rank 1 in training batch $DIES_AT, unless torchrun has restarted it."""
+    """Kills the process of rank 1 in training batch number $DIES_AT, but not after a restart."""
 
     def __init__(self, num_classes: int) -> None:
         super().__init__(num_classes, 1)

@@ -1,4 +1,4 @@
-"""Writes the source of random modules, which contain usual and unusual code."""
+"""Writes the source code of random nn.Modules, with usual and unusual statements."""
 
 import random
 from collections.abc import Callable
@@ -36,7 +36,7 @@ ADDITIONS = [
     "{x} + {x}", "{x} + {y}.mean(0, keepdim=True)", "{x} + {y}[:1]", "{x}.add_({y}.mean(0))",
     "{x} + 1", "{x} * 0.5 + {y}", "{x} - {y}",
 ]  # fmt: skip
-# Views and aliases; VIEWS have the input's shape, PARTS other shapes.
+# Views and aliases of x. Those in VIEWS have the shape of x, those in PARTS have other shapes.
 VIEWS = ["{x}.detach()", "{x}.view({x}.shape)", "{x}[:]", "{x}.expand_as({x})", "{x}.contiguous()"]
 PARTS = ["{x}[:, :2]", "{x}[0]", "{x}.chunk(2, 1)[0]", "{x}.transpose(0, 1)", "{x}.flatten(1)"]
 WRITES = [
@@ -46,7 +46,7 @@ WRITES = [
     "torch._foreach_mul_([{x}], 2.0)",
     "{x}.masked_fill_({x} > 1, 0.5)", "{x}.clamp_(-2, 2)",
 ]  # fmt: skip
-# Statements that read a norm's statistics, write them, or use its affine parameters.
+# READS use a norm's statistics, STATISTICS write them, and AFFINE use or write its weight or bias.
 READS = [
     "{new} = {x} * {norm}.running_var.mean()", "{new} = {x} + {norm}.running_mean.sum()",
     "{new} = {x} + {norm}.num_batches_tracked", "{new} = {x} * float({norm}.running_var[0])",
@@ -77,7 +77,7 @@ REGIONS = [
 
 
 class Writer:
-    """Writes one class. Variables in ``names`` have the input's shape, those in ``parts`` don't."""
+    """Writes one class. Variables in ``names`` have the shape of x, those in ``parts`` don't."""
 
     def __init__(self, rng: random.Random, name: str = "Net", dims: int = 0) -> None:
         self.rng, self.name = rng, name
@@ -117,7 +117,7 @@ class Writer:
         self.lines.append("    " * self.indent + line)
 
     def pick(self) -> str:
-        """Returns a random variable of the input's shape, often the last one."""
+        """Returns the name of a random variable with the shape of x, often one of the last two."""
         return self.rng.choice([*self.names, *self.names[-2:] * 2])
 
     def new(self) -> str:
@@ -125,7 +125,7 @@ class Writer:
         return f"v{self.count}"
 
     def assign(self, expression: str, names: list[str] | None = None) -> str:
-        """Assigns to a new variable or sometimes to an old one, and returns its name."""
+        """Writes an assignment to a new or an old variable, and returns the variable's name."""
         names = self.names if names is None else names
         old = names is self.names and self.rng.random() < 0.1
         name = self.rng.choice(names) if old else self.new()
@@ -139,7 +139,7 @@ class Writer:
         return name
 
     def write(self, templates: list[str], x: str = "", norm: str = "") -> None:
-        """Writes a random template as a statement. A template with {new} makes a variable."""
+        """Writes a statement from a random template. A template with {new} adds a variable."""
         template, new = self.rng.choice(templates), self.new()
         self.emit(template.format(x=x or self.pick(), norm=norm, new=new))
         if "{new}" in template:
@@ -184,7 +184,7 @@ class Writer:
             self.rng.choices(*zip(*choices, strict=True))[0]()
 
     def chain(self) -> None:
-        """Writes a batch norm and operations to fuse with it, at times with statements between."""
+        """Writes a batch norm and operations to fuse, sometimes with other statements between."""
         rng, x = self.rng, self.pick()
         if rng.random() < 0.5:
             x = self.assign(f"{self.conv()}({x})")
@@ -234,7 +234,7 @@ class Writer:
             self.write(BREAKS if kind == "break" and self.rng.random() < 0.5 else OTHERS)
 
     def body(self, x: str | None = None) -> str:
-        """Writes the statements of a block; returns the name of its result."""
+        """Writes the statements of a block, and returns the name of the block's result."""
         names, parts = self.names, self.parts
         self.names, self.parts = [x] if x else list(names), [] if x else list(parts)
         self.indent += not x
@@ -257,7 +257,7 @@ class Writer:
         self.names.append(new)
 
     def part(self) -> None:
-        """Writes a method and its call, which may be checkpointed."""
+        """Writes a method, and a call of this method. The call may be checkpointed."""
         name = f"part{len(self.methods)}"
         before, self.lines, indent, self.indent = self.lines, [], self.indent, 2
         self.methods.append("")

@@ -1,4 +1,4 @@
-"""A pool of gloo processes that run functions of the tests, shared by a test file."""
+"""Processes that form a gloo group and run functions for tests."""
 
 import multiprocessing
 import os

@@ -8,7 +8,7 @@ from bnres.fusion import Site, rewrite
 
 @contextmanager
 def recorded_sites() -> Iterator[list[Site]]:
-    """Yields a list. Rewriting a graph appends a `Site` for each of its calls of a batch norm."""
+    """Yields a list. When a graph is rewritten, a `Site` is added for each batch norm it calls."""
     original, sites = rewrite.fuse_graphs, []
 
     def fuse_graphs(module):

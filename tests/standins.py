@@ -1,6 +1,6 @@
 """A stand-in for `benchmarks.measure.measure` in tests of campaigns.
 
-The batch size of a case selects what happens, by the table `DEEDS`.
+The batch size of a case selects a function of the table `DEEDS`, for example one that raises.
 """
 
 import os
@@ -41,6 +41,6 @@ def measure_ceilings(device):
 
 
 def measure(case, device, ceilings):
-    """Does what the case's batch size selects, and returns made-up values."""
+    """Calls the function that the case's batch size selects, and returns made-up values."""
     DEEDS[case.batch]()
     return {"median": 1.0, "pid": os.getpid(), "copy": ceilings["copy"]}

@@ -10,13 +10,13 @@ from tests.tolerances import assert_close
 def outcome(model: nn.Module, x: Tensor) -> list[Tensor]:
     """Returns the outputs and gradients of a call, and the buffers after it.
 
-    The gradients of parameters, and the buffers, are in the order of their names.
+    The parameters' gradients and the buffers are sorted by name.
     """
     x = x.clone().requires_grad_()
     outputs = tree_leaves(model(x))
     gradients: list[Tensor] = []
     if torch.is_grad_enabled():
-        # The gradients of the outputs are different numbers from -1 to 1.
+        # The gradient of each output has evenly spaced values from -1 to 1.
         dys = [torch.linspace(-1, 1, y.numel(), dtype=y.dtype, device=y.device) for y in outputs]
         loss = sum((y.flatten() * dy).sum() for y, dy in zip(outputs, dys, strict=True))
         inputs = [x, *(p for _, p in sorted(model.named_parameters()))]

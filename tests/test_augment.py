@@ -17,8 +17,8 @@ from tests.device import DEVICE
 v2 = importlib.import_module(f"{torchvision.__name__}.transforms.v2")
 F = v2.functional
 
-# Tolerances. torchvision computes in fp32 too, but it adds the weighted pixels of a resize and the
-# gray values of an image in another order.
+# Tolerances of geometric steps and of colours. torchvision also computes in fp32, but it adds the
+# weighted pixels of a resize, and the gray values of an image, in another order.
 GEOMETRY, COLOR = 1e-5, 1e-4
 ROUTES = ("aten", "kernels")
 
@@ -114,7 +114,7 @@ class TestValues:
         chain = [crop, JITTER] if order == "crop first" else [JITTER, crop]
         scale = augment.Normalize(MEAN[:channels], STD[:channels])
         x = images(8, channels, 28, 24)
-        # Normalising divides by at least min(STD), which magnifies errors.
+        # Normalising divides by STD, so an error grows by up to 1 / min(STD).
         self.check(route, [FLIPS[0], *chain, scale], x, COLOR / min(STD))
 
     @pytest.mark.parametrize("order", ["crop first", "color first"])
@@ -167,7 +167,7 @@ class TestValues:
 
     def test_empty_batch_and_empty_chain(self, route):
         x = images(2, 3, 8, 8, torch.uint8).to(route)
-        # The compiled kernel multiplies by 1/255 instead of dividing.
+        # The compiled kernel multiplies by 1/255 instead of dividing, so it rounds differently.
         error = (augment.Compose([])(x).cpu() - x.cpu().float() / 255).abs().max()
         assert error <= 2**-23
         assert augment.Compose(FLIPS)(x[:0]).shape == (0, 3, 8, 8)
@@ -177,7 +177,7 @@ NAN, INF = float("nan"), float("inf")
 
 
 class TestNotFinite:
-    """NaN and infinity spread to the same pixels as in torchvision."""
+    """Tests that NaN and infinity spread to the same pixels as in torchvision."""
 
     def check(self, route, draws, x, tolerance):
         actual = bt.apply_draws(x.to(route), draws).cpu()
@@ -217,7 +217,10 @@ class TestNotFinite:
 
     @pytest.mark.parametrize("value", [INF, -INF])
     def test_hue_of_infinity_is_nan(self, route, value):
-        """All channels become NaN. In torchvision only one does: it casts the NaN hue to int."""
+        """All channels of the pixel become NaN.
+
+        In torchvision only one channel does, because torchvision casts the NaN hue to int.
+        """
         x = self.images(value)
         y = augment.ColorJitter(hue=(0.2, 0.2))(x.to(route)).cpu()
         assert torch.equal(y.isnan(), x.isinf().any(1, keepdim=True).expand_as(x))
@@ -271,7 +274,7 @@ class TestNotFinite:
     @pytest.mark.parametrize("route", ["aten"], indirect=True)
     @pytest.mark.parametrize("side", [64, 65])
     def test_both_ways_to_resize(self, route, side):
-        """With ATen, finite images up to 64×64 are resized by a product, and others one by one."""
+        """ATen resizes finite images up to 64×64 by matrix products, and others one by one."""
         x = self.images(NAN, size=(side, side))
         draws = [bt.Crop(torch.tensor([[0, 2, side, 30]]).expand(len(x), 4), (6, 5), True)]
         y = self.check(route, draws, x, GEOMETRY)
@@ -289,7 +292,7 @@ def test_an_image_is_read_once_and_written_once(order):
     x = images(4, 3, 16, 16, torch.uint8)
     with count_traffic() as traffic:
         y = compose(x)
-    # If colours come first, the whole image is read twice: contrast needs its mean.
+    # If colours come first, the whole image is read twice, because contrast needs the image's mean.
     reads = 1 if order == "crop first" else 2
     assert traffic.lanes == reads * x.numel() + y.numel() * 2
     with count_traffic() as traffic:
@@ -321,8 +324,8 @@ def test_a_transform_is_a_chain_of_one():
 
 
 COUNT = 4000
-# The Kolmogorov-Smirnov distance of two samples of COUNT draws from one distribution exceeds this
-# limit with probability 1e-6.
+# If two samples have COUNT draws each from the same distribution, their Kolmogorov-Smirnov distance
+# exceeds this limit with probability 1e-6.
 DISTANCE = math.sqrt(-math.log(1e-6 / 2) / COUNT)
 
 

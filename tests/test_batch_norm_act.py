@@ -27,7 +27,7 @@ def channels_last(t):
     return t.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
-# Every pair of options occurs in some case, but not every combination of all options.
+# Any two options occur together in some case, but not every combination of all options occurs.
 CASES = [
     (dtype, SHAPES[(i + 2 * j + k) % len(SHAPES)], last, residual, training)
     for i, dtype in enumerate(TOLERANCE)
@@ -96,7 +96,7 @@ def test_activations(act, has_residual):
 
 
 INF, NAN = float("inf"), float("nan")
-# For each activation, its values at inf, -inf and NaN, and its derivatives there.
+# Each activation's values at inf, -inf and NaN, and its derivatives at inf, -inf and NaN.
 NOT_FINITE = {
     "identity": ([INF, -INF, NAN], [1, 1, 1]),
     "relu": ([INF, 0, NAN], [1, 0, 1]),
@@ -108,8 +108,8 @@ NOT_FINITE = {
     "gelu": ([INF, NAN, NAN], [NAN, NAN, NAN]),
     "gelu_tanh": ([INF, NAN, NAN], [NAN, NAN, NAN]),
 }
-# In torch, the derivative of these activations at NaN depends on whether the element is computed by
-# vector instructions.
+# At NaN, torch's vectorised code and its scalar code compute different derivatives of these
+# activations.
 VARYING_AT_NAN = ("relu6", "hardswish")
 
 
@@ -121,8 +121,8 @@ def test_infinity_and_nan(act, dtype):
     same = partial(torch.testing.assert_close, rtol=0, atol=0, equal_nan=True)
 
     leaf = z.clone().requires_grad_()
-    # On the CPU oneDNN computes NaN for gelu(inf). For single elements torch runs its own gelu,
-    # which computes inf.
+    # Each element is computed in a call of its own. For several elements on the CPU, torch calls
+    # oneDNN, which returns NaN for gelu(inf). For a single element, torch's own gelu returns inf.
     y = torch.cat([ACTIVATION_FORMULAS[act](single, 0.25) for single in leaf.split(1)])
     (slope,) = torch.autograd.grad(y, leaf, torch.ones_like(y))
     same(y, values)

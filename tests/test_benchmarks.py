@@ -52,7 +52,7 @@ runner = CliRunner()
 
 
 def provide(monkeypatch, name, function):
-    """Registers ``function`` as a provider; returns a case of this provider."""
+    """Registers ``function`` as the provider ``name``, and returns a case of this provider."""
     provider = Provider(name, lambda case: lambda inputs: by_autograd(function, inputs))
     monkeypatch.setitem(PROVIDERS, name, provider)
     return replace(CASE, provider=name)
@@ -102,7 +102,7 @@ class TestClock:
 
         def make():
             target = torch.empty_like(source)
-            # The timed call is not a copy, because a CUDA graph runs copies in another way.
+            # torch.neg is timed instead of a copy, because a CUDA graph runs copies in another way.
             return lambda: torch.neg(source, out=target)
 
         ticking = clock.DeviceClock()
@@ -218,7 +218,7 @@ def test_wrong_dtype_or_layout_is_refused(monkeypatch, wrong):
 
 @pytest.mark.parametrize("net", ["resnet18", pytest.param("resnet50", marks=pytest.mark.slow)])
 def test_step_in_bf16_is_near_fp32(net):
-    """The rounding errors of a step in bf16 are less than half of the tolerance for the logits."""
+    """The logits' rounding errors in a bf16 step are less than half of the logits' tolerance."""
     case = cases.ModelCase("step", net, 32, 8, "eager", "bf16", "channels_last", "bnres")
     with use_backend("aten"):
         assert models.prepare(case, CPU).verify() < models.LOGITS_TOLERANCE["bf16"] / 2
@@ -227,7 +227,7 @@ def test_step_in_bf16_is_near_fp32(net):
 @pytest.mark.slow
 @pytest.mark.parametrize("launch", ["eager", "graph"])
 def test_step_in_fp16_trains_as_fp32(launch):
-    """The gradients of the scaled loss are divided by the scale before the optimiser sees them."""
+    """The gradients of the scaled loss are divided by the scale before the optimiser's step."""
     weights = {}
     for dtype in ("fp16", "fp32"):
         case = cases.ModelCase("step", "resnet18", 16, 4, launch, dtype, "channels_last", "eager")
@@ -301,7 +301,7 @@ class TestCases:
         begun = set()
         for group in found:
             (subject,) = {case.subject for case in group}
-            if subject not in begun:  # later groups of a subject have the less important providers
+            if subject not in begun:  # the first group has the most important providers
                 assert group[0].provider in cases.BASELINES, group
                 assert "bnres" in [case.provider for case in group]
             begun.add(subject)
@@ -331,7 +331,7 @@ class TestCases:
 
 
 def record(subject, provider, median, **fields):
-    """Returns a measured record of a site; ``median`` is in microseconds."""
+    """Returns the record of a measured case. ``subject`` names its site, ``median`` is in µs."""
     case = replace(CASE, site=replace(SITE, name=subject), provider=provider, smoke=False)
     seconds = median * 1e-6
     known = {"status": "measured", "median": seconds, "q1": seconds, "q3": seconds, "bytes": 12000}
@@ -362,7 +362,7 @@ class TestReport:
         assert {p.stem for p in drawn} == {"bandwidth", "speedup"}
         assert all(p.stat().st_size > 10_000 for p in drawn)
         text = tables.report(ABOUT, records, drawn)
-        # 12,000 bytes at the ceiling of 10 GB/s take 1.2 us.
+        # 12,000 bytes take 1.2 us at the ceiling of 10 GB/s, which is 60% of 2.0 us.
         assert "| resnet18.stem | 2.0 (60%) | 5.0 (24%) | 3.0 (40%) | 2.50× | 1.50× | 7 |" in text
         assert "| resnet18.layer1 | 4.0 (30%) fp16 | - | - | - | - | - |" in text
         assert "| 4.00 (2,000) | 4.00 (2,000), idle 12% | 1.00× | - |" in text

@@ -17,7 +17,7 @@ from tests.test_benchmarks import ABOUT, CASE, CEILINGS, CPU, SITE
 
 
 def of(*deeds):
-    """Returns a case for each argument, a key of `tests.standins.DEEDS`. Each has its own site."""
+    """Returns a case with its own site for each of ``deeds``, keys of `tests.standins.DEEDS`."""
     return [
         replace(CASE, site=replace(SITE, name=f"{place}"), batch=deed, smoke=False)
         for place, deed in enumerate(deeds)
@@ -67,7 +67,7 @@ class TestCampaign:
         ]
         assert "in hang" in records[5]["reason"] and "Fatal Python error" in records[6]["reason"]
         assert records[0]["copy"] == CEILINGS["copy"]
-        # After an error that does not concern the GPU, the same child continues.
+        # After an error that does not concern the GPU, the same child process continues.
         assert records[0]["pid"] == records[4]["pid"] != records[-1]["pid"] == last
         assert not alive(records[0]["pid"])
         assert records[5]["wall_seconds"] > 2 and records[0]["wall_seconds"] < 60
@@ -103,7 +103,8 @@ class TestCampaign:
             assert self.run(tmp_path, of(standins.FINE), child, seconds=0) == 0
             assert child.pid is None
             assert self.run(tmp_path, [slow, *of(standins.FINE)], child, seconds=5) == 1
-            # A case that the campaign's deadline interrupts is not recorded, so it can run later.
+            # A case that the campaign's deadline interrupts is not recorded, so a later run repeats
+            # the case.
             monkeypatch.setattr(campaign, "GRACE", 0.0)
             hung = of(standins.FINE, standins.HANGS)
             assert self.run(tmp_path, hung, child, seconds=1.5) == 0
@@ -111,11 +112,11 @@ class TestCampaign:
 
     def test_a_group_is_started_only_if_all_of_it_fits(self, tmp_path):
         first, second, third = of(*[standins.FINE] * 3)
-        # Estimates with the margin: 19 s for the large group, 4 s for the small one.
+        # With the margin, the estimate is 19 s for the large group and 4 s for the small one.
         large = [replace(first, provider=name) for name in ("eager", "bnres", "compile")]
         small = [second, replace(second, provider="bnres-recompute")]
         with Child() as child:
-            # Starts the child, so that no case's time includes its start.
+            # Starts the child process now, so that no case's time includes the start.
             child.call("time:monotonic", limit=60)
             assert self.run(tmp_path, [*large, *small], child, seconds=18) == 2
             assert [r["id"] for r in load(tmp_path)[1]] == [case.id for case in small]
@@ -128,9 +129,9 @@ class TestCampaign:
         costs, found = cost.Costs([]), []
         for case in costs.fitting([group, [second]], lambda: 25.0 - 10 * len(found)):
             found.append(case.provider)
-        # There are 25 s, and each case takes 10 s. The group starts, because its estimate with the
-        # margin is 21 s. After two cases, 5 s are left: too little for compile, whose estimate is
-        # 6 s, but enough for bnres-recompute, whose estimate is 1 s.
+        # 25 s are left at first, and each case takes 10 s. The group starts, because its estimate
+        # with the margin is 21 s. After two cases, 5 s are left. This is too little for compile,
+        # which is estimated at 6 s, but enough for bnres-recompute, which is estimated at 1 s.
         assert found == ["eager", "bnres", "bnres-recompute"]
 
     def test_the_margin_is_only_for_unknown_kinds(self):
@@ -183,7 +184,7 @@ class TestCampaign:
 
         timed = host.Timed("", "forward", nn.Identity(), now_and_then)
         assert busy.spread(timed, seconds=0.05) > 3
-        assert busy.spread(seconds=0.05) >= 1  # by default, calls torch's batch norm
+        assert busy.spread(seconds=0.05) >= 1  # by default, times torch's batch norm
 
     def test_ceilings_are_measured_in_a_child(self, tmp_path):
         with Child() as child:

@@ -1,4 +1,4 @@
-"""Tests blocks that pass two tensors to the next block, against blocks that pass one tensor."""
+"""Compares blocks that pass two tensors to the next block with blocks that pass one tensor."""
 
 import copy
 from collections import Counter
@@ -43,7 +43,7 @@ def in_sequence(model):
 
 
 def forks(y):
-    """Returns how many fused operations in the graph of ``y`` have two outputs that are used."""
+    """Returns how many fused operations in the autograd graph of ``y`` have two used outputs."""
     found, seen, nodes = Counter(), set(), [y.grad_fn]
     while nodes:
         node = nodes.pop()
@@ -58,13 +58,13 @@ def forks(y):
 
 
 def assert_same(model, expected, x):
-    """Checks that outputs, gradients and buffers of both models are equal."""
+    """Checks that both models' outputs, gradients and buffers agree within the tolerance."""
     for ours, theirs in zip(outcome(model, x), outcome(expected, x), strict=True):
         assert_close(ours, theirs, x.dtype)
 
 
 def test_blocks_pass_two_tensors():
-    model, x = net(torch.float32), images(torch.float32)  # in fp64 the pooling is torch's
+    model, x = net(torch.float32), images(torch.float32)  # the pooling kernel has no fp64
     assert forks(model(x)) == 3
     assert forks(in_sequence(model)(x)) == 0
     assert_same(model, in_sequence(model), x)
@@ -83,8 +83,8 @@ def test_compiled_gradients_equal_eager_gradients():
     [
         (True, (), 0),
         (False, (), 0),
-        # A block with a hook gets one tensor and returns one. So autograd makes one addition for
-        # the block's input, and one for its output.
+        # A block with a hook gets and returns one tensor instead of two. So autograd adds two
+        # gradients of the block's input, and two gradients of its output.
         pytest.param(True, ["layer2.0"], 2, marks=pytest.mark.slow),
         pytest.param(True, ["layer2.0", "layer4"], 3, marks=pytest.mark.slow),
     ],

@@ -1,4 +1,4 @@
-"""torch.compile captures layers as our operators, without graph breaks or ATen batch norms."""
+"""Tests that torch.compile captures layers as our operators, without graph breaks."""
 
 import copy
 
@@ -83,12 +83,12 @@ def test_dynamic_sizes_in_training():
         found = outcome(compiled, x), outcome(eager, x)
         for ours, theirs in zip(*found, strict=True):
             assert torch.equal(ours, theirs)
-    assert len(graphs) == 2  # one forward and one backward for all sizes
+    assert len(graphs) == 2  # one forward graph and one backward graph for all sizes
 
 
 @pytest.mark.slow
 def test_operators_pass_opcheck():
-    """Checks each of our operators with the arguments of real calls."""
+    """Runs torch's opcheck on each of our operators, with the arguments of real calls."""
     calls = []
 
     class Record(TorchDispatchMode):
@@ -135,8 +135,8 @@ def capture_on_fake_gpu():
         def on_gpu(t):
             return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cuda")
 
-        # The parameters need no gradients, because a CPU build of torch can't compute gradients of
-        # CUDA tensors, even of fake ones.
+        # The parameters don't require gradients, because a CPU build of torch can't compute
+        # gradients of CUDA tensors, not even of fake ones.
         parameters = {name: on_gpu(p) for name, p in net.named_parameters()}
         for module in net.modules():
             for name, buffer in list(module._buffers.items()):

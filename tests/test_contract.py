@@ -189,7 +189,7 @@ def test_any_shape_stride_and_option(shape, layout, residual, affine, act, seed)
     )  # fmt: skip
     z = z if r is None else z + r
     expected = ACTIVATION_FORMULAS[act or "identity"](z, 0.0)
-    # If a channel has few values that are nearly equal, rstd is large, so errors are large too.
+    # If a channel's few values are nearly equal, rstd is large and magnifies errors.
     scale = (
         1 + x.detach().var([0, *range(2, len(shape))], correction=0).rsqrt().clamp(max=316).max()
     )
@@ -200,7 +200,8 @@ def test_strided_parameters_and_buffers():
     torch.manual_seed(5)
     x = torch.randn(4, 3, 2, 2, device=DEVICE)
     table = torch.rand(4, 3, 2, device=DEVICE) + 0.5
-    # The reference is on the CPU, because on a GPU torch may update a copy of a strided buffer.
+    # The reference is on the CPU, because on a GPU torch may update a copy of a strided buffer
+    # instead of the buffer.
     other = table.cpu().clone()
     results = []
     for function, source, t in (
@@ -325,7 +326,7 @@ def test_wrong_number_of_filter_dimensions(backend, shape, training):
 @pytest.mark.parametrize("of_residual", [False, True])
 @pytest.mark.parametrize("shape", [(0,), (2,), (1, 3)])
 def test_counter_must_have_one_element(backend, shape, of_residual):
-    """Kernels would write outside the memory of an empty counter."""
+    """If a counter were empty, kernels would write outside its memory."""
     x, counter = torch.randn(2, 3, 2, 2, device=DEVICE), torch.ones(shape, device=DEVICE).long()
     norm, residual_norm = norm_of(3), norm_of(3)
     prefix, name = "residual_" if of_residual else "", "num_batches_tracked"

@@ -22,8 +22,8 @@ from tests.device import DEVICE
 from tests.tolerances import assert_close
 
 LAST = torch.channels_last
-# N, C, H, W, the number of output channels, and the window. Each dimension has a case in which the
-# kernel's blocks are not full.
+# Each case is N, C, H, W, the number of output channels, and the window. For each dimension, some
+# case does not fill the kernel's blocks.
 CASES = [
     (2, 16, 9, 8, 24, ConvShape(3, 3, 1, 1, 1, 1, 1, 1)),
     (3, 17, 11, 10, 37, ConvShape(3, 2, 2, 1, 1, 0, 1, 2)),
@@ -40,19 +40,19 @@ def random(*shape, dtype=torch.float32):
 
 
 def plain_norm(channels):
-    """Returns a batch norm that is the identity."""
+    """Returns a batch norm whose output equals its input."""
     zeros = torch.zeros(channels, device=DEVICE)
     return Norm(RunningStatistics(zeros, zeros + 1, 0.0))
 
 
 def double(*values):
-    """Returns the values with all tensors in fp64, including those inside tuples."""
+    """Returns the values with all tensors in fp64, also tensors inside tuples."""
     return [tree_map(lambda v: v.double() if isinstance(v, torch.Tensor) else v, v) for v in values]
 
 
 @pytest.fixture
 def called(monkeypatch):
-    """Returns a list with the number of calls of the kernel's operator."""
+    """Returns a list whose only item is the number of calls of the kernel's operator."""
     counts, forward = [0], operation._run_forward
 
     def count(*arguments, **named):
@@ -130,7 +130,10 @@ def layer(**options):
 @pytest.mark.parametrize("momentum", [0.1, None])
 @pytest.mark.parametrize("padding_mode", ["zeros", pytest.param("reflect", marks=pytest.mark.slow)])
 def test_bias_before_a_batch_norm(momentum, padding_mode):
-    """In training the bias changes only the running mean, because the batch norm subtracts it."""
+    """In training the convolution's bias changes only the running mean.
+
+    The batch norm subtracts the mean of the batch, which includes the bias.
+    """
     ours, conv, bn = layer(bias=True, momentum=momentum, padding_mode=padding_mode)
     x = torch.randn(3, 8, 4, 4, dtype=torch.float64, device=DEVICE)
     residual = torch.randn(3, 16, 4, 4, dtype=torch.float64, device=DEVICE)
@@ -211,7 +214,7 @@ def test_autocast_works_as_for_conv2d():
     ids=str,
 )
 def test_arguments_are_handled_as_in_torch(options, called):
-    """Arguments that torch accepts work, and those that it rejects raise torch's error."""
+    """Arguments that torch accepts work, and arguments that torch rejects raise torch's error."""
     x, filter = random(2, 8, 5, 5).half(), random(4, 8, 3, 3).half()
     arguments = (x, filter, None, *plain_norm(4).statistics[:2])
     with torch.no_grad(), bnres.use_conv_route("kernel"):
@@ -227,7 +230,7 @@ def test_arguments_are_handled_as_in_torch(options, called):
 
 
 def test_operands_are_cast_once():
-    """The route is chosen before any operand is cast."""
+    """Each operand is cast once, because the route is chosen before the operands are cast."""
     casts = []
 
     class Count(TorchDispatchMode):
@@ -288,7 +291,7 @@ def test_errors(route, monkeypatch):
 @pytest.mark.skipif(DEVICE == "cuda", reason="counts what the interpreter touches")
 @pytest.mark.parametrize("has_residual", [False, True], ids=["plain", "residual"])
 def test_memory_touched(has_residual):
-    """The kernel touches as many bytes as x, the residual and y have, not counting the filter."""
+    """Without the filter, the kernel touches as many bytes as x, the residual and y have."""
     from benchmarks.audit.memory import count_traffic
 
     x, filter = random(2, 16, 8, 8, dtype=torch.float16), random(16, 16, 3, 3, dtype=torch.float16)

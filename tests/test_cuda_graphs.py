@@ -1,4 +1,4 @@
-"""Tests that training with CUDA graphs of forward and backward equals training without."""
+"""Tests that training with CUDA graphs gives the same results as training without them."""
 
 from contextlib import contextmanager, nullcontext
 
@@ -15,9 +15,9 @@ from tests.device import DEVICE
 
 
 class RecordedGraph(TorchDispatchMode):
-    """Replaces a CUDA graph on the CPU: it replays the same operations on the same memory.
+    """Replaces a CUDA graph on the CPU: records operations, and repeats them on the same memory.
 
-    Unlike the capture of a CUDA graph, recording also runs the operations, so the first replay
+    The capture of a CUDA graph does not run the operations, but recording does. So the first replay
     does nothing.
     """
 
@@ -82,7 +82,7 @@ def make_config(**options):
 
 
 def graphed(config, dataset):
-    """Returns a run whose passes use CUDA graphs, on the device of the tests."""
+    """Returns the state of a run that uses CUDA graphs, and its batches."""
     state, batches = build_state(config, dataset)
     passes = state.passes
     state.passes = GraphedPasses(state.model, passes.forward, passes.scaler, config)
@@ -93,10 +93,11 @@ def graphed(config, dataset):
     "options",
     [
         pytest.param({}, marks=pytest.mark.slow),
-        # With the smaller stem, the input of every strided convolution is larger than one pixel. If
-        # it has one pixel, torch's bf16 convolution on the CPU does not write some gradients.
+        # With the smaller stem, the input of every strided convolution is larger than one pixel.
+        # For one pixel, torch's bf16 convolution on the CPU leaves some gradients unwritten.
         {"dtype": "bf16", "stem": "cifar", "clip_norm": 1.0, "ema": 0.9, "flip": True},
-        # The smaller stem has no max-pool. On a GPU torch's max-pool may not be deterministic.
+        # The smaller stem is used because it has no max-pool. torch's max-pool may not be
+        # deterministic on a GPU.
         pytest.param(
             {"stem": "cifar", "optimizer": "adamw", "schedule": "cosine", "fused": False},
             marks=pytest.mark.slow,
@@ -125,13 +126,13 @@ def test_training_is_bit_equal(cuda_graphs, dataset, options):
 
 @pytest.mark.parametrize(
     ("batch_size", "expected"),
-    # An epoch has five batches of 8 and one of 4, or two of 16 and one of 12. The last batch is
-    # neither used for warm-up nor captured.
+    # The batch size, and the sizes of the batches that are not replayed. An epoch has five batches
+    # of 8 and one of 4, or two of 16 and one of 12. The last batch is always run without the graph.
     [(8, [8, 8, 8, 8, 4, 4]), (16, [16, 16, 12, 16, 16, 12])],
     ids=str,
 )
 def test_one_capture(cuda_graphs, dataset, batch_size, expected):
-    """After the warm-up, full batches are replays and other batches are not."""
+    """After the warm-up and one capture, full batches are replayed. Smaller batches never are."""
     config = make_config(batch_size=batch_size)
     with use_backend("triton" if DEVICE == "cuda" else "aten"):
         state, batches = graphed(config, dataset)
@@ -142,7 +143,7 @@ def test_one_capture(cuda_graphs, dataset, batch_size, expected):
         train_epoch(state, batches, config)
         hook.remove()
     assert eager == expected
-    assert expected.count(batch_size) == WARMUP_BATCHES + 1  # one is the capture
+    assert expected.count(batch_size) == WARMUP_BATCHES + 1  # one for the capture
 
 
 def test_several_processes_are_refused(cuda_graphs, dataset, monkeypatch):

@@ -92,7 +92,7 @@ PICTURES = Path(__file__).parent / "fixtures" / "cifar10"
 
 
 def cifar_content():
-    """Returns a dict from the name of each published file to its images and labels.
+    """Returns the images and labels of each published file, in a dict by file name.
 
     The first images of each file are real, and the others are random.
     """
@@ -156,7 +156,8 @@ class TestCifar10:
         monkeypatch.setitem(MD5, name, hashlib.md5(archive.read_bytes()).hexdigest())
         for part, data in members.items():
             monkeypatch.setitem(MD5, part.split("/")[1], hashlib.md5(data).hexdigest())
-        # With checksum=True, binary files must have the published length. These files are shorter.
+        # These files are shorter than the published ones. Binary files would be rejected with
+        # checksum=True, because their length is checked.
         binary = kind == "binary"
         self.check(load_cifar10(archive, checksum=not binary), content)
         self.check(load_cifar10(tmp_path, checksum=not binary), content)
@@ -259,7 +260,7 @@ class TestPickles:
             load_cifar10(archive, checksum=False)
         assert not trap.exists()
 
-    # Protocol 5 uses a function that is not permitted.
+    # Protocol 5 is left out, because it uses a function that is not permitted.
     @pytest.mark.parametrize("protocol", range(5))
     def test_arrays_are_read(self, protocol):
         array = np.arange(6, dtype=np.uint8).reshape(2, 3)
@@ -291,7 +292,7 @@ class TestPickles:
 class TestDownload:
     @pytest.fixture
     def server(self):
-        """Serves ``content``. The first response ends after ``limit`` bytes."""
+        """Starts a server that sends ``content``. The first response ends after ``limit`` bytes."""
         pytest.importorskip("pooch", reason="downloads need pooch")
 
         class Handler(http.server.BaseHTTPRequestHandler):
@@ -460,14 +461,14 @@ class TestFolder:
             load_folder(tmp_path / "b")
 
 
-# GRAY has values of 8 bits. The values of WIDE have 16 bits: the upper byte is GRAY, and the lower
-# byte rises from 0 to 255 from row to row.
+# GRAY has 8-bit values. WIDE has 16-bit values: the upper byte is the value of GRAY, and the lower
+# byte increases with the row, from 0 in the first row to 255 in the last.
 GRAY = np.tile(np.arange(0, 256, 17, dtype=np.uint8), (16, 1))
 WIDE = (GRAY.astype(np.uint16) << 8) + np.arange(0, 256, 17, dtype=np.uint16)[:, None]
 
 
 def tiff(values, bits, *, kind=1, black=1, order="<"):
-    """Returns an uncompressed gray TIFF. ``kind`` is 1 for unsigned, 2 for signed, 3 for floats."""
+    """Returns an uncompressed gray TIFF. ``kind`` is 1 for unsigned, 2 for signed, 3 for float."""
     height, width = values.shape
     if bits == 12:
         first, second = values.reshape(-1, 2).T.astype(int)
@@ -491,7 +492,7 @@ def tiff(values, bits, *, kind=1, black=1, order="<"):
 
 
 def pnm(magic, top, values):
-    """Returns a file in a portable anymap format. P2 is a text format, the others are binary."""
+    """Returns a portable anymap file. With ``magic`` "P2" it is a text file, otherwise binary."""
     head = f"{magic} {values.shape[1]} {values.shape[0]} {top}\n"
     if magic == "P2":
         return (head + " ".join(map(str, values.flatten()))).encode()
@@ -508,7 +509,7 @@ UNIT = GRAY.astype(np.float32) / 255
 
 
 class TestGrayOfMoreBits:
-    """Covers each of pillow's gray modes that have more than 8 bits per pixel."""
+    """Tests each of pillow's gray modes that have more than 8 bits per pixel."""
 
     @pytest.mark.parametrize(
         ("mode", "content"),
@@ -574,7 +575,7 @@ class TestGrayOfMoreBits:
 def test_orientation_is_not_applied(tmp_path):
     path = tmp_path / "upright.jpg"
     exif = Image.Exif()
-    exif[0x0112] = 6  # rotated by 90 degrees
+    exif[0x0112] = 6  # the orientation: rotated by 90 degrees
     Image.fromarray(GRAY).resize((16, 16)).save(path, exif=exif, quality=100, subsampling=0)
     item, _ = ImageFiles([(path, 0)], size=16)[0]
     assert (item[0].int() - torch.from_numpy(GRAY)).abs().max() <= 2
@@ -595,7 +596,7 @@ class TestBatches:
         expected = plain(data.train_images).flatten(1)
         distances = torch.cdist(
             seen.flatten(1), expected, compute_mode="donot_use_mm_for_euclid_dist"
-        )  # without matrix products, equal images have distance 0
+        )  # matrix products are avoided, so that equal images have distance 0
         assert distances.min(1).values.max() == 0
         assert (distances == 0).any(0).sum() >= len(seen)
 

@@ -27,12 +27,12 @@ MODULES = [
 
 @cache
 def symbols() -> set[str]:
-    """Returns every name that a module of bnres or of the benchmarks has."""
+    """Returns every name that a module of bnres or of the benchmarks defines or imports."""
     return {name for module in MODULES for name in vars(importlib.import_module(module))}
 
 
 def imported(path: str) -> bool:
-    """Returns whether a dotted path leads to a module or to an attribute of one."""
+    """Returns whether a dotted path names a module, or an attribute inside a module."""
     parts = path.split(".")
     for i in range(len(parts), 0, -1):
         try:

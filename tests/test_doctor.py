@@ -1,4 +1,4 @@
-"""Tests of ``bnres doctor``: its findings, and its savings, which equal the benchmarks' counts."""
+"""Tests of ``bnres doctor``: its findings, and that its savings equal the benchmarks' counts."""
 
 import json
 import os
@@ -174,7 +174,7 @@ def test_cache_folder(monkeypatch, tmp_path, variable):
 
 @contextmanager
 def another_user():
-    """Inside the context, permissions restrict the process, even if it was started by root."""
+    """If the user is root, changes to another user inside the context, so permissions apply."""
     root = os.geteuid() == 0
     if root:
         os.seteuid(65534)
@@ -228,7 +228,7 @@ def test_cache_folders_are_those_of_triton_and_inductor(monkeypatch, tmp_path):
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
     for variable in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"):
-        monkeypatch.setenv(variable, "")  # so that monkeypatch also undoes what cache_dir sets
+        monkeypatch.setenv(variable, "")  # makes monkeypatch restore it after cache_dir sets it
         monkeypatch.delenv(variable)
     monkeypatch.setenv("TRITON_HOME", str(tmp_path))
     found = checks.cache_folders()

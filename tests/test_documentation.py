@@ -1,4 +1,4 @@
-"""Tests README and docs/: every sample runs, and every link except https:// leads to a file."""
+"""Tests README and docs/: samples run, and links that don't start with https:// name a file."""
 
 import ast
 import importlib.util
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.torchvision_import import torchvision  # before a sample imports it
+from benchmarks.torchvision_import import torchvision  # before samples import it
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -41,7 +41,7 @@ def test_samples_run(name, tmp_path, monkeypatch):
             pytest.skip(f"{package} is not installed; it comes with bnres[recipes]")
         if package == "ultralytics" and not torchvision.extension._has_ops():
             pytest.skip("ultralytics needs torchvision's compiled operators")
-    # transformers imports the package "kernels" if it is installed, and would find our folder.
+    # transformers imports a package "kernels" if it finds one, and would find our folder kernels.
     monkeypatch.setitem(sys.modules, "kernels", None)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(os, "environ", os.environ.copy())

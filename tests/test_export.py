@@ -1,4 +1,4 @@
-"""Exports and traces of the layers contain only torch's operators and load without bnres."""
+"""Tests that exported and traced layers contain only torch's operators and load without bnres."""
 
 import subprocess
 import sys
@@ -43,7 +43,7 @@ MODELS = {
 
 
 def model_of(name, training=False):
-    """Returns a model in fp64 with random statistics and parameters, and an input."""
+    """Returns a model in fp64 with random statistics and parameters, and an input for it."""
     torch.manual_seed(0)
     make, shape = MODELS[name]
     model = make().to(DEVICE, torch.float64)

@@ -1,4 +1,4 @@
-"""Errors of disks and files: the command prints one line, has an exit code, and loses no file."""
+"""Tests errors of disks and files: the command prints one line, fails, and loses no file."""
 
 import errno
 import os
@@ -22,7 +22,7 @@ from tests.command import run
 from tests.disks import read_only, small_disk
 
 MEGABYTE = 1 << 20
-# A checkpoint of this small net has about 0.4 MB.
+# A checkpoint of this small net has a size of about 0.4 MB.
 TRAIN = ["train", "--model", "lenet-seed", "--batch-size", "8", "--shift", "0"]
 pytestmark = pytest.mark.usefixtures("aten")
 
@@ -119,7 +119,7 @@ def test_resuming_on_a_full_disk_keeps_the_checkpoint(checkpoint, tmp_path):
         stderr = run("train", "--resume", kept, code=1)
         assert "the last good checkpoint is kept" in stderr
         assert kept.read_bytes() == checkpoint.read_bytes()
-        # Here the checkpoint is not in the folder to which the run writes.
+        # This run writes to a folder that does not contain the checkpoint.
         stderr = run("train", "--resume", checkpoint, "--out", disk / "run", code=1)
         assert stderr.endswith(f"continue with: bnres train --resume {checkpoint}\n")
 
@@ -144,7 +144,7 @@ def test_augment_on_a_full_disk(tmp_path):
 
 
 def test_results_on_a_full_disk(tmp_path):
-    """An incomplete last line is dropped. The next run continues after the last complete line."""
+    """An incomplete last line of the results is dropped. The complete lines are kept."""
     disk, record = tmp_path / "disk", {"id": "0", "text": "x" * 1000}
     with small_disk(disk, MEGABYTE // 32):
         results = ResultStore(disk / "results", dict.fromkeys(IDENTITY, "this"))
@@ -202,7 +202,7 @@ def test_missing_and_damaged_checkpoints(command, checkpoint, tmp_path):
     missing = tmp_path / "missing.pt"
     assert run(*command, missing, code=2).endswith(f"there is no file {str(missing)!r}\n")
     data = bytearray(checkpoint.read_bytes())
-    data[len(data) // 2] ^= 1  # a byte of the weights, whose checksum torch.load ignores
+    data[len(data) // 2] ^= 1  # a byte of the weights, which torch.load does not check
     checkpoint.write_bytes(data)
     wanted = f"bnres: {checkpoint} is damaged, or not a checkpoint of bnres\n"
     assert run(*command, checkpoint, code=2) == wanted
@@ -237,7 +237,7 @@ def same(a, b):
 
 
 def damaged(data: bytes, draw: random.Random) -> bytes:
-    """Returns the data with one byte changed, or truncated."""
+    """Returns the data truncated, or with one byte changed."""
     if draw.random() < 0.3:
         return data[: draw.randrange(len(data))]
     place = draw.randrange(len(data))

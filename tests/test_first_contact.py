@@ -50,13 +50,13 @@ def test_every_outcome_of_a_stage_is_recorded_once(tmp_path):
     assert lines[0].endswith("hello") and lines[3].endswith("(no-such-program is not installed)")
     log = (tmp_path / "log.txt").read_text()
     assert log.count("hello") >= 2 and log.index("===== fails") < log.index("===== hangs")
-    # A second call repeats nothing.
+    # A second call runs no stage again.
     assert run(tmp_path, *chosen) == (0, [])
     assert statuses(tmp_path) == ends
 
 
 def test_a_stage_that_continues_gets_its_time_in_several_calls(tmp_path):
-    stage = Stage("long", CONTINUES, 0.02, continues=True)  # 1.2 s in total
+    stage = Stage("long", CONTINUES, 0.02, continues=True)  # 1.2 s for all calls together
     after = Stage("after", PRINT, 1)
     left, _ = run(tmp_path, stage, after, minutes=0.004)
     assert left == 2 and statuses(tmp_path) == [("long", "unfinished")]
@@ -123,6 +123,7 @@ def test_names_and_files_of_the_stages(tmp_path):
     names = [stage.name for stage in found]
     assert names[:4] == ["environment", "smoke", "tests", "campaign"]
     assert len(set(names)) == len(names)
-    # Copying the folder from a remote machine may be limited to a few files.
+    # The stages write at most eight files, because copying the folder from a remote machine may be
+    # limited to a few files.
     files = {part for s in found for part in s.command if part.startswith(f"{tmp_path}/")}
     assert len(files | {"log.txt", "stages.jsonl", "environment.json", "results.jsonl"}) <= 8

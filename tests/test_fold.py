@@ -1,4 +1,4 @@
-"""Tests that `bnres.fold` keeps outputs when it folds batch norms into convolutions."""
+"""Tests that outputs stay the same when `bnres.fold` folds batch norms into convolutions."""
 
 import copy
 import gc
@@ -19,8 +19,8 @@ from tests.device import DEVICE
 from tests.tolerances import assert_close
 
 ATEN = "triton" if DEVICE == "cuda" else "aten"
-# For each model, the number of batch norms that are not folded, because they don't follow a
-# convolution or run only in training.
+# For each model, the number of batch norms that are not folded, because their input is not a
+# convolution's output or because they run only in training.
 KEPT = {"resnet18": 0, "densenet121": 62, "mobilenet_v2": 0, "googlenet": 2, "regnet_y_400mf": 0}
 
 
@@ -104,7 +104,7 @@ def test_batch_norms_that_can_not_be_folded():
 
 
 class Shares(nn.Module):
-    """A model that calls convolutions and batch norms more than once."""
+    """A model that calls both its convolutions and one of its batch norms twice."""
 
     def __init__(self):
         super().__init__()

@@ -1,8 +1,9 @@
-"""Compares every operation's outputs, gradients and buffers bitwise with frozen.json.
+"""Compares hashes of every operation's outputs, gradients and buffers with frozen.json.
 
-The inputs are small integers and counts are powers of two, so sums are exact in any order and the
-bits don't depend on the machine. After an intended change of bits, run ``TRITON_INTERPRET=1 python
--m tests.test_frozen`` and say in the commit message why they changed.
+The inputs are small integers, and every mean is over 2ⁿ values. So sums and means are exact, and
+the hashes are the same on every machine. If a change of the results is intended, write frozen.json
+again with ``TRITON_INTERPRET=1 python -m tests.test_frozen``, and say in the commit message why the
+results changed.
 """
 
 import hashlib
@@ -36,7 +37,7 @@ def whole(shape, seed, dtype, low=-8, high=9):
 
 
 class Norm:
-    """The tensors of a batch norm; weight and bias require gradients."""
+    """The tensors of a batch norm. Weight and bias require gradients."""
 
     def __init__(self, channels, seed, affine=True):
         acc = torch.float32
@@ -106,7 +107,7 @@ def convolved(shape, dtype, layout, mode, act, affine, residual, conv_bias):
 def cases():
     """Yields each case's name, function and options.
 
-    Each mode occurs with each value of each option, except that inference has no fork.
+    Each mode is combined with each value of each option, except that inference has no fork.
     """
     for shape, layout, mode in itertools.product(SHAPES, LAYOUTS, MODES):
         name = f"{shape}-{layout}-{mode}"

@@ -1,4 +1,4 @@
-"""Tests `bnres.fuse` and `bnres.explain`: the patterns they find, and that results are equal."""
+"""Tests the patterns that `bnres.fuse` and `bnres.explain` find, and the fused models' results."""
 
 import copy
 import pickle
@@ -21,7 +21,7 @@ from tests.tolerances import formula_dtype
 
 
 class Net(nn.Module):
-    """Convolutions, batch norms and activations, with the forward ``body``."""
+    """Convolutions, batch norms and activations. ``body`` is the forward."""
 
     def __init__(self, body, dims=2):
         super().__init__()
@@ -57,7 +57,8 @@ def counter_read(m, x):
     return F.relu(y) * z
 
 
-# The forward, the number of spatial dimensions, and the pattern of each batch norm that it calls.
+# Each case has a forward, the number of spatial dimensions, and the pattern of each batch norm that
+# the forward calls.
 PATTERNS = {
     "conv-bn-act": (lambda m, x: m.act(m.bn(m.conv(x))), 2, ["conv-bn-act"]),
     "grouped": (lambda m, x: m.bn(m.conv2(x)).relu(), 2, ["conv-bn-act"]),
@@ -124,7 +125,7 @@ def batch(dims=2, seed=1):
 
 
 def test_repr():
-    """The repr shows that a model is fused. Copies and pickles are unfused and need no bnres."""
+    """A fused model's repr says so. Its copies and pickles are unfused and don't need bnres."""
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
     stock, fused = repr(model), bnres.fuse(model)
     assert repr(fused) == stock.replace("(\n", "(\n  fused by bnres\n", 1)
@@ -172,7 +173,7 @@ def test_two_readers_get_separate_tensors(monkeypatch):
     with use_backend("triton" if DEVICE == "cuda" else "triton-interpreter"):
         assert_same_steps(fused, stock, x)
         given.clear()
-        fused.float()(x.float()).sum().backward()  # the kernels pool fp32 but not fp64
+        fused.float()(x.float()).sum().backward()  # the pooling kernels don't support fp64
     # Backward runs in this order: the last block's bn2 and bn1, the first block's bn2 and bn1, and
     # the stem. Only the first block's bn2 and the stem get a second gradient, because only their
     # outputs are read by two layers.
@@ -180,7 +181,7 @@ def test_two_readers_get_separate_tensors(monkeypatch):
 
 
 class Fade(nn.Module):
-    """A model whose forward reads buffers, a list and its mode."""
+    """A model whose forward reads buffers, a list, and whether the model is in training."""
 
     def __init__(self):
         super().__init__()
@@ -250,8 +251,8 @@ def test_explain_names_norms_of_broken_graphs():
         ("0.bn", "bn-act"), ("0.bn2", "bn"), ("0.unused", "-"),
         ("1.bn", "bn-act"), ("1.bn2", "bn"), ("1.unused", "-"), ("2", "-"),
     ]  # fmt: skip
-    # Dynamo captures no functions of torch.nn, so the rest of a Sequential after a graph break is
-    # not fused.
+    # After a graph break inside a Sequential, the rest of the Sequential is not fused, because
+    # Dynamo captures no functions of torch.nn.
     assert report.sites[6].reason == report.sites[2].reason
     assert report.sites[2].reason.startswith("not in a captured graph: ")
     assert str(report).splitlines()[-1] == "4 fused sites of 7"
@@ -331,7 +332,10 @@ assert "bnres" in sys.modules
 
 @pytest.mark.slow
 def test_fused_models_do_not_share_the_limit_of_graphs(monkeypatch):
-    """torch stores at most 8 graphs for the code of ``__call__``, which all modules share."""
+    """torch stores at most 8 graphs per code object. All modules share the code of ``__call__``.
+
+    So each fused model must be captured in code of its own.
+    """
     from bnres.fusion import rewrite
 
     calls, fuse_graph = [], rewrite.fuse_graph

@@ -1,4 +1,4 @@
-"""Tests that fused models compute what the stock models compute, also in training code."""
+"""Tests that fused models compute the same as stock models, also with checkpoints, hooks, DDP."""
 
 import copy
 import gc
@@ -26,7 +26,8 @@ from tests.tolerances import TOLERANCE
 ROOT = Path(__file__).parent.parent
 tv = torchvision.models
 BasicBlock, Bottleneck = tv.resnet.BasicBlock, tv.resnet.Bottleneck
-# Rounding errors grow from layer to layer, most of all in the gradients of small batches.
+# The tolerance. Rounding errors grow from layer to layer, most of all in the gradients of small
+# batches.
 DEEP = 1e-9
 
 
@@ -50,7 +51,7 @@ def d2l(name, **options):
 
 
 def of_timm(name, **options):
-    import timm  # imports torchvision, so only after torchvision_import
+    import timm  # imports torchvision, so torchvision_import must have been imported before
 
     return timm.create_model(name, **options)
 
@@ -72,7 +73,7 @@ SMALL = {
 }
 # Models that are not marked slow. Each of the other models takes at least ten seconds.
 QUICK = ("lenet-seed", "timm-resnet", "timm-efficientnet")
-# Name, image size, number of batch norms.
+# Each model's name, image size and number of batch norms.
 WHOLE = [
     ("resnet18", 64, 20),
     ("resnet50", 64, 53),
@@ -85,13 +86,16 @@ WHOLE = [
 
 
 def assert_same(actual, expected, tolerance=DEEP):
-    """Checks equality, with a tolerance relative to the largest expected value."""
+    """Checks that the greatest difference is at most ``tolerance`` times a scale.
+
+    The scale is the largest absolute expected value, or 1 if that value is below 1.
+    """
     scale = max(1.0, expected.abs().max().item())
     assert (actual - expected).abs().max().item() <= tolerance * scale
 
 
 def assert_same_state(fused, stock, tolerance=DEEP):
-    """Checks that parameters, gradients and buffers are equal."""
+    """Checks that parameters, gradients and buffers agree within the tolerance."""
     for p, q in zip(fused.parameters(), stock.parameters(), strict=True):
         assert_same(p, q, tolerance)
         assert (p.grad is None) == (q.grad is None)
@@ -109,7 +113,7 @@ def logits(out):
 
 
 def step(model, x, rate=0.01):
-    """Makes a step of SGD with the same random numbers for all models; returns the logits."""
+    """Makes a step of SGD, with the same random numbers for all models. Returns the logits."""
     torch.manual_seed(3)
     optimizer = torch.optim.SGD(model.parameters(), lr=rate)
     optimizer.zero_grad()
@@ -178,9 +182,10 @@ def test_whole_architectures(name, size, norms):
 
 
 def small():
-    """Returns a model: a stem with a max-pool, and two blocks.
+    """Returns a model of a stem with a max-pool, two residual blocks, and a classifier.
 
-    The first block adds two batch norms, and the second block adds its input.
+    The first block adds the outputs of two batch norms. The second adds its input to the output of
+    a batch norm.
     """
     torch.manual_seed(0)
     shortcut = nn.Sequential(nn.Conv2d(4, 6, 1, stride=2, bias=False), nn.BatchNorm2d(6))
@@ -226,7 +231,7 @@ def test_interpreted_kernels():
 
 
 class Additions(nn.Module):
-    """A model that adds batch norms in place to tensors, some of which have views or aliases."""
+    """A model that adds the outputs of batch norms in place. Some tensors have views or aliases."""
 
     def __init__(self):
         super().__init__()
@@ -254,7 +259,7 @@ class Additions(nn.Module):
 def test_additions_in_place():
     stock = Additions().to(DEVICE).double()
     x = torch.randn(2, 4, 3, 3, dtype=torch.float64, device=DEVICE)
-    with torch.no_grad():  # autograd refuses in-place writes to chunks
+    with torch.no_grad():  # with gradients, autograd refuses in-place writes to chunks
         assert patterns(stock, x.clone()) == ["bn-add"] * 3 + ["bn"] * 4
         fused = bnres.fuse(stock)
         inputs = x.clone(), x.clone()
@@ -329,7 +334,7 @@ def process_group(tmp_path):
 
 
 def test_distributed_data_parallel(pair, process_group, monkeypatch):
-    """Dynamo's DDPOptimizer splits the graph when there are several gradient buckets."""
+    """Dynamo's DDPOptimizer splits the graph if the gradients are in several buckets."""
     monkeypatch.setattr(torch.distributed, "_DEFAULT_FIRST_BUCKET_BYTES", 1024)
     fused, stock = pair
     graphs = []
@@ -350,7 +355,7 @@ def test_distributed_data_parallel(pair, process_group, monkeypatch):
 
 
 class Checkpointed(nn.Module):
-    """The small model with its blocks checkpointed."""
+    """The model of `small`, with checkpointed blocks."""
 
     def __init__(self):
         super().__init__()
@@ -377,14 +382,14 @@ def test_gradient_checkpointing():
 def test_gradient_checkpointing_in_segments():
     stock = CheckpointedInSegments().to(DEVICE).double()
     sites = bnres.explain(stock, batch()).sites
-    # Dynamo skips all but the last segment.
+    # Dynamo does not capture any segment but the last.
     assert [site.fused for site in sites] == [True] + [False] * 3 + [True] * 2
     assert all("`checkpoint_sequential`" in site.reason for site in sites[1:4])
     assert_trains_alike(bnres.fuse(stock), stock, batch())
 
 
 def add_hooks(model):
-    """Adds hooks of each kind; returns the list that they append to."""
+    """Adds hooks of each kind, and returns the list to which some of the hooks append."""
     seen, block = [], model[1][0]
     block.bn1.register_forward_hook(lambda m, i, out: seen.append("norm"))
     block.register_forward_hook(lambda m, i, out: out * 2)

@@ -1,4 +1,4 @@
-"""Tests which operations are fused with a batch norm, by a small model for each condition."""
+"""Tests which operations are fused with a batch norm, with a small model for each condition."""
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ def two_norms_without_weights(self, x, training=True):
 @cases.add("bn-add-act", "bn")
 @cases.add("bn+bn-add-act", "bn+bn-add-act", grad=False)
 def two_fixed_norms(self, x):
-    """With gradients one operation is not used for both, as it would save both inputs."""
+    """With gradients, the norms are not fused into one operation, which would save both inputs."""
     return two_norms_without_weights(self, x, training=False)
 
 
@@ -145,13 +145,13 @@ def residual_of_more_dimensions(self, x):
 
 @cases.add("bn-act", "bn")
 def conv_of_one_image(self, x):
-    """F.batch_norm takes an unbatched image (C, H, W) as C inputs with H channels."""
+    """F.batch_norm treats an unbatched image (C, H, W) as C inputs with H channels each."""
     return F.relu(F.batch_norm(self.conv(x[0]), None, None, None, None, True)) + self.bn(x)
 
 
 @cases.add("bn-act", "bn-add")
 def counter_of_another(self, x):
-    """bn2's counter is incremented right before a call of a batch norm without a counter."""
+    """bn2's counter is incremented just before a batch norm that has no counter is called."""
     self.bn2.num_batches_tracked.add_(1)
     mean, var = self.bn.running_mean, self.bn.running_var
     y = F.batch_norm(x, mean, var, None, None, True)
@@ -205,7 +205,7 @@ def counter_goes_up_by_two(self, x):
 
 @cases.add("bn-act", "bn")
 def pooled_channels(self, x):
-    """F.batch_norm takes dimension 1 of an unbatched image as channels, but max-pool as rows."""
+    """Dimension 1 of an unbatched image is the channels for F.batch_norm, the rows for max-pool."""
     return F.max_pool2d(
         F.relu(F.batch_norm(x[0], None, None, None, None, True)), 3, 2, 1
     ).sum() + self.bn(x)
@@ -244,7 +244,7 @@ def test_case(case):
 
 
 def test_checkpoints_in_a_checkpoint():
-    """In backward the checkpoints' batch norms run again, and increment their counters again."""
+    """In backward the checkpointed batch norms run again, and increment their counters again."""
 
     def forward(self, x):
         def inner(x):

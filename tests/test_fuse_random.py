@@ -1,7 +1,7 @@
-"""fuse on random modules: the fused module returns the stock module's results or raises its error.
+"""Tests that random modules have the same results, or raise the same error, when they are fused.
 
-``python -m tests.test_fuse_random SEED [COUNT]`` runs COUNT seeds, one by default, and prints the
-modules that fail.
+``python -m tests.test_fuse_random SEED [COUNT]`` tests COUNT modules (by default one), whose seeds
+are SEED, SEED + 1 and so on. It prints the modules that fail.
 """
 
 import copy
@@ -30,7 +30,10 @@ STEPS = 4
 
 
 def load(source: str, name: str) -> type[nn.Module]:
-    """Returns the class ``Net`` of ``source``. Dynamo can find the class's module and source."""
+    """Runs ``source`` as a module called ``name``, and returns its class ``Net``.
+
+    The module and its source are registered, so that Dynamo finds them.
+    """
     linecache.cache[name] = len(source), None, source.splitlines(keepends=True), name
     module = sys.modules[name] = types.ModuleType(name)
     exec(compile(source, name, "exec"), module.__dict__)
@@ -40,9 +43,9 @@ def load(source: str, name: str) -> type[nn.Module]:
 def build(cls: type[nn.Module], seed: int, dtype: torch.dtype) -> nn.Module:
     """Returns a module whose norms have random parameters and statistics.
 
-    In fp64 a weight may be 0, and the channel is then constant. If the constant is 0 or 6, it is at
-    a bound of an activation. In fp32 no weight is 0, because a norm after a constant channel would
-    divide rounding errors by sqrt(eps).
+    In fp64 the first weight may be 0. Then the norm's first channel is constant. The constant is
+    its bias, which may be 0 or 6, a bound of an activation. In fp32 no weight is 0, because a norm
+    after a constant channel would divide rounding errors by sqrt(eps).
     """
     torch.manual_seed(seed)
     rng = random.Random(seed)
@@ -75,16 +78,16 @@ def change_of(rng: random.Random, model: nn.Module) -> str:
 
 
 def step(model: nn.Module, x: torch.Tensor, seed: int, leaf: bool, grad: bool) -> dict:
-    """Returns the results of a call and its backward, and the values that they may change."""
+    """Runs a forward and a backward. Returns their results, and tensors that they may change."""
     found: dict = {}
     torch.manual_seed(seed)
     model.zero_grad()
     x = x.clone().requires_grad_(leaf)
-    given = x if not leaf or seed % 2 else x * 1  # a non-leaf can be written in place
+    given = x if not leaf or seed % 2 else x * 1  # x * 1 may be written in place
     with torch.set_grad_enabled(grad):
         try:
             outputs = model(given)
-            # `is_leaf` raises if the tensor is a view, and a write to its base made it invalid.
+            # `is_leaf` raises for a view that a write to the view's base has made invalid.
             found["kinds"] = [(t.dtype, t.requires_grad, t.is_leaf, t.stride()) for t in outputs]
         except Exception as error:
             return {"forward error": error}
@@ -117,12 +120,12 @@ def difference(found: dict, expected: dict, tolerance: float) -> str:
     if "forward error" in expected or "forward error" in found:
         errors = [each.get("forward error") for each in (found, expected)]
         if type(errors[0]).__name__ == "InternalTorchDynamoError":
-            return ""  # a bug of Dynamo: torch's "eager" backend raises it too
+            return ""  # a bug of Dynamo: torch's "eager" backend raises the same error
         same = None not in errors and isinstance(errors[0], type(errors[1]))
         return "" if same else f"forward: {errors[0]!r:.600}, stock {errors[1]!r:.300}"
     if "backward error" in expected:
-        # The fused module saves fewer tensors. Its backward may succeed if the model has written to
-        # a tensor that only the stock module saves.
+        # The model has written to a tensor that the stock module saves for backward. The fused
+        # module saves fewer tensors, so its backward may succeed.
         for name in ("gradients", "buffers after"):
             found.pop(name), expected.pop(name)
         found["backward error"] = expected["backward error"]
@@ -151,7 +154,7 @@ def with_torchs_backend(model: nn.Module) -> nn.Module:
 
 
 def without_checkpoints(model: nn.Module) -> nn.Module:
-    """Returns a copy that stores all its intermediate tensors instead of recomputing some."""
+    """Returns a copy that calls checkpointed parts without checkpointing."""
     twin = copy.deepcopy(model)
 
     def forward(*args: torch.Tensor) -> tuple:
@@ -166,10 +169,11 @@ def without_checkpoints(model: nn.Module) -> nn.Module:
 
 
 def check(seed: int) -> Counter:
-    """`run`, except that a module passes if torch runs it incorrectly without our fusion too.
+    """Calls `run`, but passes a module that torch alone, without our fusion, computes incorrectly.
 
-    For example, Dynamo loses a hook on an input that is written in place. If a checkpointed part
-    writes to a tensor that backward reads, torch raises no error and returns wrong gradients.
+    Two such bugs are known. Dynamo loses a hook on an input that is written in place. And if a
+    checkpointed part writes to a tensor that backward reads, torch returns wrong gradients instead
+    of raising an error.
     """
     try:
         return run(seed)
@@ -186,21 +190,21 @@ def run(seed: int, fuse: Callable[[nn.Module], nn.Module] = bnres.fuse) -> Count
     """Compares a random module with its fused copy in a random sequence of steps.
 
     Raises:
-        AssertionError: if they differ; the message has the module and the steps.
+        AssertionError: if their results differ. The message has the module and the steps.
     """
     torch._dynamo.reset()
     rng = random.Random(-1 - seed)
     source, shape = write_module(seed)
     interpreted = seed % 10 == 9
     # A module with autocast runs in fp64, on which autocast has no effect. In fp32, autocast would
-    # round to bf16, and the rounding could decide which of two values a max-pool takes.
+    # round to bf16, and the rounding could change which of two values a max-pool chooses.
     narrow = seed % 20 in (7, 19) and "autocast" not in source
     dtype = torch.float32 if narrow else torch.float64
     tolerance = 1e-3 if narrow else 1e-7
     stock = build(load(source, "random_module"), seed, dtype)
     fused = fuse(stock)
     seen, steps, breaks = Counter(), [], graph_breaks()
-    # At the limit of graphs torch must raise. Otherwise it would run the stock code.
+    # If there are too many graphs, torch must raise. By default it would run the stock code.
     limits = {"recompile_limit": 64, "fail_on_recompile_limit_hit": True}
     route = "triton" if DEVICE == "cuda" else "triton-interpreter" if interpreted else "aten"
     with bnres.use_backend(route), torch._dynamo.config.patch(limits), recorded_sites() as sites:
@@ -228,25 +232,25 @@ def run(seed: int, fuse: Callable[[nn.Module], nn.Module] = bnres.fuse) -> Count
                     f"{wrong}\n\nseed {seed}, {route}, {dtype}:\n{source}\n{script}"
                 )
             if "forward error" in results[0] or "backward error" in results[1]:
-                break  # the two modules may have stopped at different places
+                break  # after an error, the modules may have stopped at different places
     return seen + Counter(site.pattern for site in sites)
 
 
 def overwritten(found: dict, expected: dict) -> bool:
-    """Returns whether only the fused module's backward raises because a saved tensor was written.
+    """Returns whether only the fused module's backward raises, because a saved tensor was written.
 
-    Our backward may read the bias of a batch norm. If the write to the bias is in another graph,
-    `fuse` can't see it.
+    Our backward may read the bias of a batch norm. If the model writes to the bias in another
+    graph, `fuse` can't see this write.
     """
     error = str(found.get("backward error", ""))
     return "backward error" not in expected and "modified by an inplace operation" in error
 
 
 def run_many(seeds: range) -> None:
-    """Checks the seeds, and that enough batch norms are fused and few modules raise."""
+    """Checks the modules of all seeds. Enough batch norms must be fused, and few modules raise."""
     total = sum(map(check, seeds), Counter())
     fused = sum(n for name, n in total.items() if name.startswith(("bn-", "bn+", "conv-bn")))
-    assert fused >= len(seeds), total  # otherwise hardly anything was fused
+    assert fused >= len(seeds), total  # at least one per module
     assert total["forward errors"] + total["dynamo errors"] <= len(seeds) / 4, total
     assert total["wrong in torch"] + total["bias overwritten"] <= len(seeds) / 10, total
 

@@ -1,6 +1,6 @@
-"""A batch norm is not fused if the model's in-place writes would then change the results.
+"""Tests that a batch norm is not fused if in-place writes of the model would change the results.
 
-A small model tests each condition.
+There is a small model for each condition.
 """
 
 import pytest
@@ -187,7 +187,7 @@ def convolution_reads_a_residual_norms_statistics(self, x):
 
 @cases.add("bn+bn-add-act", "bn+bn-add-act", grad=False)
 def second_norms_input_is_written_afterwards(self, x):
-    """With gradients both models raise, because torch's batch norm also saves its input."""
+    """Tested without gradients. With them both models raise, because both save the input z."""
     z = x * 1
     y = F.relu(self.bn(x) + self.bn2(z))
     z.mul_(2)
@@ -341,7 +341,7 @@ def two_views_are_returned(self, x):
 
 @pytest.mark.parametrize("forward", [returned_with_a_view, two_views_are_returned])
 def test_a_returned_output_that_the_user_writes(forward):
-    """If the user writes to the output, the gradient of the output's view includes the write."""
+    """If the user writes to an output, the gradient through a view of it includes the write."""
     stock, x = stock_norms(forward), images()
     for route in ROUTES:
         grads = []

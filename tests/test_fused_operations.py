@@ -1,4 +1,4 @@
-"""Tests two batch norms, pooled batch norm and forked outputs against torch's layers."""
+"""Compares sums of two batch norms, pooled batch norm and forked outputs with torch's layers."""
 
 import copy
 
@@ -45,7 +45,7 @@ def fused_twin(bn, cls=BatchNormAct2d, **options):
 def assert_steps_agree(ours, theirs, inputs, norms, wide_norms, dtype, of_outputs=None):
     """Compares outputs, buffers and gradients of inputs and parameters with fp64 references.
 
-    ``of_outputs`` is the dtype whose tolerance applies to the outputs, by default ``dtype``.
+    The outputs' tolerance is that of the dtype ``of_outputs``, which by default is ``dtype``.
     """
     wide = [x.detach().double().requires_grad_() for x in inputs]
     y, expected = ours(*inputs), theirs(*wide)
@@ -112,7 +112,7 @@ def test_each_norm_of_two_has_its_own_eps(training):
     main, other = (fused_twin(bn, eps=bn.eps) for bn in stock)
     expected = F.relu(stock[0](x) + stock[1](r))
     assert_close(main(x, r, residual_norm=other), expected, torch.float64)
-    with torch.no_grad():  # in evaluation, the kernels then read running_var and eps
+    with torch.no_grad():  # so that in evaluation the kernels read running_var and eps
         main, other = (fused_twin(bn, eps=bn.eps) for bn in stock)
         assert_close(main(x, r, residual_norm=other), expected, torch.float64)
 
@@ -129,7 +129,7 @@ def test_two_norms_in_one_dimension_and_without_parameters():
     assert_close(other.running_var, b.running_var, torch.float64)
 
 
-# Kernel, stride, padding, dilation, ceil_mode, shape.
+# Each case has kernel, stride, padding, dilation, ceil_mode, and the shape of x.
 POOLINGS = [
     (3, 2, 1, 1, False, (2, 9, 7, 8)),
     (2, None, 0, 1, True, (2, 8, 5, 7)),
@@ -316,10 +316,10 @@ def test_empty_batches():
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_no_window_outside_the_tensor_is_read(layout):
-    """Memory before and after dy and the indices contains values that must not affect dx.
+    """dy and the indices are parts of larger memory, whose other values must not affect dx.
 
-    Around dy the memory contains NaN. Around the indices it contains indices of maxima, some of
-    which would be inside the tensor.
+    The memory around dy contains NaN. The memory around the indices contains valid indices, and
+    some of them point into the tensor.
     """
     x, pooled = (draw((1, 4, *size), torch.float32, layout).detach() for size in ((5, 8), (3, 4)))
     ones = torch.ones(4, device=DEVICE)
@@ -333,7 +333,7 @@ def test_no_window_outside_the_tensor_is_read(layout):
     found = []
     for tap in (0, 1, 3, 5, 7, 8):
         dy = surrounded(1.0, float("nan"), torch.float32)
-        index = surrounded(4, tap, torch.uint8)  # the centre of each window
+        index = surrounded(4, tap, torch.uint8)  # each maximum is at its window's centre
         norm_of = Norm(Statistics(ones * 0, ones))
         found.append(bn_max_pool_backward_dx(dy, index, x, norm_of, "identity", 0.0, None, 1))
     expected = torch.zeros_like(x)

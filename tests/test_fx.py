@@ -1,4 +1,4 @@
-"""torch.fx traces each of our layers as one node, like torch's layers."""
+"""Tests that torch.fx traces each of our layers as one node, like torch's layers."""
 
 import copy
 import pickle
@@ -51,7 +51,7 @@ def test_hook_runs_once_a_call():
 
 
 def test_residual_is_an_argument_and_copies_are_leaves():
-    """The residual is an argument of the layer's node; pickled or copied layers are leaves too."""
+    """A traced layer is one node. The residual is its argument. Copied layers are traced alike."""
 
     class Net(torch.nn.Module):
         def __init__(self, layer):
@@ -70,7 +70,7 @@ def test_residual_is_an_argument_and_copies_are_leaves():
 
 
 def test_chain():
-    """The blocks of a chain return two tensors, but in a trace of the chain they return one."""
+    """The blocks of a chain return two tensors. While the chain is traced, they return one."""
     torch.manual_seed(0)
     model = Chain(BasicBlock(2, 4, 2), BasicBlock(4, 4)).to(DEVICE, torch.float64)
     x = torch.randn(3, 2, 4, 4, dtype=torch.float64, device=DEVICE)

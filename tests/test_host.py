@@ -1,4 +1,4 @@
-"""Tests of ``python -m benchmarks host``: its table, limits and stand-in for convolutions."""
+"""Tests of ``python -m benchmarks host``: its table, its limits, its stand-in for convolutions."""
 
 import re
 import statistics
@@ -29,7 +29,7 @@ ROW = re.compile(
     r"^(.+?) +(inference|forward|backward|step) +(-?[\d.]+) +\((-?[\d.]+)\) +(-?[\d.]+) +(\S+)$",
     re.MULTILINE,
 )
-# Runs two rounds instead of sixty. No ratio exceeds its limit, unless a test inserts a lower limit.
+# Runs only two rounds, with limits that no ratio exceeds. At {}, a test may insert a lower limit.
 COMMAND = """
 from benchmarks.audit import host
 from benchmarks.cli import app
@@ -64,7 +64,7 @@ def test_a_machine_that_changes_its_speed_does_not_change_a_ratio(monkeypatch):
         def call():
             nonlocal now, calls
             calls += 1
-            now += 1000 * cost * (1 + calls // 100 % 2)  # every other 100 calls take twice as long
+            now += 1000 * cost * (1 + calls // 100 % 2)  # every second hundred takes twice as long
 
         return host.Timed(row, kind, nn.Identity(), call)
 
@@ -105,7 +105,7 @@ def test_a_convolution_that_computes_nothing_returns_the_same_layouts(
         inputs = [x, weight.requires_grad_(), *([torch.randn(6).requires_grad_()] if bias else [])]
         y = F.conv2d(*inputs, stride=stride, padding=padding, dilation=dilation)
         tensors = [y, *torch.autograd.grad(y, inputs, torch.ones_like(y))]
-        # Compares formats instead of strides: strides of dimensions of size 1 are arbitrary.
+        # Compares memory formats, because the strides of dimensions of size 1 are arbitrary.
         formats = [
             [
                 t.is_contiguous(memory_format=f)

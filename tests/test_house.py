@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-# Modules of bnres; each may import only itself and modules that come earlier in this list.
+# Modules of bnres. Each may import only itself and the modules that precede it in this list.
 ROOMS = (
     "kernels",
     "backend",
@@ -81,7 +81,7 @@ INTERNALS = ("torch_internals.py", "triton_internals.py")
 
 @pytest.mark.parametrize("path", [p for _, p in sources()], ids=lambda p: p.stem)
 def test_private_names_are_used_only_in_internals(path):
-    """Covers names of torch's C++ part, functorch, forward mode and triton's driver."""
+    """Tests private names of torch's C++ part, functorch, forward mode and triton's driver."""
     text = path.read_text(encoding="utf-8")
     private = (
         "torch._C",

@@ -1,4 +1,4 @@
-"""Tests ``input_bias``, by which a batch norm adds the bias of the convolution before it."""
+"""Tests ``input_bias``: the batch norm adds the bias of the convolution that precedes it."""
 
 import copy
 from contextlib import nullcontext
@@ -23,7 +23,7 @@ from tests.device import DEVICE
 from tests.tolerances import assert_close
 
 ROUTES = {"kernels": nullcontext, "aten": lambda: bnres.use_backend("aten")}
-# The number of training steps. It is small with kernels, because the interpreter is slow.
+# The number of training steps, small for the kernels because their interpreter is slow.
 STEPS = {"kernels": 4, "aten": 30}
 route = pytest.mark.parametrize("route", ROUTES)
 training_or_not = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
@@ -83,7 +83,7 @@ NETS = (OneNorm, TwoNorms, Pooled)
 
 
 def pair(make, **options):
-    """Returns a copy of a net with the fused forward, and the net with the stock forward."""
+    """Returns two equal nets: the first has the fused forward, the second the stock forward."""
     torch.manual_seed(0)
     stock = make(**options).to(DEVICE)
     ours = copy.deepcopy(stock)
@@ -101,7 +101,10 @@ def assert_same_buffers(ours, stock):
     ("make", "momentum"), [*((make, 0.1) for make in NETS), (OneNorm, None)], ids=str
 )
 def test_checkpointed_statistics(make, momentum, route):
-    """Recomputation stops at the last saved tensor, and must update all statistics before that."""
+    """torch ends the recomputation of a checkpoint at the last tensor that forward saved.
+
+    Before that, the statistics of all norms must have been updated.
+    """
     ours, stock = pair(make, momentum=momentum)
     with ROUTES[route]():
         for _ in range(STEPS[route]):
@@ -148,7 +151,7 @@ def test_compiled(make, training, route):
             gradients = [p.grad for p in net.parameters() if p.grad is not None]
             found.append([y, *gradients, *net.buffers()])
     if route == "aten" and training and DEVICE == "cuda":
-        # Torch chooses another batch norm in a compiled call than in an eager one.
+        # torch runs different batch norms in compiled and eager calls, which round differently.
         for compiled, eager in zip(*found, strict=True):
             torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-5)
     else:
@@ -173,9 +176,9 @@ def test_each_call_of_a_norm_updates_once(momentum, route):
 
 
 def draw():
-    """Returns the differentiable tensors of two norms, and their common running statistics.
+    """Returns the tensors with gradients of two norms, and the norms' common running statistics.
 
-    The differentiable tensors are x, the residual, weight, bias and the two input biases.
+    The tensors with gradients are x, the residual, weight, bias and the two input biases.
     """
     torch.manual_seed(3)
     x, residual = torch.randn(2, 3, 2, 2, 8, device=DEVICE, dtype=torch.float64)
@@ -223,7 +226,7 @@ def double_formula(x, residual, weight, bias, a, b, stats, training, name):
 
 
 def pooled(in_fp32, **window):
-    """Returns the pooled operation and its formula. ``in_fp32`` casts the operation's x to fp32."""
+    """Returns the pooled operation and its formula. With ``in_fp32`` the operation runs in fp32."""
 
     def operation(x, residual, weight, bias, input_bias, other_bias, stats, training, **options):
         return batch_norm_act_max_pool2d(
@@ -240,9 +243,9 @@ def pooled(in_fp32, **window):
 OPERATIONS = {
     "single": (single, single_formula),
     "two norms": (double, double_formula),
-    # The kernel supports this window, but not fp64.
+    # The kernel supports this window, but does not support fp64.
     "pooled": pooled(True, kernel_size=3, stride=2, padding=1),
-    # With this window `batch_norm_act` and torch's pooling run.
+    # The kernel does not support this window, so `batch_norm_act` and torch's pooling run.
     "pooled by torch": pooled(False, kernel_size=2, stride=1, padding=1, dilation=2),
 }
 DTYPES = dict.fromkeys(OPERATIONS, torch.float64) | {"pooled": torch.float32}
@@ -348,7 +351,7 @@ def test_transforms(operation, transform, training):
 @route
 @training_or_not
 def test_without_gradients(training, route):
-    """In evaluation the kernels do not add the bias to x, but subtract it from the running mean."""
+    """In evaluation the kernels subtract the bias from the running mean. They don't add it to x."""
     for operation, (ours, formula) in OPERATIONS.items():
         inputs, stats = draw()
         given, buffers = (
@@ -366,7 +369,7 @@ def test_recomputed(training):
     for context in (nullcontext, bnres.recompute):
         with context():
             y = single(*inputs, [s.clone() for s in stats], training)
-            loss = (y * y).sum()  # the backward of y * y needs y
+            loss = (y * y).sum()  # saves y for backward
         found.append(torch.autograd.grad(loss, inputs[:5]))
     assert all(map(torch.equal, *found))
 

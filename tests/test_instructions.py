@@ -1,4 +1,4 @@
-"""Tests of the executed instructions of machine code, against counts by hand."""
+"""Compares the computed numbers of executed instructions with counts by hand."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,8 @@ from benchmarks.audit.instructions import Flow
 from benchmarks.audit.sass import parse_instructions
 from benchmarks.audit.trips import LoopTrips, loop_trips
 
-# A slow path, two nested loops with a call in the outer loop, and the called routine.
+# A slow path that calls a routine, two nested loops of which the outer calls the routine, and the
+# routine.
 NESTED = """
 /*0000*/            MOV R1, c[0x0][0x28] ;
 /*0010*/            ISETP.GE.AND P0, PT, R2, 0x1, PT ;
@@ -47,7 +48,7 @@ OTHER_ENDS = """
 /*00a0*/            BRA 0x70 ;
 /*00b0*/            BRA 0xb0;
 """
-# A loop that is unrolled by four, and the code for the remaining trips.
+# A loop that is unrolled by four, and code that runs the remaining trips.
 UNROLLED = """
 /*0000*/       @!P0 BRA 0x70 ;
 /*0010*/            STG.E desc[UR4][R2.64], R8 ;
@@ -104,8 +105,9 @@ def trips(depth: int, *each: int) -> LoopTrips:
 def test_nested_loops_a_call_and_a_slow_path():
     loops = [trips(0, 3, 1, 0, 4), trips(1, 1, 2, 5, 3)]
     flow = Flow(parse_instructions(NESTED), loops)
-    # 8 instructions run once; 5 in the outer loop run twice; 3 in the inner loop run
-    # (3·1 + 1·2 + 0·5 + 4·3) / 4 times; the slow path never runs. The routine is not counted.
+    # 8 instructions run once. 5 instructions of the outer loop run twice. 3 instructions of the
+    # inner loop run (3·1 + 1·2 + 0·5 + 4·3) / 4 = 4.25 times. The slow path never runs, and the
+    # routine is not counted.
     assert sum(count for _, count in flow.executed) == 8 + 5 * 2 + 3 * 4.25
     assert {i.address for i, count in flow.executed if not count} == {0x40, 0x50}
     assert flow.calls_in_loops == 1
@@ -131,7 +133,7 @@ def test_loops_that_do_not_match_their_trips_are_refused():
     flow = Flow(parse_instructions(NESTED), [trips(0, 3)])
     with pytest.raises(ValueError, match=r"depths \[0, 1\], expected \[0\]"):
         flow.executed  # noqa: B018
-    # Without trips the main loop is the longest.
+    # If the trips are unknown, the main loop is the longest loop.
     assert [i.address for i in flow.main_loop] == list(range(0x80, 0x100, 0x10))
     loops = [trips(0, 3), LoopTrips(1, None)]
     with pytest.raises(ValueError, match="trips must be known for every loop, got None"):
@@ -143,7 +145,7 @@ def test_trips_from_the_bounds_of_loops():
     found = loop_trips({"ttgir": TTGIR, "ptx": ""}, (2, 3), arguments)
     assert [loop.depth for loop in found] == [0, 1, 0, 0]
     main, inner, tail, by_data = (loop.trips for loop in found)
-    # The grid's first axis has size 2. Along the second, programs have 1200, 1200 and 100 rows.
+    # The grid has 2×3 programs. Along its second axis, they have 1200, 1200 and 100 rows.
     assert main.tolist() == [2, 2, 0] * 2
     assert inner.tolist() == [10] * 6
     assert tail.tolist() == [2, 2, 1] * 2

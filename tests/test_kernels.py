@@ -17,8 +17,8 @@ from bnres.operations.batch_norm_act import unpack_mask
 from tests.device import DEVICE
 from tests.tolerances import assert_close
 
-# The shapes have numbers of channels from 1 to 130, prime sizes, a shape with one spatial element,
-# and every kind of tile.
+# The shapes have from 1 to 130 channels. Some sizes are prime. One shape has a single spatial
+# element. Every kind of tile is used.
 SHAPES = [
     (3, 1, 5, 7),
     (5, 3, 1, 1),
@@ -32,7 +32,7 @@ SHAPES = [
 
 @pytest.fixture
 def many_programs(monkeypatch):
-    """Makes launchers split small tensors among many programs, as on a GPU."""
+    """Makes launchers split small tensors among several programs, as on a GPU."""
     if DEVICE == "cpu":
         monkeypatch.setattr(launch, "sm_count", lambda device: 5)
 
@@ -47,7 +47,7 @@ def draw(shape, last):
 
 
 def double(*values):
-    """Returns the values with all tensors in fp64, including those inside tuples."""
+    """Returns the values with all tensors in fp64, also tensors inside tuples."""
     return [tree_map(lambda v: v.double() if isinstance(v, torch.Tensor) else v, v) for v in values]
 
 
@@ -136,7 +136,7 @@ def test_outputs_may_be_allocated_by_the_caller(last):
         for ours, given, wanted in zip(*map(tree_leaves, (found, out, expected)), strict=True):
             assert ours is given
             assert ours is None or torch.equal(ours, wanted)
-    # Without write_dresidual there is no dresidual, and dx is the same.
+    # Without write_dresidual, dresidual is None, and dx is the same as with it.
     both = bn_backward.bn_backward_dx(*backward, sums, count, write_dresidual=True)
     dx, dresidual = bn_backward.bn_backward_dx(*backward, sums, count)
     assert dresidual is None and torch.equal(dx, both[0])
@@ -152,7 +152,7 @@ def test_launch_refuses_unknown_and_missing_arguments():
 
 
 def test_initial_contents_of_memory_do_not_matter(many_programs, monkeypatch):
-    """No element is read before it is written, and every element of each output is written."""
+    """No memory is read before it is written, and every element of each output is written."""
     empty, empty_like = torch.empty, torch.empty_like
 
     def poison(t):
@@ -275,7 +275,7 @@ def test_versions_whose_interpreter_fails_are_refused():
 
 @pytest.mark.parametrize("momentum", [0.3, torch.tensor([0.3])], ids=type)
 def test_combined_moments_of_parts_are_the_statistics_of_the_whole(momentum):
-    """The parts are like the batches of ranks: one is empty, one has one value per channel."""
+    """The parts stand for the batches of ranks. One is empty, and one has a value per channel."""
     if isinstance(momentum, torch.Tensor):
         momentum = momentum.to(DEVICE)
     x = torch.randn(9, 5, 3, generator=torch.Generator().manual_seed(0)).to(DEVICE) + 100

@@ -1,8 +1,10 @@
-"""Tests that replayed launches run the same kernels, with the addresses of other tensors.
+"""Tests that an operation's second call repeats the launches that its first call recorded.
 
-The interpreter's launches are not recorded. So the tests compile kernels for a GPU in a new
-process, with a stand-in driver that runs nothing, and check the arguments that triton's launcher
-receives.
+The repeated launches must have the addresses of the second call's tensors.
+
+Launches in triton's interpreter are not recorded, so these tests need compiled kernels. They
+compile for a GPU in a new process, with a stand-in driver that runs nothing, and check the
+arguments that triton's launcher receives.
 """
 
 import weakref
@@ -17,9 +19,10 @@ from tests.compiled import run_compiled
 
 @contextmanager
 def launches_written_down():
-    """Yields a list of all launches, and a list of the kernels that ``JITFunction.run`` launched.
+    """Yields a list of all launches, and the names of kernels launched by ``JITFunction.run``.
 
-    Replayed launches are only in the first list. A launch is (kernel, grid, arguments by name).
+    Repeated launches are not made by ``JITFunction.run``. A launch is (kernel, grid, arguments by
+    name).
     """
     import triton
     from triton.compiler import CompiledKernel
@@ -64,7 +67,7 @@ def address(value):
 
 
 class Call:
-    """A batch norm's training step, with all tensors that it reads and writes."""
+    """A batch norm's training step, with all tensors that the step reads and writes."""
 
     def __init__(self, shape=(4, 8, 6, 6), dtype=torch.float32, **options):
         from bnres.functional import batch_norm_act
@@ -121,8 +124,8 @@ def check_replays():
         (dx, "sum_dy_ptr", s.gradients[3]), (dx, "weight_ptr", s.weight),
     ):  # fmt: skip
         assert arguments[name] == tensor.data_ptr(), name
-    # Backward reads the tensors that forward saved. Partial sums are in the memory of an output
-    # that a later kernel writes: y in forward, dx in backward.
+    # Backward reads the tensors that forward saved. Partial sums are stored in the memory of an
+    # output that a later kernel writes: y in forward, dx in backward.
     for name in ("mean_ptr", "rstd_ptr"):
         assert finalize[name] == apply[name] == dx[name] != 0
     assert finalize["rstd_ptr"] > finalize["mean_ptr"] and apply["mask_ptr"] == reduce["mask_ptr"]
@@ -137,7 +140,7 @@ def test_second_call_makes_the_same_launches_on_other_tensors():
 
 
 def check_synchronised():
-    """Checks the launches of rank 0 of 2; the fake process group sends nothing."""
+    """Checks the launches of rank 0 of 2. The fake process group sends nothing."""
     import torch.distributed as dist
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -168,7 +171,7 @@ def check_synchronised():
     ):  # fmt: skip
         assert (arguments[name] or 0) == expected, name
     assert combine["ranks_ptr"] != moments["mean_ptr"] - row
-    assert 0 != dx["sum_dy_ptr"] != sums["sum_dy_ptr"]  # the first is summed over all ranks
+    assert 0 != dx["sum_dy_ptr"] != sums["sum_dy_ptr"]  # dx reads the sums over all ranks
     print("checked")
 
 
@@ -180,7 +183,8 @@ def test_launches_of_synchronised_calls():
 def check_kinds():
     with launches_written_down() as (launches, looked_up):
         Call().step()
-        # For each of these, triton compiles another kernel, or a launch has other numbers.
+        # None of these may repeat the first call's launches: each needs another kernel, or a launch
+        # with other numbers.
         others = [
             {"shape": (5, 8, 6, 6)}, {"dtype": torch.bfloat16}, {"act": "silu"}, {"residual": None},
             {"training": False}, {"eps": 0.5}, {"momentum": 0.5}, {"momentum": torch.tensor(0.5)},
@@ -199,7 +203,8 @@ def check_kinds():
             before = len(looked_up)
             unaligned.forward()
             assert len(looked_up) == before + 3
-        # If a call passes one tensor as two arguments, a later call may pass two tensors.
+        # The first backward gets one tensor as two gradients. The second gets two tensors, and must
+        # use both addresses.
         both = Call()
         y, fork = both.run(both.x, both.mean, both.var, training=True, fork=True)
         same = torch.ones_like(y)
@@ -208,8 +213,8 @@ def check_kinds():
         torch.autograd.grad((y, fork), both.x, (same, torch.ones_like(y)))
         _, _, reduce = launches[0]
         assert address(reduce["dy_ptr"]) != address(reduce["dy_skip_ptr"])
-        # Without grad, the statistics are scratch memory. The launch that writes y reads them, so
-        # they must not be in y's memory.
+        # Without gradients, the statistics are not saved, so they are in temporary memory. This
+        # must not be y's memory, because the launch that writes y also reads the statistics.
         plain = Call()
         with torch.no_grad():
             for _ in range(2):
@@ -233,7 +238,7 @@ def check_simulator():
     from benchmarks.audit.standin import StandInDriver
 
     with launches_written_down() as (launches, looked_up):
-        # Any class will do as the launcher, if it is not defined in a module of triton.
+        # `Call` is only an example of a launcher's class that is not defined in triton.
         with patch.object(StandInDriver, "launcher_cls", Call):
             Call().step()
             count, launches[:] = len(looked_up), []
@@ -302,7 +307,7 @@ def check_capture():
         capturing.return_value = False
         replay.run(calls.append, [(x,)])
         capturing.return_value = True
-        replay.run(calls.append, [(x,)])  # the kernels are loaded by now
+        replay.run(calls.append, [(x,)])  # allowed, because the kernels are loaded by now
         assert len(calls) == 2
     print("checked")
 

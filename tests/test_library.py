@@ -13,7 +13,7 @@ from bnres.train import TrainConfig, train_model
 from tests.own_models import Net
 from tests.test_own_models import dataset
 
-# Other tests cover the kernels, whose interpreter is slow.
+# The kernels' interpreter is slow, and other tests cover the kernels.
 pytestmark = pytest.mark.usefixtures("aten")
 
 
@@ -66,7 +66,7 @@ def test_wrong_arguments():
         ValueError, match=r"^model 'Net' must return 2x2 for an input of 2x1x8x8, a"
     ):
         train_model(model, dataset(), config())
-    assert model._compiled_call_impl is None  # the model is unfused
+    assert model._compiled_call_impl is None  # the model is unfused again
     with pytest.raises(
         ValueError, match=r"^resume works only with bnres train, not with train_model$"
     ):

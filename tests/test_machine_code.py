@@ -1,6 +1,7 @@
-"""Tests of the counts of executed instructions, on a compiled kernel, without a GPU.
+"""Tests the computed numbers of a compiled kernel's executed instructions, without a GPU.
 
-The kernel is compiled in a new process, because the interpreter and the compiler can't share one.
+The kernel is compiled in a new process, because triton's interpreter and compiler can't be used in
+the same process.
 """
 
 import torch
@@ -19,7 +20,7 @@ from tests.compiled import run_compiled
 def _copy_kernel(
     y_ptr, x_ptr, count, per_program, BLOCK: tl.constexpr, UNROLL: tl.constexpr
 ):  # fmt: skip
-    """Copies whole tiles, then the rest in blocks; stores the program's id at the end."""
+    """Copies UNROLL blocks per trip, then the rest block by block, then stores the program's id."""
     start = tl.program_id(0) * per_program
     stop = tl.minimum(start + per_program, count)
     whole = start + (stop - start) // (UNROLL * BLOCK) * (UNROLL * BLOCK)
@@ -46,7 +47,7 @@ def check_copy():
     (launch,) = launches
     trips = loop_trips(launch.compiled.asm, launch.grid, launch.arguments)
     flow = Flow(disassemble(launch.compiled.asm["cubin"]).instructions, trips)
-    # Three programs copy ten blocks, two per trip; the last one copies two and a half blocks.
+    # Three programs copy ten blocks each, two per trip. The last program copies 2.5 blocks.
     assert [loop.trips.tolist() for loop in flow.trips] == [[5, 5, 5, 1], [0, 0, 0, 1]]
     loaded = sum(i.access_bytes * times for i, times in flow.executed if i.name == "LDG")
     assert loaded == 16 * (10 + 10 + 10 + 2 + 1) / 4

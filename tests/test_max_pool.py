@@ -15,9 +15,9 @@ from tests.device import DEVICE
 from tests.tolerances import assert_close
 
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
-# Sizes are odd or even. Some shapes have only one row or one column of windows. The channels fill
-# vectors and blocks in some shapes, but not in all. The rows of contiguous tensors are whole
-# vectors. Some shapes have more columns than a program processes.
+# Sizes are odd or even. Some shapes have only one row or one column of windows. In some shapes the
+# channels don't fill whole vectors or blocks. The rows of contiguous tensors are whole vectors.
+# Some shapes have more columns than one program processes.
 SHAPES = [
     ((2, 8, 5, 7), "channels_last"),
     ((1, 24, 6, 9), "channels_last"),
@@ -30,8 +30,8 @@ SHAPES = [
     ((3, 65, 1, 32), "contiguous"),
 ]
 # Each case has a shape, a layout, a dtype, and the number of programs that run at once. If this
-# number is 1, a program processes all rows. If it is 64, a program processes one row. Each dtype is
-# tested in both layouts.
+# number is 1, each program processes all rows. If it is 64, each program processes one row. Each
+# dtype is tested in both layouts.
 CASES = [
     *((*case, torch.bfloat16, 1) for case in SHAPES),
     *((*SHAPES[i], dtype, 1) for i in (0, 6) for dtype in (torch.float16, torch.float32)),
@@ -55,7 +55,7 @@ def split(monkeypatch):
 
 
 def draw(shape, layout, dtype, statistics=Statistics):
-    """Returns x with ties, NaN and infinities, and a norm with weights of both signs and 0."""
+    """Returns x with ties, NaN and infinities, and a norm with positive, negative and 0 weights."""
     torch.manual_seed(0)
     x = torch.randn(shape)
     for share, value in (
@@ -79,7 +79,7 @@ def same_bits(found, expected):
 
 
 def check_forward(x, norm, act):
-    """Compares with max_pool2d, which chooses the first of equal maxima, or the last NaN."""
+    """Compares with max_pool2d. It chooses the first of equal maxima, and of NaNs the last."""
     y, argmax, x_max = bn_max_pool.bn_max_pool(x, norm, act, 0.1, save=True)
     values, _ = bn_forward.bn_apply(x, norm, None, None, act, 0.1)
     expected, flat = F.max_pool2d(values.float(), 3, 2, 1, return_indices=True)
@@ -156,9 +156,9 @@ def test_which_poolings_are_fused(change, dtype, fuses):
 
 
 def test_tensor_that_is_contiguous_and_channels_last():
-    """A tensor with one channel is both contiguous and channels_last.
+    """A tensor with one channel can be both contiguous and channels_last.
 
-    Here the rows of the tensors are not whole vectors.
+    The rows of the tensors in this test are not whole vectors.
     """
     x = torch.randn(2, 1, 6, 7, device=DEVICE).contiguous(memory_format=torch.channels_last)
     for given in (x, torch.randn(2, 3, 6, 9, device=DEVICE)[:, :1, :, ::2]):
@@ -178,7 +178,7 @@ def test_rows_are_split_over_the_whole_chip(batch, contiguous):
     assert found.programs == blocks * -(-rows // found.rows_per_program)
     at_once = 132 * config.TUNING["pool"].programs_per_sm
     turns = -(-found.programs // at_once)
-    # This is the number of rows, divided by the number of rows that the chip could process in the
-    # same time.
+    # The used share of the chip: the number of rows, divided by the number of rows that the chip
+    # could process in the same time.
     used = blocks * rows / (at_once * turns * found.rows_per_program)
     assert found.programs >= 132 and used >= (0.75 if batch >= 16 else 0.25)

@@ -15,8 +15,8 @@ if torch.cuda.is_available():
 from benchmarks.audit.memory import operation_traffic
 
 SHAPE = (16, 32, 16, 16)
-# The kernel of the statistics also reads four elements per channel and program, by which it shifts
-# x. At this shape these reads are less than this share of the bytes of x.
+# In each program, the kernel of the statistics reads four more elements per channel, to choose a
+# value that it subtracts from x. At this shape these reads are less than this share of x's bytes.
 SLACK = 0.03
 
 

@@ -1,4 +1,4 @@
-"""Models: keys and results equal torchvision's, and fused models equal stock models."""
+"""Tests that models have torchvision's keys and results, fused or not."""
 
 import copy
 
@@ -63,8 +63,8 @@ def test_fused_and_stock_models_start_with_the_same_weights(name):
         nets.append(models.create_model(name, num_classes=10, in_channels=1, fused=fused))
     for (k, p), (j, q) in zip(*(n.state_dict().items() for n in nets), strict=True):
         assert k == j and torch.equal(p, q)
-    # The last batch norms normalise only two values per channel, which magnifies rounding errors.
-    # Therefore the models run in fp64.
+    # The models run in fp64, because the last batch norms normalise only two values per channel,
+    # which magnifies rounding errors.
     x = torch.randn(2, 1, 28, 28, dtype=torch.float64)
     with use_backend("aten"):
         ours, stock = (n.double()(x) for n in nets)

@@ -17,7 +17,7 @@ if not torch.cuda.is_available():
 class TwoRanks:
     """torch.distributed, except that ``get_world_size`` returns 2.
 
-    If it returned 1, the plain operation would run.
+    If it returned 1, the operation would not synchronise.
     """
 
     def __getattr__(self, name):

@@ -1,4 +1,4 @@
-"""Tests that errors on hard inputs are at most 1.5 times ATen's, or 1.5 times `dtype_floor`."""
+"""Tests errors on hard inputs: at most 1.5 times the larger of ATen's error and `dtype_floor`."""
 
 import pytest
 import torch
@@ -46,7 +46,7 @@ def dtype_floor(name, dtype, want, x):
         return 4 * fp32 * 0.1 * x.abs().mean((0, 2, 3)).max().item()
     if name in ("running_var", "dweight", "dbias"):  # random errors of n terms grow like √n
         return epsilon * (N * SIZE * SIZE) ** 0.5 * largest
-    # Values of y or dx are rounded. They are also shifted by the mean's rounding error in fp32,
+    # The values of y or dx are rounded. They are also wrong by the mean's rounding error in fp32,
     # divided by the channel's standard deviation.
     shift = (x.mean((0, 2, 3)).abs() * (x.var((0, 2, 3)) + 1e-5).rsqrt()).max().item()
     return epsilon * 4 * largest + fp32 / 2 * shift * largest / 4

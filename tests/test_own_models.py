@@ -68,7 +68,7 @@ def test_models_of_torchvision_and_timm():
 
 @pytest.mark.parametrize("fused", [True, False])
 def test_training_equals_the_stock_models(graphs, fused):
-    """Fusing keeps the keys, and changes losses only by rounding."""
+    """Fusing does not change the keys, and changes the losses only by rounding."""
     found = []
     for each in (fused, False):
         asked = config(f"{OWN}:Net", fused=each, device="cpu")

@@ -24,7 +24,7 @@ def build(tree, out, what):
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    """Builds the wheel from a copy: a build leaves files that a later build would include."""
+    """Builds the wheel in a copy, because a build leaves files that later builds would include."""
     folder = tmp_path_factory.mktemp("packaging")
     ignored = shutil.ignore_patterns(".*", "__pycache__", "build", "dist", "*.egg-info", "runs")
     shutil.copytree(ROOT, folder / "bnres", symlinks=True, ignore=ignored)
@@ -82,7 +82,10 @@ def test_wheel_works_outside_the_repository(wheel, tmp_path):
 
 
 def test_editable_install_is_a_path_entry(wheel, tmp_path):
-    """With an import finder, bnres would be a namespace package in the parent folder of a clone."""
+    """With an import finder instead, Python in a clone's parent folder would import the clone.
+
+    The clone's folder would be imported as an empty namespace package bnres.
+    """
     tree = wheel.parent / "bnres"
     build(tree, tmp_path, "editable")
     (path,) = tmp_path.glob("*.whl")

@@ -1,4 +1,4 @@
-"""Tests that `bnres.recompute` saves fewer bytes for backward and keeps gradients bit-equal."""
+"""Tests that with `bnres.recompute` forward saves fewer bytes, and gradients stay bit-equal."""
 
 import copy
 
@@ -46,8 +46,8 @@ def test_gradients_are_bit_equal(net, monkeypatch):
     forward = len(made)
     y.backward()
     assert all(torch.equal(p.grad, g) for p, g in zip(twin.parameters(), expected, strict=True))
-    # The first norm of each block and the outputs of the first and third block are recomputed. The
-    # output of the second block is stored, because its residual is recomputed.
+    # Backward recomputes the output of each block's first norm, and the outputs of the first and
+    # third block. The output of the second block is stored, because its residual is recomputed.
     assert sorted(made[forward:]) == ["one norm"] * 4 + ["two norms"]
 
 

@@ -1,4 +1,4 @@
-"""Tests that if one process of a run dies, all end, and torchrun's restart resumes the run."""
+"""Tests that a run ends if one of its processes dies, and resumes if torchrun restarts it."""
 
 import os
 import subprocess
@@ -26,7 +26,8 @@ def train(out, *options, dies_at):
          "--device", "cpu", "--checkpoint-steps", "2", "--out", str(out)],
         cwd=ROOT, env=environment | {
             "OMP_NUM_THREADS": "1", "DIES_AT": str(dies_at),
-            # Otherwise a restarted process would read old addresses (pytorch issue 135712).
+            # Otherwise a restarted process would read the addresses of ended processes (pytorch
+            # issue 135712).
             "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
         },
         capture_output=True, text=True, timeout=300,
@@ -37,8 +38,8 @@ def train(out, *options, dies_at):
 def test_a_run_of_which_a_process_is_killed(tmp_path):
     whole = train(tmp_path / "whole", dies_at=-1)
     assert whole.returncode == 0, whole.stderr
-    # The process dies in the fourth batch of the second epoch. Before that, the last checkpoint was
-    # written after the second batch.
+    # The process dies in the fourth batch of the second epoch. The last checkpoint before that is
+    # written after the second batch of this epoch.
     start = time.monotonic()
     killed = train(tmp_path / "killed", dies_at=BATCHES + 4)
     assert killed.returncode != 0 and time.monotonic() - start < 120

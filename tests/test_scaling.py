@@ -1,4 +1,4 @@
-"""Tests of the model of training on many GPUs, and of its comparison with gloo."""
+"""Tests of the estimates of training on many GPUs, and of their comparison with gloo."""
 
 import pytest
 import torch
@@ -14,24 +14,26 @@ def test_traffic_of_resnet18():
     with torch.device("meta"):
         parameters = sum(p.numel() for p in models.resnet18().parameters())
     assert found.gradients == 4 * parameters == 46_758_048
-    # In the three down-sampling blocks the last site has two batch norms.
+    # The last site of the three down-sampling blocks has two batch norms, so its channels are
+    # counted twice.
     assert found.sites == (64,) * 5 + (128, 256, 128, 128, 256, 512, 256, 256, 512, 1024, 512, 512)
     assert found.forward[0] == 4 * (1 + 2 * 64) and found.backward[0] == 4 * 2 * 64
 
 
 def test_collectives_by_hand():
     cluster = Cluster(gpus=2, nvlink=1e9, network=5e8)
-    # A ring of two GPUs takes two steps. Each GPU sends as many bytes as the tensor has.
+    # An all-reduce in a ring of two GPUs has two steps. Each GPU sends as many bytes as the tensor
+    # has.
     assert cluster.all_reduce(10**9, 2) == pytest.approx(8.4e-6 + 2 * 3.4e-6 + 1.0)
-    # Eight GPUs in four nodes gather: each receives 7 tensors over the network. NCCL's protocol for
-    # small tensors uses a quarter of the bandwidth for data.
+    # In an all-gather of eight GPUs in four nodes, each GPU receives 7 tensors over the network.
+    # NCCL's protocol for small tensors uses a quarter of the bandwidth for data.
     latency = 3.6e-6 + 4 * 0.47e-6 + 3 * 2.7e-6
     assert cluster.all_gather(100, 8) == pytest.approx(latency + 700 / (5e8 / 4))
 
 
 def test_gradients_are_hidden_by_a_backward_that_is_long_enough():
     size = scaling.FIRST_BUCKET + scaling.BUCKET
-    # The last bucket is sent after backward. The first is sent during backward, if there is time.
+    # The last bucket is sent after backward. The first is sent during backward if there is time.
     assert exposed(size, 10.0, lambda _: 1.0) == pytest.approx(1.0)
     assert exposed(size, 0.0, lambda _: 1.0) == pytest.approx(2.0)
 

@@ -22,8 +22,8 @@ from tests.tolerances import assert_close
 pytestmark = pytest.mark.smoke
 
 KERNELS = Path(bn_forward.__file__).parent
-# Shape, memory format and kind of tile. Channels and rows never fill whole tiles, so masks are
-# tested.
+# Each layout has a shape, a memory format and a kind of tile. Channels and rows never fill whole
+# tiles, so the kernels' masks are tested.
 LAYOUTS = {
     "planes": ((3, 5, 9, 16), torch.contiguous_format, PLANES),
     "small odd planes": ((9, 16, 7, 7), torch.contiguous_format, GROUPS),
@@ -51,7 +51,7 @@ def affine(x):
 
 
 def double(*values):
-    """Returns the values with all tensors in fp64, including those in tuples."""
+    """Returns the values with all tensors in fp64, also tensors inside tuples."""
     return [tree_map(lambda v: v.double() if isinstance(v, torch.Tensor) else v, v) for v in values]
 
 
@@ -137,8 +137,8 @@ def check_max_pool(dtype, layout):
     y, index, x_max = bn_max_pool.bn_max_pool(x, norm, "silu", 0.0, save=True)
     expected = reference.bn_max_pool_ref(*double(x, norm), "silu", 0.0)[0]
     assert_close(y, expected, dtype)
-    # If several values are equal after rounding, the index may not be that of the largest value
-    # before rounding.
+    # y is compared with the value at the index, not the index itself. If values are equal after
+    # rounding, the index may not be that of the value that was largest before rounding.
     at_index = reference.bn_max_pool_at_ref(*double(x, norm), "silu", 0.0, index)
     assert_close(y, at_index, dtype)
     flat = reference.pooled_offsets(index, x.shape[3]).flatten(2)
@@ -179,7 +179,7 @@ MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)
 
 
 def check_augment(dtype, memory_format):
-    """Tests small images, which one program processes, and larger images.
+    """Tests small images, each processed by one program, and larger images.
 
     For larger images a separate kernel computes the contrast.
     """
@@ -197,8 +197,8 @@ def check_augment(dtype, memory_format):
         exact = augment.Compose(chain.transforms)
         with use_backend("aten"):
             expected = exact.apply(x, draws)
-        # Before normalisation and rounding, colours have an error of at most 1e-4
-        # (test_augment.py).
+        # Colours have an error of at most 1e-4 (see test_augment.py). Normalising divides it by
+        # STD, and rounding to ``dtype`` adds to it.
         allowed = 1e-4 / min(STD) + torch.finfo(dtype).eps * expected.abs().max()
         assert (y.float() - expected).abs().max() <= allowed
 

@@ -1,6 +1,7 @@
 """Tests that missing specialisations and failures to compile or launch are reported.
 
-Code that compiles runs in a new process, because the interpreter and the compiler can't share one.
+Kernels are compiled in a new process, because triton's interpreter and compiler can't be used in
+the same process.
 """
 
 import json
@@ -52,7 +53,7 @@ def check_faults():
 
     @triton.jit
     def grows(x_ptr, N: tl.constexpr):
-        # The shape of ``total`` changes in the loop. Only the interpreter accepts this.
+        # The shape of ``total`` changes in the loop. The compiler does not accept this.
         total = tl.zeros((1, N), tl.float32)
         for _ in tl.range(0, 4):
             total = tl.load(x_ptr + tl.arange(0, N)[:, None]) + total

@@ -18,7 +18,7 @@ CL = torch.channels_last
 
 @pytest.fixture
 def over_blocks(monkeypatch):
-    """Makes every call use the space-to-depth input, and returns the list of the calls' inputs."""
+    """Makes each call use a space-to-depth input, and returns a list to which inputs are added."""
     inputs = []
     monkeypatch.setattr(stem_conv, "takes_blocks", lambda x, w: inputs.append(x) is None)
     return inputs
@@ -26,7 +26,7 @@ def over_blocks(monkeypatch):
 
 @pytest.fixture
 def ran(monkeypatch):
-    """Chooses as on a GPU, and returns a list with an item per use of a space-to-depth input."""
+    """Makes the choice of a GPU. Returns a list that gets an item per space-to-depth input."""
     runs, over = [], stem_conv.conv_over_blocks
     monkeypatch.setattr(stem_conv, "_on_gpu", lambda input: True)
     monkeypatch.setattr(stem_conv, "conv_over_blocks", lambda *ts: runs.append(1) or over(*ts))
@@ -60,7 +60,7 @@ def test_second_derivatives(over_blocks):
 
 
 def test_transforms(ran, monkeypatch):
-    """Transforms of the input and of the filters compute the same as with torch's convolution."""
+    """torch.func's transforms of our convolution compute the same as those of torch's conv2d."""
     monkeypatch.setattr(stem_conv, "_dtype", lambda x, w: torch.bfloat16)
     torch.manual_seed(0)
     x, tangent = (torch.randn(2, 3, 8, 8).to(memory_format=CL).bfloat16() for _ in range(2))
@@ -89,7 +89,7 @@ def test_transforms(ran, monkeypatch):
 @pytest.mark.parametrize("inner", [None, "aot_eager"])
 def test_fused_model_under_autocast(inner, ran):
     torch.manual_seed(0)
-    # The layers are smooth. With relu, rounding errors could set the gradient of an element to 0.
+    # The activations are smooth. With relu, a rounding error could set an element's gradient to 0.
     stock = nn.Sequential(nn.Conv2d(3, 8, 7, 2, 3), nn.Sigmoid(), nn.BatchNorm2d(8), nn.SiLU())
     x = torch.randn(2, 3, 16, 16).contiguous(memory_format=CL)
     options = {} if inner is None else {"options": {"inner": inner}}
@@ -145,7 +145,7 @@ def draw(shape=(2, 3, 8, 8), dtype=torch.bfloat16, layout=CL, **options):
 def test_choice(options, expected, monkeypatch):
     x = draw(**options)
     weight = draw((4, x.shape[1], 7, 7), x.dtype)
-    assert not stem_conv.takes_blocks(x, weight)  # on the CPU
+    assert not stem_conv.takes_blocks(x, weight)  # because the tensors are on the CPU
     monkeypatch.setattr(stem_conv, "_on_gpu", lambda input: True)
     assert stem_conv.takes_blocks(x, weight) is expected
     with torch.no_grad():
@@ -186,7 +186,8 @@ def test_models(over_blocks):
 def test_only_the_stems_convolution_is_replaced(conv, over_blocks):
     model = nn.Sequential(conv, nn.BatchNorm2d(conv.out_channels), nn.ReLU(), nn.Sigmoid())
     x = torch.randn(2, 3, 16, 16)
-    # With the max-pool, `fuse` does not put the convolution into one operation with the batch norm.
+    # Because of the max-pool, `fuse` does not combine the convolution and the batch norm in one
+    # operation.
     model.insert(3, nn.MaxPool2d(3, 2, 1))
     with bnres.use_backend("aten"):
         assert_close(bnres.fuse(model)(x), model(x).double(), torch.float32)

@@ -1,4 +1,4 @@
-"""bnres.models.summarize and bnres summary give a row for each child of a model, and a total."""
+"""Tests that `bnres.models.summarize` and ``bnres summary`` give each child a row, and a total."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from bnres import cli, models
 runner = CliRunner()
 
 
-# Other tests cover the kernels, whose interpreter is slow.
+# The kernels' interpreter is slow, and other tests cover the kernels.
 pytestmark = pytest.mark.usefixtures("aten")
 
 
@@ -118,7 +118,7 @@ def test_a_model_without_children():
     ("name", "sites", "total"),
     [
         ("tests.own_models:by_chans", 2, ["Net", "2x5", "885"]),
-        # The factory requires a number of classes, and gets 1000.
+        # The factory has no default number of classes, so the commands pass 1000.
         ("tests.own_models:Net", 2, ["Net", "2x1000", "9,840"]),
         ("timm:resnet18", 20, ["ResNet", "2x1000", "11,689,512"]),
         ("torchvision:resnet18", 20, ["ResNet", "2x1000", "11,689,512"]),
@@ -157,6 +157,6 @@ def test_bad_input_is_one_line(command, arguments, line):
 
 
 def test_fused_models_show_their_stages():
-    """Hooks that are added before a fused model's first call see the calls of its children."""
+    """Hooks added before a fused model's first call are called for each of its children."""
     found = models.summarize(bnres.fuse(models.resnet18(fused=False)), (1, 3, 32, 32))
     assert [s.note for s in found.stages] == [""] * 11

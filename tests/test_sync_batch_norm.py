@@ -1,4 +1,4 @@
-"""Compares synchronised batch norm on gloo processes with one process and the whole batch."""
+"""Compares synchronised batch norm in gloo processes with batch norm of the whole batch."""
 
 import copy
 import itertools
@@ -25,7 +25,7 @@ from bnres.train.loop import train_batch
 from tests.device import DEVICE
 from tests.ranks import Ranks
 
-# On a GPU kernels are not interpreted. There tests/test_nccl.py tests the kernels.
+# With a GPU, kernels are not interpreted, and tests/test_nccl.py tests them instead.
 without_gpu = pytest.mark.skipif(DEVICE == "cuda", reason="its ranks interpret the kernels")
 INTERPRETED = pytest.param("triton-interpreter", marks=without_gpu)
 ROUTES = ("aten", INTERPRETED)
@@ -50,19 +50,19 @@ def assert_near(actual, expected, tolerance=TOLERANCE):
 
 
 def parts(sizes):
-    """Returns this rank's slice of a batch, of which rank r gets ``sizes[r]`` items."""
+    """Returns this rank's slice of a batch that gives rank r ``sizes[r]`` items."""
     start = sum(sizes[: dist.get_rank()])
     return slice(start, start + sizes[dist.get_rank()])
 
 
 class Case:
-    """A call of the operation on a part of a batch, and its gradients.
+    """Random inputs for calls of the operation on a batch or on a part of it.
 
     Args:
         shape: shape of the whole batch.
         kind: plain, residual or two_norms.
         act: the activation.
-        layout: layout of x.
+        layout: memory format of x, contiguous or channels_last.
         dtypes: the dtype of x and the dtype of the parameters.
     """
 
@@ -73,10 +73,13 @@ class Case:
         self.vectors = [torch.rand(shape[1], generator=g) + 0.5 for _ in range(4)]
 
     def run(self, function, part, dtypes=None, **options):
-        """Returns three lists: y and gradients of inputs; gradients of parameters; buffers.
+        """Runs forward and backward. Returns three lists of tensors.
 
-        All tensors except buffers are rounded to the dtypes of the case. If ``dtypes`` is given,
-        they are then converted to ``dtypes``.
+        The first list is y and the gradients of the inputs. The second is the gradients of the
+        parameters. The third is the buffers.
+
+        Inputs and parameters are rounded to the dtypes of the case. If ``dtypes`` is given, they
+        are then converted to ``dtypes``.
         """
         x_dtype, dtype = dtypes or self.dtypes
         formats = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -111,7 +114,7 @@ class Case:
 
 
 def check_cases(cases, sizes, route, dtypes, tolerance):
-    """Compares this rank's part with the whole batch, and returns the bits of the buffers."""
+    """Compares this rank's results with those of the whole batch. Returns the buffers' bytes."""
     bits, part, wide = [], parts(sizes), (torch.float64, torch.float64)
     for shape, *options in cases:
         case = Case((sum(sizes), *shape), *options, dtypes)
@@ -165,7 +168,7 @@ def test_equals_the_whole_batch(four, route, cases, sizes):
     ("dtypes", "tolerance"),
     [
         ((torch.float64, torch.float64), 1e-12),
-        # As in FSDP2's mixed precision: x and the parameters are in bf16. The buffers are in fp32.
+        # As in FSDP2's mixed precision, x and the parameters are bf16, and the buffers are fp32.
         ((torch.bfloat16, torch.bfloat16), 3e-2),
         ((torch.float16, torch.float32), 4e-3),
     ],
@@ -230,7 +233,7 @@ def test_options_and_modes(four, route, options):
 
 
 def exchanges(run):
-    """Returns the names of the collectives that a call makes."""
+    """Returns the names of the collectives that ``run`` calls."""
     with torch.profiler.profile() as profile:
         run()
     names = [e.name for e in profile.events() if e.name.startswith("_c10d_functional::")]
@@ -238,7 +241,7 @@ def exchanges(run):
 
 
 def check_collectives(route):
-    """Tests that each layer makes one collective in forward and one in backward."""
+    """Tests that each layer calls one collective in forward and one in backward."""
     net = nn.Sequential(
         nn.Conv2d(3, 4, 1), bnres.nn.BatchNormActMaxPool2d(4, 3, 2, 1),
         blocks.BasicBlock(4, 8, 2), bnres.nn.ConvBatchNormAct2d(8, 8, 1),
@@ -286,7 +289,7 @@ def test_only_one_of_two_norms_is_synchronised(four):
 
 
 def check_compiled(route, backend):
-    """A call is captured as one graph. Its step has the results and collectives of eager mode."""
+    """A compiled call is captured as one graph, with the results and collectives of eager mode."""
     torch.manual_seed(0)
     block = TwoNorms()
     twin = copy.deepcopy(block)
@@ -301,7 +304,7 @@ def check_compiled(route, backend):
         compiled = torch.compile(block, fullgraph=True, backend=record)
         steps = []
         for net in (compiled, twin):
-            net(x).sum().backward()  # compiles backward too, which would count its collectives
+            net(x).sum().backward()  # compiles now, because compiling would count as collectives
             net.zero_grad()
             y = net(x)
             steps.append((y, exchanges(lambda y=y: y.square().sum().backward())))
@@ -366,7 +369,7 @@ def resnet18(fused):
 
 
 def check_step(make, route, wrap, sizes=(2, 2, 2, 2)):
-    """Compares a step of a net on this rank's part with a step of torch's layers on the batch."""
+    """Compares our net's step on this rank's part with the stock net's step on the whole batch."""
     torch.manual_seed(0)
     x, labels, part = torch.randn(8, 3, 8, 8).double(), torch.arange(8) % 5, parts(sizes)
     stock, ours = make(False).double(), make(True).double()
@@ -383,8 +386,8 @@ def check_step(make, route, wrap, sizes=(2, 2, 2, 2)):
     F.cross_entropy(expected, labels).backward()
     with bnres.use_backend(route):
         y = net(x[part])
-        # The ranks' gradients are averaged over four ranks. The average must be the gradient of the
-        # mean loss of all eight images.
+        # The gradients are averaged over the four ranks. Because each rank divides its loss by 2,
+        # the average is the gradient of the mean loss of all eight images.
         (F.cross_entropy(y, labels[part], reduction="sum") / 2).backward()
     assert_near(y, expected[part], 1e-9)
     for a, b in zip(ours.parameters(), stock.parameters(), strict=True):
@@ -411,10 +414,10 @@ def test_nets_under_ddp(four, make, route):
 
 
 def check_two_forwards(route):
-    """Tests that backward reads no buffers.
+    """Tests that backward does not read the buffers.
 
-    The second forward overwrites the buffers, because DistributedDataParallel broadcasts them
-    before each forward.
+    DistributedDataParallel broadcasts the buffers before each forward. So the second forward
+    overwrites them before the backward of the first.
     """
     torch.manual_seed(0)
     stock = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).double()
@@ -457,7 +460,7 @@ def test_recompute(four):
 
 
 def check_fused(route, convert):
-    """A fused copy of a stock model computes the same bits as our layers."""
+    """The fused copy of a converted stock model computes the same bits as our layers."""
     torch.manual_seed(0)
     norm_act = layers.stock_norm_act
     stock = nn.Sequential(
@@ -492,7 +495,7 @@ def test_fused_models(four, route, convert):
 
 
 def check_trainer():
-    """Four ranks have the same losses as one process with the whole batch, for a few steps.
+    """For four steps, four ranks have the same losses as one process with the whole batch.
 
     After more steps the losses differ, because training amplifies rounding errors.
     """
@@ -516,10 +519,10 @@ def test_trainer(four):
 
 
 def check_fifty_steps(dtype, momentum, tolerance, static_graph):
-    """Four ranks have the same losses as one process with the whole batch, for fifty steps.
+    """For fifty steps, four ranks have the same losses as one process with the whole batch.
 
-    With momentum, the losses agree for that long only in fp64: as soon as a rounding error changes
-    which of two almost equal values a max-pool takes, the runs diverge.
+    With momentum, the losses agree for that long only in fp64. In fp32 a rounding error soon
+    changes which of two almost equal values a max-pool chooses, and then the losses differ.
     """
     torch.manual_seed(0)
     stock, ours = small_net(False).to(dtype), small_net(True).to(dtype)

@@ -1,4 +1,4 @@
-"""Tests converting batch norms to synchronised batch norms and back, in one process."""
+"""Tests the conversion of batch norms to synchronised batch norms and back, in one process."""
 
 import copy
 import importlib
@@ -14,7 +14,7 @@ from bnres.functional import sync_batch_norm_act
 from bnres.models import blocks, layers
 from bnres.nn.sync import convert_sync_batchnorm, revert_sync_batchnorm
 
-timm = importlib.import_module("timm.layers.norm_act")  # needs torchvision_import before it
+timm = importlib.import_module("timm.layers.norm_act")  # after torchvision_import
 torchs_converter = nn.SyncBatchNorm.convert_sync_batchnorm
 
 OURS = [
@@ -30,8 +30,8 @@ TIMMS = [
     timm.BatchNormAct2d(3),
     timm.BatchNormAct2d(3, act_layer=nn.LeakyReLU, act_kwargs={"negative_slope": 0.3}),
     timm.BatchNormAct2d(3, apply_act=False),
-    # Our operation does not compute the activation of these two: the first has timm's own class of
-    # gelu, and the second has a layer between batch norm and activation.
+    # Our operation does not compute the activation of these two modules. The first uses timm's own
+    # class of gelu. The second has a layer between batch norm and activation.
     timm.BatchNormAct2d(3, act_layer="gelu"),
     timm.BatchNormAct2d(3, drop_layer=nn.Tanh, inplace=False),
 ]
@@ -79,7 +79,7 @@ def test_torchs_converter_takes_fused_models():
 
 
 def steps(module, x):
-    """Returns the outputs in training and in evaluation, the gradients and the state."""
+    """Returns the outputs in training and in evaluation, the gradients, and the state dict."""
     module = copy.deepcopy(module)
     y = module(x)
     y.square().sum().backward()

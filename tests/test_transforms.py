@@ -1,4 +1,4 @@
-"""`torch.vmap` and `torch.func.functional_call` give the same results as for torch's layers."""
+"""Tests that `torch.func`'s transforms of a layer give the same results as plain calls of it."""
 
 import copy
 
@@ -15,7 +15,7 @@ from tests.tolerances import assert_close
 
 ROUTES = ("aten", "triton-interpreter" if DEVICE == "cpu" else "triton")
 IMAGES = (3, 2, 4, 4)
-# For each layer, a function that makes it, and the shape of its input.
+# For each layer, a function that makes the layer, and the shape of the layer's input.
 LAYERS = {
     "BatchNorm1d": (lambda **o: nn.BatchNorm1d(2, **o), (5, 2)),
     "BatchNorm3d": (lambda **o: nn.BatchNorm3d(2, **o), (3, 2, 2, 1, 2)),
@@ -56,7 +56,7 @@ def assert_all_close(found, expected):
 
 
 def stacked(results):
-    """Stacks the tensors of several trees of the same structure."""
+    """Stacks the corresponding tensors of several nested structures."""
     return tree_map(lambda *leaves: torch.stack(leaves), *results)
 
 
@@ -96,7 +96,7 @@ def test_vmap_over_only_the_input_or_the_residual_writes_no_statistics(mapped):
 
 @pytest.mark.parametrize("levels", ["inner", "outer"])
 def test_vmap_of_vmap(levels):
-    """Two vmaps equal two loops. Statistics that only one of the two vmaps maps raise an error."""
+    """Nested vmaps equal nested loops. Statistics mapped by only one of them raise an error."""
     layer = layer_of("BatchNormAct2d", "untracked")
     xs = torch.stack([inputs_of("BatchNormAct2d"), inputs_of("BatchNormAct2d").exp()])
     expected = torch.stack([torch.stack([layer(x) for x in row]) for row in xs])
@@ -183,12 +183,12 @@ def test_vmap_over_functions():
 def test_functional_call_updates_the_statistics_passed_to_it(name, transform):
     layer, own = layer_of(name, "train"), layer_of(name, "train", 1)
     before, x = copy.deepcopy(own.state_dict()), inputs_of(name)[0]
-    # These are copies, so that the parameters of the module get no gradient.
+    # The parameters are copied, so that those of the module get no gradient.
     parameters = {key: p.detach().clone() for key, p in layer.named_parameters()}
     given = {key: b.clone() for key, b in layer.named_buffers()}
 
     def loss(x, parameters):
-        # These are copies, because a transform refuses to write to tensors from outside of it.
+        # The buffers are copied, because a transform refuses to write to tensors from outside.
         buffers = tree_map(torch.clone, given)
         return functional_call(own, (parameters, buffers), (x,)).square().sum(), buffers
 

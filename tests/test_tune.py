@@ -1,4 +1,4 @@
-"""Tests of bnres tune: its measurements, its table, and the routes that are read from the table."""
+"""Tests of ``bnres tune``: its measurements, its table, and the routes read from the table."""
 
 import json
 from dataclasses import replace
@@ -52,7 +52,7 @@ def configs_of(call):
 def test_calls_of_a_model():
     block = BasicBlock(8, 16, 2, stock_norm_act)
     calls = conv_calls(block, (1, 8, 4, 4), torch.float32)
-    assert len(calls) == 6  # three convolutions, with and without residual
+    assert len(calls) == 6  # three convolutions, each with and without residual
 
 
 def test_search_starts_with_the_heuristics_configuration_and_its_neighbours():
@@ -64,13 +64,13 @@ def test_search_starts_with_the_heuristics_configuration_and_its_neighbours():
         "128x64x64 warps 4 stages 3",
         "128x128x64 warps 8 stages 4",
     }
-    assert names[-1] == "64x64x64 warps 4 stages 4"  # two sizes are halved, and one stage is added
+    assert names[-1] == "64x64x64 warps 4 stages 4"  # two sizes halved, one stage added
 
 
 def test_the_faster_route_is_used(tmp_path, monkeypatch):
     path = tmp_path / "folder" / "routes.json"
     assert routes.load_table(path) == {}
-    # Each measurement is slower than the one before it, so torch, measured first, is fastest.
+    # Each measurement is slower than the one before. torch is measured first, so it is fastest.
     (row,) = run([SMALL], path, Time(lambda count: float(count)))
     assert (row.call, row.config, row.torch_ms, row.kernel_ms) == (
         SMALL,
@@ -79,8 +79,8 @@ def test_the_faster_route_is_used(tmp_path, monkeypatch):
         2,
     )
     assert routes.load_table(path) == {}
-    # Each measurement is faster than the one before it, so the last configuration is fastest. The
-    # new row replaces the earlier row.
+    # Each measurement is faster than the one before, so the last configuration is fastest. The new
+    # row replaces the earlier row.
     run([SMALL], path, Time(lambda count: 100.0 - count))
     assert routes.load_table(path) == {SMALL: configs_of(SMALL)[-1]}
     run([LARGE], path, Time())
@@ -124,7 +124,7 @@ def test_a_configuration_that_fails_is_recorded_and_skipped(tmp_path, monkeypatc
 
 
 def test_the_longest_calls_are_measured_first(tmp_path):
-    """Each row is saved when its call is measured. What there is no time to measure is printed."""
+    """Each row is saved as soon as its call is measured. Unmeasured configurations are printed."""
     path = tmp_path / "routes.json"
     count = len(configs_of(LARGE))
     lines, saved = [], []
@@ -133,7 +133,7 @@ def test_the_longest_calls_are_measured_first(tmp_path):
         lines.append(line)
         saved.append(len(routes.read_table(path)))
 
-    # The time suffices for torch and all configurations of the longest call, and for torch and two
+    # There is time for torch and all configurations of the longest call, then for torch and two
     # configurations of the next call.
     seconds = 1 + count + 3
     calls = [replace(SMALL, height=2), SMALL, LARGE]

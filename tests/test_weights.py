@@ -26,7 +26,7 @@ def config(**options):
 
 @pytest.fixture
 def checkpoint(tiny, tmp_path):
-    """Returns the path of a checkpoint after one epoch. The run averages its weights."""
+    """Returns the path of a checkpoint after one epoch of a run that averages its weights."""
     asked = config(ema=0.5)
     state, batches = build_state(asked, tiny)
     train_epoch(state, batches, asked)

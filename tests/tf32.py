@@ -1,6 +1,6 @@
 """Emulates TF32 on the CPU: rounds fp32 operands to 10 bits of mantissa where a GPU may do so.
 
-A test that needs full fp32 and does not disable TF32 then also fails without a GPU.
+With this emulation, tests that need full fp32 but do not disable TF32 fail even without a GPU.
 """
 
 from collections.abc import Callable
@@ -19,8 +19,8 @@ _LIBRARY = Library("aten", "IMPL")
 def emulate() -> None:
     """Starts rounding the operands of CPU convolutions and matrix products, and of ``tl.dot``.
 
-    ``tl.dot`` is rounded in the interpreter. Operands of torch's operations are rounded if torch's
-    switches allow TF32 at the call.
+    The operands of ``tl.dot`` are rounded in triton's interpreter. The operands of torch's
+    operations are rounded if torch's switches allow TF32 at the call.
     """
     for name, operands, allowed in (
         ("convolution", (0, 1), _in_convolutions),
@@ -69,7 +69,7 @@ def _dot_of_rounded_operands(create_dot: Callable[..., Any]) -> Callable[..., An
 
 
 def _rounded(t: Tensor) -> Tensor:
-    """Rounds an fp32 tensor to nearest, ties away from zero; returns other dtypes unchanged."""
+    """Rounds an fp32 tensor to nearest, ties away from zero. Returns other dtypes unchanged."""
     if t.dtype != torch.float32:
         return t
     rounded = ((t.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)

@@ -1,4 +1,4 @@
-"""The tests' only table of tolerances: the allowed error against an fp64 reference, by dtype."""
+"""The tests' table of tolerances: for each dtype, the allowed error against an fp64 reference."""
 
 import torch
 from torch import Tensor
@@ -36,7 +36,7 @@ def assert_close(
     Args:
         actual: the result.
         expected: the reference in fp64.
-        dtype: dtype whose tolerance is used.
+        dtype: the dtype whose tolerance is used.
         tf32: whether to use the tolerance of TF32 instead.
     """
     assert torch.isfinite(actual).all()
