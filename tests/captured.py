@@ -19,7 +19,7 @@ def recorder() -> tuple[Any, list[fx.GraphModule]]:
 
 
 def capture(model: Any, **options: Any) -> tuple[Any, list[fx.GraphModule]]:
-    """Returns the compiled model, and the list to which its forward and backward are added."""
+    """Returns the compiled model, and the list to which forward and backward graphs are added."""
     record, graphs = recorder()
     backend = aot_autograd(fw_compiler=record, bw_compiler=record)
     return torch.compile(model, backend=backend, fullgraph=True, **options), graphs

@@ -83,7 +83,7 @@ def route(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> "ImageDataset":
-    """Returns a tiny data set, and makes commands load it whichever data set is asked for."""
+    """Returns a tiny data set. Commands load it instead of the data set that they are asked for."""
     from bnres.data.dataset import make_dataset
 
     torch.manual_seed(0)

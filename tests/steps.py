@@ -28,7 +28,7 @@ def outcome(model: nn.Module, x: Tensor) -> list[Tensor]:
 def assert_same_steps(
     ours: nn.Module, theirs: nn.Module, x: Tensor, dtype: torch.dtype = torch.float64
 ) -> None:
-    """Asserts that both models have equal outputs, gradients and buffers, in both modes."""
+    """Asserts equal outputs, gradients and buffers of both models, in training and evaluation."""
     for training in (True, False):
         found = [outcome(model.train(training), x) for model in (ours, theirs)]
         for actual, expected in zip(*found, strict=True):

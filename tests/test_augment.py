@@ -274,7 +274,7 @@ class TestNotFinite:
     @pytest.mark.parametrize("route", ["aten"], indirect=True)
     @pytest.mark.parametrize("side", [64, 65])
     def test_both_ways_to_resize(self, route, side):
-        """ATen resizes finite images up to 64×64 by matrix products, and others one by one."""
+        """ATen resizes finite images up to 64×64 by matrix products, other images one by one."""
         x = self.images(NAN, size=(side, side))
         draws = [bt.Crop(torch.tensor([[0, 2, side, 30]]).expand(len(x), 4), (6, 5), True)]
         y = self.check(route, draws, x, GEOMETRY)

@@ -17,7 +17,10 @@ from tests.test_benchmarks import ABOUT, CASE, CEILINGS, CPU, SITE
 
 
 def of(*deeds):
-    """Returns a case with its own site for each of ``deeds``, keys of `tests.standins.DEEDS`."""
+    """Returns a case for each deed, which is a key of `tests.standins.DEEDS`.
+
+    Each case has a site of its own.
+    """
     return [
         replace(CASE, site=replace(SITE, name=f"{place}"), batch=deed, smoke=False)
         for place, deed in enumerate(deeds)

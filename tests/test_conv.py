@@ -291,7 +291,7 @@ def test_errors(route, monkeypatch):
 @pytest.mark.skipif(DEVICE == "cuda", reason="counts what the interpreter touches")
 @pytest.mark.parametrize("has_residual", [False, True], ids=["plain", "residual"])
 def test_memory_touched(has_residual):
-    """Without the filter, the kernel touches as many bytes as x, the residual and y have."""
+    """Not counting the filter, the kernel touches as many bytes as x, the residual and y have."""
     from benchmarks.audit.memory import count_traffic
 
     x, filter = random(2, 16, 8, 8, dtype=torch.float16), random(16, 16, 3, 3, dtype=torch.float16)

@@ -156,8 +156,8 @@ class TestCifar10:
         monkeypatch.setitem(MD5, name, hashlib.md5(archive.read_bytes()).hexdigest())
         for part, data in members.items():
             monkeypatch.setitem(MD5, part.split("/")[1], hashlib.md5(data).hexdigest())
-        # These files are shorter than the published ones. Binary files would be rejected with
-        # checksum=True, because their length is checked.
+        # These files are shorter than the published files. So checksum=True would reject binary
+        # files, because it checks their length.
         binary = kind == "binary"
         self.check(load_cifar10(archive, checksum=not binary), content)
         self.check(load_cifar10(tmp_path, checksum=not binary), content)

@@ -228,7 +228,7 @@ def test_cache_folders_are_those_of_triton_and_inductor(monkeypatch, tmp_path):
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
     for variable in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"):
-        monkeypatch.setenv(variable, "")  # makes monkeypatch restore it after cache_dir sets it
+        monkeypatch.setenv(variable, "")  # so that monkeypatch undoes what cache_dir sets
         monkeypatch.delenv(variable)
     monkeypatch.setenv("TRITON_HOME", str(tmp_path))
     found = checks.cache_folders()

@@ -56,7 +56,7 @@ def test_every_outcome_of_a_stage_is_recorded_once(tmp_path):
 
 
 def test_a_stage_that_continues_gets_its_time_in_several_calls(tmp_path):
-    stage = Stage("long", CONTINUES, 0.02, continues=True)  # 1.2 s for all calls together
+    stage = Stage("long", CONTINUES, 0.02, continues=True)  # 1.2 s, for all calls together
     after = Stage("after", PRINT, 1)
     left, _ = run(tmp_path, stage, after, minutes=0.004)
     assert left == 2 and statuses(tmp_path) == [("long", "unfinished")]

@@ -125,7 +125,10 @@ def batch(dims=2, seed=1):
 
 
 def test_repr():
-    """A fused model's repr says so. Its copies and pickles are unfused and don't need bnres."""
+    """The repr shows that a model is fused.
+
+    Copies and pickles of a fused model are unfused, and don't need bnres.
+    """
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
     stock, fused = repr(model), bnres.fuse(model)
     assert repr(fused) == stock.replace("(\n", "(\n  fused by bnres\n", 1)

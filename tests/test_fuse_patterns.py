@@ -213,7 +213,7 @@ def pooled_channels(self, x):
 
 @cases.add("bn", "bn")
 def convolved_without_gradients(self, x):
-    """Under no_grad a convolution's bias gets no gradient. A fused call must not give it one."""
+    """Under no_grad a convolution's bias gets no gradient. A fused call must not compute it."""
     with torch.no_grad():
         y = self.conv(x)
     return F.max_pool2d(F.relu(self.bn(y)), 3, 2, 1) + self.bn2(x).mean()

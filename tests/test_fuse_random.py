@@ -83,7 +83,7 @@ def step(model: nn.Module, x: torch.Tensor, seed: int, leaf: bool, grad: bool) -
     torch.manual_seed(seed)
     model.zero_grad()
     x = x.clone().requires_grad_(leaf)
-    given = x if not leaf or seed % 2 else x * 1  # x * 1 may be written in place
+    given = x if not leaf or seed % 2 else x * 1  # unlike a leaf, x * 1 may be written
     with torch.set_grad_enabled(grad):
         try:
             outputs = model(given)
@@ -169,11 +169,11 @@ def without_checkpoints(model: nn.Module) -> nn.Module:
 
 
 def check(seed: int) -> Counter:
-    """Calls `run`, but passes a module that torch alone, without our fusion, computes incorrectly.
+    """Calls `run`, but accepts a module that torch runs incorrectly even without our fusion.
 
-    Two such bugs are known. Dynamo loses a hook on an input that is written in place. And if a
-    checkpointed part writes to a tensor that backward reads, torch returns wrong gradients instead
-    of raising an error.
+    Two such bugs of torch are known. Dynamo loses a hook on an input that is written in place. And
+    if a checkpointed part writes to a tensor that backward reads, torch returns wrong gradients
+    without raising an error.
     """
     try:
         return run(seed)

@@ -341,7 +341,7 @@ def two_views_are_returned(self, x):
 
 @pytest.mark.parametrize("forward", [returned_with_a_view, two_views_are_returned])
 def test_a_returned_output_that_the_user_writes(forward):
-    """If the user writes to an output, the gradient through a view of it includes the write."""
+    """If the user writes to an output, the gradient of a view of the output includes the write."""
     stock, x = stock_norms(forward), images()
     for route in ROUTES:
         grads = []

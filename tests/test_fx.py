@@ -51,7 +51,7 @@ def test_hook_runs_once_a_call():
 
 
 def test_residual_is_an_argument_and_copies_are_leaves():
-    """A traced layer is one node. The residual is its argument. Copied layers are traced alike."""
+    """A layer is traced as one node, with the residual as argument. So are copies and pickles."""
 
     class Net(torch.nn.Module):
         def __init__(self, layer):

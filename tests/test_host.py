@@ -29,7 +29,7 @@ ROW = re.compile(
     r"^(.+?) +(inference|forward|backward|step) +(-?[\d.]+) +\((-?[\d.]+)\) +(-?[\d.]+) +(\S+)$",
     re.MULTILINE,
 )
-# Runs only two rounds, with limits that no ratio exceeds. At {}, a test may insert a lower limit.
+# Runs only two rounds, with limits that no ratio exceeds. A test may replace {} by a lower limit.
 COMMAND = """
 from benchmarks.audit import host
 from benchmarks.cli import app
@@ -64,7 +64,7 @@ def test_a_machine_that_changes_its_speed_does_not_change_a_ratio(monkeypatch):
         def call():
             nonlocal now, calls
             calls += 1
-            now += 1000 * cost * (1 + calls // 100 % 2)  # every second hundred takes twice as long
+            now += 1000 * cost * (1 + calls // 100 % 2)  # every second hundred is slower
 
         return host.Timed(row, kind, nn.Identity(), call)
 

@@ -81,7 +81,7 @@ INTERNALS = ("torch_internals.py", "triton_internals.py")
 
 @pytest.mark.parametrize("path", [p for _, p in sources()], ids=lambda p: p.stem)
 def test_private_names_are_used_only_in_internals(path):
-    """Tests private names of torch's C++ part, functorch, forward mode and triton's driver."""
+    """Private names are those of torch's C++ part, functorch, forward mode and triton's driver."""
     text = path.read_text(encoding="utf-8")
     private = (
         "torch._C",

@@ -1,4 +1,4 @@
-"""Tests that models have torchvision's keys and results, fused or not."""
+"""Tests that models have torchvision's keys and results, whether they are fused or stock."""
 
 import copy
 

@@ -1,4 +1,7 @@
-"""Tests errors on hard inputs: at most 1.5 times the larger of ATen's error and `dtype_floor`."""
+"""Tests that errors on hard inputs are not much larger than ATen's errors.
+
+The limit is 1.5 times the larger of ATen's error and `dtype_floor`.
+"""
 
 import pytest
 import torch

@@ -82,9 +82,9 @@ def test_wheel_works_outside_the_repository(wheel, tmp_path):
 
 
 def test_editable_install_is_a_path_entry(wheel, tmp_path):
-    """With an import finder instead, Python in a clone's parent folder would import the clone.
+    """With a path entry, bnres can be imported in the parent folder of a clone.
 
-    The clone's folder would be imported as an empty namespace package bnres.
+    With an import finder, Python would import the clone's folder as an empty namespace package.
     """
     tree = wheel.parent / "bnres"
     build(tree, tmp_path, "editable")

@@ -14,8 +14,8 @@ def test_traffic_of_resnet18():
     with torch.device("meta"):
         parameters = sum(p.numel() for p in models.resnet18().parameters())
     assert found.gradients == 4 * parameters == 46_758_048
-    # The last site of the three down-sampling blocks has two batch norms, so its channels are
-    # counted twice.
+    # The last site of each of the three down-sampling blocks has two batch norms, so its channels
+    # are counted twice.
     assert found.sites == (64,) * 5 + (128, 256, 128, 128, 256, 512, 256, 256, 512, 1024, 512, 512)
     assert found.forward[0] == 4 * (1 + 2 * 64) and found.backward[0] == 4 * 2 * 64
 

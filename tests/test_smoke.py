@@ -137,8 +137,8 @@ def check_max_pool(dtype, layout):
     y, index, x_max = bn_max_pool.bn_max_pool(x, norm, "silu", 0.0, save=True)
     expected = reference.bn_max_pool_ref(*double(x, norm), "silu", 0.0)[0]
     assert_close(y, expected, dtype)
-    # y is compared with the value at the index, not the index itself. If values are equal after
-    # rounding, the index may not be that of the value that was largest before rounding.
+    # The index is not compared. If values are equal after rounding, it may not be the index of the
+    # value that was largest before rounding. So y is compared with the value at the index.
     at_index = reference.bn_max_pool_at_ref(*double(x, norm), "silu", 0.0, index)
     assert_close(y, at_index, dtype)
     flat = reference.pooled_offsets(index, x.shape[3]).flatten(2)
@@ -197,14 +197,14 @@ def check_augment(dtype, memory_format):
         exact = augment.Compose(chain.transforms)
         with use_backend("aten"):
             expected = exact.apply(x, draws)
-        # Colours have an error of at most 1e-4 (see test_augment.py). Normalising divides it by
-        # STD, and rounding to ``dtype`` adds to it.
+        # Colours have an error of at most 1e-4 (see test_augment.py). Normalising divides this
+        # error by STD. Rounding to ``dtype`` adds a second error.
         allowed = 1e-4 / min(STD) + torch.finfo(dtype).eps * expected.abs().max()
         assert (y.float() - expected).abs().max() <= allowed
 
 
 BATCH_NORMS = (check_batch_norm_act, check_two_norms)
-# The interpreter's tl.dot does not support bf16, and the kernel does not support fp64.
+# The interpreter's tl.dot does not support bf16, and the convolution kernel does not support fp64.
 CONV_DTYPES = [torch.float16, torch.float32] + [torch.bfloat16] * (DEVICE == "cuda")
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 

@@ -18,7 +18,7 @@ CL = torch.channels_last
 
 @pytest.fixture
 def over_blocks(monkeypatch):
-    """Makes each call use a space-to-depth input, and returns a list to which inputs are added."""
+    """Makes each call use a space-to-depth input, and returns the list of the calls' inputs."""
     inputs = []
     monkeypatch.setattr(stem_conv, "takes_blocks", lambda x, w: inputs.append(x) is None)
     return inputs
@@ -26,7 +26,7 @@ def over_blocks(monkeypatch):
 
 @pytest.fixture
 def ran(monkeypatch):
-    """Makes the choice of a GPU. Returns a list that gets an item per space-to-depth input."""
+    """Chooses the input as on a GPU. Returns a list with an item per space-to-depth input."""
     runs, over = [], stem_conv.conv_over_blocks
     monkeypatch.setattr(stem_conv, "_on_gpu", lambda input: True)
     monkeypatch.setattr(stem_conv, "conv_over_blocks", lambda *ts: runs.append(1) or over(*ts))

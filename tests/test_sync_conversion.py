@@ -14,7 +14,7 @@ from bnres.functional import sync_batch_norm_act
 from bnres.models import blocks, layers
 from bnres.nn.sync import convert_sync_batchnorm, revert_sync_batchnorm
 
-timm = importlib.import_module("timm.layers.norm_act")  # after torchvision_import
+timm = importlib.import_module("timm.layers.norm_act")  # only after torchvision_import
 torchs_converter = nn.SyncBatchNorm.convert_sync_batchnorm
 
 OURS = [

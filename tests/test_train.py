@@ -484,7 +484,7 @@ def test_non_finite_loss_ends_the_run(tiny_command, tmp_path, monkeypatch):
     options = ["--batch-size", 8, "--lr", 1e30, "--schedule", "constant", "--out", "run"]
     assert "the loss of epoch" in run("train", *options, code=1)
     text = (tmp_path / "run" / "nonfinite.json").read_text()
-    facts = json.loads(text, parse_constant=pytest.fail)  # NaN and Infinity are not JSON
+    facts = json.loads(text, parse_constant=pytest.fail)  # NaN and Infinity are not valid JSON
     assert facts["learning_rate"] == [1e30, 1e30] and facts["batch"] > 0
     assert not all(math.isfinite(float(loss)) for loss in facts["losses"])
 

@@ -96,7 +96,7 @@ def test_vmap_over_only_the_input_or_the_residual_writes_no_statistics(mapped):
 
 @pytest.mark.parametrize("levels", ["inner", "outer"])
 def test_vmap_of_vmap(levels):
-    """Nested vmaps equal nested loops. Statistics mapped by only one of them raise an error."""
+    """Nested vmaps equal nested loops. Statistics mapped by only one vmap raise an error."""
     layer = layer_of("BatchNormAct2d", "untracked")
     xs = torch.stack([inputs_of("BatchNormAct2d"), inputs_of("BatchNormAct2d").exp()])
     expected = torch.stack([torch.stack([layer(x) for x in row]) for row in xs])
