@@ -2,5 +2,5 @@
 
 import os
 
-# By default torch's profiler logs two lines for each profile.
+# Without this setting, torch's profiler logs two lines for each profile.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")

@@ -16,21 +16,21 @@ from bnres.augment.segments import prepare_draws, segments
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 JITTER = (0.5, 0.2, 0.6, 0.4)  # brightness, contrast, saturation and hue, as in the d2l.ai course
-# The greatest relative error allowed. There are differences because the kernel and ATen add numbers
-# in different orders, and because the outputs are rounded to bf16.
+# The greatest relative error allowed of the kernel's output, compared with ATen's. The two outputs
+# differ, because the kernel and ATen add numbers in different orders and round the results to bf16.
 TOLERANCE = 2**-7
 
 
 @dataclass(frozen=True)
 class Work:
-    """A chain that is ready to be timed.
+    """A chain of augmentations that is ready to be timed.
 
     Attributes:
-        run: augments one batch.
-        verify: returns the relative error of the result. If the error exceeds the tolerance, it
-            raises `benchmarks.check.WrongResult`. For torchvision it returns 0, and only checks
-            that the result has the right shape and finite values.
-        bytes_moved: bytes of the images plus bytes of the result.
+        run: augments one batch of images.
+        verify: returns the relative error of the augmented images. Raises
+            `benchmarks.check.WrongResult` if the error exceeds the tolerance. For torchvision,
+            ``verify`` only checks the shape and that all values are finite, and returns 0.
+        bytes_moved: bytes of the images plus bytes of the augmented images.
     """
 
     run: Callable[[], object]
@@ -111,7 +111,7 @@ def _peer(case: AugmentCase, images: Tensor) -> Calls:
         return y.to(dtype).contiguous(memory_format=memory_format)
 
     def verify() -> float:
-        # torchvision draws other random numbers than we do, so there are no values to compare with.
+        # torchvision draws other random numbers than bnres, so the values can't be compared.
         y = run()
         assert y.shape == (case.batch, 3, case.out, case.out) and y.isfinite().all()
         return 0.0

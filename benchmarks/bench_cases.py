@@ -1,6 +1,6 @@
-"""Runs the cases under pytest-benchmark.
+"""Runs the cases with pytest-benchmark.
 
-On a GPU the most important cases are run. Without a GPU the cases with small inputs are run.
+With a GPU, the most important cases are run. Without a GPU, cases with small inputs are run.
 """
 
 from contextlib import nullcontext
@@ -17,8 +17,8 @@ from benchmarks.providers.base import Unavailable
 from bnres import use_backend
 
 CLOCK = clock.DeviceClock()
-# Cases with small inputs have this many rounds. They only show that the benchmark runs. Their times
-# mean nothing.
+# A case with small inputs is timed in this many rounds. It only shows that the benchmark runs. Its
+# times mean nothing.
 SMOKE_ROUNDS = 2
 CASES = telling_cases() if torch.cuda.is_available() else smoke_cases()
 
@@ -33,8 +33,8 @@ def about() -> dict[str, Any]:
 @pytest.mark.parametrize("case", CASES, ids=[case.id for case in CASES])
 @pytest.mark.benchmark(timer=CLOCK)
 def test_case(benchmark: Any, case: Case) -> None:
-    """Checks a case, then times it. Its record's fields are stored in ``benchmark.extra_info``."""
-    # In Triton's interpreter, nets and augmentations would take minutes, so ATen runs them.
+    """Checks and times a case, and stores the fields of its record in ``benchmark.extra_info``."""
+    # In Triton's interpreter, nets and augmentations would take minutes, so ATen computes them.
     slow = case.smoke and not isinstance(case, OpCase)
     with use_backend("aten") if slow else nullcontext():
         _run(benchmark, case)

@@ -7,19 +7,19 @@ import torch
 from benchmarks.audit.host import Timed, ruler
 
 SECONDS = 0.5
-# A host is free if `spread` returns at most this number. With nine busy processes on two cores it
-# returned 1.6 to 2.2. A ratio of CPU times would not show that the host is busy: it was only 1.07
-# to 1.11, because CPU time does not include the time that a thread waits for a core. Therefore wall
-# times are compared.
+# The host is busy if `spread` returns more than this number. With nine busy processes on two cores,
+# `spread` returned 1.6 to 2.2. It compares wall times, which include the time that a thread waits
+# for a core. The same ratio of CPU times was only 1.07 to 1.11, because CPU times don't include it.
 MOST_SPREAD = 1.25
 
 
 def spread(timed: Timed | None = None, seconds: float = SECONDS) -> float:
-    """Returns the mean wall time of groups of calls, divided by the shortest group's wall time.
+    """Returns the mean wall time of a group of calls, divided by the shortest wall time of a group.
+
+    A group is ``timed.calls`` consecutive calls.
 
     Args:
-        timed: calls to time. By default they are the forward of torch's batch norm and ReLU on the
-            CPU.
+        timed: call to time. The default is the forward of torch's batch norm and ReLU on the CPU.
         seconds: time to spend, in seconds.
     """
     if timed is None:
@@ -41,7 +41,7 @@ def spread(timed: Timed | None = None, seconds: float = SECONDS) -> float:
 
 
 def warning(found: float) -> str | None:
-    """Returns the warning for a spread of host times, or None if it is at most ``MOST_SPREAD``."""
+    """Returns a warning if ``found``, a result of `spread`, exceeds ``MOST_SPREAD``, else None."""
     if found <= MOST_SPREAD:
         return None
     return (

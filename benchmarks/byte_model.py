@@ -2,22 +2,22 @@
 
 S is the size of one activation tensor in bytes. A forward in training reads the input of a batch
 norm twice, once for the statistics and once for the output, and writes the output. A backward also
-passes twice over memory, once for the sums of each channel and once for the gradients. If an
-operation adds a residual that has no batch norm, its forward also stores one bit for each element,
-which is the sign of the input of the ReLU. Its backward reads these bits.
+reads its inputs twice, once for the sums of each channel and once for the gradients. If an
+operation adds a residual that has no batch norm, its forward also stores one bit for each element.
+The bit says whether the input of the ReLU is positive. The backward reads these bits.
 
-The model assumes that nothing stays in the L2 cache between the two passes. A small tensor does
-stay in the cache, so an operation on a small tensor can be faster than this model allows.
+The model assumes that the second read of a tensor does not find it in the L2 cache. In fact a
+small tensor stays in the cache, so an operation on it can be faster than this model allows.
 
-``benchmarks.audit`` counts the bytes that our kernels actually move. Benchmarks compute the
-bandwidth of every implementation from the bytes of this model, so the ratio of two bandwidths is
-the inverse ratio of the times.
+``benchmarks.audit`` counts the bytes that our kernels actually move. The bandwidth that the
+benchmarks report for an implementation is the bytes of this model divided by the measured time. An
+implementation that takes half the time therefore has twice the bandwidth, whatever it moves.
 """
 
 from benchmarks.sites import ConvSite
 
-# The keys are (operation, direction). A value has two numbers: how many times S is read or written,
-# and how many additional bits are read or written for each element of an activation.
+# For each (operation, direction): the bytes that are read and written, in units of S, and the
+# additional bits that are read and written for each element of the activation.
 PASSES = {
     ("bn", "forward"): (3, 0),
     ("bn", "backward"): (5, 0),
@@ -34,8 +34,8 @@ PASSES = {
     ("dual_bn_add_relu", "eval"): (3, 0),
     ("dual_bn_add_relu_fork", "backward"): (10, 0),
     # These numbers are for 3×3 pooling with stride 2 of a 16-bit activation. The output has S/4
-    # bytes. For backward, the forward also stores the positions of the maxima in S/8 bytes, and the
-    # values of x at these positions in S/4 bytes.
+    # bytes. The forward in training also stores the positions of the maxima (S/8 bytes) and the
+    # values of x at these positions (S/4 bytes). The backward reads them.
     ("bn_relu_pool", "forward"): (2.5, 2),
     ("bn_relu_pool", "backward"): (2.75, 2),
     ("bn_relu_pool", "eval"): (1.25, 0),

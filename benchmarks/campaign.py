@@ -1,4 +1,4 @@
-"""Measures as many cases as the time allows in a child process, and stores each result at once."""
+"""Measures cases in a child process until the time is up, and stores each result immediately."""
 
 import math
 import time
@@ -14,8 +14,8 @@ from benchmarks.child import Child, ChildFailed
 from benchmarks.measure import fields_of
 from benchmarks.store import ENVIRONMENT, Record, ResultStore
 
-# Describing the device may take this many seconds. Measuring its bandwidth and its FLOP/s may take
-# as many again.
+# The time limit in seconds for the call that describes the device, and for the call that measures
+# its bandwidth and its FLOP/s.
 OPENING_LIMIT = 120.0
 # A case may continue for this many seconds after the campaign's deadline.
 GRACE = 10.0
@@ -27,14 +27,14 @@ def open_store(
     child: Child,
     measure_ceilings: str = "benchmarks.environment:measure_ceilings",
 ) -> ResultStore:
-    """Opens a folder of results. If the folder is new, measures the device's ceilings.
+    """Opens a folder of results. If the folder is new, the device's ceilings are measured first.
 
     The ceilings are the bandwidth of a copy and the FLOP/s of a matrix product.
 
     Args:
         folder: folder of the results.
         device: device to describe and to measure. Only the child process uses it.
-        child: process that describes and measures.
+        child: process that describes and measures the device.
         measure_ceilings: import path of the function that the child calls to measure the ceilings.
 
     Raises:
@@ -52,7 +52,7 @@ def open_store(
     about = ask("benchmarks.environment:describe")
     if not (folder / ENVIRONMENT).exists():
         about["ceilings"] = ask(measure_ceilings)
-        # The clocks are read after this work, because an idle GPU has lower clocks.
+        # The clock rates are read after the GPU was busy, because an idle GPU lowers them.
         about["clocks"] = environment.clocks()
     return ResultStore(folder, about)
 
@@ -69,18 +69,19 @@ def run(
 ) -> int:
     """Measures, in order, the cases that have no result yet. Returns the number of new results.
 
-    Consecutive cases that differ only in their provider are a group. If a group may take longer
-    than the remaining time, the whole group is skipped. A short run therefore measures few groups,
-    but measures each of them completely. Within a group, a case is skipped if its estimated time
-    exceeds the remaining time. A case that the deadline interrupts gets no result.
+    Consecutive cases that differ only in their provider are a group. A group is skipped if its
+    estimated time exceeds the remaining time, so that the groups that are measured are complete. If
+    a group takes longer than estimated, its last cases may be skipped: a case is skipped if its own
+    estimated time exceeds the remaining time. A case that is interrupted after the deadline gets no
+    result.
 
     Args:
-        store: folder that the results are added to.
+        store: folder to which the results are added.
         cases: cases to measure.
-        deadline: time to stop, in seconds of `time.monotonic`.
+        deadline: value of `time.monotonic` at which to stop.
         device: device to measure on. Only the child process uses it.
         echo: called with a line for each result.
-        child: process that measures.
+        child: process that measures the cases.
         measure: import path of the function that the child calls for each case.
         limit_of: returns the time limit of a case in seconds.
 
@@ -112,13 +113,15 @@ def run(
 
 
 def idle_share(case: Case, record: Record, store: ResultStore) -> Record:
-    """Returns as ``idle`` the share of a step's time in which the GPU waits for the host.
+    """Returns ``idle``, the share of a training step's time in which the GPU waits for the host.
 
-    The share is 1 - replay / loop. ``loop`` is the time of the step if the host launches each
-    kernel. ``replay`` is the time of the same step if it is replayed from a CUDA graph. A replay
-    runs the same kernels without the host, but there are still gaps of about a microsecond between
-    them. The result is empty if the case is not a step that the host launches, or if the replay was
-    not measured.
+    The share is 1 - replay / loop, or 0 if this is negative. ``loop`` is the time of the step if
+    the host launches each kernel. ``replay`` is the time of the same step if it is replayed from a
+    CUDA graph, so that the GPU does not wait for the host. A replay still has gaps of about a
+    microsecond between the kernels, which don't count as idle.
+
+    The result is empty if the case is not a step whose kernels the host launches, or if the replay
+    of the step was not measured.
     """
     if not isinstance(case, ModelCase) or case.suite != "step" or record.get("method") != "loop":
         return {}
@@ -141,7 +144,7 @@ def describe(record: Record) -> str:
 
 
 def left_out(cases: Sequence[Case], store: ResultStore) -> str:
-    """Says how many cases have no result, and how much time they are estimated to need."""
+    """Says how many cases have no result, and how many minutes they are estimated to need."""
     missing = [case for case in cases if case.id not in store.records]
     if not missing:
         return "0 left"

@@ -37,13 +37,13 @@ PROVIDERS = tuple(dict.fromkeys(OP_PROVIDERS + MODEL_PROVIDERS + AUGMENT_PROVIDE
 BATCH = 256
 SMOKE_BATCH = 4
 SMOKE_IMAGES = {224: 64, 32: 16}
-# At the sites in ``LARGE_SITES``, the training forward and backward of these operations are
-# measured before other operations.
+# The forward and backward of these operations in training are measured before the other operations
+# of a net, but only in the stages ``LARGE_SITES``.
 TELLING = ("bn_relu", "bn_add_relu", "bn_relu_pool")
-# With 256 images in bf16, the activations of these stages of ResNet-18 have 51 MB or more. This is
-# about the size of an H100's L2 cache, or larger.
+# Stages of a net. In ResNet-18, with 256 images in bf16, each activation of these stages has at
+# least 51 MB, which is about the size of an H100's L2 cache.
 LARGE_SITES = ("stem", "layer1", "layer2")
-# For whole nets, the cases of these providers are measured first.
+# Whole nets are measured with these providers before they are measured with the others.
 HEADLINE = ("bnres", "eager", "compile")
 # `telling_cases` returns the cases whose rank is lower than this number.
 TELLING_RANK = 4
@@ -52,16 +52,16 @@ LAST_RANK = 12
 
 @dataclass(frozen=True)
 class OpCase:
-    """One operation on the tensors of one place in a net, run by one provider.
+    """One operation with the shapes that it has in a net, run by one provider.
 
     Attributes:
-        site: batch norm or convolution of a net. It gives the operation and the shapes.
+        site: batch norm or convolution of a net. It determines the operation and the shapes.
         direction: ``forward`` (training), ``backward`` or ``eval``.
         layout: ``channels_last`` or ``contiguous``.
         dtype: dtype of the activations: ``bf16``, ``fp16`` or ``fp32``.
         batch: number of images.
         provider: implementation that is measured, one of `OP_PROVIDERS`.
-        smoke: whether small tensors replace those of the site, to test the benchmark.
+        smoke: whether the tensors are smaller than those of the site, to test the benchmark itself.
     """
 
     site: Site | ConvSite
@@ -89,19 +89,19 @@ class OpCase:
 
 @dataclass(frozen=True)
 class ModelCase:
-    """A training step or inference of a whole net, or the memory of a step.
+    """One training step or one inference of a whole net, or the memory of a training step.
 
     Attributes:
         suite: ``step``, ``infer`` or ``memory``.
         net: ``resnet18`` or ``resnet50``.
-        image: height and width of the images. For images of up to 32 the net starts with a 3×3
+        image: height and width of the images. If they are at most 32, the net starts with a 3×3
             convolution, as is usual for CIFAR.
         batch: number of images.
         launch: ``eager`` (the host launches each kernel) or ``graph`` (one CUDA graph).
-        dtype: dtype of autocast in training, or dtype of all tensors in inference.
+        dtype: in training the dtype of autocast, in inference the dtype of all tensors.
         layout: ``channels_last`` or ``contiguous``.
-        provider: layers that are measured, one of `MODEL_PROVIDERS`.
-        smoke: whether the input is small, to test the benchmark.
+        provider: implementation that is measured, one of `MODEL_PROVIDERS`.
+        smoke: whether the input is small, to test the benchmark itself.
     """
 
     suite: str
@@ -139,9 +139,9 @@ class AugmentCase:
         dtype: dtype of the output.
         layout: memory layout of the output.
         provider: ``bnres`` draws the random parameters and runs the kernels. ``bnres-kernel`` only
-            runs the kernels. ``torchvision-batch`` uses the same random values for all images.
+            runs the kernels. ``torchvision-batch`` uses the same random parameters for all images.
             ``torchvision-image`` loops over the images.
-        smoke: whether the batch is small, to test the benchmark.
+        smoke: whether the batch is small, to test the benchmark itself.
     """
 
     name: str
@@ -169,7 +169,7 @@ Case = OpCase | ModelCase | AugmentCase
 
 
 def bn_sites(net: str) -> list[Site]:
-    """Lists the operations at a net's batch norms: fused ones first, then plain batch norm."""
+    """Lists the operations to measure at a net's batch norms: first the fused ones, then ``bn``."""
     sites = RESNET18_SITES if net == "resnet18" else RESNET50_SITES
     plain = [site for site in sites if site.operation == "bn"]
     return [fused for site in sites for fused in operations_at(site)] + plain
@@ -182,7 +182,7 @@ def _directions(site: Site | ConvSite) -> tuple[str, ...]:
 
 
 def _op_subjects() -> Iterator[tuple[int, OpCase]]:
-    """Yields (rank, case) for each operation to measure. The provider of every case is bnres."""
+    """Yields (rank, case) for each operation. `_ranked` adds the cases of the other providers."""
     for net in NETS:
         later = 4 if net == "resnet50" else 0
         sites: list[Site | ConvSite] = [*bn_sites(net), *conv_sites(net)]
@@ -250,7 +250,11 @@ LATE = ("compile-max-autotune", "torchvision-image")
 
 
 def _ranked() -> list[tuple[int, Case]]:
-    """Lists the cases with their ranks. Cases of the same rank keep the order of their subjects."""
+    """Returns (rank, case) for every case, the lowest rank first.
+
+    Cases of equal rank are in the order in which `_op_subjects`, `_model_subjects` and
+    `_augment_subjects` yield them.
+    """
     ranked: list[tuple[int, Case]] = []
     subjects: list[tuple[int, Case]] = [*_op_subjects(), *_model_subjects(), *_augment_subjects()]
     for rank, subject in subjects:
@@ -280,7 +284,7 @@ def groups(cases: Iterable[Case]) -> list[list[Case]]:
 
 
 def telling_cases() -> list[Case]:
-    """Lists the most important cases. Their rank is below ``TELLING_RANK``."""
+    """Lists the most important cases, whose rank is below ``TELLING_RANK``."""
     return [case for rank, case in _ranked() if rank < TELLING_RANK]
 
 
@@ -291,9 +295,9 @@ def _is_conv(case: Case) -> bool:
 def smoke_cases() -> list[Case]:
     """Lists cases with small inputs.
 
-    For operations there is one case for each combination of operation, direction, layout and
-    provider. For nets there is one for each combination of suite, image size and provider. Every
-    case of augmentation occurs with a small batch.
+    Operations have one case for each combination of operation, direction, layout and provider. Nets
+    have one case for each combination of suite, image size and provider. All cases of augmentation
+    are in the list, with a small batch.
     """
     found: dict[str, Case] = {}
     for case in all_cases():

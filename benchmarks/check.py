@@ -5,21 +5,21 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-# These are the greatest relative errors ||a - b|| / ||b|| of outputs and running statistics. The
-# tolerances of the 16-bit dtypes allow for two roundings to the dtype. The tolerance of fp32 allows
-# for the error of statistics over millions of values.
+# The greatest relative errors ||a - b|| / ||b|| allowed of outputs and running statistics, where b
+# is the reference. The tolerances of the 16-bit dtypes allow for two roundings to the dtype. The
+# tolerance of fp32 allows for the error of statistics over millions of values.
 OUTPUT_TOLERANCE = {torch.bfloat16: 2**-6, torch.float16: 2**-9, torch.float32: 1e-5}
-# This is the greatest relative error of a convolution in fp32, which may use TF32 with 10 bits of
-# mantissa.
+# The greatest relative error allowed of a convolution in fp32. The convolution may use TF32, which
+# has 10 bits of mantissa.
 TF32_TOLERANCE = 2**-9
-# These are the greatest relative errors of gradients. Because of rounding, the sign of ReLU's input
-# is wrong for about the fraction eps of all elements. For such an element, ReLU passes a gradient
-# that it should stop, or the reverse. The relative error of the whole gradient can therefore be up
-# to 2 sqrt(eps).
+# The greatest relative errors allowed of gradients. Because of rounding, about a fraction eps of
+# ReLU's inputs have the wrong sign, where eps is ``torch.finfo(dtype).eps``. At such an element,
+# ReLU passes a gradient that it should stop, or stops a gradient that it should pass. The relative
+# error of the whole gradient can therefore be up to 2 sqrt(eps).
 GRADIENT_TOLERANCE = {torch.bfloat16: 2**-2.5, torch.float16: 2**-4, torch.float32: 2**-10}
-# These are the greatest relative errors of the parameters' gradients, which are sums over all
-# elements. In 16 bits the tolerance is 4 eps, because some elements have a wrong sign and each
-# addend is rounded. In fp32 the tolerance allows for sums in another order.
+# The greatest relative errors allowed of the parameters' gradients, which are sums over a channel's
+# elements. In 16 bits the tolerance is 4 eps, because some of ReLU's inputs have the wrong sign and
+# each addend is rounded. In fp32 the tolerance allows for sums in another order.
 SUM_TOLERANCE = {torch.bfloat16: 2**-5, torch.float16: 2**-8, torch.float32: 1e-4}
 
 
@@ -43,10 +43,10 @@ def check(
     tolerance: float,
     dtype: torch.dtype | None = None,
 ) -> float:
-    """Returns the greatest relative error of some results.
+    """Compares a provider's results with the reference, and returns the greatest relative error.
 
     Args:
-        name: what the results are, for error messages. It is in the singular, such as ``gradient``.
+        name: what a result is, for error messages. It is in the singular, such as ``gradient``.
         actual: the provider's results.
         expected: the reference's results.
         tolerance: the greatest relative error allowed.

@@ -1,8 +1,8 @@
 """Calls functions in a child process, so that the parent survives a call that hangs or crashes.
 
 A child imports torch and opens the GPU once, then serves one call after the other. If a call
-crashes the child, exceeds its time limit or raises an error of the GPU, the child is not used any
-more, and the next call starts a new child. The parent never uses the GPU.
+crashes the child, exceeds its time limit or raises an error of the GPU, the child is killed, and
+the next call starts a new child. The parent never uses the GPU.
 """
 
 import ctypes
@@ -21,7 +21,8 @@ from contextlib import suppress
 from multiprocessing.connection import Connection, Pipe
 from typing import IO, Any, NamedTuple
 
-# A child must start within this many seconds. The first child reads torch from disk, which is slow.
+# A child must start within this many seconds. The first child is slow, because it reads torch from
+# disk.
 START_LIMIT = 180.0
 # A child that exceeded its time limit gets this many seconds to print its traceback.
 DUMP_SECONDS = 1.0
@@ -31,9 +32,9 @@ STOP_SECONDS = 30.0
 # long.
 REASON_LENGTH = 500
 TRACE = "(most recent call first)"
-PR_SET_PDEATHSIG = 1  # an operation of Linux's prctl
-# This matches the messages of errors that may leave a process unable to use its GPU, such as a
-# failed kernel or a failed graph capture.
+PR_SET_PDEATHSIG = 1  # option of Linux's prctl: the signal that a process gets if its parent ends
+# Matches the messages of errors after which a process may be unable to use its GPU, such as the
+# errors of a failed kernel or a failed graph capture.
 GPU_ERROR = re.compile(r"cuda|cudnn|cublas|captur|hip error", re.IGNORECASE)
 
 
@@ -41,10 +42,10 @@ class Answer(NamedTuple):
     """The outcome of a call.
 
     Attributes:
-        status: ``measured``, ``skipped`` (the provider is not available), ``refused`` (its result
-            is wrong) or ``failed``.
-        value: the function's return value.
-        reason: why the call was not measured. The first line is short enough for a table.
+        status: ``measured``, ``skipped`` (the provider is not available), ``refused`` (the
+            provider's result is wrong) or ``failed``.
+        value: the function's return value if the status is ``measured``, otherwise None.
+        reason: why the status is not ``measured``. Tables only show the first line.
         usable: whether the child can serve another call.
         timed_out: whether the call exceeded its time limit.
     """
@@ -57,7 +58,7 @@ class Answer(NamedTuple):
 
 
 class ChildFailed(Exception):
-    """Raised if no child can be started, or if a call fails that every measurement needs."""
+    """Raised if no child can be started, or if a child can't describe or measure the device."""
 
 
 class Child:
@@ -79,7 +80,7 @@ class Child:
 
     @property
     def pid(self) -> int | None:
-        """The id of the process, or None if none is running."""
+        """The id of the process, or None if no process is running."""
         return self._process.pid if self._process else None
 
     def call(self, function: str, *arguments: Any, limit: float) -> Answer:
@@ -127,7 +128,7 @@ class Child:
             stdin=subprocess.DEVNULL,
             stdout=self._output,
             stderr=subprocess.STDOUT,
-            process_group=0,  # stop() can kill the group, and Ctrl-C does not reach it
+            process_group=0,  # a new group, which stop() kills as a whole and Ctrl-C does not reach
         )
         theirs.close()
         answer = self._received(ours, START_LIMIT)
@@ -162,7 +163,7 @@ class Child:
         self._output.seek(0)
         text = self._output.read().decode(errors="replace")
         text = text.partition("\nExtension modules:")[0].strip()
-        # faulthandler prints the innermost call first.
+        # faulthandler prints the innermost call first, so the start of its traceback is kept.
         trace = text.rfind(TRACE)
         end = text[-REASON_LENGTH:] if trace < 0 else text[max(trace - REASON_LENGTH // 2, 0) :]
         return f"{reason}\n{end[:REASON_LENGTH]}".strip()
@@ -206,14 +207,17 @@ def attempt(function: str, arguments: tuple[Any, ...]) -> Answer:
         return answer
     try:
         _release()
-    except RuntimeError as error:  # the call's last kernel has failed
+    except RuntimeError as error:  # a kernel of the call failed after the call had returned
         reason = f"{type(error).__name__}: {error}"[:REASON_LENGTH]
         return Answer("failed", reason=reason, usable=False)
     return answer
 
 
 def _spoils_gpu(error: BaseException) -> bool:
-    """Whether an error, or the error that caused it, may make the GPU unusable in this process."""
+    """Returns whether this process may be unable to use the GPU after an error.
+
+    The errors that caused the error are examined too.
+    """
     import torch
 
     kinds = (torch.OutOfMemoryError, torch.AcceleratorError)

@@ -47,13 +47,13 @@ def run(
     """Measure the most important cases first, then the others until the time is up.
 
     Cases that are compared with each other are a group. In a group, torch's own layers or
-    torchvision are measured first. A group is skipped if there is not enough time for all of it.
+    torchvision are measured first. A group is skipped if its cases need more than the time left.
 
     Examples of ids are ops/bn_relu/resnet18.stem/forward/channels_last/bf16/b256/eager and
     step/resnet18/224px/b256/graph/channels_last/bf16/bnres. The first part of an id is ops, step,
-    infer, memory or augment. --only may match any part of an id.
+    infer, memory or augment. The expression of --only may match any part of an id.
 
-    Cases run in a child process. If the child hangs or dies, a new child continues.
+    Cases run in a child process. If the child hangs or dies, a new child runs the next case.
     Without a GPU, a shorter list of cases runs on the CPU with small inputs.
     """
     from benchmarks import busy, campaign, environment
@@ -119,8 +119,8 @@ def compare(
 ) -> None:
     """Compare two runs case by case.
 
-    The exit code is 1 if a case became slower or needs more memory, by more than noise, or if it
-    can no longer be measured.
+    The exit code is 1 if a case takes longer or needs more memory, and the difference exceeds the
+    noise. It is also 1 if a case can no longer be measured.
     """
     from benchmarks.report import comparison
     from benchmarks.store import load
@@ -172,7 +172,7 @@ def profile(
 def audit(
     record: Annotated[bool, typer.Option(help="Store the counts as the new budget.")] = False,
 ) -> None:
-    """Count memory traffic and analyse machine code, without a GPU.
+    """Count the kernels' memory traffic and analyse their machine code, without a GPU.
 
     The exit code is 1 if a count exceeds its budget.
     """
@@ -183,9 +183,10 @@ def audit(
 
 @app.command()
 def host() -> None:
-    """Time the CPU's part of calls of fused layers and nets, without a GPU.
+    """Time what the CPU does in calls of fused layers and nets, without a GPU.
 
-    The exit code is 1 if a call exceeds its limit.
+    Each time is divided by the time of torch's batch norm and ReLU. The exit code is 1 if one of
+    these ratios exceeds its limit.
     """
     from benchmarks.audit.host import run
 
@@ -200,9 +201,9 @@ def compile() -> None:
     """Compile the kernels into triton's cache, on all cores.
 
     A specialisation is a combination of dtypes, constants and alignments for which triton compiles
-    a kernel. All specialisations are compiled for sm_90, and one of each kernel for other GPUs.
-    Without a GPU, those for sm_90 are also launched. A stand-in replaces CUDA's driver, so no
-    kernel runs.
+    a kernel. All specialisations are compiled for sm_90. For each other GPU, one specialisation of
+    each kernel is compiled. On a machine without a GPU, the kernels for sm_90 are also launched. A
+    stand-in replaces CUDA's driver there, so no kernel runs.
     """
     import os
 
@@ -258,7 +259,7 @@ def scaling(
         bool, typer.Option(help="Also measure gloo on this CPU, and compare it with the model.")
     ] = False,
 ) -> None:
-    """Model training on 8 to 1,024 GPUs, with and without synchronised batch norm."""
+    """Predict the speed of training on many GPUs, with and without synchronised batch norm."""
     from benchmarks import scaling as model
 
     if picture is not None:
@@ -293,7 +294,10 @@ def first_contact(
 
 @app.command()
 def rehearse() -> None:
-    """Check, without a GPU, what first-contact needs. Exit code 1 if a check fails."""
+    """Check, without a GPU, that first-contact will run on a GPU.
+
+    The exit code is 1 if a check fails.
+    """
     from benchmarks.rehearse import run
 
     raise typer.Exit(int(bool(run(typer.echo))))

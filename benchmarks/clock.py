@@ -1,10 +1,12 @@
 """A clock that advances only by the time of the calls that are timed.
 
-The clock is the ``timer`` of pytest-benchmark, and `benchmarks.measure` uses it directly. On a GPU
-the clock advances by the time between two events on the device. The L2 cache is flushed before the
-first event. The host queues the launches while the device sleeps, so the host is not timed. Loops
-of calls (``launch="eager"`` of `prepare`) are an exception: the host is timed too, and the cache is
-not flushed.
+pytest-benchmark uses the clock as its ``timer``, and `benchmarks.measure` uses it directly. On a
+GPU, the time of a call is the time between two events on the device. The L2 cache is flushed before
+the first event. The device sleeps until the host has queued the launches, so that the host's time
+is not included.
+
+With ``launch="eager"`` of `prepare`, a loop of calls is timed as in a user's program: the host's
+time is included, and the cache is not flushed.
 """
 
 import time
@@ -17,29 +19,27 @@ import torch
 
 Call = Callable[[], Any]
 
-# Calls that take fewer than this many seconds are replayed from a CUDA graph. One such call is too
-# short to be timed by two events, which are at least a few microseconds apart. A loop of such calls
-# would also time the gaps between the launches.
+# A call that takes less than this many seconds is timed in a CUDA graph of several such calls. One
+# call would be too short to be timed by two events, which are at least a few microseconds apart. A
+# loop of calls would also time the gaps between the launches.
 GRAPH_BELOW = 100e-6
-# A graph contains enough calls for its replay to take this many seconds. The time to launch the
-# graph is then negligible.
+# A graph contains so many calls that its replay takes at least this many seconds. The time to
+# launch the graph is then negligible.
 LEAST_REPLAY = 500e-6
-# A graph also contains enough calls that together they touch this many times the size of the L2
-# cache, so that a call does not find its tensors in the cache.
+# The calls of a graph together touch at least this many times the size of the L2 cache, so that a
+# call does not find its tensors in the cache.
 COLD_FACTOR = 3
-# But a graph never contains more calls than this.
+# A graph never contains more calls than this, even if the two conditions above need more.
 MOST_COPIES = 64
 # The warm-up takes at least this many seconds and makes at least this many calls, because a GPU
 # raises its clock rate only under load.
 WARMUP_SECONDS, WARMUP_CALLS = 0.15, 3
-# The host's time of a call is the median of this many calls.
+# The host's time for a call is the median over this many calls.
 HOST_CALLS = 10
-# A loop of calls that the host launches takes about this many seconds, and makes at most MOST_LOOPS
-# calls.
+# A loop of calls takes about LOOP_SECONDS and makes at most MOST_LOOPS calls.
 LOOP_SECONDS, MOST_LOOPS = 0.05, 20
-# While the host queues launches, the device sleeps for a number of cycles. The number is computed
-# from the wanted seconds and this clock rate in Hz. Real clock rates are lower, so the device
-# sleeps longer than wanted.
+# While the host queues launches, the device sleeps for a number of cycles: the wanted seconds times
+# this clock rate in Hz. Real clock rates are lower, so the device sleeps longer than wanted.
 SLEEP_CYCLES = 2e9
 
 
@@ -62,10 +62,10 @@ class Timed:
         method: ``events`` times one call between two events. ``loop`` times consecutive calls that
             the host launches. ``graph`` times the replay of a CUDA graph. ``wall`` measures wall
             time on the CPU.
-        host_seconds: seconds until a call returns. Its kernels may not have run by then.
+        host_seconds: seconds until a call returns. The call's kernels may not have run by then.
         calls: number of calls in a round.
-        replayed: result of the first call in the graph. Each round overwrites it. It is None if the
-            method is not ``graph``.
+        replayed: result of the first call in the graph, which each round overwrites. It is None if
+            the method is not ``graph``.
     """
 
     round: Callable[[], None]
@@ -78,10 +78,11 @@ class Timed:
 def copies(touched_bytes: int, l2_bytes: int, seconds: float) -> int:
     """Returns how many calls, each with its own tensors, a graph should contain.
 
-    The number follows from `COLD_FACTOR` and `LEAST_REPLAY`, and is at most `MOST_COPIES`.
+    It is the least number that satisfies `COLD_FACTOR` and `LEAST_REPLAY`, but at most
+    `MOST_COPIES`.
 
     Args:
-        touched_bytes: bytes that one call touches.
+        touched_bytes: bytes of memory that one call touches.
         l2_bytes: size of the L2 cache in bytes.
         seconds: time of one call.
     """
@@ -106,11 +107,11 @@ def prepare(
             several calls.
         device: device on which the call runs.
         touched_bytes: bytes of memory that a call touches.
-        launch: ``auto`` times only the device: a short call in a CUDA graph of several calls, and a
-            longer call between two events, after the host has queued its launches. ``graph`` times
-            a CUDA graph of one call. ``eager`` times a loop of calls as in a user's program. This
-            time includes the host's time, and the cache is not flushed. On a CPU every call is
-            timed by itself, whatever ``launch`` is.
+        launch: with ``auto`` only the device is timed. A short call is timed in a CUDA graph of
+            several calls. A longer call is timed between two events, after the host has queued its
+            launches. ``graph`` times a CUDA graph of one call. ``eager`` times a loop of calls as
+            in a user's program. This includes the host's time, and the cache is not flushed. On a
+            CPU, ``launch`` is ignored and every call is timed by itself.
     """
     if device.type != "cuda":
         return _on_cpu(clock, make_call())
@@ -119,7 +120,7 @@ def prepare(
 
 
 def durations(clock: DeviceClock, timed: Timed, rounds: int) -> list[float]:
-    """Runs some rounds. Returns the seconds by which each round advanced the clock."""
+    """Runs ``rounds`` rounds. Returns the seconds by which each of them advanced the clock."""
     found = []
     for _ in range(rounds):
         start = clock()
@@ -129,7 +130,10 @@ def durations(clock: DeviceClock, timed: Timed, rounds: int) -> list[float]:
 
 
 def rounds_for(seconds: float, budget: float, least: int = 5, most: int = 100) -> int:
-    """Returns how many rounds of ``seconds`` fit into ``budget``, from ``least`` to ``most``."""
+    """Returns how many rounds of ``seconds`` seconds fit into ``budget`` seconds.
+
+    The result is at least ``least`` and at most ``most``.
+    """
     return int(min(max(budget / max(seconds, 1e-9), least), most))
 
 
@@ -157,9 +161,9 @@ def side_stream(device: torch.device) -> Iterator[None]:
     """Makes a new stream current if the current stream is the default stream of a GPU.
 
     A CUDA graph can't be captured on the default stream. The work before the capture has to run on
-    the new stream too. The reason is that autograd accumulates a parameter's gradient on the stream
-    of the first forward that used the parameter. If this is not the stream of the capture, the
-    capture fails.
+    the new stream too, because autograd accumulates a parameter's gradient on the stream of the
+    first forward that used the parameter. If this is not the stream of the capture, the capture
+    fails.
     """
     if device.type != "cuda":
         yield
@@ -220,8 +224,8 @@ def _round(
         queued: the calls, or a call that replays a graph.
         stream: stream to launch them on.
         flush: flushes the L2 cache before the calls. If it is None, the cache is not flushed.
-        host_seconds: time that the host needs to queue the calls. Before the first call the device
-            sleeps for longer than this, or not at all if it is 0.
+        host_seconds: seconds that the host needs to queue the calls. Before the first call the
+            device sleeps for longer than this. If it is 0, the device does not sleep.
         replayed: results of the calls in the graph. It is empty if there is no graph.
         captured: the calls in the graph. It is empty if there is no graph. A graph uses the
             addresses of the calls' tensors, so the returned function keeps the calls and the
@@ -239,8 +243,8 @@ def _round(
 def cache_flush() -> Call:
     """Returns a call that evicts all data from the L2 cache.
 
-    The call reads four times the size of the cache. It does not write. If it wrote, the cache would
-    write these data back to memory during the call that is timed.
+    The call reads memory of four times the size of the cache. It does not write to this memory. If
+    it did, the cache would write the data back to memory during the call that is timed.
     """
     size = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
     scratch = torch.zeros(size, dtype=torch.float32, device="cuda")
@@ -270,7 +274,10 @@ def _host_seconds(call: Call, stream: torch.cuda.Stream) -> float:
 def _between_events(
     calls: Sequence[Call], stream: torch.cuda.Stream, flush: Call | None, host_seconds: float
 ) -> float:
-    """Returns the seconds of the calls. The device sleeps until the host has queued all of them."""
+    """Returns the seconds that all calls take together.
+
+    If ``host_seconds`` is not 0, the device sleeps until the host has queued the calls.
+    """
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     with torch.cuda.stream(stream):
         if flush is not None:
@@ -292,6 +299,6 @@ def _captured(
     graph = torch.cuda.CUDAGraph()
     results: list[Any] = []
     with torch.cuda.graph(graph, stream=stream):
-        # All results are kept alive, so that each call writes to other memory.
+        # All results are kept alive, so that each call writes its result to separate memory.
         results.extend(call() for call in calls)
     return graph, results

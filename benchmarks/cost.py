@@ -7,8 +7,8 @@ from benchmarks.cases import Case, ModelCase
 from benchmarks.measure import fields_of
 from benchmarks.store import Record
 
-# The seconds in this file are estimates, not measured.
-# Making the inputs, checking, warming up and timing a case takes this many seconds.
+# For each suite: the seconds to make a case's inputs, to check its results, to warm up and to time
+# it. All seconds in this file are estimates and were not measured.
 CALLS = {"ops": 1.0, "step": 8.0, "infer": 5.0, "memory": 8.0, "augment": 3.0}
 # A case of augmentation that loops over the images in Python takes this many seconds.
 IMAGE_LOOP = 60.0
@@ -22,11 +22,11 @@ COMPILES = {
     "compile-max-autotune": (40.0, 400.0),
     "cudnn-frontend": (2.0, 0.0),
 }
-# If the kernels of a net are in the compilers' caches on disk, this fraction of the net's compile
-# time remains. They are in the caches when a step launched by the host is measured, because the
-# same step in a CUDA graph is measured earlier.
+# If a net's kernels are in the compilers' caches on disk, compiling the net takes this fraction of
+# its usual time. They are in the caches when a training step launched by the host is measured,
+# because the same step was measured in a CUDA graph before.
 CACHED = 0.25
-# A ResNet-50 has about 2.5 times the layers of a ResNet-18.
+# A ResNet-50 has about 2.5 times as many layers as a ResNet-18.
 LARGE_NET = 2.5
 # On a busy host the estimates of `table_seconds` are too low. To decide whether there is time for a
 # group of cases, the estimates are multiplied by this factor.
@@ -47,7 +47,7 @@ def kind(fields: Mapping[str, object]) -> str:
 
 
 def table_seconds(case: Case) -> float:
-    """Returns the estimated seconds of a case, without regard to earlier measurements."""
+    """Estimates the seconds to measure a case from the constants above."""
     if case.provider == "torchvision-image":
         return IMAGE_LOOP
     compiles = COMPILES.get(case.provider, (0.0, 0.0))[isinstance(case, ModelCase)]
@@ -71,12 +71,16 @@ class Costs:
             self.note(record)
 
     def note(self, record: Record) -> None:
-        """Uses the time that a case took for later estimates. Failed cases are ignored."""
+        """Records how long a case took, for later estimates. Failed cases are ignored."""
         if "wall_seconds" in record and record["status"] != "failed":
             self._seen.setdefault(kind(record), []).append(record["wall_seconds"])
 
     def seconds(self, case: Case) -> float:
-        """Returns the median seconds of earlier cases with the same `kind`, or `table_seconds`."""
+        """Returns the estimated seconds of a case.
+
+        It is the median of earlier cases of the same `kind`. If there are none, it is the result of
+        `table_seconds`.
+        """
         seen = self._seen.get(kind(fields_of(case)))
         return statistics.median(seen) if seen else table_seconds(case)
 
@@ -88,7 +92,7 @@ class Costs:
         The remaining time is checked before each group and before each case.
 
         Args:
-            groups: groups of cases. A group is skipped unless the time is enough for all its cases.
+            groups: groups of cases. A group is skipped if there is not enough time for all of it.
             left: returns the remaining seconds.
         """
         for group in groups:
@@ -96,9 +100,9 @@ class Costs:
                 yield from (case for case in group if self.seconds(case) <= left())
 
     def most_seconds(self, cases: Iterable[Case]) -> float:
-        """Returns the estimated seconds of some cases.
+        """Returns the sum of the cases' estimated seconds.
 
-        An estimate of `table_seconds` is multiplied by `MARGIN`.
+        Estimates of `table_seconds` are multiplied by `MARGIN`.
         """
         return sum(
             self.seconds(case) * (1.0 if kind(fields_of(case)) in self._seen else MARGIN)

@@ -1,7 +1,7 @@
 """Validates the graphs of the cuDNN provider without cuDNN and without a GPU.
 
-Before a graph is built, cuDNN's frontend calls only one function of cuDNN, which returns the
-version. Therefore a stand-in library that returns a version is enough to validate graphs.
+Before a graph is built, cuDNN's frontend calls only one function of cuDNN. This function returns
+cuDNN's version, so a stand-in library that returns a version is enough to validate graphs.
 ``python -m benchmarks.cudnn_graphs`` prints how many graphs are valid.
 """
 
@@ -30,9 +30,9 @@ def run() -> tuple[bool | None, str]:
     """Validates the graphs in a new process with the stand-in library.
 
     Returns:
-        A tuple of two values. The first says whether the graphs are valid, and is None if the
-        frontend is not installed. The second is the last line of the process's output, or of its
-        errors.
+        A tuple (valid, message). ``valid`` says whether the graphs are valid, and ``message`` is
+        the last line that the process printed. If the frontend is not installed, ``valid`` is None,
+        and ``message`` says so.
     """
     if find_spec("cudnn") is None:
         return None, f"{PACKAGE} is not installed"

@@ -55,7 +55,7 @@ def describe(device: torch.device) -> dict[str, Any]:
 
 
 def clocks() -> str:
-    """Returns the GPU's current clocks and its power limit, as nvidia-smi prints them."""
+    """Returns the GPU's current clock rates and its power limit, as nvidia-smi prints them."""
     return _output(
         "nvidia-smi", "--query-gpu=clocks.sm,clocks.mem,power.limit", "--format=csv,noheader"
     )
@@ -68,8 +68,8 @@ def measure_ceilings(device: torch.device) -> dict[str, float]:
     1024×1024 matrices in fp32.
 
     Returns:
-        ``copy`` is in bytes/s, where both the bytes that are read and the bytes that are written
-        are counted. ``product`` is in FLOP/s.
+        ``copy`` is the number of bytes read plus the number of bytes written, per second.
+        ``product`` is in FLOP/s.
     """
     on_gpu = device.type == "cuda"
     size, edge = (2 * GIB, 8192) if on_gpu else (32 * MIB, 1024)
@@ -98,8 +98,8 @@ def _cpu_name() -> str:
 def _commit() -> str:
     """Returns the commit, followed by ``+changes`` if tracked files were changed.
 
-    If the environment variable ``BNRES_COMMIT`` is set, its value is returned instead. It is for
-    copies of the project without git's history.
+    If the environment variable ``BNRES_COMMIT`` is set, its value is returned instead. Set it in a
+    copy of the project that has no git history.
     """
     if os.environ.get("BNRES_COMMIT"):
         return os.environ["BNRES_COMMIT"]
@@ -111,7 +111,7 @@ def _commit() -> str:
 
 
 def _output(*command: str) -> str:
-    """Returns a command's output, or an empty string if it is not installed or fails."""
+    """Returns a command's output, or an empty string if the command is not installed or fails."""
     try:
         return subprocess.run(
             command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=30

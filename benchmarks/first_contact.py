@@ -23,18 +23,19 @@ from benchmarks.environment import ROOT
 
 STAGES, LOG = "stages.jsonl", "log.txt"
 UNFINISHED, AGAIN = "unfinished", "again"
-# If less than this many seconds remain, no stage is started.
+# A stage is not started if less than this many seconds remain of the call's time or of the stage's
+# own time limit.
 LEAST_SECONDS = 10.0
 # An interrupted stage gets this many seconds to print its results.
 INTERRUPTED = 10.0
 # A stage may take this many seconds longer than its argument ``--minutes`` says.
 GRACE = 25.0
-# This many characters of a stage's output are stored with its outcome.
+# The outcome of a stage includes at most this many bytes from the end of the stage's output.
 TAIL = 4000
 PYTEST = ("-m", "pytest", "-q", "-ra", "--tb=short", "-p", "no:cacheprovider")
-# For each kernel, these metrics of ncu are its time, its bytes, its share of the peak bandwidth,
-# the share of busy issue slots, and the share of active warps. The section WarpStateStats adds the
-# reasons for stalls.
+# ncu, NVIDIA's profiler, measures these metrics of each kernel: the time, the bytes that memory
+# transfers, the share of the peak bandwidth, the share of busy issue slots, and the share of active
+# warps. The section WarpStateStats, which `stages` requests too, adds the reasons for stalls.
 COUNTERS = (
     "gpu__time_duration.sum,dram__bytes.sum,dram__throughput.avg.pct_of_peak_sustained_elapsed,"
     "sm__issue_active.avg.pct_of_peak_sustained_elapsed,"
@@ -69,7 +70,7 @@ class Stage:
 
 
 def stages(folder: Path) -> list[Stage]:
-    """Lists the stages, the most important ones first. ``folder`` is for the results."""
+    """Lists the stages, the most important ones first. Their results are stored in ``folder``."""
     out = str(folder)
     bench, command = ("-m", "benchmarks"), ("-m", "bnres.cli")
     smoke = (*PYTEST, "tests/test_smoke.py")
@@ -104,8 +105,9 @@ def run(
 ) -> int:
     """Runs stages until the time is up. Returns the number of stages that have not ended.
 
-    The first stage of the call, and every stage that can be continued later, is started if at least
-    ``LEAST_SECONDS`` remain. Any other stage is started if its whole time limit remains.
+    The first stage that a call starts, and every stage that can be continued later, needs at least
+    ``LEAST_SECONDS`` of remaining time. Any other stage is started only if the remaining time is at
+    least the stage's time limit.
 
     Args:
         folder: folder for the results.
@@ -158,8 +160,8 @@ def _attempt(stage: Stage, folder: Path, seconds: float) -> dict[str, Any]:
         process = subprocess.Popen(
             command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
             process_group=0, env={**os.environ, "PYTHONUNBUFFERED": "1", **stage.environment},
-            # A background job of a shell ignores SIGINT, and child processes inherit this. A stage
-            # must not ignore SIGINT, so its default handler is restored.
+            # If this process is a background job of a shell, it ignores SIGINT, and so would its
+            # child processes. A stage must not ignore SIGINT, so the default handler is restored.
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )  # fmt: skip
         try:
@@ -186,7 +188,7 @@ def _wait(process: "subprocess.Popen[bytes]", seconds: float) -> int | None:
     try:
         return process.wait(seconds)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGINT)  # If pytest is interrupted, it prints its failures.
+        os.killpg(process.pid, signal.SIGINT)  # An interrupted pytest prints its failures.
     with suppress(subprocess.TimeoutExpired):
         process.wait(INTERRUPTED)
     with suppress(ProcessLookupError):

@@ -44,8 +44,8 @@ def _torchvision() -> Iterator[Model]:
         yield name, later(models.get_model, name, **backbone), images(64)
 
     def frozen() -> nn.Module:
-        # torchvision's builder of this detector uses BatchNorm2d instead of frozen batch norm if no
-        # weights are loaded. Therefore the detector is built here.
+        # If no weights are loaded, torchvision's builder of this detector uses BatchNorm2d instead
+        # of FrozenBatchNorm2d. Therefore the detector is built here.
         norm = torchvision.ops.FrozenBatchNorm2d
         detector = models.detection
         resnet = models.resnet50(weights=None, norm_layer=norm)
@@ -154,7 +154,10 @@ HEADER = "| model | batch norms | fused | patterns | reasons |\n|---|---:|---:|-
 
 
 def run(out: Path | None, say: Callable[[str], object]) -> None:
-    """Writes the table to ``out``, or passes it to ``say`` if ``out`` is None."""
+    """Writes the table to ``out``, and passes the name of each model to ``say``.
+
+    If ``out`` is None, only the table is passed to ``say``.
+    """
     text = table(say if out is not None else lambda line: None)
     if out is None:
         say(text)

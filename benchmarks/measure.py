@@ -24,8 +24,8 @@ from benchmarks.providers import PROVIDERS
 from benchmarks.providers.base import Implementation
 from benchmarks.sites import ConvSite
 
-# A call is timed for about this many seconds. BUDGET is for an operation or an augmentation, and
-# STEP_BUDGET is for a whole net.
+# A case is timed for about this many seconds: BUDGET for an operation or an augmentation, and
+# STEP_BUDGET for a whole net.
 BUDGET = 0.25
 STEP_BUDGET = 1.0
 
@@ -90,8 +90,8 @@ def summarize(seconds: list[float]) -> dict[str, Any]:
 def rates(record: dict[str, Any], ceilings: dict[str, float]) -> dict[str, float]:
     """Returns the bandwidth, and the shortest possible time divided by the median time.
 
-    The shortest possible time is the time to move the bytes at the bandwidth of a copy, or the time
-    of the FLOPs at the rate of a matrix product, whichever is longer. The result is empty if the
+    The shortest possible time is the longer of two times: to move the bytes at the bandwidth of a
+    copy, and to compute the FLOPs at the speed of a matrix product. The result is empty if the
     record has no ``bytes``.
 
     Args:
@@ -171,17 +171,17 @@ def verify(
 
     Args:
         case: the operation.
-        implementation: implementation that has been prepared for ``inputs``.
-        inputs: inputs that no call has used yet. A call updates their running statistics, and these
-            are compared too.
+        implementation: implementation that is bound to ``inputs``.
+        inputs: inputs that no call has used yet. A call in training updates their running
+            statistics, and these are compared too.
 
     Returns:
         A tuple of the greatest relative error and some of the implementation's results: its
         gradients if the case's direction is ``backward``, otherwise its outputs.
 
     Raises:
-        WrongResult: if an error exceeds its tolerance, or a dtype, the memory format or the number
-            of results differs.
+        WrongResult: if an error exceeds its tolerance, or if a dtype, the output's memory format or
+            the number of results is wrong.
     """
     is_conv = isinstance(case.site, ConvSite)
     exact = inputs.to(torch.float32 if is_conv else torch.float64)

@@ -13,10 +13,10 @@ def measure(work: Work, device: torch.device) -> dict[str, int]:
     """Measures by how many bytes the allocated memory grows during a training step.
 
     Returns:
-        ``held_bytes`` is the growth at the end of the forward. These bytes are held for backward.
-        ``peak_bytes`` is the greatest growth at any time of the step. Gradients and workspaces are
-        included. Weights and the optimiser's state are not included, because they exist before the
-        step.
+        ``held_bytes`` is the growth at the end of the forward, which is the memory that is kept for
+        backward. ``peak_bytes`` is the greatest growth at any time of the step. It includes
+        gradients and workspaces. It does not include weights and the optimiser's state, because
+        they exist before the step.
     """
     work.run()
     work.run()
@@ -27,7 +27,7 @@ def measure(work: Work, device: torch.device) -> dict[str, int]:
 
 
 def allocated(call: Callable[[], object], device: torch.device) -> Grown:
-    """Returns by how many bytes the allocated memory grows during ``call``.
+    """Measures by how many bytes the allocated memory grows during ``call``.
 
     Returns:
         A tuple of the growth at the end of ``call``, while its result is still alive, and the

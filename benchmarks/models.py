@@ -1,4 +1,4 @@
-"""Builds whole nets by each provider, for training steps and inference."""
+"""Builds the whole nets that each provider runs, for training steps and inference."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -22,12 +22,13 @@ LAST_WEIGHT = 0.2
 # factor is constant, so that all steps do the same work. fp16 can represent the scaled gradients if
 # the gradients are at most about 16.
 LOSS_SCALE = 2.0**12
-# The gradients of all parameters form one vector. The provider's vector is compared with that of
-# the stock net in fp32, and this is the least cosine of the angle between them. It is below 1
-# because rounding errors accumulate over the layers. Even with fp32 tensors, TF32 or another order
-# of sums changes the signs of values near zero, and therefore the gradients of ReLU.
+# The gradients of all parameters of a net are joined into one vector. This is the least allowed
+# cosine of the angle between the provider's vector and the vector of the stock net in fp32. It is
+# below 1, because rounding errors add up over the layers. It is below 1 in fp32 too, because TF32
+# or another order of sums changes the signs of some values near zero, and therefore the gradients
+# of ReLU.
 COSINE = {"bf16": 0.9, "fp16": 0.98, "fp32": 0.99}
-# This is the greatest relative error of the logits, compared with the logits of the stock net in
+# The greatest relative error allowed of the logits, compared with the logits of the stock net in
 # fp32. The errors of 20 to 50 layers add up.
 LOGITS_TOLERANCE = {"bf16": 0.15, "fp16": 0.03, "fp32": 0.01}
 
@@ -39,9 +40,9 @@ class Work:
     Attributes:
         run: runs one training step or one inference.
         forward: runs the forward of a training step, including the loss, or runs one inference.
-        verify: returns the relative error of the logits. If the logits or the gradients differ from
-            the stock net's, it raises `benchmarks.check.WrongResult`. Call ``verify`` before
-            ``run``, because ``run`` changes the weights.
+        verify: returns the relative error of the logits. Raises `benchmarks.check.WrongResult` if
+            the logits, or the gradients in training, differ too much from the stock net's. Call
+            ``verify`` before ``run``, because ``run`` changes the weights in training.
         model: the net.
     """
 
@@ -52,12 +53,12 @@ class Work:
 
 
 def dtype_of(case: ModelCase) -> str:
-    """Returns the dtype of a case's run: ``eager-fp16-cudnn`` runs bf16 cases in fp16."""
+    """Returns the dtype in which a case is run. ``eager-fp16-cudnn`` runs bf16 cases in fp16."""
     return "fp16" if case.provider == "eager-fp16-cudnn" and case.dtype == "bf16" else case.dtype
 
 
 def prepare(case: ModelCase, device: torch.device) -> Work:
-    """Builds a net with the same weights for every provider.
+    """Builds the net of a case. It has the same weights for every provider.
 
     Raises:
         Unavailable: if the provider does not support the device or the case.
@@ -73,12 +74,12 @@ def prepare(case: ModelCase, device: torch.device) -> Work:
 
 
 def _stock(case: ModelCase) -> nn.Module:
-    """Builds the stock net with weights for which a step in 16 bits is close to a step in fp32.
+    """Builds the stock net, which has torch's own layers.
 
-    With torchvision's initial weights a ResNet-50 amplifies rounding errors so much that even the
-    results of correct implementations differ too much to be compared. Therefore the weights of the
-    last batch norm of each residual block, which ``zero_init_residual`` sets to 0, are set to the
-    small value ``LAST_WEIGHT``.
+    With torchvision's initial weights, a ResNet-50 amplifies rounding errors so much that even the
+    results of correct implementations differ too much to be compared. Therefore the last batch norm
+    of each residual block, whose weights ``zero_init_residual`` sets to 0, gets the small weights
+    ``LAST_WEIGHT``. With them, a step in 16 bits is close to a step in fp32.
     """
     torch.manual_seed(0)
     model = bnres.models.create_model(

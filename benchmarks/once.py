@@ -14,10 +14,10 @@ STAGES = ("stem", "layer1")
 
 
 def run(device: torch.device) -> int:
-    """Runs each operation in bf16, once in each layout. Returns the number of runs.
+    """Runs the operations in bf16. Returns the number of runs.
 
-    Batch norms run forward and backward. Convolutions run only on a GPU, in channels_last and in
-    inference. Without a GPU the tensors are small.
+    Operations with batch norms run forward and backward, once in each layout. Convolutions run only
+    on a GPU, once, in channels_last and in inference. Without a GPU the tensors are small.
     """
     on_gpu = device.type == "cuda"
     done = 0
@@ -37,7 +37,7 @@ def run(device: torch.device) -> int:
         inputs = make_inputs(shape, direction, batch, layout, DTYPES["bf16"], device)
         operation = provider.prepare(case)(inputs)
         with torch.set_grad_enabled(direction == "backward"):
-            # The backward callable runs the forward itself.
+            # ``operation.backward`` runs the forward itself.
             (operation.backward if direction == "backward" else operation.forward)()
         done += 1
     return done

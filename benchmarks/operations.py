@@ -1,4 +1,4 @@
-"""Makes the inputs of the operations that are timed, and computes their results with torch."""
+"""Makes the inputs of the timed operations, and computes the expected results with torch."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
@@ -41,7 +41,7 @@ class Inputs:
         residual: residual of the output's shape, if the operation adds one.
         residual_norm: batch norm of the residual, if the operation has one.
         filter: weight of shape (K, C, R, S), if the operation has a convolution.
-        gradients: gradients of the outputs. It is empty unless the direction is ``backward``.
+        gradients: gradients of the outputs. It is empty if the direction is not ``backward``.
     """
 
     x: Tensor
@@ -83,7 +83,7 @@ class Inputs:
 
 
 def smaller(site: Site | ConvSite) -> Site | ConvSite:
-    """Returns the same operation on 8 channels of 8×8 elements, which is fast on a CPU."""
+    """Returns a site with the same operation on 8 channels of 8×8 elements, for use on a CPU."""
     if isinstance(site, ConvSite):
         return replace(site, channels=8, size=8, out_channels=8)
     return replace(site, channels=8, size=8)
@@ -98,7 +98,7 @@ def make_inputs(
     device: torch.device,
     seed: int = 0,
 ) -> Inputs:
-    """Makes random inputs of a batch norm or convolution of a net.
+    """Makes random inputs for a batch norm or convolution of a net.
 
     The parameters and running statistics differ from channel to channel.
     """
@@ -113,9 +113,9 @@ def make_inputs(
     def gradient(shape: tuple[int, ...]) -> Tensor:
         """Makes a gradient dy that has a mean other than zero and is correlated with x.
 
-        dx depends on the sum of dy and on the sum of dy * xhat. If these sums were close to zero,
-        an error in them would not be noticed. If dy does not have the shape of x, because the
-        operation pools, it is not correlated with x.
+        dx depends on the sum of dy and on the sum of dy * xhat, where xhat is the normalised x. If
+        these sums were close to zero, an error in them would not be noticed. If the operation
+        pools, dy does not have the shape of x and is not correlated with x.
         """
         skewed = random(*shape) + 1
         if shape == tuple(x.shape):

@@ -35,8 +35,8 @@ class Profile:
     """Means over the profiled steps. Times are in seconds.
 
     Attributes:
-        kernels: time and number of launches of each kernel in a step. On the CPU it is the time of
-            each operator, without the time of the operators that it calls, and the number of its
+        kernels: time and number of launches of each kernel in a step. On the CPU it is the time and
+            the number of calls of each operator. This time does not include the operators that it
             calls.
         span: time from the start of the first kernel to the end of the last kernel, divided by the
             number of steps. On the CPU it is 0.
@@ -73,7 +73,7 @@ def profile(run: Callable[[], object], device: torch.device, trace: Path | None 
     spans = []
     for event in profiler.events() or []:
         if on_gpu:
-            # Annotations are left out, because they cover kernels that have events themselves.
+            # Annotations are left out, because the kernels that they span have their own events.
             if event.device_type != DeviceType.CUDA or event.is_user_annotation:
                 continue
             microseconds = event.time_range.elapsed_us()

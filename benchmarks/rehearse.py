@@ -1,4 +1,4 @@
-"""Checks, without a GPU, that `benchmarks.first_contact` will run on a machine with one.
+"""Checks, without a GPU, that `benchmarks.first_contact` will run on a machine with a GPU.
 
 ``python -m benchmarks rehearse`` runs the real compiler, triton's launcher and the child processes
 of `benchmarks.campaign`. It can't find slow kernels or data races.
@@ -28,7 +28,8 @@ Outcome = tuple[bool | None, str]
 def compiled() -> Outcome:
     """Checks that every kernel compiles, does not spill too many registers, and can be launched.
 
-    All specialisations of the kernels are checked. The launches call a stand-in for CUDA's driver.
+    A kernel is checked for each combination of dtypes, constants and alignments that our operations
+    use. The launches call a stand-in for CUDA's driver.
     """
     found = specialisations.run(os.cpu_count() or 1)
     counts = f"{found.compiled} compiled, {found.launched} launched"
@@ -36,7 +37,7 @@ def compiled() -> Outcome:
 
 
 def campaigns() -> Outcome:
-    """Checks that a campaign continues after cases that raise, hang, abort, exit or lack memory."""
+    """Checks that a campaign continues after a case that fails, hangs or ends its process."""
     return _tests("-m", "slow or not slow", "tests/test_campaign.py")
 
 

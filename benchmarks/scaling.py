@@ -2,7 +2,7 @@
 
 The time of a training step is the step's time on one GPU plus the time of the communication that
 does not overlap with backward. The time of a collective is computed by NCCL's cost model: a latency
-for each step of the collective, plus bytes divided by bandwidth. The constants are NCCL's
+for each transfer from GPU to GPU, plus bytes divided by bandwidth. The constants are NCCL's
 (src/graph/tuning.cc at 01afd20). Only the training step of ResNet-18 was measured on a GPU.
 `gloo_table` compares the same formula with measured times of gloo on this machine's CPU.
 """
@@ -20,16 +20,18 @@ from torch import nn
 
 from bnres import models
 
-# For each net, this is the time in seconds of a step of 256 images on one GPU, and where the number
-# comes from.
+# For each net: the seconds of a training step of 256 images on one GPU, and where this number comes
+# from.
 STEPS = {
     "resnet18": (9.04e-3, "measured on an H200"),
     "resnet50": (256 / 7160, "published for an H100, MLPerf v4.0"),
 }
 BACKWARD = 2 / 3  # Backward takes this fraction of a step's time.
-FIRST_BUCKET, BUCKET = 1 << 20, 25 << 20  # DDP's default sizes of a bucket of gradients, in bytes
+# DDP sends gradients in buckets. These are its default sizes of the first bucket and of the later
+# buckets, in bytes.
+FIRST_BUCKET, BUCKET = 1 << 20, 25 << 20
 GPUS = (8, 16, 32, 64, 128, 256, 512, 1024)
-STATISTICS = 4  # Synchronised statistics are in fp32, which has this many bytes.
+STATISTICS = 4  # bytes of a number in the messages of synchronised batch norm, which are in fp32
 
 
 @dataclass(frozen=True)
@@ -37,8 +39,8 @@ class Protocol:
     """Costs of one of NCCL's protocols.
 
     Attributes:
-        base: latency of a collective in seconds, without its steps. A step is one transfer from
-            GPU to GPU.
+        base: latency of a collective in seconds, to which the latencies of its steps are added. A
+            step is one transfer from GPU to GPU.
         local: latency of a step over NVLink, in seconds.
         remote: latency of a step over the network, in seconds.
         share: fraction of the bandwidth that is available for data.
@@ -78,7 +80,7 @@ class Cluster:
         return self.nvlink if gpus <= self.gpus else min(self.nvlink, self.network)
 
     def all_reduce(self, size: int, gpus: int) -> float:
-        """Returns the seconds of an all-reduce of ``size`` bytes, by the fastest algorithm."""
+        """Returns the seconds of an all-reduce of ``size`` bytes by the fastest ring or tree."""
         nodes, local = self.nodes(gpus), min(gpus, self.gpus)
         rate = self.bandwidth(gpus)
         rings = (
@@ -94,9 +96,9 @@ class Cluster:
         return min(*rings, *trees)
 
     def all_gather(self, size: int, gpus: int) -> float:
-        """Returns the seconds to gather ``size`` bytes of each GPU on all GPUs.
+        """Returns the seconds of an all-gather. Every GPU sends ``size`` bytes to all other GPUs.
 
-        NCCL always uses a ring to gather.
+        NCCL always uses a ring for an all-gather.
         """
         nodes = self.nodes(gpus)
         return min(
@@ -138,7 +140,7 @@ class Traffic:
 
 
 def traffic(net: str) -> Traffic:
-    """Returns the bytes of a net's gradients, and the channels of each of its synchronisations."""
+    """Returns the bytes of a net's gradients, and the number of channels per synchronisation."""
     with torch.device("meta"):
         model = models.create_model(net, fused=False)
     sites: list[int] = []
@@ -160,7 +162,7 @@ def exposed(gradients: int, backward: float, reduce: Callable[[int], float]) -> 
     Args:
         gradients: bytes of all gradients.
         backward: seconds of backward.
-        reduce: takes a number of bytes, and returns the seconds to all-reduce them.
+        reduce: returns the seconds of an all-reduce of a given number of bytes.
     """
     end, done = 0.0, 0
     while done < gradients:
@@ -272,7 +274,7 @@ def _time_all_reduce(rank: int, world: int, port: int, found: "mp.Queue[list[flo
 
 
 def measure(world: int) -> list[float]:
-    """Measures gloo's all-reduce in ``world`` processes. Returns the median seconds per size."""
+    """Returns the median seconds of gloo's all-reduce in ``world`` processes, for each size."""
     import socket
 
     with socket.socket() as free:
@@ -284,9 +286,9 @@ def measure(world: int) -> list[float]:
 
 
 def fit(medians: Sequence[float], world: int) -> tuple[float, float]:
-    """Returns a ring's seconds per step and bytes per second, fitted to two measured sizes.
+    """Returns a ring's seconds per step and bytes per second, fitted to two measured times.
 
-    The two sizes are the smallest and the largest of ``SIZES``.
+    These are the times in ``medians`` for the smallest and the largest of ``SIZES``.
     """
     steps, moved = 2 * (world - 1), 2 * (world - 1) / world
     rate = moved * (SIZES[-1] - SIZES[0]) / (medians[-1] - medians[0])

@@ -1,7 +1,7 @@
-"""Reads and writes a folder of results, with ``environment.json`` and ``results.jsonl``.
+"""Reads and writes a folder of results.
 
-``results.jsonl`` contains a line for each measured case. A line is on disk before the next case
-starts, so an interrupted run can be continued.
+The folder contains ``environment.json`` and ``results.jsonl``, which has a line for each measured
+case. A line is on disk before the next case starts, so an interrupted run can be continued.
 """
 
 import json
@@ -47,7 +47,7 @@ class ResultStore:
         self.records = {record["id"]: record for record in records}
 
     def add(self, record: Record) -> None:
-        """Appends a record, and writes it to disk at once."""
+        """Appends a record, and writes it to disk immediately."""
         with (self.folder / RESULTS).open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
             file.flush()

@@ -1,6 +1,7 @@
 """Times the kernels with the launch configurations of `bnres.kernels.config.TUNING` and others.
 
-Each kernel runs in bfloat16 on the activations of every stage of ResNet-18, in both layouts.
+Each kernel runs in bfloat16, in both layouts, on tensors of the shapes of ResNet-18's activations:
+a shape for each stage, but only the stem's for pooling.
 """
 
 import itertools
@@ -29,14 +30,14 @@ from bnres.kernels.outputs import empty_mask
 
 BATCH, SMALL_BATCH, SMALL_SIZE = 256, 2, 16
 EPS = 1e-5
-# The results of two configurations may differ by this relative error, because configurations sum in
-# different orders and results are rounded to bf16.
+# The results of two configurations may differ by up to this relative error, because each sums in a
+# different order and rounds its results to bf16.
 TOLERANCE = 2**-8
-# A graph contains CALLS calls of a kernel, or more if there are more sets of tensors. Its replay is
-# timed REPLAYS times.
+# A CUDA graph contains one call of a kernel for each set of tensors, but at least CALLS calls. Its
+# replay is timed REPLAYS times.
 CALLS, REPLAYS = 16, 5
 # Consecutive calls use different sets of tensors, so that no call finds its inputs in the L2 cache.
-# Together the sets are at least this many times as large as the cache.
+# The x of all sets together is at least this many times as large as the cache.
 COLD_FACTOR = 3
 # Every kernel is tried with these values of num_stages.
 STAGES = (1, 2, 3, 4, 5)
@@ -58,7 +59,7 @@ Call = Callable[[], Sequence[Tensor | None]]
 
 
 def variants(kernel: str) -> Iterator[KernelTuning]:
-    """Yields a kernel's current configuration, then all others of ``STAGES`` and ``GRIDS``."""
+    """Yields a kernel's current configuration, then the others from ``STAGES`` and ``GRIDS``."""
     today = config.TUNING[kernel]
     yield today
     for stages, unroll, programs in itertools.product(STAGES, *GRIDS[kernel]):
@@ -86,8 +87,9 @@ def tuned(kernel: str, tuning: KernelTuning) -> Iterator[None]:
 def calls(shape: tuple[int, ...], layout: str, device: torch.device) -> dict[str, Call]:
     """Returns for each kernel a call of its launcher on random bf16 tensors.
 
-    A call returns tensors that it writes. Only the calls of ``reduce`` and ``reduce_two_norms``
-    allocate them anew. ``reduce`` and ``dx`` are the kernels of the backward of BN+ReLU.
+    A call returns tensors that it has written. The calls of ``reduce`` and ``reduce_two_norms``
+    allocate new tensors, and the others write to the same tensors each time. ``reduce`` and ``dx``
+    are the kernels of the backward of BN+ReLU.
     """
 
     def tensor(shape: Sequence[int] = shape) -> Tensor:
@@ -149,7 +151,7 @@ def seconds(calls: Sequence[Call]) -> float:
 
 
 def measure(kernel: str, sets: Sequence[dict[str, Call]], tuning: KernelTuning) -> float:
-    """Returns the seconds that `seconds` measures for a kernel with a configuration.
+    """Returns the mean seconds of a kernel's calls with a configuration.
 
     Raises:
         WrongResult: if the result differs from the result of the current configuration.
@@ -169,8 +171,8 @@ def run(out: Path, minutes: float, device: torch.device) -> int:
     small. Returns how many configurations are left.
 
     Raises:
-        torch.AcceleratorError: if a configuration has made the GPU unusable. There is a line for
-            this configuration in ``out``.
+        torch.AcceleratorError: if a configuration has made the GPU unusable. ``out`` has a line for
+            this configuration too, so the next run leaves it out.
     """
     deadline = time.monotonic() + 60 * minutes
     lines = out.read_text(encoding="utf-8").splitlines() if out.exists() else []

@@ -1,6 +1,6 @@
 """Defines what a provider has to implement.
 
-A provider is an implementation of the operations that is compared with the others.
+A provider is an implementation of the operations that is compared with other providers.
 """
 
 from collections.abc import Callable, Sequence
@@ -44,9 +44,9 @@ class Provider:
 
     Attributes:
         name: name in the results.
-        prepare: prepares a case. It returns a function that takes inputs and returns the
-            `Implementation` of the case. Either function may raise `Unavailable`, if the provider
-            can't run the case.
+        prepare: prepares a case. It returns a function that takes inputs and returns the case's
+            `Implementation`. Both functions may raise `Unavailable` if the provider can't run the
+            case.
         dtype: dtype that replaces bf16 if the provider does not support bf16, otherwise None.
     """
 
@@ -64,8 +64,8 @@ def by_autograd(
 ) -> Implementation:
     """Implements an operation by a function that autograd differentiates.
 
-    The first call of ``backward`` runs the forward. Later calls differentiate the graph of this
-    forward again.
+    The first call of ``backward`` also runs the forward. Later calls of ``backward`` use the
+    autograd graph of that forward again.
     """
     outputs: list[tuple[Tensor, ...]] = []
 

@@ -1,8 +1,8 @@
 """cuDNN's graphs that fuse batch norm, addition and ReLU, called through NVIDIA's frontend.
 
-The graphs follow ``test/python/norm/graph/test_batchnorm_fusion.py`` of NVIDIA/cudnn-frontend. The
-forward of a graph with ReLU stores one bit for each element. The bit is 1 if the output of the ReLU
-is positive. The backward multiplies the gradient by this bit.
+The graphs are built as in ``test/python/norm/graph/test_batchnorm_fusion.py`` of
+NVIDIA/cudnn-frontend. If an operation has a ReLU, its forward stores one bit for each element. The
+bit is 1 if the output of the ReLU is positive. The backward multiplies the gradient by this bit.
 """
 
 from collections.abc import Callable
@@ -45,7 +45,7 @@ class Builder:
 
     Args:
         cudnn: module of the frontend.
-        x: tensor that has the shape (N, C, H, W) and the dtype of the activations.
+        x: an activation of shape (N, C, H, W). Only its shape and dtype are used.
         has_residual: whether the operation adds a residual.
         has_relu: whether the operation ends with ReLU.
         handle: cuDNN's handle for the device of ``x``.
@@ -75,7 +75,7 @@ class Builder:
     def forward(self) -> Graph:
         """Builds the forward.
 
-        Tensors between the fused operations have the dtype of the activations. If cuDNN does not
+        The intermediate tensors of the graph have the dtype of the activations. If cuDNN does not
         support this, they are in fp32.
         """
         try:
@@ -112,7 +112,11 @@ class Builder:
         return self._finish(graph, t | {"y": y})
 
     def backward(self) -> Graph:
-        """Builds the backward. The residual's gradient is dy times the bits that forward stored."""
+        """Builds the backward.
+
+        If there is a ReLU, dy is first multiplied by the mask (y > 0) that forward stored. The
+        product is also the gradient of the residual, if there is one.
+        """
         types, graph = self.cudnn.data_type, self._new()
         t = {
             name: graph.tensor(name=name, data_type=self.io, **self.activation)
@@ -159,7 +163,7 @@ class Builder:
         return int(graph.get_workspace_size())
 
     def runner(self, graph: Graph, values: dict[str, Tensor]) -> Callable[[], None]:
-        """Returns a function that runs the graph on these tensors."""
+        """Returns a function that runs the graph on the tensors in ``values``."""
         pack = {tensor: values[name] for name, tensor in graph.tensors.items()}
         workspace = torch.empty(
             max(graph.workspace, 1), dtype=torch.uint8, device=values["x"].device
@@ -228,7 +232,7 @@ def _bound(builder: Builder, forward: Graph, backward: Graph, inputs: Inputs) ->
         "dresidual": torch.empty_like(x),
         "new_running_mean": channels["running_mean"],
         "new_running_var": channels["running_var"],
-        # The values of these three tensors are passed to cuDNN, so the tensors are on the CPU.
+        # cuDNN gets the values of these three scalars from the CPU.
         "eps": torch.full((1, 1, 1, 1), EPS, dtype=torch.float64),
         "momentum": torch.full((1, 1, 1, 1), MOMENTUM, dtype=torch.float64),
         "zero": torch.zeros((1, 1, 1, 1), dtype=x.dtype),

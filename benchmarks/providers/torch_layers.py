@@ -67,8 +67,8 @@ def _compiled(case: OpCase, mode: str | None) -> Bind:
         if not first:
             return compiled(inputs)
         first = False
-        # Backward runs many times after one forward. With donated buffers, the first backward would
-        # overwrite the saved tensors.
+        # Backward runs many times after one forward. If donated_buffer were true, the first
+        # backward could overwrite the tensors that forward saved.
         with functorch_config.patch(donated_buffer=False):
             return compiled(inputs)
 
