@@ -16,7 +16,7 @@ from bnres.augment.segments import prepare_draws, segments
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 JITTER = (0.5, 0.2, 0.6, 0.4)  # brightness, contrast, saturation and hue, as in the d2l.ai course
-# The greatest relative error allowed of the kernel's output, compared with ATen's. The two outputs
+# The greatest allowed relative error of the kernel's output, compared with ATen's. The two outputs
 # differ, because the kernel and ATen add numbers in different orders and round the results to bf16.
 TOLERANCE = 2**-7
 
@@ -43,7 +43,7 @@ def prepare(case: AugmentCase, device: torch.device) -> Work:
 
     Raises:
         Unavailable: if the provider's library can't be imported, or if the provider needs a GPU
-            and ``device`` is not one.
+            and ``device`` is a CPU.
     """
     generator = torch.Generator(device).manual_seed(0)
     shape = (case.batch, 3, case.size, case.size)

@@ -9,7 +9,7 @@ from benchmarks.audit.host import Timed, ruler
 SECONDS = 0.5
 # The host is busy if `spread` returns more than this number. With nine busy processes on two cores,
 # `spread` returned 1.6 to 2.2. It compares wall times, which include the time that a thread waits
-# for a core. The same ratio of CPU times was only 1.07 to 1.11, because CPU times don't include it.
+# for a core. The same ratio of CPU times, which don't include this wait, was only 1.07 to 1.11.
 MOST_SPREAD = 1.25
 
 

@@ -10,8 +10,8 @@ The model assumes that the second read of a tensor does not find it in the L2 ca
 small tensor stays in the cache, so an operation on it can be faster than this model allows.
 
 ``benchmarks.audit`` counts the bytes that our kernels actually move. The bandwidth that the
-benchmarks report for an implementation is the bytes of this model divided by the measured time. An
-implementation that takes half the time therefore has twice the bandwidth, whatever it moves.
+benchmarks report for an implementation is the bytes of this model divided by the measured time. So
+an implementation that takes half the time has twice the bandwidth, however many bytes it moves.
 """
 
 from benchmarks.sites import ConvSite

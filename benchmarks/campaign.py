@@ -70,10 +70,9 @@ def run(
     """Measures, in order, the cases that have no result yet. Returns the number of new results.
 
     Consecutive cases that differ only in their provider are a group. A group is skipped if its
-    estimated time exceeds the remaining time, so that the groups that are measured are complete. If
-    a group takes longer than estimated, its last cases may be skipped: a case is skipped if its own
-    estimated time exceeds the remaining time. A case that is interrupted after the deadline gets no
-    result.
+    estimated time exceeds the remaining time. So the groups that are measured are complete, unless
+    they take longer than estimated. Then each case whose own estimated time exceeds the remaining
+    time is skipped. A case that is interrupted after the deadline gets no result.
 
     Args:
         store: folder to which the results are added.

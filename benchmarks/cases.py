@@ -43,7 +43,7 @@ TELLING = ("bn_relu", "bn_add_relu", "bn_relu_pool")
 # Stages of a net. In ResNet-18, with 256 images in bf16, each activation of these stages has at
 # least 51 MB, which is about the size of an H100's L2 cache.
 LARGE_SITES = ("stem", "layer1", "layer2")
-# Whole nets are measured with these providers before they are measured with the others.
+# For whole nets, these providers are measured before the others.
 HEADLINE = ("bnres", "eager", "compile")
 # `telling_cases` returns the cases whose rank is lower than this number.
 TELLING_RANK = 4
@@ -169,7 +169,7 @@ Case = OpCase | ModelCase | AugmentCase
 
 
 def bn_sites(net: str) -> list[Site]:
-    """Lists the operations to measure at a net's batch norms: first the fused ones, then ``bn``."""
+    """Lists the operations to measure at a net's batch norms: fused ones, then plain batch norm."""
     sites = RESNET18_SITES if net == "resnet18" else RESNET50_SITES
     plain = [site for site in sites if site.operation == "bn"]
     return [fused for site in sites for fused in operations_at(site)] + plain

@@ -23,8 +23,8 @@ COMPILES = {
     "cudnn-frontend": (2.0, 0.0),
 }
 # If a net's kernels are in the compilers' caches on disk, compiling the net takes this fraction of
-# its usual time. They are in the caches when a training step launched by the host is measured,
-# because the same step was measured in a CUDA graph before.
+# its usual time. The kernels are in the caches when a training step launched by the host is
+# measured, because the same step was measured in a CUDA graph before.
 CACHED = 0.25
 # A ResNet-50 has about 2.5 times as many layers as a ResNet-18.
 LARGE_NET = 2.5

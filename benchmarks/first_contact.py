@@ -33,9 +33,10 @@ GRACE = 25.0
 # The outcome of a stage includes at most this many bytes from the end of the stage's output.
 TAIL = 4000
 PYTEST = ("-m", "pytest", "-q", "-ra", "--tb=short", "-p", "no:cacheprovider")
-# ncu, NVIDIA's profiler, measures these metrics of each kernel: the time, the bytes that memory
-# transfers, the share of the peak bandwidth, the share of busy issue slots, and the share of active
-# warps. The section WarpStateStats, which `stages` requests too, adds the reasons for stalls.
+# ncu, NVIDIA's profiler, measures these metrics of each kernel: its time, the bytes that it reads
+# from memory and writes to memory, the share of the peak bandwidth, the share of busy issue slots,
+# and the share of active warps. `stages` also requests ncu's section WarpStateStats, which contains
+# the reasons for stalls.
 COUNTERS = (
     "gpu__time_duration.sum,dram__bytes.sum,dram__throughput.avg.pct_of_peak_sustained_elapsed,"
     "sm__issue_active.avg.pct_of_peak_sustained_elapsed,"

@@ -28,7 +28,7 @@ LOSS_SCALE = 2.0**12
 # or another order of sums changes the signs of some values near zero, and therefore the gradients
 # of ReLU.
 COSINE = {"bf16": 0.9, "fp16": 0.98, "fp32": 0.99}
-# The greatest relative error allowed of the logits, compared with the logits of the stock net in
+# The greatest allowed relative error of the logits, compared with the logits of the stock net in
 # fp32. The errors of 20 to 50 layers add up.
 LOGITS_TOLERANCE = {"bf16": 0.15, "fp16": 0.03, "fp32": 0.01}
 

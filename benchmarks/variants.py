@@ -1,7 +1,7 @@
 """Times the kernels with the launch configurations of `bnres.kernels.config.TUNING` and others.
 
-Each kernel runs in bfloat16, in both layouts, on tensors of the shapes of ResNet-18's activations:
-a shape for each stage, but only the stem's for pooling.
+Each kernel runs in bfloat16, in both layouts, on tensors of one shape for each stage of ResNet-18.
+Pooling runs only on the shape of the stem.
 """
 
 import itertools
@@ -70,7 +70,7 @@ def variants(kernel: str) -> Iterator[KernelTuning]:
 
 @contextmanager
 def tuned(kernel: str, tuning: KernelTuning) -> Iterator[None]:
-    """Inside the context, ``kernel`` is launched with another configuration."""
+    """Inside the context, ``kernel`` is launched with the configuration ``tuning``."""
     before = config.TUNING[kernel]
     plans = launch._plan, launch._plan_columns
     config.TUNING[kernel] = tuning
