@@ -1,1 +1,1 @@
-"""Audits, without a GPU, of the bytes that kernels touch, of machine code and of host time."""
+"""Audits of memory accesses, machine code and CPU time. They need no GPU."""

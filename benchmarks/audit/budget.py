@@ -1,4 +1,4 @@
-"""Stores the audit's results as its budget, and lists what exceeds the budget."""
+"""Stores the results of an audit as a budget, and lists later results that are worse."""
 
 import json
 from collections.abc import Callable, Iterable, Iterator
@@ -13,9 +13,9 @@ from bnres.files import write_text
 
 PATH = Path(__file__).with_name("budget.json")
 Row = dict[str, Any]
-# Decimal numbers may exceed their budget by this much, because they are rounded.
+# ``lanes``, ``sectors`` and ``in_flight`` may be worse than their budget by this much.
 SLACK = 1e-3
-# ``share``, the time to issue instructions, may exceed its budget by this fraction of the budget.
+# ``share`` may exceed its budget by this fraction of the budget.
 SHARE_SLACK = 0.02
 
 
@@ -24,14 +24,14 @@ class Found:
     """The results of an audit.
 
     Attributes:
-        memory: rows of `benchmarks.audit.memory`.
-        traffic: bytes that a training step moves without its convolutions. The key ``stock`` is for
-            torch's own layers, and ``fused`` is for ours.
-        held: bytes that a training step holds for backward, with the same keys as ``traffic``. The
-            key ``recompute`` is for our layers inside `bnres.recompute`.
-        launches: for a training step, how many kernels bnres launches, and how many operations of
-            ATen are called. The keys name the net and what is counted.
-        kernels: rows of `worst`.
+        memory: the rows that `benchmarks.audit.memory.audit` returns.
+        traffic: bytes that a training step moves, not counting its convolutions. The key ``stock``
+            is for torch's own layers, and ``fused`` is for ours.
+        held: bytes that a training step saves for backward. The keys ``stock`` and ``fused`` are
+            the same as in ``traffic``, and ``recompute`` is for our layers in `bnres.recompute`.
+        launches: number of kernels that bnres launches in a training step, and number of ATen
+            operations that the step calls. A key such as ``fused, ATen`` says what is counted.
+        kernels: the rows that `worst` returns.
     """
 
     memory: list[Row]
@@ -42,13 +42,12 @@ class Found:
 
 
 def worst(rows: Iterable[Row]) -> list[Row]:
-    """Returns the worst values of the rows that have the same GPU, kernel, layout and dtype.
+    """Returns a row for each GPU, kernel, layout and dtype, with the worst values of its launches.
 
-    The result has a row for each GPU, kernel, layout and dtype. ``per_element`` and ``at`` describe
-    the launch with the greatest ``share``.
+    ``per_element`` and ``at`` are those of the launch with the greatest ``share``.
 
     Args:
-        rows: rows of `benchmarks.audit.machine_code`.
+        rows: the rows of `benchmarks.audit.machine_code`, one for each launch.
     """
     groups: dict[str, list[Row]] = {}
     for row in rows:
@@ -105,7 +104,7 @@ def exceeded(found: Found, budget: Found, same_triton: bool) -> list[str]:
     """Describes each result that is worse than its budget.
 
     Machine code depends on the compiler. If the budget was recorded with another version of triton,
-    registers and shares are not compared, and spills and calls only if their budget is 0.
+    registers and shares are not compared. Spills and calls are compared only if their budget is 0.
 
     Args:
         found: the results.
@@ -133,7 +132,7 @@ def _worse(
     rows: Iterable[Row], budget: Iterable[Row], key: Callable[[Row], str],
     compare: Callable[[Row, Row], list[str]],
 ) -> Iterator[str]:  # fmt: skip
-    """Compares each row with the row of the budget that has the same key."""
+    """Describes what is worse in a row than in the row of the budget that has the same key."""
     limits = {key(limit): limit for limit in budget}
     for row in rows:
         if key(row) in limits:

@@ -1,9 +1,13 @@
-"""Generates calls of the public functions, which launch the kernels in many specialisations.
+"""Generates calls of functions that together launch the kernels in many specialisations.
 
-The parameters are read from the functions' signatures, so a new parameter is varied without a
-change here. If its possible values are not known, `axes_of` raises an error. The calls do not have
-all combinations of values. But for any two parameters, each value of one parameter occurs in some
-call together with each value of the other. Only the values in ``OTHERS`` occur in fewer calls.
+A specialisation is a kernel compiled for one combination of its arguments' dtypes, constants and
+alignments. The functions are those in `bnres.functional` and the augmentation kernels' `augment`.
+
+The functions' parameters are read from their signatures, so a new parameter is varied without a
+change here. If the possible values of a parameter are not known, `axes_of` raises an error. The
+calls do not have all combinations of values. But for any two parameters, each value of one occurs
+in some call together with each value of the other, unless these values exclude each other. The
+values in ``OTHERS`` occur in fewer calls.
 """
 
 import itertools
@@ -32,8 +36,8 @@ Options = dict[str, Any]
 Axes = dict[str, Sequence[Any]]
 
 CONTIGUOUS, LAST = torch.contiguous_format, torch.channels_last
-# Together these inputs use every kind of tile. Some of these shapes fill their tiles, and others
-# fill them partly.
+# Shapes and memory formats. Together these inputs use every kind of tile. Some inputs fill their
+# tiles, and others fill them only partly.
 INPUTS = {
     "planes": ((2, 8, 8, 16), CONTIGUOUS),
     "odd planes": ((2, 5, 7, 9), CONTIGUOUS),
@@ -48,9 +52,9 @@ HUGE_INPUTS = {
     "huge channels_last": ((2, 64, 4096, 4104), LAST),
 }
 WINDOW = ("kernel_size", "stride", "padding", "dilation")
-# The window of the pooling in a ResNet's stem. Our kernels support no other pooling.
+# The values of ``WINDOW`` for the max-pool in a ResNet's stem. Our kernels support no others.
 POOLING = (3, 2, 1, 1)
-# Each convolution's number of output channels, and its window.
+# For each convolution: the number of output channels, and the values of ``WINDOW``.
 CONVOLUTIONS = ((64, (3, 1, 1, 1)), (24, (1, 2, 0, 1)), (5, (3, 2, 2, 2)))
 # The values of each parameter. `pairs` combines them.
 VALUES: Axes = {
@@ -61,28 +65,29 @@ VALUES: Axes = {
     "dtype": (torch.bfloat16, torch.float32, torch.float64),
     "kernel_size": (POOLING,),
     "conv_weight": CONVOLUTIONS,
-    "groups": (1,),  # For grouped convolutions torch's convolution runs.
+    "groups": (1,),  # Only torch computes grouped convolutions.
     "memory_format": (CONTIGUOUS, LAST),
     "ceil_mode": (False,),
-    "height": (8, 64),  # An image of 8×8 needs one program, and one of 64×64 several.
+    "height": (8, 64),  # An 8×8 image needs one program, a 64×64 image several.
 }
-# Further values, each of which occurs in only two calls (`with_others`).
+# Further values. `with_others` uses each of them in only two calls of a function.
 OTHERS: Axes = {
     "act": tuple(act for act in ACTIVATIONS if act not in VALUES["act"]),
     "dtype": (torch.float16,),
 }
-# Names in `bnres.functional` that are not called. batch_norm is batch_norm_act without a residual
-# and an activation. BatchNormState is a type. stem_conv2d launches none of our kernels.
+# Names in `bnres.functional` that are not called. batch_norm equals batch_norm_act without residual
+# and activation. BatchNormState is a type. stem_conv2d launches none of our kernels.
 NOT_CALLED = {"batch_norm", "BatchNormState", "stem_conv2d"}
 PARAMETERS = ("input", "weight", "bias", "input_bias", "residual")
 OPTIONAL: tuple[set[Any], ...] = (
     {Tensor, NoneType}, {Tensor, float}, {tuple[float, ...], NoneType}, {BatchNormState, NoneType},
 )  # fmt: skip
-# The fields of the residual's batch norm are varied as parameters whose names have this prefix.
+# The residual's batch norm is passed as a BatchNormState. Each of its fields is varied like a
+# parameter, whose name is the field's name with this prefix.
 RESIDUAL = "residual_"
 # These names are not varied by themselves. The values of kernel_size and of conv_weight include
 # stride, padding and dilation. The width equals the height. ``return`` is not a parameter. No
-# specialisation depends on the other names.
+# specialisation depends on act_kwargs, eps, residual_eps and process_group.
 FIXED = {
     "act_kwargs", "eps", "residual_eps", "stride", "padding", "dilation", "width", "return",
     "process_group",
@@ -91,7 +96,7 @@ FIXED = {
 
 @dataclass(frozen=True)
 class Call:
-    """A call of a public function, followed by its backward if ``options["grad"]`` is ``all``."""
+    """A call of a function. If ``options["grad"]`` is ``all``, the call's backward runs too."""
 
     name: str
     options: Options
@@ -106,10 +111,10 @@ class Call:
 
 
 def pairs(axes: Axes) -> Iterator[Options]:
-    """Yields choices of one value for each axis, until all pairs of values have occurred.
+    """Yields dictionaries that have one value for each axis.
 
-    In other words: for any two axes, each value of one axis is chosen at least once together with
-    each value of the other axis.
+    For any two axes, each value of one axis occurs at least once together with each value of the
+    other axis.
     """
     names = list(axes)
     left = {
@@ -134,7 +139,8 @@ def pairs(axes: Axes) -> Iterator[Options]:
 def parameters_of(function: Callable[..., Any]) -> dict[str, Any]:
     """Returns the annotations of a function's parameters, by name.
 
-    If a parameter is the residual's batch norm, its fields follow it.
+    If a parameter is a `BatchNormState`, it is followed by the annotations of its fields. Their
+    names start with ``RESIDUAL``.
     """
     found = {}
     for name, hint in get_type_hints(function).items():
@@ -146,10 +152,10 @@ def parameters_of(function: Callable[..., Any]) -> dict[str, Any]:
 
 
 def axes_of(function: Callable[..., Any]) -> Axes:
-    """Returns the values of each parameter of ``function``.
+    """Returns the values that are passed for each parameter of ``function``, and the dtypes.
 
     Raises:
-        ValueError: if ``VALUES`` and the annotation do not tell the values of a parameter.
+        ValueError: if neither ``VALUES`` nor the annotation tells the values of a parameter.
     """
     found: Axes = {"dtype": VALUES["dtype"]}
     for name, hint in parameters_of(function).items():
@@ -185,15 +191,16 @@ def functional_calls(name: str) -> Iterator[Call]:
     others = {name: values for name, values in OTHERS.items() if name in axes}
     modes = [(True, "all"), (False, "all"), (False, "none")]
     if "kernel_size" in axes or "conv_weight" in axes:
-        # Pooling and convolution kernels use the same kind of tile for planes of every size.
+        # Kernels of pooling and convolution use the same kind of tile for planes of every size, so
+        # the input "planes" is enough.
         axes["input"] = tuple(name for name in INPUTS if not name.endswith(" planes"))
     if "kernel_size" in axes:
-        # In fp64 the function calls batch_norm_act and torch's pooling instead.
+        # fp64 is left out, because there the function calls batch_norm_act and torch's pooling.
         axes["dtype"] = tuple(dtype for dtype in axes["dtype"] if dtype != torch.float64)
     if "conv_weight" in axes:
         others["input"] = tuple(HUGE_INPUTS)  # These inputs need 64-bit offsets.
-        # In training or with gradients the function calls torch's convolution and batch_norm_act.
-        # It does so in fp64, too.
+        # In training, with gradients and in fp64 the function calls torch's convolution and
+        # batch_norm_act. These cases are left out.
         modes = [(False, "none")]
         axes["dtype"] = tuple(dtype for dtype in axes["dtype"] if dtype in KERNEL_DTYPES)
     if "process_group" in parameters_of(function):
@@ -209,8 +216,8 @@ def functional_calls(name: str) -> Iterator[Call]:
 def with_others(axes: Axes, others: Axes) -> Iterator[Options]:
     """Yields the `pairs` of ``axes``, then two choices for each value in ``others``.
 
-    In one of these two choices all other axes have their first values, and in the other choice they
-    have their last values.
+    In one of the two choices every other axis has its first value. In the other choice every other
+    axis has its last value.
     """
     yield from pairs(axes)
     for name, values in others.items():
@@ -222,13 +229,13 @@ def with_others(axes: Axes, others: Axes) -> Iterator[Options]:
 
 
 def _consistent(options: Options) -> Options:
-    """Returns a copy of the options, in which values that exclude each other are changed."""
+    """Returns a copy of the options. Values that exclude each other are replaced."""
     fixed = dict(options)
     if fixed.get("residual_norm"):
         fixed["residual"] = True
     for of in ("", "residual_"):
         if f"{of}running_mean" in fixed:
-            # Evaluation needs running statistics. Mean and variance are given together.
+            # Evaluation needs running statistics. Mean and variance are both tensors or both None.
             fixed[f"{of}running_mean"] |= not fixed["training"]
             fixed[f"{of}running_var"] = fixed[f"{of}running_mean"]
     if fixed["input"] in HUGE_INPUTS:
@@ -312,7 +319,7 @@ def augment_calls() -> Iterator[Call]:
     axes |= {"channels": (3, 1), "source": (torch.uint8, torch.float32)}
     axes["dtype"] = OUTPUT_DTYPES
     others: Axes = {"source": SUPPORTED_DTYPES}
-    # The contrast of a large image is computed by a separate kernel.
+    # The second mode has large images, whose contrast is computed by a separate kernel.
     for mode in ({}, {"has_contrast": (True,), "height": (64,)}):
         for options in with_others(axes | mode, others):
             yield Call("augment", options, _run_augment)

@@ -1,6 +1,7 @@
 """Implements ``python -m benchmarks audit``.
 
-It compares the memory that operations touch, and the kernels' machine code, with a recorded budget.
+The command compares the memory that operations touch, and the kernels' machine code, with a
+recorded budget.
 """
 
 import json
@@ -32,7 +33,7 @@ def run(record: bool) -> int:
     """
     try:
         check_versions(triton.__version__, version("numpy"))
-    except ImportError as error:  # then the interpreter, which counts memory, can't run
+    except ImportError as error:  # memory is counted in the interpreter
         raise ValueError(str(error)) from error
     limits, recorded_triton = (None, "") if record else budget.load()
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -53,7 +54,7 @@ def run(record: bool) -> int:
 
 
 def _worker(module: str, *arguments: str, **environment: str) -> Any:
-    """Runs an audit in a new process.
+    """Runs an audit in a new process and returns its results.
 
     Some audits use triton's interpreter and others use its compiler. A process can't use both.
     """
@@ -68,9 +69,10 @@ def _worker(module: str, *arguments: str, **environment: str) -> Any:
 
 
 def memory_table(found: budget.Found) -> str:
-    """Formats the memory that operations touch, and a training step's bytes and launches.
+    """Formats a table of the memory that operations touch.
 
-    CONTRIBUTING.md explains the columns.
+    Lines about the bytes and launches of a training step follow. CONTRIBUTING.md explains the
+    columns.
     """
     lines = [
         f"{'operation':22} {'step':9} {'layout':14} "

@@ -1,4 +1,4 @@
-"""The cases of the machine-code audit: a training step, convolutions and augmentations."""
+"""The calls whose machine code is audited: fused operations, convolutions and augmentations."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ LAST = "channels_last"
 
 @dataclass(frozen=True)
 class Case:
-    """A call whose launches are compiled. The memory of its tensors is never accessed.
+    """A call whose kernels are compiled but do not run.
 
     Attributes:
         title: description of the call.
@@ -48,7 +48,7 @@ def _empty(*shape: int, dtype: torch.dtype, layout: str = LAST) -> Tensor:
 
 
 def _step_case(site: Site, batch: int, layout: str, dtype: torch.dtype) -> Case:
-    """Returns an operation's forward in training, its forward in evaluation and its backward."""
+    """Returns the case of an operation: its forward in evaluation and in training, its backward."""
 
     def run() -> None:
         tensor = partial(_empty, *site.shape(batch), dtype=dtype, layout=layout)
@@ -59,7 +59,7 @@ def _step_case(site: Site, batch: int, layout: str, dtype: torch.dtype) -> Case:
 
 
 def _conv_case(call: ConvCall) -> Case:
-    """Returns a convolution followed by batch norm and ReLU, in evaluation."""
+    """Returns the case of a convolution followed by batch norm and ReLU, in evaluation."""
 
     def run() -> None:
         tensor = partial(_empty, dtype=dtype)
@@ -76,7 +76,7 @@ def _conv_case(call: ConvCall) -> Case:
 
 
 def _augment_case(batch: int, size: int, out: int, color_first: bool) -> Case:
-    """Returns a chain of flip, crop, colour jitter and normalisation of uint8 images to bf16."""
+    """Returns the case of flip, crop, colour jitter and normalisation of uint8 images to bf16."""
 
     def run() -> None:
         plan = AugmentPlan(
@@ -94,10 +94,10 @@ def _augment_case(batch: int, size: int, out: int, color_first: bool) -> Case:
 
 
 def all_cases() -> list[Case]:
-    """Lists all operations, convolutions and augmentations.
+    """Lists all cases.
 
-    The operations are those at the batch norms of ResNet-18, in several batch sizes, layouts and
-    dtypes.
+    The fused operations are those at the batch norms of ResNet-18, in several batch sizes, layouts
+    and dtypes.
     """
     variants = (
         (BATCH, LAST, BF16),
@@ -116,7 +116,7 @@ def all_cases() -> list[Case]:
 
 
 def family_cases() -> list[Case]:
-    """Lists a few of `all_cases` that together launch every kernel."""
+    """Lists a few cases that together launch every kernel."""
     sites = {fused.operation: fused for site in RESNET18_SITES for fused in operations_at(site)}
     names = ("bn_relu_pool", "bn_add_relu_fork", "dual_bn_add_relu")
     steps = [_step_case(sites[name], BATCH, LAST, BF16) for name in names]
@@ -136,10 +136,10 @@ def _convs() -> list[ConvCall]:
 
 
 def _augment_cases() -> list[Case]:
-    """Lists augmentations of images of the sizes of CIFAR and of ImageNet.
+    """Lists augmentations of small images (as in CIFAR) and of large images (as in ImageNet).
 
-    An image of CIFAR needs one program, and one of ImageNet several. Colours are changed before or
-    after the resize.
+    The kernel needs one program for a small image and several for a large image. For each size,
+    one case changes the colours before the resize, and another case changes them after it.
     """
     return [
         _augment_case(batch, size, out, color_first)

@@ -41,7 +41,7 @@ def _convolution_backward(
 
 @contextmanager
 def convolutions_compute_nothing() -> Iterator[None]:
-    """Makes 2-D convolutions on the CPU and their backward return uninitialised tensors."""
+    """Inside the context, convolutions on the CPU and their backward compute nothing."""
     with _scoped_library("aten", "IMPL") as library:
         library.impl("convolution", _convolution, "CPU")
         library.impl("convolution_backward", _convolution_backward, "CPU")

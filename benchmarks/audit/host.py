@@ -1,17 +1,17 @@
-"""Times the CPU's part of a call, without a GPU, and compares it with torch's batch norm and ReLU.
+"""Measures, without a GPU, the CPU time of calls relative to torch's batch norm and ReLU.
 
 The CPU time of the calling thread is measured. It includes Python, torch's dispatcher and autograd,
-the allocation of outputs, and the part of each launch before triton calls the GPU's driver. Not
-included are the driver's part of a launch, and the optimiser. Our kernels are compiled for a GPU,
-but launching them does nothing. torch's own operations run on the CPU, on tensors so small that
-their arithmetic takes little time. Convolutions return uninitialised tensors, with our layers and
-with torch's.
+the allocation of outputs, and the part of each launch before triton calls the GPU's driver. It does
+not include the driver's part of a launch. Our kernels are compiled for a GPU, but launching them
+does nothing. torch's own operations run on the CPU, on tensors so small that their arithmetic takes
+little time. Convolutions compute nothing, both in our layers and in torch's.
 
-Each call is timed in many short spans. In a span the call is made a few times. Before each span,
-torch's batch norm and ReLU are timed in the same way, and the call's ratio is the median of the
-quotients of the two spans. The two spans lie within a few milliseconds of each other, so the ratio
-depends little on the machine or on other programs: a core whose speed changes by a factor of two
-slows both. `LIMITS` contains the greatest ratios that are allowed.
+Each call is timed in many short spans. In a span the call is made a few times. Just before each
+span, torch's batch norm and ReLU are timed in the same way, and the time of the call is divided by
+their time. The median of these quotients is the call's ratio. The two times of a quotient are
+measured within a few milliseconds of each other. If the core becomes slower, both times grow, so
+the ratio depends little on the machine or on other programs. `LIMITS` contains the greatest allowed
+ratios.
 """
 
 import gc
@@ -44,8 +44,8 @@ RULER = "torch's BN, ReLU"
 LAYERS, FUSED, STOCK = "ResNet-18, fused layers", "ResNet-18, bnres.fuse", "ResNet-18, stock"
 
 # The greatest allowed ratios. A limit is 1.25 times the ratio on an idle Intel Xeon (torch 2.13).
-# In five runs, two of them with both cores loaded, a ratio differed from its median by at most 9%.
-# If a call becomes faster, lower its limit.
+# Five runs were made, two of them with both cores loaded. No ratio differed by more than 9% from
+# its median over the runs. If a call becomes faster, lower its limit.
 LIMITS: dict[str, dict[str, float]] = {
     "BN+ReLU": {"inference": 2.05, "forward": 2.5, "backward": 1.7},
     "BN+add+ReLU": {"inference": 2.15, "forward": 2.8, "backward": 1.75},
@@ -64,10 +64,11 @@ class Timed:
 
     Attributes:
         row: name of the call's row in the table.
-        kind: ``inference``, ``forward``, ``backward`` or ``step``. ``forward`` is in training, and
-            ``step`` is forward and backward.
-        module: module that is called, in evaluation if ``kind`` is ``inference``, else in training.
-        call: the call.
+        kind: ``inference``, ``forward`` (in training), ``backward`` or ``step`` (forward, loss and
+            backward).
+        module: module that is called. It is in evaluation mode if ``kind`` is ``inference``, else
+            in training mode.
+        call: makes the call.
         calls: number of calls in a span.
     """
 
@@ -81,7 +82,7 @@ class Timed:
 def operation(
     row: str, module: nn.Module, call: Callable[[], Tensor], inputs: list[Tensor]
 ) -> Iterator[Timed]:
-    """Yields the inference, the forward and the backward of a call to be timed.
+    """Yields the inference, the forward and the backward of ``module``, each as a call to be timed.
 
     ``call`` calls ``module`` on ``inputs``.
     """
@@ -101,7 +102,7 @@ def operation(
 
 
 def training_step(row: str, model: nn.Module) -> Timed:
-    """Returns forward, loss and backward of a ResNet-18."""
+    """Returns a training step of a ResNet-18: forward, loss and backward."""
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     x = torch.randn(2, 3, 8, 8).contiguous(memory_format=torch.channels_last)
     labels, parameters = torch.zeros(2, dtype=torch.long), list(model.parameters())
@@ -115,7 +116,7 @@ def training_step(row: str, model: nn.Module) -> Timed:
 
 
 def ruler() -> Iterator[Timed]:
-    """Yields calls of torch's batch norm and ReLU. All times are divided by the times of these."""
+    """Yields calls of torch's batch norm and ReLU. The ratios are relative to their times."""
     small = torch.randn(2, CHANNELS, 2, 2).requires_grad_()
     stock = nn.BatchNorm2d(CHANNELS)
     yield from operation(RULER, stock, lambda: torch.relu(stock(small)), [small])
@@ -150,7 +151,7 @@ def cases() -> Iterator[Timed]:
 
 @contextmanager
 def launches_do_nothing() -> Iterator[None]:
-    """Compiles our kernels for a GPU inside the context, but launches nothing."""
+    """Inside the context, calls compile our kernels for a GPU but launch nothing."""
     triton.runtime.driver.set_active(StandInDriver(SM90))
     with (
         patch.object(CompiledKernel, "_init_handles", lambda self: None),
@@ -161,7 +162,7 @@ def launches_do_nothing() -> Iterator[None]:
 
 
 def avoid_noise() -> None:
-    """Limits the process to one thread and, if possible, one core. Stops garbage collection."""
+    """Limits torch to one thread and, if possible, to one core. Turns off garbage collection."""
     torch.set_num_threads(1)
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
@@ -170,7 +171,7 @@ def avoid_noise() -> None:
 
 
 def span(timed: Timed) -> float:
-    """Returns the microseconds per call in one span."""
+    """Makes the calls of one span. Returns the microseconds per call."""
     start = time.thread_time_ns()
     for _ in range(timed.calls):
         timed.call()
@@ -183,7 +184,8 @@ class Times:
 
     Attributes:
         spans: microseconds per call, for each span.
-        ratios: each span divided by the span of torch's batch norm and ReLU before it.
+        ratios: for each span, its time divided by the time of torch's batch norm and ReLU just
+            before the span.
     """
 
     spans: list[float] = field(default_factory=list)
@@ -191,7 +193,7 @@ class Times:
 
 
 def measure(timed: Sequence[Timed]) -> list[Times]:
-    """Returns the times of each of ``timed``, which includes the calls of `ruler`."""
+    """Returns the times of each call. ``timed`` must include the calls of `ruler`."""
     rulers = {one.kind: [one] for one in timed if one.row == RULER}
     rulers["step"] = [*rulers["forward"], *rulers["backward"]]
     found = [Times() for _ in timed]
@@ -199,7 +201,7 @@ def measure(timed: Sequence[Timed]) -> list[Times]:
         for one, times in zip(timed, found, strict=True):
             for each in (one, *rulers[one.kind]):
                 each.module.train(one.kind != "inference")
-                span(each)  # This fills the caches. In the first round it also compiles.
+                span(each)  # fills caches, and compiles in the first round
             for _ in range(SPANS):
                 unit = sum(map(span, rulers[one.kind]))
                 times.spans.append(span(one))
@@ -208,7 +210,7 @@ def measure(timed: Sequence[Timed]) -> list[Times]:
 
 
 def run() -> list[str]:
-    """Prints a table of all calls. Returns a message for each ratio that exceeds its limit.
+    """Times all calls and prints a table. Returns a message for each ratio above its limit.
 
     This function replaces triton's driver, so the process can't run kernels afterwards.
 

@@ -1,4 +1,4 @@
-"""Counts the instructions that a kernel executes, from its machine code and its trip counts."""
+"""Counts a kernel's executed instructions, from its machine code and its loops' trip counts."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -16,7 +16,7 @@ GLOBAL_ACCESS = ("LDG", "STG", "LDGSTS")
 
 @dataclass(frozen=True)
 class Span:
-    """The range of addresses from ``start`` to ``stop``. It does not include ``stop``."""
+    """The addresses from ``start`` up to, but not including, ``stop``."""
 
     start: int
     stop: int
@@ -27,11 +27,11 @@ class Span:
 
 @dataclass(frozen=True)
 class Rest:
-    """Code after an unrolled loop. It executes trips that the unrolled loop left over.
+    """Code after an unrolled loop, for trips that the unrolled loop does not execute.
 
     Attributes:
         span: addresses of the code.
-        loop: index of the loop.
+        loop: index of the unrolled loop in `Flow.loops`.
         copies: number of trips that the code executes.
     """
 
@@ -50,8 +50,9 @@ class Flow:
     that calls a routine, for example to divide by a denormal number. Slow paths are assumed not to
     be executed. All other conditional code is assumed to be executed.
 
-    ptxas unrolls small loops by four. After such a loop it places conditional code that executes
-    two remaining trips, and conditional code that executes one remaining trip.
+    ptxas unrolls small loops by four: one trip of the unrolled loop executes four trips of the
+    source. Conditional code after the unrolled loop executes two remaining trips, and further
+    conditional code executes one remaining trip.
 
     Attributes:
         instructions: all instructions.
@@ -63,7 +64,7 @@ class Flow:
 
     @cached_property
     def kernel(self) -> list[Instruction]:
-        """The instructions before the called routines and the padding.
+        """The kernel's own instructions, without the called routines and the padding after them.
 
         The padding starts with a branch to itself.
         """
@@ -79,7 +80,7 @@ class Flow:
     def loops(self) -> list[Span]:
         """The loops. An outer loop precedes its inner loops.
 
-        Backward branches to the same target are one loop.
+        Backward branches to the same target belong to one loop.
         """
         ends: dict[int, int] = {}
         for i, target in self._branches():
@@ -94,7 +95,7 @@ class Flow:
 
     @cached_property
     def conditional(self) -> list[Span]:
-        """The pieces of code that forward branches skip. The shortest piece is the first.
+        """The pieces of code that forward branches skip, the shortest piece first.
 
         Pieces that contain a loop are left out.
         """
@@ -104,7 +105,7 @@ class Flow:
 
     @cached_property
     def slow_paths(self) -> list[Span]:
-        """For each call, the shortest piece of conditional code that contains it."""
+        """The shortest piece of conditional code around each call, if there is one."""
         around = (
             next((span for span in self.conditional if i.address in span), None)
             for i in self.kernel
@@ -119,10 +120,10 @@ class Flow:
 
     @cached_property
     def unrolled(self) -> list[int]:
-        """The number of trips that ptxas combined into one, for each loop.
+        """For each loop, the number of trips that ptxas combined into one.
 
-        The number is derived from the accesses to global memory in the loop. PTX shows how many of
-        these accesses one trip makes.
+        It is the number of accesses to global memory in the loop's machine code, divided by their
+        number in the loop's PTX. The PTX has the loop as it was before ptxas unrolled it.
         """
         return [
             max(self._accesses(span) // loop.accesses, 1) if loop.accesses else 1
@@ -161,8 +162,8 @@ class Flow:
         expected = [loop.depth for loop in self.trips]
         if self.depths != expected:
             raise ValueError(
-                f"the loops of the machine code have depths {self.depths}, "
-                f"expected {expected} as in triton's code"
+                f"the loops of the machine code have nesting depths {self.depths}, "
+                f"but the loops of triton's TTGIR have {expected}"
             )
         trips = [loop.trips for loop in self.trips if loop.trips is not None]
         if len(trips) < len(self.trips):
@@ -188,7 +189,7 @@ class Flow:
     def main_loop(self) -> list[Instruction]:
         """The instructions of the innermost loop that executes the most instructions.
 
-        If the loops do not match ``trips``, the loop with the longest code is used.
+        If the loops do not match ``trips``, the instructions of the longest loop are returned.
         """
         if self.depths != [loop.depth for loop in self.trips]:
             main = max(self.loops, key=lambda loop: loop.stop - loop.start)

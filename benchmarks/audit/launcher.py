@@ -1,8 +1,8 @@
-"""Runs triton's own launcher with a stand-in for CUDA's driver, which launches nothing.
+"""Runs triton's own launcher with a stand-in for CUDA's driver library that launches nothing.
 
-Triton's C code converts the arguments of a call to the parameters of a kernel. Triton 3.6 builds a
-C module for each signature with gcc. Later releases have one module for all signatures. With the
-stand-in, either kind of module runs as on a GPU.
+The launcher is written in C. It converts the arguments of a launch and passes them to the driver.
+Triton 3.6 compiles a launcher for each signature of a kernel, with gcc. Later releases have one
+launcher for all signatures. Both run with the stand-in in the same way as on a GPU.
 """
 
 import ctypes
@@ -44,12 +44,12 @@ def build_driver_library(folder: Path) -> ctypes.CDLL:
 
 
 class _Utils:
-    """The functions of triton's driver that load a compiled kernel before its first launch."""
+    """Stand-ins for the functions of triton's driver that load a compiled kernel."""
 
     def __init__(self, gpu: Gpu) -> None:
         self.gpu = gpu
         cuda = nvidia.CudaUtils()
-        for name in ("launch", "build_signature_metadata"):  # Releases after 3.6 have these.
+        for name in ("launch", "build_signature_metadata"):  # triton > 3.6 has these
             if hasattr(cuda, name):
                 setattr(self, name, getattr(cuda, name))
 
@@ -57,11 +57,14 @@ class _Utils:
         return {"max_shared_mem": self.gpu.shared_memory - 1024}
 
     def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[int, ...]:
-        return 1, 1, 0, 0, 1024  # module, function, registers, spills, maximum of threads
+        return 1, 1, 0, 0, 1024  # module, function, registers, spills, most threads
 
 
 class LaunchingDriver(StandInDriver):
-    """A `StandInDriver` whose launches call CUDA's driver library."""
+    """A `StandInDriver` with which triton also runs its own launcher.
+
+    The launcher calls the stand-in ``libcuda.so.1``, so no kernel runs.
+    """
 
     def __init__(self, gpu: Gpu) -> None:
         super().__init__(gpu)

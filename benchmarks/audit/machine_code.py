@@ -1,7 +1,7 @@
-"""Compiles the kernels of a training step, without a GPU, and analyses their machine code.
+"""Compiles kernels without a GPU, and analyses their machine code.
 
-``python -m benchmarks audit`` runs this module in a process for each GPU and compares the results
-with the recorded budget.
+``python -m benchmarks audit`` runs this module in one process for each GPU architecture, and
+compares the results with the recorded budget.
 """
 
 import json
@@ -20,20 +20,21 @@ from benchmarks.audit.sass import Instruction, async_bytes, bytes_before_first_u
 from benchmarks.audit.standin import GPUS, SM90, Gpu, Launch, compile_only
 from benchmarks.audit.trips import loop_trips
 
-# These are the rates of an H200: bytes/s of a copy, number of warp instructions that a
-# multiprocessor issues in a cycle, and cycles/s.
+# The rates of an H200: bytes/s of a copy, number of warp instructions that a multiprocessor issues
+# per cycle, and cycles/s.
 BANDWIDTH, ISSUE_WIDTH, CLOCK = 4.3e12, 4, 1.98e9
-# To reach the bandwidth, a multiprocessor must have this many bytes of loads in flight: bandwidth
-# times latency (about 4.3 TB/s · 0.8 µs), divided by 132 multiprocessors and rounded up.
+# To reach the bandwidth, a multiprocessor must have this many bytes of loads in flight. This is
+# bandwidth times latency (about 4.3 TB/s · 0.8 µs), divided by 132 multiprocessors and rounded up
+# to a power of two.
 BYTES_IN_FLIGHT = 32 * 1024
-# For each architecture: how the name of the matrix instruction for 16-bit and TF32 operands starts.
+# For each architecture, the start of the names of matrix instructions for 16-bit and TF32 operands.
 MATRIX_INSTRUCTION = {80: "HMMA", 90: "HGMMA", 100: "UTC"}
-# A program occupies RESERVED_SHARED bytes of shared memory besides its own. Its registers per
-# thread are rounded up to a multiple of REGISTER_UNIT.
+# For each program the GPU reserves RESERVED_SHARED bytes of shared memory, in addition to the bytes
+# that the program uses. It rounds the registers per thread up to a multiple of REGISTER_UNIT.
 RESERVED_SHARED, REGISTER_UNIT = 1024, 8
-# Registers and spills in assembly for AMD. The registers are vector registers of a thread.
+# In AMD's assembly: a thread's number of vector registers, and its numbers of spilled registers.
 AMD_FIELD = re.compile(r"\.(vgpr_count|[sv]gpr_spill_count):\s+(\d+)")
-# The activations that a kernel may load.
+# Names of the arguments that point to activations that a kernel loads.
 LOADED = ("x_ptr", "dy_ptr", "dy_skip_ptr", "residual_ptr")
 
 
@@ -48,8 +49,9 @@ class Row:
         layout: memory layout of the activations.
         dtype: dtype of the activations.
         registers: number of registers of a thread.
-        spills: number of accesses to local memory. On AMD it is the number of spilled registers.
-        missing: instructions that a convolution should have, but does not have.
+        spills: number of instructions that access local memory, where spilled registers are stored.
+            On AMD it is the number of spilled registers.
+        missing: names of the instructions that a convolution should have but lacks.
         calls: number of subroutine calls inside loops.
         in_flight: bytes of loads that a multiprocessor has in flight, divided by the bytes needed
             to hide the latency of memory. It is at most 1.
@@ -75,7 +77,7 @@ class Row:
 def read(gpu: Gpu, case: Case, launch: Launch) -> Row:
     """Returns the properties of a launched kernel's machine code.
 
-    ``(two norms)`` follows the kernel's name if the residual has a batch norm.
+    If the residual has a batch norm, ``(two norms)`` is appended to the kernel's name.
     """
     pointers = ("residual_rstd_ptr", "residual_var_ptr")
     two = any(launch.arguments.get(name) is not None for name in pointers)
@@ -93,8 +95,8 @@ def read(gpu: Gpu, case: Case, launch: Launch) -> Row:
     flow = Flow(code.instructions, trips)
     lacks = missing(gpu, launch, flow.main_loop) if is_conv else ""
     in_flight = per_element = share = None
-    # For other kernels these numbers are not needed: the ``finalize`` kernels only access small
-    # tensors, and the speed of convolutions and augmentations is not limited by memory.
+    # These numbers are computed only for kernels whose speed is limited by memory. The ``finalize``
+    # kernels only access small tensors. Convolutions and augmentations have other limits.
     if launch.kernel.startswith("_bn_") and "finalize" not in launch.kernel:
         in_flight = bytes_in_flight(gpu, launch, code.registers, flow.main_loop)
         if gpu is SM90 and case.batch == BATCH:
@@ -108,8 +110,9 @@ def read(gpu: Gpu, case: Case, launch: Launch) -> Row:
 def missing(gpu: Gpu, launch: Launch, loop: list[Instruction]) -> str:
     """Names the instructions that the main loop of a convolution lacks.
 
-    The loop should load the operands by TMA or by asynchronous copies. A copy should move 16 bytes,
-    unless all channels of a position together have fewer than 16 bytes.
+    The loop should have matrix instructions. It should load the operands by TMA or by asynchronous
+    copies. A copy should move 16 bytes, unless all channels of a position together have fewer than
+    16 bytes.
     """
     names = [i.name for i in loop]
     copies = [i for i in loop if i.name == "LDGSTS"]
@@ -123,12 +126,13 @@ def missing(gpu: Gpu, launch: Launch, loop: list[Instruction]) -> str:
 
 
 def bytes_in_flight(gpu: Gpu, launch: Launch, registers: int, loop: list[Instruction]) -> float:
-    """Returns the bytes of loads in flight, divided by the wanted bytes. The result is at most 1.
+    """Returns the bytes of loads that a multiprocessor has in flight, divided by the wanted bytes.
 
-    If a tensor is small, only the multiprocessor's share of the tensor is wanted.
+    ``BYTES_IN_FLIGHT`` bytes are wanted, or all bytes that the multiprocessor loads if these are
+    fewer. The result is at most 1.
     """
     threads = launch.compiled.metadata.num_warps * gpu.target.warp_size
-    # While a stage is processed, the asynchronous copies of the other stages are in flight.
+    # While a stage of the pipeline is processed, the copies for the other stages are in flight.
     per_thread = bytes_before_first_use(loop)
     per_thread += async_bytes(loop) * (launch.arguments.get("STAGES", 1) - 1)
     programs = min(
@@ -151,7 +155,7 @@ def resident_programs(gpu: Gpu, launch: Launch, registers: int, threads: int) ->
 
 
 def per_element_and_share(gpu: Gpu, launch: Launch, flow: Flow) -> tuple[float, float]:
-    """Returns `Row.per_element` and `Row.share`, assuming that each byte is moved once."""
+    """Returns `Row.per_element` and `Row.share`. Assumes that each byte is moved once."""
     tensors = used_tensors(launch)
     warps = prod(launch.grid) * launch.compiled.metadata.num_warps
     issued = warps * sum(count for _, count in flow.executed)
@@ -172,7 +176,10 @@ def used_tensors(launch: Launch) -> list[Tensor]:
 
 
 def audit(gpu: Gpu, cases: list[Case]) -> list[Row]:
-    """Returns a row for each distinct launch: a specialisation, a grid and sizes of tensors."""
+    """Returns a row for each distinct launch.
+
+    Two launches are the same if their compiled kernels, grids and sizes of tensors are equal.
+    """
     rows: dict[tuple[Any, ...], Row] = {}
     for case in cases:
         launches: list[Launch] = []

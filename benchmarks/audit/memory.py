@@ -1,12 +1,14 @@
-"""Counts the memory that interpreted kernels touch, in units of S, the bytes of one activation.
+"""Counts the bytes that kernels touch in triton's interpreter, in units of S.
 
-Two numbers are counted. *Sectors* are the bytes of the distinct 32-byte sectors that a launch
-touches. A GPU moves whole sectors, so this is what it moves if every sector is moved once. *Lanes*
-are the bytes that all unmasked lanes access. This number also shows repeated accesses to the same
-memory.
+S is the size of one activation tensor in bytes. Two numbers are counted:
 
-TRITON_INTERPRET=1 has to be set. ``python -m benchmarks audit`` runs this module in a separate
-process.
+- *Sectors* are the bytes of the distinct 32-byte sectors that a launch reads, plus those that it
+  writes. A GPU moves whole sectors, so it moves this many bytes if it moves each sector once.
+- *Lanes* are the bytes of all elements that a launch reads or writes. An element that is read twice
+  counts twice.
+
+TRITON_INTERPRET=1 has to be set. ``python -m benchmarks audit`` sets it, and runs this module in a
+separate process.
 """
 
 import json
@@ -27,7 +29,7 @@ from benchmarks.byte_model import PASSES, passes
 from benchmarks.operations import LAYOUTS
 from bnres import models
 
-# Shapes of activations. They are small because the interpreter is slow, but fill whole tiles.
+# Shapes of activations. They are small because the interpreter is slow, but they fill whole tiles.
 SHAPE, POOLED_SHAPE = (16, 64, 7, 7), (2, 64, 16, 16)
 NET_INPUT = (256, 3, 224, 224)
 NETS: dict[str, Build] = {"stock": partial(models.resnet18, fused=False), "fused": models.resnet18}
@@ -40,7 +42,7 @@ ACTIVATIONS = (
 
 @dataclass
 class Traffic:
-    """The bytes of activation tensors that launches touch, counted in lanes and in sectors."""
+    """The bytes of activations that launches touch, counted as lanes and as sectors."""
 
     lanes: int = 0
     sectors: int = 0
@@ -48,7 +50,7 @@ class Traffic:
 
 @dataclass
 class _Range:
-    """The addresses of a tensor, and the sectors of it that a launch has read and written."""
+    """The addresses of a tensor, and which of its sectors a launch has read and written."""
 
     start: int
     stop: int
@@ -58,7 +60,7 @@ class _Range:
 
 @contextmanager
 def count_traffic() -> Iterator[Traffic]:
-    """Counts the accesses of interpreted launches to activation tensors, inside the context."""
+    """Inside the context, counts the bytes of activations that interpreted launches touch."""
     total = Traffic()
     ranges: list[_Range] = []
     load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
@@ -111,7 +113,10 @@ def operation_traffic(
     dtype: torch.dtype,
     memory_format: torch.memory_format,
 ) -> dict[str, Traffic]:
-    """Counts the bytes of an operation in ``eval``, ``forward`` (in training) and ``backward``."""
+    """Counts the bytes that an operation touches in each direction.
+
+    The keys are ``eval``, ``forward`` (in training) and ``backward``.
+    """
 
     def random() -> Tensor:
         return torch.randn(shape).to(dtype).contiguous(memory_format=memory_format)
@@ -129,7 +134,7 @@ class Row:
     """The memory that an operation touches in one direction, in units of S.
 
     ``step`` is the direction: ``eval``, ``forward`` (in training) or ``backward``. ``floor`` is the
-    least memory that an implementation with two passes can touch.
+    least memory that a fused operation can touch, as `benchmarks.byte_model` explains.
     """
 
     operation: str
@@ -160,11 +165,11 @@ def audit() -> list[Row]:
 
 
 def main() -> None:
-    """Prints the counts as JSON. The training steps are steps of ResNet-18."""
+    """Prints the counts as JSON. Whole training steps are counted for ResNet-18."""
     rows = audit()
     sectors = {(r.operation, r.step): r.sectors for r in rows if r.layout == "channels_last"}
-    # ATen's operations are counted in fp32. In bf16 the net would have bf16 parameters, and
-    # operations that convert them would be counted too.
+    # ATen's operations are counted in fp32. In bf16 the net would have bf16 parameters, and the
+    # operations that convert these parameters would be counted too.
     found = {
         "memory": [asdict(row) for row in rows],
         "traffic": {

@@ -1,4 +1,4 @@
-"""Calls the fused operations in evaluation, forward and backward, for the audits."""
+"""Runs the fused operations for the audits, in evaluation, forward and backward."""
 
 from collections.abc import Callable
 from typing import Any
@@ -26,8 +26,8 @@ Step = Callable[[], object]
 def steps(operation: str, tensor: Callable[[], Tensor]) -> dict[str, Step]:
     """Returns functions that run an operation. The keys are ``eval``, ``forward``, ``backward``.
 
-    ``forward`` is a forward in training. ``backward`` is the backward of a forward that `steps`
-    itself runs.
+    ``eval`` and ``forward`` are the forward in evaluation and in training. ``backward`` is the
+    backward of a forward that `steps` has already run.
 
     Args:
         operation: one of `OPERATIONS`.

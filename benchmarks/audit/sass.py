@@ -1,4 +1,4 @@
-"""Reads resources and instructions from a kernel's machine code for NVIDIA (SASS)."""
+"""Reads instructions, registers and stack size from a kernel's machine code for NVIDIA (SASS)."""
 
 import re
 import subprocess
@@ -34,7 +34,7 @@ class Instruction:
 
     @property
     def written(self) -> set[int]:
-        """The registers that a load writes."""
+        """The registers that the instruction writes, if it is a load."""
         first = REGISTER.search(self.operands)
         if first is None:
             return set()
@@ -76,7 +76,9 @@ def parse_instructions(text: str) -> list[Instruction]:
 
 
 def registers_and_stack(cubin: bytes) -> tuple[int, int]:
-    """Reads the registers of a thread, and the bytes of its stack, which holds spilled registers.
+    """Returns the number of a thread's registers, and the number of bytes of its stack.
+
+    Spilled registers are stored in the stack.
 
     Raises:
         ValueError: if cuobjdump does not print them.
@@ -98,14 +100,14 @@ def _cuobjdump(option: str, cubin: bytes) -> str:
 
 
 def async_bytes(instructions: list[Instruction]) -> int:
-    """Counts the bytes that a thread loads by asynchronous copies."""
+    """Counts the bytes that a thread loads with asynchronous copies."""
     return sum(i.access_bytes for i in instructions if i.name == "LDGSTS")
 
 
 def bytes_before_first_use(instructions: list[Instruction]) -> int:
-    """Counts the bytes of loads that a thread issues before it first uses a loaded value.
+    """Counts the bytes that a thread starts to load before it first uses a loaded value.
 
-    Asynchronous copies do not count.
+    Asynchronous copies are not counted.
     """
     pending: set[int] = set()
     asked = 0

@@ -1,11 +1,11 @@
 """Compiles the specialisations of the kernels, without a GPU.
 
 Triton compiles a kernel for each combination of its arguments' dtypes, constants and alignments. A
-*specialisation* is one such combination. The specialisations are found by making the calls in
-`benchmarks.audit.calls`. For sm_90 all of them are compiled. Then each is launched twice with a
-stand-in for CUDA's driver, once by triton and once by `bnres.kernels.replay`. Both launches pass
-through triton's launcher, which is written in C. For the other GPUs one specialisation of each
-kernel is compiled.
+*specialisation* is one such combination. `benchmarks.audit.calls` has the calls whose launches need
+these specialisations. All specialisations are compiled for sm_90. Then each of them is launched
+twice with a stand-in for CUDA's driver: first by triton, and then by `bnres.kernels.replay`, which
+repeats the first launch. Both launches run triton's launcher, which is written in C. For every
+other GPU only one specialisation of each kernel is compiled.
 """
 
 import argparse
@@ -39,17 +39,17 @@ from bnres.kernels.replay import Replay
 
 # At most this many characters of an error are reported.
 LINE_LENGTH = 300
-# The most bytes that a thread's stack may have on NVIDIA's GPUs. The stack holds spilled registers.
-# The kernels of a ResNet's training step spill nothing there, which the audit's budget checks.
-# Specialisations with 64-bit offsets may spill some registers. RAGGED_STACK is the limit for tiles
-# whose rows do not start at a multiple of the vector width. Such tiles need more registers, because
-# they need an address for each element.
+# The most bytes that a thread's stack may have on NVIDIA's GPUs. Spilled registers are stored in
+# the stack. Specialisations with 64-bit offsets may spill some registers. The kernels of a ResNet's
+# training step spill none, which the audit's budget checks. RAGGED_STACK is the limit for tiles
+# whose rows do not all start at a multiple of the vector size. Such tiles need more registers,
+# because each of their elements needs its own address.
 STACK, RAGGED_STACK = 256, 512
 
 
 @dataclass(frozen=True)
 class Specialisation:
-    """A kernel, the grid and the arguments of a launch, and the call that launched it."""
+    """A kernel, the grid and arguments of one launch of it, and the call that made this launch."""
 
     kernel: JITFunction
     grid: tuple[int, ...]
@@ -80,7 +80,7 @@ def _key(kernel: JITFunction, arguments: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def collect(calls: Iterable[Call]) -> list[Specialisation]:
-    """Returns the specialisations that the calls launch, without compiling them."""
+    """Returns the specialisations that the calls would launch. Nothing is compiled."""
     found: dict[tuple[Any, ...], Specialisation] = {}
     call: Call
 
@@ -110,10 +110,10 @@ def all_kernels() -> list[JITFunction]:
     return list(found.values())
 
 
-# For each (kernel, parameter): the values that no public call passes.
+# The values that no public call passes. The keys are (kernel, parameter).
 UNREACHED: dict[tuple[str, str], set[Any]] = {
-    # Pooling uses the same kind of tile for planes of every size. It does not use GROUPS for small
-    # planes.
+    # Other kernels use GROUPS for small planes. Pooling uses the same kind of tile for planes of
+    # every size.
     ("_bn_max_pool_kernel", "TILE"): {GROUPS},
     ("_bn_max_pool_bwd_dx_kernel", "TILE"): {GROUPS},
     # Pooling in fp64 uses torch's operation.
@@ -170,7 +170,7 @@ class Outcome:
     """The outcome of compiling and launching specialisations.
 
     Attributes:
-        compiled: number of specialisations that compiled and whose stack is within the limit.
+        compiled: number of specialisations that were compiled and whose stack is within the limit.
         launched: number of specialisations whose two launches both reached the driver.
         failures: a line for each failure.
     """
@@ -194,7 +194,10 @@ def one_of_each_kernel(found: Sequence[Specialisation]) -> list[Specialisation]:
 
 
 def compile_all(gpu: Gpu, found: Sequence[Specialisation]) -> Outcome:
-    """Compiles specialisations for a GPU. Reports those that do not compile or spill too much."""
+    """Compiles specialisations for a GPU.
+
+    A specialisation fails if it does not compile or spills too much.
+    """
     outcome = Outcome()
 
     def check(launched: Launch) -> None:
@@ -222,7 +225,7 @@ def compile_all(gpu: Gpu, found: Sequence[Specialisation]) -> Outcome:
 def launch_all(gpu: Gpu, found: Sequence[Specialisation]) -> Outcome:
     """Launches each specialisation twice, first by triton and then by `bnres.kernels.replay`.
 
-    A launch fails if it raises an error or does not reach the driver.
+    A specialisation fails if a launch raises an error or does not reach the driver.
     """
     from benchmarks.audit.launcher import LaunchingDriver, build_driver_library
 
@@ -249,15 +252,18 @@ def launch_all(gpu: Gpu, found: Sequence[Specialisation]) -> Outcome:
 
 
 def _in_one_line(error: Exception) -> str:
-    """Formats the end of an error in one line. The start of a compiler's error is source code."""
+    """Formats an error's type and the end of its message in one line.
+
+    The message of a compiler's error starts with source code.
+    """
     return f"{type(error).__name__}: {' '.join(str(error).split())[-LINE_LENGTH:]}"
 
 
 def run(processes: int) -> Outcome:
     """Compiles the specialisations in ``processes`` processes, each of which compiles a part.
 
-    Without a GPU each process also launches its part, with a stand-in for CUDA's driver. Afterwards
-    Triton's cache contains the compiled kernels.
+    If there is no GPU, each process also launches its part, with a stand-in for CUDA's driver.
+    Triton's cache contains the compiled kernels afterwards.
 
     Raises:
         RuntimeError: if a process fails.

@@ -1,4 +1,4 @@
-"""Replaces triton's GPU driver. A launch compiles the kernel for a GPU, but does not run it.
+"""Replaces triton's GPU driver, so that a launch compiles its kernel but does not run it.
 
 TRITON_INTERPRET must not be set, because the interpreter and the compiler can't share a process.
 """
@@ -30,8 +30,8 @@ class Gpu:
         sm_count: number of multiprocessors.
         registers: number of registers of a multiprocessor.
         shared_memory: bytes of shared memory of a multiprocessor.
-        max_threads: most threads that a multiprocessor holds at once.
-        max_programs: most programs that a multiprocessor holds at once.
+        max_threads: greatest number of threads that a multiprocessor can run at once.
+        max_programs: greatest number of programs that a multiprocessor can run at once.
     """
 
     name: str
@@ -54,8 +54,8 @@ GPUS = {gpu.name: gpu for gpu in (SM90, SM80, SM100, GFX942)}
 class StandInDriver:
     """Implements the driver's methods that ``triton.runtime.jit`` calls before it compiles."""
 
-    # This is triton's own launcher. `bnres.kernels.replay` passes addresses to it. To any other
-    # launcher it would pass tensors.
+    # This is triton's own launcher. `bnres.kernels.replay` passes addresses to this launcher, but
+    # would pass tensors to any other.
     launcher_cls = nvidia.CudaLauncher
 
     def __init__(self, gpu: Gpu) -> None:
@@ -94,8 +94,8 @@ Run = Callable[..., Any]
 def replaced_launches(gpu: Gpu, run: Run) -> Iterator[None]:
     """Replaces triton's driver with a stand-in for ``gpu``, and ``JITFunction.run`` with ``run``.
 
-    ``run`` must return None. Then `bnres.kernels.replay` records no launch, so all later calls also
-    launch their kernels by ``run``.
+    ``run`` must return None. Then `bnres.kernels.replay` records no launch, so later calls also use
+    ``run``.
 
     Raises:
         RuntimeError: if TRITON_INTERPRET is set.
@@ -116,7 +116,10 @@ def replaced_launches(gpu: Gpu, run: Run) -> Iterator[None]:
 
 @contextmanager
 def compile_only(gpu: Gpu, record: Callable[[Launch], None]) -> Iterator[None]:
-    """Makes launches on CPU tensors compile for ``gpu``. Calls ``record`` with each launch."""
+    """Inside the context, launches only compile their kernels, for ``gpu``. Tensors are on the CPU.
+
+    ``record`` is called with each launch.
+    """
     original_run = JITFunction.run
 
     def run(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:

@@ -1,7 +1,9 @@
-"""Counts the bytes and the launches of a net's training step, without running its kernels.
+"""Counts what a net's training step does, without running its kernels.
 
-The net is in channels_last. It runs on meta tensors, which have no memory, so any batch size is
-possible. TRITON_INTERPRET=1 has to be set. The optimiser's step is not counted.
+The counts are the bytes saved for backward, the bytes moved, the Triton launches and the operations
+of ATen. The optimiser's step is not counted. The net is in channels_last. It runs on meta tensors,
+which have no memory, so any batch size is possible. TRITON_INTERPRET=1 has to be set, because only
+launches in the interpreter can be skipped.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -19,18 +21,19 @@ from triton.runtime.interpreter import GridExecutor
 from bnres.recipes import Recipe, pack, recompute
 
 Build = Callable[[], nn.Module]
-# The keys are (operation, direction). The values are the bytes of memory sectors that the operation
-# touches, divided by the bytes of one activation.
+# The keys are (operation, direction). The values are the bytes of the memory sectors that the
+# operation touches, divided by the bytes of its input.
 Sectors = Mapping[tuple[str, str], float]
 # These operations of ATen only allocate memory.
 ALLOCATIONS = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided")
-# How many of its first arguments each operator of torch's batch norm reads twice.
+# The operators of torch's batch norm read their activations twice. These are the first arguments of
+# an operator. The values are the numbers of these arguments.
 TWICE = {"native_batch_norm": 1, "native_batch_norm_backward": 2}
 
 
 @contextmanager
 def no_launches() -> Iterator[list[int]]:
-    """Skips launches of interpreted kernels. The outputs of these kernels are uninitialised.
+    """Inside the context, skips launches of interpreted kernels.
 
     Yields a list with one item, the number of skipped launches.
     """
@@ -44,7 +47,7 @@ def no_launches() -> Iterator[list[int]]:
 
 
 def _on_meta(build: Build, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[nn.Module, Tensor]:
-    """Returns a net and its input."""
+    """Returns a net and its input, both on the meta device."""
     with torch.device("meta"):
         model: Any = build()
         x = torch.empty(shape, dtype=dtype)
@@ -94,10 +97,10 @@ class AtenCounts(TorchDispatchMode):
     Attributes:
         operations: number of ATen's operations that read or write memory. An operation makes one or
             more launches.
-        moved: bytes that all operations move, except convolutions. An ATen operation is assumed to
+        moved: bytes that all operations except convolutions move. An ATen operation is assumed to
             read its arguments once and to write its results once. Only torch's batch norm is
-            assumed to read its activations twice. A bnres operation moves its value in ``sectors``
-            times the bytes of its input.
+            assumed to read its activations twice. For an operation of bnres, the bytes are its
+            value in ``sectors`` times the bytes of its input.
     """
 
     def __init__(self, sectors: Sectors) -> None:
@@ -124,7 +127,7 @@ class AtenCounts(TorchDispatchMode):
 def aten_counts(
     build: Build, shape: tuple[int, ...], sectors: Sectors, dtype: torch.dtype = torch.bfloat16
 ) -> AtenCounts:
-    """Counts the operations and the bytes of a training step."""
+    """Counts the operations of ATen and the moved bytes of a training step."""
     model, x = _on_meta(build, shape, dtype)
     with no_launches(), AtenCounts(sectors) as counts:
         _step(model, x)
@@ -137,7 +140,7 @@ def _step(model: nn.Module, x: Tensor) -> None:
 
 
 def _our_operation(name: str, given: Mapping[str, Any]) -> tuple[str, str]:
-    """Returns the key in `Sectors` of a call of ``bnres::batch_norm_act_*``."""
+    """Returns the key in `Sectors` for a call of the operator ``name`` with arguments ``given``."""
     step = name.removeprefix("batch_norm_act_")
     fork = "_fork" if given.get("dy_skip") is not None else ""
     if given["pools"]:

@@ -30,7 +30,7 @@ def _remainder(a: Any, b: Any) -> Any:
     return a - b * _divide(a, b)
 
 
-# These functions compute the operations on integers that occur in the bounds of loops.
+# TTGIR's operations on integers that occur in the bounds of loops, and functions that compute them.
 OPERATIONS: dict[str, Callable[..., Any]] = {
     "arith.addi": np.add, "arith.subi": np.subtract, "arith.muli": np.multiply,
     "arith.divsi": _divide, "arith.remsi": _remainder, "arith.minsi": np.minimum,
@@ -58,7 +58,7 @@ class LoopTrips:
 def loop_trips(
     asm: Mapping[str, str], grid: Sequence[int], arguments: Mapping[str, Any]
 ) -> list[LoopTrips]:
-    """Returns a kernel's loops in the order of their first lines.
+    """Returns the trip counts of a kernel's loops, in the order of the loops' first lines.
 
     Args:
         asm: the kernel's code. The keys ``ttgir`` and ``ptx`` are used.

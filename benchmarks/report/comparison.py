@@ -1,4 +1,4 @@
-"""Compares two runs case by case."""
+"""Compares the results of two runs, case by case."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,21 +6,22 @@ from dataclasses import dataclass
 from benchmarks.store import Record
 
 Run = tuple[Record, Sequence[Record]]
-# If a ratio of two times differs from 1 by at most this number, the difference is noise, even if
-# the quartiles of the times are very close.
+# If the ratio of two results differs from 1 by at most this number, the difference counts as noise,
+# even if the spreads of the times are very small.
 LEAST_NOISE = 0.03
-# The spread of a run is half the distance between its quartiles. For a normal distribution this is
-# two thirds of the standard deviation. A difference is noise if it is at most this many times the
-# combined spreads of both runs. Medians vary less than single times, so this number is large
-# enough.
+# The spread of a case's times is half the distance between their quartiles, divided by their
+# median. A difference counts as noise if it is at most SPREADS times the root of the sum of both
+# runs' squared spreads. In a normal distribution the spread is two thirds of the standard
+# deviation, and medians vary less than single times, so SPREADS is large enough.
 SPREADS = 3
 
 
 # The verdicts, in the order of the table. These need an explanation:
-# - lost: the old run measured the case. In the new run it failed, was refused or was skipped.
-# - slower, faster: for a case that measures memory, its peak bytes have grown or shrunk.
+# - lost: the old run measured the case. In the new run the case failed, was refused or was skipped.
+# - slower, faster: if the case measures memory, this means that its peak bytes grew or shrank.
 # - other method: the runs timed the case by different methods, so the times are not compared.
-# - absent: the old run measured the case. The new run, which may be shorter, has no result.
+# - absent: the old run measured the case. The new run has no record of the case, for example
+#   because it ran fewer cases.
 # - new: only the new run measured the case.
 VERDICTS = ("lost", "slower", "faster", "same", "other method", "absent", "new")
 
@@ -32,9 +33,9 @@ class Change:
     Attributes:
         id: id of the case.
         verdict: one of `VERDICTS`.
-        ratio: new time divided by the old time, or new peak bytes divided by the old ones. It is 0
-            if they are not compared.
-        noise: greatest difference of the ratio from 1 that counts as noise.
+        ratio: new time divided by the old time, or new peak bytes divided by the old peak bytes. It
+            is 0 if the results are not compared.
+        noise: the greatest difference between the ratio and 1 that counts as noise.
     """
 
     id: str
@@ -66,9 +67,10 @@ class Comparison:
 
 
 def compare(old: Run, new: Run) -> Comparison:
-    """Compares each case of two runs: its peak bytes if it measures memory, else its median time.
+    """Compares the cases of two runs. A case that neither run measured is left out.
 
-    A case that neither run measured is left out.
+    A case that measures memory is compared by its peak bytes, and any other case by its median
+    time.
     """
     (old_about, old_records), (new_about, new_records) = old, new
     before = {r["id"]: r for r in old_records if r["status"] == "measured"}

@@ -20,10 +20,10 @@ RESULTS = Path(__file__).parent.parent / "results"
 BEGIN, END = "<!-- performance: begin -->", "<!-- performance: end -->"
 ITEMSIZE = 2
 WIDTH = 100
-# Code that Inductor generates moves this many MB in the training step of
-# ``benchmarks.audit.budget.Found.traffic``. The MB were counted from the buffers of each launch in
-# the code that torch 2.15 generated without a GPU, for 132 multiprocessors. INDUCTOR_GATHERS is for
-# Inductor's older backward of max-pool, which gathers.
+# How many MB a training step moves, not counting its convolutions, in code that Inductor generated.
+# It is the training step of ``benchmarks.audit.budget.Found.traffic``. torch 2.15 generated the
+# code without a GPU, for 132 multiprocessors. The MB were counted from the buffers of each launch.
+# INDUCTOR_GATHERS is the number with Inductor's older backward of max-pool, which gathers.
 INDUCTOR, INDUCTOR_GATHERS = 18_846, 15_353
 # The README shows the training steps that have these values.
 HEADLINE = {
@@ -85,7 +85,10 @@ def latest(results: Path) -> list[Path]:
 
 
 def measured(folder: Path, about: Record, records: Sequence[Record]) -> str:
-    """Formats a run's results. Shows operations only in the most common layout, dtype and batch."""
+    """Formats a run's results.
+
+    Of the operations, only those with the most common layout, dtype and batch size are shown.
+    """
     parts = [tables.environment_line(about)]
     sections = tables.nets(records) + tables.memory(records) + tables.augmentation(records)
     operations = subjects(records, "ops")
@@ -99,13 +102,13 @@ def measured(folder: Path, about: Record, records: Sequence[Record]) -> str:
 
 
 def pictures_of(folder: Path) -> list[Path]:
-    """Returns the pictures of a folder of results that the page shows."""
+    """Returns the paths of the pictures in ``folder`` that docs/performance.md shows."""
     paths = (folder / f"{name}.png" for name in ("speedup", "bandwidth"))
     return [path for path in paths if path.exists()]
 
 
 def _copy_of(picture: Path) -> str:
-    """The file name of a picture's copy among the documentation's pictures."""
+    """Returns the file name of a picture's copy in ``PICTURES``."""
     return f"{picture.parent.parent.name}-{picture.name}"
 
 

@@ -33,7 +33,7 @@ Panel = tuple[str, list[Subject]]
 
 
 def draw(folder: Path, about: Record, records: Sequence[Record]) -> list[Path]:
-    """Draws the bandwidths and speed-ups of operations, if there are any. Returns the files."""
+    """Draws the measured bandwidths and speed-ups of operations. Returns the files."""
     drawn = []
     operations = subjects(records, "ops")
     norms = [s for s in operations if not _is_conv(s)]
@@ -46,7 +46,7 @@ def draw(folder: Path, about: Record, records: Sequence[Record]) -> list[Path]:
 
 
 def bandwidth(path: Path, about: Record, found: Sequence[Subject]) -> Path:
-    """Draws the bandwidth of each operation by provider, and a copy's bandwidth as a line."""
+    """Draws each provider's bandwidth for each operation, and a copy's bandwidth as a line."""
     panels = _panels(main_setting(list(found)))
     ceiling = about["ceilings"]["copy"] / 1e9
     figure, all_axes = _site_figure("Bandwidth", about, panels)
@@ -67,7 +67,7 @@ def bandwidth(path: Path, about: Record, found: Sequence[Subject]) -> Path:
 
 
 def speedup(path: Path, about: Record, found: Sequence[Subject]) -> Path:
-    """Draws the speed-up of each operation over torch's eager layers, by provider."""
+    """Draws each provider's speed-up over torch's eager layers, for each operation."""
     panels = _panels(main_setting(list(found)))
     figure, all_axes = _site_figure("Speed-up over eager", about, panels)
     providers = [p for p in providers_in(s for _, shown in panels for s in shown) if p != BASELINE]
@@ -87,7 +87,7 @@ def _is_conv(subject: Subject) -> bool:
 
 
 def _panels(found: Sequence[Subject]) -> list[Panel]:
-    """Returns, for the first net, a panel for each direction and a panel for its convolutions."""
+    """Returns the panels of the first net: one for each direction, and one for convolutions."""
     nets = [_net_of(s) for s in found]
     shown = [s for s in found if _net_of(s) == nets[0]]
     panels = [
@@ -117,7 +117,7 @@ def _site_figure(what: str, about: Record, panels: Sequence[Panel]) -> tuple[Fig
 
 
 def _site_label(subject: Subject) -> str:
-    """Returns a label of a few short lines. They name the stage of the net and the operation."""
+    """Returns a label of a few short lines: the place in the net, and the operation."""
     record = subject.any
     place = str(record["site"]).split(".", 1)[1].replace("-", "\n", 1)
     return f"{place}\n{SHORT_TITLES[record['operation']]}"

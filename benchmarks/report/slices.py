@@ -1,4 +1,4 @@
-"""Groups results into the sets that are compared with each other."""
+"""Groups the results that are compared with each other."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ OPERATION_TITLES = {
 
 @dataclass(frozen=True)
 class Subject:
-    """Results of cases that differ only in the provider.
+    """Results of cases that differ only in the provider, which is the measured implementation.
 
     Attributes:
         name: id of the cases without the provider. See `benchmarks.cases.OpCase.subject`.
@@ -32,7 +32,7 @@ class Subject:
 
     @property
     def any(self) -> Record:
-        """Any one of the records. It is used for fields that are equal in all records."""
+        """The first record. It is used for fields that are equal in all records."""
         return next(iter(self.records.values()))
 
     def ratio(self, provider: str, other: str = BASELINE) -> float | None:
@@ -42,7 +42,7 @@ class Subject:
 
 
 def subjects(records: Iterable[Record], suite: str) -> list[Subject]:
-    """Groups the measured records of a suite by subject, in the order of the first records."""
+    """Groups a suite's measured records by subject. Subjects are ordered by their first records."""
     found: dict[str, dict[str, Record]] = {}
     for record in records:
         if record["suite"] == suite and record["status"] == "measured":
@@ -57,7 +57,7 @@ def providers_in(found: Iterable[Subject]) -> list[str]:
 
 
 def setting(subject: Subject) -> tuple[str, str, int]:
-    """Returns the layout, dtype and batch size, which are the same for all rows of a table."""
+    """Returns a subject's layout, dtype and batch size. They are equal in all rows of a table."""
     record = subject.any
     return record["layout"], record["dtype"], record["batch"]
 

@@ -38,7 +38,7 @@ IDLE_NOTE = (
 
 
 def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Formats a table whose columns after the first are right-aligned."""
+    """Formats a table. All columns except the first are right-aligned."""
     lines = ["| " + " | ".join(headings) + " |", "|---" + "|---:" * (len(headings) - 1) + "|"]
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
 
@@ -132,7 +132,7 @@ def _host(record: Record) -> str:
 
 
 def nets(records: Sequence[Record]) -> list[str]:
-    """Formats tables of training steps and inference."""
+    """Formats a table of training steps and a table of inference."""
     sections = []
     for suite, title, note in (
         ("step", "Training step", ""),
@@ -160,7 +160,7 @@ def _nets_table(found: Sequence[Subject]) -> str:
 
 
 def _cells(subject: Subject, providers: Sequence[str], cell: Callable[[Record], str]) -> list[str]:
-    """Formats the record of each provider by ``cell``, or a dash if there is no record."""
+    """Formats each provider's record with ``cell``. A provider without a record gets a dash."""
     return [cell(subject.records[p]) if p in subject.records else "-" for p in providers]
 
 
@@ -180,7 +180,7 @@ def _milliseconds(record: Record) -> str:
 
 
 def memory(records: Sequence[Record]) -> list[str]:
-    """Formats the memory of training steps."""
+    """Formats a table of the memory of training steps."""
     found = subjects(records, "memory")
     if not found:
         return []
@@ -205,7 +205,7 @@ def _megabytes(key: str, eager: Record | None, record: Record) -> str:
 
 
 def augmentation(records: Sequence[Record]) -> list[str]:
-    """Formats the speed of augmentations in images/s."""
+    """Formats a table of the images/s of augmentations."""
     found = subjects(records, "augment")
     if not found:
         return []
@@ -233,7 +233,10 @@ def _images(record: Record) -> str:
 
 
 def notes(records: Sequence[Record]) -> list[str]:
-    """Formats the providers' notes, such as the backend that torch selected for batch norm."""
+    """Formats which backend or library each provider ran.
+
+    An example is the backend that torch selected for batch norm.
+    """
     keys = [
         (record["provider"], record["timed_dtype"], record["note"])
         for record in records
@@ -243,7 +246,7 @@ def notes(records: Sequence[Record]) -> list[str]:
 
 
 def absent(records: Sequence[Record]) -> list[str]:
-    """Formats the providers that were not measured, and why."""
+    """Formats which providers were not measured, and why."""
     keys = [
         (record["provider"], record["status"], record["reason"].partition("\n")[0])
         for record in records
@@ -255,7 +258,7 @@ def absent(records: Sequence[Record]) -> list[str]:
 def _counted(
     title: str, headings: Sequence[str], keys: Sequence[tuple[str, str, str]]
 ) -> list[str]:
-    """Formats a table of the different keys and of how many cases have each of them."""
+    """Formats a table with a row for each distinct key and the number of its occurrences."""
     if not keys:
         return []
     lines = [f"| {' | '.join(headings)} | cases |", "|---|---|---|---:|"]

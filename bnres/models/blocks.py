@@ -1,9 +1,9 @@
 """Residual blocks, built from torch's layers or from fused layers.
 
-The parameters have the same names in both cases. In ``block(x, skip, fork=True)`` the block's
-shortcut reads ``skip`` instead of ``x``, and the block returns its output as two tensors.
-`bnres.models.chain` explains why. ``block.readers()`` returns the modules that may read the block's
-input, with None in place of a missing shortcut.
+The parameters have the same names in both cases. ``block(x, skip, fork=True)`` differs from
+``block(x)`` in two ways: the block's shortcut reads ``skip`` instead of ``x``, and the block
+returns its output as two tensors. `bnres.models.chain` explains why. ``block.readers()`` returns
+the modules that may read the block's input, and None in place of a missing shortcut.
 """
 
 from typing import Any, ClassVar
@@ -25,9 +25,9 @@ def conv(in_channels: int, out_channels: int, kernel_size: int, stride: int = 1)
 def projection(
     in_channels: int, out_channels: int, stride: int, norm_act: NormAct
 ) -> nn.Sequential | None:
-    """Returns a shortcut, or None if the block keeps the shape of its input.
+    """Returns a block's shortcut: a 1×1 convolution followed by a batch norm.
 
-    The shortcut is a convolution followed by a batch norm.
+    Returns None if the block's output has the same shape as its input.
     """
     if stride == 1 and in_channels == out_channels:
         return None
@@ -47,8 +47,8 @@ def _end(
 ) -> Any:
     """Returns act(bn(conv(x)) + shortcut(skip)), or with ``fork`` this result twice.
 
-    If ``bn`` includes the activation, ``act`` is an identity, and one fused operation returns two
-    tensors. Otherwise the same tensor is returned twice.
+    If ``bn`` includes the activation, ``act`` is an identity. Then one fused operation returns the
+    result as two tensors. Otherwise the same tensor is returned twice.
     """
     if fork and type(act) is nn.Identity and not hooked(act):
         return conv_and_norm(conv, bn, x, skip, shortcut, fork=True)
@@ -57,7 +57,9 @@ def _end(
 
 
 class BasicBlock(nn.Module):
-    """3×3 convolution, BN, ReLU, 3×3 convolution, BN, add, ReLU (He et al., arXiv 1512.03385).
+    """A residual block with two 3×3 convolutions (He et al., arXiv 1512.03385).
+
+    The block computes: 3×3 convolution, BN, ReLU, 3×3 convolution, BN, add, ReLU.
 
     Args:
         in_channels: number of channels of the input.
@@ -90,7 +92,7 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """Three convolutions, each followed by BN (He et al., arXiv 1512.03385).
+    """A residual block with three convolutions (He et al., arXiv 1512.03385).
 
     The block computes: 1×1 convolution, BN, ReLU, 3×3 convolution, BN, ReLU, 1×1 convolution, BN,
     add, ReLU. As in torchvision, the 3×3 convolution has the block's stride, and the other two
@@ -125,13 +127,13 @@ class Bottleneck(nn.Module):
 class Residual(nn.Module):
     """The residual block of the d2l.ai course.
 
-    This block differs from `BasicBlock` in two ways: its convolutions have a bias, and its shortcut
-    is ``conv3``, a convolution without batch norm, or None.
+    This block differs from `BasicBlock` in two ways: its convolutions have a bias, and no batch
+    norm follows the convolution of its shortcut.
 
     Args:
         input_channels: number of channels of the input.
         num_channels: number of channels of the output.
-        use_1x1conv: whether the shortcut has a 1×1 convolution.
+        use_1x1conv: whether the shortcut is a 1×1 convolution. Otherwise the shortcut is the input.
         strides: stride of the first convolution and of the shortcut's convolution.
         norm_act: a function that builds a batch norm and the activation after it, see
             `bnres.models.layers`.

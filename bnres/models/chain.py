@@ -24,8 +24,8 @@ from bnres.nn import (
 )
 from bnres.nn.hooks import hooked
 
-# The class of a module must be exactly one of these classes, because a subclass may use its input
-# in other ways.
+# A module's class must be exactly one of these classes. A subclass is not accepted, because it may
+# use its input in other ways.
 BLOCKS = (BasicBlock, Bottleneck, Residual)
 READERS = (nn.Conv2d, BatchNormAct2d, SyncBatchNormAct, nn.Sequential, type(None))
 STEMS = (BatchNormAct2d, BatchNormActMaxPool2d, SyncBatchNormAct, SyncBatchNormActMaxPool2d)
@@ -40,7 +40,7 @@ class Chain(nn.Sequential):
 
 def run(modules: Iterable[nn.Module], x: Any) -> Any:
     """Calls the modules one after another, starting with ``x``, and returns the last output."""
-    # Exported programs and graphs of torch.fx contain plain calls of the modules.
+    # torch.export and torch.fx trace plain calls of the modules. Under torch.fx, x is a proxy.
     if is_exporting() or not isinstance(x, Tensor):
         for module in modules:
             x = module(x)
@@ -62,8 +62,8 @@ def run(modules: Iterable[nn.Module], x: Any) -> Any:
 def _calls(modules: Iterable[Any]) -> list[nn.Module]:
     """Returns the modules to call, in order.
 
-    A sequence is replaced by the modules inside the sequence, and identities are left out. Both
-    are kept if they have hooks.
+    A sequence is replaced by the modules inside the sequence, and identities are left out. But a
+    sequence or an identity that has hooks is kept.
     """
     found = []
     for module in modules:
@@ -77,7 +77,7 @@ def _calls(modules: Iterable[Any]) -> list[nn.Module]:
 def takes_two(module: Any) -> bool:
     """Whether a module is a residual block that can take its input as two tensors.
 
-    The block can't do so if a hook or a module of an unknown class reads the input.
+    The block can't if a hook or a module of an unknown class may read the input.
     """
     if type(module) not in BLOCKS:
         return False

@@ -1,4 +1,7 @@
-"""Builds models from outside bnres by calling a factory of the user, of torchvision or of timm."""
+"""Builds models that bnres does not define, by calling factories.
+
+A factory is a function that returns a model. It is the user's own, or torchvision's or timm's.
+"""
 
 import importlib
 import inspect
@@ -106,13 +109,13 @@ def _import(path: str) -> ModuleType:
     if here not in sys.path and "" not in sys.path:
         sys.path.insert(0, here)
     try:
-        # The module may draw random numbers when it is first imported in this process. fork_rng
-        # restores the generator, so that the model's weights do not depend on the import.
+        # A module may draw random numbers when it is first imported. fork_rng restores the
+        # generator, so the model's weights do not depend on whether this is the first import.
         with torch.random.fork_rng([]):
             return importlib.import_module(path)
     except ModuleNotFoundError as error:
         if not f"{path}.".startswith(f"{error.name}."):
-            raise  # the module itself was found, but it imports a module that is missing
+            raise  # the module was found, but a module that it imports is missing
         raise ValueError(
             f"model: module {error.name!r} is neither installed nor in the current folder"
         ) from error

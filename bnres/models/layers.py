@@ -32,9 +32,9 @@ def stock_norm_act(
 def fused_norm_act(
     channels: int, act: str | None = "relu", *, pool: nn.MaxPool2d | None = None, dims: int = 2
 ) -> list[Any]:
-    """Returns as many layers as `stock_norm_act`.
+    """Returns a fused layer and identities, together as many layers as `stock_norm_act` returns.
 
-    The first layer computes everything, and the others are identities.
+    The fused layer computes batch norm, activation and pooling.
     """
     if pool is None:
         cls = BatchNormAct1d if dims == 1 else BatchNormAct2d

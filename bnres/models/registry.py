@@ -22,7 +22,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "lenet-seed": lenet_seed,
 }
 
-# The input shapes of the models that need another shape than DEFAULT_INPUT_SHAPE.
+# The input shapes of the models whose input shape is not DEFAULT_INPUT_SHAPE.
 INPUT_SHAPES = {
     "resnet18-seed": (1, 1, 224, 224),
     "resnet18-seed-cifar": (1, 3, 32, 32),
@@ -52,7 +52,7 @@ def create_model(name: str, *, fused: bool = True, **options: Any) -> nn.Module:
 
     Raises:
         ValueError: if the name is unknown, if the model does not have one of the options, or if
-            `make_model` raises it.
+            `make_model` raises a ValueError.
     """
     check_model_name(name)
     if is_factory(name):

@@ -1,7 +1,7 @@
 """ResNets of fused layers or of torch's layers.
 
-With the default stem and activation, the parameters have the same names as in torchvision, and the
-outputs are the same up to rounding.
+With the default stem and activation, the parameters have the same names as in torchvision. If the
+parameters are also equal, so are the outputs, up to rounding.
 """
 
 from functools import partial
@@ -20,7 +20,7 @@ STEMS = ("imagenet", "cifar")
 class ResNet(nn.Module):
     """A ResNet (He et al., arXiv 1512.03385).
 
-    It maps (N, in_channels, H, W) to (N, num_classes).
+    It maps inputs (N, in_channels, H, W) to outputs (N, num_classes).
 
     Args:
         block: class of the residual block.

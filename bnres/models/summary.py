@@ -1,4 +1,7 @@
-"""Summarises the stages of a model: their names, output shapes and numbers of parameters."""
+"""Summarises the stages of a model: their names, output shapes and numbers of parameters.
+
+The stages are the model's direct children.
+"""
 
 from dataclasses import dataclass
 from typing import Any
@@ -11,13 +14,13 @@ from bnres.models.trial import shape_text, try_call
 
 @dataclass(frozen=True)
 class Stage:
-    """A row of a summary, for a direct child of a model or for the model itself.
+    """A row of a summary. It describes a direct child of a model, or the model itself.
 
     Attributes:
         name: name of the child.
         cls: name of the child's class.
-        shape: shape of the child's output when the child was first called. It is None if this
-            output is not a tensor or if the child was not called.
+        shape: shape of the output of the child's first call. It is None if this output is not a
+            tensor, or if the child was not called.
         parameters: number of elements of the child's parameters.
         note: further facts, such as ``called 2 times``. It may be empty.
     """
