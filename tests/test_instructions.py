@@ -131,7 +131,7 @@ def test_unrolled_loop():
 
 def test_loops_that_do_not_match_their_trips_are_refused():
     flow = Flow(parse_instructions(NESTED), [trips(0, 3)])
-    with pytest.raises(ValueError, match=r"depths \[0, 1\], expected \[0\]"):
+    with pytest.raises(ValueError, match=r"depths \[0, 1\], but .* depths \[0\]"):
         flow.executed  # noqa: B018
     # If the trips are unknown, the main loop is the longest loop.
     assert [i.address for i in flow.main_loop] == list(range(0x80, 0x100, 0x10))

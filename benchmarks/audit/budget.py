@@ -13,9 +13,9 @@ from bnres.files import write_text
 
 PATH = Path(__file__).with_name("budget.json")
 Row = dict[str, Any]
-# ``lanes``, ``sectors`` and ``in_flight`` may be worse than their budget by this much.
+# The columns ``lanes``, ``sectors`` and ``in_flight`` may be worse than budgeted by this much.
 SLACK = 1e-3
-# ``share`` may exceed its budget by this fraction of the budget.
+# The column ``share`` may exceed its budget by this fraction of the budget.
 SHARE_SLACK = 0.02
 
 

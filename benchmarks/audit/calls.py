@@ -1,7 +1,7 @@
-"""Generates calls of functions that together launch the kernels in many specialisations.
+"""Generates function calls that together launch the kernels in many specialisations.
 
-A specialisation is a kernel compiled for one combination of its arguments' dtypes, constants and
-alignments. The functions are those in `bnres.functional` and the augmentation kernels' `augment`.
+A specialisation is one combination of the dtypes, constants and alignments of a kernel's arguments.
+The called functions are those in `bnres.functional`, and `bnres.kernels.augment.augment`.
 
 The functions' parameters are read from their signatures, so a new parameter is varied without a
 change here. If the possible values of a parameter are not known, `axes_of` raises an error. The
@@ -82,12 +82,12 @@ PARAMETERS = ("input", "weight", "bias", "input_bias", "residual")
 OPTIONAL: tuple[set[Any], ...] = (
     {Tensor, NoneType}, {Tensor, float}, {tuple[float, ...], NoneType}, {BatchNormState, NoneType},
 )  # fmt: skip
-# The residual's batch norm is passed as a BatchNormState. Each of its fields is varied like a
-# parameter, whose name is the field's name with this prefix.
+# The residual's batch norm is passed as a BatchNormState. The fields of this state are varied like
+# parameters, and their names get this prefix.
 RESIDUAL = "residual_"
 # These names are not varied by themselves. The values of kernel_size and of conv_weight include
 # stride, padding and dilation. The width equals the height. ``return`` is not a parameter. No
-# specialisation depends on act_kwargs, eps, residual_eps and process_group.
+# specialisation depends on act_kwargs, eps, residual_eps or process_group.
 FIXED = {
     "act_kwargs", "eps", "residual_eps", "stride", "padding", "dilation", "width", "return",
     "process_group",
@@ -139,8 +139,8 @@ def pairs(axes: Axes) -> Iterator[Options]:
 def parameters_of(function: Callable[..., Any]) -> dict[str, Any]:
     """Returns the annotations of a function's parameters, by name.
 
-    If a parameter is a `BatchNormState`, it is followed by the annotations of its fields. Their
-    names start with ``RESIDUAL``.
+    If a parameter is a `BatchNormState`, the annotations of its fields are added. The names of the
+    fields get the prefix ``RESIDUAL``.
     """
     found = {}
     for name, hint in get_type_hints(function).items():
@@ -152,7 +152,7 @@ def parameters_of(function: Callable[..., Any]) -> dict[str, Any]:
 
 
 def axes_of(function: Callable[..., Any]) -> Axes:
-    """Returns the values that are passed for each parameter of ``function``, and the dtypes.
+    """Returns the values to try for each parameter of ``function``, and the dtypes to try.
 
     Raises:
         ValueError: if neither ``VALUES`` nor the annotation tells the values of a parameter.
@@ -195,7 +195,7 @@ def functional_calls(name: str) -> Iterator[Call]:
         # the input "planes" is enough.
         axes["input"] = tuple(name for name in INPUTS if not name.endswith(" planes"))
     if "kernel_size" in axes:
-        # fp64 is left out, because there the function calls batch_norm_act and torch's pooling.
+        # fp64 is left out, because in fp64 the function calls torch's pooling.
         axes["dtype"] = tuple(dtype for dtype in axes["dtype"] if dtype != torch.float64)
     if "conv_weight" in axes:
         others["input"] = tuple(HUGE_INPUTS)  # These inputs need 64-bit offsets.
@@ -214,10 +214,10 @@ def functional_calls(name: str) -> Iterator[Call]:
 
 
 def with_others(axes: Axes, others: Axes) -> Iterator[Options]:
-    """Yields the `pairs` of ``axes``, then two choices for each value in ``others``.
+    """Yields the `pairs` of ``axes``, then two more dictionaries for each value in ``others``.
 
-    In one of the two choices every other axis has its first value. In the other choice every other
-    axis has its last value.
+    In the first of the two, every other axis has its first value. In the second, every other axis
+    has its last value.
     """
     yield from pairs(axes)
     for name, values in others.items():

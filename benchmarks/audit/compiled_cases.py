@@ -26,7 +26,7 @@ LAST = "channels_last"
 
 @dataclass(frozen=True)
 class Case:
-    """A call whose kernels are compiled but do not run.
+    """A call whose kernels are compiled but not run.
 
     Attributes:
         title: description of the call.
@@ -48,7 +48,7 @@ def _empty(*shape: int, dtype: torch.dtype, layout: str = LAST) -> Tensor:
 
 
 def _step_case(site: Site, batch: int, layout: str, dtype: torch.dtype) -> Case:
-    """Returns the case of an operation: its forward in evaluation and in training, its backward."""
+    """Returns the case of an operation: forward in evaluation and in training, then backward."""
 
     def run() -> None:
         tensor = partial(_empty, *site.shape(batch), dtype=dtype, layout=layout)

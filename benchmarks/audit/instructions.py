@@ -122,7 +122,7 @@ class Flow:
     def unrolled(self) -> list[int]:
         """For each loop, the number of trips that ptxas combined into one.
 
-        It is the number of accesses to global memory in the loop's machine code, divided by their
+        This is the number of accesses to global memory in the loop's machine code, divided by their
         number in the loop's PTX. The PTX has the loop as it was before ptxas unrolled it.
         """
         return [
@@ -163,7 +163,7 @@ class Flow:
         if self.depths != expected:
             raise ValueError(
                 f"the loops of the machine code have nesting depths {self.depths}, "
-                f"but the loops of triton's TTGIR have {expected}"
+                f"but the loops of triton's TTGIR have nesting depths {expected}"
             )
         trips = [loop.trips for loop in self.trips if loop.trips is not None]
         if len(trips) < len(self.trips):

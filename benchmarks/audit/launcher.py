@@ -2,7 +2,7 @@
 
 The launcher is written in C. It converts the arguments of a launch and passes them to the driver.
 Triton 3.6 compiles a launcher for each signature of a kernel, with gcc. Later releases have one
-launcher for all signatures. Both run with the stand-in in the same way as on a GPU.
+launcher for all signatures. With the stand-in, both launchers run as on a GPU.
 """
 
 import ctypes

@@ -96,7 +96,7 @@ def read(gpu: Gpu, case: Case, launch: Launch) -> Row:
     lacks = missing(gpu, launch, flow.main_loop) if is_conv else ""
     in_flight = per_element = share = None
     # These numbers are computed only for kernels whose speed is limited by memory. The ``finalize``
-    # kernels only access small tensors. Convolutions and augmentations have other limits.
+    # kernels only access small tensors, and memory does not limit convolutions and augmentations.
     if launch.kernel.startswith("_bn_") and "finalize" not in launch.kernel:
         in_flight = bytes_in_flight(gpu, launch, code.registers, flow.main_loop)
         if gpu is SM90 and case.batch == BATCH:

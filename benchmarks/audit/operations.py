@@ -26,8 +26,8 @@ Step = Callable[[], object]
 def steps(operation: str, tensor: Callable[[], Tensor]) -> dict[str, Step]:
     """Returns functions that run an operation. The keys are ``eval``, ``forward``, ``backward``.
 
-    ``eval`` and ``forward`` are the forward in evaluation and in training. ``backward`` is the
-    backward of a forward that `steps` has already run.
+    ``eval`` is a forward in evaluation, and ``forward`` is a forward in training. ``backward`` is
+    the backward of a forward that `steps` has already run.
 
     Args:
         operation: one of `OPERATIONS`.

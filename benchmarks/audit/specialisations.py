@@ -1,9 +1,9 @@
 """Compiles the specialisations of the kernels, without a GPU.
 
 Triton compiles a kernel for each combination of its arguments' dtypes, constants and alignments. A
-*specialisation* is one such combination. `benchmarks.audit.calls` has the calls whose launches need
-these specialisations. All specialisations are compiled for sm_90. Then each of them is launched
-twice with a stand-in for CUDA's driver: first by triton, and then by `bnres.kernels.replay`, which
+*specialisation* is one such combination. The calls in `benchmarks.audit.calls` launch the kernels
+in many specialisations. All of them are compiled for sm_90. Then each of them is launched twice
+with a stand-in for CUDA's driver: first by triton, and then by `bnres.kernels.replay`, which
 repeats the first launch. Both launches run triton's launcher, which is written in C. For every
 other GPU only one specialisation of each kernel is compiled.
 """

@@ -116,9 +116,9 @@ def replaced_launches(gpu: Gpu, run: Run) -> Iterator[None]:
 
 @contextmanager
 def compile_only(gpu: Gpu, record: Callable[[Launch], None]) -> Iterator[None]:
-    """Inside the context, launches only compile their kernels, for ``gpu``. Tensors are on the CPU.
+    """Inside the context, a launch only compiles its kernel for ``gpu`` and calls ``record``.
 
-    ``record`` is called with each launch.
+    The launch's tensors are on the CPU.
     """
     original_run = JITFunction.run
 

@@ -26,8 +26,8 @@ Build = Callable[[], nn.Module]
 Sectors = Mapping[tuple[str, str], float]
 # These operations of ATen only allocate memory.
 ALLOCATIONS = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided")
-# The operators of torch's batch norm read their activations twice. These are the first arguments of
-# an operator. The values are the numbers of these arguments.
+# The operators of torch's batch norm read their first arguments, which are activations, twice. Each
+# value is the number of these arguments.
 TWICE = {"native_batch_norm": 1, "native_batch_norm_backward": 2}
 
 

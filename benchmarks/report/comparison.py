@@ -12,7 +12,7 @@ LEAST_NOISE = 0.03
 # The spread of a case's times is half the distance between their quartiles, divided by their
 # median. A difference counts as noise if it is at most SPREADS times the root of the sum of both
 # runs' squared spreads. In a normal distribution the spread is two thirds of the standard
-# deviation, and medians vary less than single times, so SPREADS is large enough.
+# deviation, and medians vary less than single times, so noise rarely exceeds this limit.
 SPREADS = 3
 
 

@@ -21,7 +21,7 @@ BEGIN, END = "<!-- performance: begin -->", "<!-- performance: end -->"
 ITEMSIZE = 2
 WIDTH = 100
 # How many MB a training step moves, not counting its convolutions, in code that Inductor generated.
-# It is the training step of ``benchmarks.audit.budget.Found.traffic``. torch 2.15 generated the
+# The step is the same as for ``benchmarks.audit.budget.Found.traffic``. torch 2.15 generated the
 # code without a GPU, for 132 multiprocessors. The MB were counted from the buffers of each launch.
 # INDUCTOR_GATHERS is the number with Inductor's older backward of max-pool, which gathers.
 INDUCTOR, INDUCTOR_GATHERS = 18_846, 15_353

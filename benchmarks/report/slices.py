@@ -42,7 +42,7 @@ class Subject:
 
 
 def subjects(records: Iterable[Record], suite: str) -> list[Subject]:
-    """Groups a suite's measured records by subject. Subjects are ordered by their first records."""
+    """Groups a suite's measured records into subjects, ordered by each subject's first record."""
     found: dict[str, dict[str, Record]] = {}
     for record in records:
         if record["suite"] == suite and record["status"] == "measured":

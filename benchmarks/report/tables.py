@@ -165,7 +165,7 @@ def _cells(subject: Subject, providers: Sequence[str], cell: Callable[[Record], 
 
 
 def net_title(subject: Subject) -> str:
-    """Formats a net's name, the shape of its input, and whether a CUDA graph launches it."""
+    """Describes a net and its input. Says so if a CUDA graph launches the net."""
     record = subject.any
     launch = ", CUDA graph" if record["launch"] == "graph" else ""
     return (

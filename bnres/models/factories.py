@@ -1,6 +1,6 @@
 """Builds models that bnres does not define, by calling factories.
 
-A factory is a function that returns a model. It is the user's own, or torchvision's or timm's.
+A factory is a function that returns a model. It belongs to the user, to torchvision or to timm.
 """
 
 import importlib

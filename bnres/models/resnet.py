@@ -1,7 +1,7 @@
 """ResNets of fused layers or of torch's layers.
 
-With the default stem and activation, the parameters have the same names as in torchvision. If the
-parameters are also equal, so are the outputs, up to rounding.
+With the default stem and activation, the parameters have the same names as in torchvision. If their
+values are equal too, the outputs are equal up to rounding.
 """
 
 from functools import partial

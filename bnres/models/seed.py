@@ -1,4 +1,4 @@
-"""The networks of the d2l.ai course's chapters on batch normalization and ResNet."""
+"""The networks of the d2l.ai course's chapters on batch norm, ResNet and image augmentation."""
 
 from functools import partial
 from itertools import pairwise

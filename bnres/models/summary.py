@@ -14,7 +14,10 @@ from bnres.models.trial import shape_text, try_call
 
 @dataclass(frozen=True)
 class Stage:
-    """A row of a summary. It describes a direct child of a model, or the model itself.
+    """A row of a summary.
+
+    It describes a direct child of a model, the parameters outside of all children, or the whole
+    model.
 
     Attributes:
         name: name of the child.
