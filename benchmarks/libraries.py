@@ -142,13 +142,13 @@ LIBRARIES: dict[str, Callable[[], Iterator[Model]]] = {
 
 ABOUT = """# Models of other libraries
 
-This page lists what `bnres.fuse` fuses in each model in training mode: the number of batch norms,
-how many of them run as fused operations, and the patterns of these operations. In a pattern, `bn`
-is the batch norm, `conv` is the 2-D convolution before it, `add` is an addition, `+bn` is another
-batch norm whose output is added, `act` is an activation, and `pool` is the max-pool of a ResNet's
-stem. The last column says why a batch norm is not fused, or why an operation after it is not fused
-with it; it is empty if everything is fused. The page was made by
-`python -m benchmarks models --out docs/models.md`, with
+This page lists what `bnres.fuse` fuses in each model in training mode. The columns are the number
+of batch norms, the number of them that run in fused operations, and how often each pattern of
+operations is fused. In a pattern, `bn` is the batch norm, `conv` is the 2-D convolution before it,
+`add` is an addition, `+bn` is another batch norm whose output is added, `act` is an activation, and
+`pool` is the max-pool of a ResNet's stem. The last column says why a batch norm is not fused, or
+why the operation after a batch norm is not fused with it. This column is empty if there is no such
+case. `python -m benchmarks models --out docs/models.md` made this page, with
 """
 HEADER = "| model | batch norms | fused | patterns | reasons |\n|---|---:|---:|---|---|\n"
 

@@ -214,12 +214,13 @@ def table(cluster: Cluster = Cluster()) -> str:
         found = traffic(net)
         forward, backward = sum(found.forward) / 1e3, sum(found.backward) / 1e3
         lines += [
-            f"{net} sends {found.gradients / 1e6:,.1f} MB of gradients in a step. Synchronised, "
-            f"its batch norms have {len(found.sites)} collectives in each direction, because those "
-            f"of a down-sampling block share one. A process sends {forward:,.1f} kB in forward and "
-            f"{backward:,.1f} kB in backward. Assumed time of a step of 256 images on a GPU: "
-            f"{seconds * 1e3:.2f} ms ({source}). Efficiency is the throughput of a GPU, relative "
-            "to training on one GPU:",
+            f"The gradients of {net} have {found.gradients / 1e6:,.1f} MB. If the batch norms are "
+            f"synchronised, a process sends {forward:,.1f} kB in {len(found.sites)} collectives "
+            f"in forward, and {backward:,.1f} kB in {len(found.sites)} collectives in backward. "
+            "The model "
+            f"assumes that a GPU takes {seconds * 1e3:.2f} ms for a step of 256 images ({source}). "
+            "The table shows the efficiency: the throughput of each GPU, relative to training on "
+            "one GPU.",
             "",
             "| GPUs | " + " | ".join(KINDS.values()) + " |",
             "|---:" * (1 + len(KINDS)) + "|",

@@ -158,8 +158,8 @@ def audited() -> str:
     return "\n\n".join(
         [
             "The next table shows how much memory each operation touches, as a multiple of the "
-            "size of one activation tensor (bf16, channels_last). Each launch is counted in "
-            "Triton's interpreter, in whole sectors of 32 bytes. The number in brackets is the "
+            "size of one activation tensor (bf16, channels_last). Triton's interpreter counts the "
+            "memory of each launch, in whole sectors of 32 bytes. The number in brackets is the "
             "least that a fused operation with two passes over memory can touch.",
             markdown_table(["", *(OPERATION_TITLES[name] for name in COLUMNS)], rows),
             "Without its convolutions, a training step of ResNet-18 (batch 256, 224×224, bf16, "
@@ -167,23 +167,24 @@ def audited() -> str:
             f"{moved['stock']:,.0f} MB with torch's own layers. This is counted from the "
             "operations that run. The code that `torch.compile` generates for torch's layers moves "
             f"{INDUCTOR:,} MB, or {INDUCTOR_GATHERS:,} MB with Inductor's older max-pool backward. "
-            "This is counted from the buffers of the launches in that code, which torch 2.15 "
-            "generated without a GPU.",
-            "In training (batch 256, 224×224, bf16), the forward of ResNet-18 keeps "
-            f"{stock / 1e6:,.0f} MB of activations for the backward with torch's own layers, "
-            f"{fused / 1e6:,.0f} MB ({fused / stock:.0%} of that) if it is fused, and "
-            f"{recompute / 1e6:,.0f} MB ({recompute / stock:.0%}) if it is fused and runs inside "
-            "`bnres.recompute()`. This is counted without running the model.",
+            "This is counted from the tensors that the launches in this code read and write. "
+            "torch 2.15 generated the code without a GPU.",
+            "In training (batch 256, 224×224, bf16), the forward of ResNet-18 stores activations "
+            f"for backward. With torch's own layers these are {stock / 1e6:,.0f} MB. If the model "
+            f"is fused, they are {fused / 1e6:,.0f} MB ({fused / stock:.0%} of that), and inside "
+            f"`bnres.recompute()` {recompute / 1e6:,.0f} MB ({recompute / stock:.0%}). This is "
+            "counted without running the kernels.",
             "A fused training step of ResNet-18, without the optimiser, launches our kernels "
             f"{found.launches['fused, Triton']} times and calls {found.launches['fused, ATen']} "
             "operations of ATen. With torch's own layers the step calls "
             f"{found.launches['stock, ATen']} operations of ATen. 40 of them are the forward or "
-            "the backward of a batch norm, and each of these 40 launches several kernels.",
+            "the backward of a batch norm. Each of these 40 launches several kernels.",
             "The next table shows properties of each kernel's machine code, compiled without a GPU "
-            "for sm_90, bf16 and channels_last. For a step of ResNet-18, and for the convolutions "
-            "of ResNet-18 and ResNet-50, Triton compiles each kernel several times, for different "
-            "arguments. A row shows the worst values of these compilations. `python -m benchmarks "
-            "audit` compares them with a recorded budget, also for sm_80, sm_100 and gfx942.",
+            "for sm_90, bf16 and channels_last. Triton compiles a kernel once for each set of "
+            "argument properties. The table covers the sets that occur in a step of ResNet-18 and "
+            "in the convolutions of ResNet-18 and ResNet-50. A row shows the worst values of all "
+            "sets. `python -m benchmarks audit` compares these values with a recorded budget, also "
+            "for sm_80, sm_100 and gfx942.",
             markdown_table(["kernel", "registers", "spills"], code),
         ]
     )

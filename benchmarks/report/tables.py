@@ -23,12 +23,13 @@ LEGEND = (
     "The times are medians in microseconds. A site is a place in a net where the operation occurs. "
     "The number in brackets is the shortest possible time divided by the median. The shortest "
     "possible time is the fewest bytes that the fused operation must move, divided by the measured "
-    "bandwidth of a copy. For a convolution it is the number of FLOPs divided by the measured "
-    "speed of a matrix product, if this is longer. Small tensors stay in the L2 cache, so their "
-    "operations can exceed 100%. The columns 'vs. eager' and 'vs. compile' are the speed-ups of "
-    "bnres over torch's own layers and over torch.compile. The column 'host' is the time for which "
-    "a call of bnres occupies the CPU. It does not matter if calls are replayed from a CUDA graph, "
-    "or if the GPU is still busy with earlier calls."
+    "bandwidth of a copy. For a convolution it can also be the number of FLOPs divided by the "
+    "measured speed of a matrix product; the longer of the two times is used. Operations on small "
+    "tensors can exceed 100%, because these tensors stay in the L2 cache. The columns 'vs. eager' "
+    "and 'vs. compile' are the speed-ups of bnres over torch's own layers and over torch.compile. "
+    "The column 'host' is the time for which a call of bnres occupies the CPU. This time does not "
+    "matter if calls are replayed from a CUDA graph, or if the GPU is still busy with earlier "
+    "calls."
 )
 
 IDLE_NOTE = (
