@@ -1,4 +1,4 @@
-"""Package metadata of bnres; pyproject.toml configures the tools."""
+"""The package metadata of bnres. The tools are configured in pyproject.toml."""
 
 from pathlib import Path
 
@@ -80,9 +80,9 @@ setup(
     ],
     python_requires=">=3.11",
     packages=["bnres", *(f"bnres.{p}" for p in PACKAGES)],
-    # Makes an editable install add a path entry. Otherwise it would add an import finder, which
-    # comes after the folders on sys.path: in the parent folder of a clone named bnres, `import
-    # bnres` would then find the clone as a namespace package.
+    # With this, an editable install adds the clone to sys.path. Otherwise, setuptools would add an
+    # import finder, which Python uses only if no folder on sys.path has the package. If the current
+    # folder then contained a clone named bnres, Python would import the clone as an empty package.
     package_dir={"": "."},
     package_data={"bnres": ["py.typed"]},
     entry_points={

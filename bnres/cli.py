@@ -64,11 +64,14 @@ def show_version(value: bool) -> None:
 @app.callback()
 def main(
     version: Annotated[
-        bool, typer.Option("--version", callback=show_version, is_eager=True, help="Show versions.")
+        bool,
+        typer.Option(
+            "--version", callback=show_version, is_eager=True, help="Show version and backend."
+        ),
     ] = False,
     traceback: Annotated[
         bool,
-        typer.Option(TRACEBACK, help="Show the traceback of an error. May follow a command."),
+        typer.Option(TRACEBACK, help="Show an error's traceback. Also allowed after a command."),
     ] = False,
 ) -> None:
     pass
@@ -79,7 +82,9 @@ def main(
 def train(
     *,
     options: dict[str, Any],
-    preset: Annotated[str | None, typer.Option(help=f"Recipe: {', '.join(PRESETS)}.")] = None,
+    preset: Annotated[
+        str | None, typer.Option(help=f"Set of options: {', '.join(PRESETS)}.")
+    ] = None,
     config: Annotated[Path | None, typer.Option(help="TOML file that sets options.")] = None,
     print_config: Annotated[
         bool, typer.Option("--print-config", help="Print the options as a TOML file and exit.")
@@ -87,7 +92,8 @@ def train(
     out: Annotated[
         Path | None,
         typer.Option(
-            help="Folder of the run. Default: a new folder in runs, or that of the resumed last.pt."
+            help="Folder of the run's files. Default: a new folder in runs. With --resume "
+            "FOLDER/last.pt, the default is FOLDER."
         ),
     ] = None,
     download: Annotated[
@@ -95,10 +101,12 @@ def train(
     ] = False,
     compare: Annotated[
         bool,
-        typer.Option("--compare", help="Train fused and stock layers, and print the results."),
+        typer.Option(
+            "--compare", help="Train with fused and with torch's (stock) layers, and compare them."
+        ),
     ] = False,
 ) -> None:
-    """Train a model; by default a ResNet-18 on 4,000 images of MNIST."""
+    """Train a model. By default, a ResNet-18 is trained on 4,000 images of MNIST."""
     from dataclasses import replace
 
     from bnres.data.download import download_cifar10
@@ -155,7 +163,11 @@ def evaluate(
     ] = None,
     device: Annotated[str, typer.Option(help="Device. Default: the GPU if there is one.")] = "",
     eval_flip: Annotated[
-        bool | None, typer.Option(help="Average the outputs for an image and its mirror image.")
+        bool | None,
+        typer.Option(
+            help="Average the outputs for an image and its mirror image. "
+            "Default: the same as in training."
+        ),
     ] = None,
 ) -> None:
     """Print the loss and the accuracy of a checkpoint on the held-out images."""
@@ -200,9 +212,12 @@ def export(
     typer.echo(export_checkpoint(checkpoint, out, square, folded=folded, format=format))
 
 
-NAMES = "Name of a model of bnres, torchvision:NAME, timm:NAME, or PACKAGE.MODULE:FACTORY."
+NAMES = (
+    "A model of bnres, torchvision:NAME, timm:NAME, or PACKAGE.MODULE:FACTORY. A factory is a "
+    "function that returns a model."
+)
 Model = Annotated[str, typer.Argument(help=NAMES)]
-Input = Annotated[str | None, typer.Option(help="Shape of the input, such as 1x3x224x224.")]
+Input = Annotated[str | None, typer.Option(help="Input shape NxCxHxW, such as 1x3x224x224.")]
 
 
 @app.command()
@@ -232,13 +247,11 @@ def explain(model: Model, input: Input = None) -> None:
 
 @app.command()
 def doctor(
-    model: Annotated[
-        str | None, typer.Argument(help=f"Model whose savings are computed. {NAMES}")
-    ] = None,
+    model: Annotated[str | None, typer.Argument(help=f"Model to examine too. {NAMES}")] = None,
     input: Input = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Print problems of this machine and how to fix them, and what fusing a model saves.
+    """Print problems of this machine, how to fix them, and the memory traffic that fusing saves.
 
     The exit code is 1 if there is a problem.
     """
@@ -256,9 +269,9 @@ def tune(
     model: Annotated[str, typer.Option(help="Model whose convolutions are measured.")] = "resnet18",
     batch_size: Annotated[int, typer.Option(help="Number of images in a batch.")] = 256,
     size: Annotated[int, typer.Option(help="Height and width of an image.")] = 224,
-    dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "bf16",
+    dtype: Annotated[str, typer.Option(help="Data type: fp32, bf16 or fp16.")] = "bf16",
     match: Annotated[
-        str, typer.Option(help="Measure only convolutions whose name contains this, e.g. '3x3'.")
+        str, typer.Option(help="Measure only convolutions with this text in their name, e.g. 3x3.")
     ] = "",
     out: Annotated[
         Path | None,
@@ -269,13 +282,14 @@ def tune(
     minutes: Annotated[
         float,
         typer.Option(
-            help="Start no measurement after this many minutes. Long convolutions come first."
+            help="Start no measurement after this many minutes. Slow convolutions come first."
         ),
     ] = math.inf,
 ) -> None:
     """Measure bnres's convolution kernel and torch's convolution on this GPU.
 
-    The times are saved in a table. bnres then uses the faster of the two for each measured shape.
+    The times are saved in a table. For each shape in the table, bnres then uses the faster of the
+    two convolutions.
     """
     import torch
 

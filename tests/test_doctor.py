@@ -327,10 +327,10 @@ def test_a_norm_that_is_not_fused_has_its_reason():
     model[1].unused = nn.BatchNorm2d(4)
     found = savings.derive(model, torch.zeros(2, 3, 10, 10))
     assert (found.norms, found.fused) == (3, 2)
-    assert found.reasons == {"1.unused": "not in a captured graph"}
+    assert found.reasons == {"1.unused": "torch.compile captured no call of it"}
     text = str(diagnosis.Diagnosis({}, [], "a net", found, []))
     assert "a net: 2 of 3 batch norms are fused\n" in text
-    assert "\n  1.unused is not fused: not in a captured graph\n" in text
+    assert "\n  1.unused is not fused: torch.compile captured no call of it\n" in text
 
 
 runner = CliRunner()

@@ -257,8 +257,8 @@ def test_explain_names_norms_of_broken_graphs():
     # After a graph break inside a Sequential, the rest of the Sequential is not fused, because
     # Dynamo captures no functions of torch.nn.
     assert report.sites[6].reason == report.sites[2].reason
-    assert report.sites[2].reason.startswith("not in a captured graph: ")
-    assert str(report).splitlines()[-1] == "4 fused sites of 7"
+    assert report.sites[2].reason.startswith("torch.compile captured no call of it: ")
+    assert str(report).splitlines()[-1] == "4 of 7 batch norms are fused"
     for name, value in model.state_dict().items():
         assert torch.equal(value, state[name])
     assert torch.equal(torch.get_rng_state(), random)
@@ -271,12 +271,12 @@ def test_explain_without_inputs():
 
 def test_every_site_of_resnet18_is_fused():
     report = str(bnres.explain(models.resnet18(fused=False), torch.randn(2, 3, 32, 32)))
-    assert report.splitlines()[-1] == "20 fused sites of 20"
+    assert report.splitlines()[-1] == "20 of 20 batch norms are fused"
     assert report.splitlines()[0].split() == ["bn1", "conv-bn-act-pool"]
     assert report.splitlines()[20:-1] == [
         "",
         "One operation computes everything in a pattern:",
-        "conv  the convolution before the batch norm, or only its bias if +bn or pool follows",
+        "conv  the convolution before the batch norm, or only its bias with +bn or pool",
         "bn    batch norm",
         "+bn   batch norm of the residual",
         "add   addition",
@@ -299,13 +299,13 @@ def test_the_legend_explains_the_patterns_that_occur():
     model = nn.Sequential(nn.BatchNorm2d(4), nn.ReLU(), nn.Sequential()).to(DEVICE)
     assert str(bnres.explain(model, batch().float())).splitlines() == [
         "0  bn-act", "", "One operation computes everything in a pattern:", "bn    batch norm",
-        "act   activation", "", "1 fused sites of 1",
+        "act   activation", "", "1 of 1 batch norms are fused",
     ]  # fmt: skip
     assert str(bnres.explain(Unused(), torch.ones(1))).splitlines() == [
-        "norm  -  not in a captured graph", "",
-        "-     not fused: the model's own batch norm runs", "", "0 fused sites of 1",
+        "norm  -  torch.compile captured no call of it", "",
+        "-     not fused: the model's own batch norm runs", "", "0 of 1 batch norms are fused",
     ]  # fmt: skip
-    assert str(bnres.explain(nn.ReLU(), batch().float())) == "0 fused sites of 0"
+    assert str(bnres.explain(nn.ReLU(), batch().float())) == "0 of 0 batch norms are fused"
 
 
 def test_wrong_arguments():

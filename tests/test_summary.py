@@ -134,7 +134,7 @@ def test_models_of_factories(command, name, sites, total):
     if command == "summary":
         assert last.split() == ["total", *total]
     else:
-        assert last == f"{sites} fused sites of {sites}"
+        assert last == f"{sites} of {sites} batch norms are fused"
 
 
 @pytest.mark.parametrize(

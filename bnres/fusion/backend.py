@@ -24,14 +24,14 @@ from bnres.nn.sync import CapturedSyncBatchNorm, make_nodes
 def backend(
     module: fx.GraphModule, example_inputs: Sequence[Any], *, options: dict[str, Any] | None = None
 ) -> Callable[..., Any]:
-    """Fuses a captured graph and compiles it, as the backend of ``torch.compile(backend="bnres")``.
+    """Fuses a captured graph and compiles it. This is the backend ``"bnres"`` of `torch.compile`.
 
     Args:
         module: the graph that Dynamo captured. The graph is rewritten in place.
         example_inputs: the graph's inputs.
-        options: ``{"inner": ...}`` sets the backend that compiles the rewritten graph. It is the
-            name of a backend, such as ``"inductor"``, or a function. By default the graph runs
-            eagerly.
+        options: ``{"inner": name}`` names the backend that compiles the rewritten graph, such as
+            ``"inductor"``. A function can be given instead of a name. By default the graph is not
+            compiled, but runs eagerly.
 
     Raises:
         ValueError: for an unknown option, or if ``inner`` is neither a string nor callable.
@@ -53,8 +53,8 @@ def backend(
 def run_eagerly(module: fx.GraphModule) -> Callable[..., Any]:
     """Returns a function that runs a captured graph without a compiler.
 
-    The graph may contain torch's operator for activation checkpoints. This operator needs a
-    compiler, so `_checkpointed` replaces it.
+    Torch's operator for activation checkpoints runs only in compiled graphs, so `_checkpointed`
+    replaces it.
     """
     of_modules = module_tensors(module.graph)
     checkpoints = torch.ops.higher_order.tag_activation_checkpoint
@@ -71,10 +71,9 @@ def _checkpointed(
 ) -> Any:
     """Runs ``body`` in an activation checkpoint, and returns the outputs.
 
-    Dynamo adds the parameters and buffers of modules to the arguments. ``of_module`` says for each
-    argument whether it is one of them. Parameters and buffers are not passed to `checkpoint`,
-    because backward raises an error if an argument of a checkpoint was written in place, as running
-    statistics are.
+    ``of_module`` says for each argument whether it is a parameter or buffer of a module. Such an
+    argument is not passed to `checkpoint`, because batch norm writes to its running statistics in
+    place, and backward raises an error if an argument of a checkpoint was written in place.
     """
     options["use_reentrant"] = False
     if "_checkpoint_context_fn" in body.meta:
@@ -94,8 +93,8 @@ def inductor() -> Iterator[None]:
 
     ``torch.compile`` compiles a function when the function is first called, so the first call must
     be made inside the context. Our pass runs after the passes that the user has set in
-    ``torch._inductor.config.pre_grad_custom_pass``. AOTAutograd's cache works in this context. It
-    does not work with the backend ``"bnres"`` and ``options={"inner": "inductor"}``.
+    ``torch._inductor.config.pre_grad_custom_pass``. AOTAutograd's cache of compiled graphs works in
+    this context, but not with the backend ``"bnres"`` and ``options={"inner": "inductor"}``.
     """
     from torch._inductor import config
 
@@ -108,14 +107,15 @@ def inductor() -> Iterator[None]:
 def fuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     """Returns a copy of a model whose calls run fused operations.
 
-    A call does the same as after ``model.compile(backend="bnres")``. Dynamo is the part of
-    torch.compile that reads Python code. It captures the graph of a call. If the Python state that
-    the graph depends on has changed, it captures a new graph. Each batch norm in the graph is fused
-    with the operations before and after it. `bnres.explain` shows which operations are fused.
+    The copy works like a model after ``model.compile(backend="bnres")``. When it is called, Dynamo
+    captures a graph of the operations of the call. (Dynamo is the part of torch.compile that reads
+    Python code.) In the graph, bnres fuses each batch norm with operations before and after the
+    batch norm. `bnres.explain` shows which operations are fused. Later calls run the same graph. If
+    Python state on which the graph depends has changed, Dynamo captures a new graph.
 
     The rules of ``torch.compile`` apply. A forward or backward hook that is added after the first
     call does not run, and a submodule that is called directly runs unfused. At most
-    ``torch._dynamo.config.recompile_limit`` graphs are captured. A call that would need another
+    ``torch._dynamo.config.recompile_limit`` graphs are captured. A call that would need one more
     graph runs unfused.
 
     Args:
@@ -123,10 +123,10 @@ def fuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
         inplace: whether to fuse ``model`` itself instead of a copy.
 
     Returns:
-        The fused model. Its repr contains "fused by bnres". The fused model has the class, the
-        parameters, the keys of the state dict and the hooks of ``model``. Copies and pickles of the
-        fused model are not fused. `torch.export`, `torch.jit.trace` and `torch.fx` treat the
-        fused model as a model that is not fused.
+        The fused model, with the class, the parameters, the keys of the state dict and the hooks of
+        ``model``. The fused model's repr contains "fused by bnres". Copies and pickles of the fused
+        model are not fused. `torch.export`, `torch.jit.trace` and `torch.fx` read the fused model
+        as if it were not fused.
 
     Raises:
         TypeError: if ``model`` is not a module.
@@ -148,7 +148,7 @@ def fuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
 class _FusedRepr:
     """The ``extra_repr`` of a fused model.
 
-    Copies and pickles of the model are not fused, so they do not keep this ``extra_repr``.
+    Copies and pickles of the model are not fused, so they have the model's original ``extra_repr``.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -162,7 +162,7 @@ class _FusedRepr:
 
 
 def unfuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
-    """Returns the model as it was before `fuse`.
+    """Returns an unfused copy of a model.
 
     Args:
         model: any module, fused or not.

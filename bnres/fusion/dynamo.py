@@ -1,4 +1,7 @@
-"""The private parts of torch.compile that fusion uses, as they are in torch 2.11, 2.13 and 2.14."""
+"""Calls the private functions of torch that fusion needs.
+
+They are the same in torch 2.11, 2.13 and 2.14.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,10 +13,10 @@ from bnres.operations.sync_batch_norm_act import sync_batch_norm
 
 
 def compiled(function: Callable[..., Any], backend: Any, **options: Any) -> Callable[..., Any]:
-    """Returns ``function`` compiled by ``torch.compile``, with a separate cache of graphs.
+    """Returns ``function`` compiled by ``torch.compile``, with its own cache of graphs.
 
-    torch stores at most ``torch._dynamo.config.recompile_limit`` graphs for each code object. The
-    ``__call__`` of all modules is one code object, so modules would share this limit. Therefore
+    torch stores at most ``torch._dynamo.config.recompile_limit`` graphs for each code object. All
+    modules have the same code object for ``__call__``, so they would share this limit. Therefore
     each compiled function gets a new code object.
     """
 
@@ -21,27 +24,28 @@ def compiled(function: Callable[..., Any], backend: Any, **options: Any) -> Call
         return function(*args, **kwargs)
 
     call.__code__ = call.__code__.replace()
-    # A call of `sync_batch_norm` becomes one node in the graph. Otherwise Dynamo would capture the
-    # operations inside this function.
+    # Makes a call of `sync_batch_norm` one node of the graph. Otherwise Dynamo would capture the
+    # operations inside `sync_batch_norm`.
     torch._dynamo.allow_in_graph(sync_batch_norm)
     return torch.compile(call, backend=backend, **options)
 
 
 def set_compiled_call(module: nn.Module, call: Callable[..., Any] | None) -> None:
-    """Sets the function that runs if the module is called, like `torch.nn.Module.compile`.
+    """Makes calls of a module run ``call``, as `torch.nn.Module.compile` does.
 
-    Copies of the module do not keep this function.
+    If ``call`` is None, calls of the module run its own forward again. The function is not copied
+    with the module.
     """
     module._compiled_call_impl = call
 
 
 def uncompiled_call(module: nn.Module) -> Callable[..., Any]:
-    """Returns the call of a module, including hooks, without `torch.nn.Module.compile`."""
+    """Returns a function that runs a module's forward and hooks as if it were not compiled."""
     return module._call_impl
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """Whether this module was returned by ``torch.compile``.
+    """Whether a module was returned by ``torch.compile``.
 
     The keys of such a module's state dict begin with ``_orig_mod.``.
     """
@@ -49,7 +53,7 @@ def is_compiled(module: nn.Module) -> bool:
 
 
 def in_fx_trace() -> bool:
-    """Whether `torch.fx` is tracing. A compiled function raises an error in such a trace."""
+    """Whether `torch.fx` is tracing. During such a trace, a compiled function raises an error."""
     return torch.fx._symbolic_trace.is_fx_symbolic_tracing()
 
 
@@ -59,11 +63,11 @@ def lookup_backend(name: Any) -> Callable[..., Any]:
 
 
 def module_tensors(graph: fx.Graph) -> set[int]:
-    """Returns the ids of the fake tensors of those graph inputs that are attributes of modules.
+    """Returns which inputs of a graph are attributes of modules, as the ids of their fake tensors.
 
-    A fake tensor has a shape and a dtype but no data. For the inputs of a nested graph, Dynamo does
-    not record whether they are attributes of modules. But a nested graph has the same fake tensors
-    as the graph that contains it, so the ids identify its inputs too.
+    A fake tensor has a shape and a dtype but no data. Dynamo does not record which inputs of a
+    nested graph are attributes of modules. But the outer graph passes its inputs to the nested
+    graph with the same fake tensors, so the ids identify the inputs of the nested graph too.
     """
     found = set()
     for node in graph.find_nodes(op="placeholder"):

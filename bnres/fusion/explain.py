@@ -24,7 +24,8 @@ def explain(model: nn.Module, *inputs: Any, **kwargs: Any) -> FusionReport:
         inputs, kwargs: example arguments of the model.
 
     Returns:
-        A report with a row for each batch norm. ``str(report)`` includes a legend of the patterns.
+        A report with a row for each batch norm. ``str(report)`` also explains the patterns in the
+        rows.
 
     Raises:
         TypeError: if ``model`` is not a module, or if there are no example arguments.
@@ -43,8 +44,9 @@ def explain(model: nn.Module, *inputs: Any, **kwargs: Any) -> FusionReport:
         placeholders = module.graph.find_nodes(op="placeholder")
         rows, run = fuse_graphs(module), run_eagerly(module)
 
-        # Modules of one class may share a graph. A graph's arguments include the tensors of a
-        # module, and these tensors show for which module the graph runs.
+        # Several modules of the same class may run one graph, whose nodes have the names of the
+        # first of these modules. The arguments of a call of the graph include the parameters and
+        # buffers of the called module, which give the right names.
         def call(*args: Any) -> Any:
             tensors = dict(zip(placeholders, args, strict=True))
             for site, nodes in rows:
@@ -56,22 +58,22 @@ def explain(model: nn.Module, *inputs: Any, **kwargs: Any) -> FusionReport:
         return call
 
     before = graph_breaks()
-    # With the backend "aten", torch's operations run and no kernel has to be compiled.
+    # The backend "aten" runs torch's operations, so that no kernel has to be compiled.
     devices = range(torch.cuda.device_count())
     with use_backend("aten"), torch.random.fork_rng(devices=devices):
         compiled(twin, record)(*inputs, **kwargs)
     breaks = [text for text, n in graph_breaks().items() if n > before.get(text, 0)]
     lines = breaks[0].splitlines()[:2] if breaks else []
     said = [line.strip().removeprefix("Explanation: ") for line in lines]
-    reason = ": ".join(["not in a captured graph", *said])
+    reason = ": ".join(["torch.compile captured no call of it", *said])
     return FusionReport([found.get(n, Site(n, "-", reason, fused=False)) for n in norms])
 
 
 def is_norm(module: nn.Module) -> bool:
     """Whether a module is a batch norm.
 
-    A batch norm is recognised by its buffers, because some batch norms, such as FrozenBatchNorm2d,
-    are not torch classes.
+    A batch norm is recognised by its buffers, because the classes of some batch norms, such as
+    FrozenBatchNorm2d, are not torch's.
     """
     instance_norm = nn.modules.instancenorm._InstanceNorm
     return "running_var" in module._buffers and not isinstance(module, instance_norm)

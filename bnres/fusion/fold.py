@@ -20,28 +20,28 @@ def fold(model: nn.Module, *inputs: Any, **kwargs: Any) -> nn.Module:
     """Returns a copy of a model in which batch norms are folded into the convolutions before them.
 
     The filters of each convolution are multiplied by ``weight / sqrt(var + eps)``, and its bias
-    changes accordingly. A folded batch norm becomes an `nn.Identity` and loses its keys in the
-    state dict. The copy is not fused, and batch norms that bnres has synchronised are local again.
-    Nothing else changes. A folded model that was built from torch's layers can be loaded and
-    exported without bnres. On a GPU a folded model reads and writes more memory than
+    changes accordingly. An `nn.Identity` replaces a folded batch norm, whose keys are then missing
+    in the state dict. The copy is not fused, and batch norms that bnres has synchronised use local
+    statistics again. Nothing else changes. A folded model that was built from torch's layers can be
+    loaded and exported without bnres. On a GPU a folded model reads and writes more memory than
     ``bnres.fuse(model).eval()``.
 
     The model is called with ``inputs`` and ``kwargs`` to find the convolution before each batch
-    norm. If a later change makes the model's forward run other operations, fold the model again.
-    Only a `torch.nn.Conv2d` followed by a torch batch norm with running statistics is folded.
-    Such a pair is not folded if one of the two modules is called more than once or has a hook. It
-    is also not folded if anything else reads the convolution's output, or a parameter or buffer of
-    the two modules.
+    norm. If you later change which operations the model's forward runs, fold the model again. Only
+    a `torch.nn.Conv2d` followed by a torch batch norm with running statistics is folded. The two
+    modules are not folded if one of them is called more than once or has a hook, or if anything
+    else reads the convolution's output or a parameter or buffer of one of them.
 
     Args:
-        model: any module in eval mode, fused or not. It is not changed.
+        model: any module in eval mode, fused or not. This module is not changed.
         inputs, kwargs: example arguments of the model.
 
     Raises:
         TypeError: if ``model`` is not a module, or if there are no example arguments.
-        ValueError: if the model or one of its batch norms is in training mode, if Dynamo does not
-            capture the model's forward as one graph, or if the folded model's forward would run
-            other operations, for example because it tests whether a convolution has a bias.
+        ValueError: if the model or one of its batch norms is in training mode, or if Dynamo does
+            not capture the model's forward as one graph. Also if the folded model's forward would
+            run other operations than before, for example because forward tests whether a
+            convolution has a bias.
     """
     folded = revert_sync_batchnorm(unfuse(model))
     if not (inputs or kwargs):
@@ -60,7 +60,7 @@ def fold(model: nn.Module, *inputs: Any, **kwargs: Any) -> nn.Module:
         folded.set_submodule(norm, nn.Identity())
     after, _ = _capture(folded, inputs, kwargs)
     if _called(after) != _called(graph, without=pairs):
-        raise ValueError("model can't be folded: its forward depends on its batch norms or biases")
+        raise ValueError("model can't be folded: its forward would then run other operations")
     return folded
 
 
@@ -82,18 +82,20 @@ def _capture(
         with torch.no_grad():
             model(*inputs, **kwargs)  # if this call fails, its error is raised instead
         line = str(error).splitlines()[0]
-        raise ValueError(f"model can't be folded: its forward is not one graph: {line}") from error
-    # Torch keeps every backend in memory, and therefore `record` and this list too. The graph is
-    # removed from the list, so that it can be freed.
+        raise ValueError(
+            f"model can't be folded: torch.compile can't capture its forward in one graph: {line}"
+        ) from error
+    # torch never frees a backend, so `record` and the list ``found`` stay in memory. The graph is
+    # taken out of the list, so that the graph can be freed.
     return found.pop() if found else (fx.Graph(), {})
 
 
 def _pairs(
     graph: fx.Graph, tensors: dict[fx.Node, Any], model: nn.Module
 ) -> dict[fx.Node, tuple[str, str]]:
-    """Returns the node of each batch norm to fold, with the names of two modules.
+    """Returns, for the node of each batch norm to fold, two names of modules.
 
-    The first name is that of the convolution, and the second is that of the batch norm.
+    The first name is the convolution's, and the second name is the batch norm's.
     """
     modules, found = dict(model.named_modules(remove_duplicate=False)), {}
     for node in graph.nodes:
@@ -117,5 +119,5 @@ def _pairs(
 
 
 def _called(graph: fx.Graph, without: Collection[fx.Node] = ()) -> list[Any]:
-    """Returns the targets of the calls in a graph, in order."""
+    """Returns the targets of the calls in a graph, in order. Nodes in ``without`` are left out."""
     return [n.target for n in graph.nodes if n.op.startswith("call") and n not in without]

@@ -1,6 +1,6 @@
 """Recognises frozen batch norms that are written as plain arithmetic.
 
-The statistics of a frozen batch norm are fixed.
+A frozen batch norm is a batch norm whose statistics are fixed.
 """
 
 from typing import Any
@@ -45,16 +45,18 @@ def as_batch_norm(graph: fx.Graph) -> None:
             del found["x"]
             own, eps = set(found.values()), found["rsqrt"].args[0].args[1]
             (end,) = match.returning_nodes
-            # The x in `match` is not used, because an earlier replacement may have replaced it.
+            # x is read from the graph. The x in `match` may be a node that an earlier replacement
+            # has removed from the graph.
             x: Any = end.all_input_nodes[0].args[0]
             if _is_batch_norm(x, eps, end, vectors) and not obstacle(own, set()):
                 replace(own, F.batch_norm, (x, *vectors, False, 0.0, eps), {})
 
 
 def _is_batch_norm(x: fx.Node, eps: Any, end: Any, vectors: list[fx.Node]) -> bool:
-    """Whether matched arithmetic, whose result is ``end``, computes a batch norm of ``x``.
+    """Whether the arithmetic that a matcher found computes a batch norm of ``x``.
 
-    The matcher has compared only the operations, so the shapes and dtypes are checked here.
+    ``end`` is the node of the arithmetic's result. The matcher has compared only the operations, so
+    the shapes and dtypes are checked here.
     """
     product, shift = end.args
     out, *others = (value(n) for n in (end, product.args[1], shift, *vectors))
@@ -62,6 +64,6 @@ def _is_batch_norm(x: fx.Node, eps: Any, end: Any, vectors: list[fx.Node]) -> bo
         return False
     channels = out.shape[1]
     shapes = [getattr(other, "shape", None) for other in others]
-    # F.batch_norm computes no gradients of the mean and the variance.
+    # F.batch_norm computes no gradients of the mean and the variance, so they must not need any.
     fixed = not any(getattr(value(n), "requires_grad", True) for n in vectors[:2])
     return shapes == [(1, channels, 1, 1)] * 2 + [(channels,)] * 4 and fixed

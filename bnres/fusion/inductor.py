@@ -13,7 +13,7 @@ from bnres.routes import conv_route
 
 
 class FusePass(CustomGraphPass):
-    """A ``pre_grad_custom_pass`` that runs the passes set earlier, and then fuses batch norms."""
+    """A ``pre_grad_custom_pass`` that runs the passes in ``before``, and then fuses batch norms."""
 
     def __init__(self, before: Any) -> None:
         self.before = before if isinstance(before, list | tuple) else [before] if before else []
@@ -26,7 +26,7 @@ class FusePass(CustomGraphPass):
     def uuid(self) -> Any:
         """Returns the key of this pass in torch's caches of compiled code.
 
-        If one of the earlier passes has no key, the result is None, which disables the caches.
+        If one of the passes in ``before`` has no key, the result is None, and torch uses no cache.
         """
         others = [each.uuid() if hasattr(each, "uuid") else None for each in self.before]
         if None in others:

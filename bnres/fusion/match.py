@@ -38,13 +38,14 @@ class NormCall:
 
     Attributes:
         node: the node of the call.
-        calls: this node, and the addition that increments ``num_batches_tracked`` if there is one.
+        calls: ``node``, and the addition that increments ``num_batches_tracked`` if there is one.
         input: the node that the call normalises.
-        state: a `BatchNormState` with the call's options. It has nodes instead of tensors. Its
-            ``input_bias`` is the bias of the convolution before the call, or None.
+        state: the call's options, as a `BatchNormState` that contains nodes instead of tensors.
+            ``state.input_bias`` is the bias in ``conv``, or None if there is none.
         training: whether the call normalises with the statistics of the batch.
-        conv: the arguments of the convolution before the call if no other node reads the
-            convolution's output, otherwise None.
+        conv: the arguments of the convolution before the call. ``conv`` is None if there is no
+            convolution, if another node also reads the convolution's output, or if the batch norm
+            is synchronised.
         group: the name of the process group if the batch norm is synchronised, otherwise empty.
     """
 
@@ -63,7 +64,7 @@ class NormCall:
 
     @property
     def buffers(self) -> set[int | None]:
-        """The storages to which ``calls`` write."""
+        """The memory to which ``calls`` write, as the identifiers that `storage` returns."""
         return {storage(n) for call in self.calls for n in writes(call) or []}
 
 
@@ -74,10 +75,10 @@ class Match:
     Attributes:
         operation: the function of the fused call.
         norms: one or two calls of batch norm. The second call normalises the residual.
-        nodes: the replaced nodes, except the node of the convolution.
-        pattern: the operations of the replaced nodes, such as ``conv-bn-act``.
-        options: the arguments of the fused call, except the arguments of the first batch norm.
-        reason: why the next operation is not fused too. It may be empty.
+        nodes: the replaced nodes, without the node of the convolution.
+        pattern: the names of the fused operations, such as ``conv-bn-act``.
+        options: the arguments of the fused call, without the arguments of the first batch norm.
+        reason: why no further operation is fused. The reason may be empty.
     """
 
     operation: Any
@@ -94,11 +95,7 @@ class Match:
         return self.nodes | {self.norms[0].input} if takes_conv else self.nodes
 
     def add(self, nodes: set[fx.Node], pattern: str, **options: Any) -> None:
-        """Adds ``nodes`` to the match.
-
-        The match's pattern is extended by ``pattern``, and the fused call gets ``options`` as
-        further arguments.
-        """
+        """Adds nodes, their part of the pattern, and their arguments of the fused call."""
         self.nodes |= nodes
         self.pattern += pattern
         self.options |= options
@@ -120,9 +117,9 @@ def norm_call(node: fx.Node) -> NormCall | None:
     if node.target is F.batch_norm and training:
         counter = _counter(node)
         calls |= set() if counter is None else {node.prev}
-    # A fused call adds the convolution's bias. In training, its backward returns 0 as the gradient
-    # of this bias. With a process group, only the sum of this gradient over all processes is 0, so
-    # the convolution is not fused.
+    # In training, the backward of a fused call returns 0 as the gradient of the convolution's bias.
+    # With a process group, the gradient need not be 0 in each process: only its sum over all
+    # processes is 0. So the convolution is not fused if there is a process group.
     conv = convolution(input) if only_user(input) is not None and not group else None
     bias = None if conv is None else conv.get("bias")
     state = BatchNormState(**options, num_batches_tracked=counter, input_bias=bias)
@@ -130,7 +127,10 @@ def norm_call(node: fx.Node) -> NormCall | None:
 
 
 def _counter(node: fx.Node) -> Any:
-    """Returns the ``num_batches_tracked`` that the node before a batch norm increments, or None."""
+    """Returns the node of ``num_batches_tracked`` if the node before a batch norm increments it.
+
+    Otherwise the result is None.
+    """
     before = node.prev
     if before.target != "add_" or before.args[1:] != (1,) or before.kwargs or before.users:
         return None
@@ -140,7 +140,7 @@ def _counter(node: fx.Node) -> Any:
 
 
 def shortest(norm: NormCall) -> Match:
-    """Returns a match of a batch norm, and of the convolution before it if there is one."""
+    """Returns a match of only a batch norm and, if there is one, the convolution before it."""
     where = {"process_group": norm.group} if norm.group else {"training": norm.training}
     options = {**where, "act": None}
     if norm.conv is None:
@@ -186,25 +186,29 @@ def longest(norm: NormCall) -> Match:
 
 
 def _residual_norm(norm: NormCall, other: fx.Node) -> NormCall | None:
-    """Returns the batch norm of the residual if one operation can run both, otherwise None."""
+    """Returns the call of batch norm whose output is the residual ``other``.
+
+    If there is none, or one operation can't compute it together with ``norm``, the result is None.
+    """
     second = norm_call(other) if only_user(other) is not None else None
     if second is None or second.buffers & norm.buffers:
         return None
     if (second.training, second.group) != (norm.training, norm.group):
         return None
     # Two batch norms with fixed statistics and fixed weights are not fused. One operation would
-    # keep both inputs for backward, while two separate operations keep neither.
+    # store the inputs of both for backward, while two separate operations store neither input.
     weights = (value(norm.state.weight), value(second.state.weight))
     fixed = not norm.training and not any(getattr(w, "requires_grad", False) for w in weights)
     return None if fixed and getattr(value(norm.node), "requires_grad", False) else second
 
 
 def hazard(match: Match) -> str:
-    """Returns why the calls of a match can't all run at the position of the match's last node.
+    """Returns why the nodes of a match can't all run at the position of the match's last node.
 
     If they can, the result is empty.
     """
-    # A convolution that stays in the graph runs without its bias, and the fused call adds the bias.
+    # If a convolution stays in the graph, the fused call adds the convolution's bias. So the bias
+    # must not be written between the convolution and the fused call.
     convs = {norm.input for norm in match.norms if norm.state.input_bias is not None}
     buffers = {b for norm in match.norms for b in norm.buffers}
     found = obstacle(match.replaced | convs, buffers)
@@ -212,9 +216,9 @@ def hazard(match: Match) -> str:
         return found
     # Torch's backward reads neither the residual nor the biases of the batch norms, so a model may
     # write to them after the call. Our backward may read them, so such a write prevents the fusion.
-    # There is one exception: the addition itself may be in place, as in ``residual += z``. Then the
-    # residual's memory contains the sum, and a later write changes the sum. A fused call stores the
-    # sum in a new tensor, so the later write does not change the residual that our backward reads.
+    # There is one exception: the addition itself may be in place, as in ``residual += z``. A later
+    # write then changes the sum. The fused call stores the sum in a new tensor, so the later write
+    # does not change the residual that our backward reads.
     residual = match.options.get("residual") if len(match.norms) == 1 else None
     becomes_sum = residual in [w for n in match.nodes for w in writes(n) or []]
     read = [norm.state.bias for norm in match.norms] + ([] if becomes_sum else [residual])
@@ -246,8 +250,8 @@ def obstacle(own: set[fx.Node], buffers: set[int | None]) -> str:
             return f"{node.target} runs between the operations to fuse and may have any side effect"
         if any(storage(n) in buffers for n in node.all_input_nodes):
             return "its statistics are used between the operations to fuse"
-        # A write can only change inputs that were computed before the write. A written node
-        # without a storage may be a list, which may contain any of the inputs.
+        # A write can only change inputs that were computed before the write. If a written node has
+        # no storage, it may be a list, which may contain any of the inputs.
         earlier = {storage(n) for n in inputs if n < node}
         if any(storage(w) in (None, *earlier) for w in written):
             return "one of the inputs is written in place between the operations to fuse"
@@ -257,7 +261,7 @@ def obstacle(own: set[fx.Node], buffers: set[int | None]) -> str:
 def find(node: fx.Node) -> Match | str:
     """Returns the longest match without a hazard for the batch norm that a node calls.
 
-    If our operation can't compute this batch norm, the reason is returned.
+    If there is no such match, the result is the reason, as a string.
     """
     norm = norm_call(node)
     if norm is None:

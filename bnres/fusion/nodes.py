@@ -1,4 +1,4 @@
-"""Identifies the nodes of a captured graph and the tensors that they write to."""
+"""Recognises which operation a node of a captured graph runs, and to which tensors it writes."""
 
 import inspect
 import operator
@@ -24,7 +24,7 @@ from bnres.operations.sync_batch_norm_act import sync_batch_norm
 ADDITIONS = ("add", "iadd")
 POOLING = ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
 CONVOLUTION = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
-# For each activation, these are the names of the arguments after the input.
+# The names of each activation's arguments after the input.
 ACTIVATIONS = {
     "relu": ("inplace",),
     "relu6": ("inplace",),
@@ -50,8 +50,8 @@ NORMS = (
 )  # fmt: skip
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 NORMS_IN_PLACE = re.compile("(batch|instance)_norm")
-# The functions of these Python modules write to a tensor only if the name of the function or an
-# argument says so.
+# A function of these Python modules writes to a tensor only if the function's name or an argument
+# says so, such as the name add_ or the argument inplace=True.
 KNOWN = ("torch", "_operator", "operator", "math", "builtins")
 OPERATORS: Any = (torch._ops.OpOverload, torch._ops.OpOverloadPacket)
 
@@ -69,15 +69,16 @@ def value(node: Any) -> FakeTensor | None:
 def storage(node: fx.Node) -> int | None:
     """Returns an identifier of the memory of a node's tensor.
 
-    Tensors that share memory have the same identifier.
+    Tensors that share memory have the same identifier. If the node's result is not a tensor, the
+    identifier is None.
     """
     found = value(node)
     return None if found is None else found.untyped_storage()._cdata
 
 
 def alike(a: Any, b: Any) -> bool:
-    """Whether two nodes are tensors of the same shape and dtype for all values of dynamic sizes."""
-    # This module is imported only here, because it imports sympy.
+    """Whether the tensors of two nodes have the same dtype, and the same shape in every call."""
+    # This is not imported at the top, because it imports sympy, which is slow.
     from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 
     x, y = value(a), value(b)
@@ -92,10 +93,10 @@ def only_user(node: fx.Node) -> fx.Node | None:
 
 
 def dies_in(node: fx.Node, user: fx.Node) -> bool:
-    """Whether this graph allocated the memory of ``node`` and nothing after ``user`` reads it."""
+    """Whether the graph allocated the memory of ``node``, and no node after ``user`` reads it."""
     return all(
         other.op.startswith("call")
-        # The results of one call may share memory.
+        # The result is False for one of several results of a call, which may share memory.
         and not (other.target is operator.getitem and value(other.args[0]) is None)
         and all(reader <= user and value(reader) is not None for reader in other.users)
         for other in node.graph.nodes
@@ -104,9 +105,10 @@ def dies_in(node: fx.Node, user: fx.Node) -> bool:
 
 
 def module_name(node: fx.Node) -> str:
-    """Returns the name of the module whose forward made a node.
+    """Returns the name of the module whose forward called a node's operation.
 
-    The name is as in `torch.nn.Module.named_modules`.
+    The name is as in `torch.nn.Module.named_modules`. If no module is known, the result is the name
+    of the node.
     """
     stack = list((node.meta.get("nn_module_stack") or {}).values())
     return re.sub(r"^L\['\w+'\](\.__self__)?\.?", "", stack[-1][0]) if stack else node.name
@@ -115,8 +117,8 @@ def module_name(node: fx.Node) -> str:
 def torch_name(node: fx.Node | None) -> str:
     """Returns the name of the method or function that a node calls.
 
-    The result is empty if the node calls nothing, or calls a function from neither torch nor
-    Python.
+    The result is empty if the node calls nothing, an operator of ``torch.ops``, or a function from
+    neither torch nor Python.
     """
     if node is None or node.op not in ("call_function", "call_method"):
         return ""
@@ -129,7 +131,11 @@ def torch_name(node: fx.Node | None) -> str:
 
 
 def arguments(node: fx.Node, names: tuple[str, ...]) -> dict[str, Any] | None:
-    """Returns the arguments of a call by name, or None if an argument is not in ``names``."""
+    """Returns the arguments of a call by name.
+
+    ``names`` are the function's argument names in order. If the call has another argument, the
+    result is None.
+    """
     found = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
     return found if len(node.args) <= len(names) and set(found) <= set(names) else None
 
@@ -137,7 +143,8 @@ def arguments(node: fx.Node, names: tuple[str, ...]) -> dict[str, Any] | None:
 def constants(node: Any, names: tuple[str, ...]) -> dict[str, Any] | None:
     """Returns the arguments of a call after its input, by name.
 
-    The result is None if a name is not in ``names``, or if the value of an argument is a node.
+    ``names`` are the names of these arguments in order. The result is None if the call has another
+    argument, or if the value of one of these arguments is a node.
     """
     found = arguments(node, ("input", *names)) or {}
     if [name for name, v in found.items() if isinstance(v, fx.Node)] != ["input"]:
@@ -154,7 +161,10 @@ def addition(node: fx.Node) -> tuple[Any, Any] | None:
 
 
 def activation(node: fx.Node | None) -> tuple[str, dict[str, Any] | None] | None:
-    """Returns the name and the options of the activation that a node applies, or None."""
+    """Returns the name and the options of the activation that a node applies.
+
+    If the node applies no activation that bnres supports, the result is None.
+    """
     name = torch_name(node).rstrip("_")
     options = constants(node, ACTIVATIONS[name]) if name in ACTIVATIONS else None
     if options is None:
@@ -169,7 +179,7 @@ def activation(node: fx.Node | None) -> tuple[str, dict[str, Any] | None] | None
 
 
 def pooling(node: fx.Node | None) -> dict[str, Any] | None:
-    """Returns the options of a node that applies the max-pool of a ResNet's stem, or None."""
+    """Returns a node's options if it applies the max-pool of a ResNet's stem, otherwise None."""
     options = constants(node, POOLING) if torch_name(node) == "max_pool2d" else None
     if options is None or options.pop("return_indices", False) or not is_stem(**options):
         return None
@@ -177,14 +187,17 @@ def pooling(node: fx.Node | None) -> dict[str, Any] | None:
 
 
 def convolution(node: fx.Node) -> dict[str, Any] | None:
-    """Returns the arguments of a node that calls the 2-D convolution of a 4-D input, or None."""
+    """Returns a node's arguments if it is a 2-D convolution of a 4-D input, otherwise None."""
     found = arguments(node, CONVOLUTION) if torch_name(node) == "conv2d" else None
     x = None if found is None else value(found.get("input"))
     return found if x is not None and x.dim() == 4 else None
 
 
 def stem_convolution(node: fx.Node) -> tuple[Any, ...] | None:
-    """Returns input, weight and bias if a node calls the convolution of `stem_conv2d`, or None."""
+    """Returns the input, weight and bias of a node if `stem_conv2d` computes the same convolution.
+
+    Otherwise the result is None.
+    """
     found = convolution(node)
     weight = None if found is None else value(found["weight"])
     if found is None or weight is None or weight.shape[2:] != (KERNEL, KERNEL):
@@ -197,7 +210,10 @@ def stem_convolution(node: fx.Node) -> tuple[Any, ...] | None:
 
 
 def _statistics(node: fx.Node) -> list[fx.Node]:
-    """Returns the running statistics and counters of a call with one or two batch norms."""
+    """Returns the nodes of the running statistics and counters in a call's arguments.
+
+    The call computes one batch norm, or two if it has an argument ``residual_norm``.
+    """
     first = inspect.signature(node.target).bind(*node.args, **node.kwargs).arguments  # type: ignore[arg-type]
     second = first.get("residual_norm")
     norms = [first] if second is None else [first, second._asdict()]
@@ -205,10 +221,7 @@ def _statistics(node: fx.Node) -> list[fx.Node]:
 
 
 def writes(node: fx.Node) -> list[fx.Node] | None:
-    """Returns the nodes whose tensors may be written by a node or by a later user of its outputs.
-
-    If these nodes are unknown, the result is None.
-    """
+    """Returns the nodes to whose tensors ``node`` may write, or None if these nodes are unknown."""
     if node.op in ("placeholder", "get_attr"):
         return []
     target: Any = node.target
@@ -225,8 +238,9 @@ def writes(node: fx.Node) -> list[fx.Node] | None:
     first = [n for n in given if isinstance(n, fx.Node)]
     if IN_PLACE.fullmatch(name):
         return first
-    # What a function writes is unknown if it is from neither torch nor Python, or if it is called
-    # for a side effect, such as disabling gradients.
+    # If a function is from neither torch nor Python, it is unknown to what it writes. This is also
+    # unknown if the function has no tensor as its result, because it may be called for a side
+    # effect, such as disabling gradients.
     if node.op != "call_method" and (not name or node.meta.get("example_value") is None):
         return None
     asked = node.kwargs.get("inplace") or any(a is True for a in node.args)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 # The meaning of each part of a pattern.
 MEANINGS = {
-    "conv": "the convolution before the batch norm, or only its bias if +bn or pool follows",
+    "conv": "the convolution before the batch norm, or only its bias with +bn or pool",
     "bn": "batch norm",
     "+bn": "batch norm of the residual",
     "add": "addition",
@@ -23,8 +23,8 @@ class Site:
         name: the qualified name of the batch norm's module.
         pattern: the operations that are fused, such as ``conv-bn-act``. ``bn`` means that our
             operation computes only the batch norm. ``-`` means that the batch norm is not fused.
-        reason: why the batch norm is not fused, or why it is not fused with more operations. It may
-            be empty.
+        reason: why the batch norm is not fused, or why it is not fused with more operations. The
+            reason may be empty.
         fused: whether one of our operations computes the batch norm.
     """
 
@@ -55,5 +55,5 @@ class FusionReport:
         legend = [f"{part:<4}  {meaning}" for part, meaning in MEANINGS.items() if part in found]
         if self.fused:
             legend.insert(0, "One operation computes everything in a pattern:")
-        count = f"{len(self.fused)} fused sites of {len(self.sites)}"
+        count = f"{len(self.fused)} of {len(self.sites)} batch norms are fused"
         return "\n".join([*rows, "", *legend, "", count] if rows else [count])

