@@ -31,16 +31,16 @@ def compiled(function: Callable[..., Any], backend: Any, **options: Any) -> Call
 
 
 def set_compiled_call(module: nn.Module, call: Callable[..., Any] | None) -> None:
-    """Makes calls of a module run ``call``, as `torch.nn.Module.compile` does.
+    """Sets the function that runs when a module is called, as `torch.nn.Module.compile` does.
 
-    If ``call`` is None, calls of the module run its own forward again. The function is not copied
-    with the module.
+    If ``call`` is None, the module's own forward runs again. Copies of the module do not have the
+    function.
     """
     module._compiled_call_impl = call
 
 
 def uncompiled_call(module: nn.Module) -> Callable[..., Any]:
-    """Returns a function that runs a module's forward and hooks as if it were not compiled."""
+    """Returns a function that runs a module's forward and hooks, without torch.compile."""
     return module._call_impl
 
 

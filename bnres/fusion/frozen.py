@@ -64,6 +64,6 @@ def _is_batch_norm(x: fx.Node, eps: Any, end: Any, vectors: list[fx.Node]) -> bo
         return False
     channels = out.shape[1]
     shapes = [getattr(other, "shape", None) for other in others]
-    # F.batch_norm computes no gradients of the mean and the variance, so they must not need any.
+    # F.batch_norm computes no gradients of the mean and the variance, so neither may need one.
     fixed = not any(getattr(value(n), "requires_grad", True) for n in vectors[:2])
     return shapes == [(1, channels, 1, 1)] * 2 + [(channels,)] * 4 and fixed

@@ -95,7 +95,7 @@ class Match:
         return self.nodes | {self.norms[0].input} if takes_conv else self.nodes
 
     def add(self, nodes: set[fx.Node], pattern: str, **options: Any) -> None:
-        """Adds nodes, their part of the pattern, and their arguments of the fused call."""
+        """Adds nodes, their part of the pattern, and the arguments that the fused call gets."""
         self.nodes |= nodes
         self.pattern += pattern
         self.options |= options
@@ -207,8 +207,8 @@ def hazard(match: Match) -> str:
 
     If they can, the result is empty.
     """
-    # If a convolution stays in the graph, the fused call adds the convolution's bias. So the bias
-    # must not be written between the convolution and the fused call.
+    # If a convolution stays in the graph, the fused call adds the convolution's bias. So
+    # nothing may write to the bias between the convolution and the fused call.
     convs = {norm.input for norm in match.norms if norm.state.input_bias is not None}
     buffers = {b for norm in match.norms for b in norm.buffers}
     found = obstacle(match.replaced | convs, buffers)
@@ -232,7 +232,7 @@ def hazard(match: Match) -> str:
 
 
 def obstacle(own: set[fx.Node], buffers: set[int | None]) -> str:
-    """Returns why the nodes ``own`` can't all move to the position of the last one.
+    """Returns why the nodes ``own`` can't all move to the position of the last of them.
 
     If they can, the result is empty.
 
@@ -259,9 +259,10 @@ def obstacle(own: set[fx.Node], buffers: set[int | None]) -> str:
 
 
 def find(node: fx.Node) -> Match | str:
-    """Returns the longest match without a hazard for the batch norm that a node calls.
+    """Returns the longest match without a `hazard` for the batch norm that a node calls.
 
-    If there is no such match, the result is the reason, as a string.
+    If there is no such match, or if bnres does not support the batch norm, the result is a string
+    with the reason.
     """
     norm = norm_call(node)
     if norm is None:

@@ -96,7 +96,7 @@ def dies_in(node: fx.Node, user: fx.Node) -> bool:
     """Whether the graph allocated the memory of ``node``, and no node after ``user`` reads it."""
     return all(
         other.op.startswith("call")
-        # The result is False for one of several results of a call, which may share memory.
+        # The outputs of a call with several outputs may share memory, so the answer is False.
         and not (other.target is operator.getitem and value(other.args[0]) is None)
         and all(reader <= user and value(reader) is not None for reader in other.users)
         for other in node.graph.nodes

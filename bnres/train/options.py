@@ -20,7 +20,7 @@ from bnres.train.trained import config_of
 def with_config_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Adds a command-line option to ``command`` for each field of `TrainConfig`.
 
-    ``command`` receives the values that the user sets as the dictionary ``options``.
+    The values that the user sets are passed to ``command`` in the dictionary ``options``.
     """
 
     def wrapped(**given: Any) -> Any:
@@ -84,8 +84,8 @@ def make_config(options: dict[str, Any], preset_name: str | None, file: Path | N
 
     Raises:
         ValueError: if the preset is unknown, if a file can't be read, or if a value is not allowed.
-            If a run is resumed, also if a preset or a TOML file is given, or if an option changes
-            that is not in ``FREE``.
+            If a run is resumed, also if a preset or a TOML file is given, or if an option that is
+            not in ``FREE`` changes.
     """
     resume = options.get("resume")
     if resume is None:
@@ -109,7 +109,8 @@ def make_config(options: dict[str, Any], preset_name: str | None, file: Path | N
         return made
     if preset_name is not None or file is not None:
         raise ValueError(
-            "resume: preset and config can't be given, because the checkpoint has the options"
+            "resume: preset and config can't be given, because a resumed run has the options of "
+            "its checkpoint"
         )
     content = read_checkpoint(resume)
     check_same_run(resume, content["config"], options)
