@@ -53,11 +53,10 @@ def _pixel(x_ptr, row, col, H, W, stride_h, stride_w, stride_c, mask, CHANNELS: 
 
 @triton.jit
 def _axis(offs, scale, length):
-    """Returns the filter that computes each output position along an axis.
+    """Returns (centre, half width, first, end) of each output position's filter along an axis.
 
-    The filter has the shape of a triangle. The function returns its centre, its half width, the
-    first position of the crop that it reads, and the position after the last one that it reads. The
-    filter reads exactly the positions that torch's antialiased resize reads. One position more
+    The filter has the shape of a triangle. It reads the positions ``first`` to ``end - 1`` of the
+    crop. These are exactly the positions that torch's antialiased resize reads. One position more
     would matter even with weight 0, because 0·NaN is NaN.
     """
     support = tl.maximum(scale, 1.0)
@@ -120,10 +119,10 @@ def _resampled(
 
 @triton.jit
 def _color_draws(order_ptr, factors_ptr, n):
-    """Loads three parameters of image ``n``: the order, the position of contrast, and the factors.
+    """Loads the colour parameters of image ``n``, which `AugmentDraws` describes.
 
-    The order of the colour operations is packed into one integer, as `bnres.kernels.augment_plan`
-    describes.
+    They are the packed order of the operations, the position of contrast in this order, and the
+    factors.
     """
     factors = (
         tl.load(factors_ptr + 4 * n),

@@ -1,4 +1,4 @@
-"""Computes the fused augmentation in plain torch. It also runs on the CPU.
+"""Computes the fused augmentation in plain torch, on the CPU or a GPU.
 
 Small images are resized as a batch by two matrix products, one along each axis. The matrices also
 crop, flip and antialias. Large images are resized one by one, because matrix products would be
@@ -20,11 +20,12 @@ from bnres.kernels.augment_plan import (
 )
 
 LUMA = (0.2989, 0.587, 0.114)
-# Images of at most this height and width are resized by matrix products, which are faster for them
-# on a CPU.
+# Images of at most this height and width are resized by matrix products. On a CPU this is faster
+# than resizing such images one by one.
 LARGEST_PRODUCT = 64
 # A batch is processed in chunks of images. The fp32 values of a chunk have at most this many bytes,
-# so that its intermediate results stay in a core's cache. A larger image is a chunk by itself.
+# so that its intermediate results stay in a core's cache. An image with more bytes is a chunk by
+# itself.
 CHUNK_BYTES = 1 << 22
 
 

@@ -1,12 +1,14 @@
 """The three kernels of batch norm's backward pass, and their launchers.
 
-The elements of each channel are divided among programs. A split is the part of one program. The
-reduce kernel computes the sums of each split. The finalize kernel adds the sums of all splits. The
-dx kernel computes the gradients of x and of the residual.
+The elements of each channel are divided among programs. The part that one program processes is
+called a split. The reduce kernel computes the sums of each split. The finalize kernel adds the sums
+of all splits. The dx kernel computes the gradients of x and of the residual.
 
-The reduce and dx kernels need dz = dy·act'(z), which is the gradient of the activation's input z.
-If forward saved a mask, act'(z) is the element's bit in the mask. Otherwise z is recomputed from x
-and the residual, and act'(z) is computed from z. The kernels never read y.
+The reduce and dx kernels need dz = (dy + dy_skip)·act'(z), which is the gradient of the
+activation's input z. dy is the gradient of y. If forward returned y twice, dy_skip is the gradient
+of the second y, otherwise dy_skip is None. If forward saved a mask, act'(z) is the element's bit in
+the mask. Otherwise z is recomputed from x and the residual, and act'(z) is computed from z. The
+kernels never read y.
 """
 
 import torch
@@ -40,11 +42,14 @@ def _load_sub_tile(
 ):  # fmt: skip
     """Returns three values of each element of a sub-tile.
 
-    The first is dz = (dy + dy_skip)·act'(z). act'(z) is the element's bit in the mask. If there is
-    no mask, z is recomputed as in forward, except for the identity, whose act'(z) is 1. dz is 0 in
-    rows that don't exist, because dy is loaded as 0 there. The second value is x − mean, and is
-    valid only with NEEDS_X. The third value is residual − residual_mean, and is valid only with
-    TWO_NORMS, which means that the residual has its own batch norm.
+    The first value is dz = (dy + dy_skip)·act'(z). If there is a mask, act'(z) is the element's bit
+    in the mask. Otherwise act'(z) is computed from z, which is recomputed as in forward. For the
+    identity act'(z) is 1, and z is not needed. dz is 0 in rows that don't exist, because dy is
+    loaded as 0 there.
+
+    The second value is x − mean, and is valid only with NEEDS_X. The third value is
+    residual − residual_mean, and is valid only with TWO_NORMS, which means that the residual has
+    its own batch norm.
     """
     dy_ptr, dy_skip_ptr, x_ptr, mask_ptr, residual_ptr = tensors
     norm, residual_norm, shift = norms
@@ -103,10 +108,10 @@ def _bn_bwd_reduce_kernel(
     ACT_GRAD: tl.constexpr, TILE: tl.constexpr, UNROLL: tl.constexpr, STAGES: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
-    """Stores Σ dz, Σ dz·(x − mean) and Σ dz·(residual − residual_mean) over a split.
+    """Stores each channel's Σ dz, Σ dz·(x − mean) and Σ dz·(residual − residual_mean) over a split.
 
-    If the residual has its own batch norm, partial_ptr points to a tensor (3, splits, C). Otherwise
-    the third sum is left out, and the tensor is (2, splits, C). If dz_ptr is not None, dz is also
+    partial_ptr points to a tensor (3, splits, C). If the residual has no batch norm of its own, the
+    third sum is left out, and the tensor is (2, splits, C). If dz_ptr is not None, dz is also
     stored.
     """
     TWO_NORMS: tl.constexpr = residual_mean_ptr is not None
@@ -348,9 +353,9 @@ def bn_backward_dx(
     """Returns dx and dresidual, the gradients of ``x`` and ``residual``.
 
     Without ``write_dresidual``, dresidual is None. ``sums`` are the sums that `bn_backward_reduce`
-    returns, and ``count`` is the number of elements in each channel's sums. In evaluation ``sums``
-    is None, because the statistics are constants. ``out`` is the pair (dx, dresidual), allocated by
-    the caller.
+    returns. They are divided by ``count``, the number of elements that each sum adds up. In
+    evaluation ``sums`` is None, because the statistics are constants. ``out`` is the pair
+    (dx, dresidual), allocated by the caller.
     """
     dx, dresidual = out or (torch.empty_like(x), torch.empty_like(x) if write_dresidual else None)
     if x.numel() == 0:

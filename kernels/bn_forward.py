@@ -1,8 +1,8 @@
 """The three kernels of batch norm's forward pass, and their launchers.
 
-The elements of each channel are divided among programs. A split is the part of one program. The
-statistics kernel computes the sums of each split. The finalize kernel computes each channel's
-statistics from the sums of all splits. The apply kernel computes y.
+The elements of each channel are divided among programs. The part that one program processes is
+called a split. The statistics kernel computes the sums of each split. The finalize kernel computes
+each channel's statistics from the sums of all splits. The apply kernel computes y.
 """
 
 import torch
@@ -351,8 +351,7 @@ def bn_combine(
     A rank is a process. ``moments`` (ranks, 3, C) has the result of `bn_moments` from each rank.
     The moments are combined by Chan et al.'s formula for parallel variances. The order of the
     additions is fixed, so the results are bit-equal on all ranks. If the total count is 0, the
-    running statistics don't change. `bn_stats` describes the other arguments and the form of the
-    statistics.
+    running statistics don't change. `bn_stats` describes the statistics and the other arguments.
     """
     if out is None:
         rows = [torch.empty_like(moments[0, 0]) for _ in range(2)]

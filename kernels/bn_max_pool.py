@@ -1,9 +1,9 @@
 """Batch norm, activation and 3×3 max-pooling with stride 2 and padding 1, as in a ResNet's stem.
 
 The activation's output is pooled without being written to memory. Forward stores each maximum's
-position in its window, and x_max, the value of x at this position. In backward, the gradient of the
-activation's input is 0 at all positions that are not the maximum of a window. Batch norm's sums
-therefore depend only on x_max, and `bn_backward.bn_backward_reduce` computes them from it.
+position in its window, and x_max, the value of x at this position. In backward, the gradient dz of
+the activation's input is 0 at all positions that are not the maximum of a window. To compute Σ dz
+and Σ dz·xhat, `bn_backward.bn_backward_reduce` therefore reads x_max instead of x.
 
 A program processes a block of columns of pooling windows. It computes the positions of the columns
 once, and then loops over the rows of windows. The loop therefore contains no division. In forward a
@@ -62,14 +62,15 @@ def _sizes(C, W, OW, TILE: tl.constexpr):
 
 @triton.jit
 def _columns(col_block, block, columns, C, OW, TILE: tl.constexpr):
-    """Returns plane, ow, whether it exists, offsets and channel of each column of windows.
+    """Returns plane, ow, exists, offsets and channel for the elements of a tile.
 
-    Each row of the tile is one column of windows. In channels_last, a column of windows is one
-    output column of a sample. Then plane is the sample's index, ow is the output column's index,
-    and the offsets are channels. In contiguous tensors, a column of windows is a vector of adjacent
-    output columns of one channel of a sample. Then plane is the index of this channel among all
-    channels of all samples, ow is the vector's first index, and the offsets are positions in the
-    vector.
+    In channels_last, each row of the tile stands for one output column of one sample. Then plane is
+    the sample's index, ow is the output column's index, and the offsets are channels.
+
+    In contiguous tensors, each row of the tile stands for a vector of adjacent output columns of
+    one channel of one sample. Then plane is the index of this channel among all channels of all
+    samples, ow is the index of the vector's first output column, and the offsets are positions in
+    the vector.
     """
     column = block * TILE.sub_rows + tl.arange(0, TILE.sub_rows)[:, None]
     exists = column < columns
@@ -329,7 +330,8 @@ def _row_grads(dy, argmax, dy_next, argmax_next, first):
 def _dx(dy, x, mean, scale, bias, line, param, ACT_GRAD: tl.constexpr):
     """Returns act'(z)·dy·scale + (x − mean)·slope + offset, rounded to the dtype of x.
 
-    ``line`` is the pair (offset, slope). If ``line`` is None, both are 0.
+    Here z = (x − mean)·scale + bias. ``line`` is the pair (offset, slope). If ``line`` is None,
+    both are 0.
     """
     x_centred = _widened(x) - mean
     dx = ACT_GRAD(dy, x_centred * scale + bias, param) * scale
@@ -351,9 +353,9 @@ def _bn_max_pool_bwd_dx_kernel(
     Here xhat = (x − mean)·rstd and dz = act'(z)·Σ dy. Σ dy is the sum of dy over all windows whose
     maximum is at this position of x. If sum_dy_ptr is None, dx = dz·(rstd·weight).
 
-    Each step of the loop processes one row of windows, which covers three rows of x, and stores dx
-    in the first two. The third is the first row of the next row of windows, so the next step stores
-    it. The loop therefore has one more step than there are rows of windows.
+    Each step of the loop processes one row of windows. These windows cover three rows of x. The
+    step stores dx of the first two rows. The windows below also cover the third row, so the next
+    step stores its dx. The loop therefore has one more step than there are rows of windows.
     """
     col_block, block, start, stop = _program(C, OH + 1, rows_per_program, TILE)
     step, W, OW = _sizes(C, W, OW, TILE)
@@ -380,7 +382,7 @@ def _bn_max_pool_bwd_dx_kernel(
     else:
         has_next = exists & (ow + TILE.vector < OW)
         next_at = window + TILE.vector
-    one = tl.arange(0, 1)[:, None]  # zero as a tensor: comparisons of scalar + one give tensors
+    one = tl.arange(0, 1)[:, None]  # a 0 as a tensor: adding it to a scalar gives a tensor
 
     row = (start - 1) * (OW * step)
     in_row = start + one > 0
@@ -471,7 +473,7 @@ def bn_max_pool_backward_dx(
 
     ``dy`` is the gradient of the pooled tensor. ``dy`` and ``argmax`` have the memory format of
     ``x``. ``sums`` are Σ dz and Σ dz·xhat of each channel, where dz is the gradient of the
-    activation's input. ``count`` is the number of elements in each channel's sums. In evaluation
+    activation's input. ``count`` is the number of elements of ``x`` in each channel. In evaluation
     ``sums`` is None, because the statistics are constants.
     """
     dx = torch.empty_like(x) if out is None else out

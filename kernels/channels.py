@@ -1,7 +1,7 @@
 """Device functions that load per-channel values and add up partial sums.
 
-The elements of each channel are divided among programs. A split is the part of one program. Each
-split has a row of partial sums, with one sum for each channel.
+The elements of each channel are divided among programs. The part that one program processes is
+called a split. Each split has a row of partial sums, with one sum for each channel.
 """
 
 import triton
@@ -50,8 +50,8 @@ def add_splits(ptr, splits, channel, mask, C, TRIPS: tl.constexpr):
     """Adds up partial sums (splits, C) in fp64 until FINALIZE_SPLITS rows remain.
 
     The result is (FINALIZE_SPLITS, FINALIZE_CHANNELS). TRIPS·FINALIZE_SPLITS must be at least
-    ``splits``. The caller adds up the remaining rows with `tl.sum`. It first makes all its loads,
-    because `tl.sum` has barriers, which would delay the loads after it.
+    ``splits``. The caller adds up the remaining rows with `tl.sum`. Before its first `tl.sum`, the
+    caller makes all its loads, because `tl.sum` has a barrier, which would delay later loads.
     """
     total = tl.zeros((FINALIZE_SPLITS, FINALIZE_CHANNELS), tl.float64)
     for trip in tl.static_range(TRIPS):
@@ -119,11 +119,10 @@ def load_norms(
 def load_line(
     sum_dy_ptr, sum_dy_xhat_ptr, norm, count, channel, mask, TILE: tl.constexpr, ACC: tl.constexpr
 ):  # fmt: skip
-    """Returns the offset and the slope of the part of dx that flows through mean and variance.
+    """Returns the offset and slope of the part of dx that depends on sum_dy and sum_dy_xhat.
 
-    This part is linear in x − mean:
-    offset + slope·(x − mean) = −(sum_dy + xhat·sum_dy_xhat)/count·scale,
-    where xhat = (x − mean)·rstd and scale = rstd·weight.
+    This part is offset + slope·(x − mean) = −(sum_dy + xhat·sum_dy_xhat)/count·scale, where
+    xhat = (x − mean)·rstd and scale = rstd·weight.
     """
     _, rstd, scale = norm
     inv_n = (1 / tl.cast(count, tl.float64)).to(ACC)

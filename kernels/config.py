@@ -1,7 +1,7 @@
 """Computes tile geometry and launch configurations from a tensor's shape.
 
 A program processes one block of columns over a range of rows. There are three kinds of tiles, for
-which rows and columns mean different things:
+which rows and columns mean different things. A plane is one channel of a sample.
 
 ==========  ======================  =========================  ======================
 kind        used for                a row is                   a column is
@@ -188,8 +188,8 @@ def launch_config(kernel: str, view: ChannelView, tile: Tile, sm_count: int) -> 
     """Splits the rows so that all multiprocessors have work, whatever the number of channels.
 
     Normally the grid has at most ``programs_per_sm * sm_count`` programs. There are two exceptions.
-    If there are fewer than 1.5 blocks of rows for each of these programs, each block of rows gets
-    its own program, so that more loads are in flight. If there are more column blocks than
+    If there are fewer than 1.5 tiles for each of these programs, each tile gets its own program, so
+    that more loads run at the same time. If there are more column blocks than
     ``programs_per_sm * sm_count``, the rows are split until the grid has about
     ``TURNS * programs_per_sm * sm_count`` programs, so that all multiprocessors finish at about the
     same time.
@@ -210,10 +210,10 @@ class ColumnConfig:
     """How a kernel over pooling windows is launched.
 
     Attributes:
-        tile: the tile's geometry. Each row of the tile is one column of windows. In channels_last,
-            a column of windows is one output column of a sample. In contiguous tensors, it is a
-            vector of adjacent output columns of one channel of a sample.
-        columns: number of columns of windows in one block of channels.
+        tile: the tile's geometry. In channels_last, each row of the tile stands for one output
+            column of a sample. In contiguous tensors, each row of the tile stands for a vector of
+            adjacent output columns of one channel of a sample.
+        columns: number of these output columns or vectors in one block of channels.
         programs: number of programs in the whole grid.
         rows_per_program: number of rows of windows that a program processes.
     """
@@ -230,7 +230,8 @@ def has_pool_kernel(shape: tuple[int, ...], contiguous: bool, itemsize: int) -> 
     Tensors must not be fp64 and must have fewer than 2^31 − 2^24 elements. In a contiguous tensor,
     the size of each row in bytes must be a multiple of 32.
     """
-    # In a contiguous tensor, a column is a vector of windows. It covers two vectors in a row of x.
+    # In a contiguous tensor, the kernel processes vectors of adjacent windows. A vector of windows
+    # covers two vectors in a row of x.
     whole_vectors = not contiguous or shape[3] % (2 * VECTOR_BYTES // itemsize) == 0
     return itemsize < 8 and prod(shape) < NARROW_LIMIT and whole_vectors
 
@@ -247,7 +248,7 @@ def column_config(
     n, channels, *size = shape
     _, width = pooled_size(*size)
     if contiguous:
-        # Each column is a vector of windows. A program's vectors may belong to different channels.
+        # The vectors of windows that a program processes may belong to different channels.
         tile = tile_for(ChannelView(1, 1, VECTOR_BYTES // itemsize), itemsize)
         columns, col_blocks = n * channels * (width // tile.vector), 1
     else:

@@ -116,7 +116,7 @@ def _finalize_plan(sizes: dict[str, int]) -> Plan:
 def plan_columns(kernel: str, x: Tensor, rows: int) -> Plan:
     """Returns how ``kernel``, a key of `config.TUNING`, is launched over pooling windows of ``x``.
 
-    Each column of windows has ``rows`` rows.
+    ``rows`` is the number of rows that are divided among the programs.
     """
     return _plan_columns(kernel, x.shape, x.is_contiguous(), x.itemsize, rows, sm_count(x.device))
 
@@ -185,9 +185,9 @@ def launch(kernel: Any, plan: Plan, **named: Any) -> None:
 
     Args:
         kernel: function decorated with `triton.jit`, whose first parameter is a tensor.
-        plan: the grid, and arguments that are not in ``named``.
-        named: the kernel's other arguments. A missing pointer is passed as None, and a missing eps
-            as 0.
+        plan: the grid and some of the kernel's arguments.
+        named: the arguments that are not in ``plan``. A pointer that is in neither is passed as
+            None, and an eps that is in neither as 0.
 
     Raises:
         TypeError: if ``named`` has an argument that the kernel doesn't have, or if an argument that

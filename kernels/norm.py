@@ -1,4 +1,4 @@
-"""Named tuples of the per-channel tensors that the launchers take and return."""
+"""Named tuples of per-channel tensors, which functions that launch kernels take and return."""
 
 from typing import Any, NamedTuple
 
@@ -31,7 +31,7 @@ class Norm(NamedTuple):
     bias: Tensor | None = None
 
     def pointers(self, prefix: str = "") -> dict[str, Any]:
-        """Returns the kernels' arguments for this norm, by names that begin with ``prefix``.
+        """Returns the kernels' arguments for this norm. Their names begin with ``prefix``.
 
         With `Statistics` the arguments include mean and rstd. With `RunningStatistics` they
         include mean, var and eps.

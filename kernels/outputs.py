@@ -1,7 +1,7 @@
-"""Allocates the outputs of launchers, which are the functions that launch kernels.
+"""Allocates the outputs of launchers.
 
-The launchers call these functions. So does a caller that allocates a launcher's outputs itself, and
-passes them as ``out``.
+A launcher is a function that launches kernels. It allocates its outputs with the functions of this
+module, unless its caller has already allocated them and passes them as ``out``.
 """
 
 from functools import lru_cache

@@ -1,9 +1,9 @@
 """Records a call's kernel launches, and repeats them in later calls of the same kind.
 
 Two calls are of the same kind if their shapes, strides, dtypes, devices and options are equal, and
-if the same tensors are None. Such calls launch the same kernels with the same numbers. Only the
-addresses of the tensors differ. A repeated launch takes less time on the host, because triton does
-not examine the arguments again to find the compiled kernel that they need.
+if the same tensors are None. Such calls launch the same kernels with the same arguments, except for
+the addresses of the tensors. A repeated launch takes less time on the host, because triton does not
+examine the arguments again to find the compiled kernel that they need.
 """
 
 from collections.abc import Callable, Sequence
@@ -86,7 +86,7 @@ class Replay:
         Raises:
             RuntimeError: if the first call of this kind runs while a CUDA graph is captured,
                 because the driver can't load kernels during a capture. This also holds for the
-                first call with unaligned tensors, because such calls run other kernels.
+                first call with unaligned tensors, whose kernels are compiled separately.
         """
         pointers: list[Any] = []
         bits = 0
@@ -236,7 +236,7 @@ def _inside(t: Tensor, tensors: Sequence[Tensor | None]) -> tuple[int, int] | No
 def _view(base: Tensor, derived: _Derived) -> Tensor:
     """Returns a tensor that starts at a derived pointer.
 
-    Triton's launcher gets this tensor if it doesn't accept addresses.
+    A launcher that doesn't accept addresses gets this tensor instead of the pointer.
     """
     storage = base.untyped_storage()
     start = (base.data_ptr() - storage.data_ptr() + derived.distance) // derived.dtype.itemsize

@@ -225,8 +225,8 @@ def mask_offsets(row_start, col_block, shape, TILE: tl.constexpr, UNROLL: tl.con
 
     Both results are broadcastable to (sub_rows, block_cols / 2). UNROLL must be 4. The 8 bits of a
     byte are for 2 neighbouring columns in each of the tile's 4 sub-tiles. Bit ``2u + p`` of byte
-    (r, c) is for row ``u·sub_rows + r`` and column ``2c + p`` of the tile. All elements of a byte
-    belong to one thread, so threads don't exchange values.
+    (r, c) is for row ``u·sub_rows + r`` and column ``2c + p`` of the tile. One thread has all 8
+    elements of a byte, so threads don't exchange values.
     """
     count, C, _ = shape
     INDEX: tl.constexpr = tl.int32 if TILE.narrow else tl.int64
@@ -263,7 +263,7 @@ def load_mask(
 
 @triton.jit
 def pack_bits(bits, TILE: tl.constexpr, UNROLL: tl.constexpr):
-    """Packs the booleans of a tile into the bytes of `mask_offsets`."""
+    """Packs the booleans of a tile into bytes, in the format that `mask_offsets` describes."""
     sub = tl.reshape(bits.to(tl.int32), (UNROLL, TILE.sub_rows, TILE.block_cols))
     nibbles = tl.sum(sub << (2 * tl.arange(0, UNROLL))[:, None, None], 0)
     pairs = tl.reshape(nibbles, (TILE.sub_rows, TILE.block_cols // 2, 2))
@@ -272,7 +272,7 @@ def pack_bits(bits, TILE: tl.constexpr, UNROLL: tl.constexpr):
 
 @triton.jit
 def unpack_bits(packed, u, TILE: tl.constexpr):
-    """Unpacks the booleans of sub-tile ``u`` from the bytes at the offsets of `mask_offsets`."""
+    """Unpacks the booleans of sub-tile ``u`` from a tile's bytes, which `pack_bits` packed."""
     bit = tl.full((), 1, tl.int32) << (2 * u + tl.arange(0, 2)[None, None, :])
     bits = packed.to(tl.int32)[:, :, None] & bit
     return tl.reshape(bits, (TILE.sub_rows, TILE.block_cols)) != 0

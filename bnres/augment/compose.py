@@ -33,8 +33,8 @@ class Compose:
 
     Raises:
         TypeError: if a step is not a transform of `bnres.augment`.
-        ValueError: if ``dtype`` is another dtype. A call also raises it if the input is not a batch
-            of images, or if a step does not accept the input.
+        ValueError: if ``dtype`` is not fp32, fp16 or bf16. A call also raises it if the input is
+            not a batch of images, or if a step does not accept the input.
     """
 
     def __init__(

@@ -99,8 +99,8 @@ def apply_draws(
         memory_format: memory format of the output. By default it is that of the input.
 
     Raises:
-        ValueError: if ``images`` is not a batch of images, or if a normalisation has another number
-            of channels than ``images``.
+        ValueError: if ``images`` is not a batch of images, or if a normalisation and the images
+            have different numbers of channels.
     """
     size_of(images)
     images = images.detach()

@@ -282,7 +282,7 @@ class Normalize(Transform):
 
     Raises:
         ValueError: if a std is 0, or if ``mean`` or ``std`` is empty, or if they differ in length.
-            A call also raises it if the images have another number of channels.
+            A call also raises it if the images don't have one channel for each mean.
     """
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:

@@ -18,7 +18,7 @@ PACKAGED = {
     "synthetic-cifar": lambda: load_synthetic(classes=10, size=32),
     "synthetic-imagenet": lambda: load_synthetic(classes=1000, size=256),
 }
-# For each other data set: a description of the files whose path is the argument ``data``.
+# The data sets that need files. Each value describes the files whose path is the argument ``data``.
 ON_DISK = {
     "cifar10": "CIFAR-10's files",
     "folder": "a folder that holds train/CLASS and val/CLASS",
@@ -33,7 +33,7 @@ def load_dataset(
 
     Args:
         name: name of the data set.
-        data: path of the files of ``cifar10`` or ``folder``. It must be None for the others.
+        data: path of the files of ``cifar10`` or ``folder``, None for the other data sets.
         checksum: whether to compare CIFAR-10's files with their published checksums or sizes.
 
     Raises:

@@ -45,8 +45,7 @@ def load_cifar10(path: Path, *, checksum: bool = True) -> ImageDataset:
     Args:
         path: the archive, the extracted folder, or a folder that contains one of the two.
         checksum: whether to compare archives and pickles with their published MD5, and binary files
-            with their published length. If it is False, other files of the same format are
-            accepted.
+            with their published length. If False, any files of the same format are accepted.
 
     Raises:
         ValueError: if the data is not found, if a file is truncated or has the wrong checksum, if

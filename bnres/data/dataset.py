@@ -65,7 +65,8 @@ def make_dataset(
             width), and the labels are int64 (N,).
 
     Raises:
-        ValueError: if images or labels have another dtype or shape, or a label has no class name.
+        ValueError: if images or labels don't have the required dtype and shape, or a label has no
+            class name.
     """
     for part, (images, labels) in (("train", train), ("test", test)):
         if images.dtype != torch.uint8 or images.dim() != 4:

@@ -28,7 +28,7 @@ class ImageFiles(Dataset[tuple[Tensor, int]]):
         size: height and width of the decoded images.
 
     Raises:
-        CorruptImage: if an item is accessed whose file can't be read as an image.
+        CorruptImage: when an item is accessed, if its file can't be read as an image.
     """
 
     def __init__(self, files: list[tuple[Path, int]], size: int) -> None:
