@@ -89,8 +89,8 @@ def recompute() -> Iterator[None]:
     statistics are saved instead. They are in memory anyway. Backward runs the same kernel again to
     recompute the output. The gradients have the same bits as without the context.
 
-    An operation's output is stored if the operation's residual is an output that will be
-    recomputed. Otherwise, backward would first have to recompute the residual.
+    If an operation's residual is itself an output that will be recomputed, the operation's output
+    is stored. To recompute this output, backward would first have to recompute the residual.
 
     Only outputs of our kernels are recomputed. Inside torch.compile the context has no effect.
     """

@@ -89,7 +89,7 @@ def use_conv_route(route: str) -> Iterator[None]:
             ``"auto"``.
 
     Raises:
-        ValueError: if ``route`` is another name.
+        ValueError: if ``route`` is none of these three names.
     """
     global _override
     if route not in ROUTES:
@@ -107,17 +107,18 @@ def conv_route() -> str:
 
 
 def kernel_may_run(device: torch.device) -> bool:
-    """Whether our kernel computes any convolution on a device.
+    """Whether our kernel may be chosen for any convolution on a device.
 
-    This takes less time than making a `ConvCall` for `kernel_config`.
+    This check takes less time than making a `ConvCall` for `kernel_config`.
     """
     return bool(_measured_configs(device)) if _override == "auto" else _override == "kernel"
 
 
 def kernel_config(call: ConvCall, device: torch.device) -> tuple[bool, ConvConfig | None]:
-    """Returns whether our kernel must compute ``call``, and the configuration that was measured.
+    """Returns whether our kernel must compute ``call``, and the kernel's fastest configuration.
 
-    With the route ``"kernel"`` the configuration is None, and `conv_config` must choose one.
+    The configuration is None if our kernel must not compute ``call``. It is also None with the
+    route ``"kernel"``, because then `conv_config` chooses the configuration.
     """
     if _override != "auto":
         return _override == "kernel", None
@@ -126,7 +127,7 @@ def kernel_config(call: ConvCall, device: torch.device) -> tuple[bool, ConvConfi
 
 
 def _measured_configs(device: torch.device) -> dict[ConvCall, ConvConfig]:
-    """Returns the configurations in the table of a GPU. For other devices there are none."""
+    """Returns `load_table` of a GPU's table. The result is empty for a CPU and in torch.compile."""
     if device.type != "cuda" or torch.compiler.is_compiling():
         return {}
     return load_table(table_path(gpu_name(device)))

@@ -155,12 +155,12 @@ def test_checking_a_model_changes_no_tensor():
         ([f"{OWN}:NUMBER"], f"model must name a callable, but '{OWN}:NUMBER' is of type int"),
         ([f"{OWN}:MODULE"], "model must name a function that returns a new module, but "
          f"'{OWN}:MODULE' is a module of type Linear"),
-        ([f"{OWN}:text"],
-         f"model must name a factory of a torch.nn.Module, but '{OWN}:text' returned str"),
-        ([f"{OWN}:compiled"], f"model must name a factory of a module that is not compiled, but "
-         f"'{OWN}:compiled' returned OptimizedModule; --compile compiles it"),
-        ([f"{OWN}:traced"], f"model must name a factory of a module that is not compiled, but "
-         f"'{OWN}:traced' returned TopLevelTracedModule; --compile compiles it"),
+        ([f"{OWN}:text"], "model must name a factory that returns a torch.nn.Module, but "
+         f"'{OWN}:text' returned str"),
+        ([f"{OWN}:compiled"], f"model must name a factory that returns an uncompiled module, but "
+         f"'{OWN}:compiled' returned OptimizedModule; to compile the model, use --compile"),
+        ([f"{OWN}:traced"], f"model must name a factory that returns an uncompiled module, but "
+         f"'{OWN}:traced' returned TopLevelTracedModule; to compile the model, use --compile"),
         ([f"{OWN}:deep"], f"model '{OWN}:deep': missing a required argument: 'depth'"),
         (["builtins:dict"],
          "model 'builtins:dict': no signature found for builtin type <class 'dict'>"),

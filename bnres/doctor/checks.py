@@ -98,7 +98,7 @@ def check_compiler() -> Finding | None:
 
 
 def check_numpy() -> Finding | None:
-    """If triton's interpreter runs the kernels, checks that it supports the installed numpy."""
+    """Checks that triton's interpreter supports the installed numpy, if the interpreter is used."""
     if bnres.backend() != "triton-interpreter" or check_triton() is not None:
         return None
     import triton
@@ -156,7 +156,7 @@ def check_cache(variable: str) -> Finding | None:
 
 @contextmanager
 def usable_inductor_cache() -> Iterator[None]:
-    """Gives Inductor a temporary cache folder inside the context, if its own is not writable.
+    """If Inductor's cache folder is not writable, uses a temporary folder inside the context.
 
     Dynamo can't be imported without a writable cache folder.
     """

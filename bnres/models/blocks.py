@@ -47,8 +47,9 @@ def _end(
 ) -> Any:
     """Returns act(bn(conv(x)) + shortcut(skip)), or with ``fork`` this result twice.
 
-    If ``bn`` includes the activation, ``act`` is an identity. Then one fused operation returns the
-    result as two tensors. Otherwise the same tensor is returned twice.
+    If ``bn`` includes the activation, ``act`` is an identity. With ``fork``, one fused operation
+    then returns the result as two tensors. If ``bn`` does not include the activation, ``fork``
+    returns the same tensor twice.
     """
     if fork and type(act) is nn.Identity and not hooked(act):
         return conv_and_norm(conv, bn, x, skip, shortcut, fork=True)

@@ -77,7 +77,7 @@ def _calls(modules: Iterable[Any]) -> list[nn.Module]:
 def takes_two(module: Any) -> bool:
     """Whether a module is a residual block that can take its input as two tensors.
 
-    The block can't if a hook or a module of an unknown class may read the input.
+    A block can't take two tensors if a hook or a module of an unknown class may read the input.
     """
     if type(module) not in BLOCKS:
         return False

@@ -37,12 +37,13 @@ def make_model(
             timm.
         num_classes: passed to the factory if the factory has a parameter of this name. If this
             parameter has no default and ``num_classes`` is None, the factory gets 1000.
-        in_channels: passed to the factory if the factory has a parameter of this name or
+        in_channels: passed to the factory if the factory has a parameter ``in_channels`` or
             ``in_chans``.
 
     Raises:
-        ValueError: if the factory does not exist, requires other arguments, does not return a
-            `torch.nn.Module`, or returns one that torch.compile or torch.jit has compiled.
+        ValueError: if the factory does not exist, if it requires arguments other than these, if it
+            does not return a `torch.nn.Module`, or if torch.compile or torch.jit has compiled the
+            module that it returns.
         ModuleNotFoundError: if a package that the factory needs is missing.
     """
     module, _, factory = name.partition(":")
@@ -64,13 +65,13 @@ def make_model(
     model = build(**named)
     if not isinstance(model, nn.Module):
         raise ValueError(
-            f"model must name a factory of a torch.nn.Module, but {name!r} returned "
+            f"model must name a factory that returns a torch.nn.Module, but {name!r} returned "
             f"{type(model).__name__}"
         )
     if is_compiled(model) or isinstance(model, torch.jit.ScriptModule):
         raise ValueError(
-            f"model must name a factory of a module that is not compiled, but {name!r} returned "
-            f"{type(model).__name__}; --compile compiles it"
+            f"model must name a factory that returns an uncompiled module, but {name!r} returned "
+            f"{type(model).__name__}; to compile the model, use --compile"
         )
     return model
 

@@ -44,8 +44,8 @@ class _FusedForward(Norm):
 
     def named_children(self) -> Iterator[tuple[str, nn.Module]]:
         # torch, timm and apex have functions that replace each batch norm of a model by a
-        # SyncBatchNorm. After replacing a module, they call this method of the replaced module.
-        # Their SyncBatchNorm has no activation and no residual.
+        # SyncBatchNorm without activation and residual. These functions call named_children of each
+        # batch norm that they replace, so this method can raise an error.
         if sys._getframe(1).f_code.co_name.startswith("convert_sync"):
             raise TypeError(
                 f"module contains a {type(self).__name__}, whose activation and residual would be "
@@ -143,7 +143,7 @@ class BatchNormAct2d(_BatchNormAct, nn.BatchNorm2d):
     """Computes act(bn(input) + residual) on an input (N, C, H, W), in one operation.
 
     The call is ``forward(input, residual=None, *, residual_norm=None, fork=False)``. The residual
-    is optional. ``residual_norm`` may be another batch norm module. The call then returns
+    is optional. If ``residual_norm``, a second batch norm module, is given, the call returns
     act(bn(input) + residual_norm(residual)). With ``fork`` the call returns its result as two
     tensors, as `bnres.functional.batch_norm_act` explains. The constructor has the arguments of
     timm's class of the same name, except inplace and drop_layer. ``act_layer`` is the name or the

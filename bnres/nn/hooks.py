@@ -22,10 +22,10 @@ def make_leaf(module: nn.Module) -> None:
 
 
 def hooked(*modules: nn.Module | None) -> bool:
-    """Whether a module has a hook or an instance attribute that replaces its call.
+    """Whether any of the modules has a hook or an instance attribute that replaces its call.
 
-    Global hooks count as hooks of every module. A fused call would run neither the hook nor the
-    replacement.
+    Global hooks count as hooks of every module. A fused operation would run neither the hook nor
+    the replacement.
     """
     return has_global_hooks() or any(
         module is not None and any(map(vars(module).get, CHANGES)) for module in modules

@@ -43,7 +43,7 @@ def _read(bn: Norm, registered: Any, name: str) -> Tensor | None:
 
     ``registered`` is the module's dict of parameters or buffers. A look-up in this dict takes a
     third of the time of `torch.nn.Module.__getattr__`. The dict does not contain parametrised
-    attributes.
+    attributes, which are read with getattr.
     """
     return registered[name] if name in registered else getattr(bn, name)
 

@@ -65,8 +65,8 @@ class SyncBatchNorm(_Synchronised):
 
     Unlike torch's module, this module accepts empty batches without making the host wait for the
     device, and ``torch.compile(fullgraph=True)`` can capture it. It also allows several forward
-    passes before a backward pass, even if DistributedDataParallel broadcasts the buffers between
-    them.
+    passes before a backward pass, even if DistributedDataParallel broadcasts the buffers before
+    each forward pass.
 
     The call is ``forward(input, residual=None, *, residual_norm=None, fork=False)``, as in
     `BatchNormAct2d`, but without an activation. If ``residual_norm`` is synchronised over the same

@@ -116,8 +116,8 @@ def wants_grad(*tensors: Tensor | None) -> bool:
 def as_kernels_take(inputs: Any) -> Any:
     """Returns the inputs in the form that the kernels accept, copied where necessary.
 
-    x and the residual become dense, which means contiguous or channels_last. They get the same
-    dtype and the same memory format. The other tensors become contiguous and one-dimensional.
+    x and the residual become dense, which means contiguous or channels_last. Both get one common
+    dtype and one common memory format. All other tensors become contiguous and one-dimensional.
     """
     x, residual = inputs.x, inputs.residual
     if residual is not None and residual.dtype != x.dtype:
@@ -144,9 +144,9 @@ def packed(t: Tensor | None) -> Tensor | None:
 
 
 def counted(counter: Tensor | None, x: Tensor) -> Tensor | None:
-    """Returns ``counter`` if the kernels can increment it.
+    """Returns ``counter``, a batch norm's num_batches_tracked, if the kernels can increment it.
 
-    Otherwise this function increments it and returns None.
+    Otherwise this function increments the counter and returns None.
     """
     if counter is None or (counter.dtype == torch.int64 and counter.device == x.device):
         return counter

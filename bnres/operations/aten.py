@@ -40,8 +40,8 @@ def batch_norm_act_aten(
     else:
         y = F.batch_norm(input, mean, var, weight, bias, training, momentum, eps)
     # Without gradients nothing else reads the batch norm's result y, so the sum may overwrite y.
-    # In torch.vmap it must not, because y + residual can't be written into y if only the residual
-    # is mapped over.
+    # In torch.vmap the sum may not overwrite y, because the sum does not fit into y if only the
+    # residual is mapped over.
     if residual is not None:
         in_place = not (torch.is_grad_enabled() or is_compiling() or in_transform())
         in_place = in_place and residual.dtype == y.dtype

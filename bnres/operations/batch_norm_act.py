@@ -431,8 +431,8 @@ def unpack_mask(mask: Tensor, x: Tensor) -> Tensor:
     with outside_of_transforms():
         ones = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).fill_(1)
         unit = torch.ones(x.shape[1], dtype=acc_type(x), device=x.device)
-        # The kernel that computes dx in evaluation unpacks the mask. With dy = 1 and rstd = 1 it
-        # returns a dx that is 1 where the mask is set and 0 elsewhere.
+        # Without sums, bn_backward_dx returns dy·rstd where the mask is set, and 0 elsewhere. With
+        # dy = 1 and rstd = 1, this is the unpacked mask.
         norm = Norm(Statistics(unit, unit))
         passed, _ = bn_backward_dx(
             ones, ones, norm, None, None, unwrapped(mask), "relu", 0.0, None, 1
@@ -506,8 +506,8 @@ def as_call(
     device_momentum, number = split_momentum(momentum)
     inputs: Any = (input, weight, bias, input_bias, residual)
     buffers: Any = (running_mean, running_var, counter, device_momentum)
-    # These fields have no defaults in Spec, because torch.compile would replace a default number
-    # with a symbol.
+    # The fields has_residual_norm, residual_momentum and residual_eps of `Spec`. They have no
+    # defaults, because torch.compile would replace a default number with a symbol.
     of_residual_norm = (False, 0.0, 0.0)
     if residual_norm is not None:
         norm = residual_norm
@@ -563,9 +563,9 @@ def batch_norm_act(
         weight: (C,); None means 1.
         bias: (C,); None means 0.
         input_bias: (C,), added to ``input``; None means 0. For example, ``input`` can be the output
-            of a convolution without its bias, and ``input_bias`` the bias. In training the result
-            does not depend on the bias, because the mean of the batch is subtracted. Only the
-            running mean changes, which takes no additional time.
+            of a convolution without its bias, and ``input_bias`` the bias. In training the bias
+            only changes the running mean, which takes no additional time. The result does not
+            depend on the bias, because the mean of the batch is subtracted.
         residual: None, or a tensor that is added before the activation. It has the shape of
             ``input``. If the dtypes of ``input`` and ``residual`` differ, the result has the dtype
             of ``input + residual``.
@@ -590,10 +590,10 @@ def batch_norm_act(
         or of ``input + residual`` if there is a residual. With ``fork``, two such tensors.
 
     Raises:
-        ValueError: if ``input`` is not 2-D to 5-D, if ``input`` has one value per channel in
-            training, if ``residual`` has another shape, if there is a ``residual_norm`` but no
-            ``residual``, if a ``momentum`` or ``num_batches_tracked`` tensor does not have one
-            element, or if the activation or an option is unknown.
+        ValueError: if ``input`` is not 2-D to 5-D, if ``input`` has only one value per channel in
+            training, if the shapes of ``residual`` and ``input`` differ, if there is a
+            ``residual_norm`` but no ``residual``, if a ``momentum`` or ``num_batches_tracked``
+            tensor does not have exactly one element, or if the activation or an option is unknown.
         TypeError: if a dtype is not supported.
         RuntimeError: if a parameter or a buffer has the wrong size, if tensors are on different
             devices, or if running statistics are missing in evaluation.

@@ -169,10 +169,10 @@ def _is_plain(inputs: Any) -> bool:
 
 
 def _by_formula(operation: Operation, inputs: Any, buffers: Any, spec: Any) -> Tensor:
-    """Returns y, computed by the formula for forward-mode differentiation.
+    """Returns y, computed by the operation's formula, so that forward mode can differentiate y.
 
-    The formula does not update the buffers. In training the kernels also run once to update them.
-    This run of the kernels is not differentiated.
+    The formula does not update the buffers. In training the kernels also run once, only to update
+    the buffers. This run of the kernels is not differentiated.
     """
     if spec.training and any(getattr(buffers, name) is not None for name in operation.writes):
         with outside_of_transforms():
@@ -243,11 +243,11 @@ class Fused(Function):
 
 
 class FusedEagerly(Function):
-    """Returns y, or with ``fork`` y twice. In eager mode this Function replaces `Fused`.
+    """Returns y, or with ``fork`` y twice. The fast path of `call` uses this Function, not `Fused`.
 
-    `Fused` is slower, because it has ``setup_context``. For such a Function, torch binds the inputs
-    to the signature of ``forward`` to fill in defaults. This takes five times as long as the rest
-    of torch's work.
+    `Fused` is slower, because it has ``setup_context``. If a Function has ``setup_context``, torch
+    binds the inputs to the signature of ``forward`` to fill in defaults. This takes five times as
+    long as the rest of torch's work.
     """
 
     @staticmethod
@@ -320,7 +320,7 @@ def _gradients(operation: Any, spec: Any, needed: Any) -> tuple[Callable[..., An
 class WithFormula(Function):
     """Returns ``run(*tensors)``, a tuple of tensors. Backward differentiates ``formula``.
 
-    Both functions compute the same values, but ``run`` cannot be differentiated.
+    ``run`` cannot be differentiated. ``formula`` computes the same values as ``run``.
     """
 
     @staticmethod

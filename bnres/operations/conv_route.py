@@ -17,8 +17,8 @@ KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 class KernelConv(NamedTuple):
     """How our kernel computes a convolution.
 
-    The operands are cast to ``dtype``. ``shape`` is the size, stride, padding and dilation of the
-    window. ``config`` is the launch configuration.
+    The input and the filters are cast to ``dtype``. ``shape`` is the size, stride, padding and
+    dilation of the window. ``config`` is the launch configuration.
     """
 
     dtype: torch.dtype
@@ -37,9 +37,9 @@ def kernel_conv(
 ) -> KernelConv | None:
     """Returns how our kernel computes a convolution, or None if torch's convolution must run.
 
-    Our kernel must support the operands. In addition, either ``bnres tune`` has measured that it is
-    faster, or `bnres.use_conv_route` requests it. For invalid operands the result is None, so that
-    torch's convolution raises the error.
+    Our kernel is used only if it supports the input and the filters, and if either ``bnres tune``
+    has measured that our kernel is faster or `bnres.use_conv_route` requests our kernel. For
+    invalid arguments the result is None, so that torch's convolution raises the error.
     """
     if (
         not uses_kernels(input)
@@ -76,7 +76,8 @@ def kernel_conv(
 def _allows_tf32() -> bool:
     """Whether torch's own convolution may round fp32 to TF32, as our kernel does.
 
-    torch.compile can't read this setting. The result is False while torch.compile captures a graph.
+    While torch.compile captures a graph, the result is False, because torch.compile can't read the
+    setting ``fp32_precision``.
     """
     if torch.compiler.is_compiling():
         return False
@@ -85,10 +86,10 @@ def _allows_tf32() -> bool:
 
 
 def _common_dtype(input: Tensor, conv_weight: Tensor) -> torch.dtype | None:
-    """Returns the dtype in which the operands are multiplied, or None if there is no such dtype.
+    """Returns the dtype in which the input and the filters are multiplied, or None.
 
-    If autocast is enabled and no operand is fp64, the result is autocast's dtype. Otherwise it is
-    the dtype of the operands, or None if the dtypes of the operands differ.
+    If autocast is enabled and neither of the two tensors is fp64, the result is autocast's dtype.
+    Otherwise the result is the dtype of both tensors, or None if their dtypes differ.
     """
     device = input.device.type
     if torch.is_autocast_enabled(device) and torch.float64 not in (input.dtype, conv_weight.dtype):

@@ -84,8 +84,8 @@ def rows_of(statistics: Tensor, x: Tensor) -> list[Statistics]:
 def prepare_evaluation(inputs: Any, buffers: Any, spec: Any, statistics: Tensor | None) -> Any:
     """Returns the buffers for evaluation, after subtracting input biases from running means.
 
-    If ``statistics`` is not None, the mean and rstd of the buffers are written to it for backward,
-    because the buffers may change before backward.
+    If ``statistics`` is not None, each norm's mean and rstd are stored in it for backward, because
+    the buffers may change before backward.
     """
     x = inputs.x
     if inputs.input_bias is not None:

@@ -23,8 +23,8 @@ _recordings: dict[Any, "Recording"] = {}
 class Recording:
     """The kernel launches of calls of one kind.
 
-    The arguments of a call for which there is a recording are neither checked nor copied, because
-    the arguments of the recorded call passed the checks and needed no copies.
+    If there is a recording for a call, the call's arguments are neither checked nor copied, because
+    an earlier call of the same kind passed the checks and needed no copies.
 
     Attributes:
         forward: the launches of forward.
