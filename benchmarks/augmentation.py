@@ -111,7 +111,7 @@ def _peer(case: AugmentCase, images: Tensor) -> Calls:
         return y.to(dtype).contiguous(memory_format=memory_format)
 
     def verify() -> float:
-        # torchvision draws other random numbers than bnres, so the values can't be compared.
+        # torchvision and bnres draw different random numbers, so the values can't be compared.
         y = run()
         assert y.shape == (case.batch, 3, case.out, case.out) and y.isfinite().all()
         return 0.0

@@ -35,7 +35,7 @@ PASSES = {
     ("dual_bn_add_relu_fork", "backward"): (10, 0),
     # These numbers are for 3×3 pooling with stride 2 of a 16-bit activation. The output has S/4
     # bytes. The forward in training also stores the positions of the maxima (S/8 bytes) and the
-    # values of x at these positions (S/4 bytes). The backward reads them.
+    # input's values at these positions (S/4 bytes). The backward reads both.
     ("bn_relu_pool", "forward"): (2.5, 2),
     ("bn_relu_pool", "backward"): (2.75, 2),
     ("bn_relu_pool", "eval"): (1.25, 0),

@@ -38,7 +38,8 @@ def open_store(
         measure_ceilings: import path of the function that the child calls to measure the ceilings.
 
     Raises:
-        ValueError: if the folder has results of another environment, or can't be read.
+        ValueError: if the folder's results are from a different environment, or if the folder can't
+            be read.
         ChildFailed: if the device can't be described, or its ceilings can't be measured.
     """
 
@@ -70,9 +71,9 @@ def run(
     """Measures, in order, the cases that have no result yet. Returns the number of new results.
 
     Consecutive cases that differ only in their provider are a group. A group is skipped if its
-    estimated time exceeds the remaining time. So the groups that are measured are complete, unless
-    they take longer than estimated. Then each case whose own estimated time exceeds the remaining
-    time is skipped. A case that is interrupted after the deadline gets no result.
+    estimated time exceeds the remaining time. If a group takes longer than estimated, those of
+    its cases whose own estimated time exceeds the remaining time are skipped. A case that is
+    interrupted after the deadline gets no result.
 
     Args:
         store: folder to which the results are added.

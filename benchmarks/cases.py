@@ -37,8 +37,8 @@ PROVIDERS = tuple(dict.fromkeys(OP_PROVIDERS + MODEL_PROVIDERS + AUGMENT_PROVIDE
 BATCH = 256
 SMOKE_BATCH = 4
 SMOKE_IMAGES = {224: 64, 32: 16}
-# The forward and backward of these operations in training are measured before the other operations
-# of a net, but only in the stages ``LARGE_SITES``.
+# In the stages ``LARGE_SITES`` of a net, these operations in training are measured before all other
+# operations of the net.
 TELLING = ("bn_relu", "bn_add_relu", "bn_relu_pool")
 # Stages of a net. In ResNet-18, with 256 images in bf16, each activation of these stages has at
 # least 51 MB, which is about the size of an H100's L2 cache.
@@ -140,7 +140,7 @@ class AugmentCase:
         layout: memory layout of the output.
         provider: ``bnres`` draws the random parameters and runs the kernels. ``bnres-kernel`` only
             runs the kernels. ``torchvision-batch`` uses the same random parameters for all images.
-            ``torchvision-image`` loops over the images.
+            ``torchvision-image`` augments one image after the other, each with its own parameters.
         smoke: whether the batch is small, to test the benchmark itself.
     """
 
@@ -240,9 +240,9 @@ PROVIDERS_OF = {
     ModelCase: MODEL_PROVIDERS,
     AugmentCase: AUGMENT_PROVIDERS,
 }
-# These providers are not measured in inference. ``bnres-recompute`` only changes training. For
-# ``eager-fp16-cudnn`` the net would have fp16 parameters in inference, and torch does not use cuDNN
-# for a batch norm with fp16 parameters.
+# These providers are not measured in inference. ``bnres-recompute`` only changes training.
+# ``eager-fp16-cudnn`` measures cuDNN's batch norm. In inference the net would have fp16 parameters,
+# and torch does not use cuDNN for a batch norm with fp16 parameters.
 TRAINING_ONLY = ("bnres-recompute", "eager-fp16-cudnn")
 # These providers are measured last, because autotuning takes minutes for each net, and a loop over
 # the images in Python takes seconds for each call.

@@ -19,7 +19,8 @@ TF32_TOLERANCE = 2**-9
 GRADIENT_TOLERANCE = {torch.bfloat16: 2**-2.5, torch.float16: 2**-4, torch.float32: 2**-10}
 # The greatest allowed relative errors of the parameters' gradients, which are sums over a channel's
 # elements. In 16 bits the tolerance is 4 eps, because some of ReLU's inputs have the wrong sign and
-# each addend is rounded. In fp32 the tolerance allows for sums in another order.
+# each addend is rounded. In fp32 the tolerance allows for adding in a different order than the
+# reference.
 SUM_TOLERANCE = {torch.bfloat16: 2**-5, torch.float16: 2**-8, torch.float32: 1e-4}
 
 
@@ -46,7 +47,7 @@ def check(
     """Compares a provider's results with the reference, and returns the greatest relative error.
 
     Args:
-        name: what a result is, for error messages. It is in the singular, such as ``gradient``.
+        name: noun for one of the results, such as ``gradient``. Error messages use it.
         actual: the provider's results.
         expected: the reference's results.
         tolerance: the greatest relative error allowed.

@@ -158,7 +158,7 @@ class Child:
         return Answer("failed", reason=reason, usable=False, timed_out=True)
 
     def _with_output(self, reason: str) -> str:
-        """Appends the end of the child's output to an error message."""
+        """Appends the child's traceback, or else the end of its output, to an error message."""
         assert self._output is not None
         self._output.seek(0)
         text = self._output.read().decode(errors="replace")

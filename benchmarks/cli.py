@@ -137,7 +137,7 @@ def profile(
     batch: Annotated[int, typer.Option(help="Images per step.", min=2)] = 256,
     image: Annotated[
         int,
-        typer.Option(help="Height and width of the images. Up to 32, the net has CIFAR's stem."),
+        typer.Option(help="Height and width of images. If at most 32, the net has CIFAR's stem."),
     ] = 224,
     dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "bf16",
     layout: Annotated[str, typer.Option(help="channels_last or contiguous.")] = "channels_last",
@@ -223,7 +223,7 @@ def models(
         Path | None, typer.Option(help="File for the table; by default it is printed.")
     ] = None,
 ) -> None:
-    """Tabulate what is fused in the models of other libraries that are installed."""
+    """Tabulate what is fused in the models of installed libraries, such as timm."""
     from benchmarks.libraries import run
 
     if out is not None:

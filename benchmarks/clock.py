@@ -5,8 +5,8 @@ GPU, the time of a call is the time between two events on the device. The L2 cac
 the first event. The device sleeps until the host has queued the launches, so that the host's time
 is not included.
 
-With ``launch="eager"`` of `prepare`, a loop of calls is timed as in a user's program: the host's
-time is included, and the cache is not flushed.
+`prepare` with ``launch="eager"`` times a loop of calls as in a user's program: the host's time is
+included, and the cache is not flushed.
 """
 
 import time
@@ -64,8 +64,8 @@ class Timed:
             time on the CPU.
         host_seconds: seconds until a call returns. The call's kernels may not have run by then.
         calls: number of calls in a round.
-        replayed: result of the first call in the graph, which each round overwrites. It is None if
-            the method is not ``graph``.
+        replayed: result of the first call in the graph. Each round overwrites this result. It is
+            None if the method is not ``graph``.
     """
 
     round: Callable[[], None]

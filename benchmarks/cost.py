@@ -23,8 +23,8 @@ COMPILES = {
     "cudnn-frontend": (2.0, 0.0),
 }
 # If a net's kernels are in the compilers' caches on disk, compiling the net takes this fraction of
-# its usual time. The kernels are in the caches when a training step launched by the host is
-# measured, because the same step was measured in a CUDA graph before.
+# its usual time. A training step is first measured in a CUDA graph. When the same step is then
+# measured with launches by the host, its kernels are in the caches.
 CACHED = 0.25
 # A ResNet-50 has about 2.5 times as many layers as a ResNet-18.
 LARGE_NET = 2.5
@@ -47,7 +47,7 @@ def kind(fields: Mapping[str, object]) -> str:
 
 
 def table_seconds(case: Case) -> float:
-    """Estimates the seconds to measure a case from the constants above."""
+    """Estimates, from the constants above, how many seconds it takes to measure a case."""
     if case.provider == "torchvision-image":
         return IMAGE_LOOP
     compiles = COMPILES.get(case.provider, (0.0, 0.0))[isinstance(case, ModelCase)]

@@ -17,8 +17,8 @@ import torch
 
 from benchmarks.environment import ROOT
 
-# This release of the frontend accepts a number as a handle, so it can describe a graph without a
-# GPU.
+# A graph needs a handle of cuDNN, which needs a GPU. This release of the frontend also accepts a
+# number as the handle, so it can describe a graph without a GPU.
 PACKAGE = "nvidia-cudnn-frontend==1.18.0"
 SOURCE = """
 #include <stddef.h>

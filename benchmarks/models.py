@@ -24,9 +24,9 @@ LAST_WEIGHT = 0.2
 LOSS_SCALE = 2.0**12
 # The gradients of all parameters of a net are joined into one vector. This is the least allowed
 # cosine of the angle between the provider's vector and the vector of the stock net in fp32. It is
-# below 1, because rounding errors add up over the layers. It is below 1 in fp32 too, because TF32
-# or another order of sums changes the signs of some values near zero, and therefore the gradients
-# of ReLU.
+# below 1, because rounding errors add up over the layers. It is below 1 in fp32 too: with TF32, or
+# if numbers are added in a different order, some of ReLU's inputs near zero change their signs, and
+# ReLU then passes different gradients.
 COSINE = {"bf16": 0.9, "fp16": 0.98, "fp32": 0.99}
 # The greatest allowed relative error of the logits, compared with the logits of the stock net in
 # fp32. The errors of 20 to 50 layers add up.
@@ -66,7 +66,7 @@ def prepare(case: ModelCase, device: torch.device) -> Work:
     if device.type != "cuda" and case.provider in ("eager-fp16-cudnn", "compile-max-autotune"):
         raise Unavailable("needs a GPU")
     if case.provider == "eager-fp16-cudnn" and case.dtype != "bf16":
-        raise Unavailable("only runs bf16 cases, which it runs in fp16")
+        raise Unavailable("only supports bf16 cases, and converts them to fp16")
     torch._dynamo.reset()
     torch.backends.cudnn.benchmark = True  # for every provider, as training scripts do
     work = _training if case.suite in ("step", "memory") else _inference

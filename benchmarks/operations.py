@@ -70,8 +70,8 @@ class Inputs:
 
         def copy(value: object) -> object:
             if isinstance(value, Tensor):
-                # copy=True is needed, because the copies must have separate memory even if the
-                # dtype is the same.
+                # Without copy=True, a tensor that already has this dtype would not be copied, and
+                # both would share its memory.
                 return value.detach().to(dtype, copy=True).requires_grad_(value.requires_grad)
             if isinstance(value, tuple):
                 return tuple(copy(v) for v in value)

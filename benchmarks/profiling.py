@@ -36,8 +36,8 @@ class Profile:
 
     Attributes:
         kernels: time and number of launches of each kernel in a step. On the CPU it is the time and
-            the number of calls of each operator. This time does not include the operators that it
-            calls.
+            the number of calls of each operator. The time of an operator does not include the
+            operators that it calls.
         span: time from the start of the first kernel to the end of the last kernel, divided by the
             number of steps. On the CPU it is 0.
         idle: part of the span in which no kernel ran.

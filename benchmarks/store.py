@@ -25,7 +25,8 @@ class ResultStore:
             it.
 
     Raises:
-        ValueError: if the folder has results of another environment, or can't be read.
+        ValueError: if the folder's results are from a different environment, or if the folder can't
+            be read.
     """
 
     def __init__(self, folder: Path, environment: Record) -> None:

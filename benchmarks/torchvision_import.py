@@ -1,4 +1,4 @@
-"""Imports torchvision, even if its compiled operators were built for another version of torch."""
+"""Imports torchvision, even if its compiled operators don't match the installed torch."""
 
 import torch
 

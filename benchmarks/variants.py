@@ -1,4 +1,4 @@
-"""Times the kernels with the launch configurations of `bnres.kernels.config.TUNING` and others.
+"""Times the kernels with the configurations in `bnres.kernels.config.TUNING`, and with others.
 
 Each kernel runs in bfloat16, in both layouts, on tensors of one shape for each stage of ResNet-18.
 Pooling runs only on the shape of the stem.
@@ -88,8 +88,8 @@ def calls(shape: tuple[int, ...], layout: str, device: torch.device) -> dict[str
     """Returns for each kernel a call of its launcher on random bf16 tensors.
 
     A call returns tensors that it has written. The calls of ``reduce`` and ``reduce_two_norms``
-    allocate new tensors, and the others write to the same tensors each time. ``reduce`` and ``dx``
-    are the kernels of the backward of BN+ReLU.
+    allocate new tensors. Each other call writes to the same tensors every time. ``reduce`` and
+    ``dx`` are the kernels of the backward of BN+ReLU.
     """
 
     def tensor(shape: Sequence[int] = shape) -> Tensor:

@@ -5,9 +5,8 @@ The called functions are those in `bnres.functional`, and `bnres.kernels.augment
 
 The functions' parameters are read from their signatures, so a new parameter is varied without a
 change here. If the possible values of a parameter are not known, `axes_of` raises an error. The
-calls do not have all combinations of values. But for any two parameters, each value of one occurs
-in some call together with each value of the other, unless these values exclude each other. The
-values in ``OTHERS`` occur in fewer calls.
+calls do not cover all combinations of values. But they cover all pairs of values of any two
+parameters, unless the two values exclude each other. The values in ``OTHERS`` occur in fewer calls.
 """
 
 import itertools
@@ -52,7 +51,7 @@ HUGE_INPUTS = {
     "huge channels_last": ((2, 64, 4096, 4104), LAST),
 }
 WINDOW = ("kernel_size", "stride", "padding", "dilation")
-# The values of ``WINDOW`` for the max-pool in a ResNet's stem. Our kernels support no others.
+# The values of ``WINDOW`` for the max-pool in a ResNet's stem. Our kernels support only these.
 POOLING = (3, 2, 1, 1)
 # For each convolution: the number of output channels, and the values of ``WINDOW``.
 CONVOLUTIONS = ((64, (3, 1, 1, 1)), (24, (1, 2, 0, 1)), (5, (3, 2, 2, 2)))
@@ -86,8 +85,8 @@ OPTIONAL: tuple[set[Any], ...] = (
 # parameters, and their names get this prefix.
 RESIDUAL = "residual_"
 # These names are not varied by themselves. The values of kernel_size and of conv_weight include
-# stride, padding and dilation. The width equals the height. ``return`` is not a parameter. No
-# specialisation depends on act_kwargs, eps, residual_eps or process_group.
+# stride, padding and dilation. The width equals the height. ``return`` names the annotation of the
+# result. No specialisation depends on act_kwargs, eps, residual_eps or process_group.
 FIXED = {
     "act_kwargs", "eps", "residual_eps", "stride", "padding", "dilation", "width", "return",
     "process_group",
@@ -191,7 +190,7 @@ def functional_calls(name: str) -> Iterator[Call]:
     others = {name: values for name, values in OTHERS.items() if name in axes}
     modes = [(True, "all"), (False, "all"), (False, "none")]
     if "kernel_size" in axes or "conv_weight" in axes:
-        # Kernels of pooling and convolution use the same kind of tile for planes of every size, so
+        # The kernels of pooling and convolution use one kind of tile for planes of all sizes, so
         # the input "planes" is enough.
         axes["input"] = tuple(name for name in INPUTS if not name.endswith(" planes"))
     if "kernel_size" in axes:
@@ -199,7 +198,7 @@ def functional_calls(name: str) -> Iterator[Call]:
         axes["dtype"] = tuple(dtype for dtype in axes["dtype"] if dtype != torch.float64)
     if "conv_weight" in axes:
         others["input"] = tuple(HUGE_INPUTS)  # These inputs need 64-bit offsets.
-        # In training, with gradients and in fp64 the function calls torch's convolution and
+        # In training, with gradients or in fp64, the function calls torch's convolution and
         # batch_norm_act. These cases are left out.
         modes = [(False, "none")]
         axes["dtype"] = tuple(dtype for dtype in axes["dtype"] if dtype in KERNEL_DTYPES)
@@ -210,14 +209,14 @@ def functional_calls(name: str) -> Iterator[Call]:
         mode = {"training": (training,), "grad": (grad,)}
         for options in with_others(axes | mode, others):
             yield Call(name, _consistent(options), partial(_run_functional, function))
-        others = {}  # These values are used only in the first mode.
+        others = {}  # The values in ``others`` are used only in the first mode.
 
 
 def with_others(axes: Axes, others: Axes) -> Iterator[Options]:
     """Yields the `pairs` of ``axes``, then two more dictionaries for each value in ``others``.
 
-    In the first of the two, every other axis has its first value. In the second, every other axis
-    has its last value.
+    In one of the two, all remaining axes have their first values. In the other one, they have their
+    last values.
     """
     yield from pairs(axes)
     for name, values in others.items():
@@ -241,7 +240,7 @@ def _consistent(options: Options) -> Options:
     if fixed["input"] in HUGE_INPUTS:
         fixed["dtype"] = torch.bfloat16
         if "conv_weight" in fixed:
-            # In other layouts the convolution would copy the input and so read its memory.
+            # The convolution would copy a contiguous input and so read its memory.
             fixed["input"], fixed["conv_weight"] = "huge channels_last", CONVOLUTIONS[0]
     return fixed
 

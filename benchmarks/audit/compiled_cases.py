@@ -76,7 +76,7 @@ def _conv_case(call: ConvCall) -> Case:
 
 
 def _augment_case(batch: int, size: int, out: int, color_first: bool) -> Case:
-    """Returns the case of flip, crop, colour jitter and normalisation of uint8 images to bf16."""
+    """Returns the case of flip, crop, colour jitter and normalisation, from uint8 to bf16."""
 
     def run() -> None:
         plan = AugmentPlan(

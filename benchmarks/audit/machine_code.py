@@ -32,7 +32,8 @@ MATRIX_INSTRUCTION = {80: "HMMA", 90: "HGMMA", 100: "UTC"}
 # For each program the GPU reserves RESERVED_SHARED bytes of shared memory, in addition to the bytes
 # that the program uses. It rounds the registers per thread up to a multiple of REGISTER_UNIT.
 RESERVED_SHARED, REGISTER_UNIT = 1024, 8
-# In AMD's assembly: a thread's number of vector registers, and its numbers of spilled registers.
+# In AMD's assembly: a thread's number of vector registers, and the numbers of its scalar and vector
+# registers that are spilled.
 AMD_FIELD = re.compile(r"\.(vgpr_count|[sv]gpr_spill_count):\s+(\d+)")
 # Names of the arguments that point to activations that a kernel loads.
 LOADED = ("x_ptr", "dy_ptr", "dy_skip_ptr", "residual_ptr")

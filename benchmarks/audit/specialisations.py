@@ -39,11 +39,11 @@ from bnres.kernels.replay import Replay
 
 # At most this many characters of an error are reported.
 LINE_LENGTH = 300
-# The most bytes that a thread's stack may have on NVIDIA's GPUs. Spilled registers are stored in
-# the stack. Specialisations with 64-bit offsets may spill some registers. The kernels of a ResNet's
-# training step spill none, which the audit's budget checks. RAGGED_STACK is the limit for tiles
-# whose rows do not all start at a multiple of the vector size. Such tiles need more registers,
-# because each of their elements needs its own address.
+# STACK is the most bytes that a thread's stack may have on NVIDIA's GPUs. Spilled registers are
+# stored in the stack. Specialisations with 64-bit offsets may spill some registers. The kernels of
+# a ResNet's training step spill none, which the audit's budget checks. RAGGED_STACK is the limit
+# for tiles whose rows do not all start at a multiple of the vector size. Such tiles need more
+# registers, because each of their elements needs its own address.
 STACK, RAGGED_STACK = 256, 512
 
 
@@ -110,10 +110,10 @@ def all_kernels() -> list[JITFunction]:
     return list(found.values())
 
 
-# The values that no public call passes. The keys are (kernel, parameter).
+# For each (kernel, parameter): the values that no public call passes.
 UNREACHED: dict[tuple[str, str], set[Any]] = {
-    # Other kernels use GROUPS for small planes. Pooling uses the same kind of tile for planes of
-    # every size.
+    # For contiguous tensors, the pooling kernels always use PLANES. The other kernels use GROUPS if
+    # the planes are small.
     ("_bn_max_pool_kernel", "TILE"): {GROUPS},
     ("_bn_max_pool_bwd_dx_kernel", "TILE"): {GROUPS},
     # Pooling in fp64 uses torch's operation.

@@ -54,8 +54,8 @@ GPUS = {gpu.name: gpu for gpu in (SM90, SM80, SM100, GFX942)}
 class StandInDriver:
     """Implements the driver's methods that ``triton.runtime.jit`` calls before it compiles."""
 
-    # This is triton's own launcher. `bnres.kernels.replay` passes addresses to this launcher, but
-    # would pass tensors to any other.
+    # This is triton's own launcher. `bnres.kernels.replay` passes addresses to it. To any other
+    # launcher it would pass tensors.
     launcher_cls = nvidia.CudaLauncher
 
     def __init__(self, gpu: Gpu) -> None:

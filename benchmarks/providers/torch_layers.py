@@ -30,7 +30,7 @@ def _eager(case: OpCase) -> Bind:
 
 def _eager_fp16_cudnn(case: OpCase) -> Bind:
     if case.dtype != "bf16":
-        raise Unavailable("only runs bf16 cases, which it runs in fp16")
+        raise Unavailable("only supports bf16 cases, and converts them to fp16")
     if not torch.cuda.is_available():
         raise Unavailable("needs a GPU")
     bind = _eager(case)

@@ -23,7 +23,8 @@ WIDTH = 100
 # How many MB a training step moves, not counting its convolutions, in code that Inductor generated.
 # The step is the same as for ``benchmarks.audit.budget.Found.traffic``. torch 2.15 generated the
 # code without a GPU, for 132 multiprocessors. The MB were counted from the buffers of each launch.
-# INDUCTOR_GATHERS is the number with Inductor's older backward of max-pool, which gathers.
+# INDUCTOR_GATHERS is the number with Inductor's older max-pool backward, in which each element of
+# the input gathers its gradients.
 INDUCTOR, INDUCTOR_GATHERS = 18_846, 15_353
 # The README shows the training steps that have these values.
 HEADLINE = {
@@ -180,11 +181,11 @@ def audited() -> str:
             f"{found.launches['stock, ATen']} operations of ATen. 40 of them are the forward or "
             "the backward of a batch norm. Each of these 40 launches several kernels.",
             "The next table shows properties of each kernel's machine code, compiled without a GPU "
-            "for sm_90, bf16 and channels_last. Triton compiles a kernel once for each set of "
-            "argument properties. The table covers the sets that occur in a step of ResNet-18 and "
-            "in the convolutions of ResNet-18 and ResNet-50. A row shows the worst values of all "
-            "sets. `python -m benchmarks audit` compares these values with a recorded budget, also "
-            "for sm_80, sm_100 and gfx942.",
+            "for sm_90, bf16 and channels_last. The kernels are those of a training step of "
+            "ResNet-18 and of the convolutions of ResNet-18 and ResNet-50. Triton compiles a "
+            "kernel several times, for arguments with different properties. A row shows the "
+            "kernel's highest numbers. `python -m benchmarks audit` compares the numbers with a "
+            "recorded budget, also for sm_80, sm_100 and gfx942.",
             markdown_table(["kernel", "registers", "spills"], code),
         ]
     )
