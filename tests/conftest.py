@@ -37,7 +37,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_sessionstart(session: pytest.Session) -> None:
     # triton reads TRITON_INTERPRET when it is imported. The tests import triton only here, so that
-    # a pytest plugin can unset the variable earlier. Then the kernels are compiled.
+    # a pytest plugin can unset the variable earlier, to have the kernels compiled.
     from bnres.kernels.interpreter import is_interpreting
 
     try:

@@ -110,14 +110,17 @@ class Writer:
         return ", ".join(found) + ","
 
     def some(self, of: list) -> list:
-        """Returns zero, one or two random items, possibly the same item twice."""
+        """Returns zero, one or two items drawn at random, possibly the same item twice."""
         return self.rng.choices(of, k=self.rng.choice((0, 0, 0, 1, 1, 2))) if of else []
 
     def emit(self, line: str) -> None:
         self.lines.append("    " * self.indent + line)
 
     def pick(self) -> str:
-        """Returns the name of a random variable with the shape of x, often one of the last two."""
+        """Returns the name of a variable with the shape of x.
+
+        The variable is drawn at random, often from the two that were assigned last.
+        """
         return self.rng.choice([*self.names, *self.names[-2:] * 2])
 
     def new(self) -> str:

@@ -1,4 +1,4 @@
-"""Compares augmentation by the kernels and by ATen with torchvision."""
+"""Tests that the kernels and ATen augment images as torchvision does."""
 
 import importlib
 import math
@@ -17,8 +17,8 @@ from tests.device import DEVICE
 v2 = importlib.import_module(f"{torchvision.__name__}.transforms.v2")
 F = v2.functional
 
-# Tolerances of geometric steps and of colours. torchvision also computes in fp32, but it adds the
-# weighted pixels of a resize, and the gray values of an image, in another order.
+# Tolerances of geometric steps and of colours. bnres and torchvision both compute in fp32, but they
+# add the weighted pixels of a resize, and the gray values of an image, in different orders.
 GEOMETRY, COLOR = 1e-5, 1e-4
 ROUTES = ("aten", "kernels")
 

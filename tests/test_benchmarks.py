@@ -102,7 +102,8 @@ class TestClock:
 
         def make():
             target = torch.empty_like(source)
-            # torch.neg is timed instead of a copy, because a CUDA graph runs copies in another way.
+            # torch.neg is timed, not a copy, because a copy runs differently inside a CUDA graph
+            # than outside of it.
             return lambda: torch.neg(source, out=target)
 
         ticking = clock.DeviceClock()
@@ -362,7 +363,7 @@ class TestReport:
         assert {p.stem for p in drawn} == {"bandwidth", "speedup"}
         assert all(p.stat().st_size > 10_000 for p in drawn)
         text = tables.report(ABOUT, records, drawn)
-        # 12,000 bytes take 1.2 us at the ceiling of 10 GB/s, which is 60% of 2.0 us.
+        # At the ceiling of 10 GB/s, 12,000 bytes take 1.2 us, which is 60% of the median of 2.0 us.
         assert "| resnet18.stem | 2.0 (60%) | 5.0 (24%) | 3.0 (40%) | 2.50× | 1.50× | 7 |" in text
         assert "| resnet18.layer1 | 4.0 (30%) fp16 | - | - | - | - | - |" in text
         assert "| 4.00 (2,000) | 4.00 (2,000), idle 12% | 1.00× | - |" in text

@@ -1,4 +1,4 @@
-"""Tests of campaigns: outcomes of child processes, continued runs, and the use of the time."""
+"""Tests of campaigns: outcomes of cases, resumed runs, and which cases fit in the time."""
 
 import os
 import time
@@ -17,9 +17,9 @@ from tests.test_benchmarks import ABOUT, CASE, CEILINGS, CPU, SITE
 
 
 def of(*deeds):
-    """Returns a case for each deed, which is a key of `tests.standins.DEEDS`.
+    """Returns one case for each of ``deeds``. Each case has a site of its own.
 
-    Each case has a site of its own.
+    ``deeds`` are keys of `tests.standins.DEEDS`. They select what happens when a case is measured.
     """
     return [
         replace(CASE, site=replace(SITE, name=f"{place}"), batch=deed, smoke=False)
@@ -115,7 +115,7 @@ class TestCampaign:
 
     def test_a_group_is_started_only_if_all_of_it_fits(self, tmp_path):
         first, second, third = of(*[standins.FINE] * 3)
-        # With the margin, the estimate is 19 s for the large group and 4 s for the small one.
+        # The estimates, doubled by `cost.MARGIN`, are 19 s for the large group, 4 s for the small.
         large = [replace(first, provider=name) for name in ("eager", "bnres", "compile")]
         small = [second, replace(second, provider="bnres-recompute")]
         with Child() as child:
@@ -132,9 +132,9 @@ class TestCampaign:
         costs, found = cost.Costs([]), []
         for case in costs.fitting([group, [second]], lambda: 25.0 - 10 * len(found)):
             found.append(case.provider)
-        # 25 s are left at first, and each case takes 10 s. The group starts, because its estimate
-        # with the margin is 21 s. After two cases, 5 s are left. This is too little for compile,
-        # which is estimated at 6 s, but enough for bnres-recompute, which is estimated at 1 s.
+        # 25 s are left at first, and each case takes 10 s. The group starts, because its estimate,
+        # doubled by `cost.MARGIN`, is 21 s. After two cases, 5 s are left. This is too little for
+        # compile, which is estimated at 6 s, but enough for bnres-recompute, estimated at 1 s.
         assert found == ["eager", "bnres", "bnres-recompute"]
 
     def test_the_margin_is_only_for_unknown_kinds(self):

@@ -1,4 +1,4 @@
-"""Compares blocks that pass two tensors to the next block with blocks that pass one tensor."""
+"""Tests that blocks compute the same if they pass two tensors or one to the next block."""
 
 import copy
 from collections import Counter
@@ -83,8 +83,8 @@ def test_compiled_gradients_equal_eager_gradients():
     [
         (True, (), 0),
         (False, (), 0),
-        # A block with a hook gets and returns one tensor instead of two. So autograd adds two
-        # gradients of the block's input, and two gradients of its output.
+        # A block with a hook gets one tensor and returns one, instead of two. So autograd makes one
+        # addition for the gradient of the block's input, and one for the gradient of its output.
         pytest.param(True, ["layer2.0"], 2, marks=pytest.mark.slow),
         pytest.param(True, ["layer2.0", "layer4"], 3, marks=pytest.mark.slow),
     ],

@@ -22,8 +22,8 @@ from tests.device import DEVICE
 from tests.tolerances import assert_close
 
 LAST = torch.channels_last
-# Each case is N, C, H, W, the number of output channels, and the window. For each dimension, some
-# case does not fill the kernel's blocks.
+# Each case is N, C, H, W, the number of output channels, and the window. In each dimension, at
+# least one case has a size that is not a multiple of the kernel's block size.
 CASES = [
     (2, 16, 9, 8, 24, ConvShape(3, 3, 1, 1, 1, 1, 1, 1)),
     (3, 17, 11, 10, 37, ConvShape(3, 2, 2, 1, 1, 0, 1, 2)),
@@ -291,7 +291,7 @@ def test_errors(route, monkeypatch):
 @pytest.mark.skipif(DEVICE == "cuda", reason="counts what the interpreter touches")
 @pytest.mark.parametrize("has_residual", [False, True], ids=["plain", "residual"])
 def test_memory_touched(has_residual):
-    """Not counting the filter, the kernel touches as many bytes as x, the residual and y have."""
+    """Not counting filter and norm, the kernel touches as many bytes as x, residual and y have."""
     from benchmarks.audit.memory import count_traffic
 
     x, filter = random(2, 16, 8, 8, dtype=torch.float16), random(16, 16, 3, 3, dtype=torch.float16)

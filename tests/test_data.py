@@ -92,9 +92,9 @@ PICTURES = Path(__file__).parent / "fixtures" / "cifar10"
 
 
 def cifar_content():
-    """Returns the images and labels of each published file, in a dict by file name.
+    """Returns a dict with small stand-ins for CIFAR-10's files: (images, labels) by file name.
 
-    The first images of each file are real, and the others are random.
+    The first images of each file are from CIFAR-10, and the others are random.
     """
     generator = np.random.default_rng(0)
     names = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
@@ -156,8 +156,7 @@ class TestCifar10:
         monkeypatch.setitem(MD5, name, hashlib.md5(archive.read_bytes()).hexdigest())
         for part, data in members.items():
             monkeypatch.setitem(MD5, part.split("/")[1], hashlib.md5(data).hexdigest())
-        # These files are shorter than the published files. So checksum=True would reject binary
-        # files, because it checks their length.
+        # With checksum=True, binary files must have the published length. These are shorter.
         binary = kind == "binary"
         self.check(load_cifar10(archive, checksum=not binary), content)
         self.check(load_cifar10(tmp_path, checksum=not binary), content)
@@ -260,7 +259,7 @@ class TestPickles:
             load_cifar10(archive, checksum=False)
         assert not trap.exists()
 
-    # Protocol 5 is left out, because it uses a function that is not permitted.
+    # Protocol 5 is left out, because it uses a function that `load_arrays` does not permit.
     @pytest.mark.parametrize("protocol", range(5))
     def test_arrays_are_read(self, protocol):
         array = np.arange(6, dtype=np.uint8).reshape(2, 3)

@@ -118,7 +118,7 @@ def test_tensor_returned_out_of_a_transform():
 
 
 def test_tangents_outside_of_grad_mode():
-    """Checks the tangents of an output under no_grad, and of a gradient without a graph."""
+    """Checks the tangents of an output under no_grad, and of a gradient without create_graph."""
     (x, *others), stats = inputs()
     direction = torch.randn_like(x)
     found = []
@@ -246,7 +246,7 @@ def test_transforms_update_statistics_once(transform):
 
 
 def test_forward_mode_under_vmap():
-    """Compares the tangents of each mapped batch. Unmapped running statistics raise an error."""
+    """Compares the tangents of each mapped batch. Statistics that are not mapped raise an error."""
     torch.manual_seed(8)
     x = torch.randn(4, 3, 2, 2, 2, dtype=torch.float64, device=DEVICE)
     weight, bias = torch.randn(2, 2, dtype=torch.float64, device=DEVICE)

@@ -174,7 +174,7 @@ def test_cache_folder(monkeypatch, tmp_path, variable):
 
 @contextmanager
 def another_user():
-    """If the user is root, changes to another user inside the context, so permissions apply."""
+    """Inside the context, root becomes another user, because permissions do not restrict root."""
     root = os.geteuid() == 0
     if root:
         os.seteuid(65534)
@@ -239,9 +239,9 @@ def test_cache_folders_are_those_of_triton_and_inductor(monkeypatch, tmp_path):
 def test_namespace_package(monkeypatch, tmp_path):
     (tmp_path / "bnres").mkdir()
     monkeypatch.chdir(tmp_path)
-    assert (
-        checks.check_namespace() is None
-    )  # a package precedes a folder without __init__.py, even if it is later in sys.path
+    # Python prefers a package with an __init__.py to a folder without one, even if the folder is
+    # earlier in sys.path.
+    assert checks.check_namespace() is None
     finder_only = [p for p in sys.path if not Path(p, "bnres").is_dir()]
     monkeypatch.setattr(sys, "path", finder_only)
     assert checks.check_namespace() == Finding(

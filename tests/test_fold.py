@@ -125,7 +125,7 @@ def test_modules_called_more_than_once_are_kept():
 
 
 class ReadsElsewhere(nn.Module):
-    """A model whose forward also reads a tensor of the convolution or of the batch norm."""
+    """A model whose forward reads a tensor of its convolution or batch norm directly."""
 
     READS = (
         lambda m, x, y: y + F.conv2d(x, m.conv.weight, padding=1),

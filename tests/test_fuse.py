@@ -157,7 +157,7 @@ def test_patterns(name, backend):
 
 
 def test_two_readers_get_separate_tensors(monkeypatch):
-    """If two layers read a block's output, the block's backward sums their gradients."""
+    """If two layers read a block's output, the block's backward sums the gradients from both."""
     from bnres.operations import batch_norm_act
 
     given, run = [], batch_norm_act._run_backward
@@ -254,8 +254,8 @@ def test_explain_names_norms_of_broken_graphs():
         ("0.bn", "bn-act"), ("0.bn2", "bn"), ("0.unused", "-"),
         ("1.bn", "bn-act"), ("1.bn2", "bn"), ("1.unused", "-"), ("2", "-"),
     ]  # fmt: skip
-    # After a graph break inside a Sequential, the rest of the Sequential is not fused, because
-    # Dynamo captures no functions of torch.nn.
+    # After a graph break, Dynamo starts graphs in functions of the user, but not of torch.nn. So
+    # the batch norms that the blocks call are fused, and "2", which nn.Sequential calls, is not.
     assert report.sites[6].reason == report.sites[2].reason
     assert report.sites[2].reason.startswith("torch.compile captured no call of it: ")
     assert str(report).splitlines()[-1] == "4 of 7 batch norms are fused"

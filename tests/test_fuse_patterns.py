@@ -31,7 +31,7 @@ def two_norms_without_weights(self, x, training=True):
 @cases.add("bn-add-act", "bn")
 @cases.add("bn+bn-add-act", "bn+bn-add-act", grad=False)
 def two_fixed_norms(self, x):
-    """With gradients, the norms are not fused into one operation, which would save both inputs."""
+    """With gradients, the norms are not fused into one operation: it would save both inputs."""
     return two_norms_without_weights(self, x, training=False)
 
 
@@ -205,7 +205,7 @@ def counter_goes_up_by_two(self, x):
 
 @cases.add("bn-act", "bn")
 def pooled_channels(self, x):
-    """Dimension 1 of an unbatched image is the channels for F.batch_norm, the rows for max-pool."""
+    """In an unbatched image, dimension 1 is channels to F.batch_norm, but rows to F.max_pool2d."""
     return F.max_pool2d(
         F.relu(F.batch_norm(x[0], None, None, None, None, True)), 3, 2, 1
     ).sum() + self.bn(x)
@@ -213,7 +213,7 @@ def pooled_channels(self, x):
 
 @cases.add("bn", "bn")
 def convolved_without_gradients(self, x):
-    """Under no_grad a convolution's bias gets no gradient. A fused call must not compute it."""
+    """Under no_grad a convolution's bias gets no gradient. A fused call must not compute one."""
     with torch.no_grad():
         y = self.conv(x)
     return F.max_pool2d(F.relu(self.bn(y)), 3, 2, 1) + self.bn2(x).mean()

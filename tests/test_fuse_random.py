@@ -43,9 +43,9 @@ def load(source: str, name: str) -> type[nn.Module]:
 def build(cls: type[nn.Module], seed: int, dtype: torch.dtype) -> nn.Module:
     """Returns a module whose norms have random parameters and statistics.
 
-    In fp64 the first weight may be 0. Then the norm's first channel is constant. The constant is
-    its bias, which may be 0 or 6, a bound of an activation. In fp32 no weight is 0, because a norm
-    after a constant channel would divide rounding errors by sqrt(eps).
+    In fp64 the first weight may be 0. Then every output of the first channel is the first bias,
+    which may be 0 or 6, the bounds of relu6. In fp32 no weight is 0, because a norm after a
+    constant channel would divide rounding errors by sqrt(eps).
     """
     torch.manual_seed(seed)
     rng = random.Random(seed)
@@ -247,7 +247,7 @@ def overwritten(found: dict, expected: dict) -> bool:
 
 
 def run_many(seeds: range) -> None:
-    """Checks the modules of all seeds. Enough batch norms must be fused, and few modules raise."""
+    """Checks the modules of all seeds, that many norms are fused, and that few modules raise."""
     total = sum(map(check, seeds), Counter())
     fused = sum(n for name, n in total.items() if name.startswith(("bn-", "bn+", "conv-bn")))
     assert fused >= len(seeds), total  # at least one per module

@@ -1,4 +1,4 @@
-"""Tests that a batch norm is not fused if in-place writes of the model would change the results.
+"""Tests that a batch norm is not fused if an in-place write of the model makes fusing incorrect.
 
 There is a small model for each condition.
 """
@@ -187,7 +187,7 @@ def convolution_reads_a_residual_norms_statistics(self, x):
 
 @cases.add("bn+bn-add-act", "bn+bn-add-act", grad=False)
 def second_norms_input_is_written_afterwards(self, x):
-    """Tested without gradients. With them both models raise, because both save the input z."""
+    """With gradients, the stock and the fused model would raise, because both save the input z."""
     z = x * 1
     y = F.relu(self.bn(x) + self.bn2(z))
     z.mul_(2)

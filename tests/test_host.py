@@ -64,7 +64,7 @@ def test_a_machine_that_changes_its_speed_does_not_change_a_ratio(monkeypatch):
         def call():
             nonlocal now, calls
             calls += 1
-            now += 1000 * cost * (1 + calls // 100 % 2)  # every second hundred is slower
+            now += 1000 * cost * (1 + calls // 100 % 2)  # slower in every second hundred calls
 
         return host.Timed(row, kind, nn.Identity(), call)
 
@@ -105,7 +105,7 @@ def test_a_convolution_that_computes_nothing_returns_the_same_layouts(
         inputs = [x, weight.requires_grad_(), *([torch.randn(6).requires_grad_()] if bias else [])]
         y = F.conv2d(*inputs, stride=stride, padding=padding, dilation=dilation)
         tensors = [y, *torch.autograd.grad(y, inputs, torch.ones_like(y))]
-        # Compares memory formats, because the strides of dimensions of size 1 are arbitrary.
+        # Compares memory formats, not strides: strides of dimensions of size 1 are arbitrary.
         formats = [
             [
                 t.is_contiguous(memory_format=f)

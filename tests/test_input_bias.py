@@ -176,9 +176,9 @@ def test_each_call_of_a_norm_updates_once(momentum, route):
 
 
 def draw():
-    """Returns the tensors with gradients of two norms, and the norms' common running statistics.
+    """Returns six tensors that require gradients, and running statistics (mean, var).
 
-    The tensors with gradients are x, the residual, weight, bias and the two input biases.
+    The six tensors are x, residual, weight, bias, and the input biases of two norms.
     """
     torch.manual_seed(3)
     x, residual = torch.randn(2, 3, 2, 2, 8, device=DEVICE, dtype=torch.float64)

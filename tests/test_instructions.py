@@ -1,4 +1,4 @@
-"""Compares the computed numbers of executed instructions with counts by hand."""
+"""Tests `benchmarks.audit.instructions`: compares its counts with counts by hand."""
 
 import numpy as np
 import pytest
@@ -105,9 +105,10 @@ def trips(depth: int, *each: int) -> LoopTrips:
 def test_nested_loops_a_call_and_a_slow_path():
     loops = [trips(0, 3, 1, 0, 4), trips(1, 1, 2, 5, 3)]
     flow = Flow(parse_instructions(NESTED), loops)
-    # 8 instructions run once. 5 instructions of the outer loop run twice. 3 instructions of the
-    # inner loop run (3·1 + 1·2 + 0·5 + 4·3) / 4 = 4.25 times. The slow path never runs, and the
-    # routine is not counted.
+    # Counts are means over four programs. ``loops`` has the trips of each program. 8 instructions
+    # run once in every program. 5 instructions of the outer loop run 3, 1, 0 and 4 times, which is
+    # twice on average. 3 instructions of the inner loop run 3·1, 1·2, 0·5 and 4·3 times, which is
+    # 4.25 times on average. The slow path never runs, and the routine is not counted.
     assert sum(count for _, count in flow.executed) == 8 + 5 * 2 + 3 * 4.25
     assert {i.address for i, count in flow.executed if not count} == {0x40, 0x50}
     assert flow.calls_in_loops == 1
@@ -125,7 +126,8 @@ def test_unrolled_loop():
     flow = Flow(parse_instructions(UNROLLED), [loop])
     assert flow.unrolled == [4]
     assert sum(count for i, count in flow.executed if i.name == "STG") == (11 + 4 + 1 + 2) / 4
-    # The loop's two other instructions run once per four trips.
+    # The loop's two other instructions run once per four trips: twice in the first program, once in
+    # the second, and never in the last two.
     assert sum(count for i, count in flow.executed if i.address in (0x50, 0x60)) == 2 * (2 + 1) / 4
 
 

@@ -136,7 +136,7 @@ def test_outputs_may_be_allocated_by_the_caller(last):
         for ours, given, wanted in zip(*map(tree_leaves, (found, out, expected)), strict=True):
             assert ours is given
             assert ours is None or torch.equal(ours, wanted)
-    # Without write_dresidual, dresidual is None, and dx is the same as with it.
+    # Without write_dresidual, dresidual is None, and dx does not change.
     both = bn_backward.bn_backward_dx(*backward, sums, count, write_dresidual=True)
     dx, dresidual = bn_backward.bn_backward_dx(*backward, sums, count)
     assert dresidual is None and torch.equal(dx, both[0])
@@ -275,7 +275,7 @@ def test_versions_whose_interpreter_fails_are_refused():
 
 @pytest.mark.parametrize("momentum", [0.3, torch.tensor([0.3])], ids=type)
 def test_combined_moments_of_parts_are_the_statistics_of_the_whole(momentum):
-    """The parts stand for the batches of ranks. One is empty, and one has a value per channel."""
+    """Each part is a rank's batch. One is empty, and one has a single value per channel."""
     if isinstance(momentum, torch.Tensor):
         momentum = momentum.to(DEVICE)
     x = torch.randn(9, 5, 3, generator=torch.Generator().manual_seed(0)).to(DEVICE) + 100

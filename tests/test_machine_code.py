@@ -1,4 +1,4 @@
-"""Tests the computed numbers of a compiled kernel's executed instructions, without a GPU.
+"""Tests how the audit counts the executed instructions of a compiled kernel, without a GPU.
 
 The kernel is compiled in a new process, because triton's interpreter and compiler can't be used in
 the same process.

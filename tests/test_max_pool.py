@@ -79,7 +79,7 @@ def same_bits(found, expected):
 
 
 def check_forward(x, norm, act):
-    """Compares with max_pool2d. It chooses the first of equal maxima, and of NaNs the last."""
+    """Compares with max_pool2d, which chooses the first of equal maxima and the last of NaNs."""
     y, argmax, x_max = bn_max_pool.bn_max_pool(x, norm, act, 0.1, save=True)
     values, _ = bn_forward.bn_apply(x, norm, None, None, act, 0.1)
     expected, flat = F.max_pool2d(values.float(), 3, 2, 1, return_indices=True)

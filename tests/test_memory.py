@@ -15,8 +15,8 @@ if torch.cuda.is_available():
 from benchmarks.audit.memory import operation_traffic
 
 SHAPE = (16, 32, 16, 16)
-# In each program, the kernel of the statistics reads four more elements per channel, to choose a
-# value that it subtracts from x. At this shape these reads are less than this share of x's bytes.
+# To choose a value that it subtracts from x, each program of the statistics' kernel reads four more
+# elements per channel. At this shape, these reads are fewer bytes than SLACK times the size of x.
 SLACK = 0.03
 
 

@@ -1,4 +1,4 @@
-"""Tests of models that are named by their factories."""
+"""Tests of models that a user names as PACKAGE.MODULE:FACTORY."""
 
 import json
 import sys
@@ -68,7 +68,7 @@ def test_models_of_torchvision_and_timm():
 
 @pytest.mark.parametrize("fused", [True, False])
 def test_training_equals_the_stock_models(graphs, fused):
-    """Fusing does not change the keys, and changes the losses only by rounding."""
+    """Fusing keeps the keys of the state dict, and changes the losses only by rounding."""
     found = []
     for each in (fused, False):
         asked = config(f"{OWN}:Net", fused=each, device="cpu")
@@ -97,7 +97,7 @@ def test_compiled_models_are_fused(graphs, monkeypatch):
 
 
 def test_commands(tiny, tmp_path, monkeypatch, graphs):
-    """A module in the current folder is trained, evaluated and exported."""
+    """A model whose factory is in the current folder is trained, evaluated and exported."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.path", ["/elsewhere", *sys.path])
     (tmp_path / "my_net.py").write_text(

@@ -24,7 +24,7 @@ def build(tree, out, what):
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    """Builds the wheel in a copy, because a build leaves files that later builds would include."""
+    """Builds in a copy of the repository: a build leaves files that later builds would include."""
     folder = tmp_path_factory.mktemp("packaging")
     ignored = shutil.ignore_patterns(".*", "__pycache__", "build", "dist", "*.egg-info", "runs")
     shutil.copytree(ROOT, folder / "bnres", symlinks=True, ignore=ignored)

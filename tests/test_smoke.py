@@ -179,9 +179,9 @@ MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)
 
 
 def check_augment(dtype, memory_format):
-    """Tests small images, each processed by one program, and larger images.
+    """Tests small images, each processed by one program, and larger ones, shared by several.
 
-    For larger images a separate kernel computes the contrast.
+    For the larger images a separate kernel sums the gray values that contrast needs.
     """
     jitter = augment.ColorJitter(0.5, 0.2, 0.6, 0.4)
     for size, crop in ((12, augment.RandomResizedCrop((9, 7))), (36, augment.RandomCrop(34, 2))):

