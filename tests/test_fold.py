@@ -154,6 +154,35 @@ def test_tensors_that_are_read_elsewhere_are_kept(read):
     torch.testing.assert_close(folded(x), model(x))
 
 
+class CallsWithAnotherTensor(nn.Module):
+    """A model that calls one of its modules with another tensor than the module's own."""
+
+    def __init__(self, name):
+        super().__init__()
+        self.name, self.conv, self.bn = name, nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+        own = self.get_parameter(name) if "running" not in name else self.get_buffer(name)
+        self.register_buffer("other", own.detach() + 1)
+
+    def forward(self, x):
+        for child in ("conv", "bn"):
+            owner, _, name = self.name.partition(".")
+            tensors = {name: self.other} if owner == child else {}
+            x = torch.func.functional_call(getattr(self, child), tensors, (x,))
+        return x
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["conv.weight", "conv.bias", "bn.weight", "bn.bias", "bn.running_mean", "bn.running_var"],
+)
+def test_modules_called_with_another_tensor_are_kept(name):
+    model = with_statistics(CallsWithAnotherTensor(name).to(DEVICE)).double()
+    x = batch(2, 3, 4, 4)
+    folded = bnres.fold(model, x)
+    assert isinstance(folded.bn, nn.BatchNorm2d)
+    torch.testing.assert_close(folded(x), model(x))
+
+
 def test_forwards_that_can_not_be_folded_are_refused():
     class AsksForABias(nn.Module):
         def __init__(self):

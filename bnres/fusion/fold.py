@@ -102,17 +102,18 @@ def _pairs(
         call = norm_call(node)
         if call is None or call.conv is None or call.training:
             continue
-        state, weight = call.state, call.conv["weight"]
-        read = (weight, state.input_bias, *state[:4])
         names = module_name(call.input), module_name(node)
         conv, bn = (modules.get(name) for name in names)
-        if (
-            type(conv) is nn.Conv2d
-            and type(bn) in (nn.BatchNorm2d, nn.SyncBatchNorm)
-            and not hooked(conv, bn)
-            and all(n is None or (n in tensors and only_user(n)) for n in read)
-            and tensors[weight] is conv.weight
-            and tensors[state.running_mean] is bn.running_mean  # type: ignore[union-attr]
+        if conv is None or bn is None or hooked(conv, bn):
+            continue
+        if type(conv) is not nn.Conv2d or type(bn) not in (nn.BatchNorm2d, nn.SyncBatchNorm):
+            continue
+        # Each tensor that the calls read must be the module's own, and nothing else may read it.
+        read = (call.conv["weight"], call.state.input_bias, *call.state[:4])
+        own = conv.weight, conv.bias, bn.running_mean, bn.running_var, bn.weight, bn.bias
+        if all(
+            t is None if n is None else tensors.get(n) is t and only_user(n)
+            for n, t in zip(read, own, strict=True)
         ):
             found[node] = names
     return found
