@@ -278,6 +278,17 @@ def test_the_input_is_written_between(name):
     check(forward, ["bn"], reason, grad=False)
 
 
+@pytest.mark.parametrize("name", WRITES)
+def test_the_residual_is_written_afterwards(name):
+    def forward(self, x):
+        z = x.detach() * 1
+        y = F.silu(self.bn(x) + z)
+        WRITES[name](z)
+        return y
+
+    check(forward, ["bn"], "the added tensor or the bias of the batch norm is written in place")
+
+
 def test_an_argument_of_a_checkpoint_that_is_written_afterwards():
     def forward(self, x):
         x = self.conv(x)
@@ -318,6 +329,28 @@ def test_inputs_that_share_memory(wrap):
         found = bnres.fuse(stock)((y := x.clone(), wrap(y)))
         torch.testing.assert_close(found, stock((z := x.clone(), wrap(z))))
     assert [site.pattern for site in sites] == ["bn"]
+
+
+def test_a_residual_that_shares_memory_with_a_tensor_of_another_class():
+    """Autograd does not know that a write to a `TwoTensor` changes the two tensors in it."""
+
+    def forward(self, x):
+        x, part = x
+        y = F.silu(self.bn(x * 2) + x)
+        part.mul_(2)
+        return y
+
+    stock, x = stock_norms(forward), images()
+    for route in ROUTES:
+        grads = []
+        with bnres.use_backend(route), recorded_sites() as sites:
+            for model in (stock, bnres.fuse(stock)):
+                model.zero_grad()
+                y = x.detach().clone()
+                model((y, TwoTensor(y, y))).square().sum().backward()
+                grads.append(model.bn.weight.grad)
+        torch.testing.assert_close(*grads)
+        assert [site.pattern for site in sites] == ["bn"]
 
 
 def test_a_convolution_in_autocast():

@@ -219,15 +219,21 @@ def hazard(match: Match) -> str:
     # There is one exception: the addition itself may be in place, as in ``residual += z``. A later
     # write then changes the sum. The fused call stores the sum in a new tensor, so the later write
     # does not change the residual that our backward reads.
+    end = max(match.nodes)
     residual = match.options.get("residual") if len(match.norms) == 1 else None
     becomes_sum = residual in [w for n in match.nodes for w in writes(n) or []]
-    read = [norm.state.bias for norm in match.norms] + ([] if becomes_sum else [residual])
-    kept, end = {storage(n) for n in read if isinstance(n, fx.Node)}, max(match.nodes)
-    readers = (
-        n for n in end.graph.nodes if n > end and kept & set(map(storage, n.all_input_nodes))
-    )
-    if any(storage(w) in kept for n in readers for w in writes(n) or []):
-        return "the added tensor or the bias of the batch norm is written in place afterwards"
+    biases = [norm.state.bias for norm in match.norms]
+    kept = {storage(n) for n in biases if isinstance(n, fx.Node)}
+    if residual is not None and not becomes_sum:
+        # If a written node has no storage, it may be a list that contains the residual.
+        kept |= {storage(residual), None}
+    for node in end.graph.nodes:
+        inputs = set(map(storage, node.all_input_nodes))
+        if not node > end or node.op == "output" or not inputs & kept:
+            continue
+        written = writes(node)
+        if inputs & kept - {None} if written is None else kept & set(map(storage, written)):
+            return "the added tensor or the bias of the batch norm is written in place afterwards"
     return ""
 
 
