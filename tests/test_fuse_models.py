@@ -8,6 +8,7 @@ import sys
 import weakref
 from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -609,5 +610,10 @@ def test_inductor_cache_key():
         assert first.uuid() != key
     with bnres.recompute():
         assert first.uuid() != key
+    with patch("bnres.fusion.inductor.get_hash_for_files", side_effect=str) as hashed:
+        assert first.uuid() != key
+    (sources,) = hashed.call_args.args
+    ends = ("bnres/fusion/match.py", "bnres/kernels/bn_forward.py")
+    assert all(any(source.endswith(end) for source in sources) for end in ends)
     assert FusePass([first]).uuid() != key
     assert FusePass(lambda graph: None).uuid() is None

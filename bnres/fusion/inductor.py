@@ -1,6 +1,6 @@
 """The Inductor pass that fuses batch norms."""
 
-from pathlib import Path
+import glob
 from typing import Any
 
 from torch import fx
@@ -31,9 +31,10 @@ class FusePass(CustomGraphPass):
         others = [each.uuid() if hasattr(each, "uuid") else None for each in self.before]
         if None in others:
             return None
-        sources = sorted(map(str, Path(bnres.__file__).parent.rglob("*.py")))
+        # Path.rglob would leave out bnres/kernels, which is a link in a checkout.
+        sources = glob.glob(f"{glob.escape(bnres.__path__[0])}/**/*.py", recursive=True)
         return (
-            get_hash_for_files(tuple(sources)),
+            get_hash_for_files(tuple(sorted(sources))),
             bnres.backend(),
             conv_route(),
             recomputes(),
