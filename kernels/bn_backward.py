@@ -2,7 +2,8 @@
 
 The elements of each channel are divided among programs. The part that one program processes is
 called a split. The reduce kernel computes the sums of each split. The finalize kernel adds the sums
-of all splits. The dx kernel computes the gradients of x and of the residual.
+of all splits. The dx kernel computes the gradients of x and of the residual. Tiles and sub-tiles
+are explained in `bnres.kernels.tiles`.
 
 The reduce and dx kernels need dz = (dy + dy_skip)·act'(z), which is the gradient of the
 activation's input z. dy is the gradient of y. If forward returned y twice, dy_skip is the gradient
@@ -159,7 +160,7 @@ def _bn_bwd_finalize_kernel(
     """Stores sum_dy = Σ dz and sum_dy_xhat = rstd·Σ dz·(x − mean) of each channel: (C,).
 
     If the residual has its own batch norm, the kernel also stores the two sums of this batch norm.
-    They are computed from the residual instead of x.
+    Its sum_dy is the same. Its sum_dy_xhat is computed from the residual instead of x.
     """
     offs_c = tl.program_id(0) * FINALIZE_CHANNELS + tl.arange(0, FINALIZE_CHANNELS)
     mask_c = offs_c < C
@@ -288,10 +289,10 @@ def bn_backward_reduce(
     Here dz = (dy + dy_skip)·act'(z) and xhat = (x − mean)·rstd. act'(z) is the element's bit in
     ``mask``. If ``mask`` is None, act'(z) is computed from z, which is recomputed from ``x`` and
     ``residual``. If ``residual_norm`` is not None, the two sums of this batch norm are returned
-    too. They are computed from ``residual`` instead of ``x``. Each sum is (C,), in fp64 if ``x`` is
-    fp64, otherwise in fp32. ``dy``, ``dy_skip`` and ``residual`` have the memory format of ``x``.
-    Without ``write_dz``, the returned dz is None. ``out`` is the pair (sums, dz), allocated by the
-    caller.
+    too. Its xhat is computed from ``residual`` instead of ``x``. Each sum is (C,), in fp64 if ``x``
+    is fp64, otherwise in fp32. ``dy``, ``dy_skip`` and ``residual`` have the memory format of
+    ``x``. Without ``write_dz``, the returned dz is None. ``out`` is the pair (sums, dz), allocated
+    by the caller.
     """
     planes = 2 if residual_norm is None else 3
     sums, dz = out or (

@@ -2,7 +2,8 @@
 
 The elements of each channel are divided among programs. The part that one program processes is
 called a split. The statistics kernel computes the sums of each split. The finalize kernel computes
-each channel's statistics from the sums of all splits. The apply kernel computes y.
+each channel's statistics from the sums of all splits. The apply kernel computes y. Tiles and
+sub-tiles are explained in `bnres.kernels.tiles`.
 """
 
 import torch

@@ -6,7 +6,7 @@ the activation's input is 0 at all positions that are not the maximum of a windo
 and Σ dz·xhat, `bn_backward.bn_backward_reduce` therefore reads x_max instead of x.
 
 A program processes a block of columns of pooling windows. It computes the positions of the columns
-once, and then loops over the rows of windows. The loop therefore contains no division. In forward a
+once, before it loops over the rows of windows, so the loop contains no division. In forward a
 program normalises each row of x once, although two rows of windows overlap in one row of x. A
 window position outside x is replaced by its neighbour inside x. The neighbour is in the same
 window, so the maximum doesn't change.
@@ -208,8 +208,9 @@ def _value(x, mean, scale, bias, param, ACT: tl.constexpr):
 def _load_row(row_ptr, left, middle, right, exists, TILE: tl.constexpr):
     """Loads x at each window's left, middle and right position in one row.
 
-    In contiguous tensors, only the first window's left position is loaded. The left position of
-    each other window is the right position of the window before it.
+    In contiguous tensors, each row of a tile is a vector of windows. The left position is loaded
+    only for the first window of a vector. For each later window it is the right position of the
+    window before.
     """
     x_left = tl.load(row_ptr + left, mask=exists)
     if TILE.kind == CHANNELS:
@@ -227,7 +228,9 @@ def _greatest_of_row(
     """Returns the greatest value in one row of each window, and the tagged x of this value.
 
     A tagged x is a result of `_tagged`. The row's positions in the window are ``first``,
-    ``first + 1`` and ``first + 2``.
+    ``first + 1`` and ``first + 2``. The left value is from position ``first + left_tap``, and the
+    right value from ``first + right_tap``. At the left or right edge of x, this is the middle
+    position.
     """
     y_right = _value(x_right, mean, scale, bias, param, ACT)
     best = _value(x_left, mean, scale, bias, param, ACT)
@@ -382,7 +385,7 @@ def _bn_max_pool_bwd_dx_kernel(
     else:
         has_next = exists & (ow + TILE.vector < OW)
         next_at = window + TILE.vector
-    one = tl.arange(0, 1)[:, None]  # a 0 as a tensor: adding it to a scalar gives a tensor
+    one = tl.arange(0, 1)[:, None]  # a single 0: adding it to a scalar gives a tensor
 
     row = (start - 1) * (OW * step)
     in_row = start + one > 0

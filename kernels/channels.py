@@ -121,7 +121,7 @@ def load_line(
 ):  # fmt: skip
     """Returns the offset and slope of the part of dx that depends on sum_dy and sum_dy_xhat.
 
-    This part is offset + slope·(x − mean) = −(sum_dy + xhat·sum_dy_xhat)/count·scale, where
+    This part is offset + slope·(x − mean) = −scale·(sum_dy + xhat·sum_dy_xhat)/count, where
     xhat = (x − mean)·rstd and scale = rstd·weight.
     """
     _, rstd, scale = norm

@@ -1,9 +1,9 @@
 """Convolution fused with batch norm, residual and activation, for inference.
 
 The kernel computes the convolution of channels_last tensors as a matrix product. Each row of the
-product is an output position, and each column is an output channel. Each sum is over the filter's
-positions and the input channels. Before the kernel stores the product, it applies the batch norm,
-adds the residual and applies the activation.
+product is an output position, and each column is an output channel. Each element of the product is
+a sum over the filter's positions and the input channels. Before the kernel stores the product, it
+applies the batch norm, adds the residual and applies the activation.
 """
 
 from functools import lru_cache

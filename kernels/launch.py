@@ -186,8 +186,8 @@ def launch(kernel: Any, plan: Plan, **named: Any) -> None:
     Args:
         kernel: function decorated with `triton.jit`, whose first parameter is a tensor.
         plan: the grid and some of the kernel's arguments.
-        named: the arguments that are not in ``plan``. A pointer that is in neither is passed as
-            None, and an eps that is in neither as 0.
+        named: the arguments that are not in ``plan``. A pointer that is missing from
+            ``plan`` and ``named`` is passed as None, and a missing eps as 0.
 
     Raises:
         TypeError: if ``named`` has an argument that the kernel doesn't have, or if an argument that

@@ -54,8 +54,8 @@ class Sums(NamedTuple):
     """The sums over each channel that backward needs: Σ dz and Σ dz·xhat, each (C,).
 
     Here dz is the gradient of the activation's input, and xhat = (x − mean)·rstd. If the residual
-    has its own batch norm, ``residual_dy`` and ``residual_dy_xhat`` are the same two sums, computed
-    from the residual instead of x. Otherwise they are None.
+    has its own batch norm, ``residual_dy`` and ``residual_dy_xhat`` are the two sums of this batch
+    norm, whose xhat is computed from the residual instead of x. Otherwise they are None.
     """
 
     dy: Tensor

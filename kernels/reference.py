@@ -203,8 +203,8 @@ def bn_backward_reduce_ref(
     """Returns the sums Σ dz and Σ dz·xhat of each channel, and dz.
 
     Here dz = (dy + dy_skip)·act'(z) and xhat = (x − mean)·rstd. If ``residual_norm`` is not None,
-    the two sums of this batch norm are returned too. They are computed from ``residual`` instead of
-    ``x``. Without ``write_dz``, the returned dz is None.
+    the two sums of this batch norm are returned too. Its xhat is computed from ``residual`` instead
+    of ``x``. Without ``write_dz``, the returned dz is None.
     """
     inputs = x, norm, residual, residual_norm
     dz = _pre_activation_grad(dy, dy_skip, mask, act, act_param, *inputs)
@@ -234,7 +234,7 @@ def bn_backward_dx_ref(
     """Returns dx and dresidual, the gradients of ``x`` and ``residual``.
 
     Without ``write_dresidual``, dresidual is None. If ``residual_norm`` is None, dresidual is the
-    gradient of the activation's input. Otherwise it is the gradient through ``residual_norm``.
+    gradient of the activation's input. Otherwise it is computed like dx, but from ``residual``.
     """
     inputs = x, norm, residual, residual_norm
     dz = _pre_activation_grad(dy, dy_skip, mask, act, act_param, *inputs)

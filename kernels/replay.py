@@ -155,7 +155,7 @@ class Replay:
     def _record(
         self, launches: list[Launch], tensors: list[Tensor | None], output: Tensor | None
     ) -> None:
-        """Stores the launches, and for each of their pointers where it points.
+        """Stores the launches, and the place to which each of their pointers points.
 
         A pointer points into one of the ``tensors`` or into scratch memory.
         """

@@ -19,7 +19,7 @@ from bnres.train.config import DTYPES, TrainConfig
 
 
 def chains(config: TrainConfig, dataset: ImageDataset | FolderDataset) -> tuple[Compose, Compose]:
-    """Returns two augmentations: one of the training images and one of the held-out images.
+    """Returns two augmentations: one for training images and one for held-out images.
 
     With mixed precision, both augmentations return images in the run's 16-bit dtype, so that
     autocast does not have to convert the images.

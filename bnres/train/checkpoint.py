@@ -99,7 +99,8 @@ def load_checkpoint(path: Path, state: TrainState, config: TrainConfig) -> None:
             f"resume: {path} is already complete ({config.epochs} of {config.epochs} epochs)"
         )
     set_weights(state.model, content["model"], f"resume: {path}", config.model)
-    # The optimiser's options fused and foreach depend on the device, so this run keeps its own.
+    # The optimiser's options fused and foreach depend on the device, so they are not taken from the
+    # checkpoint.
     for saved, own in zip(
         content["optimizer"]["param_groups"], state.optimizer.param_groups, strict=True
     ):

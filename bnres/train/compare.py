@@ -19,10 +19,11 @@ def other_threads() -> int:
 def prepare_comparison(config: TrainConfig) -> dict[str, Run]:
     """Returns three runs by name: one with fused layers, one with stock layers, and a control.
 
-    All have the same seed. Two correct programs may round differently, and then their losses differ
-    more with every step. The control shows how large such a difference is. It has stock layers, but
-    adds numbers in another order: on the CPU it uses another number of threads, and on a GPU the
-    other memory format.
+    All three have the same seed. Two correct programs may round differently, and then their losses
+    differ more with every step. The control shows how large such a difference is: it has stock
+    layers, but adds numbers in a different order than the stock run. On the CPU, the control uses a
+    different number of threads. On a GPU, it uses contiguous tensors if the stock run uses
+    channels_last, otherwise channels_last.
 
     Raises:
         ValueError: if ``config`` resumes a run, or if the data, the model and the options don't fit

@@ -72,7 +72,7 @@ class TrainConfig:
     stem: str | None = _option(None, "Stem of a ResNet. Default: as the model defines.", STEMS)
     init: str = _option(
         "he",
-        "Initial weights: FILE.safetensors or a choice. With he, the model keeps its own.",
+        "Initial weights: FILE.safetensors or a choice. With he, the model's own weights are kept.",
         INITS,
     )
 

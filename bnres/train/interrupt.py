@@ -19,10 +19,11 @@ class Stopped(Exception):
 
 @contextmanager
 def stop_on_signal() -> Iterator[Stop]:
-    """Inside the context, the first Ctrl-C or SIGTERM only sets ``asked`` to True.
+    """Yields a `Stop`, and catches the first Ctrl-C or SIGTERM inside the context.
 
-    A second signal raises KeyboardInterrupt. In other threads than the main thread, the context
-    has no effect, because Python handles signals only in the main thread.
+    The first signal only sets ``asked`` of the `Stop` to True. A second signal raises
+    KeyboardInterrupt. Outside the main thread the context has no effect, because Python handles
+    signals only in the main thread.
     """
     stop = Stop()
     if threading.current_thread() is not threading.main_thread():

@@ -1,4 +1,4 @@
-"""Trains a module from Python, and writes no files."""
+"""Trains a given model, without the command line."""
 
 from rich.console import Console
 from torch import nn
@@ -13,10 +13,11 @@ from bnres.train.state import build_state
 def train_model(
     model: nn.Module, dataset: ImageDataset | FolderDataset, config: TrainConfig
 ) -> list[dict[str, float]]:
-    """Trains ``model`` in place, and returns each epoch's metrics, as in metrics.jsonl.
+    """Trains ``model`` in place, and returns each epoch's metrics.
 
-    During training the model is fused by `bnres.fuse`, unless ``config.fused`` is False. Afterwards
-    the model is unfused and in eval mode. No files are written.
+    The metrics are those that ``bnres train`` writes to metrics.jsonl. During training the model is
+    fused by `bnres.fuse`, unless ``config.fused`` is False. Afterwards the model is unfused and in
+    eval mode. No files are written.
 
     Args:
         model: maps images (N, channels, height, width) to logits (N, classes). It is moved to

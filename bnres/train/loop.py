@@ -63,8 +63,9 @@ def train_epoch(
         state: the state of the run. It is updated.
         batches: the data.
         config: the options of the run.
-        on_batch: called after each batch. It may save the state only after a step of the optimiser.
-            `train_batch` says when a step is made.
+        on_batch: called after each batch. It may save a checkpoint only after a step of the
+            optimiser, because a checkpoint has no gradients. `train_batch` says when a step is
+            made.
 
     Raises:
         NonFiniteLoss: if the loss of a batch is infinite or NaN.
@@ -102,9 +103,9 @@ def train_epoch(
 def train_batch(
     state: TrainState, images: Tensor, labels: Tensor, config: TrainConfig, batches: int
 ) -> None:
-    """Runs forward and backward of a batch. The optimiser makes a step if the batch ends a group.
+    """Runs forward and backward of a batch. After a group's last batch, the optimiser makes a step.
 
-    A group has ``config.accumulate`` batches, or fewer at the end of an epoch.
+    A group is ``config.accumulate`` consecutive batches. The last group of an epoch may have fewer.
 
     Args:
         state: the state of the run. It is updated.
@@ -155,7 +156,7 @@ def evaluate(
 ) -> tuple[float, float]:
     """Puts the model into eval mode, and returns its mean loss and accuracy on the held-out images.
 
-    Each process evaluates its part of the images. The results are those of all images.
+    Each process evaluates its part of the images. The loss and the accuracy are over all images.
     """
     world = world or World()
     model.eval()

@@ -83,9 +83,9 @@ def make_config(options: dict[str, Any], preset_name: str | None, file: Path | N
         file: a TOML file, or None.
 
     Raises:
-        ValueError: if the preset is unknown, if a file can't be read, or if a value is not allowed.
-            If a run is resumed, also if a preset or a TOML file is given, or if an option that is
-            not in ``FREE`` changes.
+        ValueError: if the preset is unknown, if a file can't be read, if a value is not allowed, or
+            if a resumed run is given a preset, a TOML file, or a new value of an option that is
+            not in ``FREE``.
     """
     resume = options.get("resume")
     if resume is None:

@@ -37,8 +37,8 @@ class Passes:
 
         Args:
             images, labels: the batch.
-            share: number of batches for each step of the optimiser. Before backward, the loss is
-                divided by this number. So the step uses the mean of the batches' gradients.
+            share: number of batches whose gradients are averaged for the next step of the
+                optimiser. Before backward, the loss is divided by this number.
         """
         with autocast(self.config):
             logits = self.forward(images)
@@ -52,8 +52,8 @@ class GraphedPasses(Passes):
 
     The host starts a replay with a single launch.
 
-    The first ``WARMUP_BATCHES`` full batches run without the graph, and so does a batch that is
-    smaller than the others. No batch is trained on twice.
+    The first ``WARMUP_BATCHES`` full batches, and all batches that are not full, are trained on
+    without the graph.
 
     The graph does not contain the step of the optimiser. torch's SGD stores the momentum as a
     Python number, so each replay would use the momentum at the time of the capture. But a one-cycle

@@ -198,9 +198,10 @@ def epoch_line(row: dict[str, float], epochs: int) -> str:
 
 
 def fit(run: Run, folder: Path, console: Console) -> None:
-    """Trains for all remaining epochs, and prints a line after each epoch.
+    """Trains for all remaining epochs.
 
-    After each epoch, it writes checkpoints, metrics and curves to ``folder``.
+    After each epoch, a line is printed, and checkpoints, metrics and curves are written to
+    ``folder``.
 
     Raises:
         Stopped: if a signal asked the run to stop. A checkpoint has then been written.

@@ -17,7 +17,7 @@ from bnres.train.config import TrainConfig
 def initialize_lazy_modules(model: nn.Module, name: str, images: tuple[int, int, int]) -> None:
     """Initialises a model's lazy modules, such as `torch.nn.LazyLinear`.
 
-    To do so, it calls the model on images of zeros. A model without lazy modules is not called.
+    If the model has lazy modules, it is called once on images of zeros.
 
     Args:
         model: the model, on the CPU.

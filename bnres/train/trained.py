@@ -67,7 +67,8 @@ def evaluate_checkpoint(path: Path, **changes: Any) -> tuple[TrainConfig, float,
         changes: options that replace those of the run, such as ``data``.
 
     Raises:
-        ValueError: if ``path`` is not a checkpoint, or if the data or the model does not fit it.
+        ValueError: if ``path`` is not a checkpoint, or if the checkpoint does not fit the data or
+            the model.
     """
     content = read_checkpoint(path)
     config = config_of(content, sync_bn=False, cuda_graphs=False, **changes)

@@ -22,7 +22,7 @@ def set_weights(model: nn.Module, weights: Mapping[str, Any], source: str, name:
     Args:
         model: the model.
         weights: the parameters and buffers by key.
-        source: text for the error that says where the weights come from.
+        source: the origin of the weights, named in the error.
         name: name of the model in the error.
 
     Raises:
@@ -31,7 +31,7 @@ def set_weights(model: nn.Module, weights: Mapping[str, Any], source: str, name:
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
-        # The first line of torch's message only names the model's class. Each other line may list
+        # The first line of torch's message only names the model's class. Each later line may list
         # hundreds of keys.
         lines = str(error).splitlines()[1:]
         reason = " ".join(shorten(line, 160, placeholder=" ...") for line in lines[:3])
