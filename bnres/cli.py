@@ -251,9 +251,10 @@ def doctor(
     input: Input = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Print problems of this machine, how to fix them, and the memory traffic that fusing saves.
+    """Print what is wrong on this machine and how to fix it.
 
-    The exit code is 1 if there is a problem.
+    If a model is named, also print how much memory traffic fusing it saves. The exit code is 1 if
+    something is wrong.
     """
     from bnres.doctor import diagnose
 

@@ -276,7 +276,7 @@ def test_every_site_of_resnet18_is_fused():
     assert report.splitlines()[20:-1] == [
         "",
         "One operation computes everything in a pattern:",
-        "conv  the convolution before the batch norm, or only its bias with +bn or pool",
+        "conv  the convolution before the batch norm; in a pattern with +bn or pool, only its bias",
         "bn    batch norm",
         "+bn   batch norm of the residual",
         "add   addition",

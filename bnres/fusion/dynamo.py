@@ -63,7 +63,7 @@ def lookup_backend(name: Any) -> Callable[..., Any]:
 
 
 def module_tensors(graph: fx.Graph) -> set[int]:
-    """Returns which inputs of a graph are attributes of modules, as the ids of their fake tensors.
+    """Returns the ids of the fake tensors of those graph inputs that are attributes of modules.
 
     A fake tensor has a shape and a dtype but no data. Dynamo does not record which inputs of a
     nested graph are attributes of modules. But the outer graph passes its inputs to the nested

@@ -39,9 +39,8 @@ def fold(model: nn.Module, *inputs: Any, **kwargs: Any) -> nn.Module:
     Raises:
         TypeError: if ``model`` is not a module, or if there are no example arguments.
         ValueError: if the model or one of its batch norms is in training mode, or if Dynamo does
-            not capture the model's forward as one graph. Also if the folded model's forward would
-            run other operations than before, for example because forward tests whether a
-            convolution has a bias.
+            not capture the model's forward as one graph. Also if forward would run different
+            operations after folding, for example because it tests whether a convolution has a bias.
     """
     folded = revert_sync_batchnorm(unfuse(model))
     if not (inputs or kwargs):
@@ -60,7 +59,9 @@ def fold(model: nn.Module, *inputs: Any, **kwargs: Any) -> nn.Module:
         folded.set_submodule(norm, nn.Identity())
     after, _ = _capture(folded, inputs, kwargs)
     if _called(after) != _called(graph, without=pairs):
-        raise ValueError("model can't be folded: its forward would then run other operations")
+        raise ValueError(
+            "model can't be folded: its forward would run different operations afterwards"
+        )
     return folded
 
 
@@ -93,9 +94,9 @@ def _capture(
 def _pairs(
     graph: fx.Graph, tensors: dict[fx.Node, Any], model: nn.Module
 ) -> dict[fx.Node, tuple[str, str]]:
-    """Returns, for the node of each batch norm to fold, two names of modules.
+    """Returns the pairs of a convolution and a batch norm to fold, as the names of the two modules.
 
-    The first name is the convolution's, and the second name is the batch norm's.
+    The key of a pair is the node of the batch norm.
     """
     modules, found = dict(model.named_modules(remove_duplicate=False)), {}
     for node in graph.nodes:
@@ -108,7 +109,8 @@ def _pairs(
             continue
         if type(conv) is not nn.Conv2d or type(bn) not in (nn.BatchNorm2d, nn.SyncBatchNorm):
             continue
-        # Each tensor that the calls read must be the module's own, and nothing else may read it.
+        # Besides its input, each of the two calls must read its module's own tensors, and nothing
+        # else may read these tensors.
         read = (call.conv["weight"], call.state.input_bias, *call.state[:4])
         own = conv.weight, conv.bias, bn.running_mean, bn.running_var, bn.weight, bn.bias
         if all(

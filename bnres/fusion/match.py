@@ -216,9 +216,9 @@ def hazard(match: Match) -> str:
         return found
     # Torch's backward reads neither the residual nor the biases of the batch norms, so a model may
     # write to them after the call. Our backward may read them, so such a write prevents the fusion.
-    # There is one exception: the addition itself may be in place, as in ``residual += z``. A later
-    # write then changes the sum. The fused call stores the sum in a new tensor, so the later write
-    # does not change the residual that our backward reads.
+    # There is one exception: after ``residual += z``, ``residual`` is the sum, so a later write
+    # changes the sum. The fused call stores the sum in a new tensor, so the later write does not
+    # change the residual that our backward reads.
     end = max(match.nodes)
     residual = match.options.get("residual") if len(match.norms) == 1 else None
     becomes_sum = residual in [w for n in match.nodes for w in writes(n) or []]

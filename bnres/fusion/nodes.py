@@ -39,6 +39,7 @@ ACTIVATIONS = {
 }
 RELU6 = ({"min_val": 0, "max_val": 6}, {"min": 0, "max": 6})
 
+# The names of functions and methods that write to their first argument, such as add_ and iadd.
 IN_PLACE = re.compile(
     r".*[^_]_|_*i(add|sub|mul|truediv|floordiv|matmul|pow|and|or|xor)_*|setitem|__set.*"
 )
@@ -133,8 +134,8 @@ def torch_name(node: fx.Node | None) -> str:
 def arguments(node: fx.Node, names: tuple[str, ...]) -> dict[str, Any] | None:
     """Returns the arguments of a call by name.
 
-    ``names`` are the function's argument names in order. If the call has another argument, the
-    result is None.
+    ``names`` are the function's argument names in order. If the call has an argument that is not in
+    ``names``, the result is None.
     """
     found = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
     return found if len(node.args) <= len(names) and set(found) <= set(names) else None
@@ -143,8 +144,8 @@ def arguments(node: fx.Node, names: tuple[str, ...]) -> dict[str, Any] | None:
 def constants(node: Any, names: tuple[str, ...]) -> dict[str, Any] | None:
     """Returns the arguments of a call after its input, by name.
 
-    ``names`` are the names of these arguments in order. The result is None if the call has another
-    argument, or if the value of one of these arguments is a node.
+    ``names`` are the names of these arguments in order. The result is None if the call has an
+    argument that is not in ``names``, or if the value of one of these arguments is a node.
     """
     found = arguments(node, ("input", *names)) or {}
     if [name for name, v in found.items() if isinstance(v, fx.Node)] != ["input"]:
@@ -194,7 +195,7 @@ def convolution(node: fx.Node) -> dict[str, Any] | None:
 
 
 def stem_convolution(node: fx.Node) -> tuple[Any, ...] | None:
-    """Returns the input, weight and bias of a node if `stem_conv2d` computes the same convolution.
+    """Returns a node's input, weight and bias if `stem_conv2d` can compute the node's convolution.
 
     Otherwise the result is None.
     """
@@ -238,9 +239,8 @@ def writes(node: fx.Node) -> list[fx.Node] | None:
     first = [n for n in given if isinstance(n, fx.Node)]
     if IN_PLACE.fullmatch(name):
         return first
-    # If a function is from neither torch nor Python, it is unknown to what it writes. This is also
-    # unknown if the function has no tensor as its result, because it may be called for a side
-    # effect, such as disabling gradients.
+    # A function from neither torch nor Python may write to any tensor. A function without a result
+    # may be called for a side effect, such as disabling gradients. The answer is None for both.
     if node.op != "call_method" and (not name or node.meta.get("example_value") is None):
         return None
     asked = node.kwargs.get("inplace") or any(a is True for a in node.args)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 # The meaning of each part of a pattern.
 MEANINGS = {
-    "conv": "the convolution before the batch norm, or only its bias with +bn or pool",
+    "conv": "the convolution before the batch norm; in a pattern with +bn or pool, only its bias",
     "bn": "batch norm",
     "+bn": "batch norm of the residual",
     "add": "addition",
