@@ -33,9 +33,10 @@ PASSES = {
     ("dual_bn_add_relu", "backward"): (8, 0),
     ("dual_bn_add_relu", "eval"): (3, 0),
     ("dual_bn_add_relu_fork", "backward"): (10, 0),
-    # These numbers are for 3×3 pooling with stride 2 of a 16-bit activation. The output has S/4
-    # bytes. The forward in training also stores the positions of the maxima (S/8 bytes) and the
-    # input's values at these positions (S/4 bytes). The backward reads both.
+    # These numbers are for 16-bit activations and a 3×3 max-pool with stride 2. The output has S/4
+    # bytes. The forward in training also stores the input's values at the maxima (S/4 bytes) and
+    # the positions of the maxima (S/8 bytes, which is 2 bits for each element of the input). The
+    # backward reads both.
     ("bn_relu_pool", "forward"): (2.5, 2),
     ("bn_relu_pool", "backward"): (2.75, 2),
     ("bn_relu_pool", "eval"): (1.25, 0),

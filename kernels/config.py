@@ -122,7 +122,8 @@ def tile_for(view: ChannelView, itemsize: int) -> Tile:
         vector=vector,
         aligned=aligned,
         even=even,
-        # Each channel's last tile may be almost empty, but the mask has bytes for the whole tile.
+        # The second term is one tile for each channel. The last tile of a channel may be almost
+        # empty, but the mask has bytes for the whole tile.
         narrow=view.numel + view.channels * MASK_UNROLL * THREADS * vector < NARROW_LIMIT,
         words=False,
     )

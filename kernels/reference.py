@@ -299,7 +299,7 @@ def pooled_offsets(argmax: Tensor, width: int) -> Tensor:
 
 
 def bn_max_pool_at_ref(x: Tensor, norm: Norm, act: str, act_param: float, argmax: Tensor) -> Tensor:
-    """Returns the y of `bn_max_pool_ref` for given positions ``argmax`` of the maxima."""
+    """Returns the y of `bn_max_pool_ref`, whose maxima are at the positions ``argmax``."""
     flat = pooled_offsets(argmax, x.shape[3]).flatten(2)
     values, _ = bn_apply_ref(x, norm, None, None, act, act_param)
     return values.flatten(2).gather(2, flat).view(argmax.shape)

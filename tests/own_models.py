@@ -1,4 +1,7 @@
-"""Models, and functions that return models. Commands name them ``tests.own_models:NAME``."""
+"""Models, functions that return models, and objects that bnres must refuse.
+
+On the command line they are written ``tests.own_models:NAME``.
+"""
 
 import os
 import signal

@@ -335,9 +335,10 @@ assert "bnres" in sys.modules
 
 @pytest.mark.slow
 def test_fused_models_do_not_share_the_limit_of_graphs(monkeypatch):
-    """torch stores at most 8 graphs per code object. All modules share the code of ``__call__``.
+    """torch stores at most 8 graphs for each code object.
 
-    So each fused model must be captured in code of its own.
+    All modules have the same code object for ``__call__``. So each fused model needs a new code
+    object. Otherwise the ninth model would not be fused.
     """
     from bnres.fusion import rewrite
 

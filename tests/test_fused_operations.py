@@ -295,9 +295,9 @@ def test_errors_name_the_argument():
     with pytest.raises(RuntimeError, match="residual_weight should contain 3 elements not 4"):
         other = state._replace(weight=torch.ones(4, device=DEVICE))
         batch_norm_act(x, mean, var, residual=x, residual_norm=other)
-    with pytest.raises(ValueError, match="residual must be given with residual_norm"):
+    with pytest.raises(ValueError, match="residual_norm needs a residual"):
         batch_norm_act(x, mean, var, residual_norm=state)
-    with pytest.raises(ValueError, match="residual must be given with residual_norm"):
+    with pytest.raises(ValueError, match="residual_norm needs a residual"):
         BatchNormAct2d(3, device=DEVICE)(x, residual_norm=nn.BatchNorm2d(3, device=DEVICE))
 
 

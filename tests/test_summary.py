@@ -157,6 +157,9 @@ def test_bad_input_is_one_line(command, arguments, line):
 
 
 def test_fused_models_show_their_stages():
-    """Hooks added before a fused model's first call are called for each of its children."""
+    """No stage is noted as not called.
+
+    `summarize` adds a hook to each child of the model before the model's first call.
+    """
     found = models.summarize(bnres.fuse(models.resnet18(fused=False)), (1, 3, 32, 32))
     assert [s.note for s in found.stages] == [""] * 11

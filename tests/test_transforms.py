@@ -123,7 +123,7 @@ def test_vmap_over_the_residual_only():
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", LAYERS)
 def test_ensemble(name, mode):
-    """Maps over the stacked parameters and statistics of several layers, with gradients."""
+    """Takes gradients under vmap over the stacked parameters and statistics of several layers."""
     layers = [layer_of(name, mode, seed) for seed in range(3)]
     xs, base = inputs_of(name), layer_of(name, mode)
     parameters, buffers = stack_module_state(layers)

@@ -76,12 +76,12 @@ def parse_instructions(text: str) -> list[Instruction]:
 
 
 def registers_and_stack(cubin: bytes) -> tuple[int, int]:
-    """Returns the number of a thread's registers, and the number of bytes of its stack.
+    """Returns how many registers a thread uses, and how many bytes of stack.
 
     Spilled registers are stored in the stack.
 
     Raises:
-        ValueError: if cuobjdump does not print them.
+        ValueError: if the output of cuobjdump does not have these numbers.
     """
     usage = _cuobjdump("-res-usage", cubin)
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)

@@ -23,7 +23,8 @@ class Subject:
     """Results of cases that differ only in the provider, which is the measured implementation.
 
     Attributes:
-        name: id of the cases without the provider. See `benchmarks.cases.OpCase.subject`.
+        name: the part of the ids that the cases share, which is everything before the provider.
+            See `benchmarks.cases.OpCase.subject`.
         records: the measured records by provider.
     """
 

@@ -22,7 +22,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "lenet-seed": lenet_seed,
 }
 
-# The input shapes of the models whose input shape is not DEFAULT_INPUT_SHAPE.
+# Models that are not listed here have the input shape DEFAULT_INPUT_SHAPE.
 INPUT_SHAPES = {
     "resnet18-seed": (1, 1, 224, 224),
     "resnet18-seed-cifar": (1, 3, 32, 32),

@@ -512,7 +512,7 @@ def as_call(
     if residual_norm is not None:
         norm = residual_norm
         if residual is None:
-            raise ValueError("residual must be given with residual_norm, got None")
+            raise ValueError("residual_norm needs a residual, but residual is None")
         counter = norm.num_batches_tracked if training else None
         device_momentum, residual_number = split_momentum(norm.momentum)
         inputs += (norm.weight, norm.bias, norm.input_bias)

@@ -54,8 +54,8 @@ def export_checkpoint(
         size: height and width of the images. By default they are the same as in training.
         folded: whether to fold batch norms into convolutions. It has no effect on safetensors.
         format: ``"pt2"`` is a torch.export archive, which `torch.export.load` reads without bnres.
-            ``"onnx"`` is an ONNX model. ``"safetensors"`` is a file of only the weights. Their
-            keys are those of the model without fused layers.
+            ``"onnx"`` is an ONNX model. ``"safetensors"`` is a file that has only the parameters
+            and buffers, with the keys of the model without fused layers.
 
     Raises:
         ValueError: if ``path`` is not a checkpoint, if ``out`` is a folder or is in a folder that
