@@ -126,9 +126,9 @@ class Traffic:
     def forward(self) -> list[int]:
         """The bytes that a process sends in each synchronisation of a forward.
 
-        A process sends a count, and for each channel the mean and the sum of squared deviations.
+        A process sends, for each channel, the count, the mean and the sum of squared deviations.
         """
-        return [STATISTICS * (1 + 2 * channels) for channels in self.sites]
+        return [STATISTICS * 3 * channels for channels in self.sites]
 
     @property
     def backward(self) -> list[int]:

@@ -17,7 +17,7 @@ def test_traffic_of_resnet18():
     # The last site of each of the three down-sampling blocks has two batch norms, so its channels
     # are counted twice.
     assert found.sites == (64,) * 5 + (128, 256, 128, 128, 256, 512, 256, 256, 512, 1024, 512, 512)
-    assert found.forward[0] == 4 * (1 + 2 * 64) and found.backward[0] == 4 * 2 * 64
+    assert found.forward[0] == 4 * 3 * 64 and found.backward[0] == 4 * 2 * 64
 
 
 def test_collectives_by_hand():
