@@ -258,14 +258,26 @@ def scaling(
     gloo: Annotated[
         bool, typer.Option(help="Also measure gloo on this CPU, and compare it with the model.")
     ] = False,
+    nvlink_gbs: Annotated[
+        float, typer.Option(help="GB/s that a GPU sends inside its node.", min=0.1)
+    ] = 450,
+    network_gbs: Annotated[
+        float, typer.Option(help="GB/s that a node sends to other nodes.", min=0.1)
+    ] = 400,
+    latency_scale: Annotated[
+        float, typer.Option(help="Factor by which NCCL's latencies are multiplied.", min=0.0)
+    ] = 1,
 ) -> None:
     """Predict the speed of training on many GPUs, with and without synchronised batch norm."""
     from benchmarks import scaling as model
 
+    cluster = model.Cluster(
+        nvlink=nvlink_gbs * 1e9, network=network_gbs * 1e9, latency=latency_scale
+    )
     if picture is not None:
         check_out(picture, "picture")
-        model.draw(picture)
-    typer.echo(model.table())
+        model.draw(picture, cluster)
+    typer.echo(model.table(cluster))
     if gloo:
         typer.echo(model.gloo_table())
 

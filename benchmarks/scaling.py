@@ -2,8 +2,8 @@
 
 The time of a training step is the step's time on one GPU plus the time of the communication that
 does not overlap with backward. The time of a collective is computed by NCCL's cost model: a latency
-for each transfer from GPU to GPU, plus bytes divided by bandwidth. The constants are NCCL's
-(src/graph/tuning.cc at 01afd20). Only the training step of ResNet-18 was measured on a GPU.
+for each step of the collective, plus bytes divided by bandwidth. `SOURCES` says where the constants
+come from. Only the training step of ResNet-18 was measured on a GPU.
 `gloo_table` compares the same formula with measured times of gloo on this machine's CPU.
 """
 
@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -31,7 +32,14 @@ BACKWARD = 2 / 3  # Backward takes this fraction of a step's time.
 # buckets, in bytes.
 FIRST_BUCKET, BUCKET = 1 << 20, 25 << 20
 GPUS = (8, 16, 32, 64, 128, 256, 512, 1024)
-STATISTICS = 4  # bytes of a number in the messages of synchronised batch norm, which are in fp32
+SOURCES = """\
+Sources: the constants of the formulas for collectives are those of
+[NCCL 2.7.5](https://github.com/NVIDIA/nccl/blob/01afd20/src/graph/tuning.cc). An H100's NVLink has
+[900 GB/s](https://www.nvidia.com/en-sg/technologies/hopper-architecture/) in both directions
+together, so 450 GB/s in each direction. An InfiniBand NDR adapter sends
+[400 Gb/s](https://docs.nvidia.com/networking/display/ConnectX7VPI/Introduction), so eight adapters
+send 400 GB/s."""
+STATISTICS = 4  # Synchronised statistics are in fp32, which has this many bytes.
 
 
 @dataclass(frozen=True)
@@ -62,15 +70,15 @@ class Cluster:
 
     Attributes:
         gpus: number of GPUs per node.
-        nvlink: bytes per second that a GPU sends inside its node. An H100 sends 450 GB/s in each
-            direction (NVIDIA's data sheet of the H100).
-        network: bytes per second that a node sends. Eight InfiniBand NDR adapters send 50 GB/s each
-            (NVIDIA's data sheet of the ConnectX-7).
+        nvlink: bytes per second that a GPU sends inside its node.
+        network: bytes per second that a node sends.
+        latency: the latencies are those of NCCL's constants, multiplied by this factor.
     """
 
     gpus: int = 8
     nvlink: float = 450e9
     network: float = 400e9
+    latency: float = 1.0
 
     def nodes(self, gpus: int) -> int:
         return max(gpus // self.gpus, 1)
@@ -84,12 +92,12 @@ class Cluster:
         nodes, local = self.nodes(gpus), min(gpus, self.gpus)
         rate = self.bandwidth(gpus)
         rings = (
-            p.base + 2 * ((gpus - nodes) * p.local + (nodes - 1) * p.remote)
+            self.latency * (p.base + 2 * ((gpus - nodes) * p.local + (nodes - 1) * p.remote))
             + 2 * (gpus - 1) / gpus * size / (rate * p.share)
             for p in RING
         )  # fmt: skip
         trees = (
-            p.base + 2 * ((local - 1) * p.local + math.log2(nodes) * p.remote)
+            self.latency * (p.base + 2 * ((local - 1) * p.local + math.log2(nodes) * p.remote))
             + 2 * size / (rate * p.share)
             for p in TREE
         )  # fmt: skip
@@ -102,7 +110,7 @@ class Cluster:
         """
         nodes = self.nodes(gpus)
         return min(
-            p.base + (gpus - nodes) * p.local + (nodes - 1) * p.remote
+            self.latency * (p.base + (gpus - nodes) * p.local + (nodes - 1) * p.remote)
             + (gpus - 1) * size / (self.bandwidth(gpus) * p.share)
             for p in RING
         )  # fmt: skip
@@ -138,6 +146,26 @@ class Traffic:
         """
         return [STATISTICS * 2 * channels for channels in self.sites]
 
+    @property
+    def buckets(self) -> list[int]:
+        """The bytes of each bucket of gradients, in the order in which they are sent."""
+        starts = [0, *range(FIRST_BUCKET, self.gradients, BUCKET), self.gradients]
+        return [end - start for start, end in pairwise(starts)]
+
+    def sent(self, gpus: int) -> tuple[float, int, int, int]:
+        """Returns what each of ``gpus`` GPUs sends in a step, if all collectives are rings.
+
+        The result has the bytes and the messages of the gradients, then the bytes and the messages
+        of synchronised batch norm.
+        """
+        others = gpus - 1
+        return (
+            2 * others / gpus * self.gradients,
+            2 * others * len(self.buckets),
+            others * sum(self.forward + self.backward),
+            others * 2 * len(self.sites),
+        )
+
 
 def traffic(net: str) -> Traffic:
     """Returns the bytes of a net's gradients, and the number of channels per synchronisation."""
@@ -153,22 +181,21 @@ def traffic(net: str) -> Traffic:
     return Traffic(sum(p.numel() for p in model.parameters()) * 4, tuple(sites))
 
 
-def exposed(gradients: int, backward: float, reduce: Callable[[int], float]) -> float:
+def exposed(buckets: Sequence[int], backward: float, reduce: Callable[[int], float]) -> float:
     """Returns the seconds from the end of backward to the end of the gradients' all-reduces.
 
     Gradients are sent in buckets. A bucket is sent when backward has computed all its gradients and
     the previous bucket has been sent.
 
     Args:
-        gradients: bytes of all gradients.
+        buckets: bytes of each bucket.
         backward: seconds of backward.
         reduce: returns the seconds of an all-reduce of a given number of bytes.
     """
     end, done = 0.0, 0
-    while done < gradients:
-        size = min(BUCKET if done else FIRST_BUCKET, gradients - done)
+    for size in buckets:
         done += size
-        end = max(end, backward * done / gradients) + reduce(size)
+        end = max(end, backward * done / sum(buckets)) + reduce(size)
     return max(end - backward, 0.0)
 
 
@@ -183,7 +210,7 @@ def step(net: str, gpus: int, cluster: Cluster, sync: str = "") -> float:
     """
     found, (one, _) = traffic(net), STEPS[net]
     total = one + exposed(
-        found.gradients, BACKWARD * one, lambda size: cluster.all_reduce(size, gpus)
+        found.buckets, BACKWARD * one, lambda size: cluster.all_reduce(size, gpus)
     )
     if sync:
         collective = cluster.all_reduce if sync == "all_reduce" else cluster.all_gather
@@ -208,19 +235,39 @@ KINDS = {
 
 
 def table(cluster: Cluster = Cluster()) -> str:
-    """Formats the modelled efficiency in Markdown, with its assumptions."""
-    lines = []
+    """Formats the modelled traffic and efficiency in Markdown, with the assumptions."""
+    lines = [
+        f"Assumptions: a node has {cluster.gpus} GPUs. Inside a node, each GPU sends "
+        f"{cluster.nvlink / 1e9:g} GB/s in each direction. Each node sends "
+        f"{cluster.network / 1e9:g} GB/s to other nodes. Latencies are {cluster.latency:g} times "
+        "those of NCCL.",
+        "",
+        SOURCES,
+        "",
+    ]
     for net, (seconds, source) in STEPS.items():
         found = traffic(net)
         forward, backward = sum(found.forward) / 1e3, sum(found.backward) / 1e3
         lines += [
-            f"The gradients of {net} have {found.gradients / 1e6:,.1f} MB. If the batch norms are "
-            f"synchronised, a process sends {forward:,.1f} kB in {len(found.sites)} collectives "
-            f"in forward, and {backward:,.1f} kB in {len(found.sites)} collectives in backward. "
-            "The model "
-            f"assumes that a GPU takes {seconds * 1e3:.2f} ms for a step of 256 images ({source}). "
-            "The table shows the efficiency: the throughput of each GPU, relative to training on "
-            "one GPU.",
+            f"{net} sends {found.gradients / 1e6:,.1f} MB of gradients in a step. Synchronised, "
+            f"its batch norms have {len(found.sites)} collectives in each direction, because those "
+            f"of a down-sampling block share one. A process sends {forward:,.1f} kB in forward and "
+            f"{backward:,.1f} kB in backward. Assumed time of a step of 256 images on a GPU: "
+            f"{seconds * 1e3:.2f} ms ({source}).",
+            "",
+            "If all collectives are rings, each GPU sends in a step:",
+            "",
+            "| GPUs | gradients, MB | messages | synchronised batch norm, MB | messages |",
+            "|---:" * 5 + "|",
+        ]
+        for gpus in GPUS:
+            size, messages, more_size, more_messages = found.sent(gpus)
+            cells = [f"{size / 1e6:.1f}", f"{messages:,}"]
+            cells += [f"{more_size / 1e6:.1f}", f"{more_messages:,}"]
+            lines.append(f"| {gpus} | {' | '.join(cells)} |")
+        lines += [
+            "",
+            "Efficiency is the throughput of a GPU, relative to training on one GPU:",
             "",
             "| GPUs | " + " | ".join(KINDS.values()) + " |",
             "|---:" * (1 + len(KINDS)) + "|",
