@@ -387,11 +387,14 @@ def resnet18(fused):
     return bnres.models.resnet18(num_classes=5, stem="cifar", fused=fused)
 
 
-def check_step(make, route, wrap, sizes=(2, 2, 2, 2)):
-    """Compares our net's step on this rank's part with the stock net's step on the whole batch."""
+def check_step(make, route, wrap, sizes=(2, 2, 2, 2), dtype=torch.float64, tolerance=1e-9):
+    """Compares a step of a net on this rank's part with a step of torch's layers on the batch.
+
+    ``dtype`` is the dtype of the net. Torch's layers compute in fp64.
+    """
     torch.manual_seed(0)
     x, labels, part = torch.randn(8, 3, 8, 8).double(), torch.arange(8) % 5, parts(sizes)
-    stock, ours = make(False).double(), make(True).double()
+    stock, ours = make(False).double(), make(True).to(dtype)
     ours.load_state_dict(stock.state_dict())
     assert bnres.convert_sync_batchnorm(ours) is ours
     net = ours
@@ -404,32 +407,46 @@ def check_step(make, route, wrap, sizes=(2, 2, 2, 2)):
     expected = stock(x)
     F.cross_entropy(expected, labels).backward()
     with bnres.use_backend(route):
-        y = net(x[part])
-        # The gradients are averaged over the four ranks. Because each rank divides its loss by 2,
-        # the average is the gradient of the mean loss of all eight images.
+        y = net(x[part].to(dtype))
+        # The ranks' gradients are averaged over four ranks. The average must be the gradient of the
+        # mean loss of all eight images.
         (F.cross_entropy(y, labels[part], reduction="sum") / 2).backward()
-    assert_near(y, expected[part], 1e-9)
+    assert_near(y, expected[part], tolerance)
     for a, b in zip(ours.parameters(), stock.parameters(), strict=True):
-        assert_near(a.grad.full_tensor() if wrap == "fsdp" else a.grad, b.grad, 1e-9)
+        assert_near(a.grad.full_tensor() if wrap == "fsdp" else a.grad, b.grad, tolerance)
     for a, b in zip(ours.buffers(), stock.buffers(), strict=True):
-        assert_near(a, b.double(), 1e-9)
+        assert_near(a, b.double(), tolerance)
 
 
+IN_FP64, IN_FP32 = (torch.float64, 1e-9), (torch.float32, TOLERANCE)
+# In fp32 a ResNet-18 rounds sums of up to 4,608 products in each of 20 layers. The rounding errors
+# of such a sum are about √4608 · 2⁻²⁴ ≈ 4e-6 of the sum. One process with torch's layers and
+# the whole batch has errors of this size too.
+DEEP_IN_FP32 = (torch.float32, 1e-5)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [IN_FP64, IN_FP32], ids=["fp64", "fp32"])
 @pytest.mark.parametrize(
     ("wrap", "sizes"), [("ddp", (2, 2, 2, 2)), ("ddp", (3, 0, 4, 1)), ("fsdp", (2, 2, 2, 2))]
 )
-def test_parallel_nets(four, wrap, sizes):
-    four.run(check_step, small_net, "aten", wrap, sizes)
+def test_parallel_nets(four, wrap, sizes, dtype, tolerance):
+    four.run(check_step, small_net, "aten", wrap, sizes, dtype, tolerance)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("make", "route"),
-    [(resnet18, "aten"), pytest.param(small_net, "triton-interpreter", marks=without_gpu)],
+    ("make", "route", "wrap", "precision"),
+    [
+        (resnet18, "aten", "ddp", IN_FP64),
+        (resnet18, "aten", "ddp", DEEP_IN_FP32),
+        pytest.param(small_net, "triton-interpreter", "ddp", IN_FP64, marks=without_gpu),
+        pytest.param(small_net, "triton-interpreter", "ddp", IN_FP32, marks=without_gpu),
+        pytest.param(small_net, "triton-interpreter", "fsdp", IN_FP32, marks=without_gpu),
+    ],
 )
-def test_nets_under_ddp(four, make, route):
+def test_large_or_interpreted_nets(four, make, route, wrap, precision):
     # The interpreter runs only the small net, because a ResNet-18 would take several minutes.
-    four.run(check_step, make, route, "ddp")
+    four.run(check_step, make, route, wrap, (2, 2, 2, 2), *precision)
 
 
 def check_two_forwards(route):
