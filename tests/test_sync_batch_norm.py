@@ -203,20 +203,28 @@ def check_groups(route):
     pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
     group, first = pairs[dist.get_rank() // 2], dist.get_rank() // 2 * 4
     torch.manual_seed(0)
-    x, half = torch.randn(8, 3, 4, 4), slice(first, first + 4)
-    ours = bnres.nn.SyncBatchNorm(3, process_group=group)
-    stock = nn.BatchNorm2d(3)
+    x, half = torch.randn(8, 3, 4, 4).double(), slice(first, first + 4)
+    stock = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU()).double()
+    ours = bnres.convert_sync_batchnorm(copy.deepcopy(stock), group)
     with bnres.use_backend(route):
         y = ours(x[parts((2, 2, 2, 2))])
+        y.square().sum().backward()
         copies = copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))
         for other in copies:
-            assert other.process_group is group
-    assert_near(y, stock(x[half])[dist.get_rank() % 2 * 2 :][:2].double())
-    assert_near(ours.running_var, stock.running_var.double())
+            assert other[1].process_group is group
+    expected = stock(x[half])
+    expected.square().sum().backward()
+    assert_near(y, expected[dist.get_rank() % 2 * 2 :][:2], 1e-12)
+    for name, buffer in stock.named_buffers():
+        assert_near(ours.get_buffer(name), buffer, 1e-12)
+    for a, b in zip(ours.parameters(), stock.parameters(), strict=True):
+        dist.all_reduce(a.grad, group=group)
+        assert_near(a.grad, b.grad, 1e-12)
+    assert bnres.nn.SyncBatchNorm(3, process_group=group).process_group is group
     outside = dist.new_group([3])
     if dist.get_rank() == 0:
         with pytest.raises(TypeError, match=r"process_group must be .* this process is in, got"):
-            bnres.convert_sync_batchnorm(stock, outside)
+            bnres.convert_sync_batchnorm(nn.BatchNorm2d(3), outside)
 
 
 def check_module(route, options):
