@@ -562,6 +562,26 @@ def test_trainer(four):
     four.run(check_trainer)
 
 
+def check_accumulation():
+    """Tests that gradients are exchanged once for each step of the optimiser."""
+    config = TrainConfig(
+        dataset="digits", model="tests.own_models:gray", batch_size=28, accumulate=2, device="cpu"
+    )
+    world = World(dist.get_rank(), 4, dist.group.WORLD)
+    exchanged = []
+    with bnres.use_backend("aten"):
+        state, batches = build_state(config, load_dataset("digits"), world)
+        for images, labels in itertools.islice(batches.train(0, 0), 4):
+            with torch.profiler.profile() as profile:
+                train_batch(state, images, labels, config, len(batches))
+            exchanged.append(any(e.name == "c10d::allreduce_" for e in profile.events()))
+    assert exchanged == [False, True, False, True]
+
+
+def test_accumulation(four):
+    four.run(check_accumulation)
+
+
 def check_fifty_steps(dtype, momentum, tolerance, static_graph):
     """For fifty steps, four ranks have the same losses as one process with the whole batch.
 
