@@ -503,8 +503,11 @@ def test_recompute(four):
     four.run(check_recomputed)
 
 
-def check_fused(route, convert):
-    """The fused copy of a converted stock model computes the same bits as our layers."""
+def check_fused(route, convert, fuses_first):
+    """A fused copy of a stock model computes the same bits as our layers.
+
+    The model is converted before it is fused or, with ``fuses_first``, after.
+    """
     torch.manual_seed(0)
     norm_act = layers.stock_norm_act
     stock = nn.Sequential(
@@ -513,11 +516,10 @@ def check_fused(route, convert):
     )  # fmt: skip
     ours = bnres.convert_sync_batchnorm(copy.deepcopy(stock))
     x = torch.randn(8, 3, 8, 8)[parts((2, 2, 2, 2))]
-    model = convert(stock)
+    fused = convert(bnres.fuse(stock)) if fuses_first else bnres.fuse(convert(stock))
     found = []
     with bnres.use_backend(route):
-        patterns = [site.pattern for site in bnres.explain(model, x).sites]
-        fused = bnres.fuse(model)
+        patterns = [site.pattern for site in bnres.explain(fused, x).sites]
         for net in (fused, ours):
             y = net(x)
             forward_backward = exchanges(lambda y=y: y.square().sum().backward())
@@ -528,14 +530,19 @@ def check_fused(route, convert):
 
 
 @pytest.mark.parametrize(
-    "convert", [bnres.convert_sync_batchnorm, nn.SyncBatchNorm.convert_sync_batchnorm],
-    ids=["ours", "torchs"],
-)  # fmt: skip
+    ("convert", "fuses_first"),
+    [
+        (bnres.convert_sync_batchnorm, False),
+        (bnres.convert_sync_batchnorm, True),
+        (nn.SyncBatchNorm.convert_sync_batchnorm, False),
+    ],
+    ids=["ours", "ours-after-fuse", "torchs"],
+)
 @pytest.mark.parametrize(
     "route", ["aten", pytest.param("triton-interpreter", marks=[pytest.mark.slow, without_gpu])]
 )
-def test_fused_models(four, route, convert):
-    four.run(check_fused, route, convert)
+def test_fused_models(four, route, convert, fuses_first):
+    four.run(check_fused, route, convert, fuses_first)
 
 
 def check_trainer():
