@@ -17,33 +17,36 @@ ROOT = Path(__file__).parent.parent
 BATCHES = 5
 
 
-def train(out, *options, dies_at):
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+def environment(dies_at):
+    return {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {
+        "OMP_NUM_THREADS": "1",
+        "DIES_AT": str(dies_at),
+        # Otherwise a restarted process would read old addresses (pytorch issue 135712).
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+    }
+
+
+def train(out, norms, *restarts, dies_at):
     return subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-         *options, "-m", "bnres.cli", "train", "--dataset", "digits", "--no-fused",
+         *restarts, "-m", "bnres.cli", "train", "--dataset", "digits", norms,
          "--model", "tests.own_models:Dies", "--epochs", "3", "--batch-size", "256",
          "--device", "cpu", "--checkpoint-steps", "2", "--out", str(out)],
-        cwd=ROOT, env=environment | {
-            "OMP_NUM_THREADS": "1", "DIES_AT": str(dies_at),
-            # Otherwise a restarted process would read the addresses of ended processes (pytorch
-            # issue 135712).
-            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
-        },
-        capture_output=True, text=True, timeout=300,
+        cwd=ROOT, env=environment(dies_at), capture_output=True, text=True, timeout=300,
     )  # fmt: skip
 
 
 @pytest.mark.slow
-def test_a_run_of_which_a_process_is_killed(tmp_path):
-    whole = train(tmp_path / "whole", dies_at=-1)
+@pytest.mark.parametrize("norms", ["--no-fused", "--sync-bn"])
+def test_a_run_of_which_a_process_is_killed(tmp_path, norms):
+    whole = train(tmp_path / "whole", norms, dies_at=-1)
     assert whole.returncode == 0, whole.stderr
     # The process dies in the fourth batch of the second epoch. The last checkpoint before that is
     # written after the second batch of this epoch.
     start = time.monotonic()
-    killed = train(tmp_path / "killed", dies_at=BATCHES + 4)
+    killed = train(tmp_path / "killed", norms, dies_at=BATCHES + 4)
     assert killed.returncode != 0 and time.monotonic() - start < 120
-    restarted = train(tmp_path / "restarted", "--max-restarts", "1", dies_at=BATCHES + 4)
+    restarted = train(tmp_path / "restarted", norms, "--max-restarts", "1", dies_at=BATCHES + 4)
     assert restarted.returncode == 0, restarted.stderr
     expected, found = (read_checkpoint(tmp_path / n / "last.pt") for n in ("whole", "restarted"))
     assert found["epoch"] == 3 and len(found["history"]) == 3
@@ -54,7 +57,7 @@ def test_a_run_of_which_a_process_is_killed(tmp_path):
     # One process resumes a run of two processes.
     resumed = subprocess.run(
         [sys.executable, "-m", "bnres.cli", "train", "--resume", str(tmp_path / "killed/last.pt")],
-        cwd=ROOT, env=os.environ | {"DIES_AT": "-1"}, capture_output=True, text=True, timeout=300,
+        cwd=ROOT, env=environment(-1), capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert resumed.returncode == 0, resumed.stderr
     assert read_checkpoint(tmp_path / "killed" / "last.pt")["epoch"] == 3
