@@ -443,6 +443,18 @@ class TestBudget:
         other_triton = budget.exceeded(found, limits, same_triton=False)
         assert len(other_triton) == (0 if {"registers", "share"} & set(change) else 1)
 
+    def test_calls_in_loops_are_not_allowed_even_if_recorded(self):
+        limits = budget.Found([], {}, {}, {}, budget.worst([self.row(calls=1)]))
+        problem = "sm_90 _bn_k channels_last bfloat16: 1 calls in loops, allowed are 0"
+        assert budget.exceeded(limits, limits, same_triton=True) == [problem]
+        names = {"gpu": "sm_100", "kernel": "_conv_bn_act_kernel"}
+        two, three = (
+            budget.Found([], {}, {}, {}, budget.worst([self.row(**names, calls=calls)]))
+            for calls in (2, 3)
+        )
+        assert budget.exceeded(two, two, same_triton=True) == []
+        assert len(budget.exceeded(three, three, same_triton=True)) == 1
+
     def test_worst_share_is_that_of_one_launch(self):
         not_counted = dict.fromkeys(("share", "per_element", "calls", "in_flight"))
         (row,) = budget.worst([self.row(**not_counted)])

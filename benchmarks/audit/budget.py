@@ -17,6 +17,8 @@ Row = dict[str, Any]
 SLACK = 1e-3
 # The column ``share`` may exceed its budget by this fraction of the budget.
 SHARE_SLACK = 0.02
+# Only these kernels may call subroutines inside loops, and only this often.
+CALLS_ALLOWED = {"sm_100 _conv_bn_act_kernel channels_last bfloat16": 2}
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,8 @@ def exceeded(found: Found, budget: Found, same_triton: bool) -> list[str]:
     """Describes each result that is worse than its budget.
 
     Machine code depends on the compiler. If the budget was recorded with another version of triton,
-    registers and shares are not compared. Spills and calls are compared only if their budget is 0.
+    registers and shares are not compared. Spills are compared only if their budget is 0. The number
+    of calls inside loops is compared with `CALLS_ALLOWED` instead of the recorded budget.
 
     Args:
         found: the results.
@@ -155,9 +158,11 @@ def _worse_code(row: Row, limit: Row, same_triton: bool) -> list[str]:
         found.append(f"no {row['missing']}")
     if same_triton and row["registers"] > limit["registers"]:
         found.append(f"{row['registers']} registers, budget {limit['registers']}")
-    for name, title in (("spills", "spills"), ("calls", "calls in loops")):
-        if (row[name] or 0) > (limit[name] or 0) and (same_triton or not limit[name]):
-            found.append(f"{row[name]} {title}, budget {limit[name]}")
+    if row["spills"] > limit["spills"] and (same_triton or not limit["spills"]):
+        found.append(f"{row['spills']} spills, budget {limit['spills']}")
+    allowed = CALLS_ALLOWED.get(kernel_key(row), 0)
+    if (row["calls"] or 0) > allowed:
+        found.append(f"{row['calls']} calls in loops, allowed are {allowed}")
     if (row["in_flight"] or 0) < (limit["in_flight"] or 0) - SLACK:
         found.append(
             f"{row['in_flight'] or 0:.0%} of the wanted bytes in flight, "
