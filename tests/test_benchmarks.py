@@ -470,7 +470,7 @@ class TestBudget:
         wider = row | {"sectors": 2.1}
         more = budget.Found([wider], {"fused": 901}, {"fused": 101}, {"fused": 161}, [])
         assert budget.exceeded(more, limits, True) == [
-            "bytes moved in a step, fused: 901, budget 900",
+            "bytes moved, fused: 901, budget 900",
             "bytes held for backward, fused: 101, budget 100",
             "launches in a step, fused: 161, budget 160",
             "bn eval x: 2.1000 S in sectors, budget 2.0000",

@@ -5,14 +5,17 @@
 
 import pytest
 import torch
+from torch import nn
 
 from benchmarks.byte_model import passes
 from benchmarks.operations import LAYOUTS
+from bnres.nn import BatchNormAct2d
 
 if torch.cuda.is_available():
     pytest.skip("counts what the interpreter touches", allow_module_level=True)
 
 from benchmarks.audit.memory import operation_traffic
+from benchmarks.audit.step import inference_bytes
 
 SHAPE = (16, 32, 16, 16)
 # To choose a value that it subtracts from x, each program of the statistics' kernel reads four more
@@ -30,3 +33,12 @@ def test_operations_touch_the_fewest_bytes(operation, layout):
         floor = passes(operation, step, torch.bfloat16.itemsize)
         for count in (traffic.lanes, traffic.sectors):
             assert floor - 0.001 <= count / size <= floor + SLACK, (step, count / size)
+
+
+def test_bytes_of_inference():
+    """Torch reads and writes the activation twice, and we do it once."""
+    shape, sectors = (4, 8, 32, 32), {("bn_relu", "eval"): 2.0}
+    size = torch.Size(shape).numel() * torch.bfloat16.itemsize
+    assert inference_bytes(lambda: BatchNormAct2d(8), shape, sectors) == 2 * size
+    stock = inference_bytes(lambda: nn.Sequential(nn.BatchNorm2d(8), nn.ReLU()), shape, sectors)
+    assert 4 * size < stock < 4.01 * size  # the parameters of the batch norm are read too

@@ -27,8 +27,9 @@ class Found:
 
     Attributes:
         memory: the rows that `benchmarks.audit.memory.audit` returns.
-        traffic: bytes that a training step moves, not counting its convolutions. The key ``stock``
-            is for torch's own layers, and ``fused`` is for ours.
+        traffic: bytes that a net moves, not counting its convolutions. The keys ``stock`` and
+            ``fused`` are for a training step with torch's own layers and with ours. The keys
+            ``stock inference`` and ``fused inference`` are for a forward in evaluation.
         held: bytes that a training step saves for backward. The keys ``stock`` and ``fused`` are
             the same as in ``traffic``, and ``recompute`` is for our layers in `bnres.recompute`.
         launches: number of kernels that bnres launches in a training step, and number of ATen
@@ -116,7 +117,7 @@ def exceeded(found: Found, budget: Found, same_triton: bool) -> list[str]:
     """
     problems = []
     for title, counts, allowed in (
-        ("bytes moved in a step", found.traffic, budget.traffic),
+        ("bytes moved", found.traffic, budget.traffic),
         ("bytes held for backward", found.held, budget.held),
         ("launches in a step", found.launches, budget.launches),
     ):

@@ -71,7 +71,7 @@ def _worker(module: str, *arguments: str, **environment: str) -> Any:
 def memory_table(found: budget.Found) -> str:
     """Formats a table of the memory that operations touch.
 
-    Lines about the bytes and launches of a training step follow. CONTRIBUTING.md explains the
+    Lines about the bytes and launches of a net follow. CONTRIBUTING.md explains the
     columns.
     """
     lines = [
@@ -89,7 +89,7 @@ def memory_table(found: budget.Found) -> str:
     )
     launches = ", ".join(f"{kind} {count}" for kind, count in found.launches.items())
     lines += [
-        f"moved by a training step without its convolutions, ResNet-18, batch 256, bf16: {moved}",
+        f"moved without the convolutions, ResNet-18, batch 256, bf16: {moved}",
         f"held for backward, ResNet-18, batch 256, bf16: {held}",
         f"launches of a training step, ResNet-18: {launches}",
     ]

@@ -24,7 +24,7 @@ from torch import Tensor
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
 
 from benchmarks.audit.operations import OPERATIONS, steps
-from benchmarks.audit.step import Build, aten_counts, held_bytes, launches
+from benchmarks.audit.step import Build, aten_counts, held_bytes, inference_bytes, launches
 from benchmarks.byte_model import PASSES, passes
 from benchmarks.operations import LAYOUTS
 from bnres import models
@@ -165,7 +165,7 @@ def audit() -> list[Row]:
 
 
 def main() -> None:
-    """Prints the counts as JSON. Whole training steps are counted for ResNet-18."""
+    """Prints the counts as JSON. Training steps and inference are those of ResNet-18."""
     rows = audit()
     sectors = {(r.operation, r.step): r.sectors for r in rows if r.layout == "channels_last"}
     # ATen's operations are counted in fp32. In bf16 the net would have bf16 parameters, and the
@@ -174,6 +174,10 @@ def main() -> None:
         "memory": [asdict(row) for row in rows],
         "traffic": {
             name: aten_counts(build, NET_INPUT, sectors).moved for name, build in NETS.items()
+        }
+        | {
+            f"{name} inference": inference_bytes(build, NET_INPUT, sectors)
+            for name, build in NETS.items()
         },
         "held": {name: held_bytes(build, NET_INPUT) for name, build in NETS.items()}
         | {"recompute": held_bytes(models.resnet18, NET_INPUT, recomputes=True)},

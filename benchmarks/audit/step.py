@@ -1,4 +1,4 @@
-"""Counts what a net's training step does, without running its kernels.
+"""Counts what a net's training step or inference does, without running its kernels.
 
 The counts are the bytes saved for backward, the bytes moved, the Triton launches and the operations
 of ATen. The optimiser's step is not counted. The net is in channels_last. It runs on meta tensors,
@@ -99,13 +99,13 @@ class AtenCounts(TorchDispatchMode):
             more launches.
         moved: bytes that all operations except convolutions move. An ATen operation is assumed to
             read its arguments once and to write its results once. Only torch's batch norm is
-            assumed to read its activations twice. For an operation of bnres, the bytes are its
-            value in ``sectors`` times the bytes of its input.
+            assumed to read its activations twice in training. For an operation of bnres, the bytes
+            are its value in ``sectors`` times the bytes of its input.
     """
 
-    def __init__(self, sectors: Sectors) -> None:
+    def __init__(self, sectors: Sectors, training: bool) -> None:
         super().__init__()
-        self.sectors = sectors
+        self.sectors, self.training = sectors, training
         self.operations = self.moved = 0
 
     def __torch_dispatch__(
@@ -115,11 +115,14 @@ class AtenCounts(TorchDispatchMode):
         name = op.overloadpacket.__name__
         if op.namespace == "bnres":
             given = dict(zip([a.name for a in op._schema.arguments], args, strict=False))
-            self.moved += round(self.sectors[_our_operation(name, given)] * given["x"].nbytes)
+            operation, direction = _our_operation(name, given)
+            direction = direction if self.training else "eval"
+            self.moved += round(self.sectors[operation, direction] * given["x"].nbytes)
         elif not (op.is_view or name in ALLOCATIONS):
             self.operations += 1
             if "convolution" not in name:
-                touched = [*tree_leaves((args, kwargs, found)), *args[: TWICE.get(name, 0)]]
+                read_again = args[: TWICE.get(name, 0)] if self.training else ()
+                touched = [*tree_leaves((args, kwargs, found)), *read_again]
                 self.moved += sum(t.nbytes for t in touched if isinstance(t, Tensor))
         return found
 
@@ -129,9 +132,18 @@ def aten_counts(
 ) -> AtenCounts:
     """Counts the operations of ATen and the moved bytes of a training step."""
     model, x = _on_meta(build, shape, dtype)
-    with no_launches(), AtenCounts(sectors) as counts:
+    with no_launches(), AtenCounts(sectors, training=True) as counts:
         _step(model, x)
     return counts
+
+
+def inference_bytes(build: Build, shape: tuple[int, ...], sectors: Sectors) -> int:
+    """Counts the bytes that a forward in evaluation moves in bf16."""
+    model, x = _on_meta(build, shape, torch.bfloat16)
+    model.eval()
+    with torch.no_grad(), no_launches(), AtenCounts(sectors, training=False) as counts:
+        model(x)
+    return counts.moved
 
 
 def _step(model: nn.Module, x: Tensor) -> None:

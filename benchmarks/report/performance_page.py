@@ -20,12 +20,13 @@ RESULTS = Path(__file__).parent.parent / "results"
 BEGIN, END = "<!-- performance: begin -->", "<!-- performance: end -->"
 ITEMSIZE = 2
 WIDTH = 100
-# How many MB a training step moves, not counting its convolutions, in code that Inductor generated.
-# The step is the same as for ``benchmarks.audit.budget.Found.traffic``. torch 2.15 generated the
-# code without a GPU, for 132 multiprocessors. The MB were counted from the buffers of each launch.
+# How many MB a training step and a forward in evaluation move, not counting their convolutions, in
+# code that Inductor generated, and how many MB the step saves for backward. The net and its input
+# are the same as for ``benchmarks.audit.budget.Found.traffic``. torch 2.15 generated the code
+# without a GPU, for 132 multiprocessors. The MB were counted from the buffers of each launch.
 # INDUCTOR_GATHERS is the number with Inductor's older max-pool backward, in which each element of
 # the input gathers its gradients.
-INDUCTOR, INDUCTOR_GATHERS = 18_846, 15_353
+INDUCTOR, INDUCTOR_GATHERS, INDUCTOR_INFERENCE, INDUCTOR_HELD = 18_846, 15_353, 3_250, 2_191
 # The README shows the training steps that have these values.
 HEADLINE = {
     "net": "resnet18", "image": 224, "launch": "graph", "dtype": "bf16", "layout": "channels_last",
@@ -169,12 +170,17 @@ def audited() -> str:
             "operations that run. The code that `torch.compile` generates for torch's layers moves "
             f"{INDUCTOR:,} MB, or {INDUCTOR_GATHERS:,} MB with Inductor's older max-pool backward. "
             "This is counted from the tensors that the launches in this code read and write. "
-            "torch 2.15 generated the code without a GPU.",
+            "torch 2.15 generated the code without a GPU. In inference the net moves "
+            f"{moved['fused inference']:,.0f} MB if it is fused, {moved['stock inference']:,.0f} "
+            f"MB with torch's own layers, and {INDUCTOR_INFERENCE:,} MB in the code that "
+            "`torch.compile` generates. These numbers are counted in the same two ways.",
             "In training (batch 256, 224×224, bf16), the forward of ResNet-18 stores activations "
             f"for backward. With torch's own layers these are {stock / 1e6:,.0f} MB. If the model "
             f"is fused, they are {fused / 1e6:,.0f} MB ({fused / stock:.0%} of that), and inside "
             f"`bnres.recompute()` {recompute / 1e6:,.0f} MB ({recompute / stock:.0%}). This is "
-            "counted without running the kernels.",
+            "counted without running the kernels. In the code that `torch.compile` generates they "
+            f"are {INDUCTOR_HELD:,} MB. This is counted from that code, which torch 2.15 generated "
+            "without a GPU.",
             "A fused training step of ResNet-18, without the optimiser, launches our kernels "
             f"{found.launches['fused, Triton']} times and calls {found.launches['fused, ATen']} "
             "operations of ATen. With torch's own layers the step calls "
