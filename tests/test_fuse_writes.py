@@ -3,6 +3,8 @@
 There is a small model for each condition.
 """
 
+import operator
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -229,6 +231,27 @@ def written_by_a_function_of_the_users(self, x):
     return z + y.exp()
 
 
+@cases.add("bn", reason="writes to a tensor that is used elsewhere")
+def added_into_a_tensor_inside_another(self, x):
+    z = x * 1
+    y = TwoTensor(z, z)
+    z += self.bn(x)
+    return z, (y * 1).a
+
+
+@torch._dynamo.allow_in_graph
+def doubled_twice(x):
+    x = x * 2
+    return x, TwoTensor(x, x)
+
+
+@cases.add("bn", reason="writes to a tensor that is used elsewhere")
+def added_into_one_of_two_results(self, x):
+    z, y = doubled_twice(x)
+    z += self.bn(x)
+    return z, (y * 1).a
+
+
 @pytest.mark.parametrize("case", cases)
 def test_case(case):
     check(**case)
@@ -255,6 +278,7 @@ WRITES = {
     "index": write_item,
     "out": lambda z: torch.neg(z, out=z),
     "named argument": lambda z: F.relu(z, inplace=True),
+    "only named arguments": lambda z: F.relu(input=z, inplace=True),
     "argument without its name": lambda z: F.relu(z, True),
     "list": lambda z: torch._foreach_mul_([z], 2),
     "list of views": lambda z: torch._foreach_mul_(z.chunk(2), 2),
@@ -262,7 +286,16 @@ WRITES = {
     "operator of the user": lambda z: torch.ops.bnres_tests.double(z),
     "function of the user": lambda z: double(z),
     "checkpoint": lambda z: checkpoint(lambda t: t.mul_(2), z, use_reentrant=False),
+    "torch's own norm": lambda z: torch.instance_norm(
+        z * 2, None, None, z[0, :, 0, 0], z[1, :, 0, 0], True, 0.1, 1e-5, True
+    ),
 }
+# The names of the functions of augmented assignments. For example, operator.iadd(z, 2) is z += 2.
+AUGMENTED = [
+    name
+    for name in dir(operator)
+    if f"__{name[1:]}__" in dir(operator) and name[0] == "i" and f"__{name}__" in dir(torch.Tensor)
+]
 
 
 @pytest.mark.parametrize("name", WRITES)
@@ -276,6 +309,18 @@ def test_the_input_is_written_between(name):
     unknown = name in ("function of the user", "checkpoint")
     reason = "may have any side effect" if unknown else "one of the inputs is written in place"
     check(forward, ["bn"], reason, grad=False)
+
+
+@pytest.mark.parametrize("name", AUGMENTED)
+def test_an_augmented_assignment_between(name):
+    def forward(self, x):
+        z = x * 1
+        y = self.bn(z)
+        # Some of the functions need integers.
+        getattr(operator, name)(z if name == "itruediv" else z.view(torch.int64), 2)
+        return F.relu(y)
+
+    check(forward, ["bn"], "one of the inputs is written in place", grad=False)
 
 
 @pytest.mark.parametrize("name", WRITES)
@@ -312,6 +357,16 @@ def test_a_bias_that_is_written_afterwards():
         return y
 
     check(forward, ["-", "bn-add-act"], "the bias of the batch norm is written in place afterwards")
+
+
+def test_a_second_norms_bias_that_is_written_afterwards():
+    def forward(self, x):
+        y = F.relu(self.bn(x) + self.bn2(x))
+        with torch.no_grad():
+            self.bn2.bias += 1
+        return y
+
+    check(forward, ["bn", "-"], "the bias of the batch norm is written in place afterwards")
 
 
 @pytest.mark.parametrize(
