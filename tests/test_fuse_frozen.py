@@ -90,6 +90,10 @@ def rows_are_normalised(self, x):
     return arithmetic(F.pad(x, (0, 1, 0, 1)), self.bn, shape=(1, 1, -1, 1))
 
 
+def number_is_scaled(self, x):
+    return arithmetic(2.0, self.bn)
+
+
 def variance_is_written_within(self, x):
     mean, var, weight, bias = (
         t.reshape(1, -1, 1, 1)
@@ -104,7 +108,7 @@ def variance_is_written_within(self, x):
     "forward",
     [
         five_dimensions, input_of_another_dtype, eps_is_a_tensor, weight_is_one_number,
-        rows_are_normalised, variance_is_written_within,
+        rows_are_normalised, number_is_scaled, variance_is_written_within,
     ],
 )  # fmt: skip
 def test_arithmetic_that_is_not_a_batch_norm(forward):
@@ -115,12 +119,12 @@ def test_a_frozen_norm_of_a_frozen_norm():
     check(lambda self, x: arithmetic(arithmetic(x, self.bn), self.bn2), ["bn", "bn"])
 
 
-def test_frozen_statistics_that_need_gradients():
+@pytest.mark.parametrize("name", ["running_mean", "running_var"])
+def test_frozen_statistics_that_need_gradients(name):
     class Norm(nn.BatchNorm2d):
         def __init__(self, channels):
             super().__init__(channels)
-            mean = self._buffers.pop("running_mean")
-            self.running_mean = nn.Parameter(mean)
+            setattr(self, name, nn.Parameter(self._buffers.pop(name)))
 
     check(lambda self, x: arithmetic(x, self.bn), [], norm=Norm)
     check(lambda self, x: arithmetic(x, self.bn), ["bn"])

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.checkpoint import checkpoint
 
 import bnres
@@ -103,7 +104,7 @@ def clamped_at_its_bounds(self, x):
     return torch.clamp(self.bn(x), 0, 6) + self.bn2(x)
 
 
-@cases.add("-", reason="does not support the dtype or the number of dimensions")
+@cases.add("-", reason="does not support the class, dtype or number of dimensions")
 def six_dimensions(self, x):
     y = F.batch_norm(x[..., None, None], None, None, self.bn.weight, self.bn.bias, True)
     return F.relu(y[..., 0, 0])
@@ -236,6 +237,32 @@ def unsupported_activation(self, x):
     return F.elu(self.bn(x))
 
 
+@cases.add("bn")
+def added_number(self, x):
+    return F.relu(self.bn(x) + 1)
+
+
+@torch.library.custom_op("bnres_tests::relu", mutates_args=())
+def users_relu(x: torch.Tensor) -> torch.Tensor:
+    return x * 2
+
+
+users_relu.register_fake(torch.empty_like)
+
+
+@cases.add("bn", grad=False)
+def activation_of_the_user(self, x):
+    return torch.ops.bnres_tests.relu(self.bn(x))
+
+
+@cases.add("-", "bn-act", reason="does not support the class, dtype or number of dimensions")
+def tensors_of_another_class(self, x):
+    weight = self.conv.weight
+    twin, filters = TwoTensor(x, x), TwoTensor(weight, weight)
+    y = self.bn(twin).a + F.relu(self.bn2(x))
+    return y, F.conv2d(twin, weight).a, F.conv2d(x, filters).a
+
+
 @pytest.mark.parametrize("case", cases)
 def test_case(case):
     if DEVICE == "cuda" and case["forward"] is six_dimensions:
@@ -254,6 +281,32 @@ def test_checkpoints_in_a_checkpoint():
         return checkpoint(inner, x, use_reentrant=False)
 
     check(forward, ["bn-add", "conv-bn-act"])
+
+
+def test_drop_path():
+    """timm's DropPath multiplies each image's output by a random number."""
+
+    def forward(self, x):
+        y = self.bn(self.conv(x))
+        kept = y.new_empty(3, 1, 1, 1).bernoulli_(0.5).div_(0.5)
+        return F.relu(y * kept + x)
+
+    stock = stock_norms(forward)
+    with recorded_sites() as sites:
+        found = []
+        for model in (bnres.fuse(stock), stock):
+            torch.manual_seed(0)
+            found.append(outcome(model, images()))
+    torch.testing.assert_close(*found)
+    assert [site.pattern for site in sites] == ["conv-bn"]
+
+
+def test_a_residual_of_unknown_batch_size():
+    def forward(self, x):
+        return F.relu(self.bn(x[:1]) + x[x[:, 0, 0, 0] > 0])
+
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        check(forward, ["bn"], "the added tensor has another shape or dtype")
 
 
 def test_two_interleaved_batch_norms_of_one_tensor():

@@ -59,11 +59,11 @@ def _is_batch_norm(x: fx.Node, eps: Any, end: Any, vectors: list[fx.Node]) -> bo
     the shapes and dtypes are checked here.
     """
     product, shift = end.args
-    out, *others = (value(n) for n in (end, product.args[1], shift, *vectors))
-    if not isinstance(eps, float) or not alike(x, end) or out is None or out.dim() != 4:
+    nodes = (end, product.args[1], shift, *vectors)
+    shapes: list[Any] = [getattr(value(n), "shape", None) for n in nodes]
+    if not isinstance(eps, float) or not alike(x, end) or len(shapes[0]) != 4:
         return False
-    channels = out.shape[1]
-    shapes = [getattr(other, "shape", None) for other in others]
+    channels = shapes[0][1]
     # F.batch_norm computes no gradients of the mean and the variance, so neither may need one.
     fixed = not any(getattr(value(n), "requires_grad", True) for n in vectors[:2])
-    return shapes == [(1, channels, 1, 1)] * 2 + [(channels,)] * 4 and fixed
+    return shapes[1:] == [(1, channels, 1, 1)] * 2 + [(channels,)] * 4 and fixed

@@ -110,7 +110,7 @@ def norm_call(node: fx.Node) -> NormCall | None:
     options = bound.arguments
     input, training = options.pop("input"), options.pop("training")
     x = value(input)
-    if x is None or not 2 <= x.dim() <= 5 or x.dtype not in SUPPORTED_DTYPES:
+    if x is None or x.dim() > 5 or x.dtype not in SUPPORTED_DTYPES:
         return None
     group: Any = options.pop("group", "")
     calls, counter = {node}, options.pop("num_batches_tracked", None)
@@ -272,7 +272,7 @@ def find(node: fx.Node) -> Match | str:
     """
     norm = norm_call(node)
     if norm is None:
-        return "bnres does not support the dtype or the number of dimensions of its input"
+        return "bnres does not support the class, dtype or number of dimensions of its input"
     state = norm.state._replace(num_batches_tracked=None, input_bias=None)
     bare = replace(norm, calls={node}, state=state, conv=None)
     reasons: list[str] = []
