@@ -1,12 +1,18 @@
 """Tests which operations are fused with a batch norm, with a small model for each condition."""
 
+import operator
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.checkpoint import checkpoint
 
 import bnres
+from bnres.fusion.rewrite import fuse_graph
+from bnres.operations.sync_batch_norm_act import sync_batch_norm
 from tests.device import DEVICE
 from tests.norms import Cases, check, images, stock_norms
 from tests.recorded_sites import recorded_sites
@@ -307,6 +313,26 @@ def test_a_residual_of_unknown_batch_size():
 
     with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
         check(forward, ["bn"], "the added tensor has another shape or dtype")
+
+
+@pytest.mark.parametrize(
+    ("groups", "patterns"),
+    [("aa", ["bn+bn-add"] * 2), ("ab", ["bn-add", "bn"]), (("a", ""), ["bn-add", "bn"])],
+)
+def test_two_synchronised_norms(groups, patterns):
+    """An empty name of a process group means that the batch norm is not synchronised."""
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    norms = [
+        graph.call_function(sync_batch_norm, (x, *[None] * 4, True, 0.1, 1e-5, None, group))
+        for group in groups
+    ]
+    graph.output(graph.call_function(operator.add, tuple(norms)))
+    with FakeTensorMode():
+        for node in graph.nodes:
+            node.meta["example_value"] = torch.empty(3, 4, 3, 3)
+    rows = fuse_graph(fx.GraphModule(nn.Module(), graph))
+    assert [site.pattern for site, _ in rows] == patterns
 
 
 def test_two_interleaved_batch_norms_of_one_tensor():
