@@ -82,16 +82,24 @@ def test_residual_block_through_the_kernels(route, monkeypatch):
         assert_close(bnres.fuse(stock)(x), expected, torch.float32, tf32=True)
 
 
+class IgnoresItsBias(nn.Conv2d):
+    def forward(self, input):
+        return F.conv2d(input, self.weight)
+
+
 def test_batch_norms_that_can_not_be_folded():
     shared = nn.Conv2d(3, 3, 1)
-    hooked = nn.Conv2d(3, 3, 1)
-    hooked.register_forward_hook(lambda module, inputs, output: None)
+    hooked, hooked_norm = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+    for module in (hooked, hooked_norm):
+        module.register_forward_hook(lambda module, inputs, output: None)
     model = nn.Sequential(
         nn.Sequential(shared, nn.BatchNorm2d(3)),
         nn.Sequential(shared, nn.BatchNorm2d(3)),
         nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3, track_running_stats=False)),
         nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3, affine=False)),
         nn.Sequential(hooked, nn.BatchNorm2d(3)),
+        nn.Sequential(nn.Conv2d(3, 3, 1), hooked_norm),
+        nn.Sequential(IgnoresItsBias(3, 3, 1, bias=False), nn.BatchNorm2d(3)),
         nn.Sequential(nn.Conv2d(3, 3, 1), bnres.nn.BatchNormAct2d(3)),
     )
     model = model.to(DEVICE).double().eval()
@@ -100,7 +108,7 @@ def test_batch_norms_that_can_not_be_folded():
         folded = bnres.fold(model, x)
         torch.testing.assert_close(folded(x), model(x))
     kept = [not isinstance(stage[1], nn.Identity) for stage in folded]
-    assert kept == [True, True, True, False, True, True]
+    assert kept == [True, True, True, False, True, True, True, True]
 
 
 class Shares(nn.Module):
