@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor as FunctionalTensor
 from torch.autograd import Function, forward_ad
 from torch.distributed import distributed_c10d
 from torch.nn.modules.module import _has_any_global_hook
@@ -74,6 +76,14 @@ def outside_of_transforms() -> Iterator[None]:
     """A context that hides operations from torch.func transforms, dispatch modes and autograd."""
     with torch._C._DisableFuncTorch(), torch.no_grad(), _disable_current_modes():
         yield
+
+
+def is_known(size: Any) -> bool:
+    """Whether a size is known. While torch.compile captures a call, a size may be unknown."""
+    # This is not imported at the top, because it imports sympy, which is slow.
+    from torch.fx.experimental.symbolic_shapes import has_static_value
+
+    return has_static_value(size)
 
 
 def in_forward_mode() -> bool:

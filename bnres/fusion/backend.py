@@ -96,11 +96,9 @@ def inductor() -> Iterator[None]:
     ``torch._inductor.config.pre_grad_custom_pass``. AOTAutograd's cache of compiled graphs works in
     this context, but not with the backend ``"bnres"`` and ``options={"inner": "inductor"}``.
     """
-    from torch._inductor import config
+    from bnres.fusion.inductor import with_pass
 
-    from bnres.fusion.inductor import FusePass
-
-    with config.patch(pre_grad_custom_pass=FusePass(config.pre_grad_custom_pass)):
+    with with_pass():
         yield
 
 

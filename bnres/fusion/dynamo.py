@@ -1,6 +1,6 @@
-"""Calls the private functions of torch that fusion needs.
+"""The private parts of torch that fusion needs.
 
-They are the same in torch 2.11, 2.13 and 2.14.
+They are the same in torch 2.11, 2.13 and 2.14. `bnres.fusion.inductor` uses those of Inductor.
 """
 
 from collections.abc import Callable
@@ -8,6 +8,10 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._ops import HigherOrderOperator as HigherOrderOperator
+from torch._ops import OpOverload as OpOverload
+from torch._ops import OpOverloadPacket as OpOverloadPacket
+from torch.utils._pytree import tree_leaves as tree_leaves
 
 from bnres.operations.sync_batch_norm_act import sync_batch_norm
 
@@ -75,6 +79,14 @@ def module_tensors(graph: fx.Graph) -> set[int]:
         if source is not None and "MODULE" in source.guard_source.name:
             found.add(id(node.meta["example_value"]))
     return found
+
+
+def equal_shapes(a: torch.Size, b: torch.Size) -> bool:
+    """Whether two shapes of a captured graph are equal in every call."""
+    # This is not imported at the top, because it imports sympy, which is slow.
+    from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
+
+    return statically_known_true(sym_eq(a, b))
 
 
 def graph_breaks() -> dict[str, int]:

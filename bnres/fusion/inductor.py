@@ -1,9 +1,11 @@
 """The Inductor pass that fuses batch norms."""
 
 import glob
+from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import fx
+from torch._inductor import config
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
 import bnres
@@ -40,3 +42,8 @@ class FusePass(CustomGraphPass):
             recomputes(),
             *others,
         )
+
+
+def with_pass() -> AbstractContextManager[None]:
+    """Returns a context in which Inductor runs a `FusePass`, after the passes of the user."""
+    return config.patch(pre_grad_custom_pass=FusePass(config.pre_grad_custom_pass))

@@ -5,11 +5,8 @@ import operator
 import re
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils import _pytree as pytree
 
 from bnres.functional import (
     batch_norm_act,
@@ -17,6 +14,14 @@ from bnres.functional import (
     conv2d_batch_norm_act,
     sync_batch_norm_act,
 )
+from bnres.fusion.dynamo import (
+    HigherOrderOperator,
+    OpOverload,
+    OpOverloadPacket,
+    equal_shapes,
+    tree_leaves,
+)
+from bnres.kernels.torch_internals import FakeTensor
 from bnres.operations.batch_norm_act_max_pool import is_stem
 from bnres.operations.stem_conv import KERNEL, PADDING, STRIDE
 from bnres.operations.sync_batch_norm_act import sync_batch_norm
@@ -54,7 +59,7 @@ NORMS_IN_PLACE = re.compile("(batch|instance)_norm")
 # A function of these Python modules writes to a tensor only if the function's name or an argument
 # says so, such as the name add_ or the argument inplace=True.
 KNOWN = ("torch", "_operator", "operator", "math", "builtins")
-OPERATORS: Any = (torch._ops.OpOverload, torch._ops.OpOverloadPacket)
+OPERATORS: Any = (OpOverload, OpOverloadPacket)
 
 
 def value(node: Any) -> FakeTensor | None:
@@ -79,13 +84,10 @@ def storage(node: fx.Node) -> int | None:
 
 def alike(a: Any, b: Any) -> bool:
     """Whether the tensors of two nodes have the same dtype, and the same shape in every call."""
-    # This is not imported at the top, because it imports sympy, which is slow.
-    from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
-
     x, y = value(a), value(b)
     if x is None or y is None or x.dtype != y.dtype:
         return False
-    return statically_known_true(sym_eq(x.shape, y.shape))
+    return equal_shapes(x.shape, y.shape)
 
 
 def only_user(node: fx.Node) -> fx.Node | None:
@@ -126,7 +128,7 @@ def torch_name(node: fx.Node | None) -> str:
     if isinstance(node.target, str):
         return node.target
     home = (getattr(node.target, "__module__", None) or "builtins").split(".")[0]
-    others = (*OPERATORS, torch._ops.HigherOrderOperator)
+    others = (*OPERATORS, HigherOrderOperator)
     known = home in KNOWN and not isinstance(node.target, others)
     return getattr(node.target, "__name__", "") if known else ""
 
@@ -204,7 +206,7 @@ def stem_convolution(node: fx.Node) -> tuple[Any, ...] | None:
     if found is None or weight is None or weight.shape[2:] != (KERNEL, KERNEL):
         return None
     tensors = found.pop("input"), found.pop("weight"), found.pop("bias", None)
-    options = {name: pytree.tree_leaves(given) for name, given in found.items()}
+    options = {name: tree_leaves(given) for name, given in found.items()}
     wanted = {"stride": {STRIDE}, "padding": {PADDING}, "dilation": {1}, "groups": {1}}
     same = all(set(options.get(name, [1])) == values for name, values in wanted.items())
     return tensors if same else None
@@ -231,11 +233,11 @@ def writes(node: fx.Node) -> list[fx.Node] | None:
     if NORMS_IN_PLACE.search(getattr(target, "__name__", "")):
         return node.all_input_nodes
     if isinstance(target, OPERATORS):
-        packet = isinstance(target, torch._ops.OpOverloadPacket)
+        packet = isinstance(target, OpOverloadPacket)
         overloads = [getattr(target, name) for name in target.overloads()] if packet else [target]
         return node.all_input_nodes if any(o._schema.is_mutable for o in overloads) else []
     name = torch_name(node)
-    given = pytree.tree_leaves([*node.args[:1], node.kwargs.get("input"), node.kwargs.get("out")])
+    given = tree_leaves([*node.args[:1], node.kwargs.get("input"), node.kwargs.get("out")])
     first = [n for n in given if isinstance(n, fx.Node)]
     if IN_PLACE.fullmatch(name):
         return first

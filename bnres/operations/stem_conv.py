@@ -9,12 +9,10 @@ padded to 8×8 and rearranged in the same way.
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
-from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.compiler import is_compiling
 
 from bnres.backend import uses_kernels
-from bnres.kernels.torch_internals import dispatches
+from bnres.kernels.torch_internals import FakeTensor, FunctionalTensor, dispatches, is_known
 from bnres.operations.call import needs_aten
 
 KERNEL, STRIDE, PADDING = 7, 2, 3
@@ -93,9 +91,7 @@ def _is_even(size: int) -> bool:
 
     The size must be known, because Inductor can't order the strides of two unknown sizes.
     """
-    from torch.fx.experimental.symbolic_shapes import has_static_value
-
-    return has_static_value(size) and size % 2 == 0
+    return is_known(size) and size % 2 == 0
 
 
 def _dtype(input: Tensor, weight: Tensor) -> torch.dtype | None:
