@@ -22,6 +22,7 @@ from benchmarks.torchvision_import import torchvision
 from bnres import models, use_backend
 from bnres.fusion.backend import backend
 from tests.device import DEVICE
+from tests.recorded_sites import recorded_sites
 from tests.tolerances import TOLERANCE
 
 ROOT = Path(__file__).parent.parent
@@ -323,6 +324,35 @@ def test_averaged_models_and_update_bn(pair):
     assert_same_state(*averages)
     assert averages[0].module[0][1].num_batches_tracked == 3
     assert_same(*(average.eval()(batch()) for average in averages))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SMALL)
+def test_training_techniques(name):
+    """Accumulates gradients, averages parameters, updates batch norms, and uses autocast."""
+    torch.manual_seed(0)
+    stock = SMALL[name][0](num_classes=5).to(DEVICE).double()
+    size = 28 if "seed" in name else 48
+    fused, batches = bnres.fuse(stock), [batch(size=size), batch(size=size) * 2]
+    averages, errors = [], []
+    for model in (fused, stock):
+        torch.manual_seed(3)
+        for x in batches:
+            (logits(model(x)).square().mean() / 2).backward()
+        averages.append(torch.optim.swa_utils.AveragedModel(model))
+        step(model, batches[0])
+        averages[-1].update_parameters(model)
+        torch.optim.swa_utils.update_bn(batches, averages[-1])
+    assert_same_state(fused, stock)
+    assert_same_state(*averages)
+    exact = step(copy.deepcopy(stock), batches[0])
+    with torch.autocast(DEVICE, dtype=torch.bfloat16), recorded_sites() as sites:
+        for model in (fused, stock):
+            out = step(model.float(), batches[0].float())
+            assert out.dtype == torch.bfloat16
+            errors.append((out - exact).abs().max().item() / max(1, exact.abs().max().item()))
+    assert len(sites) == SMALL[name][1] and all(site.fused for site in sites)
+    assert errors[0] <= 2 * errors[1] + TOLERANCE[torch.bfloat16]
 
 
 @pytest.fixture
