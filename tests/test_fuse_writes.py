@@ -33,6 +33,15 @@ def added_into_another_tensor(self, x):
     return F.relu(z) * y
 
 
+@cases.add("bn", reason="gradients are disabled for an addition in place")
+def added_without_gradients_into_a_tensor_that_has_one(self, x):
+    z = self.conv(x)
+    with torch.no_grad():
+        y = self.bn(x)
+        z += y
+    return F.relu(z)
+
+
 @cases.add("bn-add-act")
 def added_into_the_norm(self, x):
     y = self.bn(x)

@@ -169,9 +169,17 @@ def longest(norm: NormCall) -> Match:
             match.operation = norm.operation
             match.norms.append(second)
             match.add(second.calls, "+bn", residual_norm=second.state)
-        elif terms[0] is other and writes(user) and not dies_in(other, user):
-            match.reason = "the addition writes to a tensor that is used elsewhere"
-            return match
+        elif terms[0] is other and writes(user):
+            if not dies_in(other, user):
+                match.reason = "the addition writes to a tensor that is used elsewhere"
+                return match
+            # If gradients are disabled here, the sum keeps the autograd graph of the residual, but
+            # the output of a fused call would have none.
+            if value(other).requires_grad and not value(norm.node).requires_grad:  # type: ignore[union-attr]
+                match.reason = (
+                    "gradients are disabled for an addition in place to a tensor that needs one"
+                )
+                return match
         match.add({user}, "-add", residual=other if second is None else second.input)
         user = only_user(user)
     act = activation(user)
