@@ -285,6 +285,7 @@ WRITES = {
     "method": lambda z: z.mul_(2),
     "view": lambda z: z[0].mul_(2),
     "index": write_item,
+    "index by its method": lambda z: z.__setitem__(0, 0),
     "out": lambda z: torch.neg(z, out=z),
     "named argument": lambda z: F.relu(z, inplace=True),
     "only named arguments": lambda z: F.relu(input=z, inplace=True),

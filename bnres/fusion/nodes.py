@@ -46,7 +46,7 @@ RELU6 = ({"min_val": 0, "max_val": 6}, {"min": 0, "max": 6})
 
 # The names of functions and methods that write to their first argument, such as add_ and iadd.
 IN_PLACE = re.compile(
-    r".*[^_]_|_*i(add|sub|mul|truediv|floordiv|mod|pow|and|or|xor|lshift|rshift)_*|setitem"
+    r".*[^_]_|_*(setitem|i(add|sub|mul|truediv|floordiv|mod|pow|and|or|xor|lshift|rshift))_*"
 )
 # These functions write only to running statistics and counters. Any other function with batch_norm
 # or instance_norm in its name is assumed to write to all of its arguments.
