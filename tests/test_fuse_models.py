@@ -640,8 +640,8 @@ def test_inductor_cache_key():
         assert first.uuid() != key
     with bnres.recompute():
         assert first.uuid() != key
-    with patch("bnres.fusion.inductor.get_hash_for_files", side_effect=str) as hashed:
-        assert first.uuid() != key
+    with patch("bnres.fusion.inductor.get_hash_for_files") as hashed:
+        first.uuid()
     (sources,) = hashed.call_args.args
     ends = ("bnres/fusion/match.py", "bnres/kernels/bn_forward.py")
     assert all(any(source.endswith(end) for source in sources) for end in ends)

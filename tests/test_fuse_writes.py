@@ -33,7 +33,7 @@ def added_into_another_tensor(self, x):
     return F.relu(z) * y
 
 
-@cases.add("bn", reason="gradients are disabled for an addition in place")
+@cases.add("bn", reason="writes to a tensor that needs a gradient")
 def added_without_gradients_into_a_tensor_that_has_one(self, x):
     z = self.conv(x)
     with torch.no_grad():

@@ -71,8 +71,8 @@ def test_equals_batch_norm(collectives):
         assert_close(actual, expected.double(), actual.dtype)
 
 
-def test_the_host_does_not_wait(route, collectives):
-    # Fake tensors have no values, so an operation such as item(), for which the host waits, raises.
+def test_the_host_reads_no_value(route, collectives):
+    # Fake tensors have no values, so an operation such as item(), which reads a value, raises.
     with FakeTensorMode():
         bn, x = bnres.nn.SyncBatchNormAct(64, device=DEVICE), draw()
         step(bn, x, torch.empty_like(x))

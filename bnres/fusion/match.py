@@ -174,10 +174,12 @@ def longest(norm: NormCall) -> Match:
                 match.reason = "the addition writes to a tensor that is used elsewhere"
                 return match
             # If gradients are disabled here, the sum keeps the autograd graph of the residual, but
-            # the output of a fused call would have none.
+            # the output of a fused call would have none. The nodes do not tell whether gradients
+            # are disabled.
             if value(other).requires_grad and not value(norm.node).requires_grad:  # type: ignore[union-attr]
                 match.reason = (
-                    "gradients are disabled for an addition in place to a tensor that needs one"
+                    "the addition writes to a tensor that needs a gradient, but the output of the "
+                    "batch norm needs none"
                 )
                 return match
         match.add({user}, "-add", residual=other if second is None else second.input)
@@ -236,8 +238,10 @@ def hazard(match: Match) -> str:
         # If a written node has no storage, it may be a list that contains the residual.
         kept |= {storage(residual), None}
     for node in end.graph.nodes:
+        if not node > end or node.op == "output":
+            continue
         inputs = set(map(storage, node.all_input_nodes))
-        if not node > end or node.op == "output" or not inputs & kept:
+        if not inputs & kept:
             continue
         written = writes(node)
         if inputs & kept - {None} if written is None else kept & set(map(storage, written)):
