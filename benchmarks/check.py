@@ -18,9 +18,9 @@ TF32_TOLERANCE = 2**-9
 # error of the whole gradient can therefore be up to 2 sqrt(eps).
 GRADIENT_TOLERANCE = {torch.bfloat16: 2**-2.5, torch.float16: 2**-4, torch.float32: 2**-10}
 # The greatest allowed relative errors of the parameters' gradients, which are sums over a channel's
-# elements. In 16 bits the tolerance is 4 eps, because some of ReLU's inputs have the wrong sign and
-# each addend is rounded. In fp32 the tolerance allows for adding in a different order than the
-# reference.
+# elements. In 16 bits the tolerance is 4 eps. It allows for ReLU's inputs with the wrong sign, and
+# for the rounding of each addend. In fp32 the tolerance allows for adding in a different order than
+# the reference.
 SUM_TOLERANCE = {torch.bfloat16: 2**-5, torch.float16: 2**-8, torch.float32: 1e-4}
 
 

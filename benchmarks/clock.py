@@ -19,9 +19,9 @@ import torch
 
 Call = Callable[[], Any]
 
-# A call that takes less than this many seconds is timed in a CUDA graph of several such calls. One
-# call would be too short to be timed by two events, which are at least a few microseconds apart. A
-# loop of calls would also time the gaps between the launches.
+# A call that takes less than this many seconds is timed in a CUDA graph of several such calls. Two
+# events are always at least a few microseconds apart, so they can't time one short call accurately.
+# A loop of calls would also time the gaps between the launches.
 GRAPH_BELOW = 100e-6
 # A graph contains so many calls that its replay takes at least this many seconds. The time to
 # launch the graph is then negligible.

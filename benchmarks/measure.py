@@ -153,7 +153,7 @@ def _prepare_op(case: OpCase, device: torch.device, ticking: clock.DeviceClock) 
 
 
 def _in_mode(timed: clock.Timed, grad: bool) -> clock.Timed:
-    """Returns a copy of ``timed`` whose rounds run with autograd enabled or disabled."""
+    """Returns a copy of ``timed`` whose rounds run with autograd enabled if ``grad`` is True."""
 
     def once() -> None:
         with torch.set_grad_enabled(grad):

@@ -45,7 +45,7 @@ def _replace(path: Path, data: Any) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replaces a file's content by ``text``, completely or not at all, see `write_bytes`.
+    """Replaces a file's content with ``text``, completely or not at all (see `write_bytes`).
 
     The text is encoded as UTF-8, and its newlines are not changed.
     """

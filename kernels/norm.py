@@ -1,4 +1,4 @@
-"""Named tuples of per-channel tensors, which functions that launch kernels take and return."""
+"""Named tuples of per-channel tensors: arguments and results of functions that launch kernels."""
 
 from typing import Any, NamedTuple
 

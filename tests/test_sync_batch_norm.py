@@ -268,7 +268,10 @@ def exchanges(run):
 
 
 def check_collectives(route):
-    """Tests that each layer calls one collective in forward and one in backward."""
+    """Tests that each synchronised operation calls one collective in forward and in backward.
+
+    Two batch norms that are fused are one operation.
+    """
     net = nn.Sequential(
         nn.Conv2d(3, 4, 1), bnres.nn.BatchNormActMaxPool2d(4, 3, 2, 1),
         blocks.BasicBlock(4, 8, 2), bnres.nn.ConvBatchNormAct2d(8, 8, 1),

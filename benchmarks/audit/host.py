@@ -43,9 +43,10 @@ CHANNELS = 64
 RULER = "torch's BN, ReLU"
 LAYERS, FUSED, STOCK = "ResNet-18, fused layers", "ResNet-18, bnres.fuse", "ResNet-18, stock"
 
-# The greatest allowed ratios. A limit is 1.25 times the ratio on an idle Intel Xeon (torch 2.13).
-# Five runs were made, two of them with both cores loaded. No ratio differed by more than 9% from
-# its median over the runs. If a call becomes faster, lower its limit.
+# The greatest allowed ratios. A limit is 1.25 times the ratio on an idle Intel Xeon (torch 2.13),
+# because ratios differ between runs. In five runs, two of them with other programs on both cores, a
+# ratio differed by at most 9% from its median over the runs. If a call becomes faster, lower its
+# limit.
 LIMITS: dict[str, dict[str, float]] = {
     "BN+ReLU": {"inference": 2.05, "forward": 2.5, "backward": 1.7},
     "BN+add+ReLU": {"inference": 2.15, "forward": 2.8, "backward": 1.75},

@@ -56,8 +56,8 @@ class Row:
         calls: number of subroutine calls inside loops.
         in_flight: bytes of loads that a multiprocessor has in flight, divided by the bytes needed
             to hide the latency of memory. It is at most 1.
-        per_element: instructions that all threads execute, divided by the number of elements of the
-            largest tensor.
+        per_element: number of executed instructions, added up over all threads, divided by the
+            number of elements of the largest tensor.
         share: time to issue the instructions divided by the time to move the bytes.
     """
 

@@ -196,9 +196,10 @@ def longest(norm: NormCall) -> Match:
 
 
 def _residual_norm(norm: NormCall, other: fx.Node) -> NormCall | None:
-    """Returns the call of batch norm whose output is the residual ``other``.
+    """Returns the call of batch norm that computes the residual ``other``.
 
-    If there is none, or one operation can't compute it together with ``norm``, the result is None.
+    If there is no such call, or if it can't be fused with ``norm`` into one operation, the result
+    is None.
     """
     second = norm_call(other) if only_user(other) is not None else None
     if second is None or second.buffers & norm.buffers:

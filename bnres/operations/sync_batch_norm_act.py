@@ -238,7 +238,9 @@ def _backward(
     dx, dresidual = None, dz if _writes_dz(spec, asked) else None
     if asked.dx:
         totals = Totals(all_gather(sums, spec.group).sum(0, dtype=torch.float64) / saved.total)
-        if dresidual is not None:  # dz is (dy + dy_skip)·act'(z)
+        if dresidual is not None:
+            # dz already contains dy_skip and act'(z), so dx is computed from dz like the dx of an
+            # operation without dy_skip and without an activation.
             gradients, spec = Gradients(dz, None), spec._replace(act="identity", act_param=0.0)
             saved = saved._replace(residual=None, mask=None)
         dx, of_norm = _run_dx(gradients, saved, totals, spec, recording=None)
