@@ -12,7 +12,7 @@ from benchmarks.audit import host
 from benchmarks.audit.convolution import convolutions_compute_nothing
 from tests.compiled import run_compiled
 
-OPERATIONS = ("BN+ReLU", "BN+add+ReLU", "BN+BN+add+ReLU", "BN+ReLU+max-pool")
+OPERATIONS = ("BN+ReLU", "BN+add+ReLU", "BN+BN+add+ReLU", "BN+ReLU+max-pool", "conv+BN+ReLU")
 KINDS = ("inference", "forward", "backward")
 LIMITED = {
     *((row, kind) for row in OPERATIONS for kind in KINDS),
