@@ -116,14 +116,16 @@ class Diagnosis:
         lines = [f"{self.model}: {s.fused} of {s.norms} batch norms are fused"]
         lines += [f"  {name} is not fused: {reason}" for name, reason in s.reasons.items()]
         lines += [
-            "computed (not measured) for the fused batch norms in a training step:",
+            "derived (not measured) for the fused batch norms in a training step:",
             f"  memory traffic per image: {_mb(s.stock_bytes)} with torch's layers, "
             f"{_mb(s.fused_bytes)} fused",
             f"  kernel launches: {s.stock_launches} with torch's layers, {s.fused_launches} fused",
             f"channels_last: {_yes(s.channels_last)}; autocast or 16 bits: {_yes(s.half)}",
         ]
         for change in self.changes or []:
-            saves = "" if change.saves is None else f" (saves {_mb(change.saves)} per image)"
+            saves = (
+                "" if change.saves is None else f" (derived: saves {_mb(change.saves)} per image)"
+            )
             lines.append(f"  {change.do}{saves}")
         return lines
 
