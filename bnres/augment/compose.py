@@ -23,13 +23,13 @@ class Compose:
     One kernel can compute flips, one crop and one `ColorJitter`, in any order, followed by one
     `Normalize`. A second crop or jitter, or a step after `Normalize`, needs a second kernel.
 
-    The contrast of `ColorJitter` depends on the mean gray of an image: of the whole image if the
-    jitter comes before the crop, otherwise of the cropped image.
+    The contrast of `ColorJitter` depends on an image's mean gray. It is the mean of the cropped
+    image if the crop comes before the jitter, otherwise of the whole image.
 
     Args:
         transforms: the steps of the chain. A step can be another `Compose`.
         dtype: dtype of the output: fp32, fp16 or bf16. Computation is in fp32.
-        memory_format: memory format of the output. By default it is that of the input.
+        memory_format: memory format of the output, by default the input's.
 
     Raises:
         TypeError: if a step is not a transform of `bnres.augment`.

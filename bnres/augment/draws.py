@@ -41,8 +41,8 @@ class Color:
     Each of these four operations has a number, which `bnres.kernels.augment_plan` defines.
 
     Attributes:
-        numbers: int64 (N, 4): for each image, the operations' numbers in the order in which they
-            are applied. NO_OPERATION stands for an operation that is left out.
+        numbers: int64 (N, 4): for each image, the numbers of the operations in the order in which
+            they are applied. NO_OPERATION stands for an operation that is left out.
         factors: fp64 (N, 4): ``factors[i, k]`` is the factor of operation k for image i. The hue
             has a shift instead of a factor. A shift of 1 is a full turn of the colour circle.
     """

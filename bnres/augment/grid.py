@@ -1,4 +1,4 @@
-"""Draws a picture that shows eight random results of each transform of an image."""
+"""Draws a picture of an image's random transforms: eight results of each transform."""
 
 import io
 from pathlib import Path
@@ -17,8 +17,8 @@ from bnres.augment.transforms import (
 from bnres.files import write_bytes
 
 ROWS, COLUMNS = 2, 4
-# Side of the crop divided by the shorter side of the image. The d2l.ai course has a similar share:
-# it crops photos with sides of 300 to 480 pixels to 200×200.
+# Side of the crop divided by the shorter side of the image. It is similar in the d2l.ai course,
+# which crops photos with sides of 300 to 480 pixels to 200×200.
 CROP_SHARE = 0.5
 LARGEST_SIDE = 400
 PICTURE_INCHES, TITLE_INCHES = 1.6, 0.35
@@ -27,8 +27,7 @@ PICTURE_INCHES, TITLE_INCHES = 1.6, 0.35
 def course_transforms(height: int, width: int) -> dict[str, Compose]:
     """Returns the transforms of the d2l.ai course, and a chain of three of them, by name.
 
-    Args:
-        height, width: size of the image. The crop depends on it.
+    The crop depends on the image's height and width.
     """
     side = max(round(CROP_SHARE * min(height, width)), 1)
     crop = RandomResizedCrop(side, scale=(0.3, 0.8), ratio=(0.5, 2))

@@ -90,13 +90,7 @@ def apply_draws(
     dtype: torch.dtype = torch.float32,
     memory_format: torch.memory_format | None = None,
 ) -> Tensor:
-    """Applies a chain's draws to a batch of images.
-
-    Args:
-        images: (N, C, H, W) with 1 or 3 channels, uint8 or floating point from 0 to 1.
-        draws: the draws of the chain's steps, in order.
-        dtype: dtype of the output.
-        memory_format: memory format of the output. By default it is that of the input.
+    """Applies the draws of a chain's steps, in order, to a batch of images. See `Compose`.
 
     Raises:
         ValueError: if ``images`` is not a batch of images, or if a normalisation and the images
@@ -127,13 +121,9 @@ def _memory_format(images: Tensor) -> torch.memory_format:
 def prepare_draws(
     images: Tensor, part: Segment, dtype: torch.dtype, memory_format: torch.memory_format
 ) -> tuple[AugmentPlan, AugmentDraws]:
-    """Returns the arguments of the kernel that applies a segment.
+    """Returns the arguments of the kernel that applies a segment to ``images``.
 
-    Args:
-        images: the images. The returned tensors are on their device.
-        part: the segment.
-        dtype: dtype of the kernel's output.
-        memory_format: memory format of the kernel's output.
+    The kernel's output has the given dtype and memory format.
 
     Raises:
         ValueError: if the normalisation and the images have different numbers of channels.
@@ -170,13 +160,7 @@ def geometry_of(
 ) -> tuple[Tensor, tuple[int, int]]:
     """Returns `AugmentDraws.geometry`, int32 (N, 6), and the height and width of the output.
 
-    A row of the geometry is an image's box and flips. The kernel crops before it flips. If the
-    chain flips before it crops, the box is therefore mirrored.
-
-    Args:
-        part: the segment.
-        count: number of images.
-        height, width: size of the images.
+    A row of the geometry is an image's box and flips.
     """
     flips = torch.zeros((count, 2), dtype=torch.bool)
     size = (height, width)
@@ -186,8 +170,7 @@ def geometry_of(
             flips[:, 0 if draw.vertical else 1] ^= draw.chosen
             continue
         size, boxes = draw.size, draw.boxes.clone()
-        # Cropping a flipped image equals cropping the mirrored box from the original image, and
-        # then flipping.
+        # The kernel crops before it flips. If the chain flips first, the box is mirrored instead.
         for axis, length in ((0, height), (1, width)):
             mirrored = length - boxes[:, 2 + axis] - boxes[:, axis]
             boxes[:, axis] = torch.where(flips[:, axis], mirrored, boxes[:, axis])

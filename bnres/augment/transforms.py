@@ -221,8 +221,8 @@ class ColorJitter(Transform):
             -0.5 to 0.5, where 1 is a full turn. By default nothing changes.
 
     Raises:
-        ValueError: if a number is negative, or if a range is out of bounds or not ascending. A call
-            also raises it if the images have neither 1 nor 3 channels.
+        ValueError: if v is negative, or if a range is out of bounds or not ascending. A call also
+            raises it if the images have neither 1 nor 3 channels.
     """
 
     def __init__(
@@ -281,8 +281,8 @@ class Normalize(Transform):
         std: standard deviation of each channel.
 
     Raises:
-        ValueError: if a std is 0, or if ``mean`` or ``std`` is empty, or if they differ in length.
-            A call also raises it if the images don't have one channel for each mean.
+        ValueError: if a std is 0, or if ``mean`` and ``std`` are empty or differ in length. A call
+            also raises it if the images don't have one channel for each mean.
     """
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:

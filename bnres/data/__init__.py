@@ -18,7 +18,7 @@ PACKAGED = {
     "synthetic-cifar": lambda: load_synthetic(classes=10, size=32),
     "synthetic-imagenet": lambda: load_synthetic(classes=1000, size=256),
 }
-# The data sets that need files. Each value describes the files whose path is the argument ``data``.
+# The data sets that need files, and descriptions of these files.
 ON_DISK = {
     "cifar10": "CIFAR-10's files",
     "folder": "a folder that holds train/CLASS and val/CLASS",

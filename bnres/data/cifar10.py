@@ -43,9 +43,9 @@ def load_cifar10(path: Path, *, checksum: bool = True) -> ImageDataset:
     If a folder has both versions, the binary one is read, because it has no pickles.
 
     Args:
-        path: the archive, the extracted folder, or a folder that contains one of the two.
+        path: the archive, the extracted folder, or a folder that contains either.
         checksum: whether to compare archives and pickles with their published MD5, and binary files
-            with their published length. If False, any files of the same format are accepted.
+            with their published length. If False, any files in CIFAR-10's format are accepted.
 
     Raises:
         ValueError: if the data is not found, if a file is truncated or has the wrong checksum, if

@@ -15,7 +15,7 @@ def _dtype(spec: Any, *flags: Any) -> Any:
 
 
 def _reconstruct(*arguments: Any) -> Any:
-    """Replaces numpy's function that creates an array, whose content pickle sets afterwards."""
+    """Replaces numpy's ``_reconstruct``: returns an empty array, which pickle fills afterwards."""
     import numpy as np
 
     return np.empty(0, np.uint8)

@@ -6,13 +6,10 @@ import torch
 
 
 def generator_at(seed: int, *place: int | str) -> torch.Generator:
-    """Returns a CPU generator that depends only on a seed and a position in a run.
+    """Returns a CPU generator that depends only on the run's seed and a place in the run.
 
-    Therefore a resumed run draws the same random numbers as an uninterrupted run.
-
-    Args:
-        seed: the seed of the run.
-        place: the position, for example the numbers of an epoch and of a batch.
+    Therefore a resumed run draws the same random numbers as an uninterrupted run. A place is, for
+    example, the numbers of an epoch and of a batch.
     """
     text = "/".join(map(str, (seed, *place)))
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()

@@ -18,8 +18,8 @@ PREFETCH = 4
 def _leave_signals(worker: int) -> None:
     """Makes a worker ignore Ctrl-C, and makes SIGTERM end the worker.
 
-    A terminal sends Ctrl-C to all processes, but only the main process handles it. The main process
-    then stops its workers. If a worker does not stop, the main process sends it SIGTERM.
+    A terminal sends Ctrl-C to all processes, but only the main process should handle it. The main
+    process stops its workers itself, if necessary by SIGTERM.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -50,7 +50,7 @@ class StreamedBatches(EpochBatches):
             prefetch_factor=PREFETCH if self.workers else None,
             pin_memory=self.device.type == "cuda",
             worker_init_fn=_leave_signals,
-            # Without this argument, the loader would draw from torch's global generator.
+            # Otherwise the loader would draw from torch's global generator, which dropout uses.
             generator=torch.Generator().manual_seed(self.seed),
         )
         try:
@@ -60,8 +60,7 @@ class StreamedBatches(EpochBatches):
                     labels.to(self.device, non_blocking=True),
                 )
         except CorruptImage as error:
-            # The DataLoader puts a worker's traceback before the error's own message, which is the
-            # last line.
+            # The DataLoader puts a worker's traceback in front of the message, which is one line.
             line = str(error).strip().splitlines()[-1]
             name = f"{CorruptImage.__module__}.{CorruptImage.__name__}: "
             raise CorruptImage(line.removeprefix(name)) from error

@@ -53,7 +53,7 @@ def check_triton() -> Finding | None:
     try:
         import triton
 
-        version = triton.__version__  # a folder named triton is imported, but has no version
+        version = triton.__version__  # fails if Python has imported another folder named triton
     except Exception as error:  # a broken build may raise anything
         problem = "triton is missing"
         if not isinstance(error, ModuleNotFoundError):
@@ -118,8 +118,7 @@ def check_numpy() -> Finding | None:
 def cache_folders() -> dict[str, Path]:
     """Returns the cache folders of triton and Inductor, by the environment variables that set them.
 
-    If the user has no home folder, expanduser returns "~", and triton writes to a folder that is
-    named "~".
+    If the user has no home folder, triton's cache is in a folder that is named "~".
     """
     home = Path(os.environ.get("TRITON_HOME") or os.path.expanduser("~"))
     return {
@@ -129,8 +128,8 @@ def cache_folders() -> dict[str, Path]:
 
 
 def _default_inductor_cache() -> str:
-    # Importing torch._inductor would create the cache folder or raise an error. Running only
-    # cache_dir_utils.py does neither.
+    # Only this file is run, because importing torch._inductor would create the cache folder or
+    # raise an error.
     utils = Path(torch.__file__).parent / "_inductor/runtime/cache_dir_utils.py"
     folder: str = runpy.run_path(str(utils))["default_cache_dir"]()
     return folder
@@ -139,8 +138,7 @@ def _default_inductor_cache() -> str:
 def check_cache(variable: str) -> Finding | None:
     """Checks that a cache folder is writable or can be created.
 
-    Args:
-        variable: the environment variable that sets the folder; a key of `cache_folders`.
+    ``variable`` is the environment variable that sets the folder.
     """
     folder = cache_folders()[variable]
     try:

@@ -21,12 +21,12 @@ from bnres.fusion.explain import is_norm
 HALF = 2  # bytes of a 16-bit number
 INDEX_BYTES = 8  # torch's max-pool writes an index of this many bytes for each output
 POOLED = 1 / 4  # outputs per input of a max-pool with stride 2
-# torch's batch norm has four launches in forward, for num_batches_tracked, the statistics, the
-# running statistics and the output. It has two launches in backward, for the sums and for dx.
+# torch's batch norm has four launches in forward (num_batches_tracked, statistics, running
+# statistics, output) and two in backward (sums, dx).
 STOCK_NORM_LAUNCHES = 6
-# A fused operation has two launches for each of its batch norms: one computes partial statistics,
-# and one combines them. It has four other launches: one in forward, for the output, and three in
-# backward, for the partial sums, for the combined sums and for dx.
+# A fused operation has two launches for each of its batch norms (partial statistics, combined
+# statistics). It has one other launch in forward (output) and three in backward (partial sums,
+# combined sums, dx).
 STATISTICS_LAUNCHES, OTHER_LAUNCHES = 2, 4
 
 
@@ -35,7 +35,7 @@ def _parts(pattern: str) -> list[str]:
 
 
 def stock_passes(pattern: str, itemsize: int) -> float:
-    """Returns the number of passes of torch's layers for a pattern, in forward and backward."""
+    """Returns how many passes torch's layers need for a pattern, in forward and backward."""
     parts = _parts(pattern)
     found = 8.0 * parts.count("bn") + 3 * ("add" in parts) + 5 * ("act" in parts)
     if "pool" in parts:
@@ -44,7 +44,7 @@ def stock_passes(pattern: str, itemsize: int) -> float:
 
 
 def fused_passes(pattern: str, itemsize: int) -> float:
-    """Returns the fused operation's number of passes for a pattern, in forward and backward."""
+    """Returns how many passes the fused operation needs for a pattern, in forward and backward."""
     parts = _parts(pattern)
     bit = 1 / (8 * itemsize)
     if "pool" in parts:
@@ -57,14 +57,14 @@ def fused_passes(pattern: str, itemsize: int) -> float:
 
 
 def stock_launches(pattern: str) -> int:
-    """Returns the number of launches of torch's layers for a pattern, in forward and backward."""
+    """Returns how many launches torch's layers need for a pattern, in forward and backward."""
     parts = _parts(pattern)
     others = ("add" in parts) + 2 * ("act" in parts) + 2 * ("pool" in parts)
     return STOCK_NORM_LAUNCHES * parts.count("bn") + others
 
 
 def fused_launches(pattern: str) -> int:
-    """Returns the fused operation's number of launches for a pattern, in forward and backward."""
+    """Returns how many launches the fused operation needs, in forward and backward."""
     norms = _parts(pattern).count("bn")
     return STATISTICS_LAUNCHES * norms + OTHER_LAUNCHES
 
@@ -79,11 +79,11 @@ class Savings:
         norms: number of batch norms.
         fused: number of batch norms that are fused.
         reasons: for each batch norm that is not fused, its name and the reason.
-        stock_bytes, fused_bytes: bytes per image that torch's layers move, and bytes per image that
-            the fused operations move, in the model's precision.
-        half_bytes: bytes per image that the fused operations move in 16 bits.
-        stock_launches, fused_launches: number of launches of torch's layers, and of the fused
-            operations.
+        stock_bytes: bytes that torch's layers read and write for each image.
+        fused_bytes: bytes that the fused operations read and write for each image.
+        half_bytes: what ``fused_bytes`` would be in 16 bits.
+        stock_launches: number of launches of torch's layers.
+        fused_launches: number of launches of the fused operations.
         channels_last: whether the convolutions' filters are in channels_last.
         half: whether autocast is on, or the input's dtype has 16 bits.
     """
@@ -101,11 +101,9 @@ class Savings:
 
 
 def derive(model: nn.Module, x: torch.Tensor) -> Savings:
-    """Computes what fusing a model in its current mode would save.
+    """Computes what fusing a model of torch's layers would save.
 
-    Args:
-        model: a model built from torch's layers.
-        x: an example of the model's input, with at least two images.
+    ``x`` is an example of the model's input, with at least two images.
     """
     report = explain(model, x)
     sizes = _elements(model, x)
@@ -132,7 +130,7 @@ def derive(model: nn.Module, x: torch.Tensor) -> Savings:
 
 
 def _elements(model: nn.Module, x: torch.Tensor) -> dict[str, int]:
-    """Returns the number of elements of each batch norm's output. Calls a copy of the model."""
+    """Returns the number of elements of each batch norm's output."""
     found: dict[str, int] = {}
     twin = copy.deepcopy(model)
     for name, module in twin.named_modules():

@@ -56,7 +56,7 @@ def save_checkpoint(path: Path, state: TrainState, config: TrainConfig) -> None:
         "average": None if state.average is None else state.average.state_dict(),
         **{name: getattr(state, name).state_dict() for name in STATEFUL},
     }
-    # torch.save writes to memory first. If it wrote to a full disk, it would abort the process.
+    # torch.save writes to memory, because it would abort the process if a disk were full.
     written = io.BytesIO()
     torch.save(content, written)
     write_bytes(path, written.getbuffer())
@@ -75,17 +75,12 @@ def checkpoint_bytes(state: TrainState) -> int:
 
 
 def load_checkpoint(path: Path, state: TrainState, config: TrainConfig) -> None:
-    """Sets ``state`` to the state that a checkpoint stores.
-
-    Args:
-        path: the checkpoint's file.
-        state: the state of the run that resumes the checkpoint.
-        config: the options of the run that resumes the checkpoint.
+    """Sets the ``state`` of a resumed run to the state that the checkpoint stores.
 
     Raises:
-        ValueError: if the file is not a checkpoint of bnres, if its run is complete, if its data or
-            model does not fit ``state``, or if ``config`` changes an option that is not in
-            ``FREE``.
+        ValueError: if the file is not a checkpoint of bnres, if the checkpoint's run is complete,
+            if the data or the model differs from the checkpoint's, or if an option that is not in
+            ``FREE`` differs from the checkpoint's.
     """
     content = read_checkpoint(path)
     check_same_run(path, content["config"], config.as_dict())
@@ -99,8 +94,7 @@ def load_checkpoint(path: Path, state: TrainState, config: TrainConfig) -> None:
             f"resume: {path} is already complete ({config.epochs} of {config.epochs} epochs)"
         )
     set_weights(state.model, content["model"], f"resume: {path}", config.model)
-    # The optimiser's options fused and foreach depend on the device, so they are not taken from the
-    # checkpoint.
+    # The optimiser keeps its own options fused and foreach, because they depend on the device.
     for saved, own in zip(
         content["optimizer"]["param_groups"], state.optimizer.param_groups, strict=True
     ):
@@ -116,19 +110,16 @@ def load_checkpoint(path: Path, state: TrainState, config: TrainConfig) -> None:
     state.epoch, state.batch = content["epoch"], content["batch"]
     for name in ("losses", "correct"):
         # The saved values are sums over all processes. train_epoch sums over the processes again,
-        # so all processes except the first get zeros.
+        # so only the first process gets the saved values.
         values = content[name] if state.world.is_first else torch.zeros_like(content[name])
         setattr(state, name, list(values.to(device).unbind()))
     state.best, state.history = content["best"], content["history"]
 
 
 def check_same_run(path: Path, saved: dict[str, Any], asked: dict[str, Any]) -> None:
-    """Raises a ValueError if ``asked`` changes an option that is not in ``FREE``.
+    """Raises a ValueError if an option in ``asked`` differs from ``saved`` and is not in ``FREE``.
 
-    Args:
-        path: the checkpoint's file, named in the error.
-        saved: all options of the checkpoint's run.
-        asked: options of the run that resumes the checkpoint.
+    ``saved`` holds the options of the checkpoint ``path``, and ``asked`` those of the resumed run.
     """
     for name, value in asked.items():
         if name not in FREE and saved.get(name) != value:
@@ -148,8 +139,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise ValueError(f"there is no file {str(path)!r}")
     data = io.BytesIO(path.read_bytes())
     content: Any = None
-    # torch's error is not shown, because it advises the user to set weights_only=False. torch would
-    # then run code from the file.
+    # torch's error is not shown, because it advises the user to set weights_only=False. With that
+    # setting, torch runs code from the file.
     try:
         with zipfile.ZipFile(data) as archive:
             if archive.testzip() is None:  # torch.load does not verify the archive's checksums

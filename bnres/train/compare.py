@@ -19,11 +19,10 @@ def other_threads() -> int:
 def prepare_comparison(config: TrainConfig) -> dict[str, Run]:
     """Returns three runs by name: one with fused layers, one with stock layers, and a control.
 
-    All three have the same seed. Two correct programs may round differently, and then their losses
-    differ more with every step. The control shows how large such a difference is: it has stock
-    layers, but adds numbers in a different order than the stock run. On the CPU, the control uses a
-    different number of threads. On a GPU, it uses contiguous tensors if the stock run uses
-    channels_last, otherwise channels_last.
+    All three have the same seed. If two correct programs round differently, their losses differ
+    more with every step. The control shows how large such a difference is. It is a stock run that
+    adds numbers in a different order: on the CPU it uses a different number of threads, and on a
+    GPU the other memory format (contiguous or channels_last).
 
     Raises:
         ValueError: if ``config`` resumes a run, or if the data, the model and the options don't fit
@@ -46,7 +45,7 @@ def on_cpu(config: TrainConfig) -> bool:
 
 
 def compare(config: TrainConfig, console: Console) -> None:
-    """Trains the three runs in turn, one epoch at a time, and prints a table of the results."""
+    """Trains the runs of `prepare_comparison` in turn, an epoch each, and prints their results."""
     runs = prepare_comparison(config)
     threads = torch.get_num_threads()
     results: dict[str, list[TrainResult]] = {name: [] for name in runs}
@@ -73,8 +72,7 @@ def compare(config: TrainConfig, console: Console) -> None:
 def comparison_table(runs: dict[str, Run], results: dict[str, list[TrainResult]]) -> Table:
     """Returns a table of each run's accuracy, images per second and drift.
 
-    A run's drift is the greatest difference between its loss and the stock run's loss at the same
-    step.
+    Drift is the greatest difference between a run's loss and the stock run's loss at one step.
     """
     config = runs["fused"].config
     losses = {name: [x for each in rs for x in each.step_losses] for name, rs in results.items()}

@@ -14,13 +14,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class World:
-    """The processes that train together. By default there is only this one.
+    """The processes that train together, by default only this process.
 
     Attributes:
         rank: the number of this process, from 0 to ``size`` - 1.
         size: the number of processes.
-        flags: a process group on the CPU. Processes exchange flags through it without waiting for
-            their GPUs. It is None if there is only one process.
+        flags: a CPU process group for small messages, such as a request to stop. These messages do
+            not wait for the GPUs. None if there is only one process.
     """
 
     rank: int = 0
@@ -56,8 +56,7 @@ class World:
     def share_buffers(self, *models: nn.Module | None) -> None:
         """Copies the first process's buffers, such as running statistics, to the other processes.
 
-        The processes' buffers can differ, because each process updates its buffers from its own
-        part of each batch.
+        The buffers differ, because each process updates them from its own part of each batch.
         """
         if self.size > 1:
             for model in models:
@@ -73,8 +72,7 @@ class World:
 def choose_gpu() -> None:
     """Selects this process's GPU as torch's current device.
 
-    It must be called before a tensor is put on a GPU. If there is no GPU for this process, it does
-    nothing, because the process may train on the CPU.
+    It must be called before a tensor is put on a GPU. If this process has no GPU, it does nothing.
     """
     rank = int(os.environ.get("LOCAL_RANK", "-1"))
     if 0 <= rank < torch.cuda.device_count():
@@ -84,20 +82,16 @@ def choose_gpu() -> None:
 def may_be_restarted() -> bool:
     """Whether torchrun starts the processes again if one of them dies (``--max-restarts``).
 
-    torchrun also counts the restarts. But each machine counts only the restarts that its own
-    processes caused, so the count can't tell whether this process was restarted.
+    torchrun's count of restarts can't tell whether this process was restarted: each machine counts
+    only the restarts that its own processes caused.
     """
     return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0
 
 
 def join(device: str) -> tuple[World, str]:
-    """Connects this process with the others that ``torchrun`` started.
+    """Connects the processes that ``torchrun`` started, and returns them and this process's device.
 
-    Returns the processes, and the name of this process's device.
-
-    Args:
-        device: the device that the user asked for. If there are several processes, a CUDA device
-            is replaced by this process's own GPU.
+    If there are several processes and ``device`` is a GPU, this process's own GPU replaces it.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:

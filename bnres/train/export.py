@@ -59,7 +59,7 @@ def export_checkpoint(
 
     Raises:
         ValueError: if ``path`` is not a checkpoint, if ``out`` is a folder or is in a folder that
-            does not exist, if the model does not accept images of this size, if the format is
+            does not exist, if the model does not accept images of ``size``, if the format is
             unknown, or if ``size`` is given for safetensors.
         ModuleNotFoundError: if a package that the format needs is missing.
     """

@@ -1,4 +1,4 @@
-"""Trains a given model, without the command line."""
+"""Trains a model that the caller passes, instead of one that a command-line option names."""
 
 from rich.console import Console
 from torch import nn

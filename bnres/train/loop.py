@@ -34,8 +34,7 @@ class TrainResult:
         seconds: duration of the training in seconds. If the run was resumed within this epoch, only
             the time since then counts.
         wait_seconds: the part of ``seconds`` in which training waited for the next batch.
-        images_per_second: number of images that all processes trained on in ``seconds``, divided by
-            ``seconds``.
+        images_per_second: images that all processes together trained on per second.
         step_losses: the loss of each batch of the epoch.
     """
 
@@ -63,9 +62,8 @@ def train_epoch(
         state: the state of the run. It is updated.
         batches: the data.
         config: the options of the run.
-        on_batch: called after each batch. It may save a checkpoint only after a step of the
-            optimiser, because a checkpoint has no gradients. `train_batch` says when a step is
-            made.
+        on_batch: called after each batch. A checkpoint does not store gradients, so ``on_batch``
+            may save one only after a step of the optimiser (see `train_batch`).
 
     Raises:
         NonFiniteLoss: if the loss of a batch is infinite or NaN.
@@ -103,15 +101,10 @@ def train_epoch(
 def train_batch(
     state: TrainState, images: Tensor, labels: Tensor, config: TrainConfig, batches: int
 ) -> None:
-    """Runs forward and backward of a batch. After a group's last batch, the optimiser makes a step.
+    """Runs forward and backward of a batch, and then a step of the optimiser if one is due.
 
-    A group is ``config.accumulate`` consecutive batches. The last group of an epoch may have fewer.
-
-    Args:
-        state: the state of the run. It is updated.
-        images, labels: the batch.
-        config: the options of the run.
-        batches: number of batches in an epoch.
+    A step is due after every ``config.accumulate`` batches, and after the last batch of an epoch.
+    ``batches`` is the number of batches in an epoch.
     """
     if state.batch % config.accumulate == 0:
         state.optimizer.zero_grad(set_to_none=True)
@@ -156,7 +149,7 @@ def evaluate(
 ) -> tuple[float, float]:
     """Puts the model into eval mode, and returns its mean loss and accuracy on the held-out images.
 
-    Each process evaluates its part of the images. The loss and the accuracy are over all images.
+    Each process evaluates a part of the images. The results are over all images.
     """
     world = world or World()
     model.eval()

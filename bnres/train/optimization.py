@@ -6,8 +6,8 @@ from torch.optim import lr_scheduler
 
 from bnres.train.config import TrainConfig
 
-# In a one-cycle schedule, the momentum falls by this number while the learning rate rises. The
-# momentum rises by the same number while the learning rate falls.
+# A one-cycle schedule lowers the momentum by this number while the learning rate rises, and raises
+# the momentum again while the learning rate falls.
 MOMENTUM_FALL = 0.1
 # Learning rate at the start of a warm-up, divided by the greatest learning rate.
 WARMUP_START = 0.01
@@ -21,8 +21,8 @@ def make_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimiz
     if config.optimizer == "sgd":
         momentum = config.momentum
         if config.dtype == "fp16":
-            # SGD is not fused in fp16: if the gradients of the first step overflow, fused SGD
-            # skips the step, but leaves the momentum uninitialised.
+            # If the gradients of the first step overflow, fused SGD skips the step, but leaves the
+            # momentum uninitialised.
             fused = None
         return torch.optim.SGD(
             groups, lr=config.lr, momentum=momentum, nesterov=momentum > 0, fused=fused
@@ -61,8 +61,7 @@ def make_schedule(
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
     """Divides a model's parameters into a group with weight decay and a group without it.
 
-    Parameters of at most one dimension, such as biases and parameters of norms, are in the second
-    group.
+    Parameters of at most one dimension, such as biases and parameters of norms, have no decay.
     """
     parameters = list(model.parameters())
     return [

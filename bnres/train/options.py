@@ -93,7 +93,7 @@ def make_config(options: dict[str, Any], preset_name: str | None, file: Path | N
         base = preset(preset_name) if preset_name is not None else {}
         for layer in (base, read_config(file) if file else {}, options):
             if layer.get("crop_size") is not None:
-                asked.pop("shift", None)  # a crop replaces the shift of a preset or file
+                asked.pop("shift", None)  # a random crop replaces an earlier layer's shift
             if is_factory(layer.get("model", "")):
                 for name in ("act", "stem"):  # only models of bnres have these options
                     asked.pop(name, None)

@@ -42,8 +42,8 @@ def draw_curves(history: list[dict[str, float]], title: str, label_smoothing: fl
     figure = Figure(figsize=(9, 4), layout="constrained")
     figure.suptitle(title)
     smoothing = f", label smoothing {label_smoothing:g}" if label_smoothing else ""
-    # Colours of Okabe and Ito, which colour-blind readers can tell apart. In black and white, the
-    # line styles differ.
+    # Colours of Okabe and Ito, which colour-blind readers can tell apart. The line styles differ,
+    # for prints in black and white.
     styles = {"train": ("#0072B2", "-"), "test": ("#009E73", "--")}
     for axes, quantity in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
         for part, (color, style) in styles.items():

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from bnres.train.config import DTYPES, TrainConfig
 
 # Number of batches that run before a batch is captured in a CUDA graph. In these batches torch
-# compiles code and selects algorithms. It can't do that during a capture.
+# compiles code and selects algorithms, which is impossible during a capture.
 WARMUP_BATCHES = 3
 
 
@@ -48,16 +48,13 @@ class Passes:
 
 
 class GraphedPasses(Passes):
-    """Captures forward and backward in a CUDA graph, and replays it in later calls.
+    """Captures forward and backward in a CUDA graph, which later calls replay in one launch.
 
-    The host starts a replay with a single launch.
+    The first ``WARMUP_BATCHES`` full batches, and all batches that are not full, run without the
+    graph.
 
-    The first ``WARMUP_BATCHES`` full batches, and all batches that are not full, are trained on
-    without the graph.
-
-    The graph does not contain the step of the optimiser. torch's SGD stores the momentum as a
-    Python number, so each replay would use the momentum at the time of the capture. But a one-cycle
-    schedule changes the momentum at each step. A fused optimiser needs only a few launches anyway.
+    The graph does not contain the optimiser's step. A one-cycle schedule changes the momentum at
+    each step, but torch's SGD stores it as a Python number, which a graph would never update.
 
     Args:
         model: the model. Its parameters' gradients must be None before each call.

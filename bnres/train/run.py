@@ -57,10 +57,6 @@ def prepare(config: TrainConfig, world: World | None = None) -> Run:
 
     No files are written.
 
-    Args:
-        config: the options of the run.
-        world: the processes that train together. By default there is only this one.
-
     Raises:
         ValueError: if the data, the model, the options and the checkpoint do not fit each other.
         ModuleNotFoundError: if ``config.tensorboard`` is set but tensorboard is missing. The extra
@@ -76,7 +72,7 @@ def prepare(config: TrainConfig, world: World | None = None) -> Run:
 
 
 def route(config: TrainConfig) -> str:
-    """Returns a text that says what computes the batch norms of a run."""
+    """Returns a description of what computes the batch norms, such as "fused layers, ATen"."""
     synchronised = "synchronised " if config.sync_bn else ""
     if not config.fused:
         return f"{synchronised}stock layers"
@@ -135,7 +131,7 @@ def run_epoch(
 
     def on_batch() -> None:
         nonlocal memory
-        # The peak memory is not read after each batch, because at each reading torch collects
+        # The peak memory is not read after each batch, because a reading is slow: torch collects
         # about a hundred statistics.
         if state.batch % LOOK_EVERY == 0 or state.batch == len(run.batches):
             memory = _memory(config)
@@ -248,13 +244,9 @@ def fit(run: Run, folder: Path, console: Console) -> None:
 
 
 def check_room(folder: Path, checkpoint: int) -> None:
-    """Raises an OSError if the disk does not have room for three checkpoints.
+    """Raises an OSError if the disk has no room for three checkpoints of ``checkpoint`` bytes each.
 
     They are last.pt, best.pt, and the temporary file to which a checkpoint is written first.
-
-    Args:
-        folder: the run's folder.
-        checkpoint: size of one checkpoint in bytes.
     """
     needed, free = 3 * checkpoint, shutil.disk_usage(folder).free
     needed -= sum(
@@ -285,10 +277,10 @@ def _says_what_is_kept(folder: Path, resumed: Path | None) -> Iterator[None]:
 
 
 def _write(folder: Path, run: Run, is_best: bool) -> None:
-    """Writes the files of an epoch, last.pt at the end.
+    """Writes the files of an epoch, and last.pt after all others.
 
-    If a file before last.pt can't be written, the run can be resumed from the old last.pt. It then
-    repeats the epoch and writes all files again.
+    If another file can't be written, the run can be resumed from the old last.pt. The resumed run
+    repeats the epoch, and so writes the file.
     """
     config, state = run.config, run.state
     if state.world.is_first:
@@ -301,7 +293,7 @@ def _write(folder: Path, run: Run, is_best: bool) -> None:
 
 
 def facts(state: TrainState) -> dict[str, Any]:
-    """Returns the content of nonfinite.json, which is written if a loss is infinite or NaN."""
+    """Returns the content of nonfinite.json."""
     parameters = [p.detach() for p in state.model.parameters()]
     gradients = [p.grad for p in state.model.parameters() if p.grad is not None]
     return {
@@ -317,5 +309,5 @@ def facts(state: TrainState) -> dict[str, Any]:
 
 
 def _number(value: float) -> float | str:
-    """Returns the value, or its text if it is infinite or NaN, because JSON can't store those."""
+    """Returns the value, or a string if the value is infinite or NaN, which JSON can't store."""
     return value if math.isfinite(value) else str(value)

@@ -15,9 +15,7 @@ from bnres.train.config import TrainConfig
 
 
 def initialize_lazy_modules(model: nn.Module, name: str, images: tuple[int, int, int]) -> None:
-    """Initialises a model's lazy modules, such as `torch.nn.LazyLinear`.
-
-    If the model has lazy modules, it is called once on images of zeros.
+    """Initialises a model's lazy modules, such as `torch.nn.LazyLinear`, by a call on zeros.
 
     Args:
         model: the model, on the CPU.
@@ -25,7 +23,7 @@ def initialize_lazy_modules(model: nn.Module, name: str, images: tuple[int, int,
         images: channels, height and width of the images.
 
     Raises:
-        ValueError: if the model does not accept such images.
+        ValueError: if the model does not accept images of this shape.
     """
     if any(map(is_lazy, model.parameters())):
         with torch.compiler.set_stance("force_eager"):
@@ -37,8 +35,8 @@ def check_shapes(
 ) -> None:
     """Checks that a model accepts the images and returns logits of shape (N, classes).
 
-    The model is called on two images of zeros, once in eval mode and once in training mode. No
-    tensor of the model is changed.
+    The model is called on two images of zeros, once in eval mode and once in training mode. Its
+    parameters and buffers are not changed.
 
     Args:
         config: the options of the run.
@@ -48,8 +46,8 @@ def check_shapes(
         classes: number of classes.
 
     Raises:
-        ValueError: if the model does not accept such images, does not return such logits, has no
-            parameter that requires a gradient, or would get wrong gradients in bf16.
+        ValueError: if the model does not accept the images, does not return logits of that shape,
+            has no parameter that requires a gradient, or would get wrong gradients in bf16.
     """
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError(f"model {name!r} has no parameter that requires a gradient")
@@ -60,7 +58,7 @@ def check_shapes(
         return functional_call(model, {k: v.clone() for k, v in tensors}, (images,))
 
     devices = [config.device] if torch.device(config.device).type == "cuda" else []
-    # With force_eager, a model that bnres.fuse has fused captures no graph in these calls.
+    # With force_eager, bnres.fuse captures no graphs for these calls, which only check shapes.
     with (
         torch.random.fork_rng(devices),
         torch.compiler.set_stance("force_eager"),
@@ -87,12 +85,11 @@ def _bf16_checked(
 
     The bug occurs in torch 2.11 to 2.14 on CPUs with AVX512. It affects convolutions with a filter
     wider than one pixel and a horizontal stride above 1, if their input is one pixel wide. The
-    outer columns of the filter then overlap only padding, and torch leaves the gradient of these
-    columns uninitialised.
+    filter's outer columns then overlap only padding, and torch does not initialise their gradient.
 
     Raises:
-        ValueError: at the end of the context, if the run is in bf16 on such a CPU and a call inside
-            the context had such a convolution.
+        ValueError: at the end of the context, if the bug affects a convolution that was called in
+            the context.
     """
     capability = torch.backends.cpu.get_cpu_capability()
     on_cpu = torch.device(config.device).type == "cpu"

@@ -1,4 +1,4 @@
-"""Builds the state of a training run. A checkpoint stores this state."""
+"""Builds the state of a training run, which a checkpoint stores."""
 
 import os
 from dataclasses import dataclass, field
@@ -115,12 +115,8 @@ def build_model(
 ) -> nn.Module:
     """Returns the model on ``config.device``. Its random weights depend on ``config.seed``.
 
-    Args:
-        config: the options of the run.
-        classes, channels: the number of classes, and the number of channels of the images.
-        size: height and width of the images.
-        given: a model to use instead of the one that ``config.model`` names. It is changed in
-            place.
+    If a model is ``given``, it is used instead of ``config.model``, and is changed in place.
+    ``size`` is the height and width of the images.
     """
     torch.manual_seed(config.seed)
     if given is None:
@@ -184,7 +180,7 @@ def build_state(
     batches = make_batches(config, dataset, device, world)
     size = dataset.size if config.crop_size is None else (config.crop_size, config.crop_size)
     name = name_of(config, model)
-    # Whether bnres.fuse fuses the model. Models of bnres don't need it: they have fused layers.
+    # Models of bnres are not fused by bnres.fuse, because they are built with fused layers.
     fuses = config.fused and (model is not None or is_factory(config.model))
     model = build_model(config, dataset.classes, dataset.channels, size, model)
     if is_weights(config.init) and config.resume is None:
@@ -196,9 +192,7 @@ def build_state(
     parallel: nn.Module = model
     if world.size > 1:
         devices = [device] if device.type == "cuda" else None
-        # DDP exchanges gradients in buckets. If gradients are views of the buckets, DDP does not
-        # copy them. static_graph=True would not help: it only avoids the search for parameters
-        # without gradients, and DDP makes this search only if find_unused_parameters is True.
+        # DDP exchanges gradients in buckets. With views of the buckets, no gradient is copied.
         parallel = DistributedDataParallel(model, devices, gradient_as_bucket_view=True)
     optimizer = make_optimizer(config, model)
     steps_per_epoch = -(-len(batches) // config.accumulate)
@@ -207,13 +201,13 @@ def build_state(
         average = AveragedModel(
             model, multi_avg_fn=get_ema_multi_avg_fn(config.ema), use_buffers=True
         )
-        # The host reads n_averaged at each step. If n_averaged were on a GPU, the host would wait.
+        # The host reads n_averaged at each step, and would have to wait for a GPU.
         average.n_averaged = average.n_averaged.cpu()
         if fuses:  # AveragedModel copies the model, and a copy of a fused model is not fused
             fuse(average.module, inplace=True)
     forward: Any = parallel
     if config.compile:
-        # torch.compile ignores what bnres.fuse did to the model, so bnres's backend fuses it again.
+        # torch.compile ignores bnres.fuse, so bnres's backend fuses the model again.
         through: dict[str, Any] = {"backend": backend, "options": {"inner": "inductor"}}
         forward = torch.compile(parallel, **(through if fuses else {}))
     scaler = torch.amp.GradScaler(device.type, enabled=DTYPES[config.dtype] == torch.float16)

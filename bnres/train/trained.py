@@ -17,11 +17,7 @@ from bnres.train.weights import set_weights
 
 
 def config_of(content: dict[str, Any], **changes: Any) -> TrainConfig:
-    """Returns the options of a checkpoint's run.
-
-    Args:
-        content: the content of the checkpoint.
-        changes: options that replace those of the run.
+    """Returns the options of a checkpoint's run, except for those that ``changes`` replaces.
 
     Raises:
         ValueError: if the checkpoint has an option that this version does not have, or if a value
@@ -38,12 +34,7 @@ def config_of(content: dict[str, Any], **changes: Any) -> TrainConfig:
 def load_trained(path: Path, content: dict[str, Any], config: TrainConfig) -> nn.Module:
     """Returns the model of a checkpoint in eval mode.
 
-    If the run averaged its weights, the model has the averages.
-
-    Args:
-        path: the checkpoint's file, named in errors.
-        content: the content of the checkpoint.
-        config: the options of the run, which name the model and the device.
+    If the run averaged its weights, the model has the averages. ``path`` is only named in errors.
 
     Raises:
         ValueError: if the weights do not fit the model that ``config`` names.

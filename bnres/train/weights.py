@@ -19,11 +19,7 @@ def is_weights(init: str) -> bool:
 def set_weights(model: nn.Module, weights: Mapping[str, Any], source: str, name: str) -> None:
     """Sets the parameters and buffers of a model.
 
-    Args:
-        model: the model.
-        weights: the parameters and buffers by key.
-        source: the origin of the weights, named in the error.
-        name: name of the model in the error.
+    The error names the origin of the weights (``source``) and the model (``name``).
 
     Raises:
         ValueError: if the keys or shapes of the weights differ from the model's.
@@ -31,8 +27,7 @@ def set_weights(model: nn.Module, weights: Mapping[str, Any], source: str, name:
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
-        # The first line of torch's message only names the model's class. Each later line may list
-        # hundreds of keys.
+        # The message's first line only names the model's class. Other lines may list many keys.
         lines = str(error).splitlines()[1:]
         reason = " ".join(shorten(line, 160, placeholder=" ...") for line in lines[:3])
         raise ValueError(f"{source} does not fit model {name!r}: {reason}") from error
@@ -40,11 +35,6 @@ def set_weights(model: nn.Module, weights: Mapping[str, Any], source: str, name:
 
 def load_weights(path: Path, model: nn.Module, name: str) -> None:
     """Sets a model's parameters and buffers to the tensors in a safetensors file.
-
-    Args:
-        path: the file.
-        model: the model.
-        name: name of the model in errors.
 
     Raises:
         ValueError: if the file can't be read, if its keys or shapes differ from the model's, or if
