@@ -43,12 +43,9 @@ def course_transforms(height: int, width: int) -> dict[str, Compose]:
 
 
 def draw_grid(path: Path, image: Tensor, seed: int = 0) -> None:
-    """Writes a picture with two rows of random results for each transform.
+    """Writes a PNG file with two rows of random results for each transform.
 
-    Args:
-        path: the PNG file to write.
-        image: uint8 (C, H, W).
-        seed: seed of the random parameters.
+    ``image`` is uint8 (C, H, W).
     """
     from matplotlib.figure import Figure
 

@@ -24,10 +24,8 @@ def read_rgb(path: Path, size: tuple[int, int] | None = None) -> "Image.Image":
     16 bits, integers of 32 bits from 0 to 65535, or floats from 0 to 1. As in torchvision's loader,
     EXIF orientation is not applied.
 
-    Args:
-        path: a file of a format that pillow reads.
-        size: least (width, height) that the caller needs. A larger JPEG may be decoded at a
-            reduced scale, which is faster, but not below this size.
+    If ``size`` (width, height) is given, a larger JPEG may be decoded at a reduced scale, which is
+    faster. The result is not smaller than ``size``.
 
     Raises:
         CorruptImage: if pillow can't read the file, or its gray values are out of range.

@@ -49,9 +49,7 @@ class _ArrayUnpickler(pickle.Unpickler):
 def load_arrays(content: bytes, source: str) -> Any:
     """Returns the content of a pickle of numbers, strings, containers and uint8 arrays.
 
-    Args:
-        content: the pickle. Strings of Python 2 become bytes.
-        source: name of the pickle in errors.
+    Strings of Python 2 become bytes.
 
     Raises:
         ValueError: if the pickle is truncated, or holds an object that is not permitted.

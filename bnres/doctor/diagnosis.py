@@ -21,7 +21,7 @@ ROUTES = {
 
 
 def facts() -> dict[str, str]:
-    """Returns facts about this machine, each with its name as the key."""
+    """Returns facts about this machine by name."""
     on_gpu = torch.cuda.is_available()
     return {
         "GPU": torch.cuda.get_device_name() if on_gpu else "none",

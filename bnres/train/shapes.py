@@ -15,12 +15,9 @@ from bnres.train.config import TrainConfig
 
 
 def initialize_lazy_modules(model: nn.Module, name: str, images: tuple[int, int, int]) -> None:
-    """Initialises a model's lazy modules, such as `torch.nn.LazyLinear`, by a call on zeros.
+    """Initialises lazy modules, such as `torch.nn.LazyLinear`, of a model on the CPU.
 
-    Args:
-        model: the model, on the CPU.
-        name: name of the model in errors.
-        images: channels, height and width of the images.
+    ``images`` is the channels, height and width of the images.
 
     Raises:
         ValueError: if the model does not accept images of this shape.
@@ -35,15 +32,9 @@ def check_shapes(
 ) -> None:
     """Checks that a model accepts the images and returns logits of shape (N, classes).
 
-    The model is called on two images of zeros, once in eval mode and once in training mode. Its
-    parameters and buffers are not changed.
-
-    Args:
-        config: the options of the run.
-        model: the model, on ``config.device``.
-        name: name of the model in errors.
-        images: channels, height and width of the images.
-        classes: number of classes.
+    The model, on ``config.device``, is called on two images of zeros, once in eval mode and once in
+    training mode. Its parameters and buffers are not changed. ``images`` is the channels, height
+    and width of the images.
 
     Raises:
         ValueError: if the model does not accept the images, does not return logits of that shape,
