@@ -69,11 +69,7 @@ def segments(draws: Sequence[Draw]) -> list[Segment]:
 
 
 def size_of(images: Tensor) -> tuple[int, int, int]:
-    """Returns the number, height and width of the images in a batch.
-
-    Raises:
-        ValueError: if ``images`` is not a batch of images.
-    """
+    """Checks a batch of images, and returns their number, height and width."""
     if images.dim() != 4 or images.shape[1] not in CHANNELS:
         raise ValueError(
             f"images must be (N, C, H, W) with 1 or 3 channels, got {tuple(images.shape)}"
@@ -124,9 +120,6 @@ def prepare_draws(
     """Returns the arguments of the kernel that applies a segment to ``images``.
 
     The kernel's output has the given dtype and memory format.
-
-    Raises:
-        ValueError: if the normalisation and the images have different numbers of channels.
     """
     n, channels, height, width = images.shape
     if part.scale is not None and len(part.scale.mean) != channels:

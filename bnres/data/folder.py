@@ -141,9 +141,6 @@ def _images(top: Path) -> list[Path]:
 
     Links to folders are followed, as in torchvision. But a link to a folder that contains the link
     is not followed, because the list would never end.
-
-    Raises:
-        ValueError: if a folder can't be listed.
     """
 
     def refuse(error: OSError) -> None:

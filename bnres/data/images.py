@@ -36,7 +36,7 @@ def read_rgb(path: Path, size: tuple[int, int] | None = None) -> "Image.Image":
         with Image.open(path) as image:
             if size is not None:
                 image.draft("RGB", size)
-            # These modes are scaled first, because convert() would clip values above 255.
+            # Modes of more than 8 bits are scaled, because convert() would clip values above 255.
             wide = image.mode in ("I", "F") or image.mode.startswith("I;16")
             return (in_eight_bits(image) if wide else image).convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
@@ -45,11 +45,7 @@ def read_rgb(path: Path, size: tuple[int, int] | None = None) -> "Image.Image":
 
 
 def read_image(path: Path, largest_side: int) -> Tensor:
-    """Reads an image file as uint8 (3, H, W), and shrinks it if a side exceeds ``largest_side``.
-
-    Raises:
-        CorruptImage: if pillow can't read the file, or its gray values are out of range.
-    """
+    """Reads an image file as uint8 (3, H, W), and shrinks it if a side exceeds ``largest_side``."""
     import numpy as np
 
     picture = read_rgb(path)
@@ -58,11 +54,7 @@ def read_image(path: Path, largest_side: int) -> Tensor:
 
 
 def in_eight_bits(image: "Image.Image") -> "Image.Image":
-    """Scales a gray image of more than 8 bits to 8 bits.
-
-    Raises:
-        ValueError: if a value is out of range.
-    """
+    """Scales a gray image of more than 8 bits to 8 bits."""
     import numpy as np
     from PIL import Image
 

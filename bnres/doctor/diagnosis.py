@@ -67,10 +67,7 @@ class Change:
 
 
 def changes(savings: Savings) -> list[Change]:
-    """Returns the changes that save memory traffic. The change that saves most comes first.
-
-    Changes that save an unknown amount come last.
-    """
+    """Returns the changes that save memory traffic, the greatest known saving first."""
     found = [Change("fuse: model = bnres.fuse(model)", savings.stock_bytes - savings.fused_bytes)]
     if not savings.half:
         found.append(

@@ -1,4 +1,4 @@
-"""Writes checkpoints completely or not at all, and reads them without running code in them."""
+"""Writes checkpoints completely or not at all, and reads them without running code from them."""
 
 import io
 import zipfile

@@ -173,7 +173,7 @@ class TrainConfig:
                 f"shift must be 0 with crop_size, which crops at random positions, got {self.shift}"
             )
         try:
-            torch.ones(1, device=self.device).item()  # item() raises an error on the meta device
+            torch.ones(1, device=self.device).item()  # without item(), the meta device would pass
         except (RuntimeError, AssertionError) as error:
             reason = str(error).splitlines()[0]
             raise ValueError(f"device {self.device!r} can't be used: {reason}") from error

@@ -20,7 +20,7 @@ class World:
         rank: the number of this process, from 0 to ``size`` - 1.
         size: the number of processes.
         flags: a CPU process group for small messages, such as a request to stop. These messages do
-            not wait for the GPUs. None if there is only one process.
+            not wait for the GPUs. It is None if there is only one process.
     """
 
     rank: int = 0

@@ -55,7 +55,7 @@ def export_checkpoint(
         folded: whether to fold batch norms into convolutions. It has no effect on safetensors.
         format: ``"pt2"`` is a torch.export archive, which `torch.export.load` reads without bnres.
             ``"onnx"`` is an ONNX model. ``"safetensors"`` is a file that has only the parameters
-            and buffers, with the keys of the model without fused layers.
+            and buffers, with the keys that the model has without fused layers.
 
     Raises:
         ValueError: if ``path`` is not a checkpoint, if ``out`` is a folder or is in a folder that

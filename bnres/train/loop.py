@@ -62,8 +62,8 @@ def train_epoch(
         state: the state of the run. It is updated.
         batches: the data.
         config: the options of the run.
-        on_batch: called after each batch. A checkpoint does not store gradients, so ``on_batch``
-            may save one only after a step of the optimiser (see `train_batch`).
+        on_batch: called after each batch. Checkpoints do not store gradients, so it may save a
+            checkpoint only after a step of the optimiser (see `train_batch`).
 
     Raises:
         NonFiniteLoss: if the loss of a batch is infinite or NaN.

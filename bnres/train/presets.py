@@ -58,11 +58,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def preset(name: str) -> dict[str, Any]:
-    """Returns the options that a preset sets.
-
-    Raises:
-        ValueError: if the name is unknown.
-    """
+    """Returns the options that a preset sets."""
     if name not in PRESETS:
         raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
     return PRESETS[name]

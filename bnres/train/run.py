@@ -278,8 +278,8 @@ def _says_what_is_kept(folder: Path, resumed: Path | None) -> Iterator[None]:
 def _write(folder: Path, run: Run, is_best: bool) -> None:
     """Writes the files of an epoch, and last.pt after all others.
 
-    If another file can't be written, the run can be resumed from the old last.pt. The resumed run
-    repeats the epoch, and so writes the file.
+    If another file can't be written, the old last.pt remains, from which a resumed run repeats the
+    epoch.
     """
     config, state = run.config, run.state
     if state.world.is_first:

@@ -18,9 +18,6 @@ def initialize_lazy_modules(model: nn.Module, name: str, images: tuple[int, int,
     """Initialises lazy modules, such as `torch.nn.LazyLinear`, of a model on the CPU.
 
     ``images`` is the channels, height and width of the images.
-
-    Raises:
-        ValueError: if the model does not accept images of this shape.
     """
     if any(map(is_lazy, model.parameters())):
         with torch.compiler.set_stance("force_eager"):

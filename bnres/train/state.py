@@ -79,7 +79,8 @@ class TrainState:
     def evaluated(self) -> Any:
         """The model to evaluate: the average if there is one.
 
-        It is never wrapped in DistributedDataParallel, which would exchange buffers at each call.
+        This model is never wrapped in DistributedDataParallel, which would exchange buffers at
+        each call.
         """
         if self.average is not None:
             return self.average
@@ -92,12 +93,7 @@ def make_batches(
     device: torch.device,
     world: World | None = None,
 ) -> EpochBatches:
-    """Returns this process's part of each batch of a data set, augmented as ``config`` says.
-
-    Raises:
-        ValueError: if the images are too small for the crop, or if the batch size does not fit
-            the number of images or the number of processes.
-    """
+    """Returns this process's part of each batch of a data set, augmented as ``config`` says."""
     train_augment, test_augment = chains(config, dataset)
     shard = (0, 1) if world is None else (world.rank, world.size)
     place = (device, config.batch_size, train_augment, test_augment, config.seed, config.drop_last)
@@ -192,7 +188,7 @@ def build_state(
     parallel: nn.Module = model
     if world.size > 1:
         devices = [device] if device.type == "cuda" else None
-        # DDP exchanges gradients in buckets. With views of the buckets, no gradient is copied.
+        # DDP exchanges gradients in buckets. Gradients that are views of them need no copy.
         parallel = DistributedDataParallel(model, devices, gradient_as_bucket_view=True)
     optimizer = make_optimizer(config, model)
     steps_per_epoch = -(-len(batches) // config.accumulate)
@@ -207,7 +203,7 @@ def build_state(
             fuse(average.module, inplace=True)
     forward: Any = parallel
     if config.compile:
-        # torch.compile ignores bnres.fuse, so bnres's backend fuses the model again.
+        # torch.compile ignores what bnres.fuse did, so bnres's backend fuses the model again.
         through: dict[str, Any] = {"backend": backend, "options": {"inner": "inductor"}}
         forward = torch.compile(parallel, **(through if fuses else {}))
     scaler = torch.amp.GradScaler(device.type, enabled=DTYPES[config.dtype] == torch.float16)
