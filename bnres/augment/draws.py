@@ -43,8 +43,8 @@ class Color:
     Attributes:
         numbers: int64 (N, 4): for each image, the numbers of the operations in the order in which
             they are applied. NO_OPERATION stands for an operation that is left out.
-        factors: fp64 (N, 4): ``factors[i, k]`` is the factor of operation k for image i. The hue
-            has a shift instead of a factor. A shift of 1 is a full turn of the colour circle.
+        factors: fp64 (N, 4): ``factors[i, k]`` is the factor of operation k for image i. For the
+            hue it is a shift, where 1 is a full turn of the colour circle.
     """
 
     numbers: Tensor

@@ -21,14 +21,8 @@ class ImageFiles(Dataset[tuple[Tensor, int]]):
     """Image files. An item is an image, decoded to uint8 (3, size, size), and its label.
 
     An image's shorter side is resized to ``size``, then its centre is cropped. As in torchvision's
-    loader, EXIF orientation is not applied.
-
-    Args:
-        files: path and label of each image.
-        size: height and width of the decoded images.
-
-    Raises:
-        CorruptImage: when an item is accessed, if its file can't be read as an image.
+    loader, EXIF orientation is not applied. An item raises `CorruptImage` if its file can't be
+    read as an image.
     """
 
     def __init__(self, files: list[tuple[Path, int]], size: int) -> None:

@@ -23,10 +23,6 @@ def prepare_comparison(config: TrainConfig) -> dict[str, Run]:
     more with every step. The control shows how large such a difference is. It is a stock run that
     adds numbers in a different order: on the CPU it uses a different number of threads, and on a
     GPU the other memory format (contiguous or channels_last).
-
-    Raises:
-        ValueError: if ``config`` resumes a run, or if the data, the model and the options don't fit
-            each other.
     """
     if config.resume is not None:
         raise ValueError("compare trains from the start: it can't be combined with resume")

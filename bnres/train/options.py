@@ -78,9 +78,9 @@ def make_config(options: dict[str, Any], preset_name: str | None, file: Path | N
     in `bnres.train.checkpoint.FREE`.
 
     Raises:
-        ValueError: if the preset is unknown, if a file can't be read, if a value is not allowed, or
-            if a resumed run is given a preset, a TOML file, or a new value of an option that is
-            not in ``FREE``.
+        ValueError: if the preset is unknown, a file can't be read, a value is not allowed, or a
+            resumed run is given a preset, a TOML file or a new value of an option that is not in
+            ``FREE``.
     """
     resume = options.get("resume")
     if resume is None:

@@ -23,10 +23,7 @@ def autocast(config: TrainConfig) -> torch.autocast:
 class Passes:
     """Runs forward and backward of a batch. Backward adds to the gradients of the parameters.
 
-    Args:
-        forward: the model, possibly compiled or wrapped in DistributedDataParallel.
-        scaler: scales the loss if the run's dtype is fp16.
-        config: the options of the run.
+    ``forward`` is the model, possibly compiled or wrapped in DistributedDataParallel.
     """
 
     def __init__(self, forward: Any, scaler: torch.amp.GradScaler, config: TrainConfig) -> None:
@@ -56,9 +53,7 @@ class GraphedPasses(Passes):
     The graph does not contain the optimiser's step. A one-cycle schedule changes the momentum at
     each step, but torch's SGD stores it as a Python number, which a graph would never update.
 
-    Args:
-        model: the model. Its parameters' gradients must be None before each call.
-        forward, scaler, config: see `Passes`.
+    The gradients of the model's parameters must be None before each call.
     """
 
     def __init__(

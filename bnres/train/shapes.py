@@ -29,13 +29,12 @@ def check_shapes(
 ) -> None:
     """Checks that a model accepts the images and returns logits of shape (N, classes).
 
-    The model, on ``config.device``, is called on two images of zeros, once in eval mode and once in
-    training mode. Its parameters and buffers are not changed. ``images`` is the channels, height
-    and width of the images.
+    The model is called on two images of zeros, once in eval mode and once in training mode. Its
+    parameters and buffers are not changed. ``images`` is the channels, height and width of the
+    images.
 
-    Raises:
-        ValueError: if the model does not accept the images, does not return logits of that shape,
-            has no parameter that requires a gradient, or would get wrong gradients in bf16.
+    The model is also refused if no parameter requires a gradient, or if bf16 would give wrong
+    gradients.
     """
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError(f"model {name!r} has no parameter that requires a gradient")
@@ -69,15 +68,11 @@ def check_shapes(
 def _bf16_checked(
     config: TrainConfig, model: nn.Module, images: tuple[int, int, int]
 ) -> Iterator[None]:
-    """Checks that a bug of torch's bf16 convolution does not make the model's gradients wrong.
+    """Raises a ValueError on exit if a bug of torch's bf16 convolution makes gradients wrong.
 
     The bug occurs in torch 2.11 to 2.14 on CPUs with AVX512. It affects convolutions with a filter
     wider than one pixel and a horizontal stride above 1, if their input is one pixel wide. The
     filter's outer columns then overlap only padding, and torch does not initialise their gradient.
-
-    Raises:
-        ValueError: at the end of the context, if the bug affects a convolution that was called in
-            the context.
     """
     capability = torch.backends.cpu.get_cpu_capability()
     on_cpu = torch.device(config.device).type == "cpu"

@@ -37,8 +37,8 @@ def load_weights(path: Path, model: nn.Module, name: str) -> None:
     """Sets a model's parameters and buffers to the tensors in a safetensors file.
 
     Raises:
-        ValueError: if the file can't be read, if its keys or shapes differ from the model's, or if
-            the model has state that is not a tensor.
+        ValueError: if the file can't be read or does not fit the model, or if the model has state
+            that is not a tensor.
         ModuleNotFoundError: if safetensors is missing. The extra ``bnres[train]`` installs it.
     """
     from safetensors import SafetensorError
@@ -61,7 +61,6 @@ def as_safetensors(model: nn.Module) -> bytes:
 
     Raises:
         ValueError: if the model has state that is not a tensor.
-        ModuleNotFoundError: if safetensors is missing.
     """
     from safetensors.torch import save
 
