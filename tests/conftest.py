@@ -36,8 +36,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
-    # triton reads TRITON_INTERPRET when it is imported. The tests import triton only here, so that
-    # a pytest plugin can unset the variable earlier, to have the kernels compiled.
+    # triton reads TRITON_INTERPRET when triton is imported. The first import is here, so a pytest
+    # plugin can unset the variable before. Then the kernels are compiled.
     from bnres.kernels.interpreter import is_interpreting
 
     try:

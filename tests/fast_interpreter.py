@@ -1,7 +1,7 @@
 """Makes triton's interpreter patch ``triton.language`` once per launch for each module of kernels.
 
-By default every call of a device function patches it again, which takes about half of the tests'
-time.
+By default, every call of a device function patches ``triton.language`` again. This takes about half
+of the tests' time.
 """
 
 from typing import Any
@@ -12,7 +12,6 @@ _patched: set[int] = set()
 
 
 def patch_once() -> None:
-    """Makes the interpreter skip functions whose module it has already patched in the launch."""
     patch, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
 
     def patch_lang(fn: Any) -> Any:

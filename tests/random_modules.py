@@ -46,7 +46,8 @@ WRITES = [
     "torch._foreach_mul_([{x}], 2.0)",
     "{x}.masked_fill_({x} > 1, 0.5)", "{x}.clamp_(-2, 2)",
 ]  # fmt: skip
-# READS use a norm's statistics, STATISTICS write them, and AFFINE use or write its weight or bias.
+# READS read a norm's statistics. STATISTICS write them. AFFINE read or write the norm's weight or
+# bias.
 READS = [
     "{new} = {x} * {norm}.running_var.mean()", "{new} = {x} + {norm}.running_mean.sum()",
     "{new} = {x} + {norm}.num_batches_tracked", "{new} = {x} * float({norm}.running_var[0])",

@@ -42,7 +42,7 @@ def _serve(rank: int, size: int, port: int, pipe: Any) -> None:
 class Ranks:
     """``size`` processes that form torch.distributed's default group.
 
-    They are forked from a process that has already imported torch and bnres.
+    They start quickly, because they are forked from a process that has imported torch and bnres.
     """
 
     def __init__(self, size: int) -> None:

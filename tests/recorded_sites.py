@@ -8,7 +8,10 @@ from bnres.fusion import Site, rewrite
 
 @contextmanager
 def recorded_sites() -> Iterator[list[Site]]:
-    """Yields a list. When a graph is rewritten, a `Site` is added for each batch norm it calls."""
+    """Yields a list of sites.
+
+    When a graph is rewritten, a `Site` is added for each call of a batch norm in the graph.
+    """
     original, sites = rewrite.fuse_graphs, []
 
     def fuse_graphs(module):

@@ -1,6 +1,7 @@
 """A stand-in for `benchmarks.measure.measure` in tests of campaigns.
 
-The batch size of a case selects a function of the table `DEEDS`, for example one that raises.
+The batch size of a case selects what happens when the case is measured. For example, the batch size
+``RAISES`` makes `measure` raise an error.
 """
 
 import os
@@ -41,6 +42,6 @@ def measure_ceilings(device):
 
 
 def measure(case, device, ceilings):
-    """Calls the function that the case's batch size selects, and returns made-up values."""
+    """Calls the function that ``DEEDS`` has for the case's batch size. Returns made-up values."""
     DEEDS[case.batch]()
     return {"median": 1.0, "pid": os.getpid(), "copy": ceilings["copy"]}

@@ -114,7 +114,7 @@ class TestValues:
         chain = [crop, JITTER] if order == "crop first" else [JITTER, crop]
         scale = augment.Normalize(MEAN[:channels], STD[:channels])
         x = images(8, channels, 28, 24)
-        # Normalising divides by STD, so an error grows by up to 1 / min(STD).
+        # Normalising divides by STD, so an error grows by a factor of up to 1 / min(STD).
         self.check(route, [FLIPS[0], *chain, scale], x, COLOR / min(STD))
 
     @pytest.mark.parametrize("order", ["crop first", "color first"])
@@ -167,7 +167,7 @@ class TestValues:
 
     def test_empty_batch_and_empty_chain(self, route):
         x = images(2, 3, 8, 8, torch.uint8).to(route)
-        # The compiled kernel multiplies by 1/255 instead of dividing, so it rounds differently.
+        # The compiled kernel multiplies by 1/255. Rounding then differs from a division by 255.
         error = (augment.Compose([])(x).cpu() - x.cpu().float() / 255).abs().max()
         assert error <= 2**-23
         assert augment.Compose(FLIPS)(x[:0]).shape == (0, 3, 8, 8)
@@ -274,7 +274,10 @@ class TestNotFinite:
     @pytest.mark.parametrize("route", ["aten"], indirect=True)
     @pytest.mark.parametrize("side", [64, 65])
     def test_both_ways_to_resize(self, route, side):
-        """ATen resizes finite images up to 64×64 by matrix products, other images one by one."""
+        """On the ATen route, finite images of at most 64×64 are resized by matrix products.
+
+        Other images are resized one by one.
+        """
         x = self.images(NAN, size=(side, side))
         draws = [bt.Crop(torch.tensor([[0, 2, side, 30]]).expand(len(x), 4), (6, 5), True)]
         y = self.check(route, draws, x, GEOMETRY)

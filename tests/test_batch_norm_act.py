@@ -27,7 +27,7 @@ def channels_last(t):
     return t.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
-# Any two options occur together in some case, but not every combination of all options occurs.
+# To save time, not all combinations of options occur. Any two values of two options occur together.
 CASES = [
     (dtype, SHAPES[(i + 2 * j + k) % len(SHAPES)], last, residual, training)
     for i, dtype in enumerate(TOLERANCE)

@@ -1,4 +1,8 @@
-"""Tests that blocks compute the same if they pass two tensors or one to the next block."""
+"""Tests that blocks compute the same whether they pass one tensor or two to the next block.
+
+A block can return its output as two tensors that share memory: one for each of the two modules that
+read the output. Then the block's backward adds the two gradients, and autograd does not.
+"""
 
 import copy
 from collections import Counter
@@ -38,7 +42,7 @@ def images(dtype=torch.float64):
 
 
 def in_sequence(model):
-    """Returns a copy in which no module gets or returns two tensors."""
+    """Returns a copy of ``model`` in which no module gets or returns two tensors."""
     return nn.Sequential(*(nn.Sequential(*stage) for stage in copy.deepcopy(model)))
 
 
@@ -83,8 +87,8 @@ def test_compiled_gradients_equal_eager_gradients():
     [
         (True, (), 0),
         (False, (), 0),
-        # A block with a hook gets one tensor and returns one, instead of two. So autograd makes one
-        # addition for the gradient of the block's input, and one for the gradient of its output.
+        # A block with a hook gets and returns one tensor instead of two. So autograd adds the two
+        # gradients of the block's input, and the two gradients of the block's output.
         pytest.param(True, ["layer2.0"], 2, marks=pytest.mark.slow),
         pytest.param(True, ["layer2.0", "layer4"], 3, marks=pytest.mark.slow),
     ],

@@ -291,7 +291,10 @@ def test_errors(route, monkeypatch):
 @pytest.mark.skipif(DEVICE == "cuda", reason="counts what the interpreter touches")
 @pytest.mark.parametrize("has_residual", [False, True], ids=["plain", "residual"])
 def test_memory_touched(has_residual):
-    """Not counting filter and norm, the kernel touches as many bytes as x, residual and y have."""
+    """The kernel touches all sectors of x, the residual and y, and no other sectors.
+
+    A sector counts once even if it is read again. The filter and the batch norm are not counted.
+    """
     from benchmarks.audit.memory import count_traffic
 
     x, filter = random(2, 16, 8, 8, dtype=torch.float16), random(16, 16, 3, 3, dtype=torch.float16)

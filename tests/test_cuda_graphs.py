@@ -17,8 +17,8 @@ from tests.device import DEVICE
 class RecordedGraph(TorchDispatchMode):
     """Replaces a CUDA graph on the CPU: records operations, and repeats them on the same memory.
 
-    The capture of a CUDA graph does not run the operations, but recording does. So the first replay
-    does nothing.
+    The first replay does nothing, because recording has already run the operations. The capture of
+    a CUDA graph does not run them.
     """
 
     def __init__(self):

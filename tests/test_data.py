@@ -491,7 +491,7 @@ def tiff(values, bits, *, kind=1, black=1, order="<"):
 
 
 def pnm(magic, top, values):
-    """Returns a portable anymap file. With ``magic`` "P2" it is a text file, otherwise binary."""
+    """Returns a portable anymap file: a text file if ``magic`` is "P2", otherwise a binary file."""
     head = f"{magic} {values.shape[1]} {values.shape[0]} {top}\n"
     if magic == "P2":
         return (head + " ".join(map(str, values.flatten()))).encode()

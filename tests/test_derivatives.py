@@ -106,7 +106,7 @@ def test_loss_whose_gradient_depends_on_the_output(act, training):
 
 
 def test_tensor_returned_out_of_a_transform():
-    """A wrapped tensor that is used after torch.func.grad has returned is unwrapped."""
+    """A tensor that torch.func.grad has wrapped can be used after torch.func.grad has returned."""
     (x, *others), stats = inputs()
     leaked = []
     torch.func.grad(lambda x: (leaked.append(x), x.sum())[1])(x)
@@ -118,7 +118,7 @@ def test_tensor_returned_out_of_a_transform():
 
 
 def test_tangents_outside_of_grad_mode():
-    """Checks the tangents of an output under no_grad, and of a gradient without create_graph."""
+    """An output under no_grad has a tangent. So has a gradient computed without create_graph."""
     (x, *others), stats = inputs()
     direction = torch.randn_like(x)
     found = []
@@ -152,7 +152,7 @@ def summed(x, weight, bias):
 
 @pytest.mark.parametrize("run", [pooled, summed])
 def test_tangents_of_a_dual_level_are_those_of_jvp(run):
-    """Compares the tangents of the output, and the tangents of the gradient of the input."""
+    """The output and the gradient of the input have the same tangents in a dual level and in jvp."""
     (*primals, _), _ = inputs()
     tangents = [torch.randn_like(p) for p in primals]
     primals[0].requires_grad_()
@@ -227,7 +227,7 @@ def test_transforms_of_torch_func(operation, transform):
 def test_transforms_update_statistics_once(transform):
     """A transform updates the running statistics once, as with torch's batch norm.
 
-    `torch.func.linearize` is not tested. It calls its function twice, so there are two updates.
+    `torch.func.linearize` is not tested, because it calls its function twice and updates twice.
     """
     x = inputs()[0][0]
     weight, bias = torch.ones(2, 3, dtype=torch.float64, device=DEVICE)
@@ -246,7 +246,7 @@ def test_transforms_update_statistics_once(transform):
 
 
 def test_forward_mode_under_vmap():
-    """Compares the tangents of each mapped batch. Statistics that are not mapped raise an error."""
+    """Each mapped batch gets its tangents. Statistics that are not mapped raise an error."""
     torch.manual_seed(8)
     x = torch.randn(4, 3, 2, 2, 2, dtype=torch.float64, device=DEVICE)
     weight, bias = torch.randn(2, 2, dtype=torch.float64, device=DEVICE)

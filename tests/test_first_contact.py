@@ -1,4 +1,8 @@
-"""Tests of ``python -m benchmarks first-contact``, which runs stages in one or several calls."""
+"""Tests of ``python -m benchmarks first-contact``, which tests and measures bnres on a new GPU.
+
+The command runs a list of stages, each in its own process. If the time is too short for all stages,
+the next call of the command continues.
+"""
 
 import json
 import time

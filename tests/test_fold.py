@@ -163,7 +163,7 @@ def test_tensors_that_are_read_elsewhere_are_kept(read):
 
 
 class CallsWithAnotherTensor(nn.Module):
-    """A model that calls one of its modules with another tensor than the module's own."""
+    """A model that calls a module with ``other`` instead of the module's tensor ``name``."""
 
     def __init__(self, name):
         super().__init__()

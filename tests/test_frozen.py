@@ -1,9 +1,10 @@
 """Compares hashes of every operation's outputs, gradients and buffers with frozen.json.
 
 The inputs are small integers, and every mean is over 2ⁿ values. So sums and means are exact, and
-the hashes are the same on every machine. If a change of the results is intended, write frozen.json
-again with ``TRITON_INTERPRET=1 python -m tests.test_frozen``, and say in the commit message why the
-results changed.
+the hashes are the same on every machine.
+
+If you change the results on purpose, write frozen.json again with
+``TRITON_INTERPRET=1 python -m tests.test_frozen``. Say in the commit message why they changed.
 """
 
 import hashlib

@@ -157,7 +157,7 @@ def test_patterns(name, backend):
 
 
 def test_two_readers_get_separate_tensors(monkeypatch):
-    """If two layers read a block's output, the block's backward sums the gradients from both."""
+    """If two layers read a block's output, the block's backward adds the two layers' gradients."""
     from bnres.operations import batch_norm_act
 
     given, run = [], batch_norm_act._run_backward

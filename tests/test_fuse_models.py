@@ -329,7 +329,10 @@ def test_averaged_models_and_update_bn(pair):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SMALL)
 def test_training_techniques(name):
-    """Accumulates gradients, averages parameters, updates batch norms, and uses autocast."""
+    """Fused and stock models agree when gradients are accumulated and weights are averaged.
+
+    They also agree in ``update_bn`` and in autocast.
+    """
     torch.manual_seed(0)
     stock = SMALL[name][0](num_classes=5).to(DEVICE).double()
     size = 28 if "seed" in name else 48
@@ -368,7 +371,7 @@ def process_group(tmp_path):
 
 
 def test_distributed_data_parallel(pair, process_group, monkeypatch):
-    """Dynamo's DDPOptimizer splits the graph if the gradients are in several buckets."""
+    """If the gradients are in several buckets, Dynamo splits the graph. Each part is fused."""
     monkeypatch.setattr(torch.distributed, "_DEFAULT_FIRST_BUCKET_BYTES", 1024)
     fused, stock = pair
     graphs = []
@@ -416,7 +419,7 @@ def test_gradient_checkpointing():
 def test_gradient_checkpointing_in_segments():
     stock = CheckpointedInSegments().to(DEVICE).double()
     sites = bnres.explain(stock, batch()).sites
-    # Dynamo does not capture any segment but the last.
+    # Dynamo captures only the last of the two segments.
     assert [site.fused for site in sites] == [True] + [False] * 3 + [True] * 2
     assert all("`checkpoint_sequential`" in site.reason for site in sites[1:4])
     assert_trains_alike(bnres.fuse(stock), stock, batch())

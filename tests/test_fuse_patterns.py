@@ -38,7 +38,7 @@ def two_norms_without_weights(self, x, training=True):
 @cases.add("bn-add-act", "bn")
 @cases.add("bn+bn-add-act", "bn+bn-add-act", grad=False)
 def two_fixed_norms(self, x):
-    """With gradients, the norms are not fused into one operation: it would save both inputs."""
+    """With gradients, one operation for both norms would save both inputs, so it is not used."""
     return two_norms_without_weights(self, x, training=False)
 
 

@@ -45,7 +45,7 @@ def fused_twin(bn, cls=BatchNormAct2d, **options):
 def assert_steps_agree(ours, theirs, inputs, norms, wide_norms, dtype, of_outputs=None):
     """Compares outputs, buffers and gradients of inputs and parameters with fp64 references.
 
-    The outputs' tolerance is that of the dtype ``of_outputs``, which by default is ``dtype``.
+    The tolerance is that of ``dtype``. For the outputs, ``of_outputs`` may name another dtype.
     """
     wide = [x.detach().double().requires_grad_() for x in inputs]
     y, expected = ours(*inputs), theirs(*wide)

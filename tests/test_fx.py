@@ -51,7 +51,10 @@ def test_hook_runs_once_a_call():
 
 
 def test_residual_is_an_argument_and_copies_are_leaves():
-    """A layer is traced as one node, with the residual as argument. So are copies and pickles."""
+    """A layer is traced as one node that has the residual as an argument.
+
+    A copy of the layer, and a layer loaded from a pickle, are traced in the same way.
+    """
 
     class Net(torch.nn.Module):
         def __init__(self, layer):

@@ -1,4 +1,4 @@
-"""Tests of ``python -m benchmarks host``: its table, its limits, its stand-in for convolutions."""
+"""Tests of ``python -m benchmarks host``: its table, limits and stand-in for convolutions."""
 
 import re
 import statistics

@@ -78,7 +78,7 @@ def test_every_package_is_installed():
 
 
 INTERNALS = ("torch_internals.py", "triton_internals.py", "dynamo.py", "inductor.py")
-# Names that may change with every release, although they contain no part such as ``_dynamo``.
+# Names that may change with every release, although no part of them starts with an underscore.
 PRIVATE = (
     "torch.fx.experimental", "torch.nn.modules.module", "torch.autograd.forward_ad",
     "knobs.runtime.launch", "runtime.driver",

@@ -30,7 +30,7 @@ training_or_not = pytest.mark.parametrize("training", [True, False], ids=["train
 
 
 def state(conv, bn):
-    """Returns the arguments that ``bn`` passes to a fused call, and the convolution's bias."""
+    """Returns a fused call's named arguments: the state of ``bn``, and the bias of ``conv``."""
     return next_state(bn)._replace(input_bias=conv.bias)._asdict()
 
 
@@ -103,7 +103,7 @@ def assert_same_buffers(ours, stock):
 def test_checkpointed_statistics(make, momentum, route):
     """torch ends the recomputation of a checkpoint at the last tensor that forward saved.
 
-    Before that, the statistics of all norms must have been updated.
+    By then, the recomputation must have updated the statistics of all norms.
     """
     ours, stock = pair(make, momentum=momentum)
     with ROUTES[route]():

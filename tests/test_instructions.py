@@ -7,8 +7,10 @@ from benchmarks.audit.instructions import Flow
 from benchmarks.audit.sass import parse_instructions
 from benchmarks.audit.trips import LoopTrips, loop_trips
 
-# A slow path that calls a routine, two nested loops of which the outer calls the routine, and the
-# routine.
+# Machine code of three parts:
+# - a slow path that calls a routine,
+# - an outer loop that contains an inner loop and calls the routine,
+# - the routine.
 NESTED = """
 /*0000*/            MOV R1, c[0x0][0x28] ;
 /*0010*/            ISETP.GE.AND P0, PT, R2, 0x1, PT ;

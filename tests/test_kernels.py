@@ -275,7 +275,7 @@ def test_versions_whose_interpreter_fails_are_refused():
 
 @pytest.mark.parametrize("momentum", [0.3, torch.tensor([0.3])], ids=type)
 def test_combined_moments_of_parts_are_the_statistics_of_the_whole(momentum):
-    """Each part is a rank's batch. One is empty, and one has a single value per channel."""
+    """A part is the batch of one rank. One part is empty. One has a single value per channel."""
     if isinstance(momentum, torch.Tensor):
         momentum = momentum.to(DEVICE)
     x = torch.randn(9, 5, 3, generator=torch.Generator().manual_seed(0)).to(DEVICE) + 100

@@ -19,10 +19,10 @@ from tests.compiled import run_compiled
 
 @contextmanager
 def launches_written_down():
-    """Yields a list of all launches, and the names of kernels launched by ``JITFunction.run``.
+    """Yields two lists: all launches, and the names of the kernels that ``JITFunction.run`` launches.
 
-    Repeated launches are not made by ``JITFunction.run``. A launch is (kernel, grid, arguments by
-    name).
+    A launch is (kernel, grid, arguments by name). Repeated launches don't call ``JITFunction.run``,
+    so they are only in the first list.
     """
     import triton
     from triton.compiler import CompiledKernel
@@ -183,8 +183,8 @@ def test_launches_of_synchronised_calls():
 def check_kinds():
     with launches_written_down() as (launches, looked_up):
         Call().step()
-        # None of these may repeat the first call's launches: each needs another kernel, or a launch
-        # with other numbers.
+        # A call with one of these options may not repeat the first call's launches, because it
+        # needs a different kernel or different numbers.
         others = [
             {"shape": (5, 8, 6, 6)}, {"dtype": torch.bfloat16}, {"act": "silu"}, {"residual": None},
             {"training": False}, {"eps": 0.5}, {"momentum": 0.5}, {"momentum": torch.tensor(0.5)},
@@ -213,8 +213,8 @@ def check_kinds():
         torch.autograd.grad((y, fork), both.x, (same, torch.ones_like(y)))
         _, _, reduce = launches[0]
         assert address(reduce["dy_ptr"]) != address(reduce["dy_skip_ptr"])
-        # Without gradients, the statistics are not saved, so they are in temporary memory. This
-        # must not be y's memory, because the launch that writes y also reads the statistics.
+        # Without gradients, the statistics are not saved, so they are in temporary memory. The
+        # memory of y can't be used, because the launch that writes y also reads the statistics.
         plain = Call()
         with torch.no_grad():
             for _ in range(2):
@@ -238,7 +238,7 @@ def check_simulator():
     from benchmarks.audit.standin import StandInDriver
 
     with launches_written_down() as (launches, looked_up):
-        # `Call` is only an example of a launcher's class that is not defined in triton.
+        # A simulator's launcher is of a class that triton does not define. `Call` is such a class.
         with patch.object(StandInDriver, "launcher_cls", Call):
             Call().step()
             count, launches[:] = len(looked_up), []

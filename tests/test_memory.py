@@ -36,7 +36,7 @@ def test_operations_touch_the_fewest_bytes(operation, layout):
 
 
 def test_bytes_of_inference():
-    """Torch reads and writes the activation twice, and we do it once."""
+    """Torch's two layers each read and write the activation. Our layer does so only once."""
     shape, sectors = (4, 8, 32, 32), {("bn_relu", "eval"): 2.0}
     size = torch.Size(shape).numel() * torch.bfloat16.itemsize
     assert inference_bytes(lambda: BatchNormAct2d(8), shape, sectors) == 2 * size

@@ -25,7 +25,7 @@ def group():
 def collectives(monkeypatch):
     """Makes the group's size seem to be 2, because plain batch norm runs in a group with one rank.
 
-    Returns a list that gets the shape of what each all_gather sends.
+    Returns a list that gets the shape of each tensor that all_gather sends.
     """
     sent, all_gather = [], operation.all_gather
 

@@ -21,7 +21,8 @@ def environment(dies_at):
     return {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {
         "OMP_NUM_THREADS": "1",
         "DIES_AT": str(dies_at),
-        # Otherwise a restarted process would read old addresses (pytorch issue 135712).
+        # Otherwise a restarted process would read addresses from before the restart (pytorch issue
+        # 135712).
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
     }
 

@@ -21,8 +21,9 @@ def test_traffic_of_resnet18():
     assert found.sites == (64,) * 5 + (128, 256, 128, 128, 256, 512, 256, 256, 512, 1024, 512, 512)
     assert found.forward[0] == 4 * 3 * 64 and found.backward[0] == 4 * 2 * 64
     assert found.buckets == [1 << 20, 25 << 20, 46_758_048 - (26 << 20)]
-    # In a ring of two, a GPU gathers with one message, and all-reduces a bucket with two messages.
-    # The 17 synchronisations have 4,800 channels in total.
+    # In a ring of two GPUs, each GPU sends two messages to all-reduce one of the 3 buckets, and one
+    # message for an all-gather. Each of the 17 sites makes one all-gather in forward and one in
+    # backward. They send 12 and 8 bytes per channel. The sites have 4,800 channels in total.
     assert found.sent(2) == (46_758_048, 2 * 3, 20 * 4_800, 2 * 17)
 
 

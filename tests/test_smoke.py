@@ -179,7 +179,7 @@ MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)
 
 
 def check_augment(dtype, memory_format):
-    """Tests small images, each processed by one program, and larger ones, shared by several.
+    """Tests small images, which one program processes, and larger images, which several share.
 
     For the larger images a separate kernel sums the gray values that contrast needs.
     """
@@ -240,7 +240,7 @@ def launched_by(path):
 
 
 def test_no_kernel_is_left_out(monkeypatch):
-    """Fails if a kernel of `bnres.kernels` is not launched by the checks of this file."""
+    """The checks of this file launch every kernel of `bnres.kernels`."""
     launched = set()
     for module in (augment_kernels, bn_backward, bn_forward, bn_max_pool, conv):
         original = module.launch

@@ -1,5 +1,6 @@
-"""Tests that missing specialisations and failures to compile or launch are reported.
+"""Tests that the audit of kernels reports missing specialisations, and failed compilations.
 
+A specialisation is a combination of the dtypes, constants and alignments of a kernel's arguments.
 Kernels are compiled in a new process, because triton's interpreter and compiler can't be used in
 the same process.
 """

@@ -1,4 +1,7 @@
-"""Compares a ResNet's first convolution over a space-to-depth input with torch's convolution."""
+"""Compares `StemConv2d` with torch's convolution.
+
+`StemConv2d` is the first convolution of a ResNet. It converts its input from space to depth.
+"""
 
 import pytest
 import torch
@@ -26,9 +29,9 @@ def over_blocks(monkeypatch):
 
 @pytest.fixture
 def ran(monkeypatch):
-    """Makes each call choose as on a GPU whether to use a space-to-depth input.
+    """Makes each call decide, as on a GPU, whether to use a space-to-depth input.
 
-    Returns a list with one item for each call that used it.
+    Returns a list with one item for each call that used a space-to-depth input.
     """
     runs, over = [], stem_conv.conv_over_blocks
     monkeypatch.setattr(stem_conv, "_on_gpu", lambda input: True)

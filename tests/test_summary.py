@@ -1,4 +1,4 @@
-"""Tests that `bnres.models.summarize` and ``bnres summary`` give each child a row, and a total."""
+"""Tests of `bnres.models.summarize` and ``bnres summary``: a row for each child, and a total."""
 
 import pytest
 import torch
@@ -157,9 +157,9 @@ def test_bad_input_is_one_line(command, arguments, line):
 
 
 def test_fused_models_show_their_stages():
-    """No stage is noted as not called.
+    """No stage has the note "not called".
 
-    `summarize` adds a hook to each child of the model before the model's first call.
+    The hooks of `summarize` run in a fused model, because they are added before its first call.
     """
     found = models.summarize(bnres.fuse(models.resnet18(fused=False)), (1, 3, 32, 32))
     assert [s.note for s in found.stages] == [""] * 11

@@ -57,7 +57,7 @@ def assert_near(actual, expected, tolerance=TOLERANCE):
 
 
 def parts(sizes):
-    """Returns this rank's slice of a batch that gives rank r ``sizes[r]`` items."""
+    """Returns this rank's slice of the batch. Rank r gets ``sizes[r]`` items."""
     start = sum(sizes[: dist.get_rank()])
     return slice(start, start + sizes[dist.get_rank()])
 
@@ -67,7 +67,7 @@ def bits(t):
 
 
 class Case:
-    """Random inputs for calls of the operation on a batch or on a part of it.
+    """Random inputs of a batch norm, for the whole batch or for a part of the batch.
 
     Args:
         shape: shape of the whole batch.
@@ -84,10 +84,11 @@ class Case:
         self.vectors = [torch.rand(shape[1], generator=g) + 0.5 for _ in range(4)]
 
     def run(self, function, part, dtypes=None, **options):
-        """Runs forward and backward. Returns three lists of tensors.
+        """Runs forward and backward. Returns three lists of tensors:
 
-        The first list is y and the gradients of the inputs. The second is the gradients of the
-        parameters. The third is the buffers.
+        - y and the gradients of the inputs,
+        - the gradients of the parameters,
+        - the buffers.
 
         Inputs and parameters are rounded to the dtypes of the case. If ``dtypes`` is given, they
         are then converted to ``dtypes``.
@@ -268,9 +269,9 @@ def exchanges(run):
 
 
 def check_collectives(route):
-    """Tests that each synchronised operation calls one collective in forward and in backward.
+    """Each synchronised operation calls one collective in forward, and one in backward.
 
-    Two batch norms that are fused are one operation.
+    A fused sum of two batch norms is one operation.
     """
     net = nn.Sequential(
         nn.Conv2d(3, 4, 1), bnres.nn.BatchNormActMaxPool2d(4, 3, 2, 1),
@@ -284,8 +285,8 @@ def check_collectives(route):
         backward = exchanges(lambda: kept[0].sum().backward())
         net.eval()
         assert exchanges(lambda: net(x)) == []
-    # Each direction has four collectives: for the stem, for the block's first norm, for the block's
-    # other two norms together, and for the last layer.
+    # Forward and backward each have four collectives: for the stem, for the block's first norm, for
+    # the block's other two norms together, and for the last layer.
     assert forward == 4 * ["all_gather_into_tensor"]
     assert backward == 4 * [
         "reduce_scatter_tensor" if route == "aten" else "all_gather_into_tensor"
@@ -419,8 +420,8 @@ def check_step(make, route, wrap, sizes=(2, 2, 2, 2), dtype=torch.float64, toler
     F.cross_entropy(expected, labels).backward()
     with bnres.use_backend(route):
         y = net(x[part].to(dtype))
-        # The ranks' gradients are averaged over four ranks. The average must be the gradient of the
-        # mean loss of all eight images.
+        # The gradients are averaged over four ranks. The average of the ranks' losses, which are
+        # sum / 2, is the mean loss of all eight images.
         (F.cross_entropy(y, labels[part], reduction="sum") / 2).backward()
     assert_near(y, expected[part], tolerance)
     for a, b in zip(ours.parameters(), stock.parameters(), strict=True):
@@ -461,10 +462,10 @@ def test_large_or_interpreted_nets(four, make, route, wrap, precision):
 
 
 def check_two_forwards(route):
-    """Tests that backward does not read the buffers.
+    """Backward does not read the buffers.
 
     DistributedDataParallel broadcasts the buffers before each forward. So the second forward
-    overwrites them before the backward of the first.
+    overwrites the buffers before the first forward's backward.
     """
     torch.manual_seed(0)
     stock = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).double()
@@ -509,7 +510,7 @@ def test_recompute(four):
 def check_fused(route, convert, fuses_first):
     """A fused copy of a stock model computes the same bits as our layers.
 
-    The model is converted before it is fused or, with ``fuses_first``, after.
+    If ``fuses_first``, the model is fused and then converted. Otherwise it is converted first.
     """
     torch.manual_seed(0)
     norm_act = layers.stock_norm_act
@@ -573,7 +574,7 @@ def test_trainer(four):
 
 
 def check_accumulation():
-    """Tests that gradients are exchanged once for each step of the optimiser."""
+    """Gradients are exchanged once for each step of the optimiser."""
     config = TrainConfig(
         dataset="digits", model="tests.own_models:gray", batch_size=28, accumulate=2, device="cpu"
     )
@@ -595,8 +596,8 @@ def test_accumulation(four):
 def check_fifty_steps(dtype, momentum, tolerance, static_graph):
     """For fifty steps, four ranks have the same losses as one process with the whole batch.
 
-    With momentum, the losses agree for that long only in fp64. In fp32 a rounding error soon
-    changes which of two almost equal values a max-pool chooses, and then the losses differ.
+    With momentum, they agree for fifty steps only in fp64. In fp32 a rounding error soon changes
+    which of two almost equal values a max-pool chooses. Then the losses differ.
     """
     torch.manual_seed(0)
     stock, ours = small_net(False).to(dtype), small_net(True).to(dtype)

@@ -449,7 +449,7 @@ def test_evaluation_with_mirror_images(tiny):
 @pytest.mark.parametrize("fused", [True, None], ids=["fused", "plain"])
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_resumed_optimizer_is_fused_as_on_its_own_device(tiny, tmp_path, optimizer, fused):
-    """The checkpoint may be from a device that fuses the optimiser, or from one that does not."""
+    """The checkpoint is from a device that fuses the optimiser, or from a device that does not."""
     asked = config(optimizer=optimizer, epochs=2)
     cls = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[optimizer]
     states = [build_state(asked, tiny) for _ in range(2)]
@@ -549,7 +549,7 @@ def test_tensorboard_files_hold_each_epoch(tiny_command, tmp_path):
 
 @pytest.mark.parametrize("preset", ["seed-cifar10", "cifar10-fast"])
 def test_cifar_presets_run_end_to_end(preset, tmp_path):
-    """The data is a small archive in the published format."""
+    """The data is a small archive in the format of CIFAR-10's archive."""
     archive = pack(tmp_path / "cifar-10-binary.tar.gz", files("binary", cifar_content()))
     output = run(
         "train", "--preset", preset, "--data", archive, "--no-checksum", "--epochs", 1,
@@ -614,7 +614,8 @@ def test_bf16_on_the_cpu_is_refused_if_torchs_gradients_would_be_wrong(size, ste
         state, batches = build_state(asked, data)
         train_epoch(state, batches, asked)
         largest = max(p.grad.abs().max().item() for p in state.model.parameters())
-        # Torch's bug leaves parts of gradients uninitialised. Such values are usually far greater.
+        # Torch's bug leaves parts of gradients uninitialised. Uninitialised values are usually far
+        # greater than 1e6.
         assert largest < 1e6
     else:
         words = rf"one pixel wide, such as those of '{layer}' for images of {size}×{size}"

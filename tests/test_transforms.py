@@ -1,4 +1,4 @@
-"""Tests that `torch.func`'s transforms of a layer give the same results as plain calls of it."""
+"""Tests that a layer under `torch.func`'s transforms has the same results as without them."""
 
 import copy
 
@@ -123,7 +123,10 @@ def test_vmap_over_the_residual_only():
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", LAYERS)
 def test_ensemble(name, mode):
-    """Takes gradients under vmap over the stacked parameters and statistics of several layers."""
+    """A vmap over the stacked states of several layers equals separate calls of the layers.
+
+    Outputs, gradients and updated statistics are compared.
+    """
     layers = [layer_of(name, mode, seed) for seed in range(3)]
     xs, base = inputs_of(name), layer_of(name, mode)
     parameters, buffers = stack_module_state(layers)
@@ -163,7 +166,7 @@ def test_gradients_of_each_sample(name):
 
 
 def test_vmap_over_functions():
-    """Maps over the parameters of a function with two norms and a fork."""
+    """The function has two norms and a fork. All of its arguments are mapped."""
     xs, others = inputs_of("BatchNormAct2d"), inputs_of("BatchNormAct2d").sin()
     weights = torch.rand(3, 2, dtype=torch.float64, device=DEVICE)
 

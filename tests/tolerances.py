@@ -1,4 +1,4 @@
-"""The tests' table of tolerances: for each dtype, the allowed error against an fp64 reference."""
+"""The tests' tolerances: for each dtype, the allowed error against an fp64 reference."""
 
 import torch
 from torch import Tensor
@@ -6,7 +6,7 @@ from torch import Tensor
 from tests.device import DEVICE
 
 # The greatest allowed error, divided by the largest absolute value of the reference, or by 1 if
-# that value is below 1. It allows for a few roundings to the dtype, and for the errors of sums.
+# that value is below 1. The error of a few roundings to the dtype, and of sums, is allowed.
 TOLERANCE = {
     torch.float64: 1e-12,  # eps is 2⁻⁵² ≈ 2.2e-16; sums of up to 10⁴ terms
     torch.float32: 3e-6,  # eps is 2⁻²³ ≈ 1.2e-7; sums of up to some hundred terms
@@ -23,7 +23,7 @@ TF32_TOLERANCE = 4e-3
 def formula_dtype(act: str | None) -> torch.dtype:
     """Returns the dtype whose tolerance applies if torch computes the activation ``act`` in fp64.
 
-    It is fp32 for hardswish on a GPU, because torch multiplies by 1/6 in fp32 there.
+    It is fp32 for hardswish on a GPU, because torch's kernel multiplies by 1/6 in fp32.
     """
     return torch.float32 if act == "hardswish" and DEVICE == "cuda" else torch.float64
 
