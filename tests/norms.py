@@ -29,7 +29,7 @@ class Norms(nn.Module):
 
 
 class Cases(list):
-    """A list of test cases. Each has a forward of `Norms` and the other arguments of `check`."""
+    """A list of test cases. A case has a forward of `Norms` and the other arguments of `check`."""
 
     def add(self, *patterns, reason="", grad=True):
         """Returns a decorator that adds a forward, and these arguments of `check`, to the list."""

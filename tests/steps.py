@@ -8,7 +8,7 @@ from tests.tolerances import assert_close
 
 
 def outcome(model: nn.Module, x: Tensor) -> list[Tensor]:
-    """Returns the outputs and gradients of a call, and the buffers after it.
+    """Returns the outputs and gradients of a call, and the buffers after the call.
 
     The parameters' gradients and the buffers are sorted by name.
     """

@@ -167,7 +167,7 @@ class TestValues:
 
     def test_empty_batch_and_empty_chain(self, route):
         x = images(2, 3, 8, 8, torch.uint8).to(route)
-        # The compiled kernel multiplies by 1/255. Rounding then differs from a division by 255.
+        # The compiled kernel multiplies by 1/255. Dividing by 255, as here, rounds differently.
         error = (augment.Compose([])(x).cpu() - x.cpu().float() / 255).abs().max()
         assert error <= 2**-23
         assert augment.Compose(FLIPS)(x[:0]).shape == (0, 3, 8, 8)

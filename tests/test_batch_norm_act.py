@@ -27,7 +27,8 @@ def channels_last(t):
     return t.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
-# To save time, not all combinations of options occur. Any two values of two options occur together.
+# Every combination of the dtype and the three flags occurs once, with one of the shapes. Each shape
+# occurs with each dtype, and with both values of each flag.
 CASES = [
     (dtype, SHAPES[(i + 2 * j + k) % len(SHAPES)], last, residual, training)
     for i, dtype in enumerate(TOLERANCE)

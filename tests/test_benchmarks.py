@@ -102,8 +102,7 @@ class TestClock:
 
         def make():
             target = torch.empty_like(source)
-            # torch.neg is timed, not a copy, because a copy runs differently inside a CUDA graph
-            # than outside of it.
+            # torch.neg is timed instead of a copy, because a copy runs differently in a CUDA graph.
             return lambda: torch.neg(source, out=target)
 
         ticking = clock.DeviceClock()

@@ -70,7 +70,7 @@ class TestCampaign:
         ]
         assert "in hang" in records[5]["reason"] and "Fatal Python error" in records[6]["reason"]
         assert records[0]["copy"] == CEILINGS["copy"]
-        # After an error that does not concern the GPU, the same child process continues.
+        # An error that does not concern the GPU does not end the child process.
         assert records[0]["pid"] == records[4]["pid"] != records[-1]["pid"] == last
         assert not alive(records[0]["pid"])
         assert records[5]["wall_seconds"] > 2 and records[0]["wall_seconds"] < 60

@@ -20,7 +20,7 @@ from tests.steps import outcome
 
 
 class Net(nn.Module):
-    """A net with a cumulative average, residuals, a residual norm, a forked output, and pooling."""
+    """A net with cumulative statistics, residuals, a residual norm, a forked output and pooling."""
 
     def __init__(self):
         super().__init__()
@@ -88,7 +88,7 @@ def test_dynamic_sizes_in_training():
 
 @pytest.mark.slow
 def test_operators_pass_opcheck():
-    """Runs torch's opcheck on each of our operators, with the arguments of real calls."""
+    """torch's opcheck accepts each of our operators, with the arguments of real calls."""
     calls = []
 
     class Record(TorchDispatchMode):

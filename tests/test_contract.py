@@ -1,4 +1,4 @@
-"""Tests that modules behave like torch.nn.BatchNorm*, also where other libraries had bugs."""
+"""Tests that modules behave like torch.nn.BatchNorm*, also in cases that broke other libraries."""
 
 from contextlib import nullcontext
 

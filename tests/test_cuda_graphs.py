@@ -132,7 +132,7 @@ def test_training_is_bit_equal(cuda_graphs, dataset, options):
     ids=str,
 )
 def test_one_capture(cuda_graphs, dataset, batch_size, expected):
-    """After the warm-up and one capture, full batches are replayed. Smaller batches never are."""
+    """After the warm-up and one capture, full batches are replayed. Smaller batches are not."""
     config = make_config(batch_size=batch_size)
     with use_backend("triton" if DEVICE == "cuda" else "aten"):
         state, batches = graphed(config, dataset)

@@ -156,7 +156,7 @@ class TestCifar10:
         monkeypatch.setitem(MD5, name, hashlib.md5(archive.read_bytes()).hexdigest())
         for part, data in members.items():
             monkeypatch.setitem(MD5, part.split("/")[1], hashlib.md5(data).hexdigest())
-        # With checksum=True, binary files must have the published length. These are shorter.
+        # With checksum=True, binary files must have the published length. The test's are shorter.
         binary = kind == "binary"
         self.check(load_cifar10(archive, checksum=not binary), content)
         self.check(load_cifar10(tmp_path, checksum=not binary), content)

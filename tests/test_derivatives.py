@@ -152,7 +152,7 @@ def summed(x, weight, bias):
 
 @pytest.mark.parametrize("run", [pooled, summed])
 def test_tangents_of_a_dual_level_are_those_of_jvp(run):
-    """The output and the gradient of the input have the same tangents in a dual level and in jvp."""
+    """The output and the gradient of the input have the tangents of torch.func.jvp."""
     (*primals, _), _ = inputs()
     tangents = [torch.randn_like(p) for p in primals]
     primals[0].requires_grad_()

@@ -41,7 +41,7 @@ def test_samples_run(name, tmp_path, monkeypatch):
             pytest.skip(f"{package} is not installed; it comes with bnres[recipes]")
         if package == "ultralytics" and not torchvision.extension._has_ops():
             pytest.skip("ultralytics needs torchvision's compiled operators")
-    # transformers imports a package "kernels" if there is one. This hides our folder "kernels".
+    # transformers imports a package "kernels" if there is one. None hides our folder "kernels".
     monkeypatch.setitem(sys.modules, "kernels", None)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(os, "environ", os.environ.copy())

@@ -1,4 +1,4 @@
-"""Tests that fused models compute the same as stock models, also with checkpoints, hooks, DDP."""
+"""Tests that fused and stock models compute the same, also with checkpoints, hooks and DDP."""
 
 import copy
 import gc

@@ -158,7 +158,7 @@ def conv_of_one_image(self, x):
 
 @cases.add("bn-act", "bn-add")
 def counter_of_another(self, x):
-    """bn2's counter is incremented just before a batch norm that has no counter is called."""
+    """F.batch_norm, which has no counter, is called just after bn2's counter is incremented."""
     self.bn2.num_batches_tracked.add_(1)
     mean, var = self.bn.running_mean, self.bn.running_var
     y = F.batch_norm(x, mean, var, None, None, True)

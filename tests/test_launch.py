@@ -19,7 +19,7 @@ from tests.compiled import run_compiled
 
 @contextmanager
 def launches_written_down():
-    """Yields two lists: all launches, and the names of the kernels that ``JITFunction.run`` launches.
+    """Yields two lists: all launches, and the names of kernels launched by ``JITFunction.run``.
 
     A launch is (kernel, grid, arguments by name). Repeated launches don't call ``JITFunction.run``,
     so they are only in the first list.

@@ -1,6 +1,6 @@
 """Tests of the memory that the kernels touch, counted in the interpreter.
 
-``python -m benchmarks audit`` counts more operations, on smaller planes.
+``python -m benchmarks audit`` counts more operations, on smaller tensors.
 """
 
 import pytest
@@ -18,8 +18,9 @@ from benchmarks.audit.memory import operation_traffic
 from benchmarks.audit.step import inference_bytes
 
 SHAPE = (16, 32, 16, 16)
-# To choose a value that it subtracts from x, each program of the statistics' kernel reads four more
-# elements per channel. At this shape, these reads are fewer bytes than SLACK times the size of x.
+# Each program of the statistics' kernel reads four more elements per channel, to choose a value to
+# subtract from x. At this shape, the four elements of all programs and channels have fewer bytes
+# than SLACK times the size of x.
 SLACK = 0.03
 
 

@@ -24,7 +24,10 @@ def build(tree, out, what):
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    """Builds in a copy of the repository: a build leaves files that later builds would include."""
+    """Builds a wheel in a copy of the repository.
+
+    A build leaves files in its folder, and later builds would include these files.
+    """
     folder = tmp_path_factory.mktemp("packaging")
     ignored = shutil.ignore_patterns(".*", "__pycache__", "build", "dist", "*.egg-info", "runs")
     shutil.copytree(ROOT, folder / "bnres", symlinks=True, ignore=ignored)
@@ -82,9 +85,10 @@ def test_wheel_works_outside_the_repository(wheel, tmp_path):
 
 
 def test_editable_install_is_a_path_entry(wheel, tmp_path):
-    """With a path entry, bnres can be imported in the parent folder of a clone.
+    """An editable install adds a path to ``sys.path``, not an import finder.
 
-    With an import finder, Python would import the clone's folder as an empty namespace package.
+    With an import finder, ``import bnres`` in the parent folder of a clone would import the clone's
+    folder as an empty namespace package.
     """
     tree = wheel.parent / "bnres"
     build(tree, tmp_path, "editable")

@@ -137,8 +137,8 @@ def check_max_pool(dtype, layout):
     y, index, x_max = bn_max_pool.bn_max_pool(x, norm, "silu", 0.0, save=True)
     expected = reference.bn_max_pool_ref(*double(x, norm), "silu", 0.0)[0]
     assert_close(y, expected, dtype)
-    # The index is not compared. If values are equal after rounding, it may not be the index of the
-    # value that was largest before rounding. So y is compared with the value at the index.
+    # The index is not compared. If values are equal after rounding, the kernel and the reference
+    # may choose different indices. So y is compared with the value at the kernel's index.
     at_index = reference.bn_max_pool_at_ref(*double(x, norm), "silu", 0.0, index)
     assert_close(y, at_index, dtype)
     flat = reference.pooled_offsets(index, x.shape[3]).flatten(2)

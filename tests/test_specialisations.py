@@ -1,4 +1,4 @@
-"""Tests that the audit of kernels reports missing specialisations, and failed compilations.
+"""Tests that the audit reports missing specialisations, failed compilations and failed launches.
 
 A specialisation is a combination of the dtypes, constants and alignments of a kernel's arguments.
 Kernels are compiled in a new process, because triton's interpreter and compiler can't be used in

@@ -1,6 +1,7 @@
 """Compares `StemConv2d` with torch's convolution.
 
-`StemConv2d` is the first convolution of a ResNet. It converts its input from space to depth.
+`StemConv2d` is the first convolution of a ResNet. On a GPU it may convert its input from space to
+depth.
 """
 
 import pytest

@@ -142,7 +142,7 @@ def check_cases(cases, sizes, route, dtypes, tolerance):
         for actual, whole in zip(found[1], expected[1], strict=True):
             total = actual.double()
             dist.all_reduce(total)
-            # The tolerance is larger, because these are sums over all values of a channel.
+            # The tolerance is larger, because parameters' gradients are sums over a whole channel.
             assert_near(total, whole, tolerance * 4)
         for actual, whole in zip(found[2], expected[2], strict=True):
             assert_near(actual, whole, tolerance)
@@ -200,7 +200,7 @@ def test_dtypes(four, route, dtypes, tolerance):
 
 
 def check_groups(route):
-    """Tests two groups of two ranks. Each group has one half of the batch."""
+    """There are two groups of two ranks. Each group normalises its own half of the batch."""
     pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
     group, first = pairs[dist.get_rank() // 2], dist.get_rank() // 2 * 4
     torch.manual_seed(0)

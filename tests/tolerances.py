@@ -6,7 +6,7 @@ from torch import Tensor
 from tests.device import DEVICE
 
 # The greatest allowed error, divided by the largest absolute value of the reference, or by 1 if
-# that value is below 1. The error of a few roundings to the dtype, and of sums, is allowed.
+# that value is below 1. This allows for a few roundings to the dtype, and for the errors of sums.
 TOLERANCE = {
     torch.float64: 1e-12,  # eps is 2⁻⁵² ≈ 2.2e-16; sums of up to 10⁴ terms
     torch.float32: 3e-6,  # eps is 2⁻²³ ≈ 1.2e-7; sums of up to some hundred terms
@@ -15,8 +15,8 @@ TOLERANCE = {
 }
 # The tolerance if fp32 numbers are multiplied in TF32, which keeps 10 bits of the mantissa. The
 # relative error of an operand is at most 2⁻¹¹ if it is rounded, or 2⁻¹⁰ if it is truncated. So the
-# relative error of a product is at most 2⁻⁹ ≈ 2e-3. The tolerance is twice this, because a sum of
-# products can be smaller than the products. The interpreter multiplies in fp32.
+# relative error of a product is at most 2⁻⁹ ≈ 2e-3. The tolerance is twice as large, because a sum
+# of products can be smaller than the products. The interpreter multiplies in fp32.
 TF32_TOLERANCE = 4e-3
 
 
