@@ -24,14 +24,16 @@ from bnres.nn.sync import CapturedSyncBatchNorm, make_nodes
 def backend(
     module: fx.GraphModule, example_inputs: Sequence[Any], *, options: dict[str, Any] | None = None
 ) -> Callable[..., Any]:
-    """Fuses a captured graph and compiles it. This is the backend ``"bnres"`` of `torch.compile`.
+    """Fuses batch norms in a captured graph, and returns a function that runs the graph.
+
+    This is the backend ``"bnres"`` of `torch.compile`.
 
     Args:
         module: the graph that Dynamo captured. The graph is rewritten in place.
         example_inputs: the graph's inputs.
-        options: ``{"inner": name}`` names the backend that compiles the rewritten graph, such as
-            ``"inductor"``. A function can be given instead of a name. By default the graph is not
-            compiled, but runs eagerly.
+        options: ``{"inner": backend}`` sets the backend that compiles the rewritten graph. This
+            backend is a function or a name, such as ``"inductor"``. By default the graph runs
+            eagerly.
 
     Raises:
         ValueError: for an unknown option, or if ``inner`` is neither a string nor callable.
@@ -69,11 +71,11 @@ def run_eagerly(module: fx.GraphModule) -> Callable[..., Any]:
 def _checkpointed(
     body: fx.GraphModule, *args: Any, of_module: Sequence[bool], **options: Any
 ) -> Any:
-    """Runs ``body`` in an activation checkpoint, and returns the outputs.
+    """Runs ``body`` in an activation checkpoint.
 
-    ``of_module`` says for each argument whether it is a parameter or buffer of a module. Such an
-    argument is not passed to `checkpoint`, because batch norm writes to its running statistics in
-    place, and backward raises an error if an argument of a checkpoint was written in place.
+    ``of_module`` says for each argument whether it is a module's parameter or buffer. Parameters
+    and buffers are not passed to `checkpoint`, because batch norm writes to some of them in place,
+    and backward raises an error if an argument of `checkpoint` was written in place.
     """
     options["use_reentrant"] = False
     if "_checkpoint_context_fn" in body.meta:
@@ -89,12 +91,14 @@ def _checkpointed(
 
 @contextmanager
 def inductor() -> Iterator[None]:
-    """A context in which Inductor fuses the graphs that it compiles, before autograd traces them.
+    """A context in which Inductor fuses batch norms in the graphs that it compiles.
 
-    ``torch.compile`` compiles a function when the function is first called, so the first call must
-    be made inside the context. Our pass runs after the passes that the user has set in
-    ``torch._inductor.config.pre_grad_custom_pass``. AOTAutograd's cache of compiled graphs works in
-    this context, but not with the backend ``"bnres"`` and ``options={"inner": "inductor"}``.
+    ``torch.compile`` compiles a function at its first call, so make this call inside the context.
+    Batch norms are fused before autograd traces a graph, and after the passes that the user has set
+    in ``torch._inductor.config.pre_grad_custom_pass``.
+
+    AOTAutograd caches graphs that are compiled in this context. It does not cache graphs that are
+    compiled with the backend ``"bnres"`` and ``options={"inner": "inductor"}``.
     """
     from bnres.fusion.inductor import with_pass
 
@@ -103,28 +107,30 @@ def inductor() -> Iterator[None]:
 
 
 def fuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
-    """Returns a copy of a model whose calls run fused operations.
+    """Returns a copy of a model in which batch norms are fused with the operations around them.
 
-    The copy works like a model after ``model.compile(backend="bnres")``. When it is called, Dynamo
-    captures a graph of the operations of the call. (Dynamo is the part of torch.compile that reads
-    Python code.) In the graph, bnres fuses each batch norm with operations before and after the
-    batch norm. `bnres.explain` shows which operations are fused. Later calls run the same graph. If
-    Python state on which the graph depends has changed, Dynamo captures a new graph.
+    The copy works like a model after ``model.compile(backend="bnres")``. At its first call, Dynamo,
+    the part of torch.compile that reads Python code, captures a graph of the model's operations.
+    bnres fuses each batch norm in this graph with operations before and after the batch norm.
+    `bnres.explain` shows which operations are fused. Later calls run the same graph. If Python
+    state on which the graph depends has changed, Dynamo captures a new graph.
 
-    The rules of ``torch.compile`` apply. A forward or backward hook that is added after the first
-    call does not run, and a submodule that is called directly runs unfused. At most
-    ``torch._dynamo.config.recompile_limit`` graphs are captured. A call that would need one more
-    graph runs unfused.
+    The rules of ``torch.compile`` apply:
+
+    - A forward or backward hook that is added after the first call does not run.
+    - A submodule that is called directly runs unfused.
+    - At most ``torch._dynamo.config.recompile_limit`` graphs are captured. A call that would need
+      one more graph runs unfused.
 
     Args:
         model: any module, in any mode, on any device.
         inplace: whether to fuse ``model`` itself instead of a copy.
 
     Returns:
-        The fused model, with the class, the parameters, the keys of the state dict and the hooks of
-        ``model``. The fused model's repr contains "fused by bnres". Copies and pickles of the fused
-        model are not fused. `torch.export`, `torch.jit.trace` and `torch.fx` read the fused model
-        as if it were not fused.
+        The fused model. Its class, parameters, hooks and state-dict keys are those of ``model``.
+        Its repr contains "fused by bnres". Copies and pickles of the fused model are not fused.
+        `torch.export`, `torch.jit.trace` and `torch.fx` read the fused model as if it were not
+        fused.
 
     Raises:
         TypeError: if ``model`` is not a module.

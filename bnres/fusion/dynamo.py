@@ -1,6 +1,6 @@
-"""The private parts of torch that fusion needs.
+"""The private parts of torch that fusion needs, except those of Inductor.
 
-They are the same in torch 2.11, 2.13 and 2.14. `bnres.fusion.inductor` uses those of Inductor.
+They are the same in torch 2.11, 2.13 and 2.14.
 """
 
 from collections.abc import Callable
@@ -28,8 +28,7 @@ def compiled(function: Callable[..., Any], backend: Any, **options: Any) -> Call
         return function(*args, **kwargs)
 
     call.__code__ = call.__code__.replace()
-    # Makes a call of `sync_batch_norm` one node of the graph. Otherwise Dynamo would capture the
-    # operations inside `sync_batch_norm`.
+    # Dynamo must capture a call of `sync_batch_norm` as one node, not as the operations inside it.
     torch._dynamo.allow_in_graph(sync_batch_norm)
     return torch.compile(call, backend=backend, **options)
 
@@ -37,8 +36,8 @@ def compiled(function: Callable[..., Any], backend: Any, **options: Any) -> Call
 def set_compiled_call(module: nn.Module, call: Callable[..., Any] | None) -> None:
     """Sets the function that runs when a module is called, as `torch.nn.Module.compile` does.
 
-    If ``call`` is None, the module's own forward runs again. Copies of the module do not have the
-    function.
+    If ``call`` is None, the module's own forward runs again. Copies of the module do not get
+    ``call``.
     """
     module._compiled_call_impl = call
 
@@ -62,16 +61,16 @@ def in_fx_trace() -> bool:
 
 
 def lookup_backend(name: Any) -> Callable[..., Any]:
-    """Returns the backend with this name. If ``name`` is a backend, it is returned unchanged."""
+    """Returns the backend called ``name``, or ``name`` itself if it is a backend."""
     return torch._dynamo.lookup_backend(name)  # type: ignore[attr-defined, no-any-return]
 
 
 def module_tensors(graph: fx.Graph) -> set[int]:
-    """Returns the ids of the fake tensors of those graph inputs that are attributes of modules.
+    """Returns the ids of the fake tensors of parameters and buffers among a graph's inputs.
 
     A fake tensor has a shape and a dtype but no data. Dynamo does not record which inputs of a
-    nested graph are attributes of modules. But the outer graph passes its inputs to the nested
-    graph with the same fake tensors, so the ids identify the inputs of the nested graph too.
+    nested graph are parameters or buffers. The ids tell this, because a nested graph gets the same
+    fake tensors as the outer graph.
     """
     found = set()
     for node in graph.find_nodes(op="placeholder"):
@@ -83,7 +82,7 @@ def module_tensors(graph: fx.Graph) -> set[int]:
 
 def equal_shapes(a: torch.Size, b: torch.Size) -> bool:
     """Whether two shapes of a captured graph are equal in every call."""
-    # This is not imported at the top, because it imports sympy, which is slow.
+    # Imported only here, because it imports sympy, which is slow.
     from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 
     return statically_known_true(sym_eq(a, b))

@@ -44,9 +44,8 @@ def explain(model: nn.Module, *inputs: Any, **kwargs: Any) -> FusionReport:
         placeholders = module.graph.find_nodes(op="placeholder")
         rows, run = fuse_graphs(module), run_eagerly(module)
 
-        # Several modules of the same class may run one graph, whose nodes have the names of the
-        # first of these modules. The arguments of a call of the graph include the parameters and
-        # buffers of the called module, which give the right names.
+        # Modules of the same class may share one graph, whose nodes have the first module's name.
+        # The parameters and buffers in ``args`` tell which module is called.
         def call(*args: Any) -> Any:
             tensors = dict(zip(placeholders, args, strict=True))
             for site, nodes in rows:
@@ -58,7 +57,7 @@ def explain(model: nn.Module, *inputs: Any, **kwargs: Any) -> FusionReport:
         return call
 
     before = graph_breaks()
-    # The backend "aten" runs torch's operations, so that no kernel has to be compiled.
+    # With the backend "aten", no kernel has to be compiled.
     devices = range(torch.cuda.device_count())
     with use_backend("aten"), torch.random.fork_rng(devices=devices):
         compiled(twin, record)(*inputs, **kwargs)
@@ -72,8 +71,7 @@ def explain(model: nn.Module, *inputs: Any, **kwargs: Any) -> FusionReport:
 def is_norm(module: nn.Module) -> bool:
     """Whether a module is a batch norm.
 
-    A batch norm is recognised by its buffers, because the classes of some batch norms, such as
-    FrozenBatchNorm2d, are not torch's.
+    Some batch norms, such as FrozenBatchNorm2d, have no class of torch, so the buffers are checked.
     """
     instance_norm = nn.modules.instancenorm._InstanceNorm
     return "running_var" in module._buffers and not isinstance(module, instance_norm)

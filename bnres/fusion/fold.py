@@ -19,18 +19,21 @@ from bnres.nn.sync import revert_sync_batchnorm
 def fold(model: nn.Module, *inputs: Any, **kwargs: Any) -> nn.Module:
     """Returns a copy of a model in which batch norms are folded into the convolutions before them.
 
-    The filters of each convolution are multiplied by ``weight / sqrt(var + eps)``, and its bias
-    changes accordingly. An `nn.Identity` replaces a folded batch norm, whose keys are then missing
-    in the state dict. The copy is not fused, and batch norms that bnres has synchronised use local
-    statistics again. Nothing else changes. A folded model that was built from torch's layers can be
-    loaded and exported without bnres. On a GPU a folded model reads and writes more memory than
-    ``bnres.fuse(model).eval()``.
+    With ``scale = bn.weight / sqrt(var + eps)``, the convolution's filters become
+    ``scale * filters``, and its bias becomes ``scale * (bias - mean) + bn.bias``. An `nn.Identity`
+    replaces the batch norm, so the batch norm's keys are missing in the state dict. The copy is not
+    fused, and `bnres.revert_sync_batchnorm` is applied to it. Nothing else changes.
+
+    A folded model that was built from torch's layers can be loaded and exported without bnres. On a
+    GPU a folded model reads and writes more memory than ``bnres.fuse(model).eval()``.
 
     The model is called with ``inputs`` and ``kwargs`` to find the convolution before each batch
-    norm. If you later change which operations the model's forward runs, fold the model again. Only
-    a `torch.nn.Conv2d` followed by a torch batch norm with running statistics is folded. The two
-    modules are not folded if one of them is called more than once or has a hook, or if anything
-    else reads the convolution's output or a parameter or buffer of one of them.
+    norm. If the model's forward later runs other operations, fold the model again. A convolution
+    and a batch norm are folded only if:
+
+    - They are a `torch.nn.Conv2d` and a torch batch norm with running statistics.
+    - Each of the two modules is called once and has no hook.
+    - Nothing else reads the convolution's output, or a parameter or buffer of the two modules.
 
     Args:
         model: any module in eval mode, fused or not. This module is not changed.
@@ -38,9 +41,9 @@ def fold(model: nn.Module, *inputs: Any, **kwargs: Any) -> nn.Module:
 
     Raises:
         TypeError: if ``model`` is not a module, or if there are no example arguments.
-        ValueError: if the model or one of its batch norms is in training mode, or if Dynamo does
-            not capture the model's forward as one graph. Also if forward would run different
-            operations after folding, for example because it tests whether a convolution has a bias.
+        ValueError: if the model or one of its batch norms is in training mode, if Dynamo does not
+            capture the model's forward as one graph, or if forward would run different operations
+            after folding, for example because it tests whether a convolution has a bias.
     """
     folded = revert_sync_batchnorm(unfuse(model))
     if not (inputs or kwargs):
@@ -86,18 +89,15 @@ def _capture(
         raise ValueError(
             f"model can't be folded: torch.compile can't capture its forward in one graph: {line}"
         ) from error
-    # torch never frees a backend, so `record` and the list ``found`` stay in memory. The graph is
-    # taken out of the list, so that the graph can be freed.
+    # torch never frees the backend `record`, so it never frees the list ``found`` either. pop takes
+    # the graph out of the list, so that the graph can be freed.
     return found.pop() if found else (fx.Graph(), {})
 
 
 def _pairs(
     graph: fx.Graph, tensors: dict[fx.Node, Any], model: nn.Module
 ) -> dict[fx.Node, tuple[str, str]]:
-    """Returns the pairs of a convolution and a batch norm to fold, as the names of the two modules.
-
-    The key of a pair is the node of the batch norm.
-    """
+    """Maps the node of each batch norm to fold to the names of its convolution and batch norm."""
     modules, found = dict(model.named_modules(remove_duplicate=False)), {}
     for node in graph.nodes:
         call = norm_call(node)
@@ -109,8 +109,8 @@ def _pairs(
             continue
         if type(conv) is not nn.Conv2d or type(bn) not in (nn.BatchNorm2d, nn.SyncBatchNorm):
             continue
-        # Besides its input, each of the two calls must read its module's own tensors, and nothing
-        # else may read these tensors.
+        # Each of the two calls must read its own module's parameters and buffers, and nothing else
+        # may read them.
         read = (call.conv["weight"], call.state.input_bias, *call.state[:4])
         own = conv.weight, conv.bias, bn.running_mean, bn.running_var, bn.weight, bn.bias
         if all(
@@ -122,5 +122,5 @@ def _pairs(
 
 
 def _called(graph: fx.Graph, without: Collection[fx.Node] = ()) -> list[Any]:
-    """Returns the targets of the calls in a graph, in order. Nodes in ``without`` are left out."""
+    """Returns the targets of the calls in a graph, except those of the nodes in ``without``."""
     return [n.target for n in graph.nodes if n.op.startswith("call") and n not in without]

@@ -23,13 +23,13 @@ def _torchvision(x: Any, mean: Any, var: Any, weight: Any, bias: Any) -> Any:
 
 
 def _detectron2(x: Any, mean: Any, var: Any, weight: Any, bias: Any) -> Any:
-    """The forward of detectron2's FrozenBatchNorm2d for an x that needs a gradient."""
+    """The forward of detectron2's FrozenBatchNorm2d if x needs a gradient."""
     scale = weight * (var + 1e-5).rsqrt()
     shift = (bias - mean * scale).reshape(1, -1, 1, 1)
     return x * scale.reshape(1, -1, 1, 1).to(torch.float32) + shift.to(torch.float32)
 
 
-# With ignore_literals, a number such as eps may differ from the number in the pattern.
+# ignore_literals allows another eps than the pattern's.
 MATCHERS = [
     SubgraphMatcher(fx.symbolic_trace(pattern).graph, ignore_literals=True)
     for pattern in (_torchvision, _detectron2)
@@ -45,18 +45,16 @@ def as_batch_norm(graph: fx.Graph) -> None:
             del found["x"]
             own, eps = set(found.values()), found["rsqrt"].args[0].args[1]
             (end,) = match.returning_nodes
-            # x is read from the graph. The x in `match` may be a node that an earlier replacement
-            # has removed from the graph.
+            # An earlier replacement may have removed the x in ``match`` from the graph.
             x: Any = end.all_input_nodes[0].args[0]
             if _is_batch_norm(x, eps, end, vectors) and not obstacle(own, set()):
                 replace(own, F.batch_norm, (x, *vectors, False, 0.0, eps), {})
 
 
 def _is_batch_norm(x: fx.Node, eps: Any, end: Any, vectors: list[fx.Node]) -> bool:
-    """Whether the arithmetic that a matcher found computes a batch norm of ``x``.
+    """Whether the arithmetic whose result is the node ``end`` computes a batch norm of ``x``.
 
-    ``end`` is the node of the arithmetic's result. The matcher has compared only the operations, so
-    the shapes and dtypes are checked here.
+    The matcher has compared only the operations, so shapes and dtypes are checked here.
     """
     product, shift = end.args
     nodes = (end, product.args[1], shift, *vectors)

@@ -33,7 +33,7 @@ class FusePass(CustomGraphPass):
         others = [each.uuid() if hasattr(each, "uuid") else None for each in self.before]
         if None in others:
             return None
-        # Path.rglob would leave out bnres/kernels, which is a link in a checkout.
+        # Path.rglob would leave out bnres/kernels, which is a symbolic link in a checkout.
         sources = glob.glob(f"{glob.escape(bnres.__path__[0])}/**/*.py", recursive=True)
         return (
             get_hash_for_files(tuple(sorted(sources))),
@@ -45,5 +45,5 @@ class FusePass(CustomGraphPass):
 
 
 def with_pass() -> AbstractContextManager[None]:
-    """Returns a context in which Inductor runs a `FusePass`, after the passes of the user."""
+    """Returns a context in which Inductor runs a `FusePass` after the user's passes."""
     return config.patch(pre_grad_custom_pass=FusePass(config.pre_grad_custom_pass))

@@ -43,9 +43,8 @@ class NormCall:
         state: the call's options, as a `BatchNormState` that contains nodes instead of tensors.
             ``state.input_bias`` is the bias in ``conv``, or None if there is none.
         training: whether the call normalises with the statistics of the batch.
-        conv: the arguments of the convolution before the call. ``conv`` is None if there is no
-            convolution, if another node also reads the convolution's output, or if the batch norm
-            is synchronised.
+        conv: the arguments of the convolution before the call, or None if the convolution can't be
+            fused or does not exist.
         group: the name of the process group if the batch norm is synchronised, otherwise empty.
     """
 
@@ -64,7 +63,7 @@ class NormCall:
 
     @property
     def buffers(self) -> set[int | None]:
-        """The memory to which ``calls`` write, as the identifiers that `storage` returns."""
+        """The identifiers of the memory to which ``calls`` write (see `storage`)."""
         return {storage(n) for call in self.calls for n in writes(call) or []}
 
 
@@ -75,9 +74,9 @@ class Match:
     Attributes:
         operation: the function of the fused call.
         norms: one or two calls of batch norm. The second call normalises the residual.
-        nodes: the replaced nodes, without the node of the convolution.
+        nodes: the replaced nodes, except the convolution.
         pattern: the names of the fused operations, such as ``conv-bn-act``.
-        options: the arguments of the fused call, without the arguments of the first batch norm.
+        options: the arguments of the fused call, except those of the first batch norm.
         reason: why no further operation is fused. The reason may be empty.
     """
 
@@ -95,14 +94,14 @@ class Match:
         return self.nodes | {self.norms[0].input} if takes_conv else self.nodes
 
     def add(self, nodes: set[fx.Node], pattern: str, **options: Any) -> None:
-        """Adds nodes, their part of the pattern, and the arguments that the fused call gets."""
+        """Adds nodes, their part of the pattern, and arguments of the fused call."""
         self.nodes |= nodes
         self.pattern += pattern
         self.options |= options
 
 
 def norm_call(node: fx.Node) -> NormCall | None:
-    """Returns the batch norm that a node calls, or None if it calls no supported batch norm."""
+    """Returns the batch norm that a node calls, or None if the node calls no supported one."""
     if node.target not in SIGNATURES:
         return None
     bound = SIGNATURES[node.target].bind(*node.args, **node.kwargs)  # type: ignore[index]
@@ -118,8 +117,8 @@ def norm_call(node: fx.Node) -> NormCall | None:
         counter = _counter(node)
         calls |= set() if counter is None else {node.prev}
     # In training, the backward of a fused call returns 0 as the gradient of the convolution's bias.
-    # With a process group, the gradient need not be 0 in each process: only its sum over all
-    # processes is 0. So the convolution is not fused if there is a process group.
+    # With a process group, only the sum of this gradient over all processes is 0, so the
+    # convolution is not fused.
     conv = convolution(input) if only_user(input) is not None and not group else None
     bias = None if conv is None else conv.get("bias")
     state = BatchNormState(**options, num_batches_tracked=counter, input_bias=bias)
@@ -127,10 +126,7 @@ def norm_call(node: fx.Node) -> NormCall | None:
 
 
 def _counter(node: fx.Node) -> Any:
-    """Returns the node of ``num_batches_tracked`` if the node before a batch norm increments it.
-
-    Otherwise the result is None.
-    """
+    """Returns the counter that the node before a batch norm increments by 1, or None."""
     before = node.prev
     if before.target != "add_" or before.args[1:] != (1,) or before.kwargs or before.users:
         return None
@@ -140,7 +136,7 @@ def _counter(node: fx.Node) -> Any:
 
 
 def shortest(norm: NormCall) -> Match:
-    """Returns a match of only a batch norm and, if there is one, the convolution before it."""
+    """Returns the match of a batch norm and, if it can be fused, the convolution before it."""
     where = {"process_group": norm.group} if norm.group else {"training": norm.training}
     options = {**where, "act": None}
     if norm.conv is None:
@@ -149,9 +145,9 @@ def shortest(norm: NormCall) -> Match:
 
 
 def longest(norm: NormCall) -> Match:
-    """Returns a match of a batch norm and everything that can be fused with it.
+    """Returns the match of a batch norm and everything that can be fused with it.
 
-    Other nodes of the graph may still prevent the fusion. `hazard` checks them.
+    `hazard` checks later whether other nodes of the graph prevent the fusion.
     """
     match = shortest(norm)
     user: Any = only_user(norm.node)
@@ -173,9 +169,9 @@ def longest(norm: NormCall) -> Match:
             if not dies_in(other, user):
                 match.reason = "the addition writes to a tensor that is used elsewhere"
                 return match
-            # If gradients are disabled here, the sum keeps the autograd graph of the residual, but
-            # the output of a fused call would have none. The nodes do not tell whether gradients
-            # are disabled.
+            # Under torch.no_grad, ``residual += z`` keeps the autograd graph of the residual, but
+            # the output of a fused call would have none. The nodes do not tell whether they run
+            # under torch.no_grad.
             if value(other).requires_grad and not value(norm.node).requires_grad:  # type: ignore[union-attr]
                 match.reason = (
                     "the addition writes to a tensor that needs a gradient, but the output of the "
@@ -196,47 +192,45 @@ def longest(norm: NormCall) -> Match:
 
 
 def _residual_norm(norm: NormCall, other: fx.Node) -> NormCall | None:
-    """Returns the call of batch norm that computes the residual ``other``.
+    """Returns the batch norm that computes the residual ``other``, if it can be fused with ``norm``.
 
-    If there is no such call, or if it can't be fused with ``norm`` into one operation, the result
-    is None.
+    Otherwise the result is None.
     """
     second = norm_call(other) if only_user(other) is not None else None
     if second is None or second.buffers & norm.buffers:
         return None
     if (second.training, second.group) != (norm.training, norm.group):
         return None
-    # Two batch norms with fixed statistics and fixed weights are not fused. One operation would
-    # store the inputs of both for backward, while two separate operations store neither input.
+    # Two batch norms with fixed statistics and weights are not fused, because the fused operation
+    # would store both inputs for backward. Separate operations store neither input.
     weights = (value(norm.state.weight), value(second.state.weight))
     fixed = not norm.training and not any(getattr(w, "requires_grad", False) for w in weights)
     return None if fixed and getattr(value(norm.node), "requires_grad", False) else second
 
 
 def hazard(match: Match) -> str:
-    """Returns why the nodes of a match can't all run at the position of the match's last node.
+    """Returns why a match can't be replaced by a call at the position of the match's last node.
 
-    If they can, the result is empty.
+    If it can, the result is an empty string.
     """
-    # If a convolution stays in the graph, the fused call adds the convolution's bias. So
-    # nothing may write to the bias between the convolution and the fused call.
+    # If a convolution stays in the graph, the fused call adds the convolution's bias. So nothing
+    # may write to this bias between the convolution and the fused call.
     convs = {norm.input for norm in match.norms if norm.state.input_bias is not None}
     buffers = {b for norm in match.norms for b in norm.buffers}
     found = obstacle(match.replaced | convs, buffers)
     if found:
         return found
     # Torch's backward reads neither the residual nor the biases of the batch norms, so a model may
-    # write to them after the call. Our backward may read them, so such a write prevents the fusion.
-    # There is one exception: after ``residual += z``, ``residual`` is the sum, so a later write
-    # changes the sum. The fused call stores the sum in a new tensor, so the later write does not
-    # change the residual that our backward reads.
+    # write to them later. Our backward may read them, so a later write prevents the fusion. After
+    # ``residual += z``, a write to ``residual`` is allowed: it changes only the sum, which the
+    # fused call has stored in a new tensor.
     end = max(match.nodes)
     residual = match.options.get("residual") if len(match.norms) == 1 else None
     becomes_sum = residual in [w for n in match.nodes for w in writes(n) or []]
     biases = [norm.state.bias for norm in match.norms]
     kept = {storage(n) for n in biases if isinstance(n, fx.Node)}
     if residual is not None and not becomes_sum:
-        # If a written node has no storage, it may be a list that contains the residual.
+        # A written node without storage may be a list that contains the residual.
         kept |= {storage(residual), None}
     for node in end.graph.nodes:
         if not node > end or node.op == "output":
@@ -251,13 +245,13 @@ def hazard(match: Match) -> str:
 
 
 def obstacle(own: set[fx.Node], buffers: set[int | None]) -> str:
-    """Returns why the nodes ``own`` can't all move to the position of the last of them.
+    """Returns why the nodes ``own`` can't all move to the position of their last node.
 
-    If they can, the result is empty.
+    If they can, the result is an empty string.
 
     Args:
         own: the nodes to move.
-        buffers: the storages to which these nodes write.
+        buffers: identifiers of the memory to which these nodes write (see `storage`).
     """
     first, last = min(own), max(own)
     inputs = {n for m in own for n in m.all_input_nodes}
@@ -269,8 +263,8 @@ def obstacle(own: set[fx.Node], buffers: set[int | None]) -> str:
             return f"{node.target} runs between the operations to fuse and may have any side effect"
         if any(storage(n) in buffers for n in node.all_input_nodes):
             return "its statistics are used between the operations to fuse"
-        # A write can only change inputs that were computed before the write. If a written node has
-        # no storage, it may be a list, which may contain any of the inputs.
+        # A write can only change inputs that were computed earlier. A written node without storage
+        # may be a list that contains an input.
         earlier = {storage(n) for n in inputs if n < node}
         if any(storage(w) in (None, *earlier) for w in written):
             return "one of the inputs is written in place between the operations to fuse"
@@ -278,10 +272,9 @@ def obstacle(own: set[fx.Node], buffers: set[int | None]) -> str:
 
 
 def find(node: fx.Node) -> Match | str:
-    """Returns the longest match without a `hazard` for the batch norm that a node calls.
+    """Returns the longest match of a batch norm that has no `hazard`.
 
-    If there is no such match, or if bnres does not support the batch norm, the result is a string
-    with the reason.
+    If the batch norm can't be fused, the result is the reason.
     """
     norm = norm_call(node)
     if norm is None:

@@ -44,7 +44,7 @@ ACTIVATIONS = {
 }
 RELU6 = ({"min_val": 0, "max_val": 6}, {"min": 0, "max": 6})
 
-# The names of functions and methods that write to their first argument, such as add_ and iadd.
+# Functions and methods with these names write to their first argument, for example add_ and iadd.
 IN_PLACE = re.compile(
     r".*[^_]_|_*(setitem|i(add|sub|mul|truediv|floordiv|mod|pow|and|or|xor|lshift|rshift))_*"
 )
@@ -56,27 +56,25 @@ NORMS = (
 )  # fmt: skip
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 NORMS_IN_PLACE = re.compile("(batch|instance)_norm")
-# A function of these Python modules writes to a tensor only if the function's name or an argument
-# says so, such as the name add_ or the argument inplace=True.
+# A function of these Python modules writes to a tensor only if its name or an argument says so,
+# for example add_ or inplace=True.
 KNOWN = ("torch", "_operator", "operator", "math", "builtins")
 OPERATORS: Any = (OpOverload, OpOverloadPacket)
 
 
 def value(node: Any) -> FakeTensor | None:
-    """Returns the fake tensor of a node, or None.
+    """Returns the fake tensor of a node, which has the shape and dtype of its result but no data.
 
-    A fake tensor has the shape and dtype of the node's result, but no data. The function returns
-    None if ``node`` is not a node, or if the node's result is not a tensor.
+    The result is None if ``node`` is not a node or does not compute a tensor.
     """
     found = node.meta.get("example_value") if isinstance(node, fx.Node) else None
     return found if isinstance(found, FakeTensor) else None
 
 
 def storage(node: fx.Node) -> int | None:
-    """Returns an identifier of the memory of a node's tensor.
+    """Returns an identifier of the memory of a node's tensor, or None if it is not a tensor.
 
-    Tensors that share memory have the same identifier. If the node's result is not a tensor, the
-    identifier is None.
+    Tensors that share memory have the same identifier.
     """
     found = value(node)
     return None if found is None else found.untyped_storage()._cdata
@@ -99,7 +97,7 @@ def dies_in(node: fx.Node, user: fx.Node) -> bool:
     """Whether the graph allocated the memory of ``node``, and no node after ``user`` reads it."""
     return all(
         other.op.startswith("call")
-        # The outputs of a call with several outputs may share memory, so the answer is False.
+        # If a call has several outputs, they may share memory.
         and not (other.target is operator.getitem and value(other.args[0]) is None)
         and all(reader <= user and value(reader) is not None for reader in other.users)
         for other in node.graph.nodes
@@ -108,10 +106,9 @@ def dies_in(node: fx.Node, user: fx.Node) -> bool:
 
 
 def module_name(node: fx.Node) -> str:
-    """Returns the name of the module whose forward called a node's operation.
+    """Returns the qualified name of the module whose forward called a node's operation.
 
-    The name is as in `torch.nn.Module.named_modules`. If no module is known, the result is the name
-    of the node.
+    If the module is unknown, the result is the name of the node.
     """
     stack = list((node.meta.get("nn_module_stack") or {}).values())
     return re.sub(r"^L\['\w+'\](\.__self__)?\.?", "", stack[-1][0]) if stack else node.name
@@ -134,20 +131,19 @@ def torch_name(node: fx.Node | None) -> str:
 
 
 def arguments(node: fx.Node, names: tuple[str, ...]) -> dict[str, Any] | None:
-    """Returns the arguments of a call by name.
+    """Returns the arguments of a call by name, or None if one of them is not in ``names``.
 
-    ``names`` are the function's argument names in order. If the call has an argument that is not in
-    ``names``, the result is None.
+    ``names`` are the function's argument names in order.
     """
     found = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
     return found if len(node.args) <= len(names) and set(found) <= set(names) else None
 
 
 def constants(node: Any, names: tuple[str, ...]) -> dict[str, Any] | None:
-    """Returns the arguments of a call after its input, by name.
+    """Returns the arguments of a call by name, without the first argument ``input``.
 
-    ``names`` are the names of these arguments in order. The result is None if the call has an
-    argument that is not in ``names``, or if the value of one of these arguments is a node.
+    ``names`` are the names of the arguments after ``input``. The result is None if one of these
+    arguments is not in ``names`` or is a node.
     """
     found = arguments(node, ("input", *names)) or {}
     if [name for name, v in found.items() if isinstance(v, fx.Node)] != ["input"]:
@@ -164,9 +160,9 @@ def addition(node: fx.Node) -> tuple[Any, Any] | None:
 
 
 def activation(node: fx.Node | None) -> tuple[str, dict[str, Any] | None] | None:
-    """Returns the name and the options of the activation that a node applies.
+    """Returns the name and options of the activation that a node applies.
 
-    If the node applies no activation that bnres supports, the result is None.
+    The result is None if the node applies no activation that bnres supports.
     """
     name = torch_name(node).rstrip("_")
     options = constants(node, ACTIVATIONS[name]) if name in ACTIVATIONS else None
@@ -175,14 +171,14 @@ def activation(node: fx.Node | None) -> tuple[str, dict[str, Any] | None] | None
     options.pop("inplace", None)
     if name not in ("hardtanh", "clamp", "clip"):
         return name, options or None
-    # If gradients are needed, a clamp is not a relu6: at the bounds the derivative of clamp is 1
-    # and the derivative of relu6 is 0.
+    # At the bounds, the derivative of clamp is 1 and that of relu6 is 0. So a clamp is a relu6 only
+    # if no gradients are needed.
     same = name == "hardtanh" or not getattr(value(node), "requires_grad", True)
     return ("relu6", None) if same and options in RELU6 else None
 
 
 def pooling(node: fx.Node | None) -> dict[str, Any] | None:
-    """Returns a node's options if it applies the max-pool of a ResNet's stem, otherwise None."""
+    """Returns the options of a node that is the max-pool of a ResNet's stem, otherwise None."""
     options = constants(node, POOLING) if torch_name(node) == "max_pool2d" else None
     if options is None or options.pop("return_indices", False) or not is_stem(**options):
         return None
@@ -190,16 +186,16 @@ def pooling(node: fx.Node | None) -> dict[str, Any] | None:
 
 
 def convolution(node: fx.Node) -> dict[str, Any] | None:
-    """Returns a node's arguments if it is a 2-D convolution of a 4-D input, otherwise None."""
+    """Returns the arguments of a node that is a 2-D convolution of a 4-D input, otherwise None."""
     found = arguments(node, CONVOLUTION) if torch_name(node) == "conv2d" else None
     x = None if found is None else value(found.get("input"))
     return found if x is not None and x.dim() == 4 else None
 
 
 def stem_convolution(node: fx.Node) -> tuple[Any, ...] | None:
-    """Returns a node's input, weight and bias if `stem_conv2d` can compute the node's convolution.
+    """Returns the input, weight and bias of a convolution that `stem_conv2d` can compute.
 
-    Otherwise the result is None.
+    The result is None for any other node.
     """
     found = convolution(node)
     weight = None if found is None else value(found["weight"])
@@ -213,9 +209,9 @@ def stem_convolution(node: fx.Node) -> tuple[Any, ...] | None:
 
 
 def _statistics(node: fx.Node) -> list[fx.Node]:
-    """Returns the nodes of the running statistics and counters in a call's arguments.
+    """Returns the running statistics and counters in the arguments of a call of batch norm.
 
-    The call computes one batch norm, or two if it has an argument ``residual_norm``.
+    The argument ``residual_norm`` is a second batch norm.
     """
     first = inspect.signature(node.target).bind(*node.args, **node.kwargs).arguments  # type: ignore[arg-type]
     second = first.get("residual_norm")
@@ -241,8 +237,8 @@ def writes(node: fx.Node) -> list[fx.Node] | None:
     first = [n for n in given if isinstance(n, fx.Node)]
     if IN_PLACE.fullmatch(name):
         return first
-    # A function from neither torch nor Python may write to any tensor. A function without a result
-    # may be called for a side effect, such as disabling gradients. The answer is None for both.
+    # Any other library's function may write to any tensor. A function without a result may have a
+    # side effect, such as disabling gradients.
     if node.op != "call_method" and (not name or node.meta.get("example_value") is None):
         return None
     asked = node.kwargs.get("inplace") or any(a is True for a in node.args)
@@ -250,7 +246,7 @@ def writes(node: fx.Node) -> list[fx.Node] | None:
 
 
 def replace(nodes: set[fx.Node], target: Any, args: tuple[Any, ...], kwargs: Any) -> fx.Node:
-    """Replaces nodes with one call at the position of the last node, and returns the call."""
+    """Replaces nodes with one call at the position of the last node. Returns the call."""
     end = max(nodes)
     with end.graph.inserting_before(end):
         call = end.graph.call_function(target, args, kwargs)

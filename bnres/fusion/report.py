@@ -23,8 +23,7 @@ class Site:
         name: the qualified name of the batch norm's module.
         pattern: the operations that are fused, such as ``conv-bn-act``. ``bn`` means that our
             operation computes only the batch norm. ``-`` means that the batch norm is not fused.
-        reason: why the batch norm is not fused, or why it is not fused with more operations. The
-            reason may be empty.
+        reason: why the batch norm is not fused, or not with more operations. It may be empty.
         fused: whether one of our operations computes the batch norm.
     """
 

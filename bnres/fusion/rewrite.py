@@ -16,19 +16,13 @@ Found = tuple[Site, list[fx.Node]]
 
 
 def fuse_graphs(module: fx.GraphModule) -> list[Found]:
-    """Fuses a captured graph and its nested graphs.
-
-    Returns, for each batch norm, its row of the report and the nodes of its parameters and buffers.
-    """
+    """Fuses a captured graph and its nested graphs. Returns a `Found` for each batch norm."""
     graphs = [m for m in module.modules() if isinstance(m, fx.GraphModule)]
     return [found for graph in graphs for found in fuse_graph(graph)]
 
 
 def fuse_graph(module: fx.GraphModule) -> list[Found]:
-    """Fuses one captured graph.
-
-    Returns, for each batch norm, its row of the report and the nodes of its parameters and buffers.
-    """
+    """Fuses a captured graph without its nested graphs. Returns a `Found` for each batch norm."""
     graph, rows = module.graph, []
     as_batch_norm(graph)
     calls: list[fx.Node] = []
@@ -45,7 +39,7 @@ def fuse_graph(module: fx.GraphModule) -> list[Found]:
         replaced |= match.replaced
         calls.append(replace(match.replaced, match.operation, *_arguments(match)))
     # `_fork` makes a call return two tensors that share memory. Nothing may write to this memory,
-    # because autograd would not know that a write to one of the tensors also changes the other.
+    # because autograd does not know that a write to one tensor also changes the other.
     written = _written(graph)
     for call in calls:
         if len(call.users) == 2 and storage(call) not in written:
@@ -64,7 +58,7 @@ def _row(node: fx.Node, pattern: str, reason: str, fused: bool = True) -> Found:
 def _arguments(match: Match) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Returns the arguments of the fused call.
 
-    If a convolution stays in the graph, its bias is removed, because the fused call adds the bias.
+    The bias of a convolution that stays in the graph is removed, because the fused call adds it.
     """
     norm = match.norms[0]
     options = match.options | norm.state._asdict()
@@ -82,7 +76,7 @@ def _arguments(match: Match) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def _use_stem_conv(node: fx.Node) -> None:
-    """If a node calls the first convolution of a ResNet, makes it call `stem_conv2d` instead."""
+    """Makes a node call `stem_conv2d` if this function can compute the node's convolution."""
     tensors = stem_convolution(node)
     if tensors is not None:
         node.op, node.target, node.args, node.kwargs = "call_function", stem_conv2d, tensors, {}
@@ -100,7 +94,7 @@ def _written(graph: fx.Graph) -> set[int | None]:
 def _fork(call: fx.Node) -> None:
     """Makes a call return two tensors, one for each of its two users.
 
-    The call's backward then adds the gradients of the two tensors, so that autograd need not.
+    Then the call's backward adds the gradients of the two tensors, so that autograd need not.
     """
     users = list(call.users)
     call.update_kwarg("fork", True)
