@@ -23,7 +23,7 @@ _NAMES: dict[Any, str] = {None: "identity", **CLASSES, **{n: n for n in ACTIVATI
 
 
 def resolve(act: str | type[nn.Module] | None, kwargs: dict[str, Any] | None) -> tuple[str, float]:
-    """Returns the name that the kernels use for an activation, and the activation's parameter.
+    """Returns the kernels' name for an activation, and the activation's parameter.
 
     The parameter is the negative slope of leaky_relu. It is 0 for all other activations.
 

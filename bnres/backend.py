@@ -9,12 +9,12 @@ from torch import Tensor
 
 BACKENDS = ("triton", "triton-interpreter", "aten")
 
-# TRITON_INTERPRET is read once, when bnres is imported. Triton reads it when a kernel is defined,
-# so a change after that has no effect on the kernel.
+# Read only once, because Triton reads TRITON_INTERPRET when a kernel is defined and ignores later
+# changes.
 _INTERPRETING = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 
-# The override is a global and not a ContextVar, because torch.compile recompiles if a global has
-# changed, but not if a ContextVar has changed.
+# The override is a global, because torch.compile recompiles if a global has changed, but not if a
+# ContextVar has changed.
 _override: str | None = None
 
 
@@ -25,10 +25,12 @@ def backend(device: torch.device | str | None = None) -> str:
         device: a device; by default the GPU if there is one, else the CPU.
 
     Returns:
-        ``"triton"`` for a GPU, where our kernels run, and ``"aten"`` for a CPU, where torch's own
-        operations run. If ``TRITON_INTERPRET=1`` was set in the environment when bnres was
-        imported, our kernels run in Triton's interpreter on every device, and the result is
-        ``"triton-interpreter"``. Inside `use_backend`, the result is the name given to it.
+        Inside `use_backend`, the name given to it. Otherwise:
+
+        - ``"triton-interpreter"`` if ``TRITON_INTERPRET=1`` was set in the environment when bnres
+          was imported. Our kernels then run in Triton's interpreter on every device.
+        - ``"triton"`` for a GPU, where our kernels run.
+        - ``"aten"`` for a CPU, where torch's own operations run.
     """
     if _override is not None:
         return _override

@@ -32,11 +32,11 @@ app = typer.Typer(
 def run_folder(out: Path | None, config: TrainConfig) -> Path:
     """Returns the folder to which a training run writes.
 
-    This is ``out`` if the user gave it. Otherwise, a run that resumes a last.pt writes to the
-    folder of this last.pt, and any other run writes to a new folder in ``runs``.
+    By default, a run that resumes a file last.pt writes to the folder of this file, and any other
+    run writes to a new folder in ``runs``.
 
     Args:
-        out: the folder that the user asked for, or None.
+        out: the folder that the user asked for, or None for the default.
         config: the options of the run.
 
     Raises:
@@ -226,7 +226,7 @@ def summary(model: Model, input: Input = None) -> None:
     from bnres.models import create_model, is_factory, summarize
 
     shape = input_shape(model, input)
-    # A factory's model is not fused, because the summary would be the same after bnres.fuse.
+    # A factory's model is not fused, because bnres.fuse would not change the summary.
     net = create_model(model, in_channels=shape[1], fused=not is_factory(model))
     typer.echo(summarize(net, shape))
 

@@ -15,7 +15,7 @@ TRACEBACK = "--traceback"
 class Commands(TyperGroup):
     """A group of commands. If a command raises an error, the process prints one line and exits.
 
-    If ``--traceback`` is anywhere on the command line, the error is raised instead.
+    With ``--traceback`` anywhere on the command line, the error is raised instead.
     """
 
     def main(self, args: Sequence[str] | None = None, *rest: Any, **options: Any) -> Any:

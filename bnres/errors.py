@@ -4,10 +4,10 @@ import os
 
 import torch
 
-# The exit code is 2 if the user's input is wrong. It is 1 for any other error, for example if a
-# file can't be written, memory runs out or a package is missing.
+# The exit code is 2 for wrong input by the user, and 1 for any other error, such as a file that
+# can't be written, too little memory or a missing package.
 BAD_INPUT, BAD_ENVIRONMENT = 2, 1
-# Maps the name of a missing module to what pip must install: bnres with an extra, or a package.
+# Maps the name of a missing module to what pip must install: a package, or bnres with an extra.
 EXTRAS = dict.fromkeys(
     ("matplotlib", "mlxtend", "numpy", "PIL", "pooch", "safetensors", "sklearn"),
     "'bnres[train]'",
@@ -40,11 +40,10 @@ def describe(error: BaseException) -> str:
 def first_line(error: BaseException) -> str:
     """Returns the first line of an error's message.
 
-    If this line ends with a colon, the second line is appended to it. If the message is a single
-    word, the name of the error's class is put before it.
+    If this line alone says too little, the second line or the name of the error's class is added.
     """
     if type(error).__module__.startswith("torch._dynamo") and error.__cause__ is not None:
-        # The first line of Dynamo's error only says where the original error was raised.
+        # The first line of Dynamo's error says only where the original error was raised.
         error = error.__cause__
     lines = [line.strip() for line in str(error).strip().splitlines()]
     if not lines:

@@ -24,8 +24,8 @@ class Recipe:
 
     def __init__(self, make: Callable[..., Tensor], tensors: Sequence[Tensor | None]) -> None:
         self.make = make
-        # Detached tensors share memory and version counters with the originals, but have no
-        # autograd graph.
+        # Detached tensors share memory and version counters with the originals, but do not keep the
+        # autograd graph alive.
         self.tensors = [None if t is None else t.detach() for t in tensors]
         self.versions = [None if t is None else t._version for t in self.tensors]
 
@@ -57,26 +57,23 @@ def has_recipe(t: Tensor | None) -> bool:
 def leave_recipe(
     make: Callable[..., Tensor], tensors: Sequence[Tensor | None], *ys: Tensor
 ) -> None:
-    """Attaches a recipe to the tensors ``ys``, which are an operation's output.
-
-    The output is one tensor, or two tensors that share memory.
-    """
+    """Attaches a recipe to an operation's output ``ys``: one tensor, or two that share memory."""
     recipe = Recipe(make, tensors)
     for y in ys:
         setattr(y, _RECIPE, recipe)
 
 
 def pack(t: Tensor) -> Tensor | Recipe:
-    """Returns what autograd must store when it saves ``t`` for backward.
+    """Returns what autograd must store for ``t``: the recipe of ``t`` if there is one, else ``t``.
 
-    This is the tensor's recipe, or ``t`` itself if it has no recipe or was written in place.
+    A tensor that was written in place is stored itself, because its recipe no longer applies.
     """
     recipe = t.__dict__.get(_RECIPE)
     return t if recipe is None or t._version else recipe
 
 
 def unpack(packed: Tensor | Recipe) -> Tensor:
-    """Returns the saved tensor. If a recipe was saved, the tensor is recomputed."""
+    """Returns the saved tensor, or recomputes it if a recipe was saved."""
     return packed() if isinstance(packed, Recipe) else packed
 
 
@@ -85,12 +82,12 @@ def recompute() -> Iterator[None]:
     """Recomputes the outputs of fused operations in backward instead of storing them.
 
     Run the forward pass inside the ``with`` block. A layer such as a convolution saves its input
-    for backward. If this input is the output of a fused operation, the fused operation's inputs and
-    statistics are saved instead. They are in memory anyway. Backward runs the same kernel again to
-    recompute the output. The gradients have the same bits as without the context.
+    for backward. If a fused operation computed this input, the fused operation's inputs and
+    statistics are saved instead. They are in memory anyway. In backward, the same kernel computes
+    the output again, so the gradients have the same bits as without the context.
 
-    If an operation's residual is itself an output that will be recomputed, the operation's output
-    is stored. To recompute this output, backward would first have to recompute the residual.
+    If an operation's residual will itself be recomputed, the operation's output is stored.
+    Otherwise backward would have to recompute a chain of outputs.
 
     Only outputs of our kernels are recomputed. Inside torch.compile the context has no effect.
     """
@@ -100,8 +97,8 @@ def recompute() -> Iterator[None]:
         return
     _active += 1
     try:
-        # After a graph break in a compiled model, operations run outside of the captured graphs and
-        # call these hooks. If Dynamo captured the hooks, it would raise an internal error.
+        # In a compiled model with graph breaks, operations outside of the graphs call these hooks.
+        # Dynamo would raise an internal error if it captured the hooks.
         hooks = map(torch.compiler.disable, (pack, unpack))
         with torch.autograd.graph.saved_tensors_hooks(*hooks):
             yield

@@ -2,13 +2,15 @@
 
 With the route "kernel", one of our kernels computes both. With the route "torch", torch's
 convolution runs, followed by our batch norm. ``bnres tune`` measures both routes on a GPU, and
-saves the times and our kernel's fastest configuration in a table. The table is a file in the user's
-cache folder, and there is one table for each model of GPU. If the environment variable
-``BNRES_ROUTES`` is set, its value is the path of the table instead.
+saves the times and our kernel's fastest configuration in a table. Each model of GPU has its own
+table, a file in the user's cache folder. The environment variable ``BNRES_ROUTES`` can name another
+file.
 
-By default the faster route is chosen. The route is "torch" for shapes that were not measured, and
-for fp32 if ``torch.backends.cudnn.allow_tf32`` is False, because our kernel rounds fp32 to TF32. It
-is also "torch" in graphs that torch.compile captures, because a graph can't read the table's file.
+By default the faster route is chosen. The route is always "torch":
+
+- for shapes that were not measured,
+- for fp32 if ``torch.backends.cudnn.allow_tf32`` is False, because our kernel rounds fp32 to TF32,
+- in graphs that torch.compile captures, because a graph can't read the table's file.
 """
 
 import json
@@ -32,7 +34,7 @@ _override = "auto"
 
 @dataclass(frozen=True)
 class ConvCall:
-    """A convolution followed by a batch norm, described by what their time depends on."""
+    """A convolution followed by a batch norm: the facts on which their time depends."""
 
     dtype: str
     batch: int
@@ -63,8 +65,7 @@ class Measured:
     Attributes:
         call: the call.
         config: the fastest configuration of our kernel, or None if none could be measured.
-        kernel_ms: the time in milliseconds of our kernel with the configuration ``config``, or None
-            if ``config`` is None.
+        kernel_ms: the time in milliseconds of our kernel with ``config``, or None without a config.
         torch_ms: the time in milliseconds of torch's convolution followed by our batch norm.
         failed: maps the name of each configuration that failed to the reason.
         left_out: names of the configurations that were not measured because the time limit of
@@ -109,7 +110,7 @@ def conv_route() -> str:
 def kernel_may_run(device: torch.device) -> bool:
     """Whether our kernel may be chosen for any convolution on a device.
 
-    This check takes less time than making a `ConvCall` for `kernel_config`.
+    This check is faster than making a `ConvCall` for `kernel_config`.
     """
     return bool(_measured_configs(device)) if _override == "auto" else _override == "kernel"
 
@@ -117,8 +118,8 @@ def kernel_may_run(device: torch.device) -> bool:
 def kernel_config(call: ConvCall, device: torch.device) -> tuple[bool, ConvConfig | None]:
     """Returns whether our kernel must compute ``call``, and the kernel's fastest configuration.
 
-    The configuration is None if our kernel must not compute ``call``. It is also None with the
-    route ``"kernel"``, because then `conv_config` chooses the configuration.
+    The configuration is None if our kernel must not compute ``call``. With the route ``"kernel"``
+    it is also None, because then `conv_config` chooses the configuration.
     """
     if _override != "auto":
         return _override == "kernel", None
@@ -127,7 +128,7 @@ def kernel_config(call: ConvCall, device: torch.device) -> tuple[bool, ConvConfi
 
 
 def _measured_configs(device: torch.device) -> dict[ConvCall, ConvConfig]:
-    """Returns `load_table` of a GPU's table. The result is empty for a CPU and in torch.compile."""
+    """Returns `load_table` of a GPU's table. It is empty for a CPU and inside torch.compile."""
     if device.type != "cuda" or torch.compiler.is_compiling():
         return {}
     return load_table(table_path(gpu_name(device)))
@@ -135,7 +136,7 @@ def _measured_configs(device: torch.device) -> dict[ConvCall, ConvConfig]:
 
 @cache
 def gpu_name(device: torch.device) -> str:
-    """Returns the GPU's name with only lower-case letters, digits and hyphens, for file names."""
+    """Returns the GPU's name as part of a file name: lower-case letters, digits and hyphens."""
     return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(device).lower()).strip("-")
 
 
@@ -156,7 +157,7 @@ def _table_path(gpu: str, override: str | None, cache_home: str | None) -> Path:
 
 @cache
 def load_table(path: Path) -> dict[ConvCall, ConvConfig]:
-    """Returns each call for which our kernel is faster than torch, and the kernel's configuration.
+    """Maps each call for which our kernel is faster than torch to the kernel's configuration.
 
     The result is cached. The file is read again only after `save_table`.
 
@@ -199,7 +200,7 @@ def save_table(path: Path, rows: list[Measured], about: dict[str, str]) -> None:
     Args:
         path: the file of the table.
         rows: the rows to add.
-        about: facts about the measurement. They replace the facts in the table.
+        about: facts about the measurement, such as the GPU. They replace those in the table.
 
     Raises:
         ValueError: if `read_table` raises it.

@@ -21,16 +21,17 @@ from bnres.kernels.conv_config import MIN_CHANNELS, ConvConfig, ConvShape, searc
 from bnres.kernels.norm import Norm, RunningStatistics
 from bnres.routes import ConvCall, Measured, save_table, use_conv_route
 
-# A timer calls a function that has no arguments, and returns the time of the call in milliseconds.
-# The L2 cache is cold when the call begins.
+# A timer calls a function without arguments, and returns the time of the call in milliseconds. The
+# L2 cache is cold when the call begins.
 Timer = Callable[[Callable[[], object]], float]
-# The greatest allowed difference between our kernel's output and torch's output, divided by the
-# largest absolute value in torch's output, or by 1 if that value is below 1. It is about four times
-# the dtype's eps. For fp32 it is about five times TF32's eps, because our kernel rounds to TF32.
+# The greatest allowed difference between the outputs of our kernel and of torch. It is relative to
+# the largest absolute value of torch's output, or absolute if that value is below 1. For fp16 and
+# bf16 it is about four times the dtype's eps. For fp32 it is about five times TF32's eps, because
+# our kernel rounds to TF32.
 AGREEMENT = {torch.float16: 4e-3, torch.bfloat16: 3e-2, torch.float32: 5e-3}
 EPS = 1e-5
-# The number of FLOPs that a GPU computes in the time in which it moves one byte. For an H200 it is
-# 790 TFLOP/s in bf16, divided by 4.3 TB/s.
+# The number of FLOPs that a GPU computes in the time that it needs to move one byte. For an H200,
+# this is 790 TFLOP/s (in bf16) divided by 4.3 TB/s.
 FLOPS_PER_BYTE = 184
 
 
@@ -47,7 +48,7 @@ def device_timer() -> Timer:
 def conv_calls(model: nn.Module, shape: tuple[int, ...], dtype: torch.dtype) -> list[ConvCall]:
     """Returns the different convolutions of a model that our kernel supports.
 
-    Each convolution is returned twice, without a residual and with a residual.
+    Each convolution is returned twice: without and with a residual.
 
     Args:
         model: a module built from torch's layers. A copy of the module is called in eval mode on
@@ -98,9 +99,9 @@ def tune(
             saved in the table.
         device: the GPU.
         timer: measures the time of a call in milliseconds.
-        minutes: the time limit. After it, no other configuration is compiled or measured. If a call
-            was being measured, its row has the fastest configuration so far and the names of the
-            configurations that were left out. Calls that were not started get no row.
+        minutes: the time limit, after which no other configuration is measured. The row of the
+            last call then has the fastest configuration so far, and the names of the configurations
+            that were left out. Calls that were not started get no row.
         clock: returns the time in seconds.
         say: prints a line for each call, and for each configuration that fails or is left out.
     """
@@ -122,10 +123,9 @@ def tune(
 
 
 def _work(call: ConvCall) -> float:
-    """Returns an estimate of a call's time, as the number of FLOPs that a GPU computes in it.
+    """Returns an estimate of a call's time: the number of FLOPs that a GPU computes in this time.
 
-    The estimate is the greater of two numbers: the call's FLOPs, and the bytes that it moves
-    multiplied by FLOPS_PER_BYTE.
+    The estimate is the greater of the call's FLOPs and the call's bytes times FLOPS_PER_BYTE.
     """
     height, width = call.shape.output_size(call.height, call.width)
     positions = call.batch * height * width
@@ -144,7 +144,7 @@ def _measure(
 ) -> Measured:
     """Measures torch's convolution and each configuration of our kernel on random data.
 
-    A configuration is measured only if its output agrees with the output of torch's convolution.
+    A configuration is measured only if its output agrees with torch's.
     """
     from triton.errors import TritonError
 
@@ -165,8 +165,7 @@ def _measure(
                 _check(by_kernel(), expected)
                 times[config] = timer(by_kernel)
             except (TritonError, RuntimeError) as error:
-                # The configuration needs more resources than the GPU has, or the compiler fails, or
-                # our kernel's output differs from the output of torch's convolution.
+                # The GPU has too few resources, the compiler fails, or the outputs differ.
                 first_line = next(iter(str(error).strip().splitlines()), "")
                 failed[config.name] = f"{type(error).__name__}: {first_line}"
     best = min(times, key=times.__getitem__, default=None)

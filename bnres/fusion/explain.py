@@ -71,7 +71,7 @@ def explain(model: nn.Module, *inputs: Any, **kwargs: Any) -> FusionReport:
 def is_norm(module: nn.Module) -> bool:
     """Whether a module is a batch norm.
 
-    Some batch norms, such as FrozenBatchNorm2d, have no class of torch, so the buffers are checked.
+    Some batch norms, such as FrozenBatchNorm2d, are not torch classes, so the buffers are checked.
     """
     instance_norm = nn.modules.instancenorm._InstanceNorm
     return "running_var" in module._buffers and not isinstance(module, instance_norm)

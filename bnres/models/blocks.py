@@ -1,9 +1,9 @@
 """Residual blocks, built from torch's layers or from fused layers.
 
-The parameters have the same names in both cases. ``block(x, skip, fork=True)`` differs from
-``block(x)`` in two ways: the block's shortcut reads ``skip`` instead of ``x``, and the block
-returns its output as two tensors. `bnres.models.chain` explains why. ``block.readers()`` returns
-the modules that may read the block's input, and None in place of a missing shortcut.
+The parameters have the same names in both cases. With ``block(x, skip, fork=True)``, the block's
+shortcut reads ``skip`` instead of ``x``, and the block returns its output as two tensors.
+`bnres.models.chain` explains why. ``block.readers()`` returns the modules that may read the block's
+input, and None for a missing shortcut.
 """
 
 from typing import Any, ClassVar
@@ -47,9 +47,7 @@ def _end(
 ) -> Any:
     """Returns act(bn(conv(x)) + shortcut(skip)), or with ``fork`` this result twice.
 
-    If ``bn`` includes the activation, ``act`` is an identity. With ``fork``, one fused operation
-    then returns the result as two tensors. If ``bn`` does not include the activation, ``fork``
-    returns the same tensor twice.
+    If ``act`` is an identity, ``bn`` includes the activation and returns the two results itself.
     """
     if fork and type(act) is nn.Identity and not hooked(act):
         return conv_and_norm(conv, bn, x, skip, shortcut, fork=True)
@@ -128,8 +126,8 @@ class Bottleneck(nn.Module):
 class Residual(nn.Module):
     """The residual block of the d2l.ai course.
 
-    This block differs from `BasicBlock` in two ways: its convolutions have a bias, and no batch
-    norm follows the convolution of its shortcut.
+    Unlike in `BasicBlock`, the convolutions have a bias, and no batch norm follows the shortcut's
+    convolution.
 
     Args:
         input_channels: number of channels of the input.

@@ -1,9 +1,8 @@
 """Calls modules one after another, and passes each block's output to the next block as two tensors.
 
-Two modules read a block's output: the next block's convolution and the next block's shortcut. With
-``fork=True``, the operation that computes the output returns it as two tensors, one for each
-reader. The operation's backward then gets both gradients and adds them, so autograd needs no extra
-pass to add them.
+The next block's convolution and shortcut both read a block's output. With ``fork=True``, the
+operation that computes the output returns it as two tensors, one for each reader. The operation's
+backward then gets both gradients and adds them, so autograd needs no extra pass to add them.
 
 No other code may get one of the two tensors. The gradient of each tensor is only a part of the
 output's gradient, so a caller, a hook or another module would see a wrong gradient.
@@ -24,8 +23,7 @@ from bnres.nn import (
 )
 from bnres.nn.hooks import hooked
 
-# A module's class must be exactly one of these classes. A subclass is not accepted, because it may
-# use its input in other ways.
+# Subclasses of these classes are not accepted, because they may use their input in other ways.
 BLOCKS = (BasicBlock, Bottleneck, Residual)
 READERS = (nn.Conv2d, BatchNormAct2d, SyncBatchNormAct, nn.Sequential, type(None))
 STEMS = (BatchNormAct2d, BatchNormActMaxPool2d, SyncBatchNormAct, SyncBatchNormActMaxPool2d)
@@ -62,8 +60,7 @@ def run(modules: Iterable[nn.Module], x: Any) -> Any:
 def _calls(modules: Iterable[Any]) -> list[nn.Module]:
     """Returns the modules to call, in order.
 
-    A sequence is replaced by the modules inside the sequence, and identities are left out. But a
-    sequence or an identity that has hooks is kept.
+    A sequence without hooks is replaced by its modules. An identity without hooks is left out.
     """
     found = []
     for module in modules:
@@ -77,7 +74,7 @@ def _calls(modules: Iterable[Any]) -> list[nn.Module]:
 def takes_two(module: Any) -> bool:
     """Whether a module is a residual block that can take its input as two tensors.
 
-    A block can't take two tensors if a hook or a module of an unknown class may read the input.
+    The answer is no if a hook or a module of an unknown class may read the input.
     """
     if type(module) not in BLOCKS:
         return False

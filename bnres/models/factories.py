@@ -17,7 +17,7 @@ from torch import nn
 
 from bnres.fusion.dynamo import is_compiled
 
-# The number of classes of ImageNet. It is the default in bnres, torchvision and timm.
+# The number of ImageNet's classes, and the default in bnres, torchvision and timm.
 NUM_CLASSES = 1000
 
 
@@ -41,9 +41,9 @@ def make_model(
             ``in_chans``.
 
     Raises:
-        ValueError: if the factory does not exist, if it requires arguments other than these, if it
-            does not return a `torch.nn.Module`, or if torch.compile or torch.jit has compiled the
-            module that it returns.
+        ValueError: if the factory does not exist, if it requires any other argument, if it does not
+            return a `torch.nn.Module`, or if torch.compile or torch.jit has compiled the module
+            that it returns.
         ModuleNotFoundError: if a package that the factory needs is missing.
     """
     module, _, factory = name.partition(":")
@@ -77,12 +77,7 @@ def make_model(
 
 
 def _factory(name: str) -> Callable[..., Any]:
-    """Imports the factory that a name refers to.
-
-    Raises:
-        ValueError: if the name does not have the form ``PACKAGE.MODULE:FACTORY``, or if there is no
-            callable object with this name, or if the object is a `torch.nn.Module`.
-    """
+    """Imports the factory called ``name``, which has the form ``PACKAGE.MODULE:FACTORY``."""
     path, _, attribute = name.partition(":")
     names = [*path.split("."), *attribute.split(".")]
     if not all(each.isidentifier() for each in names):
@@ -110,8 +105,8 @@ def _import(path: str) -> ModuleType:
     if here not in sys.path and "" not in sys.path:
         sys.path.insert(0, here)
     try:
-        # A module may draw random numbers when it is first imported. fork_rng restores the
-        # generator, so the model's weights do not depend on whether this is the first import.
+        # A module may draw random numbers at its first import. fork_rng restores the generator, so
+        # that the model's weights do not depend on whether this is the first import.
         with torch.random.fork_rng([]):
             return importlib.import_module(path)
     except ModuleNotFoundError as error:

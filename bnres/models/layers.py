@@ -32,9 +32,9 @@ def stock_norm_act(
 def fused_norm_act(
     channels: int, act: str | None = "relu", *, pool: nn.MaxPool2d | None = None, dims: int = 2
 ) -> list[Any]:
-    """Returns a fused layer and identities, together as many layers as `stock_norm_act` returns.
+    """Returns one fused layer for batch norm, activation and pooling, followed by identities.
 
-    The fused layer computes batch norm, activation and pooling.
+    The identities make the number of layers the same as with `stock_norm_act`.
     """
     if pool is None:
         cls = BatchNormAct1d if dims == 1 else BatchNormAct2d

@@ -16,16 +16,16 @@ from bnres.models.trial import shape_text, try_call
 class Stage:
     """A row of a summary.
 
-    It describes a direct child of a model, the parameters outside of all children, or the whole
-    model.
+    Most rows describe a direct child of a model. The others describe the parameters outside of all
+    children, and the whole model.
 
     Attributes:
         name: name of the child.
         cls: name of the child's class.
-        shape: shape of the output of the child's first call. It is None if this output is not a
-            tensor, or if the child was not called.
+        shape: shape of the output of the child's first call, or None if this output is not a
+            tensor or the child was not called.
         parameters: number of elements of the child's parameters.
-        note: further facts, such as ``called 2 times``. It may be empty.
+        note: further facts, such as ``called 2 times``, or an empty string.
     """
 
     name: str
@@ -39,7 +39,7 @@ class Stage:
 class Summary:
     """The stages of a model, and a row for the whole model.
 
-    Parameters that several stages share count only once in the row for the whole model.
+    In the row for the whole model, parameters that several stages share count only once.
     """
 
     stages: list[Stage]
@@ -61,8 +61,8 @@ class Summary:
 def summarize(model: nn.Module, shape: tuple[int, ...]) -> Summary:
     """Returns a summary of a model, with the stages in the order in which they are called.
 
-    Stages that are not called come last. The model is called on zeros in eval mode. Afterwards each
-    module gets its previous mode back.
+    Stages that are not called come last. The model is called on zeros in eval mode. Afterwards the
+    mode of each module is restored.
 
     Args:
         model: the model.
@@ -71,7 +71,7 @@ def summarize(model: nn.Module, shape: tuple[int, ...]) -> Summary:
     Raises:
         ValueError: if the model does not accept an input of this shape.
     """
-    # named_children is not used here, because it lists a child with two names only once.
+    # named_children would list a child with two names only once.
     children = {name: child for name, child in model._modules.items() if child is not None}
     outputs: dict[nn.Module, list[Any]] = {}
 
