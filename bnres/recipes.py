@@ -83,8 +83,8 @@ def recompute() -> Iterator[None]:
 
     Run the forward pass inside the ``with`` block. A layer such as a convolution saves its input
     for backward. If a fused operation computed this input, the fused operation's inputs and
-    statistics are saved instead. They are in memory anyway. In backward, the same kernel computes
-    the output again, so the gradients have the same bits as without the context.
+    statistics are saved instead. These tensors are in memory anyway. In backward, the same kernel
+    computes the output again, so the gradients have the same bits as without the context.
 
     If an operation's residual will itself be recomputed, the operation's output is stored.
     Otherwise backward would have to recompute a chain of outputs.

@@ -6,7 +6,7 @@ saves the times and our kernel's fastest configuration in a table. Each model of
 table, a file in the user's cache folder. The environment variable ``BNRES_ROUTES`` can name another
 file.
 
-By default the faster route is chosen. The route is always "torch":
+By default the faster route is chosen, except that the route is "torch":
 
 - for shapes that were not measured,
 - for fp32 if ``torch.backends.cudnn.allow_tf32`` is False, because our kernel rounds fp32 to TF32,
@@ -108,7 +108,7 @@ def conv_route() -> str:
 
 
 def kernel_may_run(device: torch.device) -> bool:
-    """Whether our kernel may be chosen for any convolution on a device.
+    """Whether our kernel may be chosen for at least one convolution on a device.
 
     This check is faster than making a `ConvCall` for `kernel_config`.
     """
@@ -128,7 +128,7 @@ def kernel_config(call: ConvCall, device: torch.device) -> tuple[bool, ConvConfi
 
 
 def _measured_configs(device: torch.device) -> dict[ConvCall, ConvConfig]:
-    """Returns `load_table` of a GPU's table. It is empty for a CPU and inside torch.compile."""
+    """Returns `load_table` of a GPU's table, or {} for a CPU and inside torch.compile."""
     if device.type != "cuda" or torch.compiler.is_compiling():
         return {}
     return load_table(table_path(gpu_name(device)))

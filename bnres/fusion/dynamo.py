@@ -48,10 +48,7 @@ def uncompiled_call(module: nn.Module) -> Callable[..., Any]:
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """Whether a module was returned by ``torch.compile``.
-
-    The keys of such a module's state dict begin with ``_orig_mod.``.
-    """
+    """Whether a module was returned by ``torch.compile``."""
     return isinstance(module, torch._dynamo.OptimizedModule)
 
 
@@ -69,8 +66,8 @@ def module_tensors(graph: fx.Graph) -> set[int]:
     """Returns the ids of the fake tensors of parameters and buffers among a graph's inputs.
 
     A fake tensor has a shape and a dtype but no data. Dynamo does not record which inputs of a
-    nested graph are parameters or buffers. The ids tell this, because a nested graph gets the same
-    fake tensors as the outer graph.
+    nested graph are parameters or buffers. But a nested graph gets the same fake tensors as the
+    outer graph, so the ids identify them.
     """
     found = set()
     for node in graph.find_nodes(op="placeholder"):
@@ -81,7 +78,7 @@ def module_tensors(graph: fx.Graph) -> set[int]:
 
 
 def equal_shapes(a: torch.Size, b: torch.Size) -> bool:
-    """Whether two shapes of a captured graph are equal in every call."""
+    """Whether two shapes, which may have symbolic sizes, are equal in every call of a graph."""
     # Imported only here, because it imports sympy, which is slow.
     from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 

@@ -1,4 +1,4 @@
-"""The function `explain`, which reports what is fused in a model, what is not fused, and why."""
+"""The function `explain`, which reports what is fused in a model and why."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace

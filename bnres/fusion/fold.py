@@ -97,7 +97,7 @@ def _capture(
 def _pairs(
     graph: fx.Graph, tensors: dict[fx.Node, Any], model: nn.Module
 ) -> dict[fx.Node, tuple[str, str]]:
-    """Maps the node of each batch norm to fold to the names of its convolution and batch norm."""
+    """Returns the names of each convolution and batch norm to fold, by the batch norm's node."""
     modules, found = dict(model.named_modules(remove_duplicate=False)), {}
     for node in graph.nodes:
         call = norm_call(node)

@@ -29,7 +29,7 @@ def _detectron2(x: Any, mean: Any, var: Any, weight: Any, bias: Any) -> Any:
     return x * scale.reshape(1, -1, 1, 1).to(torch.float32) + shift.to(torch.float32)
 
 
-# ignore_literals allows another eps than the pattern's.
+# With ignore_literals, a model may have another eps than the pattern.
 MATCHERS = [
     SubgraphMatcher(fx.symbolic_trace(pattern).graph, ignore_literals=True)
     for pattern in (_torchvision, _detectron2)
@@ -45,7 +45,7 @@ def as_batch_norm(graph: fx.Graph) -> None:
             del found["x"]
             own, eps = set(found.values()), found["rsqrt"].args[0].args[1]
             (end,) = match.returning_nodes
-            # An earlier replacement may have removed the x in ``match`` from the graph.
+            # x is not taken from ``match``, because an earlier replacement may have removed it.
             x: Any = end.all_input_nodes[0].args[0]
             if _is_batch_norm(x, eps, end, vectors) and not obstacle(own, set()):
                 replace(own, F.batch_norm, (x, *vectors, False, 0.0, eps), {})

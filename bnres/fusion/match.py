@@ -101,7 +101,7 @@ class Match:
 
 
 def norm_call(node: fx.Node) -> NormCall | None:
-    """Returns the batch norm that a node calls, or None if the node calls no supported one."""
+    """Returns the batch norm that a node calls, or None if it calls none that bnres supports."""
     if node.target not in SIGNATURES:
         return None
     bound = SIGNATURES[node.target].bind(*node.args, **node.kwargs)  # type: ignore[index]
@@ -192,10 +192,7 @@ def longest(norm: NormCall) -> Match:
 
 
 def _residual_norm(norm: NormCall, other: fx.Node) -> NormCall | None:
-    """Returns the batch norm that computes the residual ``other``, if it can be fused with ``norm``.
-
-    Otherwise the result is None.
-    """
+    """Returns the batch norm that computes ``other`` if it can be fused with ``norm``, else None."""
     second = norm_call(other) if only_user(other) is not None else None
     if second is None or second.buffers & norm.buffers:
         return None
@@ -221,9 +218,9 @@ def hazard(match: Match) -> str:
     if found:
         return found
     # Torch's backward reads neither the residual nor the biases of the batch norms, so a model may
-    # write to them later. Our backward may read them, so a later write prevents the fusion. After
-    # ``residual += z``, a write to ``residual`` is allowed: it changes only the sum, which the
-    # fused call has stored in a new tensor.
+    # write to them later. Our backward may read them, so a later write prevents the fusion. But
+    # after ``residual += z``, a write to ``residual`` is allowed. It changes only the sum, which
+    # the fused call stores in a new tensor.
     end = max(match.nodes)
     residual = match.options.get("residual") if len(match.norms) == 1 else None
     becomes_sum = residual in [w for n in match.nodes for w in writes(n) or []]

@@ -63,7 +63,7 @@ OPERATORS: Any = (OpOverload, OpOverloadPacket)
 
 
 def value(node: Any) -> FakeTensor | None:
-    """Returns the fake tensor of a node, which has the shape and dtype of its result but no data.
+    """Returns the fake tensor of a node: the shape and dtype of the node's result, without data.
 
     The result is None if ``node`` is not a node or does not compute a tensor.
     """
@@ -72,7 +72,7 @@ def value(node: Any) -> FakeTensor | None:
 
 
 def storage(node: fx.Node) -> int | None:
-    """Returns an identifier of the memory of a node's tensor, or None if it is not a tensor.
+    """Returns an identifier of the memory of a node's tensor, or None if the node has no tensor.
 
     Tensors that share memory have the same identifier.
     """
@@ -97,7 +97,7 @@ def dies_in(node: fx.Node, user: fx.Node) -> bool:
     """Whether the graph allocated the memory of ``node``, and no node after ``user`` reads it."""
     return all(
         other.op.startswith("call")
-        # If a call has several outputs, they may share memory.
+        # The outputs of a call with several outputs may share memory.
         and not (other.target is operator.getitem and value(other.args[0]) is None)
         and all(reader <= user and value(reader) is not None for reader in other.users)
         for other in node.graph.nodes
@@ -142,8 +142,8 @@ def arguments(node: fx.Node, names: tuple[str, ...]) -> dict[str, Any] | None:
 def constants(node: Any, names: tuple[str, ...]) -> dict[str, Any] | None:
     """Returns the arguments of a call by name, without the first argument ``input``.
 
-    ``names`` are the names of the arguments after ``input``. The result is None if one of these
-    arguments is not in ``names`` or is a node.
+    ``names`` are the names that these arguments may have, in order. The result is None if one of
+    them has another name or is a node.
     """
     found = arguments(node, ("input", *names)) or {}
     if [name for name, v in found.items() if isinstance(v, fx.Node)] != ["input"]:
@@ -209,9 +209,9 @@ def stem_convolution(node: fx.Node) -> tuple[Any, ...] | None:
 
 
 def _statistics(node: fx.Node) -> list[fx.Node]:
-    """Returns the running statistics and counters in the arguments of a call of batch norm.
+    """Returns the nodes of the running statistics and counters in a batch norm's arguments.
 
-    The argument ``residual_norm`` is a second batch norm.
+    The argument ``residual_norm`` is a second batch norm, which has its own.
     """
     first = inspect.signature(node.target).bind(*node.args, **node.kwargs).arguments  # type: ignore[arg-type]
     second = first.get("residual_norm")
@@ -237,8 +237,8 @@ def writes(node: fx.Node) -> list[fx.Node] | None:
     first = [n for n in given if isinstance(n, fx.Node)]
     if IN_PLACE.fullmatch(name):
         return first
-    # Any other library's function may write to any tensor. A function without a result may have a
-    # side effect, such as disabling gradients.
+    # An unknown function may write to any tensor. A function without a result may have a side
+    # effect, such as disabling gradients.
     if node.op != "call_method" and (not name or node.meta.get("example_value") is None):
         return None
     asked = node.kwargs.get("inplace") or any(a is True for a in node.args)

@@ -58,7 +58,7 @@ def _row(node: fx.Node, pattern: str, reason: str, fused: bool = True) -> Found:
 def _arguments(match: Match) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Returns the arguments of the fused call.
 
-    The bias of a convolution that stays in the graph is removed, because the fused call adds it.
+    Also removes the bias of a convolution that stays in the graph, because the fused call adds it.
     """
     norm = match.norms[0]
     options = match.options | norm.state._asdict()
@@ -83,7 +83,7 @@ def _use_stem_conv(node: fx.Node) -> None:
 
 
 def _written(graph: fx.Graph) -> set[int | None]:
-    """Returns the storages to which the nodes of a graph may write."""
+    """Returns identifiers of the memory to which a graph may write (see `storage`)."""
     found: set[int | None] = set()
     for node in graph.nodes:
         nodes = writes(node)

@@ -47,7 +47,7 @@ def _end(
 ) -> Any:
     """Returns act(bn(conv(x)) + shortcut(skip)), or with ``fork`` this result twice.
 
-    If ``act`` is an identity, ``bn`` includes the activation and returns the two results itself.
+    If ``act`` is an identity, ``bn`` includes the activation, and one fused operation returns both.
     """
     if fork and type(act) is nn.Identity and not hooked(act):
         return conv_and_norm(conv, bn, x, skip, shortcut, fork=True)

@@ -1,8 +1,9 @@
 """Calls modules one after another, and passes each block's output to the next block as two tensors.
 
-The next block's convolution and shortcut both read a block's output. With ``fork=True``, the
-operation that computes the output returns it as two tensors, one for each reader. The operation's
-backward then gets both gradients and adds them, so autograd needs no extra pass to add them.
+A block's output is read twice, by the convolution and by the shortcut of the next block. With
+``fork=True``, the operation that computes the output returns it as two tensors, one for each
+reader. The operation's backward then gets both gradients and adds them, so autograd needs no extra
+pass to add them.
 
 No other code may get one of the two tensors. The gradient of each tensor is only a part of the
 output's gradient, so a caller, a hook or another module would see a wrong gradient.
