@@ -89,8 +89,8 @@ def _capture(
         raise ValueError(
             f"model can't be folded: torch.compile can't capture its forward in one graph: {line}"
         ) from error
-    # torch never frees the backend `record`, so it never frees the list ``found`` either. pop takes
-    # the graph out of the list, so that the graph can be freed.
+    # torch never frees the backend `record`, and so never frees the list ``found``. pop takes the
+    # graph out of the list, so that the graph can be freed.
     return found.pop() if found else (fx.Graph(), {})
 
 

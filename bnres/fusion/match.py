@@ -192,7 +192,7 @@ def longest(norm: NormCall) -> Match:
 
 
 def _residual_norm(norm: NormCall, other: fx.Node) -> NormCall | None:
-    """Returns the batch norm that computes ``other`` if it can be fused with ``norm``, else None."""
+    """Returns the batch norm that computes ``other`` if it can be fused with ``norm``, or None."""
     second = norm_call(other) if only_user(other) is not None else None
     if second is None or second.buffers & norm.buffers:
         return None
@@ -210,17 +210,16 @@ def hazard(match: Match) -> str:
 
     If it can, the result is an empty string.
     """
-    # If a convolution stays in the graph, the fused call adds the convolution's bias. So nothing
-    # may write to this bias between the convolution and the fused call.
+    # The fused call adds the bias of a convolution that stays in the graph. So nothing may write to
+    # this bias between the convolution and the fused call.
     convs = {norm.input for norm in match.norms if norm.state.input_bias is not None}
     buffers = {b for norm in match.norms for b in norm.buffers}
     found = obstacle(match.replaced | convs, buffers)
     if found:
         return found
-    # Torch's backward reads neither the residual nor the biases of the batch norms, so a model may
-    # write to them later. Our backward may read them, so a later write prevents the fusion. But
-    # after ``residual += z``, a write to ``residual`` is allowed. It changes only the sum, which
-    # the fused call stores in a new tensor.
+    # Unlike torch's backward, ours may read the residual and the biases of the batch norms. So a
+    # later write to one of them prevents the fusion. But after ``residual += z``, a write to
+    # ``residual`` is allowed. It changes only the sum, which the fused call stores in a new tensor.
     end = max(match.nodes)
     residual = match.options.get("residual") if len(match.norms) == 1 else None
     becomes_sum = residual in [w for n in match.nodes for w in writes(n) or []]

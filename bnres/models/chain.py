@@ -2,8 +2,8 @@
 
 A block's output is read twice, by the convolution and by the shortcut of the next block. With
 ``fork=True``, the operation that computes the output returns it as two tensors, one for each
-reader. The operation's backward then gets both gradients and adds them, so autograd needs no extra
-pass to add them.
+reader. The operation's backward then gets both gradients and adds them, which saves autograd a
+pass.
 
 No other code may get one of the two tensors. The gradient of each tensor is only a part of the
 output's gradient, so a caller, a hook or another module would see a wrong gradient.

@@ -105,8 +105,8 @@ def _import(path: str) -> ModuleType:
     if here not in sys.path and "" not in sys.path:
         sys.path.insert(0, here)
     try:
-        # A module may draw random numbers at its first import. fork_rng restores the generator, so
-        # that the model's weights do not depend on whether this is the first import.
+        # A module may draw random numbers at its first import. They must not change the weights of
+        # the model, which are drawn later.
         with torch.random.fork_rng([]):
             return importlib.import_module(path)
     except ModuleNotFoundError as error:

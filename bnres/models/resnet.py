@@ -73,8 +73,7 @@ class ResNet(nn.Module):
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.flatten = nn.Flatten()
         self.fc = nn.Linear(width, num_classes)
-        # Convolutions get He's initialisation. The other layers keep torch's, except for the
-        # weights that ``zero_init_residual`` sets to 0.
+        # Convolutions get He's initialisation. The other layers keep torch's by default.
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
