@@ -21,6 +21,7 @@ import bnres
 from benchmarks.torchvision_import import torchvision
 from bnres import models, use_backend
 from bnres.fusion.backend import backend
+from bnres.fusion.explain import is_norm
 from tests.device import DEVICE
 from tests.recorded_sites import recorded_sites
 from tests.tolerances import TOLERANCE
@@ -161,16 +162,18 @@ def few_graphs():
         yield
 
 
+def small_architecture(name):
+    """Returns the model with this name in `SMALL`, and a batch of images for it."""
+    torch.manual_seed(0)
+    model = SMALL[name][0](num_classes=5).to(DEVICE).double()
+    return model, batch(size=28 if "seed" in name else 48)
+
+
 @pytest.mark.parametrize(
     "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in SMALL]
 )
 def test_small_architectures(name):
-    build, norms = SMALL[name]
-    torch.manual_seed(0)
-    stock = build(num_classes=5).to(DEVICE).double()
-    size = 28 if "seed" in name else 48
-    x = torch.randn(4, 3, size, size, dtype=torch.float64, device=DEVICE)
-    assert_architecture(stock, x, norms)
+    assert_architecture(*small_architecture(name), SMALL[name][1])
 
 
 @pytest.mark.slow
@@ -333,10 +336,8 @@ def test_training_techniques(name):
 
     They also agree in ``update_bn`` and in autocast.
     """
-    torch.manual_seed(0)
-    stock = SMALL[name][0](num_classes=5).to(DEVICE).double()
-    size = 28 if "seed" in name else 48
-    fused, batches = bnres.fuse(stock), [batch(size=size), batch(size=size) * 2]
+    stock, x = small_architecture(name)
+    fused, batches = bnres.fuse(stock), [x, x * 2]
     averages, errors = [], []
     for model in (fused, stock):
         torch.manual_seed(3)
@@ -370,25 +371,84 @@ def process_group(tmp_path):
     torch.distributed.destroy_process_group()
 
 
-def test_distributed_data_parallel(pair, process_group, monkeypatch):
-    """If the gradients are in several buckets, Dynamo splits the graph. Each part is fused."""
-    monkeypatch.setattr(torch.distributed, "_DEFAULT_FIRST_BUCKET_BYTES", 1024)
-    fused, stock = pair
+def record_graphs(model):
+    """Returns the compiled model, and a list that gets the targets of each fused graph."""
     graphs = []
 
-    def divided(module, example_inputs):
+    def record(module, example_inputs):
         call = backend(module, example_inputs)
         graphs.append([node.target for node in module.graph.nodes])
         return call
 
-    wrapped = nn.parallel.DistributedDataParallel(fused, bucket_cap_mb=0.001)
+    return torch.compile(model, backend=record), graphs
+
+
+@pytest.fixture
+def buckets(process_group, monkeypatch):
+    """Options of DistributedDataParallel with which a model's gradients are in several buckets.
+
+    Dynamo's DDPOptimizer then splits the graph.
+    """
+    monkeypatch.setattr(torch.distributed, "_DEFAULT_FIRST_BUCKET_BYTES", 1024)
+    return {"bucket_cap_mb": 0.001}
+
+
+def test_distributed_data_parallel(pair, buckets):
+    fused, stock = pair
+    wrapped = nn.parallel.DistributedDataParallel(fused, **buckets)
     for _ in range(2):
         assert_same(step(wrapped, batch()), step(stock, batch()))
         assert_same_state(fused, stock)
-    fused.compile(backend=divided)
-    assert_same(step(wrapped, batch()), step(stock, batch()))
-    assert len(graphs) > 1
+
+
+@pytest.mark.parametrize("name", [None, *(pytest.param(n, marks=pytest.mark.slow) for n in SMALL)])
+def test_graphs_divided_into_buckets(name, buckets):
+    stock, x = (small(), batch()) if name is None else small_architecture(name)
+    fused, graphs = record_graphs(copy.deepcopy(stock))
+    wrapped = nn.parallel.DistributedDataParallel(fused, **buckets)
+    for part in (x, x[:-1]):
+        assert_same(step(wrapped, part), step(stock, part))
+        assert_same_state(fused, stock)
+    assert len(graphs) > 2  # several for each of the two batch sizes
     assert not any(F.batch_norm in graph for graph in graphs)
+
+
+class CheckpointedStage(nn.Module):
+    """Calls a module with gradient checkpointing."""
+
+    def __init__(self, stage):
+        super().__init__()
+        self.stage = stage
+
+    def forward(self, x):
+        return checkpoint(self.stage, x, use_reentrant=False)
+
+
+def checkpoint_stages(model):
+    """Checkpoints each child of a model that contains batch norms."""
+    for name, child in model.named_children():
+        if any(map(is_norm, child.modules())):
+            setattr(model, name, CheckpointedStage(child))
+
+
+def double_norms(model):
+    """Adds a hook to each batch norm that doubles the batch norm's output."""
+    for module in filter(is_norm, model.modules()):
+        module.register_forward_hook(lambda m, i, out: out * 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("change", [checkpoint_stages, double_norms])
+def test_checkpoints_and_hooks_in_architectures(name, change):
+    stock, x = small_architecture(name)
+    change(stock)
+    fused = bnres.fuse(stock)
+    with recorded_sites() as sites:
+        for part in (x, x[:-1]):
+            assert_same(step(fused, part), step(stock, part))
+            assert_same_state(fused, stock)
+    assert len(sites) >= SMALL[name][1] and all(site.fused for site in sites)
 
 
 class Checkpointed(nn.Module):
