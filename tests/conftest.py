@@ -82,6 +82,26 @@ def route(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 @pytest.fixture
+def few_graphs() -> Iterator[None]:
+    """Drops the graphs of other tests. On the CPU selects ATen, because the interpreter is slow."""
+    from bnres import use_backend
+
+    torch._dynamo.reset()
+    with use_backend("triton" if DEVICE == "cuda" else "aten"):
+        yield
+
+
+@pytest.fixture
+def pair() -> "tuple[torch.nn.Module, torch.nn.Module]":
+    """Returns a fused and a stock copy of `small_models.small`."""
+    import bnres
+    from tests.small_models import small
+
+    stock = small()
+    return bnres.fuse(stock), stock
+
+
+@pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> "ImageDataset":
     """Returns a tiny data set. Commands load it instead of the data set that they are asked for."""
     from bnres.data.dataset import make_dataset
