@@ -1,7 +1,7 @@
 """Triton kernels of bnres, imported as ``bnres.kernels``.
 
-The files are in a folder outside ``bnres/``, because they need nothing else of bnres: they import
-only torch and triton. The link ``bnres/kernels`` points to this folder.
+The kernels import only torch and triton, so their folder is outside ``bnres/``. The link
+``bnres/kernels`` points to this folder.
 """
 
 if __name__ != "bnres.kernels":

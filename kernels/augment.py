@@ -5,9 +5,9 @@ operations, normalises the result and casts it. The colour operations may also c
 image has its own random parameters, and its own order of the colour operations. One kernel applies
 the whole chain, so only the final image is written to memory.
 
-The contrast operation needs the mean gray value of the image to which it is applied. If one program
-computes a whole image, this program also computes the mean. For larger images another kernel,
-`_augment_gray_kernel`, first computes sums of the gray values.
+Contrast needs the mean gray value of the image to which it is applied. A program that computes a
+whole image also computes this mean. For larger images, `_augment_gray_kernel` first computes sums
+of the gray values.
 """
 
 from functools import cache
@@ -55,9 +55,9 @@ def _pixel(x_ptr, row, col, H, W, stride_h, stride_w, stride_c, mask, CHANNELS: 
 def _axis(offs, scale, length):
     """Returns (centre, half width, first, end) of each output position's filter along an axis.
 
-    The filter has the shape of a triangle. It reads the positions ``first`` to ``end - 1`` of the
-    crop. These are exactly the positions that torch's antialiased resize reads. One position more
-    would matter even with weight 0, because 0·NaN is NaN.
+    The filter is a triangle over the positions ``first`` to ``end - 1`` of the crop. Torch's
+    antialiased resize reads exactly these positions. One position more would matter even with
+    weight 0, because 0·NaN is NaN.
     """
     support = tl.maximum(scale, 1.0)
     centre = scale * (offs.to(tl.float32) + 0.5)
@@ -119,11 +119,7 @@ def _resampled(
 
 @triton.jit
 def _color_draws(order_ptr, factors_ptr, n):
-    """Loads the colour parameters of image ``n``, which `AugmentDraws` describes.
-
-    They are the packed order of the operations, the position of contrast in this order, and the
-    factors.
-    """
+    """Loads image ``n``'s packed order, position of contrast and factors, as in `AugmentDraws`."""
     factors = (
         tl.load(factors_ptr + 4 * n),
         tl.load(factors_ptr + 4 * n + 1),
@@ -165,9 +161,9 @@ def _gray_sum(
     part, order, contrast_at, factors, H, W, stride_h, stride_w, stride_c,
     CHANNELS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Returns the sum of the gray values over a part of the source image.
+    """Returns the sum of the gray values over BLOCK pixels of the source image.
 
-    A part has BLOCK pixels. The colour operations that precede contrast are applied before the sum.
+    The colour operations that precede contrast are applied first.
     """
     offs = part * BLOCK + tl.arange(0, BLOCK)
     row, mask = offs // W, offs < H * W
@@ -186,8 +182,8 @@ def _augment_gray_kernel(
 ):  # fmt: skip
     """Stores the sum of the gray values over each part of each image: (N, parts).
 
-    A part has BLOCK pixels. The colour operations that precede contrast are applied before the sum.
-    With COLOR_FIRST the sum is over the source image, otherwise over the cropped and resized image.
+    A part has BLOCK pixels. The colour operations that precede contrast are applied first. With
+    COLOR_FIRST the sum is over the source image, otherwise over the cropped and resized image.
     """
     n = tl.program_id(0) // parts
     part = tl.program_id(0) - n * parts
@@ -268,10 +264,7 @@ def _augment_kernel(
 
 @cache
 def _channel_values(values: tuple[float, ...] | None, device: torch.device) -> Tensor | None:
-    """Returns ``values`` as a tensor on ``device``, or None if ``values`` is None.
-
-    There is one value for each channel. Later calls return the same tensor.
-    """
+    """Returns one value per channel as a tensor on ``device``, or None if ``values`` is None."""
     return None if values is None else torch.tensor(values, dtype=torch.float32, device=device)
 
 

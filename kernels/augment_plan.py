@@ -9,9 +9,9 @@ from torch import Tensor
 # The numbers of the colour operations. An operation's number is its column in
 # `AugmentDraws.factors`, and stands for the operation in `AugmentDraws.order`.
 BRIGHTNESS, CONTRAST, SATURATION, HUE = 0, 1, 2, 3
-# A packed order is one integer that holds the numbers of an image's colour operations in the order
-# in which they are applied, ORDER_BITS bits each. The first operation is in the lowest bits.
-# NO_OPERATION stands for an operation that is left out.
+# A packed order has the numbers of an image's colour operations in one integer, ORDER_BITS bits
+# each. The first operation is in the lowest bits. NO_OPERATION stands for an operation that is left
+# out.
 ORDER_BITS = 4
 NO_OPERATION = 15
 

@@ -23,9 +23,8 @@ LUMA = (0.2989, 0.587, 0.114)
 # Images of at most this height and width are resized by matrix products. On a CPU this is faster
 # than resizing such images one by one.
 LARGEST_PRODUCT = 64
-# A batch is processed in chunks of images. The fp32 values of a chunk have at most this many bytes,
-# so that its intermediate results stay in a core's cache. An image with more bytes is a chunk by
-# itself.
+# A batch is processed in chunks whose fp32 values have at most this many bytes, so that
+# intermediate results stay in a core's cache. An image with more bytes is a chunk by itself.
 CHUNK_BYTES = 1 << 22
 
 
@@ -174,8 +173,8 @@ def _saturation(x: Tensor, factor: Tensor) -> Tensor:
 def _hue(x: Tensor, turn: Tensor) -> Tensor:
     """Shifts the hue by ``turn``, where 1 is a full turn.
 
-    v is the value and s the saturation of HSV. v is the greatest of the three channels. ``span`` is
-    v·s, which is the greatest channel minus the least channel.
+    In HSV, v is the greatest channel. ``span`` is v times the saturation, which is the greatest
+    channel minus the least channel.
     """
     if x.shape[1] == 1:
         return x

@@ -41,16 +41,11 @@ def _load_sub_tile(
     NEEDS_X: tl.constexpr, TWO_NORMS: tl.constexpr, ACT_GRAD: tl.constexpr, TILE: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
-    """Returns three values of each element of a sub-tile.
+    """Returns dz, x − mean and residual − residual_mean of a sub-tile.
 
-    The first value is dz = (dy + dy_skip)·act'(z). If there is a mask, act'(z) is the element's bit
-    in the mask. Otherwise act'(z) is computed from z, which is recomputed as in forward. For the
-    identity act'(z) is 1, and z is not needed. dz is 0 in rows that don't exist, because dy is
-    loaded as 0 there.
-
-    The second value is x − mean, and is valid only with NEEDS_X. The third value is
-    residual − residual_mean, and is valid only with TWO_NORMS, which means that the residual has
-    its own batch norm.
+    The module's docstring explains dz. In rows that don't exist, dz is 0, because dy is loaded as
+    0. x − mean is valid only with NEEDS_X. residual − residual_mean is valid only with TWO_NORMS,
+    which means that the residual has its own batch norm.
     """
     dy_ptr, dy_skip_ptr, x_ptr, mask_ptr, residual_ptr = tensors
     norm, residual_norm, shift = norms
@@ -85,8 +80,7 @@ def _reduce_sub_tile(
 ):  # fmt: skip
     """Adds a sub-tile's dz, dz·(x − mean) and dz·(residual − residual_mean) to three sums.
 
-    The third sum is computed only with TWO_NORMS, which means that the residual has its own batch
-    norm. If dz_ptr is not None, dz is also stored.
+    The third sum is computed only with TWO_NORMS. If dz_ptr is not None, dz is also stored.
     """
     load_at, at = tile_at(row, col_block, shape, TILE, 1, WHOLE)
     dz, x_centred, residual_centred = _load_sub_tile(
@@ -112,8 +106,7 @@ def _bn_bwd_reduce_kernel(
     """Stores each channel's Σ dz, Σ dz·(x − mean) and Σ dz·(residual − residual_mean) over a split.
 
     partial_ptr points to a tensor (3, splits, C). If the residual has no batch norm of its own, the
-    third sum is left out, and the tensor is (2, splits, C). If dz_ptr is not None, dz is also
-    stored.
+    tensor is (2, splits, C), without the third sum. If dz_ptr is not None, dz is also stored.
     """
     TWO_NORMS: tl.constexpr = residual_mean_ptr is not None
     col_block, split = tl.program_id(0), tl.program_id(1)
@@ -159,8 +152,8 @@ def _bn_bwd_finalize_kernel(
 ):  # fmt: skip
     """Stores sum_dy = Σ dz and sum_dy_xhat = rstd·Σ dz·(x − mean) of each channel: (C,).
 
-    If the residual has its own batch norm, the kernel also stores the two sums of this batch norm.
-    Its sum_dy is the same. Its sum_dy_xhat is computed from the residual instead of x.
+    If the residual has its own batch norm, the kernel also stores the two sums of that batch norm.
+    Their sum_dy is the same, and their sum_dy_xhat is computed from the residual.
     """
     offs_c = tl.program_id(0) * FINALIZE_CHANNELS + tl.arange(0, FINALIZE_CHANNELS)
     mask_c = offs_c < C
@@ -222,8 +215,8 @@ def _bn_bwd_dx_kernel(
 ):  # fmt: skip
     """Stores dx = (dz − (sum_dy + xhat·sum_dy_xhat)/stats_count)·(rstd·weight) and dresidual.
 
-    The kernel computes dx as dz·scale + ((x − mean)·slope + offset). Here scale is rstd·weight, and
-    slope and offset come from `load_line`. If sum_dy_ptr is None, dx is only dz·scale.
+    This is dz·scale + ((x − mean)·slope + offset), where scale is rstd·weight, and `load_line`
+    computes slope and offset. If sum_dy_ptr is None, dx is only dz·scale.
 
     If the residual has its own batch norm, dresidual is computed like dx, but from the residual.
     Otherwise dresidual is dz. If dresidual_ptr is None, dresidual is not stored.
@@ -288,11 +281,10 @@ def bn_backward_reduce(
 
     Here dz = (dy + dy_skip)·act'(z) and xhat = (x − mean)·rstd. act'(z) is the element's bit in
     ``mask``. If ``mask`` is None, act'(z) is computed from z, which is recomputed from ``x`` and
-    ``residual``. If ``residual_norm`` is not None, the two sums of this batch norm are returned
-    too. Its xhat is computed from ``residual`` instead of ``x``. Each sum is (C,), in fp64 if ``x``
-    is fp64, otherwise in fp32. ``dy``, ``dy_skip`` and ``residual`` have the memory format of
-    ``x``. Without ``write_dz``, the returned dz is None. ``out`` is the pair (sums, dz), allocated
-    by the caller.
+    ``residual``. If ``residual_norm`` is not None, the same two sums are also returned with xhat
+    computed from ``residual``. Each sum is (C,), in fp64 if ``x`` is fp64, otherwise in fp32.
+    ``dy``, ``dy_skip`` and ``residual`` have the memory format of ``x``. Without ``write_dz``, the
+    returned dz is None. ``out`` is the pair (sums, dz), allocated by the caller.
     """
     planes = 2 if residual_norm is None else 3
     sums, dz = out or (
@@ -354,9 +346,9 @@ def bn_backward_dx(
     """Returns dx and dresidual, the gradients of ``x`` and ``residual``.
 
     Without ``write_dresidual``, dresidual is None. ``sums`` are the sums that `bn_backward_reduce`
-    returns. They are divided by ``count``, the number of elements that each sum adds up. In
-    evaluation ``sums`` is None, because the statistics are constants. ``out`` is the pair
-    (dx, dresidual), allocated by the caller.
+    returns, and ``count`` is the number of elements that each sum adds up. In evaluation ``sums``
+    is None, because the statistics are constants. ``out`` is the pair (dx, dresidual), allocated by
+    the caller.
     """
     dx, dresidual = out or (torch.empty_like(x), torch.empty_like(x) if write_dresidual else None)
     if x.numel() == 0:

@@ -46,10 +46,9 @@ def _adaptive_pivot(x_ptr, offs_c, mask_c, shape, TILE: tl.constexpr, ACC: tl.co
     """Returns the pivot of each channel: (channels,).
 
     The pivot is subtracted from x before the sums are computed. Any finite pivot is correct, but a
-    pivot near the data avoids cancellation if the data are far from zero. To choose the pivot of a
-    channel, four elements are loaded, and their two middle values are averaged. If the magnitude of
-    this average is more than twice the difference of the two values, and less than 1e38, the
-    average is the pivot. Otherwise the pivot is 0.
+    pivot near the data avoids cancellation if the data are far from zero. The pivot is the average
+    of the two middle values of four elements, if its magnitude is more than twice their difference
+    and less than 1e38. Otherwise the pivot is 0.
     """
     count = shape[0]
     a = _sample(x_ptr, count // 8, offs_c, mask_c, shape, TILE, ACC)
@@ -84,9 +83,8 @@ def _bn_stats_kernel(
 ):  # fmt: skip
     """Stores each channel's Σ(x − pivot) and Σ(x − pivot)² over a split, and its pivot.
 
-    sums_ptr points to a tensor (2·splits + 1, C). The first rows have Σ(x − pivot), one row for
-    each split. The next rows have Σ(x − pivot)², one row for each split. The last row has the
-    pivot.
+    sums_ptr points to a tensor (2·splits + 1, C). Its rows are Σ(x − pivot) of each split, then Σ(x
+    − pivot)² of each split, then the pivot.
     """
     col_block, split = tl.program_id(0), tl.program_id(1)
     splits = tl.num_programs(1)
@@ -132,12 +130,12 @@ def _bn_stats_finalize_kernel(
     """Stores each channel's mean, and either rstd = 1/sqrt(var + eps) or M2 = Σ(x − mean)²: (C,).
 
     If ranks_ptr is None, the kernel combines the sums of one tensor's splits. Otherwise it combines
-    the count, mean and M2 of each rank (process), and stores the sum of the counts as ``total``. In
-    this case ``splits`` is the number of ranks.
+    the count, mean and M2 of each rank (process), and stores the sum of the counts as ``total``.
+    Then ``splits`` is the number of ranks.
 
     The kernel also updates the running mean with mean + input_bias and the running variance with
-    the unbiased variance, and adds 1 to the counter. Each of these three is optional: its pointer
-    may be None. If ``total`` is 0, the running statistics stay unchanged.
+    the unbiased variance, and adds 1 to the counter. Each of these three pointers may be None. If
+    ``total`` is 0, the running statistics stay unchanged.
     """
     offs_c = tl.program_id(0) * FINALIZE_CHANNELS + tl.arange(0, FINALIZE_CHANNELS)
     mask_c = offs_c < C
@@ -155,9 +153,8 @@ def _bn_stats_finalize_kernel(
     factor = tl.full((), momentum, tl.float64)
     if momentum_ptr is not None:
         factor = tl.load(momentum_ptr).to(tl.float64)
-    # Several threads load the same element of the running statistics, and one of these threads
-    # stores the element's new value. No barrier is needed, because the storing thread uses the
-    # value that it loaded itself, and the values that the other threads loaded are not used.
+    # Several threads load the same element, and one of them stores the new value. No barrier is
+    # needed, because the storing thread uses only the value that it loaded itself.
     if running_mean_ptr is not None:
         running_mean = tl.load(running_mean_ptr + offs_c, mask=mask_c, other=0)
     if running_var_ptr is not None:
@@ -220,8 +217,7 @@ def _apply_tile(
     store_tile(y_ptr, ACT(z, param), at)
     if mask_ptr is not None:
         bit_offsets, bit_mask = mask_offsets(row, col_block, shape, TILE, UNROLL)
-        # A bit is set where relu's gradient is dy instead of 0. This is the case where z > 0 and,
-        # as in torch, where z is NaN.
+        # A bit is set where relu's gradient is dy instead of 0. As in torch, this includes NaN.
         bits = pack_bits(tl.where(z <= 0, 0, 1), TILE, UNROLL)
         tl.store(mask_ptr + bit_offsets, bits, mask=bit_mask)
 
@@ -238,8 +234,8 @@ def _bn_apply_kernel(
     """Stores y = act(z), where z = (x − mean)·(rstd·weight) + bias + residual.
 
     If the residual has its own batch norm, the residual is normalised like x before it is added. If
-    mask_ptr is not None, the kernel also stores a mask with one bit per element. A bit is set where
-    z > 0 or z is NaN.
+    mask_ptr is not None, the kernel also stores one bit per element, which is set where z > 0 or z
+    is NaN.
     """
     col_block, split = tl.program_id(0), tl.program_id(1)
     offs_c, mask_c = channel_ids(col_block, C, TILE)
@@ -293,7 +289,7 @@ def bn_stats(
         rstd.zero_()
         return out
     stats = plan("stats", x)
-    # The rows are Σ(x − pivot) of each split, then Σ(x − pivot)² of each split, then the pivot.
+    # `_bn_stats_kernel` describes the rows.
     sums = torch.empty((2 * stats.splits + 1, x.shape[1]), dtype=mean.dtype, device=x.device)
     launch(_bn_stats_kernel, stats, sums_ptr=sums, x_ptr=x)
     on_device = isinstance(momentum, Tensor)
@@ -318,7 +314,7 @@ def bn_moments(x: Tensor, *, out: Tensor | None = None) -> Tensor:
     """Returns count, mean and M2 = Σ(x − mean)² of each channel: (3, C).
 
     The dtype is fp64 if ``x`` is fp64, otherwise fp32. If ``x`` is empty, all three are 0. ``out``
-    is the result, allocated by the caller with `empty_moments`, which also writes the count.
+    must come from `empty_moments`, which writes the count.
     """
     if out is None:
         out = empty_moments(x)

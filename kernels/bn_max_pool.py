@@ -5,11 +5,10 @@ position in its window, and x_max, the value of x at this position. In backward,
 the activation's input is 0 at all positions that are not the maximum of a window. To compute Σ dz
 and Σ dz·xhat, `bn_backward.bn_backward_reduce` therefore reads x_max instead of x.
 
-A program processes a block of columns of pooling windows. It computes the positions of the columns
-once, before it loops over the rows of windows, so the loop contains no division. In forward a
-program normalises each row of x once, although two rows of windows overlap in one row of x. A
-window position outside x is replaced by its neighbour inside x. The neighbour is in the same
-window, so the maximum doesn't change.
+A program processes a block of columns of pooling windows. It computes the columns' positions before
+it loops over the rows of windows, so the loop contains no division. Neighbouring rows of windows
+overlap in one row of x, which forward normalises only once. A window position outside x is replaced
+by its neighbour inside x. The neighbour is in the same window, so the maximum doesn't change.
 """
 
 import torch
@@ -45,9 +44,9 @@ def _program(C, OH, rows_per_program, TILE: tl.constexpr):
 def _sizes(C, W, OW, TILE: tl.constexpr):
     """Returns the step, W and OW.
 
-    The step is the distance in memory between neighbouring positions of a row, in elements. A value
-    that is a multiple of the vector size is written as a product with the vector size. From the
-    product the compiler knows that it may use aligned loads.
+    The step is the distance between neighbouring positions of a row, in elements. Multiples of the
+    vector size are written as products with the vector size, so that the compiler uses aligned
+    loads.
     """
     step = 1
     if TILE.kind == CHANNELS:
@@ -64,13 +63,12 @@ def _sizes(C, W, OW, TILE: tl.constexpr):
 def _columns(col_block, block, columns, C, OW, TILE: tl.constexpr):
     """Returns plane, ow, exists, offsets and channel for the elements of a tile.
 
-    In channels_last, each row of the tile stands for one output column of one sample. Then plane is
-    the sample's index, ow is the output column's index, and the offsets are channels.
+    In channels_last, a row of the tile is one output column of a sample. Then plane is the sample's
+    index, ow is the output column, and the offsets are channels.
 
-    In contiguous tensors, each row of the tile stands for a vector of adjacent output columns of
-    one channel of one sample. Then plane is the index of this channel among all channels of all
-    samples, ow is the index of the vector's first output column, and the offsets are positions in
-    the vector.
+    In contiguous tensors, a row of the tile is a vector of adjacent output columns of one channel.
+    Then plane is sample·C + channel, ow is the vector's first output column, and the offsets are
+    positions in the vector.
     """
     column = block * TILE.sub_rows + tl.arange(0, TILE.sub_rows)[:, None]
     exists = column < columns
@@ -100,9 +98,8 @@ def _load_two(ptr, step, at, exists, has_right, TILE: tl.constexpr):
     if TILE.kind == CHANNELS:
         return tl.load(ptr + at, mask=exists), tl.load(ptr + step + at, mask=has_right)
     else:
-        # There are two loads, so that each thread gets both vectors. A single load would give the
-        # two vectors to different threads, because it gives each thread 16 bytes, which is one
-        # vector.
+        # Two loads give each thread both vectors. A single load would give each thread one vector
+        # of 16 bytes, so the two vectors would be in different threads.
         v = tl.join(tl.load(ptr + at, mask=exists), tl.load(ptr + TILE.vector + at, mask=exists))
         return tl.split(tl.reshape(tl.permute(v, (0, 2, 1)), (TILE.sub_rows, TILE.vector, 2)))
 
@@ -150,8 +147,8 @@ def _before(v, last):
 def _widened(x):
     """Returns ``x`` in fp32.
 
-    The bits of a bfloat16 are shifted left as in `_tagged`, so that the compiler needs only one
-    shift for both functions.
+    A bfloat16 is shifted left as in `_tagged`, so that the compiler needs one shift for both
+    functions.
     """
     if x.dtype == tl.bfloat16:
         return (x.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
@@ -161,7 +158,7 @@ def _widened(x):
 
 @triton.jit
 def _tagged(x, tap):
-    """Packs the bits of x, and its position ``tap`` in the window, into one integer.
+    """Packs x and its position ``tap`` in the window into one integer.
 
     One select instruction can then choose both.
     """
@@ -183,11 +180,10 @@ def _untagged(tagged, DTYPE: tl.constexpr):
 
 @triton.jit
 def _greater(best, tagged, y, y_tagged):
-    """Returns the greater of ``best`` and ``y``, and the tagged x of the greater one.
+    """Returns the greater of ``best`` and ``y``, and its x and position, packed by `_tagged`.
 
-    A tagged x is a result of `_tagged`. ``y`` is from a later position of the window than ``best``.
-    If the two are equal, the function chooses ``best``. NaN counts as the greatest value. If both
-    are NaN, the function chooses ``y``.
+    ``y`` is from a later position of the window than ``best``. If they are equal, ``best`` is
+    chosen. NaN counts as the greatest value. If both are NaN, ``y`` is chosen.
     """
     # tl.minimum(NaN, inf) is inf, so if ``best`` is NaN, only another NaN replaces it.
     stays = y <= tl.minimum(best, float("inf"))
@@ -209,8 +205,8 @@ def _load_row(row_ptr, left, middle, right, exists, TILE: tl.constexpr):
     """Loads x at each window's left, middle and right position in one row.
 
     In contiguous tensors, each row of a tile is a vector of windows. The left position is loaded
-    only for the first window of a vector. For each later window it is the right position of the
-    window before.
+    only for the vector's first window, because each later window's left position is the right
+    position of the window before.
     """
     x_left = tl.load(row_ptr + left, mask=exists)
     if TILE.kind == CHANNELS:
@@ -225,12 +221,11 @@ def _greatest_of_row(
     x_left, x, x_right, first, left_tap, right_tap, mean, scale, bias, param,
     ACT: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Returns the greatest value in one row of each window, and the tagged x of this value.
+    """Returns the greatest value in one row of each window, and its x and position as in `_tagged`.
 
-    A tagged x is a result of `_tagged`. The row's positions in the window are ``first``,
-    ``first + 1`` and ``first + 2``. The left value is from position ``first + left_tap``, and the
-    right value from ``first + right_tap``. At the left or right edge of x, this is the middle
-    position.
+    The row's positions in the window are ``first``, ``first + 1`` and ``first + 2``. ``left_tap``
+    is 0 and ``right_tap`` is 2. At an edge of x, the tap beyond the edge is 1 instead, because the
+    middle position replaces the missing one.
     """
     y_right = _value(x_right, mean, scale, bias, param, ACT)
     best = _value(x_left, mean, scale, bias, param, ACT)
@@ -289,7 +284,7 @@ def _bn_max_pool_kernel(
             x_left, x, x_right, 3, left_tap, right_tap, mean, scale, bias, param, ACT, TILE
         )
         y, tagged = _greater(low, low_tagged, y, tagged)
-        # The last row of x in these windows is the first row of x in the windows below.
+        # These windows' last row of x is the first row of the windows below.
         low, low_tagged = _greatest_of_row(
             low_left, low_x, low_right, 0, left_tap, right_tap, mean, scale, bias, param, ACT, TILE
         )
@@ -356,8 +351,8 @@ def _bn_max_pool_bwd_dx_kernel(
     Here xhat = (x − mean)·rstd and dz = act'(z)·Σ dy. Σ dy is the sum of dy over all windows whose
     maximum is at this position of x. If sum_dy_ptr is None, dx = dz·(rstd·weight).
 
-    Each step of the loop processes one row of windows. These windows cover three rows of x. The
-    step stores dx of the first two rows. The windows below also cover the third row, so the next
+    Each step of the loop processes one row of windows, which covers three rows of x. The step
+    stores dx of the first two rows. The third row also belongs to the windows below, so the next
     step stores its dx. The loop therefore has one more step than there are rows of windows.
     """
     col_block, block, start, stop = _program(C, OH + 1, rows_per_program, TILE)

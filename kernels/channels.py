@@ -49,9 +49,8 @@ def load_biases(bias_ptr, residual_bias_ptr, channel, mask, ACC: tl.constexpr):
 def add_splits(ptr, splits, channel, mask, C, TRIPS: tl.constexpr):
     """Adds up partial sums (splits, C) in fp64 until FINALIZE_SPLITS rows remain.
 
-    The result is (FINALIZE_SPLITS, FINALIZE_CHANNELS). TRIPS·FINALIZE_SPLITS must be at least
-    ``splits``. The caller adds up the remaining rows with `tl.sum`. Before its first `tl.sum`, the
-    caller makes all its loads, because `tl.sum` has a barrier, which would delay later loads.
+    The result is (FINALIZE_SPLITS, FINALIZE_CHANNELS). The caller adds up its rows with `tl.sum`.
+    TRIPS·FINALIZE_SPLITS must be at least ``splits``.
     """
     total = tl.zeros((FINALIZE_SPLITS, FINALIZE_CHANNELS), tl.float64)
     for trip in tl.static_range(TRIPS):
@@ -65,10 +64,9 @@ def add_splits(ptr, splits, channel, mask, C, TRIPS: tl.constexpr):
 def add_ranks(ptr, ranks, rank_stride, channel, mask, C, TRIPS: tl.constexpr):
     """Returns count, Σ(x − pivot) and Σ(x − pivot)² as partial sums over the ranks, and the pivot.
 
-    A rank is a process. ptr points to count, mean and M2 = Σ(x − mean)² of each rank:
-    (ranks, 3, C). The pivot is the first rank's mean. A rank without elements adds 0. All results
-    are in fp64. As in `add_splits`, each partial sum is (FINALIZE_SPLITS, FINALIZE_CHANNELS), and
-    the caller adds up its rows.
+    A rank is a process. ptr points to count, mean and M2 = Σ(x − mean)² of each rank: (ranks, 3,
+    C). The pivot is the first rank's mean. All results are in fp64. As in `add_splits`, each
+    partial sum is (FINALIZE_SPLITS, FINALIZE_CHANNELS), and the caller adds up its rows.
     """
     pivot = tl.load(ptr + C + channel, mask=mask, other=0).to(tl.float64)
     count = tl.zeros((FINALIZE_SPLITS, FINALIZE_CHANNELS), tl.float64)
@@ -91,11 +89,10 @@ def load_norms(
     norm_ptrs, residual_ptrs, eps, residual_eps, channel, mask, TILE: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
-    """Returns the values of x's batch norm and of the residual's, and the sum of their biases.
+    """Returns mean, rstd and rstd·weight of each of two batch norms, and the sum of their biases.
 
-    The values of a batch norm are mean, rstd and rstd·weight. All results are broadcastable to a
-    tile. If the residual has no batch norm, the second result is a copy of the first, and the
-    caller does not use it.
+    The first batch norm is that of x, and the second is that of the residual. If the residual has
+    no batch norm, the second result must not be used. All results are broadcastable to a tile.
     """
     mean_ptr, rstd_ptr, var_ptr, weight_ptr, bias_ptr = norm_ptrs
     mean, rstd, scale = load_norm(mean_ptr, rstd_ptr, var_ptr, weight_ptr, eps, channel, mask, ACC)

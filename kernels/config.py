@@ -1,7 +1,8 @@
 """Computes tile geometry and launch configurations from a tensor's shape.
 
-A program processes one block of columns over a range of rows. There are three kinds of tiles, for
-which rows and columns mean different things. A plane is one channel of a sample.
+A program processes a block of columns over a range of rows, one tile after another. There are three
+kinds of tiles, in which rows and columns mean different things. A plane is one channel of a sample.
+A vector has 16 bytes.
 
 ==========  ======================  =========================  ======================
 kind        used for                a row is                   a column is
@@ -28,11 +29,11 @@ CHANNELS, PLANES, GROUPS = 0, 1, 2
 NUM_WARPS = 4
 THREADS = 32 * NUM_WARPS
 VECTOR_BYTES = 16
-# If a tensor's tiles have fewer elements than this, the elements are addressed by 32-bit offsets.
-# The tiles may have more elements than the tensor, because the last tiles may extend beyond it.
+# Offsets have 32 bits if a tensor's tiles have fewer elements than this. The last tiles may extend
+# beyond the tensor.
 NARROW_LIMIT = 2**31 - 2**24
-# The format of the 1-bit mask depends on this unroll factor, so all kernels that read or write the
-# mask must use it.
+# The format of the activation's mask (one bit per element) depends on this unroll factor, so all
+# kernels that read or write the mask must use it.
 MASK_UNROLL = 4
 
 
@@ -40,9 +41,9 @@ MASK_UNROLL = 4
 class Tile:
     """Geometry of a tile, known at compile time.
 
-    The geometry depends only on a tensor's shape, memory format and dtype, so forward and backward
-    use the same geometry. A *sub-tile* has ``sub_rows × block_cols`` elements. These are one
-    16-byte vector for each of the program's 128 threads.
+    Forward and backward use the same geometry, because it depends only on a tensor's shape, memory
+    format and dtype. A *sub-tile* has ``sub_rows × block_cols`` elements, one 16-byte vector for
+    each of the program's 128 threads.
 
     Attributes:
         kind: `CHANNELS`, `PLANES` or `GROUPS`; the module's docstring explains them.
@@ -86,8 +87,8 @@ def next_power_of_2(n: int) -> int:
 def channels_per_group(view: ChannelView, vector: int) -> int:
     """Returns the number of channels in a `GROUPS` tile, or 0 if no number fits.
 
-    A number fits if it divides the number of all channels, and if the planes of that many channels
-    in one sample fill whole vectors, at most one vector per thread.
+    The number must divide the number of all channels. In one sample, the planes of these channels
+    must fill whole vectors, at most one vector per thread.
     """
     size = vector // gcd(view.inner, vector)
     limit = THREADS * vector
@@ -99,7 +100,7 @@ def channels_per_group(view: ChannelView, vector: int) -> int:
 
 
 def tile_for(view: ChannelView, itemsize: int) -> Tile:
-    """Returns the tile geometry for this view of a tensor, if an element has ``itemsize`` bytes."""
+    """Returns the tile geometry for a tensor with ``itemsize`` bytes per element."""
     vector = VECTOR_BYTES // itemsize
     group = 0
     if view.inner == 1:
@@ -122,8 +123,8 @@ def tile_for(view: ChannelView, itemsize: int) -> Tile:
         vector=vector,
         aligned=aligned,
         even=even,
-        # The second term is one tile for each channel. The last tile of a channel may be almost
-        # empty, but the mask has bytes for the whole tile.
+        # The second term is one tile per channel, because the mask has bytes for the whole of a
+        # channel's last tile, even if most of that tile is empty.
         narrow=view.numel + view.channels * MASK_UNROLL * THREADS * vector < NARROW_LIMIT,
         words=False,
     )
@@ -140,10 +141,9 @@ class KernelTuning:
 
     Attributes:
         unroll: number of sub-tiles in a tile. Their loads are independent of each other.
-        num_stages: number of stages of the software pipeline in the loop over tiles. 1 means that
-            there is no pipeline.
-        programs_per_sm: number of programs in the grid for each multiprocessor. If they don't all
-            fit at once, the remaining programs start when other programs end.
+        num_stages: number of stages of the software pipeline in the loop over tiles. 1 means no
+            pipeline.
+        programs_per_sm: number of programs in the grid for each multiprocessor.
     """
 
     unroll: int
@@ -156,9 +156,9 @@ class LaunchConfig:
     """How one kernel is launched over a tensor.
 
     Attributes:
-        col_blocks: number of column blocks. It is the size of the grid's first axis.
-        splits: number of programs among which the rows of one column block are divided. It is the
-            size of the grid's second axis. Each of these programs computes one split.
+        col_blocks: number of column blocks, and size of the grid's first axis.
+        splits: number of programs among which the rows of one column block are divided, and size of
+            the grid's second axis. Each program computes one split.
         rows_per_split: number of rows in a split, a multiple of ``unroll * sub_rows``.
     """
 
@@ -167,8 +167,7 @@ class LaunchConfig:
     rows_per_split: int
 
 
-# If there are more column blocks than ``programs_per_sm * sm_count``, the rows are split until the
-# grid has about ``TURNS * programs_per_sm * sm_count`` programs.
+# `launch_config` explains this factor.
 TURNS = 4
 
 TUNING = {
@@ -188,12 +187,13 @@ TUNING = {
 def launch_config(kernel: str, view: ChannelView, tile: Tile, sm_count: int) -> LaunchConfig:
     """Splits the rows so that all multiprocessors have work, whatever the number of channels.
 
-    Normally the grid has at most ``programs_per_sm * sm_count`` programs. There are two exceptions.
-    If there are fewer than 1.5 tiles for each of these programs, each tile gets its own program, so
-    that more loads run at the same time. If there are more column blocks than
-    ``programs_per_sm * sm_count``, the rows are split until the grid has about
-    ``TURNS * programs_per_sm * sm_count`` programs, so that all multiprocessors finish at about the
-    same time.
+    Normally the grid has at most ``programs_per_sm * sm_count`` programs. There are two exceptions:
+
+    - If each of these programs had fewer than 1.5 tiles, each tile gets its own program, so that
+      more loads run at the same time.
+    - If there are more column blocks than ``programs_per_sm * sm_count``, the grid has about
+      ``TURNS * programs_per_sm * sm_count`` programs, so that all multiprocessors finish at about
+      the same time.
     """
     tuning = TUNING[kernel]
     block_rows = tuning.unroll * tile.sub_rows
@@ -211,9 +211,9 @@ class ColumnConfig:
     """How a kernel over pooling windows is launched.
 
     Attributes:
-        tile: the tile's geometry. In channels_last, each row of the tile stands for one output
-            column of a sample. In contiguous tensors, each row of the tile stands for a vector of
-            adjacent output columns of one channel of a sample.
+        tile: the tile's geometry. In channels_last, a row of the tile is one output column of a
+            sample. In contiguous tensors, a row of the tile is a vector of adjacent output columns
+            of one channel of a sample.
         columns: number of these output columns or vectors in one block of channels.
         programs: number of programs in the whole grid.
         rows_per_program: number of rows of windows that a program processes.
@@ -231,8 +231,8 @@ def has_pool_kernel(shape: tuple[int, ...], contiguous: bool, itemsize: int) -> 
     Tensors must not be fp64 and must have fewer than 2^31 − 2^24 elements. In a contiguous tensor,
     the size of each row in bytes must be a multiple of 32.
     """
-    # In a contiguous tensor, the kernel processes vectors of adjacent windows. A vector of windows
-    # covers two vectors in a row of x.
+    # A contiguous tensor is processed in vectors of adjacent windows. Because the stride is 2, a
+    # vector of windows covers two vectors in a row of x.
     whole_vectors = not contiguous or shape[3] % (2 * VECTOR_BYTES // itemsize) == 0
     return itemsize < 8 and prod(shape) < NARROW_LIMIT and whole_vectors
 
@@ -242,14 +242,14 @@ def column_config(
 ) -> ColumnConfig:
     """Divides the ``rows`` of windows among programs so that the kernel ends as early as possible.
 
-    At most ``programs_per_sm * sm_count`` programs run at the same time, so the programs of the
-    grid run in rounds. A program reads one row more than it processes. The division minimises the
-    number of rounds multiplied by the number of rows that a program reads.
+    At most ``programs_per_sm * sm_count`` programs run at once, so the grid runs in rounds. Each
+    program reads one row more than it processes. The division minimises the number of rounds times
+    the number of rows that a program reads.
     """
     n, channels, *size = shape
     _, width = pooled_size(*size)
     if contiguous:
-        # The vectors of windows that a program processes may belong to different channels.
+        # A program's vectors may belong to different channels.
         tile = tile_for(ChannelView(1, 1, VECTOR_BYTES // itemsize), itemsize)
         columns, col_blocks = n * channels * (width // tile.vector), 1
     else:

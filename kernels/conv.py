@@ -1,9 +1,8 @@
 """Convolution fused with batch norm, residual and activation, for inference.
 
 The kernel computes the convolution of channels_last tensors as a matrix product. Each row of the
-product is an output position, and each column is an output channel. Each element of the product is
-a sum over the filter's positions and the input channels. Before the kernel stores the product, it
-applies the batch norm, adds the residual and applies the activation.
+product is an output position, and each column is an output channel. Batch norm, residual and
+activation are applied to the product before it is stored.
 """
 
 from functools import lru_cache
@@ -32,7 +31,7 @@ def _conv_bn_act_kernel(
 ):  # fmt: skip
     """Stores y = act((conv(x) + conv_bias − mean)·weight/sqrt(var + eps) + bias + residual).
 
-    y is (M, K_OUT). M is the number of output positions, K_OUT the number of output channels.
+    y is (M, K_OUT), with M output positions and K_OUT output channels.
     """
     blocks_n = tl.cdiv(K_OUT, BLOCK_N)
     pid_m, pid_n = tl.program_id(0) // blocks_n, tl.program_id(0) % blocks_n

@@ -1,8 +1,8 @@
 """Describes convolutions, and chooses the launch configurations of their kernel.
 
-`conv_config` chooses a configuration by a heuristic. The heuristic is derived from the sizes of
-tiles and of shared memory. Its choices have not been compared with other configurations on a GPU
-yet. `search_space` lists the configurations that ``bnres tune`` measures.
+`conv_config` uses a heuristic derived from the sizes of tiles and of shared memory. The heuristic
+has not been compared with other configurations on a GPU yet. `search_space` lists the
+configurations that ``bnres tune`` measures.
 """
 
 from dataclasses import dataclass, fields
@@ -15,8 +15,8 @@ from bnres.kernels.config import next_power_of_2
 MIN_BLOCK = 16
 # In each step, a program sums over at most this many bytes of input channels.
 STEP_BYTES = 128
-# The kernel is used only for convolutions that have at least this many input channels. With fewer
-# channels, the matrix instructions would mostly multiply padding.
+# The kernel is used only for at least this many input channels. With fewer, the matrix instructions
+# would mostly multiply padding.
 MIN_CHANNELS = 8
 
 
@@ -93,10 +93,6 @@ class ConvConfig(Numbers):
 def conv_config(rows: int, channels: int, out_channels: int, itemsize: int) -> ConvConfig:
     """Returns the configuration that the heuristic chooses.
 
-    The tile has 128 output positions, or 64 if the output has at most 64 positions. It has all
-    output channels, but at most 128 in 16-bit dtypes and at most 64 in fp32. Each step sums over at
-    most 128 bytes of input channels.
-
     Args:
         rows: number of output positions, N·OH·OW.
         channels: number of input channels.
@@ -114,8 +110,8 @@ def conv_config(rows: int, channels: int, out_channels: int, itemsize: int) -> C
 def search_space(rows: int, channels: int, out_channels: int, itemsize: int) -> list[ConvConfig]:
     """Returns the configurations to try.
 
-    The first is the configuration that the heuristic chooses. The others are sorted by their
-    similarity to it, from the most similar to the least similar.
+    The first is the choice of `conv_config`. The others follow, with those most similar to it
+    first.
     """
     first = conv_config(rows, channels, out_channels, itemsize)
     found = [first]

@@ -141,8 +141,8 @@ ACTIVATIONS = {
 def round_to(v, DTYPE: tl.constexpr):
     """Returns ``v`` as DTYPE, rounded to nearest even.
 
-    Triton's interpreter truncates when it casts to bfloat16. In the interpreter, the bits are
-    therefore rounded before the cast.
+    Triton's interpreter truncates when it casts to bfloat16, so it gets bits that are already
+    rounded.
     """
     if INTERPRETED and tl.bfloat16 == DTYPE:
         bits = v.to(tl.float32).to(tl.uint32, bitcast=True)

@@ -16,8 +16,7 @@ from bnres.kernels.channels import FINALIZE_CHANNELS, FINALIZE_SPLITS
 from bnres.kernels.config import TUNING, column_config, launch_config, tile_for
 from bnres.kernels.layout import pooled_size, view_of
 
-# A kernel may load two bfloat16 values as one word if their address is a multiple of this many
-# bytes.
+# Two bfloat16 values may be loaded as one word if their address is a multiple of this.
 WORD_BYTES = 4
 
 # Each cache of plans has at most this many plans.
@@ -26,11 +25,11 @@ PLANS = 4096
 # These arguments of a plan are options of triton's compiler.
 OPTIONS = ("num_warps", "num_stages")
 
-# In triton's interpreter, plans are made for this number of multiprocessors. The interpreter runs
-# programs one after another, so plans with few programs are enough.
+# Triton's interpreter runs programs one after another, so few programs are enough. Its plans are
+# made for this number of multiprocessors.
 INTERPRETER_SM_COUNT = 1
 
-# The kernels that combine partial sums have this num_warps.
+# num_warps of the kernels that combine partial sums.
 FINALIZE_WARPS = 8
 
 
@@ -40,9 +39,9 @@ class Plan:
 
     Attributes:
         grid: number of programs along up to three axes.
-        arguments: the kernel's arguments by name, except those that the caller passes to `launch`.
-            The compiler options ``num_warps`` and ``num_stages`` are included unless triton's
-            defaults apply. `launch` ignores arguments that the kernel doesn't have.
+        arguments: the kernel's arguments by name, except those that the caller passes to `launch`,
+            and possibly the compiler options ``num_warps`` and ``num_stages``. `launch` ignores
+            arguments that the kernel doesn't have.
     """
 
     grid: tuple[int, ...]
@@ -55,8 +54,7 @@ class TilePlan(Plan):
 
     Attributes:
         splits: number of programs among which the rows of a block of columns are divided.
-        finalize: plan of the kernel that adds the programs' partial sums. It is used only if the
-            programs compute sums.
+        finalize: plan of the kernel that adds the partial sums of programs that compute sums.
     """
 
     finalize: Plan
@@ -155,10 +153,7 @@ _recorder = threading.local()
 
 @contextmanager
 def recorded_launches() -> Iterator[list[Launch]]:
-    """Yields a list, to which this thread's launches of compiled kernels are appended.
-
-    Launches of interpreted kernels are not appended.
-    """
+    """Yields a list, to which this thread's launches of compiled kernels are appended."""
     before = getattr(_recorder, "launches", None)
     launches: list[Launch] = []
     _recorder.launches = launches
@@ -209,7 +204,7 @@ def launch(kernel: Any, plan: Plan, **named: Any) -> None:
         return
     options = {name: arguments[name] for name in OPTIONS if name in arguments}
     x = ordered[names[0]]
-    # Triton launches kernels on the current device, so the device of x is made the current one.
+    # Triton launches kernels on the current device.
     with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
         compiled = kernel[plan.grid](**ordered, **options, enable_fp_fusion=True)
     launches = getattr(_recorder, "launches", None)

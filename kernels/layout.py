@@ -69,7 +69,7 @@ def dense(x: Tensor) -> Tensor:
 def dense_like(t: Tensor, x: Tensor) -> Tensor:
     """Returns ``t`` if it has the memory format of the dense ``x``, else a copy in that format.
 
-    For example, an expanded gradient, which has strides of 0, is copied.
+    For example, an expanded gradient (with strides of 0) is copied.
     """
     if t.stride() == x.stride():
         return t

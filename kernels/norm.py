@@ -31,11 +31,7 @@ class Norm(NamedTuple):
     bias: Tensor | None = None
 
     def pointers(self, prefix: str = "") -> dict[str, Any]:
-        """Returns the kernels' arguments for this norm. Their names begin with ``prefix``.
-
-        With `Statistics` the arguments include mean and rstd. With `RunningStatistics` they
-        include mean, var and eps.
-        """
+        """Returns the kernels' arguments for this norm. Their names begin with ``prefix``."""
         names = ("mean_ptr", "rstd_ptr")
         if isinstance(self.statistics, RunningStatistics):
             names = ("mean_ptr", "var_ptr", "eps")  # type: ignore[assignment]
@@ -54,8 +50,8 @@ class Sums(NamedTuple):
     """The sums over each channel that backward needs: Σ dz and Σ dz·xhat, each (C,).
 
     Here dz is the gradient of the activation's input, and xhat = (x − mean)·rstd. If the residual
-    has its own batch norm, ``residual_dy`` and ``residual_dy_xhat`` are the two sums of this batch
-    norm, whose xhat is computed from the residual instead of x. Otherwise they are None.
+    has its own batch norm, ``residual_dy`` and ``residual_dy_xhat`` are the same sums, but with
+    xhat computed from the residual. Otherwise they are None.
     """
 
     dy: Tensor

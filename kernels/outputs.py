@@ -1,7 +1,7 @@
 """Allocates the outputs of launchers.
 
-A launcher is a function that launches kernels. It allocates its outputs with the functions of this
-module, unless its caller has already allocated them and passes them as ``out``.
+A launcher is a function that launches kernels. It allocates its outputs with these functions,
+unless its caller passes allocated outputs as ``out``.
 """
 
 from functools import lru_cache
@@ -30,7 +30,7 @@ def empty_moments(x: Tensor, norms: int = 1) -> Tensor:
     The dtype is fp64 if ``x`` is fp64, otherwise fp32. Every element is preset to the count, so a
     kernel needs to write only mean and M2.
     """
-    # If x is empty, no kernel runs, and mean and M2 must be 0. They are, because the count is 0.
+    # If x is empty, no kernel runs. Then mean and M2 stay 0, like the count.
     return x.new_full((3 * norms, x.shape[1]), x.numel() // x.shape[1], dtype=acc_type(x))
 
 
@@ -62,10 +62,7 @@ def _mask_bytes(shape: torch.Size, contiguous: bool, itemsize: int) -> int:
 
 
 def empty_pooled(x: Tensor) -> Tensor:
-    """Returns an uninitialised tensor (N, C, OH, OW) in the dtype and memory format of ``x``.
-
-    `pooled_size` computes OH and OW.
-    """
+    """Returns an uninitialised tensor (N, C, OH, OW) in the dtype and memory format of ``x``."""
     layout = torch.contiguous_format if x.is_contiguous() else torch.channels_last
     # torch.empty parses separate sizes faster than a tuple.
     sizes = x.shape[0], x.shape[1], *pooled_size(x.shape[2], x.shape[3])

@@ -1,10 +1,9 @@
 """Functions in plain, differentiable torch that compute what the kernels' launchers compute.
 
-A launcher is a function that launches kernels. `bn_stats_ref` has the signature of the launcher
-`bn_stats`, but without ``out``. The functions for the other launchers are named in the same way.
-Tests compare the kernels with these functions. Double backward and forward-mode differentiation use
-them, because torch can differentiate them. In this module ``mask`` is a tensor of booleans. The
-kernels' mask has one bit per element.
+A launcher is a function that launches kernels. For example, `bn_stats_ref` has the signature of the
+launcher `bn_stats`, but without ``out``. Tests compare the kernels with these functions. Double
+backward and forward-mode differentiation use them, because torch can differentiate them. In this
+module ``mask`` is a tensor of booleans, while the kernels' mask has one bit per element.
 """
 
 from collections.abc import Callable
@@ -18,8 +17,8 @@ from bnres.kernels.conv_config import ConvShape
 from bnres.kernels.dtypes import acc_type
 from bnres.kernels.norm import Norm, RunningStatistics, Statistics, Sums
 
-# Each activation is a function of its input z and of a parameter. The parameter is leaky_relu's
-# slope, and the other activations ignore it.
+# Each activation is a function of its input z and of a parameter, which is leaky_relu's slope and
+# which the other activations ignore.
 ACTIVATION_FORMULAS: dict[str, Callable[[Tensor, float], Tensor]] = {
     "identity": lambda z, param: z,
     "relu": lambda z, param: F.relu(z),
@@ -203,8 +202,8 @@ def bn_backward_reduce_ref(
     """Returns the sums Σ dz and Σ dz·xhat of each channel, and dz.
 
     Here dz = (dy + dy_skip)·act'(z) and xhat = (x − mean)·rstd. If ``residual_norm`` is not None,
-    the two sums of this batch norm are returned too. Its xhat is computed from ``residual`` instead
-    of ``x``. Without ``write_dz``, the returned dz is None.
+    the same two sums are also returned with xhat computed from ``residual``. Without ``write_dz``,
+    the returned dz is None.
     """
     inputs = x, norm, residual, residual_norm
     dz = _pre_activation_grad(dy, dy_skip, mask, act, act_param, *inputs)
@@ -288,10 +287,9 @@ def _window_starts(y: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def pooled_offsets(argmax: Tensor, width: int) -> Tensor:
-    """Returns the offset of each maximum in its plane.
+    """Returns the offset of each maximum in its plane, from its position ``argmax`` in its window.
 
-    A plane is one channel of a sample, and has ``width`` columns. ``argmax`` has the position of
-    each maximum in its window.
+    A plane is one channel of a sample, and has ``width`` columns.
     """
     down, across = _window_starts(argmax)
     argmax = argmax.long()
@@ -299,7 +297,7 @@ def pooled_offsets(argmax: Tensor, width: int) -> Tensor:
 
 
 def bn_max_pool_at_ref(x: Tensor, norm: Norm, act: str, act_param: float, argmax: Tensor) -> Tensor:
-    """Returns the y of `bn_max_pool_ref`, whose maxima are at the positions ``argmax``."""
+    """Returns the y of `bn_max_pool_ref`, given the positions ``argmax`` of its maxima."""
     flat = pooled_offsets(argmax, x.shape[3]).flatten(2)
     values, _ = bn_apply_ref(x, norm, None, None, act, act_param)
     return values.flatten(2).gather(2, flat).view(argmax.shape)

@@ -2,8 +2,8 @@
 
 Two calls are of the same kind if their shapes, strides, dtypes, devices and options are equal, and
 if the same tensors are None. Such calls launch the same kernels with the same arguments, except for
-the addresses of the tensors. A repeated launch takes less time on the host, because triton does not
-examine the arguments again to find the compiled kernel that they need.
+the tensors' addresses. A repeated launch takes less time on the host, because triton does not look
+for the compiled kernel again.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,7 +18,7 @@ from bnres.kernels import triton_internals
 from bnres.kernels.launch import Launch, recorded_launches
 
 # Triton compiles a separate kernel for pointers that are not multiples of this many bytes. Launches
-# with such a pointer are neither recorded nor repeated.
+# with such a pointer are not recorded.
 POINTER_ALIGNMENT = 16
 # Each tensor in scratch memory starts at a multiple of this many bytes.
 SCRATCH_ALIGNMENT = 128
@@ -45,7 +45,7 @@ class _Replayed(NamedTuple):
 class _Derived(NamedTuple):
     """A pointer that is ``distance`` bytes after another pointer.
 
-    ``base`` is the index of the other pointer in the list of the call's pointers. ``dtype`` and
+    ``base`` is the other pointer's index in the list of the call's pointers. ``dtype`` and
     ``numel`` describe the tensor that starts at the derived pointer.
     """
 
@@ -60,9 +60,8 @@ class Replay:
 
     Launches are recorded only if all tensors are aligned. The recording has no references to
     tensors. Each pointer of a launch points into one of the call's tensors or into scratch memory.
-    Scratch memory replaces the temporary tensors that the recorded call allocated. The output's
-    memory serves as scratch memory if the output is large enough, and if it is first written after
-    the last use of the temporary tensors. Otherwise scratch memory is allocated at each call.
+    Scratch memory replaces the temporary tensors that the recorded call allocated. It is the
+    output's memory if that is possible, and otherwise is allocated at each call.
     """
 
     __slots__ = ("_derived", "_launches", "_ran", "_scratch", "_takes_addresses")
@@ -224,8 +223,8 @@ def _room_for(t: Tensor) -> int:
 def _inside(t: Tensor, tensors: Sequence[Tensor | None]) -> tuple[int, int] | None:
     """Finds the tensor in whose memory ``t`` starts.
 
-    Returns the tensor's index, and the number of bytes from its start to the start of ``t``. If
-    ``t`` starts in the memory of none of the ``tensors``, the result is None.
+    Returns the tensor's index, and the bytes from its start to the start of ``t``, or None if ``t``
+    starts in none of the ``tensors``.
     """
     for i, whole in enumerate(tensors):
         if whole is not None and 0 <= t.data_ptr() - whole.data_ptr() < whole.nbytes:

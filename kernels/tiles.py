@@ -1,8 +1,8 @@
 """Device functions for a `config.Tile`: offsets, loads, stores, per-channel values and mask bits.
 
 A tile consists of UNROLL sub-tiles of (sub_rows, block_cols) elements, one below the other. A
-program computes the tiles of one block of columns over a range of rows. This range is called a
-split. `config` explains what rows and columns are for each kind of tile.
+program computes the tiles of one block of columns over a range of rows, which is called a split.
+`config` explains what rows and columns are for each kind of tile.
 """
 
 import triton
@@ -18,10 +18,9 @@ GROUPS = tl.constexpr(config.GROUPS)
 
 @triton.jit
 def rows_exist(row_start, count, TILE: tl.constexpr, UNROLL: tl.constexpr, WHOLE: tl.constexpr):
-    """Returns which rows or elements of a tile exist, as a mask that is broadcastable to the tile.
+    """Returns the mask of a tile's rows or elements that exist, broadcastable to the tile.
 
-    With WHOLE, the caller knows that all of them exist. The mask is also True in columns after the
-    last channel.
+    With WHOLE, the caller knows that all exist. Columns after the last channel are not masked.
     """
     row = row_start + tl.arange(0, UNROLL * TILE.sub_rows)[:, None]
     if WHOLE:
@@ -62,8 +61,8 @@ def tile_offsets(
         else:
             plane = L
             n = divide(row * VECTOR + cols, L, TILE)
-        # In memory, the planes of all other channels are between a channel's plane in one sample
-        # and its plane in the next sample.
+        # Between a channel's planes in two neighbouring samples, memory has the planes of all other
+        # channels.
         skipped = (tl.cast(C, INDEX) - 1) * plane
         offsets = tl.cast(col_block, INDEX) * plane + (row * VECTOR + cols) + n * skipped
     else:
@@ -73,10 +72,7 @@ def tile_offsets(
 
 @triton.jit
 def _in_rows(row_start, local, col_block, cols, mask, C, TILE: tl.constexpr, WORD: tl.constexpr):
-    """Returns the offsets and the mask of a `CHANNELS` or `GROUPS` tile.
-
-    The offsets and the mask are for words of WORD elements.
-    """
+    """Returns offsets and mask of a `CHANNELS` or `GROUPS` tile, for words of WORD elements."""
     INDEX: tl.constexpr = tl.int32 if TILE.narrow else tl.int64
     if TILE.kind == GROUPS:
         width = TILE.group_cols // WORD
@@ -99,9 +95,8 @@ def _in_rows(row_start, local, col_block, cols, mask, C, TILE: tl.constexpr, WOR
 def divide(a, b, TILE: tl.constexpr):
     """Returns a // b for integers that are not negative."""
     if TILE.narrow:
-        # a is multiplied by the reciprocal of b. The compiler moves the computation of the
-        # reciprocal out of loops. The product is the quotient or the quotient − 1, so 1 is added in
-        # the second case.
+        # Multiplies by the reciprocal of b, which the compiler computes outside of loops. The
+        # product may be 1 too small, so it is corrected.
         a, b = a.to(tl.uint32), tl.cast(b, tl.uint32)
         quotient = tl.umulhi(a, tl.full((), 0xFFFFFFFF, tl.uint32) // b)
         quotient += (a - quotient * b >= b).to(tl.uint32)
@@ -114,9 +109,9 @@ def divide(a, b, TILE: tl.constexpr):
 def tile_at(
     row_start, col_block, shape, TILE: tl.constexpr, UNROLL: tl.constexpr, WHOLE: tl.constexpr
 ):  # fmt: skip
-    """Returns two results of `tile_offsets`: one for `load_tile` and one for `store_tile`.
+    """Returns the results of `tile_offsets` for `load_tile` and for `store_tile`.
 
-    If TILE.words is True, the result for `load_tile` is for words of two elements.
+    With TILE.words, `load_tile` loads words of two elements.
     """
     at = tile_offsets(row_start, col_block, shape, TILE, UNROLL, WHOLE, 1)
     load_at = at
@@ -172,10 +167,7 @@ def whole_rows(start, stop, count, TILE: tl.constexpr, UNROLL: tl.constexpr):
 
 @triton.jit
 def channel_ids(col_block, C, TILE: tl.constexpr):
-    """Returns the channels of a block of columns, and the mask of those that exist.
-
-    Both have the shape (block_channels,).
-    """
+    """Returns a column block's channels and the mask of those that exist: (block_channels,)."""
     offs_c = col_block * TILE.block_channels + tl.arange(0, TILE.block_channels)
     return offs_c, offs_c < C
 
@@ -184,7 +176,7 @@ def channel_ids(col_block, C, TILE: tl.constexpr):
 def to_columns(v, TILE: tl.constexpr):
     """Returns per-channel values (block_channels,) in a form that is broadcastable to a tile.
 
-    If the values are two-dimensional, they are broadcastable already and are returned unchanged.
+    Two-dimensional values are already broadcastable and are returned unchanged.
     """
     if len(v.shape) == 2:
         return v
@@ -197,10 +189,7 @@ def to_columns(v, TILE: tl.constexpr):
 
 @triton.jit
 def to_channels(acc, TILE: tl.constexpr):
-    """Returns the sum of each channel's elements in a sub-tile: (block_channels,).
-
-    The sub-tile is (sub_rows, block_cols).
-    """
+    """Returns the sum of each channel's elements in a sub-tile: (block_channels,)."""
     if TILE.kind == PLANES:
         # Each thread first adds up its own columns, so that it exchanges only one value with other
         # threads.
@@ -223,10 +212,10 @@ def to_channels(acc, TILE: tl.constexpr):
 def mask_offsets(row_start, col_block, shape, TILE: tl.constexpr, UNROLL: tl.constexpr):
     """Returns the offsets of a tile's mask bytes, and which bytes exist.
 
-    Both results are broadcastable to (sub_rows, block_cols / 2). UNROLL must be 4. The 8 bits of a
-    byte are for 2 neighbouring columns in each of the tile's 4 sub-tiles. Bit ``2u + p`` of byte
-    (r, c) is for row ``u·sub_rows + r`` and column ``2c + p`` of the tile. One thread has all 8
-    elements of a byte, so threads don't exchange values.
+    Both results are broadcastable to (sub_rows, block_cols / 2). UNROLL must be 4. A byte has the
+    bits of 2 neighbouring columns in each of the tile's 4 sub-tiles. Bit ``2u + p`` of byte (r, c)
+    is for row ``u·sub_rows + r`` and column ``2c + p`` of the tile. One thread has all 8 elements
+    of a byte, so threads don't exchange values.
     """
     count, C, _ = shape
     INDEX: tl.constexpr = tl.int32 if TILE.narrow else tl.int64
@@ -263,7 +252,7 @@ def load_mask(
 
 @triton.jit
 def pack_bits(bits, TILE: tl.constexpr, UNROLL: tl.constexpr):
-    """Packs the booleans of a tile into bytes, in the format that `mask_offsets` describes."""
+    """Packs a tile's booleans into bytes in the format that `mask_offsets` describes."""
     sub = tl.reshape(bits.to(tl.int32), (UNROLL, TILE.sub_rows, TILE.block_cols))
     nibbles = tl.sum(sub << (2 * tl.arange(0, UNROLL))[:, None, None], 0)
     pairs = tl.reshape(nibbles, (TILE.sub_rows, TILE.block_cols // 2, 2))
@@ -272,7 +261,7 @@ def pack_bits(bits, TILE: tl.constexpr, UNROLL: tl.constexpr):
 
 @triton.jit
 def unpack_bits(packed, u, TILE: tl.constexpr):
-    """Unpacks the booleans of sub-tile ``u`` from a tile's bytes, which `pack_bits` packed."""
+    """Returns the booleans of sub-tile ``u`` from a tile's bytes, which `pack_bits` packed."""
     bit = tl.full((), 1, tl.int32) << (2 * u + tl.arange(0, 2)[None, None, :])
     bits = packed.to(tl.int32)[:, :, None] & bit
     return tl.reshape(bits, (TILE.sub_rows, TILE.block_cols)) != 0
