@@ -24,9 +24,9 @@ from bnres.kernels.config import next_power_of_2
 from bnres.kernels.device import round_to
 from bnres.kernels.launch import Plan, launch
 
-# One program computes a whole image if the output image has at most WHOLE_IMAGE pixels. If contrast
-# is applied before the crop, the source image must also have at most WHOLE_IMAGE pixels. For larger
-# images, each program computes PART pixels.
+# A program computes a whole image if the output image has at most WHOLE_IMAGE pixels. If contrast
+# precedes the crop, the source image must not have more pixels either. Otherwise, each program
+# computes PART pixels.
 WHOLE_IMAGE = 1024
 PART = 256
 
@@ -74,7 +74,7 @@ def _resampled(
     order, stop, factors, gray_mean,
     CHANNELS: tl.constexpr, RESIZES: tl.constexpr, JITTERS: tl.constexpr,
 ):  # fmt: skip
-    """Returns the red, green and blue of the resized image at the positions (offs_h, offs_w).
+    """Returns red, green and blue of the resized image at the positions (offs_h, offs_w).
 
     The box (top, left, height, width) of the source is resized to (OH, OW). Without RESIZES the box
     has this size already and is copied. With JITTERS, the colour operations are applied to the

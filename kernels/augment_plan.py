@@ -24,8 +24,7 @@ class AugmentPlan:
         height, width: size of the output.
         resizes: whether the cropped boxes are resized to the size of the output.
         has_color: whether there are colour operations.
-        has_contrast: whether contrast is one of the colour operations. Contrast needs each image's
-            mean gray value.
+        has_contrast: whether contrast is one of the colour operations.
         color_first: whether colour operations are applied to the whole image, before the crop.
         mean, std: each channel's mean and std for the normalisation at the end. Both are None if
             the images are not normalised.

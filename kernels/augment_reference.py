@@ -2,7 +2,7 @@
 
 Small images are resized as a batch by two matrix products, one along each axis. The matrices also
 crop, flip and antialias. Large images are resized one by one, because matrix products would be
-slower for them.
+slower.
 """
 
 import torch
@@ -20,8 +20,7 @@ from bnres.kernels.augment_plan import (
 )
 
 LUMA = (0.2989, 0.587, 0.114)
-# Images of at most this height and width are resized by matrix products. On a CPU this is faster
-# than resizing such images one by one.
+# Images of at most this height and width are resized by matrix products, which is faster on a CPU.
 LARGEST_PRODUCT = 64
 # A batch is processed in chunks whose fp32 values have at most this many bytes, so that
 # intermediate results stay in a core's cache. An image with more bytes is a chunk by itself.
@@ -58,7 +57,7 @@ def _augmented(x: Tensor, draws: AugmentDraws, plan: AugmentPlan) -> Tensor:
 def crop_resize_flip_ref(x: Tensor, geometry: Tensor, plan: AugmentPlan) -> Tensor:
     """Crops each image to its box, resizes the box with antialiasing, and flips the result.
 
-    Returns (N, C, plan.height, plan.width). The box is only resized if ``plan.resizes`` is True.
+    Returns (N, C, plan.height, plan.width). Without ``plan.resizes``, the box isn't resized.
     """
     top, left, height, width, flip_h, flip_w = geometry.unbind(1)
     if not plan.resizes:
@@ -69,8 +68,8 @@ def crop_resize_flip_ref(x: Tensor, geometry: Tensor, plan: AugmentPlan) -> Tens
     cols = axis_weights(left, width, flip_w, x.shape[3], plan.width)
     # Resize along the width first, then along the height, as torch does.
     y = torch.einsum("nij,ncjw->nciw", rows, torch.einsum("ncjk,nwk->ncjw", x, cols))
-    # 0 * NaN and 0 * inf are NaN, so a matrix product spreads a NaN or inf over whole rows. Images
-    # with such values are resized without a product.
+    # A matrix product spreads a NaN or inf over whole rows, because 0 * NaN and 0 * inf are NaN.
+    # Images with such values are resized without a product.
     spread = (~x.flatten(1).sum(1).isfinite()).nonzero()[:, 0]
     if len(spread):
         y[spread] = _resized_one_by_one(x[spread], geometry[spread], plan)
@@ -173,8 +172,7 @@ def _saturation(x: Tensor, factor: Tensor) -> Tensor:
 def _hue(x: Tensor, turn: Tensor) -> Tensor:
     """Shifts the hue by ``turn``, where 1 is a full turn.
 
-    In HSV, v is the greatest channel. ``span`` is v times the saturation, which is the greatest
-    channel minus the least channel.
+    In HSV, v is the greatest channel. ``span`` is v minus the least channel.
     """
     if x.shape[1] == 1:
         return x

@@ -1,15 +1,18 @@
 """The three kernels of batch norm's backward pass, and their launchers.
 
-The elements of each channel are divided among programs. The part that one program processes is
-called a split. The reduce kernel computes the sums of each split. The finalize kernel adds the sums
-of all splits. The dx kernel computes the gradients of x and of the residual. Tiles and sub-tiles
-are explained in `bnres.kernels.tiles`.
+The elements of each channel are divided among programs. The part of one program is called a split.
 
-The reduce and dx kernels need dz = (dy + dy_skip)·act'(z), which is the gradient of the
-activation's input z. dy is the gradient of y. If forward returned y twice, dy_skip is the gradient
-of the second y, otherwise dy_skip is None. If forward saved a mask, act'(z) is the element's bit in
-the mask. Otherwise z is recomputed from x and the residual, and act'(z) is computed from z. The
-kernels never read y.
+- The reduce kernel computes the sums of each split.
+- The finalize kernel adds the sums of all splits.
+- The dx kernel computes the gradients of x and of the residual.
+
+`bnres.kernels.tiles` explains tiles and sub-tiles.
+
+The reduce and dx kernels need dz = (dy + dy_skip)·act'(z), the gradient of the activation's input
+z. dy is the gradient of y. If forward returned y twice, dy_skip is the gradient of the second y,
+otherwise dy_skip is None. If forward saved a mask, act'(z) is the element's bit in the mask.
+Otherwise act'(z) is computed from z, which is recomputed from x and the residual. The kernels never
+read y.
 """
 
 import torch
@@ -43,9 +46,9 @@ def _load_sub_tile(
 ):  # fmt: skip
     """Returns dz, x − mean and residual − residual_mean of a sub-tile.
 
-    The module's docstring explains dz. In rows that don't exist, dz is 0, because dy is loaded as
-    0. x − mean is valid only with NEEDS_X. residual − residual_mean is valid only with TWO_NORMS,
-    which means that the residual has its own batch norm.
+    In rows that don't exist, dz is 0, because dy is loaded as zero. x − mean is valid only with
+    NEEDS_X. residual − residual_mean is valid only with TWO_NORMS, which means that the residual
+    has its own batch norm.
     """
     dy_ptr, dy_skip_ptr, x_ptr, mask_ptr, residual_ptr = tensors
     norm, residual_norm, shift = norms
@@ -80,7 +83,8 @@ def _reduce_sub_tile(
 ):  # fmt: skip
     """Adds a sub-tile's dz, dz·(x − mean) and dz·(residual − residual_mean) to three sums.
 
-    The third sum is computed only with TWO_NORMS. If dz_ptr is not None, dz is also stored.
+    The third sum is computed only if the residual has its own batch norm. If dz_ptr is not None, dz
+    is also stored.
     """
     load_at, at = tile_at(row, col_block, shape, TILE, 1, WHOLE)
     dz, x_centred, residual_centred = _load_sub_tile(
@@ -152,8 +156,8 @@ def _bn_bwd_finalize_kernel(
 ):  # fmt: skip
     """Stores sum_dy = Σ dz and sum_dy_xhat = rstd·Σ dz·(x − mean) of each channel: (C,).
 
-    If the residual has its own batch norm, the kernel also stores the two sums of that batch norm.
-    Their sum_dy is the same, and their sum_dy_xhat is computed from the residual.
+    If the residual has its own batch norm, the kernel also stores that batch norm's sums: the same
+    sum_dy, and sum_dy_xhat computed from the residual.
     """
     offs_c = tl.program_id(0) * FINALIZE_CHANNELS + tl.arange(0, FINALIZE_CHANNELS)
     mask_c = offs_c < C
@@ -280,11 +284,11 @@ def bn_backward_reduce(
     """Returns the sums Σ dz and Σ dz·xhat of each channel, and dz.
 
     Here dz = (dy + dy_skip)·act'(z) and xhat = (x − mean)·rstd. act'(z) is the element's bit in
-    ``mask``. If ``mask`` is None, act'(z) is computed from z, which is recomputed from ``x`` and
-    ``residual``. If ``residual_norm`` is not None, the same two sums are also returned with xhat
-    computed from ``residual``. Each sum is (C,), in fp64 if ``x`` is fp64, otherwise in fp32.
-    ``dy``, ``dy_skip`` and ``residual`` have the memory format of ``x``. Without ``write_dz``, the
-    returned dz is None. ``out`` is the pair (sums, dz), allocated by the caller.
+    ``mask``. If ``mask`` is None, z is recomputed from ``x`` and ``residual``. If ``residual_norm``
+    is not None, the same two sums are also returned with xhat computed from ``residual``. Each sum
+    is (C,), in fp64 if ``x`` is fp64, otherwise in fp32. ``dy``, ``dy_skip`` and ``residual`` have
+    the memory format of ``x``. Without ``write_dz``, the returned dz is None. ``out`` is the pair
+    (sums, dz), allocated by the caller.
     """
     planes = 2 if residual_norm is None else 3
     sums, dz = out or (

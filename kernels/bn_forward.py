@@ -1,9 +1,12 @@
 """The three kernels of batch norm's forward pass, and their launchers.
 
-The elements of each channel are divided among programs. The part that one program processes is
-called a split. The statistics kernel computes the sums of each split. The finalize kernel computes
-each channel's statistics from the sums of all splits. The apply kernel computes y. Tiles and
-sub-tiles are explained in `bnres.kernels.tiles`.
+The elements of each channel are divided among programs. The part of one program is called a split.
+
+- The statistics kernel computes the sums of each split.
+- The finalize kernel computes each channel's statistics from the sums of all splits.
+- The apply kernel computes y.
+
+`bnres.kernels.tiles` explains tiles and sub-tiles.
 """
 
 import torch
@@ -43,12 +46,11 @@ def _sample(x_ptr, index, offs_c, mask_c, shape, TILE: tl.constexpr, ACC: tl.con
 
 @triton.jit
 def _adaptive_pivot(x_ptr, offs_c, mask_c, shape, TILE: tl.constexpr, ACC: tl.constexpr):
-    """Returns the pivot of each channel: (channels,).
+    """Returns each channel's pivot, which is subtracted before the sums are computed: (channels,).
 
-    The pivot is subtracted from x before the sums are computed. Any finite pivot is correct, but a
-    pivot near the data avoids cancellation if the data are far from zero. The pivot is the average
-    of the two middle values of four elements, if its magnitude is more than twice their difference
-    and less than 1e38. Otherwise the pivot is 0.
+    A pivot near the data avoids cancellation if the data are far from zero. Any finite pivot is
+    correct. The pivot is estimated from four elements. It is 0 if the estimate is small compared
+    with the elements' spread, or is not less than 1e38.
     """
     count = shape[0]
     a = _sample(x_ptr, count // 8, offs_c, mask_c, shape, TILE, ACC)
@@ -83,8 +85,8 @@ def _bn_stats_kernel(
 ):  # fmt: skip
     """Stores each channel's Σ(x − pivot) and Σ(x − pivot)² over a split, and its pivot.
 
-    sums_ptr points to a tensor (2·splits + 1, C). Its rows are Σ(x − pivot) of each split, then Σ(x
-    − pivot)² of each split, then the pivot.
+    sums_ptr points to a tensor (2·splits + 1, C). Its rows are Σ(x − pivot) of each split, then
+    Σ(x − pivot)² of each split, then the pivot.
     """
     col_block, split = tl.program_id(0), tl.program_id(1)
     splits = tl.num_programs(1)
@@ -134,7 +136,7 @@ def _bn_stats_finalize_kernel(
     Then ``splits`` is the number of ranks.
 
     The kernel also updates the running mean with mean + input_bias and the running variance with
-    the unbiased variance, and adds 1 to the counter. Each of these three pointers may be None. If
+    the unbiased variance, and adds 1 to the counter. The pointers to these three may be None. If
     ``total`` is 0, the running statistics stay unchanged.
     """
     offs_c = tl.program_id(0) * FINALIZE_CHANNELS + tl.arange(0, FINALIZE_CHANNELS)
@@ -217,7 +219,7 @@ def _apply_tile(
     store_tile(y_ptr, ACT(z, param), at)
     if mask_ptr is not None:
         bit_offsets, bit_mask = mask_offsets(row, col_block, shape, TILE, UNROLL)
-        # A bit is set where relu's gradient is dy instead of 0. As in torch, this includes NaN.
+        # A bit is set where relu's gradient is dy instead of 0. As in torch, this includes z = NaN.
         bits = pack_bits(tl.where(z <= 0, 0, 1), TILE, UNROLL)
         tl.store(mask_ptr + bit_offsets, bits, mask=bit_mask)
 

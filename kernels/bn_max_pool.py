@@ -180,7 +180,7 @@ def _untagged(tagged, DTYPE: tl.constexpr):
 
 @triton.jit
 def _greater(best, tagged, y, y_tagged):
-    """Returns the greater of ``best`` and ``y``, and its x and position, packed by `_tagged`.
+    """Returns the greater of ``best`` and ``y``, and its value of ``tagged`` or ``y_tagged``.
 
     ``y`` is from a later position of the window than ``best``. If they are equal, ``best`` is
     chosen. NaN counts as the greatest value. If both are NaN, ``y`` is chosen.
@@ -351,9 +351,9 @@ def _bn_max_pool_bwd_dx_kernel(
     Here xhat = (x − mean)·rstd and dz = act'(z)·Σ dy. Σ dy is the sum of dy over all windows whose
     maximum is at this position of x. If sum_dy_ptr is None, dx = dz·(rstd·weight).
 
-    Each step of the loop processes one row of windows, which covers three rows of x. The step
-    stores dx of the first two rows. The third row also belongs to the windows below, so the next
-    step stores its dx. The loop therefore has one more step than there are rows of windows.
+    Each step of the loop processes a row of windows, which covers three rows of x, and stores dx of
+    the first two. The third row also belongs to the windows below, so the next step stores its dx.
+    The loop therefore has one step more than there are rows of windows.
     """
     col_block, block, start, stop = _program(C, OH + 1, rows_per_program, TILE)
     step, W, OW = _sizes(C, W, OW, TILE)
@@ -471,7 +471,7 @@ def bn_max_pool_backward_dx(
 
     ``dy`` is the gradient of the pooled tensor. ``dy`` and ``argmax`` have the memory format of
     ``x``. ``sums`` are Σ dz and Σ dz·xhat of each channel, where dz is the gradient of the
-    activation's input. ``count`` is the number of elements of ``x`` in each channel. In evaluation
+    activation's input. ``count`` is the number of elements of a channel of ``x``. In evaluation
     ``sums`` is None, because the statistics are constants.
     """
     dx = torch.empty_like(x) if out is None else out

@@ -1,7 +1,7 @@
 """Device functions that load per-channel values and add up partial sums.
 
-The elements of each channel are divided among programs. The part that one program processes is
-called a split. Each split has a row of partial sums, with one sum for each channel.
+The elements of each channel are divided among programs. The part of one program is called a split.
+Each split has a row of partial sums, with one sum for each channel.
 """
 
 import triton
@@ -9,8 +9,8 @@ import triton.language as tl
 
 from bnres.kernels.tiles import to_columns
 
-# The kernels that combine partial sums read a tensor (splits, C). They process it in tiles of
-# FINALIZE_SPLITS splits and FINALIZE_CHANNELS channels.
+# The kernels that combine partial sums (splits, C) process tiles of FINALIZE_SPLITS splits and
+# FINALIZE_CHANNELS channels.
 FINALIZE_SPLITS, FINALIZE_CHANNELS = tl.constexpr(256), tl.constexpr(8)
 
 
@@ -20,7 +20,7 @@ def load_norm(
 ):  # fmt: skip
     """Returns mean, rstd = 1/sqrt(var + eps) and rstd·weight of each channel.
 
-    If var_ptr is not None, rstd is computed from var and eps, otherwise it is loaded.
+    If var_ptr is None, rstd is loaded.
     """
     mean = tl.load(mean_ptr + channel, mask=mask, other=0).to(ACC)
     if var_ptr is not None:
@@ -64,9 +64,9 @@ def add_splits(ptr, splits, channel, mask, C, TRIPS: tl.constexpr):
 def add_ranks(ptr, ranks, rank_stride, channel, mask, C, TRIPS: tl.constexpr):
     """Returns count, Σ(x − pivot) and Σ(x − pivot)² as partial sums over the ranks, and the pivot.
 
-    A rank is a process. ptr points to count, mean and M2 = Σ(x − mean)² of each rank: (ranks, 3,
-    C). The pivot is the first rank's mean. All results are in fp64. As in `add_splits`, each
-    partial sum is (FINALIZE_SPLITS, FINALIZE_CHANNELS), and the caller adds up its rows.
+    A rank is a process. ptr points to count, mean and M2 = Σ(x − mean)² of each rank:
+    (ranks, 3, C). The pivot is the first rank's mean. The partial sums have the form and dtype of
+    those of `add_splits`.
     """
     pivot = tl.load(ptr + C + channel, mask=mask, other=0).to(tl.float64)
     count = tl.zeros((FINALIZE_SPLITS, FINALIZE_CHANNELS), tl.float64)

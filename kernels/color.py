@@ -50,10 +50,7 @@ def _hue_channel(v, span, h6, START: tl.constexpr):
 
 @triton.jit
 def adjust_hue(r, g, b, turn):
-    """Converts RGB to HSV, adds ``turn`` to the hue, and converts the result back to RGB.
-
-    A ``turn`` of 1 is a full turn of the colour circle.
-    """
+    """Adds ``turn`` to the hue, where 1 is a full turn of the colour circle."""
     v = greatest(greatest(r, g), b)
     span = v - least(least(r, g), b)
     is_r, is_g = v == r, v == g
@@ -72,7 +69,7 @@ def jitter(r, g, b, order, start, stop, factors, gray_mean, CHANNELS: tl.constex
 
     Args:
         r, g, b: the channels.
-        order: the order of the image's operations, packed as in `bnres.kernels.augment_plan`.
+        order: the image's packed order, as in `bnres.kernels.augment_plan`.
         start, stop: the first position in the order, and the position after the last.
         factors: the image's row of `bnres.kernels.augment_plan.AugmentDraws.factors`.
         gray_mean: the image's mean gray value, with which contrast blends each channel.

@@ -29,8 +29,8 @@ CHANNELS, PLANES, GROUPS = 0, 1, 2
 NUM_WARPS = 4
 THREADS = 32 * NUM_WARPS
 VECTOR_BYTES = 16
-# Offsets have 32 bits if a tensor's tiles have fewer elements than this. The last tiles may extend
-# beyond the tensor.
+# Offsets have 32 bits if a tensor's tiles have fewer elements than this. Elements of the last tiles
+# that are beyond the tensor's end count too.
 NARROW_LIMIT = 2**31 - 2**24
 # The format of the activation's mask (one bit per element) depends on this unroll factor, so all
 # kernels that read or write the mask must use it.
@@ -46,7 +46,7 @@ class Tile:
     each of the program's 128 threads.
 
     Attributes:
-        kind: `CHANNELS`, `PLANES` or `GROUPS`; the module's docstring explains them.
+        kind: `CHANNELS`, `PLANES` or `GROUPS`.
         sub_rows: rows of a sub-tile, a power of two.
         block_cols: columns of a tile, a power of two.
         block_channels: channels in a column block.
@@ -140,9 +140,8 @@ class KernelTuning:
     """Launch parameters of a kernel.
 
     Attributes:
-        unroll: number of sub-tiles in a tile. Their loads are independent of each other.
-        num_stages: number of stages of the software pipeline in the loop over tiles. 1 means no
-            pipeline.
+        unroll: number of sub-tiles in a tile.
+        num_stages: number of stages of the software pipeline, 1 for no pipeline.
         programs_per_sm: number of programs in the grid for each multiprocessor.
     """
 
@@ -214,7 +213,7 @@ class ColumnConfig:
         tile: the tile's geometry. In channels_last, a row of the tile is one output column of a
             sample. In contiguous tensors, a row of the tile is a vector of adjacent output columns
             of one channel of a sample.
-        columns: number of these output columns or vectors in one block of channels.
+        columns: number of these rows in one block of channels.
         programs: number of programs in the whole grid.
         rows_per_program: number of rows of windows that a program processes.
     """

@@ -133,7 +133,6 @@ def conv_bn_act(
 def _plan(
     size: torch.Size, out_channels: int, itemsize: int, shape: ConvShape, config: ConvConfig | None
 ) -> Plan:
-    """Returns how the kernel is launched on an input of this size."""
     n, channels, height, width = size
     out_height, out_width = shape.output_size(height, width)
     rows = n * out_height * out_width

@@ -24,7 +24,7 @@ MIN_CHANNELS = 8
 class Numbers:
     """The base class of dataclasses whose fields are integers.
 
-    An operator registered in torch can't have a dataclass as an argument, so it gets the integers.
+    An operator registered in torch can't take a dataclass, so it gets these integers.
     """
 
     def as_tuple(self) -> tuple[int, ...]:

@@ -9,10 +9,8 @@ import triton
 def is_interpreting() -> bool:
     """Whether triton interprets the kernels that are defined from now on.
 
-    The environment variable ``TRITON_INTERPRET=1`` makes triton interpret kernels.
-
     Raises:
-        ImportError: if triton interprets, but its interpreter can't run with the installed numpy.
+        ImportError: if it interprets, but its interpreter can't run with the installed numpy.
     """
     if not triton.knobs.runtime.interpret:
         return False

@@ -19,7 +19,7 @@ from bnres.kernels.layout import pooled_size, view_of
 # Two bfloat16 values may be loaded as one word if their address is a multiple of this.
 WORD_BYTES = 4
 
-# Each cache of plans has at most this many plans.
+# The size of each cache of plans.
 PLANS = 4096
 
 # These arguments of a plan are options of triton's compiler.
@@ -54,7 +54,7 @@ class TilePlan(Plan):
 
     Attributes:
         splits: number of programs among which the rows of a block of columns are divided.
-        finalize: plan of the kernel that adds the partial sums of programs that compute sums.
+        finalize: plan of the kernel that adds up the programs' partial sums, if they compute any.
     """
 
     finalize: Plan
@@ -63,7 +63,6 @@ class TilePlan(Plan):
 
 @cache
 def sm_count(device: torch.device) -> int:
-    """Returns the number of multiprocessors of a device."""
     if device.type != "cuda":
         return INTERPRETER_SM_COUNT
     return torch.cuda.get_device_properties(device).multi_processor_count

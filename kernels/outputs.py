@@ -14,7 +14,7 @@ from bnres.kernels.conv_config import ConvShape
 from bnres.kernels.dtypes import acc_type
 from bnres.kernels.layout import pooled_size, view_of
 
-# At most this many mask sizes are cached.
+# The size of the cache of mask sizes.
 MASKS = 4096
 
 

@@ -17,8 +17,8 @@ from bnres.kernels.conv_config import ConvShape
 from bnres.kernels.dtypes import acc_type
 from bnres.kernels.norm import Norm, RunningStatistics, Statistics, Sums
 
-# Each activation is a function of its input z and of a parameter, which is leaky_relu's slope and
-# which the other activations ignore.
+# Each activation is a function of its input z and a parameter, which only leaky_relu uses, as its
+# slope.
 ACTIVATION_FORMULAS: dict[str, Callable[[Tensor, float], Tensor]] = {
     "identity": lambda z, param: z,
     "relu": lambda z, param: F.relu(z),
@@ -171,8 +171,8 @@ def _pre_activation_grad(
 ) -> Tensor:
     """Returns dz = (dy + dy_skip)·act'(z).
 
-    If ``mask`` is not None, act'(z) is 1 where ``mask`` is True and 0 elsewhere. Otherwise act'(z)
-    is computed from z. ``inputs`` are the arguments of `_pre_activation`, which computes z.
+    act'(z) is 1 where ``mask`` is True and 0 elsewhere. If ``mask`` is None, act'(z) is computed
+    from z, the result of `_pre_activation` for the arguments ``inputs``.
     """
     dy = dy.to(acc_type(inputs[0]))
     if dy_skip is not None:
@@ -268,8 +268,8 @@ def bn_max_pool_ref(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Returns y = max_pool2d(act(norm(x)), 3, stride=2, padding=1), argmax and x_max.
 
-    argmax is each maximum's position in its window, and x_max is the value of x at this position.
-    Without ``save``, both are None.
+    argmax is each maximum's position in its window, and x_max is the x at this position. Without
+    ``save``, both are None.
     """
     values, _ = bn_apply_ref(x, norm, None, None, act, act_param)
     y, flat = F.max_pool2d(values, 3, stride=2, padding=1, return_indices=True)

@@ -2,8 +2,8 @@
 
 Two calls are of the same kind if their shapes, strides, dtypes, devices and options are equal, and
 if the same tensors are None. Such calls launch the same kernels with the same arguments, except for
-the tensors' addresses. A repeated launch takes less time on the host, because triton does not look
-for the compiled kernel again.
+the tensors' addresses. A repeated launch takes less host time, because triton does not look for the
+compiled kernel again.
 """
 
 from collections.abc import Callable, Sequence
@@ -154,10 +154,7 @@ class Replay:
     def _record(
         self, launches: list[Launch], tensors: list[Tensor | None], output: Tensor | None
     ) -> None:
-        """Stores the launches, and the place to which each of their pointers points.
-
-        A pointer points into one of the ``tensors`` or into scratch memory.
-        """
+        """Stores the launches, and the tensor or scratch memory to which each pointer points."""
         pointers = [[a for a in launch.arguments if _is_pointer(a)] for launch in launches]
         places = {id(t): i for i, t in enumerate(tensors) if t is not None}
         null, scratch_base = len(tensors), len(tensors) + 1
@@ -221,10 +218,9 @@ def _room_for(t: Tensor) -> int:
 
 
 def _inside(t: Tensor, tensors: Sequence[Tensor | None]) -> tuple[int, int] | None:
-    """Finds the tensor in whose memory ``t`` starts.
+    """Returns the index of the tensor in whose memory ``t`` starts, and the offset there in bytes.
 
-    Returns the tensor's index, and the bytes from its start to the start of ``t``, or None if ``t``
-    starts in none of the ``tensors``.
+    The result is None if ``t`` starts in none of the ``tensors``.
     """
     for i, whole in enumerate(tensors):
         if whole is not None and 0 <= t.data_ptr() - whole.data_ptr() < whole.nbytes:

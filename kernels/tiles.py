@@ -61,8 +61,7 @@ def tile_offsets(
         else:
             plane = L
             n = divide(row * VECTOR + cols, L, TILE)
-        # Between a channel's planes in two neighbouring samples, memory has the planes of all other
-        # channels.
+        # Between a channel's planes in neighbouring samples are the planes of all other channels.
         skipped = (tl.cast(C, INDEX) - 1) * plane
         offsets = tl.cast(col_block, INDEX) * plane + (row * VECTOR + cols) + n * skipped
     else:

@@ -118,8 +118,7 @@ def apply_plainly(function: type[Function], *inputs: Any) -> Any:
 def note_writes(tensors: Sequence[Tensor | None]) -> None:
     """Tells autograd that tensors were written to.
 
-    `torch.autograd.graph.increment_version` does the same, but also checks its arguments and takes
-    four times as long.
+    `torch.autograd.graph.increment_version` also checks its arguments and takes four times as long.
     """
     torch._C._increment_version([t for t in tensors if t is not None])
 
