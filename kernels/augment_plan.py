@@ -25,7 +25,7 @@ class AugmentPlan:
         resizes: whether the cropped boxes are resized to the size of the output.
         has_color: whether there are colour operations.
         has_contrast: whether contrast is one of the colour operations.
-        color_first: whether colour operations are applied to the whole image, before the crop.
+        color_first: whether colour operations are applied before the crop.
         mean, std: each channel's mean and std for the normalisation at the end. Both are None if
             the images are not normalised.
         dtype: dtype of the output.
@@ -48,15 +48,14 @@ class AugmentDraws(NamedTuple):
     """The parameters drawn for each image, on the images' device.
 
     Attributes:
-        geometry: int32 (N, 6). The first four columns are top, left, height and width of the box
-            that is cropped from the source. The fifth column is 1 if the image is flipped
-            vertically, otherwise 0. The sixth column is 1 if the image is flipped horizontally,
-            otherwise 0. A box that is not resized may extend beyond the image. Values outside the
-            image are 0.
-        order: int32 (N, 2). The first column is the packed order of the colour operations. The
-            second column is the position of contrast in this order, or 4 if there is no contrast.
-        factors: fp32 (N, 4). The columns are the factors of brightness, contrast and saturation,
-            and the shift of the hue. A shift of 1 is a full turn of the colour circle.
+        geometry: int32 (N, 6). Columns 0 to 3 are top, left, height and width of the box that is
+            cropped from the source. Column 4 is 1 for a vertical flip, otherwise 0. Column 5 is 1
+            for a horizontal flip, otherwise 0. A box that is not resized may extend beyond the
+            image, where all values are 0.
+        order: int32 (N, 2). Column 0 is the packed order of the colour operations. Column 1 is the
+            position of contrast in this order, or 4 if there is no contrast.
+        factors: fp32 (N, 4): the factors of brightness, contrast and saturation, and the shift of
+            the hue. A shift of 1 is a full turn of the colour circle.
     """
 
     geometry: Tensor

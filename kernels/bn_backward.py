@@ -83,8 +83,7 @@ def _reduce_sub_tile(
 ):  # fmt: skip
     """Adds a sub-tile's dz, dz·(x − mean) and dz·(residual − residual_mean) to three sums.
 
-    The third sum is computed only if the residual has its own batch norm. If dz_ptr is not None, dz
-    is also stored.
+    The third sum is computed only if the residual has its own batch norm.
     """
     load_at, at = tile_at(row, col_block, shape, TILE, 1, WHOLE)
     dz, x_centred, residual_centred = _load_sub_tile(
@@ -223,7 +222,7 @@ def _bn_bwd_dx_kernel(
     computes slope and offset. If sum_dy_ptr is None, dx is only dz·scale.
 
     If the residual has its own batch norm, dresidual is computed like dx, but from the residual.
-    Otherwise dresidual is dz. If dresidual_ptr is None, dresidual is not stored.
+    Otherwise dresidual is dz.
     """
     TWO_NORMS: tl.constexpr = residual_mean_ptr is not None
     NEEDS_X: tl.constexpr = sum_dy_ptr is not None or (

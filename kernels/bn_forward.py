@@ -235,9 +235,8 @@ def _bn_apply_kernel(
 ):  # fmt: skip
     """Stores y = act(z), where z = (x − mean)·(rstd·weight) + bias + residual.
 
-    If the residual has its own batch norm, the residual is normalised like x before it is added. If
-    mask_ptr is not None, the kernel also stores one bit per element, which is set where z > 0 or z
-    is NaN.
+    If the residual has its own batch norm, it is normalised like x before it is added. If mask_ptr
+    is not None, the kernel also stores one bit per element, which is set where z > 0 or z is NaN.
     """
     col_block, split = tl.program_id(0), tl.program_id(1)
     offs_c, mask_c = channel_ids(col_block, C, TILE)

@@ -2,13 +2,13 @@
 
 The activation's output is pooled without being written to memory. Forward stores each maximum's
 position in its window, and x_max, the value of x at this position. In backward, the gradient dz of
-the activation's input is 0 at all positions that are not the maximum of a window. To compute Σ dz
-and Σ dz·xhat, `bn_backward.bn_backward_reduce` therefore reads x_max instead of x.
+the activation's input is 0 except at the maxima. To compute Σ dz and Σ dz·xhat,
+`bn_backward.bn_backward_reduce` therefore reads x_max instead of x.
 
 A program processes a block of columns of pooling windows. It computes the columns' positions before
 it loops over the rows of windows, so the loop contains no division. Neighbouring rows of windows
 overlap in one row of x, which forward normalises only once. A window position outside x is replaced
-by its neighbour inside x. The neighbour is in the same window, so the maximum doesn't change.
+by its neighbour inside x, which is in the same window, so the maximum doesn't change.
 """
 
 import torch
@@ -204,9 +204,9 @@ def _value(x, mean, scale, bias, param, ACT: tl.constexpr):
 def _load_row(row_ptr, left, middle, right, exists, TILE: tl.constexpr):
     """Loads x at each window's left, middle and right position in one row.
 
-    In contiguous tensors, each row of a tile is a vector of windows. The left position is loaded
-    only for the vector's first window, because each later window's left position is the right
-    position of the window before.
+    In contiguous tensors, a row of the tile is a vector of windows. Only its first window's left
+    position is loaded. For each later window, the caller uses the right position of the window
+    before.
     """
     x_left = tl.load(row_ptr + left, mask=exists)
     if TILE.kind == CHANNELS:

@@ -211,9 +211,8 @@ def to_channels(acc, TILE: tl.constexpr):
 def mask_offsets(row_start, col_block, shape, TILE: tl.constexpr, UNROLL: tl.constexpr):
     """Returns the offsets of a tile's mask bytes, and which bytes exist.
 
-    Both results are broadcastable to (sub_rows, block_cols / 2). UNROLL must be 4. A byte has the
-    bits of 2 neighbouring columns in each of the tile's 4 sub-tiles. Bit ``2u + p`` of byte (r, c)
-    is for row ``u·sub_rows + r`` and column ``2c + p`` of the tile. One thread has all 8 elements
+    Both results are broadcastable to (sub_rows, block_cols / 2). UNROLL must be 4. Bit ``2u + p``
+    of byte (r, c) is for row r and column ``2c + p`` of sub-tile u. One thread has all 8 elements
     of a byte, so threads don't exchange values.
     """
     count, C, _ = shape
