@@ -274,7 +274,7 @@ def augment(x: Tensor, draws: AugmentDraws, plan: AugmentPlan) -> Tensor:
         x: (N, C, H, W) with 1 or 3 channels. The dtype is uint8, or floating point with values
             from 0 to 1.
         draws: the parameters of each image, on the device of ``x``.
-        plan: the properties of the chain that are the same for all images.
+        plan: the chain.
 
     Returns:
         A tensor (N, C, plan.height, plan.width) in the dtype ``plan.dtype``.

@@ -77,7 +77,6 @@ def crop_resize_flip_ref(x: Tensor, geometry: Tensor, plan: AugmentPlan) -> Tens
 
 
 def _resized_one_by_one(x: Tensor, geometry: Tensor, plan: AugmentPlan) -> Tensor:
-    """Resizes one image after another with `torch.nn.functional.interpolate`."""
     size = (plan.height, plan.width)
     y = x.new_empty((*x.shape[:2], *size))
     for out, image, draw in zip(y, x, geometry.tolist(), strict=True):

@@ -46,7 +46,7 @@ def _sample(x_ptr, index, offs_c, mask_c, shape, TILE: tl.constexpr, ACC: tl.con
 
 @triton.jit
 def _adaptive_pivot(x_ptr, offs_c, mask_c, shape, TILE: tl.constexpr, ACC: tl.constexpr):
-    """Returns each channel's pivot, which is subtracted before the sums are computed: (channels,).
+    """Returns each channel's pivot, which is subtracted from x in the sums: (channels,).
 
     A pivot near the data avoids cancellation if the data are far from zero. Any finite pivot is
     correct. The pivot is estimated from four elements. It is 0 if the estimate is small compared
@@ -235,8 +235,9 @@ def _bn_apply_kernel(
 ):  # fmt: skip
     """Stores y = act(z), where z = (x − mean)·(rstd·weight) + bias + residual.
 
-    If the residual has its own batch norm, it is normalised like x before it is added. If mask_ptr
-    is not None, the kernel also stores one bit per element, which is set where z > 0 or z is NaN.
+    If the residual has its own batch norm, the residual is normalised like x before the sum. If
+    mask_ptr is not None, the kernel also stores one bit per element, which is set where z > 0 or z
+    is NaN.
     """
     col_block, split = tl.program_id(0), tl.program_id(1)
     offs_c, mask_c = channel_ids(col_block, C, TILE)

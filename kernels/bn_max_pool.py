@@ -147,8 +147,7 @@ def _before(v, last):
 def _widened(x):
     """Returns ``x`` in fp32.
 
-    A bfloat16 is shifted left as in `_tagged`, so that the compiler needs one shift for both
-    functions.
+    A bfloat16 is shifted left as in `_tagged`, so the compiler needs one shift for both functions.
     """
     if x.dtype == tl.bfloat16:
         return (x.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
@@ -180,7 +179,7 @@ def _untagged(tagged, DTYPE: tl.constexpr):
 
 @triton.jit
 def _greater(best, tagged, y, y_tagged):
-    """Returns the greater of ``best`` and ``y``, and its value of ``tagged`` or ``y_tagged``.
+    """Returns the greater of ``best`` and ``y``, and the greater one's result of `_tagged`.
 
     ``y`` is from a later position of the window than ``best``. If they are equal, ``best`` is
     chosen. NaN counts as the greatest value. If both are NaN, ``y`` is chosen.
@@ -204,9 +203,9 @@ def _value(x, mean, scale, bias, param, ACT: tl.constexpr):
 def _load_row(row_ptr, left, middle, right, exists, TILE: tl.constexpr):
     """Loads x at each window's left, middle and right position in one row.
 
-    In contiguous tensors, a row of the tile is a vector of windows. Only its first window's left
-    position is loaded. For each later window, the caller uses the right position of the window
-    before.
+    In contiguous tensors, a row of the tile is a vector of windows. The left position is loaded
+    only for the vector's first window, because each later window's left position is the right
+    position of the window before.
     """
     x_left = tl.load(row_ptr + left, mask=exists)
     if TILE.kind == CHANNELS:
@@ -221,7 +220,7 @@ def _greatest_of_row(
     x_left, x, x_right, first, left_tap, right_tap, mean, scale, bias, param,
     ACT: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Returns the greatest value in one row of each window, and its x and position as in `_tagged`.
+    """Returns the greatest value in one row of each window, and its result of `_tagged`.
 
     The row's positions in the window are ``first``, ``first + 1`` and ``first + 2``. ``left_tap``
     is 0 and ``right_tap`` is 2. At an edge of x, the tap beyond the edge is 1 instead, because the
@@ -380,7 +379,7 @@ def _bn_max_pool_bwd_dx_kernel(
     else:
         has_next = exists & (ow + TILE.vector < OW)
         next_at = window + TILE.vector
-    one = tl.arange(0, 1)[:, None]  # a single 0: adding it to a scalar gives a tensor
+    one = tl.arange(0, 1)[:, None]  # 0: adding it to a scalar gives a (1, 1) tensor
 
     row = (start - 1) * (OW * step)
     in_row = start + one > 0

@@ -76,7 +76,6 @@ class Tile:
 
     @property
     def inner_pow2(self) -> int:
-        """``group_inner``, rounded up to a power of two."""
         return next_power_of_2(self.group_inner)
 
 

@@ -118,8 +118,6 @@ def gelu_tanh_grad(dy, z, param):
 
 @dataclass(frozen=True)
 class Activation:
-    """The device functions that compute an activation and its gradient."""
-
     forward: triton.runtime.JITFunction
     grad: triton.runtime.JITFunction
 

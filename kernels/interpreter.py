@@ -10,7 +10,7 @@ def is_interpreting() -> bool:
     """Whether triton interprets the kernels that are defined from now on.
 
     Raises:
-        ImportError: if it interprets, but its interpreter can't run with the installed numpy.
+        ImportError: if triton interprets, but its interpreter can't run with the installed numpy.
     """
     if not triton.knobs.runtime.interpret:
         return False

@@ -16,7 +16,7 @@ from bnres.kernels.channels import FINALIZE_CHANNELS, FINALIZE_SPLITS
 from bnres.kernels.config import TUNING, column_config, launch_config, tile_for
 from bnres.kernels.layout import pooled_size, view_of
 
-# Two bfloat16 values may be loaded as one word if their address is a multiple of this.
+# Two bfloat16 values may be loaded as one word if their address is a multiple of this many bytes.
 WORD_BYTES = 4
 
 # The size of each cache of plans.

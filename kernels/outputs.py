@@ -14,7 +14,7 @@ from bnres.kernels.conv_config import ConvShape
 from bnres.kernels.dtypes import acc_type
 from bnres.kernels.layout import pooled_size, view_of
 
-# The size of the cache of mask sizes.
+# At most this many mask sizes are cached.
 MASKS = 4096
 
 

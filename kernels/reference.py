@@ -17,8 +17,8 @@ from bnres.kernels.conv_config import ConvShape
 from bnres.kernels.dtypes import acc_type
 from bnres.kernels.norm import Norm, RunningStatistics, Statistics, Sums
 
-# Each activation is a function of its input z and a parameter, which only leaky_relu uses, as its
-# slope.
+# Each activation is a function of its input z and a parameter. Only leaky_relu uses the parameter,
+# as its slope.
 ACTIVATION_FORMULAS: dict[str, Callable[[Tensor, float], Tensor]] = {
     "identity": lambda z, param: z,
     "relu": lambda z, param: F.relu(z),
