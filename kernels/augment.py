@@ -2,8 +2,8 @@
 
 The chain crops an image, resizes it with antialiasing, flips it, applies up to four colour
 operations, normalises the result and casts it. The colour operations may also come first. Each
-image has its own random parameters and its own order of the colour operations. One kernel applies
-the whole chain, so only the final image is written to memory.
+image has its own random parameters and order of colour operations. One kernel applies the whole
+chain, so only the final image is written to memory.
 
 Contrast needs the mean gray value of its input. A program that computes a whole image also computes
 this mean. For larger images, `_augment_gray_kernel` first computes sums of the gray values.

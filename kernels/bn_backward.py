@@ -286,8 +286,7 @@ def bn_backward_reduce(
     ``mask``. If ``mask`` is None, z is recomputed from ``x`` and ``residual``. If ``residual_norm``
     is not None, the same two sums are also returned with xhat computed from ``residual``. Each sum
     is (C,), in fp64 if ``x`` is fp64, otherwise in fp32. ``dy``, ``dy_skip`` and ``residual`` have
-    the memory format of ``x``. Without ``write_dz``, the returned dz is None. ``out`` is the pair
-    (sums, dz), allocated by the caller.
+    the memory format of ``x``. Without ``write_dz``, the returned dz is None.
     """
     planes = 2 if residual_norm is None else 3
     sums, dz = out or (
@@ -349,9 +348,8 @@ def bn_backward_dx(
     """Returns dx and dresidual, the gradients of ``x`` and ``residual``.
 
     Without ``write_dresidual``, dresidual is None. ``sums`` are the sums that `bn_backward_reduce`
-    returns, and ``count`` is the number of elements that each sum adds up. In evaluation ``sums``
-    is None, because the statistics are constants. ``out`` is the pair (dx, dresidual), allocated by
-    the caller.
+    returns. ``count`` is the number of elements that each sum adds up. In evaluation ``sums`` is
+    None, because the statistics are constants.
     """
     dx, dresidual = out or (torch.empty_like(x), torch.empty_like(x) if write_dresidual else None)
     if x.numel() == 0:

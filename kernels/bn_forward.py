@@ -389,8 +389,8 @@ def bn_apply(
     """Returns y = act(z), where z = norm(x) + residual_norm(residual), and a mask.
 
     If ``residual_norm`` is None, the residual is added unchanged. ``residual`` has the memory
-    format of ``x``. The mask has one bit per element. A bit is set where z > 0 or z is NaN. Without
-    ``save_mask``, the mask is None. ``out`` is the pair (y, mask), allocated by the caller.
+    format of ``x``. The mask has one bit per element, which is set where z > 0 or z is NaN. Without
+    ``save_mask``, the mask is None.
     """
     y, mask = out or (torch.empty_like(x), empty_mask(x) if save_mask else None)
     if x.numel() == 0:

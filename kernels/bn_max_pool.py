@@ -432,8 +432,7 @@ def bn_max_pool(
     argmax is a uint8 tensor that has each maximum's position in its window, counted row by row from
     0 to 8. x_max is the value of x at this position. Without ``save``, argmax and x_max are None.
     All results have the memory format of ``x``. Ties, NaN and padding are handled as in
-    `torch.nn.functional.max_pool2d`. `config.has_pool_kernel` must return True for ``x``. ``out``
-    is a tuple of the three results, allocated by the caller.
+    `torch.nn.functional.max_pool2d`. `config.has_pool_kernel` must return True for ``x``.
     """
     y, argmax, x_max = out or (empty_pooled(x), None, None)
     if save and out is None:

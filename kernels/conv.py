@@ -103,7 +103,7 @@ def conv_bn_act(
     The statistics of ``norm`` are `RunningStatistics`. ``x`` (N, C, H, W), ``filter`` (K, C, R, S)
     and ``residual`` are channels_last and have the same dtype, which is fp16, bf16 or fp32. fp32
     operands are rounded to TF32, and sums are in fp32. If ``config`` is None, `conv_config` chooses
-    the configuration. ``out`` is y, allocated by the caller.
+    the configuration.
 
     Raises:
         TypeError: if the statistics of ``norm`` are not `RunningStatistics`.

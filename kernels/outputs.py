@@ -1,7 +1,7 @@
 """Allocates the outputs of launchers.
 
 A launcher is a function that launches kernels. It allocates its outputs with these functions,
-unless its caller passes allocated outputs as ``out``.
+unless its caller passes them as ``out``, in the order in which the launcher returns them.
 """
 
 from functools import lru_cache
