@@ -12,12 +12,13 @@ import triton
 from bnres.files import write_text
 
 PATH = Path(__file__).with_name("budget.json")
+# The fields are those of `benchmarks.audit.memory.Row` or `benchmarks.audit.machine_code.Row`.
 Row = dict[str, Any]
 # The columns ``lanes``, ``sectors`` and ``in_flight`` may be worse than budgeted by this much.
 SLACK = 1e-3
 # The column ``share`` may exceed its budget by this fraction of the budget.
 SHARE_SLACK = 0.02
-# Only these kernels may call subroutines inside loops, and only this often.
+# Greatest allowed number of subroutine calls inside loops. For all other kernels it is 0.
 CALLS_ALLOWED = {"sm_100 _conv_bn_act_kernel channels_last bfloat16": 2}
 
 
@@ -27,13 +28,13 @@ class Found:
 
     Attributes:
         memory: the rows that `benchmarks.audit.memory.audit` returns.
-        traffic: bytes that a net moves, not counting its convolutions. The keys ``stock`` and
-            ``fused`` are for a training step with torch's own layers and with ours. The keys
-            ``stock inference`` and ``fused inference`` are for a forward in evaluation.
-        held: bytes that a training step saves for backward. The keys ``stock`` and ``fused`` are
-            the same as in ``traffic``, and ``recompute`` is for our layers in `bnres.recompute`.
-        launches: number of kernels that bnres launches in a training step, and number of ATen
-            operations that the step calls. A key such as ``fused, ATen`` says what is counted.
+        traffic: bytes that a net moves, without its convolutions. A key with ``stock`` is for
+            torch's own layers, and a key with ``fused`` is for ours. A key that ends with
+            ``inference`` is for a forward in evaluation, otherwise for a training step.
+        held: bytes that a training step saves for backward. The keys are ``stock`` (torch's own
+            layers), ``fused`` (our layers) and ``recompute`` (our layers in `bnres.recompute`).
+        launches: counts for a training step. ``fused, Triton`` is the number of kernels that bnres
+            launches. ``stock, ATen`` and ``fused, ATen`` are numbers of ATen operations.
         kernels: the rows that `worst` returns.
     """
 
@@ -45,9 +46,9 @@ class Found:
 
 
 def worst(rows: Iterable[Row]) -> list[Row]:
-    """Returns a row for each GPU, kernel, layout and dtype, with the worst values of its launches.
+    """Returns a row for each GPU, kernel, layout and dtype, with the worst values of all launches.
 
-    ``per_element`` and ``at`` are those of the launch with the greatest ``share``.
+    ``per_element`` belongs to the launch with the greatest ``share``, and ``at`` is its case.
 
     Args:
         rows: the rows of `benchmarks.audit.machine_code`, one for each launch.
@@ -106,9 +107,8 @@ def memory_key(row: Row) -> str:
 def exceeded(found: Found, budget: Found, same_triton: bool) -> list[str]:
     """Describes each result that is worse than its budget.
 
-    Machine code depends on the compiler. If the budget was recorded with another version of triton,
-    registers and shares are not compared. Spills are compared only if their budget is 0. The number
-    of calls inside loops is compared with `CALLS_ALLOWED` instead of the recorded budget.
+    If the versions of triton differ, registers and shares are not compared, and spills are compared
+    only if their budget is 0. The limit for calls inside loops is `CALLS_ALLOWED`.
 
     Args:
         found: the results.
@@ -136,7 +136,7 @@ def _worse(
     rows: Iterable[Row], budget: Iterable[Row], key: Callable[[Row], str],
     compare: Callable[[Row, Row], list[str]],
 ) -> Iterator[str]:  # fmt: skip
-    """Describes what is worse in a row than in the row of the budget that has the same key."""
+    """Compares each row with the budget's row that has the same key, and describes what is worse."""
     limits = {key(limit): limit for limit in budget}
     for row in rows:
         if key(row) in limits:

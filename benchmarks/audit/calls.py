@@ -3,10 +3,8 @@
 A specialisation is one combination of the dtypes, constants and alignments of a kernel's arguments.
 The called functions are those in `bnres.functional`, and `bnres.kernels.augment.augment`.
 
-The functions' parameters are read from their signatures, so a new parameter is varied without a
-change here. If the possible values of a parameter are not known, `axes_of` raises an error. The
-calls do not cover all combinations of values. But they cover all pairs of values of any two
-parameters, unless the two values exclude each other. The values in ``OTHERS`` occur in fewer calls.
+The parameters are read from the functions' signatures. For any two parameters, the calls cover all
+pairs of their values, except values that exclude each other and values in ``OTHERS``.
 """
 
 import itertools
@@ -35,8 +33,7 @@ Options = dict[str, Any]
 Axes = dict[str, Sequence[Any]]
 
 CONTIGUOUS, LAST = torch.contiguous_format, torch.channels_last
-# Shapes and memory formats. Together these inputs use every kind of tile. Some inputs fill their
-# tiles, and others fill them only partly.
+# Shapes and memory formats. Together they use every kind of tile, both full and partly filled.
 INPUTS = {
     "planes": ((2, 8, 8, 16), CONTIGUOUS),
     "odd planes": ((2, 5, 7, 9), CONTIGUOUS),
@@ -45,17 +42,17 @@ INPUTS = {
     "some channels": ((2, 24, 8, 8), LAST),
     "odd channels": ((2, 5, 7, 9), LAST),
 }
-# These inputs need 64-bit offsets. Their memory is never accessed.
+# Inputs that need 64-bit offsets. Their memory is never accessed.
 HUGE_INPUTS = {
     "huge planes": ((2, 64, 4096, 4104), CONTIGUOUS),
     "huge channels_last": ((2, 64, 4096, 4104), LAST),
 }
 WINDOW = ("kernel_size", "stride", "padding", "dilation")
-# The values of ``WINDOW`` for the max-pool in a ResNet's stem. Our kernels support only these.
+# The values of ``WINDOW`` for a ResNet's max-pool. Our kernels support no other pooling.
 POOLING = (3, 2, 1, 1)
 # For each convolution: the number of output channels, and the values of ``WINDOW``.
 CONVOLUTIONS = ((64, (3, 1, 1, 1)), (24, (1, 2, 0, 1)), (5, (3, 2, 2, 2)))
-# The values of each parameter. `pairs` combines them.
+# For each parameter, the values that `pairs` combines.
 VALUES: Axes = {
     "input": tuple(INPUTS),
     # With a residual, relu saves a bit mask for backward, silu saves the residual, and identity
@@ -64,7 +61,7 @@ VALUES: Axes = {
     "dtype": (torch.bfloat16, torch.float32, torch.float64),
     "kernel_size": (POOLING,),
     "conv_weight": CONVOLUTIONS,
-    "groups": (1,),  # Only torch computes grouped convolutions.
+    "groups": (1,),  # Our kernels don't support grouped convolutions.
     "memory_format": (CONTIGUOUS, LAST),
     "ceil_mode": (False,),
     "height": (8, 64),  # An 8×8 image needs one program, a 64×64 image several.
@@ -75,18 +72,18 @@ OTHERS: Axes = {
     "dtype": (torch.float16,),
 }
 # Names in `bnres.functional` that are not called. batch_norm equals batch_norm_act without residual
-# and activation. BatchNormState is a type. stem_conv2d launches none of our kernels.
+# and activation, BatchNormState is a type, and stem_conv2d launches none of our kernels.
 NOT_CALLED = {"batch_norm", "BatchNormState", "stem_conv2d"}
 PARAMETERS = ("input", "weight", "bias", "input_bias", "residual")
 OPTIONAL: tuple[set[Any], ...] = (
     {Tensor, NoneType}, {Tensor, float}, {tuple[float, ...], NoneType}, {BatchNormState, NoneType},
 )  # fmt: skip
-# The residual's batch norm is passed as a BatchNormState. The fields of this state are varied like
-# parameters, and their names get this prefix.
+# The fields of the residual's BatchNormState are varied like parameters. Their names get this
+# prefix.
 RESIDUAL = "residual_"
-# These names are not varied by themselves. The values of kernel_size and of conv_weight include
-# stride, padding and dilation. The width equals the height. ``return`` names the annotation of the
-# result. No specialisation depends on act_kwargs, eps, residual_eps or process_group.
+# These names are not varied by themselves. The values of kernel_size and conv_weight include stride,
+# padding and dilation. The width equals the height. ``return`` is the result's annotation. No
+# specialisation depends on the other names.
 FIXED = {
     "act_kwargs", "eps", "residual_eps", "stride", "padding", "dilation", "width", "return",
     "process_group",
@@ -110,10 +107,9 @@ class Call:
 
 
 def pairs(axes: Axes) -> Iterator[Options]:
-    """Yields dictionaries that have one value for each axis.
+    """Yields dictionaries with one value for each axis.
 
-    For any two axes, each value of one axis occurs at least once together with each value of the
-    other axis.
+    For any two axes, every pair of their values occurs at least once.
     """
     names = list(axes)
     left = {
@@ -138,8 +134,7 @@ def pairs(axes: Axes) -> Iterator[Options]:
 def parameters_of(function: Callable[..., Any]) -> dict[str, Any]:
     """Returns the annotations of a function's parameters, by name.
 
-    If a parameter is a `BatchNormState`, the annotations of its fields are added. The names of the
-    fields get the prefix ``RESIDUAL``.
+    The fields of a `BatchNormState` are added, with the prefix ``RESIDUAL``.
     """
     found = {}
     for name, hint in get_type_hints(function).items():
@@ -190,16 +185,14 @@ def functional_calls(name: str) -> Iterator[Call]:
     others = {name: values for name, values in OTHERS.items() if name in axes}
     modes = [(True, "all"), (False, "all"), (False, "none")]
     if "kernel_size" in axes or "conv_weight" in axes:
-        # The kernels of pooling and convolution use one kind of tile for planes of all sizes, so
-        # the input "planes" is enough.
+        # These kernels use one kind of tile for planes of all sizes, so "planes" is enough.
         axes["input"] = tuple(name for name in INPUTS if not name.endswith(" planes"))
     if "kernel_size" in axes:
-        # fp64 is left out, because in fp64 the function calls torch's pooling.
+        # In fp64 the function calls torch's pooling.
         axes["dtype"] = tuple(dtype for dtype in axes["dtype"] if dtype != torch.float64)
     if "conv_weight" in axes:
-        others["input"] = tuple(HUGE_INPUTS)  # These inputs need 64-bit offsets.
-        # In training, with gradients or in fp64, the function calls torch's convolution and
-        # batch_norm_act. These cases are left out.
+        others["input"] = tuple(HUGE_INPUTS)
+        # In training, with gradients or in fp64, the function calls torch's convolution.
         modes = [(False, "none")]
         axes["dtype"] = tuple(dtype for dtype in axes["dtype"] if dtype in KERNEL_DTYPES)
     if "process_group" in parameters_of(function):
@@ -209,45 +202,45 @@ def functional_calls(name: str) -> Iterator[Call]:
         mode = {"training": (training,), "grad": (grad,)}
         for options in with_others(axes | mode, others):
             yield Call(name, _consistent(options), partial(_run_functional, function))
-        others = {}  # The values in ``others`` are used only in the first mode.
+        others = {}  # Only the first mode uses them.
 
 
 def with_others(axes: Axes, others: Axes) -> Iterator[Options]:
     """Yields the `pairs` of ``axes``, then two more dictionaries for each value in ``others``.
 
-    In one of the two, all remaining axes have their first values. In the other one, they have their
-    last values.
+    One of the two has the first value of every other axis. The second has the last value of every
+    other axis.
     """
     yield from pairs(axes)
     for name, values in others.items():
         for value, end in itertools.product(values, (0, -1)):
             options = {axis: known[end] for axis, known in axes.items()} | {name: value}
             if "fork" in options:
-                options["fork"] = False  # Only the values in VALUES are combined with fork.
+                options["fork"] = False  # saves calls
             yield options
 
 
 def _consistent(options: Options) -> Options:
-    """Returns a copy of the options. Values that exclude each other are replaced."""
+    """Returns a copy of the options in which values that exclude each other are replaced."""
     fixed = dict(options)
     if fixed.get("residual_norm"):
         fixed["residual"] = True
     for of in ("", "residual_"):
         if f"{of}running_mean" in fixed:
-            # Evaluation needs running statistics. Mean and variance are both tensors or both None.
+            # Evaluation needs a running mean and variance. Training needs both or neither.
             fixed[f"{of}running_mean"] |= not fixed["training"]
             fixed[f"{of}running_var"] = fixed[f"{of}running_mean"]
     if fixed["input"] in HUGE_INPUTS:
         fixed["dtype"] = torch.bfloat16
         if "conv_weight" in fixed:
-            # The convolution would copy a contiguous input and so read its memory.
+            # A contiguous input would be copied, but the memory of huge inputs must not be read.
             fixed["input"], fixed["conv_weight"] = "huge channels_last", CONVOLUTIONS[0]
     return fixed
 
 
 def _run_functional(function: Callable[..., Any], options: Options) -> None:
     if "process_group" in parameters_of(function) and not dist.is_initialized():
-        # The group seems to have two processes, but only this one exists, and nothing is sent.
+        # A group of two processes, of which only this one exists. Nothing is sent.
         dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
     shape, memory_format = (INPUTS | HUGE_INPUTS)[options["input"]]
     dtype = options["dtype"]
@@ -318,7 +311,7 @@ def augment_calls() -> Iterator[Call]:
     axes |= {"channels": (3, 1), "source": (torch.uint8, torch.float32)}
     axes["dtype"] = OUTPUT_DTYPES
     others: Axes = {"source": SUPPORTED_DTYPES}
-    # The second mode has large images, whose contrast is computed by a separate kernel.
+    # For large images, a separate kernel computes the contrast.
     for mode in ({}, {"has_contrast": (True,), "height": (64,)}):
         for options in with_others(axes | mode, others):
             yield Call("augment", options, _run_augment)

@@ -56,7 +56,7 @@ def run(record: bool) -> int:
 def _worker(module: str, *arguments: str, **environment: str) -> Any:
     """Runs an audit in a new process and returns its results.
 
-    Some audits use triton's interpreter and others use its compiler. A process can't use both.
+    Some audits use triton's interpreter and some its compiler, and a process can't use both.
     """
     inherited = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     result = subprocess.run(
@@ -69,10 +69,9 @@ def _worker(module: str, *arguments: str, **environment: str) -> Any:
 
 
 def memory_table(found: budget.Found) -> str:
-    """Formats a table of the memory that operations touch.
+    """Formats the memory that operations touch, and the bytes and launches of a net.
 
-    Lines about the bytes and launches of a net follow. CONTRIBUTING.md explains the
-    columns.
+    CONTRIBUTING.md explains the columns.
     """
     lines = [
         f"{'operation':22} {'step':9} {'layout':14} "

@@ -94,11 +94,7 @@ def _augment_case(batch: int, size: int, out: int, color_first: bool) -> Case:
 
 
 def all_cases() -> list[Case]:
-    """Lists all cases.
-
-    The fused operations are those at the batch norms of ResNet-18, in several batch sizes, layouts
-    and dtypes.
-    """
+    """Lists all cases: the fused operations of ResNet-18, convolutions and augmentations."""
     variants = (
         (BATCH, LAST, BF16),
         (32, LAST, BF16),
@@ -138,8 +134,8 @@ def _convs() -> list[ConvCall]:
 def _augment_cases() -> list[Case]:
     """Lists augmentations of small images (as in CIFAR) and of large images (as in ImageNet).
 
-    The kernel needs one program for a small image and several for a large image. For each size,
-    one case changes the colours before the resize, and another case changes them after it.
+    A small image needs one program of the kernel, a large image several. The colours are changed
+    before or after the resize.
     """
     return [
         _augment_case(batch, size, out, color_first)

@@ -1,7 +1,7 @@
 """Replaces torch's convolution on the CPU with a function that computes nothing.
 
-The results are uninitialised, but have the right shapes, strides and dtypes. torch still checks the
-arguments and records the operation for backward.
+The results are uninitialised, but have the right shapes, strides and dtypes. torch still records
+the operation for backward.
 """
 
 from collections.abc import Iterator, Sequence

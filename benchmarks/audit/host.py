@@ -1,17 +1,14 @@
 """Measures, without a GPU, the CPU time of calls relative to torch's batch norm and ReLU.
 
-The CPU time of the calling thread is measured. It includes Python, torch's dispatcher and autograd,
-the allocation of outputs, and the part of each launch before triton calls the GPU's driver. It does
-not include the driver's part of a launch. Our kernels are compiled for a GPU, but launching them
-does nothing. torch's own operations run on the CPU, on tensors so small that their arithmetic takes
-little time. Convolutions compute nothing, both in our layers and in torch's.
+The time is that of the calling thread. It includes Python, torch's dispatcher and autograd, the
+allocation of outputs, and each launch up to the call of the GPU's driver. Our kernels are compiled
+for a GPU, but launching them does nothing. torch's own operations run on the CPU, on tiny tensors.
+Convolutions compute nothing, both in our layers and in torch's.
 
-Each call is timed in many short spans. In a span the call is made a few times. Just before each
-span, torch's batch norm and ReLU are timed in the same way, and the time of the call is divided by
-their time. The median of these quotients is the call's ratio. The two times of a quotient are
-measured within a few milliseconds of each other. If the core becomes slower, both times grow, so
-the ratio depends little on the machine or on other programs. `LIMITS` contains the greatest allowed
-ratios.
+Each call is timed in many short spans. Just before each span, torch's batch norm and ReLU are
+timed. The call's ratio is the median of (time of the call) / (time of torch's batch norm and ReLU).
+If the core becomes slower, both times grow, so the ratio depends little on the machine. `LIMITS`
+contains the greatest allowed ratios.
 """
 
 import gc
@@ -36,16 +33,16 @@ from bnres import fuse, use_backend
 from bnres.models import resnet18
 from bnres.nn import BatchNormAct2d, BatchNormActMaxPool2d, ConvBatchNormAct2d
 
-# Each call is timed in ROUNDS rounds. A round has SPANS spans, and in a span the call is made CALLS
-# times, or once if it is a training step. The clock is read before and after each span.
+# Each call is timed in ROUNDS rounds of SPANS spans. In a span the call is made CALLS times, or once
+# if it is a training step.
 ROUNDS, SPANS, CALLS = 60, 5, 10
 CHANNELS = 64
 RULER = "torch's BN, ReLU"
 LAYERS, FUSED, STOCK = "ResNet-18, fused layers", "ResNet-18, bnres.fuse", "ResNet-18, stock"
 
-# The greatest allowed ratios. A limit is 1.25 times the ratio on an idle Intel Xeon (torch 2.13),
-# because ratios differ between runs. In five runs, two of them with other programs on both cores, a
-# ratio differed by at most 9% from its median over the runs. If a call becomes faster, lower its
+# The greatest allowed ratios. A limit is 1.25 times the ratio on an idle Intel Xeon (torch 2.13).
+# The factor allows for noise: in five runs, a ratio differed by at most 9% from its median over the
+# runs. In two of these runs, other programs used both cores. If a call becomes faster, lower its
 # limit.
 LIMITS: dict[str, dict[str, float]] = {
     "BN+ReLU": {"inference": 2.05, "forward": 2.5, "backward": 1.7},
@@ -67,8 +64,8 @@ class Timed:
         row: name of the call's row in the table.
         kind: ``inference``, ``forward`` (in training), ``backward`` or ``step`` (forward, loss and
             backward).
-        module: module that is called. It is in evaluation mode if ``kind`` is ``inference``, else
-            in training mode.
+        module: module that is called, in evaluation mode if ``kind`` is ``inference``, else in
+            training mode.
         call: makes the call.
         calls: number of calls in a span.
     """
@@ -185,8 +182,8 @@ class Times:
 
     Attributes:
         spans: microseconds per call, for each span.
-        ratios: for each span, its time divided by the time of torch's batch norm and ReLU just
-            before the span.
+        ratios: for each span, the call's time divided by the time that torch's batch norm and ReLU
+            took just before the span.
     """
 
     spans: list[float] = field(default_factory=list)

@@ -27,7 +27,7 @@ class Span:
 
 @dataclass(frozen=True)
 class Rest:
-    """Code after an unrolled loop, for trips that the unrolled loop does not execute.
+    """Code that executes the remaining trips after an unrolled loop.
 
     Attributes:
         span: addresses of the code.
@@ -44,15 +44,17 @@ class Rest:
 class Flow:
     """The control flow of a kernel's machine code, and how often each instruction is executed.
 
-    The control flow is derived from the addresses of branches. This works because ptxas, the
-    assembler, keeps the order of the source. A loop extends from the target of a backward branch to
-    the branch. Code that a forward branch skips is conditional. A *slow path* is conditional code
-    that calls a routine, for example to divide by a denormal number. Slow paths are assumed not to
-    be executed. All other conditional code is assumed to be executed.
+    The control flow is derived from the addresses of branches, because the assembler (ptxas) keeps
+    the order of the source:
+
+    - A loop extends from the target of a backward branch to the branch.
+    - Code that a forward branch skips is conditional. It is assumed to be executed.
+    - A *slow path* is conditional code that calls a routine, for example to divide by a denormal
+      number. It is assumed not to be executed.
 
     ptxas unrolls small loops by four: one trip of the unrolled loop executes four trips of the
-    source. Conditional code after the unrolled loop executes two remaining trips, and further
-    conditional code executes one remaining trip.
+    source. If the number of trips is not a multiple of four, conditional code after the loop
+    executes two remaining trips, one remaining trip, or both.
 
     Attributes:
         instructions: all instructions.
@@ -122,8 +124,8 @@ class Flow:
     def unrolled(self) -> list[int]:
         """For each loop, the number of trips that ptxas combined into one.
 
-        This is the number of accesses to global memory in the loop's machine code, divided by their
-        number in the loop's PTX. The PTX has the loop as it was before ptxas unrolled it.
+        This is the number of accesses to global memory in the loop's machine code, divided by the
+        number of accesses in the loop's PTX, which is not unrolled.
         """
         return [
             max(self._accesses(span) // loop.accesses, 1) if loop.accesses else 1
@@ -219,7 +221,7 @@ class Flow:
                 yield i, target
 
     def _calls_routine(self, i: Instruction) -> bool:
-        """Whether an instruction is a call that returns. ptxas also uses calls as jumps."""
+        """Whether an instruction calls a routine that returns. ptxas also uses CALL as a jump."""
         target = _target(i)
         if i.name != "CALL" or target is None:
             return False

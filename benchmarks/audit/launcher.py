@@ -1,8 +1,7 @@
 """Runs triton's own launcher with a stand-in for CUDA's driver library that launches nothing.
 
 The launcher is written in C. It converts the arguments of a launch and passes them to the driver.
-Triton 3.6 compiles a launcher for each signature of a kernel, with gcc. Later releases have one
-launcher for all signatures. With the stand-in, both launchers run as on a GPU.
+With the stand-in, it runs as on a GPU.
 """
 
 import ctypes
@@ -15,9 +14,7 @@ from triton.backends.nvidia import driver as nvidia
 
 from benchmarks.audit.standin import Gpu, StandInDriver
 
-# The source of the stand-in library. It defines the CUDA driver functions that occur in triton's
-# sources. They do nothing and return 0, which means success. ``cuLaunchKernelEx`` also counts its
-# calls.
+# The source of the stand-in library. Each function returns 0, which means success.
 LAUNCH = "cuLaunchKernelEx"
 SOURCE = """
 static long launches;
@@ -61,10 +58,7 @@ class _Utils:
 
 
 class LaunchingDriver(StandInDriver):
-    """A `StandInDriver` with which triton also runs its own launcher.
-
-    The launcher calls the stand-in ``libcuda.so.1``, so no kernel runs.
-    """
+    """A `StandInDriver` for triton's own launcher, which calls the stand-in ``libcuda.so.1``."""
 
     def __init__(self, gpu: Gpu) -> None:
         super().__init__(gpu)

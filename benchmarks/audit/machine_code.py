@@ -20,20 +20,20 @@ from benchmarks.audit.sass import Instruction, async_bytes, bytes_before_first_u
 from benchmarks.audit.standin import GPUS, SM90, Gpu, Launch, compile_only
 from benchmarks.audit.trips import loop_trips
 
-# The rates of an H200: bytes/s of a copy, number of warp instructions that a multiprocessor issues
-# per cycle, and cycles/s.
+# The rates of an H200: bytes/s of a copy, warp instructions that a multiprocessor issues per cycle,
+# and cycles/s.
 BANDWIDTH, ISSUE_WIDTH, CLOCK = 4.3e12, 4, 1.98e9
-# To reach the bandwidth, a multiprocessor must have this many bytes of loads in flight. This is
-# bandwidth times latency (about 4.3 TB/s · 0.8 µs), divided by 132 multiprocessors and rounded up
-# to a power of two.
+# To reach the bandwidth, a multiprocessor must have this many bytes of loads in flight:
+# bandwidth · latency / number of multiprocessors (4.3 TB/s · 0.8 µs / 132), rounded up to a power
+# of two.
 BYTES_IN_FLIGHT = 32 * 1024
 # For each architecture, the start of the names of matrix instructions for 16-bit and TF32 operands.
 MATRIX_INSTRUCTION = {80: "HMMA", 90: "HGMMA", 100: "UTC"}
-# For each program the GPU reserves RESERVED_SHARED bytes of shared memory, in addition to the bytes
-# that the program uses. It rounds the registers per thread up to a multiple of REGISTER_UNIT.
+# The GPU reserves RESERVED_SHARED extra bytes of shared memory for each program. It rounds the
+# registers per thread up to a multiple of REGISTER_UNIT.
 RESERVED_SHARED, REGISTER_UNIT = 1024, 8
-# In AMD's assembly: a thread's number of vector registers, and the numbers of its scalar and vector
-# registers that are spilled.
+# In AMD's assembly: the numbers of vector registers, spilled scalar registers and spilled vector
+# registers.
 AMD_FIELD = re.compile(r"\.(vgpr_count|[sv]gpr_spill_count):\s+(\d+)")
 # Names of the arguments that point to activations that a kernel loads.
 LOADED = ("x_ptr", "dy_ptr", "dy_skip_ptr", "residual_ptr")
@@ -96,8 +96,7 @@ def read(gpu: Gpu, case: Case, launch: Launch) -> Row:
     flow = Flow(code.instructions, trips)
     lacks = missing(gpu, launch, flow.main_loop) if is_conv else ""
     in_flight = per_element = share = None
-    # These numbers are computed only for kernels whose speed is limited by memory. The ``finalize``
-    # kernels only access small tensors, and memory does not limit convolutions and augmentations.
+    # Memory limits only the speed of these kernels. The ``finalize`` kernels access small tensors.
     if launch.kernel.startswith("_bn_") and "finalize" not in launch.kernel:
         in_flight = bytes_in_flight(gpu, launch, code.registers, flow.main_loop)
         if gpu is SM90 and case.batch == BATCH:
@@ -111,9 +110,8 @@ def read(gpu: Gpu, case: Case, launch: Launch) -> Row:
 def missing(gpu: Gpu, launch: Launch, loop: list[Instruction]) -> str:
     """Names the instructions that the main loop of a convolution lacks.
 
-    The loop should have matrix instructions. It should load the operands by TMA or by asynchronous
-    copies. A copy should move 16 bytes, unless all channels of a position together have fewer than
-    16 bytes.
+    The loop should have matrix instructions, and should load the operands by TMA or by asynchronous
+    copies. A copy should move 16 bytes, or all channels of a position if they have fewer bytes.
     """
     names = [i.name for i in loop]
     copies = [i for i in loop if i.name == "LDGSTS"]
@@ -127,10 +125,10 @@ def missing(gpu: Gpu, launch: Launch, loop: list[Instruction]) -> str:
 
 
 def bytes_in_flight(gpu: Gpu, launch: Launch, registers: int, loop: list[Instruction]) -> float:
-    """Returns the bytes of loads that a multiprocessor has in flight, divided by the wanted bytes.
+    """Returns `Row.in_flight`.
 
-    ``BYTES_IN_FLIGHT`` bytes are wanted, or all bytes that the multiprocessor loads if these are
-    fewer. The result is at most 1.
+    If a multiprocessor loads fewer than ``BYTES_IN_FLIGHT`` bytes in total, it needs only those in
+    flight.
     """
     threads = launch.compiled.metadata.num_warps * gpu.target.warp_size
     # While a stage of the pipeline is processed, the copies for the other stages are in flight.
@@ -177,10 +175,7 @@ def used_tensors(launch: Launch) -> list[Tensor]:
 
 
 def audit(gpu: Gpu, cases: list[Case]) -> list[Row]:
-    """Returns a row for each distinct launch.
-
-    Two launches are the same if their compiled kernels, grids and sizes of tensors are equal.
-    """
+    """Returns a row for each distinct compiled kernel, grid and sizes of tensors."""
     rows: dict[tuple[Any, ...], Row] = {}
     for case in cases:
         launches: list[Launch] = []

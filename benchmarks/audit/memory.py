@@ -3,12 +3,11 @@
 S is the size of one activation tensor in bytes. Two numbers are counted:
 
 - *Sectors* are the bytes of the distinct 32-byte sectors that a launch reads, plus those that it
-  writes. A GPU moves whole sectors, so it moves this many bytes if it moves each sector once.
+  writes. A GPU moves whole sectors, so this is the least that it can move.
 - *Lanes* are the bytes of all elements that a launch reads or writes. An element that is read twice
   counts twice.
 
-TRITON_INTERPRET=1 has to be set. ``python -m benchmarks audit`` sets it, and runs this module in a
-separate process.
+``python -m benchmarks audit`` runs this module in a separate process with TRITON_INTERPRET=1.
 """
 
 import json
@@ -29,7 +28,7 @@ from benchmarks.byte_model import PASSES, passes
 from benchmarks.operations import LAYOUTS
 from bnres import models
 
-# Shapes of activations. They are small because the interpreter is slow, but they fill whole tiles.
+# Shapes of activations, small because the interpreter is slow. They fill whole tiles.
 SHAPE, POOLED_SHAPE = (16, 64, 7, 7), (2, 64, 16, 16)
 NET_INPUT = (256, 3, 224, 224)
 NETS: dict[str, Build] = {"stock": partial(models.resnet18, fused=False), "fused": models.resnet18}
@@ -168,8 +167,8 @@ def main() -> None:
     """Prints the counts as JSON. Training steps and inference are those of ResNet-18."""
     rows = audit()
     sectors = {(r.operation, r.step): r.sectors for r in rows if r.layout == "channels_last"}
-    # ATen's operations are counted in fp32. In bf16 the net would have bf16 parameters, and the
-    # operations that convert these parameters would be counted too.
+    # ATen's operations are counted in fp32, because in bf16 conversions of the parameters would be
+    # counted too.
     found = {
         "memory": [asdict(row) for row in rows],
         "traffic": {

@@ -76,7 +76,7 @@ def parse_instructions(text: str) -> list[Instruction]:
 
 
 def registers_and_stack(cubin: bytes) -> tuple[int, int]:
-    """Returns how many registers a thread uses, and how many bytes of stack.
+    """Returns a thread's number of registers, and the bytes of its stack.
 
     Spilled registers are stored in the stack.
 

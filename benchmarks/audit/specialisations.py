@@ -1,11 +1,10 @@
 """Compiles the specialisations of the kernels, without a GPU.
 
 Triton compiles a kernel for each combination of its arguments' dtypes, constants and alignments. A
-*specialisation* is one such combination. The calls in `benchmarks.audit.calls` launch the kernels
-in many specialisations. All of them are compiled for sm_90. Then each of them is launched twice
-with a stand-in for CUDA's driver: first by triton, and then by `bnres.kernels.replay`, which
-repeats the first launch. Both launches run triton's launcher, which is written in C. For every
-other GPU only one specialisation of each kernel is compiled.
+*specialisation* is one such combination. The calls in `benchmarks.audit.calls` determine the
+specialisations. For sm_90 all of them are compiled. Then each is launched twice with a stand-in for
+CUDA's driver: first by triton, and then by `bnres.kernels.replay`, which repeats the first launch.
+For every other GPU, one specialisation of each kernel is compiled.
 """
 
 import argparse
@@ -39,11 +38,10 @@ from bnres.kernels.replay import Replay
 
 # At most this many characters of an error are reported.
 LINE_LENGTH = 300
-# STACK is the most bytes that a thread's stack may have on NVIDIA's GPUs. Spilled registers are
-# stored in the stack. Specialisations with 64-bit offsets may spill some registers. The kernels of
-# a ResNet's training step spill none, which the audit's budget checks. RAGGED_STACK is the limit
-# for tiles whose rows do not all start at a multiple of the vector size. Such tiles need more
-# registers, because each of their elements needs its own address.
+# STACK is the most bytes of a thread's stack, where spilled registers are stored, on NVIDIA's GPUs.
+# It is not 0, because 64-bit offsets may need more registers. RAGGED_STACK is the limit for tiles
+# whose rows do not all start at a multiple of the vector size. In such tiles each element needs its
+# own address, which needs more registers.
 STACK, RAGGED_STACK = 256, 512
 
 
@@ -112,8 +110,7 @@ def all_kernels() -> list[JITFunction]:
 
 # For each (kernel, parameter): the values that no public call passes.
 UNREACHED: dict[tuple[str, str], set[Any]] = {
-    # For contiguous tensors, the pooling kernels always use PLANES. The other kernels use GROUPS if
-    # the planes are small.
+    # The pooling kernels use PLANES for small planes too, unlike the other kernels.
     ("_bn_max_pool_kernel", "TILE"): {GROUPS},
     ("_bn_max_pool_bwd_dx_kernel", "TILE"): {GROUPS},
     # Pooling in fp64 uses torch's operation.
@@ -127,9 +124,8 @@ UNREACHED: dict[tuple[str, str], set[Any]] = {
 def missing(found: Sequence[Specialisation]) -> list[str]:
     """Describes the values of kernels' parameters that occur in none of the specialisations.
 
-    Each kernel should have specialisations with both values of each flag, and with every
-    activation, every kind of tile and every dtype. A pointer that is None in one specialisation
-    should be a tensor in another one. The values in ``UNREACHED`` are exceptions.
+    Each kernel should occur with both values of each flag, with every activation, kind of tile and
+    dtype, and with and without each optional tensor. The values in ``UNREACHED`` are exceptions.
     """
     problems = []
     forward = {a.forward for a in ACTIVATIONS.values()}
@@ -254,16 +250,16 @@ def launch_all(gpu: Gpu, found: Sequence[Specialisation]) -> Outcome:
 def _in_one_line(error: Exception) -> str:
     """Formats an error's type and the end of its message in one line.
 
-    The message of a compiler's error starts with source code.
+    The start of a compiler's message is source code.
     """
     return f"{type(error).__name__}: {' '.join(str(error).split())[-LINE_LENGTH:]}"
 
 
 def run(processes: int) -> Outcome:
-    """Compiles the specialisations in ``processes`` processes, each of which compiles a part.
+    """Compiles the specialisations in parallel.
 
-    If there is no GPU, each process also launches its part, with a stand-in for CUDA's driver.
-    Triton's cache contains the compiled kernels afterwards.
+    If there is no GPU, they are also launched, with a stand-in for CUDA's driver. Triton's cache
+    contains the compiled kernels afterwards.
 
     Raises:
         RuntimeError: if a process fails.

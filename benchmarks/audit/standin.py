@@ -24,8 +24,8 @@ class Gpu:
 
     Attributes:
         name: name of the architecture.
-        device: index of the device. Triton caches the target of each index, so every GPU has its
-            own index.
+        device: index of the device. Triton caches a target by index, so every GPU has its own
+            index.
         target: target for triton's compiler.
         sm_count: number of multiprocessors.
         registers: number of registers of a multiprocessor.
@@ -54,8 +54,7 @@ GPUS = {gpu.name: gpu for gpu in (SM90, SM80, SM100, GFX942)}
 class StandInDriver:
     """Implements the driver's methods that ``triton.runtime.jit`` calls before it compiles."""
 
-    # This is triton's own launcher. `bnres.kernels.replay` passes addresses to it. To any other
-    # launcher it would pass tensors.
+    # `bnres.kernels.replay` passes addresses to triton's own launcher, but tensors to others.
     launcher_cls = nvidia.CudaLauncher
 
     def __init__(self, gpu: Gpu) -> None:
@@ -94,8 +93,8 @@ Run = Callable[..., Any]
 def replaced_launches(gpu: Gpu, run: Run) -> Iterator[None]:
     """Replaces triton's driver with a stand-in for ``gpu``, and ``JITFunction.run`` with ``run``.
 
-    ``run`` must return None. Then `bnres.kernels.replay` records no launch, so later calls also use
-    ``run``.
+    ``run`` must return None. Otherwise `bnres.kernels.replay` would record the launch, and would
+    repeat it without calling ``run``.
 
     Raises:
         RuntimeError: if TRITON_INTERPRET is set.

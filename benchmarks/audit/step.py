@@ -1,9 +1,9 @@
 """Counts what a net's training step or inference does, without running its kernels.
 
 The counts are the bytes saved for backward, the bytes moved, the Triton launches and the operations
-of ATen. The optimiser's step is not counted. The net is in channels_last. It runs on meta tensors,
-which have no memory, so any batch size is possible. TRITON_INTERPRET=1 has to be set, because only
-launches in the interpreter can be skipped.
+of ATen. The optimiser's step is not counted. The net is in channels_last, on meta tensors, which
+have no memory. TRITON_INTERPRET=1 has to be set, because only launches in the interpreter can be
+skipped.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -26,17 +26,14 @@ Build = Callable[[], nn.Module]
 Sectors = Mapping[tuple[str, str], float]
 # These operations of ATen only allocate memory.
 ALLOCATIONS = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided")
-# The operators of torch's batch norm read their first arguments, which are activations, twice. Each
-# value is the number of these arguments.
+# In training, torch's batch norm reads its activations twice. They are the first arguments of these
+# operators. The values are the numbers of activations.
 TWICE = {"native_batch_norm": 1, "native_batch_norm_backward": 2}
 
 
 @contextmanager
 def no_launches() -> Iterator[list[int]]:
-    """Inside the context, skips launches of interpreted kernels.
-
-    Yields a list with one item, the number of skipped launches.
-    """
+    """Inside the context, skips launches. Yields a list whose only item counts them."""
     count = [0]
 
     def skip(self: GridExecutor, *arguments: Any, **named: Any) -> None:
@@ -61,7 +58,7 @@ def held_bytes(
 ) -> int:  # fmt: skip
     """Counts the bytes that a forward in training saves for backward.
 
-    Parameters and buffers are not counted. If ``recomputes`` is true, the forward runs inside
+    Parameters and buffers are not counted. If ``recomputes``, the forward runs inside
     `bnres.recompute`.
     """
     model, x = _on_meta(build, shape, dtype)
@@ -98,9 +95,9 @@ class AtenCounts(TorchDispatchMode):
         operations: number of ATen's operations that read or write memory. An operation makes one or
             more launches.
         moved: bytes that all operations except convolutions move. An ATen operation is assumed to
-            read its arguments once and to write its results once. Only torch's batch norm is
-            assumed to read its activations twice in training. For an operation of bnres, the bytes
-            are its value in ``sectors`` times the bytes of its input.
+            read its arguments once (see ``TWICE`` for the exceptions) and to write its results
+            once. For an operation of bnres, the bytes are its value in ``sectors`` times the bytes
+            of its input.
     """
 
     def __init__(self, sectors: Sectors, training: bool) -> None:

@@ -1,8 +1,8 @@
 """Computes the trip counts of a compiled kernel's loops.
 
-TTGIR is triton's last representation of a kernel before LLVM. It contains the loops after
-pipelining, and the integer arithmetic that computes their bounds. This module evaluates the
-arithmetic with a launch's arguments, for all programs of the grid at once.
+TTGIR is triton's last representation of a kernel before LLVM. It contains the loops and the integer
+arithmetic that computes their bounds. This module evaluates the arithmetic with a launch's
+arguments, for all programs of the grid at once.
 """
 
 import re
@@ -30,7 +30,7 @@ def _remainder(a: Any, b: Any) -> Any:
     return a - b * _divide(a, b)
 
 
-# TTGIR's operations on integers that occur in the bounds of loops, and functions that compute them.
+# The operations of TTGIR that compute the bounds of loops.
 OPERATIONS: dict[str, Callable[..., Any]] = {
     "arith.addi": np.add, "arith.subi": np.subtract, "arith.muli": np.multiply,
     "arith.divsi": _divide, "arith.remsi": _remainder, "arith.minsi": np.minimum,
@@ -44,10 +44,10 @@ class LoopTrips:
 
     Attributes:
         depth: number of loops around the loop.
-        trips: for each program, how many trips the loop makes when it is executed once. It is None
-            if this is not known, for example because it depends on data.
-        accesses: number of instructions in the loop's PTX that access global memory. It is 0 if
-            this is not known.
+        trips: for each program, how many trips the loop makes when it is executed once. None if not
+            known, for example because the bounds depend on data.
+        accesses: number of instructions in the loop's PTX that access global memory, or 0 if not
+            known.
     """
 
     depth: int

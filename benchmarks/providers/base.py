@@ -27,7 +27,7 @@ class Implementation:
         forward: returns the outputs. In training it also updates the running statistics in the
             inputs.
         backward: returns the gradients of `Inputs.leaves`, in the same order.
-        note: backend or library that computes the operation. The note is stored with the result.
+        note: backend or library that computes the operation.
     """
 
     forward: Callable[[], Results]
@@ -44,9 +44,8 @@ class Provider:
 
     Attributes:
         name: name in the results.
-        prepare: prepares a case. It returns a function that takes inputs and returns the case's
-            `Implementation`. Both functions may raise `Unavailable` if the provider can't run the
-            case.
+        prepare: prepares a case. Returns a function that takes inputs and returns the case's
+            `Implementation`. Both raise `Unavailable` if the provider can't run the case.
         dtype: dtype that replaces bf16 if the provider does not support bf16, otherwise None.
     """
 
@@ -64,8 +63,7 @@ def by_autograd(
 ) -> Implementation:
     """Implements an operation by a function that autograd differentiates.
 
-    The first call of ``backward`` also runs the forward. Later calls of ``backward`` use the
-    autograd graph of that forward again.
+    The first call of ``backward`` also runs a forward. Later calls use the same autograd graph.
     """
     outputs: list[tuple[Tensor, ...]] = []
 

@@ -1,8 +1,8 @@
 """cuDNN's graphs that fuse batch norm, addition and ReLU, called through NVIDIA's frontend.
 
 The graphs are built as in ``test/python/norm/graph/test_batchnorm_fusion.py`` of
-NVIDIA/cudnn-frontend. If an operation has a ReLU, its forward stores one bit for each element. The
-bit is 1 if the output of the ReLU is positive. The backward multiplies the gradient by this bit.
+NVIDIA/cudnn-frontend. If an operation has a ReLU, its forward stores one bit for each element,
+whether the output is positive. The backward multiplies the gradient by this bit.
 """
 
 from collections.abc import Callable
@@ -75,8 +75,7 @@ class Builder:
     def forward(self) -> Graph:
         """Builds the forward.
 
-        The intermediate tensors of the graph have the dtype of the activations. If cuDNN does not
-        support this, they are in fp32.
+        Intermediate tensors have the activations' dtype, or fp32 if cuDNN does not support that.
         """
         try:
             return self._forward(self.io)
@@ -114,8 +113,8 @@ class Builder:
     def backward(self) -> Graph:
         """Builds the backward.
 
-        If there is a ReLU, dy is first multiplied by the mask (y > 0) that forward stored. The
-        product is also the gradient of the residual, if there is one.
+        With a ReLU, dy is first multiplied by the mask (y > 0). If there is a residual, the product
+        is its gradient.
         """
         types, graph = self.cudnn.data_type, self._new()
         t = {
@@ -232,7 +231,7 @@ def _bound(builder: Builder, forward: Graph, backward: Graph, inputs: Inputs) ->
         "dresidual": torch.empty_like(x),
         "new_running_mean": channels["running_mean"],
         "new_running_var": channels["running_var"],
-        # cuDNN gets the values of these three scalars from the CPU.
+        # cuDNN reads these three scalars on the CPU.
         "eps": torch.full((1, 1, 1, 1), EPS, dtype=torch.float64),
         "momentum": torch.full((1, 1, 1, 1), MOMENTUM, dtype=torch.float64),
         "zero": torch.zeros((1, 1, 1, 1), dtype=x.dtype),
@@ -262,7 +261,7 @@ def _bound(builder: Builder, forward: Graph, backward: Graph, inputs: Inputs) ->
     def backward_call() -> Results:
         assert run_backward is not None
         if not ran_forward:
-            forward_call()  # This stores the statistics and the mask that backward reads.
+            forward_call()  # stores the statistics and the mask
         run_backward()
         found = [values["dx"], values["dweight"].view(c), values["dbias"].view(c)]
         return found if inputs.residual is None else [*found, values["dresidual"]]

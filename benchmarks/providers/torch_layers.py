@@ -52,8 +52,8 @@ def _compiled(case: OpCase, mode: str | None) -> Bind:
     def function(inputs: Inputs) -> tuple[Tensor, ...]:
         outputs = plain(inputs)
         if len(outputs) == 2:
-            # The clone makes the outputs two tensors. If they were the same tensor, autograd would
-            # add their gradients outside the compiled graph.
+            # Both outputs are one tensor. Without the clone, autograd would add their gradients
+            # outside the compiled graph.
             return outputs[0], outputs[1].clone()
         return outputs
 
@@ -67,8 +67,8 @@ def _compiled(case: OpCase, mode: str | None) -> Bind:
         if not first:
             return compiled(inputs)
         first = False
-        # Backward runs many times after one forward. If donated_buffer were true, the first
-        # backward could overwrite the tensors that forward saved.
+        # With donated_buffer, a backward could overwrite the tensors that forward saved. But here
+        # backward runs many times after one forward.
         with functorch_config.patch(donated_buffer=False):
             return compiled(inputs)
 
@@ -78,7 +78,7 @@ def _compiled(case: OpCase, mode: str | None) -> Bind:
 EAGER = Provider("eager", _eager)
 EAGER_FP16_CUDNN = Provider("eager-fp16-cudnn", _eager_fp16_cudnn, dtype="fp16")
 COMPILE = Provider("compile", lambda case: _compiled(case, None))
-# Inductor's CUDA graphs are disabled, because `benchmarks.clock` captures the graph itself.
+# Inductor makes no CUDA graphs, because `benchmarks.clock` captures calls in a CUDA graph itself.
 COMPILE_MAX_AUTOTUNE = Provider(
     "compile-max-autotune", lambda case: _compiled(case, "max-autotune-no-cudagraphs")
 )

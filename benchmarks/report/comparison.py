@@ -6,22 +6,20 @@ from dataclasses import dataclass
 from benchmarks.store import Record
 
 Run = tuple[Record, Sequence[Record]]
-# If the ratio of two results differs from 1 by at most this number, the difference counts as noise,
-# even if the spreads of the times are very small.
+# If the ratio of two results differs from 1 by at most this number, the difference counts as noise.
 LEAST_NOISE = 0.03
-# The spread of a case's times is half the distance between their quartiles, divided by their
-# median. A difference counts as noise if it is at most SPREADS times the root of the sum of both
-# runs' squared spreads. In a normal distribution the spread is two thirds of the standard
-# deviation, and medians vary less than single times, so noise rarely exceeds this limit.
+# The difference also counts as noise if it is at most SPREADS · √(spread_old² + spread_new²). The
+# spread of a run's times is (q3 - q1) / 2 / median. For a normal distribution the spread is two
+# thirds of the relative standard deviation, and medians vary less than single times. So noise
+# rarely exceeds this limit.
 SPREADS = 3
 
 
 # The verdicts, in the order of the table. These need an explanation:
-# - lost: the old run measured the case. In the new run the case failed, was refused or was skipped.
-# - slower, faster: if the case measures memory, this means that its peak bytes grew or shrank.
+# - lost: only the old run measured the case. In the new run it failed, was refused or was skipped.
+# - slower, faster: for a case that measures memory, its peak bytes grew or shrank.
 # - other method: the runs timed the case by different methods, so the times are not compared.
-# - absent: the old run measured the case. The new run has no record of the case, for example
-#   because it ran fewer cases.
+# - absent: only the old run measured the case. The new run has no record of it.
 # - new: only the new run measured the case.
 VERDICTS = ("lost", "slower", "faster", "same", "other method", "absent", "new")
 

@@ -20,15 +20,17 @@ RESULTS = Path(__file__).parent.parent / "results"
 BEGIN, END = "<!-- performance: begin -->", "<!-- performance: end -->"
 ITEMSIZE = 2
 WIDTH = 100
-# How many MB a training step and a forward in evaluation move, not counting their convolutions, in
-# code that Inductor generated, and how many MB the step saves for backward. The net and its input
-# are the same as for ``benchmarks.audit.budget.Found.traffic``. torch 2.15 generated the code
-# without a GPU, for 132 multiprocessors. The MB were counted from the buffers of each launch.
-# INDUCTOR_GATHERS is the number with Inductor's older max-pool backward, in which each element of
-# the input gathers its gradients. INDUCTOR_HELD, like ``Found.held``, includes the images. It was
-# counted from the graphs that AOTAutograd of torch 2.13 divides for Inductor.
+# Counts in MB for the code that Inductor generates for ResNet-18, with the input that the audit
+# uses (`benchmarks.audit.memory.NET_INPUT`). torch 2.15 generated the code without a GPU, for 132
+# multiprocessors. The MB were counted from the buffers of each launch, without convolutions.
+# - INDUCTOR: moved in a training step.
+# - INDUCTOR_GATHERS: moved in a training step with Inductor's older max-pool backward, in which
+#   each element of the input gathers its gradients.
+# - INDUCTOR_INFERENCE: moved in a forward in evaluation.
+# - INDUCTOR_HELD: saved for backward, with the images. Counted from the graphs that AOTAutograd of
+#   torch 2.13 gives Inductor.
 INDUCTOR, INDUCTOR_GATHERS, INDUCTOR_INFERENCE, INDUCTOR_HELD = 18_846, 15_353, 3_250, 2_267
-# The README shows the training steps that have these values.
+# The README shows the training steps whose records have these values.
 HEADLINE = {
     "net": "resnet18", "image": 224, "launch": "graph", "dtype": "bf16", "layout": "channels_last",
 }  # fmt: skip
@@ -76,7 +78,7 @@ def section(results: Path = RESULTS) -> str:
 
 
 def _wrapped(parts: Sequence[str]) -> list[str]:
-    """Wraps paragraphs at the page's width. Leaves tables, titles and pictures as they are."""
+    """Wraps paragraphs at the page's width, but not tables, titles and pictures."""
     return [p if p[0] in "|#!" else textwrap.fill(p, WIDTH, break_on_hyphens=False) for p in parts]
 
 
@@ -90,7 +92,7 @@ def latest(results: Path) -> list[Path]:
 def measured(folder: Path, about: Record, records: Sequence[Record]) -> str:
     """Formats a run's results.
 
-    Of the operations, only those with the most common layout, dtype and batch size are shown.
+    Operations are shown only in the most common layout, dtype and batch size.
     """
     parts = [tables.environment_line(about)]
     sections = tables.nets(records) + tables.memory(records) + tables.augmentation(records)

@@ -23,8 +23,7 @@ class Subject:
     """Results of cases that differ only in the provider, which is the measured implementation.
 
     Attributes:
-        name: the part of the ids that the cases share, which is everything before the provider.
-            See `benchmarks.cases.OpCase.subject`.
+        name: the cases' common id, without the provider. See `benchmarks.cases.OpCase.subject`.
         records: the measured records by provider.
     """
 
@@ -58,7 +57,7 @@ def providers_in(found: Iterable[Subject]) -> list[str]:
 
 
 def setting(subject: Subject) -> tuple[str, str, int]:
-    """Returns a subject's layout, dtype and batch size. They are equal in all rows of a table."""
+    """Returns a subject's layout, dtype and batch size. All rows of a table share them."""
     record = subject.any
     return record["layout"], record["dtype"], record["batch"]
 

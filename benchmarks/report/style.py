@@ -1,4 +1,4 @@
-"""The style of all pictures. Colour-blind people can distinguish the colours."""
+"""The style of all pictures. The colours are safe for colour-blind people."""
 
 import io
 from dataclasses import dataclass

@@ -166,7 +166,7 @@ def _cells(subject: Subject, providers: Sequence[str], cell: Callable[[Record], 
 
 
 def net_title(subject: Subject) -> str:
-    """Describes a net and its input. Says so if a CUDA graph launches the net."""
+    """Describes a net, its input, and whether a CUDA graph launches it."""
     record = subject.any
     launch = ", CUDA graph" if record["launch"] == "graph" else ""
     return (
@@ -234,10 +234,7 @@ def _images(record: Record) -> str:
 
 
 def notes(records: Sequence[Record]) -> list[str]:
-    """Formats which backend or library each provider ran.
-
-    An example is the backend that torch selected for batch norm.
-    """
+    """Formats which backend or library each provider ran."""
     keys = [
         (record["provider"], record["timed_dtype"], record["note"])
         for record in records
