@@ -81,9 +81,9 @@ OPTIONAL: tuple[set[Any], ...] = (
 # The fields of the residual's BatchNormState are varied like parameters. Their names get this
 # prefix.
 RESIDUAL = "residual_"
-# These names are not varied by themselves. The values of kernel_size and conv_weight include stride,
-# padding and dilation. The width equals the height. ``return`` is the result's annotation. No
-# specialisation depends on the other names.
+# These names are not varied by themselves. The values of kernel_size and conv_weight include the
+# stride, padding and dilation. The width equals the height. ``return`` is the result's annotation.
+# No specialisation depends on the other names.
 FIXED = {
     "act_kwargs", "eps", "residual_eps", "stride", "padding", "dilation", "width", "return",
     "process_group",
@@ -216,7 +216,7 @@ def with_others(axes: Axes, others: Axes) -> Iterator[Options]:
         for value, end in itertools.product(values, (0, -1)):
             options = {axis: known[end] for axis, known in axes.items()} | {name: value}
             if "fork" in options:
-                options["fork"] = False  # saves calls
+                options["fork"] = False  # fork=True is tried only with the values in VALUES
             yield options
 
 

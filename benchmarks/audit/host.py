@@ -33,8 +33,8 @@ from bnres import fuse, use_backend
 from bnres.models import resnet18
 from bnres.nn import BatchNormAct2d, BatchNormActMaxPool2d, ConvBatchNormAct2d
 
-# Each call is timed in ROUNDS rounds of SPANS spans. In a span the call is made CALLS times, or once
-# if it is a training step.
+# Each call is timed in ROUNDS rounds of SPANS spans. In a span the call is made CALLS times. A
+# training step is made once in a span.
 ROUNDS, SPANS, CALLS = 60, 5, 10
 CHANNELS = 64
 RULER = "torch's BN, ReLU"

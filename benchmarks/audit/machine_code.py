@@ -20,8 +20,8 @@ from benchmarks.audit.sass import Instruction, async_bytes, bytes_before_first_u
 from benchmarks.audit.standin import GPUS, SM90, Gpu, Launch, compile_only
 from benchmarks.audit.trips import loop_trips
 
-# The rates of an H200: bytes/s of a copy, warp instructions that a multiprocessor issues per cycle,
-# and cycles/s.
+# The rates of an H200: bytes/s of a copy, warp instructions that a multiprocessor issues in a
+# cycle, and cycles/s.
 BANDWIDTH, ISSUE_WIDTH, CLOCK = 4.3e12, 4, 1.98e9
 # To reach the bandwidth, a multiprocessor must have this many bytes of loads in flight:
 # bandwidth · latency / number of multiprocessors (4.3 TB/s · 0.8 µs / 132), rounded up to a power
@@ -96,7 +96,7 @@ def read(gpu: Gpu, case: Case, launch: Launch) -> Row:
     flow = Flow(code.instructions, trips)
     lacks = missing(gpu, launch, flow.main_loop) if is_conv else ""
     in_flight = per_element = share = None
-    # Memory limits only the speed of these kernels. The ``finalize`` kernels access small tensors.
+    # Memory limits the speed of no other kernels. The ``finalize`` kernels access small tensors.
     if launch.kernel.startswith("_bn_") and "finalize" not in launch.kernel:
         in_flight = bytes_in_flight(gpu, launch, code.registers, flow.main_loop)
         if gpu is SM90 and case.batch == BATCH:

@@ -3,7 +3,7 @@
 S is the size of one activation tensor in bytes. Two numbers are counted:
 
 - *Sectors* are the bytes of the distinct 32-byte sectors that a launch reads, plus those that it
-  writes. A GPU moves whole sectors, so this is the least that it can move.
+  writes. A GPU that moves each sector once moves this many bytes.
 - *Lanes* are the bytes of all elements that a launch reads or writes. An element that is read twice
   counts twice.
 

@@ -45,7 +45,7 @@ class Provider:
     Attributes:
         name: name in the results.
         prepare: prepares a case. Returns a function that takes inputs and returns the case's
-            `Implementation`. Both raise `Unavailable` if the provider can't run the case.
+            `Implementation`. ``prepare`` and the function may raise `Unavailable`.
         dtype: dtype that replaces bf16 if the provider does not support bf16, otherwise None.
     """
 

@@ -8,10 +8,10 @@ from benchmarks.store import Record
 Run = tuple[Record, Sequence[Record]]
 # If the ratio of two results differs from 1 by at most this number, the difference counts as noise.
 LEAST_NOISE = 0.03
-# The difference also counts as noise if it is at most SPREADS · √(spread_old² + spread_new²). The
-# spread of a run's times is (q3 - q1) / 2 / median. For a normal distribution the spread is two
-# thirds of the relative standard deviation, and medians vary less than single times. So noise
-# rarely exceeds this limit.
+# The difference also counts as noise if it is at most SPREADS * sqrt(old_spread² + new_spread²). A
+# run's spread is (q3 - q1) / 2 / median of its times. For a normal distribution the spread is two
+# thirds of the standard deviation relative to the median. Medians vary less than single times. So
+# noise rarely exceeds this limit.
 SPREADS = 3
 
 

@@ -22,13 +22,14 @@ ITEMSIZE = 2
 WIDTH = 100
 # Counts in MB for the code that Inductor generates for ResNet-18, with the input that the audit
 # uses (`benchmarks.audit.memory.NET_INPUT`). torch 2.15 generated the code without a GPU, for 132
-# multiprocessors. The MB were counted from the buffers of each launch, without convolutions.
+# multiprocessors. The MB were counted from the tensors in this code. Moved MB are those without the
+# convolutions.
 # - INDUCTOR: moved in a training step.
 # - INDUCTOR_GATHERS: moved in a training step with Inductor's older max-pool backward, in which
 #   each element of the input gathers its gradients.
 # - INDUCTOR_INFERENCE: moved in a forward in evaluation.
-# - INDUCTOR_HELD: saved for backward, with the images. Counted from the graphs that AOTAutograd of
-#   torch 2.13 gives Inductor.
+# - INDUCTOR_HELD: saved for backward in a training step, with the images. Counted from the
+#   graphs that AOTAutograd of torch 2.13 gives Inductor.
 INDUCTOR, INDUCTOR_GATHERS, INDUCTOR_INFERENCE, INDUCTOR_HELD = 18_846, 15_353, 3_250, 2_267
 # The README shows the training steps whose records have these values.
 HEADLINE = {
