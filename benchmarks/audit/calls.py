@@ -78,8 +78,7 @@ PARAMETERS = ("input", "weight", "bias", "input_bias", "residual")
 OPTIONAL: tuple[set[Any], ...] = (
     {Tensor, NoneType}, {Tensor, float}, {tuple[float, ...], NoneType}, {BatchNormState, NoneType},
 )  # fmt: skip
-# The fields of the residual's BatchNormState are varied like parameters. Their names get this
-# prefix.
+# Prefix of the names of the fields of the residual's BatchNormState, which are varied too.
 RESIDUAL = "residual_"
 # These names are not varied by themselves. The values of kernel_size and conv_weight include the
 # stride, padding and dilation. The width equals the height. ``return`` is the result's annotation.
@@ -185,7 +184,7 @@ def functional_calls(name: str) -> Iterator[Call]:
     others = {name: values for name, values in OTHERS.items() if name in axes}
     modes = [(True, "all"), (False, "all"), (False, "none")]
     if "kernel_size" in axes or "conv_weight" in axes:
-        # These kernels use one kind of tile for planes of all sizes, so "planes" is enough.
+        # The pooling and convolution kernels treat planes of all sizes alike. "planes" is enough.
         axes["input"] = tuple(name for name in INPUTS if not name.endswith(" planes"))
     if "kernel_size" in axes:
         # In fp64 the function calls torch's pooling.
@@ -202,7 +201,7 @@ def functional_calls(name: str) -> Iterator[Call]:
         mode = {"training": (training,), "grad": (grad,)}
         for options in with_others(axes | mode, others):
             yield Call(name, _consistent(options), partial(_run_functional, function))
-        others = {}  # Only the first mode uses them.
+        others = {}  # Only the first mode uses ``others``.
 
 
 def with_others(axes: Axes, others: Axes) -> Iterator[Options]:

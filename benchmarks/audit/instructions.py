@@ -48,9 +48,9 @@ class Flow:
     the order of the source:
 
     - A loop extends from the target of a backward branch to the branch.
-    - Code that a forward branch skips is conditional. It is assumed to be executed.
-    - A *slow path* is conditional code that calls a routine, for example to divide by a denormal
-      number. It is assumed not to be executed.
+    - Code that a forward branch skips is conditional.
+    - Conditional code that calls a routine is a *slow path*, for example to divide by a denormal
+      number. It is assumed not to be executed. Other conditional code is assumed to be executed.
 
     ptxas unrolls small loops by four: one trip of the unrolled loop executes four trips of the
     source. If the number of trips is not a multiple of four, conditional code after the loop
@@ -107,7 +107,7 @@ class Flow:
 
     @cached_property
     def slow_paths(self) -> list[Span]:
-        """The shortest piece of conditional code around each call, if there is one."""
+        """The shortest piece of conditional code around each call of a routine."""
         around = (
             next((span for span in self.conditional if i.address in span), None)
             for i in self.kernel

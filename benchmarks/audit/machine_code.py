@@ -55,7 +55,7 @@ class Row:
         missing: names of the instructions that a convolution should have but lacks.
         calls: number of subroutine calls inside loops.
         in_flight: bytes of loads that a multiprocessor has in flight, divided by the bytes needed
-            to hide the latency of memory. It is at most 1.
+            to hide the latency of memory, but at most 1.
         per_element: number of executed instructions, added up over all threads, divided by the
             number of elements of the largest tensor.
         share: time to issue the instructions divided by the time to move the bytes.
@@ -96,7 +96,7 @@ def read(gpu: Gpu, case: Case, launch: Launch) -> Row:
     flow = Flow(code.instructions, trips)
     lacks = missing(gpu, launch, flow.main_loop) if is_conv else ""
     in_flight = per_element = share = None
-    # Memory limits the speed of no other kernels. The ``finalize`` kernels access small tensors.
+    # Memory does not limit the speed of other kernels. ``finalize`` kernels access small tensors.
     if launch.kernel.startswith("_bn_") and "finalize" not in launch.kernel:
         in_flight = bytes_in_flight(gpu, launch, code.registers, flow.main_loop)
         if gpu is SM90 and case.batch == BATCH:
@@ -127,8 +127,8 @@ def missing(gpu: Gpu, launch: Launch, loop: list[Instruction]) -> str:
 def bytes_in_flight(gpu: Gpu, launch: Launch, registers: int, loop: list[Instruction]) -> float:
     """Returns `Row.in_flight`.
 
-    If a multiprocessor loads fewer than ``BYTES_IN_FLIGHT`` bytes in total, it needs only those in
-    flight.
+    ``BYTES_IN_FLIGHT`` bytes are needed in flight, or all bytes that the multiprocessor loads if
+    they are fewer.
     """
     threads = launch.compiled.metadata.num_warps * gpu.target.warp_size
     # While a stage of the pipeline is processed, the copies for the other stages are in flight.
@@ -175,7 +175,7 @@ def used_tensors(launch: Launch) -> list[Tensor]:
 
 
 def audit(gpu: Gpu, cases: list[Case]) -> list[Row]:
-    """Returns a row for each distinct compiled kernel, grid and sizes of tensors."""
+    """Returns a row for each combination of a compiled kernel, a grid and sizes of tensors."""
     rows: dict[tuple[Any, ...], Row] = {}
     for case in cases:
         launches: list[Launch] = []

@@ -130,10 +130,10 @@ def operation_traffic(
 
 @dataclass(frozen=True)
 class Row:
-    """The memory that an operation touches in one direction, in units of S.
+    """The bytes that an operation touches, divided by the bytes of one activation tensor.
 
-    ``step`` is the direction: ``eval``, ``forward`` (in training) or ``backward``. ``floor`` is the
-    least memory that a fused operation can touch, as `benchmarks.byte_model` explains.
+    ``step`` is ``eval``, ``forward`` (in training) or ``backward``. ``floor`` is the least that a
+    fused operation can touch, as `benchmarks.byte_model` explains.
     """
 
     operation: str

@@ -24,10 +24,10 @@ Step = Callable[[], object]
 
 
 def steps(operation: str, tensor: Callable[[], Tensor]) -> dict[str, Step]:
-    """Returns functions that run an operation. The keys are ``eval``, ``forward``, ``backward``.
+    """Returns functions that run an operation, by name.
 
-    ``eval`` is a forward in evaluation, and ``forward`` is a forward in training. ``backward`` is
-    the backward of a forward that `steps` has already run.
+    ``eval`` is a forward in evaluation, ``forward`` is a forward in training, and ``backward`` is
+    only the backward.
 
     Args:
         operation: one of `OPERATIONS`.

@@ -76,9 +76,7 @@ def parse_instructions(text: str) -> list[Instruction]:
 
 
 def registers_and_stack(cubin: bytes) -> tuple[int, int]:
-    """Returns a thread's number of registers, and the bytes of its stack.
-
-    Spilled registers are stored in the stack.
+    """Returns a thread's registers, and the bytes of its stack, where spilled registers are stored.
 
     Raises:
         ValueError: if the output of cuobjdump does not have these numbers.

@@ -26,14 +26,14 @@ Build = Callable[[], nn.Module]
 Sectors = Mapping[tuple[str, str], float]
 # These operations of ATen only allocate memory.
 ALLOCATIONS = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided")
-# In training, torch's batch norm reads its activations twice. They are the first arguments of these
-# operators. The values are the numbers of activations.
+# The first arguments of these operators are activations, which they read twice in training. The
+# values are the numbers of these arguments.
 TWICE = {"native_batch_norm": 1, "native_batch_norm_backward": 2}
 
 
 @contextmanager
 def no_launches() -> Iterator[list[int]]:
-    """Inside the context, skips launches. Yields a list whose only item counts them."""
+    """Inside the context, skips launches. Yields a list with one item, the number of them."""
     count = [0]
 
     def skip(self: GridExecutor, *arguments: Any, **named: Any) -> None:

@@ -73,7 +73,7 @@ def loop_trips(
 
 
 def _accesses(ptx: str) -> list[int]:
-    """Counts the instructions that access global memory in each loop of PTX."""
+    """Counts the accesses to global memory in each loop of PTX."""
     lines = ptx.splitlines()
     labels = {found[1]: n for n, line in enumerate(lines) if (found := LABEL.match(line))}
     ends: dict[int, int] = {}

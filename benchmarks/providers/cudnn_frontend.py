@@ -1,8 +1,8 @@
 """cuDNN's graphs that fuse batch norm, addition and ReLU, called through NVIDIA's frontend.
 
 The graphs are built as in ``test/python/norm/graph/test_batchnorm_fusion.py`` of
-NVIDIA/cudnn-frontend. If an operation has a ReLU, its forward stores one bit for each element,
-whether the output is positive. The backward multiplies the gradient by this bit.
+NVIDIA/cudnn-frontend. If an operation has a ReLU, its forward stores one bit for each element: 1
+if the output is positive, otherwise 0. The backward multiplies the gradient by this bit.
 """
 
 from collections.abc import Callable
@@ -113,8 +113,8 @@ class Builder:
     def backward(self) -> Graph:
         """Builds the backward.
 
-        With a ReLU, dy is first multiplied by the mask (y > 0). If there is a residual, the product
-        is its gradient.
+        With a ReLU, dy is first multiplied by the mask that forward stored. The product is also the
+        gradient of the residual.
         """
         types, graph = self.cudnn.data_type, self._new()
         t = {

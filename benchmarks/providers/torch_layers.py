@@ -67,8 +67,8 @@ def _compiled(case: OpCase, mode: str | None) -> Bind:
         if not first:
             return compiled(inputs)
         first = False
-        # With donated_buffer, a backward could overwrite the tensors that forward saved. But here
-        # backward runs many times after one forward.
+        # Backward runs many times after one forward. With donated_buffer, the first backward could
+        # overwrite the tensors that forward saved.
         with functorch_config.patch(donated_buffer=False):
             return compiled(inputs)
 

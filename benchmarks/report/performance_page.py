@@ -22,14 +22,13 @@ ITEMSIZE = 2
 WIDTH = 100
 # Counts in MB for the code that Inductor generates for ResNet-18, with the input that the audit
 # uses (`benchmarks.audit.memory.NET_INPUT`). torch 2.15 generated the code without a GPU, for 132
-# multiprocessors. The MB were counted from the tensors in this code. Moved MB are those without the
-# convolutions.
-# - INDUCTOR: moved in a training step.
-# - INDUCTOR_GATHERS: moved in a training step with Inductor's older max-pool backward, in which
-#   each element of the input gathers its gradients.
-# - INDUCTOR_INFERENCE: moved in a forward in evaluation.
-# - INDUCTOR_HELD: saved for backward in a training step, with the images. Counted from the
-#   graphs that AOTAutograd of torch 2.13 gives Inductor.
+# multiprocessors. The MB were counted from the tensors in this code.
+# - INDUCTOR: moved in a training step, without its convolutions.
+# - INDUCTOR_GATHERS: the same with Inductor's older max-pool backward, in which each element of the
+#   input gathers its gradients.
+# - INDUCTOR_INFERENCE: moved in a forward in evaluation, without its convolutions.
+# - INDUCTOR_HELD: saved for backward in a training step, with the images. Counted from the graphs
+#   that AOTAutograd of torch 2.13 gives Inductor.
 INDUCTOR, INDUCTOR_GATHERS, INDUCTOR_INFERENCE, INDUCTOR_HELD = 18_846, 15_353, 3_250, 2_267
 # The README shows the training steps whose records have these values.
 HEADLINE = {
@@ -91,10 +90,7 @@ def latest(results: Path) -> list[Path]:
 
 
 def measured(folder: Path, about: Record, records: Sequence[Record]) -> str:
-    """Formats a run's results.
-
-    Operations are shown only in the most common layout, dtype and batch size.
-    """
+    """Formats a run's results: operations only in the most common layout, dtype and batch size."""
     parts = [tables.environment_line(about)]
     sections = tables.nets(records) + tables.memory(records) + tables.augmentation(records)
     operations = subjects(records, "ops")
@@ -179,14 +175,14 @@ def audited() -> str:
             "torch 2.15 generated the code without a GPU. In inference the net moves "
             f"{moved['fused inference']:,.0f} MB if it is fused, {moved['stock inference']:,.0f} "
             f"MB with torch's own layers, and {INDUCTOR_INFERENCE:,} MB in the code that "
-            "`torch.compile` generates. These numbers are counted in the same two ways.",
+            "`torch.compile` generates.",
             "In training (batch 256, 224×224, bf16), the forward of ResNet-18 stores activations "
             f"for backward. With torch's own layers these are {stock / 1e6:,.0f} MB. If the model "
-            f"is fused, they are {fused / 1e6:,.0f} MB ({fused / stock:.0%} of that), and inside "
-            f"`bnres.recompute()` {recompute / 1e6:,.0f} MB ({recompute / stock:.0%}). This is "
-            "counted without running the kernels. If `torch.compile` compiles torch's layers, they "
-            f"are {INDUCTOR_HELD:,} MB. This is counted from the graphs that torch 2.13 compiles. "
-            "All these numbers include the images.",
+            f"is fused, they are {fused / 1e6:,.0f} MB ({fused / stock:.0%} of torch's), and "
+            f"inside `bnres.recompute()` {recompute / 1e6:,.0f} MB ({recompute / stock:.0%}). "
+            "These numbers are counted without running the kernels. If `torch.compile` compiles "
+            f"torch's layers, they are {INDUCTOR_HELD:,} MB. This is counted from the graphs that "
+            "torch 2.13 compiles. All these numbers include the images.",
             "A fused training step of ResNet-18, without the optimiser, launches our kernels "
             f"{found.launches['fused, Triton']} times and calls {found.launches['fused, ATen']} "
             "operations of ATen. With torch's own layers the step calls "
