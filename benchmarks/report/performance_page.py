@@ -148,6 +148,13 @@ def audited() -> str:
         rows.append([title, *cells])
     stock, fused, recompute = (found.held[kind] for kind in ("stock", "fused", "recompute"))
     moved = {kind: size / 1e6 for kind, size in found.traffic.items()}
+    sizes = {
+        "traffic, training step": (moved["stock"], INDUCTOR, moved["fused"], None),
+        "traffic, inference": (
+            moved["stock inference"], INDUCTOR_INFERENCE, moved["fused inference"], None,
+        ),
+        "stored for backward": (stock / 1e6, INDUCTOR_HELD, fused / 1e6, recompute / 1e6),
+    }  # fmt: skip
     kernels = [
         r
         for r in found.kernels
@@ -164,25 +171,19 @@ def audited() -> str:
             "memory of each launch, in whole sectors of 32 bytes. The number in brackets is the "
             "least that a fused operation with two passes over memory can touch.",
             markdown_table(["", *(OPERATION_TITLES[name] for name in COLUMNS)], rows),
-            "Without its convolutions, a training step of ResNet-18 (batch 256, 224×224, bf16, "
-            f"channels_last) moves {moved['fused']:,.0f} MB if it is fused and "
-            f"{moved['stock']:,.0f} MB with torch's own layers. This is counted from the "
-            "operations that run. It does not include the 260 to 290 MB (derived) that the fused "
-            "net moves on a GPU to rearrange the input of its first convolution. The code that "
-            f"`torch.compile` generates for torch's layers moves {INDUCTOR:,} MB, or "
-            f"{INDUCTOR_GATHERS:,} MB with Inductor's older max-pool backward. "
-            "This is counted from the tensors that the launches in this code read and write. "
-            "torch 2.15 generated the code without a GPU. In inference the net moves "
-            f"{moved['fused inference']:,.0f} MB if it is fused, {moved['stock inference']:,.0f} "
-            f"MB with torch's own layers, and {INDUCTOR_INFERENCE:,} MB in the code that "
-            "`torch.compile` generates.",
-            "In training (batch 256, 224×224, bf16), the forward of ResNet-18 stores activations "
-            f"for backward. With torch's own layers these are {stock / 1e6:,.0f} MB. If the model "
-            f"is fused, they are {fused / 1e6:,.0f} MB ({fused / stock:.0%} of torch's), and "
-            f"inside `bnres.recompute()` {recompute / 1e6:,.0f} MB ({recompute / stock:.0%}). "
-            "These numbers are counted without running the kernels. If `torch.compile` compiles "
-            f"torch's layers, they are {INDUCTOR_HELD:,} MB. This is counted from the graphs that "
-            "torch 2.13 compiles. All these numbers include the images.",
+            "The next table shows ResNet-18 (batch 256, 224×224, bf16, channels_last). Traffic is "
+            "what is read and written without the convolutions. The last row is what forward "
+            "stores for backward, with the images. All numbers are in MB.",
+            markdown_table(
+                ["", "torch", "torch.compile", "bnres", "bnres, `recompute()`"],
+                [[name, *(f"{n:,.0f}" if n else "-" for n in row)] for name, row in sizes.items()],
+            ),
+            "For torch and bnres the operations that run are counted. On a GPU the fused net moves "
+            "another 260 to 290 MB (derived) in a training step, to rearrange the input of its "
+            "first convolution. For `torch.compile`, traffic is counted from the code that torch "
+            "2.15 generated without a GPU. With Inductor's older max-pool backward it is "
+            f"{INDUCTOR_GATHERS:,} MB. What is stored is counted from the graphs that torch 2.13 "
+            "gives Inductor.",
             "A fused training step of ResNet-18, without the optimiser, launches our kernels "
             f"{found.launches['fused, Triton']} times and calls {found.launches['fused, ATen']} "
             "operations of ATen. With torch's own layers the step calls "

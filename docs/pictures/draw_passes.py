@@ -1,11 +1,13 @@
-"""Draws the passes over memory of each operation, torch's kernels above bnres's.
+"""Draws the passes over memory of each operation, with torch's kernels above those of bnres.
 
 ``python docs/pictures/draw_passes.py`` writes an SVG for each operation beside this file.
 """
 
 from pathlib import Path
 
-# Kernels as (name, what they read and write); each name after "read" or "write" is one pass.
+# For each picture and row, the kernels as (name, tensors that the kernel reads and writes). Each
+# tensor is one pass. y is the batch norm's output, s is the sum, and z is the activation's output.
+# ¼ is a tensor with a quarter of the elements.
 STATS, APPLY = ("statistics", "read x"), ("normalise", "read x, write y")
 DRAWINGS = {
     "bn-act": {
@@ -66,7 +68,7 @@ COLORS = {"torch": "#999999", "bnres": "#0072B2"}
 
 
 def draw(rows: dict[str, list[tuple[str, str]]]) -> str:
-    """The SVG of one operation; a long row is wrapped."""
+    """Returns the SVG of one operation. Long rows are wrapped."""
     parts, y = [], GAP
     for title, kernels in rows.items():
         parts.append(f'<text x="4" y="{y + HEIGHT / 2 + 4}">{title}</text>')
