@@ -16,8 +16,8 @@ from bnres.augment.segments import prepare_draws, segments
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 JITTER = (0.5, 0.2, 0.6, 0.4)  # brightness, contrast, saturation and hue, as in the d2l.ai course
-# The greatest allowed relative error of the kernel's output, compared with ATen's. The two outputs
-# differ, because the kernel and ATen add numbers in different orders and round the results to bf16.
+# The greatest allowed relative error of the kernel's output, compared with ATen's. The kernel and
+# ATen add numbers in different orders and round the results to bf16.
 TOLERANCE = 2**-7
 
 
@@ -28,7 +28,7 @@ class Work:
     Attributes:
         run: augments one batch of images.
         verify: returns the relative error of the augmented images. Raises
-            `benchmarks.check.WrongResult` if the error exceeds the tolerance. For torchvision,
+            `benchmarks.check.WrongResult` if the error exceeds ``TOLERANCE``. For torchvision,
             ``verify`` only checks the shape and that all values are finite, and returns 0.
         bytes_moved: bytes of the images plus bytes of the augmented images.
     """
@@ -39,7 +39,7 @@ class Work:
 
 
 def prepare(case: AugmentCase, device: torch.device) -> Work:
-    """Builds the chain of a case.
+    """Builds the chain of augmentations that a case times.
 
     Raises:
         Unavailable: if the provider's library can't be imported, or if the provider needs a GPU

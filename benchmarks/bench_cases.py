@@ -1,7 +1,4 @@
-"""Runs the cases with pytest-benchmark.
-
-With a GPU, the most important cases are run. Without a GPU, cases with small inputs are run.
-"""
+"""Times cases with pytest-benchmark: the most important ones on a GPU, small inputs on a CPU."""
 
 from contextlib import nullcontext
 from functools import cache
@@ -17,8 +14,7 @@ from benchmarks.providers.base import Unavailable
 from bnres import use_backend
 
 CLOCK = clock.DeviceClock()
-# A case with small inputs is timed in this many rounds. It only shows that the benchmark runs. Its
-# times mean nothing.
+# Cases with small inputs are timed in this many rounds. They only show that the benchmark runs.
 SMOKE_ROUNDS = 2
 CASES = telling_cases() if torch.cuda.is_available() else smoke_cases()
 

@@ -8,8 +8,8 @@ from benchmarks.audit.host import Timed, ruler
 
 SECONDS = 0.5
 # The host is busy if `spread` returns more than this number. With nine busy processes on two cores,
-# `spread` returned 1.6 to 2.2. It compares wall times, which include the time that a thread waits
-# for a core. The same ratio of CPU times, which don't include this wait, was only 1.07 to 1.11.
+# `spread` returned 1.6 to 2.2. Wall times are compared, because they include the time that a thread
+# waits for a core. With CPU times, the ratio was only 1.07 to 1.11.
 MOST_SPREAD = 1.25
 
 
@@ -20,7 +20,7 @@ def spread(timed: Timed | None = None, seconds: float = SECONDS) -> float:
 
     Args:
         timed: call to time. The default is the forward of torch's batch norm and ReLU on the CPU.
-        seconds: time to spend, in seconds.
+        seconds: how long to time groups.
     """
     if timed is None:
         timed = next(one for one in ruler() if one.kind == "forward")

@@ -1,23 +1,23 @@
 """The fewest bytes that a fused operation can move, in units of S.
 
 S is the size of one activation tensor in bytes. A forward in training reads the input of a batch
-norm twice, once for the statistics and once for the output, and writes the output. A backward also
-reads its inputs twice, once for the sums of each channel and once for the gradients. If an
-operation adds a residual that has no batch norm, its forward also stores one bit for each element.
-The bit says whether the input of the ReLU is positive. The backward reads these bits.
+norm twice, once for the statistics and once for the output, and writes the output. A backward reads
+its inputs twice, once for the sums of each channel and once for the gradients. If an operation adds
+a residual that has no batch norm, its forward also stores one bit for each element, which says
+whether the input of the ReLU is positive. The backward reads these bits.
 
-The model assumes that the second read of a tensor does not find it in the L2 cache. In fact a
-small tensor stays in the cache, so an operation on it can be faster than this model allows.
+The model assumes that no read finds its data in the L2 cache. In fact a small tensor stays in the
+cache, so an operation on a small tensor can be faster than the model allows.
 
-``benchmarks.audit`` counts the bytes that our kernels actually move. The bandwidth that the
-benchmarks report for an implementation is the bytes of this model divided by the measured time. So
-an implementation that takes half the time has twice the bandwidth, however many bytes it moves.
+The benchmarks report the bytes of this model, divided by the measured time, as the bandwidth of an
+implementation. So an implementation that takes half the time has twice the bandwidth, however many
+bytes it moves. ``benchmarks.audit`` counts the bytes that our kernels actually move.
 """
 
 from benchmarks.sites import ConvSite
 
-# For each (operation, direction): the bytes that are read and written, in units of S, and the
-# additional bits that are read and written for each element of the activation.
+# For each (operation, direction): the bytes that are read and written, in units of S, and the bits
+# per element of the activation that are read and written in addition.
 PASSES = {
     ("bn", "forward"): (3, 0),
     ("bn", "backward"): (5, 0),
@@ -33,10 +33,9 @@ PASSES = {
     ("dual_bn_add_relu", "backward"): (8, 0),
     ("dual_bn_add_relu", "eval"): (3, 0),
     ("dual_bn_add_relu_fork", "backward"): (10, 0),
-    # These numbers are for 16-bit activations and a 3×3 max-pool with stride 2. The output has S/4
-    # bytes. The forward in training also stores the input's values at the maxima (S/4 bytes) and
-    # the positions of the maxima (S/8 bytes, which is 2 bits for each element of the input). The
-    # backward reads both.
+    # A 3×3 max-pool with stride 2 has an output of S/4 bytes. The forward in training also stores,
+    # for the backward, the input's values at the maxima (S/4 bytes) and the positions of the maxima
+    # (one byte per element of the output, which is 2 bits per element of the input).
     ("bn_relu_pool", "forward"): (2.5, 2),
     ("bn_relu_pool", "backward"): (2.75, 2),
     ("bn_relu_pool", "eval"): (1.25, 0),

@@ -14,8 +14,7 @@ from benchmarks.child import Child, ChildFailed
 from benchmarks.measure import fields_of
 from benchmarks.store import ENVIRONMENT, Record, ResultStore
 
-# The time limit in seconds for the call that describes the device, and for the call that measures
-# its bandwidth and its FLOP/s.
+# The time limit in seconds of each call that `open_store` makes.
 OPENING_LIMIT = 120.0
 # A case may continue for this many seconds after the campaign's deadline.
 GRACE = 10.0
@@ -35,7 +34,7 @@ def open_store(
         folder: folder of the results.
         device: device to describe and to measure. Only the child process uses it.
         child: process that describes and measures the device.
-        measure_ceilings: import path of the function that the child calls to measure the ceilings.
+        measure_ceilings: import path of the function that measures the ceilings.
 
     Raises:
         ValueError: if the folder's results are from a different environment, or if the folder can't
@@ -71,9 +70,8 @@ def run(
     """Measures, in order, the cases that have no result yet. Returns the number of new results.
 
     Consecutive cases that differ only in their provider are a group. A group is skipped if its
-    estimated time exceeds the remaining time. If a group takes longer than estimated, those of
-    its cases whose own estimated time exceeds the remaining time are skipped. A case that is
-    interrupted after the deadline gets no result.
+    estimated time exceeds the remaining time. So is each case of a group that was started. A case
+    that is interrupted after the deadline gets no result.
 
     Args:
         store: folder to which the results are added.
@@ -115,13 +113,12 @@ def run(
 def idle_share(case: Case, record: Record, store: ResultStore) -> Record:
     """Returns ``idle``, the share of a training step's time in which the GPU waits for the host.
 
-    The share is 1 - replay / loop, or 0 if this is negative. ``loop`` is the time of the step if
-    the host launches each kernel. ``replay`` is the time of the same step if it is replayed from a
-    CUDA graph, so that the GPU does not wait for the host. A replay still has gaps of about a
-    microsecond between the kernels, which don't count as idle.
+    The share is max(1 - replay / loop, 0). ``loop`` is the time of a step whose kernels the host
+    launches. ``replay`` is the time of the step in a CUDA graph, where the GPU does not wait for
+    the host. The gaps of about a microsecond between a graph's kernels don't count as idle.
 
-    The result is empty if the case is not a step whose kernels the host launches, or if the replay
-    of the step was not measured.
+    The result is empty if ``case`` is not a step whose kernels the host launches, or if the step
+    was not measured in a CUDA graph.
     """
     if not isinstance(case, ModelCase) or case.suite != "step" or record.get("method") != "loop":
         return {}

@@ -2,7 +2,7 @@
 
 A case is one operation, net or chain of augmentations, run by one provider. A provider is one of
 the implementations that are compared, such as bnres or torch's own layers (``eager``). Each case
-has a rank, which is a number. Cases with a lower rank are measured first.
+has a rank. Cases with a lower rank are measured first.
 """
 
 from collections.abc import Iterable, Iterator
@@ -37,11 +37,10 @@ PROVIDERS = tuple(dict.fromkeys(OP_PROVIDERS + MODEL_PROVIDERS + AUGMENT_PROVIDE
 BATCH = 256
 SMOKE_BATCH = 4
 SMOKE_IMAGES = {224: 64, 32: 16}
-# In the stages ``LARGE_SITES`` of a net, these operations in training are measured before all other
-# operations of the net.
+# In training, these operations in the stages ``LARGE_SITES`` are measured before other operations.
 TELLING = ("bn_relu", "bn_add_relu", "bn_relu_pool")
-# Stages of a net. In ResNet-18, with 256 images in bf16, each activation of these stages has at
-# least 51 MB, which is about the size of an H100's L2 cache.
+# Stages of a net whose activations are at least about as large as an H100's L2 cache (50 MB). In
+# ResNet-18, with 256 images in bf16, each activation has at least 51 MB.
 LARGE_SITES = ("stem", "layer1", "layer2")
 # For whole nets, these providers are measured before the others.
 HEADLINE = ("bnres", "eager", "compile")
@@ -98,7 +97,7 @@ class ModelCase:
             convolution, as is usual for CIFAR.
         batch: number of images.
         launch: ``eager`` (the host launches each kernel) or ``graph`` (one CUDA graph).
-        dtype: in training the dtype of autocast, in inference the dtype of all tensors.
+        dtype: dtype of autocast in training, and of all tensors in inference.
         layout: ``channels_last`` or ``contiguous``.
         provider: implementation that is measured, one of `MODEL_PROVIDERS`.
         smoke: whether the input is small, to test the benchmark itself.
@@ -138,9 +137,13 @@ class AugmentCase:
         out: height and width of the output.
         dtype: dtype of the output.
         layout: memory layout of the output.
-        provider: ``bnres`` draws the random parameters and runs the kernels. ``bnres-kernel`` only
-            runs the kernels. ``torchvision-batch`` uses the same random parameters for all images.
-            ``torchvision-image`` augments one image after the other, each with its own parameters.
+        provider: implementation that is measured:
+
+            - ``bnres`` draws the random parameters and runs the kernels.
+            - ``bnres-kernel`` only runs the kernels.
+            - ``torchvision-batch`` uses the same random parameters for all images.
+            - ``torchvision-image`` augments one image after the other, each with its own
+              parameters.
         smoke: whether the batch is small, to test the benchmark itself.
     """
 
@@ -182,7 +185,7 @@ def _directions(site: Site | ConvSite) -> tuple[str, ...]:
 
 
 def _op_subjects() -> Iterator[tuple[int, OpCase]]:
-    """Yields (rank, case) for each operation. `_ranked` adds the cases of the other providers."""
+    """Yields (rank, case) for each operation, with the first provider only."""
     for net in NETS:
         later = 4 if net == "resnet50" else 0
         sites: list[Site | ConvSite] = [*bn_sites(net), *conv_sites(net)]
@@ -240,20 +243,19 @@ PROVIDERS_OF = {
     ModelCase: MODEL_PROVIDERS,
     AugmentCase: AUGMENT_PROVIDERS,
 }
-# These providers are not measured in inference. ``bnres-recompute`` only changes training.
-# ``eager-fp16-cudnn`` measures cuDNN's batch norm. In inference the net would have fp16 parameters,
-# and torch does not use cuDNN for a batch norm with fp16 parameters.
+# These providers are not measured in inference of a net. ``bnres-recompute`` only changes training.
+# ``eager-fp16-cudnn`` measures cuDNN's batch norm, which torch does not use with the fp16
+# parameters that the net has in inference.
 TRAINING_ONLY = ("bnres-recompute", "eager-fp16-cudnn")
-# These providers are measured last, because autotuning takes minutes for each net, and a loop over
-# the images in Python takes seconds for each call.
+# These providers are measured last. Autotuning takes minutes for each net, and a loop over the
+# images in Python takes seconds for each call.
 LATE = ("compile-max-autotune", "torchvision-image")
 
 
 def _ranked() -> list[tuple[int, Case]]:
     """Returns (rank, case) for every case, the lowest rank first.
 
-    Cases of equal rank are in the order in which `_op_subjects`, `_model_subjects` and
-    `_augment_subjects` yield them.
+    Cases of equal rank are in this order: operations, nets, augmentations.
     """
     ranked: list[tuple[int, Case]] = []
     subjects: list[tuple[int, Case]] = [*_op_subjects(), *_model_subjects(), *_augment_subjects()]
@@ -295,9 +297,11 @@ def _is_conv(case: Case) -> bool:
 def smoke_cases() -> list[Case]:
     """Lists cases with small inputs.
 
-    Operations have one case for each combination of operation, direction, layout and provider. Nets
-    have one case for each combination of suite, image size and provider. All cases of augmentation
-    are in the list, with a small batch.
+    The list has one case for each of these combinations:
+
+    - an operation, a direction, a layout and a provider
+    - a suite of `ModelCase`, an image size and a provider
+    - a chain of augmentations and a provider
     """
     found: dict[str, Case] = {}
     for case in all_cases():

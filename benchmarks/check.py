@@ -5,22 +5,19 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-# The greatest allowed relative errors ||a - b|| / ||b|| of outputs and running statistics, where b
-# is the reference. The tolerances of the 16-bit dtypes allow for two roundings to the dtype. The
-# tolerance of fp32 allows for the error of statistics over millions of values.
+# Tolerances are the greatest allowed relative errors ||a - b|| / ||b||, where b is the reference.
+# For outputs in 16 bits, two roundings to the dtype are allowed. The tolerance for outputs in fp32
+# and for running statistics allows for the error of statistics over millions of values.
 OUTPUT_TOLERANCE = {torch.bfloat16: 2**-6, torch.float16: 2**-9, torch.float32: 1e-5}
-# The greatest allowed relative error of a convolution in fp32. The convolution may use TF32, which
-# has 10 bits of mantissa.
+# A convolution in fp32 may use TF32, which has 10 bits of mantissa.
 TF32_TOLERANCE = 2**-9
-# The greatest allowed relative errors of gradients. Because of rounding, about a fraction eps of
-# ReLU's inputs have the wrong sign, where eps is ``torch.finfo(dtype).eps``. At such an element,
-# ReLU passes a gradient that it should stop, or stops a gradient that it should pass. The relative
-# error of the whole gradient can therefore be up to 2 sqrt(eps).
+# Because of rounding, about a fraction eps of ReLU's inputs have the wrong sign, where eps is
+# ``torch.finfo(dtype).eps``. At such an element, ReLU passes a gradient that it should stop, or
+# stops a gradient that it should pass. So the whole gradient's relative error can be 2 sqrt(eps).
 GRADIENT_TOLERANCE = {torch.bfloat16: 2**-2.5, torch.float16: 2**-4, torch.float32: 2**-10}
-# The greatest allowed relative errors of the parameters' gradients, which are sums over a channel's
-# elements. In 16 bits the tolerance is 4 eps. It allows for ReLU's inputs with the wrong sign, and
-# for the rounding of each addend. In fp32 the tolerance allows for adding in a different order than
-# the reference.
+# The parameters' gradients are sums over a channel's elements. In 16 bits their tolerance is 4 eps,
+# for ReLU's inputs with the wrong sign and for the rounding of each addend. In fp32 it allows for
+# adding in a different order than the reference.
 SUM_TOLERANCE = {torch.bfloat16: 2**-5, torch.float16: 2**-8, torch.float32: 1e-4}
 
 

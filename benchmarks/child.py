@@ -21,20 +21,18 @@ from contextlib import suppress
 from multiprocessing.connection import Connection, Pipe
 from typing import IO, Any, NamedTuple
 
-# A child must start within this many seconds. The first child is slow, because it reads torch from
-# disk.
+# A child must start within this many seconds. The first one is slow: it reads torch from disk.
 START_LIMIT = 180.0
 # A child that exceeded its time limit gets this many seconds to print its traceback.
 DUMP_SECONDS = 1.0
 # A killed child gets this many seconds to exit.
 STOP_SECONDS = 30.0
-# A stored error message has at most this many characters, because a compiler's message can be very
-# long.
+# A stored error message has at most this many characters. A compiler's message can be very long.
 REASON_LENGTH = 500
 TRACE = "(most recent call first)"
 PR_SET_PDEATHSIG = 1  # option of Linux's prctl: the signal that a process gets if its parent ends
-# Matches the messages of errors after which a process may be unable to use its GPU, such as the
-# errors of a failed kernel or a failed graph capture.
+# Matches the messages of errors after which a process may be unable to use its GPU, such as a
+# failed kernel or a failed graph capture.
 GPU_ERROR = re.compile(r"cuda|cudnn|cublas|captur|hip error", re.IGNORECASE)
 
 
@@ -62,7 +60,7 @@ class ChildFailed(Exception):
 
 
 class Child:
-    """A process that serves calls. A new process replaces it when it can't serve further calls.
+    """A process that serves calls, and is replaced by a new one when it can't serve further calls.
 
     At the end of a ``with`` block, the process and the processes that it started are killed.
     """
@@ -214,10 +212,7 @@ def attempt(function: str, arguments: tuple[Any, ...]) -> Answer:
 
 
 def _spoils_gpu(error: BaseException) -> bool:
-    """Returns whether this process may be unable to use the GPU after an error.
-
-    The errors that caused the error are examined too.
-    """
+    """Returns whether an error, or one that caused it, may have made the GPU unusable."""
     import torch
 
     kinds = (torch.OutOfMemoryError, torch.AcceleratorError)

@@ -201,9 +201,9 @@ def compile() -> None:
     """Compile the kernels into triton's cache, on all cores.
 
     A specialisation is a combination of dtypes, constants and alignments for which triton compiles
-    a kernel. All specialisations are compiled for sm_90. For each other GPU, one specialisation of
-    each kernel is compiled. On a machine without a GPU, the kernels for sm_90 are also launched. A
-    stand-in replaces CUDA's driver there, so no kernel runs.
+    a kernel. All specialisations are compiled for sm_90, and one specialisation of each kernel for
+    each other GPU. On a machine without a GPU, the launches for sm_90 are also tested, with a
+    stand-in for CUDA's driver that runs no kernel.
     """
     import os
 

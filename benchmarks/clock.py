@@ -1,9 +1,8 @@
 """A clock that advances only by the time of the calls that are timed.
 
-pytest-benchmark uses the clock as its ``timer``, and `benchmarks.measure` uses it directly. On a
-GPU, the time of a call is the time between two events on the device. The L2 cache is flushed before
-the first event. The device sleeps until the host has queued the launches, so that the host's time
-is not included.
+On a GPU, the time of a call is the time between two events on the device. Before the first event
+the L2 cache is flushed, and the device sleeps until the host has queued the launches. So the host's
+time is not included.
 
 `prepare` with ``launch="eager"`` times a loop of calls as in a user's program: the host's time is
 included, and the cache is not flushed.
@@ -19,12 +18,11 @@ import torch
 
 Call = Callable[[], Any]
 
-# A call that takes less than this many seconds is timed in a CUDA graph of several such calls. Two
+# A call that takes less than this many seconds is timed in a CUDA graph of several calls. Two
 # events are always at least a few microseconds apart, so they can't time one short call accurately.
 # A loop of calls would also time the gaps between the launches.
 GRAPH_BELOW = 100e-6
-# A graph contains so many calls that its replay takes at least this many seconds. The time to
-# launch the graph is then negligible.
+# The replay of a graph takes at least this many seconds, so that its launch takes negligible time.
 LEAST_REPLAY = 500e-6
 # The calls of a graph together touch at least this many times the size of the L2 cache, so that a
 # call does not find its tensors in the cache.
@@ -38,8 +36,8 @@ WARMUP_SECONDS, WARMUP_CALLS = 0.15, 3
 HOST_CALLS = 10
 # A loop of calls takes about LOOP_SECONDS and makes at most MOST_LOOPS calls.
 LOOP_SECONDS, MOST_LOOPS = 0.05, 20
-# While the host queues launches, the device sleeps for a number of cycles: the wanted seconds times
-# this clock rate in Hz. Real clock rates are lower, so the device sleeps longer than wanted.
+# The device sleeps for a number of cycles: the wanted seconds times this clock rate in Hz. Real
+# clock rates are lower, so it sleeps longer than wanted.
 SLEEP_CYCLES = 2e9
 
 
@@ -64,8 +62,8 @@ class Timed:
             time on the CPU.
         host_seconds: seconds until a call returns. The call's kernels may not have run by then.
         calls: number of calls in a round.
-        replayed: result of the first call in the graph. Each round overwrites this result. It is
-            None if the method is not ``graph``.
+        replayed: result of the first call in the graph, which each round overwrites. It is None if
+            the method is not ``graph``.
     """
 
     round: Callable[[], None]
@@ -78,7 +76,7 @@ class Timed:
 def copies(touched_bytes: int, l2_bytes: int, seconds: float) -> int:
     """Returns how many calls, each with its own tensors, a graph should contain.
 
-    It is the least number that satisfies `COLD_FACTOR` and `LEAST_REPLAY`, but at most
+    The result is the least number that satisfies `COLD_FACTOR` and `LEAST_REPLAY`, but at most
     `MOST_COPIES`.
 
     Args:
@@ -107,11 +105,13 @@ def prepare(
             several calls.
         device: device on which the call runs.
         touched_bytes: bytes of memory that a call touches.
-        launch: with ``auto`` only the device is timed. A short call is timed in a CUDA graph of
-            several calls. A longer call is timed between two events, after the host has queued its
-            launches. ``graph`` times a CUDA graph of one call. ``eager`` times a loop of calls as
-            in a user's program. This includes the host's time, and the cache is not flushed. On a
-            CPU, ``launch`` is ignored and every call is timed by itself.
+        launch: how the call is timed on a GPU. On a CPU, every call is timed by itself.
+
+            - ``auto`` times only the device: a short call in a CUDA graph of several calls, a
+              longer call between two events.
+            - ``graph`` times a CUDA graph of one call.
+            - ``eager`` times a loop of calls as in a user's program. This includes the host's time,
+              and the cache is not flushed.
     """
     if device.type != "cuda":
         return _on_cpu(clock, make_call())
@@ -138,7 +138,7 @@ def rounds_for(seconds: float, budget: float, least: int = 5, most: int = 100) -
 
 
 def timed_rounds(clock: DeviceClock, timed: Timed, budget: float) -> int:
-    """Runs two rounds, and returns how many such rounds fit into ``budget`` seconds."""
+    """Runs two rounds, and returns how many rounds fit into ``budget`` seconds."""
     return rounds_for(timed.calls * durations(clock, timed, 2)[-1], budget)
 
 
@@ -161,9 +161,8 @@ def side_stream(device: torch.device) -> Iterator[None]:
     """Makes a new stream current if the current stream is the default stream of a GPU.
 
     A CUDA graph can't be captured on the default stream. The work before the capture has to run on
-    the new stream too, because autograd accumulates a parameter's gradient on the stream of the
-    first forward that used the parameter. If this is not the stream of the capture, the capture
-    fails.
+    the new stream too: autograd accumulates a parameter's gradient on the stream of the first
+    forward that used the parameter, and the capture fails if that is another stream.
     """
     if device.type != "cuda":
         yield
@@ -221,15 +220,14 @@ def _round(
 
     Args:
         clock: clock that the round advances.
-        queued: the calls, or a call that replays a graph.
+        queued: the calls, or one call that replays a graph.
         stream: stream to launch them on.
         flush: flushes the L2 cache before the calls. If it is None, the cache is not flushed.
-        host_seconds: seconds that the host needs to queue the calls. Before the first call the
-            device sleeps for longer than this. If it is 0, the device does not sleep.
-        replayed: results of the calls in the graph. It is empty if there is no graph.
-        captured: the calls in the graph. It is empty if there is no graph. A graph uses the
-            addresses of the calls' tensors, so the returned function keeps the calls and the
-            results alive.
+        host_seconds: seconds that the host needs to queue the calls. The device sleeps for longer
+            than this before the first call. If it is 0, the device does not sleep.
+        replayed: results of the calls in the graph, if there is a graph.
+        captured: calls in the graph, if there is a graph. The graph uses the addresses of their
+            tensors, so the returned function keeps the calls and the results alive.
     """
     share = 1 / (len(replayed) or len(queued))
 
@@ -243,8 +241,8 @@ def _round(
 def cache_flush() -> Call:
     """Returns a call that evicts all data from the L2 cache.
 
-    The call reads memory of four times the size of the cache. It does not write to this memory. If
-    it did, the cache would write the data back to memory during the call that is timed.
+    The call reads four times as many bytes as the cache has. If it wrote them, the cache would
+    write them back to memory during the call that is timed.
     """
     size = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
     scratch = torch.zeros(size, dtype=torch.float32, device="cuda")
@@ -299,6 +297,6 @@ def _captured(
     graph = torch.cuda.CUDAGraph()
     results: list[Any] = []
     with torch.cuda.graph(graph, stream=stream):
-        # All results are kept alive, so that each call writes its result to separate memory.
+        # Results that are alive have separate memory, so that no call overwrites another's result.
         results.extend(call() for call in calls)
     return graph, results

@@ -7,10 +7,10 @@ from benchmarks.cases import Case, ModelCase
 from benchmarks.measure import fields_of
 from benchmarks.store import Record
 
-# For each suite: the seconds to make a case's inputs, to check its results, to warm up and to time
-# it. All seconds in this file are estimates and were not measured.
+# For each suite: the seconds of a case without compiling. All seconds in this file are estimates
+# and were not measured.
 CALLS = {"ops": 1.0, "step": 8.0, "infer": 5.0, "memory": 8.0, "augment": 3.0}
-# A case of augmentation that loops over the images in Python takes this many seconds.
+# A case of ``torchvision-image``, which loops over the images in Python, takes this many seconds.
 IMAGE_LOOP = 60.0
 # For each provider: the seconds to compile an operation, and the seconds to compile a net.
 COMPILES = {
@@ -23,13 +23,13 @@ COMPILES = {
     "cudnn-frontend": (2.0, 0.0),
 }
 # If a net's kernels are in the compilers' caches on disk, compiling the net takes this fraction of
-# its usual time. A training step is first measured in a CUDA graph. When the same step is then
-# measured with launches by the host, its kernels are in the caches.
+# its usual time. This is so for a step whose kernels the host launches, because this step has been
+# measured in a CUDA graph before.
 CACHED = 0.25
 # A ResNet-50 has about 2.5 times as many layers as a ResNet-18.
 LARGE_NET = 2.5
-# On a busy host the estimates of `table_seconds` are too low. To decide whether there is time for a
-# group of cases, the estimates are multiplied by this factor.
+# On a busy host the estimates of `table_seconds` are too low. `Costs.most_seconds` multiplies them
+# by this factor.
 MARGIN = 2.0
 # A case is stopped after LIMIT_FACTOR times its estimate, but not before LEAST_LIMIT seconds.
 LIMIT_FACTOR, LEAST_LIMIT = 4.0, 45.0
@@ -59,11 +59,7 @@ def table_seconds(case: Case) -> float:
 
 
 class Costs:
-    """Estimates how long cases take to measure, from the cases that were measured before.
-
-    Args:
-        records: records of earlier cases.
-    """
+    """Estimates how long cases take to measure, from the records of earlier cases."""
 
     def __init__(self, records: Iterable[Record]) -> None:
         self._seen: dict[str, list[float]] = {}
@@ -76,11 +72,7 @@ class Costs:
             self._seen.setdefault(kind(record), []).append(record["wall_seconds"])
 
     def seconds(self, case: Case) -> float:
-        """Returns the estimated seconds of a case.
-
-        It is the median of earlier cases of the same `kind`. If there are none, it is the result of
-        `table_seconds`.
-        """
+        """Returns the median seconds of earlier cases of the same `kind`, else `table_seconds`."""
         seen = self._seen.get(kind(fields_of(case)))
         return statistics.median(seen) if seen else table_seconds(case)
 
@@ -89,21 +81,15 @@ class Costs:
     ) -> Iterator[Case]:
         """Yields the cases for which there is enough time.
 
-        The remaining time is checked before each group and before each case.
-
-        Args:
-            groups: groups of cases. A group is skipped if there is not enough time for all of it.
-            left: returns the remaining seconds.
+        A group is skipped if there is not enough time for all of it. Before each case of the other
+        groups, the remaining time is checked again. ``left`` returns it in seconds.
         """
         for group in groups:
             if self.most_seconds(group) <= left():
                 yield from (case for case in group if self.seconds(case) <= left())
 
     def most_seconds(self, cases: Iterable[Case]) -> float:
-        """Returns the sum of the cases' estimated seconds.
-
-        Estimates of `table_seconds` are multiplied by `MARGIN`.
-        """
+        """Returns the sum of the cases' estimates, those of `table_seconds` times `MARGIN`."""
         return sum(
             self.seconds(case) * (1.0 if kind(fields_of(case)) in self._seen else MARGIN)
             for case in cases

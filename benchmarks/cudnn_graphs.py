@@ -17,8 +17,8 @@ import torch
 
 from benchmarks.environment import ROOT
 
-# A graph needs a handle of cuDNN, which needs a GPU. This release of the frontend also accepts a
-# number as the handle, so it can describe a graph without a GPU.
+# A handle of cuDNN needs a GPU. This release of the frontend also accepts a number as a graph's
+# handle, so it can describe a graph without a GPU.
 PACKAGE = "nvidia-cudnn-frontend==1.18.0"
 SOURCE = """
 #include <stddef.h>
@@ -30,9 +30,8 @@ def run() -> tuple[bool | None, str]:
     """Validates the graphs in a new process with the stand-in library.
 
     Returns:
-        A tuple (valid, message). ``valid`` says whether the graphs are valid, and ``message`` is
-        the last line that the process printed. If the frontend is not installed, ``valid`` is None,
-        and ``message`` says so.
+        A tuple (valid, message). ``message`` is the last line that the process printed. If the
+        frontend is not installed, ``valid`` is None, and ``message`` says so.
     """
     if find_spec("cudnn") is None:
         return None, f"{PACKAGE} is not installed"

@@ -2,8 +2,8 @@
 
 ``python -m benchmarks first-contact --out FOLDER`` runs each stage in its own process group, with a
 time limit. It appends the output of a stage to ``log.txt`` and its outcome to ``stages.jsonl``.
-If a stage fails, the next stage still runs. If the command is run again, it continues with the
-stages that have not ended.
+If a stage fails, the next stage still runs. A later call with this folder runs the stages that are
+left.
 """
 
 import json
@@ -23,8 +23,8 @@ from benchmarks.environment import ROOT
 
 STAGES, LOG = "stages.jsonl", "log.txt"
 UNFINISHED, AGAIN = "unfinished", "again"
-# A stage is not started if less than this many seconds remain of the call's time or of the stage's
-# own time limit.
+# A stage is started only if at least this many seconds remain of the call's time, and of the
+# stage's own time limit.
 LEAST_SECONDS = 10.0
 # An interrupted stage gets this many seconds to print its results.
 INTERRUPTED = 10.0
@@ -35,16 +35,15 @@ TAIL = 4000
 PYTEST = ("-m", "pytest", "-q", "-ra", "--tb=short", "-p", "no:cacheprovider")
 # ncu, NVIDIA's profiler, measures these metrics of each kernel: its time, the bytes that it reads
 # from memory and writes to memory, the share of the peak bandwidth, the share of busy issue slots,
-# and the share of active warps. `stages` also requests ncu's section WarpStateStats, which contains
-# the reasons for stalls.
+# and the share of active warps.
 COUNTERS = (
     "gpu__time_duration.sum,dram__bytes.sum,dram__throughput.avg.pct_of_peak_sustained_elapsed,"
     "sm__issue_active.avg.pct_of_peak_sustained_elapsed,"
     "sm__warps_active.avg.pct_of_peak_sustained_active"
 )
-# memcheck reports accesses to unallocated memory. torch's allocator places tensors next to each
-# other in large blocks, so an access beyond a tensor's end would not be reported. With this
-# variable each tensor is a separate allocation.
+# memcheck reports accesses to unallocated memory. torch places tensors next to each other in large
+# allocations, where memcheck would miss an access beyond a tensor's end. With this variable each
+# tensor is a separate allocation.
 UNCACHED = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 
 
@@ -55,8 +54,8 @@ class Stage:
     Attributes:
         name: name of the stage.
         command: arguments of ``tool``, or of this Python interpreter if ``tool`` is None.
-        minutes: time limit. If ``continues`` is true, it is the limit of all runs of the stage
-            together.
+        minutes: time limit of the stage. If ``continues`` is true, all its runs together have this
+            limit.
         tool: program to run. If it is not installed, the stage is skipped.
         continues: whether the command accepts ``--minutes`` and continues an earlier run.
         environment: environment variables to set.
@@ -106,9 +105,8 @@ def run(
 ) -> int:
     """Runs stages until the time is up. Returns the number of stages that have not ended.
 
-    The first stage that a call starts, and every stage that can be continued later, needs at least
-    ``LEAST_SECONDS`` of remaining time. Any other stage is started only if the remaining time is at
-    least the stage's time limit.
+    A stage is started only if the remaining time is at least its time limit. The first stage of a
+    call, and every stage that can be continued later, need only ``LEAST_SECONDS``.
 
     Args:
         folder: folder for the results.
@@ -148,7 +146,7 @@ def run(
 def _attempt(stage: Stage, folder: Path, seconds: float) -> dict[str, Any]:
     """Runs a stage for at most ``seconds``, and returns its outcome.
 
-    The ``status`` of the outcome is ``done``, ``failed``, ``timed out`` or ``unfinished``.
+    Its ``status`` is ``done``, ``failed``, ``timed out`` or ``unfinished``.
     """
     command = [stage.tool or sys.executable, *stage.command]
     if stage.continues:
@@ -161,8 +159,8 @@ def _attempt(stage: Stage, folder: Path, seconds: float) -> dict[str, Any]:
         process = subprocess.Popen(
             command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
             process_group=0, env={**os.environ, "PYTHONUNBUFFERED": "1", **stage.environment},
-            # If this process is a background job of a shell, it ignores SIGINT, and so would its
-            # child processes. A stage must not ignore SIGINT, so the default handler is restored.
+            # A background job of a shell ignores SIGINT, and so would its child processes. `_wait`
+            # interrupts a stage by SIGINT, so the default handler is restored.
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )  # fmt: skip
         try:
@@ -183,8 +181,7 @@ def _attempt(stage: Stage, folder: Path, seconds: float) -> dict[str, Any]:
 def _wait(process: "subprocess.Popen[bytes]", seconds: float) -> int | None:
     """Returns a process's exit code, or None if it took longer than ``seconds``.
 
-    A process that takes longer is interrupted, and killed if it does not exit within
-    ``INTERRUPTED`` seconds.
+    In the second case the process is interrupted, and killed after another ``INTERRUPTED`` seconds.
     """
     try:
         return process.wait(seconds)
@@ -201,8 +198,7 @@ def _wait(process: "subprocess.Popen[bytes]", seconds: float) -> int | None:
 def _record(folder: Path, stage: Stage) -> tuple[float, bool]:
     """Returns for how many seconds a stage has run so far, and whether it has ended.
 
-    A stage that can be continued also counts as ended if less than ``LEAST_SECONDS`` of its time
-    limit remain.
+    A stage that can be continued has also ended if less than ``LEAST_SECONDS`` of its limit remain.
     """
     path = folder / STAGES
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 import bnres
 from bnres.files import write_text
 
-# A tuple of a model's name, a function that builds it without pretrained weights, and example
-# inputs.
+# A model's name, a function that builds the model without pretrained weights, and example inputs.
 Model = tuple[str, Callable[[], nn.Module], tuple[Any, ...]]
 
 
@@ -44,8 +43,8 @@ def _torchvision() -> Iterator[Model]:
         yield name, later(models.get_model, name, **backbone), images(64)
 
     def frozen() -> nn.Module:
-        # If no weights are loaded, torchvision's builder of this detector uses BatchNorm2d instead
-        # of FrozenBatchNorm2d. Therefore the detector is built here.
+        # Without pretrained weights, torchvision's builder of this detector uses BatchNorm2d
+        # instead of FrozenBatchNorm2d. So the detector is built here.
         norm = torchvision.ops.FrozenBatchNorm2d
         detector = models.detection
         resnet = models.resnet50(weights=None, norm_layer=norm)
@@ -100,8 +99,8 @@ def _segmentation() -> Iterator[Model]:
 
 
 def _transformers() -> Iterator[Model]:
-    # transformers tries to import PyPI's package ``kernels``. Without this line it would import our
-    # folder kernels/ instead.
+    # transformers tries to import PyPI's package ``kernels``. Without this line it would import the
+    # folder kernels/ of this repository instead.
     sys.modules["kernels"] = None  # type: ignore[assignment]
     import transformers as t
 
@@ -142,13 +141,16 @@ LIBRARIES: dict[str, Callable[[], Iterator[Model]]] = {
 
 ABOUT = """# Models of other libraries
 
-This page lists what `bnres.fuse` fuses in each model in training mode. The columns are the number
-of batch norms, the number of them that run in fused operations, and how often each pattern of
-operations is fused. In a pattern, `bn` is the batch norm, `conv` is the 2-D convolution before it,
-`add` is an addition, `+bn` is another batch norm whose output is added, `act` is an activation, and
-`pool` is the max-pool of a ResNet's stem. The last column says why a batch norm is not fused, or
-why the operation after a batch norm is not fused with it. This column is empty if there is no such
-case. `python -m benchmarks models --out docs/models.md` made this page, with
+This page lists what `bnres.fuse` fuses in each model in training mode. The columns are:
+
+- *batch norms*: the number of batch norms.
+- *fused*: the number of batch norms that run in fused operations.
+- *patterns*: how often each pattern of operations is fused. In a pattern, `bn` is the batch norm,
+  `conv` is the 2-D convolution before it, `add` is an addition, `+bn` is another batch norm whose
+  output is added, `act` is an activation, and `pool` is the max-pool of a ResNet's stem.
+- *reasons*: why a batch norm is not fused, or why the operation after it is not fused with it.
+
+`python -m benchmarks models --out docs/models.md` made this page, with
 """
 HEADER = "| model | batch norms | fused | patterns | reasons |\n|---|---:|---:|---|---|\n"
 
