@@ -24,8 +24,7 @@ from benchmarks.providers import PROVIDERS
 from benchmarks.providers.base import Implementation
 from benchmarks.sites import ConvSite
 
-# A case is timed for about this many seconds: BUDGET for an operation or an augmentation, and
-# STEP_BUDGET for a whole net.
+# An operation or an augmentation is timed for about BUDGET seconds, a whole net for STEP_BUDGET.
 BUDGET = 0.25
 STEP_BUDGET = 1.0
 
@@ -60,8 +59,6 @@ def prepare(case: Case, device: torch.device, ticking: clock.DeviceClock) -> Rea
 
 def measure(case: Case, device: torch.device, ceilings: dict[str, float]) -> dict[str, Any]:
     """Measures a case. Returns the measured fields of its record. Times are in seconds.
-
-    `fields_of` returns the other fields of the record, which identify the case.
 
     Raises:
         Unavailable: if the provider is not installed, or does not support the device or the case.
@@ -139,7 +136,7 @@ def _prepare_op(case: OpCase, device: torch.device, ticking: clock.DeviceClock) 
             case.direction != "eval",
         )
     if timed.replayed is not None:
-        # If the graph lacked a launch, the replay would be too fast, and its result would be wrong.
+        # A graph that lacks a launch would be too fast, and its result would be wrong.
         timed.round()
         check("replayed result", timed.replayed, results, OUTPUT_TOLERANCE[dtype])
     return Ready(
@@ -172,8 +169,8 @@ def verify(
     Args:
         case: the operation.
         implementation: implementation that is bound to ``inputs``.
-        inputs: inputs that no call has used yet. A call in training updates their running
-            statistics, and these are compared too.
+        inputs: inputs that no call has used yet, because a call in training updates their running
+            statistics, which are compared too.
 
     Returns:
         A tuple of the greatest relative error and some of the implementation's results: its
@@ -189,9 +186,8 @@ def verify(
     tolerance = OUTPUT_TOLERANCE[dtype]
     if is_conv:
         tolerance = max(tolerance, TF32_TOLERANCE)
-    # The reference must not use TF32. For a convolution in fp32, cuDNN is enabled, because it can
-    # compute without TF32. For a batch norm in fp64, cuDNN is disabled, because it does not support
-    # fp64.
+    # The reference must not use TF32. For a batch norm in fp64, cuDNN is disabled, because it does
+    # not support fp64.
     with torch.backends.cudnn.flags(enabled=is_conv, allow_tf32=False):
         expected = formula(case.site, case.direction != "eval")(exact)
     results = implementation.forward()
@@ -233,8 +229,8 @@ def _prepare_model(case: ModelCase, device: torch.device, ticking: clock.DeviceC
 
 def _prepare_augment(case: AugmentCase, device: torch.device, ticking: clock.DeviceClock) -> Ready:
     work = augmentation.prepare(case, device)
-    # For ``bnres-kernel`` only the device is timed. For the other providers the host is timed too,
-    # because users wait for it.
+    # For ``bnres-kernel`` only the device is timed. For the other providers the host's time is
+    # included, because users wait for the host.
     launch = "auto" if case.provider == "bnres-kernel" else "eager"
     timed = clock.prepare(
         ticking, lambda: augmentation.prepare(case, device).run, device,

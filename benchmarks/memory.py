@@ -14,9 +14,8 @@ def measure(work: Work, device: torch.device) -> dict[str, int]:
 
     Returns:
         ``held_bytes`` is the growth at the end of the forward, which is the memory that is kept for
-        backward. ``peak_bytes`` is the greatest growth at any time of the step. It includes
-        gradients and workspaces. It does not include weights and the optimiser's state, because
-        they exist before the step.
+        backward. ``peak_bytes`` is the greatest growth at any time of the step, including gradients
+        and workspaces, but not weights and the optimiser's state, which exist before the step.
     """
     work.run()
     work.run()
@@ -30,8 +29,8 @@ def allocated(call: Callable[[], object], device: torch.device) -> Grown:
     """Measures by how many bytes the allocated memory grows during ``call``.
 
     Returns:
-        A tuple of the growth at the end of ``call``, while its result is still alive, and the
-        greatest growth at any time during ``call``.
+        A tuple of the growth at the end of ``call``, including its result, and the greatest growth
+        during ``call``.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)

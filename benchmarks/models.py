@@ -19,14 +19,12 @@ CIFAR_IMAGE = 32
 # The last batch norm of each residual block has this weight. `_stock` says why it is small.
 LAST_WEIGHT = 0.2
 # In fp16 the loss is multiplied by this factor, because gradients would underflow without it. The
-# factor is constant, so that all steps do the same work. fp16 can represent the scaled gradients if
-# the gradients are at most about 16.
+# factor is constant, so that all steps do the same work. Gradients of up to 16 do not overflow.
 LOSS_SCALE = 2.0**12
 # The gradients of all parameters of a net are joined into one vector. This is the least allowed
-# cosine of the angle between the provider's vector and the vector of the stock net in fp32. It is
-# below 1, because rounding errors add up over the layers. It is below 1 in fp32 too: with TF32, or
-# if numbers are added in a different order, some of ReLU's inputs near zero change their signs, and
-# ReLU then passes different gradients.
+# cosine of the angle between the provider's vector and the vector of the stock net in fp32. In 16
+# bits, rounding errors add up over the layers. In fp32, TF32 or a different order of additions
+# changes the sign of some of ReLU's inputs near zero, and ReLU then passes different gradients.
 COSINE = {"bf16": 0.9, "fp16": 0.98, "fp32": 0.99}
 # The greatest allowed relative error of the logits, compared with the logits of the stock net in
 # fp32. The errors of 20 to 50 layers add up.
@@ -41,8 +39,8 @@ class Work:
         run: runs one training step or one inference.
         forward: runs the forward of a training step, including the loss, or runs one inference.
         verify: returns the relative error of the logits. Raises `benchmarks.check.WrongResult` if
-            the logits, or the gradients in training, differ too much from the stock net's. Call
-            ``verify`` before ``run``, because ``run`` changes the weights in training.
+            the logits, or the gradients in training, differ too much from the stock net's. It must
+            be called before ``run``, because a training step changes the weights.
         model: the net.
     """
 
@@ -58,7 +56,7 @@ def dtype_of(case: ModelCase) -> str:
 
 
 def prepare(case: ModelCase, device: torch.device) -> Work:
-    """Builds the net of a case. It has the same weights for every provider.
+    """Builds the net of a case, with the same weights for every provider.
 
     Raises:
         Unavailable: if the provider does not support the device or the case.
@@ -76,10 +74,9 @@ def prepare(case: ModelCase, device: torch.device) -> Work:
 def _stock(case: ModelCase) -> nn.Module:
     """Builds the stock net, which has torch's own layers.
 
-    With torchvision's initial weights, a ResNet-50 amplifies rounding errors so much that even the
-    results of correct implementations differ too much to be compared. Therefore the last batch norm
-    of each residual block, whose weights ``zero_init_residual`` sets to 0, gets the small weights
-    ``LAST_WEIGHT``. With them, a step in 16 bits is close to a step in fp32.
+    With torchvision's initial weights, a ResNet-50 amplifies rounding errors so much that correct
+    implementations can't be compared. So the last batch norm of each residual block gets the small
+    weight ``LAST_WEIGHT``. ``zero_init_residual`` marks these batch norms by the weight 0.
     """
     torch.manual_seed(0)
     model = bnres.models.create_model(
@@ -134,8 +131,7 @@ def _training(case: ModelCase, device: torch.device) -> Work:
     )
 
     def loss_of(forward: Callable[[Tensor], Tensor], cast: bool) -> tuple[Tensor, Tensor]:
-        # Autocast's cache of cast weights is disabled, because it makes the capture of a CUDA graph
-        # fail.
+        # With autocast's cache of cast weights, the capture of a CUDA graph would fail.
         with torch.autocast(
             device.type, dtype if cast else torch.bfloat16,
             enabled=cast and dtype != torch.float32, cache_enabled=False,
@@ -156,8 +152,8 @@ def _training(case: ModelCase, device: torch.device) -> Work:
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
         if case.launch == "graph":
-            # scaler.step() is not called here. It reads on the host whether a gradient overflowed,
-            # and this can't be captured in a CUDA graph.
+            # scaler.step() reads on the host whether a gradient overflowed, which can't be captured
+            # in a CUDA graph.
             optimizer.step()
         else:
             scaler.step(optimizer)

@@ -14,10 +14,10 @@ STAGES = ("stem", "layer1")
 
 
 def run(device: torch.device) -> int:
-    """Runs the operations in bf16. Returns the number of runs.
+    """Runs the operations in bf16, on small tensors if there is no GPU. Returns the number of runs.
 
-    Operations with batch norms run forward and backward, once in each layout. Convolutions run only
-    on a GPU, once, in channels_last and in inference. Without a GPU the tensors are small.
+    Operations with batch norms run forward and backward, once in each layout. Convolutions run once
+    in inference, in channels_last and only on a GPU.
     """
     on_gpu = device.type == "cuda"
     done = 0

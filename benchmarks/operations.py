@@ -70,8 +70,7 @@ class Inputs:
 
         def copy(value: object) -> object:
             if isinstance(value, Tensor):
-                # Without copy=True, a tensor that already has this dtype would not be copied, and
-                # both would share its memory.
+                # copy=True also copies a tensor that already has this dtype.
                 return value.detach().to(dtype, copy=True).requires_grad_(value.requires_grad)
             if isinstance(value, tuple):
                 return tuple(copy(v) for v in value)
@@ -111,11 +110,10 @@ def make_inputs(
         return random(*shape).to(dtype).contiguous(memory_format=LAYOUTS[layout])
 
     def gradient(shape: tuple[int, ...]) -> Tensor:
-        """Makes a gradient dy that has a mean other than zero and is correlated with x.
+        """Makes a gradient dy with a mean other than zero. If it has x's shape, it depends on x.
 
         dx depends on the sum of dy and on the sum of dy * xhat, where xhat is the normalised x. If
-        these sums were close to zero, an error in them would not be noticed. If the operation
-        pools, dy does not have the shape of x and is not correlated with x.
+        these sums were close to zero, an error in them would not be noticed.
         """
         skewed = random(*shape) + 1
         if shape == tuple(x.shape):

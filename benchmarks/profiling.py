@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch.autograd import DeviceType
 
-# Each group has a pattern for the names of its kernels (on a GPU) or of its operators (on the CPU).
-# A name belongs to the first group whose pattern matches.
+# Groups of kernels (on a GPU) or of operators (on the CPU). A name belongs to the first group whose
+# pattern it matches.
 GROUPS = (
     ("batch norm", r"(?<!conv)_bn_|batch_?norm|bn_(fw|bw)|bnorm|bnres::"),
     ("pooling", r"pool"),
@@ -35,9 +35,8 @@ class Profile:
     """Means over the profiled steps. Times are in seconds.
 
     Attributes:
-        kernels: time and number of launches of each kernel in a step. On the CPU it is the time and
-            the number of calls of each operator. The time of an operator does not include the
-            operators that it calls.
+        kernels: time and number of launches of each kernel in a step. On the CPU, time and number
+            of calls of each operator, without the time of the operators that it calls.
         span: time from the start of the first kernel to the end of the last kernel, divided by the
             number of steps. On the CPU it is 0.
         idle: part of the span in which no kernel ran.
@@ -73,7 +72,7 @@ def profile(run: Callable[[], object], device: torch.device, trace: Path | None 
     spans = []
     for event in profiler.events() or []:
         if on_gpu:
-            # Annotations are left out, because the kernels that they span have their own events.
+            # The kernels inside an annotation have their own events.
             if event.device_type != DeviceType.CUDA or event.is_user_annotation:
                 continue
             microseconds = event.time_range.elapsed_us()

@@ -1,7 +1,7 @@
 """Checks, without a GPU, that `benchmarks.first_contact` will run on a machine with a GPU.
 
-``python -m benchmarks rehearse`` runs the real compiler, triton's launcher and the child processes
-of `benchmarks.campaign`. It can't find slow kernels or data races.
+The checks run the real compiler, triton's launcher and the child processes of a campaign. They
+can't find slow kernels or data races.
 """
 
 import os
@@ -16,8 +16,7 @@ from benchmarks import cudnn_graphs, first_contact
 from benchmarks.audit import specialisations
 from benchmarks.environment import ROOT
 
-# These tests run convolutions in fp32. Tests of larger nets with the same convolutions are left
-# out.
+# These tests run convolutions in fp32. ``-k`` leaves out larger nets with the same convolutions.
 TF32_TESTS = (
     "tests/test_conv.py", "tests/test_fold.py", "tests/test_smoke.py",
     "-k", "not architectures and not derivatives and not batch_norms",
@@ -28,8 +27,8 @@ Outcome = tuple[bool | None, str]
 def compiled() -> Outcome:
     """Checks that every kernel compiles, does not spill too many registers, and can be launched.
 
-    A kernel is checked for each combination of dtypes, constants and alignments that our operations
-    use. The launches call a stand-in for CUDA's driver.
+    Each combination of dtypes, constants and alignments that our operations use is checked. The
+    launches call a stand-in for CUDA's driver.
     """
     found = specialisations.run(os.cpu_count() or 1)
     counts = f"{found.compiled} compiled, {found.launched} launched"

@@ -1,10 +1,10 @@
 """A model of data-parallel training on many GPUs, with and without synchronised batch norm.
 
-The time of a training step is the step's time on one GPU plus the time of the communication that
-does not overlap with backward. The time of a collective is computed by NCCL's cost model: a latency
-for each step of the collective, plus bytes divided by bandwidth. `SOURCES` says where the constants
-come from. Only the training step of ResNet-18 was measured on a GPU.
-`gloo_table` compares the same formula with measured times of gloo on this machine's CPU.
+The time of a training step is its time on one GPU plus the time of the communication that does not
+overlap with backward. The time of a collective is computed by NCCL's cost model: a latency for each
+transfer from GPU to GPU, plus bytes divided by bandwidth. `SOURCES` says where the constants come
+from. Only the step of ResNet-18 was measured on a GPU. `gloo_table` compares the cost model
+with measured times of gloo on this machine's CPU.
 """
 
 import math
@@ -21,15 +21,14 @@ from torch import nn
 
 from bnres import models
 
-# For each net: the seconds of a training step of 256 images on one GPU, and where this number comes
-# from.
+# For each net: the seconds of a training step of 256 images on one GPU, and their source.
 STEPS = {
     "resnet18": (9.04e-3, "measured on an H200"),
     "resnet50": (256 / 7160, "published for an H100, MLPerf v4.0"),
 }
 BACKWARD = 2 / 3  # Backward takes this fraction of a step's time.
-# DDP sends gradients in buckets. These are its default sizes of the first bucket and of the later
-# buckets, in bytes.
+# DDP sends gradients in buckets. These are the default sizes in bytes of the first bucket and of
+# the later ones.
 FIRST_BUCKET, BUCKET = 1 << 20, 25 << 20
 GPUS = (8, 16, 32, 64, 128, 256, 512, 1024)
 SOURCES = """\
@@ -47,10 +46,9 @@ class Protocol:
     """Costs of one of NCCL's protocols.
 
     Attributes:
-        base: latency of a collective in seconds, to which the latencies of its steps are added. A
-            step is one transfer from GPU to GPU.
-        local: latency of a step over NVLink, in seconds.
-        remote: latency of a step over the network, in seconds.
+        base: latency of a collective in seconds, to which the latencies of its transfers are added.
+        local: latency of a transfer from GPU to GPU over NVLink, in seconds.
+        remote: latency of a transfer over the network, in seconds.
         share: fraction of the bandwidth that is available for data.
     """
 
@@ -72,7 +70,7 @@ class Cluster:
         gpus: number of GPUs per node.
         nvlink: bytes per second that a GPU sends inside its node.
         network: bytes per second that a node sends.
-        latency: the latencies are those of NCCL's constants, multiplied by this factor.
+        latency: factor by which NCCL's latencies are multiplied.
     """
 
     gpus: int = 8
@@ -104,7 +102,7 @@ class Cluster:
         return min(*rings, *trees)
 
     def all_gather(self, size: int, gpus: int) -> float:
-        """Returns the seconds of an all-gather. Every GPU sends ``size`` bytes to all other GPUs.
+        """Returns the seconds of an all-gather of ``size`` bytes from each GPU.
 
         NCCL always uses a ring for an all-gather.
         """
@@ -122,9 +120,8 @@ class Traffic:
 
     Attributes:
         gradients: bytes of all parameters' gradients in fp32.
-        sites: number of channels of each synchronisation. There is one synchronisation for each
-            batch norm, except that the two batch norms at the end of a down-sampling block are
-            synchronised together.
+        sites: number of channels of each synchronisation. Each batch norm is synchronised by
+            itself, but the two at the end of a down-sampling block together.
     """
 
     gradients: int
@@ -134,7 +131,7 @@ class Traffic:
     def forward(self) -> list[int]:
         """The bytes that a process sends in each synchronisation of a forward.
 
-        A process sends, for each channel, the count, the mean and the sum of squared deviations.
+        These are the count, the mean and the sum of squared deviations of each channel.
         """
         return [STATISTICS * 3 * channels for channels in self.sites]
 
@@ -142,7 +139,7 @@ class Traffic:
     def backward(self) -> list[int]:
         """The bytes that a process sends in each synchronisation of a backward.
 
-        A process sends two sums for each channel.
+        These are two sums of each channel.
         """
         return [STATISTICS * 2 * channels for channels in self.sites]
 
@@ -184,8 +181,8 @@ def traffic(net: str) -> Traffic:
 def exposed(buckets: Sequence[int], backward: float, reduce: Callable[[int], float]) -> float:
     """Returns the seconds from the end of backward to the end of the gradients' all-reduces.
 
-    Gradients are sent in buckets. A bucket is sent when backward has computed all its gradients and
-    the previous bucket has been sent.
+    A bucket is sent when backward has computed all its gradients and the previous bucket has been
+    sent.
 
     Args:
         buckets: bytes of each bucket.
@@ -224,8 +221,8 @@ def efficiency(net: str, gpus: int, cluster: Cluster, sync: str = "") -> float:
     return STEPS[net][0] / step(net, gpus, cluster, sync)
 
 
-# The keys say how batch norm is synchronised. bnres uses an all-gather among all GPUs, or inside
-# each node if each node is a process group. The all-reduce is modelled only for comparison.
+# Ways to synchronise batch norm. bnres uses an all-gather among all GPUs, or inside each node if
+# each node is a process group. The all-reduce is modelled only for comparison.
 KINDS = {
     "": "local batch norm",
     "node": "synchronised in each node",
@@ -334,9 +331,9 @@ def measure(world: int) -> list[float]:
 
 
 def fit(medians: Sequence[float], world: int) -> tuple[float, float]:
-    """Returns a ring's seconds per step and bytes per second, fitted to two measured times.
+    """Returns a ring's seconds per transfer and bytes per second.
 
-    These are the times in ``medians`` for the smallest and the largest of ``SIZES``.
+    They are fitted to the times in ``medians`` for the smallest and the largest of ``SIZES``.
     """
     steps, moved = 2 * (world - 1), 2 * (world - 1) / world
     rate = moved * (SIZES[-1] - SIZES[0]) / (medians[-1] - medians[0])
@@ -346,7 +343,7 @@ def fit(medians: Sequence[float], world: int) -> tuple[float, float]:
 def ring(size: int, world: int, latency: float, rate: float) -> float:
     """Returns the modelled seconds of a ring's all-reduce of ``size`` bytes by ``world`` processes.
 
-    ``latency`` is the seconds of a step, and ``rate`` is the bytes per second.
+    ``latency`` is the seconds of a transfer, and ``rate`` is the bytes per second.
     """
     return 2 * (world - 1) * latency + 2 * (world - 1) / world * size / rate
 
@@ -354,8 +351,8 @@ def ring(size: int, world: int, latency: float, rate: float) -> float:
 def gloo_table() -> str:
     """Formats the measured times and the predicted times of gloo's all-reduce on this CPU.
 
-    The model is fitted to the measured times of the smallest and the largest size in two processes.
-    The fitted model predicts the times of all sizes, in two and in four processes.
+    `ring` predicts the times. Its constants are fitted to the measured times of the smallest and
+    the largest size in two processes.
     """
     measured = {world: measure(world) for world in (2, 4)}
     latency, rate = fit(measured[2], 2)

@@ -1,7 +1,6 @@
 """Lists the batch norms and convolutions of ResNet-18 and ResNet-50 for images of 224×224.
 
-A *site* is a batch norm or a convolution of a net. Several batch norms of the same shape that are
-followed by the same operations are one site. So are several convolutions of the same shape that are
+A *site* stands for all batch norms, or all convolutions, of a net that have the same shape and are
 followed by the same operations.
 """
 
@@ -25,8 +24,7 @@ class Site:
     Attributes:
         name: stage of the net. If it ends in ``-entry``, the site is the batch norm before the
             stage's strided convolution.
-        operation: operation that a net of torch's layers computes (``bn``, ``bn_relu`` or
-            ``bn_add_relu``), or a fused operation that can replace it.
+        operation: ``bn``, ``bn_relu`` or ``bn_add_relu``, or a fused operation that can replace it.
         channels: number of channels.
         size: height and width of the activation.
         count: number of these batch norms in the net.
@@ -130,8 +128,8 @@ def conv_sites(net: str) -> tuple[ConvSite, ...]:
     """Lists the convolutions of a net that our convolution kernel supports, without duplicates."""
     with torch.device("meta"):
         model = models.create_model(net, fused=False)
-    # `conv_calls` lists each convolution with and without a residual. But only the last convolution
-    # of a block is followed by an addition. It is 3×3 in ResNet-18's blocks and 1×1 in ResNet-50's.
+    # `conv_calls` lists each convolution with and without a residual. In a net, only the last
+    # convolution of a block has a residual. It is 3×3 in ResNet-18 and 1×1 in ResNet-50.
     taps = 9 if net == "resnet18" else 1
     found: dict[ConvSite, None] = {}
     for call in conv_calls(model, IMAGE, torch.bfloat16):

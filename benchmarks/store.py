@@ -21,8 +21,7 @@ class ResultStore:
 
     Args:
         folder: folder of the results. It is created if it does not exist.
-        environment: description of this environment, as `benchmarks.environment.describe` returns
-            it.
+        environment: result of `benchmarks.environment.describe`.
 
     Raises:
         ValueError: if the folder's results are from a different environment, or if the folder can't

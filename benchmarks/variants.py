@@ -30,14 +30,13 @@ from bnres.kernels.outputs import empty_mask
 
 BATCH, SMALL_BATCH, SMALL_SIZE = 256, 2, 16
 EPS = 1e-5
-# The results of two configurations may differ by up to this relative error, because each sums in a
-# different order and rounds its results to bf16.
+# The greatest allowed relative difference between the results of two configurations. They sum in
+# different orders and round the results to bf16.
 TOLERANCE = 2**-8
-# A CUDA graph contains one call of a kernel for each set of tensors, but at least CALLS calls. Its
-# replay is timed REPLAYS times.
+# A CUDA graph contains at least CALLS calls of a kernel. Its replay is timed REPLAYS times.
 CALLS, REPLAYS = 16, 5
 # Consecutive calls use different sets of tensors, so that no call finds its inputs in the L2 cache.
-# The x of all sets together is at least this many times as large as the cache.
+# Together, the tensors x of all sets are at least this many times as large as the cache.
 COLD_FACTOR = 3
 # Every kernel is tried with these values of num_stages.
 STAGES = (1, 2, 3, 4, 5)
@@ -70,7 +69,7 @@ def variants(kernel: str) -> Iterator[KernelTuning]:
 
 @contextmanager
 def tuned(kernel: str, tuning: KernelTuning) -> Iterator[None]:
-    """Inside the context, ``kernel`` is launched with the configuration ``tuning``."""
+    """Makes ``tuning`` the configuration of ``kernel`` inside a ``with`` block."""
     before = config.TUNING[kernel]
     plans = launch._plan, launch._plan_columns
     config.TUNING[kernel] = tuning
@@ -87,9 +86,8 @@ def tuned(kernel: str, tuning: KernelTuning) -> Iterator[None]:
 def calls(shape: tuple[int, ...], layout: str, device: torch.device) -> dict[str, Call]:
     """Returns for each kernel a call of its launcher on random bf16 tensors.
 
-    A call returns tensors that it has written. The calls of ``reduce`` and ``reduce_two_norms``
-    allocate new tensors. Each other call writes to the same tensors every time. ``reduce`` and
-    ``dx`` are the kernels of the backward of BN+ReLU.
+    A call returns tensors that it has written. Only ``reduce`` and ``reduce_two_norms`` allocate
+    new tensors in each call.
     """
 
     def tensor(shape: Sequence[int] = shape) -> Tensor:
@@ -126,10 +124,9 @@ def calls(shape: tuple[int, ...], layout: str, device: torch.device) -> dict[str
 
 
 def seconds(calls: Sequence[Call]) -> float:
-    """Returns the mean seconds of the calls, replayed from a CUDA graph.
+    """Returns the mean seconds of the calls in the fastest of several replays of a CUDA graph.
 
-    The graph is replayed several times, and the fastest replay counts. Without a GPU, the first
-    call is timed once.
+    Without a GPU, the first call is timed once.
     """
     if not torch.cuda.is_available():
         start = time.perf_counter()
@@ -171,14 +168,14 @@ def run(out: Path, minutes: float, device: torch.device) -> int:
     small. Returns how many configurations are left.
 
     Raises:
-        torch.AcceleratorError: if a configuration has made the GPU unusable. ``out`` has a line for
-            this configuration too, so the next run leaves it out.
+        torch.AcceleratorError: if a configuration has made the GPU unusable. The next run leaves
+            this configuration out.
     """
     deadline = time.monotonic() + 60 * minutes
     lines = out.read_text(encoding="utf-8").splitlines() if out.exists() else []
     done = {json.loads(line)["id"] for line in lines}
     left = 0
-    # Only the first site of each stage is used, because the other sites have the same size.
+    # All sites of a stage have the same size, so the first one is used.
     sites = {site.name: site for site in reversed(RESNET18_SITES)}
     for layout, (name, site) in itertools.product(LAYOUTS, reversed(sites.items())):
         shape, count = site.shape(BATCH), 1
