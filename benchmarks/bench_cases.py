@@ -1,4 +1,4 @@
-"""Times cases with pytest-benchmark: the most important ones on a GPU, small inputs on a CPU."""
+"""Times cases with pytest-benchmark: the most important on a GPU, small ones on a CPU."""
 
 from contextlib import nullcontext
 from functools import cache

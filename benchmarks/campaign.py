@@ -70,8 +70,8 @@ def run(
     """Measures, in order, the cases that have no result yet. Returns the number of new results.
 
     Consecutive cases that differ only in their provider are a group. A group is skipped if its
-    estimated time exceeds the remaining time. So is each case of a group that was started. A case
-    that is interrupted after the deadline gets no result.
+    estimated time exceeds the remaining time. The same rule applies to each case of a group that is
+    not skipped. A case that is interrupted after the deadline gets no result.
 
     Args:
         store: folder to which the results are added.

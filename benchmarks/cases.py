@@ -185,7 +185,7 @@ def _directions(site: Site | ConvSite) -> tuple[str, ...]:
 
 
 def _op_subjects() -> Iterator[tuple[int, OpCase]]:
-    """Yields (rank, case) for each operation, with the first provider only."""
+    """Yields (rank, case) for each operation, always with the first provider."""
     for net in NETS:
         later = 4 if net == "resnet50" else 0
         sites: list[Site | ConvSite] = [*bn_sites(net), *conv_sites(net)]

@@ -162,7 +162,7 @@ def side_stream(device: torch.device) -> Iterator[None]:
 
     A CUDA graph can't be captured on the default stream. The work before the capture has to run on
     the new stream too: autograd accumulates a parameter's gradient on the stream of the first
-    forward that used the parameter, and the capture fails if that is another stream.
+    forward that used the parameter. If the capture is on another stream, it fails.
     """
     if device.type != "cuda":
         yield
@@ -241,8 +241,8 @@ def _round(
 def cache_flush() -> Call:
     """Returns a call that evicts all data from the L2 cache.
 
-    The call reads four times as many bytes as the cache has. If it wrote them, the cache would
-    write them back to memory during the call that is timed.
+    The call reads four times as many bytes as the cache has. It does not write, because the cache
+    would write these bytes back to memory during the call that is timed.
     """
     size = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
     scratch = torch.zeros(size, dtype=torch.float32, device="cuda")

@@ -181,7 +181,8 @@ def _attempt(stage: Stage, folder: Path, seconds: float) -> dict[str, Any]:
 def _wait(process: "subprocess.Popen[bytes]", seconds: float) -> int | None:
     """Returns a process's exit code, or None if it took longer than ``seconds``.
 
-    In the second case the process is interrupted, and killed after another ``INTERRUPTED`` seconds.
+    A process that takes longer is interrupted. If it does not exit within ``INTERRUPTED`` seconds,
+    it is killed.
     """
     try:
         return process.wait(seconds)

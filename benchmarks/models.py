@@ -39,8 +39,8 @@ class Work:
         run: runs one training step or one inference.
         forward: runs the forward of a training step, including the loss, or runs one inference.
         verify: returns the relative error of the logits. Raises `benchmarks.check.WrongResult` if
-            the logits, or the gradients in training, differ too much from the stock net's. It must
-            be called before ``run``, because a training step changes the weights.
+            the logits, or the gradients in training, differ too much from the stock net's. Call
+            ``verify`` before ``run``, because a training step changes the weights.
         model: the net.
     """
 

@@ -110,10 +110,11 @@ def make_inputs(
         return random(*shape).to(dtype).contiguous(memory_format=LAYOUTS[layout])
 
     def gradient(shape: tuple[int, ...]) -> Tensor:
-        """Makes a gradient dy with a mean other than zero. If it has x's shape, it depends on x.
+        """Makes a gradient dy whose mean is not zero, and that is correlated with x.
 
         dx depends on the sum of dy and on the sum of dy * xhat, where xhat is the normalised x. If
-        these sums were close to zero, an error in them would not be noticed.
+        these sums were close to zero, an error in them would not be noticed. The dy of a pooled
+        output is not correlated with x.
         """
         skewed = random(*shape) + 1
         if shape == tuple(x.shape):

@@ -16,7 +16,7 @@ from benchmarks import cudnn_graphs, first_contact
 from benchmarks.audit import specialisations
 from benchmarks.environment import ROOT
 
-# These tests run convolutions in fp32. ``-k`` leaves out larger nets with the same convolutions.
+# These tests run convolutions in fp32. ``-k`` leaves out tests of larger nets with them.
 TF32_TESTS = (
     "tests/test_conv.py", "tests/test_fold.py", "tests/test_smoke.py",
     "-k", "not architectures and not derivatives and not batch_norms",

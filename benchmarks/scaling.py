@@ -3,8 +3,8 @@
 The time of a training step is its time on one GPU plus the time of the communication that does not
 overlap with backward. The time of a collective is computed by NCCL's cost model: a latency for each
 transfer from GPU to GPU, plus bytes divided by bandwidth. `SOURCES` says where the constants come
-from. Only the step of ResNet-18 was measured on a GPU. `gloo_table` compares the cost model
-with measured times of gloo on this machine's CPU.
+from. Only the step of ResNet-18 was measured on a GPU. `gloo_table` compares the cost model with
+measured times of gloo on this machine's CPU.
 """
 
 import math
