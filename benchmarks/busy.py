@@ -8,8 +8,8 @@ from benchmarks.audit.host import Timed, ruler
 
 SECONDS = 0.5
 # The host is busy if `spread` returns more than this number. With nine busy processes on two cores,
-# `spread` returned 1.6 to 2.2. Wall times are compared, because they include the time that a thread
-# waits for a core. With CPU times, the ratio was only 1.07 to 1.11.
+# `spread` returned 1.6 to 2.2. The same ratio of CPU times, which don't include the time that a
+# thread waits for a core, was only 1.07 to 1.11.
 MOST_SPREAD = 1.25
 
 

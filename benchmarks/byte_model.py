@@ -1,17 +1,16 @@
 """The fewest bytes that a fused operation can move, in units of S.
 
-S is the size of one activation tensor in bytes. A forward in training reads the input of a batch
-norm twice, once for the statistics and once for the output, and writes the output. A backward reads
-its inputs twice, once for the sums of each channel and once for the gradients. If an operation adds
-a residual that has no batch norm, its forward also stores one bit for each element, which says
-whether the input of the ReLU is positive. The backward reads these bits.
+S is the size of one activation tensor in bytes. In training, forward and backward read their inputs
+twice, once for the sums of each channel and once for the result. If an operation adds a residual
+that has no batch norm, its forward also stores one bit for each element, which says whether the
+input of the ReLU is positive. The backward reads these bits.
 
-The model assumes that no read finds its data in the L2 cache. In fact a small tensor stays in the
-cache, so an operation on a small tensor can be faster than the model allows.
+The model assumes that no read finds its data in the L2 cache. A small tensor does stay in the
+cache, so an operation on it can be faster than the model allows.
 
 The benchmarks report the bytes of this model, divided by the measured time, as the bandwidth of an
-implementation. So an implementation that takes half the time has twice the bandwidth, however many
-bytes it moves. ``benchmarks.audit`` counts the bytes that our kernels actually move.
+implementation, even if it moves more bytes. ``benchmarks.audit`` counts the bytes that our kernels
+actually move.
 """
 
 from benchmarks.sites import ConvSite

@@ -115,7 +115,7 @@ def idle_share(case: Case, record: Record, store: ResultStore) -> Record:
 
     The share is max(1 - replay / loop, 0). ``loop`` is the time of a step whose kernels the host
     launches. ``replay`` is the time of the step in a CUDA graph, where the GPU does not wait for
-    the host. The gaps of about a microsecond between a graph's kernels don't count as idle.
+    the host.
 
     The result is empty if ``case`` is not a step whose kernels the host launches, or if the step
     was not measured in a CUDA graph.

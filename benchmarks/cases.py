@@ -255,7 +255,7 @@ LATE = ("compile-max-autotune", "torchvision-image")
 def _ranked() -> list[tuple[int, Case]]:
     """Returns (rank, case) for every case, the lowest rank first.
 
-    Cases of equal rank are in this order: operations, nets, augmentations.
+    Of equal rank, operations come first, followed by nets and augmentations.
     """
     ranked: list[tuple[int, Case]] = []
     subjects: list[tuple[int, Case]] = [*_op_subjects(), *_model_subjects(), *_augment_subjects()]

@@ -218,20 +218,12 @@ def _round(
 ) -> Callable[[], None]:
     """Returns a function that makes the calls, and advances the clock by the mean time of a call.
 
-    Args:
-        clock: clock that the round advances.
-        queued: the calls, or one call that replays a graph.
-        stream: stream to launch them on.
-        flush: flushes the L2 cache before the calls. If it is None, the cache is not flushed.
-        host_seconds: seconds that the host needs to queue the calls. The device sleeps for longer
-            than this before the first call. If it is 0, the device does not sleep.
-        replayed: results of the calls in the graph, if there is a graph.
-        captured: calls in the graph, if there is a graph. The graph uses the addresses of their
-            tensors, so the returned function keeps the calls and the results alive.
+    If ``queued`` is the replay of a graph, the graph contains the calls ``captured``, whose results
+    are ``replayed``. It uses the addresses of their tensors.
     """
     share = 1 / (len(replayed) or len(queued))
 
-    # The default value of the argument keeps the tensors alive.
+    # The default value of the argument keeps the graph's tensors alive.
     def once(kept: Any = (replayed, captured)) -> None:
         clock.seconds += share * _between_events(queued, stream, flush, host_seconds)
 

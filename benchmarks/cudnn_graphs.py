@@ -1,8 +1,8 @@
 """Validates the graphs of the cuDNN provider without cuDNN and without a GPU.
 
-Before a graph is built, cuDNN's frontend calls only one function of cuDNN. This function returns
-cuDNN's version, so a stand-in library that returns a version is enough to validate graphs.
-``python -m benchmarks.cudnn_graphs`` prints how many graphs are valid.
+To validate a graph, cuDNN's frontend calls only the function that returns cuDNN's version. So a
+stand-in library with this function is enough. ``python -m benchmarks.cudnn_graphs`` prints how many
+graphs are valid.
 """
 
 import os

@@ -169,12 +169,12 @@ def verify(
     Args:
         case: the operation.
         implementation: implementation that is bound to ``inputs``.
-        inputs: inputs that no call has used yet, because a call in training updates their running
+        inputs: inputs that no call has used yet. Each call in training changes the running
             statistics, which are compared too.
 
     Returns:
-        A tuple of the greatest relative error and some of the implementation's results: its
-        gradients if the case's direction is ``backward``, otherwise its outputs.
+        A tuple (error, results). ``error`` is the greatest relative error. ``results`` are the
+        gradients if the case's direction is ``backward``, otherwise the outputs.
 
     Raises:
         WrongResult: if an error exceeds its tolerance, or if a dtype, the output's memory format or
