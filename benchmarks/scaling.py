@@ -236,8 +236,8 @@ def table(cluster: Cluster = Cluster()) -> str:
     lines = [
         f"Assumptions: a node has {cluster.gpus} GPUs. Inside a node, each GPU sends "
         f"{cluster.nvlink / 1e9:g} GB/s in each direction. Each node sends "
-        f"{cluster.network / 1e9:g} GB/s to other nodes. Latencies are {cluster.latency:g} times "
-        "those of NCCL.",
+        f"{cluster.network / 1e9:g} GB/s to other nodes. Latencies are those of NCCL, "
+        f"multiplied by {cluster.latency:g}.",
         "",
         SOURCES,
         "",
@@ -246,15 +246,17 @@ def table(cluster: Cluster = Cluster()) -> str:
         found = traffic(net)
         forward, backward = sum(found.forward) / 1e3, sum(found.backward) / 1e3
         lines += [
-            f"{net} sends {found.gradients / 1e6:,.1f} MB of gradients in a step. Synchronised, "
-            f"its batch norms have {len(found.sites)} collectives in each direction, because those "
-            f"of a down-sampling block share one. A process sends {forward:,.1f} kB in forward and "
-            f"{backward:,.1f} kB in backward. Assumed time of a step of 256 images on a GPU: "
+            f"{net} has {found.gradients / 1e6:,.1f} MB of gradients. If its batch norms are "
+            f"synchronised, forward and backward have {len(found.sites)} collectives each. (The "
+            "two batch norms whose outputs a down-sampling block adds share one.) In these "
+            f"collectives a process sends {forward:,.1f} kB in forward and {backward:,.1f} kB in "
+            "backward. On one GPU, a step of 256 images is assumed to take "
             f"{seconds * 1e3:.2f} ms ({source}).",
             "",
-            "If all collectives are rings, each GPU sends in a step:",
+            "In a step each GPU sends the following, if all collectives are rings:",
             "",
-            "| GPUs | gradients, MB | messages | synchronised batch norm, MB | messages |",
+            "| GPUs | MB of gradients | messages of gradients | MB of batch norm "
+            "| messages of batch norm |",
             "|---:" * 5 + "|",
         ]
         for gpus in GPUS:
