@@ -80,9 +80,9 @@ setup(
     ],
     python_requires=">=3.11",
     packages=["bnres", *(f"bnres.{p}" for p in PACKAGES)],
-    # With this, an editable install adds the clone to sys.path. Otherwise, setuptools would add an
-    # import finder, which Python uses only if no folder on sys.path has the package. If the current
-    # folder then contained a clone named bnres, Python would import the clone as an empty package.
+    # With this, an editable install adds the clone's folder to sys.path. Otherwise setuptools would
+    # install an import finder, which Python asks only after searching sys.path. If Python then
+    # started in the folder that contains the clone, it would import the clone as an empty package.
     package_dir={"": "."},
     package_data={"bnres": ["py.typed"]},
     entry_points={

@@ -108,8 +108,9 @@ def _bn_bwd_reduce_kernel(
 ):  # fmt: skip
     """Stores each channel's Σ dz, Σ dz·(x − mean) and Σ dz·(residual − residual_mean) over a split.
 
-    partial_ptr points to a tensor (3, splits, C). If the residual has no batch norm of its own, the
-    tensor is (2, splits, C), without the third sum. If dz_ptr is not None, dz is also stored.
+    A split is a range of rows. partial_ptr points to a tensor (3, splits, C), or (2, splits, C)
+    without the third sum if the residual has no batch norm of its own. If dz_ptr is not None, dz is
+    also stored.
     """
     TWO_NORMS: tl.constexpr = residual_mean_ptr is not None
     col_block, split = tl.program_id(0), tl.program_id(1)

@@ -46,11 +46,11 @@ def _sample(x_ptr, index, offs_c, mask_c, shape, TILE: tl.constexpr, ACC: tl.con
 
 @triton.jit
 def _adaptive_pivot(x_ptr, offs_c, mask_c, shape, TILE: tl.constexpr, ACC: tl.constexpr):
-    """Returns each channel's pivot, which is subtracted from x in the sums: (channels,).
+    """Returns the pivot of each channel: (channels,). The sums are computed from x − pivot.
 
-    A pivot near the data avoids cancellation if the data are far from zero. Any finite pivot is
-    correct. The pivot is estimated from four elements. It is 0 if the estimate is small compared
-    with the elements' spread, or is not less than 1e38.
+    Any finite pivot is correct. A pivot near the data avoids cancellation if the data are far from
+    zero. The pivot is estimated from four elements. It is 0 if the magnitude of the estimate is
+    small compared with the spread of the elements, or at least 1e38.
     """
     count = shape[0]
     a = _sample(x_ptr, count // 8, offs_c, mask_c, shape, TILE, ACC)

@@ -121,7 +121,7 @@ def _store_two(ptr, step, at, v, v_right, exists, has_right, TILE: tl.constexpr)
 def _after(first, v):
     """Returns ``first`` followed by all columns of ``v`` except the last.
 
-    The function compiles to no instructions.
+    The function compiles to no instructions: it only renames a thread's registers.
     """
     if v.shape[1] == 1:
         return first

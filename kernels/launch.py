@@ -193,7 +193,10 @@ def launch(kernel: Any, plan: Plan, **named: Any) -> None:
     unknown = [name for name in named if name not in names]
     missing = [name for name in names if name not in arguments]
     if unknown or missing:
-        raise TypeError(f"{kernel.fn.__name__}: unknown arguments {unknown}, missing {missing}")
+        raise TypeError(
+            f"{kernel.fn.__name__}: unknown arguments: {', '.join(unknown) or 'none'}; missing "
+            f"arguments: {', '.join(missing) or 'none'}"
+        )
     ordered = {name: arguments[name] for name in names}
     tile = ordered.get("TILE")
     if tile is not None and tile.words and any(map(_starts_inside_word, ordered.values())):

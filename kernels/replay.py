@@ -142,11 +142,12 @@ class Replay:
         with recorded_launches() as launches:
             call()
         self._ran.add(aligned)
+        # If a tensor is given as two arguments, a launch does not show which of them it reads.
         given = [id(t) for group in groups for t in group if t is not None]
         if (
             launches  # the list is empty if kernels are interpreted
             and aligned
-            and len(set(given)) == len(given)  # the place of a tensor given twice is ambiguous
+            and len(set(given)) == len(given)
             and all(isinstance(launch.compiled, CompiledKernel) for launch in launches)
         ):
             self._record(launches, [t for group in groups for t in group], groups[-1][0])
@@ -213,7 +214,7 @@ def _is_pointer(argument: object) -> bool:
 
 
 def _room_for(t: Tensor) -> int:
-    """Returns the number of bytes of scratch memory that a tensor needs."""
+    """Returns a tensor's size in bytes, rounded up to a multiple of ``SCRATCH_ALIGNMENT``."""
     return -(-t.nbytes // SCRATCH_ALIGNMENT) * SCRATCH_ALIGNMENT
 
 

@@ -93,7 +93,7 @@ def few_graphs() -> Iterator[None]:
 
 @pytest.fixture
 def pair() -> "tuple[torch.nn.Module, torch.nn.Module]":
-    """Returns a fused and a stock copy of `small_models.small`."""
+    """Returns a fused copy of the model that `small_models.small` builds, and this model."""
     import bnres
     from tests.small_models import small
 

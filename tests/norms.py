@@ -32,7 +32,7 @@ class Cases(list):
     """A list of test cases. A case has a forward of `Norms` and the other arguments of `check`."""
 
     def add(self, *patterns, reason="", grad=True):
-        """Returns a decorator that adds a forward, and these arguments of `check`, to the list."""
+        """Returns a decorator that adds a forward to the list, with the arguments given here."""
 
         def decorate(forward):
             case = {"forward": forward, "patterns": list(patterns), "reason": reason, "grad": grad}

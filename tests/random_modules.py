@@ -94,7 +94,7 @@ class Writer:
         self.count = 0
 
     def source(self) -> str:
-        """Returns the source of the class and of the classes that it uses."""
+        """Writes the body of forward, and returns the source of the class and of its blocks."""
         self.statements(self.rng.choice((1, 2, 2, 3)))
         self.emit(f"return {self.result()}")
         body = ["def __init__(self):", "    super().__init__()", *("    " + s for s in self.setup)]

@@ -46,7 +46,7 @@ def plain_norm(channels):
 
 
 def double(*values):
-    """Returns the values with all tensors in fp64, also tensors inside tuples."""
+    """Returns the values with all tensors, also those inside tuples, converted to fp64."""
     return [tree_map(lambda v: v.double() if isinstance(v, torch.Tensor) else v, v) for v in values]
 
 

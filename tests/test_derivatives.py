@@ -106,7 +106,7 @@ def test_loss_whose_gradient_depends_on_the_output(act, training):
 
 
 def test_tensor_returned_out_of_a_transform():
-    """A tensor that torch.func.grad has wrapped can be used after torch.func.grad has returned."""
+    """The wrapper of x that torch.func.grad passes to its function can be used afterwards."""
     (x, *others), stats = inputs()
     leaked = []
     torch.func.grad(lambda x: (leaked.append(x), x.sum())[1])(x)

@@ -43,9 +43,9 @@ def load(source: str, name: str) -> type[nn.Module]:
 def build(cls: type[nn.Module], seed: int, dtype: torch.dtype) -> nn.Module:
     """Returns a module whose norms have random parameters and statistics.
 
-    In fp64 the first weight may be 0. Then every output of the first channel is the first bias,
-    which may be 0 or 6, the bounds of relu6. In fp32 no weight is 0, because a norm after a
-    constant channel would divide rounding errors by sqrt(eps).
+    In fp64 a norm's first weight may be 0. Then every output of the first channel is the first
+    bias, which may be 0 or 6, the bounds of relu6. In fp32 no weight is 0: the channel would be
+    constant, and a later norm would divide its rounding errors by sqrt(eps), which is small.
     """
     torch.manual_seed(seed)
     rng = random.Random(seed)

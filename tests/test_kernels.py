@@ -145,9 +145,9 @@ def test_outputs_may_be_allocated_by_the_caller(last):
 def test_launch_refuses_unknown_and_missing_arguments():
     x = torch.ones(2, 3, 4, 4, device=DEVICE)
     kernel, plan = bn_forward._bn_stats_kernel, launch.plan("stats", x)
-    with pytest.raises(TypeError, match=r"_bn_stats_kernel: unknown arguments \['y_ptr'\]"):
+    with pytest.raises(TypeError, match="_bn_stats_kernel: unknown arguments: y_ptr;"):
         launch.launch(kernel, plan, sums_ptr=x, x_ptr=x, y_ptr=None)
-    with pytest.raises(TypeError, match=r"unknown arguments \[\], missing \['count', 'C'"):
+    with pytest.raises(TypeError, match="unknown arguments: none; missing arguments: count, C"):
         launch.launch(kernel, launch.Plan((1, 1), {"ACC": tl.float32}), sums_ptr=x, x_ptr=x)
 
 

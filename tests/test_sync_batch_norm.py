@@ -126,9 +126,10 @@ class Case:
 
 
 def check_cases(cases, sizes, route, dtypes, tolerance):
-    """Compares this rank's part with the whole batch.
+    """Compares synchronised batch norm on this rank's part with batch norm on the whole batch.
 
-    Returns the bits of the buffers, and the bits of y and of all gradients.
+    Returns two lists of bits: those of the buffers, which should be the same on all ranks, and
+    those of y and the gradients on this rank.
     """
     shared, own, part, wide = [], [], parts(sizes), (torch.float64, torch.float64)
     for shape, *options in cases:

@@ -104,7 +104,7 @@ OPTIONS = {"ema": 0.9, "accumulate": 2, "clip_norm": 1.0, "flip": True, "drop_la
 )
 @pytest.mark.parametrize("after", [2, 4, pytest.param(6, marks=pytest.mark.slow)])
 def test_resumed_run_equals_an_uninterrupted_run(tiny, tmp_path, options, after):
-    """A run that is resumed in the middle or at the end of an epoch ends with the same bits."""
+    """The run is resumed in the middle or at the end of an epoch, and gives the same bits."""
     asked = config(epochs=2, **options)
     path = tmp_path / "checkpoint.pt"
 

@@ -55,8 +55,8 @@ CONVOLUTIONS = ((64, (3, 1, 1, 1)), (24, (1, 2, 0, 1)), (5, (3, 2, 2, 2)))
 # For each parameter, the values that `pairs` combines.
 VALUES: Axes = {
     "input": tuple(INPUTS),
-    # With a residual, relu saves a bit mask for backward, silu saves the residual, and identity
-    # saves neither.
+    # One activation for each thing that forward may save for backward if there is a residual: relu
+    # saves a bit mask, silu the residual, and identity neither.
     "act": ("relu", "identity", "silu"),
     "dtype": (torch.bfloat16, torch.float32, torch.float64),
     "kernel_size": (POOLING,),
@@ -184,7 +184,8 @@ def functional_calls(name: str) -> Iterator[Call]:
     others = {name: values for name, values in OTHERS.items() if name in axes}
     modes = [(True, "all"), (False, "all"), (False, "none")]
     if "kernel_size" in axes or "conv_weight" in axes:
-        # The pooling and convolution kernels treat planes of all sizes alike. "planes" is enough.
+        # These kernels treat all sizes of contiguous inputs alike, so the keys "odd planes" and
+        # "small planes" of INPUTS are left out.
         axes["input"] = tuple(name for name in INPUTS if not name.endswith(" planes"))
     if "kernel_size" in axes:
         # In fp64 the function calls torch's pooling.

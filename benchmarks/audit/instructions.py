@@ -68,7 +68,7 @@ class Flow:
     def kernel(self) -> list[Instruction]:
         """The kernel's own instructions, without the called routines and the padding after them.
 
-        The padding starts with a branch to itself.
+        The padding starts with a branch instruction that jumps to itself.
         """
         ends = [
             target

@@ -89,15 +89,15 @@ def launches(build: Build, shape: tuple[int, ...]) -> int:
 
 
 class AtenCounts(TorchDispatchMode):
-    """While the mode is active, counts ATen's operations, and the bytes that operations move.
+    """While active, counts ATen's operations, and the bytes that ATen's and bnres's ones move.
 
     Attributes:
         operations: number of ATen's operations that read or write memory. An operation makes one or
             more launches.
         moved: bytes that all operations except convolutions move. An ATen operation is assumed to
             read its arguments once (see ``TWICE`` for the exceptions) and to write its results
-            once. For an operation of bnres, the bytes are its value in ``sectors`` times the bytes
-            of its input.
+            once. An operation of bnres moves the bytes of its input times the value in ``sectors``
+            for the operation and the direction.
     """
 
     def __init__(self, sectors: Sectors, training: bool) -> None:

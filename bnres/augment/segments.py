@@ -75,7 +75,7 @@ def size_of(images: Tensor) -> tuple[int, int, int]:
             f"images must be (N, C, H, W) with 1 or 3 channels, got {tuple(images.shape)}"
         )
     if images.dtype != torch.uint8 and not images.is_floating_point():
-        raise ValueError(f"images must be uint8 or floating, got {images.dtype}")
+        raise ValueError(f"images must be uint8 or floating point, got {images.dtype}")
     n, _, height, width = images.shape
     return n, height, width
 

@@ -97,8 +97,8 @@ def inductor() -> Iterator[None]:
     Batch norms are fused before autograd traces a graph, and after the passes that the user has set
     in ``torch._inductor.config.pre_grad_custom_pass``.
 
-    AOTAutograd caches graphs that are compiled in this context. It does not cache graphs that are
-    compiled with the backend ``"bnres"`` and ``options={"inner": "inductor"}``.
+    AOTAutograd caches the graphs that are compiled in this context, unlike those that the backend
+    ``"bnres"`` compiles with ``options={"inner": "inductor"}``.
     """
     from bnres.fusion.inductor import with_pass
 

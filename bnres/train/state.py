@@ -109,10 +109,10 @@ def build_model(
     size: tuple[int, int],
     given: nn.Module | None = None,
 ) -> nn.Module:
-    """Returns the model on ``config.device``. Its random weights depend on ``config.seed``.
+    """Builds a model on ``config.device``, with random weights that depend on ``config.seed``.
 
-    If a model is ``given``, it is used instead of ``config.model``, and is changed in place.
-    ``size`` is the height and width of the images.
+    If ``given`` is a model, this model is used instead of ``config.model``, and is changed in
+    place. ``size`` is the height and width of the images.
     """
     torch.manual_seed(config.seed)
     if given is None:

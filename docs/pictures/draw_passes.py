@@ -7,7 +7,7 @@ from pathlib import Path
 
 # For each picture and row, the kernels as (name, tensors that the kernel reads and writes). Each
 # tensor is one pass. y is the batch norm's output, s is the sum, and z is the activation's output.
-# ¼ is a tensor with a quarter of the elements.
+# ¼ is the max-pool's output or its gradient, which has a quarter of the elements of x.
 STATS, APPLY = ("statistics", "read x"), ("normalise", "read x, write y")
 DRAWINGS = {
     "bn-act": {
