@@ -37,6 +37,8 @@ def _parts(pattern: str) -> list[str]:
 def stock_passes(pattern: str, itemsize: int) -> float:
     """Returns how many passes torch's layers need for a pattern, in forward and backward."""
     parts = _parts(pattern)
+    # Forward and backward make 3 + 5 passes for a batch norm, 3 + 0 for an addition, and 2 + 3 for
+    # an activation.
     found = 8.0 * parts.count("bn") + 3 * ("add" in parts) + 5 * ("act" in parts)
     if "pool" in parts:
         found += 2 * (1 + POOLED + POOLED * INDEX_BYTES / itemsize)
@@ -47,6 +49,7 @@ def fused_passes(pattern: str, itemsize: int) -> float:
     """Returns how many passes the fused operation needs for a pattern, in forward and backward."""
     parts = _parts(pattern)
     bit = 1 / (8 * itemsize)
+    # docs/performance.md has these numbers for itemsize 2, separately for forward and backward.
     if "pool" in parts:
         return 5.25 + 4 * bit
     if parts.count("bn") == 2:
