@@ -74,8 +74,8 @@ class Buffers(NamedTuple):
     residual_device_momentum: Maybe = None
 
 
-# In `Inputs` and in `Buffers`, the fields of x's batch norm and the fields of the residual's batch
-# norm must have the same order, because `states_of` reads them by position.
+# The fields of `Inputs` and `Buffers` must stay in this order, because other functions read them by
+# position, for example `states_of`.
 
 # The names of the buffers that training writes to.
 WRITTEN = tuple(name for name in Buffers._fields if not name.endswith("device_momentum"))
@@ -84,10 +84,11 @@ WRITTEN = tuple(name for name in Buffers._fields if not name.endswith("device_mo
 class Spec(NamedTuple):
     """The arguments of a call that are not tensors, and two facts about its backward pass.
 
-    ``needs_grad`` says whether backward may run, and ``reads_x`` says whether backward reads the
-    values of x. If ``pools`` is True, the call includes the max-pool of a ResNet's stem. This
-    max-pool has a 3×3 window, stride 2 and padding 1, and the call has no residual. ``group`` is
-    the name of the process group if the batch norm is synchronised, otherwise an empty string.
+    - ``needs_grad``: whether backward may run.
+    - ``reads_x``: whether backward reads the values of x.
+    - ``pools``: whether the call ends with the max-pool of a ResNet's stem, which has a 3×3 window,
+      stride 2 and padding 1. A call with this max-pool has no residual.
+    - ``group``: name of the process group of a synchronised batch norm, otherwise an empty string.
     """
 
     act: str
@@ -107,9 +108,10 @@ class Spec(NamedTuple):
 class Outputs(NamedTuple):
     """y, and the tensors kept for backward. A tensor that is not kept is None.
 
-    ``statistics`` are the mean and rstd = 1/sqrt(var + eps) of each batch norm. ``mask`` has one
-    bit per element of y, which is 1 where the derivative of relu is 1. With a max-pool, ``argmax``
-    is the position of each maximum in its window, and ``x_max`` is the value of x there.
+    - ``statistics``: the mean and rstd = 1/sqrt(var + eps) of each batch norm.
+    - ``mask``: one bit per element of y, which is 1 where the derivative of relu is 1.
+    - ``argmax``: the position of each maximum in its window, if the call ends with a max-pool.
+    - ``x_max``: the value of x at each of these positions.
     """
 
     y: Tensor
@@ -122,12 +124,12 @@ class Outputs(NamedTuple):
 class Saved(NamedTuple):
     """The tensors that backward reads.
 
-    If backward does not read the values of x, the field ``x`` is y or None. It is y if there is a
-    mask, because the kernel that reads the mask needs a tensor with the shape and strides of x, and
-    y has both.
+    If backward does not read the values of x, x is not saved. With a mask, y is then stored in the
+    field ``x``, because the kernel still needs the shape and strides of x. Without a mask, the
+    field ``x`` is None.
 
-    ``total`` (1,) is only given for a synchronised batch norm. It is the number of values per
-    channel, summed over all processes that share statistics.
+    ``total`` (1,) is the number of values per channel, summed over all processes of a synchronised
+    batch norm. For other batch norms it is None.
     """
 
     x: Maybe
@@ -176,9 +178,10 @@ def _forward(inputs: Inputs, buffers: Buffers, spec: Spec, recording: Recording)
 
 
 def _norms(saved: Inputs | Saved, statistics: Any) -> tuple[Norm, Norm | None]:
-    """Returns the batch norm of x, and the batch norm of the residual or None if there is none.
+    """Returns the batch norm of x and the batch norm of the residual.
 
-    ``statistics`` has one item for each of these batch norms.
+    ``statistics`` has one item for each batch norm. If the residual has no batch norm, the second
+    result is None.
     """
     norm, *others = statistics
     residual_norm = Norm(others[0], saved.residual_weight, saved.residual_bias) if others else None
@@ -188,8 +191,7 @@ def _norms(saved: Inputs | Saved, statistics: Any) -> tuple[Norm, Norm | None]:
 def _launch_forward(inputs: Inputs, buffers: Buffers, outputs: Outputs, spec: Spec) -> None:
     """Computes the values of ``outputs``.
 
-    If ``outputs.statistics`` is None, training writes the batch's statistics to scratch memory, and
-    evaluation normalises with the running statistics in ``buffers``.
+    In evaluation `prepare_evaluation` has already computed ``outputs.statistics``.
     """
     from bnres.kernels.bn_forward import bn_apply
     from bnres.kernels.bn_max_pool import bn_max_pool
@@ -219,11 +221,11 @@ def _again(inputs: Inputs, kept: Sequence[Any], spec: Spec) -> Tensor:
 
 
 def _saved(inputs: Inputs, y: Tensor, kept: Sequence[Any], spec: Spec) -> Saved:
-    # A tensor that was not kept is None, or an empty tensor if a custom operator returned it.
     statistics, mask, argmax, x_max = kept
     if spec.pools:
         return Saved(*inputs, statistics, None, argmax, x_max)
     if not _saves_mask(inputs, spec):
+        # A custom operator returns an empty tensor instead of None.
         mask = None
     if not spec.reads_x:
         # The next layer usually saves y too, so saving y here takes no additional memory.
@@ -234,7 +236,7 @@ def _saved(inputs: Inputs, y: Tensor, kept: Sequence[Any], spec: Spec) -> Saved:
 
 
 class Asked(NamedTuple):
-    """Which results backward must compute: dx, dresidual and the sums. `Computed` defines them."""
+    """Whether backward must compute dx, dresidual and the sums, which `Computed` defines."""
 
     dx: bool
     dresidual: bool
@@ -244,10 +246,14 @@ class Asked(NamedTuple):
 class Computed(NamedTuple):
     """The results of backward. A result that was not computed is None.
 
-    ``dx`` and ``dresidual`` are the gradients of x and of the residual. If the residual has no
-    batch norm, ``dresidual`` is dz, the gradient of the activation's input z. The sums have one
-    value per channel: ``sum_dy`` = Σ dz and ``sum_dy_xhat`` = Σ dz·xhat, where
-    xhat = (x − mean)·rstd. The last two fields are the same sums for the residual's batch norm.
+    Here dz is the gradient of the activation's input z.
+
+    - ``dx``: the gradient of x.
+    - ``dresidual``: the gradient of the residual, which is dz if the residual has no batch norm.
+    - ``sum_dy``: Σ dz over each channel.
+    - ``sum_dy_xhat``: Σ dz·xhat over each channel, where xhat = (x − mean)·rstd.
+    - ``residual_sum_dy`` and ``residual_sum_dy_xhat``: the same sums for the residual's batch norm,
+      whose xhat is computed from the residual.
     """
 
     dx: Maybe
@@ -259,9 +265,9 @@ class Computed(NamedTuple):
 
 
 def _reduces(spec: Spec, asked: Asked) -> bool:
-    """Whether backward needs the reduce pass, which computes the sums and may write dz.
+    """Whether backward needs the reduce pass, which computes the sums and can write dresidual.
 
-    In evaluation dx does not depend on the sums.
+    In training dx depends on the sums. In evaluation it does not.
     """
     if spec.has_residual_norm:
         return spec.training or asked.sums
@@ -297,11 +303,12 @@ def _backward(
 def _launch_backward(gradients: Gradients, saved: Saved, computed: Computed, spec: Spec) -> None:
     """Computes the values of ``computed``.
 
-    The reduce pass computes the sums, and the dx pass computes dx. A pass that is not needed does
-    not run. The reduce pass also writes dz = (dy + dy_skip)·act'(z) in two cases: if dz is needed
-    as the gradient of the residual, and if a max-pool has a ``dy_skip``. The dx pass then reads dz
-    instead of dy and dy_skip. With a max-pool, the reduce pass reads x only at the positions of the
-    maxima, because dz is zero everywhere else.
+    The reduce pass computes the sums. With a max-pool, it reads x only at the positions of the
+    maxima, because dz is zero everywhere else. The dx pass computes dx.
+
+    The reduce pass also writes dz = (dy + dy_skip)·act'(z) if dz is the gradient of the residual,
+    or if a max-pool has a ``dy_skip``. The dx pass then reads dz instead of dy and dy_skip. If the
+    reduce pass has not written the gradient of the residual, the dx pass writes it.
     """
     from bnres.kernels.bn_backward import bn_backward_dx, bn_backward_reduce
     from bnres.kernels.bn_max_pool import bn_max_pool_backward_dx
@@ -422,9 +429,9 @@ def _formula_of(statistics: Sequence[Statistics], saved: Saved, spec: Spec) -> T
 
 
 def unpack_mask(mask: Tensor, x: Tensor) -> Tensor:
-    """Returns the 1-bit ``mask`` of ``x``, unpacked to booleans in the shape of ``x``.
+    """Returns ``mask``, which has one bit per element of ``x``, as booleans in the shape of ``x``.
 
-    ``x`` is contiguous or channels_last.
+    ``x`` must be contiguous or channels_last.
     """
     from bnres.kernels.bn_backward import bn_backward_dx
 
@@ -506,8 +513,8 @@ def as_call(
     device_momentum, number = split_momentum(momentum)
     inputs: Any = (input, weight, bias, input_bias, residual)
     buffers: Any = (running_mean, running_var, counter, device_momentum)
-    # The fields has_residual_norm, residual_momentum and residual_eps of `Spec`. They have no
-    # defaults, because torch.compile would replace a default number with a symbol.
+    # The values of has_residual_norm, residual_momentum and residual_eps. These fields of `Spec`
+    # have no defaults, because torch.compile would replace a default number with a symbol.
     of_residual_norm = (False, 0.0, 0.0)
     if residual_norm is not None:
         norm = residual_norm
@@ -519,8 +526,8 @@ def as_call(
         buffers += (norm.running_mean, norm.running_var, counter, device_momentum)
         of_residual_norm = (True, residual_number, norm.eps)
     # In evaluation the statistics are constants, so backward reads x only for the weight's gradient
-    # and for the activation's derivative. It does not read x for the derivative of identity, which
-    # is 1, nor for the derivative of relu, which is stored in the mask.
+    # and for the activation's derivative. Two derivatives do not need x: the derivative of identity
+    # is 1, and the derivative of relu is stored in the mask.
     depends_on_x = name not in ("identity", "relu") or wants_grad(weight)
     reads_x = training or pools or residual_norm is not None or depends_on_x
     needs_grad = wants_grad(*inputs)
@@ -563,18 +570,17 @@ def batch_norm_act(
         weight: (C,); None means 1.
         bias: (C,); None means 0.
         input_bias: (C,), added to ``input``; None means 0. For example, ``input`` can be the output
-            of a convolution without its bias, and ``input_bias`` the bias. In training the bias
-            only changes the running mean, which takes no additional time. The result does not
-            depend on the bias, because the mean of the batch is subtracted.
+            of a convolution without its bias, and ``input_bias`` the bias. In training
+            ``input_bias`` changes only the running mean. It does not change the result, because the
+            mean of the batch is subtracted.
         residual: None, or a tensor that is added before the activation. It has the shape of
             ``input``. If the dtypes of ``input`` and ``residual`` differ, the result has the dtype
             of ``input + residual``.
-        residual_norm: a batch norm that is applied to ``residual`` before the addition, or None. A
-            ResNet's down-sampling block ends with such an addition. ``training`` applies to both
-            batch norms.
+        residual_norm: None, or a batch norm that is applied to ``residual`` before the addition, as
+            in a ResNet's down-sampling block. ``training`` applies to both batch norms.
         act: name or torch class of the activation; None means no activation.
-        act_kwargs: options of the activation, which are ``negative_slope`` for leaky_relu and
-            ``approximate`` for gelu.
+        act_kwargs: options of the activation. leaky_relu has ``negative_slope``, and gelu has
+            ``approximate``.
         training: whether to normalise with the statistics of the batch instead of the running
             statistics.
         momentum: weight of the batch in the running statistics. It may be a one-element tensor.
@@ -582,8 +588,8 @@ def batch_norm_act(
         eps: added to the variance.
         num_batches_tracked: one-element integer tensor or None. Training increments it.
         fork: whether to return the result as two tensors that share memory, one for each of two
-            consumers. The backward kernels then add the two gradients, so autograd needs no
-            separate addition.
+            consumers. The backward kernels then add the gradients of the two tensors, so autograd
+            needs no separate addition.
 
     Returns:
         A tensor with the shape and memory format of ``input``. Its dtype is the dtype of ``input``,
@@ -620,9 +626,8 @@ def batch_norm(
 ) -> Tensor:
     """Computes ``(input - mean) / sqrt(var + eps) * weight + bias`` by the fused kernels.
 
-    This is `batch_norm_act` without a residual and without an activation, and with the signature of
-    `torch.nn.functional.batch_norm` (Ioffe and Szegedy, arXiv 1502.03167). `batch_norm_act`
-    describes the arguments.
+    The signature is that of `torch.nn.functional.batch_norm` (Ioffe and Szegedy, arXiv 1502.03167).
+    The arguments are described at `batch_norm_act`.
     """
     return batch_norm_act(
         input, running_mean, running_var, weight, bias, act=None, training=training,
