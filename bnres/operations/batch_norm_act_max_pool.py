@@ -16,8 +16,8 @@ from bnres.operations.call import call, needs_aten
 Size = int | tuple[int, int]
 
 # With again=None, `bnres.recompute` stores the output of this operation instead of recomputing it.
-# In a ResNet this output is the residual of the first block, and the first block's output can be
-# recomputed only if its residual is stored.
+# In a ResNet this output is the residual of the first block. A block's output can be recomputed
+# only if the block's residual is stored.
 BATCH_NORM_ACT_MAX_POOL = replace(BATCH_NORM_ACT, again=None)
 
 
@@ -45,14 +45,18 @@ def batch_norm_act_max_pool2d(
     """Computes ``max_pool2d(act(batch_norm(input + input_bias)))``, as in the stem of a ResNet.
 
     With a 3×3 window, stride 2 and padding 1, one kernel normalises, applies the activation and
-    pools. It does not write the activation's output to memory, but rounds it to the dtype of
-    ``input`` before pooling. If the largest value of a window occurs several times, the gradient
-    goes to its first position. If a window contains NaN, its result is NaN, as in
-    `torch.nn.functional.max_pool2d`.
+    pools. The kernel does not write the activation's output to memory, but rounds it to the dtype
+    of ``input`` before pooling. If the largest value of a window occurs several times, the gradient
+    goes to the first of these positions. If a window contains NaN, the result for this window is
+    NaN, as in `torch.nn.functional.max_pool2d`.
 
-    In all other cases `batch_norm_act` runs, followed by torch's pooling. Examples are other
-    windows, CPU tensors, fp64, an ``input`` with 2^31 − 2^24 elements or more, and a contiguous
-    ``input`` in which the size of a row is not a multiple of 32 bytes.
+    `batch_norm_act` followed by torch's pooling runs instead of this kernel for:
+
+    - other windows, strides or paddings, a dilation, or ``ceil_mode``
+    - CPU tensors and fp64
+    - an ``input`` with 2^31 − 2^24 elements or more
+    - a contiguous ``input`` whose rows (of W elements) are not a multiple of 32 bytes long
+    - `torch.vmap`, and programs that are exported or traced
 
     Args:
         input: (N, C, H, W), otherwise as in `batch_norm_act`.
@@ -63,7 +67,8 @@ def batch_norm_act_max_pool2d(
             `batch_norm_act`.
 
     Returns:
-        (N, C, OH, OW) in the dtype and memory format of ``input``. With ``fork``, two such tensors.
+        (N, C, OH, OW) in the dtype and memory format of ``input``, where OH and OW are the height
+        and width after pooling. With ``fork``, two such tensors.
 
     Raises:
         ValueError: if ``input`` is not 4-D, or if `batch_norm_act` raises it.
