@@ -1,8 +1,8 @@
-"""Handles a batch norm's tensors and options, and the statistics with which it normalises.
+"""Handles the tensors, options and statistics of an operation's batch norms.
 
-A norm is one batch norm. An operation has a norm of x, and may also have a norm of the residual.
-The statistics that are kept for backward are one tensor, in which each norm has a row for the mean
-and a row for rstd = 1/sqrt(var + eps).
+In this file a norm is one batch norm. An operation has a norm of x, and may also have a norm of the
+residual. The statistics that are kept for backward are one tensor. In this tensor, each norm has a
+row for the mean and a row for rstd = 1/sqrt(var + eps).
 """
 
 from typing import Any, NamedTuple
@@ -82,10 +82,11 @@ def rows_of(statistics: Tensor, x: Tensor) -> list[Statistics]:
 
 
 def prepare_evaluation(inputs: Any, buffers: Any, spec: Any, statistics: Tensor | None) -> Any:
-    """Returns the buffers for evaluation, after subtracting input biases from running means.
+    """Returns the buffers for evaluation, with each input bias subtracted from its running mean.
 
-    If ``statistics`` is not None, each norm's mean and rstd are stored in it for backward, because
-    the buffers may change before backward.
+    The kernels then need not add the input bias to x. The given buffers do not change. If
+    ``statistics`` is not None, each norm's mean and rstd are stored in ``statistics``, because the
+    buffers may change before backward.
     """
     x = inputs.x
     if inputs.input_bias is not None:
@@ -103,10 +104,10 @@ def prepare_evaluation(inputs: Any, buffers: Any, spec: Any, statistics: Tensor 
 
 
 def of_input_bias(statistics: Statistics, input_bias: Tensor | None) -> Statistics:
-    """Returns statistics for evaluation whose mean has a derivative with respect to ``input_bias``.
+    """Returns ``statistics`` with a mean that is differentiable with respect to ``input_bias``.
 
-    The value of the mean does not change. `prepare_evaluation` has already subtracted
-    ``input_bias``, but without recording a derivative.
+    `prepare_evaluation` has already subtracted ``input_bias`` from the mean, but it detached
+    ``input_bias`` first. The value of the mean does not change here.
     """
     if input_bias is None:
         return statistics
@@ -118,10 +119,10 @@ def launch_statistics(
 ) -> Statistics | RunningStatistics:
     """Returns the statistics with which ``x`` is normalised.
 
-    In training a kernel computes the statistics of the batch and updates the buffers of ``norm``.
-    The kernel writes the statistics to ``kept``, or to scratch memory if ``kept`` is None. In
-    evaluation the result is ``kept``, which `prepare_evaluation` has filled. If ``kept`` is None,
-    the result is the running statistics of ``norm``.
+    - In training, a kernel computes the statistics of the batch and updates the buffers of
+      ``norm``. It writes the statistics to ``kept``, or to scratch memory if ``kept`` is None.
+    - In evaluation, the result is ``kept``, which `prepare_evaluation` has filled. If ``kept`` is
+      None, the result is the running statistics of ``norm``.
     """
     from bnres.kernels.bn_forward import bn_stats
 
