@@ -41,8 +41,9 @@ class Recording:
     def backward(self, asked: object, gradients: Sequence[Tensor | None]) -> Any:
         """Returns the launches of backward.
 
-        The launches depend on which results are ``asked`` for, and on the dtypes of the
-        ``gradients``. The gradients must have the strides of y.
+        The launches are stored by ``asked``, which says which results to compute, and by the dtypes
+        of the ``gradients``. They are not stored by strides, so the gradients must have the strides
+        of y.
         """
         return self._backward[asked, *[None if dy is None else dy.dtype for dy in gradients]]
 
@@ -109,24 +110,24 @@ def operator(
 ) -> Callable[..., Any]:
     """Returns a function that calls ``run``, either directly or inside a custom operator.
 
-    The custom operator is called under torch.compile, in dispatch modes, and for tensors for which
-    `dispatches` returns True. In all other cases ``run`` is called directly.
+    The custom operator is called under torch.compile, in dispatch modes, and for tensors whose
+    class intercepts operators, such as fake tensors. Otherwise ``run`` is called directly.
 
     Args:
         name: name of the operator.
-        run: a function whose arguments are a named tuple of each type in ``tensors``, a named tuple
-            of each type in ``options``, and a recording.
-        allocate: a function of the same named tuples that returns uninitialised outputs. It is the
-            fake implementation of the operator.
+        run: a function that takes one named tuple of each type in ``tensors``, one named tuple of
+            each type in ``options``, and a recording.
+        allocate: the fake implementation of the operator. It takes the named tuples that ``run``
+            takes, and returns uninitialised outputs.
         tensors: types of named tuples. Their fields are tensors or None.
-        options: types of named tuples. Their fields are plain values.
+        options: types of named tuples. Their fields are numbers, strings and tuples of numbers.
         outputs: the type of the named tuple that ``run`` returns. Its fields are tensors or None.
             The operator returns an empty tensor instead of None.
         writes: names of the fields that ``run`` writes to.
 
     Returns:
-        A function with the arguments of ``run``. The recording is passed by keyword. If it is not
-        None, ``run`` is always called directly.
+        A function with the arguments of ``run``, where the recording is passed by keyword. If the
+        recording is not None, ``run`` is always called directly.
     """
     groups = (*tensors, *options)
     fields = [field for group in groups for field in get_type_hints(group).items()]
