@@ -29,8 +29,8 @@ def batch_norm_act_aten(
         counter.add_(1)
     if isinstance(momentum, Tensor):
         if training:
-            # The running statistics are updated before the batch norm. torch.utils.checkpoint may
-            # stop its recomputation right after the batch norm, so it would skip a later update.
+            # The update must come before the batch norm. torch.utils.checkpoint may stop its
+            # recomputation right after the batch norm, and would skip an update that comes later.
             if input.numel():
                 bn_stats_ref(input.detach(), mean, var, momentum, eps)
             mean = var = None
@@ -40,8 +40,7 @@ def batch_norm_act_aten(
     else:
         y = F.batch_norm(input, mean, var, weight, bias, training, momentum, eps)
     # Without gradients nothing else reads the batch norm's result y, so the sum may overwrite y.
-    # In torch.vmap the sum may not overwrite y, because the sum does not fit into y if only the
-    # residual is mapped over.
+    # In torch.vmap the sum does not fit into y if only the residual is mapped over.
     if residual is not None:
         in_place = not (torch.is_grad_enabled() or is_compiling() or in_transform())
         in_place = in_place and residual.dtype == y.dtype
