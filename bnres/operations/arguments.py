@@ -67,14 +67,13 @@ def _check_device(name: str, t: Tensor, device: torch.device, other: str = "inpu
 def check_mapped(x: Tensor, norm: Any) -> None:
     """Raises an error if `torch.vmap` maps over ``x`` but not over the running statistics.
 
-    Training would then have to write several values, one for each mapped input, to one element of
-    the running statistics.
+    Each element of the running statistics would then get several values, one per mapped input.
     """
     if is_compiling() or not (levels := mapped_levels(x)):
         return
     for buffer in (norm.running_mean, norm.running_var):
         if buffer is not None and levels - mapped_levels(buffer):
-            # This call raises torch's own error, before it writes to a buffer.
+            # Here F.batch_norm raises torch's own error, before any buffer is written to.
             F.batch_norm(x, norm.running_mean, norm.running_var, training=True)
 
 
@@ -96,7 +95,7 @@ def check_conv_bias(conv_weight: Tensor, conv_bias: Tensor | None) -> None:
 
 
 def check_residual(residual: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
-    """Raises an error unless ``residual`` has this shape and is on this device."""
+    """Raises an error unless ``residual`` has the given shape and is on the given device."""
     if residual.shape != shape:
         raise ValueError(
             f"residual must have the shape of input, {tuple(shape)}, got {tuple(residual.shape)}"
@@ -116,13 +115,12 @@ def wants_grad(*tensors: Tensor | None) -> bool:
 def as_kernels_take(inputs: Any) -> Any:
     """Returns the inputs in the form that the kernels accept, copied where necessary.
 
-    x and the residual become dense, which means contiguous or channels_last. Both get one common
-    dtype and one common memory format. All other tensors become contiguous and one-dimensional.
+    x and the residual get the same dtype and the same memory format, either contiguous or
+    channels_last. All other tensors become contiguous and one-dimensional.
     """
     x, residual = inputs.x, inputs.residual
     if residual is not None and residual.dtype != x.dtype:
-        # Under autocast x and the residual may have different dtypes. Both are converted to the
-        # dtype that x + residual has.
+        # Under autocast x and the residual may have different dtypes.
         dtype = torch.promote_types(x.dtype, residual.dtype)
         x, residual = x.to(dtype), residual.to(dtype)
     x = dense(x)
@@ -167,8 +165,8 @@ def packed_buffers(buffers: Any, x: Tensor) -> Any:
 def copy_back(buffers: Any, packed: Any, names: Sequence[str]) -> None:
     """Copies values from ``packed`` to ``buffers`` for each buffer in ``names``.
 
-    ``packed`` is the result of `packed_buffers`. It contains copies of the buffers that were not
-    contiguous, and training wrote to these copies. All other buffers are already up to date.
+    ``packed`` is the result of `packed_buffers`. If a buffer is not contiguous, ``packed`` contains
+    a copy of it, and training wrote to the copy. All other buffers are already up to date.
     """
     for name in names:
         buffer, copy = getattr(buffers, name), getattr(packed, name)
@@ -179,7 +177,7 @@ def copy_back(buffers: Any, packed: Any, names: Sequence[str]) -> None:
 def as_dtype_of(t: Tensor, computed: Tensor) -> Tensor:
     """Returns ``computed`` in the dtype of ``t``.
 
-    `torch.Tensor.to` is only called if the dtypes differ, because it is slow even if nothing
-    changes.
+    `torch.Tensor.to` is only called if the dtypes differ, because even a call that changes nothing
+    takes time.
     """
     return computed if computed.dtype == t.dtype else computed.to(t.dtype)
