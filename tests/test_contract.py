@@ -247,7 +247,7 @@ def test_call_that_raises_changes_no_buffer(momentum, name):
         (
             {"residual": torch.ones(())},
             ValueError,
-            r"residual must have the shape of input, \(3, 4",
+            r"residual must have the shape \(3, 4",
         ),
     ],
 )

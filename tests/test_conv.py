@@ -280,7 +280,7 @@ def test_errors(route, monkeypatch):
     x, filter = torch.randn(2, 8, 4, 4, device=DEVICE), torch.randn(4, 8, 1, 1, device=DEVICE)
     mean, var = torch.zeros(4, device=DEVICE), torch.ones(4, device=DEVICE)
     with torch.no_grad(), bnres.use_conv_route(route):
-        with pytest.raises(ValueError, match=r"residual must have the shape of input, \(2, 4, 4"):
+        with pytest.raises(ValueError, match=r"residual must have the shape \(2, 4, 4"):
             conv2d_batch_norm_act(x, filter, None, mean, var, residual=x)
         with pytest.raises(RuntimeError, match="running_var should contain 4 elements not 3"):
             conv2d_batch_norm_act(x, filter, None, mean, var[:3])

@@ -14,11 +14,7 @@ from bnres.kernels.torch_internals import mapped_levels
 
 
 def check_input(input: Tensor, training: bool, name: str = "input") -> None:
-    """Raises an error unless ``input`` is a valid input of a batch norm.
-
-    A valid input has 2 to 5 dimensions and a supported dtype. In training it must not have exactly
-    one value per channel.
-    """
+    """Raises an error unless ``input`` is a valid input of a batch norm."""
     if not 2 <= input.dim() <= 5:
         raise ValueError(f"expected 2D to 5D {name} (got {input.dim()}D {name})")
     if input.dtype not in SUPPORTED_DTYPES:
@@ -33,10 +29,9 @@ def check_input(input: Tensor, training: bool, name: str = "input") -> None:
 def check_norm(
     norm: Any, channels: int, device: torch.device, training: bool, prefix: str = ""
 ) -> None:
-    """Raises an error unless ``norm`` fits an input with ``channels`` channels on ``device``.
+    """Raises an error unless ``norm``, a `BatchNormState`, fits ``channels`` and ``device``.
 
-    ``norm`` is a `bnres.operations.norms.BatchNormState`. In error messages, the name of each field
-    of ``norm`` begins with ``prefix``.
+    Error messages put ``prefix`` before the names of the fields of ``norm``.
     """
     for name in ("running_mean", "running_var", "weight", "bias", "input_bias"):
         tensor = getattr(norm, name)
@@ -67,7 +62,7 @@ def _check_device(name: str, t: Tensor, device: torch.device, other: str = "inpu
 def check_mapped(x: Tensor, norm: Any) -> None:
     """Raises an error if `torch.vmap` maps over ``x`` but not over the running statistics.
 
-    Each element of the running statistics would then get several values, one per mapped input.
+    Each running statistic would then get several values, one per mapped input.
     """
     if is_compiling() or not (levels := mapped_levels(x)):
         return
@@ -78,9 +73,9 @@ def check_mapped(x: Tensor, norm: Any) -> None:
 
 
 def check_conv_bias(conv_weight: Tensor, conv_bias: Tensor | None) -> None:
-    """Raises an error unless ``conv_weight`` is 4-D and ``conv_bias`` fits it.
+    """Raises an error unless ``conv_weight`` is 4-D and ``conv_bias`` has one value per filter.
 
-    ``conv_bias`` fits if it is None or has one value for each output channel.
+    ``conv_bias`` may also be None.
     """
     if conv_weight.dim() != 4:
         raise ValueError(f"expected 4D conv_weight (got {conv_weight.dim()}D conv_weight)")
@@ -98,7 +93,7 @@ def check_residual(residual: Tensor, shape: tuple[int, ...], device: torch.devic
     """Raises an error unless ``residual`` has the given shape and is on the given device."""
     if residual.shape != shape:
         raise ValueError(
-            f"residual must have the shape of input, {tuple(shape)}, got {tuple(residual.shape)}"
+            f"residual must have the shape {tuple(shape)}, got {tuple(residual.shape)}"
         )
     _check_device("residual", residual, device)
 
@@ -115,8 +110,8 @@ def wants_grad(*tensors: Tensor | None) -> bool:
 def as_kernels_take(inputs: Any) -> Any:
     """Returns the inputs in the form that the kernels accept, copied where necessary.
 
-    x and the residual get the same dtype and the same memory format, either contiguous or
-    channels_last. All other tensors become contiguous and one-dimensional.
+    x and the residual get the same dtype and the same memory format, contiguous or channels_last.
+    All other tensors become contiguous and one-dimensional.
     """
     x, residual = inputs.x, inputs.residual
     if residual is not None and residual.dtype != x.dtype:
@@ -125,8 +120,8 @@ def as_kernels_take(inputs: Any) -> Any:
         x, residual = x.to(dtype), residual.to(dtype)
     x = dense(x)
     if residual is not None:
-        # If the residual is x itself, it is replaced by a view, because torch.compile does not
-        # accept the same tensor as two arguments.
+        # torch.compile does not accept one tensor as two arguments, so a view replaces a residual
+        # that is x itself.
         residual = x.view_as(x) if residual is x else dense_like(residual, x)
     others = {
         name: packed(t) for name, t in inputs._asdict().items() if name not in ("x", "residual")
@@ -142,9 +137,9 @@ def packed(t: Tensor | None) -> Tensor | None:
 
 
 def counted(counter: Tensor | None, x: Tensor) -> Tensor | None:
-    """Returns ``counter``, a batch norm's num_batches_tracked, if the kernels can increment it.
+    """Returns ``counter`` (num_batches_tracked) if the kernels can increment it.
 
-    Otherwise this function increments the counter and returns None.
+    Otherwise ``counter`` is incremented here, and the result is None.
     """
     if counter is None or (counter.dtype == torch.int64 and counter.device == x.device):
         return counter
@@ -153,7 +148,7 @@ def counted(counter: Tensor | None, x: Tensor) -> Tensor | None:
 
 
 def packed_buffers(buffers: Any, x: Tensor) -> Any:
-    """Returns the buffers as contiguous tensors. Each counter is passed through `counted`."""
+    """Returns the buffers as contiguous tensors, and each counter as `counted` returns it."""
     return type(buffers)(
         *(
             counted(t, x) if name.endswith("counter") else None if t is None else t.contiguous()
@@ -163,10 +158,9 @@ def packed_buffers(buffers: Any, x: Tensor) -> Any:
 
 
 def copy_back(buffers: Any, packed: Any, names: Sequence[str]) -> None:
-    """Copies values from ``packed`` to ``buffers`` for each buffer in ``names``.
+    """Copies values back from ``packed`` to the buffers that `packed_buffers` had copied.
 
-    ``packed`` is the result of `packed_buffers`. If a buffer is not contiguous, ``packed`` contains
-    a copy of it, and training wrote to the copy. All other buffers are already up to date.
+    Training wrote to these copies. ``names`` are the buffers that training can write to.
     """
     for name in names:
         buffer, copy = getattr(buffers, name), getattr(packed, name)
@@ -177,7 +171,7 @@ def copy_back(buffers: Any, packed: Any, names: Sequence[str]) -> None:
 def as_dtype_of(t: Tensor, computed: Tensor) -> Tensor:
     """Returns ``computed`` in the dtype of ``t``.
 
-    `torch.Tensor.to` is only called if the dtypes differ, because even a call that changes nothing
-    takes time.
+    `torch.Tensor.to` takes time even if it changes nothing, so it is called only if the dtypes
+    differ.
     """
     return computed if computed.dtype == t.dtype else computed.to(t.dtype)
