@@ -1,4 +1,4 @@
 """The fused operations.
 
-A file that is named after an operation contains this operation. The other files contain helpers.
+Each file that is named after an operation contains this operation. The others contain helpers.
 """

@@ -29,8 +29,9 @@ def batch_norm_act_aten(
         counter.add_(1)
     if isinstance(momentum, Tensor):
         if training:
-            # The update must come before the batch norm. torch.utils.checkpoint may stop its
-            # recomputation right after the batch norm, and would skip an update that comes later.
+            # The running statistics must be updated before the batch norm runs, because
+            # torch.utils.checkpoint may stop its recomputation right after the batch norm and skip
+            # a later update.
             if input.numel():
                 bn_stats_ref(input.detach(), mean, var, momentum, eps)
             mean = var = None
@@ -39,8 +40,8 @@ def batch_norm_act_aten(
         y = _fixed(input, mean, var, weight, bias, eps)
     else:
         y = F.batch_norm(input, mean, var, weight, bias, training, momentum, eps)
-    # Without gradients nothing else reads the batch norm's result y, so the sum may overwrite y.
-    # In torch.vmap the sum does not fit into y if only the residual is mapped over.
+    # Without gradients nothing else reads the batch norm's result y, so y + residual may overwrite
+    # y. In torch.vmap the sum does not fit into y if only the residual is mapped over.
     if residual is not None:
         in_place = not (torch.is_grad_enabled() or is_compiling() or in_transform())
         in_place = in_place and residual.dtype == y.dtype
@@ -51,8 +52,8 @@ def batch_norm_act_aten(
 def _fixed(x: Tensor, mean: Any, var: Any, weight: Any, bias: Any, eps: float) -> Tensor:
     """Returns the batch norm of ``x`` in evaluation, without saving ``x`` for backward.
 
-    Backward would need ``x`` only for gradients of the statistics and the weight. The caller has
-    checked that these are not needed.
+    Only the gradients of the statistics and the weight depend on ``x``. The caller has checked that
+    they are not needed.
     """
     acc = torch.promote_types(x.dtype, var.dtype)
     scale = (var.to(acc) + eps).rsqrt() if weight is None else weight * (var.to(acc) + eps).rsqrt()

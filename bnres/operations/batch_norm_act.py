@@ -60,8 +60,8 @@ class Inputs(NamedTuple):
 class Buffers(NamedTuple):
     """The tensors that never get gradients.
 
-    ``counter`` is num_batches_tracked. A momentum that is a tensor is stored in
-    ``device_momentum``. A momentum that is a number is stored in `Spec`.
+    ``counter`` is num_batches_tracked. ``device_momentum`` is the momentum if it is a tensor. If it
+    is a number, it is stored in `Spec`.
     """
 
     running_mean: Maybe
@@ -74,8 +74,8 @@ class Buffers(NamedTuple):
     residual_device_momentum: Maybe = None
 
 
-# The fields of `Inputs` and `Buffers` must stay in this order, because other functions read them by
-# position, for example `states_of`.
+# The fields of `Inputs` and `Buffers` must stay in this order, because `states_of` and other
+# functions read them by position.
 
 # The names of the buffers that training writes to.
 WRITTEN = tuple(name for name in Buffers._fields if not name.endswith("device_momentum"))
@@ -124,12 +124,11 @@ class Outputs(NamedTuple):
 class Saved(NamedTuple):
     """The tensors that backward reads.
 
-    If backward does not read the values of x, x is not saved. With a mask, y is then stored in the
-    field ``x``, because the kernel still needs the shape and strides of x. Without a mask, the
-    field ``x`` is None.
+    If backward does not read the values of x, the field ``x`` is y or None. It is y if there is a
+    mask, because the kernel that reads the mask needs the shape and strides of x, which y also has.
 
-    ``total`` (1,) is the number of values per channel, summed over all processes of a synchronised
-    batch norm. For other batch norms it is None.
+    ``total`` (1,) is the number of values per channel, summed over all processes, or None if the
+    batch norm is not synchronised.
     """
 
     x: Maybe
@@ -148,10 +147,7 @@ class Saved(NamedTuple):
 
 
 def _saves_mask(inputs: Inputs, spec: Spec) -> bool:
-    """Whether forward saves a mask for relu.
-
-    With the mask, backward needs neither x nor the residual to compute relu's derivative.
-    """
+    """Whether forward saves a mask, so that relu's derivative needs neither x nor the residual."""
     added = inputs.residual is not None and not spec.has_residual_norm
     return spec.needs_grad and spec.act == "relu" and (added or not spec.reads_x)
 
@@ -178,10 +174,9 @@ def _forward(inputs: Inputs, buffers: Buffers, spec: Spec, recording: Recording)
 
 
 def _norms(saved: Inputs | Saved, statistics: Any) -> tuple[Norm, Norm | None]:
-    """Returns the batch norm of x and the batch norm of the residual.
+    """Returns the batch norm of x and the batch norm of the residual, which may be None.
 
-    ``statistics`` has one item for each batch norm. If the residual has no batch norm, the second
-    result is None.
+    ``statistics`` has one item for each batch norm.
     """
     norm, *others = statistics
     residual_norm = Norm(others[0], saved.residual_weight, saved.residual_bias) if others else None
@@ -225,7 +220,7 @@ def _saved(inputs: Inputs, y: Tensor, kept: Sequence[Any], spec: Spec) -> Saved:
     if spec.pools:
         return Saved(*inputs, statistics, None, argmax, x_max)
     if not _saves_mask(inputs, spec):
-        # A custom operator returns an empty tensor instead of None.
+        # Without a mask, a custom operator returns an empty tensor instead of None.
         mask = None
     if not spec.reads_x:
         # The next layer usually saves y too, so saving y here takes no additional memory.
@@ -236,7 +231,7 @@ def _saved(inputs: Inputs, y: Tensor, kept: Sequence[Any], spec: Spec) -> Saved:
 
 
 class Asked(NamedTuple):
-    """Whether backward must compute dx, dresidual and the sums, which `Computed` defines."""
+    """Whether backward must compute dx, dresidual and the sums. `Computed` explains them."""
 
     dx: bool
     dresidual: bool
@@ -267,7 +262,7 @@ class Computed(NamedTuple):
 def _reduces(spec: Spec, asked: Asked) -> bool:
     """Whether backward needs the reduce pass, which computes the sums and can write dresidual.
 
-    In training dx depends on the sums. In evaluation it does not.
+    In training, dx depends on the sums.
     """
     if spec.has_residual_norm:
         return spec.training or asked.sums
@@ -303,12 +298,13 @@ def _backward(
 def _launch_backward(gradients: Gradients, saved: Saved, computed: Computed, spec: Spec) -> None:
     """Computes the values of ``computed``.
 
-    The reduce pass computes the sums. With a max-pool, it reads x only at the positions of the
-    maxima, because dz is zero everywhere else. The dx pass computes dx.
+    The reduce pass computes the sums of dz = (dy + dy_skip)·act'(z). With a max-pool, it reads x
+    only at the positions of the maxima, because dz is zero everywhere else. The dx pass computes
+    dx.
 
-    The reduce pass also writes dz = (dy + dy_skip)·act'(z) if dz is the gradient of the residual,
-    or if a max-pool has a ``dy_skip``. The dx pass then reads dz instead of dy and dy_skip. If the
-    reduce pass has not written the gradient of the residual, the dx pass writes it.
+    The reduce pass also writes dz if dz is the gradient of the residual, or if a max-pool has a
+    ``dy_skip``. The dx pass then reads dz instead of dy and dy_skip. If the reduce pass does not
+    write the gradient of the residual, the dx pass does.
     """
     from bnres.kernels.bn_backward import bn_backward_dx, bn_backward_reduce
     from bnres.kernels.bn_max_pool import bn_max_pool_backward_dx
@@ -391,7 +387,7 @@ def _parameter_gradients(
     sum_dy, sum_dy_xhat = found[2 * index + 2 : 2 * index + 4]
     gradient = None
     if needs_input_bias and spec.training:
-        # y does not depend on input_bias, because subtracting the batch's mean cancels it.
+        # Subtracting the batch's mean cancels input_bias.
         gradient = torch.zeros_like(input_bias)
     elif needs_input_bias:
         gradient = sum_dy * rows_of(saved.statistics, saved.x)[index].rstd
@@ -431,15 +427,15 @@ def _formula_of(statistics: Sequence[Statistics], saved: Saved, spec: Spec) -> T
 def unpack_mask(mask: Tensor, x: Tensor) -> Tensor:
     """Returns ``mask``, which has one bit per element of ``x``, as booleans in the shape of ``x``.
 
-    ``x`` must be contiguous or channels_last.
+    The memory format of ``x`` must be contiguous or channels_last.
     """
     from bnres.kernels.bn_backward import bn_backward_dx
 
     with outside_of_transforms():
         ones = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).fill_(1)
         unit = torch.ones(x.shape[1], dtype=acc_type(x), device=x.device)
-        # Without sums, bn_backward_dx returns dy·rstd where the mask is set, and 0 elsewhere. With
-        # dy = 1 and rstd = 1, this is the unpacked mask.
+        # Without sums, bn_backward_dx returns dy·rstd where the mask is set, and 0 elsewhere. Here
+        # dy = 1 and rstd = 1.
         norm = Norm(Statistics(unit, unit))
         passed, _ = bn_backward_dx(
             ones, ones, norm, None, None, unwrapped(mask), "relu", 0.0, None, 1
@@ -507,14 +503,14 @@ def as_call(
     pools: bool = False,
     group: str = "",
 ) -> tuple[Inputs, Buffers, Spec]:
-    """Returns inputs, buffers and spec for a call of `batch_norm_act` with these arguments."""
+    """Returns the arguments of `batch_norm_act` as the inputs, buffers and spec of `call`."""
     name, param = resolve(act, act_kwargs)
     counter = num_batches_tracked if training else None
     device_momentum, number = split_momentum(momentum)
     inputs: Any = (input, weight, bias, input_bias, residual)
     buffers: Any = (running_mean, running_var, counter, device_momentum)
-    # The values of has_residual_norm, residual_momentum and residual_eps. These fields of `Spec`
-    # have no defaults, because torch.compile would replace a default number with a symbol.
+    # The values of has_residual_norm, residual_momentum and residual_eps. `Spec` has no defaults
+    # for these, because torch.compile would replace a default number with a symbol.
     of_residual_norm = (False, 0.0, 0.0)
     if residual_norm is not None:
         norm = residual_norm
@@ -525,9 +521,9 @@ def as_call(
         inputs += (norm.weight, norm.bias, norm.input_bias)
         buffers += (norm.running_mean, norm.running_var, counter, device_momentum)
         of_residual_norm = (True, residual_number, norm.eps)
-    # In evaluation the statistics are constants, so backward reads x only for the weight's gradient
-    # and for the activation's derivative. Two derivatives do not need x: the derivative of identity
-    # is 1, and the derivative of relu is stored in the mask.
+    # In evaluation the statistics are constants, so only the weight's gradient and the activation's
+    # derivative can depend on x. The derivative of identity is 1, and the derivative of relu is
+    # stored in the mask.
     depends_on_x = name not in ("identity", "relu") or wants_grad(weight)
     reads_x = training or pools or residual_norm is not None or depends_on_x
     needs_grad = wants_grad(*inputs)
@@ -627,7 +623,7 @@ def batch_norm(
     """Computes ``(input - mean) / sqrt(var + eps) * weight + bias`` by the fused kernels.
 
     The signature is that of `torch.nn.functional.batch_norm` (Ioffe and Szegedy, arXiv 1502.03167).
-    The arguments are described at `batch_norm_act`.
+    `batch_norm_act` describes the arguments.
     """
     return batch_norm_act(
         input, running_mean, running_var, weight, bias, act=None, training=training,

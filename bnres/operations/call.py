@@ -1,9 +1,11 @@
 """Calls and differentiates the fused operations.
 
-There are three ways to run an operation: torch's own operations (ATen), our kernels inside an
-autograd Function, and the operation's formula, which consists of differentiable torch operations.
-Our kernels compute first derivatives. Higher derivatives and forward-mode derivatives are computed
-by differentiating the formula.
+There are three ways to run an operation:
+
+- Our kernels, inside an autograd Function. They compute first derivatives.
+- The operation's formula, made of differentiable torch operations. Differentiating the formula
+  gives higher derivatives and forward-mode derivatives.
+- Torch's own operations (ATen), where our kernels can't run, for example on CPUs.
 """
 
 from collections.abc import Callable, Sequence
@@ -39,7 +41,7 @@ from bnres.recipes import has_recipe, leave_recipe, recomputes
 
 Gradients = tuple[Tensor | None, ...]
 
-# Only these classes are ordinary tensors. Other subclasses of Tensor may override operations.
+# Other subclasses of Tensor may override operations.
 PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
 
@@ -47,13 +49,15 @@ PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 class Operation:
     """The functions that make up one fused operation.
 
-    The functions take and return named tuples. ``inputs`` are the tensors that may need gradients,
-    and the first input is ``x``. ``buffers`` are all other tensors. ``spec`` has every argument
-    that is not a tensor. Two of its fields are ``training`` and ``needs_grad``. ``kept`` are the
-    tensors that forward keeps for backward. The first of them is the statistics. ``saved`` has the
-    fields of ``inputs``, followed by a field for each kept tensor. A ``recording`` repeats the
-    kernel launches of an earlier call of the same kind. If ``recording`` is None, the function
-    looks up the recording itself.
+    The functions take and return these tuples and objects, and the operation's output y:
+
+    - ``inputs``: the tensors that may need gradients. The first is ``x``.
+    - ``buffers``: all other tensors.
+    - ``spec``: all arguments that are not tensors. Two fields are ``training`` and ``needs_grad``.
+    - ``kept``: the tensors that forward keeps for backward. The first is the statistics.
+    - ``saved``: the fields of ``inputs``, followed by a field for each kept tensor.
+    - ``recording``: the kernel launches of an earlier call of the same kind. If it is None, the
+      function looks up the recording itself.
 
     Attributes:
         Inputs, Saved: types of ``inputs`` and ``saved``.
@@ -108,8 +112,8 @@ def call(operation: Operation, inputs: Any, buffers: Any, spec: Any, fork: bool 
 def _call_carefully(operation: Operation, inputs: Any, buffers: Any, spec: Any, fork: bool) -> Any:
     """Does what `call` does, in cases where the fast path of `call` would be wrong.
 
-    These cases are torch.func transforms, torch's modes, torch.compile, `bnres.recompute`, and
-    inputs whose class is a subclass of Tensor.
+    These cases are torch.func transforms, forward mode, dispatch modes, tracing, torch.compile,
+    `bnres.recompute` and subclasses of Tensor.
     """
     if needs_aten(*inputs, *buffers):
         return _by_aten(operation, inputs, buffers, spec, fork)
@@ -140,8 +144,8 @@ def _call_carefully(operation: Operation, inputs: Any, buffers: Any, spec: Any, 
 def needs_aten(*tensors: Tensor | None) -> bool:
     """Whether a call with these tensors must run torch's own operations.
 
-    An exported or traced program must also run where bnres is not installed, and `torch.vmap` has
-    no rules for our operators.
+    An exported or traced program must also run where bnres is not installed. `torch.vmap` has no
+    rules for our operators.
     """
     return (
         is_exporting() or is_tracing() or (not is_compiling() and any(map(mapped_levels, tensors)))
@@ -169,10 +173,9 @@ def _is_plain(inputs: Any) -> bool:
 
 
 def _by_formula(operation: Operation, inputs: Any, buffers: Any, spec: Any) -> Tensor:
-    """Returns y, computed by the operation's formula, so that forward mode can differentiate y.
+    """Returns y by the operation's formula, which forward mode can differentiate.
 
-    The formula does not update the buffers. In training the kernels also run once, only to update
-    the buffers. This run of the kernels is not differentiated.
+    The formula does not update the buffers, so in training the kernels run too.
     """
     if spec.training and any(getattr(buffers, name) is not None for name in operation.writes):
         with outside_of_transforms():
@@ -186,16 +189,15 @@ def _by_formula(operation: Operation, inputs: Any, buffers: Any, spec: Any) -> T
     return operation.formula(operation.Saved(*inputs, statistics), spec)
 
 
-# The first five arguments of `Fused` have no gradients. They are operation, spec, buffers,
-# recording and fork.
+# The gradients of the first arguments of `Fused`: operation, spec, buffers, recording and fork.
 NO_GRADIENTS = (None,) * 5
 
 
 class Fused(Function):
     """Returns an operation's output y, a second y or None, and the tensors kept for backward.
 
-    There is a second y with ``fork``. It shares memory with the first. In backward each y may have
-    a gradient, and the kernels add the two gradients.
+    With ``fork`` there is a second y, which shares memory with the first y. In backward the kernels
+    add the gradients of the two.
     """
 
     @staticmethod
@@ -245,9 +247,9 @@ class Fused(Function):
 class FusedEagerly(Function):
     """Returns y, or with ``fork`` y twice. The fast path of `call` uses this Function, not `Fused`.
 
-    `Fused` is slower, because it has ``setup_context``. If a Function has ``setup_context``, torch
-    binds the inputs to the signature of ``forward`` to fill in defaults. This takes five times as
-    long as the rest of torch's work.
+    `FusedEagerly` has no ``setup_context``. For a Function with ``setup_context``, torch binds the
+    inputs to the signature of ``forward``. This takes five times as long as the rest of torch's
+    work.
     """
 
     @staticmethod
@@ -279,10 +281,7 @@ def _set_up(
 
 
 def _laid_out(t: Tensor | None, layout: Any) -> Tensor | None:
-    """Returns a saved tensor with the strides and the dtype that it had when it was saved.
-
-    Saved-tensor hooks may change the strides or the dtype.
-    """
+    """Undoes changes of strides and dtype that saved-tensor hooks made to a saved tensor."""
     if t is None or (t.stride(), t.dtype) == layout:
         return t
     strides, dtype = layout
@@ -292,9 +291,8 @@ def _laid_out(t: Tensor | None, layout: Any) -> Tensor | None:
 def _gradients(operation: Any, spec: Any, needed: Any) -> tuple[Callable[..., Any], ...]:
     """Returns two functions that both compute the ``needed`` gradients.
 
-    The arguments of each function are dy, dy_skip and the saved tensors. The first function runs
-    the kernels. The second function differentiates the operation's formula, so the gradients that
-    it returns can be differentiated again.
+    The first function runs the kernels. The second function differentiates the operation's formula,
+    so its gradients can be differentiated again.
     """
 
     def by_kernels(dy: Tensor, dy_skip: Tensor | None, *saved: Tensor | None) -> Gradients:
@@ -318,9 +316,10 @@ def _gradients(operation: Any, spec: Any, needed: Any) -> tuple[Callable[..., An
 
 
 class WithFormula(Function):
-    """Returns ``run(*tensors)``, a tuple of tensors. Backward differentiates ``formula``.
+    """Returns ``run(*tensors)``, a tuple of tensors.
 
-    ``run`` cannot be differentiated. ``formula`` computes the same values as ``run``.
+    ``run`` can't be differentiated. Backward differentiates ``formula``, which computes the same
+    values.
     """
 
     @staticmethod

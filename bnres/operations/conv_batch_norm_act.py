@@ -1,8 +1,4 @@
-"""Computes act(batch_norm(conv2d(x)) + residual).
-
-In evaluation without gradients, one of our kernels can compute the whole expression. Otherwise
-torch's convolution runs, followed by our batch norm.
-"""
+"""Computes act(batch_norm(conv2d(x)) + residual)."""
 
 from typing import Any, NamedTuple
 
@@ -116,9 +112,9 @@ def conv2d_batch_norm_act(
 
     In training, or if gradients are needed, torch's convolution runs, followed by
     `batch_norm_act`. In evaluation without gradients, one kernel computes everything if
-    ``bnres tune`` has found that this kernel is faster on this GPU, as `bnres.routes` explains. In
-    fp32 this kernel runs only if ``torch.backends.cudnn.allow_tf32`` is True, which is torch's
-    default.
+    ``bnres tune`` has measured that this kernel is faster on this GPU, or if `bnres.use_conv_route`
+    requests the kernel. `bnres.routes` explains this choice. In fp32 the kernel runs only if
+    ``torch.backends.cudnn.allow_tf32`` is True, which is torch's default.
 
     In training the result does not depend on ``conv_bias``, because subtracting the batch's mean
     cancels the bias. The bias changes only the running mean, and the gradient of the bias is zero.

@@ -17,8 +17,7 @@ KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 class KernelConv(NamedTuple):
     """How our kernel computes a convolution.
 
-    The input and the filters are cast to ``dtype``. ``shape`` is the size, stride, padding and
-    dilation of the window. ``config`` is the launch configuration.
+    The input and the filters are cast to ``dtype``.
     """
 
     dtype: torch.dtype
@@ -37,8 +36,7 @@ def kernel_conv(
 ) -> KernelConv | None:
     """Returns how our kernel computes a convolution, or None if torch's convolution must run.
 
-    Our kernel is used only if it supports the input and the filters, and if either ``bnres tune``
-    has measured that our kernel is faster or `bnres.use_conv_route` requests our kernel. For
+    Our kernel runs if it supports the input and the filters, and if `kernel_config` chooses it. For
     invalid arguments the result is None, so that torch's convolution raises the error.
     """
     if (
@@ -76,8 +74,8 @@ def kernel_conv(
 def _allows_tf32() -> bool:
     """Whether torch's own convolution may round fp32 to TF32, as our kernel does.
 
-    While torch.compile captures a graph, the result is False, because torch.compile can't read the
-    setting ``fp32_precision``.
+    While torch.compile captures a graph, the result is False, because torch.compile can't read
+    ``fp32_precision``.
     """
     if torch.compiler.is_compiling():
         return False
@@ -88,8 +86,8 @@ def _allows_tf32() -> bool:
 def _common_dtype(input: Tensor, conv_weight: Tensor) -> torch.dtype | None:
     """Returns the dtype in which the input and the filters are multiplied, or None.
 
-    If autocast is enabled and neither of the two tensors is fp64, the result is autocast's dtype.
-    Otherwise the result is the dtype of both tensors, or None if their dtypes differ.
+    If autocast is enabled and neither tensor is fp64, this is autocast's dtype. Otherwise it is the
+    dtype of both tensors, or None if their dtypes differ.
     """
     device = input.device.type
     if torch.is_autocast_enabled(device) and torch.float64 not in (input.dtype, conv_weight.dtype):
@@ -100,7 +98,7 @@ def _common_dtype(input: Tensor, conv_weight: Tensor) -> torch.dtype | None:
 def _conv_shape(
     conv_weight: Tensor, stride: Size, padding: Size | str, dilation: Size
 ) -> ConvShape | None:
-    """Returns the shape of the convolution's window, or None if our kernel does not support it."""
+    """Returns the convolution's window, or None if our kernel does not support this window."""
     if isinstance(padding, str):
         return None
     pairs = [_pair(value) for value in (stride, padding, dilation)]
@@ -112,9 +110,6 @@ def _conv_shape(
 
 
 def _pair(value: Size) -> tuple[int, ...]:
-    """Returns the values for the vertical and the horizontal axis.
-
-    If ``value`` is one number, or a sequence with one item, it applies to both axes.
-    """
+    """Returns ``value`` as a tuple. A single number counts for both axes."""
     values = (value,) if isinstance(value, int) else tuple(value)
     return values * 2 if len(values) == 1 else values

@@ -1,8 +1,8 @@
 """Handles the tensors, options and statistics of an operation's batch norms.
 
 In this file a norm is one batch norm. An operation has a norm of x, and may also have a norm of the
-residual. The statistics that are kept for backward are one tensor. In this tensor, each norm has a
-row for the mean and a row for rstd = 1/sqrt(var + eps).
+residual. The statistics for backward are stored in one tensor, in which each norm has a row for the
+mean and a row for rstd = 1/sqrt(var + eps).
 """
 
 from typing import Any, NamedTuple
@@ -28,7 +28,7 @@ class BatchNormState(NamedTuple):
 
 
 def states_of(inputs: Any, buffers: Any, spec: Any) -> list[BatchNormState]:
-    """Returns the state of x's norm, followed by that of the residual's norm if there is one."""
+    """Returns the state of x's norm, then the state of the residual's norm if there is one."""
     states = []
     options = ((spec.momentum, spec.eps), (spec.residual_momentum, spec.residual_eps))
     for i in range(1 + spec.has_residual_norm):
@@ -50,24 +50,18 @@ def check_batch_norm(x: Tensor, norm: BatchNormState, training: bool, name: str 
 
 
 def split_momentum(momentum: float | Tensor) -> tuple[Tensor | None, float]:
-    """Returns a momentum as a pair.
-
-    If the momentum is a tensor, the pair is (momentum, 0.0). If it is a number, the pair is
-    (None, momentum).
-    """
+    """Returns (momentum, 0.0) if the momentum is a tensor, otherwise (None, momentum)."""
     return (momentum, 0.0) if isinstance(momentum, Tensor) else (None, float(momentum))
 
 
-# Each row of the statistics starts at a multiple of this many bytes, so that kernels can use vector
-# loads.
+# The alignment of each row of the statistics, so that kernels can use vector loads.
 ROW_BYTES = 128
 
 
 def empty_statistics(x: Tensor, spec: Any) -> Tensor:
-    """Returns uninitialised statistics for the norms of a call.
+    """Returns uninitialised statistics, two rows for each norm, in fp64 if x is fp64, else in fp32.
 
-    The dtype is fp64 if x is fp64, otherwise fp32. There are two rows for each norm. A row has at
-    least C elements, and its size in bytes is a multiple of ``ROW_BYTES``.
+    A row has C elements, padded to a multiple of ``ROW_BYTES``.
     """
     acc, rows = acc_type(x), 4 if spec.has_residual_norm else 2
     step = ROW_BYTES // acc.itemsize
@@ -84,9 +78,8 @@ def rows_of(statistics: Tensor, x: Tensor) -> list[Statistics]:
 def prepare_evaluation(inputs: Any, buffers: Any, spec: Any, statistics: Tensor | None) -> Any:
     """Returns the buffers for evaluation, with each input bias subtracted from its running mean.
 
-    The kernels then need not add the input bias to x. The given buffers do not change. If
-    ``statistics`` is not None, each norm's mean and rstd are stored in ``statistics``, because the
-    buffers may change before backward.
+    The kernels then need not add the input bias to x. If ``statistics`` is given, each norm's mean
+    and rstd are stored there, because the buffers may change before backward.
     """
     x = inputs.x
     if inputs.input_bias is not None:
@@ -106,8 +99,8 @@ def prepare_evaluation(inputs: Any, buffers: Any, spec: Any, statistics: Tensor 
 def of_input_bias(statistics: Statistics, input_bias: Tensor | None) -> Statistics:
     """Returns ``statistics`` with a mean that is differentiable with respect to ``input_bias``.
 
-    `prepare_evaluation` has already subtracted ``input_bias`` from the mean, but it detached
-    ``input_bias`` first. The value of the mean does not change here.
+    `prepare_evaluation` has subtracted a detached ``input_bias`` from the mean. The mean keeps its
+    value here.
     """
     if input_bias is None:
         return statistics

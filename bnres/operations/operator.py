@@ -14,7 +14,7 @@ from torch.compiler import is_compiling
 
 from bnres.kernels.torch_internals import dispatches, in_dispatch_mode
 
-# When there are this many recordings, the next new kind of call discards all of them.
+# When there are this many recordings, the next new kind of call discards them all.
 KINDS = 4096
 
 _recordings: dict[Any, "Recording"] = {}
@@ -25,9 +25,6 @@ class Recording:
 
     If there is a recording for a call, the call's arguments are neither checked nor copied, because
     an earlier call of the same kind passed the checks and needed no copies.
-
-    Attributes:
-        forward: the launches of forward.
     """
 
     __slots__ = ("_backward", "forward")
@@ -39,11 +36,10 @@ class Recording:
         self._backward: dict[Any, Replay] = defaultdict(Replay)
 
     def backward(self, asked: object, gradients: Sequence[Tensor | None]) -> Any:
-        """Returns the launches of backward.
+        """Returns the launches of backward for the results in ``asked``.
 
-        The launches are stored by ``asked``, which says which results to compute, and by the dtypes
-        of the ``gradients``. They are not stored by strides, so the gradients must have the strides
-        of y.
+        The ``gradients`` must have the strides of y, because the launches are looked up by the
+        dtypes of the gradients but not by their strides.
         """
         return self._backward[asked, *[None if dy is None else dy.dtype for dy in gradients]]
 
@@ -60,7 +56,7 @@ def kind_of(called: object, options: object, *groups: Sequence[Tensor | None]) -
     )  # fmt: skip
 
 
-# This function returns the recording for calls of a kind, or None if there is none yet.
+# Returns the recording for calls of a kind, or None if there is none.
 find_recording = _recordings.get
 
 

@@ -1,9 +1,8 @@
 """The first convolution of a ResNet: 7×7 with stride 2.
 
 cuDNN has no fast bfloat16 kernel for three input channels. A 4×4 convolution with stride 1 over a
-rearranged input computes the same sums. In the rearranged input, each 2×2 block of pixels is one
-pixel with four times as many channels. This is called a space-to-depth input. The 7×7 filters are
-padded to 8×8 and rearranged in the same way.
+space-to-depth input computes the same sums. `stem_conv2d` explains space-to-depth inputs. The 7×7
+filters are padded to 8×8 and rearranged like the input.
 """
 
 import torch
@@ -16,8 +15,8 @@ from bnres.kernels.torch_internals import FakeTensor, FunctionalTensor, dispatch
 from bnres.operations.call import needs_aten
 
 KERNEL, STRIDE, PADDING = 7, 2, 3
-# These are the supported numbers of input channels. One channel is not supported, because torch
-# can't tell whether such a tensor is channels_last.
+# The supported numbers of input channels. One channel is not supported, because torch can't tell
+# whether a tensor with one channel is channels_last.
 CHANNELS = 2, 3, 4
 # The dtypes that autocast casts.
 AUTOCAST_DTYPES = {torch.float32, torch.float16, torch.bfloat16}
@@ -31,11 +30,13 @@ def stem_conv2d(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
     This convolution is the first layer of a ResNet.
 
     On a GPU the convolution runs over a space-to-depth input, in which each 2×2 block of pixels is
-    one pixel with four times as many channels. For this, the convolution must compute in bfloat16,
-    with or without autocast. ``input`` must be channels_last, must have 2 to 4 channels and an even
-    height and width, and must not need a gradient. The result differs from that of torch's
-    convolution only because the sums are computed in another order. In all other cases torch's
-    convolution runs.
+    one pixel with four times as many channels. This requires:
+
+    - a convolution that computes in bfloat16, with or without autocast
+    - an ``input`` that is channels_last, with 2 to 4 channels and an even height and width
+    - an ``input`` that needs no gradient
+
+    Otherwise torch's convolution runs. It computes the same sums in another order.
 
     Args:
         input: (N, C, H, W).
@@ -62,7 +63,7 @@ def takes_blocks(input: Tensor, weight: Tensor) -> bool:
         isinstance(input, Tensor)  # torch.fx traces with proxies, which are not tensors
         and _on_gpu(input)
         and not needs_aten(input, weight)
-        # While torch.compile captures a call, it is not known which tensors are distributed.
+        # While torch.compile captures a call, it is not known which tensors are DTensors.
         and (is_compiling() or not any(map(_replaces_operators, (input, weight))))
         and not (input.requires_grad and torch.is_grad_enabled())
         and input.dim() == 4
@@ -81,7 +82,7 @@ def _on_gpu(input: Tensor) -> bool:
 def _replaces_operators(t: Tensor) -> bool:
     """Whether the class of ``t`` replaces operators, like DTensor.
 
-    The result is False for the two classes of tensors with which torch.compile traces calls.
+    torch.compile traces calls with the two classes that are excluded here.
     """
     return dispatches(t) and not isinstance(t, FakeTensor | FunctionalTensor)
 
@@ -89,7 +90,7 @@ def _replaces_operators(t: Tensor) -> bool:
 def _is_even(size: int) -> bool:
     """Whether a size is known and even.
 
-    The size must be known, because Inductor can't order the strides of two unknown sizes.
+    Inductor can't order the strides of two unknown sizes.
     """
     return is_known(size) and size % 2 == 0
 

@@ -1,9 +1,9 @@
 """Computes act(batch_norm(x) + residual) with the statistics of all ranks of a process group.
 
 A rank is a process of the group. In forward each rank computes three moments of its x for each
-channel: the count, the mean and M2 = Σ(x − mean)². An all_gather exchanges the moments, and each
-rank computes the statistics and y from them. In backward each rank computes the sums on which dx
-depends. An all_gather exchanges the sums, and each rank computes dx from the sums of all ranks.
+channel: the count, the mean and M2 = Σ(x − mean)². After an all_gather of the moments, each rank
+computes the statistics and y. In backward each rank computes the sums on which dx depends. After an
+all_gather of the sums, each rank computes dx.
 """
 
 from collections.abc import Sequence
@@ -49,7 +49,7 @@ from bnres.operations.operator import Gradients, Maybe, Recording, operator
 
 
 class Normalised(NamedTuple):
-    """The tensors that are normalised: x, and the residual if the residual has a batch norm."""
+    """The tensors that are normalised: x, and the residual if it has a batch norm."""
 
     x: Tensor
     residual: Maybe
@@ -112,10 +112,7 @@ def _apply(
 def _launch_apply(
     inputs: Inputs, buffers: Buffers, gathered: Moments, outputs: Outputs, spec: Spec
 ) -> None:
-    """Computes the values of ``outputs``.
-
-    If ``outputs.statistics`` is None, the statistics are written to scratch memory.
-    """
+    """Computes the values of ``outputs``."""
     from bnres.kernels.bn_forward import bn_apply, bn_combine
 
     y, kept, mask, total = outputs
@@ -146,9 +143,8 @@ def _saved(inputs: Inputs, y: Tensor, kept: Sequence[Any], spec: Spec) -> Saved:
 class Reduced(NamedTuple):
     """The sums of this rank, and dz or None.
 
-    ``sums`` is (4, C) if the residual has a batch norm, otherwise (2, C). Its rows are the fields
-    of `Sums`. dz is the gradient of the activation's input. It is None unless the gradient of a
-    residual without a batch norm is needed.
+    ``sums`` has a row for each field of `Sums`: (4, C) if the residual has a batch norm, otherwise
+    (2, C). ``dz`` is the gradient of the activation's input, if `_writes_dz` is True.
     """
 
     sums: Tensor
@@ -156,10 +152,7 @@ class Reduced(NamedTuple):
 
 
 class Totals(NamedTuple):
-    """The sums over all ranks, divided by the number of values per channel on all ranks.
-
-    ``sums`` has the same rows as in `Reduced`.
-    """
+    """The ``sums`` of `Reduced`, added over all ranks and divided by the total of the counts."""
 
     sums: Tensor
 
@@ -216,9 +209,9 @@ def _launch_dx(
 
     dy, dy_skip = gradients
     norms = _norms(saved, rows_of(saved.statistics, saved.x))
-    # bn_backward_dx divides the sums by the count. The count is 1 here, because the sums have
-    # already been divided by the total count. The total count is on the device, so passing it as a
-    # number would make the host wait.
+    # bn_backward_dx divides the sums by its argument count, which is 1, because the sums have
+    # already been divided by the total of the counts. Passing this total as a number would make the
+    # host wait for the device.
     bn_backward_dx(
         dy, saved.x, norms[0], saved.residual, norms[1], saved.mask, spec.act, spec.act_param,
         Sums(*totals.sums.unbind()), 1, dy_skip=dy_skip, out=tuple(found),
@@ -230,7 +223,7 @@ def _backward(
 ) -> Computed:
     """Returns dx and dresidual, computed with the sums of all ranks, and the sums of this rank.
 
-    The sums of this rank are the gradients of the parameters for the batch of this rank.
+    The sums of this rank are its gradients of the parameters.
     """
     if not _reduces(spec, asked):
         return Computed(None, None, None, None)
@@ -239,8 +232,7 @@ def _backward(
     if asked.dx:
         totals = Totals(all_gather(sums, spec.group).sum(0, dtype=torch.float64) / saved.total)
         if dresidual is not None:
-            # dz already contains dy_skip and act'(z), so dx is computed from dz like the dx of an
-            # operation without dy_skip and without an activation.
+            # dz already contains dy_skip and act'(z), so neither may be applied again.
             gradients, spec = Gradients(dz, None), spec._replace(act="identity", act_param=0.0)
             saved = saved._replace(residual=None, mask=None)
         dx, of_norm = _run_dx(gradients, saved, totals, spec, recording=None)
@@ -267,10 +259,7 @@ class _Exchange(Function):
 def _statistics(
     inputs: Inputs | Saved, states: Sequence[BatchNormState], spec: Spec
 ) -> list[Statistics]:
-    """Returns the statistics of each batch norm, and updates the buffers in ``states``.
-
-    Torch's own operations compute the statistics.
-    """
+    """Returns the statistics of each batch norm by torch's operations, and updates the buffers."""
     given = [t for t in _normalised(inputs, spec) if t is not None]
     moments = torch.cat([bn_moments_ref(t) for t in given])
     gathered = _Exchange.apply(moments, spec.group, True)
@@ -296,7 +285,8 @@ def _aten(inputs: Inputs, buffers: Buffers, spec: Spec) -> Tensor:
 
 def _check(inputs: Inputs, buffers: Buffers, spec: Spec) -> None:
     x, residual = inputs.x, inputs.residual
-    # With training=False the check accepts one value per channel. Other ranks may have more values.
+    # With training=False the check accepts one value per channel, because other ranks may have
+    # more.
     check_input(x, training=False)
     if x.shape[1] == 0:
         raise ValueError(f"input must have channels, got input size {x.size()}")
@@ -342,14 +332,9 @@ SYNC_BATCH_NORM_ACT = Operation(
 
 
 def group_named(process_group: Any = None) -> Any:
-    """Returns ``process_group`` as a process group.
+    """Returns the process group that ``process_group`` is or names.
 
-    If ``process_group`` is None, the result is torch.distributed's default group of all ranks. If
-    it is a string, the result is the group with this name.
-
-    Raises:
-        RuntimeError: if ``process_group`` is None and there is no default group.
-        TypeError: if ``process_group`` is not a process group that this process belongs to.
+    None stands for torch.distributed's default group of all ranks.
     """
     if process_group is None:
         if not (dist.is_available() and dist.is_initialized()):
@@ -424,12 +409,13 @@ def sync_batch_norm_act(
     number of channels and the same dtype, and either all or none must have a ``residual_norm``.
     Otherwise gloo and NCCL may abort or hang. If the environment variable
     ``TORCH_DISTRIBUTED_DEBUG`` is ``DETAIL``, each call first checks that the ranks match, and the
-    host waits for the device. Batches may have different sizes and may be empty. The gradients on a
-    rank with an empty batch are zero. If all batches are empty, the running statistics do not
-    change.
+    host waits for the device.
 
-    The arguments not listed here are those of `batch_norm_act`. Each rank computes the parameters'
-    gradients from its own batch. DistributedDataParallel averages them.
+    The ranks' batches may have different sizes and may be empty. The gradients on a rank with an
+    empty batch are zero. If all batches are empty, the running statistics do not change.
+
+    Each rank computes the parameters' gradients from its own batch. DistributedDataParallel
+    averages these gradients. The arguments not listed here are those of `batch_norm_act`.
 
     Args:
         process_group: the process group of the participating ranks, or the name of this group. By
@@ -484,8 +470,8 @@ def sync_batch_norm(
 ) -> Tensor:
     """Returns the batch norm of ``input``, synchronised over the process group named ``group``.
 
-    If ``group`` is an empty string, the batch norm is not synchronised. The graphs that
-    `bnres.fuse` captures contain calls of this function.
+    If ``group`` is an empty string, the batch norm is not synchronised. `bnres.fuse` finds
+    synchronised batch norms in a captured graph by the calls of this function.
     """
     function: Any = batch_norm_act
     options: dict[str, Any] = {"training": training}
