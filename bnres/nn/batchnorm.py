@@ -29,9 +29,9 @@ def _run(bn: Norm, input: Tensor, **options: Any) -> Any:
 
 
 class _FusedForward(Norm):
-    """The base class of the modules. One operation computes batch norm, residual and activation.
+    """The base class of the batch norm modules.
 
-    The training mode, momentum and eps are read at each call, so users may change them.
+    Users may change the training mode, momentum and eps, which are read at each call.
     """
 
     act: str | type[nn.Module] | None = None
@@ -43,9 +43,9 @@ class _FusedForward(Norm):
         make_leaf(self)
 
     def named_children(self) -> Iterator[tuple[str, nn.Module]]:
-        # torch, timm and apex have functions that replace each batch norm of a model by a
-        # SyncBatchNorm without activation and residual. These functions call named_children of each
-        # batch norm that they replace, so this method can raise an error.
+        # torch, timm and apex have functions that replace batch norms by SyncBatchNorms. They would
+        # drop the activation and the residual. They call named_children of each batch norm, so this
+        # method can raise an error.
         if sys._getframe(1).f_code.co_name.startswith("convert_sync"):
             raise TypeError(
                 f"module contains a {type(self).__name__}, whose activation and residual would be "
@@ -70,8 +70,8 @@ class _FusedForward(Norm):
                 residual_norm
             ) is not group_of(self)
             if residual is not None and differ:
-                # One operation can't run both batch norms, because only one of them normalises with
-                # the statistics of the batch, or because their process groups differ.
+                # One operation can't run both batch norms if only one of them normalises with the
+                # statistics of the batch, or if their process groups differ.
                 residual = _run(residual_norm, residual, act=None)
             else:
                 other = next_state(residual_norm)
@@ -106,7 +106,7 @@ class BatchNorm3d(_FusedForward, nn.BatchNorm3d):
 
 
 class _BatchNormAct(_FusedForward):
-    """The base class of `BatchNormAct1d`, `BatchNormAct2d` and `BatchNormAct3d`."""
+    """The base class of the batch norms with an activation."""
 
     def __init__(
         self,
@@ -142,12 +142,14 @@ class BatchNormAct1d(_BatchNormAct, nn.BatchNorm1d):
 class BatchNormAct2d(_BatchNormAct, nn.BatchNorm2d):
     """Computes act(bn(input) + residual) on an input (N, C, H, W), in one operation.
 
-    The call is ``forward(input, residual=None, *, residual_norm=None, fork=False)``. The residual
-    is optional. If ``residual_norm``, a second batch norm module, is given, the call returns
+    The call is ``forward(input, residual=None, *, residual_norm=None, fork=False)``. With a second
+    batch norm module as ``residual_norm``, the call returns
     act(bn(input) + residual_norm(residual)). With ``fork`` the call returns its result as two
-    tensors, as `bnres.functional.batch_norm_act` explains. The constructor has the arguments of
-    timm's class of the same name, except inplace and drop_layer. ``act_layer`` is the name or the
-    torch class of an activation; None means no activation.
+    tensors, as `bnres.functional.batch_norm_act` explains.
+
+    The constructor has the arguments of timm's class of the same name, except inplace and
+    drop_layer. ``act_layer`` is the name or the torch class of an activation; None means no
+    activation.
 
     Raises:
         ValueError: for an unknown activation or option.
@@ -167,6 +169,7 @@ class BatchNormActMaxPool2d(BatchNormAct2d):
     """Computes max_pool2d(act(bn(input))), as in the stem of a ResNet, in one operation.
 
     The input is (N, C, H, W). With ``fork``, ``forward`` returns the result as two tensors.
+
     ``kernel_size``, ``stride``, ``padding``, ``dilation`` and ``ceil_mode`` are as in
     `torch.nn.MaxPool2d`. The other arguments and the keys of the state dict are as in
     `BatchNormAct2d`.

@@ -59,7 +59,7 @@ class ConvBatchNormAct2d(nn.Module):
 class StemConv2d(nn.Conv2d):
     """The first convolution of a ResNet, which is 7×7 with stride 2 and padding 3.
 
-    `bnres.functional.stem_conv2d` computes the convolution of `torch.nn.Conv2d` with these sizes.
+    The convolution is that of `torch.nn.Conv2d`, computed by `bnres.functional.stem_conv2d`.
 
     Args:
         in_channels, out_channels, bias, device, dtype: as in `torch.nn.Conv2d`, but ``bias`` is
@@ -101,10 +101,10 @@ def conv_and_norm(
 ) -> Any:
     """Returns act(bn(conv(input)) + shortcut(residual)), or with ``fork`` this result twice.
 
-    ``act`` is the activation of ``bn`` if ``bn`` is a module of `bnres.nn`. Otherwise there is no
-    activation. ``shortcut`` is a convolution followed by a batch norm. If ``shortcut`` is None,
-    ``residual`` is added unchanged. The batch norms, the addition and the activation run as one
-    operation if ``bn`` is a module of `bnres.nn` and none of the modules has a hook.
+    ``shortcut`` is a convolution followed by a batch norm. If ``shortcut`` is None, ``residual`` is
+    added unchanged. If ``bn`` is a module of `bnres.nn`, ``act`` is its activation, and the batch
+    norms, the addition and the activation run as one operation unless a module has a hook.
+    Otherwise there is no activation.
     """
     # In a graph that bnres.fuse captures, each module must have its own call.
     captured = isinstance(bn, SyncBatchNorm) and is_compiling()
@@ -113,8 +113,8 @@ def conv_and_norm(
         if residual is not None:
             y = y + (residual if shortcut is None else shortcut(residual))
         return (y, y) if fork else y
-    # torch.fx traces with proxies instead of tensors. In its graph each module must have its own
-    # call.
+    # torch.fx traces with proxies instead of tensors. In its graph, too, each module must have its
+    # own call.
     if isinstance(input, Tensor) and not hooked(conv, bn, shortcut, *(shortcut or ())):
         if shortcut is not None:
             residual_conv, residual_norm = shortcut

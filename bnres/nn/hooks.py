@@ -15,8 +15,8 @@ CHANGES = (
 def make_leaf(module: nn.Module) -> None:
     """Makes torch.fx trace a call of ``module``, including its hooks, as one node.
 
-    torch.fx does the same with torch's layers, which it recognises by ``__module__``. It reads this
-    attribute from the instance. The attribute of the class is not changed, because pickle needs it.
+    torch.fx recognises torch's layers by ``__module__``, and traces each as one node. The attribute
+    is set on the instance, because pickle needs the class's own ``__module__``.
     """
     module.__module__ = "torch.nn"
 
@@ -24,8 +24,8 @@ def make_leaf(module: nn.Module) -> None:
 def hooked(*modules: nn.Module | None) -> bool:
     """Whether any of the modules has a hook or an instance attribute that replaces its call.
 
-    Global hooks count as hooks of every module. A fused operation would run neither the hook nor
-    the replacement.
+    A fused operation would run neither the hook nor the replacement. Global hooks count for every
+    module.
     """
     return has_global_hooks() or any(
         module is not None and any(map(vars(module).get, CHANGES)) for module in modules

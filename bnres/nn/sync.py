@@ -30,14 +30,14 @@ from bnres.nn.state import Norm, group_of, next_state, normalizes_by_batch
 from bnres.operations.sync_batch_norm_act import group_named, sync_batch_norm
 
 
-# This is not a subclass of torch.nn.SyncBatchNorm, because DistributedDataParallel refuses
-# subclasses of torch.nn.SyncBatchNorm on a CPU.
+# This is not a subclass of torch.nn.SyncBatchNorm, because DistributedDataParallel refuses such
+# subclasses on a CPU.
 class _Synchronised(_FusedForward):
     """The base class of the synchronised modules. `SyncBatchNorm` explains synchronisation."""
 
     synchronises = True
     process_group: Any = None
-    # The class and the child modules that `revert_sync_batchnorm` gives back to the module.
+    # The class and the child modules that the module had before its conversion.
     local_class: type[Norm]
     local_children: dict[str, nn.Module | None] | None = None
 
@@ -59,14 +59,16 @@ class SyncBatchNorm(_Synchronised):
     """Computes y = (x − mean) / sqrt(var + eps) · weight + bias, with the statistics of all ranks.
 
     The mean and var of a channel are computed over the batches of all ranks. A rank is a process of
-    the process group. `bnres.functional.sync_batch_norm_act` computes y, on GPUs and CPUs. The
-    module works like an ordinary batch norm in three cases, as in torch: in eval mode, with only
-    one rank, and if `torch.distributed` is not initialised.
+    the process group. `bnres.functional.sync_batch_norm_act` computes y, on GPUs and CPUs. As in
+    torch, the module works like an ordinary batch norm in eval mode, with only one rank, and if
+    `torch.distributed` is not initialised.
 
-    Unlike torch's module, this module accepts empty batches without making the host wait for the
-    device, and ``torch.compile(fullgraph=True)`` can capture it. It also allows several forward
-    passes before a backward pass, even if DistributedDataParallel broadcasts the buffers before
-    each forward pass.
+    This module can do more than torch's module:
+
+    - It accepts empty batches without making the host wait for the device.
+    - ``torch.compile(fullgraph=True)`` can capture it.
+    - It allows several forward passes before a backward pass, even if DistributedDataParallel
+      broadcasts the buffers before each forward pass.
 
     The call is ``forward(input, residual=None, *, residual_norm=None, fork=False)``, as in
     `BatchNormAct2d`, but without an activation. If ``residual_norm`` is synchronised over the same
@@ -204,10 +206,7 @@ class SyncBatchNormActMaxPool2d(_Synchronised, BatchNormActMaxPool2d):
 
 
 class _SyncBatchNormThenAct(SyncBatchNorm):
-    """A `SyncBatchNorm` followed by the drop and activation modules of a timm batch norm.
-
-    A timm batch norm is converted to this class if its drop and activation can't be fused.
-    """
+    """A converted batch norm of timm whose child modules ``drop`` and ``act`` can't be fused."""
 
     def forward(self, input: Tensor) -> Any:  # type: ignore[override]
         return self._modules["act"](self._modules["drop"](super().forward(input)))  # type: ignore[misc]
@@ -228,9 +227,11 @@ def convert_sync_batchnorm(module: nn.Module, process_group: Any = None) -> nn.M
 
     A rank is a process. The batch norms of torch, of timm and of `bnres.nn` are converted in place
     by changing their class. Torch's SyncBatchNorm is converted too. `SyncBatchNorm` describes what
-    a converted batch norm computes. Parameters, buffers, keys of the state dict, modes, hooks,
-    activations, residuals and pooling stay the same. `revert_sync_batchnorm` undoes the conversion.
-    A model can be converted before or after `bnres.fuse`.
+    a converted batch norm computes. The conversion keeps parameters, buffers, the keys of the state
+    dict, training or eval mode, hooks, activations, residuals and pooling.
+
+    `revert_sync_batchnorm` undoes the conversion. A model can be converted before or after
+    `bnres.fuse`.
 
     Args:
         module: a model or a batch norm.
@@ -240,7 +241,7 @@ def convert_sync_batchnorm(module: nn.Module, process_group: Any = None) -> nn.M
     Raises:
         TypeError: if ``module`` is not a module, if ``process_group`` is not a process group that
             this process belongs to, or if the forward of a batch norm is not that of torch, timm or
-            `bnres.nn`. In each case no module has been changed.
+            `bnres.nn`. No module has been changed then.
 
     Use this function instead of `torch.nn.SyncBatchNorm.convert_sync_batchnorm`.
     """
@@ -256,11 +257,7 @@ def convert_sync_batchnorm(module: nn.Module, process_group: Any = None) -> nn.M
 
 
 def _converted(name: str, norm: Norm) -> type[_Synchronised]:
-    """Returns the class to which a batch norm is converted.
-
-    Raises:
-        TypeError: if the batch norm's forward can't be converted.
-    """
+    """Returns the class to which ``norm`` is converted. ``name`` is for the error message."""
     cls = type(norm)
     if "forward" not in vars(norm) and not isinstance(norm, LazyModuleMixin):
         if isinstance(norm, _Synchronised):
@@ -282,8 +279,7 @@ def _converted(name: str, norm: Norm) -> type[_Synchronised]:
 def _become(norm: Any, cls: type[_Synchronised]) -> None:
     """Changes the class of ``norm`` to ``cls``.
 
-    If ``norm`` is a timm batch norm and ``cls`` is `SyncBatchNormAct`, the child modules of
-    ``norm`` are removed, and the fused operation applies their activation.
+    The activation module of a timm batch norm is removed if ``cls`` fuses the activation.
     """
     local_class, act = type(norm), norm._modules.get("act")
     norm.__class__ = cls
@@ -303,9 +299,11 @@ def _become(norm: Any, cls: type[_Synchronised]) -> None:
 def revert_sync_batchnorm(module: nn.Module) -> nn.Module:
     """Restores the batch norms that `convert_sync_batchnorm` converted, and returns ``module``.
 
-    A batch norm that was created as `bnres.nn.SyncBatchNorm` becomes a `bnres.nn.BatchNorm2d`, a
-    `bnres.nn.SyncBatchNormAct` becomes a `bnres.nn.BatchNormAct2d`, and a
-    `bnres.nn.SyncBatchNormActMaxPool2d` becomes a `bnres.nn.BatchNormActMaxPool2d`.
+    A module that was created as a synchronised batch norm becomes one that is not synchronised:
+
+    - A `bnres.nn.SyncBatchNorm` becomes a `bnres.nn.BatchNorm2d`.
+    - A `bnres.nn.SyncBatchNormAct` becomes a `bnres.nn.BatchNormAct2d`.
+    - A `bnres.nn.SyncBatchNormActMaxPool2d` becomes a `bnres.nn.BatchNormActMaxPool2d`.
 
     Raises:
         TypeError: if ``module`` is not a module.
