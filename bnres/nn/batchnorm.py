@@ -43,9 +43,9 @@ class _FusedForward(Norm):
         make_leaf(self)
 
     def named_children(self) -> Iterator[tuple[str, nn.Module]]:
-        # torch, timm and apex have functions that replace batch norms by SyncBatchNorms. They would
-        # drop the activation and the residual. They call named_children of each batch norm, so this
-        # method can raise an error.
+        # torch, timm and apex have functions that replace batch norms by SyncBatchNorms, and would
+        # drop the activation and the residual. These functions call named_children of each batch
+        # norm, so the error can be raised here.
         if sys._getframe(1).f_code.co_name.startswith("convert_sync"):
             raise TypeError(
                 f"module contains a {type(self).__name__}, whose activation and residual would be "

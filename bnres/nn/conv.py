@@ -102,9 +102,9 @@ def conv_and_norm(
     """Returns act(bn(conv(input)) + shortcut(residual)), or with ``fork`` this result twice.
 
     ``shortcut`` is a convolution followed by a batch norm. If ``shortcut`` is None, ``residual`` is
-    added unchanged. If ``bn`` is a module of `bnres.nn`, ``act`` is its activation, and the batch
-    norms, the addition and the activation run as one operation unless a module has a hook.
-    Otherwise there is no activation.
+    added unchanged. If ``bn`` is not a module of `bnres.nn`, there is no activation, and each
+    module is called separately. Otherwise the batch norms, the addition and the activation of
+    ``bn`` run as one operation, unless a module has a hook.
     """
     # In a graph that bnres.fuse captures, each module must have its own call.
     captured = isinstance(bn, SyncBatchNorm) and is_compiling()

@@ -24,8 +24,8 @@ def make_leaf(module: nn.Module) -> None:
 def hooked(*modules: nn.Module | None) -> bool:
     """Whether any of the modules has a hook or an instance attribute that replaces its call.
 
-    A fused operation would run neither the hook nor the replacement. Global hooks count for every
-    module.
+    A fused operation would run neither the hook nor the replacement. A global hook counts as a hook
+    of every module.
     """
     return has_global_hooks() or any(
         module is not None and any(map(vars(module).get, CHANGES)) for module in modules

@@ -241,7 +241,7 @@ def convert_sync_batchnorm(module: nn.Module, process_group: Any = None) -> nn.M
     Raises:
         TypeError: if ``module`` is not a module, if ``process_group`` is not a process group that
             this process belongs to, or if the forward of a batch norm is not that of torch, timm or
-            `bnres.nn`. No module has been changed then.
+            `bnres.nn`. In each case no module has been changed.
 
     Use this function instead of `torch.nn.SyncBatchNorm.convert_sync_batchnorm`.
     """

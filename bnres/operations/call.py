@@ -41,7 +41,7 @@ from bnres.recipes import has_recipe, leave_recipe, recomputes
 
 Gradients = tuple[Tensor | None, ...]
 
-# Other subclasses of Tensor may override operations.
+# Only these classes are ordinary tensors. Other subclasses of Tensor may override operations.
 PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
 
@@ -49,11 +49,11 @@ PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 class Operation:
     """The functions that make up one fused operation.
 
-    The functions take and return these tuples and objects, and the operation's output y:
+    The functions take and return the operation's output y and these values:
 
     - ``inputs``: the tensors that may need gradients. The first is ``x``.
     - ``buffers``: all other tensors.
-    - ``spec``: all arguments that are not tensors. Two fields are ``training`` and ``needs_grad``.
+    - ``spec``: all arguments that are not tensors, among them ``training`` and ``needs_grad``.
     - ``kept``: the tensors that forward keeps for backward. The first is the statistics.
     - ``saved``: the fields of ``inputs``, followed by a field for each kept tensor.
     - ``recording``: the kernel launches of an earlier call of the same kind. If it is None, the
@@ -173,7 +173,7 @@ def _is_plain(inputs: Any) -> bool:
 
 
 def _by_formula(operation: Operation, inputs: Any, buffers: Any, spec: Any) -> Tensor:
-    """Returns y by the operation's formula, which forward mode can differentiate.
+    """Returns y, computed by the operation's formula, which forward mode can differentiate.
 
     The formula does not update the buffers, so in training the kernels run too.
     """

@@ -49,7 +49,7 @@ from bnres.operations.operator import Gradients, Maybe, Recording, operator
 
 
 class Normalised(NamedTuple):
-    """The tensors that are normalised: x, and the residual if it has a batch norm."""
+    """The tensors that are normalised: x, and the residual if the residual has a batch norm."""
 
     x: Tensor
     residual: Maybe
@@ -209,9 +209,9 @@ def _launch_dx(
 
     dy, dy_skip = gradients
     norms = _norms(saved, rows_of(saved.statistics, saved.x))
-    # bn_backward_dx divides the sums by its argument count, which is 1, because the sums have
-    # already been divided by the total of the counts. Passing this total as a number would make the
-    # host wait for the device.
+    # bn_backward_dx divides the sums by a count. The count is 1 here, because the sums have already
+    # been divided by the total of the counts. Passing this total as a number would make the host
+    # wait for the device.
     bn_backward_dx(
         dy, saved.x, norms[0], saved.residual, norms[1], saved.mask, spec.act, spec.act_param,
         Sums(*totals.sums.unbind()), 1, dy_skip=dy_skip, out=tuple(found),
@@ -223,7 +223,7 @@ def _backward(
 ) -> Computed:
     """Returns dx and dresidual, computed with the sums of all ranks, and the sums of this rank.
 
-    The sums of this rank are its gradients of the parameters.
+    The sums of this rank are the gradients of the parameters for this rank's batch.
     """
     if not _reduces(spec, asked):
         return Computed(None, None, None, None)
