@@ -106,10 +106,10 @@ def _dtype(input: Tensor, weight: Tensor) -> torch.dtype | None:
 def conv_over_blocks(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Returns the result of `stem_conv2d`, computed over a space-to-depth input.
 
-    ``input`` gets no gradient. For output row i, the 7 filter rows read the input rows 2i − 3 to
-    2i + 3. A row of zeros is put before the filter's first row, so the filter also reads the input
-    row 2i − 4. Block j has the input rows 2j and 2j + 1, so the eight input rows are the blocks
-    i − 2 to i + 1. Columns are treated in the same way as rows.
+    ``input`` must not need a gradient. For output row i, the 7 filter rows read the input rows
+    2i − 3 to 2i + 3. A row of zeros is put before the filter's first row, so the filter also reads
+    the input row 2i − 4. Block j has the input rows 2j and 2j + 1, so the eight input rows are the
+    blocks i − 2 to i + 1. Columns are treated in the same way as rows.
     """
     n, channels, height, width = input.shape
     # Along each axis the image is padded with two blocks of zeros before it and one block after it.
