@@ -120,7 +120,7 @@ def prepare(
 
 
 def durations(clock: DeviceClock, timed: Timed, rounds: int) -> list[float]:
-    """Runs ``rounds`` rounds. Returns the seconds by which each of them advanced the clock."""
+    """Runs ``rounds`` rounds. Returns for each round by how many seconds the clock advanced."""
     found = []
     for _ in range(rounds):
         start = clock()

@@ -199,7 +199,8 @@ def _wait(process: "subprocess.Popen[bytes]", seconds: float) -> int | None:
 def _record(folder: Path, stage: Stage) -> tuple[float, bool]:
     """Returns for how many seconds a stage has run so far, and whether it has ended.
 
-    A stage that can be continued has also ended if less than ``LEAST_SECONDS`` of its limit remain.
+    A stage that can be continued also counts as ended if less than ``LEAST_SECONDS`` of its limit
+    remain.
     """
     path = folder / STAGES
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []

@@ -181,8 +181,8 @@ def traffic(net: str) -> Traffic:
 def exposed(buckets: Sequence[int], backward: float, reduce: Callable[[int], float]) -> float:
     """Returns the seconds from the end of backward to the end of the gradients' all-reduces.
 
-    A bucket is sent when backward has computed all its gradients and the previous bucket has been
-    sent.
+    A bucket is sent as soon as backward has computed all gradients of the bucket and the previous
+    bucket has been sent.
 
     Args:
         buckets: bytes of each bucket.

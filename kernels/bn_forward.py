@@ -219,7 +219,8 @@ def _apply_tile(
     store_tile(y_ptr, ACT(z, param), at)
     if mask_ptr is not None:
         bit_offsets, bit_mask = mask_offsets(row, col_block, shape, TILE, UNROLL)
-        # A bit is set where relu's gradient is dy instead of 0. As in torch, this includes z = NaN.
+        # A bit is set where relu's gradient is dy, and clear where it is 0. As in torch, it is dy
+        # where z is NaN.
         bits = pack_bits(tl.where(z <= 0, 0, 1), TILE, UNROLL)
         tl.store(mask_ptr + bit_offsets, bits, mask=bit_mask)
 

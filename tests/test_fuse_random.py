@@ -1,4 +1,4 @@
-"""Tests that random modules have the same results, or raise the same error, when they are fused.
+"""Tests that fusing a random module changes neither its results nor the error that it raises.
 
 ``python -m tests.test_fuse_random SEED [COUNT]`` tests COUNT modules (by default one), whose seeds
 are SEED, SEED + 1 and so on. It prints the modules that fail.

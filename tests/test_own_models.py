@@ -81,7 +81,7 @@ def test_training_equals_the_stock_models(graphs, fused):
 
 
 def test_compiled_models_are_fused(graphs, monkeypatch):
-    """Inductor needs a C++ compiler, so the test replaces it with torch's backend aot_eager."""
+    """With ``compile=True`` the model is fused. aot_eager replaces Inductor, which needs C++."""
     asked = config(f"{OWN}:Net", compile=True, device="cpu")
     original = torch.compile
 

@@ -178,12 +178,12 @@ def span(timed: Timed) -> float:
 
 @dataclass
 class Times:
-    """The times of a call.
+    """The measured times of a call.
 
     Attributes:
-        spans: microseconds per call, for each span.
-        ratios: for each span, the call's time divided by the time that torch's batch norm and ReLU
-            took just before the span.
+        spans: for each span, the microseconds per call.
+        ratios: for each span, the time per call divided by the time of torch's batch norm and ReLU,
+            which was measured just before.
     """
 
     spans: list[float] = field(default_factory=list)

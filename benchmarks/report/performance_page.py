@@ -178,12 +178,13 @@ def audited() -> str:
                 ["", "torch", "torch.compile", "bnres", "bnres, `recompute()`"],
                 [[name, *(f"{n:,.0f}" if n else "-" for n in row)] for name, row in sizes.items()],
             ),
-            "For torch and bnres the operations that run are counted. On a GPU the fused net moves "
-            "another 260 to 290 MB (derived) in a training step, to rearrange the input of its "
-            "first convolution. For `torch.compile`, traffic is counted from the code that torch "
-            "2.15 generated without a GPU. With Inductor's older max-pool backward it is "
-            f"{INDUCTOR_GATHERS:,} MB. What is stored is counted from the graphs that torch 2.13 "
-            "gives Inductor.",
+            "For torch and bnres, the operations that run are counted. The numbers for bnres leave "
+            "out 260 to 290 MB (derived), which the fused net moves in a training step on a GPU to "
+            "rearrange the input of its first convolution. For `torch.compile`, the traffic is "
+            "counted from the code that torch 2.15 generated without a GPU, and the memory stored "
+            "for backward from the graphs that torch 2.13 gives Inductor. With Inductor's older "
+            "max-pool backward, the training step of `torch.compile` moves less: "
+            f"{INDUCTOR_GATHERS:,} MB.",
             "A fused training step of ResNet-18, without the optimiser, launches our kernels "
             f"{found.launches['fused, Triton']} times and calls {found.launches['fused, ATen']} "
             "operations of ATen. With torch's own layers the step calls "

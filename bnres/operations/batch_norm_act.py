@@ -124,8 +124,9 @@ class Outputs(NamedTuple):
 class Saved(NamedTuple):
     """The tensors that backward reads.
 
-    If backward does not read the values of x, the field ``x`` is y or None. It is y if there is a
-    mask, because the kernel that reads the mask needs the shape and strides of x, which y also has.
+    The field ``x`` has the tensor x only if backward reads its values. Otherwise the field has y if
+    there is a mask, because the kernel that reads the mask needs the shape and strides of x, and y
+    has the same ones. Without a mask the field is None.
 
     ``total`` (1,) is the number of values per channel, summed over all processes, or None if the
     batch norm is not synchronised.
