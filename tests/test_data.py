@@ -78,7 +78,7 @@ class TestPackaged:
         ("arguments", "message"),
         [
             (("imagenet",), "dataset must be one of mnist5k"),
-            (("cifar10",), "data must be the path of CIFAR-10's files, got None"),
+            (("cifar10",), "data must be the path of CIFAR-10's files"),
             (("folder",), "data must be the path of a folder that holds train/CLASS and val/CLASS"),
             (("digits", "here"), "data must be None for digits, which needs no files, got here"),
         ],

@@ -201,6 +201,8 @@ def test_traceback_on_request(tmp_path):
 def test_missing_and_damaged_checkpoints(command, checkpoint, tmp_path):
     missing = tmp_path / "missing.pt"
     assert run(*command, missing, code=2).endswith(f"there is no file {str(missing)!r}\n")
+    told = run(*command, tmp_path, code=2)
+    assert told.endswith(f"is a folder; give a file, such as {str(tmp_path / 'best.pt')!r}\n")
     data = bytearray(checkpoint.read_bytes())
     data[len(data) // 2] ^= 1  # a byte of the weights, which torch.load does not check
     checkpoint.write_bytes(data)

@@ -20,7 +20,7 @@ PACKAGED = {
 }
 # The data sets that need files, and descriptions of these files.
 ON_DISK = {
-    "cifar10": "CIFAR-10's files",
+    "cifar10": "CIFAR-10's files (bnres train --download downloads them)",
     "folder": "a folder that holds train/CLASS and val/CLASS",
 }
 DATASETS = (*PACKAGED, *ON_DISK)

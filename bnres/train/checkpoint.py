@@ -135,6 +135,10 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: if there is no such file, or this version of bnres can't read it.
     """
+    if path.is_dir():
+        raise ValueError(
+            f"{str(path)!r} is a folder; give a file, such as {str(path / 'best.pt')!r}"
+        )
     if not path.is_file():
         raise ValueError(f"there is no file {str(path)!r}")
     data = io.BytesIO(path.read_bytes())
