@@ -86,7 +86,7 @@ class Cluster:
         return self.nvlink if gpus <= self.gpus else min(self.nvlink, self.network)
 
     def all_reduce(self, size: int, gpus: int) -> float:
-        """Returns the seconds of an all-reduce of ``size`` bytes by the fastest ring or tree."""
+        """Returns the seconds of an all-reduce of ``size`` bytes by NCCL's fastest ring or tree."""
         nodes, local = self.nodes(gpus), min(gpus, self.gpus)
         rate = self.bandwidth(gpus)
         rings = (

@@ -15,8 +15,8 @@ from pathlib import Path
 def small_disk(folder: Path, size: int) -> Iterator[None]:
     """Creates ``folder``. Inside the context, its files can have at most ``size`` bytes in total.
 
-    If the user may not mount, the limit is ``size`` bytes for each file that the process writes, in
-    any folder.
+    If the user is not allowed to mount, the limit is ``size`` bytes for each file that the process
+    writes, in any folder.
     """
     folder.mkdir()
     if _mount("-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)):

@@ -188,7 +188,7 @@ class Writer:
             self.rng.choices(*zip(*choices, strict=True))[0]()
 
     def chain(self) -> None:
-        """Writes a batch norm and operations to fuse, sometimes with other statements between."""
+        """Writes a batch norm and operations that can be fused, perhaps with others in between."""
         rng, x = self.rng, self.pick()
         if rng.random() < 0.5:
             x = self.assign(f"{self.conv()}({x})")

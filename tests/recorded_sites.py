@@ -8,10 +8,7 @@ from bnres.fusion import Site, rewrite
 
 @contextmanager
 def recorded_sites() -> Iterator[list[Site]]:
-    """Yields a list of sites.
-
-    When a graph is rewritten, a `Site` is added for each call of a batch norm in the graph.
-    """
+    """Yields a list, to which each rewritten graph adds a `Site` for each of its batch norms."""
     original, sites = rewrite.fuse_graphs, []
 
     def fuse_graphs(module):

@@ -291,9 +291,10 @@ def test_errors(route, monkeypatch):
 @pytest.mark.skipif(DEVICE == "cuda", reason="counts what the interpreter touches")
 @pytest.mark.parametrize("has_residual", [False, True], ids=["plain", "residual"])
 def test_memory_touched(has_residual):
-    """The kernel touches all sectors of x, the residual and y, and no other sectors.
+    """The kernel reads all of x and the residual, and writes all of y, without reading y.
 
-    A sector counts once even if it is read again. The filter and the batch norm are not counted.
+    A sector that is read several times counts once. Reads of the filter and of the batch norm's
+    tensors are not counted.
     """
     from benchmarks.audit.memory import count_traffic
 

@@ -78,7 +78,7 @@ PARAMETERS = ("input", "weight", "bias", "input_bias", "residual")
 OPTIONAL: tuple[set[Any], ...] = (
     {Tensor, NoneType}, {Tensor, float}, {tuple[float, ...], NoneType}, {BatchNormState, NoneType},
 )  # fmt: skip
-# Prefix of the names of the fields of the residual's BatchNormState, which are varied too.
+# The fields of the residual's BatchNormState are varied too. Their names get this prefix.
 RESIDUAL = "residual_"
 # These names are not varied by themselves. The values of kernel_size and conv_weight include the
 # stride, padding and dilation. The width equals the height. ``return`` is the result's annotation.

@@ -114,7 +114,7 @@ def training_step(row: str, model: nn.Module) -> Timed:
 
 
 def ruler() -> Iterator[Timed]:
-    """Yields calls of torch's batch norm and ReLU. All ratios are relative to these calls."""
+    """Yields calls of torch's batch norm and ReLU, by whose times all other times are divided."""
     small = torch.randn(2, CHANNELS, 2, 2).requires_grad_()
     stock = nn.BatchNorm2d(CHANNELS)
     yield from operation(RULER, stock, lambda: torch.relu(stock(small)), [small])

@@ -27,12 +27,12 @@ class Span:
 
 @dataclass(frozen=True)
 class Rest:
-    """Code that executes the remaining trips after an unrolled loop.
+    """Code after an unrolled loop, which executes the remaining iterations.
 
     Attributes:
         span: addresses of the code.
         loop: index of the unrolled loop in `Flow.loops`.
-        copies: number of trips that the code executes.
+        copies: number of iterations that the code executes.
     """
 
     span: Span

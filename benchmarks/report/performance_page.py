@@ -194,8 +194,8 @@ def audited() -> str:
             "for sm_90, bf16 and channels_last. The kernels are those of a training step of "
             "ResNet-18 and of the convolutions of ResNet-18 and ResNet-50. Triton compiles a "
             "kernel several times, for arguments with different properties. A row shows the "
-            "kernel's highest numbers. `python -m benchmarks audit` compares the numbers with a "
-            "recorded budget, also for sm_80, sm_100 and gfx942.",
+            "highest numbers of these versions. `python -m benchmarks audit` compares the numbers "
+            "with a recorded budget, also for sm_80, sm_100 and gfx942.",
             markdown_table(["kernel", "registers", "spills"], code),
         ]
     )

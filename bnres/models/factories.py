@@ -105,8 +105,8 @@ def _import(path: str) -> ModuleType:
     if here not in sys.path and "" not in sys.path:
         sys.path.insert(0, here)
     try:
-        # A module may draw random numbers at its first import. They must not change the weights of
-        # the model, which are drawn later.
+        # A module may draw random numbers when it is first imported. The generator's state is then
+        # restored, so that the weights of the model, which are drawn later, do not depend on this.
         with torch.random.fork_rng([]):
             return importlib.import_module(path)
     except ModuleNotFoundError as error:

@@ -21,7 +21,7 @@ _recordings: dict[Any, "Recording"] = {}
 
 
 class Recording:
-    """The kernel launches of calls of one kind.
+    """The recorded kernel launches for one kind of call (see `kind_of`).
 
     If there is a recording for a call, the call's arguments are neither checked nor copied, because
     an earlier call of the same kind passed the checks and needed no copies.
