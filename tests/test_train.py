@@ -532,6 +532,8 @@ def test_eval_and_export(tiny, tiny_command, tmp_path, monkeypatch):
         loaded = torch.export.load(out).module()
         with torch.no_grad():
             assert torch.allclose(loaded(images), model(scale(images)), atol=1e-5)
+        with pytest.raises(RuntimeError, match="dtype mismatch! Expected: Byte"):
+            loaded(images / 255)
         graph = str(torch.export.load(out).graph)
         assert ("batch_norm" in graph) == (option == "--no-folded") and "bnres" not in graph
 

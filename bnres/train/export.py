@@ -31,7 +31,9 @@ class _FromPixels(nn.Module):
             self.register_buffer(name, torch.tensor(values).view(-1, 1, 1))
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.net((images / 255 - self.mean) / self.std)
+        # torch.export checks that the tensor that `float` converts is uint8. Without `float`, the
+        # exported model would accept images that are scaled already, and scale them again.
+        return self.net((images.float() / 255 - self.mean) / self.std)
 
 
 def export_checkpoint(
@@ -45,8 +47,9 @@ def export_checkpoint(
     """Exports the model of a checkpoint, and returns the path of the written file.
 
     The exported model accepts uint8 images (N, channels, height, width) in batches of any size. It
-    scales the images as in training, and returns logits (N, classes). It contains only torch's own
-    operations. If the run averaged its weights, the averages are exported.
+    scales the images as in training, and returns logits (N, classes). Images of another dtype raise
+    an error. The exported model contains only torch's own operations. If the run averaged its
+    weights, the averages are exported.
 
     Args:
         path: a checkpoint of ``bnres train``.
