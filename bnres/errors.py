@@ -40,7 +40,7 @@ def describe(error: BaseException) -> str:
 def first_line(error: BaseException) -> str:
     """Returns the first line of an error's message.
 
-    If this line alone says too little, the second line or the name of the error's class is added.
+    If this line is not enough, the second line or the name of the error's class is added.
     """
     if type(error).__module__.startswith("torch._dynamo") and error.__cause__ is not None:
         # The first line of Dynamo's error says only where the original error was raised.

@@ -205,33 +205,26 @@ def test_checkpoints_and_hooks_in_architectures(name, change):
     assert len(sites) >= SMALL[name][1] and all(site.fused for site in sites)
 
 
-class Checkpointed(nn.Module):
-    """The model of `small`, with checkpointed blocks."""
+def test_gradient_checkpointing():
+    stock = small()
+    stock[1] = CheckpointedStage(stock[1])
+    assert patterns(stock, batch()) == PATTERNS
+    assert_trains_alike(bnres.fuse(stock), stock, batch())
+
+
+class CheckpointedInSegments(nn.Module):
+    """The model of `small`, whose blocks are checkpointed in two segments."""
 
     def __init__(self):
         super().__init__()
         self.stem, self.blocks, self.head = small()
 
-    def run_blocks(self, x):
-        return checkpoint(self.blocks, x, use_reentrant=False)
-
     def forward(self, x):
-        return self.head(self.run_blocks(self.stem(x)))
-
-
-class CheckpointedInSegments(Checkpointed):
-    def run_blocks(self, x):
-        return checkpoint_sequential(self.blocks, 2, x, use_reentrant=False)
-
-
-def test_gradient_checkpointing():
-    stock = Checkpointed().to(DEVICE).double()
-    assert patterns(stock, batch()) == PATTERNS
-    assert_trains_alike(bnres.fuse(stock), stock, batch())
+        return self.head(checkpoint_sequential(self.blocks, 2, self.stem(x), use_reentrant=False))
 
 
 def test_gradient_checkpointing_in_segments():
-    stock = CheckpointedInSegments().to(DEVICE).double()
+    stock = CheckpointedInSegments()
     sites = bnres.explain(stock, batch()).sites
     # Dynamo captures only the last of the two segments.
     assert [site.fused for site in sites] == [True] + [False] * 3 + [True] * 2

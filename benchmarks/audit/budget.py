@@ -136,7 +136,7 @@ def _worse(
     rows: Iterable[Row], budget: Iterable[Row], key: Callable[[Row], str],
     compare: Callable[[Row, Row], list[str]],
 ) -> Iterator[str]:  # fmt: skip
-    """Compares each row with the budget's row that has the same key. Describes what is worse."""
+    """Compares each row with the budget's row of the same key, and yields a text for each loss."""
     limits = {key(limit): limit for limit in budget}
     for row in rows:
         if key(row) in limits:

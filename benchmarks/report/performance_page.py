@@ -172,8 +172,9 @@ def audited() -> str:
             "least that a fused operation with two passes over memory can touch.",
             markdown_table(["", *(OPERATION_TITLES[name] for name in COLUMNS)], rows),
             "The next table shows ResNet-18 (batch 256, 224×224, bf16, channels_last). Traffic is "
-            "what is read and written without the convolutions. The last row is what forward "
-            "stores for backward, with the images. All numbers are in MB.",
+            "the memory that all operations except convolutions read and write. The last row is "
+            "the memory that forward stores for backward, including the images. All numbers are in "
+            "MB.",
             markdown_table(
                 ["", "torch", "torch.compile", "bnres", "bnres, `recompute()`"],
                 [[name, *(f"{n:,.0f}" if n else "-" for n in row)] for name, row in sizes.items()],

@@ -60,7 +60,7 @@ class StreamedBatches(EpochBatches):
                     labels.to(self.device, non_blocking=True),
                 )
         except CorruptImage as error:
-            # The DataLoader puts a worker's traceback in front of the message, which is one line.
+            # The DataLoader puts a worker's traceback before the message. The message is one line.
             line = str(error).strip().splitlines()[-1]
             name = f"{CorruptImage.__module__}.{CorruptImage.__name__}: "
             raise CorruptImage(line.removeprefix(name)) from error

@@ -1,4 +1,4 @@
-"""The function `explain`, which reports what is fused in a model and why."""
+"""The function `explain`. It reports which batch norms are fused, and why others are not."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace

@@ -56,7 +56,7 @@ def kind_of(called: object, options: object, *groups: Sequence[Tensor | None]) -
     )  # fmt: skip
 
 
-# Returns the recording for calls of a kind, or None if there is none.
+# find_recording(kind) returns the recording for calls of this kind, or None.
 find_recording = _recordings.get
 
 
