@@ -9,12 +9,14 @@ from torch import nn
 
 from benchmarks.byte_model import passes
 from benchmarks.operations import LAYOUTS
+from benchmarks.report.performance_page import INDUCTOR_HELD
+from bnres.models import resnet18
 from bnres.nn import BatchNormAct2d
 
 if torch.cuda.is_available():
     pytest.skip("counts what the interpreter touches", allow_module_level=True)
 
-from benchmarks.audit.memory import operation_traffic
+from benchmarks.audit.memory import NET_INPUT, operation_traffic
 from benchmarks.audit.step import inference_bytes
 
 SHAPE = (16, 32, 16, 16)
@@ -43,3 +45,32 @@ def test_bytes_of_inference():
     assert inference_bytes(lambda: BatchNormAct2d(8), shape, sectors) == 2 * size
     stock = inference_bytes(lambda: nn.Sequential(nn.BatchNorm2d(8), nn.ReLU()), shape, sectors)
     assert 4 * size < stock < 4.01 * size  # the parameters of the batch norm are read too
+
+
+@pytest.mark.slow
+def test_bytes_that_inductor_saves():
+    """`INDUCTOR_HELD` is what a graph of ResNet-18 saves after AOTAutograd prepared it."""
+    import torch._inductor.lowering  # the decompositions need this module
+    from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._inductor.decomposition import select_decomp_table
+
+    batch, saved = 8, []
+
+    def backward(graph, example_inputs):
+        values = [node.meta["val"] for node in graph.graph.find_nodes(op="placeholder")]
+        saved.extend(v for v in values if isinstance(v, torch.Tensor) and v.shape[0] == batch)
+        return make_boxed_func(graph.forward)
+
+    backend = aot_autograd(
+        fw_compiler=lambda graph, example_inputs: make_boxed_func(graph.forward),
+        bw_compiler=backward,
+        partition_fn=min_cut_rematerialization_partition,
+        decompositions=select_decomp_table(),
+    )
+    options = {"dtype": torch.bfloat16, "memory_format": torch.channels_last}
+    net, x = resnet18(fused=False).to(**options), torch.randn(batch, 3, 224, 224).to(**options)
+    y = torch.compile(net, backend=backend)(x)
+    y.float().square().sum().backward()
+    size = sum(v.numel() * v.itemsize for v in saved) - y.nbytes  # the gradient of y is not saved
+    assert round(size * NET_INPUT[0] / batch / 1e6) == INDUCTOR_HELD
