@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from bnres.functional import batch_norm_act
 from tests.device import DEVICE
-from tests.tolerances import TOLERANCE
+from tests.tolerances import TOLERANCE, assert_close
 
 N, C, SIZE = 8, 6, 14
 # Each dtype's machine epsilon.
@@ -94,6 +94,25 @@ def test_nan_stays_in_its_channel_forward_and_backward():
     dy = torch.ones_like(y)
     ours, theirs = (torch.autograd.grad(t, x, dy)[0] for t in (y, expected))
     assert torch.equal(ours.isnan(), theirs.isnan())
+
+
+@pytest.mark.parametrize("has_residual", [False, True], ids=["plain", "residual"])
+@pytest.mark.parametrize("act", ["relu", "relu6", "leaky_relu", "hardswish"])
+def test_derivatives_where_activations_have_a_kink(act, has_residual):
+    """With the weight 0, z is exactly the bias. For relu and a residual, backward reads a mask."""
+    bias = torch.tensor([-3.0, -0.0, 0.0, 3.0, 6.0, 1.0], device=DEVICE, requires_grad=True)
+    weight, x = torch.zeros_like(bias), draw("mean 0", torch.float32)
+    residual = torch.zeros_like(x, requires_grad=True)
+    dy, found = torch.randn_like(x), []
+    given = residual if has_residual else None
+    y = batch_norm_act(x, None, None, weight, bias, residual=given, act=act, training=True)
+    z = F.batch_norm(x, None, None, weight, bias, training=True)
+    wanted = getattr(F, act)(z + residual if has_residual else z)
+    inputs = (bias, residual) if has_residual else (bias,)
+    for out in (y, wanted):
+        found.append((out, *torch.autograd.grad(out, inputs, dy)))
+    for actual, expected in zip(*found, strict=True):
+        assert_close(actual, expected, torch.float32)
 
 
 def test_same_bits_from_run_to_run():
