@@ -3,9 +3,14 @@
 ``python -m benchmarks audit`` counts more operations, on smaller tensors.
 """
 
+from contextlib import contextmanager
+from unittest.mock import patch
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
+from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
 
 from benchmarks.byte_model import passes
 from benchmarks.operations import LAYOUTS
@@ -17,6 +22,7 @@ if torch.cuda.is_available():
     pytest.skip("counts what the interpreter touches", allow_module_level=True)
 
 from benchmarks.audit.memory import NET_INPUT, operation_traffic
+from benchmarks.audit.operations import OPERATIONS, steps
 from benchmarks.audit.step import inference_bytes
 
 SHAPE = (16, 32, 16, 16)
@@ -74,3 +80,45 @@ def test_bytes_that_inductor_saves():
     y.float().square().sum().backward()
     size = sum(v.numel() * v.itemsize for v in saved) - y.nbytes  # the gradient of y is not saved
     assert round(size * NET_INPUT[0] / batch / 1e6) == INDUCTOR_HELD
+
+
+@contextmanager
+def only_own_memory():
+    """Inside the context, a launch may only access the memory of the tensors that it gets."""
+    ranges = []
+    launch = GridExecutor.__call__
+
+    def checked(name, mask_at):
+        access = getattr(InterpreterBuilder, name)
+
+        def call(builder, pointers, *rest):
+            mask = np.broadcast_to(rest[mask_at].data, pointers.data.shape)
+            own = np.zeros(pointers.data.shape, dtype=bool)
+            for start, stop in ranges:
+                own |= (pointers.data >= start) & (pointers.data < stop)
+            assert (own | ~mask).all(), "memory outside the launch's tensors"
+            return access(builder, pointers, *rest)
+
+        return patch.object(InterpreterBuilder, name, call)
+
+    def execute(self, *arguments, **named):
+        storages = [t.untyped_storage() for t in named.values() if isinstance(t, torch.Tensor)]
+        ranges[:] = [(s.data_ptr(), s.data_ptr() + s.nbytes()) for s in storages]
+        launch(self, *arguments, **named)
+
+    accesses = checked("create_masked_load", 0), checked("create_masked_store", 1)
+    with patch.object(GridExecutor, "__call__", execute), accesses[0], accesses[1]:
+        yield
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(4, 2, 32, 32), (2, 6, 6, 16)], ids=["whole tiles", "parts"])
+def test_kernels_stay_inside_their_tensors(operation, layout, shape):
+    def random():
+        x = torch.randn(shape, dtype=torch.bfloat16)
+        return x.contiguous(memory_format=LAYOUTS[layout])
+
+    with only_own_memory():
+        for step in steps(operation, random).values():
+            step()
